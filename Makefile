@@ -1,0 +1,35 @@
+# make demo: set up what is missing, then the tour.   make test: linters, types, layers, every test.
+PY := .venv/bin/python
+STAMP := .venv/.installed
+
+.PHONY: setup demo test check unit bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt src/daxemu/host/supplement.c .ci/system-packages
+	bash .ci/system-packages
+	test -x $(PY) || python3 -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: setup
+	.venv/bin/daxemu demo
+
+check: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+unit: setup
+	$(PY) -m pytest --ignore=tests/mount
+
+test: check
+	$(PY) -m pytest
+
+bench: setup
+	$(PY) -m pytest tests/bench --run-bench -s
+
+clean:
+	rm -rf .venv build src/*.egg-info
+	find src -name '*.so' -delete

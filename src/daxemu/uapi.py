@@ -1,0 +1,81 @@
+"""Constants and unit types of the kernel's headers, under the kernel's own names.
+
+Units: a *pfn* counts 4096-byte pages of the physical address space, a *sector* 512 bytes of the device, a *block* 4096
+bytes of the device or of a file. Offsets and lengths without a unit in their name are bytes.
+"""
+
+from __future__ import annotations
+
+# Unit types. Aliases, not NewTypes: they say what an int counts without making arithmetic a chore.
+Pfn = int
+Sector = int
+Block = int
+Ino = int
+
+# asm/page_types.h, linux/blk_types.h
+PAGE_SHIFT = 12
+PAGE_SIZE = 1 << PAGE_SHIFT
+SECTOR_SHIFT = 9
+SECTOR_SIZE = 1 << SECTOR_SHIFT
+SECTORS_PER_PAGE = PAGE_SIZE // SECTOR_SIZE
+PMD_SHIFT = 21
+
+# linux/limits.h
+U64_MAX = (1 << 64) - 1
+
+# linux/mm.h: flags of memory_failure()
+MF_COUNT_INCREASED = 1 << 0
+MF_ACTION_REQUIRED = 1 << 1
+MF_MUST_KILL = 1 << 2
+MF_SOFT_OFFLINE = 1 << 3
+MF_UNPOISON = 1 << 4
+MF_SW_SIMULATED = 1 << 5
+MF_NO_RETRY = 1 << 6
+MF_MEM_PRE_REMOVE = 1 << 7
+
+# linux/sched.h: task flags, field 9 of /proc/PID/task/TID/stat
+PF_EXITING = 0x00000004
+PF_MCE_PROCESS = 0x00000080
+PF_KTHREAD = 0x00200000
+PF_MCE_EARLY = 0x08000000
+
+# uapi/linux/prctl.h
+PR_MCE_KILL = 33
+PR_MCE_KILL_GET = 34
+PR_MCE_KILL_CLEAR = 0
+PR_MCE_KILL_SET = 1
+PR_MCE_KILL_LATE = 0
+PR_MCE_KILL_EARLY = 1
+PR_MCE_KILL_DEFAULT = 2
+
+# uapi/asm-generic/siginfo.h: si_code of SIGBUS and of tgkill(2)
+SI_TKILL = -6
+BUS_ADRALN = 1
+BUS_ADRERR = 2
+BUS_OBJERR = 3
+BUS_MCEERR_AR = 4
+BUS_MCEERR_AO = 5
+
+# uapi/linux/fs.h, linux/fs.h
+RENAME_NOREPLACE = 1 << 0
+RENAME_EXCHANGE = 1 << 1
+XATTR_CREATE = 1
+XATTR_REPLACE = 2
+NAME_MAX = 255
+SYMLINK_MAX = 4095
+XATTR_SIZE_MAX = 65536
+
+# uapi/linux/falloc.h
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+
+
+def page_align_down(offset: int) -> int:
+    """The start of the page that holds byte ``offset``."""
+    return offset & ~(PAGE_SIZE - 1)
+
+
+def page_align_up(offset: int) -> int:
+    """The first page boundary at or after byte ``offset``."""
+    return (offset + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
