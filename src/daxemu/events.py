@@ -1,0 +1,215 @@
+"""Typed records of everything that happened, their JSON form, and the kernel's own log line for each.
+
+An event says what *was* done, never what will be. Each one that the kernel would log knows that line (``dmesg()``); the
+others return None there. Addresses and offsets are bytes; ``pfn`` is a page frame number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+
+import msgspec
+
+from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR
+
+
+class Outcome(StrEnum):
+    """``enum mf_result`` of mm/memory-failure.c."""
+
+    IGNORED = "Ignored"
+    FAILED = "Failed"
+    DELAYED = "Delayed"
+    RECOVERED = "Recovered"
+
+
+class Event(msgspec.Struct, tag_field="event", kw_only=True):
+    """One thing that happened. ``seq`` counts from 1 in each mount; ``time`` is seconds since the epoch."""
+
+    seq: int = 0
+    time: float = 0.0
+
+    def dmesg(self) -> str | None:
+        """The line the kernel prints for this, without its timestamp; None if it prints none."""
+        return None
+
+    def summary(self) -> str:
+        """One line for people."""
+        return self.dmesg() or type(self).__name__
+
+
+class Mounted(Event):
+    device: str
+    mountpoint: str
+    size: int
+
+    def summary(self) -> str:
+        return f"mounted {self.device} on {self.mountpoint}"
+
+
+class Unmounted(Event):
+    mountpoint: str
+
+    def summary(self) -> str:
+        return f"unmounted {self.mountpoint}"
+
+
+class SettingChanged(Event):
+    name: str
+    value: str
+
+    def summary(self) -> str:
+        return f"set {self.name}={self.value}"
+
+
+class PoisonInjected(Event):
+    """Media went bad. ``offset`` and ``length`` are device bytes, rounded out to sectors."""
+
+    offset: int
+    length: int
+    latent: bool = False
+
+    def summary(self) -> str:
+        return f"poison{' (latent)' if self.latent else ''} at device {self.offset:#x}+{self.length:#x}"
+
+
+class PoisonCleared(Event):
+    """Media is readable again: ``by`` a write that covered it, or by request."""
+
+    offset: int
+    length: int
+    by: str
+
+    def summary(self) -> str:
+        return f"poison cleared at device {self.offset:#x}+{self.length:#x} by {self.by}"
+
+
+class MemoryFailureHandled(Event):
+    """The end of one memory_failure(): ``action_result()``."""
+
+    pfn: int
+    nr_pages: int
+    page_type: str
+    outcome: Outcome
+    told: int
+    files: int
+    error: str | None = None
+
+    def dmesg(self) -> str:
+        return f"Memory failure: {self.pfn:#x}: recovery action for {self.page_type}: {self.outcome.value}"
+
+
+class SignalSent(Event):
+    """SIGBUS for one thread. ``result``: delivered, pending, ignored, gone, or inexact (``reason`` says why)."""
+
+    pid: int
+    tid: int
+    comm: str
+    code: int
+    address: int
+    lsb: int
+    pfn: int
+    result: str
+    reason: str | None = None
+
+    def dmesg(self) -> str:
+        if self.code == BUS_MCEERR_AR:
+            return (
+                f"MCE: Killing {self.comm}:{self.pid} due to hardware memory corruption fault at {self.address:x}"
+            )
+        return (
+            f"Memory failure: {self.pfn:#x}: Sending SIGBUS to {self.comm}:{self.pid} "
+            "due to hardware memory corruption"
+        )
+
+    def summary(self) -> str:
+        name = {BUS_MCEERR_AO: "BUS_MCEERR_AO", BUS_MCEERR_AR: "BUS_MCEERR_AR"}.get(self.code, str(self.code))
+        why = f" ({self.reason})" if self.reason else ""
+        return (
+            f"SIGBUS {name} to {self.comm}:{self.pid} thread {self.tid} "
+            f"addr {self.address:#x} lsb {self.lsb}: {self.result}{why}"
+        )
+
+
+class FileDamaged(Event):
+    """A file lost the bytes ``[offset, offset + length)``."""
+
+    ino: int
+    path: str
+    offset: int
+    length: int
+
+    def summary(self) -> str:
+        return f"damaged: {self.path} {self.offset:#x}+{self.length:#x}"
+
+
+class StoreLost(Event):
+    """A store through a mapping was written back to poison and is gone."""
+
+    ino: int
+    path: str
+    offset: int
+    length: int
+
+    def summary(self) -> str:
+        return f"lost store: {self.path} {self.offset:#x}+{self.length:#x}"
+
+
+class FilesystemShutdown(Event):
+    device: str
+    reason: str
+
+    def dmesg(self) -> str:
+        return f"daxemu ({self.device}): {self.reason}  Shutting down filesystem."
+
+
+class DeviceRemoved(Event):
+    device: str
+    told: int
+
+    def dmesg(self) -> str:
+        return f"daxemu ({self.device}): Device is about to be removed!"
+
+
+EVENT_TYPES: tuple[type[Event], ...] = (
+    Mounted,
+    Unmounted,
+    SettingChanged,
+    PoisonInjected,
+    PoisonCleared,
+    MemoryFailureHandled,
+    SignalSent,
+    FileDamaged,
+    StoreLost,
+    FilesystemShutdown,
+    DeviceRemoved,
+)
+
+AnyEvent = (
+    Mounted
+    | Unmounted
+    | SettingChanged
+    | PoisonInjected
+    | PoisonCleared
+    | MemoryFailureHandled
+    | SignalSent
+    | FileDamaged
+    | StoreLost
+    | FilesystemShutdown
+    | DeviceRemoved
+)
+
+Emit = Callable[[Event], None]
+"""How a layer publishes: it hands the event up and thinks no more of it."""
+
+_decoder = msgspec.json.Decoder(AnyEvent)
+
+
+def encode(event: Event) -> bytes:
+    """One JSON object on one line, without the newline."""
+    return msgspec.json.encode(event)
+
+
+def decode(line: bytes | str) -> Event:
+    """The event of one line. Raises msgspec.ValidationError or msgspec.DecodeError for anything else."""
+    return _decoder.decode(line)

@@ -1,0 +1,98 @@
+"""Free device blocks. Never hands out a bad one (fs/xfs/libxfs/xfs_alloc.c, and what pmem's badblocks are for)."""
+
+from __future__ import annotations
+
+from daxemu.errors import NoSpace
+from daxemu.pmem.dax_device import DaxDevice
+from daxemu.ranges import Range, RangeSet
+from daxemu.uapi import PAGE_SIZE, Block
+
+
+class Allocator:
+    """The free blocks of one device, all lengths in blocks.
+
+    A block over known bad sectors stays in the free set but is passed over until they are cleared.
+    """
+
+    def __init__(self, dax: DaxDevice) -> None:
+        self._dax = dax
+        self.total = dax.size // PAGE_SIZE
+        self._free = RangeSet([(0, self.total)])
+        self._cursor = 0
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks without an owner, bad ones included."""
+        return self._free.total
+
+    @property
+    def usable_blocks(self) -> int:
+        """Free blocks that could be handed out: what statfs says is available."""
+        return self._free.total - sum(bad.length for bad in self._bad_free())
+
+    def _bad_free(self) -> RangeSet:
+        """The free blocks that hold a bad sector."""
+        bad = RangeSet()
+        for start, end in self._dax.badblocks.overlapping_bytes(0, self._dax.size):
+            for part in self._free.overlapping(start // PAGE_SIZE, -(-end // PAGE_SIZE)):
+                bad.add(*part)
+        return bad
+
+    def free_ranges(self) -> list[Range]:
+        """What is free, in order."""
+        return list(self._free)
+
+    def allocate(self, length: int, goal: Block | None = None) -> list[Range]:
+        """``length`` blocks in as few runs as come by, the first at ``goal`` if that is free; reserved, reading as zeros.
+
+        Raises NoSpace, and then nothing has changed.
+        """
+        if length > self._free.total:
+            raise NoSpace("the device is full")
+        taken: list[Range] = []
+        missing = length
+        try:
+            at = self._cursor if goal is None else goal
+            for low, high in ((at, self.total), (0, at)):
+                while missing and (run := self._next_good(low, high)):
+                    run = run.clip(run.start, run.start + missing)
+                    self._free.remove(*run)
+                    taken.append(run)
+                    self._dax.reserve(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
+                    # A new block is zeroed, and a write over poison that nobody knew of clears it.
+                    self._dax.clear_poison(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
+                    missing -= run.length
+                    low = run.end
+            if missing:
+                raise NoSpace("the device is full: what is free of it is bad")
+        except BaseException:
+            for run in taken:
+                self.free(run)
+            raise
+        self._cursor = taken[-1].end if taken else self._cursor
+        return taken
+
+    def _next_good(self, low: Block, high: Block) -> Range | None:
+        """The first free run in ``[low, high)`` without bad sectors."""
+        while (run := self._free.first_from(low)) and (run := run.clip(low, high)):
+            bad = next(
+                self._dax.badblocks.overlapping_bytes(run.start * PAGE_SIZE, run.length * PAGE_SIZE), None
+            )
+            if bad is None:
+                return run
+            first_bad = bad.start // PAGE_SIZE
+            if run.start < first_bad:
+                return Range(run.start, first_bad)
+            low = -(-bad.end // PAGE_SIZE)
+        return None
+
+    def free(self, run: Range) -> None:
+        """Give blocks back, and their memory to the host. Precondition: no link has any of them."""
+        self._free.add(*run)
+        self._dax.discard(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
+
+    def take(self, run: Range) -> None:
+        """Mark blocks as in use, as a store says. Raises NoSpace if one of them is in use already."""
+        if not self._free.covers(*run):
+            raise NoSpace(f"blocks {run.start}-{run.end} are in use twice")
+        self._free.remove(*run)

@@ -1,0 +1,209 @@
+"""The bytes of files: reading, writing with copy on write, and what poison does to either (fs/dax.c, fs/xfs/xfs_reflink.c).
+
+Poison counts by page here, as in the kernel: one bad sector makes the block unreadable, and only a write of the whole
+block clears it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from daxemu.fs.allocator import Allocator
+from daxemu.fs.extents import ExtentMap, Mapping
+from daxemu.fs.rmap import Link, Rmap
+from daxemu.pmem.dax_device import DaxDevice
+from daxemu.ranges import Range, RangeSet
+from daxemu.uapi import PAGE_SIZE, Block
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Stored(NamedTuple):
+    """What became of a store: device byte ranges made readable by it, file byte ranges that were lost to poison."""
+
+    cleared: list[Range]
+    lost: list[Range]
+
+
+class _Segment(NamedTuple):
+    """Blocks ``[start, end)`` of a file that a store treats alike. ``copy``: they need new blocks."""
+
+    start: Block
+    end: Block
+    link: Link | None
+    copy: bool
+
+    def dev_block(self, block: Block) -> Block:
+        assert self.link is not None
+        return self.link.dev_block + block - self.link.file_block
+
+
+class FileData:
+    """Moves bytes between files and the media. Offsets are bytes of the file; sizes and times are not its business."""
+
+    def __init__(self, dax: DaxDevice, rmap: Rmap, allocator: Allocator) -> None:
+        self._dax = dax
+        self._rmap = rmap
+        self._allocator = allocator
+
+    # -- reading
+
+    def read(self, extents: ExtentMap, offset: int, length: int) -> Buffer:
+        """The bytes ``[offset, offset + length)``; holes read as zeros. A view of the live media where one run has all.
+
+        Raises MediaError if any page of the range is poison: all or nothing, because a short answer would mean the end
+        of the file.
+        """
+        end = offset + length
+        first, last = offset // PAGE_SIZE, -(-end // PAGE_SIZE)
+        pieces: list[Buffer] = []
+        for run in extents.lookup(first, last):
+            start, stop = max(offset, run.file_block * PAGE_SIZE), min(end, (run.file_block + run.length) * PAGE_SIZE)
+            pieces.append(bytes(stop - start) if run.link is None else self._view(run)[start - run.file_block * PAGE_SIZE :][: stop - start])
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _view(self, run: Mapping) -> memoryview:
+        return self._dax.direct_access(run.dev_block * PAGE_SIZE, run.length * PAGE_SIZE)
+
+    # -- writing
+
+    def store(self, extents: ExtentMap, offset: int, data: Buffer, *, from_cache: bool) -> Stored:
+        """Write ``data`` at ``offset``. Blocks that others share are copied first; poison covered whole is cleared.
+
+        ``from_cache``: the page cache writes back what was stored through a mapping. On persistent memory that store had
+        reached the media before it went bad, so it does not repair: it is lost.
+
+        Raises MediaError if an edge of the range lies inside a poisoned page, NoSpace if there are not enough blocks; then
+        nothing has changed.
+        """
+        end = offset + len(data)
+        first, last = offset // PAGE_SIZE, -(-end // PAGE_SIZE)
+        segments = list(self._segments(extents, first, last))
+        if not from_cache:
+            self._refuse_partial(segments, offset, end)
+        fresh = self._allocate(extents, segments, first)
+        view = memoryview(data)
+        cleared: list[Range] = []
+        lost: list[Range] = []
+        for segment in segments:
+            start, stop = max(offset, segment.start * PAGE_SIZE), min(end, segment.end * PAGE_SIZE)
+            chunk = view[start - offset : stop - offset]
+            if segment.copy:
+                self._store_new(extents, segment, start, chunk, fresh)
+            else:
+                self._store_in_place(segment, start, chunk, cleared, lost, from_cache=from_cache)
+        return Stored(cleared, lost)
+
+    def _segments(self, extents: ExtentMap, first: Block, last: Block) -> Iterator[_Segment]:
+        for run in extents.lookup(first, last):
+            end = run.file_block + run.length
+            if run.link is None:
+                yield _Segment(run.file_block, end, None, copy=True)
+                continue
+            shared = self._rmap.shared_parts(run.link, run.dev_block, run.dev_block + run.length)
+            delta = run.file_block - run.dev_block
+            parts = [(r, True) for r in shared]
+            parts += [(r, False) for r in shared.gaps(run.dev_block, run.dev_block + run.length)]
+            for part, copy in sorted(parts):
+                yield _Segment(part.start + delta, part.end + delta, run.link, copy)
+
+    def _refuse_partial(self, segments: list[_Segment], offset: int, end: int) -> None:
+        for edge in {offset, end}:
+            if edge % PAGE_SIZE == 0:
+                continue
+            block = edge // PAGE_SIZE
+            for segment in segments:
+                if segment.link is not None and segment.start <= block < segment.end:
+                    self._dax.direct_access(segment.dev_block(block) * PAGE_SIZE, PAGE_SIZE)
+
+    def _allocate(self, extents: ExtentMap, segments: list[_Segment], first: Block) -> list[Range]:
+        wanted = sum(s.end - s.start for s in segments if s.copy)
+        if not wanted:
+            return []
+        goal = None
+        if first:
+            before = extents.lookup(first - 1, first)[0]
+            goal = before.dev_block + 1 if before.link is not None else None
+        return list(reversed(self._allocator.allocate(wanted, goal)))
+
+    def _store_new(self, extents: ExtentMap, segment: _Segment, start: int, chunk: memoryview, fresh: list[Range]) -> None:
+        """Put ``chunk`` into new blocks, with the rest of its edge blocks copied from the shared ones, if any."""
+        edges = self._edges(segment, start, start + len(chunk))
+        freed = extents.remove(segment.start, segment.end) if segment.link is not None else []
+        block = segment.start
+        while block < segment.end:
+            run = fresh.pop()
+            taken = run.clip(run.start, run.start + segment.end - block)
+            if taken.end < run.end:
+                fresh.append(Range(taken.end, run.end))
+            self._put(taken, block * PAGE_SIZE, start, chunk, edges)
+            extents.insert(block, taken.start, taken.length)
+            block += taken.length
+        for run in freed:
+            self._allocator.free(run)
+
+    def _edges(self, segment: _Segment, start: int, stop: int) -> list[tuple[int, bytes]]:
+        """What the first and last block of a shared segment hold outside ``[start, stop)``, with its place in the file."""
+        if segment.link is None:
+            return []
+        edges = []
+        base = segment.dev_block(segment.start) * PAGE_SIZE - segment.start * PAGE_SIZE
+        for low, high in ((segment.start * PAGE_SIZE, start), (stop, segment.end * PAGE_SIZE)):
+            # A store from the page cache ends at the file's end; what its block holds beyond is zero in any case.
+            if low < high and not self._dax.is_poisoned(base + low, high - low):
+                edges.append((low, bytes(self._dax.direct_access(base + low, high - low))))
+        return edges
+
+    def _put(self, blocks: Range, at: int, start: int, chunk: memoryview, edges: list[tuple[int, bytes]]) -> None:
+        """Fill new ``blocks``, which are the file's bytes from ``at`` on, from ``chunk`` (at ``start``) and ``edges``."""
+        window = Range(at, at + blocks.length * PAGE_SIZE)
+        target = self._dax.direct_access(blocks.start * PAGE_SIZE, blocks.length * PAGE_SIZE)
+        for position, piece in [*edges, (start, chunk)]:
+            if part := Range(position, position + len(piece)).clip(*window):
+                target[part.start - at : part.end - at] = memoryview(piece)[part.start - position : part.end - position]
+
+    def _store_in_place(
+        self,
+        segment: _Segment,
+        start: int,
+        chunk: memoryview,
+        cleared: list[Range],
+        lost: list[Range],
+        *,
+        from_cache: bool,
+    ) -> None:
+        base = segment.dev_block(segment.start) * PAGE_SIZE - segment.start * PAGE_SIZE
+        dev = Range(base + start, base + start + len(chunk))
+        bad = self._bad_pages(dev)
+        for good in bad.gaps(*dev):
+            self._dax.direct_access(good.start, good.length)[:] = chunk[good.start - dev.start : good.end - dev.start]
+        for part in bad.overlapping(*dev):
+            if from_cache:
+                lost.append(Range(part.start - base, part.end - base))
+            else:
+                cleared += self._dax.recovery_write(part.start, chunk[part.start - dev.start : part.end - dev.start])
+
+    def _bad_pages(self, dev: Range) -> RangeSet:
+        """The pages (as bytes) with poison among those that hold ``dev``."""
+        first, last = dev.start // PAGE_SIZE * PAGE_SIZE, -(-dev.end // PAGE_SIZE) * PAGE_SIZE
+        return RangeSet(
+            (r.start // PAGE_SIZE * PAGE_SIZE, -(-r.end // PAGE_SIZE) * PAGE_SIZE)
+            for r in self._dax.poisoned(first, last - first)
+        )
+
+    # -- taking away
+
+    def remove(self, extents: ExtentMap, start: Block, end: Block) -> None:
+        """Make blocks ``[start, end)`` a hole, and give back what nobody else uses, bad blocks included."""
+        for run in extents.remove(start, end):
+            self._allocator.free(run)
+
+    def zero_tail(self, extents: ExtentMap, size: int) -> Stored:
+        """Make the rest of the block that holds byte ``size`` zero, so that a longer file reads zeros there.
+
+        Raises MediaError if the block is poison, NoSpace if it is shared and no other is free.
+        """
+        if size % PAGE_SIZE == 0 or extents.lookup(size // PAGE_SIZE, size // PAGE_SIZE + 1)[0].link is None:
+            return Stored([], [])
+        return self.store(extents, size, bytes(PAGE_SIZE - size % PAGE_SIZE), from_cache=False)

@@ -1,0 +1,308 @@
+"""The filesystem's verbs: what the host translates system calls into.
+
+Every verb is synchronous and therefore atomic under trio. After :meth:`Filesystem.shutdown` each one raises Shutdown (EIO).
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import NamedTuple
+
+from daxemu.errors import FsError, MediaError, Shutdown
+from daxemu.events import Emit, FilesystemShutdown, PoisonCleared, StoreLost
+from daxemu.fs.allocator import Allocator
+from daxemu.fs.extents import ExtentMap
+from daxemu.fs.file_data import Buffer, FileData, Stored
+from daxemu.fs.namespace import Credentials, Inode, Namespace
+from daxemu.fs.notify_failure import NotifyFailure
+from daxemu.fs.rmap import METADATA_INO, Rmap
+from daxemu.fs.store import Store, metadata_map, used_blocks
+from daxemu.mm.memory_failure import MemoryFailures
+from daxemu.pmem.dax_device import DaxDevice
+from daxemu.ranges import Range
+from daxemu.uapi import NAME_MAX, PAGE_SIZE, Ino
+
+MAX_FILE_SIZE = (1 << 63) - PAGE_SIZE
+
+
+class Damage(NamedTuple):
+    """Bytes ``[offset, offset + length)`` of a file that cannot be read."""
+
+    ino: Ino
+    path: str
+    offset: int
+    length: int
+
+
+class StatFs(NamedTuple):
+    """``struct statfs``, in blocks of 4096 bytes."""
+
+    blocks: int
+    free: int
+    available: int
+    files: int
+    name_max: int
+
+
+class Filesystem:
+    """One mounted filesystem: it holds the dax device from construction to :meth:`close`."""
+
+    def __init__(self, dax: DaxDevice, mm: MemoryFailures, emit: Emit, *, owner: tuple[int, int] = (0, 0)) -> None:
+        """Load the filesystem on ``dax``, or make one (whose root belongs to ``owner``) on a device without any.
+
+        Raises CorruptMetadata if there is one that cannot be read, Busy if the device is held.
+        """
+        self.dax = dax
+        self.emit = emit
+        self.lost_store_is_eio = False
+        """What fsync says of a mapped store lost to poison: False, nothing (DAX); True, EIO once (the page cache)."""
+        self.shutdown_reason: str | None = None
+        self.rmap = Rmap()
+        self.allocator = Allocator(dax)
+        self._store = Store(dax)
+        self._data = FileData(dax, self.rmap, self.allocator)
+        metadata_map(self.rmap, self._store.region_blocks)
+        if self._store.is_formatted():
+            self.names = Namespace(self.rmap)
+            self._store.load(self.names, self.rmap)
+            for run in used_blocks(self.rmap):
+                self.allocator.take(run)
+        else:
+            self.names = Namespace.new(self.rmap, *owner)
+            self.allocator.take(Range(0, self._store.region_blocks))
+        self._ensure_room()
+        self._holder = NotifyFailure(self, mm)
+        dax.hold(self._holder)
+
+    def close(self) -> None:
+        """Save, unless shut down, and let go of the device. Raises NoSpace if the host's memory is full."""
+        try:
+            if self.shutdown_reason is None:
+                self.commit()
+        finally:
+            self.dax.release(self._holder)
+
+    def commit(self) -> None:
+        """Put the metadata on the device."""
+        self._store.save(self.names)
+
+    def shutdown(self, reason: str) -> None:
+        """``xfs_force_shutdown()``: nothing is read or written any more; what was done until now is kept."""
+        if self.shutdown_reason is None:
+            self.commit()
+            self.shutdown_reason = reason
+            self.emit(FilesystemShutdown(device=self.dax.name, reason=reason))
+
+    def check_alive(self) -> None:
+        """Raises Shutdown after a shutdown."""
+        if self.shutdown_reason is not None:
+            raise Shutdown(f"the filesystem was shut down: {self.shutdown_reason}")
+
+    def _ensure_room(self, links: int = 0, name_bytes: int = 0) -> None:
+        """Refuse with NoSpace what the next commit would have no room for. One inode more is always counted."""
+        self._store.ensure_room(
+            len(self.names) + 1, self.rmap.link_count + links, self.names.name_bytes + name_bytes + NAME_MAX
+        )
+
+    # -- names
+
+    def mknod(self, parent: Ino, name: bytes, mode: int, rdev: int, cred: Credentials) -> Inode:
+        """See Namespace.mknod. Raises NoSpace when the metadata region is full."""
+        self.check_alive()
+        self._ensure_room()
+        return self.names.mknod(parent, name, mode, rdev, cred)
+
+    def mkdir(self, parent: Ino, name: bytes, mode: int, cred: Credentials) -> Inode:
+        """See Namespace.mkdir. Raises NoSpace when the metadata region is full."""
+        self.check_alive()
+        self._ensure_room()
+        return self.names.mkdir(parent, name, mode, cred)
+
+    def symlink(self, parent: Ino, name: bytes, target: bytes, cred: Credentials) -> Inode:
+        """See Namespace.symlink. Raises NoSpace when the metadata region is full."""
+        self.check_alive()
+        self._ensure_room(name_bytes=len(target))
+        return self.names.symlink(parent, name, target, cred)
+
+    def link(self, ino: Ino, parent: Ino, name: bytes) -> Inode:
+        """See Namespace.link. Raises NoSpace when the metadata region is full."""
+        self.check_alive()
+        self._ensure_room()
+        return self.names.link(ino, parent, name)
+
+    def setxattr(self, ino: Ino, name: bytes, value: bytes, flags: int) -> None:
+        """See Namespace.setxattr. Raises NoSpace when the metadata region is full."""
+        self.check_alive()
+        self._ensure_room(name_bytes=len(value))
+        self.names.setxattr(ino, name, value, flags)
+
+    def unlink(self, parent: Ino, name: bytes) -> Inode:
+        """Remove a name; the file goes with its last name, once nothing pins it."""
+        self.check_alive()
+        return self._unless_unused(self.names.unlink(parent, name))
+
+    def rmdir(self, parent: Ino, name: bytes) -> Inode:
+        """Remove an empty directory."""
+        self.check_alive()
+        return self._unless_unused(self.names.rmdir(parent, name))
+
+    def rename(self, old_parent: Ino, old: bytes, new_parent: Ino, new: bytes, flags: int) -> Inode | None:
+        """``renameat2(2)``; a file that was replaced goes as by unlink."""
+        self.check_alive()
+        self._ensure_room()
+        replaced = self.names.rename(old_parent, old, new_parent, new, flags)
+        return self._unless_unused(replaced) if replaced is not None else None
+
+    # -- lifetime
+
+    def pin(self, inode: Inode, count: int = 1) -> None:
+        """Keep an inode although its last name may go: the kernel knows it, or has it open."""
+        inode.pins += count
+
+    def unpin(self, ino: Ino, count: int = 1) -> None:
+        """Undo :meth:`pin`; the last one lets an unlinked inode go."""
+        inode = self.names.get(ino)
+        inode.pins -= count
+        self._unless_unused(inode)
+
+    def _unless_unused(self, inode: Inode) -> Inode:
+        if inode.nlink == 0 and inode.pins <= 0:
+            if inode.extents is not None:
+                self._data.remove(inode.extents, 0, MAX_FILE_SIZE // PAGE_SIZE)
+            self.names.drop(inode)
+        return inode
+
+    # -- bytes
+
+    def read(self, ino: Ino, offset: int, length: int) -> Buffer:
+        """Up to ``length`` bytes from ``offset``, fewer only at the end of the file.
+
+        Raises MediaError (EIO) if any page of it is poison, with no bytes at all.
+        """
+        self.check_alive()
+        inode, extents = self.names.regular(ino)
+        length = min(length, inode.size - offset)
+        if length <= 0:
+            return b""
+        return self._data.read(extents, offset, length)
+
+    def write(self, ino: Ino, offset: int, data: Buffer, *, from_cache: bool = False) -> int:
+        """``write(2)``, or with ``from_cache`` the page cache writing back what was stored through a mapping.
+
+        Raises MediaError (EIO) for a write that covers part of a poisoned page, NoSpace; then nothing was written. Poison
+        that is covered whole is cleared. A store from the cache to poison is lost: silently as on DAX, or with MediaError
+        (after the rest was written) where ``lost_store_is_eio``.
+        """
+        self.check_alive()
+        inode, extents = self.names.regular(ino)
+        if offset + len(data) > MAX_FILE_SIZE:
+            raise FsError(errno.EFBIG)
+        self._ensure_room(links=2 + len(data) // PAGE_SIZE)
+        stored = self._data.store(extents, offset, data, from_cache=from_cache)
+        inode.size = max(inode.size, offset + len(data))
+        inode.touch(modified=True)
+        self._publish(inode, stored)
+        return len(data)
+
+    def _publish(self, inode: Inode, stored: Stored) -> None:
+        for part in stored.cleared:
+            self.emit(PoisonCleared(offset=part.start, length=part.length, by="write"))
+        if not stored.lost:
+            return
+        path = self.names.path_of(inode.ino)
+        for part in stored.lost:
+            self.emit(StoreLost(ino=inode.ino, path=path, offset=part.start, length=part.length))
+        if self.lost_store_is_eio:
+            raise MediaError(f"{path}: a mapped store was lost to poison")
+
+    def set_size(self, ino: Ino, size: int) -> None:
+        """``truncate(2)``. Raises MediaError if the block that the new end cuts is poison; then nothing has changed."""
+        self.check_alive()
+        inode, extents = self.names.regular(ino)
+        if size > MAX_FILE_SIZE:
+            raise FsError(errno.EFBIG)
+        if size < inode.size:
+            self._ensure_room(links=2)
+            self._publish(inode, self._data.zero_tail(extents, size))
+            self._data.remove(extents, -(-size // PAGE_SIZE), MAX_FILE_SIZE // PAGE_SIZE)
+        inode.size = size
+        inode.touch(modified=True)
+
+    def remap_file_range(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
+        """``FICLONERANGE``: share ``src``'s blocks with ``dst``; ``length`` 0 is to the end. Returns the bytes shared.
+
+        Works on poison too: the clone shares it. Raises FsError EINVAL for ranges that are not whole blocks (but at the end of
+        the source file), lie beyond its end, or overlap; NoSpace when the metadata region is full.
+        """
+        self.check_alive()
+        source, src_extents = self.names.regular(src)
+        target, dst_extents = self.names.regular(dst)
+        if length == 0:
+            length = source.size - src_offset
+        whole = page_range_is_whole(source, src_offset, length) and dst_offset % PAGE_SIZE == 0
+        if src_offset < 0 or dst_offset < 0 or length < 0 or src_offset + length > source.size or not whole:
+            raise FsError(errno.EINVAL, "a range to share must be whole 4096-byte blocks inside the source file")
+        if length % PAGE_SIZE and dst_offset + length < target.size:
+            raise FsError(errno.EINVAL, "the source's partial last block can only be shared at the target's end")
+        if src == dst and max(src_offset, dst_offset) < min(src_offset, dst_offset) + length:
+            raise FsError(errno.EINVAL, "the ranges overlap")
+        if length == 0:
+            return 0
+        blocks = -(-length // PAGE_SIZE)
+        first, at = src_offset // PAGE_SIZE, dst_offset // PAGE_SIZE
+        self._ensure_room(links=2 + len(src_extents.lookup(first, first + blocks)))
+        self._data.remove(dst_extents, at, at + blocks)
+        dst_extents.clone_from(src_extents, first, blocks, at)
+        target.size = max(target.size, dst_offset + length)
+        target.touch(modified=True)
+        return length
+
+    def extents_of(self, ino: Ino) -> ExtentMap:
+        """The extent map of a regular file."""
+        return self.names.regular(ino)[1]
+
+    def adopt_cleared(self, cleared: list[Range]) -> None:
+        """Device byte ranges were made healthy, and given back to the host: reserve anew what files have of them."""
+        for part in cleared:
+            for owner in self.rmap.owners(part.start // PAGE_SIZE, -(-part.end // PAGE_SIZE)):
+                self.dax.reserve(owner.dev_block * PAGE_SIZE, owner.length * PAGE_SIZE)
+
+    # -- questions
+
+    def statfs(self) -> StatFs:
+        """How full it is."""
+        return StatFs(
+            self.allocator.total, self.allocator.free_blocks, self.allocator.usable_blocks, len(self.names), NAME_MAX
+        )
+
+    def damaged(self) -> list[Damage]:
+        """What the badblocks cost: every file range that lost data, by path, in order of path and offset."""
+        lost = []
+        for bad in self.dax.badblocks.overlapping_bytes(0, self.dax.size):
+            for owner in self.rmap.owners(bad.start // PAGE_SIZE, -(-bad.end // PAGE_SIZE)):
+                if owner.ino == METADATA_INO:
+                    lost.append(Damage(METADATA_INO, "<metadata>", bad.start, bad.length))
+                    continue
+                base = owner.dev_block * PAGE_SIZE
+                part = bad.clip(base, base + owner.length * PAGE_SIZE)
+                at = owner.file_block * PAGE_SIZE + part.start - base
+                lost.append(Damage(owner.ino, self.names.path_of(owner.ino), at, part.length))
+        return sorted(lost, key=lambda damage: (damage.path, damage.offset))
+
+    def device_ranges(self, ino: Ino, offset: int, length: int) -> list[Range]:
+        """Where the bytes ``[offset, offset + length)`` of a file are, as device byte ranges; holes are nowhere."""
+        extents = self.extents_of(ino)
+        found = []
+        for run in extents.lookup(offset // PAGE_SIZE, -(-(offset + length) // PAGE_SIZE)):
+            if run.link is not None:
+                base = (run.dev_block - run.file_block) * PAGE_SIZE
+                inside = Range(run.file_block * PAGE_SIZE, (run.file_block + run.length) * PAGE_SIZE)
+                part = inside.clip(offset, offset + length)
+                found.append(Range(base + part.start, base + part.end))
+        return found
+
+
+def page_range_is_whole(inode: Inode, offset: int, length: int) -> bool:
+    """Whether the range is whole blocks of the file, its last one cut off by the end of the file at most."""
+    end = offset + length
+    return offset % PAGE_SIZE == 0 and (end % PAGE_SIZE == 0 or end == inode.size)

@@ -1,0 +1,119 @@
+"""The filesystem's invariants, as code (what xfs_repair -n looks at). The command line and every test call it."""
+
+from __future__ import annotations
+
+import stat
+from collections import Counter
+
+from daxemu.fs.filesystem import Filesystem
+from daxemu.fs.namespace import ROOT_INO, Inode
+from daxemu.fs.rmap import METADATA_INO, Link, ReflinkProxy
+from daxemu.fs.store import used_blocks
+from daxemu.ranges import RangeSet
+from daxemu.uapi import PAGE_SIZE
+
+
+def fsck(fs: Filesystem) -> list[str]:
+    """Everything that is wrong, one line each; empty when the filesystem is sound."""
+    return [*_check_extents(fs), *_check_rmap(fs), *_check_free_space(fs), *_check_tree(fs)]
+
+
+def _check_extents(fs: Filesystem) -> list[str]:
+    wrong = []
+    for inode in fs.names:
+        if (inode.extents is not None) != stat.S_ISREG(inode.mode):
+            wrong.append(f"inode {inode.ino}: extents in a file of mode {inode.mode:o}, or none in a regular one")
+        if inode.extents is None:
+            continue
+        at = blocks = 0
+        for link in inode.extents:
+            blocks += link.length
+            if link.ino != inode.ino:
+                wrong.append(f"inode {inode.ino}: holds a link of inode {link.ino}")
+            if link.length <= 0 or link.file_block < at:
+                wrong.append(f"inode {inode.ino}: links overlap or are empty at block {link.file_block}")
+            if link.dev_block < 0 or link.dev_end > fs.allocator.total:
+                wrong.append(f"inode {inode.ino}: blocks {link.dev_block}-{link.dev_end} outside the device")
+            at = link.file_end
+        if blocks != inode.extents.blocks:
+            wrong.append(f"inode {inode.ino}: says {inode.extents.blocks} blocks, has {blocks}")
+        if at > -(-inode.size // PAGE_SIZE):
+            wrong.append(f"inode {inode.ino}: blocks beyond its end")
+    return wrong
+
+
+def _check_rmap(fs: Filesystem) -> list[str]:
+    wrong = []
+    mapped = {id(link) for inode in fs.names if inode.extents is not None for link in inode.extents}
+    references: Counter[ReflinkProxy] = Counter()
+    links: list[Link] = []
+    for link in fs.rmap:
+        if link.proxy is not None:
+            references[link.proxy] += 1
+        if link.ino == METADATA_INO:
+            links.append(link)
+            continue
+        if id(link) not in mapped:
+            wrong.append(f"{link}: in the reverse map, in no file")
+        mapped.discard(id(link))
+        links.append(link)
+    wrong += [f"{len(mapped)} links of files are not in the reverse map"] if mapped else []
+    wrong += [
+        f"proxy with reference count {proxy.refcount} has {count} links"
+        for proxy, count in references.items()
+        if proxy.refcount != count
+    ]
+    if len(links) != fs.rmap.link_count:
+        wrong.append(f"the reverse map counts {fs.rmap.link_count} links and has {len(links)}")
+    return wrong + _check_sharing(links)
+
+
+def _check_sharing(links: list[Link]) -> list[str]:
+    """Links that overlap on the device hold one proxy; one without a proxy overlaps none."""
+    wrong = []
+    active: list[Link] = []
+    for link in sorted(links, key=lambda item: item.dev_block):
+        active = [other for other in active if other.dev_end > link.dev_block]
+        wrong += [
+            f"{other} and {link} share blocks without sharing a proxy"
+            for other in active
+            if link.proxy is None or other.proxy is not link.proxy
+        ]
+        active.append(link)
+    return wrong
+
+
+def _check_free_space(fs: Filesystem) -> list[str]:
+    used, free = used_blocks(fs.rmap), RangeSet(fs.allocator.free_ranges())
+    wrong = [f"block {r.start}-{r.end} is free and in use" for run in used for r in free.overlapping(*run)]
+    if used.total + free.total != fs.allocator.total:
+        wrong.append(f"{used.total} used and {free.total} free blocks, but the device has {fs.allocator.total}")
+    return wrong
+
+
+def _check_tree(fs: Filesystem) -> list[str]:
+    wrong = []
+    names: Counter[int] = Counter()
+    subdirectories: Counter[int] = Counter()
+    inodes: dict[int, Inode] = {inode.ino: inode for inode in fs.names}
+    for directory in fs.names:
+        for name, child in (directory.entries or {}).items():
+            there = inodes.get(child)
+            if there is None:
+                wrong.append(f"directory {directory.ino}: {name!r} leads to inode {child}, which is not there")
+                continue
+            names[child] += 1
+            if there.is_dir:
+                subdirectories[directory.ino] += 1
+                if there.parent != directory.ino:
+                    wrong.append(f"directory {child}: its parent is {there.parent}, its name is in {directory.ino}")
+    for inode in fs.names:
+        if inode.is_dir:
+            expected = 2 + subdirectories[inode.ino] if names[inode.ino] or inode.ino == ROOT_INO else 0
+        else:
+            expected = names[inode.ino]
+        if inode.nlink != expected:
+            wrong.append(f"inode {inode.ino}: link count {inode.nlink}, has {expected}")
+        if inode.nlink == 0 and inode.pins <= 0:
+            wrong.append(f"inode {inode.ino}: unlinked, unused, and still there")
+    return wrong

@@ -1,0 +1,404 @@
+"""Inodes, directories, links, extended attributes: everything of a filesystem but the bytes of its files.
+
+Verbs raise FsError with the errno that the system call shows. Permission checks are the kernel's (``default_permissions``);
+what it leaves to the filesystem - sticky bits, setgid inheritance - is here.
+"""
+
+from __future__ import annotations
+
+import errno
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from daxemu.errors import FsError
+from daxemu.fs.extents import ExtentMap
+from daxemu.fs.rmap import Rmap
+from daxemu.uapi import (
+    NAME_MAX,
+    RENAME_EXCHANGE,
+    RENAME_NOREPLACE,
+    SYMLINK_MAX,
+    XATTR_CREATE,
+    XATTR_REPLACE,
+    XATTR_SIZE_MAX,
+    Ino,
+)
+
+ROOT_INO: Ino = 1
+LINK_MAX = (1 << 31) - 1
+ENTRY_COST = 16  # bytes a directory entry or an extended attribute takes in the store besides its name and value
+
+
+@dataclass(eq=False, slots=True)
+class Inode:
+    """One inode. Times are nanoseconds since the epoch, ``size`` is bytes.
+
+    ``entries`` is a directory's, ``extents`` a regular file's, ``target`` a symlink's; the others are None. ``parent`` and ``name``
+    are one of its links: a directory's only one, for others a hint that ``path_of`` verifies. ``pins`` counts what keeps it
+    alive besides its links: the kernel's lookups and open handles, which are the host's to count.
+    """
+
+    ino: Ino
+    mode: int
+    uid: int
+    gid: int
+    nlink: int = 1
+    rdev: int = 0
+    size: int = 0
+    atime: int = 0
+    mtime: int = 0
+    ctime: int = 0
+    parent: Ino = 0
+    name: bytes = b""
+    entries: dict[bytes, Ino] | None = None
+    extents: ExtentMap | None = None
+    target: bytes | None = None
+    xattrs: dict[bytes, bytes] = field(default_factory=dict)
+    pins: int = 0
+
+    @property
+    def is_dir(self) -> bool:
+        return self.entries is not None
+
+    def touch(self, *, modified: bool) -> None:
+        """Set ctime, and mtime if its contents changed."""
+        self.ctime = time.time_ns()
+        if modified:
+            self.mtime = self.ctime
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Who asks (``struct cred``, what of it matters here)."""
+
+    uid: int
+    gid: int
+    umask: int = 0
+
+
+class Namespace:
+    """The inode table and the tree in it. Precondition of every verb: inode numbers passed in came from a lookup."""
+
+    def __init__(self, rmap: Rmap) -> None:
+        self._rmap = rmap
+        self._inodes: dict[Ino, Inode] = {}
+        self._next_ino = ROOT_INO + 1
+        self.name_bytes = 0
+        """Bytes of names, symlinks and extended attributes: what the store must have room for besides inodes and links."""
+
+    @classmethod
+    def new(cls, rmap: Rmap, uid: int, gid: int) -> Namespace:
+        """An empty tree whose root belongs to ``uid`` and ``gid``."""
+        namespace = cls(rmap)
+        root = Inode(ROOT_INO, stat.S_IFDIR | 0o755, uid, gid, nlink=2, parent=ROOT_INO, entries={})
+        root.atime = root.mtime = root.ctime = time.time_ns()
+        namespace._inodes[ROOT_INO] = root
+        return namespace
+
+    # -- the inode table
+
+    def __len__(self) -> int:
+        return len(self._inodes)
+
+    def __iter__(self) -> Iterator[Inode]:
+        return iter(self._inodes.values())
+
+    def get(self, ino: Ino) -> Inode:
+        """The inode with this number. Raises FsError ESTALE if there is none (any more)."""
+        inode = self._inodes.get(ino)
+        if inode is None:
+            raise FsError(errno.ESTALE)
+        return inode
+
+    def regular(self, ino: Ino) -> tuple[Inode, ExtentMap]:
+        """The regular file with this number and its extents. Raises FsError EISDIR or EINVAL for anything else."""
+        inode = self.get(ino)
+        if inode.extents is None:
+            raise FsError(errno.EISDIR if inode.is_dir else errno.EINVAL)
+        return inode, inode.extents
+
+    def directory(self, ino: Ino) -> tuple[Inode, dict[bytes, Ino]]:
+        """The directory with this number and its entries. Raises FsError ENOTDIR for anything else."""
+        inode = self.get(ino)
+        if inode.entries is None:
+            raise FsError(errno.ENOTDIR)
+        return inode, inode.entries
+
+    def drop(self, inode: Inode) -> None:
+        """Forget an inode. Preconditions: no links, no pins, no extents."""
+        self.name_bytes -= self._own_bytes(inode)
+        del self._inodes[inode.ino]
+
+    def adopt(self, inode: Inode) -> None:
+        """Put in an inode that a store has read."""
+        self._inodes[inode.ino] = inode
+        self._next_ino = max(self._next_ino, inode.ino + 1)
+        self.name_bytes += self._own_bytes(inode)
+        self.name_bytes += sum(len(name) + ENTRY_COST for name in inode.entries or ())
+
+    @staticmethod
+    def _own_bytes(inode: Inode) -> int:
+        values = sum(len(name) + len(value) + ENTRY_COST for name, value in inode.xattrs.items())
+        return len(inode.target or b"") + values
+
+    @property
+    def next_ino(self) -> Ino:
+        """The number the next inode gets; numbers are never used twice."""
+        return self._next_ino
+
+    def path_of(self, ino: Ino) -> str:
+        """A path of the inode from the root, for people; an unlinked file has none but its number."""
+        names: list[str] = []
+        while ino != ROOT_INO:
+            inode = self._inodes.get(ino)
+            if inode is None or inode.nlink == 0:
+                return f"<inode {ino}, unlinked>"
+            parent = self._inodes.get(inode.parent)
+            if parent is None or parent.entries is None or parent.entries.get(inode.name) != ino:
+                self._find_name(inode)
+            names.append(inode.name.decode(errors="surrogateescape"))
+            ino = inode.parent
+        return "/" + "/".join(reversed(names))
+
+    def _find_name(self, inode: Inode) -> None:
+        """Its remembered name was unlinked, but it has another: look through the tree for it."""
+        for directory in self:
+            for name, child in (directory.entries or {}).items():
+                if child == inode.ino:
+                    inode.parent, inode.name = directory.ino, name
+                    return
+
+    # -- looking
+
+    def lookup(self, parent: Ino, name: bytes) -> Inode:
+        """``->lookup``. Raises FsError ENOENT."""
+        inode, entries = self.directory(parent)
+        if name == b".":
+            return inode
+        if name == b"..":
+            return self.get(inode.parent)
+        if len(name) > NAME_MAX:
+            raise FsError(errno.ENAMETOOLONG)
+        child = entries.get(name)
+        if child is None:
+            raise FsError(errno.ENOENT)
+        return self.get(child)
+
+    # -- making
+
+    def _room_for(self, parent: Ino, name: bytes) -> tuple[Inode, dict[bytes, Ino]]:
+        inode, entries = self.directory(parent)
+        if len(name) > NAME_MAX:
+            raise FsError(errno.ENAMETOOLONG)
+        if name in entries:
+            raise FsError(errno.EEXIST)
+        if inode.nlink == 0:
+            raise FsError(errno.ENOENT)
+        return inode, entries
+
+    def _new_inode(self, parent: Inode, mode: int, cred: Credentials) -> Inode:
+        gid = cred.gid
+        if parent.mode & stat.S_ISGID:
+            gid = parent.gid
+            if stat.S_ISDIR(mode):
+                mode |= stat.S_ISGID
+        inode = Inode(self._next_ino, mode, cred.uid, gid)
+        inode.atime = inode.mtime = inode.ctime = time.time_ns()
+        self._next_ino += 1
+        self._inodes[inode.ino] = inode
+        return inode
+
+    def _enter(self, parent: Inode, entries: dict[bytes, Ino], name: bytes, child: Inode) -> None:
+        entries[name] = child.ino
+        child.parent, child.name = parent.ino, name
+        self.name_bytes += len(name) + ENTRY_COST
+        parent.touch(modified=True)
+
+    def mknod(self, parent: Ino, name: bytes, mode: int, rdev: int, cred: Credentials) -> Inode:
+        """A new regular file, device node, fifo or socket (``->create``, ``->mknod``)."""
+        directory, entries = self._room_for(parent, name)
+        inode = self._new_inode(directory, mode & ~cred.umask, cred)
+        if stat.S_ISREG(mode):
+            inode.extents = ExtentMap(inode.ino, self._rmap)
+        else:
+            inode.rdev = rdev
+        self._enter(directory, entries, name, inode)
+        return inode
+
+    def mkdir(self, parent: Ino, name: bytes, mode: int, cred: Credentials) -> Inode:
+        """``->mkdir``. Raises FsError EMLINK when the parent has all the links it can have."""
+        directory, entries = self._room_for(parent, name)
+        if directory.nlink >= LINK_MAX:
+            raise FsError(errno.EMLINK)
+        inode = self._new_inode(directory, stat.S_IFDIR | (mode & 0o7777 & ~cred.umask), cred)
+        inode.entries, inode.nlink = {}, 2
+        directory.nlink += 1
+        self._enter(directory, entries, name, inode)
+        return inode
+
+    def symlink(self, parent: Ino, name: bytes, target: bytes, cred: Credentials) -> Inode:
+        """``->symlink``. Raises FsError ENAMETOOLONG for a target of 4096 bytes or more."""
+        directory, entries = self._room_for(parent, name)
+        if len(target) > SYMLINK_MAX:
+            raise FsError(errno.ENAMETOOLONG)
+        inode = self._new_inode(directory, stat.S_IFLNK | 0o777, cred)
+        inode.target, inode.size = target, len(target)
+        self.name_bytes += len(target)
+        self._enter(directory, entries, name, inode)
+        return inode
+
+    def link(self, ino: Ino, parent: Ino, name: bytes) -> Inode:
+        """``->link``. Raises FsError EPERM for a directory, ENOENT for a file whose last link is gone."""
+        inode = self.get(ino)
+        if inode.is_dir:
+            raise FsError(errno.EPERM)
+        if inode.nlink == 0:
+            raise FsError(errno.ENOENT)
+        if inode.nlink >= LINK_MAX:
+            raise FsError(errno.EMLINK)
+        directory, entries = self._room_for(parent, name)
+        inode.nlink += 1
+        inode.touch(modified=False)
+        self._enter(directory, entries, name, inode)
+        return inode
+
+    # -- taking away
+
+    def _leave(self, parent: Inode, entries: dict[bytes, Ino], name: bytes) -> None:
+        del entries[name]
+        self.name_bytes -= len(name) + ENTRY_COST
+        parent.touch(modified=True)
+
+    def unlink(self, parent: Ino, name: bytes) -> Inode:
+        """``->unlink``. Returns the inode, which may have no links any more. Raises FsError EISDIR."""
+        directory, entries = self.directory(parent)
+        inode = self.lookup(parent, name)
+        if inode.is_dir:
+            raise FsError(errno.EISDIR)
+        self._leave(directory, entries, name)
+        inode.nlink -= 1
+        inode.touch(modified=False)
+        return inode
+
+    def rmdir(self, parent: Ino, name: bytes) -> Inode:
+        """``->rmdir``. Returns the directory, without links now. Raises FsError ENOTDIR, ENOTEMPTY."""
+        directory, entries = self.directory(parent)
+        inode = self.lookup(parent, name)
+        if inode.entries is None:
+            raise FsError(errno.ENOTDIR)
+        if inode.entries:
+            raise FsError(errno.ENOTEMPTY)
+        self._leave(directory, entries, name)
+        directory.nlink -= 1
+        inode.nlink = 0
+        inode.touch(modified=False)
+        return inode
+
+    def rename(self, old_parent: Ino, old: bytes, new_parent: Ino, new: bytes, flags: int) -> Inode | None:
+        """``->rename`` with its flags. Returns the inode that was replaced, if any."""
+        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:
+            raise FsError(errno.EINVAL)
+        source_dir, source_entries = self.directory(old_parent)
+        target_dir, target_entries = self.directory(new_parent)
+        moved = self.lookup(old_parent, old)
+        if len(new) > NAME_MAX:
+            raise FsError(errno.ENAMETOOLONG)
+        if target_dir.nlink == 0:
+            raise FsError(errno.ENOENT)
+        present = target_entries.get(new)
+        there = self.get(present) if present is not None else None
+        if flags & RENAME_EXCHANGE and there is None:
+            raise FsError(errno.ENOENT)
+        if flags & RENAME_NOREPLACE and there is not None:
+            raise FsError(errno.EEXIST)
+        if moved.is_dir and self._is_inside(new_parent, moved.ino):
+            raise FsError(errno.EINVAL)
+        if flags & RENAME_EXCHANGE and there is not None:
+            if there.is_dir and self._is_inside(old_parent, there.ino):
+                raise FsError(errno.EINVAL)
+            self._exchange(source_dir, source_entries, old, moved, target_dir, target_entries, new, there)
+            return None
+        if there is moved:
+            return None
+        if there is not None:
+            self._replaceable(moved, there)
+            (self.rmdir if there.is_dir else self.unlink)(new_parent, new)
+        self._leave(source_dir, source_entries, old)
+        self._enter(target_dir, target_entries, new, moved)
+        if moved.is_dir and source_dir is not target_dir:
+            source_dir.nlink -= 1
+            target_dir.nlink += 1
+        moved.touch(modified=False)
+        return there
+
+    @staticmethod
+    def _replaceable(moved: Inode, there: Inode) -> None:
+        if there.is_dir and not moved.is_dir:
+            raise FsError(errno.EISDIR)
+        if moved.is_dir and not there.is_dir:
+            raise FsError(errno.ENOTDIR)
+        if there.entries:
+            raise FsError(errno.ENOTEMPTY)
+
+    def _exchange(
+        self,
+        source_dir: Inode,
+        source_entries: dict[bytes, Ino],
+        old: bytes,
+        moved: Inode,
+        target_dir: Inode,
+        target_entries: dict[bytes, Ino],
+        new: bytes,
+        there: Inode,
+    ) -> None:
+        source_entries[old], target_entries[new] = there.ino, moved.ino
+        moved.parent, moved.name, there.parent, there.name = target_dir.ino, new, source_dir.ino, old
+        for inode, before, after in ((moved, source_dir, target_dir), (there, target_dir, source_dir)):
+            if inode.is_dir:
+                before.nlink -= 1
+                after.nlink += 1
+            inode.touch(modified=False)
+        source_dir.touch(modified=True)
+        target_dir.touch(modified=True)
+
+    def _is_inside(self, ino: Ino, ancestor: Ino) -> bool:
+        """Whether directory ``ino`` is ``ancestor`` or below it."""
+        while True:
+            if ino == ancestor:
+                return True
+            if ino == ROOT_INO:
+                return False
+            ino = self.get(ino).parent
+
+    # -- extended attributes
+
+    def setxattr(self, ino: Ino, name: bytes, value: bytes, flags: int) -> None:
+        """``setxattr(2)``. Raises FsError EEXIST, ENODATA, E2BIG as its flags and sizes say."""
+        inode = self.get(ino)
+        if len(value) > XATTR_SIZE_MAX:
+            raise FsError(errno.E2BIG)
+        if flags & XATTR_CREATE and name in inode.xattrs:
+            raise FsError(errno.EEXIST)
+        if flags & XATTR_REPLACE and name not in inode.xattrs:
+            raise FsError(errno.ENODATA)
+        self.name_bytes += len(value) - len(inode.xattrs.get(name, b""))
+        self.name_bytes += 0 if name in inode.xattrs else len(name) + ENTRY_COST
+        inode.xattrs[name] = value
+        inode.touch(modified=False)
+
+    def getxattr(self, ino: Ino, name: bytes) -> bytes:
+        """``getxattr(2)``. Raises FsError ENODATA."""
+        value = self.get(ino).xattrs.get(name)
+        if value is None:
+            raise FsError(errno.ENODATA)
+        return value
+
+    def removexattr(self, ino: Ino, name: bytes) -> None:
+        """``removexattr(2)``. Raises FsError ENODATA."""
+        inode = self.get(ino)
+        if name not in inode.xattrs:
+            raise FsError(errno.ENODATA)
+        self.name_bytes -= len(name) + len(inode.xattrs.pop(name)) + ENTRY_COST
+        inode.touch(modified=False)

@@ -1,0 +1,136 @@
+"""Device extent -> everything that uses it: the reverse map, and the reflink proxy (fs/xfs/libxfs/xfs_rmap.c).
+
+A page has room to name one owner. A block that several files share by reflink has many, so it needs an object that stands
+for all of them: the *proxy*. It is made when an extent is first shared, every link to any part of that extent holds it,
+and it goes with the last of them. An extent that was never shared has no proxy, and its one link is its owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from daxemu.ranges import IntervalIndex, Range, RangeSet
+from daxemu.uapi import Block, Ino
+
+METADATA_INO: Ino = 0
+"""The owner of the blocks that hold the filesystem's own records; no file has this number."""
+
+
+class ReflinkProxy:
+    """Stands for all links of one shared device extent. ``refcount`` is how many there are."""
+
+    __slots__ = ("refcount",)
+
+    def __init__(self) -> None:
+        self.refcount = 0
+
+
+class Link:
+    """File ``ino``'s claim on device blocks ``[dev_block, dev_block + length)`` for its blocks from ``file_block`` on.
+
+    Mutable, but only :class:`~daxemu.fs.extents.ExtentMap` may: both indexes that hold a link depend on its fields.
+    """
+
+    __slots__ = ("dev_block", "file_block", "ino", "length", "proxy")
+
+    def __init__(
+        self, ino: Ino, file_block: Block, dev_block: Block, length: int, proxy: ReflinkProxy | None = None
+    ) -> None:
+        self.ino = ino
+        self.file_block = file_block
+        self.dev_block = dev_block
+        self.length = length
+        self.proxy = proxy
+
+    @property
+    def file_end(self) -> Block:
+        return self.file_block + self.length
+
+    @property
+    def dev_end(self) -> Block:
+        return self.dev_block + self.length
+
+    def __repr__(self) -> str:
+        shared = f" shared by {self.proxy.refcount}" if self.proxy else ""
+        return f"<Link ino {self.ino} file {self.file_block} dev {self.dev_block} len {self.length}{shared}>"
+
+
+class Owner(NamedTuple):
+    """One file's use of a part of a device range (``struct xfs_rmap_irec``); all in blocks."""
+
+    ino: Ino
+    file_block: Block
+    dev_block: Block
+    length: int
+
+
+class Rmap:
+    """All links of a filesystem, found by device blocks."""
+
+    def __init__(self) -> None:
+        self._links: IntervalIndex[Link] = IntervalIndex(lambda link: link.dev_block, lambda link: link.length)
+        self.link_count = 0
+
+    def __iter__(self) -> Iterator[Link]:
+        return iter(self._links)
+
+    # -- changes: for ExtentMap only
+
+    def add(self, link: Link) -> None:
+        """File a new link. If it has a proxy, that gains a reference."""
+        self._links.add(link)
+        self.link_count += 1
+        if link.proxy is not None:
+            link.proxy.refcount += 1
+
+    def discard(self, link: Link) -> None:
+        """Take a link out; its proxy loses a reference."""
+        self._links.discard(link)
+        self.link_count -= 1
+        if link.proxy is not None:
+            link.proxy.refcount -= 1
+
+    def reshape(self, link: Link, *, trim_front: int = 0, length: int) -> None:
+        """Cut ``trim_front`` blocks off the front of ``link`` and make it ``length`` long; it stays the same link."""
+        self._links.discard(link)
+        link.file_block += trim_front
+        link.dev_block += trim_front
+        link.length = length
+        self._links.add(link)
+
+    def share(self, link: Link) -> ReflinkProxy:
+        """The proxy of ``link``, made now if the extent was never shared before."""
+        if link.proxy is None:
+            link.proxy = ReflinkProxy()
+            link.proxy.refcount = 1
+        return link.proxy
+
+    # -- questions
+
+    def owners(self, start: Block, end: Block) -> Iterator[Owner]:
+        """Every use of device blocks ``[start, end)``, cut to it, through every file that shares them."""
+        for link in self._links.overlapping(start, end):
+            part = Range(link.dev_block, link.dev_end).clip(start, end)
+            yield Owner(link.ino, link.file_block + part.start - link.dev_block, part.start, part.length)
+
+    def unreferenced(self, start: Block, end: Block) -> list[Range]:
+        """The parts of ``[start, end)`` that no link uses."""
+        used = RangeSet((owner.dev_block, owner.dev_block + owner.length) for owner in self.owners(start, end))
+        return list(used.gaps(start, end))
+
+    def shared_parts(self, link: Link, start: Block, end: Block) -> RangeSet:
+        """The parts of device blocks ``[start, end)``, all of them ``link``'s, that another link uses as well."""
+        shared = RangeSet()
+        if link.proxy is None or link.proxy.refcount == 1:
+            return shared
+        for other in self._links.overlapping(start, end):
+            if other is not link:
+                shared.add(*Range(other.dev_block, other.dev_end).clip(start, end))
+        return shared
+
+    def proxy_of(self, block: Block) -> ReflinkProxy | None:
+        """The proxy that stands for one device block; None if it is free or was never shared."""
+        for link in self._links.overlapping(block, block + 1):
+            return link.proxy
+        return None

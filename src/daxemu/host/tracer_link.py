@@ -1,0 +1,232 @@
+"""The supervisor's end of the tracer: exact SIGBUS into unmodified processes, without ever making the event loop wait.
+
+Counterpart in Linux: the callers' view of kill_proc() in mm/memory-failure.c. What can be told to a thread, and how, is in
+``tracer``; here are its process, its socket and who waits for which report.
+
+States: no tracer process (at first, and after it died) -> running. A process is started by the next request. When one dies,
+the kernel lets its tracees go, and every request it had gets ``Refused``.
+
+Invariants:
+- every request gets exactly one outcome; ``on_report`` is called for each, whether or not somebody waits;
+- sending never waits for the tracer: packets queue here without bound, and reading goes on meanwhile;
+- all methods belong to the trio thread that opened the link.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import trio
+
+import daxemu
+from daxemu.host.tracer import ArmAR, ArmedAck, Gone, Outcome, Refused, Report, Request, SendAO
+from daxemu.uapi import PAGE_SHIFT
+
+_DIED = "the tracer died"
+_EXIT_PATIENCE = 5.0  # seconds for the tracer to let its threads go, when the link closes
+_MAX_PACKET = 1 << 16
+
+
+class Pending:
+    """A request on its way. Threads may be stopped or asleep in the kernel, so it may stay so for any time."""
+
+    def __init__(self, id_: int, tid: int) -> None:
+        self.id = id_
+        self.tid = tid
+        self.outcome: Outcome | None = None
+        self._done = trio.Event()
+
+    async def wait(self, timeout: float = math.inf) -> Outcome | None:
+        """What came of it; None if nothing did within ``timeout`` seconds: it goes on, and may be waited for again."""
+        with trio.move_on_after(timeout):
+            await self._done.wait()
+        return self.outcome
+
+    def _acknowledge(self) -> None:
+        """Only arms care."""
+
+    def _finish(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self._done.set()
+
+
+class Armed(Pending):
+    """A held thread whose next BUS_ADRERR becomes BUS_MCEERR_AR. Comes to ``Delivered``, ``NotTaken``, ``Gone``, ``Refused``."""
+
+    def __init__(self, id_: int, tid: int) -> None:
+        super().__init__(id_, tid)
+        self._answered = trio.Event()
+        self._is_held = False
+
+    async def _answer(self) -> Armed | Refused | Gone:
+        await self._answered.wait()
+        if not self._is_held and isinstance(self.outcome, Refused | Gone):
+            return self.outcome
+        return self
+
+    def _acknowledge(self) -> None:
+        self._is_held = True
+        self._answered.set()
+
+    def _finish(self, outcome: Outcome) -> None:
+        super()._finish(outcome)
+        self._answered.set()
+
+
+class _Session:
+    """One tracer process."""
+
+    def __init__(self, process: trio.Process, sock: trio.socket.SocketType) -> None:
+        self.process = process
+        self.sock = sock
+        self.is_alive = True
+        self.waiting: dict[int, Pending] = {}
+        self.outgoing, self.queue = trio.open_memory_channel[Request](math.inf)
+
+
+class TracerLink:
+    """A tracer, for one supervisor. Open with ``async with TracerLink.open() as link``."""
+
+    def __init__(self, nursery: trio.Nursery, on_report: Callable[[Outcome], None] | None) -> None:
+        self._nursery = nursery
+        self._on_report = on_report
+        self._ids = itertools.count(1)
+        self._session: _Session | None = None
+        self._starting = trio.Lock()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, on_report: Callable[[Outcome], None] | None = None) -> AsyncIterator[TracerLink]:
+        """Start the tracer; at the end let all threads go and stop it.
+
+        ``on_report`` is called in the trio thread with every outcome, in the order they happened.
+        """
+        async with trio.open_nursery() as nursery:
+            link = cls(nursery, on_report)
+            await link._running()
+            try:
+                yield link
+            finally:
+                nursery.cancel_scope.cancel()
+
+    @property
+    def pid(self) -> int | None:
+        """The tracer's process id; None while there is none."""
+        return self._session.process.pid if self._session is not None and self._session.is_alive else None
+
+    async def arm(self, tid: int, timeout: float = 1.0) -> Armed | Refused | Gone:
+        """Hold thread ``tid``, which is about to consume poison: force_sig_mceerr(BUS_MCEERR_AR).
+
+        Once ``Armed``, fail its page fault: the SIGBUS/BUS_ADRERR that the kernel then forces, whatever the thread's mask
+        and handler, reaches it as BUS_MCEERR_AR with the same address and lsb 12. If none comes within ``timeout`` seconds
+        (it was interrupted, or a system call took the fault) the thread is let go untouched: ``NotTaken``.
+        """
+        session = await self._running()
+        armed = Armed(next(self._ids), tid)
+        self._submit(session, ArmAR(armed.id, tid, timeout), armed)
+        return await armed._answer()
+
+    async def send_ao(self, tgid: int, tid: int, addr: int, lsb: int = PAGE_SHIFT) -> Pending:
+        """Tell thread ``tid`` of process ``tgid`` of poison it has mapped: send_sig_mceerr(BUS_MCEERR_AO).
+
+        ``addr`` is the virtual address in that process, ``lsb`` the binary logarithm of the lost range in bytes. Several for
+        one thread arrive one after another, in this order, none lost. Comes to ``Delivered`` (also when the thread blocks
+        SIGBUS: then it is pending), ``Ignored``, ``Refused`` or ``Gone``; to nothing as long as the process is stopped.
+        """
+        session = await self._running()
+        pending = Pending(next(self._ids), tid)
+        self._submit(session, SendAO(pending.id, tgid, tid, addr, lsb), pending)
+        return pending
+
+    def _submit(self, session: _Session, request: Request, pending: Pending) -> None:
+        session.waiting[pending.id] = pending
+        if session.is_alive:
+            session.outgoing.send_nowait(request)
+        else:
+            self._finish(session, Refused(pending.id, _DIED))
+
+    async def _running(self) -> _Session:
+        async with self._starting:
+            if self._session is None or not self._session.is_alive:
+                self._session = await self._nursery.start(self._serve)
+            return self._session
+
+    async def _serve(self, task_status: trio.TaskStatus[_Session]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, trio.socket.from_stdlib_socket(ours) as sock:
+            session = _Session(await _start_process(theirs.fileno()), sock)
+            theirs.close()
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_write, session)
+                    task_status.started(session)
+                    await self._read(session)
+                    nursery.cancel_scope.cancel()
+            finally:
+                session.is_alive = False
+                sock.close()
+                for id_ in list(session.waiting):
+                    self._finish(session, Refused(id_, _DIED))
+                await _stop_process(session.process)
+
+    async def _read(self, session: _Session) -> None:
+        decoder = msgspec.json.Decoder(Report)
+        while True:
+            try:
+                packet = await session.sock.recv(_MAX_PACKET)
+            except ConnectionResetError:  # it died with requests unread
+                return
+            if not packet:
+                return
+            report = decoder.decode(packet)
+            if isinstance(report, ArmedAck):
+                session.waiting[report.id]._acknowledge()
+            else:
+                self._finish(session, report)
+
+    def _finish(self, session: _Session, outcome: Outcome) -> None:
+        session.waiting.pop(outcome.id)._finish(outcome)
+        if self._on_report is not None:
+            self._on_report(outcome)
+
+
+async def _write(session: _Session) -> None:
+    encoder = msgspec.json.Encoder()
+    async for request in session.queue:
+        try:
+            await session.sock.send(encoder.encode(request))
+        except (BrokenPipeError, ConnectionResetError):  # the reader sees the end too, and tells everyone
+            return
+
+
+async def _start_process(fd: int) -> trio.Process:
+    # From "/", lest it keep a mount busy; -P, lest modules be taken from there.
+    path = os.pathsep.join(filter(None, (str(Path(daxemu.__file__).parent.parent), os.environ.get("PYTHONPATH"))))
+    return await trio.lowlevel.open_process(
+        [sys.executable, "-P", "-m", "daxemu.host.tracer", str(fd)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=[fd],
+        start_new_session=True,
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+async def _stop_process(process: trio.Process) -> None:
+    """Its socket is closed, so it ends by itself; but we do not wait for ever."""
+    with trio.CancelScope(shield=True):
+        with trio.move_on_after(_EXIT_PATIENCE):
+            await process.wait()
+        if process.returncode is None:
+            process.kill()
+            await process.wait()

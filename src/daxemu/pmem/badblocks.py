@@ -1,0 +1,52 @@
+"""The poison the driver knows of, in 512-byte sectors: block/badblocks.c.
+
+Not the same thing as memory_failure(): this list is for the allocator and for naming damaged files; nobody is signalled
+because of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from daxemu.ranges import Range, RangeSet
+from daxemu.uapi import SECTOR_SIZE, Sector
+
+
+class Badblocks:
+    """Known-bad sectors of one device, counted from its first data sector."""
+
+    def __init__(self) -> None:
+        self._bad = RangeSet()
+
+    def __len__(self) -> int:
+        return len(self._bad)
+
+    def __iter__(self) -> Iterator[Range]:
+        return iter(self._bad)
+
+    @property
+    def count(self) -> int:
+        """Bad sectors in all (``bb->count`` counts entries; this counts what they hold)."""
+        return self._bad.total
+
+    def set(self, sector: Sector, sectors: int) -> list[Range]:
+        """Acknowledge bad sectors (``badblocks_set``); returns those not known before."""
+        return self._bad.add(sector, sector + sectors)
+
+    def clear(self, sector: Sector, sectors: int) -> list[Range]:
+        """Forget bad sectors (``badblocks_clear``); returns those that were known."""
+        return self._bad.remove(sector, sector + sectors)
+
+    def check(self, sector: Sector, sectors: int) -> Range | None:
+        """The first bad part of the range (``badblocks_check``), None if it has none."""
+        return next(self._bad.overlapping(sector, sector + sectors), None)
+
+    def overlapping_bytes(self, offset: int, length: int) -> Iterator[Range]:
+        """The known-bad byte ranges (whole sectors) that meet ``[offset, offset + length)``."""
+        first, last = offset // SECTOR_SIZE, -(-(offset + length) // SECTOR_SIZE)
+        for bad in self._bad.overlapping(first, last):
+            yield Range(bad.start * SECTOR_SIZE, bad.end * SECTOR_SIZE)
+
+    def sysfs_text(self) -> str:
+        """As /sys/block/pmem0/badblocks prints it: "first-sector count" a line."""
+        return "".join(f"{bad.start} {bad.length}\n" for bad in self._bad)

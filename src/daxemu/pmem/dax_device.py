@@ -1,0 +1,155 @@
+"""What a filesystem maps: drivers/dax/super.c and fs/dax.c's ways into the media.
+
+A :class:`DaxDevice` has one *holder*, the filesystem, which is told of failures by range. Offsets are device bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from daxemu.errors import Busy, InvalidArgument, MediaError, NoDevice, Unsupported
+from daxemu.pmem.badblocks import Badblocks
+from daxemu.pmem.media import Media, sectors_of
+from daxemu.ranges import Range
+from daxemu.uapi import MF_MEM_PRE_REMOVE, SECTOR_SIZE, U64_MAX, Pfn
+
+
+class DaxHolderOperations(Protocol):
+    """``struct dax_holder_operations``: what a holder lets the device call."""
+
+    def notify_failure(self, offset: int, length: int, flags: int) -> None:
+        """``[offset, offset + length)`` of the device failed; ``(0, U64_MAX)`` is all of it.
+
+        Raises Unsupported (-EOPNOTSUPP) to have the generic handler run, any other DaxemuError to say it failed.
+        """
+
+
+class DaxDevice:
+    """One dax device: ``size`` bytes of ``media`` from ``data_offset`` on, their badblocks, and who holds them.
+
+    ``base_pfn`` is the page frame of device byte 0.
+    """
+
+    def __init__(self, name: str, media: Media, data_offset: int, badblocks: Badblocks, base_pfn: Pfn) -> None:
+        self.name = name
+        self.base_pfn = base_pfn
+        self.size = media.size - data_offset
+        self.alive = True
+        self.badblocks = badblocks
+        self._media = media
+        self._data_offset = data_offset
+        self._holder: DaxHolderOperations | None = None
+
+    # -- who holds it
+
+    def hold(self, holder: DaxHolderOperations) -> None:
+        """``fs_dax_get()``: become the holder. Raises Busy if there is one, NoDevice after kill_dax()."""
+        if not self.alive:
+            raise NoDevice(f"{self.name}: the device is gone")
+        if self._holder is not None:
+            raise Busy(f"{self.name}: already held by a filesystem")
+        self._holder = holder
+
+    def release(self, holder: DaxHolderOperations) -> None:
+        """``fs_put_dax()``: stop being the holder, if that is what one is."""
+        if self._holder is holder:
+            self._holder = None
+
+    def dax_is_idle(self) -> bool:
+        """Whether nobody holds the device."""
+        return self._holder is None
+
+    def notify_failure(self, offset: int, length: int, flags: int) -> None:
+        """``dax_holder_notify_failure()``: one call for one range, up to the holder.
+
+        Raises NoDevice (-ENXIO) when the device is dead, Unsupported (-EOPNOTSUPP) without a holder, and whatever the
+        holder raises.
+        """
+        if not self.alive:
+            raise NoDevice(f"{self.name}: the device is gone")
+        if self._holder is None:
+            raise Unsupported(f"{self.name}: no holder")
+        self._holder.notify_failure(offset, length, flags)
+
+    def kill_dax(self) -> None:
+        """Surprise removal: the holder is told once, for everything, and the device is dead from then on."""
+        if not self.alive:
+            raise NoDevice(f"{self.name}: removed already")
+        try:
+            if self._holder is not None:
+                self.notify_failure(0, U64_MAX, MF_MEM_PRE_REMOVE)
+        finally:
+            self.alive = False
+            self._holder = None
+
+    # -- the bytes
+
+    def _check(self, offset: int, length: int) -> None:
+        if not self.alive:
+            raise NoDevice(f"{self.name}: the device is gone")
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise InvalidArgument(f"{self.name}: {offset:#x}+{length:#x} is outside the device")
+
+    def is_poisoned(self, offset: int, length: int) -> bool:
+        """Whether any byte of the range is poison, known or latent."""
+        return self._media.is_poisoned(self._data_offset + offset, length)
+
+    def poisoned(self, offset: int, length: int) -> list[Range]:
+        """The poisoned device byte ranges (whole sectors) that meet the range, known or latent."""
+        at = self._data_offset
+        return [Range(r.start - at, r.end - at) for r in self._media.poisoned(at + offset, length)]
+
+    def direct_access(self, offset: int, length: int) -> memoryview:
+        """The live bytes of the range (``dax_direct_access``), for reading or writing.
+
+        Raises MediaError if any of them is poison, NoDevice after removal. Precondition: reserved.
+        """
+        self._check(offset, length)
+        if self.is_poisoned(offset, length):
+            raise MediaError(f"{self.name}: poison in {offset:#x}+{length:#x}", self.poisoned(offset, length))
+        return self._media.view(self._data_offset + offset, length)
+
+    def recovery_write(self, offset: int, data: bytes | memoryview) -> list[Range]:
+        """Write whole sectors over poison, which clears it and its badblocks (``dax_recovery_write``).
+
+        Returns the byte ranges that were poison. Precondition: reserved, sector-aligned at both ends.
+        """
+        self._check(offset, len(data))
+        if offset % SECTOR_SIZE or len(data) % SECTOR_SIZE:
+            raise InvalidArgument("a write over poison must cover whole sectors")
+        cleared = self.clear_poison(offset, len(data))
+        self._media.view(self._data_offset + offset, len(data))[:] = data
+        return cleared
+
+    def clear_poison(self, offset: int, length: int) -> list[Range]:
+        """``pmem_clear_poison()``: the range is readable again; returns the byte ranges that were not.
+
+        Precondition: something is written over them next, or they are given back.
+        """
+        sectors = sectors_of(offset, length)
+        self.badblocks.clear(sectors.start, sectors.length)
+        shift = self._data_offset // SECTOR_SIZE
+        cleared = self._media.clear_poison(Range(sectors.start + shift, sectors.end + shift))
+        return [Range((r.start - shift) * SECTOR_SIZE, (r.end - shift) * SECTOR_SIZE) for r in cleared]
+
+    def add_poison(self, offset: int, length: int) -> Range:
+        """The hardware goes bad there; returns the byte range, rounded out to sectors. Nobody is told by this."""
+        self._check(offset, length)
+        sectors = sectors_of(offset, length)
+        shift = self._data_offset // SECTOR_SIZE
+        self._media.add_poison(Range(sectors.start + shift, sectors.end + shift))
+        return Range(sectors.start * SECTOR_SIZE, sectors.end * SECTOR_SIZE)
+
+    def zero(self, offset: int, length: int) -> None:
+        """Store zeros (``dax_zero_page_range``). Precondition: reserved. Raises MediaError on poison."""
+        self.direct_access(offset, length)[:] = bytes(length)
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Back the range with memory before its first use. Raises NoSpace."""
+        self._check(offset, length)
+        self._media.reserve(self._data_offset + offset, length)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give the range's memory back; reserved again, it reads as zeros."""
+        if self.alive:
+            self._media.release(self._data_offset + offset, length)

@@ -1,0 +1,157 @@
+"""The directory that is a device: its ``device.toml``, and the lock that keeps a second mount away."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from daxemu.errors import Busy, InvalidArgument, NoSpace, NotADevice, PermissionDenied
+from daxemu.pmem.media import Media
+from daxemu.uapi import PAGE_SIZE, PMD_SHIFT, Pfn, page_align_up
+
+FORMAT_VERSION = 1
+MIN_SIZE = 8 << 20
+MAX_SIZE = 1 << 50
+DEFAULT_BASE_PFN: Pfn = 0x100000  # 4 GiB: where a memmap=nn!4G namespace begins
+STRUCT_PAGE_SIZE = 64
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """What ``device.toml`` holds. ``size`` and ``altmap`` are bytes; ``altmap`` is reserved at the media's start."""
+
+    size: int
+    base_pfn: Pfn = DEFAULT_BASE_PFN
+    altmap: int = 0
+    align: int = PAGE_SIZE
+
+    def validate(self) -> None:
+        """Raises InvalidArgument for sizes and alignments no device can have."""
+        if self.size % PAGE_SIZE or not MIN_SIZE <= self.size <= MAX_SIZE:
+            raise InvalidArgument(
+                f"size {self.size}: must be a multiple of {PAGE_SIZE} from {MIN_SIZE >> 20}M to {MAX_SIZE >> 40}T"
+            )
+        if self.align not in (PAGE_SIZE, 1 << PMD_SHIFT):
+            raise InvalidArgument(f"alignment {self.align}: must be 4K or 2M")
+        if self.altmap % PAGE_SIZE or not 0 <= self.altmap <= self.size - MIN_SIZE:
+            raise InvalidArgument(f"altmap {self.altmap}: must be whole pages and leave {MIN_SIZE >> 20}M of data")
+        if not 0 <= self.base_pfn < 1 << 52:
+            raise InvalidArgument(f"base pfn {self.base_pfn:#x}: outside the physical address space")
+
+
+def altmap_bytes(size: int) -> int:
+    """How much a memmap kept on the device itself takes: one struct page for each of its pages."""
+    return page_align_up(size // PAGE_SIZE * STRUCT_PAGE_SIZE)
+
+
+class DeviceDir:
+    """One DEVICE directory. ``open()`` takes its lock, which the holder keeps until ``close()`` or its death."""
+
+    def __init__(self, path: Path, config: DeviceConfig) -> None:
+        self.path = path
+        self.config = config
+        self._lock: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The device's name in log lines, as ``pmem0``."""
+        return self.path.name
+
+    @classmethod
+    def create(cls, path: Path, config: DeviceConfig, *, force: bool = False) -> DeviceDir:
+        """Make a new device at ``path``. Nothing is left behind when it fails.
+
+        Raises Busy if something is there (unless ``force`` and it is an unmounted device), InvalidArgument, NoSpace.
+        """
+        config.validate()
+        device = cls(path, config)
+        if path.exists():
+            if not force:
+                raise Busy(f"{path} exists already: give --force to make a new, empty device in its place")
+            with cls.open(path) as old:
+                old.wipe()
+        try:
+            path.mkdir(parents=True)
+            Media.create(path, config.size)
+            (path / "device.toml").write_text(device._toml())
+        except OSError as error:
+            if path.is_dir():
+                device.wipe()
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise NoSpace(f"{path}: no room for the device ({error.strerror})") from error
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise PermissionDenied(f"{path}: {error.strerror}; choose a place you can write to") from error
+            raise InvalidArgument(f"{path}: {error.strerror}") from error
+        return device
+
+    @classmethod
+    def load(cls, path: Path) -> DeviceDir:
+        """Read ``device.toml`` without taking the lock. Raises NotADevice."""
+        try:
+            table = tomllib.loads((path / "device.toml").read_text())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotADevice(f"{path} is not a daxemu device: make one with: daxemu mkfs {path} --size 1G") from error
+        except (OSError, ValueError) as error:
+            raise NotADevice(f"{path}/device.toml cannot be read: {error}") from error
+        if table.get("version") != FORMAT_VERSION:
+            raise NotADevice(f"{path}: format version {table.get('version')!r}; this daxemu reads {FORMAT_VERSION}")
+        try:
+            config = DeviceConfig(
+                size=int(table["size"]),
+                base_pfn=int(table["base_pfn"]),
+                altmap=int(table["altmap"]),
+                align=int(table["align"]),
+            )
+            config.validate()
+        except (KeyError, TypeError, ValueError, InvalidArgument) as error:
+            raise NotADevice(f"{path}/device.toml is damaged: {error}") from error
+        return cls(path, config)
+
+    @classmethod
+    def open(cls, path: Path) -> DeviceDir:
+        """Read the device and take its lock. Raises NotADevice, or Busy if it is mounted."""
+        device = cls.load(path)
+        try:
+            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise PermissionDenied(f"{path}/lock: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise Busy(f"{path} is mounted already: see daxemu status") from error
+        device._lock = lock
+        return device
+
+    def close(self) -> None:
+        """Drop the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> DeviceDir:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def wipe(self) -> None:
+        """Remove the device's own files and its directory; anything else in there stops it."""
+        for name in ("media", "poison", "poison.new", "device.toml", "events.jsonl", "control.sock", "supervisor.log", "lock"):
+            (self.path / name).unlink(missing_ok=True)
+        self.path.rmdir()
+
+    def _toml(self) -> str:
+        config = self.config
+        return (
+            "# A daxemu device. Sizes are bytes.\n"
+            f"version = {FORMAT_VERSION}\n"
+            f"size = {config.size}\n"
+            f"base_pfn = {config.base_pfn:#x}\n"
+            f"altmap = {config.altmap}\n"
+            f"align = {config.align}\n"
+        )

@@ -1,0 +1,70 @@
+"""Making media bad and good again, and looking for what is bad: what ``ndctl inject-error`` and an ARS do.
+
+Offsets and lengths are device bytes. Everything is rounded out to 512-byte sectors, and the result says to what.
+"""
+
+from __future__ import annotations
+
+from daxemu.errors import InvalidArgument
+from daxemu.pmem.pmem import Pmem
+from daxemu.ranges import Range
+from daxemu.uapi import PAGE_SHIFT, SECTOR_SIZE, page_align_down, page_align_up
+
+
+def check_range(offset: int, length: int, size: int, what: str) -> None:
+    """Raises InvalidArgument unless ``[offset, offset + length)`` is a range inside ``what``'s ``size`` bytes."""
+    if offset < 0:
+        raise InvalidArgument(f"offset {offset} is negative: give an offset from 0 to {size - 1} of {what}")
+    if length <= 0:
+        raise InvalidArgument(f"length {length} is not positive: give at least one byte of {what}")
+    if offset + length > size:
+        raise InvalidArgument(f"{offset:#x}+{length:#x} is past the end of {what}, which has {size:#x} bytes")
+
+
+def inject(pmem: Pmem, offset: int, length: int, *, latent: bool = False) -> Range:
+    """Poison the range. Unless ``latent`` the driver learns of it at once: it is in badblocks.
+
+    Returns the byte range that is bad now. Raises InvalidArgument for a range outside the device. Nobody is signalled by
+    this: :func:`failed_pages` says what to give to memory_failure().
+    """
+    check_range(offset, length, pmem.dax.size, "the device")
+    bad = pmem.dax.add_poison(offset, length)
+    if not latent:
+        pmem.badblocks.set(bad.start // SECTOR_SIZE, bad.length // SECTOR_SIZE)
+    return bad
+
+
+def uninject(pmem: Pmem, offset: int, length: int) -> list[Range]:
+    """Make the range healthy again; returns the byte ranges that were poison. Their bytes are zeros from now on.
+
+    What was there is lost: hardware clears by writing, and nobody has anything to write. Whole pages are given back to
+    the host, so whoever uses them reserves them anew. Raises InvalidArgument for a range outside the device.
+    """
+    check_range(offset, length, pmem.dax.size, "the device")
+    cleared = pmem.dax.clear_poison(offset, length)
+    for part in cleared:
+        whole = Range(page_align_up(part.start), page_align_down(part.end))
+        if not whole:
+            whole = Range(part.end, part.end)
+        else:
+            pmem.dax.discard(whole.start, whole.length)
+        for edge in (Range(part.start, whole.start), Range(whole.end, part.end)):
+            if edge:
+                pmem.dax.reserve(edge.start, edge.length)
+                pmem.dax.zero(edge.start, edge.length)
+    return cleared
+
+
+def scrub(pmem: Pmem) -> list[Range]:
+    """An address range scrub: latent poison becomes known. Returns the byte ranges newly in badblocks."""
+    found = []
+    for bad in pmem.dax.poisoned(0, pmem.dax.size):
+        for new in pmem.badblocks.set(bad.start // SECTOR_SIZE, bad.length // SECTOR_SIZE):
+            found.append(Range(new.start * SECTOR_SIZE, new.end * SECTOR_SIZE))
+    return found
+
+
+def failed_pages(pmem: Pmem, bad: Range) -> tuple[int, int]:
+    """``(pfn, nr_pages)`` of the pages that hold any byte of ``bad``."""
+    first = page_align_down(bad.start)
+    return pmem.pfn_of(first), (page_align_up(bad.end) - first) >> PAGE_SHIFT

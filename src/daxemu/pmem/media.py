@@ -1,0 +1,126 @@
+"""The device's bytes in shared memory, and the hardware's truth about them: which sectors are poison."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from daxemu.errors import MediaError, NoSpace, NotADevice
+from daxemu.ranges import Range, RangeSet
+from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, SECTOR_SIZE
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    while _libc.fallocate(fd, mode, offset, length) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+def sectors_of(offset: int, length: int) -> Range:
+    """The sectors that hold any of the bytes ``[offset, offset + length)``."""
+    return Range(offset // SECTOR_SIZE, -(-(offset + length) // SECTOR_SIZE))
+
+
+class Media:
+    """The media of one device: ``size`` bytes of a sparse file, mapped shared, and their poison.
+
+    Poison is kept in sectors and written to the file ``poison`` at every change, so that it outlives this process.
+    """
+
+    def __init__(self, directory: Path, size: int) -> None:
+        """Raises NotADevice when the files are missing or are not what ``size`` says."""
+        self.size = size
+        self._poison_file = directory / "poison"
+        try:
+            self._fd = os.open(directory / "media", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise NotADevice(f"{directory}: no media ({error.strerror}); make it with: daxemu mkfs") from error
+        found = os.fstat(self._fd).st_size
+        if found != size:
+            os.close(self._fd)
+            raise NotADevice(f"{directory}/media has {found} bytes, device.toml says {size}; refusing to use it")
+        self._map = mmap.mmap(self._fd, size)
+        self._view = memoryview(self._map)
+        self.poison = RangeSet(self._load_poison())
+
+    @staticmethod
+    def create(directory: Path, size: int) -> None:
+        """Make the files of a new, healthy media."""
+        with open(directory / "media", "xb") as media:
+            media.truncate(size)
+        (directory / "poison").write_text("")
+
+    def close(self) -> None:
+        """Unmap. Precondition: no view handed out by :meth:`view` is alive."""
+        self._view.release()
+        self._map.close()
+        os.close(self._fd)
+
+    # -- bytes
+
+    def view(self, offset: int, length: int) -> memoryview:
+        """The live bytes, writable. Precondition: reserved; the caller has looked at the poison."""
+        return self._view[offset : offset + length]
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Back the range with memory. Raises NoSpace when the host has none left; then nothing is reserved."""
+        try:
+            _fallocate(self._fd, 0, offset, length)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG):
+                raise NoSpace("the memory behind the device is full: free some of /dev/shm or of the disk") from error
+            raise MediaError(f"cannot reserve media: {error.strerror}") from error
+
+    def release(self, offset: int, length: int) -> None:
+        """Give the range's memory back; it reads as zeros when it is reserved again."""
+        _fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+
+    # -- poison
+
+    def is_poisoned(self, offset: int, length: int) -> bool:
+        """Whether any byte of the range cannot be read."""
+        return self.poison.overlaps(*sectors_of(offset, length))
+
+    def poisoned(self, offset: int, length: int) -> Iterator[Range]:
+        """The poisoned byte ranges that meet ``[offset, offset + length)``, whole sectors each."""
+        for sectors in self.poison.overlapping(*sectors_of(offset, length)):
+            yield Range(sectors.start * SECTOR_SIZE, sectors.end * SECTOR_SIZE)
+
+    def add_poison(self, sectors: Range) -> None:
+        """Make the sectors unreadable."""
+        if self.poison.add(*sectors):
+            self._save_poison()
+
+    def clear_poison(self, sectors: Range) -> list[Range]:
+        """Make the sectors readable; returns those that were not. Their bytes are whatever is written next."""
+        cleared = self.poison.remove(*sectors)
+        if cleared:
+            self._save_poison()
+        return cleared
+
+    def _load_poison(self) -> Iterator[tuple[int, int]]:
+        """The file holds "first-sector count" lines, the sysfs form of badblocks."""
+        try:
+            for line in self._poison_file.read_text().splitlines():
+                first, count = (int(word) for word in line.split())
+                if first < 0 or count <= 0 or (first + count) * SECTOR_SIZE > self.size:
+                    raise ValueError(line)
+                yield first, first + count
+        except FileNotFoundError:
+            return
+        except ValueError as error:
+            raise NotADevice(f"{self._poison_file}: not a list of 'sector count' lines ({error})") from error
+
+    def _save_poison(self) -> None:
+        text = "".join(f"{r.start} {r.length}\n" for r in self.poison)
+        scratch = self._poison_file.with_suffix(".new")
+        scratch.write_text(text)
+        scratch.replace(self._poison_file)

@@ -1,0 +1,197 @@
+"""Half-open integer ranges: sets of them, and an index of overlapping ones.
+
+Everything in daxemu that counts pages, blocks or sectors does it in ranges, so these two structures carry the whole
+project's cost model: work is proportional to the number of *ranges*, never to what they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, NamedTuple, TypeVar
+
+from sortedcontainers import SortedDict, SortedKeyList
+
+
+class Range(NamedTuple):
+    """``[start, end)``; the unit is the user's."""
+
+    start: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+    def __bool__(self) -> bool:
+        return self.start < self.end
+
+    def clip(self, start: int, end: int) -> Range:
+        """The part inside ``[start, end)``; false when there is none."""
+        return Range(max(self.start, start), min(self.end, end))
+
+
+class RangeSet:
+    """A set of integers kept as disjoint, non-adjacent ranges in order.
+
+    Invariant: for successive stored ranges ``a`` and ``b``, ``a.start < a.end < b.start``.
+    """
+
+    __slots__ = ("_ends", "_total")
+
+    def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
+        self._ends: SortedDict = SortedDict()
+        self._total = 0
+        for start, end in ranges:
+            self.add(start, end)
+
+    @property
+    def total(self) -> int:
+        """How many integers are in the set."""
+        return self._total
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __iter__(self) -> Iterator[Range]:
+        for start, end in self._ends.items():
+            yield Range(start, end)
+
+    def __contains__(self, value: int) -> bool:
+        return self.overlaps(value, value + 1)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RangeSet) and self._ends == other._ends
+
+    def __repr__(self) -> str:
+        return f"RangeSet({[tuple(r) for r in self]})"
+
+    def _from(self, start: int) -> int:
+        """Index of the first stored range that ends after ``start``."""
+        index: int = self._ends.bisect_right(start)
+        if index and self._ends.peekitem(index - 1)[1] > start:
+            return index - 1
+        return index
+
+    def overlapping(self, start: int, end: int) -> Iterator[Range]:
+        """The parts of ``[start, end)`` that are in the set, in order."""
+        index = self._from(start)
+        while start < end and index < len(self._ends):
+            found = Range(*self._ends.peekitem(index))
+            if found.start >= end:
+                return
+            yield found.clip(start, end)
+            index += 1
+
+    def gaps(self, start: int, end: int) -> Iterator[Range]:
+        """The parts of ``[start, end)`` that are not in the set, in order."""
+        at = start
+        for found in self.overlapping(start, end):
+            if at < found.start:
+                yield Range(at, found.start)
+            at = found.end
+        if at < end:
+            yield Range(at, end)
+
+    def overlaps(self, start: int, end: int) -> bool:
+        """Whether any integer of ``[start, end)`` is in the set."""
+        return next(self.overlapping(start, end), None) is not None
+
+    def covers(self, start: int, end: int) -> bool:
+        """Whether every integer of ``[start, end)`` is in the set."""
+        return next(self.gaps(start, end), None) is None
+
+    def first_from(self, start: int) -> Range | None:
+        """The first range at or after ``start``, cut to begin there; None when nothing lies after it."""
+        index = self._from(start)
+        if index == len(self._ends):
+            return None
+        found = Range(*self._ends.peekitem(index))
+        return Range(max(found.start, start), found.end)
+
+    def add(self, start: int, end: int) -> list[Range]:
+        """Put ``[start, end)`` into the set; returns the parts that were not in it before."""
+        if start >= end:
+            return []
+        added = list(self.gaps(start, end))
+        # Swallow neighbours that touch, too, so that the stored ranges stay non-adjacent.
+        index = self._from(start - 1)
+        low, high = start, end
+        while index < len(self._ends):
+            found = Range(*self._ends.peekitem(index))
+            if found.start > end:
+                break
+            low, high = min(low, found.start), max(high, found.end)
+            del self._ends[found.start]
+        self._ends[low] = high
+        self._total += sum(r.length for r in added)
+        return added
+
+    def remove(self, start: int, end: int) -> list[Range]:
+        """Take ``[start, end)`` out of the set; returns the parts that were in it."""
+        removed = list(self.overlapping(start, end))
+        for part in removed:
+            index = self._from(part.start)
+            whole = Range(*self._ends.popitem(index))
+            if whole.start < part.start:
+                self._ends[whole.start] = part.start
+            if part.end < whole.end:
+                self._ends[part.end] = whole.end
+            self._total -= part.length
+        return removed
+
+
+T = TypeVar("T")
+
+
+class IntervalIndex(Generic[T]):
+    """Objects with an interval each, which may overlap; finds those that overlap a given range.
+
+    The counterpart of the kernel's interval trees (``interval_tree_generic.h``). Objects are filed by the power of two
+    of their length; within one such class all lengths are alike to a factor of two, so a query looks at a window of
+    start positions at most one class-size wider than itself. With ``k`` classes in use (at most 64) a query costs
+    ``O(k log n)`` and the objects it finds, however unequal the lengths are.
+
+    Precondition: an object's start and length do not change while it is in the index.
+    """
+
+    __slots__ = ("_classes", "_length", "_start")
+
+    def __init__(self, start: Callable[[T], int], length: Callable[[T], int]) -> None:
+        self._start = start
+        self._length = length
+        self._classes: dict[int, SortedKeyList] = {}
+
+    def __len__(self) -> int:
+        return sum(len(members) for members in self._classes.values())
+
+    def __iter__(self) -> Iterator[T]:
+        for members in self._classes.values():
+            yield from members
+
+    def add(self, item: T) -> None:
+        """File ``item`` under its present interval."""
+        size_class = self._length(item).bit_length()
+        members = self._classes.get(size_class)
+        if members is None:
+            members = self._classes[size_class] = SortedKeyList(key=self._start)
+        members.add(item)
+
+    def discard(self, item: T) -> None:
+        """Take ``item`` out. Raises ValueError if it is not in the index."""
+        size_class = self._length(item).bit_length()
+        members = self._classes.get(size_class)
+        if members is None:
+            raise ValueError(f"{item!r} is not in the index")
+        members.remove(item)
+        if not members:
+            del self._classes[size_class]
+
+    def overlapping(self, start: int, end: int) -> Iterator[T]:
+        """The objects whose interval has a part in ``[start, end)``, in no particular order."""
+        if start >= end:
+            return
+        for size_class, members in self._classes.items():
+            # Every length in this class is below 1 << size_class: nothing that starts earlier can reach `start`.
+            for item in members.irange_key(start - (1 << size_class) + 1, end - 1):
+                if self._start(item) + self._length(item) > start:
+                    yield item

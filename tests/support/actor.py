@@ -1,0 +1,445 @@
+"""Drives tests/victims/actor.c: real processes that open, map, touch and die as a test tells them.
+
+    with Actor.spawn("p0", cwd=mountpoint) as p0:
+        p0.cmd("open 0 f rw")
+        p0.cmd("mmap 0 0 0 8 shared")
+        assert p0.cmd("tr 0 1").res == {"ok": "B", "faults": 1}
+
+The commands, and the form of results and signals, are those of the kernel recordings; actor.c lists them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import select
+import signal
+import struct
+import subprocess
+import tempfile
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+VICTIMS = Path(__file__).resolve().parent.parent / "victims"
+SOURCE = VICTIMS / "actor.c"
+BUILD = VICTIMS / "build"
+GCC = ("gcc", "-O1", "-Wall", "-Wextra", "-pthread")
+TIMEOUT = 20.0
+PIDFD_GET_INFO = 0xC040FF0B  # linux/pidfd.h, since 6.13
+PIDFD_INFO_EXIT = 1 << 3  # since 6.15
+
+T = TypeVar("T")
+
+
+def compile_actor(build: Path = BUILD) -> Path:
+    """The path of the actor's binary, compiled first if need be; many processes may ask at once."""
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(GCC).encode()).hexdigest()[:16]
+    binary = build / f"actor-{key}"
+    if not binary.exists():
+        build.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=build) as scratch:
+            fresh = Path(scratch) / "actor"
+            done = subprocess.run([*GCC, "-o", str(fresh), str(SOURCE)], capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"cannot compile {SOURCE}:\n{done.stderr}")
+            fresh.replace(binary)
+    return binary
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended: `res` is what the recordings call so."""
+
+    res: dict[str, Any]
+
+    @property
+    def ok(self) -> str | None:
+        return self.res.get("ok")
+
+    @property
+    def faults(self) -> int | None:
+        return self.res.get("faults")
+
+    @property
+    def faulted(self) -> bool:
+        return bool(self.res.get("faulted"))
+
+    @property
+    def ret(self) -> int | None:
+        return self.res.get("ret")
+
+    @property
+    def errno(self) -> str | None:
+        return self.res.get("errno")
+
+    @property
+    def pages(self) -> str | None:
+        return self.res.get("pages")
+
+    def __str__(self) -> str:
+        if self.faulted:
+            return "FAULT"
+        if self.ok is not None:
+            return f"ok {self.ok!r}" + (f" ({self.faults} faults)" if self.faults else "")
+        if self.ret is None:
+            return json.dumps(self.res)
+        failure = f" {self.errno}" if self.errno != "0" else ""
+        return f"ret {self.ret}{failure}" + (f" pages {self.pages}" if self.pages else "")
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A signal as the process saw it. `addr` is "m0+0x1000", or hex outside of all its mappings."""
+
+    thread: int
+    sig: str
+    code: str
+    addr: str
+    raw: int
+    how: str
+    lsb: int | None = None
+
+    def recorded(self) -> dict[str, Any]:
+        """The recordings' form, less `who`."""
+        lsb = {} if self.lsb is None else {"lsb": self.lsb}
+        told = {"thread": self.thread, "sig": self.sig, "code": self.code, "addr": self.addr}
+        return {**told, **lsb, "how": self.how}
+
+
+@dataclass(frozen=True)
+class Death:
+    """How a process ended: by a signal, with an exit status, or (neither) nobody can tell any more."""
+
+    signal: signal.Signals | None = None
+    exit: int | None = None
+
+    @classmethod
+    def of_wait_status(cls, status: int) -> Death:
+        if os.WIFSIGNALED(status):
+            return cls(signal=signal.Signals(os.WTERMSIG(status)))
+        return cls(exit=os.WEXITSTATUS(status))
+
+    def recorded(self) -> dict[str, Any]:
+        return {"exit": self.exit} if self.signal is None else {"signal": self.signal.name}
+
+    def __str__(self) -> str:
+        return f"exit {self.exit}" if self.signal is None else self.signal.name
+
+
+class ActorError(Exception):
+    """Something is wrong with an actor; the message ends with all that was said to it and by it."""
+
+    def __init__(self, actor: Actor, what: str) -> None:
+        super().__init__(f"{actor.name} (pid {actor.pid}): {what}\n{actor.transcript}")
+
+
+class ActorTimeout(ActorError):
+    """No answer in time; the process has been killed."""
+
+
+class ActorDied(ActorError):
+    """It died instead of answering, or before it was asked."""
+
+    def __init__(self, actor: Actor, death: Death, what: str) -> None:
+        super().__init__(actor, what)
+        self.death = death
+
+
+class Actor:
+    """One process, driven by text lines. A context manager: the process does not outlive the block."""
+
+    def __init__(
+        self, name: str, pid: int, to: int, answers: int, popen: subprocess.Popen[bytes] | None
+    ) -> None:
+        self.name = name
+        self.pid = pid
+        self._to = to
+        self._answers = answers
+        self._popen = popen
+        self._pidfd = os.pidfd_open(pid)
+        self._partial = b""
+        self._results: deque[dict[str, Any]] = deque()
+        self._signals: deque[Signal] = deque()
+        self._spoken: list[str] = []
+        self._forks: list[Actor] = []
+        self._death: Death | None = None
+        self._closed = False
+        os.set_blocking(answers, False)
+
+    @classmethod
+    def spawn(
+        cls, name: str = "p0", cwd: str | os.PathLike[str] | None = None, wrapper: Sequence[str] = ()
+    ) -> Actor:
+        """Start one; `wrapper` is an argv that runs what follows it, such as ["setpriv", "--reuid=1000"]."""
+        # A "parent", to the kernel, is the thread that spawned it; only the main one lives long enough.
+        main_thread = threading.current_thread() is threading.main_thread()
+        option = ["die-with-parent"] if main_thread else []
+        argv = [*wrapper, str(compile_actor()), name, *option]
+        popen = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=cwd, bufsize=0)
+        assert popen.stdin is not None
+        assert popen.stdout is not None
+        actor = cls(name, popen.pid, os.dup(popen.stdin.fileno()), os.dup(popen.stdout.fileno()), popen)
+        popen.stdin.close()
+        popen.stdout.close()
+        try:
+            actor._greet()
+        except BaseException:
+            actor.close()
+            raise
+        return actor
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Commands
+
+    def cmd(self, command: str, timeout: float = TIMEOUT) -> Result:
+        """Do it and say how it ended."""
+        self.send(command)
+        return self.reply(timeout)
+
+    def send(self, command: str) -> None:
+        """Begin a command; `reply` says how it ended."""
+        self._spoken.append(f"> {command}")
+        if self._death is not None:
+            raise ActorDied(self, self._death, f"dead already ({self._death})")
+        with contextlib.suppress(BrokenPipeError):  # it is dying: the reply will say so
+            os.write(self._to, command.encode() + b"\n")
+
+    def reply(self, timeout: float = TIMEOUT) -> Result:
+        """The outcome of the command that was sent."""
+        said = self._wait(self._next_result, timeout)
+        if "error" in said:
+            raise ActorError(self, f"bad command: {said['error']}")
+        return Result(said["res"])
+
+    def start_spin(self, mapping: int, page: int) -> None:
+        """Read the page again and again, until it faults: that is the `reply`. Returns after one load."""
+        self.send(f"spin {mapping} {page}")
+        self._wait(lambda: self._results[0] if self._results else None, TIMEOUT)
+        if "spinning" in self._results[0]:
+            self._results.popleft()
+
+    def fork(self, name: str) -> Actor:
+        """fork(2): the child is an actor too, with the same descriptors and mappings; it ends with us."""
+        with tempfile.TemporaryDirectory() as fifos:
+            Path(fifos).chmod(0o711)
+            ends = []
+            for path in (f"{fifos}/in", f"{fifos}/out"):
+                os.mkfifo(path)
+                Path(path).chmod(0o666)
+                ends.append(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+            forked = self.cmd(f"fork {name} {fifos}/in {fifos}/out")
+            if forked.ret is None or forked.ret < 0:
+                raise ActorError(self, f"cannot fork: {forked}")
+            child = Actor(name, forked.ret, ends[0], ends[1], None)
+            self._forks.append(child)
+            child._greet()
+        return child
+
+    def exec(self) -> Result:
+        """Be executed anew: mappings, descriptors and threads are gone, the way to talk stays."""
+        return self.cmd("exec")
+
+    def pvm(self, verb: str, other: Actor, mapping: int, page: int, length: int) -> Result:
+        """`verb` is pvmread or pvmwrite, the memory that of `other`, beginning at a page of its mapping."""
+        return self.cmd(f"{verb} {other.pid} {other.addr(mapping, page):#x} {length}")
+
+    def addr(self, mapping: int, page: int = 0) -> int:
+        """The virtual address of a page of a mapping."""
+        return self._number(f"addr {mapping}") + page * 4096
+
+    def tid(self, thread: int) -> int:
+        """The thread's id; the main thread is 0."""
+        return self._number(f"tid {thread}")
+
+    def _number(self, command: str) -> int:
+        ret = self.cmd(command).ret
+        assert ret is not None
+        return ret
+
+    # Signals
+
+    def signals(self) -> list[Signal]:
+        """Those that have come since they were last asked for, in order."""
+        self._drain()
+        got = list(self._signals)
+        self._signals.clear()
+        return got
+
+    def wait_signal(self, timeout: float = TIMEOUT) -> Signal:
+        """The next signal not yet asked for."""
+        return self._wait(lambda: self._signals.popleft() if self._signals else None, timeout)
+
+    def barrier(self) -> None:
+        """Afterwards every signal sent to any of its threads before is among `signals`."""
+        self.cmd("barrier")
+
+    def expect_no_signal(self) -> None:
+        """No signal was sent since they were last asked for."""
+        self.barrier()
+        got = self.signals()
+        assert not got, f"{self.name} got {got}\n{self.transcript}"
+
+    # Life and death
+
+    @property
+    def alive(self) -> bool:
+        self._advance(time.monotonic())
+        return self._death is None
+
+    def wait_death(self, timeout: float = TIMEOUT) -> Death:
+        """Wait until it dies of its own accord, or of others'."""
+        deadline = time.monotonic() + timeout
+        while self._death is None:
+            if not self._advance(deadline):
+                self.kill()
+                raise ActorTimeout(self, f"still alive after {timeout} s")
+        return self._death
+
+    def kill(self, timeout: float = 5.0) -> None:
+        """SIGKILL, and wait; a process the kernel will not let go of only costs a warning."""
+        deadline = time.monotonic() + timeout
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        while self._death is None:
+            if not self._advance(deadline):
+                warnings.warn(f"{self.name} (pid {self.pid}) does not die", ResourceWarning, stacklevel=2)
+                return
+
+    def close(self) -> None:
+        """End it and all that it forked. Harmless when done twice."""
+        if self._closed:
+            return
+        for child in self._forks:
+            child.close()
+        if self._death is None:
+            self.kill()
+        self._closed = True
+        for fd in (self._to, self._answers, self._pidfd):
+            os.close(fd)
+        if self._popen is not None:
+            self._popen.kill()  # a wrapper that stayed around
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(5)
+
+    @property
+    def transcript(self) -> str:
+        """All that was said to it and by it."""
+        return "\n".join(self._spoken)
+
+    # Underneath
+
+    def _greet(self) -> None:
+        """Its first line carries its pid, which under a wrapper may not be that of what was started."""
+        pid = self._wait(self._next_result, TIMEOUT)["hello"]
+        if pid != self.pid:
+            os.close(self._pidfd)
+            self.pid, self._pidfd = pid, os.pidfd_open(pid)
+
+    def _next_result(self) -> dict[str, Any] | None:
+        return self._results.popleft() if self._results else None
+
+    def _wait(self, ready: Callable[[], T | None], timeout: float) -> T:
+        """The first thing `ready` returns; the process is killed if that takes too long."""
+        deadline = time.monotonic() + timeout
+        while (got := ready()) is None:
+            if self._death is not None:
+                raise ActorDied(self, self._death, f"died: {self._death}")
+            if not self._advance(deadline):
+                self.kill()
+                raise ActorTimeout(self, f"no answer within {timeout} s")
+        return got
+
+    def _advance(self, deadline: float) -> bool:
+        """Wait for output or death and note it; False when the deadline is over."""
+        if self._death is not None:
+            return True
+        poll = select.poll()
+        poll.register(self._answers, select.POLLIN)
+        poll.register(self._pidfd, select.POLLIN)
+        events = dict(poll.poll(max(deadline - time.monotonic(), 0) * 1000))
+        self._drain()  # all it ever said is there before its death is seen
+        if self._pidfd in events:
+            self._death = self._exit_status()
+            self._spoken.append(f"died: {self._death}")
+        elif events.get(self._answers, 0) & select.POLLHUP:
+            time.sleep(0.001)  # dying: the pidfd follows
+        return self._death is not None or time.monotonic() < deadline
+
+    def _drain(self) -> None:
+        """Read and sort all output there is."""
+        if self._closed:
+            return
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self._answers, 65536):
+                *lines, self._partial = (self._partial + chunk).split(b"\n")
+                for line in lines:
+                    self._note(line.decode())
+
+    def _note(self, line: str) -> None:
+        self._spoken.append(f"< {line}")
+        said = json.loads(line)
+        if "signal" in said:
+            self._signals.append(Signal(**said["signal"]))
+        else:
+            self._results.append(said)
+
+    def _exit_status(self) -> Death:
+        if self._popen is not None and self._popen.pid == self.pid:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a tracer has yet to let go of it
+                status = self._popen.wait(2)
+                return Death(signal=signal.Signals(-status)) if status < 0 else Death(exit=status)
+        return _exit_status_of_stranger(self.pid, self._pidfd)
+
+
+def _exit_status_of_stranger(pid: int, pidfd: int) -> Death:
+    """How a dead process that is not our child ended; its parent may or may not have reaped it."""
+    for _ in range(200):
+        status = _zombie_status(pid)
+        if status is None:
+            status = _reaped_status(pidfd)
+        if status is not None:
+            return Death.of_wait_status(status)
+        time.sleep(0.005)
+    return Death()
+
+
+def _zombie_status(pid: int) -> int | None:
+    """The exit_code in /proc/PID/stat: field 52, readable between death and reaping."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return int(fields[49]) if fields[0] == "Z" else None
+
+
+def _reaped_status(pidfd: int) -> int | None:
+    """The pidfd remembers it after reaping, on kernels since 6.15."""
+    info = bytearray(struct.pack("=Q", PIDFD_INFO_EXIT).ljust(64, b"\0"))
+    try:
+        fcntl.ioctl(pidfd, PIDFD_GET_INFO, info)
+    except OSError as error:
+        if error.errno in (errno.ESRCH, errno.ENOTTY, errno.EINVAL):
+            return None
+        raise
+    (mask,) = struct.unpack_from("=Q", info)
+    (status,) = struct.unpack_from("=i", info, 60)
+    return int(status) if mask & PIDFD_INFO_EXIT else None

@@ -1,0 +1,73 @@
+"""RangeSet and IntervalIndex against plain sets and lists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from daxemu.ranges import IntervalIndex, Range, RangeSet
+
+SPANS = st.tuples(st.integers(0, 60), st.integers(0, 20)).map(lambda p: (p[0], p[0] + p[1]))
+
+
+@given(st.lists(st.tuples(st.booleans(), SPANS), max_size=40), SPANS)
+def test_range_set_is_a_set(steps: list[tuple[bool, tuple[int, int]]], probe: tuple[int, int]) -> None:
+    ranges, model = RangeSet(), set[int]()
+    for adding, (start, end) in steps:
+        span = set(range(start, end))
+        if adding:
+            assert {i for r in ranges.add(start, end) for i in range(*r)} == span - model
+            model |= span
+        else:
+            assert {i for r in ranges.remove(start, end) for i in range(*r)} == span & model
+            model -= span
+        stored = list(ranges)
+        assert {i for r in stored for i in range(*r)} == model
+        assert all(a.end < b.start for a, b in zip(stored, stored[1:], strict=False))
+        assert all(r.start < r.end for r in stored)
+        assert ranges.total == len(model)
+    start, end = probe
+    span = set(range(start, end))
+    assert {i for r in ranges.overlapping(start, end) for i in range(*r)} == span & model
+    assert {i for r in ranges.gaps(start, end) for i in range(*r)} == span - model
+    assert ranges.overlaps(start, end) == bool(span & model)
+    assert ranges.covers(start, end) == (span <= model)
+    following = sorted(i for i in model if i >= start)
+    first = ranges.first_from(start)
+    assert (first.start if first else None) == (following[0] if following else None)
+
+
+@dataclass(eq=False)
+class Item:
+    start: int
+    length: int
+
+
+@given(st.lists(st.tuples(st.integers(0, 200), st.integers(1, 130)), max_size=60), st.data())
+def test_interval_index_finds_exactly_the_overlapping(spans: list[tuple[int, int]], data: st.DataObject) -> None:
+    index: IntervalIndex[Item] = IntervalIndex(lambda i: i.start, lambda i: i.length)
+    items = [Item(*s) for s in spans]
+    for item in items:
+        index.add(item)
+    gone = data.draw(st.lists(st.sampled_from(items), unique_by=id)) if items else []
+    for item in gone:
+        index.discard(item)
+    left = [i for i in items if not any(i is g for g in gone)]
+    assert len(index) == len(left)
+    start, end = data.draw(SPANS)
+    expected = {id(i) for i in left if i.start < end and start < i.start + i.length and start < end}
+    assert {id(i) for i in index.overlapping(start, end)} == expected
+
+
+def test_interval_index_refuses_to_discard_a_stranger() -> None:
+    index: IntervalIndex[Item] = IntervalIndex(lambda i: i.start, lambda i: i.length)
+    with pytest.raises(ValueError, match="not in the index"):
+        index.discard(Item(0, 1))
+
+
+def test_range_clip() -> None:
+    assert Range(2, 9).clip(4, 20) == Range(4, 9)
+    assert not Range(2, 4).clip(4, 20)
