@@ -10,8 +10,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from daxemu.ranges import Range
+if TYPE_CHECKING:
+    from daxemu.ranges import Range
 
 
 class DaxemuError(Exception):

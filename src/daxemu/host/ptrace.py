@@ -1,12 +1,13 @@
 """ptrace(2), /proc/TID/status, and a system call made in another thread's name.
 
-Purpose: typed access to the kernel, one function a request; no policy (that is ``tracer``). Every failure is an OSError with
-the kernel's errno; ESRCH from a request means "not stopped any more": the thread is being killed.
+Purpose: typed access to the kernel, one function a request; no policy (that is ``tracer``). Every failure is
+an OSError with the kernel's errno; ESRCH from a request means "not stopped any more": the thread is being
+killed.
 
 Invariants:
 - nothing here waits, but for the kernel's own short locks;
-- an ``Injection`` changes the registers and up to SIGINFO_SIZE bytes of stack, and ``undo`` puts back exactly those. It may be
-  undone at any ptrace stop, whether the system call was made or not, and is undone once.
+- an ``Injection`` changes the registers and up to SIGINFO_SIZE bytes of stack, and ``undo`` puts back exactly
+  those. It may be undone at any ptrace stop, whether the system call was made or not, and is undone once.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import os
 import platform
 import re
 import struct
-from signal import SIGTRAP
+from enum import Enum, auto
+from io import FileIO
+from pathlib import Path
+from signal import SIGBUS, SIGTRAP
 from typing import NamedTuple
 
-from daxemu.host.siginfo import SIGINFO_SIZE
+from daxemu.host.siginfo import SIGBUS_BIT, SIGINFO_SIZE, SigInfo, Status, parse, read_status
 from daxemu.uapi import PAGE_SIZE
 
 # uapi/linux/ptrace.h
@@ -46,7 +50,8 @@ SYSCALL_STOP = SIGTRAP | 0x80
 # uapi/linux/wait.h: threads and processes alike, whoever's children they are
 WALL = 0x40000000
 
-# TRACEEXEC because a thread that calls execve(2) takes its leader's id: without that stop it would vanish silently.
+# TRACEEXEC because a thread that calls execve(2) takes its leader's id: without that stop it would vanish
+# silently.
 _OPTIONS = _O_TRACESYSGOOD | _O_TRACEEXEC
 _NT_PRSTATUS = 1
 _AT_SYSINFO_EHDR = 33
@@ -78,7 +83,8 @@ def _ptrace(name: str, request: int, tid: int, addr: int = 0, data: int = 0) -> 
 
 
 def seize(tid: int) -> None:
-    """Become the tracer of a thread without stopping it. EPERM: see ``Status``; never kills it when the tracer exits."""
+    """Become the tracer of a thread without stopping it. EPERM: see ``Status``; never kills it when the
+    tracer exits."""
     _ptrace("SEIZE", _SEIZE, tid, data=_OPTIONS)
 
 
@@ -140,60 +146,116 @@ def tgsigqueue(tgid: int, tid: int, sig: int, info: bytes) -> None:
         raise _fail(f"rt_tgsigqueueinfo {tid}")
 
 
-class Status(NamedTuple):
-    """What /proc/TID/status says. ``state`` is the kernel's letter; the masks have bit N-1 for signal N."""
+class Kind(Enum):
+    """What a thread stopped for."""
 
-    tid: int
-    name: str
-    state: str
-    tgid: int
-    tracer: int
-    ns_tgid: int
-    ns_tid: int
-    pending: int
-    blocked: int
-    ignored: int
-    seccomp: int
-
-    @property
-    def is_dead(self) -> bool:
-        """A zombie: of a thread group's leader it may be seen long after its end."""
-        return self.state in "ZX"
+    SIGNAL = auto()  # signal-delivery-stop
+    TRAP = auto()  # PTRACE_EVENT_STOP of a running process
+    GROUP = auto()  # PTRACE_EVENT_STOP of a stopped one
+    SYSCALL = auto()  # entry or exit of an injected system call
 
 
-def read_status(tid: int) -> Status | None:
-    """The thread's status, or None if there is no such thread."""
+class Stop(NamedTuple):
+    """A stop, and what is known of SIGBUS in it."""
+
+    kind: Kind
+    sig: int = 0
+    info: SigInfo | None = None
+    blocked: bool = False
+    ignored: bool = False
+    pending: bool = False  # for this thread, not the process: only that makes the kernel drop another
+    result: int = 0  # of the injected system call
+
+
+def classify(status: int) -> tuple[Kind, int]:
+    """The kind of stop, and the signal, of a waitpid(2) status (not of an EVENT_EXEC)."""
+    sig = os.WSTOPSIG(status)
+    if status >> 16 == EVENT_STOP:
+        return (Kind.TRAP if sig == SIGTRAP else Kind.GROUP), 0
+    if sig == SYSCALL_STOP:
+        return Kind.SYSCALL, 0
+    return Kind.SIGNAL, sig
+
+
+class Step(Enum):
+    """How a stopped thread goes on."""
+
+    CONT = auto()
+    LISTEN = auto()
+    DETACH = auto()
+    QUEUE = auto()  # send the signal with our cookie, then CONT
+    INJECT = auto()  # prepare an injection, then SYSCALL
+    SYSCALL = auto()
+
+
+def resume(tid: int, step: Step, sig: int) -> None:
+    """Let a stopped thread go on; ``sig`` as in ``cont``."""
+    if step is Step.DETACH:
+        detach(tid, sig)
+    elif step is Step.LISTEN:
+        listen(tid)
+    elif step in (Step.INJECT, Step.SYSCALL):
+        cont_to_syscall(tid)
+    else:
+        cont(tid, sig)
+
+
+def status_of_held(tid: int) -> Status:
+    """The status of a thread that should exist; ESRCH if it does not."""
+    status = read_status(tid)
+    if status is None:
+        raise ProcessLookupError(errno.ESRCH, f"thread {tid} is gone")
+    return status
+
+
+def look(tid: int, wait_status: int, want_masks: bool) -> Stop:
+    """What a waitpid(2) status means. The masks of a signal-delivery-stop cost a look at /proc: only if
+    wanted."""
+    kind, sig = classify(wait_status)
+    info = parse(get_siginfo(tid)) if sig == SIGBUS else None
+    if kind is Kind.SYSCALL or (kind is Kind.SIGNAL and not want_masks):
+        return Stop(kind, sig, info)
+    status = status_of_held(tid)
+    masks = (status.blocked, status.ignored, status.pending)
+    return Stop(kind, sig, info, *(bool(mask & SIGBUS_BIT) for mask in masks))
+
+
+def send_plain(tgid: int, tid: int) -> bool:
+    """A SIGBUS without particulars, better than none. Whether it could be sent."""
     try:
-        with open(f"/proc/{tid}/status", errors="replace") as file:
-            field = dict(line.rstrip("\n").split(":", 1) for line in file if ":" in line)
-    except (FileNotFoundError, ProcessLookupError):
+        tgkill(tgid, tid, SIGBUS)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ESRCH):
+            raise
+        return False
+    return True
+
+
+def refusal(tid: int, error: OSError) -> str | None:
+    """Why PTRACE_SEIZE was refused; None if the thread is gone."""
+    status = read_status(tid)
+    if status is None or status.is_dead or error.errno == errno.ESRCH:
         return None
-    return Status(
-        tid=tid,
-        name=field["Name"].strip(),
-        state=field["State"].split()[0],
-        tgid=int(field["Tgid"]),
-        tracer=int(field["TracerPid"]),
-        ns_tgid=int(field.get("NStgid", field["Tgid"]).split()[-1]),
-        ns_tid=int(field.get("NSpid", field["Pid"]).split()[-1]),
-        pending=int(field["SigPnd"], 16),
-        blocked=int(field["SigBlk"], 16),
-        ignored=int(field["SigIgn"], 16),
-        seccomp=int(field.get("Seccomp", "0")),
-    )
+    if error.errno != errno.EPERM:
+        return str(error)
+    if status.tracer == os.getpid():
+        return "already traced by daxemu"
+    if status.tracer:
+        tracer = read_status(status.tracer)
+        return f"already traced by PID {status.tracer} ({tracer.name if tracer else 'gone'})"
+    if Path(f"/proc/{tid}").stat().st_uid != os.geteuid():
+        return "not permitted (another user's process)"
+    return "not permitted (the system forbids tracing it: see ptrace(2), kernel.yama.ptrace_scope)"
 
 
-def current_syscall(tid: int) -> int:
-    """The system call a thread sleeps in, or -1 (running, in a page fault, or gone)."""
-    try:
-        with open(f"/proc/{tid}/syscall") as file:
-            word = file.read().split()[0]
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return -1
-    return int(word) if word.isdigit() else -1
+def is_vanished(error: OSError) -> bool:
+    """ESRCH of ptrace(2), ENOENT of /proc: the thread is dead, or being killed and so not stopped any
+    more."""
+    return error.errno in (errno.ESRCH, errno.ENOENT)
 
 
-# --- x86_64: registers and injected system calls -------------------------------------------------------------------
+# --- x86_64: registers and injected system calls
+# -------------------------------------------------------------------
 
 # asm/user_64.h: indices into struct user_regs_struct
 _R10, _RAX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP, _CS, _RSP = 7, 10, 12, 13, 14, 15, 16, 17, 19
@@ -205,11 +267,15 @@ _MINUS_ONE = (1 << 64) - 1
 # linux/errno.h: restart the system call unless a handler runs; then EINTR
 _ERESTARTNOHAND = 514
 
-# signal(7), "Interruption of system calls by stop signals": these say EINTR for a mere PTRACE_INTERRUPT, though nothing
-# was delivered. rt_sigtimedwait, semop, semtimedop, io_getevents, io_pgetevents, epoll_wait, epoll_pwait, epoll_pwait2, and
-# with a socket timeout recvfrom, recvmsg, recvmmsg, accept, accept4, sendto, sendmsg. All did nothing yet when they say so.
+# signal(7), "Interruption of system calls by stop signals": these say EINTR for a mere PTRACE_INTERRUPT,
+# though nothing was delivered. rt_sigtimedwait, semop, semtimedop, io_getevents, io_pgetevents, epoll_wait,
+# epoll_pwait, epoll_pwait2, and with a socket timeout recvfrom, recvmsg, recvmmsg, accept, accept4, sendto,
+# sendmsg. All did nothing yet when they say so.
 _SAYS_EINTR = frozenset((128, 65, 220, 208, 333, 232, 281, 441, 45, 47, 299, 43, 288, 44, 46))
-NR_RT_SIGTIMEDWAIT = {"x86_64": 128, "aarch64": 137}.get(_MACHINE, -1)
+
+
+# What /proc/TID/mem says of an address with no memory behind it
+_UNMAPPED = (errno.EIO, errno.EFAULT)
 
 
 class CannotInject(Exception):
@@ -248,24 +314,25 @@ def mend_eintr(tid: int) -> None:
 class Injection:
     """rt_tgsigqueueinfo(2) to itself, made by a stopped thread that knows nothing of it.
 
-    Only a thread itself may queue a siginfo with si_code > 0, and only a queued one is found by sigtimedwait(2), signalfd(2) or
-    a later unblocking. After construction the caller lets the thread run to the entry of the call and then to its exit
-    (``cont_to_syscall``), reads ``result``, calls ``undo``. Syscall stops instead of single steps: a step's SIGTRAP is
-    a forced signal, which would reset a blocked or ignored SIGTRAP's disposition.
+    Only a thread itself may queue a siginfo with si_code > 0, and only a queued one is found by
+    sigtimedwait(2), signalfd(2) or a later unblocking. After construction the caller lets the thread run to
+    the entry of the call and then to its exit (``cont_to_syscall``), reads ``result``, calls ``undo``.
+    Syscall stops instead of single steps: a step's SIGTRAP is a forced signal, which would reset a blocked or
+    ignored SIGTRAP's disposition.
     """
 
     def __init__(self, tid: int, status: Status, sig: int, info: bytes) -> None:
         if _MACHINE != "x86_64":
-            raise CannotInject(f"its SIGBUS is blocked, which on {_MACHINE} leaves no way to send an exact siginfo")
+            raise CannotInject(f"its SIGBUS is blocked, and there is no way around that on {_MACHINE}")
         regs = _get_regs(tid)
         if regs is None:
             raise CannotInject("its SIGBUS is blocked, and it runs 32-bit code")
         self._tid = tid
         self._regs = regs
         self._suspends_seccomp = status.seccomp != 0
-        with open(f"/proc/{tid}/mem", "r+b", buffering=0) as memory:
-            insn = _find_syscall_insn(tid, regs, memory.fileno())
-            self._where, self._saved = _write_scratch(memory.fileno(), regs[_RSP], info)
+        self._memory = _open_memory(tid)  # closed with this object
+        insn = _find_syscall_insn(tid, regs, self._memory.fileno())
+        self._where, self._saved = _write_scratch(self._memory.fileno(), regs[_RSP], info)
         try:
             if self._suspends_seccomp:
                 _suspend_seccomp(tid)
@@ -296,8 +363,18 @@ class Injection:
         self._restore_memory()
 
     def _restore_memory(self) -> None:
-        with open(f"/proc/{self._tid}/mem", "r+b", buffering=0) as memory:
-            os.pwrite(memory.fileno(), self._saved, self._where)
+        try:
+            os.pwrite(self._memory.fileno(), self._saved, self._where)
+        except OSError as error:
+            if error.errno not in _UNMAPPED:  # by another thread meanwhile: nothing is left to restore
+                raise
+
+
+def _open_memory(tid: int) -> FileIO:
+    try:
+        return FileIO(f"/proc/{tid}/mem", "r+")
+    except PermissionError as error:
+        raise CannotInject("its SIGBUS is blocked, and its memory is not accessible") from error
 
 
 def _suspend_seccomp(tid: int) -> None:
@@ -311,7 +388,8 @@ def _suspend_seccomp(tid: int) -> None:
 
 
 def _write_scratch(memory: int, stack: int, info: bytes) -> tuple[int, bytes]:
-    """Put ``info`` below the red zone, or, where no stack is mapped there, over live stack: it is put back before use."""
+    """Put ``info`` below the red zone, or, where no stack is mapped there, over live stack: it is put back
+    before use."""
     for where in ((stack - _RED_ZONE - len(info)) & ~15, stack):
         try:
             saved = os.pread(memory, len(info), where)
@@ -320,7 +398,7 @@ def _write_scratch(memory: int, stack: int, info: bytes) -> tuple[int, bytes]:
         except OverflowError:
             break
         except OSError as error:
-            if error.errno not in (errno.EIO, errno.EFAULT):
+            if error.errno not in _UNMAPPED:
                 raise
     raise CannotInject("its SIGBUS is blocked, and its stack pointer points to no memory")
 
@@ -348,7 +426,7 @@ def _peek(memory: int, where: int, length: int) -> bytes:
     """Bytes of a thread's memory; none if they are not mapped."""
     try:
         return os.pread(memory, length, where)
-    except (OSError, OverflowError):  # OverflowError: [vsyscall] lies beyond what pread(2) takes for an offset
+    except (OSError, OverflowError):  # OverflowError: [vsyscall] lies beyond any off_t
         return b""
 
 

@@ -1,25 +1,31 @@
-"""siginfo_t, as bytes: what a signal handler, sigwaitinfo(2) and PTRACE_GETSIGINFO see.
+"""siginfo_t as bytes, and the state of a thread's signals in /proc.
 
-Purpose: read and build the few layouts that the tracer needs. Counterpart in Linux: uapi/asm-generic/siginfo.h,
-kernel_siginfo_layout() in kernel/signal.c.
+Purpose: read and build the few layouts that the tracer needs. Counterpart in Linux:
+uapi/asm-generic/siginfo.h, kernel_siginfo_layout() in kernel/signal.c.
 
-Invariants: every siginfo handled here is exactly SIGINFO_SIZE bytes; the layout is that of 64-bit Linux (the union begins
-at byte 16), the same on x86_64 and aarch64.
+Invariants: every siginfo handled here is exactly SIGINFO_SIZE bytes; the layout is that of 64-bit Linux (the
+union begins at byte 16), the same on x86_64 and aarch64.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import struct
 from signal import SIGBUS
 from typing import NamedTuple
 
-from daxemu.uapi import BUS_ADRERR, BUS_MCEERR_AO, BUS_MCEERR_AR
+from daxemu.uapi import BUS_ADRERR
 
 SIGINFO_SIZE = 128
 
 # uapi/asm-generic/siginfo.h: sent by sigqueue(3), with a value of the sender's choice
 SI_QUEUE = -1
+
+SIGBUS_BIT = 1 << (SIGBUS - 1)  # in the masks of Status
+
+# asm/unistd.h
+_NR_RT_SIGTIMEDWAIT = {"x86_64": 128, "aarch64": 137}.get(platform.machine(), -1)
 
 _HEAD = struct.Struct("=iii4x")
 _SENDER = struct.Struct("=iIQ")  # si_pid, si_uid, si_value
@@ -28,18 +34,14 @@ _UNION = _HEAD.size
 
 
 class SigInfo(NamedTuple):
-    """The fields the tracer decides by. ``value`` only means something if ``code`` is SI_QUEUE, ``addr`` if it is BUS_*."""
+    """The fields the tracer decides by. ``value`` only means something if ``code`` is SI_QUEUE, ``addr`` if
+    it is BUS_*."""
 
     signo: int
     code: int
     value: int
     addr: int
     lsb: int
-
-    @property
-    def is_poison(self) -> bool:
-        """Whether it is one of memory_failure()'s two signals."""
-        return self.signo == SIGBUS and self.code in (BUS_MCEERR_AO, BUS_MCEERR_AR)
 
     @property
     def is_bus_adrerr(self) -> bool:
@@ -58,11 +60,75 @@ def parse(raw: bytes) -> SigInfo:
 def bus_error(code: int, addr: int, lsb: int) -> bytes:
     """The siginfo of a SIGBUS by a fault: force_sig_mceerr() and send_sig_mceerr() of kernel/signal.c.
 
-    ``addr`` is a virtual address of the receiver, ``lsb`` the binary logarithm of the size of what was lost, in bytes.
+    ``addr`` is a virtual address of the receiver, ``lsb`` the binary logarithm of the size of what was lost,
+    in bytes.
     """
     return (_HEAD.pack(SIGBUS, 0, code) + _FAULT.pack(addr, lsb)).ljust(SIGINFO_SIZE, b"\0")
 
 
 def queued(signo: int, value: int) -> bytes:
-    """The siginfo of sigqueue(3) by this process, carrying ``value`` (64 bits): how the tracer knows its own signals."""
-    return (_HEAD.pack(signo, 0, SI_QUEUE) + _SENDER.pack(os.getpid(), os.getuid(), value)).ljust(SIGINFO_SIZE, b"\0")
+    """The siginfo of sigqueue(3) by this process, carrying ``value`` (64 bits): how the tracer knows its own
+    signals."""
+    sender = _SENDER.pack(os.getpid(), os.getuid(), value)
+    return (_HEAD.pack(signo, 0, SI_QUEUE) + sender).ljust(SIGINFO_SIZE, b"\0")
+
+
+class Status(NamedTuple):
+    """What /proc/TID/status says. ``state`` is the kernel's letter; the masks have bit N-1 for signal N."""
+
+    tid: int
+    name: str
+    state: str
+    tgid: int
+    tracer: int
+    ns_tgid: int
+    ns_tid: int
+    pending: int
+    blocked: int
+    ignored: int
+    seccomp: int
+
+    @property
+    def is_dead(self) -> bool:
+        """A zombie: of a thread group's leader it may be seen long after its end."""
+        return self.state in "ZX"
+
+
+def read_status(tid: int) -> Status | None:
+    """The thread's status, or None if there is no such thread."""
+    try:
+        with open(f"/proc/{tid}/status", errors="replace") as file:
+            field = dict(line.rstrip("\n").split(":", 1) for line in file if ":" in line)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return Status(
+        tid=tid,
+        name=field["Name"].strip(),
+        state=field["State"].split()[0],
+        tgid=int(field["Tgid"]),
+        tracer=int(field["TracerPid"]),
+        ns_tgid=int(field.get("NStgid", field["Tgid"]).split()[-1]),
+        ns_tid=int(field.get("NSpid", field["Pid"]).split()[-1]),
+        pending=int(field["SigPnd"], 16),
+        blocked=int(field["SigBlk"], 16),
+        ignored=int(field["SigIgn"], 16),
+        seccomp=int(field.get("Seccomp", "0")),
+    )
+
+
+def _current_syscall(tid: int) -> int:
+    """The system call a thread sleeps in, or -1 (running, in a page fault, or gone)."""
+    try:
+        with open(f"/proc/{tid}/syscall") as file:
+            word = file.read().split()[0]
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return -1
+    return int(word) if word.isdigit() else -1
+
+
+def is_ignored(status: Status) -> bool:
+    """Whether the kernel would discard a SIGBUS at once: sig_ignored(). A blocked one it keeps."""
+    if status.blocked & SIGBUS_BIT or not status.ignored & SIGBUS_BIT:
+        return False
+    # It may be blocked after all: /proc shows the mask that rt_sigtimedwait(2) has while it sleeps.
+    return _current_syscall(status.tid) != _NR_RT_SIGTIMEDWAIT

@@ -1,24 +1,25 @@
 """The tracer: makes unmodified processes receive SIGBUS with exactly the siginfo memory_failure() would give.
 
-Counterpart in Linux: kill_proc() of mm/memory-failure.c, force_sig_mceerr() and send_sig_mceerr() of kernel/signal.c. Only
-a ptrace tracer can write si_code > 0 into another process. ptrace is bound to a thread and waits with waitpid(2), so this
-is a single-threaded process of its own: ``python -m daxemu.host.tracer FD``, FD being a SOCK_SEQPACKET socket that carries one
-JSON message (``Request`` in, ``Report`` out) a packet. The supervisor's side is ``tracer_link``.
+Counterpart in Linux: kill_proc() of mm/memory-failure.c, force_sig_mceerr() and send_sig_mceerr() of
+kernel/signal.c. Only a ptrace tracer can give another process si_code > 0. ptrace is bound to a thread, so
+this is a process of its own: ``python -m daxemu.host.tracer FD``; FD is a SOCK_SEQPACKET socket, each packet
+a JSON message (``Request`` in, ``Report`` out). The supervisor's side is ``tracer_link``.
 
 How a signal gets its siginfo:
-- **AR**: the supervisor has the thread seized, then fails its page fault. The kernel forces BUS_ADRERR; in the
-  signal-delivery-stop code and lsb are replaced, the address is already right.
-- **AO**: seize, interrupt. In the event stop mask and pending set cannot change under us (and rt_sigtimedwait(2) has put back the
-  mask it lifts while it sleeps, which /proc shows lifted). SIGBUS not blocked: queue one with a cookie, replace the siginfo in its
-  signal-delivery-stop. Blocked: nothing will ever stop for it, so the thread is made to queue it to itself
-  (``ptrace.Injection``). SIGBUS is a legacy signal, a second one is dropped while one is pending: hence a FIFO per thread.
+- **AR**: the supervisor has the thread seized, then fails its page fault. The kernel forces BUS_ADRERR; in
+  the signal-delivery-stop code and lsb are replaced, the address is already right.
+- **AO**: seize, interrupt. In the event stop mask and pending set cannot change under us (and
+  rt_sigtimedwait(2) has put back the mask it lifts while it sleeps, which /proc shows lifted). SIGBUS not
+  blocked: queue one with a cookie, replace the siginfo in its signal-delivery-stop. Blocked: nothing will
+  ever stop for it, so the thread is made to queue it to itself (``ptrace.Injection``). SIGBUS is a legacy
+  signal, a second one is dropped while one is pending: hence a FIFO per thread.
 
-States of a held thread (``Thread``): running, LISTENing in a group-stop, or between the stops of an injection (``phase``). A stop
-goes in with ``decide``, one ``Verdict`` comes out; ``Tracer`` does the I/O.
+States of a held thread (``Thread``): running, LISTENing in a group-stop, or between the stops of an injection
+(``phase``). A stop goes in with ``decide``, one ``Verdict`` comes out; ``Tracer`` does the I/O.
 
 Invariants:
 - a thread is held exactly as long as a request for it is open; detaching happens only in a stop;
-- a signal that is not ours goes on unchanged, in the very stop that reported it; a group-stop goes on (LISTEN);
+- a signal that is not ours goes on unchanged, in the very stop that reported it; so does a group-stop;
 - any stop may swallow an INTERRUPT, so every stop decides anew whether one is wanted;
 - a cookie that is neither pending nor seen again was dropped in favour of a foreign SIGBUS: it is sent again;
 - every request gets exactly one final report (``ArmedAck`` is not final), however late.
@@ -27,7 +28,6 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import math
 import os
@@ -39,130 +39,84 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import Enum
 from typing import NamedTuple
 
 import msgspec
 
 from daxemu.host import ptrace, siginfo
-from daxemu.host.siginfo import SigInfo
+from daxemu.host.ptrace import Kind, Step, Stop
+from daxemu.host.siginfo import SIGBUS_BIT, SigInfo
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT
 
 
-class ArmAR(msgspec.Struct, tag=True, frozen=True):
+class _Message(msgspec.Struct, tag=True, frozen=True):
+    id: int
+
+
+class ArmAR(_Message, frozen=True):
     """The next BUS_ADRERR of ``tid`` within ``timeout`` seconds is consumed poison."""
 
-    id: int
     tid: int
     timeout: float = 1.0
 
 
-class SendAO(msgspec.Struct, tag=True, frozen=True):
+class SendAO(_Message, frozen=True):
     """Tell ``tid`` of process ``tgid`` of poison at its virtual address ``addr``, ``2**lsb`` bytes."""
 
-    id: int
     tgid: int
     tid: int
     addr: int
     lsb: int = PAGE_SHIFT
 
 
-class ArmedAck(msgspec.Struct, tag=True, frozen=True):
+class ArmedAck(_Message, frozen=True):
     """The thread is held: its fault may be failed now."""
 
-    id: int
 
-
-class Refused(msgspec.Struct, tag=True, frozen=True):
+class Refused(_Message, frozen=True):
     """Not possible, for a reason to show. ``signalled``: it was sent a plain SIGBUS instead."""
 
-    id: int
     reason: str
     signalled: bool = False
 
 
-class Delivered(msgspec.Struct, tag=True, frozen=True):
+class Delivered(_Message, frozen=True):
     """Handed over: the thread handles it now, or has it pending because it blocks SIGBUS, or dies of it."""
 
-    id: int
     tid: int
     code: int
     addr: int
 
 
-class NotTaken(msgspec.Struct, tag=True, frozen=True):
+class NotTaken(_Message, frozen=True):
     """No SIGBUS came in time; the thread is let go."""
 
-    id: int
 
-
-class Gone(msgspec.Struct, tag=True, frozen=True):
+class Gone(_Message, frozen=True):
     """The thread exited, or called execve(2), before."""
 
-    id: int
 
-
-class Ignored(msgspec.Struct, tag=True, frozen=True):
+class Ignored(_Message, frozen=True):
     """The process ignores SIGBUS, so an AO does not exist for it."""
-
-    id: int
 
 
 Request = ArmAR | SendAO
 Outcome = Delivered | Refused | NotTaken | Gone | Ignored
 Report = ArmedAck | Outcome
 
-_SIGBUS_BIT = 1 << (signal.SIGBUS - 1)
-_RETRY_FIRST, _RETRY_LAST = 0.005, 0.25  # seconds
+_RETRY = 0.02  # seconds between looks at a pending SIGBUS: nothing tells when signalfd(2) takes it
 _SWEEP = 1.0  # seconds
 _FAREWELL = 2.0  # seconds to let go of everything at the end
 _BATCH = 256  # stops, or requests, before the other side gets its turn
 _DECODER = msgspec.json.Decoder(Request)
 _ENCODER = msgspec.json.Encoder()
 
-
-class Kind(Enum):
-    """What a thread stopped for."""
-
-    SIGNAL = auto()  # signal-delivery-stop
-    TRAP = auto()  # PTRACE_EVENT_STOP of a running process
-    GROUP = auto()  # PTRACE_EVENT_STOP of a stopped one
-    SYSCALL = auto()  # entry or exit of an injected system call
-
-
-class Stop(NamedTuple):
-    """A stop, and what is known of SIGBUS in it."""
-
-    kind: Kind
-    sig: int = 0
-    info: SigInfo | None = None
-    blocked: bool = False
-    ignored: bool = False
-    pending: bool = False  # for this thread, not the process: only that makes the kernel drop another
-    result: int = 0  # of the injected system call
-
-
-class Step(Enum):
-    """How a stopped thread goes on."""
-
-    CONT = auto()
-    LISTEN = auto()
-    DETACH = auto()
-    QUEUE = auto()  # send the signal with our cookie, then CONT
-    INJECT = auto()  # prepare an injection, then SYSCALL
-    SYSCALL = auto()
-
-
-class Phase(Enum):
-    """Where an injection is."""
-
-    NONE = auto()
-    ENTER = auto()
-    EXIT = auto()
+Phase = Enum("Phase", ["NONE", "ENTER", "EXIT"])  # where an injection is
 
 
 class Verdict(NamedTuple):
-    """What to do in a stop, in this order: ``undo`` the injection, set ``info``, INTERRUPT, ``step``, report."""
+    """What to do in a stop, in this order: ``undo`` an injection, set ``info``, INTERRUPT, ``step``."""
 
     step: Step
     sig: int = 0
@@ -192,7 +146,6 @@ class Thread:
     listening: bool = False
     arriving: bool = False  # a SIGBUS is about to stop it: an INTERRUPT now would come before, for ever
     retry_at: float | None = None  # blocked, and one is pending already: look again then
-    retry_delay: float = _RETRY_FIRST
 
     @property
     def idle(self) -> bool:
@@ -208,17 +161,20 @@ class Thread:
             return True
         return bool(self.fifo) and not self.cookie and not self.listening and self.retry_at is None
 
+    def arm(self, id_: int, deadline: float) -> None:
+        """Take the next BUS_ADRERR until ``deadline`` for consumed poison."""
+        self.arms.append(_Arm(id_, deadline))
+
     def decide(self, stop: Stop, new_cookie: int) -> Verdict:
         """A stop in, what to do out."""
         self.interrupting = self.listening = self.arriving = False
         if stop.kind is Kind.SYSCALL:
             return self._on_syscall(stop)
-        undo = self.phase is not Phase.NONE  # something came before the injected call: out of its way, try again
+        undo = self.phase is not Phase.NONE  # something came before the injected call: undone, tried again
         self.phase = Phase.NONE
         verdict = self._on_signal(stop) if stop.kind is Kind.SIGNAL else self._on_event(stop, new_cookie)
-        wants = verdict.step in (Step.CONT, Step.LISTEN) and self.wants_interrupt
-        self.interrupting = wants
-        return verdict._replace(undo=undo, interrupt=wants)
+        self.interrupting = verdict.step in (Step.CONT, Step.LISTEN) and self.wants_interrupt
+        return verdict._replace(undo=undo, interrupt=self.interrupting)
 
     def expire(self, now: float) -> None:
         """Mark the arms whose time has passed; the next event stop settles them."""
@@ -226,37 +182,38 @@ class Thread:
             arm.expired = arm.expired or arm.deadline <= now
 
     def drop_head(self) -> SendAO:
-        """Forget the oldest AO, which could not be injected; the stop must be decided again."""
-        self.phase = Phase.NONE
+        """Forget the oldest AO, which could not be sent; the stop must be decided again."""
+        self.phase, self.cookie = Phase.NONE, 0
         return self.fifo.popleft()
 
-    def abandon(self) -> list[int]:
-        """Want nothing any more; the requests' ids."""
-        ids = [arm.id for arm in self.arms] + [ao.id for ao in self.fifo]
-        self.arms.clear()
-        self.fifo.clear()
-        self.cookie = 0
-        return ids
+    def retire(self) -> None:
+        """Want nothing any more, except to give a SIGBUS that is under way its siginfo."""
+        self.arms, self.fifo = [], deque(list(self.fifo)[:1] if self.cookie else [])
+
+    def ids(self) -> list[int]:
+        """The requests that are open."""
+        return [arm.id for arm in self.arms] + [ao.id for ao in self.fifo]
 
     def _on_syscall(self, stop: Stop) -> Verdict:
         if self.phase is Phase.ENTER:
             self.phase = Phase.EXIT
             return Verdict(Step.SYSCALL)
-        # The interrupted system call is restarted only on the way through signal handling: INTERRUPT leads there.
+        # What was interrupted is restarted only on the way through signal handling: INTERRUPT leads there.
         self.phase, self.interrupting = Phase.NONE, True
-        reports: tuple[Outcome, ...] = ()
-        if self.fifo:
-            ao = self.fifo.popleft()
-            reports = (Delivered(ao.id, self.tid, BUS_MCEERR_AO, ao.addr),)
-            if stop.result < 0:
-                reports = (Refused(ao.id, f"rt_tgsigqueueinfo: {os.strerror(-stop.result)}"),)
-        return Verdict(Step.CONT, undo=True, interrupt=True, reports=reports)
+        verdict = Verdict(Step.CONT, undo=True, interrupt=True)
+        if not self.fifo:  # retired meanwhile
+            return verdict
+        ao = self.fifo.popleft()
+        if stop.result:
+            return verdict._replace(reports=(Refused(ao.id, f"kernel: {os.strerror(-stop.result)}"),))
+        return verdict._replace(reports=(Delivered(ao.id, self.tid, BUS_MCEERR_AO, ao.addr),))
 
     def _on_signal(self, stop: Stop) -> Verdict:
-        info, reports = None, ()
+        info: bytes | None = None
+        reports: tuple[Outcome, ...] = ()
         if stop.info is not None and stop.sig == signal.SIGBUS:
             info, reports = self._on_sigbus(stop.info)
-            self.retry_now()
+            self.retry_at = None
         if self.cookie and not stop.pending:
             self.cookie = 0
         return Verdict(Step.DETACH if self.idle else Step.CONT, stop.sig, info, reports=reports)
@@ -284,8 +241,9 @@ class Thread:
             self.arms = [arm for arm in self.arms if not arm.expired]
         if stop.kind is Kind.GROUP:
             self.listening = not self.idle
-            return Verdict(Step.DETACH if self.idle else Step.LISTEN, reports=tuple(reports))
-        step = self._next_ao(stop, new_cookie, reports)
+            step = Step.LISTEN if self.listening else Step.DETACH
+        else:
+            step = self._next_ao(stop, new_cookie, reports)
         return Verdict(step, reports=tuple(reports))
 
     def _next_ao(self, stop: Stop, new_cookie: int, reports: list[Outcome]) -> Step:
@@ -302,18 +260,8 @@ class Thread:
         if stop.pending:
             self.retry_at = 0.0  # the next tick sets the time
             return Step.CONT
-        self.retry_now()
         self.phase = Phase.ENTER
         return Step.INJECT
-
-    def retry_now(self) -> None:
-        """There may be room for the next SIGBUS again."""
-        self.retry_at, self.retry_delay = None, _RETRY_FIRST
-
-    def retry_later(self, now: float) -> None:
-        """Still no room for another SIGBUS: back off. Nothing tells of a signal taken by signalfd(2)."""
-        self.retry_at = now + self.retry_delay
-        self.retry_delay = min(2 * self.retry_delay, _RETRY_LAST)
 
     def deadline(self) -> float:
         """When somebody must look at it again, stop or no stop."""
@@ -321,64 +269,6 @@ class Thread:
         if self.retry_at is not None:
             times.append(self.retry_at)
         return min(times, default=math.inf)
-
-
-def classify(status: int) -> tuple[Kind, int]:
-    """The kind of stop, and the signal, of a waitpid(2) status (not of an EVENT_EXEC)."""
-    sig = os.WSTOPSIG(status)
-    if status >> 16 == ptrace.EVENT_STOP:
-        return (Kind.TRAP if sig == signal.SIGTRAP else Kind.GROUP), 0
-    if sig == ptrace.SYSCALL_STOP:
-        return Kind.SYSCALL, 0
-    return Kind.SIGNAL, sig
-
-
-def _refusal(tid: int, error: OSError) -> str | None:
-    """Why PTRACE_SEIZE was refused; None if the thread is gone."""
-    status = ptrace.read_status(tid)
-    if status is None or status.is_dead or error.errno == errno.ESRCH:
-        return None
-    if error.errno != errno.EPERM:
-        return str(error)
-    if status.tracer == os.getpid():
-        return "already traced by daxemu"
-    if status.tracer:
-        tracer = ptrace.read_status(status.tracer)
-        return f"already traced by PID {status.tracer} ({tracer.name if tracer else 'gone'})"
-    if os.stat(f"/proc/{tid}").st_uid != os.geteuid():
-        return "not permitted (another user's process)"
-    return "not permitted (the system forbids tracing it: see ptrace(2), kernel.yama.ptrace_scope)"
-
-
-def _is_vanished(error: OSError) -> bool:
-    """ESRCH of ptrace(2), ENOENT of /proc: the thread is dead, or being killed and so not stopped any more."""
-    return error.errno in (errno.ESRCH, errno.ENOENT)
-
-
-def _is_ignored(status: ptrace.Status) -> bool:
-    """Whether the kernel would discard a SIGBUS at once: sig_ignored(). A blocked one it keeps."""
-    if status.blocked & _SIGBUS_BIT or not status.ignored & _SIGBUS_BIT:
-        return False
-    # It may be blocked after all: /proc shows the mask that rt_sigtimedwait(2) has while it sleeps.
-    return ptrace.current_syscall(status.tid) != ptrace.NR_RT_SIGTIMEDWAIT
-
-
-def _send_plain(ao: SendAO) -> bool:
-    """A SIGBUS without particulars, better than none. Whether it could be sent."""
-    try:
-        ptrace.tgkill(ao.tgid, ao.tid, signal.SIGBUS)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ESRCH):
-            raise
-        return False
-    return True
-
-
-def _status_of_held(tid: int) -> ptrace.Status:
-    status = ptrace.read_status(tid)
-    if status is None:
-        raise ProcessLookupError(errno.ESRCH, f"thread {tid} is gone")
-    return status
 
 
 class Tracer:
@@ -405,21 +295,18 @@ class Tracer:
             self._flush()
         poller.unregister(self._sock)
         for thread in list(self._threads.values()):
-            thread.abandon()
+            thread.retire()
             self._nudge(thread)
         while self._threads and time.monotonic() < self._farewell:
             self._turn(poller)
 
     def _turn(self, poller: select.poll) -> None:
-        now = time.monotonic()
-        until = min(self._due, self._farewell or math.inf)
-        poller.poll(None if until == math.inf else max(0, math.ceil((until - now) * 1000)))
+        left = min(self._due, self._farewell or math.inf) - time.monotonic()
+        poller.poll(None if left == math.inf else max(0, math.ceil(left * 1000)))
         with contextlib.suppress(BlockingIOError):  # nobody rang: it was the socket or the clock
             os.read(self._wakeup, 4096)
         self._reap()
         self._tick(time.monotonic())
-
-    # --- the supervisor's side ---
 
     def _receive(self) -> None:
         for _ in range(_BATCH):
@@ -427,7 +314,7 @@ class Tracer:
                 packet = self._sock.recv(1 << 16)
             except BlockingIOError:
                 return
-            except ConnectionResetError:  # closed with reports unread
+            except ConnectionResetError:  # closed with our reports unread
                 packet = b""
             if not packet:
                 self._farewell = time.monotonic() + _FAREWELL
@@ -447,14 +334,12 @@ class Tracer:
             self._outbox.popleft()
 
     def _on_request(self, request: Request) -> None:
-        thread = self._threads.get(request.tid)
-        answer = self._hold(request) if thread is None else None
-        if answer is not None:
-            self._outbox.append(answer)
+        if request.tid not in self._threads and (refused := self._hold(request)) is not None:
+            self._outbox.append(refused)
             return
         thread = self._threads.setdefault(request.tid, Thread(request.tid))
         if isinstance(request, ArmAR):
-            thread.arms.append(_Arm(request.id, time.monotonic() + request.timeout))
+            thread.arm(request.id, time.monotonic() + request.timeout)
             self._outbox.append(ArmedAck(request.id))
         else:
             thread.fifo.append(request)
@@ -462,24 +347,21 @@ class Tracer:
 
     def _hold(self, request: Request) -> Outcome | None:
         """Seize the thread; or the final report, if that is not to be."""
-        status = ptrace.read_status(request.tid)
+        status = siginfo.read_status(request.tid)
         if status is None or status.is_dead:
             return Gone(request.id)
-        if isinstance(request, SendAO):
-            if status.tgid != request.tgid:
-                return Gone(request.id)
-            if _is_ignored(status):
-                return Ignored(request.id)
+        if isinstance(request, SendAO) and status.tgid != request.tgid:
+            return Gone(request.id)
+        if isinstance(request, SendAO) and siginfo.is_ignored(status):
+            return Ignored(request.id)
         try:
             ptrace.seize(request.tid)
         except OSError as error:
-            reason = _refusal(request.tid, error)
-            if reason is None:
+            if (reason := ptrace.refusal(request.tid, error)) is None:
                 return Gone(request.id)
-            return Refused(request.id, reason, isinstance(request, SendAO) and _send_plain(request))
+            signalled = isinstance(request, SendAO) and ptrace.send_plain(request.tgid, request.tid)
+            return Refused(request.id, reason, signalled)
         return None
-
-    # --- the threads' side ---
 
     def _reap(self) -> None:
         for _ in range(_BATCH):
@@ -502,20 +384,21 @@ class Tracer:
                 self._drop(ptrace.event_message(tid))
                 ptrace.detach(tid)
             elif thread is None:
-                ptrace.detach(tid, classify(status)[1])
+                ptrace.detach(tid, ptrace.classify(status)[1])
             else:
-                self._on_stop(thread, *classify(status))
+                self._on_stop(thread, ptrace.look(tid, status, want_masks=thread.cookie != 0))
         except OSError as error:
-            if not _is_vanished(error):
+            if not ptrace.is_vanished(error):
                 raise
             self._drop(tid)
 
-    def _on_stop(self, thread: Thread, kind: Kind, sig: int) -> None:
-        stop = self._look(thread, kind, sig)
+    def _on_stop(self, thread: Thread, stop: Stop) -> None:
+        if thread.phase is Phase.EXIT:
+            stop = stop._replace(result=self._injections[thread.tid].result())
         while True:
             verdict = thread.decide(stop, next(self._cookies))
             try:
-                refusal = self._carry_out(thread, verdict, kind)
+                refusal = self._carry_out(thread, verdict, stop.kind)
             except OSError:
                 self._outbox.extend(Gone(report.id) for report in verdict.reports)
                 raise
@@ -523,25 +406,12 @@ class Tracer:
             if refusal is None:
                 break
             ao = thread.drop_head()
-            self._outbox.append(Refused(ao.id, refusal, _send_plain(ao)))
+            self._outbox.append(Refused(ao.id, refusal, ptrace.send_plain(ao.tgid, ao.tid)))
             stop = stop._replace(pending=True)
         self._schedule(thread)
 
-    def _look(self, thread: Thread, kind: Kind, sig: int) -> Stop:
-        if kind is Kind.SYSCALL:
-            result = self._injections[thread.tid].result() if thread.phase is Phase.EXIT else 0
-            return Stop(kind, result=result)
-        info = siginfo.parse(ptrace.get_siginfo(thread.tid)) if sig == signal.SIGBUS else None
-        if kind is Kind.SIGNAL and not thread.cookie:
-            return Stop(kind, sig, info)
-        status = _status_of_held(thread.tid)
-        blocked, ignored, pending = (
-            bool(mask & _SIGBUS_BIT) for mask in (status.blocked, status.ignored, status.pending)
-        )
-        return Stop(kind, sig, info, blocked, ignored, pending)
-
     def _carry_out(self, thread: Thread, verdict: Verdict, kind: Kind) -> str | None:
-        """Do it; or the reason why an injection cannot be, with the thread still stopped."""
+        """Do it; or the reason why the AO cannot be sent, with the thread still stopped."""
         tid, step = thread.tid, verdict.step
         if verdict.undo:
             self._injections.pop(tid).undo()
@@ -553,23 +423,20 @@ class Tracer:
             ao = thread.fifo[0]
             info = siginfo.bus_error(BUS_MCEERR_AO, ao.addr, ao.lsb)
             try:
-                self._injections[tid] = ptrace.Injection(tid, _status_of_held(tid), signal.SIGBUS, info)
+                self._injections[tid] = ptrace.Injection(tid, ptrace.status_of_held(tid), signal.SIGBUS, info)
             except ptrace.CannotInject as why:
                 return str(why)
         if step is Step.QUEUE:
             mark = siginfo.queued(signal.SIGBUS, thread.cookie)
-            ptrace.tgsigqueue(thread.fifo[0].tgid, tid, signal.SIGBUS, mark)
+            try:
+                ptrace.tgsigqueue(thread.fifo[0].tgid, tid, signal.SIGBUS, mark)
+            except PermissionError:  # CAP_SYS_PTRACE without CAP_KILL
+                return "not permitted to signal it"
         if verdict.interrupt:
             ptrace.interrupt(tid)
+        ptrace.resume(tid, step, verdict.sig)
         if step is Step.DETACH:
-            ptrace.detach(tid, verdict.sig)
             del self._threads[tid]
-        elif step is Step.LISTEN:
-            ptrace.listen(tid)
-        elif step in (Step.INJECT, Step.SYSCALL):
-            ptrace.cont_to_syscall(tid)
-        else:
-            ptrace.cont(tid, verdict.sig)
         return None
 
     def _tick(self, now: float) -> None:
@@ -579,14 +446,14 @@ class Tracer:
         self._due = now + _SWEEP if self._threads else math.inf
         for thread in list(self._threads.values()):
             thread.expire(now)
-            status = ptrace.read_status(thread.tid)
+            status = siginfo.read_status(thread.tid)
             # A leader vanishes without a wait status when another thread of its process calls execve(2).
             if status is None or status.is_dead or status.tracer != os.getpid():
                 self._drop(thread.tid)
                 continue
-            pending = bool(status.pending & _SIGBUS_BIT)
+            pending = bool(status.pending & SIGBUS_BIT)
             if thread.retry_at is not None and thread.retry_at <= now:
-                thread.retry_later(now) if pending else thread.retry_now()
+                thread.retry_at = now + _RETRY if pending else None
             if thread.cookie and not pending and status.state != "t" and not thread.interrupting:
                 self._interrupt(thread)  # lost: the event stop finds that out
             self._nudge(thread)
@@ -601,7 +468,7 @@ class Tracer:
         try:
             ptrace.interrupt(thread.tid)
         except OSError as error:
-            if not _is_vanished(error):
+            if not ptrace.is_vanished(error):
                 raise
             self._drop(thread.tid)
 
@@ -612,18 +479,18 @@ class Tracer:
     def _drop(self, tid: int) -> None:
         """Forget a thread that is no more."""
         self._injections.pop(tid, None)
-        thread = self._threads.pop(tid, None)
-        if thread is not None:
-            self._outbox.extend(Gone(id_) for id_ in thread.abandon())
+        if (thread := self._threads.pop(tid, None)) is not None:
+            self._outbox.extend(Gone(id_) for id_ in thread.ids())
 
 
 def main(argv: list[str]) -> None:
     """Serve the socket whose number is ``argv[1]``."""
+    # The socket's end is our end; dying in the middle of an injection would hurt the victim.
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(sig, signal.SIG_IGN)  # the socket's end ends us; dying in an injection would hurt the victim
+        signal.signal(sig, signal.SIG_IGN)
     ours, theirs = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda _sig, _frame: None)  # a handler, or the wakeup descriptor stays silent
+    signal.signal(signal.SIGCHLD, lambda _sig, _frame: None)  # without a handler the pipe stays silent
     with socket.socket(fileno=int(argv[1])) as sock:
         sock.setblocking(False)
         Tracer(sock, ours).run()

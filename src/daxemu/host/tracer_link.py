@@ -1,10 +1,11 @@
-"""The supervisor's end of the tracer: exact SIGBUS into unmodified processes, without ever making the event loop wait.
+"""The supervisor's end of the tracer: exact SIGBUS into unmodified processes, without ever making the event
+loop wait.
 
-Counterpart in Linux: the callers' view of kill_proc() in mm/memory-failure.c. What can be told to a thread, and how, is in
-``tracer``; here are its process, its socket and who waits for which report.
+Counterpart in Linux: the callers' view of kill_proc() in mm/memory-failure.c. What can be told to a thread,
+and how, is in ``tracer``; here are its process, its socket and who waits for which report.
 
-States: no tracer process (at first, and after it died) -> running. A process is started by the next request. When one dies,
-the kernel lets its tracees go, and every request it had gets ``Refused``.
+States: no tracer process (at first, and after it died) -> running. A process is started by the next request.
+When one dies, the kernel lets its tracees go, and every request it had gets ``Refused``.
 
 Invariants:
 - every request gets exactly one outcome; ``on_report`` is called for each, whether or not somebody waits;
@@ -32,12 +33,13 @@ from daxemu.host.tracer import ArmAR, ArmedAck, Gone, Outcome, Refused, Report, 
 from daxemu.uapi import PAGE_SHIFT
 
 _DIED = "the tracer died"
+_CLOSED = "the tracer was told to stop"
 _EXIT_PATIENCE = 5.0  # seconds for the tracer to let its threads go, when the link closes
 _MAX_PACKET = 1 << 16
 
 
 class Pending:
-    """A request on its way. Threads may be stopped or asleep in the kernel, so it may stay so for any time."""
+    """A request on its way; for any length of time, if its thread is stopped or asleep in the kernel."""
 
     def __init__(self, id_: int, tid: int) -> None:
         self.id = id_
@@ -45,8 +47,9 @@ class Pending:
         self.outcome: Outcome | None = None
         self._done = trio.Event()
 
-    async def wait(self, timeout: float = math.inf) -> Outcome | None:
-        """What came of it; None if nothing did within ``timeout`` seconds: it goes on, and may be waited for again."""
+    async def wait(self, timeout: float = math.inf) -> Outcome | None:  # noqa: ASYNC109
+        """What came of it; None if nothing did within ``timeout`` seconds: it goes on, wait again if you
+        like."""
         with trio.move_on_after(timeout):
             await self._done.wait()
         return self.outcome
@@ -60,7 +63,10 @@ class Pending:
 
 
 class Armed(Pending):
-    """A held thread whose next BUS_ADRERR becomes BUS_MCEERR_AR. Comes to ``Delivered``, ``NotTaken``, ``Gone``, ``Refused``."""
+    """A held thread whose next BUS_ADRERR becomes BUS_MCEERR_AR.
+
+    Comes to ``Delivered``, ``NotTaken``, ``Gone`` or, if the tracer dies, ``Refused``.
+    """
 
     def __init__(self, id_: int, tid: int) -> None:
         super().__init__(id_, tid)
@@ -123,12 +129,13 @@ class TracerLink:
         """The tracer's process id; None while there is none."""
         return self._session.process.pid if self._session is not None and self._session.is_alive else None
 
-    async def arm(self, tid: int, timeout: float = 1.0) -> Armed | Refused | Gone:
+    async def arm(self, tid: int, timeout: float = 1.0) -> Armed | Refused | Gone:  # noqa: ASYNC109
         """Hold thread ``tid``, which is about to consume poison: force_sig_mceerr(BUS_MCEERR_AR).
 
-        Once ``Armed``, fail its page fault: the SIGBUS/BUS_ADRERR that the kernel then forces, whatever the thread's mask
-        and handler, reaches it as BUS_MCEERR_AR with the same address and lsb 12. If none comes within ``timeout`` seconds
-        (it was interrupted, or a system call took the fault) the thread is let go untouched: ``NotTaken``.
+        Once ``Armed``, fail its page fault: the SIGBUS/BUS_ADRERR that the kernel then forces, whatever the
+        thread's mask and handler, reaches it as BUS_MCEERR_AR with the same address and lsb 12. If none comes
+        within ``timeout`` seconds (it was interrupted, or a system call took the fault) the thread is let go
+        untouched: ``NotTaken``.
         """
         session = await self._running()
         armed = Armed(next(self._ids), tid)
@@ -138,9 +145,10 @@ class TracerLink:
     async def send_ao(self, tgid: int, tid: int, addr: int, lsb: int = PAGE_SHIFT) -> Pending:
         """Tell thread ``tid`` of process ``tgid`` of poison it has mapped: send_sig_mceerr(BUS_MCEERR_AO).
 
-        ``addr`` is the virtual address in that process, ``lsb`` the binary logarithm of the lost range in bytes. Several for
-        one thread arrive one after another, in this order, none lost. Comes to ``Delivered`` (also when the thread blocks
-        SIGBUS: then it is pending), ``Ignored``, ``Refused`` or ``Gone``; to nothing as long as the process is stopped.
+        ``addr`` is the virtual address in that process, ``lsb`` the binary logarithm of the lost range in
+        bytes. Several for one thread arrive one after another, in this order, none lost. Comes to
+        ``Delivered`` (also when the thread blocks SIGBUS: then it is pending), ``Ignored``, ``Refused`` or
+        ``Gone``; to nothing as long as the process is stopped.
         """
         session = await self._running()
         pending = Pending(next(self._ids), tid)
@@ -156,27 +164,37 @@ class TracerLink:
 
     async def _running(self) -> _Session:
         async with self._starting:
-            if self._session is None or not self._session.is_alive:
-                self._session = await self._nursery.start(self._serve)
-            return self._session
+            session = self._session
+            if session is None or not session.is_alive:
+                session = self._session = await self._start()
+            return session
 
-    async def _serve(self, task_status: trio.TaskStatus[_Session]) -> None:
+    async def _start(self) -> _Session:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, trio.socket.from_stdlib_socket(ours) as sock:
-            session = _Session(await _start_process(theirs.fileno()), sock)
-            theirs.close()
-            try:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_write, session)
-                    task_status.started(session)
-                    await self._read(session)
-                    nursery.cancel_scope.cancel()
-            finally:
-                session.is_alive = False
-                sock.close()
-                for id_ in list(session.waiting):
-                    self._finish(session, Refused(id_, _DIED))
-                await _stop_process(session.process)
+        sock = trio.socket.from_stdlib_socket(ours)
+        try:
+            with theirs:
+                session = _Session(await _start_process(theirs.fileno()), sock)
+        except BaseException:
+            sock.close()
+            raise
+        self._nursery.start_soon(self._serve, session)
+        return session
+
+    async def _serve(self, session: _Session) -> None:
+        reason = _CLOSED
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_write, session)
+                await self._read(session)
+                reason = _DIED
+                nursery.cancel_scope.cancel()
+        finally:
+            session.is_alive = False
+            session.sock.close()
+            for id_ in list(session.waiting):
+                self._finish(session, Refused(id_, reason))
+            await _stop_process(session.process)
 
     async def _read(self, session: _Session) -> None:
         decoder = msgspec.json.Decoder(Report)
@@ -210,7 +228,8 @@ async def _write(session: _Session) -> None:
 
 async def _start_process(fd: int) -> trio.Process:
     # From "/", lest it keep a mount busy; -P, lest modules be taken from there.
-    path = os.pathsep.join(filter(None, (str(Path(daxemu.__file__).parent.parent), os.environ.get("PYTHONPATH"))))
+    root = str(Path(daxemu.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     return await trio.lowlevel.open_process(
         [sys.executable, "-P", "-m", "daxemu.host.tracer", str(fd)],
         stdin=subprocess.DEVNULL,

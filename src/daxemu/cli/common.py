@@ -1,0 +1,107 @@
+"""What the verbs share: sizes, paths on a mount, output."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import click
+
+from daxemu.client import Client
+from daxemu.errors import InvalidArgument
+from daxemu.host.mountinfo import mount_at
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
+_SIZE = re.compile(r"([+-]?)(0x[0-9a-f]+|\d+(?:\.\d+)?)([BKMGTP]?)(?:i?B)?", re.IGNORECASE)
+
+
+class Size(click.ParamType):
+    """Bytes: decimal, with K, M, G, T for powers of 1024, or hexadecimal."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """See click.ParamType.convert."""
+        if isinstance(value, int):
+            return value
+        match = _SIZE.fullmatch(value.strip())
+        if match is None:
+            self.fail(f"{value!r} is not a size: give bytes, or a number with K, M, G or T, such as 4K", param, ctx)
+        sign, number, unit = match.groups()
+        size = float(number) if "." in number else int(number, 0) if "x" in number.lower() else int(number)
+        result = size * _UNITS[unit.upper()]
+        if result != int(result):
+            self.fail(f"{value!r} is not a whole number of bytes", param, ctx)
+        return -int(result) if sign == "-" else int(result)
+
+
+SIZE = Size()
+
+
+def json_option(command: F) -> F:
+    """Adds ``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
+
+
+def emit(result: dict[str, Any], as_json: bool, text: str | Callable[[], str]) -> None:
+    """Print a result, as JSON or as text for people."""
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    shown = text if isinstance(text, str) else text()
+    if shown:
+        click.echo(shown)
+
+
+def human(size: int) -> str:
+    """A size for people: 6T, 1.5G, 4K, 512."""
+    for unit in ("P", "T", "G", "M", "K"):
+        scale = _UNITS[unit]
+        if size >= scale:
+            return f"{size / scale:.1f}".removesuffix(".0") + unit
+    return str(size)
+
+
+class Target(NamedTuple):
+    """What a PATH argument means: a file on a mount, or with ``ino`` None the device under it."""
+
+    client: Client
+    ino: int | None
+    name: str
+
+
+def target(path: str) -> Target:
+    """The file or, for a mountpoint, the device. Raises NotMounted, InvalidArgument for anything else on a mount."""
+    client = Client.at(path)
+    if mount_at(Path(os.path.realpath(path))) is not None:
+        return Target(client, None, f"the device of {path}")
+    return Target(client, file_ino(path), path)
+
+
+def file_ino(path: str) -> int:
+    """The inode number of a regular file. Raises InvalidArgument."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise InvalidArgument(f"{path}: {error.strerror}") from error
+    if not Path(path).is_file():
+        raise InvalidArgument(f"{path} is not a regular file: give a file, or the mountpoint for device offsets")
+    return found.st_ino
+
+
+def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
+    """Columns, aligned; numbers to the right."""
+    everything = [header, *rows]
+    widths = [max(len(row[i]) for row in everything) for i in range(len(header))]
+    numeric = [bool(rows) and all(row[i].lstrip("-").replace(".", "")[:1].isdigit() for row in rows) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric, strict=True))
+        for row in everything
+    ]
+    return "\n".join(line.rstrip() for line in lines)

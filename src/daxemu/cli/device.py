@@ -1,0 +1,78 @@
+"""mkfs and fsck: verbs for a DEVICE that is not mounted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from daxemu.cli.common import SIZE, emit, human, json_option
+from daxemu.errors import CorruptMetadata
+from daxemu.pmem.device_dir import DEFAULT_BASE_PFN, DeviceConfig, DeviceDir, altmap_bytes
+
+
+@click.command()
+@click.argument("device", type=click.Path(path_type=Path))
+@click.option("--size", type=SIZE, required=True, help="Of the media, such as 6T; a sparse file takes what is used.")
+@click.option("--base-pfn", default=hex(DEFAULT_BASE_PFN), show_default=True, help="Page frame number of its first page.")
+@click.option("--altmap", is_flag=True, help="Reserve room for the struct pages on the device itself (as --map=dev).")
+@click.option("--align", type=SIZE, default="4K", show_default=True, help="Of extents: 4K or 2M.")
+@click.option("--force", is_flag=True, help="Replace an unmounted device that is there; all on it is lost.")
+@json_option
+def mkfs(device: Path, size: int, base_pfn: str, altmap: bool, align: int, force: bool, as_json: bool) -> None:
+    """Make a new device with an empty filesystem.
+
+    DEVICE is a directory to make, best on a tmpfs such as /dev/shm.
+
+    \b
+    Example:
+      daxemu mkfs /dev/shm/pmem0 --size 6T
+    """
+    try:
+        pfn = int(base_pfn, 0)
+    except ValueError as error:
+        raise click.BadParameter(f"{base_pfn!r} is not a page frame number", param_hint="--base-pfn") from error
+    config = DeviceConfig(size=size, base_pfn=pfn, altmap=altmap_bytes(size) if altmap else 0, align=align)
+    path = device.absolute()
+    DeviceDir.create(path, config, force=force)
+    last = config.base_pfn + config.size // 4096 - 1
+    emit(
+        {"device": str(path), "size": size, "base_pfn": pfn, "altmap": config.altmap, "align": align},
+        as_json,
+        f"{path}: {human(size)}, pfns {pfn:#x}-{last:#x}"
+        + (f", {human(config.altmap)} of them for struct pages" if altmap else ""),
+    )
+
+
+@click.command()
+@click.argument("device", type=click.Path(path_type=Path))
+@json_option
+def fsck(device: Path, as_json: bool) -> None:
+    """Check the filesystem of a DEVICE that is not mounted. Changes nothing; exit status 9 if something is wrong.
+
+    \b
+    Example:
+      daxemu fsck /dev/shm/pmem0
+    """
+    from daxemu.fs.filesystem import Filesystem
+    from daxemu.fs.fsck import fsck as check
+    from daxemu.mm.memory_failure import MemoryFailures
+    from daxemu.pmem.pmem import Pmem
+
+    with DeviceDir.open(device.absolute()) as directory:
+        pmem = Pmem(directory)
+        try:
+            fs = Filesystem(pmem.dax, MemoryFailures(lambda event: None), lambda event: None)
+            wrong = check(fs)
+            damaged = [f"{d.path}: {d.length} bytes at {d.offset:#x} are poison" for d in fs.damaged()]
+            files = len(fs.names)
+        finally:
+            del fs
+            pmem.close()
+    emit(
+        {"device": str(device), "inodes": files, "wrong": wrong, "damaged": damaged},
+        as_json,
+        "\n".join([*wrong, *damaged, f"{device}: {files} inodes, {len(wrong)} problems, {len(damaged)} damaged ranges"]),
+    )
+    if wrong:
+        raise CorruptMetadata(f"{device}: {len(wrong)} problems")

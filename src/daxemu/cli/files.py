@@ -1,0 +1,90 @@
+"""map and reflink: verbs for files on a mount."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from daxemu.cli.common import SIZE, emit, file_ino, json_option, table
+from daxemu.client import Client
+from daxemu.errors import InvalidArgument
+from daxemu.host.mountinfo import mount_of
+
+
+@click.command(name="map")
+@click.argument("file")
+@json_option
+def map(file: str, as_json: bool) -> None:
+    """Show where a file's bytes are on the device, and how many links share each extent.
+
+    \b
+    Example:
+      daxemu map /tmp/pmem/db
+    """
+    with Client.at(file) as client:
+        result = client.request("map", ino=file_ino(file))
+    rows = [
+        (
+            f"{e['offset']:#x}",
+            f"{e['length']:#x}",
+            "hole" if e["device_offset"] is None else f"{e['device_offset']:#x}",
+            "-" if e["pfn"] is None else f"{e['pfn']:#x}",
+            "-" if e["device_offset"] is None else str(e["shared_by"]),
+            "yes" if e["poisoned"] else "",
+        )
+        for e in result["extents"]
+    ]
+    header = ("OFFSET", "LENGTH", "DEVICE", "PFN", "SHARED BY", "POISON")
+    emit(result, as_json, lambda: table(rows, header) if rows else f"{file} is empty")
+
+
+@click.command()
+@click.argument("source")
+@click.argument("destination")
+@click.option("--offset", type=SIZE, default=0, help="In the source; whole 4096-byte blocks.")
+@click.option("--length", type=SIZE, default=0, help="0: to the end of the source.")
+@click.option("--dest-offset", type=SIZE, default=0, help="In the destination; whole 4096-byte blocks.")
+@json_option
+def reflink(source: str, destination: str, offset: int, length: int, dest_offset: int, as_json: bool) -> None:
+    """Share SOURCE's blocks with DESTINATION (FICLONE, FICLONERANGE), which is made if it is not there.
+
+    Whoever writes to either gets blocks of his own; poison in a shared block hurts all who share it.
+
+    \b
+    Example:
+      daxemu reflink /tmp/pmem/db /tmp/pmem/db.snapshot
+    """
+    if mount_of(Path(source)).dev != mount_of(Path(destination)).dev:
+        raise InvalidArgument("both files must be on the same daxemu mount")
+    src = file_ino(source)
+    made = not os.path.lexists(destination)
+    try:
+        whole = not (offset or length or dest_offset)
+        flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if whole and not _same(source, destination) else 0)
+        os.close(os.open(destination, flags, 0o666))
+    except OSError as error:
+        raise InvalidArgument(f"{destination}: {error.strerror}") from error
+    try:
+        with Client.at(source) as client:
+            result = client.request(
+                "reflink",
+                src=src,
+                dst=file_ino(destination),
+                src_offset=offset,
+                length=length,
+                dst_offset=dest_offset,
+            )
+    except BaseException:
+        if made:
+            os.unlink(destination)
+        raise
+    emit(result, as_json, f"{destination} shares {result['bytes']} bytes with {source}")
+
+
+def _same(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False

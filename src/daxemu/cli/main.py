@@ -1,0 +1,81 @@
+"""The ``daxemu`` command."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+import daxemu
+from daxemu.errors import DaxemuError
+
+_VERBS = {
+    "mkfs": "device",
+    "fsck": "device",
+    "mount": "mount",
+    "umount": "mount",
+    "status": "mount",
+    "set": "mount",
+    "inject": "poison",
+    "clear": "poison",
+    "scrub": "poison",
+    "badblocks": "poison",
+    "damaged": "poison",
+    "remove": "poison",
+    "map": "files",
+    "reflink": "files",
+    "log": "log",
+    "demo": "demo",
+}
+"""Which module of this package has which verb: only the one that is used gets imported."""
+
+
+class Verbs(click.Group):
+    """Finds verbs in the modules above, and turns every DaxemuError into one line and its exit status."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order a session uses them."""
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the verb's module."""
+        if cmd_name not in _VERBS:
+            return None
+        module = importlib.import_module(f"daxemu.cli.{_VERBS[cmd_name]}")
+        command: click.Command = getattr(module, "set_setting" if cmd_name == "set" else cmd_name)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a verb."""
+        try:
+            return super().invoke(ctx)
+        except DaxemuError as error:
+            click.echo(f"daxemu: {error}", err=True)
+            ctx.exit(error.exit_status)
+        except BrokenPipeError:
+            # Whoever read our output has seen enough; the interpreter must not find out again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
+
+
+@click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(daxemu.__version__, prog_name="daxemu")
+def main() -> None:
+    """A DAX device and a reflink filesystem in userspace, whose memory goes bad as on real hardware.
+
+    \b
+    Example:
+      daxemu mkfs /dev/shm/pmem0 --size 1G
+      mkdir -p /tmp/pmem && daxemu mount /dev/shm/pmem0 /tmp/pmem
+      daxemu inject /tmp/pmem/FILE --offset 4K
+      daxemu log /tmp/pmem --dmesg
+      daxemu umount /tmp/pmem
+
+    Sizes and offsets are bytes; K, M, G and T are powers of 1024, 0x... is hexadecimal.
+
+    Exit status: 0 done, 2 bad argument, 3 no such device or mount, 4 in use, 5 not permitted, 6 no space, 7 poison or a
+    filesystem that was shut down, 8 not supported here, 9 damaged metadata, 1 anything else.
+    """

@@ -1,0 +1,180 @@
+"""mount, umount, status, set: verbs for the mount as a whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+from pathlib import Path
+from typing import Any
+
+import click
+
+from daxemu.cli.common import emit, human, json_option
+from daxemu.client import Client
+from daxemu.errors import Busy, InvalidArgument, NotMounted
+from daxemu.host.mountinfo import Mount, mount_at, mounts
+from daxemu.pmem.device_dir import DeviceDir
+
+END_PATIENCE = 60.0
+"""Seconds to wait for a supervisor to save and end."""
+
+
+@click.command()
+@click.argument("device", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option("--foreground", is_flag=True, help="Stay and serve until unmounted; Ctrl-C unmounts.")
+@json_option
+def mount(device: Path, mountpoint: Path, foreground: bool, as_json: bool) -> None:
+    """Mount DEVICE on MOUNTPOINT. Returns when the mount is usable; a supervisor serves it in the background.
+
+    \b
+    Example:
+      daxemu mount /dev/shm/pmem0 /tmp/pmem
+    """
+    device, mountpoint = device.absolute(), mountpoint.absolute()
+    DeviceDir.load(device)
+
+    def say(pid: int) -> None:
+        emit(
+            {"device": str(device), "mountpoint": str(mountpoint), "pid": pid},
+            as_json,
+            f"{device} is mounted on {mountpoint} (supervisor {pid})",
+        )
+
+    if foreground:
+        from daxemu.supervisor.run import supervise
+
+        logging.basicConfig(level=logging.WARNING, format="daxemu: %(message)s")
+        supervise(device, mountpoint, lambda: say(os.getpid()))
+        return
+    from daxemu.host.session import check_mountpoint
+    from daxemu.supervisor.spawn import spawn
+
+    check_mountpoint(mountpoint)
+    say(spawn(device, mountpoint))
+
+
+@click.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Although files are open, or the supervisor is dead or hangs.")
+@json_option
+def umount(mountpoint: Path, force: bool, as_json: bool) -> None:
+    """Unmount, and wait until everything is on the device.
+
+    \b
+    Example:
+      daxemu umount /tmp/pmem
+    """
+    found = mount_at(Path(os.path.abspath(mountpoint)))
+    if found is None:
+        raise NotMounted(f"{mountpoint} is not a daxemu mountpoint: see daxemu status")
+    try:
+        _ask_to_end(found, force)
+    except NotMounted:
+        _clear_away(found)
+    emit({"mountpoint": str(mountpoint), "device": str(found.device)}, as_json, f"{mountpoint} is unmounted")
+
+
+def _ask_to_end(found: Mount, force: bool) -> None:
+    with Client(found) as client:
+        pid = client.request("status")["pid"]
+        try:
+            process = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        try:
+            client.request("unmount", force=force)
+            ended, _, _ = select.select([process], [], [], END_PATIENCE)
+            if not ended:
+                raise Busy(f"the supervisor (pid {pid}) does not end: see {found.device}/supervisor.log")
+        finally:
+            os.close(process)
+
+
+def _clear_away(found: Mount) -> None:
+    """Nobody serves the mount any more; whoever waits for an answer is let go."""
+    from daxemu.host.session import Session, abort_connection
+
+    abort_connection(found)
+    still = mount_at(found.mountpoint)
+    if still is not None:
+        Session(-1, still).detach()
+    if mount_at(found.mountpoint) is not None:
+        raise Busy(f"{found.mountpoint} cannot be unmounted: try as root: umount -l {found.mountpoint}")
+
+
+@click.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
+@json_option
+def status(mountpoint: Path | None, as_json: bool) -> None:
+    """Show one mount, or all of them.
+
+    \b
+    Example:
+      daxemu status /tmp/pmem --json
+    """
+    if mountpoint is not None:
+        with Client.at(mountpoint) as client:
+            report = client.request("status")
+        emit(report, as_json, lambda: _describe(report))
+        return
+    reports = []
+    for found in mounts():
+        try:
+            with Client(found) as client:
+                reports.append(client.request("status"))
+        except NotMounted as error:
+            dead = {"device": str(found.device), "mountpoint": str(found.mountpoint), "state": "dead", "reason": str(error)}
+            reports.append(dead)
+    if as_json:
+        click.echo(json.dumps(reports))
+    elif not reports:
+        click.echo("no daxemu mounts")
+    else:
+        click.echo("\n\n".join(_describe(report) for report in reports))
+
+
+def _describe(report: dict[str, Any]) -> str:
+    state = report["state"] + (f": {report['reason']}" if report.get("reason") else "")
+    lines = [f"{report['mountpoint']}  ({report['device']})  {state}"]
+    if "size" in report:
+        used = (report["blocks"] - report["free_blocks"]) * 4096
+        counters = ", ".join(f"{count} {name}" for name, count in report["counters"].items())
+        settings = " ".join(f"{name}={value}" for name, value in report["settings"].items())
+        lines += [
+            f"  size        {human(report['size'])}, {human(used)} used, first pfn {report['base_pfn']:#x}",
+            f"  files       {report['inodes']} inodes, {report['extents']} extents, {report['open_files']} open",
+            f"  poison      {report['poisoned_sectors']} sectors, {report['badblocks']} of them known (badblocks)",
+            f"  failures    {counters}",
+            f"  settings    {settings}",
+            f"  supervisor  pid {report['pid']}, {report['events']} events, tracer {report['tracer']}",
+            f"  supplement  {report['supplement']}",
+        ]
+    return "\n".join(lines)
+
+
+@click.command(name="set")
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("settings", nargs=-1, required=True, metavar="NAME=VALUE...")
+@json_option
+def set_setting(mountpoint: Path, settings: tuple[str, ...], as_json: bool) -> None:
+    """Change settings of a mount, as sysctl would.
+
+    \b
+    early_kill=0|1         tell processes of poison they map at once (vm.memory_failure_early_kill)
+    lost_store=silent|eio  what fsync says of a mapped store lost to poison: nothing (DAX), or EIO once
+
+    \b
+    Example:
+      daxemu set /tmp/pmem early_kill=1
+    """
+    pairs = [setting.partition("=") for setting in settings]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise InvalidArgument(f"{name!r}: give NAME=VALUE, such as early_kill=1")
+    with Client.at(mountpoint) as client:
+        for name, _, value in pairs:
+            client.request("set", name=name, value=value)
+    emit({name: value for name, _, value in pairs}, as_json, "")

@@ -1,0 +1,364 @@
+"""pyfuse3.Operations over the filesystem's verbs: translates, decides nothing.
+
+File handles are inode numbers (below 2**40; the bits above carry the caller, see host/supplement.py). Directory handles
+name a snapshot of the directory, so that a reader sees each entry once whatever happens meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import stat
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+from daxemu.errors import DaxemuError, MediaError, Shutdown
+from daxemu.fs.filesystem import Filesystem
+from daxemu.fs.namespace import Credentials, Inode
+from daxemu.host.supplement import unpack
+from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE, Ino
+
+import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
+
+FOREVER = 1e6
+"""Seconds. We are the only writer of the filesystem, and invalidate what changes behind the kernel's back."""
+
+
+class PoisonedRead(NamedTuple):
+    """A FUSE_READ that met poison. ``tid`` is who waits for it, 0 if unknown."""
+
+    ino: Ino
+    offset: int
+    length: int
+    tid: int
+    error: MediaError
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _translated(verb: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Our exceptions become the errno that the system call shows."""
+
+    @functools.wraps(verb)
+    async def translated(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await verb(*args, **kwargs)
+        except DaxemuError as error:
+            raise pyfuse3.FUSEError(error.errno) from None
+
+    return translated
+
+
+class Operations(pyfuse3.Operations):
+    """Answers the kernel. ``on_poison`` is awaited before a read that met poison is answered EIO."""
+
+    supports_dot_lookup = True
+    enable_acl = False
+
+    def __init__(
+        self,
+        fs: Filesystem,
+        on_poison: Callable[[PoisonedRead], Awaitable[None]],
+        forget_attributes: Callable[[Ino], None],
+    ) -> None:
+        super().__init__()
+        self._fs = fs
+        self._names = fs.names
+        self._on_poison = on_poison
+        self._forget_attributes = forget_attributes
+        self._listings: dict[int, list[tuple[bytes, Ino]]] = {}
+        self._listing_ids = itertools.count(1)
+        self.open_files: Counter[Ino] = Counter()
+        """How many handles each inode has open: what is mapped is among these."""
+
+    # -- attributes
+
+    def _attributes(self, inode: Inode) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = pyfuse3.InodeT(inode.ino)
+        entry.generation = 0
+        entry.entry_timeout = entry.attr_timeout = FOREVER
+        entry.st_mode = pyfuse3.ModeT(inode.mode)
+        entry.st_nlink = inode.nlink
+        entry.st_uid, entry.st_gid, entry.st_rdev = inode.uid, inode.gid, inode.rdev
+        entry.st_size = inode.size
+        entry.st_blksize = PAGE_SIZE
+        entry.st_blocks = inode.extents.blocks * (PAGE_SIZE // SECTOR_SIZE) if inode.extents is not None else 0
+        entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = inode.atime, inode.mtime, inode.ctime
+        return entry
+
+    def _entry(self, inode: Inode) -> pyfuse3.EntryAttributes:
+        """Attributes for an answer that makes the kernel know the inode: it will forget() it one day."""
+        self._fs.pin(inode)
+        return self._attributes(inode)
+
+    @_translated
+    async def lookup(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        self._fs.check_alive()
+        try:
+            return self._entry(self._names.lookup(parent_inode, name))
+        except DaxemuError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            # A negative entry: the kernel need not ask again until somebody makes the name.
+            missing = pyfuse3.EntryAttributes()
+            missing.st_ino = pyfuse3.InodeT(0)
+            missing.entry_timeout = FOREVER
+            return missing
+
+    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
+        for ino, count in inode_list:
+            self._fs.unpin(ino, count)
+
+    @_translated
+    async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._attributes(self._names.get(inode))
+
+    @_translated
+    async def setattr(
+        self,
+        inode: pyfuse3.InodeT,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: pyfuse3.FileHandleT | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        self._fs.check_alive()
+        node = self._names.get(inode)
+        if fields.update_size:
+            self._fs.set_size(inode, attr.st_size)
+        if fields.update_mode:
+            node.mode = stat.S_IFMT(node.mode) | stat.S_IMODE(attr.st_mode)
+        if fields.update_uid:
+            node.uid = attr.st_uid
+        if fields.update_gid:
+            node.gid = attr.st_gid
+        node.touch(modified=False)
+        if fields.update_atime:
+            node.atime = attr.st_atime_ns
+        if fields.update_mtime:
+            node.mtime = attr.st_mtime_ns
+        if fields.update_ctime:
+            node.ctime = attr.st_ctime_ns
+        return self._attributes(node)
+
+    @_translated
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        usage = self._fs.statfs()
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = PAGE_SIZE
+        data.f_blocks, data.f_bfree, data.f_bavail = usage.blocks, usage.free, usage.available
+        data.f_files = usage.files + usage.available
+        data.f_ffree = data.f_favail = usage.available
+        data.f_namemax = usage.name_max
+        return data
+
+    # -- names
+
+    @staticmethod
+    def _cred(ctx: pyfuse3.RequestContext) -> Credentials:
+        return Credentials(ctx.uid, ctx.gid, ctx.umask)
+
+    @_translated
+    async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileNameT:
+        self._fs.check_alive()
+        target = self._names.get(inode).target
+        if target is None:
+            raise pyfuse3.FUSEError(errno.EINVAL)
+        return pyfuse3.FileNameT(target)
+
+    @_translated
+    async def mknod(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        mode: pyfuse3.ModeT,
+        rdev: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        return self._entry(self._fs.mknod(parent_inode, name, mode, rdev, self._cred(ctx)))
+
+    @_translated
+    async def mkdir(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        mode: pyfuse3.ModeT,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        return self._entry(self._fs.mkdir(parent_inode, name, mode, self._cred(ctx)))
+
+    @_translated
+    async def symlink(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        target: pyfuse3.FileNameT,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        return self._entry(self._fs.symlink(parent_inode, name, target, self._cred(ctx)))
+
+    @_translated
+    async def link(
+        self,
+        inode: pyfuse3.InodeT,
+        new_parent_inode: pyfuse3.InodeT,
+        new_name: pyfuse3.FileNameT,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        return self._entry(self._fs.link(inode, new_parent_inode, new_name))
+
+    @_translated
+    async def unlink(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> None:
+        self._fs.unlink(parent_inode, name)
+
+    @_translated
+    async def rmdir(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> None:
+        self._fs.rmdir(parent_inode, name)
+
+    @_translated
+    async def rename(
+        self,
+        parent_inode_old: pyfuse3.InodeT,
+        name_old: pyfuse3.FileNameT,
+        parent_inode_new: pyfuse3.InodeT,
+        name_new: pyfuse3.FileNameT,
+        flags: pyfuse3.FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        self._fs.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+
+    # -- directories
+
+    @_translated
+    async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
+        self._fs.check_alive()
+        node, entries = self._names.directory(inode)
+        handle = next(self._listing_ids)
+        self._listings[handle] = [(b".", node.ino), (b"..", node.parent), *entries.items()]
+        return pyfuse3.FileHandleT(handle)
+
+    @_translated
+    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        self._fs.check_alive()
+        listing = self._listings[fh]
+        for position in range(start_id, len(listing)):
+            name, ino = listing[position]
+            try:
+                inode = self._names.get(ino)
+            except DaxemuError:
+                continue  # removed since the directory was opened
+            if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), self._attributes(inode), position + 1):
+                return
+            if position >= 2:
+                self._fs.pin(inode)
+
+    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
+        del self._listings[fh]
+
+    async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        self._check_alive()
+
+    # -- files
+
+    def _check_alive(self) -> None:
+        try:
+            self._fs.check_alive()
+        except Shutdown as error:
+            raise pyfuse3.FUSEError(error.errno) from None
+
+    def _opened(self, inode: Inode) -> pyfuse3.FileInfo:
+        self._fs.pin(inode)
+        self.open_files[inode.ino] += 1
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode.ino), keep_cache=True)
+
+    @_translated
+    async def open(
+        self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileInfo:
+        self._fs.check_alive()
+        return self._opened(self._names.get(inode))
+
+    @_translated
+    async def create(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        mode: pyfuse3.ModeT,
+        flags: pyfuse3.FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        inode = self._fs.mknod(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), 0, self._cred(ctx))
+        return self._opened(inode), self._entry(inode)
+
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        ino = unpack(fh).handle
+        self.open_files[ino] -= 1
+        if not self.open_files[ino]:
+            del self.open_files[ino]
+        self._fs.unpin(ino)
+
+    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
+        caller = unpack(fh)
+        try:
+            # Any buffer will do for pyfuse3: a view of the media goes to the kernel without a copy of ours.
+            return self._fs.read(caller.handle, off, size)  # type: ignore[return-value]
+        except MediaError as error:
+            await self._on_poison(PoisonedRead(caller.handle, off, size, caller.tid, error))
+            raise pyfuse3.FUSEError(error.errno) from None
+        except DaxemuError as error:
+            raise pyfuse3.FUSEError(error.errno) from None
+
+    async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
+        caller = unpack(fh)
+        try:
+            return self._fs.write(caller.handle, off, buf, from_cache=caller.from_cache)
+        except DaxemuError as error:
+            raise pyfuse3.FUSEError(error.errno) from None
+        finally:
+            if caller.from_cache:
+                # The kernel does not know that a page written back changes the times.
+                self._forget_attributes(caller.handle)
+
+    async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        self._check_alive()
+
+    # -- extended attributes
+
+    @_translated
+    async def setxattr(
+        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, value: bytes, ctx: pyfuse3.RequestContext
+    ) -> None:
+        # pyfuse3 itself sees to XATTR_CREATE and XATTR_REPLACE.
+        self._fs.setxattr(inode, name, value, 0)
+
+    @_translated
+    async def getxattr(
+        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
+    ) -> bytes:
+        self._fs.check_alive()
+        return self._names.getxattr(inode, name)
+
+    @_translated
+    async def listxattr(
+        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
+    ) -> Sequence[pyfuse3.XAttrNameT]:
+        self._fs.check_alive()
+        return [pyfuse3.XAttrNameT(name) for name in self._names.get(inode).xattrs]
+
+    @_translated
+    async def removexattr(
+        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
+    ) -> None:
+        self._fs.check_alive()
+        self._names.removexattr(inode, name)

@@ -1,0 +1,176 @@
+"""The mount: the /dev/fuse descriptor, mount(2) or fusermount3, and taking pages away from the kernel by range.
+
+We open /dev/fuse ourselves and hand pyfuse3 ``/dev/fd/N``: only so can notifications with a range be written to it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import socket
+import struct
+import subprocess
+from pathlib import Path
+
+from daxemu.errors import Busy, InvalidArgument, PermissionDenied, Unsupported
+from daxemu.host.mountinfo import FS_TYPE, SOURCE_PREFIX, Mount, mount_at
+from daxemu.uapi import Ino
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+MS_NOSUID, MS_NODEV = 2, 4
+MNT_DETACH = 2
+FUSE_NOTIFY_INVAL_INODE = 2
+_FUSECTL = Path("/sys/fs/fuse/connections")
+_OUT_HEADER = struct.Struct("=IiQ")
+_INVAL_INODE = struct.Struct("=Qqq")
+
+
+def check_mountpoint(mountpoint: Path) -> None:
+    """Raises InvalidArgument or Busy if nothing can be mounted there."""
+    if mount_at(mountpoint) is not None:
+        raise Busy(f"{mountpoint} is a daxemu mount already: daxemu umount {mountpoint}")
+    if not mountpoint.is_dir():
+        raise InvalidArgument(f"{mountpoint} is not a directory: make it with mkdir first")
+    if os.path.ismount(mountpoint):
+        raise Busy(f"{mountpoint} has another filesystem mounted on it")
+    if not os.access(mountpoint, os.W_OK):
+        raise PermissionDenied(f"{mountpoint} is not yours to mount on: choose a directory that you can write to")
+
+
+class Session:
+    """One FUSE connection. ``fd`` is its /dev/fuse descriptor, ``mount`` what /proc/self/mountinfo says of it."""
+
+    def __init__(self, fd: int, mount: Mount) -> None:
+        self.fd = fd
+        self.mount = mount
+
+    @classmethod
+    def open(cls, device: Path, mountpoint: Path) -> Session:
+        """Mount. As root with mount(2), otherwise through fusermount3. Raises PermissionDenied, Unsupported, Busy."""
+        mountpoint = Path(os.path.realpath(mountpoint))
+        check_mountpoint(mountpoint)
+        source = f"{SOURCE_PREFIX}{device}"
+        fd = _mount_as_root(source, mountpoint) if os.geteuid() == 0 else _mount_as_user(source, mountpoint)
+        mount = mount_at(mountpoint)
+        if mount is None:
+            os.close(fd)
+            raise Busy(f"{mountpoint}: the mount vanished at once")
+        return cls(fd, mount)
+
+    # -- notifications
+
+    def revoke(self, ino: Ino, offset: int, length: int) -> None:
+        """``unmap_mapping_range()``: take the pages of the range from every process and from the page cache.
+
+        ``length`` 0 is to the end of the file. Dirty pages are written back to us meanwhile: call this from a worker thread
+        only. Neighbouring pages stay.
+        """
+        self._notify_inval_inode(ino, offset, length)
+
+    def forget_attributes(self, ino: Ino) -> None:
+        """Have size and times asked for anew. Does not wait for anything."""
+        self._notify_inval_inode(ino, -1, 0)
+
+    def _notify_inval_inode(self, ino: Ino, offset: int, length: int) -> None:
+        body = _INVAL_INODE.pack(ino, offset, length)
+        header = _OUT_HEADER.pack(_OUT_HEADER.size + len(body), FUSE_NOTIFY_INVAL_INODE, 0)
+        try:
+            os.write(self.fd, header + body)
+        except OSError as error:
+            # Not in the kernel's cache, or no connection any more: there is nothing to take away.
+            if error.errno not in (errno.ENOENT, errno.ENOTCONN, errno.ENODEV):
+                raise
+
+    # -- the end
+
+    def sync(self) -> None:
+        """``syncfs(2)``: have everything dirty written back to us. From a worker thread only."""
+        fd = os.open(self.mount.mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _libc.syncfs(fd)
+        finally:
+            os.close(fd)
+
+    def unmount(self) -> None:
+        """``umount(2)``. Raises Busy while anything is open on the mount. The kernel syncs first: never from the event loop."""
+        mountpoint = self.mount.mountpoint
+        if os.geteuid() == 0:
+            if _libc.umount2(os.fsencode(mountpoint), 0) == 0:
+                return
+            number = ctypes.get_errno()
+        else:
+            done = subprocess.run(["fusermount3", "-u", str(mountpoint)], capture_output=True, text=True)
+            if done.returncode == 0:
+                return
+            number = errno.EBUSY if "busy" in done.stderr.lower() else errno.EINVAL
+        if number == errno.EBUSY:
+            raise Busy(f"{mountpoint} is in use: close what is open on it, or daxemu umount --force {mountpoint}")
+        if mount_at(mountpoint) is not None:
+            raise InvalidArgument(f"{mountpoint}: {os.strerror(number)}")
+
+    def detach(self) -> None:
+        """Take the mount out of the tree although it is in use; new users no longer find it."""
+        mountpoint = self.mount.mountpoint
+        if os.geteuid() == 0:
+            _libc.umount2(os.fsencode(mountpoint), MNT_DETACH)
+        else:
+            subprocess.run(["fusermount3", "-u", "-z", str(mountpoint)], capture_output=True, check=False)
+
+    def abort(self) -> bool:
+        """Cut the connection: everything that waits for us gets ENOTCONN. The last resort. Returns whether it worked."""
+        return abort_connection(self.mount)
+
+
+def abort_connection(mount: Mount) -> bool:
+    """Cut a mount's FUSE connection through the control filesystem; mounts that first if it must and may."""
+    control = _FUSECTL / str(os.makedev(*mount.dev)) / "abort"
+    if not control.exists() and os.geteuid() == 0:
+        _libc.mount(b"none", os.fsencode(_FUSECTL), b"fusectl", 0, None)
+    try:
+        control.write_text("1")
+    except OSError:
+        return False
+    return True
+
+
+def _mount_as_root(source: str, mountpoint: Path) -> int:
+    try:
+        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise Unsupported(f"/dev/fuse: {error.strerror}; load the fuse module, or give the container --device /dev/fuse") from error
+    options = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},default_permissions,allow_other"
+    done = _libc.mount(
+        os.fsencode(source), os.fsencode(mountpoint), FS_TYPE.encode(), MS_NOSUID | MS_NODEV, options.encode()
+    )
+    if done != 0:
+        number = ctypes.get_errno()
+        os.close(fd)
+        raise PermissionDenied(f"cannot mount on {mountpoint}: {os.strerror(number)}")
+    return fd
+
+
+def _mount_as_user(source: str, mountpoint: Path) -> int:
+    """fusermount3 mounts for us and sends the descriptor back over a socket."""
+    if shutil.which("fusermount3") is None:
+        raise Unsupported("mounting without root needs fusermount3: install the package fuse3")
+    escaped = source.replace("\\", "\\\\").replace(",", "\\,")
+    options = f"fsname={escaped},subtype=daxemu,default_permissions"
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        done = subprocess.run(
+            ["fusermount3", "-o", options, "--", str(mountpoint)],
+            env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+            pass_fds=(theirs.fileno(),),
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            raise PermissionDenied(f"cannot mount on {mountpoint}: {done.stderr.strip()}")
+        _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
+    if not descriptors:
+        raise Unsupported("fusermount3 sent no descriptor")
+    os.set_inheritable(descriptors[0], False)
+    return descriptors[0]

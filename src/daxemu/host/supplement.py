@@ -1,0 +1,61 @@
+"""Loads the C supplement in front of pyfuse3, and reads what it writes into file handles.
+
+Layout of a file handle as ``Operations`` sees it: bits 0-39 the handle that ``open`` gave out, bits 40-62 the thread id of the
+caller (pid_max is at most 2**22), bit 63 set when the page cache writes back. Without the supplement the upper bits are
+zero: no thread is known, and no write is known to be the cache's.
+
+Import this module before anything imports pyfuse3.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+from pathlib import Path
+from typing import NamedTuple
+
+HANDLE_BITS = 40
+_HANDLE_MASK = (1 << HANDLE_BITS) - 1
+_TID_MASK = (1 << 23) - 1
+_WRITEPAGE = 1 << 63
+_VERSION = 1
+
+
+class Caller(NamedTuple):
+    """What a read or write handler is given: ``tid`` is 0 if unknown."""
+
+    handle: int
+    tid: int
+    from_cache: bool
+
+
+def unpack(fh: int) -> Caller:
+    """Take a file handle apart."""
+    return Caller(fh & _HANDLE_MASK, fh >> HANDLE_BITS & _TID_MASK, bool(fh & _WRITEPAGE))
+
+
+def _find() -> Path | None:
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_supplement{suffix}")
+        if path.exists():
+            return path
+    return None
+
+
+def load() -> str | None:
+    """Put the supplement in front of libfuse. Returns None, or why it is missing."""
+    path = _find()
+    if path is None:
+        return "host/supplement.c was not built: install libfuse3-dev, pkg-config and gcc, then daxemu again"
+    try:
+        library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        version = ctypes.c_int.in_dll(library, "daxemu_supplement_version").value
+    except (OSError, ValueError) as error:
+        return f"{path.name} cannot be loaded: {error}"
+    if version != _VERSION:
+        return f"{path.name} is of version {version}, not {_VERSION}: install daxemu again"
+    return None
+
+
+MISSING: str | None = load()
+"""Why the supplement is not there; None when it is."""

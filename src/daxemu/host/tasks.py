@@ -1,0 +1,191 @@
+"""Who maps what: the processes of this machine as /proc shows them (the kernel's walk over i_mmap and page tables).
+
+Addresses are bytes, file positions pages. Processes that vanish while they are looked at, or that we may not look into,
+are left out: a process that is gone cannot be told, and one that is another user's is not ours to tell.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from daxemu.mm.memory_failure import PresentRun, Task, Thread
+from daxemu.ranges import Range
+from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
+
+_GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
+
+# uapi/linux/fs.h
+_PAGE_IS_FILE = 1 << 2
+_PAGE_IS_PRESENT = 1 << 3
+_PAGEMAP_SCAN = 3 << 30 | 96 << 16 | ord("f") << 8 | 16
+_SCAN_ARG = struct.Struct("=12Q")
+_PAGE_REGION = struct.Struct("=3Q")
+_REGIONS = 256
+
+_PM_PRESENT = 1 << 63
+_PM_FILE = 1 << 61
+_PM_CHUNK = 1 << 16  # pages looked at in one read(2) where PAGEMAP_SCAN is missing
+
+
+class Vma(NamedTuple):
+    """One mapping of a file of ours: addresses ``[start, end)`` show the file's pages from ``pgoff`` on."""
+
+    start: int
+    end: int
+    pgoff: int
+    ino: Ino
+
+
+def collect_tasks(
+    dev: tuple[int, int], wanted: Mapping[Ino, Sequence[Range]] | None, skip: frozenset[int] = frozenset()
+) -> list[Task]:
+    """Every process that has a wanted page present, with where.
+
+    ``wanted`` maps inode numbers to page ranges; None is everything on ``dev``, of which only the first present run of each
+    process is reported. A private copy of a page (CoW) is the process's own and does not count.
+    """
+    return [task for pid in _pids(skip) if (task := _look_at(pid, dev, wanted)) is not None]
+
+
+def _pids(skip: frozenset[int]) -> Iterator[int]:
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) not in skip:
+            yield int(name)
+
+
+def _look_at(pid: int, dev: tuple[int, int], wanted: Mapping[Ino, Sequence[Range]] | None) -> Task | None:
+    try:
+        vmas = list(read_vmas(pid, dev))
+        present = tuple(_present_runs(pid, vmas, wanted)) if vmas else ()
+        if not present:
+            return None
+        return Task(pid, read_comm(pid), tuple(read_threads(pid)), present)
+    except _GONE:
+        return None
+
+
+def read_vmas(pid: int, dev: tuple[int, int]) -> Iterator[Vma]:
+    """The mappings of files on ``dev`` in a process. Raises one of the errors of a vanished process."""
+    with open(f"/proc/{pid}/maps", "rb", buffering=1 << 16) as file:
+        text = file.read()
+    mark = b" %02x:%02x " % dev
+    if mark not in text:
+        return
+    for line in text.splitlines():
+        if mark in line:
+            addresses, _, offset, _, ino, *_ = line.split(None, 5)
+            start, end = addresses.split(b"-")
+            yield Vma(int(start, 16), int(end, 16), int(offset, 16) >> PAGE_SHIFT, int(ino))
+
+
+def _present_runs(pid: int, vmas: list[Vma], wanted: Mapping[Ino, Sequence[Range]] | None) -> Iterator[PresentRun]:
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+        for vma in vmas:
+            span = Range(vma.pgoff, vma.pgoff + ((vma.end - vma.start) >> PAGE_SHIFT))
+            for pages in [span] if wanted is None else wanted.get(vma.ino, ()):
+                if not (part := pages.clip(*span)):
+                    continue
+                low = vma.start + ((part.start - vma.pgoff) << PAGE_SHIFT)
+                for run in present_in(pagemap.fileno(), low, low + (part.length << PAGE_SHIFT)):
+                    index = vma.pgoff + ((run.start - vma.start) >> PAGE_SHIFT)
+                    yield PresentRun(vma.ino, index, run.length >> PAGE_SHIFT, run.start, PAGE_SHIFT)
+                    if wanted is None:
+                        return
+
+
+def present_in(pagemap: int, start: int, end: int) -> Iterator[Range]:
+    """The address ranges in ``[start, end)`` whose pages are present and the file's own.
+
+    Costs what the page tables hold (PAGEMAP_SCAN, Linux 6.7); before that, time in proportion to the range.
+    """
+    try:
+        yield from _merge(_scan(pagemap, start, end))
+    except OSError as error:
+        if error.errno not in (errno.ENOTTY, errno.EINVAL):
+            raise
+        yield from _merge(_read_pagemap(pagemap, start, end))
+
+
+def _scan(pagemap: int, start: int, end: int) -> Iterator[Range]:
+    regions = array("B", bytes(_REGIONS * _PAGE_REGION.size))
+    address, _ = regions.buffer_info()
+    category = _PAGE_IS_PRESENT | _PAGE_IS_FILE
+    while start < end:
+        argument = bytearray(
+            _SCAN_ARG.pack(_SCAN_ARG.size, 0, start, end, 0, address, _REGIONS, 0, 0, category, 0, category)
+        )
+        count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, argument, True)
+        filled = memoryview(regions)[: count * _PAGE_REGION.size]
+        for first, last, _ in _PAGE_REGION.iter_unpack(filled):
+            yield Range(first, last)
+        walked = _SCAN_ARG.unpack(argument)[4]
+        if walked <= start:
+            return
+        start = walked
+
+
+def _read_pagemap(pagemap: int, start: int, end: int) -> Iterator[Range]:
+    for low in range(start, end, _PM_CHUNK * PAGE_SIZE):
+        high = min(end, low + _PM_CHUNK * PAGE_SIZE)
+        entries = array("Q", os.pread(pagemap, (high - low) >> PAGE_SHIFT << 3, low >> PAGE_SHIFT << 3))
+        for index, entry in enumerate(entries):
+            if entry & _PM_PRESENT and entry & _PM_FILE:
+                yield Range(low + index * PAGE_SIZE, low + (index + 1) * PAGE_SIZE)
+
+
+def _merge(runs: Iterator[Range]) -> Iterator[Range]:
+    current: Range | None = None
+    for run in runs:
+        if current is not None and current.end == run.start:
+            current = Range(current.start, run.end)
+            continue
+        if current is not None:
+            yield current
+        current = run
+    if current is not None:
+        yield current
+
+
+def read_threads(pid: int) -> Iterator[Thread]:
+    """The threads of a process, in the kernel's order, with their task flags."""
+    for name in os.listdir(f"/proc/{pid}/task"):
+        try:
+            with open(f"/proc/{pid}/task/{name}/stat", "rb") as file:
+                # The name in field 2 may hold anything, parentheses too: the fields begin after the last one.
+                fields = file.read().rpartition(b") ")[2].split()
+        except _GONE:
+            continue
+        yield Thread(int(name), int(fields[6]))
+
+
+def read_comm(pid: int) -> str:
+    """The process's name, as log lines show it."""
+    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+        return file.read().rstrip("\n")
+
+
+def in_page_fault(tid: int) -> bool | None:
+    """Whether a thread waits in a page fault of its own, not in a system call; None if that cannot be seen."""
+    try:
+        with open(f"/proc/{tid}/syscall", "rb") as file:
+            return file.read().startswith(b"-1")
+    except (*_GONE, OSError):
+        return None
+
+
+def process_of(tid: int) -> int:
+    """The process a thread belongs to; the thread's own id if it is gone."""
+    try:
+        with open(f"/proc/{tid}/status", "rb") as file:
+            for line in file:
+                if line.startswith(b"Tgid:"):
+                    return int(line.split()[1])
+    except _GONE:
+        pass
+    return tid

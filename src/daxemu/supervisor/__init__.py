@@ -1,0 +1,8 @@
+"""One emulated machine: it wires the device, the filesystem, the mount and the tracer together, and serves the control socket.
+
+``machine``   the wiring, and the verbs of the control socket
+``failures``  what happens between a memory failure and its outcome: collect, revoke, signal
+``event_log`` the record of it all, and those who follow it
+``protocol``  requests and replies as types; ``control`` the socket that carries them
+``run``       the life of the process: start, serve, end
+"""

@@ -1,0 +1,132 @@
+"""The control socket: JSON lines over a Unix stream, for the mount's owner and root.
+
+What a peer does wrong costs its own connection, nothing more: garbage and unknown requests get an error reply, a line without
+end or a peer that went away ends the connection.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import trio
+
+from daxemu.errors import DaxemuError, FsError, InvalidArgument, PermissionDenied
+from daxemu.supervisor import protocol as p
+from daxemu.supervisor.event_log import EventLog
+
+MAX_LINE = 4 << 20
+_UCRED = struct.Struct("=iII")
+
+Answer = Callable[[p.Request], Awaitable[msgspec.Struct]]
+
+
+class ControlSocket:
+    """Serves ``path``. ``answer`` does what is asked; it raises DaxemuError to refuse."""
+
+    def __init__(self, path: Path, log: EventLog, answer: Answer) -> None:
+        self._path = path
+        self._log = log
+        self._answer = answer
+        self._answering = 0
+        self._idle = trio.Event()
+        self._idle.set()
+
+    async def idle(self) -> None:
+        """Wait until no request is being answered; those who follow the log do not count."""
+        await self._idle.wait()
+
+    def bind(self) -> trio.SocketListener:
+        """Bind and listen; a socket file of a dead supervisor is replaced. Precondition: the device's lock is held."""
+        self._path.unlink(missing_ok=True)
+        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # By way of the directory: sun_path has 108 bytes, and a device may lie deep.
+        directory = os.open(self._path.parent, os.O_PATH | os.O_CLOEXEC)
+        try:
+            raw = socket.socket(fileno=os.dup(sock.fileno()))
+            with raw:
+                raw.bind(f"/proc/self/fd/{directory}/{self._path.name}")
+        finally:
+            os.close(directory)
+        self._path.chmod(0o600)
+        sock.listen(64)
+        return trio.SocketListener(sock)
+
+    async def serve(self, listener: trio.SocketListener) -> None:
+        """Serve until cancelled."""
+        try:
+            await trio.serve_listeners(self._handle, [listener])
+        finally:
+            self._path.unlink(missing_ok=True)
+
+    async def _handle(self, stream: trio.SocketStream) -> None:
+        async with stream:
+            try:
+                self._check_peer(stream)
+                await self._converse(stream)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return  # the peer went away
+            except DaxemuError as error:
+                await _try_to_send(stream, _refusal(error))
+
+    def _check_peer(self, stream: trio.SocketStream) -> None:
+        raw = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        _, uid, _ = _UCRED.unpack(raw)
+        if uid not in (0, os.geteuid()):
+            raise PermissionDenied(f"only the mount's owner (uid {os.geteuid()}) and root may ask")
+
+    async def _converse(self, stream: trio.SocketStream) -> None:
+        buffer = bytearray()
+        async for chunk in stream:
+            buffer += chunk
+            while (end := buffer.find(b"\n")) >= 0:
+                line = bytes(buffer[:end])
+                del buffer[: end + 1]
+                if line.strip():
+                    await self._one(stream, line)
+            if len(buffer) > MAX_LINE:
+                raise InvalidArgument(f"a request of more than {MAX_LINE} bytes")
+
+    async def _one(self, stream: trio.SocketStream, line: bytes) -> None:
+        try:
+            request = p.decode_request(line)
+            if isinstance(request, p.Follow):
+                async for event in self._log.follow(request.after):
+                    await stream.send_all(event + b"\n")
+                return
+            await self._reply(stream, request)
+        except msgspec.MsgspecError as error:
+            await stream.send_all(_refusal(InvalidArgument(f"not a request: {error}")))
+
+    async def _reply(self, stream: trio.SocketStream, request: p.Request) -> None:
+        self._answering += 1
+        if self._idle.is_set():
+            self._idle = trio.Event()
+        try:
+            try:
+                result = await self._answer(request)
+                line = msgspec.json.encode(p.Reply(True, result=msgspec.Raw(msgspec.json.encode(result)))) + b"\n"
+            except DaxemuError as error:
+                line = _refusal(error)
+            await stream.send_all(line)
+        finally:
+            self._answering -= 1
+            if not self._answering:
+                self._idle.set()
+
+
+async def _try_to_send(stream: trio.SocketStream, line: bytes) -> None:
+    with trio.move_on_after(1.0):
+        try:
+            await stream.send_all(line)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return
+
+
+def _refusal(error: DaxemuError) -> bytes:
+    kind = InvalidArgument.__name__ if isinstance(error, FsError) else type(error).__name__
+    return msgspec.json.encode(p.Reply(False, error=kind, message=str(error))) + b"\n"

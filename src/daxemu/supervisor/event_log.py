@@ -1,0 +1,58 @@
+"""Every event of this mount: kept, appended to DEVICE/events.jsonl, and handed to whoever follows."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import trio
+
+from daxemu.events import Event, encode
+
+KEPT = 100_000
+
+
+class EventLog:
+    """The last ``KEPT`` events in memory, all of them in the file. ``emit`` never waits for a follower."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as this object
+        self._lines: deque[bytes] = deque(maxlen=KEPT)
+        self._emitted = 0
+        self._more = trio.Event()
+
+    def emit(self, event: Event) -> None:
+        """Number it, date it, keep it."""
+        self._emitted += 1
+        event.seq = self._emitted
+        event.time = time.time()
+        line = encode(event)
+        self._lines.append(line)
+        self._file.write(line + b"\n")
+        self._more.set()
+        self._more = trio.Event()
+
+    @property
+    def emitted(self) -> int:
+        """How many events there were; also the last one's ``seq``."""
+        return self._emitted
+
+    async def follow(self, after: int) -> AsyncIterator[bytes]:
+        """The encoded events with ``seq`` above ``after``, as they come, for ever.
+
+        A follower who is more than ``KEPT`` events behind misses those between; the numbers show it.
+        """
+        while True:
+            while after < self._emitted:
+                oldest = self._emitted - len(self._lines)
+                after = max(after, oldest)
+                line = self._lines[after - oldest]
+                after += 1
+                yield line
+            await self._more.wait()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -1,0 +1,181 @@
+"""From a memory failure to its outcome: the order in which the decisions of the core reach real processes.
+
+    core: memory_failure(range)           whose it is, which files (atomic)
+    host: collect                         who has a page of it present      } worker thread,
+    host: revoke                          nobody has                        } one incident at a time (mf_mutex)
+    host: signal                          those who are to be told, all at once
+    core: action_result                   counted, logged
+
+Collect comes before revoke: addresses and presence are read off live mappings. Poison is in the media before either, so
+a process that comes in between finds it by itself. Signals are sent outside the mutex: a process that is stopped may take its
+time, and must not hold up the next failure.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from daxemu.errors import DaxemuError
+from daxemu.events import Emit, Outcome, SignalSent
+from daxemu.host.mappings import Mappings
+from daxemu.host.operations import PoisonedRead
+from daxemu.host.tasks import in_page_fault, process_of, read_comm
+from daxemu.host.tracer import Delivered, Gone, Ignored, NotTaken, Refused
+from daxemu.host.tracer import Outcome as Delivery
+from daxemu.host.tracer_link import Pending, TracerLink
+from daxemu.mm.memory_failure import Incident, MemoryFailures, ToKill, collect_procs
+from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT, PAGE_SIZE, Pfn
+
+SIGNAL_PATIENCE = 2.0
+"""Seconds a failure waits for a process to take its signal before it goes on; the signal stays on its way."""
+ARM_PATIENCE = 1.0
+"""Seconds a thread that consumed poison is kept waiting for the tracer."""
+
+
+class Failures:
+    """Carries out incidents. Belongs to the trio thread; ``nursery`` runs what outlives a request."""
+
+    def __init__(
+        self, mm: MemoryFailures, mappings: Mappings, tracer: TracerLink, emit: Emit, nursery: trio.Nursery
+    ) -> None:
+        self._mm = mm
+        self._mappings = mappings
+        self._tracer = tracer
+        self._emit = emit
+        self._nursery = nursery
+        self._mf_mutex = trio.Lock()
+
+    async def handle(self, incident: Incident) -> tuple[Outcome, int]:
+        """See an incident through. Returns its outcome and how many threads were told."""
+        # Once begun it ends, whoever asked for it: half a failure would leave poison that somebody can still read.
+        with trio.CancelScope(shield=True):
+            async with self._mf_mutex:
+                to_kill = await self._collect_and_revoke(incident)
+            await self._kill_procs(to_kill)
+        return self._mm.action_result(incident, len(to_kill)), len(to_kill)
+
+    async def _collect_and_revoke(self, incident: Incident) -> list[ToKill]:
+        if not incident.mappings and not incident.whole_device:
+            return []
+
+        def work() -> list[ToKill]:
+            tasks = self._mappings.collect(incident)
+            self._mappings.revoke(incident)
+            return collect_procs(incident, tasks, early_kill=self._mm.sysctl_early_kill)
+
+        return await trio.to_thread.run_sync(work)
+
+    # -- action optional
+
+    async def _kill_procs(self, to_kill: list[ToKill]) -> None:
+        """``kill_procs()``: every signal is on its way before any is waited for."""
+        sent = [
+            (victim, await self._tracer.send_ao(victim.task.pid, victim.tid, victim.address, victim.shift))
+            for victim in to_kill
+        ]
+        deadline = trio.current_time() + SIGNAL_PATIENCE
+        for victim, pending in sent:
+            outcome = await pending.wait(max(0.0, deadline - trio.current_time()))
+            self._told(victim, outcome)
+            if outcome is None:
+                self._nursery.start_soon(self._await_late, victim, pending)
+
+    async def _await_late(self, victim: ToKill, pending: Pending) -> None:
+        self._told(victim, await pending.wait())
+
+    def _told(self, victim: ToKill, outcome: Delivery | None) -> None:
+        result, reason = _explain(outcome)
+        self._emit(
+            SignalSent(
+                pid=victim.task.pid,
+                tid=victim.tid,
+                comm=victim.task.comm,
+                code=BUS_MCEERR_AO,
+                address=victim.address,
+                lsb=victim.shift,
+                pfn=victim.pfn,
+                result=result,
+                reason=reason,
+            )
+        )
+
+    # -- action required
+
+    async def consumed(self, read: PoisonedRead, pfn: Pfn, supplement_missing: str | None) -> None:
+        """A read met poison. If a thread waits for it in a page fault, see that its SIGBUS is a BUS_MCEERR_AR.
+
+        Returns when the read may be answered. System calls get their EIO and no signal; so do requests for several pages, which
+        are read-ahead: the kernel asks again for the one page that is wanted.
+        """
+        if read.length > PAGE_SIZE:
+            return
+        if not read.tid:
+            if supplement_missing is not None:
+                self._inexact(read, pfn, supplement_missing)
+            return
+        faulting = in_page_fault(read.tid)
+        if faulting is False:
+            return
+        if faulting is None:
+            self._inexact(read, pfn, "not permitted to look at the thread")
+            return
+        with trio.move_on_after(ARM_PATIENCE) as patience:
+            armed = await self._tracer.arm(read.tid)
+        if patience.cancelled_caught:
+            self._inexact(read, pfn, "the tracer did not answer in time")
+        elif isinstance(armed, Refused):
+            self._inexact(read, pfn, armed.reason)
+        elif not isinstance(armed, Gone):
+            self._nursery.start_soon(self._await_ar, read, pfn, armed)
+
+    async def _await_ar(self, read: PoisonedRead, pfn: Pfn, armed: Pending) -> None:
+        pid = process_of(read.tid)
+        comm = _comm(pid)
+        outcome = await armed.wait()
+        if isinstance(outcome, NotTaken):
+            return  # it was interrupted, or only looked ahead: it touches the page again, or never
+        result, reason = _explain(outcome)
+        address = outcome.addr if isinstance(outcome, Delivered) else 0
+        self._emit(_ar(pid, read.tid, comm, address, pfn, result, reason))
+
+    def _inexact(self, read: PoisonedRead, pfn: Pfn, reason: str) -> None:
+        pid = process_of(read.tid) if read.tid else 0
+        self._emit(_ar(pid, read.tid, _comm(pid), 0, pfn, "inexact", f"SIGBUS stays BUS_ADRERR: {reason}"))
+
+
+def _comm(pid: int) -> str:
+    try:
+        return read_comm(pid)
+    except OSError:
+        return "?"
+
+
+def _ar(pid: int, tid: int, comm: str, address: int, pfn: Pfn, result: str, reason: str | None) -> SignalSent:
+    return SignalSent(
+        pid=pid,
+        tid=tid,
+        comm=comm,
+        code=BUS_MCEERR_AR,
+        address=address,
+        lsb=PAGE_SHIFT,
+        pfn=pfn,
+        result=result,
+        reason=reason,
+    )
+
+
+def _explain(outcome: Delivery | None) -> tuple[str, str | None]:
+    match outcome:
+        case None:
+            return "pending", "the process is stopped or asleep in the kernel"
+        case Delivered():
+            return "delivered", None
+        case Ignored():
+            return "ignored", None
+        case Gone():
+            return "gone", None
+        case Refused(reason=reason):
+            return "inexact", reason
+        case NotTaken():
+            return "gone", "it never came back to its fault"
+    raise DaxemuError(f"unknown delivery {outcome!r}")

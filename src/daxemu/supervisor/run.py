@@ -1,0 +1,140 @@
+"""The life of a supervisor process: open the device, mount, serve, unmount, save.
+
+Order of opening, undone in reverse: device lock, media, filesystem (the holder), mount, event loop, tracer, control socket.
+The process ends when the mount does, however that came about: ``daxemu umount``, umount(8), a signal, an abort.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+import trio
+
+from daxemu.errors import Busy, DaxemuError
+from daxemu.events import Mounted, Unmounted
+from daxemu.fs.filesystem import Filesystem
+from daxemu.host import supplement
+from daxemu.host.mappings import PageCacheMappings
+from daxemu.host.session import Session, check_mountpoint
+from daxemu.host.tracer_link import TracerLink
+from daxemu.host.watchdog import Watchdog
+from daxemu.pmem.device_dir import DeviceDir
+from daxemu.pmem.pmem import Pmem
+from daxemu.supervisor import protocol as p
+from daxemu.supervisor.control import ControlSocket
+from daxemu.supervisor.event_log import EventLog
+from daxemu.supervisor.machine import Machine, open_core
+
+import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
+
+log = logging.getLogger(__name__)
+
+SYNC_PATIENCE = 10.0
+"""Seconds that those who still use the mount have for their stores to be written back, before it is cut."""
+ANSWER_PATIENCE = 2.0
+"""Seconds that requests under way have to be answered once the mount is gone."""
+
+
+def supervise(device: Path, mountpoint: Path, ready: Callable[[], None]) -> None:
+    """Mount ``device`` on ``mountpoint`` and serve it until it is unmounted. ``ready`` is called once it is usable.
+
+    Raises DaxemuError when it cannot be mounted; nothing is left behind then.
+    """
+    with ExitStack() as undo:
+        check_mountpoint(mountpoint)
+        directory = undo.enter_context(DeviceDir.open(device))
+        events = EventLog(directory.path / "events.jsonl")
+        undo.callback(events.close)
+        pmem = Pmem(directory)
+        undo.callback(pmem.close)
+        mm, fs = open_core(pmem, events, (os.geteuid(), os.getegid()))
+        undo.callback(_save, fs)
+        session = Session.open(directory.path, mountpoint)
+        undo.callback(os.close, session.fd)
+        machine = Machine(pmem, mm, fs, session, events, supplement.MISSING)
+        pyfuse3.init(machine.operations, f"/dev/fd/{session.fd}", set(pyfuse3.default_options))
+        undo.callback(pyfuse3.close, unmount=False)
+        undo.callback(session.detach)
+        events.emit(Mounted(device=str(device), mountpoint=str(session.mount.mountpoint), size=pmem.dax.size))
+        try:
+            trio.run(_serve, machine, ready)
+        finally:
+            events.emit(Unmounted(mountpoint=str(session.mount.mountpoint)))
+
+
+def _save(fs: Filesystem) -> None:
+    try:
+        fs.close()
+    except DaxemuError as error:
+        log.error("the metadata could not be saved: %s", error)
+        raise
+
+
+class _Ending:
+    """How the mount comes to its end, on request."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    async def answer(self, request: p.Request) -> msgspec.Struct:
+        """All requests; unmounting is not the machine's own business."""
+        if isinstance(request, p.Unmount):
+            await self.unmount(force=request.force)
+            return p.Done()
+        return await self._machine.answer(request)
+
+    async def unmount(self, *, force: bool) -> None:
+        """Unmount and save; ``force`` takes the mount away from those who use it.
+
+        Raises Busy, or NoSpace if the metadata could not be saved.
+        """
+        session = self._machine.session
+        try:
+            await trio.to_thread.run_sync(session.unmount, abandon_on_cancel=True)
+        except Busy:
+            if not force:
+                raise
+            with trio.move_on_after(SYNC_PATIENCE):
+                await trio.to_thread.run_sync(session.sync, abandon_on_cancel=True)
+            with trio.move_on_after(SYNC_PATIENCE):
+                await trio.to_thread.run_sync(session.detach, abandon_on_cancel=True)
+            if not session.abort():
+                pyfuse3.terminate()
+        if self._machine.fs.shutdown_reason is None:
+            self._machine.fs.commit()
+
+    async def on_signal(self) -> None:
+        """SIGTERM and SIGINT unmount; whoever still uses the mount loses it."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                log.info("ending on signal %d", number)
+                await self.unmount(force=True)
+
+
+async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
+    ending = _Ending(machine)
+    control = ControlSocket(machine.session.mount.socket, machine.log, ending.answer)
+    mappings = PageCacheMappings(machine.session, lambda: list(machine.operations.open_files))
+    async with trio.open_nursery() as services:
+        services.start_soon(Watchdog(machine.session.mount).beat)
+        services.start_soon(ending.on_signal)
+        async with TracerLink.open() as tracer, trio.open_nursery() as nursery:
+            machine.start(mappings, tracer, nursery)
+            listener = control.bind()
+            nursery.start_soon(control.serve, listener)
+            nursery.start_soon(_announce, ready)
+            await pyfuse3.main()
+            with trio.move_on_after(ANSWER_PATIENCE):
+                await control.idle()  # whoever asked for the unmount gets an answer before the socket goes
+            nursery.cancel_scope.cancel()
+        services.cancel_scope.cancel()
+
+
+async def _announce(ready: Callable[[], None]) -> None:
+    ready()
