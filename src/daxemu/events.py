@@ -160,15 +160,17 @@ class FilesystemShutdown(Event):
     reason: str
 
     def dmesg(self) -> str:
-        return f"daxemu ({self.device}): {self.reason}  Shutting down filesystem."
+        return f"daxemu ({self.device}): {self.reason}"
 
 
 class DeviceRemoved(Event):
+    """The end of a surprise removal."""
+
     device: str
     told: int
 
-    def dmesg(self) -> str:
-        return f"daxemu ({self.device}): Device is about to be removed!"
+    def summary(self) -> str:
+        return f"{self.device} was removed, {self.told} told"
 
 
 EVENT_TYPES: tuple[type[Event], ...] = (

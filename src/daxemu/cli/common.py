@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -69,30 +70,31 @@ def human(size: int) -> str:
 
 
 class Target(NamedTuple):
-    """What a PATH argument means: a file on a mount, or with ``ino`` None the device under it."""
+    """What a PATH argument means: a file on a mount and its size, or with both None the device under it."""
 
     client: Client
     ino: int | None
-    name: str
+    size: int | None
 
 
 def target(path: str) -> Target:
     """The file or, for a mountpoint, the device. Raises NotMounted, InvalidArgument for anything else on a mount."""
     client = Client.at(path)
     if mount_at(Path(os.path.realpath(path))) is not None:
-        return Target(client, None, f"the device of {path}")
-    return Target(client, file_ino(path), path)
+        return Target(client, None, None)
+    found = regular_file(path)
+    return Target(client, found.st_ino, found.st_size)
 
 
-def file_ino(path: str) -> int:
-    """The inode number of a regular file. Raises InvalidArgument."""
+def regular_file(path: str) -> os.stat_result:
+    """stat(2) of a regular file. Raises InvalidArgument."""
     try:
         found = os.stat(path)
     except OSError as error:
         raise InvalidArgument(f"{path}: {error.strerror}") from error
-    if not Path(path).is_file():
+    if not stat.S_ISREG(found.st_mode):
         raise InvalidArgument(f"{path} is not a regular file: give a file, or the mountpoint for device offsets")
-    return found.st_ino
+    return found
 
 
 def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from daxemu.cli.common import SIZE, emit, file_ino, json_option, table
+from daxemu.cli.common import SIZE, emit, regular_file, json_option, table
 from daxemu.client import Client
 from daxemu.errors import InvalidArgument
 from daxemu.host.mountinfo import mount_of
@@ -24,7 +24,7 @@ def map(file: str, as_json: bool) -> None:
       daxemu map /tmp/pmem/db
     """
     with Client.at(file) as client:
-        result = client.request("map", ino=file_ino(file))
+        result = client.request("map", ino=regular_file(file).st_ino)
     rows = [
         (
             f"{e['offset']:#x}",
@@ -58,7 +58,7 @@ def reflink(source: str, destination: str, offset: int, length: int, dest_offset
     """
     if mount_of(Path(source)).dev != mount_of(Path(destination)).dev:
         raise InvalidArgument("both files must be on the same daxemu mount")
-    src = file_ino(source)
+    src = regular_file(source).st_ino
     made = not os.path.lexists(destination)
     try:
         whole = not (offset or length or dest_offset)
@@ -71,7 +71,7 @@ def reflink(source: str, destination: str, offset: int, length: int, dest_offset
             result = client.request(
                 "reflink",
                 src=src,
-                dst=file_ino(destination),
+                dst=regular_file(destination).st_ino,
                 src_offset=offset,
                 length=length,
                 dst_offset=dest_offset,

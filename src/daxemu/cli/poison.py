@@ -13,10 +13,11 @@ from daxemu.errors import InvalidArgument
 from daxemu.uapi import PAGE_SIZE
 
 
-def _ranges(offsets: tuple[int, ...], lengths: tuple[int, ...]) -> list[list[int]]:
-    """Pairs; a single length serves all offsets, no offset means 0, no length means one page."""
+def _ranges(offsets: tuple[int, ...], lengths: tuple[int, ...], size: int | None) -> list[list[int]]:
+    """Pairs; a single length serves all offsets, no offset means 0, no length means one page, or to the end of the file."""
     offsets = offsets or (0,)
-    lengths = lengths or (PAGE_SIZE,)
+    if not lengths:
+        lengths = tuple(PAGE_SIZE if size is None else max(min(PAGE_SIZE, size - offset), 1) for offset in offsets)
     if len(lengths) == 1:
         lengths *= len(offsets)
     if len(offsets) != len(lengths):
@@ -48,7 +49,7 @@ def inject(path: str, offsets: tuple[int, ...], lengths: tuple[int, ...], latent
       daxemu inject /tmp/pmem --offset 1G --offset 2G --length 64K
     """
     with (found := target(path)).client as client:
-        result = client.request("inject", ino=found.ino, ranges=_ranges(offsets, lengths), latent=latent)
+        result = client.request("inject", ino=found.ino, ranges=_ranges(offsets, lengths, found.size), latent=latent)
     emit(result, as_json, lambda: _describe_injection(result))
 
 
@@ -77,15 +78,13 @@ def clear(path: str, offsets: tuple[int, ...], lengths: tuple[int, ...], as_json
       daxemu clear /tmp/pmem/db --offset 8K
     """
     with (found := target(path)).client as client:
-        ranges = _everything(found) if not offsets and not lengths else _ranges(offsets, lengths)
+        ranges = _everything(found) if not offsets and not lengths else _ranges(offsets, lengths, found.size)
         result = client.request("clear", ino=found.ino, ranges=ranges)
     emit(result, as_json, f"cleared {result['bytes']} bytes of poison in {len(result['ranges'])} ranges")
 
 
 def _everything(found: Target) -> list[list[int]]:
-    if found.ino is None:
-        return [[0, found.client.request("status")["size"]]]
-    return [[0, found.client.request("map", ino=found.ino)["size"]]]
+    return [[0, found.client.request("status")["size"] if found.size is None else found.size]]
 
 
 @click.command()

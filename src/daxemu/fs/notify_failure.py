@@ -56,5 +56,5 @@ class NotifyFailure:
                 )
             )
         if metadata_hurt:
-            self._fs.shutdown("Corruption of on-disk metadata detected at notify_failure.")
+            self._fs.shutdown("Corruption of on-disk metadata detected at notify_failure.  Shutting down filesystem.")
             raise CorruptMetadata("the filesystem's own records are hurt: it is shut down; unmount and run daxemu fsck")

@@ -56,11 +56,10 @@ def supervise(device: Path, mountpoint: Path, ready: Callable[[], None]) -> None
         mm, fs = open_core(pmem, events, (os.geteuid(), os.getegid()))
         undo.callback(_save, fs)
         session = Session.open(directory.path, mountpoint)
-        undo.callback(os.close, session.fd)
+        undo.callback(session.detach)
         machine = Machine(pmem, mm, fs, session, events, supplement.MISSING)
         pyfuse3.init(machine.operations, f"/dev/fd/{session.fd}", set(pyfuse3.default_options))
-        undo.callback(pyfuse3.close, unmount=False)
-        undo.callback(session.detach)
+        undo.callback(pyfuse3.close, unmount=False)  # libfuse closes the descriptor
         events.emit(Mounted(device=str(device), mountpoint=str(session.mount.mountpoint), size=pmem.dax.size))
         try:
             trio.run(_serve, machine, ready)

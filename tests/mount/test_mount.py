@@ -1,0 +1,21 @@
+"""Mounting, unmounting, and what survives it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.mount import DaxMount
+
+pytestmark = pytest.mark.mount
+
+
+def test_files_survive_a_remount(dax_mount: DaxMount) -> None:
+    file = dax_mount.make_file("f", 3)
+    (dax_mount.path / "d").mkdir()
+    (dax_mount.path / "d" / "link").symlink_to("../f")
+    before = file.read_bytes()
+    dax_mount.umount()
+    assert not file.exists()
+    dax_mount.mount()
+    assert file.read_bytes() == before
+    assert (dax_mount.path / "d" / "link").read_bytes() == before

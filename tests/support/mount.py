@@ -1,0 +1,104 @@
+"""A daxemu mount for tests: made fresh, checked with fsck afterwards, and gone whatever happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from daxemu.client import Client
+from daxemu.host.mountinfo import mount_at
+from daxemu.host.session import Session, abort_connection
+
+DAXEMU = (sys.executable, "-m", "daxemu")
+PATIENCE = 30.0
+"""Seconds that any one command may take. A hang is a failure, not a wait."""
+
+
+@dataclass
+class DaxMount:
+    """A mount at ``path`` of ``device``. ``sound``: whether fsck must find nothing wrong at the end."""
+
+    device: Path
+    path: Path
+    sound: bool = True
+
+    def run(self, *arguments: str | Path | int, status: int = 0) -> str:
+        """Run ``daxemu ARGUMENTS``; returns stdout, or stderr where a failure with ``status`` is expected."""
+        return daxemu(*arguments, status=status)
+
+    def json(self, *arguments: str | Path | int) -> Any:
+        """Run ``daxemu ARGUMENTS --json``."""
+        return json.loads(self.run(*arguments, "--json"))
+
+    def inject(self, name: str, *ranges: tuple[int, int], latent: bool = False) -> Any:
+        """Poison byte ranges (offset, length) of a file in one call."""
+        spans = [word for offset, length in ranges for word in ("--offset", offset, "--length", length)]
+        return self.json("inject", self.path / name, *spans, *(["--latent"] if latent else []))
+
+    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The events of this mount so far, of one kind or all."""
+        lines = self.run("log", self.path, "--json").splitlines()
+        return [e for e in map(json.loads, lines) if kind is None or e["event"] == kind]
+
+    def client(self) -> Client:
+        """A connection to the supervisor."""
+        return Client.at(self.path)
+
+    def mount(self) -> None:
+        """Mount it (again)."""
+        self.run("mount", self.device, self.path)
+
+    def umount(self, *options: str) -> None:
+        """Unmount it."""
+        self.run("umount", *options, self.path)
+
+    def make_file(self, name: str, pages: int, first: str = "A") -> Path:
+        """A file whose page i holds nothing but the letter ``first`` + i, on the media (as ``mkfile`` of the recordings)."""
+        path = self.path / name
+        letters = (chr(ord("A") + (ord(first) - ord("A") + i) % 26) for i in range(pages))
+        path.write_bytes(b"".join(letter.encode() * 4096 for letter in letters))
+        return path
+
+
+def daxemu(*arguments: str | Path | int, status: int = 0) -> str:
+    """Run ``daxemu ARGUMENTS``, expecting exit ``status``; returns stdout, or stderr where a failure is expected."""
+    done = subprocess.run([*DAXEMU, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == status, f"daxemu {arguments}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stderr if status else done.stdout
+
+
+@contextmanager
+def dax_mount_at(directory: Path, size: str = "1G", *, mount: bool = True) -> Iterator[DaxMount]:
+    """A fresh device of ``size`` in shared memory, mounted below ``directory``."""
+    device = Path("/dev/shm") / f"daxemu-test-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    path = directory / "mnt"
+    path.mkdir()
+    made = DaxMount(device, path)
+    try:
+        daxemu("mkfs", device, "--size", size)
+        if mount:
+            made.mount()
+        yield made
+        if mount_at(path) is not None:
+            made.umount("--force")
+        if made.sound:
+            daxemu("fsck", device)
+    finally:
+        clear_away(path)
+        shutil.rmtree(device, ignore_errors=True)
+
+
+def clear_away(path: Path) -> None:
+    """Take a mount away that may hang: first those who wait for it are let go."""
+    while (left := mount_at(path)) is not None:
+        abort_connection(left)
+        Session(-1, left).detach()
