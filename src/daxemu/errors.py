@@ -1,8 +1,8 @@
 """The exception tree, and the one table that ties exception, errno and exit status together.
 
-Every error that daxemu raises on purpose is a :class:`DaxemuError`. Its ``errno`` is what a program on the mount, or the
-kernel function that is mirrored, would see; its ``exit_status`` is what the command line ends with; its text is one line
-that says what was wrong and what to do.
+Every error that daxemu raises on purpose is a :class:`DaxemuError`. Its ``errno`` is what a program on the
+mount, or the kernel function that is mirrored, would see; its ``exit_status`` is what the command line ends
+with; its text is one line that says what was wrong and what to do.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ class NoSpace(DaxemuError):
 
 
 class MediaError(DaxemuError):
-    """An access met poison: pmem's -EIO (and -EHWPOISON for direct access). ``ranges``: which device bytes."""
+    """An access met poison: pmem's -EIO (and -EHWPOISON for direct access). ``ranges``: which device
+    bytes.
+    """
 
     errno = errno.EIO
     exit_status = 7

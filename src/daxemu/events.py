@@ -1,7 +1,7 @@
 """Typed records of everything that happened, their JSON form, and the kernel's own log line for each.
 
-An event says what *was* done, never what will be. Each one that the kernel would log knows that line (``dmesg()``); the
-others return None there. Addresses and offsets are bytes; ``pfn`` is a page frame number.
+An event says what *was* done, never what will be. Each one that the kernel would log knows that line
+(``dmesg()``); the others return None there. Addresses and offsets are bytes; ``pfn`` is a page frame number.
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class MemoryFailureHandled(Event):
 
 
 class SignalSent(Event):
-    """SIGBUS for one thread. ``result``: delivered, pending, ignored, gone, or inexact (``reason`` says why)."""
+    """SIGBUS for one thread. ``result``: delivered, pending, ignored, gone, or inexact (``reason`` says
+    why).
+    """
 
     pid: int
     tid: int
@@ -114,9 +116,8 @@ class SignalSent(Event):
 
     def dmesg(self) -> str:
         if self.code == BUS_MCEERR_AR:
-            return (
-                f"MCE: Killing {self.comm}:{self.pid} due to hardware memory corruption fault at {self.address:x}"
-            )
+            victim = f"{self.comm}:{self.pid}"
+            return f"MCE: Killing {victim} due to hardware memory corruption fault at {self.address:x}"
         return (
             f"Memory failure: {self.pfn:#x}: Sending SIGBUS to {self.comm}:{self.pid} "
             "due to hardware memory corruption"
@@ -214,4 +215,5 @@ def encode(event: Event) -> bytes:
 
 def decode(line: bytes | str) -> Event:
     """The event of one line. Raises msgspec.ValidationError or msgspec.DecodeError for anything else."""
-    return _decoder.decode(line)
+    event: Event = _decoder.decode(line)
+    return event

@@ -1,7 +1,7 @@
 """Half-open integer ranges: sets of them, and an index of overlapping ones.
 
-Everything in daxemu that counts pages, blocks or sectors does it in ranges, so these two structures carry the whole
-project's cost model: work is proportional to the number of *ranges*, never to what they hold.
+Everything in daxemu that counts pages, blocks or sectors does it in ranges, so these two structures carry the
+whole project's cost model: work is proportional to the number of *ranges*, never to what they hold.
 """
 
 from __future__ import annotations
@@ -146,10 +146,10 @@ T = TypeVar("T")
 class IntervalIndex(Generic[T]):
     """Objects with an interval each, which may overlap; finds those that overlap a given range.
 
-    The counterpart of the kernel's interval trees (``interval_tree_generic.h``). Objects are filed by the power of two
-    of their length; within one such class all lengths are alike to a factor of two, so a query looks at a window of
-    start positions at most one class-size wider than itself. With ``k`` classes in use (at most 64) a query costs
-    ``O(k log n)`` and the objects it finds, however unequal the lengths are.
+    The counterpart of the kernel's interval trees (``interval_tree_generic.h``). Objects are filed by the
+    power of two of their length; within one such class all lengths are alike to a factor of two, so a query
+    looks at a window of start positions at most one class-size wider than itself. With ``k`` classes in use
+    (at most 64) a query costs ``O(k log n)`` and the objects it finds, however unequal the lengths are.
 
     Precondition: an object's start and length do not change while it is in the index.
     """
@@ -191,7 +191,8 @@ class IntervalIndex(Generic[T]):
         if start >= end:
             return
         for size_class, members in self._classes.items():
-            # Every length in this class is below 1 << size_class: nothing that starts earlier can reach `start`.
+            # Every length in this class is below 1 << size_class: nothing that starts earlier can reach
+            # `start`.
             for item in members.irange_key(start - (1 << size_class) + 1, end - 1):
                 if self._start(item) + self._length(item) > start:
                     yield item

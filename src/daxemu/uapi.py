@@ -1,7 +1,7 @@
 """Constants and unit types of the kernel's headers, under the kernel's own names.
 
-Units: a *pfn* counts 4096-byte pages of the physical address space, a *sector* 512 bytes of the device, a *block* 4096
-bytes of the device or of a file. Offsets and lengths without a unit in their name are bytes.
+Units: a *pfn* counts 4096-byte pages of the physical address space, a *sector* 512 bytes of the device, a
+*block* 4096 bytes of the device or of a file. Offsets and lengths without a unit in their name are bytes.
 """
 
 from __future__ import annotations

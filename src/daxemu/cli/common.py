@@ -6,7 +6,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,7 +22,7 @@ _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40,
 _SIZE = re.compile(r"([+-]?)(0x[0-9a-f]+|\d+(?:\.\d+)?)([BKMGTP]?)(?:i?B)?", re.IGNORECASE)
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """Bytes: decimal, with K, M, G, T for powers of 1024, or hexadecimal."""
 
     name = "size"
@@ -33,7 +33,9 @@ class Size(click.ParamType):
             return value
         match = _SIZE.fullmatch(value.strip())
         if match is None:
-            self.fail(f"{value!r} is not a size: give bytes, or a number with K, M, G or T, such as 4K", param, ctx)
+            self.fail(
+                f"{value!r} is not a size: give bytes, or a number with K, M, G or T, such as 4K", param, ctx
+            )
         sign, number, unit = match.groups()
         size = float(number) if "." in number else int(number, 0) if "x" in number.lower() else int(number)
         result = size * _UNITS[unit.upper()]
@@ -78,7 +80,9 @@ class Target(NamedTuple):
 
 
 def target(path: str) -> Target:
-    """The file or, for a mountpoint, the device. Raises NotMounted, InvalidArgument for anything else on a mount."""
+    """The file or, for a mountpoint, the device. Raises NotMounted, InvalidArgument for anything else on a
+    mount.
+    """
     client = Client.at(path)
     if mount_at(Path(os.path.realpath(path))) is not None:
         return Target(client, None, None)
@@ -89,21 +93,29 @@ def target(path: str) -> Target:
 def regular_file(path: str) -> os.stat_result:
     """stat(2) of a regular file. Raises InvalidArgument."""
     try:
-        found = os.stat(path)
+        found = Path(path).stat()
     except OSError as error:
         raise InvalidArgument(f"{path}: {error.strerror}") from error
     if not stat.S_ISREG(found.st_mode):
-        raise InvalidArgument(f"{path} is not a regular file: give a file, or the mountpoint for device offsets")
+        raise InvalidArgument(
+            f"{path} is not a regular file: give a file, or the mountpoint for device offsets"
+        )
     return found
 
 
-def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
+def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
     """Columns, aligned; numbers to the right."""
     everything = [header, *rows]
     widths = [max(len(row[i]) for row in everything) for i in range(len(header))]
-    numeric = [bool(rows) and all(row[i].lstrip("-").replace(".", "")[:1].isdigit() for row in rows) for i in range(len(header))]
+    numeric = [
+        bool(rows) and all(row[i].lstrip("-").replace(".", "")[:1].isdigit() for row in rows)
+        for i in range(len(header))
+    ]
     lines = [
-        "  ".join(cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric, strict=True))
+        "  ".join(
+            cell.rjust(w) if right else cell.ljust(w)
+            for cell, w, right in zip(row, widths, numeric, strict=True)
+        )
         for row in everything
     ]
     return "\n".join(line.rstrip() for line in lines)

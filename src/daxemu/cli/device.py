@@ -13,13 +13,24 @@ from daxemu.pmem.device_dir import DEFAULT_BASE_PFN, DeviceConfig, DeviceDir, al
 
 @click.command()
 @click.argument("device", type=click.Path(path_type=Path))
-@click.option("--size", type=SIZE, required=True, help="Of the media, such as 6T; a sparse file takes what is used.")
-@click.option("--base-pfn", default=hex(DEFAULT_BASE_PFN), show_default=True, help="Page frame number of its first page.")
-@click.option("--altmap", is_flag=True, help="Reserve room for the struct pages on the device itself (as --map=dev).")
+@click.option(
+    "--size", type=SIZE, required=True, help="Of the media, such as 6T; a sparse file takes what is used."
+)
+@click.option(
+    "--base-pfn",
+    default=hex(DEFAULT_BASE_PFN),
+    show_default=True,
+    help="Page frame number of its first page.",
+)
+@click.option(
+    "--altmap", is_flag=True, help="Reserve room for the struct pages on the device itself (as --map=dev)."
+)
 @click.option("--align", type=SIZE, default="4K", show_default=True, help="Of extents: 4K or 2M.")
 @click.option("--force", is_flag=True, help="Replace an unmounted device that is there; all on it is lost.")
 @json_option
-def mkfs(device: Path, size: int, base_pfn: str, altmap: bool, align: int, force: bool, as_json: bool) -> None:
+def mkfs(
+    device: Path, size: int, base_pfn: str, altmap: bool, align: int, force: bool, as_json: bool
+) -> None:
     """Make a new device with an empty filesystem.
 
     DEVICE is a directory to make, best on a tmpfs such as /dev/shm.
@@ -31,7 +42,9 @@ def mkfs(device: Path, size: int, base_pfn: str, altmap: bool, align: int, force
     try:
         pfn = int(base_pfn, 0)
     except ValueError as error:
-        raise click.BadParameter(f"{base_pfn!r} is not a page frame number", param_hint="--base-pfn") from error
+        raise click.BadParameter(
+            f"{base_pfn!r} is not a page frame number", param_hint="--base-pfn"
+        ) from error
     config = DeviceConfig(size=size, base_pfn=pfn, altmap=altmap_bytes(size) if altmap else 0, align=align)
     path = device.absolute()
     DeviceDir.create(path, config, force=force)
@@ -48,7 +61,8 @@ def mkfs(device: Path, size: int, base_pfn: str, altmap: bool, align: int, force
 @click.argument("device", type=click.Path(path_type=Path))
 @json_option
 def fsck(device: Path, as_json: bool) -> None:
-    """Check the filesystem of a DEVICE that is not mounted. Changes nothing; exit status 9 if something is wrong.
+    """Check the filesystem of a DEVICE that is not mounted. Changes nothing; exit status 9 if something is
+    wrong.
 
     \b
     Example:
@@ -72,7 +86,13 @@ def fsck(device: Path, as_json: bool) -> None:
     emit(
         {"device": str(device), "inodes": files, "wrong": wrong, "damaged": damaged},
         as_json,
-        "\n".join([*wrong, *damaged, f"{device}: {files} inodes, {len(wrong)} problems, {len(damaged)} damaged ranges"]),
+        "\n".join(
+            [
+                *wrong,
+                *damaged,
+                f"{device}: {files} inodes, {len(wrong)} problems, {len(damaged)} damaged ranges",
+            ]
+        ),
     )
     if wrong:
         raise CorruptMetadata(f"{device}: {len(wrong)} problems")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from daxemu.cli.common import SIZE, emit, regular_file, json_option, table
+from daxemu.cli.common import SIZE, emit, json_option, regular_file, table
 from daxemu.client import Client
 from daxemu.errors import InvalidArgument
 from daxemu.host.mountinfo import mount_of
@@ -78,13 +78,13 @@ def reflink(source: str, destination: str, offset: int, length: int, dest_offset
             )
     except BaseException:
         if made:
-            os.unlink(destination)
+            Path(destination).unlink()
         raise
     emit(result, as_json, f"{destination} shares {result['bytes']} bytes with {source}")
 
 
 def _same(one: str, other: str) -> bool:
     try:
-        return os.path.samefile(one, other)
+        return Path(one).samefile(other)
     except OSError:
         return False

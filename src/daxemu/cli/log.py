@@ -17,7 +17,9 @@ from daxemu.events import Event, decode
 @click.command()
 @click.argument("where", type=click.Path(path_type=Path), metavar="MOUNTPOINT|DEVICE")
 @click.option("-f", "--follow", is_flag=True, help="Go on with each new event until the mount ends.")
-@click.option("--dmesg", is_flag=True, help="The kernel's own lines, and nothing that the kernel would not log.")
+@click.option(
+    "--dmesg", is_flag=True, help="The kernel's own lines, and nothing that the kernel would not log."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def log(where: Path, follow: bool, dmesg: bool, as_json: bool) -> None:
     """Print the events of a mount: of this mount alone, or given a DEVICE of all its mounts.

@@ -76,6 +76,6 @@ def main() -> None:
 
     Sizes and offsets are bytes; K, M, G and T are powers of 1024, 0x... is hexadecimal.
 
-    Exit status: 0 done, 2 bad argument, 3 no such device or mount, 4 in use, 5 not permitted, 6 no space, 7 poison or a
-    filesystem that was shut down, 8 not supported here, 9 damaged metadata, 1 anything else.
+    Exit status: 0 done, 2 bad argument, 3 no such device or mount, 4 in use, 5 not permitted, 6 no space, 7
+    poison or a filesystem that was shut down, 8 not supported here, 9 damaged metadata, 1 anything else.
     """

@@ -126,7 +126,12 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
             with Client(found) as client:
                 reports.append(client.request("status"))
         except NotMounted as error:
-            dead = {"device": str(found.device), "mountpoint": str(found.mountpoint), "state": "dead", "reason": str(error)}
+            dead = {
+                "device": str(found.device),
+                "mountpoint": str(found.mountpoint),
+                "state": "dead",
+                "reason": str(error),
+            }
             reports.append(dead)
     if as_json:
         click.echo(json.dumps(reports))
@@ -145,8 +150,10 @@ def _describe(report: dict[str, Any]) -> str:
         settings = " ".join(f"{name}={value}" for name, value in report["settings"].items())
         lines += [
             f"  size        {human(report['size'])}, {human(used)} used, first pfn {report['base_pfn']:#x}",
-            f"  files       {report['inodes']} inodes, {report['extents']} extents, {report['open_files']} open",
-            f"  poison      {report['poisoned_sectors']} sectors, {report['badblocks']} of them known (badblocks)",
+            "  files       {inodes} inodes, {extents} extents, {open_files} open".format_map(report),
+            "  poison      {poisoned_sectors} sectors, {badblocks} of them known (badblocks)".format_map(
+                report
+            ),
             f"  failures    {counters}",
             f"  settings    {settings}",
             f"  supervisor  pid {report['pid']}, {report['events']} events, tracer {report['tracer']}",

@@ -14,22 +14,34 @@ from daxemu.uapi import PAGE_SIZE
 
 
 def _ranges(offsets: tuple[int, ...], lengths: tuple[int, ...], size: int | None) -> list[list[int]]:
-    """Pairs; a single length serves all offsets, no offset means 0, no length means one page, or to the end of the file."""
+    """Pairs; a single length serves all offsets, no offset means 0, no length means one page, or to the end
+    of the file.
+    """
     offsets = offsets or (0,)
     if not lengths:
-        lengths = tuple(PAGE_SIZE if size is None else max(min(PAGE_SIZE, size - offset), 1) for offset in offsets)
+        lengths = tuple(
+            PAGE_SIZE if size is None else max(min(PAGE_SIZE, size - offset), 1) for offset in offsets
+        )
     if len(lengths) == 1:
         lengths *= len(offsets)
     if len(offsets) != len(lengths):
-        raise InvalidArgument(f"{len(offsets)} offsets but {len(lengths)} lengths: give one length, or one for each offset")
+        raise InvalidArgument(
+            f"{len(offsets)} offsets but {len(lengths)} lengths: give one length, or one for each offset"
+        )
     return [list(pair) for pair in zip(offsets, lengths, strict=True)]
 
 
 def _range_options(command: Any) -> Any:
     command = click.option(
-        "--length", "lengths", type=SIZE, multiple=True, help="Bytes; one page if not given. Again for each --offset, or once."
+        "--length",
+        "lengths",
+        type=SIZE,
+        multiple=True,
+        help="Bytes; one page if not given. Again for each --offset, or once.",
     )(command)
-    return click.option("--offset", "offsets", type=SIZE, multiple=True, help="Bytes; repeat it for several ranges.")(command)
+    return click.option(
+        "--offset", "offsets", type=SIZE, multiple=True, help="Bytes; repeat it for several ranges."
+    )(command)
 
 
 @click.command()
@@ -37,11 +49,13 @@ def _range_options(command: Any) -> Any:
 @_range_options
 @click.option("--latent", is_flag=True, help="Tell nobody: a load, a read or a scrub will find it.")
 @json_option
-def inject(path: str, offsets: tuple[int, ...], lengths: tuple[int, ...], latent: bool, as_json: bool) -> None:
+def inject(
+    path: str, offsets: tuple[int, ...], lengths: tuple[int, ...], latent: bool, as_json: bool
+) -> None:
     """Poison memory: a range of the file PATH, or with a mountpoint of the device.
 
-    The media is bad in whole 512-byte sectors, mappings lose whole 4096-byte pages: ranges are rounded out to those.
-    Several ranges are several failures; none happens unless all are valid.
+    The media is bad in whole 512-byte sectors, mappings lose whole 4096-byte pages: ranges are rounded out to
+    those. Several ranges are several failures; none happens unless all are valid.
 
     \b
     Example:
@@ -49,7 +63,9 @@ def inject(path: str, offsets: tuple[int, ...], lengths: tuple[int, ...], latent
       daxemu inject /tmp/pmem --offset 1G --offset 2G --length 64K
     """
     with (found := target(path)).client as client:
-        result = client.request("inject", ino=found.ino, ranges=_ranges(offsets, lengths, found.size), latent=latent)
+        result = client.request(
+            "inject", ino=found.ino, ranges=_ranges(offsets, lengths, found.size), latent=latent
+        )
     emit(result, as_json, lambda: _describe_injection(result))
 
 
@@ -71,7 +87,8 @@ def _describe_injection(result: dict[str, Any]) -> str:
 @_range_options
 @json_option
 def clear(path: str, offsets: tuple[int, ...], lengths: tuple[int, ...], as_json: bool) -> None:
-    """Make poisoned memory healthy again: what was lost reads as zeros. With a mountpoint and no range: all of it.
+    """Make poisoned memory healthy again: what was lost reads as zeros. With a mountpoint and no range: all
+    of it.
 
     \b
     Example:
@@ -91,7 +108,8 @@ def _everything(found: Target) -> list[list[int]]:
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @json_option
 def scrub(mountpoint: Path, as_json: bool) -> None:
-    """Look for latent poison (an address range scrub): what is found is in badblocks then. Nobody is signalled.
+    """Look for latent poison (an address range scrub): what is found is in badblocks then. Nobody is
+    signalled.
 
     \b
     Example:
@@ -99,7 +117,11 @@ def scrub(mountpoint: Path, as_json: bool) -> None:
     """
     with Client.at(mountpoint) as client:
         result = client.request("scrub")
-    emit(result, as_json, f"found {result['bytes']} bytes of poison nobody knew of, in {len(result['ranges'])} ranges")
+    emit(
+        result,
+        as_json,
+        f"found {result['bytes']} bytes of poison nobody knew of, in {len(result['ranges'])} ranges",
+    )
 
 
 @click.command()
@@ -137,7 +159,8 @@ def damaged(mountpoint: Path, as_json: bool) -> None:
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @json_option
 def remove(mountpoint: Path, as_json: bool) -> None:
-    """Surprise removal: the device goes away under everybody who uses it. They are told; from then on all is EIO.
+    """Surprise removal: the device goes away under everybody who uses it. They are told; from then on all is
+    EIO.
 
     \b
     Example:

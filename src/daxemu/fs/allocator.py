@@ -1,4 +1,6 @@
-"""Free device blocks. Never hands out a bad one (fs/xfs/libxfs/xfs_alloc.c, and what pmem's badblocks are for)."""
+"""Free device blocks. Never hands out a bad one (fs/xfs/libxfs/xfs_alloc.c, and what pmem's badblocks are
+for).
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,8 @@ class Allocator:
         return list(self._free)
 
     def allocate(self, length: int, goal: Block | None = None) -> list[Range]:
-        """``length`` blocks in as few runs as come by, the first at ``goal`` if that is free; reserved, reading as zeros.
+        """``length`` blocks in as few runs as come by, the first at ``goal`` if that is free; reserved,
+        reading as zeros.
 
         Raises NoSpace, and then nothing has changed.
         """

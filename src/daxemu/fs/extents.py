@@ -1,4 +1,5 @@
-"""File offset -> device extent: one file's block map (fs/xfs/libxfs/xfs_bmap.c), kept in step with the reverse map.
+"""File offset -> device extent: one file's block map (fs/xfs/libxfs/xfs_bmap.c), kept in step with the
+reverse map.
 
 All positions and lengths are blocks.
 """
@@ -32,7 +33,9 @@ class Mapping(NamedTuple):
 
 
 class ExtentMap:
-    """The links of file ``ino``, in file order and disjoint. The only code that changes a link or the reverse map."""
+    """The links of file ``ino``, in file order and disjoint. The only code that changes a link or the reverse
+    map.
+    """
 
     __slots__ = ("_links", "_rmap", "blocks", "ino")
 
@@ -83,8 +86,8 @@ class ExtentMap:
         self.blocks += length
         if index:
             before = self._links[index - 1]
-            # Growing keeps a sequentially written file at one link. A shared link does not grow: its proxy would come
-            # to stand for blocks that were never shared.
+            # Growing keeps a sequentially written file at one link. A shared link does not grow: its proxy
+            # would come to stand for blocks that were never shared.
             if before.file_end == file_block and before.dev_end == dev_block and before.proxy is None:
                 self._rmap.reshape(before, length=before.length + length)
                 return
@@ -109,7 +112,9 @@ class ExtentMap:
         return freed
 
     def _cut(self, index: int, link: Link, cut: Range) -> int:
-        """Take ``cut`` (in file blocks) out of ``link``; returns how many links stay at or before its place."""
+        """Take ``cut`` (in file blocks) out of ``link``; returns how many links stay at or before its
+        place.
+        """
         front, back = cut.start - link.file_block, link.file_end - cut.end
         if front and back:
             tail = Link(self.ino, cut.end, link.dev_end - back, back, link.proxy)
@@ -128,7 +133,8 @@ class ExtentMap:
         return 0
 
     def clone_from(self, source: ExtentMap, src_start: Block, length: int, dst_start: Block) -> None:
-        """Share ``source``'s blocks ``[src_start, src_start + length)`` at ``dst_start`` here; holes stay holes.
+        """Share ``source``'s blocks ``[src_start, src_start + length)`` at ``dst_start`` here; holes stay
+        holes.
 
         Precondition: there is a hole here, and the two ranges do not overlap if ``source`` is this very map.
         """
@@ -142,7 +148,9 @@ class ExtentMap:
             self.blocks += run.length
 
     def adopt(self, links: list[Link]) -> None:
-        """Take over links read from a store. Precondition: this map is empty, they are in order and disjoint."""
+        """Take over links read from a store. Precondition: this map is empty, they are in order and
+        disjoint.
+        """
         self._links = links
         self.blocks = sum(link.length for link in links)
         for link in links:

@@ -1,7 +1,8 @@
-"""The bytes of files: reading, writing with copy on write, and what poison does to either (fs/dax.c, fs/xfs/xfs_reflink.c).
+"""The bytes of files: reading, writing with copy on write, and what poison does to either (fs/dax.c,
+fs/xfs/xfs_reflink.c).
 
-Poison counts by page here, as in the kernel: one bad sector makes the block unreadable, and only a write of the whole
-block clears it.
+Poison counts by page here, as in the kernel: one bad sector makes the block unreadable, and only a write of
+the whole block clears it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ Buffer = bytes | bytearray | memoryview
 
 
 class Stored(NamedTuple):
-    """What became of a store: device byte ranges made readable by it, file byte ranges that were lost to poison."""
+    """What became of a store: device byte ranges made readable by it, file byte ranges that were lost to
+    poison.
+    """
 
     cleared: list[Range]
     lost: list[Range]
@@ -40,7 +43,9 @@ class _Segment(NamedTuple):
 
 
 class FileData:
-    """Moves bytes between files and the media. Offsets are bytes of the file; sizes and times are not its business."""
+    """Moves bytes between files and the media. Offsets are bytes of the file; sizes and times are not its
+    business.
+    """
 
     def __init__(self, dax: DaxDevice, rmap: Rmap, allocator: Allocator) -> None:
         self._dax = dax
@@ -50,17 +55,25 @@ class FileData:
     # -- reading
 
     def read(self, extents: ExtentMap, offset: int, length: int) -> Buffer:
-        """The bytes ``[offset, offset + length)``; holes read as zeros. A view of the live media where one run has all.
+        """The bytes ``[offset, offset + length)``; holes read as zeros. A view of the live media where one
+        run has all.
 
-        Raises MediaError if any page of the range is poison: all or nothing, because a short answer would mean the end
-        of the file.
+        Raises MediaError if any page of the range is poison: all or nothing, because a short answer would
+        mean the end of the file.
         """
         end = offset + length
         first, last = offset // PAGE_SIZE, -(-end // PAGE_SIZE)
         pieces: list[Buffer] = []
         for run in extents.lookup(first, last):
-            start, stop = max(offset, run.file_block * PAGE_SIZE), min(end, (run.file_block + run.length) * PAGE_SIZE)
-            pieces.append(bytes(stop - start) if run.link is None else self._view(run)[start - run.file_block * PAGE_SIZE :][: stop - start])
+            start, stop = (
+                max(offset, run.file_block * PAGE_SIZE),
+                min(end, (run.file_block + run.length) * PAGE_SIZE),
+            )
+            pieces.append(
+                bytes(stop - start)
+                if run.link is None
+                else self._view(run)[start - run.file_block * PAGE_SIZE :][: stop - start]
+            )
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _view(self, run: Mapping) -> memoryview:
@@ -69,13 +82,14 @@ class FileData:
     # -- writing
 
     def store(self, extents: ExtentMap, offset: int, data: Buffer, *, from_cache: bool) -> Stored:
-        """Write ``data`` at ``offset``. Blocks that others share are copied first; poison covered whole is cleared.
+        """Write ``data`` at ``offset``. Blocks that others share are copied first; poison covered whole is
+        cleared.
 
-        ``from_cache``: the page cache writes back what was stored through a mapping. On persistent memory that store had
-        reached the media before it went bad, so it does not repair: it is lost.
+        ``from_cache``: the page cache writes back what was stored through a mapping. On persistent memory
+        that store had reached the media before it went bad, so it does not repair: it is lost.
 
-        Raises MediaError if an edge of the range lies inside a poisoned page, NoSpace if there are not enough blocks; then
-        nothing has changed.
+        Raises MediaError if an edge of the range lies inside a poisoned page, NoSpace if there are not enough
+        blocks; then nothing has changed.
         """
         end = offset + len(data)
         first, last = offset // PAGE_SIZE, -(-end // PAGE_SIZE)
@@ -127,8 +141,12 @@ class FileData:
             goal = before.dev_block + 1 if before.link is not None else None
         return list(reversed(self._allocator.allocate(wanted, goal)))
 
-    def _store_new(self, extents: ExtentMap, segment: _Segment, start: int, chunk: memoryview, fresh: list[Range]) -> None:
-        """Put ``chunk`` into new blocks, with the rest of its edge blocks copied from the shared ones, if any."""
+    def _store_new(
+        self, extents: ExtentMap, segment: _Segment, start: int, chunk: memoryview, fresh: list[Range]
+    ) -> None:
+        """Put ``chunk`` into new blocks, with the rest of its edge blocks copied from the shared ones, if
+        any.
+        """
         edges = self._edges(segment, start, start + len(chunk))
         freed = extents.remove(segment.start, segment.end) if segment.link is not None else []
         block = segment.start
@@ -144,24 +162,33 @@ class FileData:
             self._allocator.free(run)
 
     def _edges(self, segment: _Segment, start: int, stop: int) -> list[tuple[int, bytes]]:
-        """What the first and last block of a shared segment hold outside ``[start, stop)``, with its place in the file."""
+        """What the first and last block of a shared segment hold outside ``[start, stop)``, with its place in
+        the file.
+        """
         if segment.link is None:
             return []
         edges = []
         base = segment.dev_block(segment.start) * PAGE_SIZE - segment.start * PAGE_SIZE
         for low, high in ((segment.start * PAGE_SIZE, start), (stop, segment.end * PAGE_SIZE)):
-            # A store from the page cache ends at the file's end; what its block holds beyond is zero in any case.
+            # A store from the page cache ends at the file's end; what its block holds beyond is zero in any
+            # case.
             if low < high and not self._dax.is_poisoned(base + low, high - low):
                 edges.append((low, bytes(self._dax.direct_access(base + low, high - low))))
         return edges
 
-    def _put(self, blocks: Range, at: int, start: int, chunk: memoryview, edges: list[tuple[int, bytes]]) -> None:
-        """Fill new ``blocks``, which are the file's bytes from ``at`` on, from ``chunk`` (at ``start``) and ``edges``."""
+    def _put(
+        self, blocks: Range, at: int, start: int, chunk: memoryview, edges: list[tuple[int, bytes]]
+    ) -> None:
+        """Fill new ``blocks``, which are the file's bytes from ``at`` on, from ``chunk`` (at ``start``) and
+        ``edges``.
+        """
         window = Range(at, at + blocks.length * PAGE_SIZE)
         target = self._dax.direct_access(blocks.start * PAGE_SIZE, blocks.length * PAGE_SIZE)
-        for position, piece in [*edges, (start, chunk)]:
+        pieces: list[tuple[int, Buffer]] = [*edges, (start, chunk)]
+        for position, piece in pieces:
             if part := Range(position, position + len(piece)).clip(*window):
-                target[part.start - at : part.end - at] = memoryview(piece)[part.start - position : part.end - position]
+                inside = slice(part.start - position, part.end - position)
+                target[part.start - at : part.end - at] = memoryview(piece)[inside]
 
     def _store_in_place(
         self,
@@ -177,12 +204,16 @@ class FileData:
         dev = Range(base + start, base + start + len(chunk))
         bad = self._bad_pages(dev)
         for good in bad.gaps(*dev):
-            self._dax.direct_access(good.start, good.length)[:] = chunk[good.start - dev.start : good.end - dev.start]
+            self._dax.direct_access(good.start, good.length)[:] = chunk[
+                good.start - dev.start : good.end - dev.start
+            ]
         for part in bad.overlapping(*dev):
             if from_cache:
                 lost.append(Range(part.start - base, part.end - base))
             else:
-                cleared += self._dax.recovery_write(part.start, chunk[part.start - dev.start : part.end - dev.start])
+                cleared += self._dax.recovery_write(
+                    part.start, chunk[part.start - dev.start : part.end - dev.start]
+                )
 
     def _bad_pages(self, dev: Range) -> RangeSet:
         """The pages (as bytes) with poison among those that hold ``dev``."""

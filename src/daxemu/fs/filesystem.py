@@ -1,6 +1,7 @@
 """The filesystem's verbs: what the host translates system calls into.
 
-Every verb is synchronous and therefore atomic under trio. After :meth:`Filesystem.shutdown` each one raises Shutdown (EIO).
+Every verb is synchronous and therefore atomic under trio. After :meth:`Filesystem.shutdown` each one raises
+Shutdown (EIO).
 """
 
 from __future__ import annotations
@@ -47,15 +48,20 @@ class StatFs(NamedTuple):
 class Filesystem:
     """One mounted filesystem: it holds the dax device from construction to :meth:`close`."""
 
-    def __init__(self, dax: DaxDevice, mm: MemoryFailures, emit: Emit, *, owner: tuple[int, int] = (0, 0)) -> None:
-        """Load the filesystem on ``dax``, or make one (whose root belongs to ``owner``) on a device without any.
+    def __init__(
+        self, dax: DaxDevice, mm: MemoryFailures, emit: Emit, *, owner: tuple[int, int] = (0, 0)
+    ) -> None:
+        """Load the filesystem on ``dax``, or make one (whose root belongs to ``owner``) on a device without
+        any.
 
         Raises CorruptMetadata if there is one that cannot be read, Busy if the device is held.
         """
         self.dax = dax
         self.emit = emit
         self.lost_store_is_eio = False
-        """What fsync says of a mapped store lost to poison: False, nothing (DAX); True, EIO once (the page cache)."""
+        """What fsync says of a mapped store lost to poison: False, nothing (DAX); True, EIO once (the page
+        cache).
+        """
         self.shutdown_reason: str | None = None
         self.rmap = Rmap()
         self.allocator = Allocator(dax)
@@ -71,7 +77,7 @@ class Filesystem:
             self.names = Namespace.new(self.rmap, *owner)
             self.allocator.take(Range(0, self._store.region_blocks))
         self._ensure_room()
-        self._holder = NotifyFailure(self, mm)
+        self._holder = NotifyFailure(dax, self.rmap, self.names, mm, emit, self.shutdown)
         dax.hold(self._holder)
 
     def close(self) -> None:
@@ -99,7 +105,9 @@ class Filesystem:
             raise Shutdown(f"the filesystem was shut down: {self.shutdown_reason}")
 
     def _ensure_room(self, links: int = 0, name_bytes: int = 0) -> None:
-        """Refuse with NoSpace what the next commit would have no room for. One inode more is always counted."""
+        """Refuse with NoSpace what the next commit would have no room for. One inode more is always
+        counted.
+        """
         self._store.ensure_room(
             len(self.names) + 1, self.rmap.link_count + links, self.names.name_bytes + name_bytes + NAME_MAX
         )
@@ -189,9 +197,9 @@ class Filesystem:
     def write(self, ino: Ino, offset: int, data: Buffer, *, from_cache: bool = False) -> int:
         """``write(2)``, or with ``from_cache`` the page cache writing back what was stored through a mapping.
 
-        Raises MediaError (EIO) for a write that covers part of a poisoned page, NoSpace; then nothing was written. Poison
-        that is covered whole is cleared. A store from the cache to poison is lost: silently as on DAX, or with MediaError
-        (after the rest was written) where ``lost_store_is_eio``.
+        Raises MediaError (EIO) for a write that covers part of a poisoned page, NoSpace; then nothing was
+        written. Poison that is covered whole is cleared. A store from the cache to poison is lost: silently
+        as on DAX, or with MediaError (after the rest was written) where ``lost_store_is_eio``.
         """
         self.check_alive()
         inode, extents = self.names.regular(ino)
@@ -216,7 +224,9 @@ class Filesystem:
             raise MediaError(f"{path}: a mapped store was lost to poison")
 
     def set_size(self, ino: Ino, size: int) -> None:
-        """``truncate(2)``. Raises MediaError if the block that the new end cuts is poison; then nothing has changed."""
+        """``truncate(2)``. Raises MediaError if the block that the new end cuts is poison; then nothing has
+        changed.
+        """
         self.check_alive()
         inode, extents = self.names.regular(ino)
         if size > MAX_FILE_SIZE:
@@ -229,10 +239,12 @@ class Filesystem:
         inode.touch(modified=True)
 
     def remap_file_range(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
-        """``FICLONERANGE``: share ``src``'s blocks with ``dst``; ``length`` 0 is to the end. Returns the bytes shared.
+        """``FICLONERANGE``: share ``src``'s blocks with ``dst``; ``length`` 0 is to the end. Returns the
+        bytes shared.
 
-        Works on poison too: the clone shares it. Raises FsError EINVAL for ranges that are not whole blocks (but at the end of
-        the source file), lie beyond its end, or overlap; NoSpace when the metadata region is full.
+        Works on poison too: the clone shares it. Raises FsError EINVAL for ranges that are not whole blocks
+        (but at the end of the source file), lie beyond its end, or overlap; NoSpace when the metadata region
+        is full.
         """
         self.check_alive()
         source, src_extents = self.names.regular(src)
@@ -241,9 +253,13 @@ class Filesystem:
             length = source.size - src_offset
         whole = page_range_is_whole(source, src_offset, length) and dst_offset % PAGE_SIZE == 0
         if src_offset < 0 or dst_offset < 0 or length < 0 or src_offset + length > source.size or not whole:
-            raise FsError(errno.EINVAL, "a range to share must be whole 4096-byte blocks inside the source file")
+            raise FsError(
+                errno.EINVAL, "a range to share must be whole 4096-byte blocks inside the source file"
+            )
         if length % PAGE_SIZE and dst_offset + length < target.size:
-            raise FsError(errno.EINVAL, "the source's partial last block can only be shared at the target's end")
+            raise FsError(
+                errno.EINVAL, "the source's partial last block can only be shared at the target's end"
+            )
         if src == dst and max(src_offset, dst_offset) < min(src_offset, dst_offset) + length:
             raise FsError(errno.EINVAL, "the ranges overlap")
         if length == 0:
@@ -262,7 +278,9 @@ class Filesystem:
         return self.names.regular(ino)[1]
 
     def adopt_cleared(self, cleared: list[Range]) -> None:
-        """Device byte ranges were made healthy, and given back to the host: reserve anew what files have of them."""
+        """Device byte ranges were made healthy, and given back to the host: reserve anew what files have of
+        them.
+        """
         for part in cleared:
             for owner in self.rmap.owners(part.start // PAGE_SIZE, -(-part.end // PAGE_SIZE)):
                 self.dax.reserve(owner.dev_block * PAGE_SIZE, owner.length * PAGE_SIZE)
@@ -272,7 +290,11 @@ class Filesystem:
     def statfs(self) -> StatFs:
         """How full it is."""
         return StatFs(
-            self.allocator.total, self.allocator.free_blocks, self.allocator.usable_blocks, len(self.names), NAME_MAX
+            self.allocator.total,
+            self.allocator.free_blocks,
+            self.allocator.usable_blocks,
+            len(self.names),
+            NAME_MAX,
         )
 
     def damaged(self) -> list[Damage]:
@@ -290,7 +312,9 @@ class Filesystem:
         return sorted(lost, key=lambda damage: (damage.path, damage.offset))
 
     def device_ranges(self, ino: Ino, offset: int, length: int) -> list[Range]:
-        """Where the bytes ``[offset, offset + length)`` of a file are, as device byte ranges; holes are nowhere."""
+        """Where the bytes ``[offset, offset + length)`` of a file are, as device byte ranges; holes are
+        nowhere.
+        """
         extents = self.extents_of(ino)
         found = []
         for run in extents.lookup(offset // PAGE_SIZE, -(-(offset + length) // PAGE_SIZE)):

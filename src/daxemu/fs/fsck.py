@@ -1,4 +1,6 @@
-"""The filesystem's invariants, as code (what xfs_repair -n looks at). The command line and every test call it."""
+"""The filesystem's invariants, as code (what xfs_repair -n looks at). The command line and every test call
+it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def _check_extents(fs: Filesystem) -> list[str]:
     wrong = []
     for inode in fs.names:
         if (inode.extents is not None) != stat.S_ISREG(inode.mode):
-            wrong.append(f"inode {inode.ino}: extents in a file of mode {inode.mode:o}, or none in a regular one")
+            wrong.append(
+                f"inode {inode.ino}: extents in a file of mode {inode.mode:o}, or none in a regular one"
+            )
         if inode.extents is None:
             continue
         at = blocks = 0
@@ -87,7 +91,9 @@ def _check_free_space(fs: Filesystem) -> list[str]:
     used, free = used_blocks(fs.rmap), RangeSet(fs.allocator.free_ranges())
     wrong = [f"block {r.start}-{r.end} is free and in use" for run in used for r in free.overlapping(*run)]
     if used.total + free.total != fs.allocator.total:
-        wrong.append(f"{used.total} used and {free.total} free blocks, but the device has {fs.allocator.total}")
+        wrong.append(
+            f"{used.total} used and {free.total} free blocks, but the device has {fs.allocator.total}"
+        )
     return wrong
 
 
@@ -100,13 +106,17 @@ def _check_tree(fs: Filesystem) -> list[str]:
         for name, child in (directory.entries or {}).items():
             there = inodes.get(child)
             if there is None:
-                wrong.append(f"directory {directory.ino}: {name!r} leads to inode {child}, which is not there")
+                wrong.append(
+                    f"directory {directory.ino}: {name!r} leads to inode {child}, which is not there"
+                )
                 continue
             names[child] += 1
             if there.is_dir:
                 subdirectories[directory.ino] += 1
                 if there.parent != directory.ino:
-                    wrong.append(f"directory {child}: its parent is {there.parent}, its name is in {directory.ino}")
+                    wrong.append(
+                        f"directory {child}: its parent is {there.parent}, its name is in {directory.ino}"
+                    )
     for inode in fs.names:
         if inode.is_dir:
             expected = 2 + subdirectories[inode.ino] if names[inode.ino] or inode.ino == ROOT_INO else 0

@@ -1,7 +1,7 @@
 """Inodes, directories, links, extended attributes: everything of a filesystem but the bytes of its files.
 
-Verbs raise FsError with the errno that the system call shows. Permission checks are the kernel's (``default_permissions``);
-what it leaves to the filesystem - sticky bits, setgid inheritance - is here.
+Verbs raise FsError with the errno that the system call shows. Permission checks are the kernel's
+(``default_permissions``); what it leaves to the filesystem - sticky bits, setgid inheritance - is here.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ from daxemu.uapi import (
 
 ROOT_INO: Ino = 1
 LINK_MAX = (1 << 31) - 1
-ENTRY_COST = 16  # bytes a directory entry or an extended attribute takes in the store besides its name and value
+ENTRY_COST = (
+    16  # bytes a directory entry or an extended attribute takes in the store besides its name and value
+)
 
 
 @dataclass(eq=False, slots=True)
 class Inode:
     """One inode. Times are nanoseconds since the epoch, ``size`` is bytes.
 
-    ``entries`` is a directory's, ``extents`` a regular file's, ``target`` a symlink's; the others are None. ``parent`` and ``name``
-    are one of its links: a directory's only one, for others a hint that ``path_of`` verifies. ``pins`` counts what keeps it
-    alive besides its links: the kernel's lookups and open handles, which are the host's to count.
+    ``entries`` is a directory's, ``extents`` a regular file's, ``target`` a symlink's; the others are None.
+    ``parent`` and ``name`` are one of its links: a directory's only one, for others a hint that ``path_of``
+    verifies. ``pins`` counts what keeps it alive besides its links: the kernel's lookups and open handles,
+    which are the host's to count.
     """
 
     ino: Ino
@@ -79,14 +82,18 @@ class Credentials:
 
 
 class Namespace:
-    """The inode table and the tree in it. Precondition of every verb: inode numbers passed in came from a lookup."""
+    """The inode table and the tree in it. Precondition of every verb: inode numbers passed in came from a
+    lookup.
+    """
 
     def __init__(self, rmap: Rmap) -> None:
         self._rmap = rmap
         self._inodes: dict[Ino, Inode] = {}
         self._next_ino = ROOT_INO + 1
         self.name_bytes = 0
-        """Bytes of names, symlinks and extended attributes: what the store must have room for besides inodes and links."""
+        """Bytes of names, symlinks and extended attributes: what the store must have room for besides inodes
+        and links.
+        """
 
     @classmethod
     def new(cls, rmap: Rmap, uid: int, gid: int) -> Namespace:
@@ -113,7 +120,9 @@ class Namespace:
         return inode
 
     def regular(self, ino: Ino) -> tuple[Inode, ExtentMap]:
-        """The regular file with this number and its extents. Raises FsError EISDIR or EINVAL for anything else."""
+        """The regular file with this number and its extents. Raises FsError EISDIR or EINVAL for anything
+        else.
+        """
         inode = self.get(ino)
         if inode.extents is None:
             raise FsError(errno.EISDIR if inode.is_dir else errno.EINVAL)

@@ -1,60 +1,77 @@
 """The holder's side of a failure: which files a device range belongs to (fs/xfs/xfs_notify_failure.c).
 
-The reverse map answers for every file at once, through every reflink; nobody's page has to remember its owners.
+The reverse map answers for every file at once, through every reflink; nobody's page has to remember its
+owners.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from daxemu.errors import CorruptMetadata
-from daxemu.events import FileDamaged
-from daxemu.fs.rmap import METADATA_INO
+from daxemu.events import Emit, FileDamaged
+from daxemu.fs.namespace import Namespace
+from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.mm.memory_failure import MemoryFailures
+from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range
 from daxemu.uapi import MF_MEM_PRE_REMOVE, PAGE_SHIFT, PAGE_SIZE, U64_MAX
-
-if TYPE_CHECKING:
-    from daxemu.fs.filesystem import Filesystem
 
 
 class NotifyFailure:
     """``struct dax_holder_operations`` of one filesystem."""
 
-    def __init__(self, fs: Filesystem, mm: MemoryFailures) -> None:
-        self._fs = fs
+    def __init__(
+        self,
+        dax: DaxDevice,
+        rmap: Rmap,
+        names: Namespace,
+        mm: MemoryFailures,
+        emit: Emit,
+        shutdown: Callable[[str], None],
+    ) -> None:
+        self._dax = dax
+        self._rmap = rmap
+        self._names = names
         self._mm = mm
+        self._emit = emit
+        self._shutdown = shutdown
 
     def notify_failure(self, offset: int, length: int, flags: int) -> None:
-        """``xfs_dax_notify_failure()``: name every file range that uses the device bytes ``[offset, offset + length)``.
+        """``xfs_dax_notify_failure()``: name every file range that uses the device bytes ``[offset, offset +
+        length)``.
 
-        ``(0, U64_MAX)`` with MF_MEM_PRE_REMOVE is the whole device, going away: one call, and a shutdown. Raises
-        CorruptMetadata (EFSCORRUPTED) after shutting down if the range holds the filesystem's own records. Free blocks are
-        nobody's: handled.
+        ``(0, U64_MAX)`` with MF_MEM_PRE_REMOVE is the whole device, going away: one call, and a shutdown.
+        Raises CorruptMetadata (EFSCORRUPTED) after shutting down if the range holds the filesystem's own
+        records. Free blocks are nobody's: handled.
         """
         if flags & MF_MEM_PRE_REMOVE:
-            self._mm.mf_dax_kill_procs(METADATA_INO, 0, U64_MAX, self._fs.dax.base_pfn, flags)
-            self._fs.shutdown("Device is about to be removed!")
+            self._mm.mf_dax_kill_procs(METADATA_INO, 0, U64_MAX, self._dax.base_pfn, flags)
+            self._shutdown("Device is about to be removed!")
             return
-        device = Range(0, self._fs.dax.size)
+        device = Range(0, self._dax.size)
         hurt = Range(offset, offset + length).clip(*device)
         if not hurt:
             return
         metadata_hurt = False
-        for owner in self._fs.rmap.owners(hurt.start // PAGE_SIZE, -(-hurt.end // PAGE_SIZE)):
+        for owner in self._rmap.owners(hurt.start // PAGE_SIZE, -(-hurt.end // PAGE_SIZE)):
             if owner.ino == METADATA_INO:
                 metadata_hurt = True
                 continue
-            pfn = self._fs.dax.base_pfn + owner.dev_block
+            pfn = self._dax.base_pfn + owner.dev_block
             self._mm.mf_dax_kill_procs(owner.ino, owner.file_block, owner.length, pfn, flags)
-            self._fs.emit(
+            self._emit(
                 FileDamaged(
                     ino=owner.ino,
-                    path=self._fs.names.path_of(owner.ino),
+                    path=self._names.path_of(owner.ino),
                     offset=owner.file_block << PAGE_SHIFT,
                     length=owner.length << PAGE_SHIFT,
                 )
             )
         if metadata_hurt:
-            self._fs.shutdown("Corruption of on-disk metadata detected at notify_failure.  Shutting down filesystem.")
-            raise CorruptMetadata("the filesystem's own records are hurt: it is shut down; unmount and run daxemu fsck")
+            self._shutdown(
+                "Corruption of on-disk metadata detected at notify_failure.  Shutting down filesystem."
+            )
+            raise CorruptMetadata(
+                "the filesystem's own records are hurt: it is shut down; unmount and run daxemu fsck"
+            )

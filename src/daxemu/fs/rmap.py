@@ -1,8 +1,10 @@
-"""Device extent -> everything that uses it: the reverse map, and the reflink proxy (fs/xfs/libxfs/xfs_rmap.c).
+"""Device extent -> everything that uses it: the reverse map, and the reflink proxy
+(fs/xfs/libxfs/xfs_rmap.c).
 
-A page has room to name one owner. A block that several files share by reflink has many, so it needs an object that stands
-for all of them: the *proxy*. It is made when an extent is first shared, every link to any part of that extent holds it,
-and it goes with the last of them. An extent that was never shared has no proxy, and its one link is its owner.
+A page has room to name one owner. A block that several files share by reflink has many, so it needs an object
+that stands for all of them: the *proxy*. It is made when an extent is first shared, every link to any part of
+that extent holds it, and it goes with the last of them. An extent that was never shared has no proxy, and its
+one link is its owner.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ class ReflinkProxy:
 
 
 class Link:
-    """File ``ino``'s claim on device blocks ``[dev_block, dev_block + length)`` for its blocks from ``file_block`` on.
+    """File ``ino``'s claim on device blocks ``[dev_block, dev_block + length)`` for its blocks from
+    ``file_block`` on.
 
-    Mutable, but only :class:`~daxemu.fs.extents.ExtentMap` may: both indexes that hold a link depend on its fields.
+    Mutable, but only :class:`~daxemu.fs.extents.ExtentMap` may: both indexes that hold a link depend on its
+    fields.
     """
 
     __slots__ = ("dev_block", "file_block", "ino", "length", "proxy")
@@ -69,7 +73,9 @@ class Rmap:
     """All links of a filesystem, found by device blocks."""
 
     def __init__(self) -> None:
-        self._links: IntervalIndex[Link] = IntervalIndex(lambda link: link.dev_block, lambda link: link.length)
+        self._links: IntervalIndex[Link] = IntervalIndex(
+            lambda link: link.dev_block, lambda link: link.length
+        )
         self.link_count = 0
 
     def __iter__(self) -> Iterator[Link]:
@@ -92,7 +98,9 @@ class Rmap:
             link.proxy.refcount -= 1
 
     def reshape(self, link: Link, *, trim_front: int = 0, length: int) -> None:
-        """Cut ``trim_front`` blocks off the front of ``link`` and make it ``length`` long; it stays the same link."""
+        """Cut ``trim_front`` blocks off the front of ``link`` and make it ``length`` long; it stays the same
+        link.
+        """
         self._links.discard(link)
         link.file_block += trim_front
         link.dev_block += trim_front
@@ -116,11 +124,15 @@ class Rmap:
 
     def unreferenced(self, start: Block, end: Block) -> list[Range]:
         """The parts of ``[start, end)`` that no link uses."""
-        used = RangeSet((owner.dev_block, owner.dev_block + owner.length) for owner in self.owners(start, end))
+        used = RangeSet(
+            (owner.dev_block, owner.dev_block + owner.length) for owner in self.owners(start, end)
+        )
         return list(used.gaps(start, end))
 
     def shared_parts(self, link: Link, start: Block, end: Block) -> RangeSet:
-        """The parts of device blocks ``[start, end)``, all of them ``link``'s, that another link uses as well."""
+        """The parts of device blocks ``[start, end)``, all of them ``link``'s, that another link uses as
+        well.
+        """
         shared = RangeSet()
         if link.proxy is None or link.proxy.refcount == 1:
             return shared

@@ -1,15 +1,15 @@
 """The filesystem's own records, on the device itself.
 
-The first blocks of the device are the metadata region, owned by ``METADATA_INO`` in the reverse map like any other extent,
-so that poison there is found as metadata:
+The first blocks of the device are the metadata region, owned by ``METADATA_INO`` in the reverse map like any
+other extent, so that poison there is found as metadata:
 
     block 0            superblock          names the slot that counts, its length and checksum
     blocks 1..n        slot A              } one snapshot of all inodes each (msgpack), written in turn:
     blocks n+1..2n     slot B              } the one that counts is never written to
     last block         second superblock
 
-A snapshot is written whole, at unmount and before a shutdown. Memory for both slots is reserved in the media ahead of
-need, so that what a program was told had succeeded always fits (``ensure_room``).
+A snapshot is written whole, at unmount and before a shutdown. Memory for both slots is reserved in the media
+ahead of need, so that what a program was told had succeeded always fits (``ensure_room``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Superblock(msgspec.Struct, array_like=True):
 
 
 class StoredInode(msgspec.Struct, array_like=True):
-    """An inode as a snapshot holds it. ``links``: (file block, device block, blocks, proxy number or -1) each."""
+    """An inode as a snapshot holds it. ``links``: (file block, device block, blocks, proxy number or -1)
+    each.
+    """
 
     ino: Ino
     mode: int
@@ -99,7 +101,9 @@ class Store:
         return 0, (self.region_blocks - 1) * PAGE_SIZE
 
     def ensure_room(self, inodes: int, links: int, name_bytes: int) -> None:
-        """Make sure that a snapshot of so much fits. Raises NoSpace when the region or the host's memory is too small."""
+        """Make sure that a snapshot of so much fits. Raises NoSpace when the region or the host's memory is
+        too small.
+        """
         wanted = PAGE_SIZE + inodes * INODE_BYTES + links * LINK_BYTES + name_bytes
         if wanted <= self._reserved:
             return
@@ -141,7 +145,9 @@ class Store:
     # -- loading
 
     def is_formatted(self) -> bool:
-        """Whether there is a superblock; poison where it should be counts as one, so that nothing is overwritten."""
+        """Whether there is a superblock; poison where it should be counts as one, so that nothing is
+        overwritten.
+        """
         for offset in self._superblock_offsets:
             self._dax.reserve(offset, PAGE_SIZE)
             if self._dax.is_poisoned(offset, PAGE_SIZE) or any(self._dax.direct_access(offset, PAGE_SIZE)):
@@ -151,7 +157,8 @@ class Store:
     def load(self, namespace: Namespace, rmap: Rmap) -> None:
         """Fill an empty ``namespace`` and ``rmap`` from the snapshot that counts.
 
-        Raises CorruptMetadata if it cannot be read or makes no sense; what was filled then must be thrown away.
+        Raises CorruptMetadata if it cannot be read or makes no sense; what was filled then must be thrown
+        away.
         """
         self._super = self._read_superblock()
         if self._super.length > self.capacity or self._super.slot not in (0, 1):
@@ -175,7 +182,11 @@ class Store:
         why = "it is all zeros"
         for offset in self._superblock_offsets:
             try:
-                found.append(msgspec.msgpack.decode(_unseal(self._dax.direct_access(offset, PAGE_SIZE)), type=Superblock))
+                found.append(
+                    msgspec.msgpack.decode(
+                        _unseal(self._dax.direct_access(offset, PAGE_SIZE)), type=Superblock
+                    )
+                )
             except (DaxemuError, msgspec.MsgspecError) as error:
                 why = str(error)
         if not found:
@@ -236,7 +247,9 @@ def _stored_inodes(namespace: Namespace) -> Iterator[StoredInode]:
         )
 
 
-def _adopt_inodes(stored: Iterable[StoredInode], namespace: Namespace, rmap: Rmap, total_blocks: Block) -> None:
+def _adopt_inodes(
+    stored: Iterable[StoredInode], namespace: Namespace, rmap: Rmap, total_blocks: Block
+) -> None:
     proxies: dict[int, ReflinkProxy] = {}
     for record in stored:
         inode = Inode(
@@ -262,7 +275,9 @@ def _adopt_inodes(stored: Iterable[StoredInode], namespace: Namespace, rmap: Rma
             links = []
             for file_block, dev_block, length, number in record.links:
                 if length <= 0 or dev_block < 0 or dev_block + length > total_blocks:
-                    raise CorruptMetadata(f"inode {record.ino}: blocks {dev_block}+{length} are outside the device")
+                    raise CorruptMetadata(
+                        f"inode {record.ino}: blocks {dev_block}+{length} are outside the device"
+                    )
                 proxy = None if number < 0 else proxies.setdefault(number, ReflinkProxy())
                 links.append(Link(record.ino, file_block, dev_block, length, proxy))
             inode.extents.adopt(links)

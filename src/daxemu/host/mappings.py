@@ -1,7 +1,7 @@
 """Collecting and revoking: the one interface through which a failure reaches the mappings of real processes.
 
-The first implementation is the FUSE page cache. Another one (direct mappings of the media under userfaultfd) would stand behind
-the same Protocol.
+The first implementation is the FUSE page cache. Another one (direct mappings of the media under userfaultfd)
+would stand behind the same Protocol.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Mappings(Protocol):
 class PageCacheMappings:
     """Mappings of files on a FUSE mount, which are mappings of the kernel's page cache.
 
-    ``open_inodes`` gives the inodes that anybody has open; only those can be mapped. Called in the worker thread.
+    ``open_inodes`` gives the inodes that anybody has open; only those can be mapped. Called in the worker
+    thread.
     """
 
     def __init__(self, session: Session, open_inodes: Callable[[], Iterable[Ino]]) -> None:

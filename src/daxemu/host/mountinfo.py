@@ -57,8 +57,8 @@ def mount_at(mountpoint: Path) -> Mount | None:
 def mount_of(path: Path) -> Mount:
     """The mount that holds ``path``, which need not exist. Raises NotMounted."""
     absolute = Path(os.path.abspath(path))
-    # The parent is resolved, not the path itself: a symlink in it may lead onto a mount, and touching the last
-    # component could block on one that hangs.
+    # The parent is resolved, not the path itself: a symlink in it may lead onto a mount, and touching the
+    # last component could block on one that hangs.
     best: Mount | None = None
     for candidate in (absolute, Path(os.path.realpath(absolute.parent)) / absolute.name):
         for mount in mounts():

@@ -1,7 +1,8 @@
 """pyfuse3.Operations over the filesystem's verbs: translates, decides nothing.
 
-File handles are inode numbers (below 2**40; the bits above carry the caller, see host/supplement.py). Directory handles
-name a snapshot of the directory, so that a reader sees each entry once whatever happens meanwhile.
+File handles are inode numbers (below 2**40; the bits above carry the caller, see host/supplement.py).
+Directory handles name a snapshot of the directory, so that a reader sees each entry once whatever happens
+meanwhile.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ class Operations(pyfuse3.Operations):
         entry.st_uid, entry.st_gid, entry.st_rdev = inode.uid, inode.gid, inode.rdev
         entry.st_size = inode.size
         entry.st_blksize = PAGE_SIZE
-        entry.st_blocks = inode.extents.blocks * (PAGE_SIZE // SECTOR_SIZE) if inode.extents is not None else 0
+        entry.st_blocks = (
+            inode.extents.blocks * (PAGE_SIZE // SECTOR_SIZE) if inode.extents is not None else 0
+        )
         entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = inode.atime, inode.mtime, inode.ctime
         return entry
 
@@ -258,7 +261,9 @@ class Operations(pyfuse3.Operations):
                 inode = self._names.get(ino)
             except DaxemuError:
                 continue  # removed since the directory was opened
-            if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), self._attributes(inode), position + 1):
+            if not pyfuse3.readdir_reply(
+                token, pyfuse3.FileNameT(name), self._attributes(inode), position + 1
+            ):
                 return
             if position >= 2:
                 self._fs.pin(inode)

@@ -1,6 +1,8 @@
-"""The mount: the /dev/fuse descriptor, mount(2) or fusermount3, and taking pages away from the kernel by range.
+"""The mount: the /dev/fuse descriptor, mount(2) or fusermount3, and taking pages away from the kernel by
+range.
 
-We open /dev/fuse ourselves and hand pyfuse3 ``/dev/fd/N``: only so can notifications with a range be written to it.
+We open /dev/fuse ourselves and hand pyfuse3 ``/dev/fd/N``: only so can notifications with a range be written
+to it.
 """
 
 from __future__ import annotations
@@ -37,11 +39,15 @@ def check_mountpoint(mountpoint: Path) -> None:
     if os.path.ismount(mountpoint):
         raise Busy(f"{mountpoint} has another filesystem mounted on it")
     if not os.access(mountpoint, os.W_OK):
-        raise PermissionDenied(f"{mountpoint} is not yours to mount on: choose a directory that you can write to")
+        raise PermissionDenied(
+            f"{mountpoint} is not yours to mount on: choose a directory that you can write to"
+        )
 
 
 class Session:
-    """One FUSE connection. ``fd`` is its /dev/fuse descriptor, ``mount`` what /proc/self/mountinfo says of it."""
+    """One FUSE connection. ``fd`` is its /dev/fuse descriptor, ``mount`` what /proc/self/mountinfo says of
+    it.
+    """
 
     def __init__(self, fd: int, mount: Mount) -> None:
         self.fd = fd
@@ -49,7 +55,9 @@ class Session:
 
     @classmethod
     def open(cls, device: Path, mountpoint: Path) -> Session:
-        """Mount. As root with mount(2), otherwise through fusermount3. Raises PermissionDenied, Unsupported, Busy."""
+        """Mount. As root with mount(2), otherwise through fusermount3. Raises PermissionDenied, Unsupported,
+        Busy.
+        """
         mountpoint = Path(os.path.realpath(mountpoint))
         check_mountpoint(mountpoint)
         source = f"{SOURCE_PREFIX}{device}"
@@ -65,8 +73,8 @@ class Session:
     def revoke(self, ino: Ino, offset: int, length: int) -> None:
         """``unmap_mapping_range()``: take the pages of the range from every process and from the page cache.
 
-        ``length`` 0 is to the end of the file. Dirty pages are written back to us meanwhile: call this from a worker thread
-        only. Neighbouring pages stay.
+        ``length`` 0 is to the end of the file. Dirty pages are written back to us meanwhile: call this from a
+        worker thread only. Neighbouring pages stay.
         """
         self._notify_inval_inode(ino, offset, length)
 
@@ -95,7 +103,9 @@ class Session:
             os.close(fd)
 
     def unmount(self) -> None:
-        """``umount(2)``. Raises Busy while anything is open on the mount. The kernel syncs first: never from the event loop."""
+        """``umount(2)``. Raises Busy while anything is open on the mount. The kernel syncs first: never from
+        the event loop.
+        """
         mountpoint = self.mount.mountpoint
         if os.geteuid() == 0:
             if _libc.umount2(os.fsencode(mountpoint), 0) == 0:
@@ -107,7 +117,9 @@ class Session:
                 return
             number = errno.EBUSY if "busy" in done.stderr.lower() else errno.EINVAL
         if number == errno.EBUSY:
-            raise Busy(f"{mountpoint} is in use: close what is open on it, or daxemu umount --force {mountpoint}")
+            raise Busy(
+                f"{mountpoint} is in use: close what is open on it, or daxemu umount --force {mountpoint}"
+            )
         if mount_at(mountpoint) is not None:
             raise InvalidArgument(f"{mountpoint}: {os.strerror(number)}")
 
@@ -120,7 +132,9 @@ class Session:
             subprocess.run(["fusermount3", "-u", "-z", str(mountpoint)], capture_output=True, check=False)
 
     def abort(self) -> bool:
-        """Cut the connection: everything that waits for us gets ENOTCONN. The last resort. Returns whether it worked."""
+        """Cut the connection: everything that waits for us gets ENOTCONN. The last resort. Returns whether it
+        worked.
+        """
         return abort_connection(self.mount)
 
 
@@ -140,8 +154,12 @@ def _mount_as_root(source: str, mountpoint: Path) -> int:
     try:
         fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise Unsupported(f"/dev/fuse: {error.strerror}; load the fuse module, or give the container --device /dev/fuse") from error
-    options = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},default_permissions,allow_other"
+        raise Unsupported(
+            f"/dev/fuse: {error.strerror}; load the fuse module, or give the container --device /dev/fuse"
+        ) from error
+    options = (
+        f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},default_permissions,allow_other"
+    )
     done = _libc.mount(
         os.fsencode(source), os.fsencode(mountpoint), FS_TYPE.encode(), MS_NOSUID | MS_NODEV, options.encode()
     )

@@ -1,8 +1,8 @@
 """Loads the C supplement in front of pyfuse3, and reads what it writes into file handles.
 
-Layout of a file handle as ``Operations`` sees it: bits 0-39 the handle that ``open`` gave out, bits 40-62 the thread id of the
-caller (pid_max is at most 2**22), bit 63 set when the page cache writes back. Without the supplement the upper bits are
-zero: no thread is known, and no write is known to be the cache's.
+Layout of a file handle as ``Operations`` sees it: bits 0-39 the handle that ``open`` gave out, bits 40-62 the
+thread id of the caller (pid_max is at most 2**22), bit 63 set when the page cache writes back. Without the
+supplement the upper bits are zero: no thread is known, and no write is known to be the cache's.
 
 Import this module before anything imports pyfuse3.
 """

@@ -1,7 +1,9 @@
-"""Who maps what: the processes of this machine as /proc shows them (the kernel's walk over i_mmap and page tables).
+"""Who maps what: the processes of this machine as /proc shows them (the kernel's walk over i_mmap and page
+tables).
 
-Addresses are bytes, file positions pages. Processes that vanish while they are looked at, or that we may not look into,
-are left out: a process that is gone cannot be told, and one that is another user's is not ours to tell.
+Addresses are bytes, file positions pages. Processes that vanish while they are looked at, or that we may not
+look into, are left out: a process that is gone cannot be told, and one that is another user's is not ours to
+tell.
 """
 
 from __future__ import annotations
@@ -47,8 +49,9 @@ def collect_tasks(
 ) -> list[Task]:
     """Every process that has a wanted page present, with where.
 
-    ``wanted`` maps inode numbers to page ranges; None is everything on ``dev``, of which only the first present run of each
-    process is reported. A private copy of a page (CoW) is the process's own and does not count.
+    ``wanted`` maps inode numbers to page ranges; None is everything on ``dev``, of which only the first
+    present run of each process is reported. A private copy of a page (CoW) is the process's own and does not
+    count.
     """
     return [task for pid in _pids(skip) if (task := _look_at(pid, dev, wanted)) is not None]
 
@@ -84,7 +87,9 @@ def read_vmas(pid: int, dev: tuple[int, int]) -> Iterator[Vma]:
             yield Vma(int(start, 16), int(end, 16), int(offset, 16) >> PAGE_SHIFT, int(ino))
 
 
-def _present_runs(pid: int, vmas: list[Vma], wanted: Mapping[Ino, Sequence[Range]] | None) -> Iterator[PresentRun]:
+def _present_runs(
+    pid: int, vmas: list[Vma], wanted: Mapping[Ino, Sequence[Range]] | None
+) -> Iterator[PresentRun]:
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
         for vma in vmas:
             span = Range(vma.pgoff, vma.pgoff + ((vma.end - vma.start) >> PAGE_SHIFT))
@@ -171,7 +176,9 @@ def read_comm(pid: int) -> str:
 
 
 def in_page_fault(tid: int) -> bool | None:
-    """Whether a thread waits in a page fault of its own, not in a system call; None if that cannot be seen."""
+    """Whether a thread waits in a page fault of its own, not in a system call; None if that cannot be
+    seen.
+    """
     try:
         with open(f"/proc/{tid}/syscall", "rb") as file:
             return file.read().startswith(b"-1")

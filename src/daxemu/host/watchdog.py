@@ -1,7 +1,7 @@
 """The last resort: a thread that cuts the FUSE connection when the event loop stands still.
 
-Whoever waits for a server that waits for itself is unkillable (state D) until somebody aborts the connection; this is somebody
-who is always there.
+Whoever waits for a server that waits for itself is unkillable (state D) until somebody aborts the connection;
+this is somebody who is always there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Watchdog:
     def _watch(self) -> None:
         missed = 0.0
         while not self._stopped.wait(self._patience / 10):
-            # Counted in our own turns, not by the clock alone: a machine that was suspended has stood still as a whole.
+            # Counted in our own turns, not by the clock alone: a machine that was suspended has stood still
+            # as a whole.
             stale = time.monotonic() - self._last > self._patience
             missed = missed + self._patience / 10 if stale else 0.0
             if missed >= self._patience / 2:

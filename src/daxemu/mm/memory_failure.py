@@ -1,7 +1,7 @@
 """memory_failure() for device memory: whose page it was, who is told, how it ended (mm/memory-failure.c).
 
-All of it is decisions over values; nothing here reads /proc, unmaps or signals. Addresses and offsets are bytes, indexes
-and counts are pages.
+All of it is decisions over values; nothing here reads /proc, unmaps or signals. Addresses and offsets are
+bytes, indexes and counts are pages.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from daxemu.uapi import (
 
 @dataclass(frozen=True)
 class MappingRange:
-    """Pages ``[index, index + count)`` of the file ``mapping`` (its inode number), backed by pages from ``pfn`` on."""
+    """Pages ``[index, index + count)`` of the file ``mapping`` (its inode number), backed by pages from
+    ``pfn`` on.
+    """
 
     mapping: Ino
     index: int
@@ -64,7 +66,9 @@ class Thread:
 
 @dataclass(frozen=True)
 class PresentRun:
-    """Consecutive pages of one mapping that a process has present: ``nr_pages`` from ``address`` on, in its own space."""
+    """Consecutive pages of one mapping that a process has present: ``nr_pages`` from ``address`` on, in its
+    own space.
+    """
 
     mapping: Ino
     index: int
@@ -75,7 +79,9 @@ class PresentRun:
 
 @dataclass(frozen=True)
 class Task:
-    """One process, with what it has present of an incident's ranges. ``threads`` in the kernel's order, leader first."""
+    """One process, with what it has present of an incident's ranges. ``threads`` in the kernel's order,
+    leader first.
+    """
 
     pid: int
     comm: str
@@ -95,7 +101,9 @@ class ToKill:
 
 
 def find_early_kill_thread(threads: Iterable[Thread], early_kill: bool) -> Thread | None:
-    """The thread that wants to be told early: one that chose so, or by the sysctl the first that chose nothing."""
+    """The thread that wants to be told early: one that chose so, or by the sysctl the first that chose
+    nothing.
+    """
     for thread in threads:
         if thread.flags & (PF_EXITING | PF_KTHREAD):
             continue
@@ -108,7 +116,9 @@ def find_early_kill_thread(threads: Iterable[Thread], early_kill: bool) -> Threa
 
 
 def task_early_kill(task: Task, *, early_kill: bool, force_tid: int | None = None) -> Thread | None:
-    """``task_early_kill()``: the thread of ``task`` to tell now; the consumer itself (``force_tid``) always is."""
+    """``task_early_kill()``: the thread of ``task`` to tell now; the consumer itself (``force_tid``) always
+    is.
+    """
     if force_tid is not None:
         for thread in task.threads:
             if thread.tid == force_tid:
@@ -121,8 +131,8 @@ def collect_procs(
 ) -> list[ToKill]:
     """``collect_procs_fsdax()``: who is told of ``incident``, each at the address in its own space.
 
-    Only present pages count. On removal everybody is told through the group leader, policy or not, and once: the
-    whole device is one range, and a second SIGBUS would only be merged with the first.
+    Only present pages count. On removal everybody is told through the group leader, policy or not, and once:
+    the whole device is one range, and a second SIGBUS would only be merged with the first.
     """
     to_kill = []
     for task in tasks:
@@ -136,9 +146,7 @@ def collect_procs(
             runs = task.present
         if thread is None:
             continue
-        to_kill += [
-            ToKill(task, thread.tid, run.address, run.shift, _pfn_of(incident, run)) for run in runs
-        ]
+        to_kill += [ToKill(task, thread.tid, run.address, run.shift, _pfn_of(incident, run)) for run in runs]
     return to_kill
 
 
@@ -152,7 +160,8 @@ def _pfn_of(incident: Incident, run: PresentRun) -> Pfn:
 class MemoryFailures:
     """The machine's memory-failure state: its pagemaps, its sysctl, its counters.
 
-    One object stands for what are global variables in the kernel, so that one process can hold several machines.
+    One object stands for what are global variables in the kernel, so that one process can hold several
+    machines.
     """
 
     def __init__(self, emit: Emit) -> None:
@@ -188,8 +197,9 @@ class MemoryFailures:
     def memory_failure(self, pfn: Pfn, nr_pages: int, flags: int) -> Incident:
         """``memory_failure()`` for a range, up to the point where processes must be looked at.
 
-        The owner of each part is called once. The incident returned says what ``host`` has to do, and ``error`` what the
-        owner answered; it must be given to :meth:`action_result`. Raises NoDevice (-ENXIO) if no pagemap has any of it.
+        The owner of each part is called once. The incident returned says what ``host`` has to do, and
+        ``error`` what the owner answered; it must be given to :meth:`action_result`. Raises NoDevice (-ENXIO)
+        if no pagemap has any of it.
         """
         parts = list(self.get_dev_pagemap(pfn, nr_pages))
         if not parts:
@@ -203,20 +213,24 @@ class MemoryFailures:
             self._current = outer
         return incident
 
-    def _memory_failure_dev_pagemap(self, incident: Incident, pgmap: DevPagemap, pfn: Pfn, nr_pages: int) -> None:
+    def _memory_failure_dev_pagemap(
+        self, incident: Incident, pgmap: DevPagemap, pfn: Pfn, nr_pages: int
+    ) -> None:
         try:
             if pgmap.ops is None:
                 raise Unsupported(f"{pgmap.name}: no ->memory_failure")
             pgmap.ops.memory_failure(pgmap, pfn, nr_pages, incident.flags)
         except Unsupported:
-            # mf_generic_kill_procs(): the page's own mapping. Nobody below knows of a file here, so there is no
-            # mapping to look through and nobody to tell: the failure is handled by that.
+            # mf_generic_kill_procs(): the page's own mapping. Nobody below knows of a file here, so there is
+            # no mapping to look through and nobody to tell: the failure is handled by that.
             return
         except DaxemuError as error:
             incident.error = error
 
     def removal(self, pfn: Pfn, nr_pages: int) -> Incident:
-        """The incident of a whole device that goes away; :meth:`mf_dax_kill_procs` then adds to it as always."""
+        """The incident of a whole device that goes away; :meth:`mf_dax_kill_procs` then adds to it as
+        always.
+        """
         return Incident(next(self._serial), pfn, nr_pages, MF_MEM_PRE_REMOVE)
 
     def during(self, incident: Incident) -> _Current:
@@ -226,8 +240,8 @@ class MemoryFailures:
     def mf_dax_kill_procs(self, mapping: Ino, index: int, count: int, pfn: Pfn, flags: int) -> None:
         """The filesystem names a file range that is hurt; called from within its ``->notify_failure``.
 
-        ``index`` and ``count`` are pages of the file, ``count`` up to U64_MAX (then every mapping of the device).
-        Precondition: a failure is being handled.
+        ``index`` and ``count`` are pages of the file, ``count`` up to U64_MAX (then every mapping of the
+        device). Precondition: a failure is being handled.
         """
         if self._current is None:
             raise RuntimeError("mf_dax_kill_procs() outside of a memory failure")

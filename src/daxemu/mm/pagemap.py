@@ -1,4 +1,6 @@
-"""``struct dev_pagemap``: device memory with struct pages, its owner and its ops (include/linux/memremap.h)."""
+"""``struct dev_pagemap``: device memory with struct pages, its owner and its ops
+(include/linux/memremap.h).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ class DevPagemapOps(Protocol):
     def memory_failure(self, pgmap: DevPagemap, pfn: Pfn, nr_pages: int, flags: int) -> None:
         """``nr_pages`` pages from ``pfn`` on, all inside ``pgmap``, failed: one call for the range.
 
-        Raises Unsupported (-EOPNOTSUPP) for the generic handler, any other DaxemuError when it could not be handled.
+        Raises Unsupported (-EOPNOTSUPP) for the generic handler, any other DaxemuError when it could not be
+        handled.
         """
 
 
@@ -29,7 +32,9 @@ class DevPagemap:
     altmap_pages: int = 0
 
     def pfn_valid(self, start: Pfn, end: Pfn) -> list[Range]:
-        """The parts of ``[start, end)`` that are this device's *data* pages (``pgmap_pfn_valid``): no altmap."""
+        """The parts of ``[start, end)`` that are this device's *data* pages (``pgmap_pfn_valid``): no
+        altmap.
+        """
         found = []
         for index, span in enumerate(self.ranges):
             first = span.start + (self.altmap_pages if index == 0 else 0)

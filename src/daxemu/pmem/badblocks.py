@@ -1,7 +1,7 @@
 """The poison the driver knows of, in 512-byte sectors: block/badblocks.c.
 
-Not the same thing as memory_failure(): this list is for the allocator and for naming damaged files; nobody is signalled
-because of it.
+Not the same thing as memory_failure(): this list is for the allocator and for naming damaged files; nobody is
+signalled because of it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a filesystem maps: drivers/dax/super.c and fs/dax.c's ways into the media.
 
-A :class:`DaxDevice` has one *holder*, the filesystem, which is told of failures by range. Offsets are device bytes.
+A :class:`DaxDevice` has one *holder*, the filesystem, which is told of failures by range. Offsets are device
+bytes.
 """
 
 from __future__ import annotations
@@ -20,17 +21,21 @@ class DaxHolderOperations(Protocol):
     def notify_failure(self, offset: int, length: int, flags: int) -> None:
         """``[offset, offset + length)`` of the device failed; ``(0, U64_MAX)`` is all of it.
 
-        Raises Unsupported (-EOPNOTSUPP) to have the generic handler run, any other DaxemuError to say it failed.
+        Raises Unsupported (-EOPNOTSUPP) to have the generic handler run, any other DaxemuError to say it
+        failed.
         """
 
 
 class DaxDevice:
-    """One dax device: ``size`` bytes of ``media`` from ``data_offset`` on, their badblocks, and who holds them.
+    """One dax device: ``size`` bytes of ``media`` from ``data_offset`` on, their badblocks, and who holds
+    them.
 
     ``base_pfn`` is the page frame of device byte 0.
     """
 
-    def __init__(self, name: str, media: Media, data_offset: int, badblocks: Badblocks, base_pfn: Pfn) -> None:
+    def __init__(
+        self, name: str, media: Media, data_offset: int, badblocks: Badblocks, base_pfn: Pfn
+    ) -> None:
         self.name = name
         self.base_pfn = base_pfn
         self.size = media.size - data_offset
@@ -62,8 +67,8 @@ class DaxDevice:
     def notify_failure(self, offset: int, length: int, flags: int) -> None:
         """``dax_holder_notify_failure()``: one call for one range, up to the holder.
 
-        Raises NoDevice (-ENXIO) when the device is dead, Unsupported (-EOPNOTSUPP) without a holder, and whatever the
-        holder raises.
+        Raises NoDevice (-ENXIO) when the device is dead, Unsupported (-EOPNOTSUPP) without a holder, and
+        whatever the holder raises.
         """
         if not self.alive:
             raise NoDevice(f"{self.name}: the device is gone")
@@ -133,7 +138,9 @@ class DaxDevice:
         return [Range((r.start - shift) * SECTOR_SIZE, (r.end - shift) * SECTOR_SIZE) for r in cleared]
 
     def add_poison(self, offset: int, length: int) -> Range:
-        """The hardware goes bad there; returns the byte range, rounded out to sectors. Nobody is told by this."""
+        """The hardware goes bad there; returns the byte range, rounded out to sectors. Nobody is told by
+        this.
+        """
         self._check(offset, length)
         sectors = sectors_of(offset, length)
         shift = self._data_offset // SECTOR_SIZE

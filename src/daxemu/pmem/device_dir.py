@@ -22,7 +22,9 @@ STRUCT_PAGE_SIZE = 64
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """What ``device.toml`` holds. ``size`` and ``altmap`` are bytes; ``altmap`` is reserved at the media's start."""
+    """What ``device.toml`` holds. ``size`` and ``altmap`` are bytes; ``altmap`` is reserved at the media's
+    start.
+    """
 
     size: int
     base_pfn: Pfn = DEFAULT_BASE_PFN
@@ -33,12 +35,14 @@ class DeviceConfig:
         """Raises InvalidArgument for sizes and alignments no device can have."""
         if self.size % PAGE_SIZE or not MIN_SIZE <= self.size <= MAX_SIZE:
             raise InvalidArgument(
-                f"size {self.size}: must be a multiple of {PAGE_SIZE} from {MIN_SIZE >> 20}M to {MAX_SIZE >> 40}T"
+                f"size {self.size}: must be whole {PAGE_SIZE}-byte pages, {MIN_SIZE >> 20}M to {MAX_SIZE >> 40}T"
             )
         if self.align not in (PAGE_SIZE, 1 << PMD_SHIFT):
             raise InvalidArgument(f"alignment {self.align}: must be 4K or 2M")
         if self.altmap % PAGE_SIZE or not 0 <= self.altmap <= self.size - MIN_SIZE:
-            raise InvalidArgument(f"altmap {self.altmap}: must be whole pages and leave {MIN_SIZE >> 20}M of data")
+            raise InvalidArgument(
+                f"altmap {self.altmap}: must be whole pages and leave {MIN_SIZE >> 20}M of data"
+            )
         if not 0 <= self.base_pfn < 1 << 52:
             raise InvalidArgument(f"base pfn {self.base_pfn:#x}: outside the physical address space")
 
@@ -49,7 +53,9 @@ def altmap_bytes(size: int) -> int:
 
 
 class DeviceDir:
-    """One DEVICE directory. ``open()`` takes its lock, which the holder keeps until ``close()`` or its death."""
+    """One DEVICE directory. ``open()`` takes its lock, which the holder keeps until ``close()`` or its
+    death.
+    """
 
     def __init__(self, path: Path, config: DeviceConfig) -> None:
         self.path = path
@@ -65,7 +71,8 @@ class DeviceDir:
     def create(cls, path: Path, config: DeviceConfig, *, force: bool = False) -> DeviceDir:
         """Make a new device at ``path``. Nothing is left behind when it fails.
 
-        Raises Busy if something is there (unless ``force`` and it is an unmounted device), InvalidArgument, NoSpace.
+        Raises Busy if something is there (unless ``force`` and it is an unmounted device), InvalidArgument,
+        NoSpace.
         """
         config.validate()
         device = cls(path, config)
@@ -84,7 +91,9 @@ class DeviceDir:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise NoSpace(f"{path}: no room for the device ({error.strerror})") from error
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise PermissionDenied(f"{path}: {error.strerror}; choose a place you can write to") from error
+                raise PermissionDenied(
+                    f"{path}: {error.strerror}; choose a place you can write to"
+                ) from error
             raise InvalidArgument(f"{path}: {error.strerror}") from error
         return device
 
@@ -94,11 +103,15 @@ class DeviceDir:
         try:
             table = tomllib.loads((path / "device.toml").read_text())
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise NotADevice(f"{path} is not a daxemu device: make one with: daxemu mkfs {path} --size 1G") from error
+            raise NotADevice(
+                f"{path} is not a daxemu device: make one with: daxemu mkfs {path} --size 1G"
+            ) from error
         except (OSError, ValueError) as error:
             raise NotADevice(f"{path}/device.toml cannot be read: {error}") from error
         if table.get("version") != FORMAT_VERSION:
-            raise NotADevice(f"{path}: format version {table.get('version')!r}; this daxemu reads {FORMAT_VERSION}")
+            raise NotADevice(
+                f"{path}: format version {table.get('version')!r}; this daxemu reads {FORMAT_VERSION}"
+            )
         try:
             config = DeviceConfig(
                 size=int(table["size"]),
@@ -141,7 +154,16 @@ class DeviceDir:
 
     def wipe(self) -> None:
         """Remove the device's own files and its directory; anything else in there stops it."""
-        for name in ("media", "poison", "poison.new", "device.toml", "events.jsonl", "control.sock", "supervisor.log", "lock"):
+        for name in (
+            "media",
+            "poison",
+            "poison.new",
+            "device.toml",
+            "events.jsonl",
+            "control.sock",
+            "supervisor.log",
+            "lock",
+        ):
             (self.path / name).unlink(missing_ok=True)
         self.path.rmdir()
 

@@ -1,6 +1,7 @@
 """Making media bad and good again, and looking for what is bad: what ``ndctl inject-error`` and an ARS do.
 
-Offsets and lengths are device bytes. Everything is rounded out to 512-byte sectors, and the result says to what.
+Offsets and lengths are device bytes. Everything is rounded out to 512-byte sectors, and the result says to
+what.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from daxemu.uapi import PAGE_SHIFT, SECTOR_SIZE, page_align_down, page_align_up
 
 
 def check_range(offset: int, length: int, size: int, what: str) -> None:
-    """Raises InvalidArgument unless ``[offset, offset + length)`` is a range inside ``what``'s ``size`` bytes."""
+    """Raises InvalidArgument unless ``[offset, offset + length)`` is a range inside ``what``'s ``size``
+    bytes.
+    """
     if offset < 0:
         raise InvalidArgument(f"offset {offset} is negative: give an offset from 0 to {size - 1} of {what}")
     if length <= 0:
@@ -24,8 +27,8 @@ def check_range(offset: int, length: int, size: int, what: str) -> None:
 def inject(pmem: Pmem, offset: int, length: int, *, latent: bool = False) -> Range:
     """Poison the range. Unless ``latent`` the driver learns of it at once: it is in badblocks.
 
-    Returns the byte range that is bad now. Raises InvalidArgument for a range outside the device. Nobody is signalled by
-    this: :func:`failed_pages` says what to give to memory_failure().
+    Returns the byte range that is bad now. Raises InvalidArgument for a range outside the device. Nobody is
+    signalled by this: :func:`failed_pages` says what to give to memory_failure().
     """
     check_range(offset, length, pmem.dax.size, "the device")
     bad = pmem.dax.add_poison(offset, length)
@@ -35,10 +38,12 @@ def inject(pmem: Pmem, offset: int, length: int, *, latent: bool = False) -> Ran
 
 
 def uninject(pmem: Pmem, offset: int, length: int) -> list[Range]:
-    """Make the range healthy again; returns the byte ranges that were poison. Their bytes are zeros from now on.
+    """Make the range healthy again; returns the byte ranges that were poison. Their bytes are zeros from now
+    on.
 
-    What was there is lost: hardware clears by writing, and nobody has anything to write. Whole pages are given back to
-    the host, so whoever uses them reserves them anew. Raises InvalidArgument for a range outside the device.
+    What was there is lost: hardware clears by writing, and nobody has anything to write. Whole pages are
+    given back to the host, so whoever uses them reserves them anew. Raises InvalidArgument for a range
+    outside the device.
     """
     check_range(offset, length, pmem.dax.size, "the device")
     cleared = pmem.dax.clear_poison(offset, length)

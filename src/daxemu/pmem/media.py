@@ -32,7 +32,8 @@ def sectors_of(offset: int, length: int) -> Range:
 class Media:
     """The media of one device: ``size`` bytes of a sparse file, mapped shared, and their poison.
 
-    Poison is kept in sectors and written to the file ``poison`` at every change, so that it outlives this process.
+    Poison is kept in sectors and written to the file ``poison`` at every change, so that it outlives this
+    process.
     """
 
     def __init__(self, directory: Path, size: int) -> None:
@@ -42,11 +43,15 @@ class Media:
         try:
             self._fd = os.open(directory / "media", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise NotADevice(f"{directory}: no media ({error.strerror}); make it with: daxemu mkfs") from error
+            raise NotADevice(
+                f"{directory}: no media ({error.strerror}); make it with: daxemu mkfs"
+            ) from error
         found = os.fstat(self._fd).st_size
         if found != size:
             os.close(self._fd)
-            raise NotADevice(f"{directory}/media has {found} bytes, device.toml says {size}; refusing to use it")
+            raise NotADevice(
+                f"{directory}/media has {found} bytes, device.toml says {size}; refusing to use it"
+            )
         self._map = mmap.mmap(self._fd, size)
         self._view = memoryview(self._map)
         self.poison = RangeSet(self._load_poison())
@@ -71,12 +76,16 @@ class Media:
         return self._view[offset : offset + length]
 
     def reserve(self, offset: int, length: int) -> None:
-        """Back the range with memory. Raises NoSpace when the host has none left; then nothing is reserved."""
+        """Back the range with memory. Raises NoSpace when the host has none left; then nothing is
+        reserved.
+        """
         try:
             _fallocate(self._fd, 0, offset, length)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG):
-                raise NoSpace("the memory behind the device is full: free some of /dev/shm or of the disk") from error
+                raise NoSpace(
+                    "the memory behind the device is full: free some of /dev/shm or of the disk"
+                ) from error
             raise MediaError(f"cannot reserve media: {error.strerror}") from error
 
     def release(self, offset: int, length: int) -> None:
@@ -100,7 +109,9 @@ class Media:
             self._save_poison()
 
     def clear_poison(self, sectors: Range) -> list[Range]:
-        """Make the sectors readable; returns those that were not. Their bytes are whatever is written next."""
+        """Make the sectors readable; returns those that were not. Their bytes are whatever is written
+        next.
+        """
         cleared = self.poison.remove(*sectors)
         if cleared:
             self._save_poison()

@@ -1,4 +1,5 @@
-"""One emulated machine: it wires the device, the filesystem, the mount and the tracer together, and serves the control socket.
+"""One emulated machine: it wires the device, the filesystem, the mount and the tracer together, and serves
+the control socket.
 
 ``machine``   the wiring, and the verbs of the control socket
 ``failures``  what happens between a memory failure and its outcome: collect, revoke, signal

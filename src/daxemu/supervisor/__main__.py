@@ -1,6 +1,7 @@
 """``python -m daxemu.supervisor DEVICE MOUNTPOINT READY_FD``: a supervisor in the background.
 
-READY_FD is a pipe: one JSON object is written to it, ``{"ok": true}`` when the mount is usable, or the refusal.
+READY_FD is a pipe: one JSON object is written to it, ``{"ok": true}`` when the mount is usable, or the
+refusal.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The control socket: JSON lines over a Unix stream, for the mount's owner and root.
 
-What a peer does wrong costs its own connection, nothing more: garbage and unknown requests get an error reply, a line without
-end or a peer that went away ends the connection.
+What a peer does wrong costs its own connection, nothing more: garbage and unknown requests get an error
+reply, a line without end or a peer that went away ends the connection.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class ControlSocket:
         await self._idle.wait()
 
     def bind(self) -> trio.SocketListener:
-        """Bind and listen; a socket file of a dead supervisor is replaced. Precondition: the device's lock is held."""
+        """Bind and listen; a socket file of a dead supervisor is replaced. Precondition: the device's lock is
+        held.
+        """
         self._path.unlink(missing_ok=True)
         sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # By way of the directory: sun_path has 108 bytes, and a device may lie deep.
@@ -109,7 +111,10 @@ class ControlSocket:
         try:
             try:
                 result = await self._answer(request)
-                line = msgspec.json.encode(p.Reply(True, result=msgspec.Raw(msgspec.json.encode(result)))) + b"\n"
+                line = (
+                    msgspec.json.encode(p.Reply(True, result=msgspec.Raw(msgspec.json.encode(result))))
+                    + b"\n"
+                )
             except DaxemuError as error:
                 line = _refusal(error)
             await stream.send_all(line)

@@ -2,13 +2,14 @@
 
     core: memory_failure(range)           whose it is, which files (atomic)
     host: collect                         who has a page of it present      } worker thread,
-    host: revoke                          nobody has                        } one incident at a time (mf_mutex)
+    host: revoke                          nobody has                        } one incident at a time
+    (mf_mutex)
     host: signal                          those who are to be told, all at once
     core: action_result                   counted, logged
 
-Collect comes before revoke: addresses and presence are read off live mappings. Poison is in the media before either, so
-a process that comes in between finds it by itself. Signals are sent outside the mutex: a process that is stopped may take its
-time, and must not hold up the next failure.
+Collect comes before revoke: addresses and presence are read off live mappings. Poison is in the media before
+either, so a process that comes in between finds it by itself. Signals are sent outside the mutex: a process
+that is stopped may take its time, and must not hold up the next failure.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Failures:
 
     async def handle(self, incident: Incident) -> tuple[Outcome, int]:
         """See an incident through. Returns its outcome and how many threads were told."""
-        # Once begun it ends, whoever asked for it: half a failure would leave poison that somebody can still read.
+        # Once begun it ends, whoever asked for it: half a failure would leave poison that somebody can still
+        # read.
         with trio.CancelScope(shield=True):
             async with self._mf_mutex:
                 to_kill = await self._collect_and_revoke(incident)
@@ -102,10 +104,11 @@ class Failures:
     # -- action required
 
     async def consumed(self, read: PoisonedRead, pfn: Pfn, supplement_missing: str | None) -> None:
-        """A read met poison. If a thread waits for it in a page fault, see that its SIGBUS is a BUS_MCEERR_AR.
+        """A read met poison. If a thread waits for it in a page fault, see that its SIGBUS is a
+        BUS_MCEERR_AR.
 
-        Returns when the read may be answered. System calls get their EIO and no signal; so do requests for several pages, which
-        are read-ahead: the kernel asks again for the one page that is wanted.
+        Returns when the read may be answered. System calls get their EIO and no signal; so do requests for
+        several pages, which are read-ahead: the kernel asks again for the one page that is wanted.
         """
         if read.length > PAGE_SIZE:
             return

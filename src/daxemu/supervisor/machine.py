@@ -28,7 +28,9 @@ from daxemu.uapi import MF_ACTION_REQUIRED, PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, 
 
 
 class Machine:
-    """One DEVICE mounted once. All methods belong to the trio thread; those that are not ``async`` are atomic."""
+    """One DEVICE mounted once. All methods belong to the trio thread; those that are not ``async`` are
+    atomic.
+    """
 
     def __init__(
         self,
@@ -134,7 +136,9 @@ class Machine:
         return p.Cleared([(r.start, r.length) for r in found], sum(r.length for r in found))
 
     async def _resolve(self, ino: Ino | None, ranges: list[tuple[int, int]]) -> tuple[list[Range], int]:
-        """Device byte ranges of what was asked for, and how many bytes of it are holes. Raises InvalidArgument."""
+        """Device byte ranges of what was asked for, and how many bytes of it are holes. Raises
+        InvalidArgument.
+        """
         if not ranges:
             raise InvalidArgument("no range given")
         if ino is None:
@@ -193,7 +197,9 @@ class Machine:
     # -- files
 
     async def reflink(self, request: p.Reflink) -> p.Shared:
-        """Share blocks between files. What the page cache has of either is written back first, as for FICLONE."""
+        """Share blocks between files. What the page cache has of either is written back first, as for
+        FICLONE.
+        """
         self.fs.check_alive()
         await trio.to_thread.run_sync(self.session.revoke, request.src, 0, 0)
         shared = self.fs.remap_file_range(

@@ -14,7 +14,9 @@ class Request(msgspec.Struct, tag_field="op", forbid_unknown_fields=True):
 
 
 class Inject(Request, tag="inject"):
-    """Poison ranges of file ``ino``, or of the device if that is null. ``ranges``: [offset, length] in bytes, each one failure."""
+    """Poison ranges of file ``ino``, or of the device if that is null. ``ranges``: [offset, length] in bytes,
+    each one failure.
+    """
 
     ranges: list[tuple[int, int]]
     ino: Ino | None = None
@@ -72,7 +74,9 @@ class Set(Request, tag="set"):
 
 
 class Follow(Request, tag="follow"):
-    """Send the events with ``seq`` above ``after``, then each new one. Nothing else can be asked on this connection."""
+    """Send the events with ``seq`` above ``after``, then each new one. Nothing else can be asked on this
+    connection.
+    """
 
     after: int = 0
 
@@ -84,23 +88,14 @@ class Unmount(Request, tag="unmount"):
 
 
 AnyRequest = (
-    Inject
-    | Clear
-    | Scrub
-    | GetBadblocks
-    | Damaged
-    | Map
-    | Reflink
-    | Remove
-    | Status
-    | Set
-    | Follow
-    | Unmount
+    Inject | Clear | Scrub | GetBadblocks | Damaged | Map | Reflink | Remove | Status | Set | Follow | Unmount
 )
 
 
 class PoisonedRange(msgspec.Struct):
-    """What one range of an injection did. Device bytes; ``pfn`` and ``nr_pages`` as memory_failure() saw it."""
+    """What one range of an injection did. Device bytes; ``pfn`` and ``nr_pages`` as memory_failure() saw
+    it.
+    """
 
     offset: int
     length: int
@@ -142,7 +137,9 @@ class DamagedList(msgspec.Struct):
 
 
 class Extent(msgspec.Struct):
-    """A run of a file, in bytes. ``device_offset`` null: a hole. ``shared_by``: files' links to it, 1 if its own."""
+    """A run of a file, in bytes. ``device_offset`` null: a hole. ``shared_by``: files' links to it, 1 if its
+    own.
+    """
 
     offset: int
     length: int
@@ -195,7 +192,9 @@ class Done(msgspec.Struct):
 
 
 class Reply(msgspec.Struct):
-    """``ok``: ``result`` is the reply's struct. Otherwise ``error`` names one of errors.ERRORS and ``message`` says why."""
+    """``ok``: ``result`` is the reply's struct. Otherwise ``error`` names one of errors.ERRORS and
+    ``message`` says why.
+    """
 
     ok: bool
     result: msgspec.Raw | None = None

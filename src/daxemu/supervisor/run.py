@@ -1,7 +1,8 @@
 """The life of a supervisor process: open the device, mount, serve, unmount, save.
 
-Order of opening, undone in reverse: device lock, media, filesystem (the holder), mount, event loop, tracer, control socket.
-The process ends when the mount does, however that came about: ``daxemu umount``, umount(8), a signal, an abort.
+Order of opening, undone in reverse: device lock, media, filesystem (the holder), mount, event loop, tracer,
+control socket. The process ends when the mount does, however that came about: ``daxemu umount``, umount(8), a
+signal, an abort.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ ANSWER_PATIENCE = 2.0
 
 
 def supervise(device: Path, mountpoint: Path, ready: Callable[[], None]) -> None:
-    """Mount ``device`` on ``mountpoint`` and serve it until it is unmounted. ``ready`` is called once it is usable.
+    """Mount ``device`` on ``mountpoint`` and serve it until it is unmounted. ``ready`` is called once it is
+    usable.
 
     Raises DaxemuError when it cannot be mounted; nothing is left behind then.
     """

@@ -34,7 +34,9 @@ def spawn(device: Path, mountpoint: Path) -> int:
                 cwd="/",
             )
     except OSError as error:
-        raise NotADevice(f"{device} is not a daxemu device: make one with: daxemu mkfs {device} --size 1G") from error
+        raise NotADevice(
+            f"{device} is not a daxemu device: make one with: daxemu mkfs {device} --size 1G"
+        ) from error
     finally:
         os.close(theirs)
     try:
