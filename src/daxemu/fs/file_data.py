@@ -65,14 +65,11 @@ class FileData:
         first, last = offset // PAGE_SIZE, -(-end // PAGE_SIZE)
         pieces: list[Buffer] = []
         for run in extents.lookup(first, last):
-            start, stop = (
-                max(offset, run.file_block * PAGE_SIZE),
-                min(end, (run.file_block + run.length) * PAGE_SIZE),
-            )
+            base = run.file_block * PAGE_SIZE
+            part = Range(base, base + run.length * PAGE_SIZE).clip(offset, end)
+            hole = run.link is None
             pieces.append(
-                bytes(stop - start)
-                if run.link is None
-                else self._view(run)[start - run.file_block * PAGE_SIZE :][: stop - start]
+                bytes(part.length) if hole else self._view(run)[part.start - base : part.end - base]
             )
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 

@@ -1,8 +1,9 @@
 /*
- * What pyfuse3 does not pass on: which thread asks, and whether a write is the page cache's.
+ * What pyfuse3 does not pass on: which thread asks, whether a write is the page cache's, and what to ask of the kernel at
+ * the start.
  *
- * Loaded RTLD_GLOBAL before pyfuse3, so that pyfuse3's fuse_session_new() is this one. It wraps the read and write
- * handlers: the caller's thread id and the writepage flag ride in the upper bits of the file handle, which daxemu's
+ * Loaded RTLD_GLOBAL before pyfuse3, so that pyfuse3's fuse_session_new() is this one. It wraps the init, read and
+ * write handlers: the caller's thread id and the writepage flag ride in the upper bits of the file handle, which daxemu's
  * handles leave free (see host/supplement.py for the layout). Then libfuse's own fuse_session_new() does the work.
  *
  * Built against libfuse 3.10 to 3.16: from 3.17 on fuse_session_new() is a macro over a versioned function.
@@ -28,6 +29,19 @@ static struct fuse_file_info tagged(fuse_req_t req, const struct fuse_file_info 
 	copy.fh |= (uint64_t)fuse_req_ctx(req)->pid << TID_SHIFT;
 	copy.fh |= (uint64_t)fi->writepage << WRITEPAGE_BIT;
 	return copy;
+}
+
+/*
+ * The kernel drops a file's whole page cache when it sees a new mtime or size, unless it is told that we see to it: then
+ * nobody would have a page present after a mere stat(2). We are the only writer, and revoke what changes by range.
+ */
+static void supplement_init(void *userdata, struct fuse_conn_info *conn)
+{
+	if (wrapped.init)
+		wrapped.init(userdata, conn);
+	conn->want &= ~FUSE_CAP_AUTO_INVAL_DATA;
+	if (conn->capable & FUSE_CAP_EXPLICIT_INVAL_DATA)
+		conn->want |= FUSE_CAP_EXPLICIT_INVAL_DATA;
 }
 
 static void supplement_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, struct fuse_file_info *fi)
@@ -61,6 +75,7 @@ struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_
 	memset(&wrapped, 0, sizeof(wrapped));
 	memcpy(&wrapped, op, op_size < sizeof(wrapped) ? op_size : sizeof(wrapped));
 	ours = wrapped;
+	ours.init = supplement_init;
 	ours.read = supplement_read;
 	ours.write = supplement_write;
 	return libfuse_session_new(args, &ours, sizeof(ours), userdata);

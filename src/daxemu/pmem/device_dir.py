@@ -35,7 +35,7 @@ class DeviceConfig:
         """Raises InvalidArgument for sizes and alignments no device can have."""
         if self.size % PAGE_SIZE or not MIN_SIZE <= self.size <= MAX_SIZE:
             raise InvalidArgument(
-                f"size {self.size}: must be whole {PAGE_SIZE}-byte pages, {MIN_SIZE >> 20}M to {MAX_SIZE >> 40}T"
+                f"size {self.size}: must be whole pages of 4K, from {MIN_SIZE >> 20}M to {MAX_SIZE >> 40}T"
             )
         if self.align not in (PAGE_SIZE, 1 << PMD_SHIFT):
             raise InvalidArgument(f"alignment {self.align}: must be 4K or 2M")
