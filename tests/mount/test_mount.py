@@ -19,3 +19,14 @@ def test_files_survive_a_remount(dax_mount: DaxMount) -> None:
     dax_mount.mount()
     assert file.read_bytes() == before
     assert (dax_mount.path / "d" / "link").read_bytes() == before
+
+
+def test_open_with_o_trunc_empties_the_file(dax_mount: DaxMount) -> None:
+    file = dax_mount.make_file("f", 3)
+    with open(file, "wb") as opened:
+        assert opened.seek(0, 2) == 0
+        opened.write(b"short")
+    assert file.read_bytes() == b"short"
+    dax_mount.umount()
+    dax_mount.mount()
+    assert file.read_bytes() == b"short"

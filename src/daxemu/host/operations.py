@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import functools
 import itertools
+import os
 import stat
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -292,6 +293,8 @@ class Operations(pyfuse3.Operations):
         self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileInfo:
         self._fs.check_alive()
+        if flags & os.O_TRUNC:
+            self._fs.set_size(inode, 0)  # libfuse asks the kernel to leave that to us (ATOMIC_O_TRUNC)
         return self._opened(self._names.get(inode))
 
     @_translated

@@ -1,13 +1,10 @@
-"""ptrace(2), /proc/TID/status, and a system call made in another thread's name.
+"""ptrace(2) and what its stops mean: typed access to the kernel, one function a request.
 
-Purpose: typed access to the kernel, one function a request; no policy (that is ``tracer``). Every failure is
-an OSError with the kernel's errno; ESRCH from a request means "not stopped any more": the thread is being
-killed.
+Purpose: no policy; what to do with a stopped thread is ``tracer_state``'s, a system call made in its name
+``injection``'s. Every failure is an OSError with the kernel's errno; ESRCH from a request means "not stopped
+any more": the thread is being killed.
 
-Invariants:
-- nothing here waits, but for the kernel's own short locks;
-- an ``Injection`` changes the registers and up to SIGINFO_SIZE bytes of stack, and ``undo`` puts back exactly
-  those. It may be undone at any ptrace stop, whether the system call was made or not, and is undone once.
+Invariants: nothing here waits, but for the kernel's own short locks.
 """
 
 from __future__ import annotations
@@ -16,16 +13,12 @@ import ctypes
 import errno
 import os
 import platform
-import re
-import struct
 from enum import Enum, auto
-from io import FileIO
 from pathlib import Path
 from signal import SIGBUS, SIGTRAP
 from typing import NamedTuple
 
 from daxemu.host.siginfo import SIGBUS_BIT, SIGINFO_SIZE, SigInfo, Status, parse, read_status
-from daxemu.uapi import PAGE_SIZE
 
 # uapi/linux/ptrace.h
 _CONT = 7
@@ -50,17 +43,12 @@ SYSCALL_STOP = SIGTRAP | 0x80
 # uapi/linux/wait.h: threads and processes alike, whoever's children they are
 WALL = 0x40000000
 
-# TRACEEXEC because a thread that calls execve(2) takes its leader's id: without that stop it would vanish
-# silently.
+# TRACEEXEC: a thread that calls execve(2) takes its leader's id; without that stop it would vanish silently.
 _OPTIONS = _O_TRACESYSGOOD | _O_TRACEEXEC
 _NT_PRSTATUS = 1
-_AT_SYSINFO_EHDR = 33
-_RED_ZONE = 128
-_SCAN_LIMIT = 1 << 20
 
-_MACHINE = platform.machine()
 # asm/unistd.h: (tgkill, rt_tgsigqueueinfo)
-_NR_TGKILL, _NR_RT_TGSIGQUEUEINFO = {"aarch64": (131, 240)}.get(_MACHINE, (234, 297))
+_NR_TGKILL, NR_RT_TGSIGQUEUEINFO = {"aarch64": (131, 240)}.get(platform.machine(), (234, 297))
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
@@ -83,8 +71,7 @@ def _ptrace(name: str, request: int, tid: int, addr: int = 0, data: int = 0) -> 
 
 
 def seize(tid: int) -> None:
-    """Become the tracer of a thread without stopping it. EPERM: see ``Status``; never kills it when the
-    tracer exits."""
+    """Become the tracer of a thread without stopping it; it outlives the tracer. EPERM: see ``refusal``."""
     _ptrace("SEIZE", _SEIZE, tid, data=_OPTIONS)
 
 
@@ -133,6 +120,27 @@ def set_siginfo(tid: int, info: bytes) -> None:
     _ptrace("SETSIGINFO", _SETSIGINFO, tid, data=ctypes.addressof(raw))
 
 
+def suspend_seccomp(tid: int, suspend: bool) -> None:
+    """Put a stopped thread's seccomp filters to sleep, or wake them. EPERM, EINVAL: not on this system."""
+    _ptrace("SETOPTIONS", _SETOPTIONS, tid, data=_OPTIONS | (_O_SUSPEND_SECCOMP if suspend else 0))
+
+
+def get_regs(tid: int, regs: ctypes.Array[ctypes.c_uint64]) -> int:
+    """Read a stopped thread's general registers; returns how many bytes they are, which tells the ABI."""
+    return _regset("GETREGSET", _GETREGSET, tid, regs)
+
+
+def set_regs(tid: int, regs: ctypes.Array[ctypes.c_uint64]) -> None:
+    """Write a stopped thread's general registers."""
+    _regset("SETREGSET", _SETREGSET, tid, regs)
+
+
+def _regset(name: str, request: int, tid: int, regs: ctypes.Array[ctypes.c_uint64]) -> int:
+    vec = _IoVec(ctypes.addressof(regs), ctypes.sizeof(regs))
+    _ptrace(name, request, tid, _NT_PRSTATUS, ctypes.addressof(vec))
+    return int(vec.len)
+
+
 def tgkill(tgid: int, tid: int, sig: int) -> None:
     """tgkill(2)."""
     if _libc.syscall(_NR_TGKILL, tgid, tid, sig) == -1:
@@ -142,7 +150,7 @@ def tgkill(tgid: int, tid: int, sig: int) -> None:
 def tgsigqueue(tgid: int, tid: int, sig: int, info: bytes) -> None:
     """rt_tgsigqueueinfo(2). The kernel wants si_code < 0 unless the thread is the caller itself."""
     raw = ctypes.create_string_buffer(info, SIGINFO_SIZE)
-    if _libc.syscall(_NR_RT_TGSIGQUEUEINFO, tgid, tid, sig, raw) == -1:
+    if _libc.syscall(NR_RT_TGSIGQUEUEINFO, tgid, tid, sig, raw) == -1:
         raise _fail(f"rt_tgsigqueueinfo {tid}")
 
 
@@ -209,8 +217,7 @@ def status_of_held(tid: int) -> Status:
 
 
 def look(tid: int, wait_status: int, want_masks: bool) -> Stop:
-    """What a waitpid(2) status means. The masks of a signal-delivery-stop cost a look at /proc: only if
-    wanted."""
+    """What a waitpid(2) status means. The masks in a signal-delivery-stop cost a look at /proc: if wanted."""
     kind, sig = classify(wait_status)
     info = parse(get_siginfo(tid)) if sig == SIGBUS else None
     if kind is Kind.SYSCALL or (kind is Kind.SIGNAL and not want_masks):
@@ -249,191 +256,5 @@ def refusal(tid: int, error: OSError) -> str | None:
 
 
 def is_vanished(error: OSError) -> bool:
-    """ESRCH of ptrace(2), ENOENT of /proc: the thread is dead, or being killed and so not stopped any
-    more."""
+    """ESRCH of ptrace(2), ENOENT of /proc: the thread is dead, or being killed and so not stopped."""
     return error.errno in (errno.ESRCH, errno.ENOENT)
-
-
-# --- x86_64: registers and injected system calls
-# -------------------------------------------------------------------
-
-# asm/user_64.h: indices into struct user_regs_struct
-_R10, _RAX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP, _CS, _RSP = 7, 10, 12, 13, 14, 15, 16, 17, 19
-_Regs = ctypes.c_uint64 * 27
-_USER_CS_64 = 0x33
-_SYSCALL_INSN = b"\x0f\x05"
-_MINUS_ONE = (1 << 64) - 1
-
-# linux/errno.h: restart the system call unless a handler runs; then EINTR
-_ERESTARTNOHAND = 514
-
-# signal(7), "Interruption of system calls by stop signals": these say EINTR for a mere PTRACE_INTERRUPT,
-# though nothing was delivered. rt_sigtimedwait, semop, semtimedop, io_getevents, io_pgetevents, epoll_wait,
-# epoll_pwait, epoll_pwait2, and with a socket timeout recvfrom, recvmsg, recvmmsg, accept, accept4, sendto,
-# sendmsg. All did nothing yet when they say so.
-_SAYS_EINTR = frozenset((128, 65, 220, 208, 333, 232, 281, 441, 45, 47, 299, 43, 288, 44, 46))
-
-
-# What /proc/TID/mem says of an address with no memory behind it
-_UNMAPPED = (errno.EIO, errno.EFAULT)
-
-
-class CannotInject(Exception):
-    """This thread cannot be made to call; the message says why, for a user to read."""
-
-
-def _regset(tid: int, request: int, regs: ctypes.Array[ctypes.c_uint64]) -> int:
-    vec = _IoVec(ctypes.addressof(regs), ctypes.sizeof(regs))
-    _ptrace("REGSET", request, tid, _NT_PRSTATUS, ctypes.addressof(vec))
-    return int(vec.len)
-
-
-def _get_regs(tid: int) -> ctypes.Array[ctypes.c_uint64] | None:
-    """The registers of a stopped 64-bit thread; None if it runs 32-bit code."""
-    regs = _Regs()
-    if _regset(tid, _GETREGSET, regs) != ctypes.sizeof(regs) or regs[_CS] != _USER_CS_64:
-        return None
-    return regs
-
-
-def mend_eintr(tid: int) -> None:
-    """At an EVENT_STOP: have the interrupted system call restarted if the kernel would not do so by itself.
-
-    A relative timeout begins anew (epoll_wait, sigtimedwait), which beats an EINTR that no signal explains.
-    """
-    if _MACHINE != "x86_64":
-        return
-    regs = _get_regs(tid)
-    if regs is None or regs[_ORIG_RAX] not in _SAYS_EINTR:
-        return
-    if regs[_RAX] == (-errno.EINTR) & _MINUS_ONE:
-        regs[_RAX] = (-_ERESTARTNOHAND) & _MINUS_ONE
-        _regset(tid, _SETREGSET, regs)
-
-
-class Injection:
-    """rt_tgsigqueueinfo(2) to itself, made by a stopped thread that knows nothing of it.
-
-    Only a thread itself may queue a siginfo with si_code > 0, and only a queued one is found by
-    sigtimedwait(2), signalfd(2) or a later unblocking. After construction the caller lets the thread run to
-    the entry of the call and then to its exit (``cont_to_syscall``), reads ``result``, calls ``undo``.
-    Syscall stops instead of single steps: a step's SIGTRAP is a forced signal, which would reset a blocked or
-    ignored SIGTRAP's disposition.
-    """
-
-    def __init__(self, tid: int, status: Status, sig: int, info: bytes) -> None:
-        if _MACHINE != "x86_64":
-            raise CannotInject(f"its SIGBUS is blocked, and there is no way around that on {_MACHINE}")
-        regs = _get_regs(tid)
-        if regs is None:
-            raise CannotInject("its SIGBUS is blocked, and it runs 32-bit code")
-        self._tid = tid
-        self._regs = regs
-        self._suspends_seccomp = status.seccomp != 0
-        self._memory = _open_memory(tid)  # closed with this object
-        insn = _find_syscall_insn(tid, regs, self._memory.fileno())
-        self._where, self._saved = _write_scratch(self._memory.fileno(), regs[_RSP], info)
-        try:
-            if self._suspends_seccomp:
-                _suspend_seccomp(tid)
-            _regset(tid, _SETREGSET, self._call(insn, status, sig))
-        except (OSError, CannotInject):
-            self._restore_memory()
-            raise
-
-    def _call(self, insn: int, status: Status, sig: int) -> ctypes.Array[ctypes.c_uint64]:
-        regs = _Regs(*self._regs)
-        regs[_RIP] = insn
-        regs[_RAX] = _NR_RT_TGSIGQUEUEINFO
-        regs[_ORIG_RAX] = _MINUS_ONE  # or the kernel would restart the interrupted system call here
-        regs[_RDI], regs[_RSI], regs[_RDX], regs[_R10] = status.ns_tgid, status.ns_tid, sig, self._where
-        return regs
-
-    def result(self) -> int:
-        """At the exit of the call: what it returned, 0 or a negated errno."""
-        regs = _Regs()
-        _regset(self._tid, _GETREGSET, regs)
-        return ctypes.c_int64(regs[_RAX]).value
-
-    def undo(self) -> None:
-        """Put registers and stack back."""
-        _regset(self._tid, _SETREGSET, self._regs)
-        if self._suspends_seccomp:
-            _ptrace("SETOPTIONS", _SETOPTIONS, self._tid, data=_OPTIONS)
-        self._restore_memory()
-
-    def _restore_memory(self) -> None:
-        try:
-            os.pwrite(self._memory.fileno(), self._saved, self._where)
-        except OSError as error:
-            if error.errno not in _UNMAPPED:  # by another thread meanwhile: nothing is left to restore
-                raise
-
-
-def _open_memory(tid: int) -> FileIO:
-    try:
-        return FileIO(f"/proc/{tid}/mem", "r+")
-    except PermissionError as error:
-        raise CannotInject("its SIGBUS is blocked, and its memory is not accessible") from error
-
-
-def _suspend_seccomp(tid: int) -> None:
-    """A filter might kill the process for a system call it never makes itself."""
-    try:
-        _ptrace("SETOPTIONS", _SETOPTIONS, tid, data=_OPTIONS | _O_SUSPEND_SECCOMP)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EINVAL):
-            raise
-        raise CannotInject("its SIGBUS is blocked, and a seccomp filter watches its system calls") from error
-
-
-def _write_scratch(memory: int, stack: int, info: bytes) -> tuple[int, bytes]:
-    """Put ``info`` below the red zone, or, where no stack is mapped there, over live stack: it is put back
-    before use."""
-    for where in ((stack - _RED_ZONE - len(info)) & ~15, stack):
-        try:
-            saved = os.pread(memory, len(info), where)
-            if len(saved) == len(info) == os.pwrite(memory, info, where):
-                return where, saved
-        except OverflowError:
-            break
-        except OSError as error:
-            if error.errno not in _UNMAPPED:
-                raise
-    raise CannotInject("its SIGBUS is blocked, and its stack pointer points to no memory")
-
-
-def _find_syscall_insn(tid: int, regs: ctypes.Array[ctypes.c_uint64], memory: int) -> int:
-    """The address of a ``syscall`` instruction: the one it has just used, one in the vDSO, or any other."""
-    if regs[_ORIG_RAX] < _MINUS_ONE and _peek(memory, regs[_RIP] - 2, 2) == _SYSCALL_INSN:
-        return regs[_RIP] - 2
-    vdso = _vdso_base(tid)
-    for start, length in [(vdso, 2 * PAGE_SIZE), (vdso, PAGE_SIZE)] if vdso else []:
-        found = _peek(memory, start, length).find(_SYSCALL_INSN)
-        if found >= 0:
-            return start + found
-    with open(f"/proc/{tid}/maps") as maps:
-        ranges = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) ..x", maps.read(), re.MULTILINE)
-    for low, high in ranges:
-        start = int(low, 16)
-        found = _peek(memory, start, min(int(high, 16) - start, _SCAN_LIMIT)).find(_SYSCALL_INSN)
-        if found >= 0:
-            return start + found
-    raise CannotInject("its SIGBUS is blocked, and it has no system call instruction mapped")
-
-
-def _peek(memory: int, where: int, length: int) -> bytes:
-    """Bytes of a thread's memory; none if they are not mapped."""
-    try:
-        return os.pread(memory, length, where)
-    except (OSError, OverflowError):  # OverflowError: [vsyscall] lies beyond any off_t
-        return b""
-
-
-def _vdso_base(tid: int) -> int:
-    with open(f"/proc/{tid}/auxv", "rb") as file:
-        raw = file.read()
-    for key, value in struct.iter_unpack("=QQ", raw[: len(raw) // 16 * 16]):
-        if key == _AT_SYSINFO_EHDR:
-            return int(value)
-    return 0

@@ -34,8 +34,7 @@ _UNION = _HEAD.size
 
 
 class SigInfo(NamedTuple):
-    """The fields the tracer decides by. ``value`` only means something if ``code`` is SI_QUEUE, ``addr`` if
-    it is BUS_*."""
+    """The fields the tracer decides by. ``value`` has a meaning for SI_QUEUE only, ``addr`` for BUS_*."""
 
     signo: int
     code: int
@@ -67,8 +66,7 @@ def bus_error(code: int, addr: int, lsb: int) -> bytes:
 
 
 def queued(signo: int, value: int) -> bytes:
-    """The siginfo of sigqueue(3) by this process, carrying ``value`` (64 bits): how the tracer knows its own
-    signals."""
+    """The siginfo of sigqueue(3) by this process; by its 64-bit ``value`` the tracer knows its own."""
     sender = _SENDER.pack(os.getpid(), os.getuid(), value)
     return (_HEAD.pack(signo, 0, SI_QUEUE) + sender).ljust(SIGINFO_SIZE, b"\0")
 

@@ -1,14 +1,14 @@
-"""The supervisor's end of the tracer: exact SIGBUS into unmodified processes, without ever making the event
-loop wait.
+"""The supervisor's end of the tracer: exact SIGBUS into unmodified processes, and the event loop never waits.
 
 Counterpart in Linux: the callers' view of kill_proc() in mm/memory-failure.c. What can be told to a thread,
-and how, is in ``tracer``; here are its process, its socket and who waits for which report.
+and how, is in ``tracer`` and its parts; here are its process, its socket and who waits for which report.
 
 States: no tracer process (at first, and after it died) -> running. A process is started by the next request.
 When one dies, the kernel lets its tracees go, and every request it had gets ``Refused``.
 
 Invariants:
-- every request gets exactly one outcome; ``on_report`` is called for each, whether or not somebody waits;
+- every request gets an id of its own, never used again, and exactly one outcome; ``on_report`` is called for
+  each, whether or not somebody waits;
 - sending never waits for the tracer: packets queue here without bound, and reading goes on meanwhile;
 - all methods belong to the trio thread that opened the link.
 """
@@ -29,7 +29,7 @@ import msgspec
 import trio
 
 import daxemu
-from daxemu.host.tracer import ArmAR, ArmedAck, Gone, Outcome, Refused, Report, Request, SendAO
+from daxemu.host.tracer_messages import ArmAR, ArmedAck, Gone, Outcome, Refused, Report, Request, SendAO
 from daxemu.uapi import PAGE_SHIFT
 
 _DIED = "the tracer died"
@@ -48,8 +48,7 @@ class Pending:
         self._done = trio.Event()
 
     async def wait(self, timeout: float = math.inf) -> Outcome | None:  # noqa: ASYNC109
-        """What came of it; None if nothing did within ``timeout`` seconds: it goes on, wait again if you
-        like."""
+        """What came of it; None if nothing did within ``timeout`` seconds: it goes on, one may wait again."""
         with trio.move_on_after(timeout):
             await self._done.wait()
         return self.outcome
@@ -65,7 +64,8 @@ class Pending:
 class Armed(Pending):
     """A held thread whose next BUS_ADRERR becomes BUS_MCEERR_AR.
 
-    Comes to ``Delivered``, ``NotTaken``, ``Gone`` or, if the tracer dies, ``Refused``.
+    Comes to ``Delivered``, ``NotTaken``, ``Gone`` or, if the tracer dies, ``Refused``. When several of
+    one thread come to the same signal, their ``Delivered`` have one ``serial``.
     """
 
     def __init__(self, id_: int, tid: int) -> None:

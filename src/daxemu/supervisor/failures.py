@@ -21,9 +21,9 @@ from daxemu.events import Emit, Outcome, SignalSent
 from daxemu.host.mappings import Mappings
 from daxemu.host.operations import PoisonedRead
 from daxemu.host.tasks import in_page_fault, process_of, read_comm
-from daxemu.host.tracer import Delivered, Gone, Ignored, NotTaken, Refused
-from daxemu.host.tracer import Outcome as Delivery
 from daxemu.host.tracer_link import Pending, TracerLink
+from daxemu.host.tracer_messages import Delivered, Gone, Ignored, NotTaken, Refused
+from daxemu.host.tracer_messages import Outcome as Delivery
 from daxemu.mm.memory_failure import Incident, MemoryFailures, ToKill, collect_procs
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT, PAGE_SIZE, Pfn
 
@@ -137,6 +137,8 @@ class Failures:
         outcome = await armed.wait()
         if isinstance(outcome, NotTaken):
             return  # it was interrupted, or only looked ahead: it touches the page again, or never
+        if isinstance(outcome, Delivered) and outcome.id != outcome.serial:
+            return  # a page fault asks more than once: its one signal is logged for the last request
         result, reason = _explain(outcome)
         address = outcome.addr if isinstance(outcome, Delivered) else 0
         self._emit(_ar(pid, read.tid, comm, address, pfn, result, reason))
