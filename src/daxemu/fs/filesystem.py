@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from typing import NamedTuple
 
-from daxemu.errors import FsError, MediaError, Shutdown
+from daxemu.errors import DaxemuError, FsError, MediaError, Shutdown
 from daxemu.events import Emit, FilesystemShutdown, PoisonCleared, StoreLost
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.extents import ExtentMap
@@ -94,10 +94,14 @@ class Filesystem:
 
     def shutdown(self, reason: str) -> None:
         """``xfs_force_shutdown()``: nothing is read or written any more; what was done until now is kept."""
-        if self.shutdown_reason is None:
+        if self.shutdown_reason is not None:
+            return
+        self.shutdown_reason = reason
+        try:
             self.commit()
-            self.shutdown_reason = reason
-            self.emit(FilesystemShutdown(device=self.dax.name, reason=reason))
+        except DaxemuError as error:
+            self.shutdown_reason += f" (and it could not be saved: {error})"
+        self.emit(FilesystemShutdown(device=self.dax.name, reason=self.shutdown_reason))
 
     def check_alive(self) -> None:
         """Raises Shutdown after a shutdown."""
@@ -203,6 +207,8 @@ class Filesystem:
         """
         self.check_alive()
         inode, extents = self.names.regular(ino)
+        if not data:
+            return 0
         if offset + len(data) > MAX_FILE_SIZE:
             raise FsError(errno.EFBIG)
         self._ensure_room(links=2 + len(data) // PAGE_SIZE)

@@ -147,6 +147,14 @@ class Namespace:
         self.name_bytes += self._own_bytes(inode)
         self.name_bytes += sum(len(name) + ENTRY_COST for name in inode.entries or ())
 
+    def name_children(self) -> None:
+        """Tell every inode one of its names, once all of a store are here."""
+        for directory in self:
+            for name, child in (directory.entries or {}).items():
+                if (inode := self._inodes.get(child)) is not None:
+                    inode.parent, inode.name = directory.ino, name
+        self._inodes[ROOT_INO].parent = ROOT_INO
+
     @staticmethod
     def _own_bytes(inode: Inode) -> int:
         values = sum(len(name) + len(value) + ENTRY_COST for name, value in inode.xattrs.items())
@@ -157,19 +165,30 @@ class Namespace:
         """The number the next inode gets; numbers are never used twice."""
         return self._next_ino
 
+    def reserve_inos(self, below: Ino) -> None:
+        """Give no number below ``below`` to a new inode: they were given out before."""
+        self._next_ino = max(self._next_ino, below)
+
     def path_of(self, ino: Ino) -> str:
-        """A path of the inode from the root, for people; an unlinked file has none but its number."""
-        names: list[str] = []
+        """A path of the inode from the root, for people: an unlinked file has none but its number, and bytes
+        that are no UTF-8 are shown as ``\\xff``.
+        """
+        path = self.path_bytes(ino)
+        return f"<inode {ino}, unlinked>" if path is None else path.decode(errors="backslashreplace")
+
+    def path_bytes(self, ino: Ino) -> bytes | None:
+        """A path of the inode from the root, for the kernel; None if it is unlinked."""
+        names: list[bytes] = []
         while ino != ROOT_INO:
             inode = self._inodes.get(ino)
             if inode is None or inode.nlink == 0:
-                return f"<inode {ino}, unlinked>"
+                return None
             parent = self._inodes.get(inode.parent)
             if parent is None or parent.entries is None or parent.entries.get(inode.name) != ino:
                 self._find_name(inode)
-            names.append(inode.name.decode(errors="surrogateescape"))
+            names.append(inode.name)
             ino = inode.parent
-        return "/" + "/".join(reversed(names))
+        return b"/" + b"/".join(reversed(names))
 
     def _find_name(self, inode: Inode) -> None:
         """Its remembered name was unlinked, but it has another: look through the tree for it."""

@@ -59,8 +59,6 @@ class StoredInode(msgspec.Struct, array_like=True):
     atime: int
     mtime: int
     ctime: int
-    parent: Ino
-    name: bytes
     entries: list[tuple[bytes, Ino]] | None
     links: list[tuple[int, int, int, int]] | None
     target: bytes | None
@@ -132,7 +130,9 @@ class Store:
         slot = 1 - self._super.slot if self._super else 0
         self._write(self._slot_offset(slot), data)
         superblock = Superblock(MAGIC, VERSION, generation, slot, len(data), _checksum(data))
-        for offset in self._superblock_offsets:
+        # A copy that is poisoned stays so, for fsck to find, as long as the other is good.
+        good = [offset for offset in self._superblock_offsets if not self._dax.is_poisoned(offset, PAGE_SIZE)]
+        for offset in good or self._superblock_offsets:
             self._write(offset, _seal(msgspec.msgpack.encode(superblock)))
         self._super = superblock
 
@@ -176,6 +176,7 @@ class Store:
         if snapshot.total_blocks != self._dax.size // PAGE_SIZE:
             raise CorruptMetadata(f"{self._dax.name}: metadata is of a device of another size")
         _adopt_inodes(snapshot.inodes, namespace, rmap, snapshot.total_blocks)
+        namespace.reserve_inos(snapshot.next_ino)
 
     def _read_superblock(self) -> Superblock:
         found: list[Superblock] = []
@@ -238,8 +239,6 @@ def _stored_inodes(namespace: Namespace) -> Iterator[StoredInode]:
             inode.atime,
             inode.mtime,
             inode.ctime,
-            inode.parent,
-            inode.name,
             None if inode.entries is None else list(inode.entries.items()),
             links,
             inode.target,
@@ -263,12 +262,9 @@ def _adopt_inodes(
             record.atime,
             record.mtime,
             record.ctime,
-            record.parent,
-            record.name,
-            None if record.entries is None else dict(record.entries),
-            None,
-            record.target,
-            dict(record.xattrs),
+            entries=None if record.entries is None else dict(record.entries),
+            target=record.target,
+            xattrs=dict(record.xattrs),
         )
         if record.links is not None:
             inode.extents = ExtentMap(record.ino, rmap)
@@ -282,6 +278,7 @@ def _adopt_inodes(
                 links.append(Link(record.ino, file_block, dev_block, length, proxy))
             inode.extents.adopt(links)
         namespace.adopt(inode)
+    namespace.name_children()
 
 
 def metadata_map(rmap: Rmap, blocks: int) -> ExtentMap:

@@ -33,6 +33,11 @@ def _unescape(field: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
+def printable(path: Path) -> str:
+    """A path for people and for JSON: bytes that are no UTF-8 are shown as ``\\xff``."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def mounts() -> list[Mount]:
     """Every daxemu mount in this mount namespace, in the order they were made."""
     found = []

@@ -52,6 +52,13 @@ def altmap_bytes(size: int) -> int:
     return page_align_up(size // PAGE_SIZE * STRUCT_PAGE_SIZE)
 
 
+def _integer(table: dict[str, object], name: str) -> int:
+    value = table.get(name)
+    if type(value) is not int:
+        raise InvalidArgument(f"{name} is {value!r}, not a whole number")
+    return value
+
+
 class DeviceDir:
     """One DEVICE directory. ``open()`` takes its lock, which the holder keeps until ``close()`` or its
     death.
@@ -114,13 +121,10 @@ class DeviceDir:
             )
         try:
             config = DeviceConfig(
-                size=int(table["size"]),
-                base_pfn=int(table["base_pfn"]),
-                altmap=int(table["altmap"]),
-                align=int(table["align"]),
+                **{name: _integer(table, name) for name in ("size", "base_pfn", "altmap", "align")}
             )
             config.validate()
-        except (KeyError, TypeError, ValueError, InvalidArgument) as error:
+        except InvalidArgument as error:
             raise NotADevice(f"{path}/device.toml is damaged: {error}") from error
         return cls(path, config)
 

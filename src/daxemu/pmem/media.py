@@ -104,17 +104,30 @@ class Media:
             yield Range(sectors.start * SECTOR_SIZE, sectors.end * SECTOR_SIZE)
 
     def add_poison(self, sectors: Range) -> None:
-        """Make the sectors unreadable."""
-        if self.poison.add(*sectors):
-            self._save_poison()
+        """Make the sectors unreadable. Raises NoSpace if that cannot be recorded; then nothing has
+        changed.
+        """
+        added = self.poison.add(*sectors)
+        try:
+            if added:
+                self._save_poison()
+        except NoSpace:
+            for part in added:
+                self.poison.remove(*part)
+            raise
 
     def clear_poison(self, sectors: Range) -> list[Range]:
         """Make the sectors readable; returns those that were not. Their bytes are whatever is written
         next.
         """
         cleared = self.poison.remove(*sectors)
-        if cleared:
-            self._save_poison()
+        try:
+            if cleared:
+                self._save_poison()
+        except NoSpace:
+            for part in cleared:
+                self.poison.add(*part)
+            raise
         return cleared
 
     def _load_poison(self) -> Iterator[tuple[int, int]]:
@@ -133,5 +146,8 @@ class Media:
     def _save_poison(self) -> None:
         text = "".join(f"{r.start} {r.length}\n" for r in self.poison)
         scratch = self._poison_file.with_suffix(".new")
-        scratch.write_text(text)
-        scratch.replace(self._poison_file)
+        try:
+            scratch.write_text(text)
+            scratch.replace(self._poison_file)
+        except OSError as error:
+            raise NoSpace(f"{self._poison_file} cannot be written: {error.strerror}") from error

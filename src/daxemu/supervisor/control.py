@@ -96,13 +96,14 @@ class ControlSocket:
     async def _one(self, stream: trio.SocketStream, line: bytes) -> None:
         try:
             request = p.decode_request(line)
-            if isinstance(request, p.Follow):
-                async for event in self._log.follow(request.after):
-                    await stream.send_all(event + b"\n")
-                return
-            await self._reply(stream, request)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             await stream.send_all(_refusal(InvalidArgument(f"not a request: {error}")))
+            return
+        if isinstance(request, p.Follow):
+            async for event in self._log.follow(request.after):
+                await stream.send_all(event + b"\n")
+        else:
+            await self._reply(stream, request)
 
     async def _reply(self, stream: trio.SocketStream, request: p.Request) -> None:
         self._answering += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -10,6 +11,8 @@ from pathlib import Path
 import trio
 
 from daxemu.events import Event, encode
+
+log = logging.getLogger(__name__)
 
 KEPT = 100_000
 
@@ -30,7 +33,11 @@ class EventLog:
         event.time = time.time()
         line = encode(event)
         self._lines.append(line)
-        self._file.write(line + b"\n")
+        try:
+            self._file.write(line + b"\n")
+        except OSError as error:
+            # What happened happened: a full disk must not undo it. The file's gap shows in the numbers.
+            log.error("event %d is not in the file: %s", event.seq, error.strerror)
         self._more.set()
         self._more = trio.Event()
 

@@ -14,6 +14,7 @@ from daxemu.events import DeviceRemoved, Outcome, PoisonCleared, PoisonInjected,
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.namespace import ROOT_INO
 from daxemu.host.mappings import Mappings
+from daxemu.host.mountinfo import printable
 from daxemu.host.operations import Operations, PoisonedRead
 from daxemu.host.session import Session
 from daxemu.host.tracer_link import TracerLink
@@ -152,7 +153,7 @@ class Machine:
         holes = sum(length for _, length in ranges) - sum(r.length for r in found)
         if holes:
             # What was stored through a mapping has no place on the media before it is written back.
-            await trio.to_thread.run_sync(self._flush, self.fs.names.path_of(ino))
+            await trio.to_thread.run_sync(self._flush, self.fs.names.path_bytes(ino))
             found = self._file_ranges(ino, ranges)
             holes = sum(length for _, length in ranges) - sum(r.length for r in found)
         if not found:
@@ -162,10 +163,12 @@ class Machine:
     def _file_ranges(self, ino: Ino, ranges: list[tuple[int, int]]) -> list[Range]:
         return [found for offset, length in ranges for found in self.fs.device_ranges(ino, offset, length)]
 
-    def _flush(self, path: str) -> None:
+    def _flush(self, path: bytes | None) -> None:
         """fsync a file of our own mount. From a worker thread only: it is we who answer."""
+        if path is None:
+            return  # unlinked: nobody else can open it either
         try:
-            fd = os.open(f"{self.session.mount.mountpoint}{path}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = os.open(os.fsencode(self.session.mount.mountpoint) + path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return  # unlinked or renamed meanwhile: then what is not written back yet is nowhere
         try:
@@ -268,8 +271,8 @@ class Machine:
         usage = self.fs.statfs()
         tracer = self._tracer.pid if self._tracer is not None else None
         return p.StatusReport(
-            device=str(self.session.mount.device),
-            mountpoint=str(self.session.mount.mountpoint),
+            device=printable(self.session.mount.device),
+            mountpoint=printable(self.session.mount.mountpoint),
             pid=os.getpid(),
             state=state,
             reason=self.fs.shutdown_reason,

@@ -22,6 +22,7 @@ from daxemu.events import Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host import supplement
 from daxemu.host.mappings import PageCacheMappings
+from daxemu.host.mountinfo import printable
 from daxemu.host.session import Session, check_mountpoint
 from daxemu.host.tracer_link import TracerLink
 from daxemu.host.watchdog import Watchdog
@@ -62,11 +63,12 @@ def supervise(device: Path, mountpoint: Path, ready: Callable[[], None]) -> None
         machine = Machine(pmem, mm, fs, session, events, supplement.MISSING)
         pyfuse3.init(machine.operations, f"/dev/fd/{session.fd}", set(pyfuse3.default_options))
         undo.callback(pyfuse3.close, unmount=False)  # libfuse closes the descriptor
-        events.emit(Mounted(device=str(device), mountpoint=str(session.mount.mountpoint), size=pmem.dax.size))
+        where = printable(session.mount.mountpoint)
+        events.emit(Mounted(device=printable(device), mountpoint=where, size=pmem.dax.size))
         try:
             trio.run(_serve, machine, ready)
         finally:
-            events.emit(Unmounted(mountpoint=str(session.mount.mountpoint)))
+            events.emit(Unmounted(mountpoint=where))
 
 
 def _save(fs: Filesystem) -> None:

@@ -1,0 +1,78 @@
+"""What the supervisor and the tracer process say to each other.
+
+Purpose: the vocabulary of the socket between ``tracer_link`` and ``tracer``. Each packet is one JSON message:
+a ``Request`` in, a ``Report`` out.
+
+Invariants:
+- every request gets exactly one ``Outcome``, however late; ``ArmedAck`` may come before it, and is not one;
+- a report's ``id`` is its request's; the link gives each id once, whichever tracer process serves it;
+- nothing here but data: both sides import it, and the tracer must stay light.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from daxemu.uapi import PAGE_SHIFT
+
+
+class _Message(msgspec.Struct, tag=True, frozen=True):
+    id: int
+
+
+class ArmAR(_Message, frozen=True):
+    """The next BUS_ADRERR of ``tid`` within ``timeout`` seconds is consumed poison."""
+
+    tid: int
+    timeout: float = 1.0
+
+
+class SendAO(_Message, frozen=True):
+    """Tell ``tid`` of process ``tgid`` of poison at its virtual address ``addr``, ``2**lsb`` bytes."""
+
+    tgid: int
+    tid: int
+    addr: int
+    lsb: int = PAGE_SHIFT
+
+
+class ArmedAck(_Message, frozen=True):
+    """The thread is held: its fault may be failed now."""
+
+
+class Refused(_Message, frozen=True):
+    """Not possible, for a reason to show. ``signalled``: it was sent a plain SIGBUS instead."""
+
+    reason: str
+    signalled: bool = False
+
+
+class Delivered(_Message, frozen=True):
+    """Handed over: the thread handles it now, or has it pending because it blocks SIGBUS, or dies of it.
+
+    ``serial`` is the signal's: equal in all reports of one real signal (it settles every ``ArmAR`` of its
+    thread), in no others. It is the ``id`` of the last request that the signal settles, the one for the read
+    that failed: so just one report of a signal has ``id == serial``.
+    """
+
+    tid: int
+    code: int
+    addr: int
+    serial: int
+
+
+class NotTaken(_Message, frozen=True):
+    """No SIGBUS came in time; the thread is let go."""
+
+
+class Gone(_Message, frozen=True):
+    """The thread exited, or called execve(2), before."""
+
+
+class Ignored(_Message, frozen=True):
+    """The process ignores SIGBUS, so an AO does not exist for it."""
+
+
+Request = ArmAR | SendAO
+Outcome = Delivered | Refused | NotTaken | Gone | Ignored
+Report = ArmedAck | Outcome

@@ -1,0 +1,203 @@
+"""One held thread of the tracer: what is wanted of it, and what to do in each of its stops.
+
+Purpose: the decisions, without I/O and without a clock. A stop goes in with ``Thread.decide``, one
+``Verdict`` comes out; ``tracer`` carries it out.
+
+How a signal gets its siginfo:
+- **AR**: the supervisor has the thread seized, then fails its page fault. The kernel forces BUS_ADRERR; in
+  the signal-delivery-stop code and lsb are replaced, the address is already right.
+- **AO**: seize, interrupt. In the event stop mask and pending set cannot change under us (and
+  rt_sigtimedwait(2) has put back the mask it lifts while it sleeps, which /proc shows lifted). SIGBUS not
+  blocked: queue one with a cookie, replace the siginfo in its signal-delivery-stop. Blocked: nothing will
+  ever stop for it, so the thread is made to queue it to itself (``injection``). SIGBUS is a legacy signal, a
+  second one is dropped while one is pending: hence a FIFO per thread.
+
+States of a ``Thread``: running, LISTENing in a group-stop (``listening``), or between the stops of an
+injection (``phase``).
+
+Invariants:
+- a signal that is not ours goes on unchanged, in the very stop that reported it; so does a group-stop;
+- any stop may swallow an INTERRUPT, so every stop decides anew whether one is wanted;
+- a cookie that is neither pending nor seen again was dropped in favour of a foreign SIGBUS: it is sent again;
+- one SIGBUS settles all open arms of its thread, or one AO, or nothing;
+- ``DETACH`` is only decided when nothing is wanted any more (``idle``).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from daxemu.host import siginfo
+from daxemu.host.ptrace import Kind, Step, Stop
+from daxemu.host.siginfo import SigInfo
+from daxemu.host.tracer_messages import Delivered, Ignored, NotTaken, Outcome, Refused, SendAO
+from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT
+
+Phase = Enum("Phase", ["NONE", "ENTER", "EXIT"])  # where an injection is
+
+
+class Verdict(NamedTuple):
+    """What to do in a stop, in this order: ``undo`` an injection, set ``info``, INTERRUPT, ``step``."""
+
+    step: Step
+    sig: int = 0
+    info: bytes | None = None
+    undo: bool = False
+    interrupt: bool = False
+    reports: tuple[Outcome, ...] = ()
+
+
+@dataclass
+class _Arm:
+    id: int
+    deadline: float
+    expired: bool = False
+
+
+@dataclass
+class Thread:
+    """One held thread: what is wanted of it, and the decisions. Pure: no I/O, no clock."""
+
+    tid: int
+    arms: list[_Arm] = field(default_factory=list)
+    fifo: deque[SendAO] = field(default_factory=deque)
+    cookie: int = 0  # of the SIGBUS under way, for the head of the FIFO
+    phase: Phase = Phase.NONE
+    interrupting: bool = False
+    listening: bool = False
+    arriving: bool = False  # a SIGBUS is about to stop it: an INTERRUPT now would come before, for ever
+    retry_at: float | None = None  # blocked, and one is pending already: look again then
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is wanted, so that it must be let go."""
+        return not self.arms and not self.fifo
+
+    @property
+    def wants_interrupt(self) -> bool:
+        """Whether only an event stop gets us on."""
+        if self.interrupting or self.arriving or self.phase is not Phase.NONE:
+            return False
+        if self.idle or any(arm.expired for arm in self.arms):
+            return True
+        return bool(self.fifo) and not self.cookie and not self.listening and self.retry_at is None
+
+    def arm(self, id_: int, deadline: float) -> None:
+        """Take the next BUS_ADRERR until ``deadline`` for consumed poison."""
+        self.arms.append(_Arm(id_, deadline))
+
+    def decide(self, stop: Stop, new_cookie: int) -> Verdict:
+        """A stop in, what to do out. ``new_cookie`` marks the SIGBUS, if one is to be queued."""
+        self.interrupting = self.listening = self.arriving = False
+        if stop.kind is Kind.SYSCALL:
+            return self._on_syscall(stop)
+        undo = self.phase is not Phase.NONE  # something came before the injected call: undone, tried again
+        self.phase = Phase.NONE
+        verdict = self._on_signal(stop) if stop.kind is Kind.SIGNAL else self._on_event(stop, new_cookie)
+        self.interrupting = verdict.step in (Step.CONT, Step.LISTEN) and self.wants_interrupt
+        return verdict._replace(undo=undo, interrupt=self.interrupting)
+
+    def expire(self, now: float) -> None:
+        """Mark the arms whose time has passed; the next event stop settles them."""
+        for arm in self.arms:
+            arm.expired = arm.expired or arm.deadline <= now
+
+    def drop_head(self) -> SendAO:
+        """Forget the oldest AO, which could not be sent; the stop must be decided again."""
+        self.phase, self.cookie = Phase.NONE, 0
+        return self.fifo.popleft()
+
+    def retire(self) -> None:
+        """Want nothing any more, except to give a SIGBUS that is under way its siginfo."""
+        self.arms, self.fifo = [], deque(list(self.fifo)[:1] if self.cookie else [])
+
+    def ids(self) -> list[int]:
+        """The requests that are open."""
+        return [arm.id for arm in self.arms] + [ao.id for ao in self.fifo]
+
+    def deadline(self) -> float:
+        """When somebody must look at it again, stop or no stop."""
+        times = [arm.deadline for arm in self.arms if not arm.expired]
+        if self.retry_at is not None:
+            times.append(self.retry_at)
+        return min(times, default=math.inf)
+
+    def _on_syscall(self, stop: Stop) -> Verdict:
+        if self.phase is Phase.ENTER:
+            self.phase = Phase.EXIT
+            return Verdict(Step.SYSCALL)
+        # What was interrupted is restarted only on the way through signal handling: INTERRUPT leads there.
+        self.phase, self.interrupting = Phase.NONE, True
+        verdict = Verdict(Step.CONT, undo=True, interrupt=True)
+        if not self.fifo:  # retired meanwhile
+            return verdict
+        ao = self.fifo.popleft()
+        if stop.result:
+            return verdict._replace(reports=(Refused(ao.id, f"kernel: {os.strerror(-stop.result)}"),))
+        return verdict._replace(reports=(self._delivered(ao),))
+
+    def _on_signal(self, stop: Stop) -> Verdict:
+        info: bytes | None = None
+        reports: tuple[Outcome, ...] = ()
+        if stop.info is not None and stop.sig == signal.SIGBUS:
+            info, reports = self._on_sigbus(stop.info)
+            self.retry_at = None
+        if self.cookie and not stop.pending:
+            self.cookie = 0
+        return Verdict(Step.DETACH if self.idle else Step.CONT, stop.sig, info, reports=reports)
+
+    def _on_sigbus(self, info: SigInfo) -> tuple[bytes | None, tuple[Outcome, ...]]:
+        if self.arms and info.is_bus_adrerr:
+            # All arms of a thread are for the same fault: it may ask for its page more than once.
+            serial = self.arms[-1].id
+            reports = tuple(
+                Delivered(arm.id, self.tid, BUS_MCEERR_AR, info.addr, serial) for arm in self.arms
+            )
+            self.arms.clear()
+            return siginfo.bus_error(BUS_MCEERR_AR, info.addr, PAGE_SHIFT), reports
+        if self.cookie and info.code == siginfo.SI_QUEUE and info.value == self.cookie:
+            self.cookie = 0
+            ao = self.fifo.popleft()
+            return siginfo.bus_error(BUS_MCEERR_AO, ao.addr, ao.lsb), (self._delivered(ao),)
+        return None, ()
+
+    def _delivered(self, ao: SendAO) -> Delivered:
+        return Delivered(ao.id, self.tid, BUS_MCEERR_AO, ao.addr, serial=ao.id)
+
+    def _on_event(self, stop: Stop, new_cookie: int) -> Verdict:
+        if self.cookie and not stop.pending:
+            self.cookie = 0
+        self.arriving = stop.pending and not stop.blocked
+        reports: list[Outcome] = []
+        if not self.arriving:
+            reports += (NotTaken(arm.id) for arm in self.arms if arm.expired)
+            self.arms = [arm for arm in self.arms if not arm.expired]
+        if stop.kind is Kind.GROUP:
+            self.listening = not self.idle
+            step = Step.LISTEN if self.listening else Step.DETACH
+        else:
+            step = self._next_ao(stop, new_cookie, reports)
+        return Verdict(step, reports=tuple(reports))
+
+    def _next_ao(self, stop: Stop, new_cookie: int, reports: list[Outcome]) -> Step:
+        if not self.cookie and stop.ignored and not stop.blocked:
+            reports += (Ignored(ao.id) for ao in self.fifo)
+            self.fifo.clear()
+        if self.idle:
+            return Step.DETACH
+        if not self.fifo or self.cookie or self.arriving:
+            return Step.CONT
+        if not stop.blocked:
+            self.cookie = new_cookie
+            return Step.QUEUE
+        if stop.pending:
+            self.retry_at = 0.0  # the next tick sets the time
+            return Step.CONT
+        self.phase = Phase.ENTER
+        return Step.INJECT
