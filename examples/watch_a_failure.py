@@ -4,8 +4,8 @@
 examples/watch_a_failure.py /tmp/pmem/file
 """
 
-import os
 import sys
+from pathlib import Path
 
 from daxemu.client import Client
 
@@ -13,16 +13,12 @@ from daxemu.client import Client
 def main(path: str) -> None:
     with Client.at(path) as control, Client.at(path) as listener:
         seen = control.request("status")["events"]
-        control.request("inject", ino=os.stat(path).st_ino, ranges=[[0, 4096]])
+        control.request("inject", ino=Path(path).stat().st_ino, ranges=[[0, 4096]])
         for event in listener.follow(after=seen):
             if event["event"] == "SignalSent":
-                print(
-                    f"{event['comm']} (pid {event['pid']}) was told at {event['address']:#x}: {event['result']}"
-                )
+                print("{comm} (pid {pid}) was told at {address:#x}: {result}".format_map(event))
             if event["event"] == "MemoryFailureHandled":
-                print(
-                    f"pfn {event['pfn']:#x}: {event['outcome']}, {event['files']} files, {event['told']} told"
-                )
+                print("pfn {pfn:#x}: {outcome}, {files} files, {told} told".format_map(event))
                 break
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.core import core as core
 from tests.support.mount import DaxMount, dax_mount_at
 
 

@@ -47,7 +47,9 @@ class Item:
 
 
 @given(st.lists(st.tuples(st.integers(0, 200), st.integers(1, 130)), max_size=60), st.data())
-def test_interval_index_finds_exactly_the_overlapping(spans: list[tuple[int, int]], data: st.DataObject) -> None:
+def test_interval_index_finds_exactly_the_overlapping(
+    spans: list[tuple[int, int]], data: st.DataObject
+) -> None:
     index: IntervalIndex[Item] = IntervalIndex(lambda i: i.start, lambda i: i.length)
     items = [Item(*s) for s in spans]
     for item in items:

@@ -32,7 +32,6 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 VICTIMS = Path(__file__).resolve().parent.parent / "victims"
-SOURCE = VICTIMS / "actor.c"
 BUILD = VICTIMS / "build"
 GCC = ("gcc", "-O1", "-Wall", "-Wextra", "-pthread")
 TIMEOUT = 20.0
@@ -42,19 +41,25 @@ PIDFD_INFO_EXIT = 1 << 3  # since 6.15
 T = TypeVar("T")
 
 
-def compile_actor(build: Path = BUILD) -> Path:
-    """The path of the actor's binary, compiled first if need be; many processes may ask at once."""
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(GCC).encode()).hexdigest()[:16]
-    binary = build / f"actor-{key}"
+def compile_victim(name: str, build: Path = BUILD) -> Path:
+    """The binary of tests/victims/NAME.c, compiled first if need be; many processes may ask at once."""
+    source = VICTIMS / f"{name}.c"
+    key = hashlib.sha256(source.read_bytes() + " ".join(GCC).encode()).hexdigest()[:16]
+    binary = build / f"{name}-{key}"
     if not binary.exists():
         build.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=build) as scratch:
-            fresh = Path(scratch) / "actor"
-            done = subprocess.run([*GCC, "-o", str(fresh), str(SOURCE)], capture_output=True, text=True)
+            fresh = Path(scratch) / name
+            done = subprocess.run([*GCC, "-o", str(fresh), str(source)], capture_output=True, text=True)
             if done.returncode != 0:
-                raise RuntimeError(f"cannot compile {SOURCE}:\n{done.stderr}")
+                raise RuntimeError(f"cannot compile {source}:\n{done.stderr}")
             fresh.replace(binary)
     return binary
+
+
+def compile_actor(build: Path = BUILD) -> Path:
+    """The binary of actor.c."""
+    return compile_victim("actor", build)
 
 
 @dataclass(frozen=True)

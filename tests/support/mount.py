@@ -72,7 +72,9 @@ class DaxMount:
 def daxemu(*arguments: str | Path | int, status: int = 0) -> str:
     """Run ``daxemu ARGUMENTS``, expecting exit ``status``; returns stdout, or stderr where a failure is expected."""
     done = subprocess.run([*DAXEMU, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == status, f"daxemu {arguments}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+    assert done.returncode == status, (
+        f"daxemu {arguments}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+    )
     return done.stderr if status else done.stdout
 
 

@@ -12,7 +12,7 @@ import click
 import daxemu
 from daxemu.errors import DaxemuError
 
-_VERBS = {
+VERBS = {
     "mkfs": "device",
     "fsck": "device",
     "mount": "mount",
@@ -38,13 +38,13 @@ class Verbs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order a session uses them."""
-        return list(_VERBS)
+        return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the verb's module."""
-        if cmd_name not in _VERBS:
+        if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(f"daxemu.cli.{_VERBS[cmd_name]}")
+        module = importlib.import_module(f"daxemu.cli.{VERBS[cmd_name]}")
         command: click.Command = getattr(module, "set_setting" if cmd_name == "set" else cmd_name)
         return command
 

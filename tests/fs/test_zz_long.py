@@ -1,0 +1,274 @@
+"""The filesystem against a plain model: any sequence of verbs, with every invariant looked at after each step."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, event, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, precondition, rule
+
+from daxemu.errors import FsError, MediaError, NoSpace
+from daxemu.events import PoisonCleared, StoreLost
+from daxemu.fs.namespace import ROOT_INO
+from daxemu.pmem.inject import inject, scrub, uninject
+from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE
+from tests.fs.invariants import Invariants
+from tests.fs.model import File, Model
+from tests.support.core import core_at
+
+NAMES = [b"a", b"b", b"c", b"d"]
+NOISE = random.Random(1).randbytes(1 << 21)
+MAX_PAGES = 12
+
+which = st.integers(0, 7)
+offsets = st.one_of(
+    st.integers(0, MAX_PAGES).map(lambda page: page * PAGE_SIZE), st.integers(0, MAX_PAGES * PAGE_SIZE)
+)
+lengths = st.one_of(
+    st.integers(1, MAX_PAGES).map(lambda page: page * PAGE_SIZE), st.integers(1, 5 * PAGE_SIZE)
+)
+blocks = st.integers(0, MAX_PAGES)
+
+
+class FilesystemAgainstModel(Invariants):
+    """Rules do the same to both; a rule that must fail sees that it fails, and that nothing changed by it."""
+
+    @initialize(prefill=st.booleans())
+    def start(self, prefill: bool) -> None:
+        self._context = core_at()
+        self.core = self._context.__enter__()
+        self.model = Model()
+        self.proxies = {}
+        for name in NAMES[:2]:
+            self.create(name)
+        if prefill:
+            self.write(0, 0, 6 * PAGE_SIZE, 0, False)
+            self.clone(0, 1, 0, 0, 6)
+
+    def teardown(self) -> None:
+        if hasattr(self, "core"):
+            self.core.sound = False  # looked at after the last step
+            self._context.__exit__(None, None, None)
+
+    def pick(self, index: int) -> File:
+        files = self.model.files
+        return files[index % len(files)]
+
+    # -- names
+
+    @rule(name=st.sampled_from(NAMES))
+    def create(self, name: bytes) -> None:
+        if name in self.model.names:
+            with pytest.raises(FsError):
+                self.core.file(name)
+        else:
+            self.model.names[name] = File(self.core.file(name))
+
+    @precondition(lambda self: self.model.names)
+    @rule(index=which, name=st.sampled_from(NAMES))
+    def link(self, index: int, name: bytes) -> None:
+        file = list(self.model.names.values())[index % len(self.model.names)]
+        if name not in self.model.names:
+            self.core.fs.link(file.ino, ROOT_INO, name)
+            self.model.names[name] = file
+
+    @precondition(lambda self: self.model.names)
+    @rule(index=which)
+    def unlink(self, index: int) -> None:
+        name = list(self.model.names)[index % len(self.model.names)]
+        self.core.fs.unlink(ROOT_INO, name)
+        self.model.unlink(name)
+
+    @precondition(lambda self: self.model.names)
+    @rule(index=which, new=st.sampled_from(NAMES))
+    def rename(self, index: int, new: bytes) -> None:
+        old = list(self.model.names)[index % len(self.model.names)]
+        self.core.fs.rename(ROOT_INO, old, ROOT_INO, new, 0)
+        self.model.rename(old, new)
+
+    @precondition(lambda self: self.model.files)
+    @rule(index=which)
+    def pin(self, index: int) -> None:
+        file = self.pick(index)
+        self.core.fs.pin(self.core.fs.names.get(file.ino))
+        file.pins += 1
+        self.model.open_files.append(file)
+
+    @precondition(lambda self: self.model.open_files)
+    @rule(index=which)
+    def unpin(self, index: int) -> None:
+        file = self.model.open_files[index % len(self.model.open_files)]
+        self.core.fs.unpin(file.ino)
+        file.pins -= 1
+        self.model.open_files.remove(file)
+
+    # -- bytes
+
+    def store(self, file: File, offset: int, data: bytes, from_cache: bool) -> bool:
+        """One write to both, with the outcome that the model says it must have; whether it was done."""
+        fs, model = self.core.fs, self.model
+        room = fs.statfs().available
+        before = len(self.core.events)
+        if not from_cache and model.meets_poison(file, offset, len(data)):
+            event("partial write over poison")
+            with pytest.raises(MediaError):
+                fs.write(file.ino, offset, data)
+            return False
+        if model.needed(file, offset, len(data)) > room:
+            event("full device")
+            with pytest.raises(NoSpace):
+                fs.write(file.ino, offset, data, from_cache=from_cache)
+            assert self.core.events[before:] == []
+            return False
+        healed = sum(
+            len(page.bad)
+            for index, page in file.pages.items()
+            if offset <= index * PAGE_SIZE
+            and (index + 1) * PAGE_SIZE <= offset + len(data)
+            and model.links_of(page) == 1
+        )
+        lost = model.write(file, offset, data, from_cache=from_cache)
+        if lost and fs.lost_store_is_eio:
+            with pytest.raises(MediaError):
+                fs.write(file.ino, offset, data, from_cache=True)
+        else:
+            assert fs.write(file.ino, offset, data, from_cache=from_cache) == len(data)
+        told = [e for e in self.core.events[before:] if isinstance(e, StoreLost)]
+        assert {e.offset // PAGE_SIZE + i for e in told for i in range(-(-e.length // PAGE_SIZE))} == set(
+            lost
+        )
+        cleared = [e for e in self.core.events[before:] if isinstance(e, PoisonCleared)]
+        assert sum(e.length for e in cleared) == (0 if from_cache else healed * SECTOR_SIZE)
+        return True
+
+    @precondition(lambda self: self.model.files)
+    @rule(index=which, offset=offsets, length=lengths, seed=st.integers(0, 9999), whole=st.booleans())
+    def write(self, index: int, offset: int, length: int, seed: int, whole: bool) -> None:
+        if whole:
+            offset, length = offset // PAGE_SIZE * PAGE_SIZE, -(-length // PAGE_SIZE) * PAGE_SIZE
+        self.store(self.pick(index), offset, NOISE[seed : seed + length], from_cache=False)
+
+    @precondition(lambda self: self.model.files)
+    @rule(index=which, first=blocks, count=st.integers(1, 4), seed=st.integers(0, 9999))
+    def write_back(self, index: int, first: int, count: int, seed: int) -> None:
+        """The page cache writes whole pages, cut off at the end of the file."""
+        file = self.pick(index)
+        length = min(file.size, (first + count) * PAGE_SIZE) - first * PAGE_SIZE
+        if length > 0:
+            self.store(file, first * PAGE_SIZE, NOISE[seed : seed + length], from_cache=True)
+
+    @precondition(lambda self: self.model.files)
+    @rule(index=which, keep=st.integers(0, 3))
+    def fill_the_device(self, index: int, keep: int) -> None:
+        file = self.pick(index)
+        for count in (256, 32, 4, 1):
+            while self.core.fs.statfs().available >= count + keep:
+                at = -(-file.size // PAGE_SIZE) * PAGE_SIZE
+                assert self.store(file, at, NOISE[count : count + count * PAGE_SIZE], from_cache=False)
+        self.store(file, -(-file.size // PAGE_SIZE) * PAGE_SIZE, NOISE[: 8 * PAGE_SIZE], from_cache=False)
+
+    @precondition(lambda self: self.model.files)
+    @rule(index=which, size=offsets)
+    def truncate(self, index: int, size: int) -> None:
+        file = self.pick(index)
+        tail = PAGE_SIZE - size % PAGE_SIZE
+        refusal: type[Exception] | None = None
+        if size < file.size and size % PAGE_SIZE and size // PAGE_SIZE in file.pages:
+            if self.model.meets_poison(file, size, tail):
+                refusal = MediaError
+            elif self.model.needed(file, size, tail) > self.core.fs.statfs().available:
+                refusal = NoSpace
+        if refusal is not None:
+            with pytest.raises(refusal):
+                self.core.fs.set_size(file.ino, size)
+            return
+        self.core.fs.set_size(file.ino, size)
+        self.model.truncate(file, size)
+
+    @precondition(lambda self: self.model.files)
+    @rule(source=which, dest=which, src_block=blocks, dst_block=blocks, count=st.integers(0, MAX_PAGES))
+    def clone(self, source: int, dest: int, src_block: int, dst_block: int, count: int) -> None:
+        src, dst = self.pick(source), self.pick(dest)
+        src_offset, dst_offset, length = src_block * PAGE_SIZE, dst_block * PAGE_SIZE, count * PAGE_SIZE
+        if count == 0 or src_offset < src.size < src_offset + length:
+            length = src.size - src_offset
+        if length == 0:
+            return
+        if not self.model.may_clone(src, src_offset, dst, dst_offset, length):
+            with pytest.raises(FsError):
+                self.core.fs.remap_file_range(src.ino, src_offset, dst.ino, dst_offset, length)
+            return
+        assert self.core.fs.remap_file_range(src.ino, src_offset, dst.ino, dst_offset, length) == length
+        self.model.clone(src, src_offset, dst, dst_offset, length)
+
+    # -- poison
+
+    @precondition(lambda self: self.model.files)
+    @rule(index=which, offset=offsets, length=st.integers(1, 3 * PAGE_SIZE), latent=st.booleans())
+    def poison(self, index: int, offset: int, length: int, latent: bool) -> None:
+        file = self.pick(index)
+        for part in self.core.fs.device_ranges(file.ino, offset, length):
+            inject(self.core.pmem, part.start, part.length, latent=latent)
+        self.model.poison(file, offset, length)
+
+    @precondition(lambda self: self.model.files)
+    @rule(index=which, first=blocks, count=st.integers(1, 4))
+    def memory_failure(self, index: int, first: int, count: int) -> None:
+        """Every place in every file that uses a failed page is named, at its own offset; nothing else is."""
+        file = self.pick(index)
+        found, hurt = set(), set()
+        for incident in self.core.fail(file.ino, first, count):
+            assert incident.error is None
+            for m in incident.mappings:
+                hurt |= {(m.mapping, m.index + i, m.pfn + i) for i in range(m.count)}
+        self.model.poison(file, first * PAGE_SIZE, count * PAGE_SIZE)
+        failed = {file.pages[i] for i in range(first, first + count) if i in file.pages}
+        found = {(f.ino, i) for f in self.model.files for i, page in f.pages.items() if page in failed}
+        assert {(ino, i) for ino, i, _ in hurt} == found
+        base = self.core.pmem.dax.base_pfn
+        assert all(pfn == base + self.block_of(ino, i) for ino, i, pfn in hurt)
+
+    @precondition(lambda self: self.model.files)
+    @rule(index=which, offset=offsets, length=st.integers(1, 3 * PAGE_SIZE))
+    def clear(self, index: int, offset: int, length: int) -> None:
+        file = self.pick(index)
+        for part in self.core.fs.device_ranges(file.ino, offset, length):
+            self.core.fs.adopt_cleared(uninject(self.core.pmem, part.start, part.length))
+        self.model.clear(file, offset, length)
+
+    @rule()
+    def scrub(self) -> None:
+        scrub(self.core.pmem)
+        assert scrub(self.core.pmem) == []
+
+    @rule(eio=st.booleans())
+    def set_lost_store(self, eio: bool) -> None:
+        self.core.fs.lost_store_is_eio = eio
+
+    # -- unmount and mount
+
+    @rule()
+    def reopen(self) -> None:
+        before = self.sharing()
+        self.core.reopen()
+        for file in self.model.files:
+            file.pins = 0
+        self.model.drop_unused()
+        assert {name: f.ino for name, f in self.model.names.items()} == self.core.fs.names.directory(1)[1]
+        linked = {page for f in self.model.files for page in f.pages.values()}
+        now = self.sharing()
+        assert {page: len(group & linked) for page, group in before.items() if page in linked} == {
+            page: len(group) for page, group in now.items()
+        }
+        self.proxies = {}
+
+
+FilesystemAgainstModel.TestCase.settings = settings(
+    max_examples=800,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+TestFilesystemAgainstModel = FilesystemAgainstModel.TestCase

@@ -1,0 +1,85 @@
+"""The link to the tracer: its end, restart, and many requests at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import trio
+
+from daxemu.host.tracer_link import Armed, TracerLink
+from daxemu.host.tracer_messages import Delivered, Gone, Refused
+from tests.host.tracee import Start, Tracee, consume, deliver, scenario, status_of, tracees, until
+
+
+def test_tracer_killed_then_restarted() -> None:
+    async def play(link: TracerLink, start: Start) -> None:
+        tracee = await start()
+        armed = await link.arm(tracee.pid, 1000)
+        assert isinstance(armed, Armed)
+        first = link.pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        outcome = await armed.wait(30)
+        assert isinstance(outcome, Refused)
+        assert outcome.reason == "the tracer died"
+        await deliver(link, tracee, tracee.map)
+        assert await tracee.line() == f"BUS 5 {tracee.map:x} 12 {tracee.pid}"
+        assert link.pid != first
+
+    scenario(play)
+
+
+def test_closing_lets_everything_go() -> None:
+    async def main() -> None:
+        with trio.fail_after(60):
+            async with tracees() as start:
+                running, stopped = await start(), await start()
+                os.kill(stopped.pid, signal.SIGSTOP)
+                async with TracerLink.open() as link:
+                    pid = link.pid
+                    assert isinstance(await link.arm(running.pid, 1000), Armed)
+                    await link.send_ao(stopped.pid, stopped.pid, 0)
+                    await until(lambda: status_of(stopped.pid).tracer != 0)
+                with pytest.raises(ProcessLookupError):
+                    os.kill(pid or 0, 0)
+                assert status_of(running.pid).tracer == status_of(stopped.pid).tracer == 0
+                assert await running.ask("count") == "counted 0"
+                os.kill(stopped.pid, signal.SIGCONT)
+                assert await stopped.ask("count") == "counted 0"
+
+    trio.run(main)
+
+
+def test_fifty_tracees_at_once_and_a_callback_for_each() -> None:
+    outcomes: list[object] = []
+
+    async def main() -> None:
+        with trio.fail_after(60):
+            async with tracees() as start, TracerLink.open(outcomes.append) as link:
+                all_of_them = [await start() for _ in range(50)]
+                for tracee in all_of_them:
+                    os.truncate(tracee.file, 0)
+
+                async def one(tracee: Tracee) -> None:
+                    await deliver(link, tracee, tracee.map + 1)
+                    assert (await tracee.line()).startswith("BUS 5 ")
+                    await consume(link, tracee, 4096)
+
+                async with trio.open_nursery() as nursery:
+                    for tracee in all_of_them:
+                        nursery.start_soon(one, tracee)
+
+    trio.run(main)
+    assert len(outcomes) == 100
+    assert all(isinstance(outcome, Delivered) for outcome in outcomes)
+
+
+def test_thousands_in_flight_do_not_deadlock() -> None:
+    async def play(link: TracerLink, start: Start) -> None:
+        gone = [await link.send_ao(1 << 22, 1 << 22, n) for n in range(5000)]
+        for pending in gone:
+            assert await pending.wait(30) == Gone(pending.id)
+
+    scenario(play)

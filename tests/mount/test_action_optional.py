@@ -1,0 +1,289 @@
+"""AO: poison is mapped, not consumed. Who is told, which thread, with what, and who is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from tests.support.actor import Actor
+from tests.support.scene import (
+    FAR,
+    PAGE,
+    PAGES,
+    Scene,
+    ao,
+    ar,
+    ask,
+    consumes,
+    is_plain_sigbus,
+    letter,
+    present,
+    second_tracer,
+    told,
+)
+
+pytestmark = pytest.mark.mount
+
+BAD = 1
+"""The page that goes bad."""
+
+
+# -- policy
+
+
+def test_late_is_the_default_and_nothing_happens_then(scene: Scene) -> None:
+    p0 = scene.mapper(touch=[BAD])
+    (outcome,) = scene.poison(BAD)
+    assert (outcome["outcome"], outcome["told"]) == ("Recovered", 0)
+    assert told(p0) == []
+    assert scene.mount.events("SignalSent") == []
+    assert p0.cmd("tr 0 0").ok == letter(0)
+
+
+def test_early_by_the_sysctl(early: Scene) -> None:
+    p0 = early.mapper(touch=[BAD])
+    (outcome,) = early.poison(BAD)
+    assert (outcome["outcome"], outcome["told"]) == ("Recovered", 1)
+    assert told(p0) == [ao(BAD)]
+    assert not present(p0, 0, BAD)
+    assert p0.cmd("tr 0 0").ok == letter(0)
+    assert p0.cmd("tr 0 2").ok == letter(2)
+
+
+def test_early_by_prctl(scene: Scene) -> None:
+    p0 = scene.mapper(touch=[BAD], before=["mcekill early"])
+    p1 = scene.mapper("p1", touch=[BAD])
+    (outcome,) = scene.poison(BAD)
+    assert outcome["told"] == 1
+    assert told(p0) == [ao(BAD)]
+    assert told(p1) == []
+
+
+def test_late_by_prctl_outweighs_the_sysctl(early: Scene) -> None:
+    p0 = early.mapper(touch=[BAD], before=["mcekill late"])
+    (outcome,) = early.poison(BAD)
+    assert (outcome["outcome"], outcome["told"]) == ("Recovered", 0)
+    assert told(p0) == []
+
+
+def test_policy_default_by_prctl_is_the_sysctl(early: Scene) -> None:
+    p0 = early.mapper(touch=[BAD], before=["mcekill late", "mcekill default"])
+    early.poison(BAD)
+    assert told(p0) == [ao(BAD)]
+
+
+@pytest.mark.parametrize(
+    ("sysctl", "main", "policies", "chosen"),
+    [
+        pytest.param(1, "default", "n n n", 0, id="f0"),
+        pytest.param(0, "default", "n e n", 2, id="f1"),
+        pytest.param(0, "default", "l n e", 3, id="f3"),
+        pytest.param(1, "late", "l n e", 2, id="late-threads-are-passed-over"),
+        pytest.param(0, "early", "e n n", 0, id="the-first-early-one"),
+        pytest.param(1, "late", "l l l", None, id="all-late"),
+        pytest.param(0, "default", "n l n", None, id="nobody-early"),
+    ],
+)
+def test_thread_that_is_told(scene: Scene, sysctl: int, main: str, policies: str, chosen: int | None) -> None:
+    scene.set(early_kill=sysctl)
+    p0 = scene.mapper(touch=[BAD], before=[f"threads {policies}", f"mcekill {main}"])
+    scene.poison(BAD)
+    assert told(p0) == ([] if chosen is None else [ao(BAD, thread=chosen)])
+    if chosen is not None:
+        (event,) = scene.signal_events(p0)
+        assert (event["tid"], event["comm"], event["result"]) == (p0.tid(chosen), "p0", "delivered")
+        assert (event["address"], event["lsb"], event["code"]) == (p0.addr(0, BAD), 12, 5)
+
+
+# -- presence
+
+
+def test_only_those_with_the_page_present_are_told(early: Scene) -> None:
+    p0 = early.mapper("p0", touch=[BAD])
+    elsewhere = early.mapper("p1", first=BAD + FAR, pages=FAR, touch=[0])
+    untouched = early.mapper("p2", touch=[BAD + FAR])
+    opener = early.actor("p3")
+    ask(opener, "open 0 f rw")
+    unmapped = early.mapper("p4", touch=[BAD])
+    ask(unmapped, "munmap 0")
+    assert not present(untouched, 0, BAD)
+    (outcome,) = early.poison(BAD)
+    assert outcome["told"] == 1
+    assert told(p0) == [ao(BAD)]
+    for other in (elsewhere, untouched, opener, unmapped):
+        assert told(other) == []
+    assert elsewhere.cmd("tr 0 0").ok == letter(BAD + FAR)
+    assert untouched.cmd(f"tr 0 {BAD + FAR}").ok == letter(BAD + FAR)
+    consumes(untouched, f"tr 0 {BAD}", ar(BAD))
+
+
+def test_address_is_that_of_the_page_in_ones_own_mapping(early: Scene) -> None:
+    p0 = early.mapper("p0", touch=[40])
+    p1 = early.mapper("p1", first=32, pages=16, touch=[8])
+    p2 = early.actor("p2")
+    for command in ("open 0 f rw", "mmap 0 0 0 2 shared", "mmap 1 0 40 1 ro", "tr 1 0"):
+        p2.cmd(command)
+    early.poison(40)
+    assert told(p0) == [ao(40)]
+    assert told(p1) == [ao(8)]
+    assert told(p2) == [ao(0, mapping=1)]
+
+
+def test_every_mapping_of_one_process_is_told_of(early: Scene) -> None:
+    p0 = early.mapper(touch=[BAD])
+    ask(p0, "mmap 1 0 0 8 shared")
+    assert p0.cmd(f"tr 1 {BAD}").ok == letter(BAD)
+    early.poison(BAD)
+    assert sorted(told(p0), key=lambda s: str(s["addr"])) == [ao(BAD), ao(BAD, mapping=1)]
+
+
+def test_several_ranges_in_one_call(early: Scene) -> None:
+    bad = [BAD, BAD + FAR, BAD + 2 * FAR]
+    p0, p1 = early.mapper("p0", touch=bad), early.mapper("p1", touch=bad[:2])
+    assert [outcome["told"] for outcome in early.poison(*bad)] == [2, 2, 1]
+    assert sorted(told(p0), key=lambda s: int(str(s["addr"])[3:], 16)) == [ao(page) for page in bad]
+    assert sorted(told(p1), key=lambda s: int(str(s["addr"])[3:], 16)) == [ao(page) for page in bad[:2]]
+
+
+def test_a_stat_takes_no_page_away(early: Scene) -> None:
+    """The new times after write(2), or after a store was written back, make the kernel drop nothing."""
+    p0 = early.mapper(touch=[BAD, BAD + FAR])
+    path = early.mount.path / "f"
+    path.stat()
+    assert present(p0, 0, BAD)
+    assert p0.cmd(f"tw 0 {BAD + FAR} x").ok == "x"
+    ask(p0, f"pwrite 0 {2 * FAR * PAGE} {PAGE} y")
+    ask(p0, "fsync 0")
+    assert path.stat().st_size == PAGES * PAGE
+    assert present(p0, 0, BAD)
+    early.poison(BAD)
+    assert told(p0) == [ao(BAD)]
+
+
+def test_a_file_that_does_not_share_the_page(early: Scene) -> None:
+    early.mount.make_file("g", PAGES)
+    p0 = early.mapper("p0", "g", touch=[BAD])
+    p1 = early.mapper("p1", touch=[BAD])
+    early.poison(BAD)
+    assert told(p1) == [ao(BAD)]
+    assert told(p0) == []
+    assert present(p0, 0, BAD)
+    assert p0.cmd(f"tr 0 {BAD}").ok == letter(BAD)
+    assert p0.cmd(f"tw 0 {BAD} x").ok == "x"
+
+
+# -- fork, private mappings
+
+
+def test_a_fork_without_the_page(early: Scene) -> None:
+    """j0: a child gets no page tables of a shared mapping; it has to touch for itself."""
+    p0 = early.mapper(touch=[BAD])
+    p1 = p0.fork("p1")
+    early.poison(BAD)
+    assert told(p0) == [ao(BAD)]
+    assert told(p1) == []
+    consumes(p1, f"tr 0 {BAD}", ar(BAD))
+
+
+def test_a_fork_that_touched(early: Scene) -> None:
+    """j3."""
+    p0 = early.mapper(touch=[BAD])
+    p1 = p0.fork("p1")
+    assert p1.cmd(f"tr 0 {BAD}").ok == letter(BAD)
+    early.poison(BAD)
+    assert told(p0) == [ao(BAD)]
+    assert told(p1) == [ao(BAD)]
+
+
+def test_private_mappings(early: Scene) -> None:
+    """i0: one that only read has the file's page, one that stored has its own."""
+    reader = early.mapper("p0", touch=[BAD], kind="private")
+    copier = early.mapper("p1", touch=[BAD], kind="private")
+    sharer = early.mapper("p2", touch=[BAD])
+    assert copier.cmd(f"tw 0 {BAD} c").ok == "c"
+    (outcome,) = early.poison(BAD)
+    assert outcome["told"] == 2
+    assert told(reader) == [ao(BAD)]
+    assert told(sharer) == [ao(BAD)]
+    assert told(copier) == []
+    assert copier.cmd(f"tr 0 {BAD}").ok == "c"
+    consumes(reader, f"tr 0 {BAD}", ar(BAD))
+
+
+# -- what the victim does with SIGBUS
+
+
+def test_blocked(early: Scene) -> None:
+    """e0: it is pending, with all that belongs to it."""
+    p0 = early.mapper(touch=[BAD], before=["sig block"])
+    early.poison(BAD)
+    assert ask(p0, "sig pending") == 1
+    assert ask(p0, "sig take") == signal.SIGBUS
+    assert told(p0) == [ao(BAD, how="pending, taken with sigtimedwait")]
+    assert ask(p0, "sig pending") == 0
+    assert [event["result"] for event in early.signal_events(p0)] == ["delivered"]
+
+
+def test_blocked_and_late(scene: Scene) -> None:
+    p0 = scene.mapper(touch=[BAD], before=["sig block"])
+    scene.poison(BAD)
+    assert ask(p0, "sig pending") == 0
+
+
+def test_ignored(early: Scene) -> None:
+    """e1."""
+    p0 = early.mapper(touch=[BAD], before=["sig ignore"])
+    early.poison(BAD)
+    assert told(p0) == []
+    assert p0.alive
+    assert [event["result"] for event in early.signal_events(p0)] == ["ignored"]
+
+
+def test_default_dies(early: Scene) -> None:
+    """e2; a late one lives on."""
+    p0 = early.mapper("p0", touch=[BAD], before=["sig default"])
+    p1 = early.mapper("p1", touch=[BAD], before=["sig default", "mcekill late"])
+    early.poison(BAD)
+    assert p0.wait_death().signal is signal.SIGBUS
+    assert told(p1) == []
+    assert [event["result"] for event in early.signal_events(p0)] == ["delivered"]
+
+
+# -- what stands in the way
+
+
+def test_traced_by_somebody_else(early: Scene) -> None:
+    """ptrace is refused: it still gets a SIGBUS, and the event says that it was not exact, and why."""
+    p0, p1 = early.mapper("p0", touch=[BAD]), early.mapper("p1", touch=[BAD])
+    with second_tracer(p0.pid):
+        (outcome,) = early.poison(BAD)
+        got = p0.wait_signal()
+        assert is_plain_sigbus(got), got
+        assert outcome["told"] == 2
+        assert told(p0) == []
+        (event,) = early.signal_events(p0)
+        assert event["result"] == "inexact"
+        assert "trace" in event["reason"]
+    assert told(p1) == [ao(BAD)]
+
+
+def stop(actor: Actor) -> None:
+    os.kill(actor.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, actor.pid, os.WSTOPPED | os.WNOWAIT)
+
+
+def test_a_stopped_process_does_not_hold_up_anybody(early: Scene) -> None:
+    p0, p1 = early.mapper("p0", touch=[BAD]), early.mapper("p1", touch=[BAD])
+    stop(p0)
+    (outcome,) = early.poison(BAD)
+    assert outcome["told"] == 2
+    assert told(p1) == [ao(BAD)]
+    assert [event["result"] for event in early.signal_events(p0)] == ["pending"]
+    early.poison(BAD + FAR)
+    os.kill(p0.pid, signal.SIGCONT)
+    assert p0.wait_signal().recorded() == ao(BAD)
+    with early.mount.client() as client:
+        results = (e["result"] for e in client.follow() if e["event"] == "SignalSent" and e["pid"] == p0.pid)
+        assert [next(results), next(results)] == ["pending", "delivered"]

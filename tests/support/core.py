@@ -1,0 +1,138 @@
+"""The core of a machine without a mount: device directory, pmem, memory failures, filesystem, and the events they emit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from daxemu.events import Event
+from daxemu.fs.filesystem import Filesystem
+from daxemu.fs.fsck import fsck
+from daxemu.fs.namespace import ROOT_INO, Credentials, Inode
+from daxemu.mm.memory_failure import Incident, MemoryFailures
+from daxemu.pmem import inject
+from daxemu.pmem.device_dir import DeviceConfig, DeviceDir
+from daxemu.pmem.pmem import Pmem
+from daxemu.uapi import PAGE_SIZE, Ino
+
+ROOT = Credentials(0, 0)
+SHM = Path("/dev/shm")
+
+
+class Core:
+    """One device and its filesystem, as the supervisor puts them together. ``sound``: fsck must be content at the end."""
+
+    def __init__(self, path: Path, config: DeviceConfig) -> None:
+        self.path = path
+        self.config = config
+        self.sound = True
+        self.events: list[Event] = []
+        DeviceDir.create(path, config)
+        self.open()
+
+    def open(self) -> None:
+        """Probe the device and mount it."""
+        self.device = DeviceDir.open(self.path)
+        self.pmem = Pmem(self.device)
+        self.mm = MemoryFailures(self.events.append)
+        self.mm.memremap_pages(self.pmem.pgmap)
+        self.fs = Filesystem(self.pmem.dax, self.mm, self.events.append)
+        self.is_open = True
+
+    def close(self, *, save: bool = True) -> None:
+        """Unmount; without ``save``, as if the supervisor had been killed."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        try:
+            if save:
+                self.fs.close()
+        finally:
+            self.drop_pmem()
+
+    def drop_pmem(self) -> None:
+        """Let go of media and lock; a failed test's traceback may still hold views of the media."""
+        try:
+            self.pmem.close()
+        finally:
+            self.device.close()
+
+    def reopen(self) -> None:
+        """Unmount and mount again."""
+        self.close()
+        self.open()
+
+    # -- short cuts
+
+    def file(self, name: bytes = b"f", data: bytes = b"", parent: Ino = ROOT_INO) -> Ino:
+        """A new file that holds ``data``."""
+        ino = self.fs.mknod(parent, name, stat.S_IFREG | 0o644, 0, ROOT).ino
+        if data:
+            self.fs.write(ino, 0, data)
+        return ino
+
+    def dir(self, name: bytes, parent: Ino = ROOT_INO) -> Inode:
+        """A new directory."""
+        return self.fs.mkdir(parent, name, 0o755, ROOT)
+
+    def clone(self, src: Ino, name: bytes) -> Ino:
+        """A new file that shares all of ``src``."""
+        ino = self.file(name)
+        self.fs.remap_file_range(src, 0, ino, 0, 0)
+        return ino
+
+    def read(self, ino: Ino) -> bytes:
+        """All bytes of a file."""
+        return bytes(self.fs.read(ino, 0, self.fs.names.get(ino).size))
+
+    def poison(self, ino: Ino, page: int, *, latent: bool = False, pages: int = 1) -> None:
+        """Poison pages of a file on the media; nobody is told."""
+        for part in self.fs.device_ranges(ino, page * PAGE_SIZE, pages * PAGE_SIZE):
+            inject.inject(self.pmem, part.start, part.length, latent=latent)
+
+    def fail(self, ino: Ino, page: int, pages: int = 1) -> list[Incident]:
+        """Poison pages of a file and let memory_failure() handle it, up to the incident."""
+        incidents = []
+        for part in self.fs.device_ranges(ino, page * PAGE_SIZE, pages * PAGE_SIZE):
+            bad = inject.inject(self.pmem, part.start, part.length)
+            incidents.append(self.mm.memory_failure(*inject.failed_pages(self.pmem, bad), 0))
+        return incidents
+
+    def of_type(self, kind: type[Event]) -> list[Event]:
+        """The events of one type so far."""
+        return [event for event in self.events if type(event) is kind]
+
+
+@contextmanager
+def core_at(path: Path | None = None, size: int = 8 << 20, **config: int) -> Iterator[Core]:
+    """A fresh core on ``path`` or in shared memory; nothing of it is left afterwards."""
+    path = path or SHM / f"daxemu-core-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    try:
+        core = Core(path, DeviceConfig(size, **config))
+        try:
+            yield core
+            if core.is_open and core.sound:
+                assert fsck(core.fs) == []
+        finally:
+            core.close(save=False)
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def core(request: pytest.FixtureRequest) -> Iterator[Core]:
+    """A core on 8 MiB; ``@pytest.mark.parametrize("core", [6 << 40], indirect=True)`` for another size."""
+    with core_at(size=getattr(request, "param", 8 << 20)) as made:
+        yield made
+
+
+def pages(text: str) -> bytes:
+    """One page for each letter, filled with it."""
+    return b"".join(letter.encode() * PAGE_SIZE for letter in text)
