@@ -1,4 +1,4 @@
-"""The core of a machine without a mount: device directory, pmem, memory failures, filesystem, and the events they emit."""
+"""The core of a machine without a mount: device, pmem, memory failures, filesystem, and their events."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHM = Path("/dev/shm")
 
 
 class Core:
-    """One device and its filesystem, as the supervisor puts them together. ``sound``: fsck must be content at the end."""
+    """One device and its filesystem, as the supervisor ties them. ``sound``: fsck must find nothing at the end."""
 
     def __init__(self, path: Path, config: DeviceConfig) -> None:
         self.path = path

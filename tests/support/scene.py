@@ -1,7 +1,7 @@
 """A mount with real processes on it: who maps what, who was told what. They are gone before the mount is.
 
-Fault-around makes up to 16 cached neighbours of a touched page present, an aligned 64 KiB: pages that must not
-be present because another one was touched are at least that far away (``FAR`` pages).
+Fault-around makes up to 16 cached neighbours of a touched page present, an aligned 64 KiB: pages that must
+not be present because another one was touched are at least that far away (``FAR`` pages).
 """
 
 from __future__ import annotations
@@ -110,11 +110,10 @@ class Scene:
     def device_offset(self, file: str, page: int) -> int:
         """Where on the device a page of a file is."""
         for extent in self.mount.json("map", self.mount.path / file)["extents"]:
-            within = page * PAGE - extent["offset"]
+            within = page * PAGE - int(extent["offset"])
             if 0 <= within < extent["length"]:
                 assert extent["device_offset"] is not None, f"page {page} of {file} is a hole"
-                start: int = extent["device_offset"]
-                return start + within
+                return int(extent["device_offset"] + within)
         raise AssertionError(f"page {page} of {file} is past its end")
 
 

@@ -135,8 +135,8 @@ class Failures:
         pid = process_of(read.tid)
         comm = _comm(pid)
         outcome = await armed.wait()
-        if isinstance(outcome, NotTaken):
-            return  # it was interrupted, or only looked ahead: it touches the page again, or never
+        if isinstance(outcome, NotTaken | Gone):
+            return  # it was interrupted, only looked ahead, or died: it touches the page again, or never
         if isinstance(outcome, Delivered) and outcome.id != outcome.serial:
             return  # a page fault asks more than once: its one signal is logged for the last request
         result, reason = _explain(outcome)
