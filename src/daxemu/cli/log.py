@@ -10,8 +10,9 @@ import click
 import msgspec
 
 from daxemu.client import Client
-from daxemu.errors import DaxemuError
+from daxemu.errors import DaxemuError, NotMounted
 from daxemu.events import Event, decode
+from daxemu.host.mountinfo import mount_of
 
 
 @click.command()
@@ -28,8 +29,7 @@ def log(where: Path, follow: bool, dmesg: bool, as_json: bool) -> None:
     Example:
       daxemu log /tmp/pmem -f --dmesg
     """
-    lines = _of_device(where) if (where / "device.toml").is_file() else _of_mount(where, follow)
-    for line in lines:
+    for line in _lines(where, follow):
         try:
             event = decode(line)
         except msgspec.MsgspecError:
@@ -46,6 +46,17 @@ def _line(event: Event, dmesg: bool) -> str | None:
         return None if text is None else f"[{event.time:.6f}] {text}"
     clock = time.strftime("%H:%M:%S", time.localtime(event.time))
     return f"{clock}.{int(event.time % 1 * 1000):03d}  {event.summary()}"
+
+
+def _lines(where: Path, follow: bool) -> Iterator[bytes]:
+    """Looked up among the mounts first, without touching the path: a mount may hang, or be EIO throughout."""
+    try:
+        mount_of(where)
+    except NotMounted:
+        if not (where / "device.toml").is_file():
+            raise
+        return _of_device(where)
+    return _of_mount(where, follow)
 
 
 def _of_device(device: Path) -> Iterator[bytes]:

@@ -55,10 +55,16 @@ class Verbs(click.Group):
         except DaxemuError as error:
             click.echo(f"daxemu: {error}", err=True)
             ctx.exit(error.exit_status)
+        except KeyboardInterrupt:
+            ctx.exit(130)
         except BrokenPipeError:
             # Whoever read our output has seen enough; the interpreter must not find out again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"daxemu: {where}{error.strerror or error}", err=True)
+            ctx.exit(1)
 
 
 @click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
