@@ -1,16 +1,20 @@
 /*
- * What pyfuse3 does not pass on: which thread asks, whether a write is the page cache's, and what to ask of the kernel at
- * the start.
+ * What pyfuse3 lacks: which thread asks, whether a write is the page cache's, the operations it has no handlers for, and what
+ * to ask of the kernel at the start.
  *
  * Loaded RTLD_GLOBAL before pyfuse3, so that pyfuse3's fuse_session_new() is this one. It wraps the init, read and
  * write handlers: the caller's thread id and the writepage flag ride in the upper bits of the file handle, which daxemu's
- * handles leave free (see host/supplement.py for the layout). Then libfuse's own fuse_session_new() does the work.
+ * handles leave free (see host/supplement.py for the layout). The other operations go to one callback, which answers the
+ * request with libfuse's own fuse_reply_*() now or later. Then libfuse's own fuse_session_new() does the work.
+ *
+ * Everything here runs in pyfuse3's thread, inside fuse_session_process_buf().
  *
  * Built against libfuse 3.10 to 3.16: from 3.17 on fuse_session_new() is a macro over a versioned function.
  */
 #define FUSE_USE_VERSION 35
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <errno.h>
 #include <fuse_lowlevel.h>
 #include <stdint.h>
 #include <string.h>
@@ -18,9 +22,81 @@
 #define TID_SHIFT 40
 #define WRITEPAGE_BIT 63
 
-const int daxemu_supplement_version = 1;
+enum { OP_FALLOCATE = 1, OP_LSEEK, OP_COPY_FILE_RANGE, OP_IOCTL };
+
+/* One request for Python. The layout is supplement.py's too: change both, and the version. */
+struct daxemu_request {
+	fuse_req_t req;
+	uint64_t op, tid;
+	uint64_t ino, fh;
+	int64_t offset, length;
+	int64_t mode; /* fallocate's mode, lseek's whence, ioctl's command, copy_file_range's flags */
+	uint64_t target_ino, target_fh;
+	int64_t target_offset;
+	const void *data;
+	uint64_t data_size, room;
+};
+
+const int daxemu_supplement_version = 2;
+
+void (*daxemu_handler)(const struct daxemu_request *request);
 
 static struct fuse_lowlevel_ops wrapped;
+
+static void hand_over(struct daxemu_request *request)
+{
+	request->tid = fuse_req_ctx(request->req)->pid;
+	if (daxemu_handler)
+		daxemu_handler(request);
+	else
+		fuse_reply_err(request->req, ENOSYS);
+}
+
+static void supplement_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t offset, off_t length,
+				 struct fuse_file_info *fi)
+{
+	struct daxemu_request request = {.req = req,	      .op = OP_FALLOCATE, .ino = ino,	.fh = fi->fh,
+					 .offset = offset, .length = length,   .mode = mode};
+
+	hand_over(&request);
+}
+
+static void supplement_lseek(fuse_req_t req, fuse_ino_t ino, off_t off, int whence, struct fuse_file_info *fi)
+{
+	struct daxemu_request request = {
+		.req = req, .op = OP_LSEEK, .ino = ino, .fh = fi->fh, .offset = off, .mode = whence};
+
+	hand_over(&request);
+}
+
+static void supplement_copy_file_range(fuse_req_t req, fuse_ino_t ino_in, off_t off_in, struct fuse_file_info *fi_in,
+				       fuse_ino_t ino_out, off_t off_out, struct fuse_file_info *fi_out, size_t len,
+				       int flags)
+{
+	struct daxemu_request request = {.req = req,
+					 .op = OP_COPY_FILE_RANGE,
+					 .ino = ino_in,
+					 .fh = fi_in->fh,
+					 .offset = off_in,
+					 .length = len > INT64_MAX ? INT64_MAX : (int64_t)len,
+					 .mode = flags,
+					 .target_ino = ino_out,
+					 .target_fh = fi_out->fh,
+					 .target_offset = off_out};
+
+	hand_over(&request);
+}
+
+static void supplement_ioctl(fuse_req_t req, fuse_ino_t ino, unsigned int cmd, void *arg, struct fuse_file_info *fi,
+			     unsigned flags, const void *in_buf, size_t in_bufsz, size_t out_bufsz)
+{
+	struct daxemu_request request = {.req = req,	 .op = OP_IOCTL,       .ino = ino,	     .fh = fi->fh,
+					 .mode = cmd, .data = in_buf, .data_size = in_bufsz, .room = out_bufsz};
+
+	(void)arg;
+	(void)flags;
+	hand_over(&request);
+}
 
 static struct fuse_file_info tagged(fuse_req_t req, const struct fuse_file_info *fi)
 {
@@ -59,6 +135,15 @@ static void supplement_write(fuse_req_t req, fuse_ino_t ino, const char *buf, si
 	wrapped.write(req, ino, buf, size, off, &copy);
 }
 
+/* libfuse prefers this one where it is there, and pyfuse3 has it. */
+static void supplement_write_buf(fuse_req_t req, fuse_ino_t ino, struct fuse_bufvec *bufv, off_t off,
+				 struct fuse_file_info *fi)
+{
+	struct fuse_file_info copy = tagged(req, fi);
+
+	wrapped.write_buf(req, ino, bufv, off, &copy);
+}
+
 struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *op, size_t op_size,
 				      void *userdata)
 {
@@ -78,5 +163,11 @@ struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_
 	ours.init = supplement_init;
 	ours.read = supplement_read;
 	ours.write = supplement_write;
+	if (wrapped.write_buf)
+		ours.write_buf = supplement_write_buf;
+	ours.fallocate = supplement_fallocate;
+	ours.lseek = supplement_lseek;
+	ours.copy_file_range = supplement_copy_file_range;
+	ours.ioctl = supplement_ioctl;
 	return libfuse_session_new(args, &ours, sizeof(ours), userdata);
 }

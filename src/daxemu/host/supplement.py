@@ -18,7 +18,7 @@ HANDLE_BITS = 40
 _HANDLE_MASK = (1 << HANDLE_BITS) - 1
 _TID_MASK = (1 << 23) - 1
 _WRITEPAGE = 1 << 63
-_VERSION = 1
+_VERSION = 2
 
 
 class Caller(NamedTuple):
