@@ -61,21 +61,23 @@ class ExtentMap:
 
     def lookup(self, start: Block, end: Block) -> list[Mapping]:
         """``[start, end)`` of the file as mapped runs and holes, in order, without gaps."""
-        found: list[Mapping] = []
+        return list(self.runs(start, end))
+
+    def runs(self, start: Block, end: Block) -> Iterator[Mapping]:
+        """As :meth:`lookup`, one by one. Precondition: nobody changes the map meanwhile."""
         at, index = start, self._index_after(start)
         while at < end:
             if index == len(self._links) or self._links[index].file_block >= end:
-                found.append(Mapping(at, end - at, None))
-                break
+                yield Mapping(at, end - at, None)
+                return
             link = self._links[index]
             if at < link.file_block:
-                found.append(Mapping(at, link.file_block - at, None))
+                yield Mapping(at, link.file_block - at, None)
                 at = link.file_block
             run_end = min(link.file_end, end)
-            found.append(Mapping(at, run_end - at, link))
+            yield Mapping(at, run_end - at, link)
             at = run_end
             index += 1
-        return found
 
     def insert(self, file_block: Block, dev_block: Block, length: int) -> None:
         """Map a hole of the file to blocks nobody else uses.

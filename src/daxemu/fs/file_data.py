@@ -227,11 +227,44 @@ class FileData:
         for run in extents.remove(start, end):
             self._allocator.free(run)
 
-    def zero_tail(self, extents: ExtentMap, size: int) -> Stored:
+    def zero_tail(self, extents: ExtentMap, size: int) -> None:
         """Make the rest of the block that holds byte ``size`` zero, so that a longer file reads zeros there.
 
         Raises MediaError if the block is poison, NoSpace if it is shared and no other is free.
         """
-        if size % PAGE_SIZE == 0 or extents.lookup(size // PAGE_SIZE, size // PAGE_SIZE + 1)[0].link is None:
-            return Stored([], [])
-        return self.store(extents, size, bytes(PAGE_SIZE - size % PAGE_SIZE), from_cache=False)
+        if size % PAGE_SIZE:
+            self._zero_in_block(extents, size, -(-size // PAGE_SIZE) * PAGE_SIZE)
+
+    def punch(self, extents: ExtentMap, start: int, end: int) -> None:
+        """Make the bytes ``[start, end)`` zero: whole blocks become a hole, the edges are overwritten.
+
+        Raises MediaError if an edge lies in a poisoned block, NoSpace as zero_tail(); whole blocks stay then.
+        """
+        whole = Range(-(-start // PAGE_SIZE), end // PAGE_SIZE)
+        if not whole and start // PAGE_SIZE == (end - 1) // PAGE_SIZE:
+            self._zero_in_block(extents, start, end)
+            return
+        self._zero_in_block(extents, start, whole.start * PAGE_SIZE)
+        self._zero_in_block(extents, whole.end * PAGE_SIZE, end)
+        self.remove(extents, *whole)
+
+    def _zero_in_block(self, extents: ExtentMap, start: int, end: int) -> None:
+        block = start // PAGE_SIZE
+        if start < end and extents.lookup(block, block + 1)[0].link is not None:
+            self.store(extents, start, bytes(end - start), from_cache=False)
+
+    def preallocate(self, extents: ExtentMap, first: Block, last: Block) -> None:
+        """Give the holes of blocks ``[first, last)`` blocks that read as zeros. Raises NoSpace, with nothing
+        changed.
+        """
+        holes = [run for run in extents.runs(first, last) if run.link is None]
+        fresh = list(reversed(self._allocator.allocate(sum(run.length for run in holes))))
+        for hole in holes:
+            block, end = hole.file_block, hole.file_block + hole.length
+            while block < end:
+                run = fresh.pop()
+                taken = run.clip(run.start, run.start + end - block)
+                if taken.end < run.end:
+                    fresh.append(Range(taken.end, run.end))
+                extents.insert(block, taken.start, taken.length)
+                block += taken.length

@@ -7,6 +7,7 @@ Shutdown (EIO).
 from __future__ import annotations
 
 import errno
+import os
 from typing import NamedTuple
 
 from daxemu.errors import DaxemuError, FsError, MediaError, Shutdown
@@ -21,7 +22,14 @@ from daxemu.fs.store import Store, metadata_map, used_blocks
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range
-from daxemu.uapi import NAME_MAX, PAGE_SIZE, Ino
+from daxemu.uapi import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+    NAME_MAX,
+    PAGE_SIZE,
+    Ino,
+)
 
 MAX_FILE_SIZE = (1 << 63) - PAGE_SIZE
 
@@ -239,10 +247,74 @@ class Filesystem:
             raise FsError(errno.EFBIG)
         if size < inode.size:
             self._ensure_room(links=2)
-            self._publish(inode, self._data.zero_tail(extents, size))
+            self._data.zero_tail(extents, size)
             self._data.remove(extents, -(-size // PAGE_SIZE), MAX_FILE_SIZE // PAGE_SIZE)
         inode.size = size
         inode.touch(modified=True)
+
+    def fallocate(self, ino: Ino, mode: int, offset: int, length: int) -> None:
+        """``fallocate(2)``: preallocate, punch a hole, or zero a range, which gives poisoned blocks back for
+        others.
+
+        Raises FsError EINVAL, EOPNOTSUPP or EFBIG, MediaError if an edge of the range lies in a poisoned
+        block, NoSpace.
+        """
+        self.check_alive()
+        inode, extents = self.names.regular(ino)
+        end = offset + length
+        if offset < 0 or length <= 0:
+            raise FsError(errno.EINVAL)
+        if end > MAX_FILE_SIZE:
+            raise FsError(errno.EFBIG)
+        what = mode & ~FALLOC_FL_KEEP_SIZE
+        if what not in (0, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE) or mode == FALLOC_FL_PUNCH_HOLE:
+            raise FsError(errno.EOPNOTSUPP)
+        first, last = offset // PAGE_SIZE, -(-end // PAGE_SIZE)
+        self._ensure_room(links=4 + len(extents.lookup(first, last)))
+        if what:
+            self._data.punch(extents, offset, end)
+        if what != FALLOC_FL_PUNCH_HOLE:
+            self._data.preallocate(extents, first, last)
+        if not mode & FALLOC_FL_KEEP_SIZE:
+            inode.size = max(inode.size, end)
+        inode.touch(modified=True)
+
+    def seek(self, ino: Ino, offset: int, whence: int) -> int:
+        """``lseek(2)`` with SEEK_DATA or SEEK_HOLE. Raises FsError ENXIO when there is none from ``offset``
+        on.
+        """
+        self.check_alive()
+        inode, extents = self.names.regular(ino)
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise FsError(errno.EINVAL)
+        if not 0 <= offset < inode.size:
+            raise FsError(errno.ENXIO)
+        for run in extents.runs(offset // PAGE_SIZE, -(-inode.size // PAGE_SIZE)):
+            if (run.link is not None) == (whence == os.SEEK_DATA):
+                return max(offset, run.file_block * PAGE_SIZE)
+        if whence == os.SEEK_DATA:
+            raise FsError(errno.ENXIO)
+        return inode.size
+
+    def copy_file_range(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
+        """``copy_file_range(2)`` as a reflink; returns the bytes copied, 0 at the end of ``src``.
+
+        Raises FsError EOPNOTSUPP for a range that cannot be shared: the kernel copies the bytes then.
+        """
+        self.check_alive()
+        source = self.names.regular(src)[0]
+        length = min(length, source.size - src_offset)
+        if length <= 0:
+            return 0
+        whole = length if src_offset + length == source.size else length & ~(PAGE_SIZE - 1)
+        try:
+            if not whole:
+                raise FsError(errno.EINVAL)
+            return self.remap_file_range(src, src_offset, dst, dst_offset, whole)
+        except FsError as error:
+            if error.errno == errno.EINVAL:
+                raise FsError(errno.EOPNOTSUPP) from error
+            raise
 
     def remap_file_range(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
         """``FICLONERANGE``: share ``src``'s blocks with ``dst``; ``length`` 0 is to the end. Returns the

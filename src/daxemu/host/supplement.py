@@ -42,18 +42,29 @@ def _find() -> Path | None:
     return None
 
 
+_library: ctypes.CDLL | None = None
+
+
+def library() -> ctypes.CDLL:
+    """The loaded supplement. Precondition: it is not MISSING."""
+    assert _library is not None
+    return _library
+
+
 def load() -> str | None:
     """Put the supplement in front of libfuse. Returns None, or why it is missing."""
+    global _library
     path = _find()
     if path is None:
         return "host/supplement.c was not built: install libfuse3-dev, pkg-config and gcc, then daxemu again"
     try:
-        library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-        version = ctypes.c_int.in_dll(library, "daxemu_supplement_version").value
+        loaded = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        version = ctypes.c_int.in_dll(loaded, "daxemu_supplement_version").value
     except (OSError, ValueError) as error:
         return f"{path.name} cannot be loaded: {error}"
     if version != _VERSION:
         return f"{path.name} is of version {version}, not {_VERSION}: install daxemu again"
+    _library = loaded
     return None
 
 

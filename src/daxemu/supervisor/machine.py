@@ -13,6 +13,7 @@ from daxemu.errors import InvalidArgument, NoDevice
 from daxemu.events import DeviceRemoved, Outcome, PoisonCleared, PoisonInjected, SettingChanged
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.namespace import ROOT_INO
+from daxemu.host.extra_operations import ExtraOperations
 from daxemu.host.mappings import Mappings
 from daxemu.host.mountinfo import printable
 from daxemu.host.operations import Operations, PoisonedRead
@@ -60,6 +61,8 @@ class Machine:
         self._tracer = tracer
         self._nursery = nursery
         self._failures = Failures(self.mm, mappings, tracer, self.log.emit, nursery)
+        if self._supplement_missing is None:
+            self._extra = ExtraOperations(self.fs, self._clone, nursery)
 
     @property
     def failures(self) -> Failures:
@@ -203,14 +206,19 @@ class Machine:
         """Share blocks between files. What the page cache has of either is written back first, as for
         FICLONE.
         """
-        self.fs.check_alive()
-        await trio.to_thread.run_sync(self.session.revoke, request.src, 0, 0)
-        shared = self.fs.remap_file_range(
-            request.src, request.src_offset, request.dst, request.dst_offset, request.length
+        return p.Shared(
+            await self._clone(
+                request.src, request.src_offset, request.dst, request.dst_offset, request.length
+            )
         )
+
+    async def _clone(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
+        self.fs.check_alive()
+        await trio.to_thread.run_sync(self.session.revoke, src, 0, 0)
+        shared = self.fs.remap_file_range(src, src_offset, dst, dst_offset, length)
         if shared:
-            await trio.to_thread.run_sync(self.session.revoke, request.dst, request.dst_offset, shared)
-        return p.Shared(shared)
+            await trio.to_thread.run_sync(self.session.revoke, dst, dst_offset, shared)
+        return shared
 
     def map(self, ino: Ino) -> p.FileMap:
         """The extents of a file, holes included. Raises InvalidArgument if it is no regular file."""

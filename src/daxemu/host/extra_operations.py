@@ -1,0 +1,175 @@
+"""The FUSE operations that pyfuse3 has no handlers for, over the filesystem's verbs: fallocate, lseek,
+copy_file_range, ioctl.
+
+They come from host/supplement.c through one callback, inside pyfuse3's own call into libfuse, so in the event
+loop's thread: what is quick is answered at once, what must wait (a clone, which writes pages back) by a task,
+later.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import struct
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from daxemu.errors import DaxemuError, FsError
+from daxemu.fs.filesystem import Filesystem
+from daxemu.host.supplement import library, unpack
+from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
+
+log = logging.getLogger(__name__)
+
+Clone = Callable[[Ino, int, Ino, int, int], Awaitable[int]]
+"""(source inode, offset, target inode, offset, length) -> bytes shared."""
+
+
+class _Request(ctypes.Structure):
+    """``struct daxemu_request`` of supplement.c."""
+
+    _fields_ = (
+        ("req", ctypes.c_void_p),
+        ("op", ctypes.c_uint64),
+        ("tid", ctypes.c_uint64),
+        ("ino", ctypes.c_uint64),
+        ("fh", ctypes.c_uint64),
+        ("offset", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("mode", ctypes.c_int64),
+        ("target_ino", ctypes.c_uint64),
+        ("target_fh", ctypes.c_uint64),
+        ("target_offset", ctypes.c_int64),
+        ("data", ctypes.c_void_p),
+        ("data_size", ctypes.c_uint64),
+        ("room", ctypes.c_uint64),
+    )
+
+
+_HANDLER = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Request))
+_FALLOCATE, _LSEEK, _COPY_FILE_RANGE, _IOCTL = 1, 2, 3, 4
+
+# Our ioctls: type 0xDA. The kernel keeps FICLONERANGE and FIEMAP to itself, so they have numbers of their
+# own.
+CLONE_RANGE = struct.Struct(
+    "=qQQQ"
+)  # as struct file_clone_range: src_fd, src_offset, src_length, dest_offset
+MAP_HEADER = struct.Struct("=QQII")  # start, length in; how many extents out; 0
+MAP_EXTENT = struct.Struct("=QQQII")  # file offset, device offset, length; links that share it; 1 if poisoned
+MAP_ROOM = 64
+DAXEMU_IOC_CLONE_RANGE = 1 << 30 | CLONE_RANGE.size << 16 | 0xDA << 8 | 13
+DAXEMU_IOC_MAP = 3 << 30 | (MAP_HEADER.size + MAP_ROOM * MAP_EXTENT.size) << 16 | 0xDA << 8 | 11
+
+
+class ExtraOperations:
+    """Answers those requests. Takes effect at construction; one at a time, as there is one session in a
+    process.
+    """
+
+    def __init__(self, fs: Filesystem, clone: Clone, nursery: trio.Nursery) -> None:
+        self._fs = fs
+        self._clone = clone
+        self._nursery = nursery
+        self._fuse = ctypes.CDLL("libfuse3.so.3")
+        self._fuse.fuse_reply_err.argtypes = (ctypes.c_void_p, ctypes.c_int)
+        self._fuse.fuse_reply_lseek.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+        self._fuse.fuse_reply_write.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+        self._fuse.fuse_reply_ioctl.argtypes = (
+            ctypes.c_void_p,
+            ctypes.c_int,
+            ctypes.c_char_p,
+            ctypes.c_size_t,
+        )
+        self._callback = _HANDLER(self._handle)  # kept: C holds no reference to it
+        self._slot = ctypes.c_void_p.in_dll(library(), "daxemu_handler")
+        self._slot.value = ctypes.cast(self._callback, ctypes.c_void_p).value
+
+    def close(self) -> None:
+        """From now on such requests get ENOSYS."""
+        self._slot.value = None
+
+    def _handle(self, pointer: ctypes._Pointer[_Request]) -> None:
+        request = pointer.contents
+        try:
+            self._dispatch(request)
+        except DaxemuError as error:
+            self._fuse.fuse_reply_err(request.req, error.errno)
+        except Exception:  # a C caller: nobody above would see it, and the request must be answered
+            log.exception("operation %d failed", request.op)
+            self._fuse.fuse_reply_err(request.req, errno.EIO)
+
+    def _dispatch(self, request: _Request) -> None:
+        ino = unpack(request.fh).handle
+        if request.op == _FALLOCATE:
+            self._fs.fallocate(ino, request.mode, request.offset, request.length)
+            self._fuse.fuse_reply_err(request.req, 0)
+        elif request.op == _LSEEK:
+            self._fuse.fuse_reply_lseek(request.req, self._fs.seek(ino, request.offset, request.mode))
+        elif request.op == _COPY_FILE_RANGE:
+            target = unpack(request.target_fh).handle
+            copied = self._fs.copy_file_range(
+                ino, request.offset, target, request.target_offset, request.length
+            )
+            self._fuse.fuse_reply_write(request.req, copied)
+        elif request.op == _IOCTL:
+            self._ioctl(request, ino)
+        else:
+            raise FsError(errno.ENOSYS)
+
+    # -- ioctl
+
+    def _ioctl(self, request: _Request, ino: Ino) -> None:
+        command = request.mode & 0xFFFFFFFF
+        data = ctypes.string_at(request.data, request.data_size) if request.data_size else b""
+        if command == DAXEMU_IOC_CLONE_RANGE and len(data) == CLONE_RANGE.size:
+            self._nursery.start_soon(self._ioctl_clone, request.req, request.tid, ino, data)
+        elif command == DAXEMU_IOC_MAP and len(data) >= MAP_HEADER.size:
+            answer = self._map(ino, data)
+            self._fuse.fuse_reply_ioctl(request.req, 0, answer, len(answer))
+        else:
+            raise FsError(errno.ENOTTY)
+
+    async def _ioctl_clone(self, req: int, tid: int, target: Ino, data: bytes) -> None:
+        fd, offset, length, target_offset = CLONE_RANGE.unpack(data)
+        try:
+            source = await trio.to_thread.run_sync(_ino_of, tid, fd)
+            await self._clone(source, offset, target, target_offset, length)
+        except DaxemuError as error:
+            self._fuse.fuse_reply_err(req, error.errno)
+        else:
+            self._fuse.fuse_reply_ioctl(req, 0, None, 0)
+
+    def _map(self, ino: Ino, data: bytes) -> bytes:
+        start, length, _, _ = MAP_HEADER.unpack_from(data)
+        extents = self._fs.extents_of(ino)
+        found: list[bytes] = []
+        for run in extents.runs(
+            start >> PAGE_SHIFT, -(-(start + length) // PAGE_SIZE) if length else 1 << 52
+        ):
+            if len(found) == MAP_ROOM:
+                break
+            if run.link is None:
+                continue
+            device, size = run.dev_block << PAGE_SHIFT, run.length << PAGE_SHIFT
+            shared = run.link.proxy.refcount if run.link.proxy is not None else 1
+            bad = self._fs.dax.is_poisoned(device, size)
+            found.append(MAP_EXTENT.pack(run.file_block << PAGE_SHIFT, device, size, shared, bad))
+        room = MAP_HEADER.size + MAP_ROOM * MAP_EXTENT.size
+        return (MAP_HEADER.pack(start, length, len(found), 0) + b"".join(found)).ljust(room, b"\0")
+
+
+def _ino_of(tid: int, fd: int) -> Ino:
+    """The inode that descriptor ``fd`` of a thread is open on. /proc says so without asking the filesystem,
+    which is us.
+    """
+    try:
+        with open(f"/proc/{tid}/fdinfo/{fd}") as lines:
+            for line in lines:
+                if line.startswith("ino:"):
+                    return int(line.split()[1])
+    except OSError as error:
+        raise FsError(errno.EBADF if error.errno == errno.ENOENT else errno.EPERM) from error
+    raise FsError(errno.EOPNOTSUPP, f"/proc/{os.getpid()}/fdinfo names no inode: that needs Linux 5.14")
