@@ -9,6 +9,7 @@ See supervisor/protocol.py for the requests and what they answer.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -62,7 +63,10 @@ class Client:
     def request(self, op: str, **arguments: Any) -> dict[str, Any]:
         """Ask, and wait for the answer. Raises what the supervisor raised, NotMounted if it went away."""
         self._send({"op": op, **arguments})
-        line = self._lines.readline()
+        try:
+            line = self._lines.readline()
+        except ConnectionError:
+            line = b""
         if not line:
             raise NotMounted(f"the supervisor of {self.mount.mountpoint} went away")
         reply = json.loads(line)
@@ -83,7 +87,6 @@ class Client:
             yield line.rstrip(b"\n")
 
     def _send(self, message: dict[str, Any]) -> None:
-        try:
+        # Where it hung up, it may have said why before: whoever reads finds that, or the end.
+        with contextlib.suppress(ConnectionError):
             self._socket.sendall(json.dumps(message).encode() + b"\n")
-        except OSError as error:
-            raise NotMounted(f"the supervisor of {self.mount.mountpoint} went away") from error

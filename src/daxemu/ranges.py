@@ -176,6 +176,16 @@ class IntervalIndex(Generic[T]):
             members = self._classes[size_class] = SortedKeyList(key=self._start)
         members.add(item)
 
+    def update(self, items: list[T]) -> None:
+        """File many at once."""
+        by_class: dict[int, list[T]] = {}
+        for item in items:
+            by_class.setdefault(self._length(item).bit_length(), []).append(item)
+        for size_class, members in by_class.items():
+            if size_class not in self._classes:
+                self._classes[size_class] = SortedKeyList(key=self._start)
+            self._classes[size_class].update(members)
+
     def discard(self, item: T) -> None:
         """Take ``item`` out. Raises ValueError if it is not in the index."""
         size_class = self._length(item).bit_length()

@@ -55,6 +55,10 @@ class Verbs(click.Group):
         except DaxemuError as error:
             click.echo(f"daxemu: {error}", err=True)
             ctx.exit(error.exit_status)
+        except click.UsageError as error:
+            where = error.ctx.command_path if error.ctx else "daxemu"
+            click.echo(f"daxemu: {error.format_message()} See: {where} --help", err=True)
+            ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             ctx.exit(130)
         except BrokenPipeError:

@@ -181,7 +181,7 @@ def set_setting(mountpoint: Path, settings: tuple[str, ...], as_json: bool) -> N
     for name, equals, _ in pairs:
         if not equals:
             raise InvalidArgument(f"{name!r}: give NAME=VALUE, such as early_kill=1")
+    wanted = {name: value for name, _, value in pairs}
     with Client.at(mountpoint) as client:
-        for name, _, value in pairs:
-            client.request("set", name=name, value=value)
-    emit({name: value for name, _, value in pairs}, as_json, "")
+        client.request("set", settings=wanted)
+    emit(wanted, as_json, "")

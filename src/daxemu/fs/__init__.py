@@ -5,7 +5,7 @@ Counterpart in Linux: fs/xfs (``xfs_rmap``, ``xfs_reflink``, ``xfs_notify_failur
 ``host/operations`` translates. Blocks are 4096 bytes; device blocks count from the first data byte of the dax
 device.
 
-Invariants (``fsck`` checks each)
+Invariants (``fsck`` checks each but the reservation)
 - One :class:`~daxemu.fs.extents.Link` is one file's claim on one run of device blocks. It is in its file's
   ``ExtentMap`` and in the ``Rmap``, or in neither: only ``ExtentMap`` changes either.
 - Links of one file do not overlap in the file. Links that overlap on the device all hold the same

@@ -4,6 +4,8 @@ for).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from daxemu.errors import NoSpace
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range, RangeSet
@@ -13,24 +15,29 @@ from daxemu.uapi import PAGE_SIZE, Block
 class Allocator:
     """The free blocks of one device, all lengths in blocks.
 
-    A block over known bad sectors stays in the free set but is passed over until they are cleared.
+    A block over known bad sectors stays in the free set but is passed over until they are cleared. A block
+    that is freed is *pending* until the metadata that no longer names it is on the device: were it used
+    before, a crash would show its new contents in its old file. ``reclaim`` is called when only pending
+    blocks are left; it commits.
     """
 
     def __init__(self, dax: DaxDevice) -> None:
         self._dax = dax
         self.total = dax.size // PAGE_SIZE
         self._free = RangeSet([(0, self.total)])
+        self._pending = RangeSet()
         self._cursor = 0
+        self.reclaim: Callable[[], None] | None = None
 
     @property
     def free_blocks(self) -> int:
-        """Blocks without an owner, bad ones included."""
-        return self._free.total
+        """Blocks without an owner, bad and pending ones included."""
+        return self._free.total + self._pending.total
 
     @property
     def usable_blocks(self) -> int:
         """Free blocks that could be handed out: what statfs says is available."""
-        return self._free.total - sum(bad.length for bad in self._bad_free())
+        return self.free_blocks - sum(bad.length for bad in self._bad_free())
 
     def _bad_free(self) -> RangeSet:
         """The free blocks that hold a bad sector."""
@@ -40,9 +47,14 @@ class Allocator:
                 bad.add(*part)
         return bad
 
+    @property
+    def fragments(self) -> int:
+        """How many runs free space is in: what an allocation can be split into at the most."""
+        return len(self._free) + len(self._pending) + len(self._dax.badblocks)
+
     def free_ranges(self) -> list[Range]:
-        """What is free, in order."""
-        return list(self._free)
+        """What has no owner, in order, pending blocks included."""
+        return list(RangeSet([*self._free, *self._pending]))
 
     def allocate(self, length: int, goal: Block | None = None) -> list[Range]:
         """``length`` blocks in as few runs as come by, the first at ``goal`` if that is free; reserved,
@@ -50,8 +62,17 @@ class Allocator:
 
         Raises NoSpace, and then nothing has changed.
         """
-        if length > self._free.total:
+        if length > self.free_blocks:
             raise NoSpace("the device is full")
+        try:
+            return self._allocate(length, goal)
+        except NoSpace:
+            if not self._pending or self.reclaim is None:
+                raise
+            self.reclaim()
+            return self._allocate(length, goal)
+
+    def _allocate(self, length: int, goal: Block | None) -> list[Range]:
         taken: list[Range] = []
         missing = length
         try:
@@ -70,7 +91,7 @@ class Allocator:
                 raise NoSpace("the device is full: what is free of it is bad")
         except BaseException:
             for run in taken:
-                self.free(run)
+                self._give_back(run)
             raise
         self._cursor = taken[-1].end if taken else self._cursor
         return taken
@@ -90,9 +111,25 @@ class Allocator:
         return None
 
     def free(self, run: Range) -> None:
-        """Give blocks back, and their memory to the host. Precondition: no link has any of them."""
+        """Give blocks back once the next commit is done. Precondition: no link has any of them."""
+        self._pending.add(*run)
+
+    def settle(self) -> None:
+        """A commit is done: what was freed before it may be used again, and its memory goes back to the
+        host.
+        """
+        for run in self._pending:
+            self._give_back(run)
+        self._pending = RangeSet()
+
+    def _give_back(self, run: Range) -> None:
         self._free.add(*run)
         self._dax.discard(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
+
+    def discard_free(self) -> None:
+        """Make everything free read as zeros: after a crash, blocks may be free that were written to."""
+        for run in self._free:
+            self._dax.discard(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
 
     def take(self, run: Range) -> None:
         """Mark blocks as in use, as a store says. Raises NoSpace if one of them is in use already."""

@@ -99,6 +99,8 @@ class ExtentMap:
 
     def remove(self, start: Block, end: Block) -> list[Range]:
         """Make ``[start, end)`` of the file a hole. Returns the device blocks that nobody uses any more."""
+        if start >= end:
+            return []
         index = self._index_after(start)
         freed: list[Range] = []
         while index < len(self._links) and self._links[index].file_block < end:
@@ -155,5 +157,4 @@ class ExtentMap:
         """
         self._links = links
         self.blocks = sum(link.length for link in links)
-        for link in links:
-            self._rmap.add(link)
+        self._rmap.adopt(links)

@@ -246,7 +246,8 @@ class FileData:
             return
         self._zero_in_block(extents, start, whole.start * PAGE_SIZE)
         self._zero_in_block(extents, whole.end * PAGE_SIZE, end)
-        self.remove(extents, *whole)
+        if whole:
+            self.remove(extents, *whole)
 
     def _zero_in_block(self, extents: ExtentMap, start: int, end: int) -> None:
         block = start // PAGE_SIZE

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
-from daxemu.errors import DaxemuError, FsError, MediaError, Shutdown
+from daxemu.errors import CorruptMetadata, DaxemuError, FsError, MediaError, NoSpace, Shutdown
 from daxemu.events import Emit, FilesystemShutdown, PoisonCleared, StoreLost
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.file_data import Buffer, FileData, Stored
+from daxemu.fs.metadata_region import MetadataRegion
 from daxemu.fs.namespace import Credentials, Inode, Namespace
 from daxemu.fs.notify_failure import NotifyFailure
 from daxemu.fs.rmap import METADATA_INO, Rmap
-from daxemu.fs.store import Store, metadata_map, used_blocks
+from daxemu.fs.store import Store
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.dax_device import DaxDevice
-from daxemu.ranges import Range
+from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -71,20 +73,28 @@ class Filesystem:
         cache).
         """
         self.shutdown_reason: str | None = None
+        self.on_shutdown: Callable[[], None] = lambda: None
+        """Told of a shutdown: the page cache must not go on answering for us."""
         self.rmap = Rmap()
         self.allocator = Allocator(dax)
-        self._store = Store(dax)
         self._data = FileData(dax, self.rmap, self.allocator)
-        metadata_map(self.rmap, self._store.region_blocks)
-        if self._store.is_formatted():
-            self.names = Namespace(self.rmap)
-            self._store.load(self.names, self.rmap)
-            for run in used_blocks(self.rmap):
-                self.allocator.take(run)
-        else:
-            self.names = Namespace.new(self.rmap, *owner)
-            self.allocator.take(Range(0, self._store.region_blocks))
-        self._ensure_room()
+        self.region = MetadataRegion(dax, self.rmap, self.allocator)
+        self.store = Store(self.region, dax.name)
+        try:
+            if self.region.is_formatted():
+                self.store.open()
+                self.names = Namespace(self.rmap)
+                self.store.load(self.names, self.rmap, self.allocator.total)
+                self._claim_blocks()
+            else:
+                self.store.format()
+                self.names = Namespace.new(self.rmap, *owner)
+            self.allocator.reclaim = self.commit
+            self.allocator.discard_free()
+            self.commit()
+        except BaseException:
+            self.store.close()
+            raise
         self._holder = NotifyFailure(dax, self.rmap, self.names, mm, emit, self.shutdown)
         dax.hold(self._holder)
 
@@ -94,11 +104,40 @@ class Filesystem:
             if self.shutdown_reason is None:
                 self.commit()
         finally:
+            self.store.close()
             self.dax.release(self._holder)
 
+    def _claim_blocks(self) -> None:
+        """Take out of free space what files have; links share blocks, so each block once."""
+        used = RangeSet()
+        for link in self.rmap:
+            if link.ino != METADATA_INO:
+                used.add(link.dev_block, link.dev_end)
+        for run in used:
+            try:
+                self.allocator.take(run)
+            except NoSpace as error:
+                raise CorruptMetadata(f"{self.dax.name}: a file has blocks of the metadata") from error
+
     def commit(self) -> None:
-        """Put the metadata on the device."""
-        self._store.save(self.names)
+        """Put what changed on the device, all of it or nothing; what was freed can be used again then.
+
+        Raises CorruptMetadata if the region cannot be used.
+        """
+        self.store.commit(self.names, self.rmap)
+        self.allocator.settle()
+
+    def fsync(self) -> None:
+        """``fsync(2)``, of a file or a directory: nothing that was done before it can be lost any more.
+
+        Raises Shutdown, also when the metadata cannot be written and the filesystem is shut down for that.
+        """
+        self.check_alive()
+        try:
+            self.commit()
+        except DaxemuError as error:
+            self.shutdown(f"Log I/O error: {error}  Shutting down filesystem.")
+            self.check_alive()
 
     def shutdown(self, reason: str) -> None:
         """``xfs_force_shutdown()``: nothing is read or written any more; what was done until now is kept."""
@@ -110,6 +149,7 @@ class Filesystem:
         except DaxemuError as error:
             self.shutdown_reason += f" (and it could not be saved: {error})"
         self.emit(FilesystemShutdown(device=self.dax.name, reason=self.shutdown_reason))
+        self.on_shutdown()
 
     def check_alive(self) -> None:
         """Raises Shutdown after a shutdown."""
@@ -120,7 +160,7 @@ class Filesystem:
         """Refuse with NoSpace what the next commit would have no room for. One inode more is always
         counted.
         """
-        self._store.ensure_room(
+        self.store.ensure_room(
             len(self.names) + 1, self.rmap.link_count + links, self.names.name_bytes + name_bytes + NAME_MAX
         )
 
@@ -150,6 +190,28 @@ class Filesystem:
         self._ensure_room()
         return self.names.link(ino, parent, name)
 
+    def setattr(
+        self,
+        ino: Ino,
+        *,
+        size: int | None = None,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        atime: int | None = None,
+        mtime: int | None = None,
+    ) -> Inode:
+        """``->setattr``: what is not None. See Namespace.setattr and set_size."""
+        self.check_alive()
+        if size is not None:
+            self.set_size(ino, size)
+        return self.names.setattr(ino, mode=mode, uid=uid, gid=gid, atime=atime, mtime=mtime)
+
+    def removexattr(self, ino: Ino, name: bytes) -> None:
+        """See Namespace.removexattr."""
+        self.check_alive()
+        self.names.removexattr(ino, name)
+
     def setxattr(self, ino: Ino, name: bytes, value: bytes, flags: int) -> None:
         """See Namespace.setxattr. Raises NoSpace when the metadata region is full."""
         self.check_alive()
@@ -176,7 +238,7 @@ class Filesystem:
     # -- lifetime
 
     def pin(self, inode: Inode, count: int = 1) -> None:
-        """Keep an inode although its last name may go: the kernel knows it, or has it open."""
+        """Keep an inode although its last name may go: the kernel knows it."""
         inode.pins += count
 
     def unpin(self, ino: Ino, count: int = 1) -> None:
@@ -185,11 +247,27 @@ class Filesystem:
         inode.pins -= count
         self._unless_unused(inode)
 
+    def open(self, inode: Inode) -> None:
+        """Keep an inode's bytes although its last name may go. Raises FsError ESTALE if they are gone
+        already.
+        """
+        if inode.nlink == 0 and inode.opens == 0:
+            raise FsError(errno.ESTALE)
+        inode.opens += 1
+
+    def release(self, ino: Ino) -> None:
+        """Undo :meth:`open`; the last one frees the blocks of an unlinked file."""
+        inode = self.names.get(ino)
+        inode.opens -= 1
+        self._unless_unused(inode)
+
     def _unless_unused(self, inode: Inode) -> Inode:
-        if inode.nlink == 0 and inode.pins <= 0:
+        # The blocks go at once; the inode stays until the kernel forgets it, which it does when it likes.
+        if inode.nlink == 0 and inode.opens == 0:
             if inode.extents is not None:
                 self._data.remove(inode.extents, 0, MAX_FILE_SIZE // PAGE_SIZE)
-            self.names.drop(inode)
+            if inode.pins <= 0:
+                self.names.drop(inode)
         return inode
 
     # -- bytes
@@ -219,10 +297,10 @@ class Filesystem:
             return 0
         if offset + len(data) > MAX_FILE_SIZE:
             raise FsError(errno.EFBIG)
-        self._ensure_room(links=2 + len(data) // PAGE_SIZE)
+        self._ensure_room(links=3 + min(len(data) // PAGE_SIZE, self.allocator.fragments))
         stored = self._data.store(extents, offset, data, from_cache=from_cache)
         inode.size = max(inode.size, offset + len(data))
-        inode.touch(modified=True)
+        self.names.touch(inode, modified=True)
         self._publish(inode, stored)
         return len(data)
 
@@ -250,7 +328,7 @@ class Filesystem:
             self._data.zero_tail(extents, size)
             self._data.remove(extents, -(-size // PAGE_SIZE), MAX_FILE_SIZE // PAGE_SIZE)
         inode.size = size
-        inode.touch(modified=True)
+        self.names.touch(inode, modified=True)
 
     def fallocate(self, ino: Ino, mode: int, offset: int, length: int) -> None:
         """``fallocate(2)``: preallocate, punch a hole, or zero a range, which gives poisoned blocks back for
@@ -270,14 +348,16 @@ class Filesystem:
         if what not in (0, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE) or mode == FALLOC_FL_PUNCH_HOLE:
             raise FsError(errno.EOPNOTSUPP)
         first, last = offset // PAGE_SIZE, -(-end // PAGE_SIZE)
-        self._ensure_room(links=4 + len(extents.lookup(first, last)))
+        runs = extents.lookup(first, last)
+        holes = sum(run.length for run in runs if run.link is None)
+        self._ensure_room(links=4 + len(runs) + min(holes, self.allocator.fragments))
         if what:
             self._data.punch(extents, offset, end)
         if what != FALLOC_FL_PUNCH_HOLE:
             self._data.preallocate(extents, first, last)
         if not mode & FALLOC_FL_KEEP_SIZE:
             inode.size = max(inode.size, end)
-        inode.touch(modified=True)
+        self.names.touch(inode, modified=True)
 
     def seek(self, ino: Ino, offset: int, whence: int) -> int:
         """``lseek(2)`` with SEEK_DATA or SEEK_HOLE. Raises FsError ENXIO when there is none from ``offset``
@@ -342,13 +422,15 @@ class Filesystem:
             raise FsError(errno.EINVAL, "the ranges overlap")
         if length == 0:
             return 0
+        if dst_offset + length > MAX_FILE_SIZE:
+            raise FsError(errno.EFBIG)
         blocks = -(-length // PAGE_SIZE)
         first, at = src_offset // PAGE_SIZE, dst_offset // PAGE_SIZE
         self._ensure_room(links=2 + len(src_extents.lookup(first, first + blocks)))
         self._data.remove(dst_extents, at, at + blocks)
         dst_extents.clone_from(src_extents, first, blocks, at)
         target.size = max(target.size, dst_offset + length)
-        target.touch(modified=True)
+        self.names.touch(target, modified=True)
         return length
 
     def extents_of(self, ino: Ino) -> ExtentMap:

@@ -7,16 +7,25 @@ from __future__ import annotations
 import stat
 from collections import Counter
 
+from daxemu.errors import DaxemuError
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.namespace import ROOT_INO, Inode
 from daxemu.fs.rmap import METADATA_INO, Link, ReflinkProxy
-from daxemu.fs.store import used_blocks
 from daxemu.ranges import RangeSet
+from daxemu.uapi import PAGE_SIZE
 
 
 def fsck(fs: Filesystem) -> list[str]:
     """Everything that is wrong, one line each; empty when the filesystem is sound."""
-    return [*_check_extents(fs), *_check_rmap(fs), *_check_free_space(fs), *_check_tree(fs)]
+    checks = (_check_extents, _check_tails, _check_rmap, _check_free_space, _check_tree, _check_store)
+    return [problem for check in checks for problem in check(fs)]
+
+
+def _check_store(fs: Filesystem) -> list[str]:
+    try:
+        return [*fs.region.damaged_pages(), *fs.store.integrity_check()]
+    except DaxemuError as error:
+        return [str(error)]
 
 
 def _check_extents(fs: Filesystem) -> list[str]:
@@ -40,6 +49,21 @@ def _check_extents(fs: Filesystem) -> list[str]:
             at = link.file_end
         if blocks != inode.extents.blocks:
             wrong.append(f"inode {inode.ino}: says {inode.extents.blocks} blocks, has {blocks}")
+    return wrong
+
+
+def _check_tails(fs: Filesystem) -> list[str]:
+    """Bytes of a file's last block beyond its size are zero."""
+    wrong = []
+    for inode in fs.names:
+        tail = inode.size % PAGE_SIZE
+        if inode.extents is None or not tail:
+            continue
+        (run,) = inode.extents.runs(inode.size // PAGE_SIZE, inode.size // PAGE_SIZE + 1)
+        if run.link is None or fs.dax.is_poisoned(run.dev_block * PAGE_SIZE, PAGE_SIZE):
+            continue
+        if any(fs.dax.direct_access(run.dev_block * PAGE_SIZE, PAGE_SIZE)[tail:]):
+            wrong.append(f"inode {inode.ino}: its last block holds something beyond its end")
     return wrong
 
 
@@ -85,7 +109,8 @@ def _check_sharing(links: list[Link]) -> list[str]:
 
 
 def _check_free_space(fs: Filesystem) -> list[str]:
-    used, free = used_blocks(fs.rmap), RangeSet(fs.allocator.free_ranges())
+    used = RangeSet((link.dev_block, link.dev_end) for link in fs.rmap)
+    free = RangeSet(fs.allocator.free_ranges())
     wrong = [f"block {r.start}-{r.end} is free and in use" for run in used for r in free.overlapping(*run)]
     if used.total + free.total != fs.allocator.total:
         wrong.append(
@@ -121,6 +146,22 @@ def _check_tree(fs: Filesystem) -> list[str]:
             expected = names[inode.ino]
         if inode.nlink != expected:
             wrong.append(f"inode {inode.ino}: link count {inode.nlink}, has {expected}")
-        if inode.nlink == 0 and inode.pins <= 0:
+        if inode.nlink == 0 and inode.pins <= 0 and inode.opens == 0:
             wrong.append(f"inode {inode.ino}: unlinked, unused, and still there")
-    return wrong
+    return wrong + _check_reachable(inodes)
+
+
+def _check_reachable(inodes: dict[int, Inode]) -> list[str]:
+    """Every directory that has a name can be reached from the root: link counts are right in a ring, too."""
+    reached: set[int] = set()
+    ahead = [ROOT_INO]
+    while ahead:
+        ino = ahead.pop()
+        if ino not in reached and (inode := inodes.get(ino)) is not None and inode.entries is not None:
+            reached.add(ino)
+            ahead += inode.entries.values()
+    return [
+        f"directory {inode.ino}: cannot be reached from the root"
+        for inode in inodes.values()
+        if inode.is_dir and inode.nlink and inode.ino not in reached
+    ]

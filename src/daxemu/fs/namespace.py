@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from daxemu.errors import FsError
+from daxemu.errors import CorruptMetadata, FsError
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.rmap import Rmap
 from daxemu.uapi import (
@@ -28,9 +28,8 @@ from daxemu.uapi import (
 
 ROOT_INO: Ino = 1
 LINK_MAX = (1 << 31) - 1
-ENTRY_COST = (
-    16  # bytes a directory entry or an extended attribute takes in the store besides its name and value
-)
+ENTRY_COST = 28
+"""Bytes a directory entry or an extended attribute takes in the store besides its name and value."""
 
 
 @dataclass(eq=False, slots=True)
@@ -39,8 +38,8 @@ class Inode:
 
     ``entries`` is a directory's, ``extents`` a regular file's, ``target`` a symlink's; the others are None.
     ``parent`` and ``name`` are one of its links: a directory's only one, for others a hint that ``path_of``
-    verifies. ``pins`` counts what keeps it alive besides its links: the kernel's lookups and open handles,
-    which are the host's to count.
+    verifies. ``pins`` and ``opens`` count what keeps it alive besides its links: the kernel's lookups, and
+    open handles, which keep its bytes as well. Both are the host's to count.
     """
 
     ino: Ino
@@ -60,16 +59,11 @@ class Inode:
     target: bytes | None = None
     xattrs: dict[bytes, bytes] = field(default_factory=dict)
     pins: int = 0
+    opens: int = 0
 
     @property
     def is_dir(self) -> bool:
         return self.entries is not None
-
-    def touch(self, *, modified: bool) -> None:
-        """Set ctime, and mtime if its contents changed."""
-        self.ctime = time.time_ns()
-        if modified:
-            self.mtime = self.ctime
 
 
 @dataclass(frozen=True)
@@ -90,6 +84,11 @@ class Namespace:
         self._rmap = rmap
         self._inodes: dict[Ino, Inode] = {}
         self._next_ino = ROOT_INO + 1
+        self.dirty_inodes: set[Ino] = set()
+        self.dirty_entries: set[tuple[Ino, bytes]] = set()
+        """What the store does not have yet: inode numbers, and (directory, name) of entries made or
+        removed.
+        """
         self.name_bytes = 0
         """Bytes of names, symlinks and extended attributes: what the store must have room for besides inodes
         and links.
@@ -102,6 +101,7 @@ class Namespace:
         root = Inode(ROOT_INO, stat.S_IFDIR | 0o755, uid, gid, nlink=2, parent=ROOT_INO, entries={})
         root.atime = root.mtime = root.ctime = time.time_ns()
         namespace._inodes[ROOT_INO] = root
+        namespace.dirty_inodes.add(ROOT_INO)
         return namespace
 
     # -- the inode table
@@ -111,6 +111,17 @@ class Namespace:
 
     def __iter__(self) -> Iterator[Inode]:
         return iter(self._inodes.values())
+
+    def find(self, ino: Ino) -> Inode | None:
+        """The inode with this number, if there is one."""
+        return self._inodes.get(ino)
+
+    def touch(self, inode: Inode, *, modified: bool) -> None:
+        """An inode changed: set its ctime, and its mtime if its contents did. The next commit writes it."""
+        inode.ctime = time.time_ns()
+        if modified:
+            inode.mtime = inode.ctime
+        self.dirty_inodes.add(inode.ino)
 
     def get(self, ino: Ino) -> Inode:
         """The inode with this number. Raises FsError ESTALE if there is none (any more)."""
@@ -138,22 +149,34 @@ class Namespace:
     def drop(self, inode: Inode) -> None:
         """Forget an inode. Preconditions: no links, no pins, no extents."""
         self.name_bytes -= self._own_bytes(inode)
+        self.dirty_inodes.add(inode.ino)
         del self._inodes[inode.ino]
 
     def adopt(self, inode: Inode) -> None:
         """Put in an inode that a store has read."""
+        if stat.S_ISDIR(inode.mode):
+            inode.entries = {}
+        elif stat.S_ISREG(inode.mode):
+            inode.extents = ExtentMap(inode.ino, self._rmap)
         self._inodes[inode.ino] = inode
         self._next_ino = max(self._next_ino, inode.ino + 1)
         self.name_bytes += self._own_bytes(inode)
-        self.name_bytes += sum(len(name) + ENTRY_COST for name in inode.entries or ())
 
-    def name_children(self) -> None:
-        """Tell every inode one of its names, once all of a store are here."""
-        for directory in self:
-            for name, child in (directory.entries or {}).items():
-                if (inode := self._inodes.get(child)) is not None:
-                    inode.parent, inode.name = directory.ino, name
-        self._inodes[ROOT_INO].parent = ROOT_INO
+    def adopt_entry(self, parent: Ino, name: bytes, ino: Ino) -> None:
+        """Put in a directory entry that a store has read. Raises FsError if there is no such directory or
+        inode.
+        """
+        child = self.get(ino)
+        self.directory(parent)[1][name] = ino
+        child.parent, child.name = parent, name
+        self.name_bytes += len(name) + ENTRY_COST
+
+    def finish_loading(self) -> None:
+        """Everything a store has is here. Raises CorruptMetadata if that is no filesystem."""
+        root = self._inodes.get(ROOT_INO)
+        if root is None or not root.is_dir:
+            raise CorruptMetadata("there is no root directory")
+        root.parent = ROOT_INO
 
     @staticmethod
     def _own_bytes(inode: Inode) -> int:
@@ -240,9 +263,11 @@ class Namespace:
 
     def _enter(self, parent: Inode, entries: dict[bytes, Ino], name: bytes, child: Inode) -> None:
         entries[name] = child.ino
+        self.dirty_entries.add((parent.ino, name))
+        self.dirty_inodes.add(child.ino)
         child.parent, child.name = parent.ino, name
         self.name_bytes += len(name) + ENTRY_COST
-        parent.touch(modified=True)
+        self.touch(parent, modified=True)
 
     def mknod(self, parent: Ino, name: bytes, mode: int, rdev: int, cred: Credentials) -> Inode:
         """A new regular file, device node, fifo or socket (``->create``, ``->mknod``)."""
@@ -288,7 +313,7 @@ class Namespace:
             raise FsError(errno.EMLINK)
         directory, entries = self._room_for(parent, name)
         inode.nlink += 1
-        inode.touch(modified=False)
+        self.touch(inode, modified=False)
         self._enter(directory, entries, name, inode)
         return inode
 
@@ -296,8 +321,9 @@ class Namespace:
 
     def _leave(self, parent: Inode, entries: dict[bytes, Ino], name: bytes) -> None:
         del entries[name]
+        self.dirty_entries.add((parent.ino, name))
         self.name_bytes -= len(name) + ENTRY_COST
-        parent.touch(modified=True)
+        self.touch(parent, modified=True)
 
     def unlink(self, parent: Ino, name: bytes) -> Inode:
         """``->unlink``. Returns the inode, which may have no links any more. Raises FsError EISDIR."""
@@ -307,7 +333,7 @@ class Namespace:
             raise FsError(errno.EISDIR)
         self._leave(directory, entries, name)
         inode.nlink -= 1
-        inode.touch(modified=False)
+        self.touch(inode, modified=False)
         return inode
 
     def rmdir(self, parent: Ino, name: bytes) -> Inode:
@@ -321,7 +347,7 @@ class Namespace:
         self._leave(directory, entries, name)
         directory.nlink -= 1
         inode.nlink = 0
-        inode.touch(modified=False)
+        self.touch(inode, modified=False)
         return inode
 
     def rename(self, old_parent: Ino, old: bytes, new_parent: Ino, new: bytes, flags: int) -> Inode | None:
@@ -358,7 +384,8 @@ class Namespace:
         if moved.is_dir and source_dir is not target_dir:
             source_dir.nlink -= 1
             target_dir.nlink += 1
-        moved.touch(modified=False)
+            self.dirty_inodes |= {source_dir.ino, target_dir.ino}
+        self.touch(moved, modified=False)
         return there
 
     @staticmethod
@@ -382,14 +409,15 @@ class Namespace:
         there: Inode,
     ) -> None:
         source_entries[old], target_entries[new] = there.ino, moved.ino
+        self.dirty_entries |= {(source_dir.ino, old), (target_dir.ino, new)}
         moved.parent, moved.name, there.parent, there.name = target_dir.ino, new, source_dir.ino, old
         for inode, before, after in ((moved, source_dir, target_dir), (there, target_dir, source_dir)):
             if inode.is_dir:
                 before.nlink -= 1
                 after.nlink += 1
-            inode.touch(modified=False)
-        source_dir.touch(modified=True)
-        target_dir.touch(modified=True)
+            self.touch(inode, modified=False)
+        self.touch(source_dir, modified=True)
+        self.touch(target_dir, modified=True)
 
     def _is_inside(self, ino: Ino, ancestor: Ino) -> bool:
         """Whether directory ``ino`` is ``ancestor`` or below it."""
@@ -399,6 +427,29 @@ class Namespace:
             if ino == ROOT_INO:
                 return False
             ino = self.get(ino).parent
+
+    # -- attributes
+
+    def setattr(
+        self,
+        ino: Ino,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        atime: int | None = None,
+        mtime: int | None = None,
+    ) -> Inode:
+        """``->setattr`` but for the size. ``mode`` is permission bits; None leaves a thing as it is."""
+        inode = self.get(ino)
+        if mode is not None:
+            inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(mode)
+        inode.uid = inode.uid if uid is None else uid
+        inode.gid = inode.gid if gid is None else gid
+        self.touch(inode, modified=False)
+        inode.atime = inode.atime if atime is None else atime
+        inode.mtime = inode.mtime if mtime is None else mtime
+        return inode
 
     # -- extended attributes
 
@@ -414,7 +465,7 @@ class Namespace:
         self.name_bytes += len(value) - len(inode.xattrs.get(name, b""))
         self.name_bytes += 0 if name in inode.xattrs else len(name) + ENTRY_COST
         inode.xattrs[name] = value
-        inode.touch(modified=False)
+        self.touch(inode, modified=False)
 
     def getxattr(self, ino: Ino, name: bytes) -> bytes:
         """``getxattr(2)``. Raises FsError ENODATA."""
@@ -429,4 +480,4 @@ class Namespace:
         if name not in inode.xattrs:
             raise FsError(errno.ENODATA)
         self.name_bytes -= len(name) + len(inode.xattrs.pop(name)) + ENTRY_COST
-        inode.touch(modified=False)
+        self.touch(inode, modified=False)

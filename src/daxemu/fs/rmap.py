@@ -20,11 +20,15 @@ METADATA_INO: Ino = 0
 
 
 class ReflinkProxy:
-    """Stands for all links of one shared device extent. ``refcount`` is how many there are."""
+    """Stands for all links of one shared device extent. ``refcount`` is how many there are.
 
-    __slots__ = ("refcount",)
+    ``number`` is its name in the store; no two of a filesystem have the same.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("number", "refcount")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.refcount = 0
 
 
@@ -77,6 +81,9 @@ class Rmap:
             lambda link: link.dev_block, lambda link: link.length
         )
         self.link_count = 0
+        self.dirty: dict[Ino, RangeSet] = {}
+        """File blocks, by file, whose links the store does not have as they are."""
+        self._next_proxy = 1
 
     def __iter__(self) -> Iterator[Link]:
         return iter(self._links)
@@ -85,6 +92,7 @@ class Rmap:
 
     def add(self, link: Link) -> None:
         """File a new link. If it has a proxy, that gains a reference."""
+        self._mark(link)
         self._links.add(link)
         self.link_count += 1
         if link.proxy is not None:
@@ -92,6 +100,7 @@ class Rmap:
 
     def discard(self, link: Link) -> None:
         """Take a link out; its proxy loses a reference."""
+        self._mark(link)
         self._links.discard(link)
         self.link_count -= 1
         if link.proxy is not None:
@@ -101,18 +110,40 @@ class Rmap:
         """Cut ``trim_front`` blocks off the front of ``link`` and make it ``length`` long; it stays the same
         link.
         """
+        self._mark(link)
         self._links.discard(link)
         link.file_block += trim_front
         link.dev_block += trim_front
         link.length = length
+        self._mark(link)
         self._links.add(link)
 
     def share(self, link: Link) -> ReflinkProxy:
         """The proxy of ``link``, made now if the extent was never shared before."""
         if link.proxy is None:
-            link.proxy = ReflinkProxy()
+            link.proxy = ReflinkProxy(self._next_proxy)
             link.proxy.refcount = 1
+            self._next_proxy += 1
+            self._mark(link)
         return link.proxy
+
+    def adopt(self, links: list[Link]) -> None:
+        """File links that a store has read, all of one file."""
+        self._links.update(links)
+        self.link_count += len(links)
+        for link in links:
+            if link.proxy is not None:
+                link.proxy.refcount += 1
+
+    def reserve_proxies(self, below: int) -> None:
+        """Give no number below ``below`` to a new proxy."""
+        self._next_proxy = max(self._next_proxy, below)
+
+    def _mark(self, link: Link) -> None:
+        ranges = self.dirty.get(link.ino)
+        if ranges is None:
+            ranges = self.dirty[link.ino] = RangeSet()
+        ranges.add(link.file_block, link.file_block + link.length)
 
     # -- questions
 

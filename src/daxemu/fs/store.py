@@ -1,293 +1,268 @@
-"""The filesystem's own records, on the device itself.
+"""The filesystem's records as tables, committed in batches (fs/metadata_region.py says where they are on the
+device).
 
-The first blocks of the device are the metadata region, owned by ``METADATA_INO`` in the reverse map like any
-other extent, so that poison there is found as metadata:
+The in-memory structures are the authority. ``Namespace.dirty_*`` and ``Rmap.dirty`` say what changed since
+the last commit; :meth:`Store.commit` writes just that, in one transaction. After a crash the tables say what
+the last commit said.
 
-    block 0            superblock          names the slot that counts, its length and checksum
-    blocks 1..n        slot A              } one snapshot of all inodes each (msgpack), written in turn:
-    blocks n+1..2n     slot B              } the one that counts is never written to
-    last block         second superblock
-
-A snapshot is written whole, at unmount and before a shutdown. Memory for both slots is reserved in the media
-ahead of need, so that what a program was told had succeeded always fits (``ensure_room``).
+An unlinked file that is still open is not in the tables: with the mount it is gone.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
 
+import apsw
 import msgspec
 
-from daxemu.errors import CorruptMetadata, DaxemuError, MediaError, NoSpace
-from daxemu.fs.extents import ExtentMap
+from daxemu.errors import CorruptMetadata, DaxemuError, MediaError
+from daxemu.fs.metadata_region import MetadataFile, MetadataRegion
+from daxemu.fs.metadata_vfs import MetadataVfs
 from daxemu.fs.namespace import Inode, Namespace
 from daxemu.fs.rmap import METADATA_INO, Link, ReflinkProxy, Rmap
-from daxemu.pmem.dax_device import DaxDevice
-from daxemu.ranges import RangeSet
 from daxemu.uapi import PAGE_SIZE, Block, Ino
 
-MAGIC = "daxemu-fs"
-VERSION = 1
-MIN_REGION_BLOCKS = (2 << 20) // PAGE_SIZE
-MAX_REGION_BLOCKS = (64 << 30) // PAGE_SIZE
-INODE_BYTES, LINK_BYTES = 160, 48  # upper bounds of what one takes in a snapshot
-RESERVE_STEP = 1 << 20
+# What one takes in a b-tree at the most, half-filled pages included.
+INODE_BYTES, LINK_BYTES, NAME_FACTOR = 280, 110, 2.5
+BASE_PAGES = 48
+CHECKPOINT_PAGES = 64
+GROWTH_PAGES = 64
 
-
-class Superblock(msgspec.Struct, array_like=True):
-    magic: str
-    version: int
-    generation: int
-    slot: int
-    length: int
-    checksum: bytes
-
-
-class StoredInode(msgspec.Struct, array_like=True):
-    """An inode as a snapshot holds it. ``links``: (file block, device block, blocks, proxy number or -1)
-    each.
-    """
-
-    ino: Ino
-    mode: int
-    uid: int
-    gid: int
-    nlink: int
-    rdev: int
-    size: int
-    atime: int
-    mtime: int
-    ctime: int
-    entries: list[tuple[bytes, Ino]] | None
-    links: list[tuple[int, int, int, int]] | None
-    target: bytes | None
-    xattrs: list[tuple[bytes, bytes]]
-
-
-class Snapshot(msgspec.Struct, array_like=True):
-    total_blocks: int
-    next_ino: Ino
-    inodes: list[StoredInode]
-
-
-def _checksum(data: bytes | memoryview) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
+SCHEMA = """
+    CREATE TABLE inode(
+        ino INTEGER PRIMARY KEY, mode INTEGER, uid INTEGER, gid INTEGER, nlink INTEGER, rdev INTEGER, size
+        INTEGER, atime INTEGER, mtime INTEGER, ctime INTEGER, target BLOB, xattrs BLOB);
+    CREATE TABLE entry(parent INTEGER, name BLOB, ino INTEGER, PRIMARY KEY(parent, name)) WITHOUT ROWID;
+    CREATE TABLE link(
+        ino INTEGER, file_block INTEGER, dev_block INTEGER, length INTEGER, proxy INTEGER,
+        PRIMARY KEY(ino, file_block)) WITHOUT ROWID;
+    CREATE TABLE counter(name TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID;
+"""
 
 
 class Store:
-    """Loads and saves the metadata of one device."""
+    """The tables of one device."""
 
-    def __init__(self, dax: DaxDevice) -> None:
-        self._dax = dax
-        total = dax.size // PAGE_SIZE
-        self.region_blocks = min(max(total // 64, MIN_REGION_BLOCKS), MAX_REGION_BLOCKS)
-        self._slot_blocks = (self.region_blocks - 2) // 2
-        self._reserved = 0
-        self._super: Superblock | None = None
+    def __init__(self, region: MetadataRegion, name: str) -> None:
+        self._region = region
+        self._name = name
+        self._vfs = MetadataVfs(region)
+        self._room = 0
+        self._db: apsw.Connection | None = None
 
-    @property
-    def capacity(self) -> int:
-        """Bytes that one snapshot can have."""
-        return self._slot_blocks * PAGE_SIZE
+    # -- opening
 
-    def _slot_offset(self, slot: int) -> int:
-        return (1 + slot * self._slot_blocks) * PAGE_SIZE
+    def format(self) -> None:
+        """Make empty tables. Raises NoSpace."""
+        self._region.format()
+        self.ensure_room(1, 0, 0)
+        self._open()
+        self._execute("PRAGMA journal_mode=MEMORY")
+        self._execute("PRAGMA journal_mode=WAL")
+        self._execute(SCHEMA)
 
-    @property
-    def _superblock_offsets(self) -> tuple[int, int]:
-        return 0, (self.region_blocks - 1) * PAGE_SIZE
+    def open(self) -> None:
+        """Open the tables that are there. Raises CorruptMetadata."""
+        self._region.load()
+        self._open()
+        self._execute("PRAGMA journal_mode=WAL")
+        self._room = self._region.size(MetadataFile.DB)
+
+    def _open(self) -> None:
+        self._db = apsw.Connection("db", vfs=self._vfs.name)
+        self._execute(
+            "PRAGMA locking_mode=EXCLUSIVE; PRAGMA synchronous=OFF; PRAGMA temp_store=MEMORY;"
+            f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}; PRAGMA cache_size=-8192"
+        )
+
+    def close(self) -> None:
+        """Close the tables; what was not committed is lost."""
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+        self._vfs.unregister()
+
+    def _connection(self) -> apsw.Connection:
+        if self._db is None:
+            raise CorruptMetadata(f"{self._name}: the metadata is not open")
+        return self._db
+
+    def _execute(self, sql: str) -> list[tuple[apsw.SQLiteValue, ...]]:
+        try:
+            return list(self._connection().execute(sql))
+        except apsw.Error as error:
+            raise self._translated(error) from error
+
+    def _translated(self, error: apsw.Error) -> DaxemuError:
+        failure, self._vfs.failure = self._vfs.failure, None
+        if isinstance(failure, MediaError) or failure is None:
+            return CorruptMetadata(
+                f"{self._name}: metadata cannot be read ({failure or error}); run: daxemu fsck"
+            )
+        return failure
+
+    # -- room
 
     def ensure_room(self, inodes: int, links: int, name_bytes: int) -> None:
-        """Make sure that a snapshot of so much fits. Raises NoSpace when the region or the host's memory is
-        too small.
+        """Make sure that tables of so much fit, and a transaction that writes all of them.
+
+        Raises NoSpace when the device or the host's memory is full; then nothing has changed.
         """
-        wanted = PAGE_SIZE + inodes * INODE_BYTES + links * LINK_BYTES + name_bytes
-        if wanted <= self._reserved:
-            return
-        if wanted > self.capacity:
-            raise NoSpace("the metadata region is full: remove files, or make the device larger")
-        wanted = min(-(-wanted // RESERVE_STEP) * RESERVE_STEP, self.capacity)
-        for slot in (0, 1):
-            self._dax.reserve(self._slot_offset(slot), wanted)
-        for offset in self._superblock_offsets:
-            self._dax.reserve(offset, PAGE_SIZE)
-        self._reserved = wanted
-
-    # -- saving
-
-    def save(self, namespace: Namespace) -> None:
-        """Write a snapshot into the slot that does not count, then make it count.
-
-        Raises NoDevice after removal, NoSpace if ensure_room() was not asked first.
-        """
-        data = msgspec.msgpack.encode(
-            Snapshot(self._dax.size // PAGE_SIZE, namespace.next_ino, list(_stored_inodes(namespace)))
+        wanted = (
+            BASE_PAGES * PAGE_SIZE + inodes * INODE_BYTES + links * LINK_BYTES + int(name_bytes * NAME_FACTOR)
         )
-        if len(data) > self.capacity:
-            raise NoSpace(f"metadata of {len(data)} bytes does not fit its slot of {self.capacity}")
-        generation = self._super.generation + 1 if self._super else 1
-        slot = 1 - self._super.slot if self._super else 0
-        self._write(self._slot_offset(slot), data)
-        superblock = Superblock(MAGIC, VERSION, generation, slot, len(data), _checksum(data))
-        # A copy that is poisoned stays so, for fsck to find, as long as the other is good.
-        good = [offset for offset in self._superblock_offsets if not self._dax.is_poisoned(offset, PAGE_SIZE)]
-        for offset in good or self._superblock_offsets:
-            self._write(offset, _seal(msgspec.msgpack.encode(superblock)))
-        self._super = superblock
+        if wanted <= self._room:
+            return
+        wanted = -(-wanted // (GROWTH_PAGES * PAGE_SIZE)) * GROWTH_PAGES * PAGE_SIZE
+        # A quarter at once, so that the number of extents stays logarithmic.
+        wanted = max(wanted, self._room + self._room // 4 // PAGE_SIZE * PAGE_SIZE)
+        self._region.grow(MetadataFile.DB, wanted)
+        self._region.grow(MetadataFile.WAL, wanted + wanted // 64 + 2 * CHECKPOINT_PAGES * PAGE_SIZE)
+        self._room = wanted
 
-    def _write(self, offset: int, data: bytes) -> None:
-        """Whole blocks are written, so poison in them is cleared."""
-        padded = data + bytes(-len(data) % PAGE_SIZE)
-        self._dax.reserve(offset, len(padded))
-        self._dax.recovery_write(offset, padded)
+    # -- committing
+
+    def commit(self, names: Namespace, rmap: Rmap) -> None:
+        """Write what changed since the last commit; all of it or nothing.
+
+        Raises CorruptMetadata if the region cannot be used any more, NoSpace if it is too small after all.
+        """
+        inodes, entries, extents = names.dirty_inodes, names.dirty_entries, rmap.dirty
+        if not (inodes or entries or extents):
+            return
+        db = self._connection()
+        try:
+            with db:
+                self._commit_inodes(db, names, inodes | (extents.keys() - {METADATA_INO}))
+                self._commit_entries(db, names, entries)
+                self._commit_links(db, names, rmap)
+                db.execute("REPLACE INTO counter VALUES('next_ino', ?)", (names.next_ino,))
+        except apsw.Error as error:
+            raise self._translated(error) from error
+        names.dirty_inodes, names.dirty_entries, rmap.dirty = set(), set(), {}
+
+    def _commit_inodes(self, db: apsw.Connection, names: Namespace, dirty: set[Ino]) -> None:
+        gone = [(ino,) for ino in dirty if (inode := names.find(ino)) is None or inode.nlink == 0]
+        db.executemany("DELETE FROM inode WHERE ino=?", gone)
+        db.executemany("DELETE FROM link WHERE ino=?", gone)
+        db.executemany(
+            "REPLACE INTO inode VALUES(?,?,?,?,?,?,?,?,?,?,?,?)",
+            (_row(inode) for ino in dirty if (inode := names.find(ino)) is not None and inode.nlink),
+        )
+
+    def _commit_entries(self, db: apsw.Connection, names: Namespace, dirty: set[tuple[Ino, bytes]]) -> None:
+        gone, there = [], []
+        for parent, name in dirty:
+            directory = names.find(parent)
+            child = (directory.entries or {}).get(name) if directory is not None else None
+            if child is None:
+                gone.append((parent, name))
+            else:
+                there.append((parent, name, child))
+        db.executemany("DELETE FROM entry WHERE parent=? AND name=?", gone)
+        db.executemany("REPLACE INTO entry VALUES(?,?,?)", there)
+
+    def _commit_links(self, db: apsw.Connection, names: Namespace, rmap: Rmap) -> None:
+        for ino, ranges in rmap.dirty.items():
+            inode = names.find(ino)
+            if ino == METADATA_INO or inode is None or inode.nlink == 0 or inode.extents is None:
+                continue
+            extents = inode.extents
+            for start, end in ranges:
+                db.execute(
+                    "DELETE FROM link WHERE ino=? AND file_block>=? AND file_block<?", (ino, start, end)
+                )
+                # A changed link has all of itself marked, as it was and as it is: no other begins in the
+                # range.
+                found = {id(run.link): run.link for run in extents.runs(start, end) if run.link is not None}
+                db.executemany(
+                    "REPLACE INTO link VALUES(?,?,?,?,?)",
+                    (_link_row(link) for link in found.values()),
+                )
 
     # -- loading
 
-    def is_formatted(self) -> bool:
-        """Whether there is a superblock; poison where it should be counts as one, so that nothing is
-        overwritten.
+    def load(self, names: Namespace, rmap: Rmap, total_blocks: Block) -> None:
+        """Fill an empty ``names`` and ``rmap``.
+
+        Raises CorruptMetadata if the tables cannot be read or make no sense; what was filled then must be
+        thrown away.
         """
-        for offset in self._superblock_offsets:
-            self._dax.reserve(offset, PAGE_SIZE)
-            if self._dax.is_poisoned(offset, PAGE_SIZE) or any(self._dax.direct_access(offset, PAGE_SIZE)):
-                return True
-        return False
-
-    def load(self, namespace: Namespace, rmap: Rmap) -> None:
-        """Fill an empty ``namespace`` and ``rmap`` from the snapshot that counts.
-
-        Raises CorruptMetadata if it cannot be read or makes no sense; what was filled then must be thrown
-        away.
-        """
-        self._super = self._read_superblock()
-        if self._super.length > self.capacity or self._super.slot not in (0, 1):
-            raise CorruptMetadata(f"{self._dax.name}: the superblock points outside the metadata region")
         try:
-            data = self._dax.direct_access(self._slot_offset(self._super.slot), self._super.length)
-        except MediaError as error:
-            raise CorruptMetadata(f"{self._dax.name}: metadata is poisoned; run: daxemu fsck") from error
-        if _checksum(data) != self._super.checksum:
-            raise CorruptMetadata(f"{self._dax.name}: metadata does not match its checksum; run: daxemu fsck")
-        try:
-            snapshot = msgspec.msgpack.decode(data, type=Snapshot)
-        except msgspec.MsgspecError as error:
-            raise CorruptMetadata(f"{self._dax.name}: metadata is malformed: {error}") from error
-        if snapshot.total_blocks != self._dax.size // PAGE_SIZE:
-            raise CorruptMetadata(f"{self._dax.name}: metadata is of a device of another size")
-        _adopt_inodes(snapshot.inodes, namespace, rmap, snapshot.total_blocks)
-        namespace.reserve_inos(snapshot.next_ino)
+            for row in self._connection().execute("SELECT * FROM inode"):
+                names.adopt(_inode(row))
+            for parent, name, ino in self._connection().execute("SELECT parent, name, ino FROM entry"):
+                names.adopt_entry(parent, name, ino)
+            links = self._connection().execute("SELECT * FROM link ORDER BY ino, file_block")
+            self._adopt_links(links, names, rmap, total_blocks)
+            for (value,) in self._connection().execute("SELECT value FROM counter WHERE name='next_ino'"):
+                names.reserve_inos(value)
+        except apsw.Error as error:
+            raise self._translated(error) from error
+        except (TypeError, ValueError, KeyError, DaxemuError, msgspec.MsgspecError) as error:
+            raise CorruptMetadata(f"{self._name}: the metadata makes no sense: {error}") from error
+        names.finish_loading()
 
-    def _read_superblock(self) -> Superblock:
-        found: list[Superblock] = []
-        why = "it is all zeros"
-        for offset in self._superblock_offsets:
-            try:
-                found.append(
-                    msgspec.msgpack.decode(
-                        _unseal(self._dax.direct_access(offset, PAGE_SIZE)), type=Superblock
-                    )
-                )
-            except (DaxemuError, msgspec.MsgspecError) as error:
-                why = str(error)
-        if not found:
-            raise CorruptMetadata(f"{self._dax.name}: neither superblock can be read ({why})")
-        newest = max(found, key=lambda superblock: superblock.generation)
-        if newest.magic != MAGIC or newest.version != VERSION:
-            raise CorruptMetadata(f"{self._dax.name}: not a filesystem of this version ({newest.version})")
-        return newest
-
-
-def _seal(data: bytes) -> bytes:
-    """One block: length, checksum, data, zeros."""
-    return (len(data).to_bytes(4, "little") + _checksum(data) + data).ljust(PAGE_SIZE, b"\0")
-
-
-def _unseal(block: memoryview) -> memoryview:
-    length = int.from_bytes(block[:4], "little")
-    data = block[20 : 20 + length]
-    if not 0 < length <= PAGE_SIZE - 20 or _checksum(data) != bytes(block[4:20]):
-        raise CorruptMetadata("a superblock does not match its checksum")
-    return data
-
-
-def _stored_inodes(namespace: Namespace) -> Iterator[StoredInode]:
-    """Every inode that has a link; an unlinked one that is still open ends with the mount."""
-    numbers: dict[ReflinkProxy, int] = {}
-    for inode in namespace:
-        if inode.nlink == 0:
-            continue
-        links = None
-        if inode.extents is not None:
-            links = [
-                (
-                    link.file_block,
-                    link.dev_block,
-                    link.length,
-                    -1 if link.proxy is None else numbers.setdefault(link.proxy, len(numbers)),
-                )
-                for link in inode.extents
-            ]
-        yield StoredInode(
-            inode.ino,
-            inode.mode,
-            inode.uid,
-            inode.gid,
-            inode.nlink,
-            inode.rdev,
-            inode.size,
-            inode.atime,
-            inode.mtime,
-            inode.ctime,
-            None if inode.entries is None else list(inode.entries.items()),
-            links,
-            inode.target,
-            list(inode.xattrs.items()),
-        )
-
-
-def _adopt_inodes(
-    stored: Iterable[StoredInode], namespace: Namespace, rmap: Rmap, total_blocks: Block
-) -> None:
-    proxies: dict[int, ReflinkProxy] = {}
-    for record in stored:
-        inode = Inode(
-            record.ino,
-            record.mode,
-            record.uid,
-            record.gid,
-            record.nlink,
-            record.rdev,
-            record.size,
-            record.atime,
-            record.mtime,
-            record.ctime,
-            entries=None if record.entries is None else dict(record.entries),
-            target=record.target,
-            xattrs=dict(record.xattrs),
-        )
-        if record.links is not None:
-            inode.extents = ExtentMap(record.ino, rmap)
+    def _adopt_links(
+        self, rows: Iterator[tuple[int, ...]], names: Namespace, rmap: Rmap, total_blocks: Block
+    ) -> None:
+        proxies: dict[int, ReflinkProxy] = {}
+        for ino, group in groupby(rows, key=itemgetter(0)):
+            extents = names.get(ino).extents
+            if extents is None:
+                raise ValueError(f"inode {ino} is no file but has blocks")
             links = []
-            for file_block, dev_block, length, number in record.links:
-                if length <= 0 or dev_block < 0 or dev_block + length > total_blocks:
-                    raise CorruptMetadata(
-                        f"inode {record.ino}: blocks {dev_block}+{length} are outside the device"
-                    )
-                proxy = None if number < 0 else proxies.setdefault(number, ReflinkProxy())
-                links.append(Link(record.ino, file_block, dev_block, length, proxy))
-            inode.extents.adopt(links)
-        namespace.adopt(inode)
-    namespace.name_children()
+            end = 0
+            for _, file_block, dev_block, length, number in group:
+                if file_block < end or length <= 0 or dev_block < 0 or dev_block + length > total_blocks:
+                    raise ValueError(f"inode {ino}: blocks {dev_block}+{length} at {file_block}")
+                end = file_block + length
+                proxy = None
+                if number is not None:
+                    proxy = proxies.get(number)
+                    if proxy is None:
+                        proxy = proxies[number] = ReflinkProxy(number)
+                links.append(Link(ino, file_block, dev_block, length, proxy))
+            extents.adopt(links)
+        rmap.reserve_proxies(max(proxies, default=0) + 1)
+
+    def integrity_check(self) -> list[str]:
+        """What SQLite says is wrong with the tables."""
+        found = [str(row[0]) for row in self._execute("PRAGMA integrity_check")]
+        return [] if found == ["ok"] else found
 
 
-def metadata_map(rmap: Rmap, blocks: int) -> ExtentMap:
-    """The extents of the metadata region, so that the reverse map knows whose its blocks are."""
-    extents = ExtentMap(METADATA_INO, rmap)
-    extents.insert(0, 0, blocks)
-    return extents
+def _link_row(link: Link) -> tuple[int | None, ...]:
+    number = link.proxy.number if link.proxy is not None else None
+    return (link.ino, link.file_block, link.dev_block, link.length, number)
 
 
-def used_blocks(rmap: Rmap) -> RangeSet:
-    """Every block with a link."""
-    return RangeSet((link.dev_block, link.dev_end) for link in rmap)
+def _row(inode: Inode) -> tuple[int | bytes | None, ...]:
+    return (
+        inode.ino,
+        inode.mode,
+        inode.uid,
+        inode.gid,
+        inode.nlink,
+        inode.rdev,
+        inode.size,
+        inode.atime,
+        inode.mtime,
+        inode.ctime,
+        inode.target,
+        msgspec.msgpack.encode(inode.xattrs) if inode.xattrs else None,
+    )
+
+
+_decode_xattrs = msgspec.msgpack.Decoder(dict[bytes, bytes]).decode
+
+
+def _inode(row: tuple[Any, ...]) -> Inode:
+    ino, mode, uid, gid, nlink, rdev, size, atime, mtime, ctime, target, xattrs = row
+    inode = Inode(ino, mode, uid, gid, nlink, rdev, size, atime, mtime, ctime, target=target)
+    if xattrs is not None:
+        inode.xattrs = _decode_xattrs(xattrs)
+    return inode

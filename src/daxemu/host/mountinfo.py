@@ -14,6 +14,7 @@ from daxemu.errors import NotMounted
 
 FS_TYPE = "fuse.daxemu"
 SOURCE_PREFIX = "daxemu:"
+_MAX_LINKS = 40  # as the kernel's MAXSYMLINKS
 
 
 class Mount(NamedTuple):
@@ -60,16 +61,27 @@ def mount_at(mountpoint: Path) -> Mount | None:
 
 
 def mount_of(path: Path) -> Mount:
-    """The mount that holds ``path``, which need not exist. Raises NotMounted."""
-    absolute = Path(os.path.abspath(path))
-    # The parent is resolved, not the path itself: a symlink in it may lead onto a mount, and touching the
-    # last component could block on one that hangs.
-    best: Mount | None = None
-    for candidate in (absolute, Path(os.path.realpath(absolute.parent)) / absolute.name):
-        for mount in mounts():
-            inside = candidate == mount.mountpoint or mount.mountpoint in candidate.parents
-            if inside and (best is None or len(mount.mountpoint.parts) >= len(best.mountpoint.parts)):
-                best = mount
-    if best is None:
-        raise NotMounted(f"{path} is not on a daxemu mount: see daxemu status, or make one with daxemu mount")
-    return best
+    """The mount that holds ``path``, which need not exist. Raises NotMounted.
+
+    Symbolic links are followed as long as they are outside of every daxemu mount; nothing on one is touched,
+    since it may hang.
+    """
+    at = Path(os.path.abspath(path))
+    for _ in range(_MAX_LINKS):
+        # The parent is resolved: a link in it may lead onto a mount.
+        for candidate in (at, Path(os.path.realpath(at.parent)) / at.name):
+            if (found := _holding(candidate)) is not None:
+                return found
+        try:
+            at = Path(os.path.abspath(at.parent / at.readlink()))
+        except OSError:
+            break  # no link, so nothing more to follow
+    raise NotMounted(f"{path} is not on a daxemu mount: see daxemu status, or make one with daxemu mount")
+
+
+def _holding(path: Path) -> Mount | None:
+    """The innermost mount whose mountpoint is ``path`` or above it; of several on one mountpoint, the
+    topmost.
+    """
+    holding = [m for m in mounts() if m.mountpoint == path or m.mountpoint in path.parents]
+    return max(reversed(holding), key=lambda mount: len(mount.mountpoint.parts), default=None)

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from daxemu.errors import DaxemuError, MediaError, Shutdown
+from daxemu.errors import DaxemuError, MediaError
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.namespace import Credentials, Inode
 from daxemu.host.supplement import unpack
@@ -133,23 +133,15 @@ class Operations(pyfuse3.Operations):
         fh: pyfuse3.FileHandleT | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        self._fs.check_alive()
-        node = self._names.get(inode)
-        if fields.update_size:
-            self._fs.set_size(inode, attr.st_size)
-        if fields.update_mode:
-            node.mode = stat.S_IFMT(node.mode) | stat.S_IMODE(attr.st_mode)
-        if fields.update_uid:
-            node.uid = attr.st_uid
-        if fields.update_gid:
-            node.gid = attr.st_gid
-        node.touch(modified=False)
-        if fields.update_atime:
-            node.atime = attr.st_atime_ns
-        if fields.update_mtime:
-            node.mtime = attr.st_mtime_ns
-        if fields.update_ctime:
-            node.ctime = attr.st_ctime_ns
+        node = self._fs.setattr(
+            inode,
+            size=attr.st_size if fields.update_size else None,
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            atime=attr.st_atime_ns if fields.update_atime else None,
+            mtime=attr.st_mtime_ns if fields.update_mtime else None,
+        )
         return self._attributes(node)
 
     @_translated
@@ -272,19 +264,14 @@ class Operations(pyfuse3.Operations):
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
         del self._listings[fh]
 
+    @_translated
     async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
-        self._check_alive()
+        self._fs.fsync()
 
     # -- files
 
-    def _check_alive(self) -> None:
-        try:
-            self._fs.check_alive()
-        except Shutdown as error:
-            raise pyfuse3.FUSEError(error.errno) from None
-
     def _opened(self, inode: Inode) -> pyfuse3.FileInfo:
-        self._fs.pin(inode)
+        self._fs.open(inode)
         self.open_files[inode.ino] += 1
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode.ino), keep_cache=True)
 
@@ -307,14 +294,15 @@ class Operations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         inode = self._fs.mknod(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), 0, self._cred(ctx))
-        return self._opened(inode), self._entry(inode)
+        entry = self._entry(inode)
+        return self._opened(inode), entry
 
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
         ino = unpack(fh).handle
         self.open_files[ino] -= 1
         if not self.open_files[ino]:
             del self.open_files[ino]
-        self._fs.unpin(ino)
+        self._fs.release(ino)
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         caller = unpack(fh)
@@ -338,8 +326,9 @@ class Operations(pyfuse3.Operations):
                 # The kernel does not know that a page written back changes the times.
                 self._forget_attributes(caller.handle)
 
+    @_translated
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
-        self._check_alive()
+        self._fs.fsync()
 
     # -- extended attributes
 
@@ -368,5 +357,4 @@ class Operations(pyfuse3.Operations):
     async def removexattr(
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
     ) -> None:
-        self._fs.check_alive()
-        self._names.removexattr(inode, name)
+        self._fs.removexattr(inode, name)

@@ -61,8 +61,16 @@ class Machine:
         self._tracer = tracer
         self._nursery = nursery
         self._failures = Failures(self.mm, mappings, tracer, self.log.emit, nursery)
+        self.fs.on_shutdown = lambda: nursery.start_soon(self._revoke_everything)
         if self._supplement_missing is None:
             self._extra = ExtraOperations(self.fs, self._clone, nursery)
+
+    async def _revoke_everything(self) -> None:
+        """After a shutdown all is EIO, what the page cache has too."""
+        incident = self.mm.removal(self.pmem.dax.base_pfn, 0)
+        incident.whole_device = True
+        assert self._mappings is not None
+        await trio.to_thread.run_sync(self._mappings.revoke, incident)
 
     @property
     def failures(self) -> Failures:
@@ -248,19 +256,22 @@ class Machine:
 
     # -- settings and state
 
-    def set(self, name: str, value: str) -> p.Done:
-        """Change a setting. Raises InvalidArgument for one there is not, or a value it cannot have."""
+    def set(self, wanted: dict[str, str]) -> p.Done:
+        """Change settings. Raises InvalidArgument for one there is not or a value it cannot have; none is
+        changed then.
+        """
         settings: dict[str, tuple[tuple[str, str], Callable[[str], None]]] = {
             "early_kill": (("0", "1"), self._set_early_kill),
             "lost_store": (("silent", "eio"), self._set_lost_store),
         }
-        if name not in settings:
-            raise InvalidArgument(f"no setting {name!r}: there are {', '.join(sorted(settings))}")
-        values, change = settings[name]
-        if value not in values:
-            raise InvalidArgument(f"{name}={value}: must be {' or '.join(values)}")
-        change(value)
-        self.log.emit(SettingChanged(name=name, value=value))
+        for name, value in wanted.items():
+            if name not in settings:
+                raise InvalidArgument(f"no setting {name!r}: there are {', '.join(sorted(settings))}")
+            if value not in settings[name][0]:
+                raise InvalidArgument(f"{name}={value}: must be {' or '.join(settings[name][0])}")
+        for name, value in wanted.items():
+            settings[name][1](value)
+            self.log.emit(SettingChanged(name=name, value=value))
         return p.Done()
 
     def _set_early_kill(self, value: str) -> None:
@@ -324,8 +335,8 @@ class Machine:
                 return await self.remove()
             case p.Status():
                 return self.status()
-            case p.Set(name=name, value=value):
-                return self.set(name, value)
+            case p.Set(settings=settings):
+                return self.set(settings)
         raise InvalidArgument(f"cannot do {type(request).__name__} here")
 
 

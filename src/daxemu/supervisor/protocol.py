@@ -67,10 +67,9 @@ class Status(Request, tag="status"):
 
 
 class Set(Request, tag="set"):
-    """Change a setting, as a sysctl would."""
+    """Change settings, as a sysctl would: all of them or none."""
 
-    name: str
-    value: str
+    settings: dict[str, str]
 
 
 class Follow(Request, tag="follow"):
