@@ -7,7 +7,7 @@ the whole block clears it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from daxemu.fs.allocator import Allocator
@@ -47,10 +47,14 @@ class FileData:
     business.
     """
 
-    def __init__(self, dax: DaxDevice, rmap: Rmap, allocator: Allocator) -> None:
+    def __init__(
+        self, dax: DaxDevice, rmap: Rmap, allocator: Allocator, ensure_links: Callable[[int], None]
+    ) -> None:
+        """``ensure_links`` raises NoSpace where the metadata has no room for so many links more."""
         self._dax = dax
         self._rmap = rmap
         self._allocator = allocator
+        self._ensure_links = ensure_links
 
     # -- reading
 
@@ -132,6 +136,9 @@ class FileData:
         wanted = sum(s.end - s.start for s in segments if s.copy)
         if not wanted:
             return []
+        # Each segment cuts a link in two at the most, and its blocks may come in pieces.
+        copies = sum(s.copy for s in segments)
+        self._ensure_links(2 * copies + min(wanted, self._allocator.fragments))
         goal = None
         if first:
             before = extents.lookup(first - 1, first)[0]
@@ -247,6 +254,7 @@ class FileData:
         self._zero_in_block(extents, start, whole.start * PAGE_SIZE)
         self._zero_in_block(extents, whole.end * PAGE_SIZE, end)
         if whole:
+            self._ensure_links(1)
             self.remove(extents, *whole)
 
     def _zero_in_block(self, extents: ExtentMap, start: int, end: int) -> None:
@@ -259,7 +267,9 @@ class FileData:
         changed.
         """
         holes = [run for run in extents.runs(first, last) if run.link is None]
-        fresh = list(reversed(self._allocator.allocate(sum(run.length for run in holes))))
+        wanted = sum(run.length for run in holes)
+        self._ensure_links(len(holes) + min(wanted, self._allocator.fragments))
+        fresh = list(reversed(self._allocator.allocate(wanted)))
         for hole in holes:
             block, end = hole.file_block, hole.file_block + hole.length
             while block < end:

@@ -17,7 +17,7 @@ from daxemu.fs.allocator import Allocator
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.file_data import Buffer, FileData, Stored
 from daxemu.fs.metadata_region import MetadataRegion
-from daxemu.fs.namespace import Credentials, Inode, Namespace
+from daxemu.fs.namespace import ENTRY_COST, Credentials, Inode, Namespace
 from daxemu.fs.notify_failure import NotifyFailure
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.fs.store import Store
@@ -77,7 +77,7 @@ class Filesystem:
         """Told of a shutdown: the page cache must not go on answering for us."""
         self.rmap = Rmap()
         self.allocator = Allocator(dax)
-        self._data = FileData(dax, self.rmap, self.allocator)
+        self._data = FileData(dax, self.rmap, self.allocator, lambda links: self._ensure_room(links=links))
         self.region = MetadataRegion(dax, self.rmap, self.allocator)
         self.store = Store(self.region, dax.name)
         try:
@@ -156,12 +156,10 @@ class Filesystem:
         if self.shutdown_reason is not None:
             raise Shutdown(f"the filesystem was shut down: {self.shutdown_reason}")
 
-    def _ensure_room(self, links: int = 0, name_bytes: int = 0) -> None:
-        """Refuse with NoSpace what the next commit would have no room for. One inode more is always
-        counted.
-        """
+    def _ensure_room(self, *, inodes: int = 0, links: int = 0, name_bytes: int = 0) -> None:
+        """Refuse with NoSpace what the next commit would have no room for."""
         self.store.ensure_room(
-            len(self.names) + 1, self.rmap.link_count + links, self.names.name_bytes + name_bytes + NAME_MAX
+            len(self.names) + inodes, self.rmap.link_count + links, self.names.name_bytes + name_bytes
         )
 
     # -- names
@@ -169,25 +167,25 @@ class Filesystem:
     def mknod(self, parent: Ino, name: bytes, mode: int, rdev: int, cred: Credentials) -> Inode:
         """See Namespace.mknod. Raises NoSpace when the metadata region is full."""
         self.check_alive()
-        self._ensure_room()
+        self._ensure_room(inodes=1, name_bytes=len(name) + ENTRY_COST)
         return self.names.mknod(parent, name, mode, rdev, cred)
 
     def mkdir(self, parent: Ino, name: bytes, mode: int, cred: Credentials) -> Inode:
         """See Namespace.mkdir. Raises NoSpace when the metadata region is full."""
         self.check_alive()
-        self._ensure_room()
+        self._ensure_room(inodes=1, name_bytes=len(name) + ENTRY_COST)
         return self.names.mkdir(parent, name, mode, cred)
 
     def symlink(self, parent: Ino, name: bytes, target: bytes, cred: Credentials) -> Inode:
         """See Namespace.symlink. Raises NoSpace when the metadata region is full."""
         self.check_alive()
-        self._ensure_room(name_bytes=len(target))
+        self._ensure_room(inodes=1, name_bytes=len(name) + len(target) + ENTRY_COST)
         return self.names.symlink(parent, name, target, cred)
 
     def link(self, ino: Ino, parent: Ino, name: bytes) -> Inode:
         """See Namespace.link. Raises NoSpace when the metadata region is full."""
         self.check_alive()
-        self._ensure_room()
+        self._ensure_room(name_bytes=len(name) + ENTRY_COST)
         return self.names.link(ino, parent, name)
 
     def setattr(
@@ -215,7 +213,7 @@ class Filesystem:
     def setxattr(self, ino: Ino, name: bytes, value: bytes, flags: int) -> None:
         """See Namespace.setxattr. Raises NoSpace when the metadata region is full."""
         self.check_alive()
-        self._ensure_room(name_bytes=len(value))
+        self._ensure_room(name_bytes=len(name) + len(value) + ENTRY_COST)
         self.names.setxattr(ino, name, value, flags)
 
     def unlink(self, parent: Ino, name: bytes) -> Inode:
@@ -231,7 +229,7 @@ class Filesystem:
     def rename(self, old_parent: Ino, old: bytes, new_parent: Ino, new: bytes, flags: int) -> Inode | None:
         """``renameat2(2)``; a file that was replaced goes as by unlink."""
         self.check_alive()
-        self._ensure_room()
+        self._ensure_room(name_bytes=max(0, len(new) - len(old)))
         replaced = self.names.rename(old_parent, old, new_parent, new, flags)
         return self._unless_unused(replaced) if replaced is not None else None
 
@@ -297,7 +295,6 @@ class Filesystem:
             return 0
         if offset + len(data) > MAX_FILE_SIZE:
             raise FsError(errno.EFBIG)
-        self._ensure_room(links=3 + min(len(data) // PAGE_SIZE, self.allocator.fragments))
         stored = self._data.store(extents, offset, data, from_cache=from_cache)
         inode.size = max(inode.size, offset + len(data))
         self.names.touch(inode, modified=True)
@@ -324,7 +321,6 @@ class Filesystem:
         if size > MAX_FILE_SIZE:
             raise FsError(errno.EFBIG)
         if size < inode.size:
-            self._ensure_room(links=2)
             self._data.zero_tail(extents, size)
             self._data.remove(extents, -(-size // PAGE_SIZE), MAX_FILE_SIZE // PAGE_SIZE)
         inode.size = size
@@ -348,9 +344,6 @@ class Filesystem:
         if what not in (0, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE) or mode == FALLOC_FL_PUNCH_HOLE:
             raise FsError(errno.EOPNOTSUPP)
         first, last = offset // PAGE_SIZE, -(-end // PAGE_SIZE)
-        runs = extents.lookup(first, last)
-        holes = sum(run.length for run in runs if run.link is None)
-        self._ensure_room(links=4 + len(runs) + min(holes, self.allocator.fragments))
         if what:
             self._data.punch(extents, offset, end)
         if what != FALLOC_FL_PUNCH_HOLE:

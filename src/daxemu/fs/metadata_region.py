@@ -2,7 +2,7 @@
 twice.
 
     first 16 blocks     superblock: where everything below is, generation, checksum
-    last 16 blocks      the same again
+    16 in the middle    the same again
     anywhere            "db" and "wal", which fs/metadata_vfs.py gives to SQLite; each has two replicas of its
     blocks
 
@@ -74,7 +74,7 @@ class MetadataRegion:
         self._blocks = [0, 0]
         self._generation = 0
         total = allocator.total
-        self._super_blocks = (Range(0, SUPER_BLOCKS), Range(total - SUPER_BLOCKS, total))
+        self._super_blocks = (Range(0, SUPER_BLOCKS), Range(total // 2, total // 2 + SUPER_BLOCKS))
         for index, blocks in enumerate(self._super_blocks):
             allocator.take(blocks)
             self._extents.insert(index * SUPER_BLOCKS, blocks.start, blocks.length)

@@ -18,7 +18,7 @@ from typing import Any
 import apsw
 import msgspec
 
-from daxemu.errors import CorruptMetadata, DaxemuError, MediaError
+from daxemu.errors import CorruptMetadata, DaxemuError, MediaError, NoSpace
 from daxemu.fs.metadata_region import MetadataFile, MetadataRegion
 from daxemu.fs.metadata_vfs import MetadataVfs
 from daxemu.fs.namespace import Inode, Namespace
@@ -111,17 +111,23 @@ class Store:
 
         Raises NoSpace when the device or the host's memory is full; then nothing has changed.
         """
-        wanted = (
-            BASE_PAGES * PAGE_SIZE + inodes * INODE_BYTES + links * LINK_BYTES + int(name_bytes * NAME_FACTOR)
-        )
-        if wanted <= self._room:
+        rows = inodes * INODE_BYTES + links * LINK_BYTES + int(name_bytes * NAME_FACTOR)
+        needed = BASE_PAGES * PAGE_SIZE + rows
+        if needed <= self._room:
             return
-        wanted = -(-wanted // (GROWTH_PAGES * PAGE_SIZE)) * GROWTH_PAGES * PAGE_SIZE
-        # A quarter at once, so that the number of extents stays logarithmic.
-        wanted = max(wanted, self._room + self._room // 4 // PAGE_SIZE * PAGE_SIZE)
-        self._region.grow(MetadataFile.DB, wanted)
-        self._region.grow(MetadataFile.WAL, wanted + wanted // 64 + 2 * CHECKPOINT_PAGES * PAGE_SIZE)
-        self._room = wanted
+        # In large steps, so that the number of extents stays logarithmic; when the device is nearly full, in
+        # small ones.
+        step = GROWTH_PAGES * PAGE_SIZE
+        generous = max(-(-needed // step) * step, self._room + self._room // 4 // PAGE_SIZE * PAGE_SIZE)
+        try:
+            self._grow(generous)
+        except NoSpace:
+            self._grow(-(-needed // PAGE_SIZE) * PAGE_SIZE)
+
+    def _grow(self, room: int) -> None:
+        self._region.grow(MetadataFile.DB, room)
+        self._region.grow(MetadataFile.WAL, room + room // 64 + 2 * CHECKPOINT_PAGES * PAGE_SIZE)
+        self._room = room
 
     # -- committing
 

@@ -161,7 +161,6 @@ class DeviceDir:
         for name in (
             "media",
             "poison",
-            "poison.new",
             "device.toml",
             "events.jsonl",
             "control.sock",

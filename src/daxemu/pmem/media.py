@@ -13,6 +13,8 @@ from daxemu.errors import MediaError, NoSpace, NotADevice
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, SECTOR_SIZE
 
+_POISON_STEP = 4096  # the file of poisoned sectors has whole pages, filled up with empty lines
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
@@ -61,7 +63,7 @@ class Media:
         """Make the files of a new, healthy media."""
         with open(directory / "media", "xb") as media:
             media.truncate(size)
-        (directory / "poison").write_text("")
+        (directory / "poison").write_bytes(b"\n" * _POISON_STEP)
 
     def close(self) -> None:
         """Unmap. Precondition: no view handed out by :meth:`view` is alive."""
@@ -133,7 +135,9 @@ class Media:
     def _load_poison(self) -> Iterator[tuple[int, int]]:
         """The file holds "first-sector count" lines, the sysfs form of badblocks."""
         try:
-            for line in self._poison_file.read_text().splitlines():
+            for line in self._poison_file.read_text().split("\n"):
+                if not line:
+                    continue
                 first, count = (int(word) for word in line.split())
                 if first < 0 or count <= 0 or (first + count) * SECTOR_SIZE > self.size:
                     raise ValueError(line)
@@ -145,9 +149,15 @@ class Media:
 
     def _save_poison(self) -> None:
         text = "".join(f"{r.start} {r.length}\n" for r in self.poison)
-        scratch = self._poison_file.with_suffix(".new")
+        # Over what is there, so that a full disk does not keep poison from being cleared.
+        data = text.encode().ljust(-(-len(text) // _POISON_STEP) * _POISON_STEP or _POISON_STEP, b"\n")
         try:
-            scratch.write_text(text)
-            scratch.replace(self._poison_file)
+            fd = os.open(self._poison_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                if os.pwrite(fd, data, 0) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.ftruncate(fd, len(data))
+            finally:
+                os.close(fd)
         except OSError as error:
             raise NoSpace(f"{self._poison_file} cannot be written: {error.strerror}") from error

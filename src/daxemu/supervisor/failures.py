@@ -56,6 +56,12 @@ class Failures:
             await self._kill_procs(to_kill)
         return self._mm.action_result(incident, len(to_kill)), len(to_kill)
 
+    async def revoke_everything(self) -> None:
+        """After a shutdown all is EIO, what the page cache has too. Comes after the failure under way."""
+        incident = Incident(0, 0, 0, 0, whole_device=True)
+        async with self._mf_mutex:
+            await trio.to_thread.run_sync(self._mappings.revoke, incident)
+
     async def _collect_and_revoke(self, incident: Incident) -> list[ToKill]:
         if not incident.mappings and not incident.whole_device:
             return []

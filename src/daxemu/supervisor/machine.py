@@ -61,16 +61,9 @@ class Machine:
         self._tracer = tracer
         self._nursery = nursery
         self._failures = Failures(self.mm, mappings, tracer, self.log.emit, nursery)
-        self.fs.on_shutdown = lambda: nursery.start_soon(self._revoke_everything)
+        self.fs.on_shutdown = lambda: nursery.start_soon(self.failures.revoke_everything)
         if self._supplement_missing is None:
             self._extra = ExtraOperations(self.fs, self._clone, nursery)
-
-    async def _revoke_everything(self) -> None:
-        """After a shutdown all is EIO, what the page cache has too."""
-        incident = self.mm.removal(self.pmem.dax.base_pfn, 0)
-        incident.whole_device = True
-        assert self._mappings is not None
-        await trio.to_thread.run_sync(self._mappings.revoke, incident)
 
     @property
     def failures(self) -> Failures:
