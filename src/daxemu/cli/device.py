@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -59,40 +60,29 @@ def mkfs(
 
 @click.command()
 @click.argument("device", type=click.Path(path_type=Path))
+@click.option("--repair", is_flag=True, help="Heal poisoned metadata pages from their other copy.")
 @json_option
-def fsck(device: Path, as_json: bool) -> None:
-    """Check the filesystem of a DEVICE that is not mounted. Changes nothing; exit status 9 if something is
-    wrong.
+def fsck(device: Path, repair: bool, as_json: bool) -> None:
+    """Check the filesystem of a DEVICE that is not mounted; exit status 9 if something is wrong.
+
+    Without --repair nothing on the device is changed.
 
     \b
     Example:
-      daxemu fsck /dev/shm/pmem0
+      daxemu fsck /dev/shm/pmem0 --repair
     """
-    from daxemu.fs.filesystem import Filesystem
-    from daxemu.fs.fsck import fsck as check
-    from daxemu.mm.memory_failure import MemoryFailures
-    from daxemu.pmem.pmem import Pmem
+    from daxemu.fs.offline import check_device
 
     with DeviceDir.open(device.absolute()) as directory:
-        pmem = Pmem(directory)
-        try:
-            fs = Filesystem(pmem.dax, MemoryFailures(lambda event: None), lambda event: None)
-            wrong = check(fs)
-            damaged = [f"{d.path}: {d.length} bytes at {d.offset:#x} are poison" for d in fs.damaged()]
-            files = len(fs.names)
-        finally:
-            del fs
-            pmem.close()
+        report = check_device(directory, repair=repair)
+    counts = f"{len(report.wrong)} problems, {len(report.damaged)} damaged ranges"
+    summary = f"{device}: {report.inodes} inodes, {counts}"
+    healed = [f"healed {report.healed} metadata pages from their other copy"] if report.healed else []
     emit(
-        {"device": str(device), "inodes": files, "wrong": wrong, "damaged": damaged},
+        {"device": str(device), **asdict(report)},
         as_json,
-        "\n".join(
-            [
-                *wrong,
-                *damaged,
-                f"{device}: {files} inodes, {len(wrong)} problems, {len(damaged)} damaged ranges",
-            ]
-        ),
+        "\n".join([*healed, *report.wrong, *report.damaged, summary]),
     )
-    if wrong:
-        raise CorruptMetadata(f"{device}: {len(wrong)} problems")
+    if report.wrong:
+        hint = "" if repair else "; try fsck --repair"
+        raise CorruptMetadata(f"{device}: {len(report.wrong)} problems{hint}")

@@ -25,6 +25,7 @@ VERBS = {
     "badblocks": "poison",
     "damaged": "poison",
     "remove": "poison",
+    "powerfail": "mount",
     "map": "files",
     "reflink": "files",
     "log": "log",

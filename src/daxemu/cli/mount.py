@@ -71,13 +71,32 @@ def umount(mountpoint: Path, force: bool, as_json: bool) -> None:
     if found is None:
         raise NotMounted(f"{mountpoint} is not a daxemu mountpoint: see daxemu status")
     try:
-        _ask_to_end(found, force)
+        _ask_to_end(found, "unmount", force=force)
     except NotMounted:
         _clear_away(found)
     emit({"mountpoint": str(mountpoint), "device": str(found.device)}, as_json, f"{mountpoint} is unmounted")
 
 
-def _ask_to_end(found: Mount, force: bool) -> None:
+@click.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@json_option
+def powerfail(mountpoint: Path, as_json: bool) -> None:
+    """Lose power: every page-cache page and every store that was not synced is gone, and so is the mount.
+
+    What fsync had promised is there at the next mount; nothing else is promised.
+
+    \b
+    Example:
+      daxemu powerfail /tmp/pmem
+    """
+    found = mount_at(Path(os.path.abspath(mountpoint)))
+    if found is None:
+        raise NotMounted(f"{mountpoint} is not a daxemu mountpoint: see daxemu status")
+    _ask_to_end(found, "powerfail")
+    emit({"mountpoint": str(mountpoint), "device": str(found.device)}, as_json, f"{mountpoint} lost power")
+
+
+def _ask_to_end(found: Mount, op: str, **arguments: bool) -> None:
     with Client(found) as client:
         pid = client.request("status")["pid"]
         try:
@@ -85,7 +104,7 @@ def _ask_to_end(found: Mount, force: bool) -> None:
         except ProcessLookupError:
             return
         try:
-            client.request("unmount", force=force)
+            client.request(op, **arguments)
             ended, _, _ = select.select([process], [], [], END_PATIENCE)
             if not ended:
                 raise Busy(f"the supervisor (pid {pid}) does not end: see {found.device}/supervisor.log")

@@ -73,6 +73,7 @@ class Filesystem:
         cache).
         """
         self.shutdown_reason: str | None = None
+        self._abandoned = False
         self.on_shutdown: Callable[[], None] = lambda: None
         """Told of a shutdown: the page cache must not go on answering for us."""
         self.rmap = Rmap()
@@ -101,11 +102,18 @@ class Filesystem:
     def close(self) -> None:
         """Save, unless shut down, and let go of the device. Raises NoSpace if the host's memory is full."""
         try:
-            if self.shutdown_reason is None:
-                self.commit()
+            self.commit()
         finally:
             self.store.close()
             self.dax.release(self._holder)
+
+    def abandon(self) -> None:
+        """A power failure: nothing more is written, not even by :meth:`close`. What was not committed is
+        lost.
+        """
+        self._abandoned = True
+        if self.shutdown_reason is None:
+            self.shutdown_reason = "the power failed"
 
     def _claim_blocks(self) -> None:
         """Take out of free space what files have; links share blocks, so each block once."""
@@ -122,8 +130,10 @@ class Filesystem:
     def commit(self) -> None:
         """Put what changed on the device, all of it or nothing; what was freed can be used again then.
 
-        Raises CorruptMetadata if the region cannot be used.
+        Does nothing after a shutdown or a power failure. Raises CorruptMetadata if the region cannot be used.
         """
+        if self.shutdown_reason is not None or self._abandoned:
+            return
         self.store.commit(self.names, self.rmap)
         self.allocator.settle()
 
@@ -143,11 +153,11 @@ class Filesystem:
         """``xfs_force_shutdown()``: nothing is read or written any more; what was done until now is kept."""
         if self.shutdown_reason is not None:
             return
-        self.shutdown_reason = reason
         try:
             self.commit()
         except DaxemuError as error:
-            self.shutdown_reason += f" (and it could not be saved: {error})"
+            reason += f" (and it could not be saved: {error})"
+        self.shutdown_reason = reason
         self.emit(FilesystemShutdown(device=self.dax.name, reason=self.shutdown_reason))
         self.on_shutdown()
 

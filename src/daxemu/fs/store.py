@@ -10,6 +10,7 @@ An unlinked file that is still open is not in the tables: with the mount it is g
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
@@ -24,6 +25,8 @@ from daxemu.fs.metadata_vfs import MetadataVfs
 from daxemu.fs.namespace import Inode, Namespace
 from daxemu.fs.rmap import METADATA_INO, Link, ReflinkProxy, Rmap
 from daxemu.uapi import PAGE_SIZE, Block, Ino
+
+log = logging.getLogger(__name__)
 
 # What one takes in a b-tree at the most, half-filled pages included.
 INODE_BYTES, LINK_BYTES, NAME_FACTOR = 280, 110, 2.5
@@ -79,9 +82,14 @@ class Store:
         )
 
     def close(self) -> None:
-        """Close the tables; what was not committed is lost."""
+        """Close the tables; what was not committed is lost. What SQLite wants to write back then may fail,
+        and need not succeed: the next mount reads it from the WAL.
+        """
         if self._db is not None:
-            self._db.close()
+            try:
+                self._db.close()
+            except apsw.Error as error:
+                log.warning("%s: closing the metadata: %s", self._name, error)
             self._db = None
         self._vfs.unregister()
 

@@ -80,6 +80,12 @@ class Follow(Request, tag="follow"):
     after: int = 0
 
 
+class PowerFail(Request, tag="powerfail"):
+    """The machine loses power: the page cache and what was not committed are gone, and with them the
+    mount.
+    """
+
+
 class Unmount(Request, tag="unmount"):
     """Unmount and end. With ``force`` although files are open."""
 
@@ -87,7 +93,19 @@ class Unmount(Request, tag="unmount"):
 
 
 AnyRequest = (
-    Inject | Clear | Scrub | GetBadblocks | Damaged | Map | Reflink | Remove | Status | Set | Follow | Unmount
+    Inject
+    | Clear
+    | Scrub
+    | GetBadblocks
+    | Damaged
+    | Map
+    | Reflink
+    | Remove
+    | Status
+    | Set
+    | Follow
+    | PowerFail
+    | Unmount
 )
 
 

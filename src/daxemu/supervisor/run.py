@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from daxemu.errors import Busy, DaxemuError
+from daxemu.errors import Busy, DaxemuError, Unsupported
 from daxemu.events import Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host import supplement
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 SYNC_PATIENCE = 10.0
 """Seconds that those who still use the mount have for their stores to be written back, before it is cut."""
+COMMIT_INTERVAL = 5.0
+"""Seconds between commits of what nobody synced (as ext4's and XFS's)."""
 ANSWER_PATIENCE = 2.0
 """Seconds that requests under way have to be answered once the mount is gone."""
 
@@ -90,6 +92,9 @@ class _Ending:
         if isinstance(request, p.Unmount):
             await self.unmount(force=request.force)
             return p.Done()
+        if isinstance(request, p.PowerFail):
+            await self.power_fail()
+            return p.Done()
         return await self._machine.answer(request)
 
     async def unmount(self, *, force: bool) -> None:
@@ -109,8 +114,19 @@ class _Ending:
                 await trio.to_thread.run_sync(session.detach, abandon_on_cancel=True)
             if not session.abort():
                 pyfuse3.terminate()
-        if self._machine.fs.shutdown_reason is None:
-            self._machine.fs.commit()
+        self._machine.fs.commit()
+
+    async def power_fail(self) -> None:
+        """Cut the connection first, so that nothing dirty is written back; then everything in memory is
+        dropped.
+
+        What is on the media stays: a write(2) was flushed there, a store through a mapping only by msync or
+        fsync.
+        """
+        self._machine.fs.abandon()
+        if not self._machine.session.abort():
+            raise Unsupported("the connection cannot be cut: /sys/fs/fuse/connections is not ours to write")
+        await trio.to_thread.run_sync(self._machine.session.detach, abandon_on_cancel=True)
 
     async def on_signal(self) -> None:
         """SIGTERM and SIGINT unmount; whoever still uses the mount loses it."""
@@ -127,6 +143,7 @@ async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
     async with trio.open_nursery() as services:
         services.start_soon(Watchdog(machine.session.mount).beat)
         services.start_soon(ending.on_signal)
+        services.start_soon(_commit_now_and_then, machine)
         async with TracerLink.open() as tracer, trio.open_nursery() as nursery:
             machine.start(mappings, tracer, nursery)
             listener = control.bind()
@@ -137,6 +154,17 @@ async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
                 await control.idle()  # whoever asked for the unmount gets an answer before the socket goes
             nursery.cancel_scope.cancel()
         services.cancel_scope.cancel()
+
+
+async def _commit_now_and_then(machine: Machine) -> None:
+    """What nobody synced is durable after a while all the same."""
+    while True:
+        await trio.sleep(COMMIT_INTERVAL)
+        if machine.fs.shutdown_reason is None:
+            try:
+                machine.fs.fsync()
+            except DaxemuError as error:
+                log.error("the periodic commit failed: %s", error)
 
 
 async def _announce(ready: Callable[[], None]) -> None:

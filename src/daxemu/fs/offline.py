@@ -1,0 +1,70 @@
+"""Checking and repairing a device that is not mounted (xfs_repair): what ``daxemu fsck`` does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from daxemu.errors import CorruptMetadata
+from daxemu.events import Event
+from daxemu.fs.allocator import Allocator
+from daxemu.fs.filesystem import Filesystem
+from daxemu.fs.fsck import fsck
+from daxemu.fs.metadata_region import MetadataRegion
+from daxemu.fs.rmap import METADATA_INO, Rmap
+from daxemu.mm.memory_failure import MemoryFailures
+from daxemu.pmem.device_dir import DeviceDir
+from daxemu.pmem.pmem import Pmem
+
+
+@dataclass
+class Report:
+    """What was found. ``wrong`` is of the filesystem, ``damaged`` of the files' data; a line each."""
+
+    inodes: int = 0
+    healed: int = 0
+    wrong: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+
+
+def check_device(directory: DeviceDir, *, repair: bool) -> Report:
+    """Check a device whose lock is held; with ``repair`` first heal what the metadata's other copy allows.
+
+    Raises NotADevice. A filesystem that cannot be read at all is a report, not an error.
+    """
+    report = Report()
+    pmem = Pmem(directory)
+    try:
+        if repair:
+            report.healed = _heal(pmem)
+        _check(pmem, report)
+    except CorruptMetadata as error:
+        report.wrong.append(str(error))
+    finally:
+        pmem.close()
+    return report
+
+
+def _heal(pmem: Pmem) -> int:
+    region = MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
+    if not region.is_formatted():
+        return 0
+    region.load()
+    return region.repair()
+
+
+def _check(pmem: Pmem, report: Report) -> None:
+    def ignore(event: Event) -> None:
+        """Nobody follows."""
+
+    fs = Filesystem(pmem.dax, MemoryFailures(ignore), ignore)
+    try:
+        report.inodes = len(fs.names)
+        report.wrong = fsck(fs)
+        report.damaged = [
+            f"{lost.path}: {lost.length} bytes at {lost.offset:#x} are poison"
+            for lost in fs.damaged()
+            if lost.ino != METADATA_INO
+        ]
+    finally:
+        fs.abandon()
+        fs.close()
