@@ -43,7 +43,8 @@ class Allocator:
         """The free blocks that hold a bad sector."""
         bad = RangeSet()
         for start, end in self._dax.badblocks.overlapping_bytes(0, self._dax.size):
-            for part in self._free.overlapping(start // PAGE_SIZE, -(-end // PAGE_SIZE)):
+            blocks = Range(start // PAGE_SIZE, -(-end // PAGE_SIZE))
+            for part in (*self._free.overlapping(*blocks), *self._pending.overlapping(*blocks)):
                 bad.add(*part)
         return bad
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from daxemu.errors import CorruptMetadata, DaxemuError, FsError, MediaError, NoSpace, Shutdown
+from daxemu.errors import Busy, CorruptMetadata, DaxemuError, FsError, MediaError, NoSpace, Shutdown
 from daxemu.events import Emit, FilesystemShutdown, PoisonCleared, StoreLost
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.extents import ExtentMap
@@ -66,6 +66,8 @@ class Filesystem:
 
         Raises CorruptMetadata if there is one that cannot be read, Busy if the device is held.
         """
+        if not dax.dax_is_idle():
+            raise Busy(f"{dax.name}: already held by a filesystem")
         self.dax = dax
         self.emit = emit
         self.lost_store_is_eio = False

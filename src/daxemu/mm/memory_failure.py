@@ -139,7 +139,7 @@ def collect_procs(
         if not task.present:
             continue
         if incident.pre_remove:
-            thread: Thread | None = task.threads[0]
+            thread = next((t for t in task.threads if not t.flags & PF_EXITING), None)
             runs: Sequence[PresentRun] = task.present[:1]
         else:
             thread = task_early_kill(task, early_kill=early_kill, force_tid=force_tid)

@@ -18,6 +18,9 @@ MIN_SIZE = 8 << 20
 MAX_SIZE = 1 << 50
 DEFAULT_BASE_PFN: Pfn = 0x100000  # 4 GiB: where a memmap=nn!4G namespace begins
 STRUCT_PAGE_SIZE = 64
+OWN_FILES = frozenset(
+    ("media", "poison", "device.toml", "events.jsonl", "control.sock", "supervisor.log", "lock")
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,18 @@ def _integer(table: dict[str, object], name: str) -> int:
     return value
 
 
+def _make_directories(path: Path, made: list[Path]) -> None:
+    """Make ``path`` and what is missing above it; ``made`` says what was, outermost first, also when it
+    fails.
+    """
+    missing = [path]
+    while not missing[-1].parent.exists():
+        missing.append(missing[-1].parent)
+    for directory in reversed(missing):
+        directory.mkdir()
+        made.append(directory)
+
+
 class DeviceDir:
     """One DEVICE directory. ``open()`` takes its lock, which the holder keeps until ``close()`` or its
     death.
@@ -88,13 +103,16 @@ class DeviceDir:
                 raise Busy(f"{path} exists already: give --force to make a new, empty device in its place")
             with cls.open(path) as old:
                 old.wipe()
+        made: list[Path] = []
         try:
-            path.mkdir(parents=True)
+            _make_directories(path, made)
             Media.create(path, config.size)
             (path / "device.toml").write_text(device._toml())
         except OSError as error:
-            if path.is_dir():
+            if path in made:
                 device.wipe()
+            for parent in reversed([parent for parent in made if parent != path]):
+                parent.rmdir()
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise NoSpace(f"{path}: no room for the device ({error.strerror})") from error
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -157,16 +175,15 @@ class DeviceDir:
         self.close()
 
     def wipe(self) -> None:
-        """Remove the device's own files and its directory; anything else in there stops it."""
-        for name in (
-            "media",
-            "poison",
-            "device.toml",
-            "events.jsonl",
-            "control.sock",
-            "supervisor.log",
-            "lock",
-        ):
+        """Remove the device's own files and its directory. Raises Busy if it holds anything else; then all
+        stays.
+        """
+        strangers = {entry.name for entry in self.path.iterdir()} - OWN_FILES
+        if strangers:
+            raise Busy(
+                f"{self.path} holds {min(strangers)}, which is no file of a device: move it away first"
+            )
+        for name in OWN_FILES:
             (self.path / name).unlink(missing_ok=True)
         self.path.rmdir()
 

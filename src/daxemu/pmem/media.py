@@ -54,9 +54,13 @@ class Media:
             raise NotADevice(
                 f"{directory}/media has {found} bytes, device.toml says {size}; refusing to use it"
             )
-        self._map = mmap.mmap(self._fd, size)
+        try:
+            self.poison = RangeSet(self._load_poison())
+            self._map = mmap.mmap(self._fd, size)
+        except BaseException:
+            os.close(self._fd)
+            raise
         self._view = memoryview(self._map)
-        self.poison = RangeSet(self._load_poison())
 
     @staticmethod
     def create(directory: Path, size: int) -> None:

@@ -23,6 +23,7 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as this object
         self._lines: deque[bytes] = deque(maxlen=KEPT)
+        self._mend = b""
         self._emitted = 0
         self._more = trio.Event()
 
@@ -33,13 +34,20 @@ class EventLog:
         event.time = time.time()
         line = encode(event)
         self._lines.append(line)
-        try:
-            self._file.write(line + b"\n")
-        except OSError as error:
-            # What happened happened: a full disk must not undo it. The file's gap shows in the numbers.
-            log.error("event %d is not in the file: %s", event.seq, error.strerror)
+        self._append(line, event.seq)
         self._more.set()
         self._more = trio.Event()
+
+    def _append(self, line: bytes, seq: int) -> None:
+        """What happened happened: a full disk must not undo it. The file's gap shows in the numbers."""
+        data = self._mend + line + b"\n"
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            log.error("event %d is not in the file: %s", seq, error.strerror)
+        else:
+            # Half a line is ended before the next one, so that it spoils no other.
+            self._mend = b"" if written == len(data) else b"\n"
 
     @property
     def emitted(self) -> int:

@@ -44,14 +44,15 @@ class Failures:
         self._tracer = tracer
         self._emit = emit
         self._nursery = nursery
-        self._mf_mutex = trio.Lock()
+        self.mf_mutex = trio.Lock()
+        """Held while mappings are looked at and taken away: nobody else may take one away meanwhile."""
 
     async def handle(self, incident: Incident) -> tuple[Outcome, int]:
         """See an incident through. Returns its outcome and how many threads were told."""
         # Once begun it ends, whoever asked for it: half a failure would leave poison that somebody can still
         # read.
         with trio.CancelScope(shield=True):
-            async with self._mf_mutex:
+            async with self.mf_mutex:
                 to_kill = await self._collect_and_revoke(incident)
             await self._kill_procs(to_kill)
         return self._mm.action_result(incident, len(to_kill)), len(to_kill)
@@ -59,7 +60,7 @@ class Failures:
     async def revoke_everything(self) -> None:
         """After a shutdown all is EIO, what the page cache has too. Comes after the failure under way."""
         incident = Incident(0, 0, 0, 0, whole_device=True)
-        async with self._mf_mutex:
+        async with self.mf_mutex:
             await trio.to_thread.run_sync(self._mappings.revoke, incident)
 
     async def _collect_and_revoke(self, incident: Incident) -> list[ToKill]:

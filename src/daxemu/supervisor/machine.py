@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Literal
 
 import msgspec
@@ -218,8 +219,18 @@ class Machine:
         await trio.to_thread.run_sync(self.session.revoke, src, 0, 0)
         shared = self.fs.remap_file_range(src, src_offset, dst, dst_offset, length)
         if shared:
-            await trio.to_thread.run_sync(self.session.revoke, dst, dst_offset, shared)
+            # A revoke while the kernel asks for the new size would make it drop the answer, and a page fault
+            # never asks again: so the size is brought to the kernel under the mutex.
+            async with self.failures.mf_mutex:
+                await trio.to_thread.run_sync(self.session.revoke, dst, dst_offset, shared)
+                await trio.to_thread.run_sync(self._stat, self.fs.names.path_bytes(dst))
         return shared
+
+    def _stat(self, path: bytes | None) -> None:
+        """Have the kernel ask for a file's attributes. From a worker thread only."""
+        if path is not None:
+            with suppress(OSError):
+                os.stat(os.fsencode(self.session.mount.mountpoint) + path, follow_symlinks=False)
 
     def map(self, ino: Ino) -> p.FileMap:
         """The extents of a file, holes included. Raises InvalidArgument if it is no regular file."""
