@@ -8,18 +8,31 @@ import pytest
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 from daxemu.errors import MediaError
-from daxemu.fs.fsck import fsck
-from daxemu.fs.rmap import ReflinkProxy
+from daxemu.fs import fsck
+from daxemu.fs.namespace import Namespace
+from daxemu.fs.rmap import ReflinkProxy, Rmap
 from daxemu.uapi import PAGE_SIZE, SECTORS_PER_PAGE
 from tests.fs.model import Model, Page
 from tests.support.core import Core
 
+IN_MEMORY = (
+    fsck._check_extents,
+    fsck._check_tails,
+    fsck._check_rmap,
+    fsck._check_free_space,
+    fsck._check_tree,
+)
+
 
 class Invariants(RuleBasedStateMachine):
-    """``proxies``: where each page of the model was after the step before, and its proxy."""
+    """``proxies``: where each page of the model was after the step before, and its proxy. ``committed``: what
+    a mount after a crash would find; ``begun``: what it would if the filesystem committed now.
+    """
 
     core: Core
     model: Model
+    committed: Model
+    begun: Model
     proxies: dict[Page, tuple[int, ReflinkProxy | None]]
 
     def block_of(self, ino: int, index: int) -> int:
@@ -42,7 +55,8 @@ class Invariants(RuleBasedStateMachine):
 
     @invariant()
     def fsck_finds_nothing(self) -> None:
-        assert fsck(self.core.fs) == []
+        """All but the look at the tables and every page of them, which comes with each mount."""
+        assert [problem for check in IN_MEMORY for problem in check(self.core.fs)] == []
 
     @invariant()
     def contents_are_the_models(self) -> None:
@@ -95,16 +109,62 @@ class Invariants(RuleBasedStateMachine):
             }
             assert owners == {use for use in expected if low <= use[2] < high}
 
+    def metadata_blocks(self) -> set[int]:
+        region = self.core.fs.region
+        return {block for link in region._extents for block in range(link.dev_block, link.dev_end)}
+
     @invariant()
     def free_space_is_the_rest(self) -> None:
         fs = self.core.fs
-        used = {block for block, _ in self.placed().values()} | set(range(512))
+        used = {block for block, _ in self.placed().values()} | self.metadata_blocks()
         free = {block for run in fs.allocator.free_ranges() for block in range(*run)}
         bad = {sector // SECTORS_PER_PAGE for run in self.core.pmem.badblocks for sector in range(*run)}
         assert used.isdisjoint(free)
         assert len(used) + len(free) == fs.allocator.total == 2048
+        assert len(self.metadata_blocks()) == sum(o.length for o in fs.rmap.owners(0, 2048) if o.ino == 0)
         assert fs.statfs().free == len(free)
         assert fs.statfs().available == len(free - bad)
+
+    # -- what a crash leaves
+
+    def begin(self) -> None:
+        """A verb begins. A commit in its midst, which makes room, comes before it changes any table."""
+        self.begun = self.model.after_crash()
+
+    def watch_commits(self) -> None:
+        """See every commit, whoever asks for it."""
+        commit = self.core.fs.store.commit
+
+        def watched(names: Namespace, rmap: Rmap) -> None:
+            commit(names, rmap)
+            self.committed = self.begun
+
+        self.core.fs.store.commit = watched  # type: ignore[method-assign]
+        self.begin()
+
+    def mount_again(self, *, save: bool) -> None:
+        """Unmount or crash, and mount: what was committed is there, shared as it was then."""
+        before, eio = self.sharing(), self.core.fs.lost_store_is_eio
+        self.core.close(save=save)
+        self.core.open()
+        self.core.fs.lost_store_is_eio = eio
+        if save:
+            self.committed = self.model.after_crash()
+        self.model = self.committed.after_crash()
+        self.proxies = {}
+        assert {name: f.ino for name, f in self.model.names.items()} == self.core.fs.names.directory(1)[1]
+        if save:
+            linked = self.model.counts().keys()
+            groups = {page: group & linked for page, group in before.items() if page in linked}
+            assert {page: len(group) for page, group in groups.items()} == {
+                page: len(group) for page, group in self.sharing().items()
+            }
+        self.watch_commits()
+        assert fsck.fsck(self.core.fs) == []
+
+    @invariant()
+    def step_is_done(self) -> None:
+        self.begin()
 
     def sharing(self) -> dict[Page, set[Page]]:
         """For each block with a proxy the blocks that the same proxy stands for."""

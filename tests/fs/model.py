@@ -18,12 +18,12 @@ class Page:
 
 @dataclass(eq=False)
 class File:
-    """``pages`` holds no holes; a file lives as long as it has names or pins."""
+    """``pages`` holds no holes; a file lives as long as it has names or is open."""
 
     ino: Ino
     size: int = 0
     pages: dict[int, Page] = field(default_factory=dict)
-    pins: int = 0
+    opens: int = 0
 
 
 class Model:
@@ -46,9 +46,12 @@ class Model:
         """The same for every block."""
         return Counter(page for file in self.files for page in file.pages.values())
 
-    def drop_unused(self) -> None:
-        """What is unlinked and unpinned goes."""
-        self.open_files = [file for file in self.open_files if file.pins]
+    def after_crash(self) -> Model:
+        """What a mount will find: names, sizes and places as they are now, bytes as they are by then."""
+        then = Model()
+        copies = {file: File(file.ino, file.size, dict(file.pages)) for file in self.names.values()}
+        then.names = {name: copies[file] for name, file in self.names.items()}
+        return then
 
     # -- writing
 
@@ -62,7 +65,9 @@ class Model:
         edges = [edge // PAGE_SIZE for edge in (offset, offset + length) if edge % PAGE_SIZE]
         return any(i in file.pages and file.pages[i].bad for i in edges)
 
-    def write(self, file: File, offset: int, data: bytes, *, from_cache: bool = False) -> list[int]:
+    def write(
+        self, file: File, offset: int, data: bytes, *, from_cache: bool = False, grow: bool = True
+    ) -> list[int]:
         """Store; returns the page indexes whose store was lost to poison."""
         lost = []
         counts = self.counts()  # as it was before: all blocks of one store are treated alike
@@ -78,15 +83,32 @@ class Model:
                 continue
             page.bad.clear()
             page.data[low - index * PAGE_SIZE : high - index * PAGE_SIZE] = data[low - offset : high - offset]
-        file.size = max(file.size, offset + len(data))
+        if grow:
+            file.size = max(file.size, offset + len(data))
         return lost
 
     def truncate(self, file: File, size: int) -> None:
         """The end moves; what is cut off is gone, and reads as zeros if the file grows again."""
         if size < file.size and size % PAGE_SIZE and size // PAGE_SIZE in file.pages:
-            self.write(file, size, bytes(PAGE_SIZE - size % PAGE_SIZE))
-        file.pages = {i: page for i, page in file.pages.items() if i * PAGE_SIZE < size}
+            self.write(file, size, bytes(PAGE_SIZE - size % PAGE_SIZE), grow=False)
+        if size < file.size:
+            file.pages = {i: page for i, page in file.pages.items() if i * PAGE_SIZE < size}
         file.size = size
+
+    def preallocate(self, file: File, first: int, last: int) -> None:
+        """Holes become blocks of zeros."""
+        for i in range(first, last):
+            file.pages.setdefault(i, Page())
+
+    def punch(self, file: File, offset: int, length: int) -> None:
+        """Zeros: edges are written, whole blocks go."""
+        end = offset + length
+        for i in _indexes(offset, length):
+            low, high = max(offset, i * PAGE_SIZE), min(end, (i + 1) * PAGE_SIZE)
+            if i in file.pages and high - low < PAGE_SIZE:
+                self.write(file, low, bytes(high - low), grow=False)
+            else:
+                file.pages.pop(i, None)
 
     # -- sharing
 
@@ -149,8 +171,8 @@ class Model:
 
     @staticmethod
     def bad_pages(file: File) -> list[int]:
-        """Indexes of the pages that cannot be read, in order."""
-        return sorted(i for i, page in file.pages.items() if page.bad)
+        """Indexes of the pages that cannot be read, in order; what lies beyond the end is never read."""
+        return sorted(i for i, page in file.pages.items() if page.bad and i * PAGE_SIZE < file.size)
 
 
 def _indexes(offset: int, length: int) -> range:

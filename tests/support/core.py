@@ -27,7 +27,7 @@ SHM = Path("/dev/shm")
 
 
 class Core:
-    """One device and its filesystem, as the supervisor ties them. ``sound``: fsck must find nothing at the end."""
+    """One device and its filesystem, tied together. ``sound``: fsck must find nothing in the end."""
 
     def __init__(self, path: Path, config: DeviceConfig) -> None:
         self.path = path
@@ -54,6 +54,8 @@ class Core:
         try:
             if save:
                 self.fs.close()
+            else:
+                self.fs.store.close()
         finally:
             self.drop_pmem()
 
@@ -68,6 +70,12 @@ class Core:
         """Unmount and mount again."""
         self.close()
         self.open()
+
+    def without_filesystem(self) -> None:
+        """Let go of the device, for a test of what is below."""
+        self.sound = False
+        self.fs.close()
+        self.fs.shutdown_reason = "not in this test"
 
     # -- short cuts
 

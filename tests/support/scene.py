@@ -6,10 +6,12 @@ not be present because another one was touched are at least that far away (``FAR
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 from tests.support.actor import Actor, Signal
@@ -135,6 +137,17 @@ def refused(actor: Actor, command: str) -> str | None:
     result = actor.cmd(command)
     assert result.ret == -1, f"{command}: {result}"
     return result.errno
+
+
+def append_until_full(file: Path, byte: bytes) -> None:
+    """Append page after page of this byte, until there is no space for one more."""
+    with file.open("ab", buffering=0) as growing:
+        try:
+            while True:
+                growing.write(byte * PAGE)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
 
 
 def present(actor: Actor, mapping: int, page: int) -> bool:

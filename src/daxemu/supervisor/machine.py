@@ -230,7 +230,7 @@ class Machine:
         """Have the kernel ask for a file's attributes. From a worker thread only."""
         if path is not None:
             with suppress(OSError):
-                os.stat(os.fsencode(self.session.mount.mountpoint) + path, follow_symlinks=False)
+                os.lstat(os.fsencode(self.session.mount.mountpoint) + path)
 
     def map(self, ino: Ino) -> p.FileMap:
         """The extents of a file, holes included. Raises InvalidArgument if it is no regular file."""
