@@ -37,6 +37,8 @@ class Size(click.ParamType[int]):
                 f"{value!r} is not a size: give bytes, or a number with K, M, G or T, such as 4K", param, ctx
             )
         sign, number, unit = match.groups()
+        if len(number) > 20:
+            self.fail(f"{number[:20]}... is more bytes than any device has", param, ctx)
         size = float(number) if "." in number else int(number, 0) if "x" in number.lower() else int(number)
         result = size * _UNITS[unit.upper()]
         if result != int(result):

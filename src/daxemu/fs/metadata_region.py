@@ -16,6 +16,7 @@ equally long.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from enum import IntEnum
 
 import msgspec
@@ -70,6 +71,7 @@ class MetadataRegion:
         """Claims the superblocks' own blocks; then either :meth:`format` or :meth:`load`."""
         self._dax = dax
         self._allocator = allocator
+        self._rmap = rmap
         self._extents = ExtentMap(METADATA_INO, rmap)
         self._blocks = [0, 0]
         self._generation = 0
@@ -101,23 +103,31 @@ class MetadataRegion:
         newest = self._read_superblock()
         self._generation = newest.generation
         for file_block, dev_block, length in newest.runs:
-            run = Range(dev_block, dev_block + length)
-            if length <= 0 or dev_block < 0 or run.end > self._allocator.total:
-                raise CorruptMetadata(f"{self._dax.name}: the superblock names blocks outside the device")
-            try:
-                self._allocator.take(run)
-            except NoSpace as error:
-                raise CorruptMetadata(f"{self._dax.name}: the superblock names blocks twice") from error
-            self._dax.reserve(dev_block * PAGE_SIZE, length * PAGE_SIZE)
-            self._extents.insert(file_block, dev_block, length)
+            self._claim(file_block, Range(dev_block, dev_block + length))
         for file in MetadataFile:
-            sizes = {self._mapped(_base(file, replica)) for replica in range(REPLICAS)}
+            sizes = {self._length(_base(file, replica)) for replica in range(REPLICAS)}
             if len(sizes) != 1:
                 raise CorruptMetadata(f"{self._dax.name}: the superblock's replicas differ in size")
             self._blocks[file] = sizes.pop()
 
-    def _mapped(self, base: Block) -> int:
-        return sum(run.length for run in self._extents.runs(base, base + (1 << 40)) if run.link is not None)
+    def _claim(self, file_block: Block, run: Range) -> None:
+        if not run or run.start < 0 or run.end > self._allocator.total or not 1 <= file_block >> 40 <= 4:
+            raise CorruptMetadata(f"{self._dax.name}: the superblock names blocks outside the device")
+        if any(there.link is not None for there in self._extents.runs(file_block, file_block + run.length)):
+            raise CorruptMetadata(f"{self._dax.name}: the superblock's runs overlap")
+        try:
+            self._allocator.take(run)
+        except NoSpace as error:
+            raise CorruptMetadata(f"{self._dax.name}: the superblock names blocks twice") from error
+        self._dax.reserve(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
+        self._extents.insert(file_block, run.start, run.length)
+
+    def _length(self, base: Block) -> int:
+        """How many blocks of a replica are mapped. Raises CorruptMetadata for one with a hole."""
+        runs = self._extents.lookup(base, base + (1 << 40))
+        if any(run.link is None for run in runs[:-1]):
+            raise CorruptMetadata(f"{self._dax.name}: a replica has a hole")
+        return sum(run.length for run in runs if run.link is not None)
 
     def _read_superblock(self) -> Superblock:
         found: list[Superblock] = []
@@ -148,7 +158,7 @@ class MetadataRegion:
             raise CorruptMetadata("a superblock does not match its checksum")
         return msgspec.msgpack.decode(whole[_HEADER:], type=Superblock)
 
-    def _write_superblocks(self, *, poisoned_too: bool = False) -> None:
+    def _write_superblocks(self) -> None:
         self._generation += 1
         runs = [(e.file_block, e.dev_block, e.length) for e in self._extents if e.file_block >> 40]
         superblock = Superblock(MAGIC, VERSION, self._generation, self._allocator.total, runs)
@@ -160,7 +170,7 @@ class MetadataRegion:
         # A copy that is poisoned stays so, for fsck to find, as long as the other is good.
         offsets = [blocks.start * PAGE_SIZE for blocks in self._super_blocks]
         good = [at for at in offsets if not self._dax.is_poisoned(at, len(sealed))]
-        for offset in offsets if poisoned_too or not good else good:
+        for offset in good or offsets:
             self._dax.recovery_write(offset, sealed)
 
     # -- the files
@@ -233,43 +243,55 @@ class MetadataRegion:
 
     # -- repair
 
+    def _poisoned_pages(self) -> Iterator[tuple[MetadataFile, Block, list[int]]]:
+        """(file, page, device offsets of its poisoned copies) of every page with poison; found from the
+        poison.
+        """
+        seen: set[tuple[int, Block]] = set()
+        for part in self._dax.poisoned(0, self._dax.size):
+            for owner in self._rmap.owners(part.start // PAGE_SIZE, -(-part.end // PAGE_SIZE)):
+                if owner.ino != METADATA_INO or not owner.file_block >> 40:
+                    continue
+                file = MetadataFile(((owner.file_block >> 40) - 1) // REPLICAS)
+                first = owner.file_block & ((1 << 40) - 1)
+                for page in range(first, first + owner.length):
+                    if (file, page) not in seen:
+                        seen.add((file, page))
+                        offsets = [self._device_offset(file, replica, page) for replica in range(REPLICAS)]
+                        yield file, page, [at for at in offsets if self._dax.is_poisoned(at, PAGE_SIZE)]
+
     def damaged_pages(self) -> list[str]:
         """What is poisoned, and whether another copy has it; one line each."""
         found = []
         for name, blocks in zip(("first", "second"), self._super_blocks, strict=True):
             if self._dax.is_poisoned(blocks.start * PAGE_SIZE, blocks.length * PAGE_SIZE):
                 found.append(f"the {name} superblock is poisoned")
-        for file in MetadataFile:
-            for page in range(self._blocks[file]):
-                bad = [
-                    replica
-                    for replica in range(REPLICAS)
-                    if self._dax.is_poisoned(self._device_offset(file, replica, page), PAGE_SIZE)
-                ]
-                if bad:
-                    lost = "both copies are lost" if len(bad) == REPLICAS else "one copy is lost"
-                    found.append(f"metadata page {page} of {file.name.lower()} is poisoned: {lost}")
+        for file, page, bad in self._poisoned_pages():
+            lost = "both copies are lost" if len(bad) == REPLICAS else "one copy is lost"
+            found.append(f"metadata page {page} of {file.name.lower()} is poisoned: {lost}")
         return found
 
     def repair(self) -> int:
         """Write every poisoned page anew from the other copy; returns how many pages were healed."""
         healed = 0
-        for file in MetadataFile:
-            for page in range(self._blocks[file]):
-                offsets = [self._device_offset(file, replica, page) for replica in range(REPLICAS)]
-                bad = [at for at in offsets if self._dax.is_poisoned(at, PAGE_SIZE)]
-                if bad and len(bad) < REPLICAS:
-                    good = self._read_page(file, page, 0, PAGE_SIZE)
-                    for at in bad:
-                        self._dax.recovery_write(at, good)
-                        healed += 1
-        if any(self._dax.is_poisoned(b.start * PAGE_SIZE, b.length * PAGE_SIZE) for b in self._super_blocks):
-            for blocks in self._super_blocks:
-                for part in self._dax.poisoned(blocks.start * PAGE_SIZE, blocks.length * PAGE_SIZE):
-                    first = part.start // PAGE_SIZE * PAGE_SIZE
-                    self._dax.recovery_write(first, bytes(-(-part.end // PAGE_SIZE) * PAGE_SIZE - first))
+        for file, page, bad in list(self._poisoned_pages()):
+            if len(bad) < REPLICAS:
+                good = self._read_page(file, page, 0, PAGE_SIZE)
+                for at in bad:
+                    self._dax.recovery_write(at, good)
                     healed += 1
-            self._write_superblocks(poisoned_too=True)
+        return healed + self._repair_superblocks()
+
+    def _repair_superblocks(self) -> int:
+        healed = 0
+        for blocks in self._super_blocks:
+            for part in self._dax.poisoned(blocks.start * PAGE_SIZE, blocks.length * PAGE_SIZE):
+                first = part.start // PAGE_SIZE * PAGE_SIZE
+                last = min(-(-part.end // PAGE_SIZE), blocks.end) * PAGE_SIZE
+                self._dax.recovery_write(max(first, blocks.start * PAGE_SIZE), bytes(last - first))
+                healed += (last - first) // PAGE_SIZE
+        if healed:
+            self._write_superblocks()
         return healed
 
 

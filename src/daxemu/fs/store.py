@@ -37,12 +37,12 @@ GROWTH_PAGES = 64
 SCHEMA = """
     CREATE TABLE inode(
         ino INTEGER PRIMARY KEY, mode INTEGER, uid INTEGER, gid INTEGER, nlink INTEGER, rdev INTEGER, size
-        INTEGER, atime INTEGER, mtime INTEGER, ctime INTEGER, target BLOB, xattrs BLOB);
-    CREATE TABLE entry(parent INTEGER, name BLOB, ino INTEGER, PRIMARY KEY(parent, name)) WITHOUT ROWID;
-    CREATE TABLE link(
+        INTEGER, atime INTEGER, mtime INTEGER, ctime INTEGER, target BLOB, xattrs BLOB) STRICT;
+    CREATE TABLE entry(parent INTEGER, name BLOB, ino INTEGER, PRIMARY KEY(parent, name)) WITHOUT ROWID,
+    STRICT; CREATE TABLE link(
         ino INTEGER, file_block INTEGER, dev_block INTEGER, length INTEGER, proxy INTEGER,
-        PRIMARY KEY(ino, file_block)) WITHOUT ROWID;
-    CREATE TABLE counter(name TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID;
+        PRIMARY KEY(ino, file_block)) WITHOUT ROWID, STRICT;
+    CREATE TABLE counter(name TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID, STRICT;
 """
 
 
@@ -75,7 +75,10 @@ class Store:
         self._room = self._region.size(MetadataFile.DB)
 
     def _open(self) -> None:
-        self._db = apsw.Connection("db", vfs=self._vfs.name)
+        try:
+            self._db = apsw.Connection("db", vfs=self._vfs.name)
+        except (apsw.Error, MediaError) as error:
+            raise self._translated(error) from error
         self._execute(
             "PRAGMA locking_mode=EXCLUSIVE; PRAGMA synchronous=OFF; PRAGMA temp_store=MEMORY;"
             f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}; PRAGMA cache_size=-8192"
@@ -101,10 +104,10 @@ class Store:
     def _execute(self, sql: str) -> list[tuple[apsw.SQLiteValue, ...]]:
         try:
             return list(self._connection().execute(sql))
-        except apsw.Error as error:
+        except (apsw.Error, MediaError) as error:
             raise self._translated(error) from error
 
-    def _translated(self, error: apsw.Error) -> DaxemuError:
+    def _translated(self, error: apsw.Error | MediaError) -> DaxemuError:
         failure, self._vfs.failure = self._vfs.failure, None
         if isinstance(failure, MediaError) or failure is None:
             return CorruptMetadata(

@@ -19,7 +19,7 @@ MAX_SIZE = 1 << 50
 DEFAULT_BASE_PFN: Pfn = 0x100000  # 4 GiB: where a memmap=nn!4G namespace begins
 STRUCT_PAGE_SIZE = 64
 OWN_FILES = frozenset(
-    ("media", "poison", "device.toml", "events.jsonl", "control.sock", "supervisor.log", "lock")
+    ("media", "poison", "poison.new", "device.toml", "events.jsonl", "control.sock", "supervisor.log", "lock")
 )
 
 

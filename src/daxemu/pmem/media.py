@@ -153,15 +153,16 @@ class Media:
 
     def _save_poison(self) -> None:
         text = "".join(f"{r.start} {r.length}\n" for r in self.poison)
-        # Over what is there, so that a full disk does not keep poison from being cleared.
         data = text.encode().ljust(-(-len(text) // _POISON_STEP) * _POISON_STEP or _POISON_STEP, b"\n")
         try:
-            fd = os.open(self._poison_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                if os.pwrite(fd, data, 0) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.ftruncate(fd, len(data))
-            finally:
-                os.close(fd)
+            if len(data) <= self._poison_file.stat().st_size:
+                # Over what is there: a full disk must not keep poison from being cleared.
+                with open(self._poison_file, "r+b", buffering=0) as file:
+                    file.write(data)
+                    file.truncate()
+            else:
+                scratch = self._poison_file.with_suffix(".new")
+                scratch.write_bytes(data)
+                scratch.replace(self._poison_file)
         except OSError as error:
             raise NoSpace(f"{self._poison_file} cannot be written: {error.strerror}") from error
