@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: setup demo test check unit bench clean
+.PHONY: setup demo test check unit bench posix soak clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,14 @@ test: check
 
 bench: setup
 	$(PY) -m pytest tests/bench --run-bench -s
+
+# A built copy of pjdfstest: make posix PJDFSTEST=DIR. Needs root and prove (perl).
+posix: setup
+	bash tests/posix.sh "$(PJDFSTEST)"
+
+# Thousands of crashes, an hour of mixed work: what CI has no time for.
+soak: setup
+	DAXEMU_CRASH_ROUNDS=5000 $(PY) -m pytest tests/mount/test_crash_loop.py --timeout 7200
 
 clean:
 	rm -rf .venv build src/*.egg-info

@@ -30,6 +30,20 @@ class Range(NamedTuple):
         return Range(max(self.start, start), min(self.end, end))
 
 
+def merged(spans: Iterable[tuple[int, int]]) -> Iterator[Range]:
+    """Spans in order of their start, with those that touch or overlap made one."""
+    current: Range | None = None
+    for start, end in spans:
+        if current is not None and start <= current.end:
+            current = Range(current.start, max(current.end, end))
+            continue
+        if current is not None:
+            yield current
+        current = Range(start, end)
+    if current is not None:
+        yield current
+
+
 class RangeSet:
     """A set of integers kept as disjoint, non-adjacent ranges in order.
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from daxemu.errors import Busy, CorruptMetadata, DaxemuError, FsError, MediaError, NoSpace, Shutdown
 from daxemu.events import Emit, FilesystemShutdown, PoisonCleared, StoreLost
+from daxemu.fs import posix_acl
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.file_data import Buffer, FileData, Stored
@@ -23,7 +24,7 @@ from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.fs.store import Store
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.dax_device import DaxDevice
-from daxemu.ranges import Range, RangeSet
+from daxemu.ranges import Range, merged
 from daxemu.uapi import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -59,12 +60,19 @@ class Filesystem:
     """One mounted filesystem: it holds the dax device from construction to :meth:`close`."""
 
     def __init__(
-        self, dax: DaxDevice, mm: MemoryFailures, emit: Emit, *, owner: tuple[int, int] = (0, 0)
+        self,
+        dax: DaxDevice,
+        mm: MemoryFailures,
+        emit: Emit,
+        *,
+        owner: tuple[int, int] = (0, 0),
+        read_only: bool = False,
     ) -> None:
         """Load the filesystem on ``dax``, or make one (whose root belongs to ``owner``) on a device without
-        any.
+        any. With ``read_only``, which is for looking only, the device is not changed in any way.
 
-        Raises CorruptMetadata if there is one that cannot be read, Busy if the device is held.
+        Raises CorruptMetadata if there is one that cannot be read (or none, with ``read_only``), Busy if the
+        device is held.
         """
         if not dax.dax_is_idle():
             raise Busy(f"{dax.name}: already held by a filesystem")
@@ -75,7 +83,7 @@ class Filesystem:
         cache).
         """
         self.shutdown_reason: str | None = None
-        self._abandoned = False
+        self._never_commit = read_only
         self.on_shutdown: Callable[[], None] = lambda: None
         """Told of a shutdown: the page cache must not go on answering for us."""
         self.rmap = Rmap()
@@ -84,8 +92,8 @@ class Filesystem:
         self.region = MetadataRegion(dax, self.rmap, self.allocator)
         self.store = Store(self.region, dax.name)
         try:
-            if self.region.is_formatted():
-                self.store.open()
+            if read_only or self.region.is_formatted():
+                self.store.open(read_only=read_only)
                 self.names = Namespace(self.rmap)
                 self.store.load(self.names, self.rmap, self.allocator.total)
                 self._claim_blocks()
@@ -93,7 +101,8 @@ class Filesystem:
                 self.store.format()
                 self.names = Namespace.new(self.rmap, *owner)
             self.allocator.reclaim = self.commit
-            self.allocator.discard_free()
+            if not read_only:
+                self.allocator.discard_free()
             self.commit()
         except BaseException:
             self.store.close()
@@ -113,17 +122,14 @@ class Filesystem:
         """A power failure: nothing more is written, not even by :meth:`close`. What was not committed is
         lost.
         """
-        self._abandoned = True
+        self._never_commit = True
         if self.shutdown_reason is None:
             self.shutdown_reason = "the power failed"
 
     def _claim_blocks(self) -> None:
         """Take out of free space what files have; links share blocks, so each block once."""
-        used = RangeSet()
-        for link in self.rmap:
-            if link.ino != METADATA_INO:
-                used.add(link.dev_block, link.dev_end)
-        for run in used:
+        claims = sorted((link.dev_block, link.dev_end) for link in self.rmap if link.ino != METADATA_INO)
+        for run in merged(claims):
             try:
                 self.allocator.take(run)
             except NoSpace as error:
@@ -134,7 +140,7 @@ class Filesystem:
 
         Does nothing after a shutdown or a power failure. Raises CorruptMetadata if the region cannot be used.
         """
-        if self.shutdown_reason is not None or self._abandoned:
+        if self.shutdown_reason is not None or self._never_commit:
             return
         self.store.commit(self.names, self.rmap)
         self.allocator.settle()
@@ -174,18 +180,23 @@ class Filesystem:
             len(self.names) + inodes, self.rmap.link_count + links, self.names.name_bytes + name_bytes
         )
 
+    def _new_bytes(self, parent: Ino, name: bytes) -> int:
+        """What the name of a new inode takes, and the access control lists that it inherits."""
+        inherited = len(self.names.get(parent).xattrs.get(posix_acl.DEFAULT, b""))
+        return len(name) + 3 * ENTRY_COST + 2 * (inherited + len(posix_acl.DEFAULT))
+
     # -- names
 
     def mknod(self, parent: Ino, name: bytes, mode: int, rdev: int, cred: Credentials) -> Inode:
         """See Namespace.mknod. Raises NoSpace when the metadata region is full."""
         self.check_alive()
-        self._ensure_room(inodes=1, name_bytes=len(name) + ENTRY_COST)
+        self._ensure_room(inodes=1, name_bytes=self._new_bytes(parent, name))
         return self.names.mknod(parent, name, mode, rdev, cred)
 
     def mkdir(self, parent: Ino, name: bytes, mode: int, cred: Credentials) -> Inode:
         """See Namespace.mkdir. Raises NoSpace when the metadata region is full."""
         self.check_alive()
-        self._ensure_room(inodes=1, name_bytes=len(name) + ENTRY_COST)
+        self._ensure_room(inodes=1, name_bytes=self._new_bytes(parent, name))
         return self.names.mkdir(parent, name, mode, cred)
 
     def symlink(self, parent: Ino, name: bytes, target: bytes, cred: Credentials) -> Inode:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from daxemu.errors import CorruptMetadata, FsError
+from daxemu.fs import posix_acl
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.rmap import Rmap
 from daxemu.uapi import (
@@ -250,12 +251,26 @@ class Namespace:
         return inode, entries
 
     def _new_inode(self, parent: Inode, mode: int, cred: Credentials) -> Inode:
+        """``posix_acl_create()``, ``inode_init_owner()``: the directory's default list stands in for the
+        umask.
+        """
+        xattrs = {}
+        default = None if stat.S_ISLNK(mode) else parent.xattrs.get(posix_acl.DEFAULT)
+        if default is not None:
+            acl, mode = posix_acl.inherited(posix_acl.decode(default), mode)
+            if not posix_acl.is_only_mode(acl):
+                xattrs[posix_acl.ACCESS] = posix_acl.encode(acl)
+            if stat.S_ISDIR(mode):
+                xattrs[posix_acl.DEFAULT] = default
+        elif not stat.S_ISLNK(mode):
+            mode &= ~cred.umask
         gid = cred.gid
         if parent.mode & stat.S_ISGID:
             gid = parent.gid
             if stat.S_ISDIR(mode):
                 mode |= stat.S_ISGID
-        inode = Inode(self._next_ino, mode, cred.uid, gid)
+        inode = Inode(self._next_ino, mode, cred.uid, gid, xattrs=xattrs)
+        self.name_bytes += self._own_bytes(inode)
         inode.atime = inode.mtime = inode.ctime = time.time_ns()
         self._next_ino += 1
         self._inodes[inode.ino] = inode
@@ -272,7 +287,7 @@ class Namespace:
     def mknod(self, parent: Ino, name: bytes, mode: int, rdev: int, cred: Credentials) -> Inode:
         """A new regular file, device node, fifo or socket (``->create``, ``->mknod``)."""
         directory, entries = self._room_for(parent, name)
-        inode = self._new_inode(directory, mode & ~cred.umask, cred)
+        inode = self._new_inode(directory, mode, cred)
         if stat.S_ISREG(mode):
             inode.extents = ExtentMap(inode.ino, self._rmap)
         else:
@@ -285,7 +300,7 @@ class Namespace:
         directory, entries = self._room_for(parent, name)
         if directory.nlink >= LINK_MAX:
             raise FsError(errno.EMLINK)
-        inode = self._new_inode(directory, stat.S_IFDIR | (mode & 0o7777 & ~cred.umask), cred)
+        inode = self._new_inode(directory, stat.S_IFDIR | stat.S_IMODE(mode), cred)
         inode.entries, inode.nlink = {}, 2
         directory.nlink += 1
         self._enter(directory, entries, name, inode)
@@ -444,6 +459,10 @@ class Namespace:
         inode = self.get(ino)
         if mode is not None:
             inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(mode)
+            if (access := inode.xattrs.get(posix_acl.ACCESS)) is not None:
+                inode.xattrs[posix_acl.ACCESS] = posix_acl.encode(
+                    posix_acl.with_mode(posix_acl.decode(access), mode)
+                )
         inode.uid = inode.uid if uid is None else uid
         inode.gid = inode.gid if gid is None else gid
         self.touch(inode, modified=False)
@@ -458,6 +477,8 @@ class Namespace:
         inode = self.get(ino)
         if len(value) > XATTR_SIZE_MAX:
             raise FsError(errno.E2BIG)
+        if name in (posix_acl.ACCESS, posix_acl.DEFAULT) and not self._set_acl(inode, name, value):
+            return
         if flags & XATTR_CREATE and name in inode.xattrs:
             raise FsError(errno.EEXIST)
         if flags & XATTR_REPLACE and name not in inode.xattrs:
@@ -466,6 +487,24 @@ class Namespace:
         self.name_bytes += 0 if name in inode.xattrs else len(name) + ENTRY_COST
         inode.xattrs[name] = value
         self.touch(inode, modified=False)
+
+    def _set_acl(self, inode: Inode, name: bytes, value: bytes) -> bool:
+        """The mode follows an access list; returns whether there is a list left to store.
+
+        Raises FsError EACCES for a default list of anything but a directory.
+        """
+        acl = posix_acl.decode(value)
+        if name == posix_acl.DEFAULT:
+            if not inode.is_dir:
+                raise FsError(errno.EACCES)
+            return True
+        inode.mode = inode.mode & ~0o777 | posix_acl.mode_of(acl)
+        self.touch(inode, modified=False)
+        if posix_acl.is_only_mode(acl):
+            if name in inode.xattrs:
+                self.removexattr(inode.ino, name)
+            return False
+        return True
 
     def getxattr(self, ino: Ino, name: bytes) -> bytes:
         """``getxattr(2)``. Raises FsError ENODATA."""

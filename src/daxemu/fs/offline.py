@@ -56,7 +56,10 @@ def _check(pmem: Pmem, report: Report) -> None:
     def ignore(event: Event) -> None:
         """Nobody follows."""
 
-    fs = Filesystem(pmem.dax, MemoryFailures(ignore), ignore)
+    region = MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
+    if not region.is_formatted():
+        return  # the first mount makes the filesystem
+    fs = Filesystem(pmem.dax, MemoryFailures(ignore), ignore, read_only=True)
     try:
         report.inodes = len(fs.names)
         report.wrong = fsck(fs)
@@ -66,5 +69,4 @@ def _check(pmem: Pmem, report: Report) -> None:
             if lost.ino != METADATA_INO
         ]
     finally:
-        fs.abandon()
         fs.close()

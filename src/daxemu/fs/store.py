@@ -67,10 +67,14 @@ class Store:
         self._execute("PRAGMA journal_mode=WAL")
         self._execute(SCHEMA)
 
-    def open(self) -> None:
-        """Open the tables that are there. Raises CorruptMetadata."""
+    def open(self, *, read_only: bool) -> None:
+        """Open the tables that are there; ``read_only`` does not even copy the WAL back. Raises
+        CorruptMetadata.
+        """
         self._region.load()
         self._open()
+        if read_only:
+            self._connection().config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         self._execute("PRAGMA journal_mode=WAL")
         self._room = self._region.size(MetadataFile.DB)
 

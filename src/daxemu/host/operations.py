@@ -59,7 +59,7 @@ class Operations(pyfuse3.Operations):
     """Answers the kernel. ``on_poison`` is awaited before a read that met poison is answered EIO."""
 
     supports_dot_lookup = True
-    enable_acl = False
+    enable_acl = True
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from daxemu.mm.memory_failure import PresentRun, Task, Thread
-from daxemu.ranges import Range
+from daxemu.ranges import Range, merged
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
 
 _GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
@@ -110,11 +110,11 @@ def present_in(pagemap: int, start: int, end: int) -> Iterator[Range]:
     Costs what the page tables hold (PAGEMAP_SCAN, Linux 6.7); before that, time in proportion to the range.
     """
     try:
-        yield from _merge(_scan(pagemap, start, end))
+        yield from merged(_scan(pagemap, start, end))
     except OSError as error:
         if error.errno not in (errno.ENOTTY, errno.EINVAL):
             raise
-        yield from _merge(_read_pagemap(pagemap, start, end))
+        yield from merged(_read_pagemap(pagemap, start, end))
 
 
 def _scan(pagemap: int, start: int, end: int) -> Iterator[Range]:
@@ -142,19 +142,6 @@ def _read_pagemap(pagemap: int, start: int, end: int) -> Iterator[Range]:
         for index, entry in enumerate(entries):
             if entry & _PM_PRESENT and entry & _PM_FILE:
                 yield Range(low + index * PAGE_SIZE, low + (index + 1) * PAGE_SIZE)
-
-
-def _merge(runs: Iterator[Range]) -> Iterator[Range]:
-    current: Range | None = None
-    for run in runs:
-        if current is not None and current.end == run.start:
-            current = Range(current.start, run.end)
-            continue
-        if current is not None:
-            yield current
-        current = run
-    if current is not None:
-        yield current
 
 
 def read_threads(pid: int) -> Iterator[Thread]:
