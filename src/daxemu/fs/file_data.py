@@ -247,15 +247,43 @@ class FileData:
 
         Raises MediaError if an edge lies in a poisoned block, NoSpace as zero_tail(); whole blocks stay then.
         """
-        whole = Range(-(-start // PAGE_SIZE), end // PAGE_SIZE)
-        if not whole and start // PAGE_SIZE == (end - 1) // PAGE_SIZE:
-            self._zero_in_block(extents, start, end)
-            return
-        self._zero_in_block(extents, start, whole.start * PAGE_SIZE)
-        self._zero_in_block(extents, whole.end * PAGE_SIZE, end)
+        whole = self._zero_edges(extents, start, end)
         if whole:
             self._ensure_links(1)
             self.remove(extents, *whole)
+
+    def zero(self, extents: ExtentMap, start: int, end: int) -> None:
+        """Make the bytes ``[start, end)`` zero: whole blocks get new ones, so that bad ones are given back.
+
+        Raises as punch(); then no whole block has changed.
+        """
+        edges = {start // PAGE_SIZE, (end - 1) // PAGE_SIZE}
+        cut = Range(-(-start // PAGE_SIZE), end // PAGE_SIZE)
+        holes = [
+            b for b in edges if not cut.start <= b < cut.end and extents.lookup(b, b + 1)[0].link is None
+        ]
+        count = max(0, cut.length)
+        self._ensure_links(1 + len(holes) + min(count, self._allocator.fragments))
+        fresh = self._allocator.allocate(count + len(holes))
+        try:
+            whole = self._zero_edges(extents, start, end)
+        except BaseException:
+            for run in fresh:
+                self._allocator.free(run)
+            raise
+        self.remove(extents, *whole)
+        targets = [*([whole] if whole else []), *(Range(block, block + 1) for block in holes)]
+        self._fill(extents, targets, fresh)
+
+    def _zero_edges(self, extents: ExtentMap, start: int, end: int) -> Range:
+        """Overwrite what lies in blocks that the range covers in part; returns the blocks it covers whole."""
+        whole = Range(-(-start // PAGE_SIZE), end // PAGE_SIZE)
+        if start // PAGE_SIZE == (end - 1) // PAGE_SIZE and not whole:
+            self._zero_in_block(extents, start, end)
+            return Range(0, 0)
+        self._zero_in_block(extents, start, whole.start * PAGE_SIZE)
+        self._zero_in_block(extents, whole.end * PAGE_SIZE, end)
+        return whole if whole else Range(0, 0)
 
     def _zero_in_block(self, extents: ExtentMap, start: int, end: int) -> None:
         block = start // PAGE_SIZE
@@ -269,13 +297,19 @@ class FileData:
         holes = [run for run in extents.runs(first, last) if run.link is None]
         wanted = sum(run.length for run in holes)
         self._ensure_links(len(holes) + min(wanted, self._allocator.fragments))
-        fresh = list(reversed(self._allocator.allocate(wanted)))
+        fresh = self._allocator.allocate(wanted)
+        self._fill(extents, [Range(hole.file_block, hole.file_block + hole.length) for hole in holes], fresh)
+
+    @staticmethod
+    def _fill(extents: ExtentMap, holes: list[Range], fresh: list[Range]) -> None:
+        """Map ``holes`` of the file to the blocks of ``fresh``, which are as many."""
+        left = list(reversed(fresh))
         for hole in holes:
-            block, end = hole.file_block, hole.file_block + hole.length
-            while block < end:
-                run = fresh.pop()
-                taken = run.clip(run.start, run.start + end - block)
+            block = hole.start
+            while block < hole.end:
+                run = left.pop()
+                taken = run.clip(run.start, run.start + hole.end - block)
                 if taken.end < run.end:
-                    fresh.append(Range(taken.end, run.end))
+                    left.append(Range(taken.end, run.end))
                 extents.insert(block, taken.start, taken.length)
                 block += taken.length

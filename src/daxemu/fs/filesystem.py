@@ -367,9 +367,11 @@ class Filesystem:
         if what not in (0, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE) or mode == FALLOC_FL_PUNCH_HOLE:
             raise FsError(errno.EOPNOTSUPP)
         first, last = offset // PAGE_SIZE, -(-end // PAGE_SIZE)
-        if what:
+        if what == FALLOC_FL_PUNCH_HOLE:
             self._data.punch(extents, offset, end)
-        if what != FALLOC_FL_PUNCH_HOLE:
+        elif what == FALLOC_FL_ZERO_RANGE:
+            self._data.zero(extents, offset, end)
+        else:
             self._data.preallocate(extents, first, last)
         if not mode & FALLOC_FL_KEEP_SIZE:
             inode.size = max(inode.size, end)

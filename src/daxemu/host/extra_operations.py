@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 Clone = Callable[[Ino, int, Ino, int, int], Awaitable[int]]
 """(source inode, offset, target inode, offset, length) -> bytes shared."""
+WriteBack = Callable[[Ino], Awaitable[None]]
+"""Has a file's dirty pages written back, without the inode's lock, which the kernel holds meanwhile."""
 
 
 class _Request(ctypes.Structure):
@@ -69,9 +71,10 @@ class ExtraOperations:
     process.
     """
 
-    def __init__(self, fs: Filesystem, clone: Clone, nursery: trio.Nursery) -> None:
+    def __init__(self, fs: Filesystem, clone: Clone, write_back: WriteBack, nursery: trio.Nursery) -> None:
         self._fs = fs
         self._clone = clone
+        self._write_back = write_back
         self._nursery = nursery
         self._fuse = ctypes.CDLL("libfuse3.so.3")
         self._fuse.fuse_reply_err.argtypes = (ctypes.c_void_p, ctypes.c_int)
@@ -107,7 +110,7 @@ class ExtraOperations:
             self._fs.fallocate(ino, request.mode, request.offset, request.length)
             self._fuse.fuse_reply_err(request.req, 0)
         elif request.op == _LSEEK:
-            self._fuse.fuse_reply_lseek(request.req, self._fs.seek(ino, request.offset, request.mode))
+            self._lseek(request, ino)
         elif request.op == _COPY_FILE_RANGE:
             target = unpack(request.target_fh).handle
             copied = self._fs.copy_file_range(
@@ -118,6 +121,26 @@ class ExtraOperations:
             self._ioctl(request, ino)
         else:
             raise FsError(errno.ENOSYS)
+
+    # -- lseek
+
+    def _lseek(self, request: _Request, ino: Ino) -> None:
+        inode, extents = self._fs.names.regular(ino)
+        if extents.blocks * PAGE_SIZE >= inode.size:
+            self._fuse.fuse_reply_lseek(request.req, self._fs.seek(ino, request.offset, request.mode))
+        else:
+            # What was stored into a hole through a mapping is data, but is only known once it is written
+            # back.
+            self._nursery.start_soon(self._lseek_later, request.req, ino, request.offset, request.mode)
+
+    async def _lseek_later(self, req: int, ino: Ino, offset: int, whence: int) -> None:
+        await self._write_back(ino)
+        try:
+            found = self._fs.seek(ino, offset, whence)
+        except DaxemuError as error:
+            self._fuse.fuse_reply_err(req, error.errno)
+        else:
+            self._fuse.fuse_reply_lseek(req, found)
 
     # -- ioctl
 

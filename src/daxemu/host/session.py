@@ -24,6 +24,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 MS_NOSUID, MS_NODEV = 2, 4
 MNT_DETACH = 2
+_SYNC_AND_WAIT = 1 | 2 | 4  # SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE, _WAIT_AFTER
 FUSE_NOTIFY_INVAL_INODE = 2
 _FUSECTL = Path("/sys/fs/fuse/connections")
 _OUT_HEADER = struct.Struct("=IiQ")
@@ -91,6 +92,22 @@ class Session:
             # Not in the kernel's cache, or no connection any more: there is nothing to take away.
             if error.errno not in (errno.ENOENT, errno.ENOTCONN, errno.ENODEV):
                 raise
+
+    # -- by way of our own mount: from a worker thread only
+
+    def write_back(self, path: bytes) -> None:
+        """Have the dirty pages of the file at ``path`` (from the root of the mount) written back to us, and
+        leave them mapped. Takes no lock of the inode, so it may serve a request during which the kernel holds
+        that.
+        """
+        try:
+            fd = os.open(os.fsencode(self.mount.mountpoint) + path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return  # unlinked or renamed meanwhile: what is not written back yet is nowhere
+        try:
+            _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_AND_WAIT)
+        finally:
+            os.close(fd)
 
     # -- the end
 

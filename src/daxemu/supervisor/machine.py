@@ -64,7 +64,7 @@ class Machine:
         self._failures = Failures(self.mm, mappings, tracer, self.log.emit, nursery)
         self.fs.on_shutdown = lambda: nursery.start_soon(self.failures.revoke_everything)
         if self._supplement_missing is None:
-            self._extra = ExtraOperations(self.fs, self._clone, nursery)
+            self._extra = ExtraOperations(self.fs, self._clone, self._write_back, nursery)
 
     @property
     def failures(self) -> Failures:
@@ -158,7 +158,7 @@ class Machine:
         holes = sum(length for _, length in ranges) - sum(r.length for r in found)
         if holes:
             # What was stored through a mapping has no place on the media before it is written back.
-            await trio.to_thread.run_sync(self._flush, self.fs.names.path_bytes(ino))
+            await self._write_back(ino)
             found = self._file_ranges(ino, ranges)
             holes = sum(length for _, length in ranges) - sum(r.length for r in found)
         if not found:
@@ -168,18 +168,14 @@ class Machine:
     def _file_ranges(self, ino: Ino, ranges: list[tuple[int, int]]) -> list[Range]:
         return [found for offset, length in ranges for found in self.fs.device_ranges(ino, offset, length)]
 
-    def _flush(self, path: bytes | None) -> None:
-        """fsync a file of our own mount. From a worker thread only: it is we who answer."""
+    async def _write_back(self, ino: Ino) -> None:
+        """Have a file's dirty pages written back to us, and leave them mapped."""
+        path = self.fs.names.path_bytes(ino)
         if path is None:
-            return  # unlinked: nobody else can open it either
-        try:
-            fd = os.open(os.fsencode(self.session.mount.mountpoint) + path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return  # unlinked or renamed meanwhile: then what is not written back yet is nowhere
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+            # Without a name nobody can open it again. Taking the pages away writes them back, too.
+            await trio.to_thread.run_sync(self.session.revoke, ino, 0, 0)
+        else:
+            await trio.to_thread.run_sync(self.session.write_back, path)
 
     def _check_present(self) -> None:
         if not self.pmem.dax.alive:
