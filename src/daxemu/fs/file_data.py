@@ -263,7 +263,8 @@ class FileData:
             b for b in edges if not cut.start <= b < cut.end and extents.lookup(b, b + 1)[0].link is None
         ]
         count = max(0, cut.length)
-        self._ensure_links(1 + len(holes) + min(count, self._allocator.fragments))
+        # Each edge may lie in a shared block, whose copy cuts a link in three.
+        self._ensure_links(5 + len(holes) + min(count, self._allocator.fragments))
         fresh = self._allocator.allocate(count + len(holes))
         try:
             whole = self._zero_edges(extents, start, end)

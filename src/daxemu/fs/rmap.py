@@ -10,7 +10,10 @@ one link is its owner.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
+
+from sortedcontainers import SortedDict
 
 from daxemu.ranges import IntervalIndex, Range, RangeSet
 from daxemu.uapi import Block, Ino
@@ -152,6 +155,24 @@ class Rmap:
         for link in self._links.overlapping(start, end):
             part = Range(link.dev_block, link.dev_end).clip(start, end)
             yield Owner(link.ino, link.file_block + part.start - link.dev_block, part.start, part.length)
+
+    def sharing(self, start: Block, end: Block) -> list[tuple[Range, int]]:
+        """``[start, end)`` in runs that the same number of links use, with that number; 0 where it is
+        free.
+        """
+        steps = SortedDict({start: 0, end: 0})
+        for owner in self.owners(start, end):
+            for block, step in ((owner.dev_block, 1), (owner.dev_block + owner.length, -1)):
+                steps[block] = steps.get(block, 0) + step
+        runs: list[tuple[Range, int]] = []
+        count = 0
+        for block, following in pairwise(steps):
+            count += steps[block]
+            if runs and runs[-1][1] == count:
+                runs[-1] = (Range(runs[-1][0].start, following), count)
+            else:
+                runs.append((Range(block, following), count))
+        return runs
 
     def unreferenced(self, start: Block, end: Block) -> list[Range]:
         """The parts of ``[start, end)`` that no link uses."""

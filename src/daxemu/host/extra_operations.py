@@ -71,8 +71,17 @@ class ExtraOperations:
     process.
     """
 
-    def __init__(self, fs: Filesystem, clone: Clone, write_back: WriteBack, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        fs: Filesystem,
+        dev: tuple[int, int],
+        clone: Clone,
+        write_back: WriteBack,
+        nursery: trio.Nursery,
+    ) -> None:
+        """``dev`` is the mount's (major, minor)."""
         self._fs = fs
+        self._dev = dev
         self._clone = clone
         self._write_back = write_back
         self._nursery = nursery
@@ -105,14 +114,14 @@ class ExtraOperations:
             self._fuse.fuse_reply_err(request.req, errno.EIO)
 
     def _dispatch(self, request: _Request) -> None:
-        ino = unpack(request.fh).handle
+        ino = unpack(request.fh).ino
         if request.op == _FALLOCATE:
             self._fs.fallocate(ino, request.mode, request.offset, request.length)
             self._fuse.fuse_reply_err(request.req, 0)
         elif request.op == _LSEEK:
             self._lseek(request, ino)
         elif request.op == _COPY_FILE_RANGE:
-            target = unpack(request.target_fh).handle
+            target = unpack(request.target_fh).ino
             copied = self._fs.copy_file_range(
                 ino, request.offset, target, request.target_offset, request.length
             )
@@ -148,6 +157,8 @@ class ExtraOperations:
         command = request.mode & 0xFFFFFFFF
         data = ctypes.string_at(request.data, request.data_size) if request.data_size else b""
         if command == DAXEMU_IOC_CLONE_RANGE and len(data) == CLONE_RANGE.size:
+            if not unpack(request.fh).writable:
+                raise FsError(errno.EBADF)
             self._nursery.start_soon(self._ioctl_clone, request.req, request.tid, ino, data)
         elif command == DAXEMU_IOC_MAP and len(data) >= MAP_HEADER.size:
             answer = self._map(ino, data)
@@ -158,7 +169,7 @@ class ExtraOperations:
     async def _ioctl_clone(self, req: int, tid: int, target: Ino, data: bytes) -> None:
         fd, offset, length, target_offset = CLONE_RANGE.unpack(data)
         try:
-            source = await trio.to_thread.run_sync(_ino_of, tid, fd)
+            source = await trio.to_thread.run_sync(_source_of, tid, fd, self._dev)
             await self._clone(source, offset, target, target_offset, length)
         except DaxemuError as error:
             self._fuse.fuse_reply_err(req, error.errno)
@@ -172,27 +183,37 @@ class ExtraOperations:
         for run in extents.runs(
             start >> PAGE_SHIFT, -(-(start + length) // PAGE_SIZE) if length else 1 << 52
         ):
-            if len(found) == MAP_ROOM:
-                break
             if run.link is None:
                 continue
-            device, size = run.dev_block << PAGE_SHIFT, run.length << PAGE_SHIFT
-            shared = run.link.proxy.refcount if run.link.proxy is not None else 1
-            bad = self._fs.dax.is_poisoned(device, size)
-            found.append(MAP_EXTENT.pack(run.file_block << PAGE_SHIFT, device, size, shared, bad))
+            base = (run.file_block - run.dev_block) << PAGE_SHIFT
+            for part, shared_by in self._fs.rmap.sharing(run.dev_block, run.dev_block + run.length):
+                device, size = part.start << PAGE_SHIFT, part.length << PAGE_SHIFT
+                bad = self._fs.dax.is_poisoned(device, size)
+                found.append(MAP_EXTENT.pack(base + device, device, size, shared_by, bad))
+            if len(found) >= MAP_ROOM:
+                break
+        del found[MAP_ROOM:]
         room = MAP_HEADER.size + MAP_ROOM * MAP_EXTENT.size
         return (MAP_HEADER.pack(start, length, len(found), 0) + b"".join(found)).ljust(room, b"\0")
 
 
-def _ino_of(tid: int, fd: int) -> Ino:
-    """The inode that descriptor ``fd`` of a thread is open on. /proc says so without asking the filesystem,
-    which is us.
+def _source_of(tid: int, fd: int, dev: tuple[int, int]) -> Ino:
+    """The file of ours that descriptor ``fd`` of a thread is open on for reading.
+
+    /proc says so without asking the filesystem, which is us. Raises FsError EBADF, EXDEV, EPERM, EOPNOTSUPP.
     """
     try:
         with open(f"/proc/{tid}/fdinfo/{fd}") as lines:
-            for line in lines:
-                if line.startswith("ino:"):
-                    return int(line.split()[1])
+            facts = dict(line.split(":", 1) for line in lines if ":" in line)
+        with open(f"/proc/{tid}/mountinfo") as lines:
+            devices = {fields[0]: fields[2] for fields in map(str.split, lines)}
     except OSError as error:
         raise FsError(errno.EBADF if error.errno == errno.ENOENT else errno.EPERM) from error
-    raise FsError(errno.EOPNOTSUPP, f"/proc/{os.getpid()}/fdinfo names no inode: that needs Linux 5.14")
+    if "ino" not in facts:
+        raise FsError(errno.EOPNOTSUPP, "/proc/PID/fdinfo names no inode: that needs Linux 5.14")
+    if devices.get(facts["mnt_id"].strip()) != "{}:{}".format(*dev):
+        raise FsError(errno.EXDEV)
+    flags = int(facts["flags"], 8)
+    if flags & os.O_ACCMODE == os.O_WRONLY or flags & os.O_PATH:
+        raise FsError(errno.EBADF)
+    return int(facts["ino"])

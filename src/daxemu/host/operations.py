@@ -1,6 +1,6 @@
 """pyfuse3.Operations over the filesystem's verbs: translates, decides nothing.
 
-File handles are inode numbers (below 2**40; the bits above carry the caller, see host/supplement.py).
+File handles are inode numbers (below 2**39; the bits above are explained in host/supplement.py).
 Directory handles name a snapshot of the directory, so that a reader sees each entry once whatever happens
 meanwhile.
 """
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 from daxemu.errors import DaxemuError, MediaError
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.namespace import Credentials, Inode
-from daxemu.host.supplement import unpack
+from daxemu.host.supplement import pack, unpack
 from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE, Ino
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
@@ -270,10 +270,10 @@ class Operations(pyfuse3.Operations):
 
     # -- files
 
-    def _opened(self, inode: Inode) -> pyfuse3.FileInfo:
+    def _opened(self, inode: Inode, flags: int) -> pyfuse3.FileInfo:
         self._fs.open(inode)
         self.open_files[inode.ino] += 1
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode.ino), keep_cache=True)
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(pack(inode.ino, flags)), keep_cache=True)
 
     @_translated
     async def open(
@@ -282,7 +282,7 @@ class Operations(pyfuse3.Operations):
         self._fs.check_alive()
         if flags & os.O_TRUNC:
             self._fs.set_size(inode, 0)  # libfuse asks the kernel to leave that to us (ATOMIC_O_TRUNC)
-        return self._opened(self._names.get(inode))
+        return self._opened(self._names.get(inode), flags)
 
     @_translated
     async def create(
@@ -295,10 +295,10 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         inode = self._fs.mknod(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), 0, self._cred(ctx))
         entry = self._entry(inode)
-        return self._opened(inode), entry
+        return self._opened(inode, flags), entry
 
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
-        ino = unpack(fh).handle
+        ino = unpack(fh).ino
         self.open_files[ino] -= 1
         if not self.open_files[ino]:
             del self.open_files[ino]
@@ -308,9 +308,9 @@ class Operations(pyfuse3.Operations):
         caller = unpack(fh)
         try:
             # Any buffer will do for pyfuse3: a view of the media goes to the kernel without a copy of ours.
-            return self._fs.read(caller.handle, off, size)  # type: ignore[return-value]
+            return self._fs.read(caller.ino, off, size)  # type: ignore[return-value]
         except MediaError as error:
-            await self._on_poison(PoisonedRead(caller.handle, off, size, caller.tid, error))
+            await self._on_poison(PoisonedRead(caller.ino, off, size, caller.tid, error))
             raise pyfuse3.FUSEError(error.errno) from None
         except DaxemuError as error:
             raise pyfuse3.FUSEError(error.errno) from None
@@ -318,13 +318,13 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
         caller = unpack(fh)
         try:
-            return self._fs.write(caller.handle, off, buf, from_cache=caller.from_cache)
+            return self._fs.write(caller.ino, off, buf, from_cache=caller.from_cache)
         except DaxemuError as error:
             raise pyfuse3.FUSEError(error.errno) from None
         finally:
             if caller.from_cache:
                 # The kernel does not know that a page written back changes the times.
-                self._forget_attributes(caller.handle)
+                self._forget_attributes(caller.ino)
 
     @_translated
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:

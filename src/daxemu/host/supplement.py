@@ -1,6 +1,7 @@
 """Loads the C supplement in front of pyfuse3, and reads what it writes into file handles.
 
-Layout of a file handle as ``Operations`` sees it: bits 0-39 the handle that ``open`` gave out, bits 40-62 the
+Layout of a file handle as ``Operations`` sees it: bits 0-38 the inode number, bit 39 whether it was opened
+for writing (both from ``open``), bits 40-62 the
 thread id of the caller (pid_max is at most 2**22), bit 63 set when the page cache writes back. Without the
 supplement the upper bits are zero: no thread is known, and no write is known to be the cache's.
 
@@ -11,27 +12,37 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+import os
 from pathlib import Path
 from typing import NamedTuple
 
-HANDLE_BITS = 40
-_HANDLE_MASK = (1 << HANDLE_BITS) - 1
+from daxemu.uapi import Ino
+
+_INO_MASK = (1 << 39) - 1
+_WRITABLE = 1 << 39
+_TID_SHIFT = 40
 _TID_MASK = (1 << 23) - 1
 _WRITEPAGE = 1 << 63
 _VERSION = 2
 
 
 class Caller(NamedTuple):
-    """What a read or write handler is given: ``tid`` is 0 if unknown."""
+    """What a handler of an open file is given. ``tid`` is 0 if unknown."""
 
-    handle: int
+    ino: Ino
+    writable: bool
     tid: int
     from_cache: bool
 
 
+def pack(ino: Ino, flags: int) -> int:
+    """The file handle of an open file; ``flags`` are those of open(2)."""
+    return ino | (_WRITABLE if flags & os.O_ACCMODE != os.O_RDONLY else 0)
+
+
 def unpack(fh: int) -> Caller:
     """Take a file handle apart."""
-    return Caller(fh & _HANDLE_MASK, fh >> HANDLE_BITS & _TID_MASK, bool(fh & _WRITEPAGE))
+    return Caller(fh & _INO_MASK, bool(fh & _WRITABLE), fh >> _TID_SHIFT & _TID_MASK, bool(fh & _WRITEPAGE))
 
 
 def _find() -> Path | None:

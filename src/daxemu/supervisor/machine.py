@@ -64,7 +64,9 @@ class Machine:
         self._failures = Failures(self.mm, mappings, tracer, self.log.emit, nursery)
         self.fs.on_shutdown = lambda: nursery.start_soon(self.failures.revoke_everything)
         if self._supplement_missing is None:
-            self._extra = ExtraOperations(self.fs, self._clone, self._write_back, nursery)
+            self._extra = ExtraOperations(
+                self.fs, self.session.mount.dev, self._clone, self._write_back, nursery
+            )
 
     @property
     def failures(self) -> Failures:
@@ -238,11 +240,12 @@ class Machine:
             if run.link is None:
                 found.append(p.Extent(offset, length, None, None, 0, False))
                 continue
-            device = run.dev_block << PAGE_SHIFT
-            proxy = run.link.proxy
-            shared_by = proxy.refcount if proxy is not None else 1
-            poisoned = self.pmem.dax.is_poisoned(device, length)
-            found.append(p.Extent(offset, length, device, self.pmem.pfn_of(device), shared_by, poisoned))
+            base = offset - (run.dev_block << PAGE_SHIFT)
+            for part, shared_by in self.fs.rmap.sharing(run.dev_block, run.dev_block + run.length):
+                device, size = part.start << PAGE_SHIFT, part.length << PAGE_SHIFT
+                poisoned = self.pmem.dax.is_poisoned(device, size)
+                pfn = self.pmem.pfn_of(device)
+                found.append(p.Extent(base + device, size, device, pfn, shared_by, poisoned))
         return p.FileMap(ino, self.fs.names.path_of(ino), inode.size, found)
 
     def damaged(self) -> p.DamagedList:

@@ -1,0 +1,120 @@
+"""Who maps what: real processes, on a plain shared-memory file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from daxemu.host import tasks
+from daxemu.host.tasks import collect_tasks, in_page_fault, process_of, read_comm, read_threads, read_vmas
+from daxemu.ranges import Range
+from daxemu.uapi import PF_MCE_EARLY, PF_MCE_PROCESS
+from tests.support.actor import Actor
+
+PAGE = 4096
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[Path]:
+    path = Path("/dev/shm") / f"daxemu-tasks-{os.getpid()}"
+    path.write_bytes(b"f" * PAGE * 64)
+    yield path
+    path.unlink()
+
+
+@pytest.fixture
+def actor(file: Path) -> Iterator[Actor]:
+    with Actor.spawn("mapper", cwd=file.parent) as made:
+        made.cmd(f"open 0 {file.name} rw")
+        yield made
+
+
+def identity(file: Path) -> tuple[tuple[int, int], int]:
+    found = file.stat()
+    return (os.major(found.st_dev), os.minor(found.st_dev)), found.st_ino
+
+
+def present_pages(file: Path, actor: Actor, *ranges: Range) -> list[tuple[int, int, int]]:
+    """(first page, pages, address in mapping 0) of each run that the actor is found to have present."""
+    dev, ino = identity(file)
+    found = [task for task in collect_tasks(dev, {ino: list(ranges)}) if task.pid == actor.pid]
+    return [(r.index, r.nr_pages, r.address - actor.addr(0)) for task in found for r in task.present]
+
+
+def test_only_present_pages_of_the_wanted_ranges_are_found(file: Path, actor: Actor) -> None:
+    actor.cmd("mmap 0 0 8 40 shared")
+    assert present_pages(file, actor, Range(0, 64)) == []
+    actor.cmd("tw 0 0 x")
+    actor.cmd("tw 0 32 x")
+    everything = present_pages(file, actor, Range(0, 64))
+    pages = {page for first, count, _ in everything for page in range(first, first + count)}
+    assert {8, 40} <= pages, "page 0 of the mapping is page 8 of the file"
+    assert all(offset == (first - 8) * PAGE for first, _, offset in everything)
+    assert present_pages(file, actor, Range(40, 41)) == [(40, 1, 32 * PAGE)]
+    assert present_pages(file, actor, Range(0, 8)) == []
+
+
+def test_a_private_copy_is_the_processs_own(file: Path, actor: Actor) -> None:
+    actor.cmd("mmap 0 0 0 1 private")
+    actor.cmd("tr 0 0")
+    assert present_pages(file, actor, Range(0, 1)) == [(0, 1, 0)]
+    actor.cmd("tw 0 0 x")
+    assert present_pages(file, actor, Range(0, 1)) == []
+
+
+def test_everything_on_the_device_reports_one_run_a_process(file: Path, actor: Actor) -> None:
+    dev, _ = identity(file)
+    actor.cmd("mmap 0 0 0 64 shared")
+    for page in (50, 20):
+        actor.cmd(f"tw 0 {page} x")
+    (task,) = [task for task in collect_tasks(dev, None) if task.pid == actor.pid]
+    assert len(task.present) == 1
+    assert task.comm == "mapper"
+
+
+def test_without_pagemap_scan_the_same_is_found(
+    file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor.cmd("mmap 0 0 0 64 shared")
+    for page in (3, 17, 18, 63):
+        actor.cmd(f"tw 0 {page} x")
+    new = present_pages(file, actor, Range(0, 64))
+    monkeypatch.setattr(tasks, "_PAGEMAP_SCAN", 0xDEAD)  # a kernel that does not know the ioctl
+    assert present_pages(file, actor, Range(0, 64)) == new != []
+
+
+def test_threads_come_with_their_policy(actor: Actor) -> None:
+    actor.cmd("threads e l")
+    threads = list(read_threads(actor.pid))
+    assert [t.tid for t in threads] == [actor.pid, actor.tid(1), actor.tid(2)]
+    policies = [t.flags & (PF_MCE_PROCESS | PF_MCE_EARLY) for t in threads]
+    assert policies == [0, PF_MCE_PROCESS | PF_MCE_EARLY, PF_MCE_PROCESS]
+    assert {process_of(t.tid) for t in threads} == {actor.pid}
+    assert in_page_fault(actor.pid) is False, "it waits in read(2)"
+
+
+def test_who_is_gone_is_left_out(file: Path) -> None:
+    dev, _ = identity(file)
+    with Actor.spawn("gone", cwd=file.parent) as actor:
+        actor.cmd(f"open 0 {file.name} rw")
+        actor.cmd("mmap 0 0 0 4 shared")
+        actor.cmd("tw 0 0 x")
+        pid = actor.pid
+        actor.kill()
+        assert [task for task in collect_tasks(dev, None) if task.pid == pid] == []
+        assert in_page_fault(pid) is None
+        assert process_of(pid) == pid
+        with pytest.raises((FileNotFoundError, ProcessLookupError)):
+            list(read_vmas(pid, dev))
+        with pytest.raises(FileNotFoundError):
+            read_comm(pid)
+
+
+def test_a_name_with_parentheses_confuses_nobody(file: Path) -> None:
+    with Actor.spawn("a) R 1 (", cwd=file.parent) as actor:
+        assert read_comm(actor.pid) == "a) R 1 ("
+        assert [t.tid for t in read_threads(actor.pid)] == [actor.pid]
+        assert not any(t.flags & PF_MCE_PROCESS for t in read_threads(actor.pid))
