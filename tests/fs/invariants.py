@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis.stateful import RuleBasedStateMachine, invariant
+from hypothesis import event
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from daxemu.errors import MediaError
 from daxemu.fs import fsck
@@ -135,8 +136,8 @@ class Invariants(RuleBasedStateMachine):
         """See every commit, whoever asks for it."""
         commit = self.core.fs.store.commit
 
-        def watched(names: Namespace, rmap: Rmap) -> None:
-            commit(names, rmap)
+        def watched(names: Namespace, rmap: Rmap, *, clean: bool = False) -> None:
+            commit(names, rmap, clean=clean)
             self.committed = self.begun
 
         self.core.fs.store.commit = watched  # type: ignore[method-assign]
@@ -150,6 +151,8 @@ class Invariants(RuleBasedStateMachine):
         self.core.fs.lost_store_is_eio = eio
         if save:
             self.committed = self.model.after_crash()
+        for page, used in self.tails().items():
+            page.data[used:] = bytes(PAGE_SIZE - used)
         self.model = self.committed.after_crash()
         self.proxies = {}
         assert {name: f.ino for name, f in self.model.names.items()} == self.core.fs.names.directory(1)[1]
@@ -161,6 +164,28 @@ class Invariants(RuleBasedStateMachine):
             }
         self.watch_commits()
         assert fsck.fsck(self.core.fs) == []
+
+    @rule()
+    def unmount(self) -> None:
+        event("unmount")
+        self.mount_again(save=True)
+
+    @rule()
+    def crash(self) -> None:
+        if not any(page.bad for page in self.tails()):  # what is behind poison nobody can make zeros
+            event("crash")
+            self.mount_again(save=False)
+
+    def tails(self) -> dict[Page, int]:
+        """The last blocks that committed files have in part, and how much of them they have."""
+        files = [file for file in self.committed.files if file.size % PAGE_SIZE]
+        cut = {file: file.size // PAGE_SIZE for file in files}
+        return {file.pages[cut[file]]: file.size % PAGE_SIZE for file in files if cut[file] in file.pages}
+
+    @rule()
+    def crash_again(self) -> None:
+        """Twice as often as an unmount."""
+        self.crash()
 
     @invariant()
     def step_is_done(self) -> None:

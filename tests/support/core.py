@@ -26,6 +26,16 @@ ROOT = Credentials(0, 0)
 SHM = Path("/dev/shm")
 
 
+def sweep() -> None:
+    """Remove the devices of test runs that were killed."""
+    for stale in SHM.glob("daxemu-core-*"):
+        if not Path("/proc", stale.name.split("-")[2]).exists():
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+sweep()
+
+
 class Core:
     """One device and its filesystem, tied together. ``sound``: fsck must find nothing in the end."""
 
@@ -37,10 +47,14 @@ class Core:
         DeviceDir.create(path, config)
         self.open()
 
-    def open(self) -> None:
-        """Probe the device and mount it."""
+    def open_pmem(self) -> None:
+        """Take the lock and probe the device."""
         self.device = DeviceDir.open(self.path)
         self.pmem = Pmem(self.device)
+
+    def open(self) -> None:
+        """Probe the device and mount it."""
+        self.open_pmem()
         self.mm = MemoryFailures(self.events.append)
         self.mm.memremap_pages(self.pmem.pgmap)
         self.fs = Filesystem(self.pmem.dax, self.mm, self.events.append)

@@ -112,7 +112,9 @@ class ExtentMap:
             if link.proxy is None:
                 freed.append(Range(dev_start, dev_start + cut.length))
             else:
-                freed += self._rmap.unreferenced(dev_start, dev_start + cut.length)
+                unused = self._rmap.unreferenced(dev_start, dev_start + cut.length)
+                self._rmap.give_up(dev_start, dev_start + cut.length, unused)
+                freed += unused
         return freed
 
     def _cut(self, index: int, link: Link, cut: Range) -> int:

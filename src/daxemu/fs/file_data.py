@@ -242,6 +242,21 @@ class FileData:
         if size % PAGE_SIZE:
             self._zero_in_block(extents, size, -(-size // PAGE_SIZE) * PAGE_SIZE)
 
+    def clear_beyond(self, extents: ExtentMap, size: int) -> None:
+        """Make what a file has mapped beyond byte ``size`` zero, on the media, whoever shares it. Poison
+        stays.
+        """
+        for run in extents.runs(size // PAGE_SIZE, 1 << 52):
+            if run.link is None:
+                continue
+            base = run.dev_block * PAGE_SIZE
+            start = base + max(0, size - run.file_block * PAGE_SIZE)
+            for part in self._bad_pages(Range(start, base + run.length * PAGE_SIZE)).gaps(
+                start, base + run.length * PAGE_SIZE
+            ):
+                if part.length >= PAGE_SIZE or any(bytes(self._dax.direct_access(part.start, part.length))):
+                    self._dax.zero(part.start, part.length)
+
     def punch(self, extents: ExtentMap, start: int, end: int) -> None:
         """Make the bytes ``[start, end)`` zero: whole blocks become a hole, the edges are overwritten.
 

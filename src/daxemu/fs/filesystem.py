@@ -83,6 +83,7 @@ class Filesystem:
         cache).
         """
         self.shutdown_reason: str | None = None
+        self.is_read_only = read_only
         self._never_commit = read_only
         self.on_shutdown: Callable[[], None] = lambda: None
         """Told of a shutdown: the page cache must not go on answering for us."""
@@ -101,8 +102,8 @@ class Filesystem:
                 self.store.format()
                 self.names = Namespace.new(self.rmap, *owner)
             self.allocator.reclaim = self.commit
-            if not read_only:
-                self.allocator.discard_free()
+            if not (read_only or self.store.is_clean):
+                self._after_crash()
             self.commit()
         except BaseException:
             self.store.close()
@@ -110,10 +111,19 @@ class Filesystem:
         self._holder = NotifyFailure(dax, self.rmap, self.names, mm, emit, self.shutdown)
         dax.hold(self._holder)
 
+    def _after_crash(self) -> None:
+        """Take away what was written and never committed: whatever is free, or beyond the end of a file, is
+        zero.
+        """
+        self.allocator.discard_free()
+        for inode in self.names:
+            if inode.extents is not None:
+                self._data.clear_beyond(inode.extents, inode.size)
+
     def close(self) -> None:
         """Save, unless shut down, and let go of the device. Raises NoSpace if the host's memory is full."""
         try:
-            self.commit()
+            self.commit(clean=True)
         finally:
             self.store.close()
             self.dax.release(self._holder)
@@ -135,14 +145,15 @@ class Filesystem:
             except NoSpace as error:
                 raise CorruptMetadata(f"{self.dax.name}: a file has blocks of the metadata") from error
 
-    def commit(self) -> None:
+    def commit(self, *, clean: bool = False) -> None:
         """Put what changed on the device, all of it or nothing; what was freed can be used again then.
+        ``clean``: and nothing follows.
 
         Does nothing after a shutdown or a power failure. Raises CorruptMetadata if the region cannot be used.
         """
         if self.shutdown_reason is not None or self._never_commit:
             return
-        self.store.commit(self.names, self.rmap)
+        self.store.commit(self.names, self.rmap, clean=clean)
         self.allocator.settle()
 
     def fsync(self) -> None:
@@ -318,7 +329,13 @@ class Filesystem:
             return 0
         if offset + len(data) > MAX_FILE_SIZE:
             raise FsError(errno.EFBIG)
-        stored = self._data.store(extents, offset, data, from_cache=from_cache)
+        try:
+            stored = self._data.store(extents, offset, data, from_cache=from_cache)
+        except NoSpace:
+            if not self.rmap.given_up:
+                raise
+            self.commit()  # then the last one to use a block need not copy it any more
+            stored = self._data.store(extents, offset, data, from_cache=from_cache)
         inode.size = max(inode.size, offset + len(data))
         self.names.touch(inode, modified=True)
         self._publish(inode, stored)

@@ -86,6 +86,10 @@ class Rmap:
         self.link_count = 0
         self.dirty: dict[Ino, RangeSet] = {}
         """File blocks, by file, whose links the store does not have as they are."""
+        self.given_up = RangeSet()
+        """Device blocks that lost a link since the last commit and still have another. The store still says
+        that they are shared, so until it says otherwise they are: a crash would bring the lost link back.
+        """
         self._next_proxy = 1
 
     def __iter__(self) -> Iterator[Link]:
@@ -129,6 +133,11 @@ class Rmap:
             self._next_proxy += 1
             self._mark(link)
         return link.proxy
+
+    def give_up(self, start: Block, end: Block, unused: list[Range]) -> None:
+        """A link to ``[start, end)`` is gone; all of it but ``unused`` has another."""
+        for part in RangeSet(unused).gaps(start, end):
+            self.given_up.add(*part)
 
     def adopt(self, links: list[Link]) -> None:
         """File links that a store has read, all of one file."""
@@ -183,10 +192,14 @@ class Rmap:
 
     def shared_parts(self, link: Link, start: Block, end: Block) -> RangeSet:
         """The parts of device blocks ``[start, end)``, all of them ``link``'s, that another link uses as
-        well.
+        well, or did when the store was last written.
         """
         shared = RangeSet()
-        if link.proxy is None or link.proxy.refcount == 1:
+        if link.proxy is None:
+            return shared
+        for part in self.given_up.overlapping(start, end):
+            shared.add(*part)
+        if link.proxy.refcount == 1:
             return shared
         for other in self._links.overlapping(start, end):
             if other is not link:

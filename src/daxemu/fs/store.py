@@ -24,6 +24,7 @@ from daxemu.fs.metadata_region import MetadataFile, MetadataRegion
 from daxemu.fs.metadata_vfs import MetadataVfs
 from daxemu.fs.namespace import Inode, Namespace
 from daxemu.fs.rmap import METADATA_INO, Link, ReflinkProxy, Rmap
+from daxemu.ranges import RangeSet
 from daxemu.uapi import PAGE_SIZE, Block, Ino
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class Store:
         self._name = name
         self._vfs = MetadataVfs(region)
         self._room = 0
+        self.is_clean = False
+        """Whether the last commit was the last thing that was done: no crash since."""
         self._db: apsw.Connection | None = None
 
     # -- opening
@@ -146,13 +149,13 @@ class Store:
 
     # -- committing
 
-    def commit(self, names: Namespace, rmap: Rmap) -> None:
-        """Write what changed since the last commit; all of it or nothing.
+    def commit(self, names: Namespace, rmap: Rmap, *, clean: bool = False) -> None:
+        """Write what changed since the last commit; all of it or nothing. ``clean``: nothing comes after it.
 
         Raises CorruptMetadata if the region cannot be used any more, NoSpace if it is too small after all.
         """
         inodes, entries, extents = names.dirty_inodes, names.dirty_entries, rmap.dirty
-        if not (inodes or entries or extents):
+        if not (inodes or entries or extents) and clean == self.is_clean:
             return
         db = self._connection()
         try:
@@ -160,10 +163,14 @@ class Store:
                 self._commit_inodes(db, names, inodes | (extents.keys() - {METADATA_INO}))
                 self._commit_entries(db, names, entries)
                 self._commit_links(db, names, rmap)
-                db.execute("REPLACE INTO counter VALUES('next_ino', ?)", (names.next_ino,))
+                db.execute(
+                    "REPLACE INTO counter VALUES('next_ino', ?), ('clean', ?)", (names.next_ino, clean)
+                )
         except apsw.Error as error:
             raise self._translated(error) from error
         names.dirty_inodes, names.dirty_entries, rmap.dirty = set(), set(), {}
+        rmap.given_up = RangeSet()
+        self.is_clean = clean
 
     def _commit_inodes(self, db: apsw.Connection, names: Namespace, dirty: set[Ino]) -> None:
         gone = [(ino,) for ino in dirty if (inode := names.find(ino)) is None or inode.nlink == 0]
@@ -219,8 +226,9 @@ class Store:
                 names.adopt_entry(parent, name, ino)
             links = self._connection().execute("SELECT * FROM link ORDER BY ino, file_block")
             self._adopt_links(links, names, rmap, total_blocks)
-            for (value,) in self._connection().execute("SELECT value FROM counter WHERE name='next_ino'"):
-                names.reserve_inos(value)
+            counters = dict(self._connection().execute("SELECT name, value FROM counter"))
+            names.reserve_inos(counters["next_ino"])
+            self.is_clean = bool(counters["clean"])
         except apsw.Error as error:
             raise self._translated(error) from error
         except (TypeError, ValueError, KeyError, DaxemuError, msgspec.MsgspecError) as error:

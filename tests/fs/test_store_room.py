@@ -1,0 +1,109 @@
+"""What Store.ensure_room admitted always fits a snapshot: a full metadata region can be saved and loaded."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from daxemu.errors import NoSpace
+from daxemu.fs.namespace import ROOT_INO
+from daxemu.uapi import PAGE_SIZE, Ino
+from tests.support.core import ROOT, Core
+
+
+def until_full(verb: Callable[[], object]) -> int:
+    """Do it until the metadata region refuses; how often it was done."""
+    for done in range(1_000_000):
+        try:
+            verb()
+        except NoSpace:
+            return done
+    raise AssertionError("the metadata region is never full")
+
+
+def fill(core: Core, kind: str, dice: random.Random, big: Ino) -> None:
+    """One more of a kind, with the longest name."""
+    name = b"%0255d" % dice.randrange(10**200)
+    match kind:
+        case "files":
+            core.file(name)
+        case "directories":
+            core.dir(name)
+        case "symlinks":
+            core.fs.symlink(ROOT_INO, name, (name * 16)[: dice.choice([1, 255, 4080])], ROOT)
+        case "hard links":
+            core.fs.link(big, ROOT_INO, name)
+        case "attributes":
+            core.fs.setxattr(ROOT_INO, name, b"v" * dice.choice([0, 40, 300]), 0)
+        case "clones":
+            core.fs.remap_file_range(big, 0, core.file(name), 0, 0)
+
+
+KINDS = ["files", "directories", "symlinks", "hard links", "attributes", "clones"]
+
+
+@pytest.mark.parametrize("kinds", [[kind] for kind in KINDS] + [KINDS], ids=", ".join)
+def test_what_was_admitted_can_be_saved(core: Core, kinds: list[str]) -> None:
+    dice, big = random.Random(5), core.file(b"big")
+    for block in range(0, 600, 2):
+        core.fs.write(big, (1 << 62) + block * PAGE_SIZE, b"x")  # far away: large numbers take more bytes
+    assert until_full(lambda: fill(core, dice.choice(kinds), dice, big)) > 10
+    before = (len(core.fs.names), core.fs.rmap.link_count, core.fs.names.name_bytes)
+    core.reopen()
+    assert (len(core.fs.names), core.fs.rmap.link_count, core.fs.names.name_bytes) == before
+
+
+def test_removing_makes_room_again(core: Core) -> None:
+    numbers = iter(range(1_000_000))
+    until_full(lambda: core.file(b"%0255d" % next(numbers)))
+    for number in range(50):
+        core.fs.unlink(ROOT_INO, b"%0255d" % number)
+    assert until_full(lambda: core.file(b"%0255d" % next(numbers))) >= 49
+
+
+def test_what_is_refused_has_changed_nothing(core: Core) -> None:
+    numbers = iter(range(1_000_000))
+    done = until_full(lambda: core.fs.setxattr(ROOT_INO, b"%d" % next(numbers), b"v" * 60000, 0))
+    assert len(core.fs.names.get(ROOT_INO).xattrs) == done
+    core.reopen()
+    assert len(core.fs.names.get(ROOT_INO).xattrs) == done
+
+
+def test_a_write_into_fragments_asks_for_all_the_links_it_makes(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Free space in single blocks: every block written is a link of its own."""
+    asked = 0
+    ensure_room = core.fs.store.ensure_room
+
+    def watch(inodes: int, links: int, name_bytes: int) -> None:
+        nonlocal asked
+        asked = max(asked, links)
+        ensure_room(inodes, links, name_bytes)
+
+    one, two, three, four = (core.file(name) for name in (b"1", b"2", b"3", b"4"))
+    for block in range(100):
+        core.fs.write(one, block * PAGE_SIZE, b"x")
+        core.fs.write(two, block * PAGE_SIZE, b"x")
+    core.fs.write(four, 0, bytes(50 * PAGE_SIZE))
+    core.fs.write(core.file(b"rest"), 0, bytes(core.fs.statfs().free * PAGE_SIZE))
+    core.clone(four, b"5")
+    core.fs.unlink(ROOT_INO, b"2")
+    monkeypatch.setattr(core.fs.store, "ensure_room", watch)
+    verbs: list[Callable[[], object]] = [
+        lambda: core.fs.write(three, 0, bytes(20 * PAGE_SIZE)),
+        lambda: core.fs.write(four, 10 * PAGE_SIZE - 1, b"xy"),
+        lambda: core.fs.write(four, 20 * PAGE_SIZE - 1, bytes(PAGE_SIZE + 2)),
+        lambda: core.fs.set_size(three, 100),
+        lambda: core.fs.fallocate(three, 0, 0, 20 * PAGE_SIZE),
+        lambda: core.fs.fallocate(four, 0x10, 30 * PAGE_SIZE - 1, 5 * PAGE_SIZE),
+        lambda: core.fs.fallocate(four, 0x03, 40 * PAGE_SIZE - 1, 5 * PAGE_SIZE),
+        lambda: core.fs.remap_file_range(four, 0, three, 30 * PAGE_SIZE, 0),
+        lambda: core.fs.remap_file_range(one, 0, four, 2 * PAGE_SIZE, PAGE_SIZE),
+    ]
+    for number, verb in enumerate(verbs):
+        asked = core.fs.rmap.link_count
+        verb()
+        assert core.fs.rmap.link_count <= asked, number

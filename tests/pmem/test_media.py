@@ -1,0 +1,221 @@
+"""Media: shared bytes with memory behind them, and poison that outlives the process."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from daxemu.errors import DaxemuError, NoSpace, NotADevice
+from daxemu.pmem.media import Media, sectors_of
+from daxemu.ranges import Range, RangeSet
+from daxemu.uapi import PAGE_SIZE
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    Media.create(tmp_path, SIZE)
+    return tmp_path
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator[Media]:
+    media = Media(directory, SIZE)
+    try:
+        yield media
+    finally:
+        media.close()
+
+
+@contextmanager
+def files_cannot_grow(at: int = 0) -> Iterator[None]:
+    """Writes to a file fail from byte ``at`` on, as on a full disk (RLIMIT_FSIZE; Python ignores SIGXFSZ)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (at, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_sectors_are_rounded_out() -> None:
+    assert sectors_of(0, 1) == Range(0, 1)
+    assert sectors_of(511, 2) == Range(0, 2)
+    assert sectors_of(512, 512) == Range(1, 2)
+
+
+def test_a_new_media_is_zeros_and_takes_no_memory(directory: Path) -> None:
+    with opened(directory) as media:
+        assert bytes(media.view(0, SIZE)) == bytes(SIZE)
+    assert (directory / "media").stat().st_size == SIZE
+
+
+def test_stores_are_shared_and_stay(directory: Path) -> None:
+    with opened(directory) as media, opened(directory) as other:
+        media.reserve(PAGE_SIZE, PAGE_SIZE)
+        media.view(PAGE_SIZE + 5, 5)[:] = b"hello"
+        assert bytes(other.view(PAGE_SIZE + 5, 5)) == b"hello"
+    with opened(directory) as media:
+        assert bytes(media.view(PAGE_SIZE + 5, 5)) == b"hello"
+
+
+def test_reserve_and_release(directory: Path) -> None:
+    with opened(directory) as media:
+        before = (directory / "media").stat().st_blocks
+        media.reserve(0, 8 * PAGE_SIZE)
+        assert (directory / "media").stat().st_blocks == before + 64
+        media.view(0, 4)[:] = b"full"
+        media.release(0, 8 * PAGE_SIZE)
+        assert (directory / "media").stat().st_blocks == before
+        assert bytes(media.view(0, 4)) == bytes(4)
+
+
+def test_reserving_keeps_what_is_there(directory: Path) -> None:
+    with opened(directory) as media:
+        media.reserve(0, PAGE_SIZE)
+        media.view(0, 4)[:] = b"kept"
+        media.reserve(0, 2 * PAGE_SIZE)
+        assert bytes(media.view(0, 4)) == b"kept"
+
+
+# -- poison
+
+
+def test_poison_counts_by_sector(directory: Path) -> None:
+    with opened(directory) as media:
+        media.add_poison(Range(3, 5))
+        assert media.is_poisoned(2047, 1) is True
+        assert media.is_poisoned(1535, 1) is False
+        assert media.is_poisoned(2560, 100) is False
+        assert list(media.poisoned(0, SIZE)) == [Range(1536, 2560)]
+        assert list(media.poisoned(2048, 1)) == [Range(2048, 2560)]
+
+
+def test_clearing_says_what_was_poison(directory: Path) -> None:
+    with opened(directory) as media:
+        media.add_poison(Range(3, 5))
+        assert media.clear_poison(Range(4, 10)) == [Range(4, 5)]
+        assert media.clear_poison(Range(4, 10)) == []
+        assert list(media.poison) == [Range(3, 4)]
+
+
+def test_poison_survives_the_process(directory: Path) -> None:
+    with opened(directory) as media:
+        media.add_poison(Range(3, 5))
+        media.add_poison(Range(100, 101))
+        media.clear_poison(Range(3, 4))
+    with opened(directory) as media:
+        assert media.poison == RangeSet([(4, 5), (100, 101)])
+    assert (directory / "poison").read_text().split() == ["4", "1", "100", "1"]
+
+
+def test_a_device_without_the_file_has_no_poison(directory: Path) -> None:
+    (directory / "poison").unlink()
+    with opened(directory) as media:
+        assert len(media.poison) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"x",
+        b"1",
+        b"1 2 3",
+        b"-1 2",
+        b"1 0",
+        b"1 -5",
+        b"2048 1",
+        b"0 99999999999999999999",
+        b"1 2\n3",
+        b"\xff",
+    ],
+)
+def test_a_damaged_poison_file_is_refused(directory: Path, text: bytes) -> None:
+    (directory / "poison").write_bytes(text)
+    with pytest.raises(NotADevice, match="poison"):
+        Media(directory, SIZE)
+
+
+def test_a_refused_media_leaves_no_file_open(directory: Path) -> None:
+    before = open_files()
+    with pytest.raises(NotADevice):
+        Media(directory, SIZE + PAGE_SIZE)
+    (directory / "poison").write_text("garbage")
+    with pytest.raises(NotADevice) as caught:
+        Media(directory, SIZE)
+    assert str(directory) in str(caught.value)
+    del caught
+    assert open_files() == before
+
+
+def test_a_media_of_another_size_is_refused(directory: Path) -> None:
+    with pytest.raises(NotADevice, match=f"{SIZE} bytes"):
+        Media(directory, 2 * SIZE)
+
+
+def test_no_media_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotADevice, match="mkfs"):
+        Media(tmp_path, SIZE)
+    (tmp_path / "media").mkdir()
+    with pytest.raises(NotADevice):
+        Media(tmp_path, SIZE)
+
+
+def test_poison_that_cannot_be_recorded_is_refused_and_not_there(directory: Path) -> None:
+    """Otherwise the truth would be forgotten at the next mount."""
+    with opened(directory) as media:
+        media.add_poison(Range(7, 9))
+        with files_cannot_grow(), pytest.raises(DaxemuError):
+            media.add_poison(Range(3, 5))
+        assert list(media.poison) == [Range(7, 9)]
+        with files_cannot_grow(), pytest.raises(DaxemuError):
+            media.clear_poison(Range(0, 8))
+        assert list(media.poison) == [Range(7, 9)]
+    with opened(directory) as media:
+        assert list(media.poison) == [Range(7, 9)]
+
+
+def test_a_list_of_poison_that_has_no_room_to_grow_stays_what_it_was(directory: Path) -> None:
+    """A long list takes more than a block of the disk: half of a new one must not replace the old one."""
+    with opened(directory) as media:
+        sector = 0
+        while (directory / "poison").stat().st_size <= PAGE_SIZE:
+            sector += 3
+            media.add_poison(Range(sector, sector + 1))
+        media.clear_poison(Range(sector, sector + 1))
+        before = list(media.poison)
+        with files_cannot_grow(at=PAGE_SIZE), pytest.raises(DaxemuError):
+            media.add_poison(Range(sector, sector + 1))
+        assert list(media.poison) == before
+    with opened(directory) as media:
+        assert list(media.poison) == before
+
+
+def test_more_than_the_host_has_is_enospc() -> None:
+    memory = os.statvfs("/dev/shm")
+    if not memory.f_blocks:
+        pytest.skip("/dev/shm has no limit here")
+    directory = Path("/dev/shm") / f"daxemu-media-{os.getpid()}"
+    size = memory.f_blocks * memory.f_frsize + PAGE_SIZE
+    directory.mkdir()
+    try:
+        Media.create(directory, size)
+        media = Media(directory, size)
+        with pytest.raises(NoSpace):
+            media.reserve(0, size)
+        assert (directory / "media").stat().st_blocks == 0
+        media.close()
+    finally:
+        for name in ("media", "poison"):
+            (directory / name).unlink()
+        directory.rmdir()

@@ -1,0 +1,272 @@
+"""A seeded workload of single system calls, and what a tree looks like after each of them.
+
+Everything follows from the seed: the crash loop computes the history, another process executes it and counts,
+in a file outside of the mount, how far it has come and what fsync has promised.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import random
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.support.syscalls import (
+    KEEP_SIZE,
+    PUNCH_HOLE,
+    RENAME_EXCHANGE,
+    ZERO_RANGE,
+    clone_range,
+    fallocate,
+    renameat2,
+)
+
+PAGE = 4096
+MOST = 24 * PAGE
+"""No file is larger."""
+COUNTERS = struct.Struct("=QQ")
+"""How many operations were begun; how many there had been at the last fsync that returned."""
+DIRECTORY = None
+VERBS = {
+    "create": 6, "write": 14, "append": 8, "mapped": 3, "truncate": 6, "punch": 4, "zero": 3,
+    "allocate": 3, "clone": 6, "copy": 3, "rename": 4, "exchange": 2, "link": 3, "unlink": 4, "mkdir": 1,
+    "fsync": 9, "fsyncdir": 2,
+}  # fmt: skip
+"""How often each is chosen."""
+
+
+class Op(NamedTuple):
+    """One system call, or one and the fsync of it. ``b`` and ``c`` are what it needs."""
+
+    verb: str
+    name: str
+    other: str = ""
+    b: int = 0
+    c: int = 0
+    seed: int = 0
+
+
+@dataclass
+class State:
+    """``names``: file numbers, or DIRECTORY. ``files``: the bytes of each."""
+
+    names: dict[str, int | None] = field(default_factory=dict)
+    files: dict[int, bytes] = field(default_factory=dict)
+
+    def copy(self) -> State:
+        """Another one that changes by itself; the bytes are never changed in place."""
+        return State(dict(self.names), dict(self.files))
+
+    def sizes(self) -> dict[str, int | None]:
+        """What a look at the tree shows without reading files: sizes, None for directories."""
+        return {name: None if n is DIRECTORY else len(self.files[n]) for name, n in self.names.items()}
+
+
+def history(seed: int, length: int) -> tuple[list[Op], list[State]]:
+    """The operations, and the states: ``states[i]`` is before operation i."""
+    rng, state = random.Random(seed), State()
+    ops: list[Op] = []
+    states = [state]
+    while len(ops) < length:
+        op = _choose(rng, state)
+        state = _after(state, op, len(ops))
+        ops.append(op)
+        states.append(state)
+    return ops, states
+
+
+def _choose(rng: random.Random, state: State) -> Op:
+    files = sorted(name for name, number in state.names.items() if number is not DIRECTORY)
+    directories = ["", *sorted(name + "/" for name, n in state.names.items() if n is DIRECTORY)]
+    if len(files) < 3:
+        return Op("create", f"{rng.choice(directories)}f{rng.randrange(1 << 30):x}")
+    if len(files) > 24:
+        return Op("unlink", rng.choice(files))
+    (verb,) = rng.choices([*VERBS], [*VERBS.values()])
+    name, other = rng.choice(files), rng.choice(files)
+    size = len(state.files[state.names[name] or 0])
+    at, length = rng.randrange(size + PAGE), rng.randrange(1, 3 * PAGE)
+    if rng.random() < 0.4:
+        at, length = at // PAGE * PAGE, -(-length // PAGE) * PAGE
+    fresh = f"{rng.choice(directories)}{rng.randrange(1 << 30):x}"
+    if verb == "mapped" and not size:
+        verb = "append"
+    if verb == "append":
+        at = size
+    if verb in ("clone", "copy") and state.names[name] == state.names[other]:
+        verb = "write"
+    match verb:
+        case "create" | "mkdir" | "fsyncdir":
+            return Op(verb, fresh if verb != "fsyncdir" else rng.choice(directories).rstrip("/"))
+        case "write" | "append" | "punch" | "zero" | "allocate":
+            at = min(at, MOST - 1)
+            return Op(verb, name, b=at, c=min(length, MOST - at), seed=rng.randrange(1 << 30))
+        case "mapped":
+            return Op(verb, name, b=rng.randrange(size), c=length, seed=rng.randrange(1 << 30))
+        case "truncate":
+            return Op(verb, name, b=rng.choice([0, at % (size + 1), min(at + length, MOST)]))
+        case "clone" | "copy" | "exchange":
+            return Op(verb, name, other)
+        case "rename":
+            return Op(verb, name, rng.choice([other, fresh]))
+        case "link":
+            return Op(verb, name, fresh)
+    return Op(verb, name)
+
+
+def _data(op: Op) -> bytes:
+    return random.Random(op.seed).randbytes(op.c)
+
+
+def _after(state: State, op: Op, number: int) -> State:
+    """The state after an operation that was done whole."""
+    after = state.copy()
+    names, files = after.names, after.files
+    target = names.get(op.name)
+    old = files[target] if target is not None else b""
+
+    def put(at: int, data: bytes, size: int | None = None) -> None:
+        whole = bytearray(old.ljust(max(len(old), at + len(data)), b"\0"))
+        whole[at : at + len(data)] = data
+        files[target or 0] = bytes(whole[:size])
+
+    match op.verb:
+        case "create":
+            names[op.name] = number + 1
+            files[number + 1] = b""
+        case "mkdir":
+            names[op.name] = DIRECTORY
+        case "write" | "append":
+            put(op.b, _data(op))
+        case "mapped":
+            put(op.b, _data(op)[: len(old) - op.b])
+        case "punch":
+            put(op.b, bytes(op.c), len(old))
+        case "zero":
+            put(op.b, bytes(op.c))
+        case "allocate":
+            files[target or 0] = old.ljust(op.b + op.c, b"\0")
+        case "truncate":
+            files[target or 0] = old[: op.b].ljust(op.b, b"\0")
+        case "clone" | "copy":
+            data = files[names[op.other] or 0]
+            files[target or 0] = data + old[len(data) :]
+        case "rename" if names[op.name] != names.get(op.other):
+            names[op.other] = names.pop(op.name)
+        case "exchange":
+            names[op.name], names[op.other] = names[op.other], names[op.name]
+        case "link":
+            names[op.other] = names[op.name]
+        case "unlink":
+            del names[op.name]
+    return after
+
+
+# -- in the other process
+
+
+@contextmanager
+def _opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
+    fd = os.open(path, flags, 0o644)
+    try:
+        yield fd
+    finally:
+        with suppress(OSError):
+            os.close(fd)
+
+
+def _do(top: Path, op: Op) -> bool:
+    """Do it; whether everything up to now is promised by it."""
+    path, other = top / op.name, top / op.other
+    match op.verb:
+        case "mkdir":
+            path.mkdir()
+        case "unlink":
+            path.unlink()
+        case "rename":
+            path.rename(other)
+        case "exchange":
+            renameat2(path, other, RENAME_EXCHANGE)
+        case "link":
+            other.hardlink_to(path)
+        case "truncate":
+            os.truncate(path, op.b)
+        case "fsyncdir":
+            with _opened(path, os.O_RDONLY) as fd:
+                os.fsync(fd)
+            return True
+        case _:
+            with _opened(path, os.O_RDWR | os.O_CREAT * (op.verb == "create")) as fd:
+                return _do_open(fd, other, op)
+    return False
+
+
+def _do_open(fd: int, other: Path, op: Op) -> bool:
+    match op.verb:
+        case "write" | "append":
+            os.pwrite(fd, _data(op), op.b)
+        case "mapped":
+            with mmap.mmap(fd, 0) as view:
+                data = _data(op)[: len(view) - op.b]
+                view[op.b : op.b + len(data)] = data
+                view.flush()
+            return True
+        case "punch":
+            fallocate(fd, PUNCH_HOLE | KEEP_SIZE, op.b, op.c)
+        case "zero":
+            fallocate(fd, ZERO_RANGE, op.b, op.c)
+        case "allocate":
+            fallocate(fd, 0, op.b, op.c)
+        case "clone" | "copy":
+            with _opened(other, os.O_RDONLY) as source:
+                size = os.fstat(source).st_size
+                if op.verb == "clone" and size:
+                    with suppress(_Unsharable):
+                        _clone(fd, source)
+                        return False
+                done = 0
+                while done < size:
+                    done += os.copy_file_range(source, fd, size - done, done, done)
+        case "fsync":
+            os.fsync(fd)
+            return True
+    return False
+
+
+class _Unsharable(Exception):
+    """The source's end is inside a block, the target goes on behind it."""
+
+
+def _clone(fd: int, source: int) -> None:
+    try:
+        clone_range(fd, source)
+    except OSError as error:
+        if error.errno == 22:
+            raise _Unsharable from error
+        raise
+
+
+def execute(seed: int, length: int, directory: str, counters: str) -> None:
+    """Do the operations of ``history(seed, length)`` below ``directory`` until the mount is gone."""
+    libc = ctypes.CDLL(None)
+    libc.signal(7, 0)  # SIGBUS when the mount goes while a page is stored to: the end, quietly
+    ops, _ = history(seed, length)
+    with open(counters, "r+b") as file, mmap.mmap(file.fileno(), COUNTERS.size) as shared:
+        promised = 0
+        for number, op in enumerate(ops):
+            COUNTERS.pack_into(shared, 0, number + 1, promised)
+            try:
+                promises = _do(Path(directory), op)
+            except OSError as error:
+                if error.errno in (103, 107, 5, 2):  # ECONNABORTED, ENOTCONN, EIO, ENOENT: the mount is gone
+                    return
+                raise
+            if promises:
+                promised = number + 1
+                COUNTERS.pack_into(shared, 0, number + 1, promised)

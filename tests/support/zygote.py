@@ -1,0 +1,175 @@
+"""Supervisors, and other processes of tests, by fork(2) of a process that has imported everything already:
+that takes a tenth of the time that starting Python does.
+
+    python -m tests.support.zygote      reads requests from stdin, a line of JSON each, answers on stdout
+
+A supervisor made so is what ``python -m daxemu.supervisor`` is, less the execve(2).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+from daxemu.errors import ERRORS, DaxemuError
+from daxemu.pmem.dax_device import DaxDevice
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Zygote:
+    """The process that forks. A context manager; what it forked lives on."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.zygote"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.communicate()
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, "the zygote died"
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def supervise(self, device: Path, mountpoint: Path, *, die_at_access: int = 0) -> int:
+        """Mount; the supervisor's pid. Raises what it refused with.
+
+        ``die_at_access``: it kills itself just before it takes hold of media bytes for the n-th time since it
+        was ready.
+        """
+        answer = self._ask(
+            do="supervise", device=str(device), mountpoint=str(mountpoint), die_at_access=die_at_access
+        )
+        reply = answer["reply"]
+        if not reply["ok"]:
+            raise ERRORS.get(reply["error"], DaxemuError)(reply["message"])
+        return int(answer["pid"])
+
+    def run(self, function: str, *arguments: Any) -> int:
+        """Call "module:function" with arguments that JSON can carry, in a process of its own; its pid."""
+        return int(self._ask(do="run", function=function, arguments=arguments)["pid"])
+
+
+def wait_for_end(pid: int, timeout: float = 30.0) -> None:
+    """Wait until a process that need not be our child is gone."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        import select
+
+        ended, _, _ = select.select([handle], [], [], timeout)
+        assert ended, f"process {pid} lives on"
+    finally:
+        os.close(handle)
+
+
+# -- in the zygote
+
+
+def _serve() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children: their end is seen by pidfd
+    import daxemu.supervisor.__main__ as supervisor
+    import daxemu.supervisor.run
+
+    assert daxemu.supervisor.run
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] == "supervise":
+            answer = _supervise(supervisor.main, request)
+        else:
+            answer = {"pid": _fork(lambda r=request: _call(r), "/dev/null")}  # type: ignore[misc]
+        print(json.dumps(answer), flush=True)
+
+
+def _call(request: dict[str, Any]) -> None:
+    module, _, name = request["function"].partition(":")
+    getattr(importlib.import_module(module), name)(*request["arguments"])
+
+
+def _supervise(main: Callable[[str, str, int], int], request: dict[str, Any]) -> dict[str, Any]:
+    ours, theirs = os.pipe()
+
+    def child() -> int:
+        os.close(ours)
+        if request["die_at_access"]:
+            _die_at_access(request["die_at_access"])
+        return main(request["device"], request["mountpoint"], theirs)
+
+    try:
+        pid = _fork(child, os.path.join(request["device"], "supervisor.log"))
+    finally:
+        os.close(theirs)
+    with os.fdopen(ours) as answers:
+        said = answers.readline()
+    refusal = {"ok": False, "error": "DaxemuError", "message": "the supervisor ended at once"}
+    return {"pid": pid, "reply": json.loads(said) if said else refusal}
+
+
+def _die_at_access(number: int) -> None:
+    access, left = DaxDevice.direct_access, number
+
+    def counted(self: DaxDevice, offset: int, length: int) -> memoryview:
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return access(self, offset, length)
+
+    DaxDevice.direct_access = counted  # type: ignore[method-assign]
+
+
+def _fork(child: Callable[[], object], log: str) -> int:
+    pid = os.fork()
+    if not pid:
+        _become(child, log)
+    return pid
+
+
+def _become(child: Callable[[], object], log: str) -> NoReturn:
+    status = 70
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setsid()
+        for number, path in ((0, "/dev/null"), (1, log), (2, log)):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(fd, number)
+            os.close(fd)
+        os.chdir("/")
+        result = child()
+        status = result if isinstance(result, int) else 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    _serve()

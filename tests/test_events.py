@@ -1,0 +1,158 @@
+"""Events: each comes back from its JSON as it was, and says what the kernel says, to the letter."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import msgspec
+import pytest
+
+from daxemu.events import (
+    EVENT_TYPES,
+    DeviceRemoved,
+    Event,
+    FileDamaged,
+    FilesystemShutdown,
+    MemoryFailureHandled,
+    Mounted,
+    Outcome,
+    PoisonCleared,
+    PoisonInjected,
+    SettingChanged,
+    SignalSent,
+    StoreLost,
+    Unmounted,
+    decode,
+    encode,
+)
+from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR
+
+
+def a_signal(code: int, reason: str | None = None) -> SignalSent:
+    return SignalSent(
+        pid=123,
+        tid=124,
+        comm="p0",
+        code=code,
+        address=0x7F1234567000,
+        lsb=12,
+        pfn=0x240200,
+        result="inexact" if reason else "delivered",
+        reason=reason,
+    )
+
+
+def a_failure(outcome: Outcome) -> MemoryFailureHandled:
+    return MemoryFailureHandled(
+        pfn=0x240200, nr_pages=1, page_type="dax page", outcome=outcome, told=2, files=1
+    )
+
+
+SAMPLES: list[Event] = [
+    Mounted(seq=1, time=2.5, device="/dev/shm/pmem0", mountpoint="/mnt", size=6 << 40),
+    Unmounted(mountpoint="/mnt"),
+    SettingChanged(name="early_kill", value="1"),
+    PoisonInjected(offset=4096, length=512, latent=True),
+    PoisonCleared(offset=4096, length=512, by="write"),
+    a_failure(Outcome.FAILED),
+    a_signal(BUS_MCEERR_AO, "another tracer"),
+    FileDamaged(ino=2, path='/a "quoted"\n\u00e9', offset=0, length=4096),
+    StoreLost(ino=2, path="/f", offset=0, length=4096),
+    FilesystemShutdown(device="pmem0", reason="Device is about to be removed!"),
+    DeviceRemoved(device="pmem0", told=3),
+]
+
+
+def test_there_is_a_sample_of_every_type() -> None:
+    assert [type(sample) for sample in SAMPLES] == list(EVENT_TYPES)
+    assert set(EVENT_TYPES) == set(Event.__subclasses__())
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda e: type(e).__name__)
+def test_an_event_comes_back_as_it_was(sample: Event) -> None:
+    line = encode(sample)
+    assert b"\n" not in line
+    assert decode(line) == sample
+    assert type(decode(line)) is type(sample)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda e: type(e).__name__)
+def test_the_json_names_the_event_and_its_fields(sample: Event) -> None:
+    fields = json.loads(encode(sample))
+    assert fields.pop("event") == type(sample).__name__
+    assert set(fields) == {field.name for field in msgspec.structs.fields(sample)}
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda e: type(e).__name__)
+def test_every_event_has_a_line_for_people(sample: Event) -> None:
+    assert sample.summary()
+    assert sample.summary() != type(sample).__name__
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"{}", b"[]", b'{"event":"Nothing"}', b'{"event":"DeviceRemoved","device":1,"told":1}', b"{"],
+)
+def test_anything_else_is_no_event(line: bytes) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        decode(line)
+
+
+# -- the kernel's lines, as recorded (6.1, 6.12, 7.2; xfs-dax). The recordings put PFN and VA for numbers, and
+# the name of the process for name:pid.
+
+RECORDED = {
+    "Memory failure: PFN: recovery action for dax page: Recovered",
+    "Memory failure: PFN: recovery action for dax page: Failed",
+    "Memory failure: PFN: Sending SIGBUS to p0 due to hardware memory corruption",
+    "MCE: Killing p0 due to hardware memory corruption fault at VA",
+    "XFS (pmem0): Device is about to be removed!",
+}
+
+
+def as_recorded(line: str) -> str:
+    line = re.sub(r"\b(\w+):\d+ due", r"\1 due", line)
+    line = re.sub(r"failure: 0x[0-9a-f]+:", "failure: PFN:", line)
+    return re.sub(r"at [0-9a-f]+$", "at VA", line).replace("daxemu (", "XFS (")
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (
+            a_failure(Outcome.RECOVERED),
+            "Memory failure: 0x240200: recovery action for dax page: Recovered",
+        ),
+        (a_failure(Outcome.FAILED), "Memory failure: 0x240200: recovery action for dax page: Failed"),
+        (
+            a_signal(BUS_MCEERR_AO),
+            "Memory failure: 0x240200: Sending SIGBUS to p0:123 due to hardware memory corruption",
+        ),
+        (
+            a_signal(BUS_MCEERR_AR),
+            "MCE: Killing p0:123 due to hardware memory corruption fault at 7f1234567000",
+        ),
+        (
+            FilesystemShutdown(device="pmem0", reason="Device is about to be removed!"),
+            "daxemu (pmem0): Device is about to be removed!",
+        ),
+    ],
+    ids=["recovered", "failed", "action optional", "action required", "removal"],
+)
+def test_the_line_is_the_kernels(event: Event, line: str) -> None:
+    assert event.dmesg() == line
+    assert as_recorded(line) in RECORDED
+
+
+def test_what_the_kernel_does_not_log_has_no_line() -> None:
+    silent = {type(sample) for sample in SAMPLES if sample.dmesg() is None}
+    assert set(EVENT_TYPES) - silent == {MemoryFailureHandled, SignalSent, FilesystemShutdown}
+
+
+def test_an_inexact_signal_says_why() -> None:
+    assert "another tracer" in a_signal(BUS_MCEERR_AO, "another tracer").summary()
+
+
+def test_outcomes_have_the_kernels_names() -> None:
+    assert [outcome.value for outcome in Outcome] == ["Ignored", "Failed", "Delayed", "Recovered"]
