@@ -35,6 +35,8 @@ class Invariants(RuleBasedStateMachine):
     committed: Model
     begun: Model
     proxies: dict[Page, tuple[int, ReflinkProxy | None]]
+    counted: Counter[Page]
+    has_committed = False
 
     def block_of(self, ino: int, index: int) -> int:
         return self.core.fs.extents_of(ino).lookup(index, index + 1)[0].dev_block
@@ -139,6 +141,7 @@ class Invariants(RuleBasedStateMachine):
         def watched(names: Namespace, rmap: Rmap, *, clean: bool = False) -> None:
             commit(names, rmap, clean=clean)
             self.committed = self.begun
+            self.has_committed = True
 
         self.core.fs.store.commit = watched  # type: ignore[method-assign]
         self.begin()
@@ -154,6 +157,7 @@ class Invariants(RuleBasedStateMachine):
         for page, used in self.tails().items():
             page.data[used:] = bytes(PAGE_SIZE - used)
         self.model = self.committed.after_crash()
+        self.counted = self.model.counts()
         self.proxies = {}
         assert {name: f.ino for name, f in self.model.names.items()} == self.core.fs.names.directory(1)[1]
         if save:
@@ -189,6 +193,13 @@ class Invariants(RuleBasedStateMachine):
 
     @invariant()
     def step_is_done(self) -> None:
+        """A commit within a step came before the step changed anything."""
+        counts = self.model.counts()
+        given_up = {page for page, before in self.counted.items() if 0 < counts[page] < before}
+        self.model.given_up = (
+            given_up if self.has_committed else given_up | self.model.given_up & counts.keys()
+        )
+        self.counted, self.has_committed = counts, False
         self.begin()
 
     def sharing(self) -> dict[Page, set[Page]]:

@@ -32,6 +32,8 @@ class Model:
     def __init__(self) -> None:
         self.names: dict[bytes, File] = {}
         self.open_files: list[File] = []
+        self.given_up: set[Page] = set()
+        """Blocks that lost a user since the last commit, and have another: shared until the next."""
 
     @property
     def files(self) -> list[File]:
@@ -41,6 +43,10 @@ class Model:
     def links_of(self, page: Page) -> int:
         """How many places in files use this block."""
         return sum(other is page for file in self.files for other in file.pages.values())
+
+    def is_shared(self, page: Page) -> bool:
+        """Whether a store needs another block than this."""
+        return self.links_of(page) > 1 or page in self.given_up
 
     def counts(self) -> Counter[Page]:
         """The same for every block."""
@@ -58,7 +64,7 @@ class Model:
     def needed(self, file: File, offset: int, length: int) -> int:
         """How many new blocks a store takes: holes, and blocks that others use too."""
         touched = (file.pages.get(i) for i in _indexes(offset, length))
-        return sum(page is None or self.links_of(page) > 1 for page in touched)
+        return sum(page is None or self.is_shared(page) for page in touched)
 
     def meets_poison(self, file: File, offset: int, length: int) -> bool:
         """Whether an edge of the range cuts a page that is poison."""
@@ -76,7 +82,7 @@ class Model:
             page = file.pages.get(index)
             if page is None:
                 page = file.pages[index] = Page()
-            elif counts[page] > 1:
+            elif counts[page] > 1 or page in self.given_up:
                 page = file.pages[index] = Page(bytearray(PAGE_SIZE) if page.bad else page.data[:])
             elif page.bad and from_cache:
                 lost.append(index)

@@ -1,7 +1,7 @@
 """Crashes at random moments of a random workload: always sound, always what fsync promised, nothing else.
 
-DAXEMU_CRASH_ROUNDS says how many (``make soak``: thousands), DAXEMU_CRASH_SEED which; a failure names the seed
-of its round, which DAXEMU_CRASH_SEED with DAXEMU_CRASH_ROUNDS=1 runs again (at a moment that is its own).
+DAXEMU_CRASH_ROUNDS says how many (``make soak``: thousands), DAXEMU_CRASH_SEED which; a failure names the
+seed of its round, which DAXEMU_CRASH_SEED with DAXEMU_CRASH_ROUNDS=1 runs again, if at another moment.
 """
 
 from __future__ import annotations
