@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -26,7 +27,7 @@ def test_range_set_is_a_set(steps: list[tuple[bool, tuple[int, int]]], probe: tu
             model -= span
         stored = list(ranges)
         assert {i for r in stored for i in range(*r)} == model
-        assert all(a.end < b.start for a, b in zip(stored, stored[1:], strict=False))
+        assert all(a.end < b.start for a, b in pairwise(stored))
         assert all(r.start < r.end for r in stored)
         assert ranges.total == len(model)
     start, end = probe

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from daxemu.fs.fsck import fsck
-from daxemu.fs.namespace import ROOT_INO
+from daxemu.fs.inode import ROOT_INO
 from daxemu.mm.memory_failure import PresentRun, Task, Thread, collect_procs
 from daxemu.pmem import inject
 from daxemu.ranges import Range

@@ -11,9 +11,9 @@ import pytest
 
 from daxemu.errors import Busy, FsError, NoSpace, Shutdown
 from daxemu.events import FilesystemShutdown
-from daxemu.fs.filesystem import MAX_FILE_SIZE, Filesystem
+from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.fsck import fsck
-from daxemu.fs.namespace import ROOT_INO
+from daxemu.fs.inode import MAX_FILE_SIZE, ROOT_INO
 from daxemu.pmem.inject import inject, uninject
 from daxemu.uapi import PAGE_SIZE
 from tests.support.core import ROOT, Core, pages

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from daxemu.fs.fsck import fsck
-from daxemu.fs.namespace import ROOT_INO
+from daxemu.fs.inode import ROOT_INO
 from daxemu.fs.rmap import Link, ReflinkProxy
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE

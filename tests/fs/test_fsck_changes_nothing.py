@@ -8,7 +8,7 @@ from pathlib import Path
 
 from daxemu.events import Event
 from daxemu.fs.filesystem import Filesystem
-from daxemu.fs.namespace import ROOT_INO, Credentials
+from daxemu.fs.inode import ROOT_INO, Credentials
 from daxemu.fs.offline import check_device
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.device_dir import DeviceConfig, DeviceDir
@@ -29,7 +29,9 @@ def used(device: Path) -> bytes:
 
 
 def with_files(path: Path) -> None:
-    """A device whose last supervisor died: records in the WAL, blocks that were written and never committed."""
+    """A device whose last supervisor died: records in the WAL, blocks that were written and never
+    committed.
+    """
     DeviceDir.create(path, DeviceConfig(size=16 << 20))
     with DeviceDir.open(path) as directory:
         pmem = Pmem(directory)

@@ -12,7 +12,7 @@ from hypothesis.stateful import initialize, precondition, rule
 
 from daxemu.errors import FsError, MediaError, NoSpace
 from daxemu.events import PoisonCleared, StoreLost
-from daxemu.fs.namespace import ROOT_INO
+from daxemu.fs.inode import ROOT_INO
 from daxemu.pmem.inject import inject, scrub, uninject
 from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE
 from tests.fs.invariants import Invariants

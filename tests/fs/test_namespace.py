@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daxemu.errors import FsError
-from daxemu.fs.namespace import ENTRY_COST, ROOT_INO, Credentials, Namespace
+from daxemu.fs.inode import ENTRY_COST, ROOT_INO, Credentials
+from daxemu.fs.namespace import Namespace
 from daxemu.fs.rmap import Rmap
 from daxemu.uapi import NAME_MAX, SYMLINK_MAX, XATTR_CREATE, XATTR_REPLACE, XATTR_SIZE_MAX, Ino
 

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from daxemu.fs.filesystem import MAX_FILE_SIZE
+from daxemu.fs.inode import MAX_FILE_SIZE
 from daxemu.uapi import PAGE_SIZE
 from tests.fs.test_filesystem import refuses
 from tests.support.core import Core, pages

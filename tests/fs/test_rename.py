@@ -8,7 +8,8 @@ import itertools
 import pytest
 
 from daxemu.errors import FsError
-from daxemu.fs.namespace import ROOT_INO, Credentials, Namespace
+from daxemu.fs.inode import ROOT_INO, Credentials
+from daxemu.fs.namespace import Namespace
 from daxemu.fs.rmap import Rmap
 from daxemu.uapi import RENAME_EXCHANGE, RENAME_NOREPLACE
 from tests.fs.test_namespace import mkdir, refusal, touch

@@ -8,7 +8,8 @@ import os
 import pytest
 
 from daxemu.errors import FsError, MediaError, NoSpace
-from daxemu.fs.filesystem import MAX_FILE_SIZE, Damage
+from daxemu.fs.inode import MAX_FILE_SIZE
+from daxemu.fs.statfs import Damage
 from daxemu.pmem.inject import inject
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, PAGE_SIZE
 from tests.fs.test_filesystem import refuses

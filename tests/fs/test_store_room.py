@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from daxemu.errors import NoSpace
-from daxemu.fs.namespace import ROOT_INO
+from daxemu.fs.inode import ROOT_INO
 from daxemu.uapi import PAGE_SIZE, Ino
 from tests.support.core import ROOT, Core
 

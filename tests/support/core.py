@@ -15,7 +15,7 @@ import pytest
 from daxemu.events import Event
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.fsck import fsck
-from daxemu.fs.namespace import ROOT_INO, Credentials, Inode
+from daxemu.fs.inode import ROOT_INO, Credentials, Inode
 from daxemu.mm.memory_failure import Incident, MemoryFailures
 from daxemu.pmem import inject
 from daxemu.pmem.device_dir import DeviceConfig, DeviceDir

@@ -62,7 +62,9 @@ class DaxMount:
         self.run("umount", *options, self.path)
 
     def make_file(self, name: str, pages: int, first: str = "A") -> Path:
-        """A file whose page i holds nothing but the letter ``first`` + i, on the media (as ``mkfile`` of the recordings)."""
+        """A file whose page i holds nothing but the letter ``first`` + i, on the media (as ``mkfile`` of the
+        recordings).
+        """
         path = self.path / name
         letters = (chr(ord("A") + (ord(first) - ord("A") + i) % 26) for i in range(pages))
         path.write_bytes(b"".join(letter.encode() * 4096 for letter in letters))
@@ -70,7 +72,9 @@ class DaxMount:
 
 
 def daxemu(*arguments: str | Path | int, status: int = 0) -> str:
-    """Run ``daxemu ARGUMENTS``, expecting exit ``status``; returns stdout, or stderr where a failure is expected."""
+    """Run ``daxemu ARGUMENTS``, expecting exit ``status``; returns stdout, or stderr where a failure is
+    expected.
+    """
     done = subprocess.run([*DAXEMU, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == status, (
         f"daxemu {arguments}: exit {done.returncode}\n{done.stdout}{done.stderr}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from typing import NamedTuple
 
 from daxemu.errors import Busy, CorruptMetadata, DaxemuError, FsError, MediaError, NoSpace, Shutdown
 from daxemu.events import Emit, FilesystemShutdown, PoisonCleared, StoreLost
@@ -17,10 +16,13 @@ from daxemu.fs import posix_acl
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.file_data import Buffer, FileData, Stored
+from daxemu.fs.inode import ENTRY_COST, MAX_FILE_SIZE, Credentials, Inode
 from daxemu.fs.metadata_region import MetadataRegion
-from daxemu.fs.namespace import ENTRY_COST, Credentials, Inode, Namespace
+from daxemu.fs.namespace import Namespace
 from daxemu.fs.notify_failure import NotifyFailure
+from daxemu.fs.reflink import check_remap
 from daxemu.fs.rmap import METADATA_INO, Rmap
+from daxemu.fs.statfs import Damage, StatFs
 from daxemu.fs.store import Store
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.dax_device import DaxDevice
@@ -33,27 +35,6 @@ from daxemu.uapi import (
     PAGE_SIZE,
     Ino,
 )
-
-MAX_FILE_SIZE = (1 << 63) - PAGE_SIZE
-
-
-class Damage(NamedTuple):
-    """Bytes ``[offset, offset + length)`` of a file that cannot be read."""
-
-    ino: Ino
-    path: str
-    offset: int
-    length: int
-
-
-class StatFs(NamedTuple):
-    """``struct statfs``, in blocks of 4096 bytes."""
-
-    blocks: int
-    free: int
-    available: int
-    files: int
-    name_max: int
 
 
 class Filesystem:
@@ -444,21 +425,9 @@ class Filesystem:
         target, dst_extents = self.names.regular(dst)
         if length == 0:
             length = source.size - src_offset
-        whole = page_range_is_whole(source, src_offset, length) and dst_offset % PAGE_SIZE == 0
-        if src_offset < 0 or dst_offset < 0 or length < 0 or src_offset + length > source.size or not whole:
-            raise FsError(
-                errno.EINVAL, "a range to share must be whole 4096-byte blocks inside the source file"
-            )
-        if length % PAGE_SIZE and dst_offset + length < target.size:
-            raise FsError(
-                errno.EINVAL, "the source's partial last block can only be shared at the target's end"
-            )
-        if src == dst and max(src_offset, dst_offset) < min(src_offset, dst_offset) + length:
-            raise FsError(errno.EINVAL, "the ranges overlap")
+        check_remap(source, src_offset, target, dst_offset, length)
         if length == 0:
             return 0
-        if dst_offset + length > MAX_FILE_SIZE:
-            raise FsError(errno.EFBIG)
         blocks = -(-length // PAGE_SIZE)
         first, at = src_offset // PAGE_SIZE, dst_offset // PAGE_SIZE
         self._ensure_room(links=2 + len(src_extents.lookup(first, first + blocks)))
@@ -519,9 +488,3 @@ class Filesystem:
                 part = inside.clip(offset, offset + length)
                 found.append(Range(base + part.start, base + part.end))
         return found
-
-
-def page_range_is_whole(inode: Inode, offset: int, length: int) -> bool:
-    """Whether the range is whole blocks of the file, its last one cut off by the end of the file at most."""
-    end = offset + length
-    return offset % PAGE_SIZE == 0 and (end % PAGE_SIZE == 0 or end == inode.size)

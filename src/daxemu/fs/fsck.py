@@ -9,7 +9,7 @@ from collections import Counter
 
 from daxemu.errors import DaxemuError
 from daxemu.fs.filesystem import Filesystem
-from daxemu.fs.namespace import ROOT_INO, Inode
+from daxemu.fs.inode import ROOT_INO, Inode
 from daxemu.fs.rmap import METADATA_INO, Link, ReflinkProxy
 from daxemu.ranges import RangeSet
 from daxemu.uapi import PAGE_SIZE

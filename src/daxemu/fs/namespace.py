@@ -10,11 +10,11 @@ import errno
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from daxemu.errors import CorruptMetadata, FsError
 from daxemu.fs import posix_acl
 from daxemu.fs.extents import ExtentMap
+from daxemu.fs.inode import ENTRY_COST, LINK_MAX, ROOT_INO, Credentials, Inode
 from daxemu.fs.rmap import Rmap
 from daxemu.uapi import (
     NAME_MAX,
@@ -26,54 +26,6 @@ from daxemu.uapi import (
     XATTR_SIZE_MAX,
     Ino,
 )
-
-ROOT_INO: Ino = 1
-LINK_MAX = (1 << 31) - 1
-ENTRY_COST = 28
-"""Bytes a directory entry or an extended attribute takes in the store besides its name and value."""
-
-
-@dataclass(eq=False, slots=True)
-class Inode:
-    """One inode. Times are nanoseconds since the epoch, ``size`` is bytes.
-
-    ``entries`` is a directory's, ``extents`` a regular file's, ``target`` a symlink's; the others are None.
-    ``parent`` and ``name`` are one of its links: a directory's only one, for others a hint that ``path_of``
-    verifies. ``pins`` and ``opens`` count what keeps it alive besides its links: the kernel's lookups, and
-    open handles, which keep its bytes as well. Both are the host's to count.
-    """
-
-    ino: Ino
-    mode: int
-    uid: int
-    gid: int
-    nlink: int = 1
-    rdev: int = 0
-    size: int = 0
-    atime: int = 0
-    mtime: int = 0
-    ctime: int = 0
-    parent: Ino = 0
-    name: bytes = b""
-    entries: dict[bytes, Ino] | None = None
-    extents: ExtentMap | None = None
-    target: bytes | None = None
-    xattrs: dict[bytes, bytes] = field(default_factory=dict)
-    pins: int = 0
-    opens: int = 0
-
-    @property
-    def is_dir(self) -> bool:
-        return self.entries is not None
-
-
-@dataclass(frozen=True)
-class Credentials:
-    """Who asks (``struct cred``, what of it matters here)."""
-
-    uid: int
-    gid: int
-    umask: int = 0
 
 
 class Namespace:

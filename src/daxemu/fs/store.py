@@ -20,9 +20,10 @@ import apsw
 import msgspec
 
 from daxemu.errors import CorruptMetadata, DaxemuError, MediaError, NoSpace
+from daxemu.fs.inode import Inode
 from daxemu.fs.metadata_region import MetadataFile, MetadataRegion
 from daxemu.fs.metadata_vfs import MetadataVfs
-from daxemu.fs.namespace import Inode, Namespace
+from daxemu.fs.namespace import Namespace
 from daxemu.fs.rmap import METADATA_INO, Link, ReflinkProxy, Rmap
 from daxemu.ranges import RangeSet
 from daxemu.uapi import PAGE_SIZE, Block, Ino

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from daxemu.errors import DaxemuError, MediaError
 from daxemu.fs.filesystem import Filesystem
-from daxemu.fs.namespace import Credentials, Inode
+from daxemu.fs.inode import Credentials, Inode
 from daxemu.host.supplement import pack, unpack
 from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE, Ino
 

@@ -13,7 +13,7 @@ import trio
 from daxemu.errors import InvalidArgument, NoDevice
 from daxemu.events import DeviceRemoved, Outcome, PoisonCleared, PoisonInjected, SettingChanged
 from daxemu.fs.filesystem import Filesystem
-from daxemu.fs.namespace import ROOT_INO
+from daxemu.fs.inode import ROOT_INO
 from daxemu.host.extra_operations import ExtraOperations
 from daxemu.host.mappings import Mappings
 from daxemu.host.mountinfo import printable

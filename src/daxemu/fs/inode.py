@@ -1,0 +1,57 @@
+"""One inode, and who may ask for what (``struct inode``, ``struct cred``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from daxemu.fs.extents import ExtentMap
+from daxemu.uapi import PAGE_SIZE, Ino
+
+ROOT_INO: Ino = 1
+LINK_MAX = (1 << 31) - 1
+MAX_FILE_SIZE = (1 << 63) - PAGE_SIZE
+ENTRY_COST = 28
+"""Bytes a directory entry or an extended attribute takes in the store besides its name and value."""
+
+
+@dataclass(eq=False, slots=True)
+class Inode:
+    """One inode. Times are nanoseconds since the epoch, ``size`` is bytes.
+
+    ``entries`` is a directory's, ``extents`` a regular file's, ``target`` a symlink's; the others are None.
+    ``parent`` and ``name`` are one of its links: a directory's only one, for others a hint that ``path_of``
+    verifies. ``pins`` and ``opens`` count what keeps it alive besides its links: the kernel's lookups, and
+    open handles, which keep its bytes as well. Both are the host's to count.
+    """
+
+    ino: Ino
+    mode: int
+    uid: int
+    gid: int
+    nlink: int = 1
+    rdev: int = 0
+    size: int = 0
+    atime: int = 0
+    mtime: int = 0
+    ctime: int = 0
+    parent: Ino = 0
+    name: bytes = b""
+    entries: dict[bytes, Ino] | None = None
+    extents: ExtentMap | None = None
+    target: bytes | None = None
+    xattrs: dict[bytes, bytes] = field(default_factory=dict)
+    pins: int = 0
+    opens: int = 0
+
+    @property
+    def is_dir(self) -> bool:
+        return self.entries is not None
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Who asks (``struct cred``, what of it matters here)."""
+
+    uid: int
+    gid: int
+    umask: int = 0
