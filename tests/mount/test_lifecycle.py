@@ -42,7 +42,7 @@ def foreground(made: DaxMount) -> Iterator[subprocess.Popen[str]]:
             process.stdout.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_unmounts_and_saves(tmp_path: Path, number: signal.Signals) -> None:
     with dax_mount_at(tmp_path, mount=False) as made:
         with foreground(made) as process, Actor.spawn("p0", cwd=made.path) as actor:

@@ -143,6 +143,9 @@ class Session:
     def detach(self) -> None:
         """Take the mount out of the tree although it is in use; new users no longer find it."""
         mountpoint = self.mount.mountpoint
+        there = mount_at(mountpoint)
+        if there is None or there.dev != self.mount.dev:
+            return  # it is gone, and what is there now is somebody else's
         if os.geteuid() == 0:
             _libc.umount2(os.fsencode(mountpoint), MNT_DETACH)
         else:

@@ -123,14 +123,14 @@ class _Ending:
         What is on the media stays: a write(2) was flushed there, a store through a mapping only by msync or
         fsync.
         """
-        self._machine.fs.abandon()
         if not self._machine.session.abort():
             raise Unsupported("the connection cannot be cut: /sys/fs/fuse/connections is not ours to write")
+        self._machine.fs.abandon()
         await trio.to_thread.run_sync(self._machine.session.detach, abandon_on_cancel=True)
 
     async def on_signal(self) -> None:
-        """SIGTERM and SIGINT unmount; whoever still uses the mount loses it."""
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        """Being told to end unmounts; whoever still uses the mount loses it."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
                 log.info("ending on signal %d", number)
                 await self.unmount(force=True)
