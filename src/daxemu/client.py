@@ -17,17 +17,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from daxemu.errors import ERRORS, DaxemuError, NotMounted
+from daxemu.errors import ERRORS, Busy, DaxemuError, NotMounted
 from daxemu.host.mountinfo import Mount, mount_of
 
 
 class Client:
     """One connection to one supervisor."""
 
-    def __init__(self, mount: Mount) -> None:
-        """Raises NotMounted when nobody answers at the mount's socket."""
+    def __init__(self, mount: Mount, *, patience: float | None = None) -> None:
+        """``patience``: seconds to wait for each answer, for ever if None. Raises NotMounted when nobody
+        answers at the mount's socket.
+        """
         self.mount = mount
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(patience)
         directory = -1
         try:
             # By way of the directory: a socket's path has 108 bytes at most, a device's path may be longer.
@@ -61,10 +64,15 @@ class Client:
         self._socket.close()
 
     def request(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """Ask, and wait for the answer. Raises what the supervisor raised, NotMounted if it went away."""
+        """Ask, and wait for the answer. Raises what the supervisor raised, NotMounted if it went away, Busy
+        if it does not answer in time.
+        """
         self._send({"op": op, **arguments})
         try:
             line = self._lines.readline()
+        except TimeoutError as error:
+            where = self.mount.mountpoint
+            raise Busy(f"the supervisor of {where} does not answer: daxemu umount --force {where}") from error
         except ConnectionError:
             line = b""
         if not line:

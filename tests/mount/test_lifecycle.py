@@ -17,8 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import daxemu as package
+from daxemu.cli import mount as mount_verbs
+from daxemu.errors import Busy
 from daxemu.host.mountinfo import mount_at
 from tests.support.actor import Actor
 from tests.support.mount import DAXEMU, PATIENCE, DaxMount, clear_away, dax_mount_at, daxemu
@@ -202,3 +205,23 @@ def test_without_root(tmp_path_factory: pytest.TempPathFactory) -> None:
     finally:
         clear_away(mountpoint)
         shutil.rmtree(home, ignore_errors=True)
+
+
+def test_a_supervisor_that_hangs_hangs_nobody(dax_mount: DaxMount, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped, it answers nobody: status shows the others, umount --force ends it."""
+    monkeypatch.setattr(mount_verbs, "STATUS_PATIENCE", 0.2)
+    monkeypatch.setattr(mount_verbs, "END_PATIENCE", 0.5)
+    pid = dax_mount.json("status", dax_mount.path)["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        run = CliRunner()
+        shown = json.loads(run.invoke(mount_verbs.status, ["--json"]).stdout)
+        states = {report["mountpoint"]: report["state"] for report in shown}
+        assert states[str(dax_mount.path)] == "dead"
+        refused = run.invoke(mount_verbs.umount, [str(dax_mount.path)])
+        assert isinstance(refused.exception, Busy)
+        assert mount_at(dax_mount.path) is not None
+        assert run.invoke(mount_verbs.umount, ["--force", str(dax_mount.path)]).exit_code == 0
+        assert mount_at(dax_mount.path) is None
+    finally:
+        os.kill(pid, signal.SIGCONT)

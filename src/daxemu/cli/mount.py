@@ -17,6 +17,8 @@ from daxemu.errors import Busy, InvalidArgument, NotMounted
 from daxemu.host.mountinfo import Mount, mount_at, mounts
 from daxemu.pmem.device_dir import DeviceDir
 
+STATUS_PATIENCE = 5.0
+"""Seconds that one of several supervisors has to answer: none must keep the others from being shown."""
 END_PATIENCE = 60.0
 """Seconds to wait for a supervisor to save and end."""
 
@@ -74,6 +76,10 @@ def umount(mountpoint: Path, force: bool, as_json: bool) -> None:
         _ask_to_end(found, "unmount", force=force)
     except NotMounted:
         _clear_away(found)
+    except Busy:
+        if not force:
+            raise
+        _clear_away(found)
     emit({"mountpoint": str(mountpoint), "device": str(found.device)}, as_json, f"{mountpoint} is unmounted")
 
 
@@ -97,7 +103,7 @@ def powerfail(mountpoint: Path, as_json: bool) -> None:
 
 
 def _ask_to_end(found: Mount, op: str, **arguments: bool) -> None:
-    with Client(found) as client:
+    with Client(found, patience=END_PATIENCE) as client:
         pid = client.request("status")["pid"]
         try:
             process = os.pidfd_open(pid)
@@ -142,9 +148,9 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
     reports = []
     for found in mounts():
         try:
-            with Client(found) as client:
+            with Client(found, patience=STATUS_PATIENCE) as client:
                 reports.append(client.request("status"))
-        except NotMounted as error:
+        except (NotMounted, Busy) as error:
             dead = {
                 "device": str(found.device),
                 "mountpoint": str(found.mountpoint),
