@@ -78,6 +78,19 @@ def test_every_help_has_an_example_that_parses(verb: str) -> None:
     assert "--json" in shown
 
 
+def test_example_device_memory_without_struct_pages() -> None:
+    shown = subprocess.run(
+        [sys.executable, TOP / "examples" / "device_memory_without_struct_pages.py"],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    ).stdout
+    assert "the program got signal 7 code 5" in shown
+    assert "recovery action for non struct page pfn: Recovered" in shown
+    assert "refused: pfn 0x8000100+1: memory outside kernel control" in shown
+
+
 def test_example_watch_a_failure(dax_mount: DaxMount) -> None:
     file = dax_mount.make_file("f", 1)
     done = subprocess.run(

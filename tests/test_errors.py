@@ -18,6 +18,7 @@ STABLE = {
     "PermissionDenied": (errno.EPERM, 5),
     "NoSpace": (errno.ENOSPC, 6),
     "MediaError": (errno.EIO, 7),
+    "PartialOverPoison": (errno.EFAULT, 7),
     "Shutdown": (errno.EIO, 7),
     "NoDevice": (errno.ENXIO, 7),
     "Unsupported": (errno.EOPNOTSUPP, 8),

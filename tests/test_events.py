@@ -14,9 +14,11 @@ from daxemu.events import (
     Event,
     FileDamaged,
     FilesystemShutdown,
+    MadviseInjected,
     MemoryFailureHandled,
     Mounted,
     Outcome,
+    OutsideKernelControl,
     PoisonCleared,
     PoisonInjected,
     SettingChanged,
@@ -55,7 +57,9 @@ SAMPLES: list[Event] = [
     SettingChanged(name="early_kill", value="1"),
     PoisonInjected(offset=4096, length=512, latent=True),
     PoisonCleared(offset=4096, length=512, by="write"),
+    MadviseInjected(pid=7, tid=8, address=0x7000, pfn=0x240200, soft=False),
     a_failure(Outcome.FAILED),
+    OutsideKernelControl(pfn=0x240200, nr_pages=1),
     a_signal(BUS_MCEERR_AO, "another tracer"),
     FileDamaged(ino=2, path='/a "quoted"\n\u00e9', offset=0, length=4096),
     StoreLost(ino=2, path="/f", offset=0, length=4096),
@@ -147,7 +151,28 @@ def test_the_line_is_the_kernels(event: Event, line: str) -> None:
 
 def test_what_the_kernel_does_not_log_has_no_line() -> None:
     silent = {type(sample) for sample in SAMPLES if sample.dmesg() is None}
-    assert set(EVENT_TYPES) - silent == {MemoryFailureHandled, SignalSent, FilesystemShutdown}
+    assert set(EVENT_TYPES) - silent == {
+        MadviseInjected,
+        MemoryFailureHandled,
+        OutsideKernelControl,
+        SignalSent,
+        FilesystemShutdown,
+    }
+
+
+def test_what_a_thread_does_to_itself_has_the_kernels_lines() -> None:
+    where = "pfn 0x240200 at process virtual address 0x7000"
+    injected = MadviseInjected(pid=7, tid=8, address=0x7000, pfn=0x240200, soft=False)
+    assert injected.dmesg() == f"Injecting memory failure for {where}"
+    assert msgspec.structs.replace(injected, soft=True).dmesg() == f"Soft offlining {where}"
+    told = msgspec.structs.replace(a_signal(BUS_MCEERR_AR, None), current=True)
+    assert (told.dmesg() or "").endswith("due to hardware memory corruption")
+
+
+def test_nobodys_memory_has_the_kernels_line() -> None:
+    """Not in the recordings: mm/memory-failure.c, memory_failure()."""
+    line = "Memory failure: 0x240200: memory outside kernel control"
+    assert OutsideKernelControl(pfn=0x240200, nr_pages=1).dmesg() == line
 
 
 def test_an_inexact_signal_says_why() -> None:

@@ -13,12 +13,15 @@ import contextlib
 import json
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from daxemu.errors import ERRORS, Busy, DaxemuError, NotMounted
 from daxemu.host.mountinfo import Mount, mount_of
+
+_UCRED = struct.Struct("=iII")
 
 
 class Client:
@@ -45,6 +48,11 @@ class Client:
         finally:
             if directory >= 0:
                 os.close(directory)
+        if _is_dead(self._socket):
+            self._socket.close()
+            raise NotMounted(
+                f"the supervisor of {mount.mountpoint} is dead: daxemu umount {mount.mountpoint}"
+            )
         self._lines = self._socket.makefile("rb")
 
     @classmethod
@@ -98,3 +106,16 @@ class Client:
         # Where it hung up, it may have said why before: whoever reads finds that, or the end.
         with contextlib.suppress(ConnectionError):
             self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _is_dead(connection: socket.socket) -> bool:
+    """Whether the process that listens has ended, but for a thread that waits on its own mount and cannot be
+    killed: its sockets stay open, and nobody answers there any more.
+    """
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, _, _ = _UCRED.unpack(credentials)
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
+    except OSError:
+        return True
+    return fields[0] in (b"Z", b"X")

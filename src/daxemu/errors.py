@@ -81,6 +81,12 @@ class MediaError(DaxemuError):
         self.ranges = tuple(ranges)
 
 
+class PartialOverPoison(MediaError):
+    """A write of part of a poisoned page: pmem_recovery_write() refuses, and the iomap code says -EFAULT."""
+
+    errno = errno.EFAULT
+
+
 class Shutdown(DaxemuError):
     """The filesystem was shut down (metadata hurt, or the device is gone)."""
 
@@ -127,6 +133,7 @@ ERRORS: dict[str, type[DaxemuError]] = {
         PermissionDenied,
         NoSpace,
         MediaError,
+        PartialOverPoison,
         Shutdown,
         NoDevice,
         Unsupported,

@@ -23,6 +23,13 @@ class Outcome(StrEnum):
     RECOVERED = "Recovered"
 
 
+class PageType(StrEnum):
+    """``enum mf_action_page_type`` of mm/memory-failure.c, those that apply to device memory."""
+
+    DAX = "dax page"
+    PFN_MAP = "non struct page pfn"
+
+
 class Event(msgspec.Struct, tag_field="event", kw_only=True):
     """One thing that happened. ``seq`` counts from 1 in each mount; ``time`` is seconds since the epoch."""
 
@@ -84,6 +91,20 @@ class PoisonCleared(Event):
         return f"poison cleared at device {self.offset:#x}+{self.length:#x} by {self.by}"
 
 
+class MadviseInjected(Event):
+    """``madvise_inject_error()``: a thread asked for a page of its own to go bad, or (``soft``) offline."""
+
+    pid: int
+    tid: int
+    address: int
+    pfn: int
+    soft: bool
+
+    def dmesg(self) -> str:
+        what = "Soft offlining" if self.soft else "Injecting memory failure for"
+        return f"{what} pfn {self.pfn:#x} at process virtual address {self.address:#x}"
+
+
 class MemoryFailureHandled(Event):
     """The end of one memory_failure(): ``action_result()``."""
 
@@ -99,9 +120,20 @@ class MemoryFailureHandled(Event):
         return f"Memory failure: {self.pfn:#x}: recovery action for {self.page_type}: {self.outcome.value}"
 
 
+class OutsideKernelControl(Event):
+    """A failure of pages that no pagemap and no pfn address space has: nothing was done (-ENXIO)."""
+
+    pfn: int
+    nr_pages: int
+
+    def dmesg(self) -> str:
+        return f"Memory failure: {self.pfn:#x}: memory outside kernel control"
+
+
 class SignalSent(Event):
     """SIGBUS for one thread. ``result``: delivered, pending, ignored, gone, or inexact (``reason`` says
-    why).
+    why). ``current``: it is action required because the thread itself was in memory_failure(), not by a page
+    fault.
     """
 
     pid: int
@@ -113,9 +145,10 @@ class SignalSent(Event):
     pfn: int
     result: str
     reason: str | None = None
+    current: bool = False
 
     def dmesg(self) -> str:
-        if self.code == BUS_MCEERR_AR:
+        if self.code == BUS_MCEERR_AR and not self.current:
             victim = f"{self.comm}:{self.pid}"
             return f"MCE: Killing {victim} due to hardware memory corruption fault at {self.address:x}"
         return (
@@ -180,7 +213,9 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     SettingChanged,
     PoisonInjected,
     PoisonCleared,
+    MadviseInjected,
     MemoryFailureHandled,
+    OutsideKernelControl,
     SignalSent,
     FileDamaged,
     StoreLost,
@@ -194,7 +229,9 @@ AnyEvent = (
     | SettingChanged
     | PoisonInjected
     | PoisonCleared
+    | MadviseInjected
     | MemoryFailureHandled
+    | OutsideKernelControl
     | SignalSent
     | FileDamaged
     | StoreLost

@@ -39,6 +39,13 @@ PF_MCE_PROCESS = 0x00000080
 PF_KTHREAD = 0x00200000
 PF_MCE_EARLY = 0x08000000
 
+# uapi/asm-generic/mman-common.h
+MADV_HWPOISON = 100
+MADV_SOFT_OFFLINE = 101
+
+# uapi/linux/capability.h
+CAP_SYS_ADMIN = 21
+
 # uapi/linux/prctl.h
 PR_MCE_KILL = 33
 PR_MCE_KILL_GET = 34
@@ -64,6 +71,11 @@ XATTR_REPLACE = 2
 NAME_MAX = 255
 SYMLINK_MAX = 4095
 XATTR_SIZE_MAX = 65536
+
+# uapi/linux/kernel-page-flags.h, linux/kernel-page-flags.h: bits of /proc/kpageflags
+KPF_HWPOISON = 19
+KPF_NOPAGE = 20
+KPF_RESERVED = 32
 
 # uapi/linux/falloc.h
 FALLOC_FL_KEEP_SIZE = 0x01

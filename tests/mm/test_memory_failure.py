@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from daxemu.errors import Busy, CorruptMetadata, DaxemuError, NoDevice, Unsupported
-from daxemu.events import Event, MemoryFailureHandled, Outcome
+from daxemu.events import Event, MemoryFailureHandled, Outcome, OutsideKernelControl
 from daxemu.mm.memory_failure import (
     Incident,
     MappingRange,
@@ -179,6 +179,54 @@ def test_each_owner_of_a_part_is_called_for_its_part(machine: Machine) -> None:
     machine.mm.memory_failure(150, 1000, 0)
     assert one.calls == [(150, 50, 0)]
     assert two.calls == [(310, 90, 0)]
+
+
+def test_the_altmap_of_a_range_is_failed_and_its_data_is_not(machine: Machine) -> None:
+    owner = machine.pagemap(300, 400, altmap=10)
+    incident = machine.mm.memory_failure(305, 10, 0)
+    assert owner.calls == [(310, 5, 0)]
+    assert machine.mm.action_result(incident, 0) is Outcome.FAILED
+    assert [
+        (e.pfn, e.nr_pages, e.outcome) for e in machine.events if isinstance(e, MemoryFailureHandled)
+    ] == [(305, 5, Outcome.FAILED), (310, 5, Outcome.RECOVERED)]
+
+
+def test_all_of_a_pagemap_is_one_call_a_range(machine: Machine) -> None:
+    owner = Owner(machine.mm)
+    pgmap = DevPagemap("pmem0", (Range(100, 1 << 31), Range(1 << 32, 1 << 33)), owner, altmap_pages=10)
+    machine.mm.memremap_pages(pgmap)
+    incident = machine.mm.dev_pagemap_failure(pgmap, MF_MEM_PRE_REMOVE)
+    assert owner.calls == [
+        (110, (1 << 31) - 110, MF_MEM_PRE_REMOVE),
+        (1 << 32, 1 << 32, MF_MEM_PRE_REMOVE),
+    ]
+    assert incident.pre_remove
+    assert machine.mm.action_result(incident, 0) is Outcome.RECOVERED
+
+
+def test_a_failure_reaches_each_range_of_a_pagemap(machine: Machine) -> None:
+    owner = Owner(machine.mm)
+    machine.mm.memremap_pages(DevPagemap("pmem0", (Range(100, 200), Range(300, 400)), owner))
+    machine.mm.action_result(machine.mm.memory_failure(150, 200, 0), 0)
+    assert owner.calls == [(150, 50, 0), (300, 50, 0)]
+    assert [e.pfn for e in machine.events if isinstance(e, OutsideKernelControl)] == [200]
+
+
+def test_poisoning_a_poisoned_page_is_handled_again(machine: Machine) -> None:
+    """memory_failure_dev_pagemap() does not look at PG_hwpoison."""
+    owner = machine.pagemap(100, 200)
+    assert [machine.fail(150, 1), machine.fail(150, 1)] == [Outcome.RECOVERED] * 2
+    assert len(owner.calls) == 2
+    assert machine.mm.counters[Outcome.RECOVERED] == 2
+
+
+def test_whoever_shows_the_counters_hears_of_each_change(machine: Machine) -> None:
+    machine.pagemap(100, 200)
+    seen: list[int] = []
+    machine.mm.on_count = lambda: seen.append(machine.mm.counters[Outcome.RECOVERED])
+    machine.fail(100, 1)
+    machine.fail(101, 1)
+    assert seen == [1, 2]
 
 
 @pytest.mark.parametrize(("pfn", "nr_pages"), [(99, 1), (200, 10), (0, 100), (150, 0), (150, -1)])

@@ -17,7 +17,7 @@ import pytest
 from daxemu.errors import DaxemuError
 from tests.support.quick import QuickMount
 from tests.support.workload import COUNTERS, DIRECTORY, State, history
-from tests.support.zygote import wait_for_end
+from tests.support.zygote import wait_for_death, wait_for_end
 
 ROUNDS = int(os.environ.get("DAXEMU_CRASH_ROUNDS", "200"))
 SEED = int(os.environ.get("DAXEMU_CRASH_SEED", "1"))
@@ -86,7 +86,8 @@ class Loop:
         """Crash in the midst of one workload; what is wrong then."""
         rng = random.Random(seed)
         how = rng.choice(["kill", "powerfail", "access"])
-        if not self._mount(rng.randrange(1, MOST_ACCESSES) if how == "access" else 0):
+        sabotage = ("die_at_access", rng.randrange(1, MOST_ACCESSES)) if how == "access" else ()
+        if not self._mount(*sabotage):
             return self._why_not_sound()
         assert self.mount.zygote is not None
         top = self.mount.path / f"round{seed}"
@@ -102,19 +103,19 @@ class Loop:
         except OSError:
             assert how == "access"
         if how == "access" and worker:
-            wait_for_end(worker)
+            wait_for_death(worker, self.mount.pid)
         {"powerfail": self.mount.powerfail}.get(how, self.mount.kill)()
         if worker:
             wait_for_end(worker)
         self.crashes += 1
         return self._why_not_sound() or self._why_not_promised(top, seed)
 
-    def _mount(self, die_at_access: int) -> bool:
+    def _mount(self, *sabotage: object) -> bool:
         """Whether it came to be mounted; it may die before."""
         try:
-            self.mount.mount(die_at_access=die_at_access)
+            self.mount.mount(*sabotage)
         except DaxemuError:
-            assert die_at_access
+            assert sabotage
             self.mount.bury()
             self.crashes += 1
             return False

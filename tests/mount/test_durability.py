@@ -296,7 +296,9 @@ def test_crash_after_crash(quick_mount: QuickMount, how: str) -> None:
 
 @pytest.mark.parametrize("undo", ["unlink", "truncate", "punch", "overwrite"])
 def test_a_clone_that_was_given_up(quick_mount: QuickMount, how: str, undo: str) -> None:
-    """Its blocks belong to one file only, until a crash brings the clone back: it must not show that file's bytes."""
+    """Its blocks belong to one file only, until a crash brings the clone back: it must not show that file's
+    bytes.
+    """
     with Files(quick_mount) as files:
         one, two = files.letters("one", 8), files.open("two")
         clone_range(two, one)

@@ -126,7 +126,7 @@ def test_partial_write(scene: Scene, offset: int, length: int) -> None:
     """g2, m0: it fails, and nothing at all has been written, as every way to look says."""
     p0 = scene.mapper(touch=[BAD - 1, BAD + 1])
     scene.poison(BAD)
-    assert refused(p0, f"pwrite 0 {offset} {length} n") == "EIO"
+    assert refused(p0, f"pwrite 0 {offset} {length} n") == "EFAULT"
     assert refused(p0, f"pread 0 {AT} {PAGE}") == "EIO"
     ask(p0, "open 3 f direct")
     for page in (BAD - 1, BAD + 1):
@@ -175,12 +175,20 @@ def test_write_over_several_bad_pages(scene: Scene) -> None:
     assert refused(p0, f"pread 0 {5 * PAGE} {PAGE}") == "EIO"
 
 
+def test_partial_write_to_a_shared_page(scene: Scene) -> None:
+    """m7: the copy reads it first."""
+    scene.mount.run("reflink", scene.mount.path / "f", scene.mount.path / "g")
+    p0 = scene.mapper(touch=[])
+    scene.poison(BAD)
+    assert refused(p0, f"pwrite 0 {AT + 12} 100 n") == "EIO"
+
+
 def test_append_to_a_bad_last_page(scene: Scene) -> None:
     p0 = scene.actor()
     ask(p0, "open 0 short creat")
     ask(p0, f"pwrite 0 0 {PAGE + 100} a")
     scene.mount.inject("short", (PAGE, 100))
-    assert refused(p0, f"pwrite 0 {PAGE + 100} 50 b") == "EIO"
+    assert refused(p0, f"pwrite 0 {PAGE + 100} 50 b") == "EFAULT"
     assert (scene.mount.path / "short").stat().st_size == PAGE + 100
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from daxemu.errors import InvalidArgument, NoDevice
+from daxemu.events import Outcome
 from daxemu.mm.memory_failure import MappingRange
 from daxemu.pmem.inject import failed_pages, inject
 from daxemu.uapi import PAGE_SIZE
@@ -66,9 +67,12 @@ def test_a_failure_reaches_the_file_through_the_altmaps_shift(altmap_core: Core)
     assert incident.mappings == [MappingRange(ino, 1, 1, pfn)]
 
 
-def test_a_failure_in_the_altmap_is_nobodys(altmap_core: Core) -> None:
-    with pytest.raises(NoDevice):
-        altmap_core.mm.memory_failure(BASE, ALTMAP // PAGE_SIZE, 0)
+def test_a_failure_in_the_altmap_is_not_recoverable(altmap_core: Core) -> None:
+    """As memory_failure_dev_pagemap(): -ENXIO, logged and counted as "dax page: Failed"."""
+    incident = altmap_core.mm.memory_failure(BASE, ALTMAP // PAGE_SIZE, 0)
+    assert isinstance(incident.error, NoDevice)
+    assert incident.mappings == []
+    assert altmap_core.mm.action_result(incident, 0) is Outcome.FAILED
     with pytest.raises(InvalidArgument):
         altmap_core.pmem.memory_failure(altmap_core.pmem.pgmap, BASE, 1, 0)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from daxemu.errors import NotMounted
 from daxemu.fs.offline import Report, check_device
@@ -28,10 +29,10 @@ class QuickMount(DaxMount):
     zygote: Zygote | None = None
     pid: int = 0
 
-    def mount(self, *, die_at_access: int = 0) -> None:
-        """Mount it (again)."""
+    def mount(self, *sabotage: Any) -> None:
+        """Mount it (again), perhaps with a supervisor that does something of tests/support/sabotage.py."""
         assert self.zygote is not None
-        self.pid = self.zygote.supervise(self.device, self.path, die_at_access=die_at_access)
+        self.pid = self.zygote.supervise(self.device, self.path, sabotage)
 
     def _end(self, op: str, **arguments: bool) -> None:
         with self.client() as client:
@@ -63,9 +64,12 @@ class QuickMount(DaxMount):
         self.bury()
 
     def bury(self) -> None:
-        """The supervisor is dead or dying: wait for that, and clear the mount away."""
-        wait_for_end(self.pid)
+        """The supervisor is dead or dying: clear the mount away, and wait for the end.
+
+        In this order: a thread of it that waits on its own mount holds it until the connection is cut.
+        """
         clear_away(self.path)
+        wait_for_end(self.pid)
 
     def crash(self, how: str) -> None:
         """``kill`` or ``powerfail``, and mount again; the filesystem must be sound in between."""

@@ -11,17 +11,19 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from daxemu.errors import ERRORS, DaxemuError
-from daxemu.pmem.dax_device import DaxDevice
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 30.0
 
 
 class Zygote:
@@ -52,14 +54,14 @@ class Zygote:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def supervise(self, device: Path, mountpoint: Path, *, die_at_access: int = 0) -> int:
+    def supervise(self, device: Path, mountpoint: Path, sabotage: Sequence[Any] = ()) -> int:
         """Mount; the supervisor's pid. Raises what it refused with.
 
-        ``die_at_access``: it kills itself just before it takes hold of media bytes for the n-th time since it
-        was ready.
+        ``sabotage``: a function of tests/support/sabotage.py and its arguments, called in the supervisor
+        first.
         """
         answer = self._ask(
-            do="supervise", device=str(device), mountpoint=str(mountpoint), die_at_access=die_at_access
+            do="supervise", device=str(device), mountpoint=str(mountpoint), sabotage=list(sabotage)
         )
         reply = answer["reply"]
         if not reply["ok"]:
@@ -71,19 +73,33 @@ class Zygote:
         return int(self._ask(do="run", function=function, arguments=arguments)["pid"])
 
 
-def wait_for_end(pid: int, timeout: float = 30.0) -> None:
+def wait_for_end(pid: int) -> None:
     """Wait until a process that need not be our child is gone."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     try:
-        import select
-
-        ended, _, _ = select.select([handle], [], [], timeout)
+        ended, _, _ = select.select([handle], [], [], PATIENCE)
         assert ended, f"process {pid} lives on"
     finally:
         os.close(handle)
+
+
+def wait_for_death(*pids: int) -> None:
+    """Wait until one of these processes is gone, or its main thread is: others may linger in the kernel."""
+    deadline = time.monotonic() + PATIENCE
+    while all(map(_is_alive, pids)):
+        assert time.monotonic() < deadline, f"processes {pids} live on"
+        time.sleep(0.002)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
 
 
 # -- in the zygote
@@ -114,8 +130,9 @@ def _supervise(main: Callable[[str, str, int], int], request: dict[str, Any]) ->
 
     def child() -> int:
         os.close(ours)
-        if request["die_at_access"]:
-            _die_at_access(request["die_at_access"])
+        if request["sabotage"]:
+            name, *arguments = request["sabotage"]
+            getattr(importlib.import_module("tests.support.sabotage"), name)(*arguments)
         return main(request["device"], request["mountpoint"], theirs)
 
     try:
@@ -126,19 +143,6 @@ def _supervise(main: Callable[[str, str, int], int], request: dict[str, Any]) ->
         said = answers.readline()
     refusal = {"ok": False, "error": "DaxemuError", "message": "the supervisor ended at once"}
     return {"pid": pid, "reply": json.loads(said) if said else refusal}
-
-
-def _die_at_access(number: int) -> None:
-    access, left = DaxDevice.direct_access, number
-
-    def counted(self: DaxDevice, offset: int, length: int) -> memoryview:
-        nonlocal left
-        left -= 1
-        if left <= 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return access(self, offset, length)
-
-    DaxDevice.direct_access = counted  # type: ignore[method-assign]
 
 
 def _fork(child: Callable[[], object], log: str) -> int:

@@ -28,7 +28,9 @@ VERBS = {
     "powerfail": "mount",
     "map": "files",
     "reflink": "files",
+    "page-types": "page_types",
     "log": "log",
+    "run": "run",
     "demo": "demo",
 }
 """Which module of this package has which verb: only the one that is used gets imported."""
@@ -46,7 +48,8 @@ class Verbs(click.Group):
         if cmd_name not in VERBS:
             return None
         module = importlib.import_module(f"daxemu.cli.{VERBS[cmd_name]}")
-        command: click.Command = getattr(module, "set_setting" if cmd_name == "set" else cmd_name)
+        name = "set_setting" if cmd_name == "set" else cmd_name.replace("-", "_")
+        command: click.Command = getattr(module, name)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from daxemu.errors import MediaError, PartialOverPoison
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.extents import ExtentMap, Mapping
 from daxemu.fs.rmap import Link, Rmap
@@ -82,21 +83,24 @@ class FileData:
 
     # -- writing
 
-    def store(self, extents: ExtentMap, offset: int, data: Buffer, *, from_cache: bool) -> Stored:
+    def store(
+        self, extents: ExtentMap, offset: int, data: Buffer, *, from_cache: bool, zeroing: bool = False
+    ) -> Stored:
         """Write ``data`` at ``offset``. Blocks that others share are copied first; poison covered whole is
         cleared.
 
         ``from_cache``: the page cache writes back what was stored through a mapping. On persistent memory
         that store had reached the media before it went bad, so it does not repair: it is lost.
 
-        Raises MediaError if an edge of the range lies inside a poisoned page, NoSpace if there are not enough
+        Raises MediaError if an edge of the range lies inside a poisoned page (PartialOverPoison where that
+        is not shared, unless ``zeroing``), NoSpace if there are not enough
         blocks; then nothing has changed.
         """
         end = offset + len(data)
         first, last = offset // PAGE_SIZE, -(-end // PAGE_SIZE)
         segments = list(self._segments(extents, first, last))
         if not from_cache:
-            self._refuse_partial(segments, offset, end)
+            self._refuse_partial(segments, offset, end, zeroing=zeroing)
         fresh = self._allocate(extents, segments, first)
         view = memoryview(data)
         cleared: list[Range] = []
@@ -123,14 +127,21 @@ class FileData:
             for part, copy in sorted(parts):
                 yield _Segment(part.start + delta, part.end + delta, run.link, copy)
 
-    def _refuse_partial(self, segments: list[_Segment], offset: int, end: int) -> None:
+    def _refuse_partial(self, segments: list[_Segment], offset: int, end: int, *, zeroing: bool) -> None:
         for edge in {offset, end}:
             if edge % PAGE_SIZE == 0:
                 continue
             block = edge // PAGE_SIZE
             for segment in segments:
-                if segment.link is not None and segment.start <= block < segment.end:
+                if segment.link is None or not segment.start <= block < segment.end:
+                    continue
+                try:
                     self._dax.direct_access(segment.dev_block(block) * PAGE_SIZE, PAGE_SIZE)
+                except MediaError as error:
+                    # To copy a shared block, or to zero a part, the kernel reads it first: that is an EIO.
+                    if segment.copy or zeroing:
+                        raise
+                    raise PartialOverPoison(str(error), error.ranges) from error
 
     def _allocate(self, extents: ExtentMap, segments: list[_Segment], first: Block) -> list[Range]:
         wanted = sum(s.end - s.start for s in segments if s.copy)
@@ -304,7 +315,7 @@ class FileData:
     def _zero_in_block(self, extents: ExtentMap, start: int, end: int) -> None:
         block = start // PAGE_SIZE
         if start < end and extents.lookup(block, block + 1)[0].link is not None:
-            self.store(extents, start, bytes(end - start), from_cache=False)
+            self.store(extents, start, bytes(end - start), from_cache=False, zeroing=True)
 
     def preallocate(self, extents: ExtentMap, first: Block, last: Block) -> None:
         """Give the holes of blocks ``[first, last)`` blocks that read as zeros. Raises NoSpace, with nothing

@@ -300,9 +300,10 @@ class Filesystem:
     def write(self, ino: Ino, offset: int, data: Buffer, *, from_cache: bool = False) -> int:
         """``write(2)``, or with ``from_cache`` the page cache writing back what was stored through a mapping.
 
-        Raises MediaError (EIO) for a write that covers part of a poisoned page, NoSpace; then nothing was
-        written. Poison that is covered whole is cleared. A store from the cache to poison is lost: silently
-        as on DAX, or with MediaError (after the rest was written) where ``lost_store_is_eio``.
+        Raises PartialOverPoison (EFAULT) for a write that covers part of a poisoned page, MediaError (EIO) if
+        that is shared, NoSpace; then nothing was written. Poison that is covered whole is cleared. A store
+        from the cache to poison is lost: silently as on DAX, or with MediaError (after the rest was written)
+        where ``lost_store_is_eio``.
         """
         self.check_alive()
         inode, extents = self.names.regular(ino)

@@ -1,8 +1,9 @@
 """A system call made in the name of another thread, which knows nothing of it. Only x86_64.
 
-Purpose: to queue a siginfo with si_code > 0 to a thread that blocks its signal. Beside it ``mend_eintr``, for
-the system calls that our stops interrupt: both are what needs registers. Counterpart in Linux:
-send_sig_mceerr() of kernel/signal.c, for such a thread.
+Purpose: to queue a siginfo with si_code > 0 to a thread that blocks its signal, and to give a signal its
+default action back. Beside it ``mend_eintr``, for the system calls that our stops interrupt: these are what
+needs registers. Counterpart in Linux: send_sig_mceerr() of kernel/signal.c for such a thread, and what
+force_sig_info_to_task() does to one.
 
 States of an ``Injection``: prepared -> at the call's entry -> at its exit -> undone; whoever steps the thread
 keeps count (``tracer_state.Phase``).
@@ -22,15 +23,20 @@ import platform
 import re
 import struct
 from io import FileIO
+from signal import SIGBUS
+from typing import NamedTuple
 
 from daxemu.host import ptrace
-from daxemu.host.siginfo import Status
+from daxemu.host.siginfo import Status, bus_error
+from daxemu.host.tracer_messages import ForceAR, Send
 from daxemu.uapi import PAGE_SIZE
 
 _MACHINE = platform.machine()
 _AT_SYSINFO_EHDR = 33  # uapi/linux/auxvec.h
 _RED_ZONE = 128  # bytes below the stack pointer that the ABI lets a function use
 _SCAN_LIMIT = 1 << 20  # bytes of each mapping that are searched for an instruction
+
+_NR_RT_SIGACTION = 13  # asm/unistd_64.h
 
 # asm/user_64.h: indices into struct user_regs_struct
 _R10, _RAX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP, _CS, _RSP = 7, 10, 12, 13, 14, 15, 16, 17, 19
@@ -79,17 +85,40 @@ def mend_eintr(tid: int) -> None:
         ptrace.set_regs(tid, regs)
 
 
-class Injection:
-    """rt_tgsigqueueinfo(2) to itself, made by a stopped thread that knows nothing of it.
+class Call(NamedTuple):
+    """A system call: up to four arguments, of which ``PAYLOAD`` stands for the address of ``payload``."""
+
+    number: int
+    arguments: tuple[int, ...]
+    payload: bytes
+
+
+PAYLOAD = -1
+
+
+def queue_to_itself(status: Status, sig: int, info: bytes) -> Call:
+    """rt_tgsigqueueinfo(2) by the thread to itself.
 
     Only a thread itself may queue a siginfo with si_code > 0, and only a queued one is found by
-    sigtimedwait(2), signalfd(2) or a later unblocking. After construction the caller lets the thread run to
-    the entry of the call and then to its exit (``cont_to_syscall``), reads ``result``, calls ``undo``.
-    Syscall stops instead of single steps: a step's SIGTRAP is a forced signal, which would reset a blocked or
-    ignored SIGTRAP's disposition.
+    sigtimedwait(2), signalfd(2) or a later unblocking.
+    """
+    return Call(ptrace.NR_RT_TGSIGQUEUEINFO, (status.ns_tgid, status.ns_tid, sig, PAYLOAD), info)
+
+
+def default_action(sig: int) -> Call:
+    """rt_sigaction(2) with SIG_DFL: a ``struct sigaction`` of zeros, its mask 8 bytes."""
+    return Call(_NR_RT_SIGACTION, (sig, PAYLOAD, 0, 8), bytes(32))
+
+
+class Injection:
+    """A system call made by a stopped thread that knows nothing of it.
+
+    After construction the caller lets the thread run to the entry of the call and then to its exit
+    (``cont_to_syscall``), reads ``result``, calls ``undo``. Syscall stops instead of single steps: a step's
+    SIGTRAP is a forced signal, which would reset a blocked or ignored SIGTRAP's disposition.
     """
 
-    def __init__(self, tid: int, status: Status, sig: int, info: bytes) -> None:
+    def __init__(self, tid: int, status: Status, call: Call) -> None:
         if _MACHINE != "x86_64":
             raise CannotInject(f"its SIGBUS is blocked, and there is no way around that on {_MACHINE}")
         regs = _get_regs(tid)
@@ -100,21 +129,22 @@ class Injection:
         self._suspends_seccomp = status.seccomp != 0
         self._memory = _open_memory(tid)  # closed with this object
         insn = _find_syscall_insn(tid, regs, self._memory.fileno())
-        self._where, self._saved = _write_scratch(self._memory.fileno(), regs[_RSP], info)
+        self._where, self._saved = _write_scratch(self._memory.fileno(), regs[_RSP], call.payload)
         try:
             if self._suspends_seccomp:
                 _suspend_seccomp(tid)
-            ptrace.set_regs(tid, self._call(insn, status, sig))
+            ptrace.set_regs(tid, self._prepared(insn, call))
         except (OSError, CannotInject):
             self._restore_memory()
             raise
 
-    def _call(self, insn: int, status: Status, sig: int) -> ctypes.Array[ctypes.c_uint64]:
+    def _prepared(self, insn: int, call: Call) -> ctypes.Array[ctypes.c_uint64]:
         regs = _Regs(*self._regs)
         regs[_RIP] = insn
-        regs[_RAX] = ptrace.NR_RT_TGSIGQUEUEINFO
+        regs[_RAX] = call.number
         regs[_ORIG_RAX] = _MINUS_ONE  # or the kernel would restart the interrupted system call here
-        regs[_RDI], regs[_RSI], regs[_RDX], regs[_R10] = status.ns_tgid, status.ns_tid, sig, self._where
+        for register, value in zip((_RDI, _RSI, _RDX, _R10), call.arguments, strict=False):
+            regs[register] = self._where if value == PAYLOAD else value
         return regs
 
     def result(self) -> int:
@@ -136,6 +166,15 @@ class Injection:
         except OSError as error:
             if error.errno not in _UNMAPPED:  # by another thread meanwhile: nothing is left to restore
                 raise
+
+
+def begin(request: Send) -> Injection:
+    """What a stopped thread must do itself: queue its AO, or take the default action for what is forced."""
+    status = ptrace.status_of_held(request.tid)
+    if isinstance(request, ForceAR):
+        return Injection(request.tid, status, default_action(SIGBUS))
+    info = bus_error(request.code, request.addr, request.lsb)
+    return Injection(request.tid, status, queue_to_itself(status, SIGBUS, info))
 
 
 def _open_memory(tid: int) -> FileIO:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from daxemu.host.session import Session
-from daxemu.host.tasks import collect_tasks
+from daxemu.host.tasks import collect_tasks, maps_still
 from daxemu.mm.memory_failure import Incident, Task
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SHIFT, Ino
@@ -23,6 +23,9 @@ class Mappings(Protocol):
 
     def collect(self, incident: Incident) -> list[Task]:
         """``collect_procs()``: the processes that have a page of the incident present, with where."""
+
+    def still_mapped(self, task: Task) -> bool:
+        """Whether a process still has mapped, at the same addresses, what it had present once."""
 
     def revoke(self, incident: Incident) -> None:
         """``unmap_mapping_range()`` for every file range of the incident: the next touch of each faults."""
@@ -50,6 +53,10 @@ class PageCacheMappings:
             if hurt.mapping in open_now:
                 wanted[hurt.mapping].append(Range(hurt.index, hurt.index + hurt.count))
         return collect_tasks(dev, wanted, skip) if wanted else []
+
+    def still_mapped(self, task: Task) -> bool:
+        """See Mappings.still_mapped."""
+        return maps_still(task, self._session.mount.dev)
 
     def revoke(self, incident: Incident) -> None:
         """See Mappings.revoke. One notification a file range; one a file when the whole device goes."""

@@ -32,6 +32,8 @@ _SETREGSET = 0x4205
 _SEIZE = 0x4206
 _INTERRUPT = 0x4207
 _LISTEN = 0x4208
+_GETSIGMASK = 0x420A
+_SETSIGMASK = 0x420B
 _DETACH = 17
 _O_TRACESYSGOOD = 0x00000001
 _O_TRACEEXEC = 0x00000010
@@ -120,6 +122,14 @@ def set_siginfo(tid: int, info: bytes) -> None:
     _ptrace("SETSIGINFO", _SETSIGINFO, tid, data=ctypes.addressof(raw))
 
 
+def unblock(tid: int, sig: int) -> None:
+    """Take a signal out of a stopped thread's mask."""
+    mask = ctypes.c_uint64()
+    _ptrace("GETSIGMASK", _GETSIGMASK, tid, ctypes.sizeof(mask), ctypes.addressof(mask))
+    mask.value &= ~(1 << (sig - 1))
+    _ptrace("SETSIGMASK", _SETSIGMASK, tid, ctypes.sizeof(mask), ctypes.addressof(mask))
+
+
 def suspend_seccomp(tid: int, suspend: bool) -> None:
     """Put a stopped thread's seccomp filters to sleep, or wake them. EPERM, EINVAL: not on this system."""
     _ptrace("SETOPTIONS", _SETOPTIONS, tid, data=_OPTIONS | (_O_SUSPEND_SECCOMP if suspend else 0))
@@ -192,6 +202,7 @@ class Step(Enum):
     LISTEN = auto()
     DETACH = auto()
     QUEUE = auto()  # send the signal with our cookie, then CONT
+    FORCE = auto()  # unblock the signal, then QUEUE
     INJECT = auto()  # prepare an injection, then SYSCALL
     SYSCALL = auto()
 

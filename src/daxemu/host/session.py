@@ -158,13 +158,20 @@ class Session:
         return abort_connection(self.mount)
 
 
-def abort_connection(mount: Mount) -> bool:
-    """Cut a mount's FUSE connection through the control filesystem; mounts that first if it must and may."""
+def abort_file(mount: Mount) -> Path:
+    """The file that cuts a mount's FUSE connection when it is written to; mounts its filesystem if it must
+    and may.
+    """
     control = _FUSECTL / str(os.makedev(*mount.dev)) / "abort"
     if not control.exists() and os.geteuid() == 0:
         _libc.mount(b"none", os.fsencode(_FUSECTL), b"fusectl", 0, None)
+    return control
+
+
+def abort_connection(mount: Mount) -> bool:
+    """Cut a mount's FUSE connection. Returns whether that was possible."""
     try:
-        control.write_text("1")
+        abort_file(mount).write_text("1")
     except OSError:
         return False
     return True

@@ -144,6 +144,23 @@ def _read_pagemap(pagemap: int, start: int, end: int) -> Iterator[Range]:
                 yield Range(low + index * PAGE_SIZE, low + (index + 1) * PAGE_SIZE)
 
 
+def maps_still(task: Task, dev: tuple[int, int]) -> bool:
+    """Whether the process still shows the same pages of the same files where ``task.present`` says."""
+    try:
+        vmas = list(read_vmas(task.pid, dev))
+    except _GONE:
+        return False
+    return all(
+        any(
+            vma.ino == run.mapping
+            and vma.start <= run.address < vma.end
+            and vma.pgoff + ((run.address - vma.start) >> PAGE_SHIFT) == run.index
+            for vma in vmas
+        )
+        for run in task.present
+    )
+
+
 def read_threads(pid: int) -> Iterator[Thread]:
     """The threads of a process, in the kernel's order, with their task flags."""
     for name in os.listdir(f"/proc/{pid}/task"):

@@ -27,8 +27,10 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import deque
+from pathlib import Path
 
 import msgspec
 
@@ -38,20 +40,22 @@ from daxemu.host.siginfo import SIGBUS_BIT
 from daxemu.host.tracer_messages import (
     ArmAR,
     ArmedAck,
+    ForceAR,
     Gone,
     Ignored,
     Outcome,
     Refused,
     Report,
     Request,
+    Send,
     SendAO,
 )
 from daxemu.host.tracer_state import Phase, Thread, Verdict
-from daxemu.uapi import BUS_MCEERR_AO
 
 _RETRY = 0.02  # seconds between looks at a pending SIGBUS: nothing tells when signalfd(2) takes it
 _SWEEP = 1.0  # seconds
 _FAREWELL = 2.0  # seconds to let go of everything at the end
+_MOURNING_INTERVAL = 1.0  # seconds between looks at the supervisor
 _BATCH = 256  # stops, or requests, before the other side gets its turn
 _DECODER = msgspec.json.Decoder(Request)
 _ENCODER = msgspec.json.Encoder()
@@ -126,9 +130,10 @@ class Tracer:
         thread = self._threads.setdefault(request.tid, Thread(request.tid))
         if isinstance(request, ArmAR):
             thread.arm(request.id, time.monotonic() + request.timeout)
-            self._outbox.append(ArmedAck(request.id))
         else:
-            thread.fifo.append(request)
+            thread.send(request)
+        if isinstance(request, ArmAR | ForceAR):
+            self._outbox.append(ArmedAck(request.id))  # leaves after the thread was interrupted
         self._nudge(thread)
 
     def _hold(self, request: Request) -> Outcome | None:
@@ -136,7 +141,7 @@ class Tracer:
         status = siginfo.read_status(request.tid)
         if status is None or status.is_dead:
             return Gone(request.id)
-        if isinstance(request, SendAO) and status.tgid != request.tgid:
+        if isinstance(request, Send) and status.tgid != request.tgid:
             return Gone(request.id)
         if isinstance(request, SendAO) and siginfo.is_ignored(status):
             return Ignored(request.id)
@@ -145,7 +150,7 @@ class Tracer:
         except OSError as error:
             if (reason := ptrace.refusal(request.tid, error)) is None:
                 return Gone(request.id)
-            signalled = isinstance(request, SendAO) and ptrace.send_plain(request.tgid, request.tid)
+            signalled = isinstance(request, Send) and ptrace.send_plain(request.tgid, request.tid)
             return Refused(request.id, reason, signalled)
         return None
 
@@ -197,7 +202,7 @@ class Tracer:
         self._schedule(thread)
 
     def _carry_out(self, thread: Thread, verdict: Verdict, kind: Kind) -> str | None:
-        """Do it; or the reason why the AO cannot be sent, with the thread still stopped."""
+        """Do it; or the reason why the signal cannot be sent, with the thread still stopped."""
         tid, step = thread.tid, verdict.step
         if verdict.undo:
             self._injections.pop(tid).undo()
@@ -206,15 +211,13 @@ class Tracer:
         if verdict.info is not None:
             ptrace.set_siginfo(tid, verdict.info)
         if step is Step.INJECT:
-            ao = thread.fifo[0]
-            info = siginfo.bus_error(BUS_MCEERR_AO, ao.addr, ao.lsb)
             try:
-                self._injections[tid] = injection.Injection(
-                    tid, ptrace.status_of_held(tid), signal.SIGBUS, info
-                )
+                self._injections[tid] = injection.begin(thread.fifo[0])
             except injection.CannotInject as why:
                 return str(why)
-        if step is Step.QUEUE:
+        if step is Step.FORCE:
+            ptrace.unblock(tid, signal.SIGBUS)
+        if step in (Step.QUEUE, Step.FORCE):
             mark = siginfo.queued(signal.SIGBUS, thread.cookie)
             try:
                 ptrace.tgsigqueue(thread.fifo[0].tgid, tid, signal.SIGBUS, mark)
@@ -271,8 +274,31 @@ class Tracer:
             self._outbox.extend(Gone(id_) for id_ in thread.ids())
 
 
+def _mourn(supervisor: int, abort: str) -> None:
+    """Cut the mount's connection (by the file ``abort``) once the supervisor has been killed.
+
+    A killed process normally takes its connection with it. Not where one of its threads waits on its own
+    mount: that thread cannot die before it is answered, and the process lingers as a zombie that keeps
+    everybody waiting.
+    """
+    while True:
+        time.sleep(_MOURNING_INTERVAL)
+        try:
+            stat = Path(f"/proc/{supervisor}/stat").read_bytes()
+        except OSError:
+            return
+        if stat.rpartition(b") ")[2].startswith(b"Z"):
+            with contextlib.suppress(OSError):  # cut already, or not ours to cut
+                Path(abort).write_text("1")
+            return
+
+
 def main(argv: list[str]) -> None:
-    """Serve the socket whose number is ``argv[1]``."""
+    """Serve the socket whose number is ``argv[1]``; ``argv[2]``, if there, is the file that cuts the mount's
+    connection.
+    """
+    if len(argv) > 2:
+        threading.Thread(target=_mourn, args=(os.getppid(), argv[2]), daemon=True).start()
     # The socket's end is our end; dying in the middle of an injection would hurt the victim.
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sig, signal.SIG_IGN)

@@ -29,7 +29,17 @@ import msgspec
 import trio
 
 import daxemu
-from daxemu.host.tracer_messages import ArmAR, ArmedAck, Gone, Outcome, Refused, Report, Request, SendAO
+from daxemu.host.tracer_messages import (
+    ArmAR,
+    ArmedAck,
+    ForceAR,
+    Gone,
+    Outcome,
+    Refused,
+    Report,
+    Request,
+    SendAO,
+)
 from daxemu.uapi import PAGE_SHIFT
 
 _DIED = "the tracer died"
@@ -62,7 +72,7 @@ class Pending:
 
 
 class Armed(Pending):
-    """A held thread whose next BUS_ADRERR becomes BUS_MCEERR_AR.
+    """A held thread whose next BUS_ADRERR becomes BUS_MCEERR_AR, or which gets one on its way to user mode.
 
     Comes to ``Delivered``, ``NotTaken``, ``Gone`` or, if the tracer dies, ``Refused``. When several of
     one thread come to the same signal, their ``Delivered`` have one ``serial``.
@@ -102,8 +112,11 @@ class _Session:
 class TracerLink:
     """A tracer, for one supervisor. Open with ``async with TracerLink.open() as link``."""
 
-    def __init__(self, nursery: trio.Nursery, on_report: Callable[[Outcome], None] | None) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, on_report: Callable[[Outcome], None] | None, abort: Path | None
+    ) -> None:
         self._nursery = nursery
+        self._abort = abort
         self._on_report = on_report
         self._ids = itertools.count(1)
         self._session: _Session | None = None
@@ -111,13 +124,16 @@ class TracerLink:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, on_report: Callable[[Outcome], None] | None = None) -> AsyncIterator[TracerLink]:
+    async def open(
+        cls, on_report: Callable[[Outcome], None] | None = None, *, abort: Path | None = None
+    ) -> AsyncIterator[TracerLink]:
         """Start the tracer; at the end let all threads go and stop it.
 
-        ``on_report`` is called in the trio thread with every outcome, in the order they happened.
+        ``on_report`` is called in the trio thread with every outcome, in their order. ``abort`` is
+        the file that cuts the mount's connection: the tracer writes to it should we be killed and linger.
         """
         async with trio.open_nursery() as nursery:
-            link = cls(nursery, on_report)
+            link = cls(nursery, on_report, abort)
             await link._running()
             try:
                 yield link
@@ -140,6 +156,17 @@ class TracerLink:
         session = await self._running()
         armed = Armed(next(self._ids), tid)
         self._submit(session, ArmAR(armed.id, tid, timeout), armed)
+        return await armed._answer()
+
+    async def force_ar(self, tgid: int, tid: int, addr: int, lsb: int = PAGE_SHIFT) -> Armed | Refused | Gone:
+        """Tell thread ``tid``, which is in a system call, of its poison: force_sig_mceerr(BUS_MCEERR_AR).
+
+        Once ``Armed``, the call may end: the signal comes at its return, before any instruction of the
+        program. A thread that blocks or ignores SIGBUS dies of it.
+        """
+        session = await self._running()
+        armed = Armed(next(self._ids), tid)
+        self._submit(session, ForceAR(armed.id, tgid, tid, addr, lsb), armed)
         return await armed._answer()
 
     async def send_ao(self, tgid: int, tid: int, addr: int, lsb: int = PAGE_SHIFT) -> Pending:
@@ -174,7 +201,7 @@ class TracerLink:
         sock = trio.socket.from_stdlib_socket(ours)
         try:
             with theirs:
-                session = _Session(await _start_process(theirs.fileno()), sock)
+                session = _Session(await _start_process(theirs.fileno(), self._abort), sock)
         except BaseException:
             sock.close()
             raise
@@ -226,12 +253,12 @@ async def _write(session: _Session) -> None:
             return
 
 
-async def _start_process(fd: int) -> trio.Process:
+async def _start_process(fd: int, abort: Path | None) -> trio.Process:
     # From "/", lest it keep a mount busy; -P, lest modules be taken from there.
     root = str(Path(daxemu.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     return await trio.lowlevel.open_process(
-        [sys.executable, "-P", "-m", "daxemu.host.tracer", str(fd)],
+        [sys.executable, "-P", "-m", "daxemu.host.tracer", str(fd), *([str(abort)] if abort else [])],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         pass_fds=[fd],

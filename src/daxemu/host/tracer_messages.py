@@ -11,9 +11,11 @@ Invariants:
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import msgspec
 
-from daxemu.uapi import PAGE_SHIFT
+from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT
 
 
 class _Message(msgspec.Struct, tag=True, frozen=True):
@@ -27,8 +29,10 @@ class ArmAR(_Message, frozen=True):
     timeout: float = 1.0
 
 
-class SendAO(_Message, frozen=True):
+class Send(_Message, frozen=True):
     """Tell ``tid`` of process ``tgid`` of poison at its virtual address ``addr``, ``2**lsb`` bytes."""
+
+    code: ClassVar[int]
 
     tgid: int
     tid: int
@@ -36,8 +40,20 @@ class SendAO(_Message, frozen=True):
     lsb: int = PAGE_SHIFT
 
 
+class SendAO(Send, frozen=True):
+    """Action optional: queued, and nothing if it is ignored."""
+
+    code = BUS_MCEERR_AO
+
+
+class ForceAR(Send, frozen=True):
+    """Action required, before the thread's next instruction; one that blocks or ignores SIGBUS dies of it."""
+
+    code = BUS_MCEERR_AR
+
+
 class ArmedAck(_Message, frozen=True):
-    """The thread is held: its fault may be failed now."""
+    """The thread is held: its fault may be failed now, or its system call end."""
 
 
 class Refused(_Message, frozen=True):
@@ -73,6 +89,6 @@ class Ignored(_Message, frozen=True):
     """The process ignores SIGBUS, so an AO does not exist for it."""
 
 
-Request = ArmAR | SendAO
+Request = ArmAR | SendAO | ForceAR
 Outcome = Delivered | Refused | NotTaken | Gone | Ignored
 Report = ArmedAck | Outcome

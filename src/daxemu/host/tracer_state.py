@@ -11,6 +11,9 @@ How a signal gets its siginfo:
   blocked: queue one with a cookie, replace the siginfo in its signal-delivery-stop. Blocked: nothing will
   ever stop for it, so the thread is made to queue it to itself (``injection``). SIGBUS is a legacy signal, a
   second one is dropped while one is pending: hence a FIFO per thread.
+- **Forced AR** (``ForceAR``): the same for a thread in a system call, and first in the FIFO. Blocked or
+  ignored: the thread is made to take the default action, its mask is lifted, and it dies, as
+  force_sig_info_to_task() has it.
 
 States of a ``Thread``: running, LISTENing in a group-stop (``listening``), or between the stops of an
 injection (``phase``).
@@ -36,8 +39,8 @@ from typing import NamedTuple
 from daxemu.host import siginfo
 from daxemu.host.ptrace import Kind, Step, Stop
 from daxemu.host.siginfo import SigInfo
-from daxemu.host.tracer_messages import Delivered, Ignored, NotTaken, Outcome, Refused, SendAO
-from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT
+from daxemu.host.tracer_messages import Delivered, ForceAR, Ignored, NotTaken, Outcome, Refused, Send, SendAO
+from daxemu.uapi import BUS_MCEERR_AR, PAGE_SHIFT
 
 Phase = Enum("Phase", ["NONE", "ENTER", "EXIT"])  # where an injection is
 
@@ -66,9 +69,10 @@ class Thread:
 
     tid: int
     arms: list[_Arm] = field(default_factory=list)
-    fifo: deque[SendAO] = field(default_factory=deque)
+    fifo: deque[Send] = field(default_factory=deque)
     cookie: int = 0  # of the SIGBUS under way, for the head of the FIFO
     phase: Phase = Phase.NONE
+    is_default: bool = False  # SIGBUS has its default action, by our doing, for the head of the FIFO
     interrupting: bool = False
     listening: bool = False
     arriving: bool = False  # a SIGBUS is about to stop it: an INTERRUPT now would come before, for ever
@@ -92,6 +96,15 @@ class Thread:
         """Take the next BUS_ADRERR until ``deadline`` for consumed poison."""
         self.arms.append(_Arm(id_, deadline))
 
+    def send(self, request: Send) -> None:
+        """Have it told. What is forced comes before what is queued, but after what is under way."""
+        if not isinstance(request, ForceAR):
+            self.fifo.append(request)
+            return
+        under_way = bool(self.cookie) or self.phase is not Phase.NONE
+        self.fifo.insert(int(under_way), request)
+        self.retry_at = None
+
     def decide(self, stop: Stop, new_cookie: int) -> Verdict:
         """A stop in, what to do out. ``new_cookie`` marks the SIGBUS, if one is to be queued."""
         self.interrupting = self.listening = self.arriving = False
@@ -108,9 +121,9 @@ class Thread:
         for arm in self.arms:
             arm.expired = arm.expired or arm.deadline <= now
 
-    def drop_head(self) -> SendAO:
-        """Forget the oldest AO, which could not be sent; the stop must be decided again."""
-        self.phase, self.cookie = Phase.NONE, 0
+    def drop_head(self) -> Send:
+        """Forget the first to be sent, which could not be; the stop must be decided again."""
+        self.phase, self.cookie, self.is_default = Phase.NONE, 0, False
         return self.fifo.popleft()
 
     def retire(self) -> None:
@@ -137,6 +150,9 @@ class Thread:
         verdict = Verdict(Step.CONT, undo=True, interrupt=True)
         if not self.fifo:  # retired meanwhile
             return verdict
+        if isinstance(self.fifo[0], ForceAR) and not stop.result:
+            self.is_default = True
+            return verdict
         ao = self.fifo.popleft()
         if stop.result:
             return verdict._replace(reports=(Refused(ao.id, f"kernel: {os.strerror(-stop.result)}"),))
@@ -162,13 +178,13 @@ class Thread:
             self.arms.clear()
             return siginfo.bus_error(BUS_MCEERR_AR, info.addr, PAGE_SHIFT), reports
         if self.cookie and info.code == siginfo.SI_QUEUE and info.value == self.cookie:
-            self.cookie = 0
-            ao = self.fifo.popleft()
-            return siginfo.bus_error(BUS_MCEERR_AO, ao.addr, ao.lsb), (self._delivered(ao),)
+            self.cookie, self.is_default = 0, False
+            sent = self.fifo.popleft()
+            return siginfo.bus_error(sent.code, sent.addr, sent.lsb), (self._delivered(sent),)
         return None, ()
 
-    def _delivered(self, ao: SendAO) -> Delivered:
-        return Delivered(ao.id, self.tid, BUS_MCEERR_AO, ao.addr, serial=ao.id)
+    def _delivered(self, sent: Send) -> Delivered:
+        return Delivered(sent.id, self.tid, sent.code, sent.addr, serial=sent.id)
 
     def _on_event(self, stop: Stop, new_cookie: int) -> Verdict:
         if self.cookie and not stop.pending:
@@ -182,22 +198,31 @@ class Thread:
             self.listening = not self.idle
             step = Step.LISTEN if self.listening else Step.DETACH
         else:
-            step = self._next_ao(stop, new_cookie, reports)
+            step = self._next(stop, new_cookie, reports)
         return Verdict(step, reports=tuple(reports))
 
-    def _next_ao(self, stop: Stop, new_cookie: int, reports: list[Outcome]) -> Step:
+    def _next(self, stop: Stop, new_cookie: int, reports: list[Outcome]) -> Step:
         if not self.cookie and stop.ignored and not stop.blocked:
-            reports += (Ignored(ao.id) for ao in self.fifo)
-            self.fifo.clear()
+            reports += (Ignored(ao.id) for ao in self.fifo if isinstance(ao, SendAO))
+            self.fifo = deque(forced for forced in self.fifo if isinstance(forced, ForceAR))
         if self.idle:
             return Step.DETACH
         if not self.fifo or self.cookie or self.arriving:
             return Step.CONT
+        if isinstance(self.fifo[0], ForceAR) and (stop.blocked or stop.ignored):
+            return self._force(new_cookie)
         if not stop.blocked:
             self.cookie = new_cookie
             return Step.QUEUE
         if stop.pending:
             self.retry_at = 0.0  # the next tick sets the time
             return Step.CONT
+        self.phase = Phase.ENTER
+        return Step.INJECT
+
+    def _force(self, new_cookie: int) -> Step:
+        if self.is_default:
+            self.cookie = new_cookie
+            return Step.FORCE
         self.phase = Phase.ENTER
         return Step.INJECT

@@ -7,158 +7,47 @@ bytes, indexes and counts are pages.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 
 from daxemu.errors import Busy, DaxemuError, NoDevice, Unsupported
-from daxemu.events import Emit, MemoryFailureHandled, Outcome
+from daxemu.events import Emit, MemoryFailureHandled, Outcome, OutsideKernelControl, PageType
+from daxemu.mm.incident import FileId, Incident, MappingRange, Part, PfnMapping
 from daxemu.mm.pagemap import DevPagemap
-from daxemu.uapi import (
-    MF_ACTION_REQUIRED,
-    MF_MEM_PRE_REMOVE,
-    PAGE_SIZE,
-    PF_EXITING,
-    PF_KTHREAD,
-    PF_MCE_EARLY,
-    PF_MCE_PROCESS,
-    U64_MAX,
-    Ino,
-    Pfn,
+from daxemu.mm.pfn_space import PfnAddressSpace, PfnAddressSpaces
+from daxemu.mm.to_kill import (
+    PresentRun,
+    Task,
+    Thread,
+    ToKill,
+    collect_procs,
+    collect_procs_pfn,
+    find_early_kill_thread,
+    task_early_kill,
 )
+from daxemu.ranges import Range, RangeSet, merged
+from daxemu.uapi import MF_ACTION_REQUIRED, MF_MEM_PRE_REMOVE, PAGE_SIZE, U64_MAX, Ino, Pfn
 
-
-@dataclass(frozen=True)
-class MappingRange:
-    """Pages ``[index, index + count)`` of the file ``mapping`` (its inode number), backed by pages from
-    ``pfn`` on.
-    """
-
-    mapping: Ino
-    index: int
-    count: int
-    pfn: Pfn
-
-
-@dataclass(eq=False)
-class Incident:
-    """One failure between its discovery and its outcome: what ``host`` has to collect, unmap and signal."""
-
-    serial: int
-    pfn: Pfn
-    nr_pages: int
-    flags: int
-    mappings: list[MappingRange] = field(default_factory=list)
-    whole_device: bool = False
-    error: DaxemuError | None = None
-
-    @property
-    def pre_remove(self) -> bool:
-        return bool(self.flags & MF_MEM_PRE_REMOVE)
-
-
-@dataclass(frozen=True)
-class Thread:
-    """One thread as /proc shows it: its id and its ``task->flags``."""
-
-    tid: int
-    flags: int
-
-
-@dataclass(frozen=True)
-class PresentRun:
-    """Consecutive pages of one mapping that a process has present: ``nr_pages`` from ``address`` on, in its
-    own space.
-    """
-
-    mapping: Ino
-    index: int
-    nr_pages: int
-    address: int
-    shift: int
-
-
-@dataclass(frozen=True)
-class Task:
-    """One process, with what it has present of an incident's ranges. ``threads`` in the kernel's order,
-    leader first.
-    """
-
-    pid: int
-    comm: str
-    threads: tuple[Thread, ...]
-    present: tuple[PresentRun, ...]
-
-
-@dataclass(frozen=True)
-class ToKill:
-    """``struct to_kill``: which thread is told, and with what."""
-
-    task: Task
-    tid: int
-    address: int
-    shift: int
-    pfn: Pfn
-
-
-def find_early_kill_thread(threads: Iterable[Thread], early_kill: bool) -> Thread | None:
-    """The thread that wants to be told early: one that chose so, or by the sysctl the first that chose
-    nothing.
-    """
-    for thread in threads:
-        if thread.flags & (PF_EXITING | PF_KTHREAD):
-            continue
-        if thread.flags & PF_MCE_PROCESS:
-            if thread.flags & PF_MCE_EARLY:
-                return thread
-        elif early_kill:
-            return thread
-    return None
-
-
-def task_early_kill(task: Task, *, early_kill: bool, force_tid: int | None = None) -> Thread | None:
-    """``task_early_kill()``: the thread of ``task`` to tell now; the consumer itself (``force_tid``) always
-    is.
-    """
-    if force_tid is not None:
-        for thread in task.threads:
-            if thread.tid == force_tid:
-                return thread
-    return find_early_kill_thread(task.threads, early_kill)
-
-
-def collect_procs(
-    incident: Incident, tasks: Sequence[Task], *, early_kill: bool, force_tid: int | None = None
-) -> list[ToKill]:
-    """``collect_procs_fsdax()``: who is told of ``incident``, each at the address in its own space.
-
-    Only present pages count. On removal everybody is told through the group leader, policy or not, and once:
-    the whole device is one range, and a second SIGBUS would only be merged with the first.
-    """
-    to_kill = []
-    for task in tasks:
-        if not task.present:
-            continue
-        if incident.pre_remove:
-            thread = next((t for t in task.threads if not t.flags & PF_EXITING), None)
-            runs: Sequence[PresentRun] = task.present[:1]
-        else:
-            thread = task_early_kill(task, early_kill=early_kill, force_tid=force_tid)
-            runs = task.present
-        if thread is None:
-            continue
-        to_kill += [ToKill(task, thread.tid, run.address, run.shift, _pfn_of(incident, run)) for run in runs]
-    return to_kill
-
-
-def _pfn_of(incident: Incident, run: PresentRun) -> Pfn:
-    for hurt in incident.mappings:
-        if hurt.mapping == run.mapping and hurt.index <= run.index < hurt.index + hurt.count:
-            return hurt.pfn + (run.index - hurt.index)
-    return incident.pfn
+__all__ = [
+    "FileId",
+    "Incident",
+    "MappingRange",
+    "MemoryFailures",
+    "Part",
+    "PfnMapping",
+    "PresentRun",
+    "Task",
+    "Thread",
+    "ToKill",
+    "collect_procs",
+    "collect_procs_pfn",
+    "find_early_kill_thread",
+    "task_early_kill",
+]
+"""What mm/memory-failure.c is for its callers: the values (``incident``) and choices (``to_kill``), too."""
 
 
 class MemoryFailures:
-    """The machine's memory-failure state: its pagemaps, its sysctl, its counters.
+    """The machine's memory-failure state: its pagemaps and pfn address spaces, its sysctl, its counters.
 
     One object stands for what are global variables in the kernel, so that one process can hold several
     machines.
@@ -168,6 +57,9 @@ class MemoryFailures:
         self.sysctl_early_kill = False
         self.counters: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
         self._emit = emit
+        self.on_count: Callable[[], None] = lambda: None
+        """Called when a counter changed."""
+        self.pfn_spaces = PfnAddressSpaces()
         self._pagemaps: list[DevPagemap] = []
         self._serial = itertools.count(1)
         self._current: Incident | None = None
@@ -197,41 +89,88 @@ class MemoryFailures:
     def memory_failure(self, pfn: Pfn, nr_pages: int, flags: int) -> Incident:
         """``memory_failure()`` for a range, up to the point where processes must be looked at.
 
-        The owner of each part is called once. The incident returned says what ``host`` has to do, and
-        ``error`` what the owner answered; it must be given to :meth:`action_result`. Raises NoDevice (-ENXIO)
-        if no pagemap has any of it.
+        Each owner is called once for each part it has: pagemaps first, pfn address spaces for what has no
+        struct pages. The incident returned says what ``host`` has to do, and its parts what the owners
+        answered; it must be given to :meth:`action_result`. Pages that are nobody's are logged as such, and
+        belong to no part. Raises NoDevice (-ENXIO) if there are no others.
+
+        A page that is poisoned already is handled as if it were not: the kernel's "already poisoned page" is
+        for pages it manages itself, its ways for DAX and for pages without struct pages do not ask.
         """
-        parts = list(self.get_dev_pagemap(pfn, nr_pages))
-        if not parts:
-            raise NoDevice(f"pfn {pfn:#x}+{nr_pages}: memory outside kernel control")
         incident = Incident(next(self._serial), pfn, nr_pages, flags)
-        outer, self._current = self._current, incident
-        try:
-            for pgmap, start, count in parts:
-                self._memory_failure_dev_pagemap(incident, pgmap, start, count)
-        finally:
-            self._current = outer
+        with self.during(incident):
+            handled = RangeSet()
+            for pgmap in self._pagemaps:
+                for part in pgmap.overlapping(pfn, pfn + nr_pages):
+                    handled.add(*part)
+                self._memory_failure_dev_pagemap(incident, pgmap, pfn, nr_pages)
+            for gap in list(handled.gaps(pfn, pfn + nr_pages)):
+                for space, part in self.pfn_spaces.overlapping(*gap):
+                    handled.add(*part)
+                    self._memory_failure_pfn(incident, space, part.start, part.length)
+        for gap in handled.gaps(pfn, pfn + nr_pages):
+            self._emit(OutsideKernelControl(pfn=gap.start, nr_pages=gap.length))
+        if not incident.parts:
+            raise NoDevice(f"pfn {pfn:#x}+{nr_pages}: memory outside kernel control")
+        return incident
+
+    def dev_pagemap_failure(self, pgmap: DevPagemap, flags: int = 0) -> Incident:
+        """All of a pagemap fails: one call, and of its owner one for each of its ranges.
+
+        The counterpart of what was proposed as ``dev_pagemap_failure()`` (2021) for a device that goes away.
+        """
+        first, last = pgmap.ranges[0], pgmap.ranges[-1]
+        incident = Incident(next(self._serial), first.start, sum(r.length for r in pgmap.ranges), flags)
+        with self.during(incident):
+            self._memory_failure_dev_pagemap(incident, pgmap, first.start, last.end - first.start, data=True)
         return incident
 
     def _memory_failure_dev_pagemap(
-        self, incident: Incident, pgmap: DevPagemap, pfn: Pfn, nr_pages: int
+        self, incident: Incident, pgmap: DevPagemap, pfn: Pfn, nr_pages: int, *, data: bool = False
     ) -> None:
+        """``memory_failure_dev_pagemap()``; ``data``: leave the device's metadata space alone."""
+        if not data:
+            for altmap in pgmap.altmap_overlapping(pfn, pfn + nr_pages):
+                error = NoDevice(f"{pgmap.name}: device metadata space is not recoverable")
+                incident.parts.append(Part(PageType.DAX, altmap.start, altmap.length, error))
+        generic: list[Range] = []
+        for span in pgmap.pfn_valid(pfn, pfn + nr_pages):
+            part = Part(PageType.DAX, span.start, span.length)
+            incident.parts.append(part)
+            try:
+                if pgmap.ops is None:
+                    raise Unsupported(f"{pgmap.name}: no ->memory_failure")
+                pgmap.ops.memory_failure(pgmap, span.start, span.length, incident.flags)
+            except Unsupported:
+                # mf_generic_kill_procs(): the page's own mapping. Nobody below knows of a file here, so there
+                # is no mapping to look through and nobody to tell: the failure is handled by that.
+                generic.append(span)
+            except DaxemuError as error:
+                part.error = error
+        if pgmap.memmap is not None and not incident.pre_remove:
+            # SetPageHWPoison() of mf_dax_kill_procs(): the pages of files, and of those each once.
+            hurt = {(each.pfn, each.pfn + each.count) for each in incident.mappings}
+            pgmap.memmap.set_hwpoison(*merged(sorted(hurt.union(generic))))
+
+    def _memory_failure_pfn(
+        self, incident: Incident, space: PfnAddressSpace, pfn: Pfn, nr_pages: int
+    ) -> None:
+        """``memory_failure_pfn()``."""
+        part = Part(PageType.PFN_MAP, pfn, nr_pages)
+        incident.parts.append(part)
+        assert space.ops is not None
+        incident.pfn_mappings += space.ops.pfn_to_pgoff(space, pfn, nr_pages)
         try:
-            if pgmap.ops is None:
-                raise Unsupported(f"{pgmap.name}: no ->memory_failure")
-            pgmap.ops.memory_failure(pgmap, pfn, nr_pages, incident.flags)
-        except Unsupported:
-            # mf_generic_kill_procs(): the page's own mapping. Nobody below knows of a file here, so there is
-            # no mapping to look through and nobody to tell: the failure is handled by that.
-            return
+            space.ops.failure(space, pfn, nr_pages)
         except DaxemuError as error:
-            incident.error = error
+            part.error = error
 
     def removal(self, pfn: Pfn, nr_pages: int) -> Incident:
         """The incident of a whole device that goes away; :meth:`mf_dax_kill_procs` then adds to it as
         always.
         """
-        return Incident(next(self._serial), pfn, nr_pages, MF_MEM_PRE_REMOVE)
+        part = Part(PageType.DAX, pfn, nr_pages)
+        return Incident(next(self._serial), pfn, nr_pages, MF_MEM_PRE_REMOVE, parts=[part])
 
     def during(self, incident: Incident) -> _Current:
         """A context in which the holder's ``mf_dax_kill_procs`` calls belong to ``incident``."""
@@ -251,25 +190,42 @@ class MemoryFailures:
             self._current.mappings.append(MappingRange(mapping, index, count, pfn))
 
     def action_result(self, incident: Incident, told: int) -> Outcome:
-        """``action_result()``: count it, log it. ``told`` processes were sent a signal."""
-        outcome = Outcome.FAILED if incident.error is not None else Outcome.RECOVERED
-        self.counters[outcome] += 1
-        self._emit(
-            MemoryFailureHandled(
-                pfn=incident.pfn,
-                nr_pages=incident.nr_pages,
-                page_type="dax page",
-                outcome=outcome,
-                told=told,
-                files=len({hurt.mapping for hurt in incident.mappings}),
-                error=str(incident.error) if incident.error else None,
+        """``action_result()``: count and log each part; returns the worst outcome.
+
+        ``told`` processes were sent a signal, for all parts together.
+        """
+        for part in incident.parts:
+            outcome = Outcome.FAILED if part.error is not None else Outcome.RECOVERED
+            self.counters[outcome] += 1
+            self._emit(
+                MemoryFailureHandled(
+                    pfn=part.pfn,
+                    nr_pages=part.nr_pages,
+                    page_type=part.page_type.value,
+                    outcome=outcome,
+                    told=told,
+                    files=_files(incident, part),
+                    error=str(part.error) if part.error else None,
+                )
             )
-        )
-        return outcome
+        self.on_count()
+        return Outcome.FAILED if incident.error is not None else Outcome.RECOVERED
 
     def action_required(self, incident: Incident) -> bool:
         """Whether a thread consumed the poison, rather than somebody found it."""
         return bool(incident.flags & MF_ACTION_REQUIRED)
+
+
+def _files(incident: Incident, part: Part) -> int:
+    """How many files the part's pages were of."""
+    pages = Range(part.pfn, part.pfn + part.nr_pages)
+    hurt: list[MappingRange | PfnMapping] = [*incident.mappings, *incident.pfn_mappings]
+    named = {
+        each.mapping if isinstance(each, MappingRange) else each.file
+        for each in hurt
+        if pages.clip(each.pfn, each.pfn + each.count)
+    }
+    return len(named)
 
 
 class _Current:

@@ -5,10 +5,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from daxemu.ranges import Range
 from daxemu.uapi import Pfn
+
+if TYPE_CHECKING:
+    from daxemu.mm.memmap import Memmap  # numpy is slow to import, and who only mounts may not need it
 
 
 class DevPagemapOps(Protocol):
@@ -30,6 +33,21 @@ class DevPagemap:
     ranges: tuple[Range, ...]
     ops: DevPagemapOps | None
     altmap_pages: int = 0
+    memmap: Memmap | None = None
+    """The struct pages, where something keeps them."""
+
+    @property
+    def altmap(self) -> Range:
+        """The pages that hold the memmap; false when it is elsewhere."""
+        return Range(self.ranges[0].start, self.ranges[0].start + self.altmap_pages)
+
+    def overlapping(self, start: Pfn, end: Pfn) -> list[Range]:
+        """The parts of ``[start, end)`` that are this device's, altmap and data."""
+        return [part for span in self.ranges if (part := span.clip(start, end))]
+
+    def altmap_overlapping(self, start: Pfn, end: Pfn) -> list[Range]:
+        """The part of ``[start, end)`` that is the altmap, if any is."""
+        return [part] if (part := self.altmap.clip(start, end)) else []
 
     def pfn_valid(self, start: Pfn, end: Pfn) -> list[Range]:
         """The parts of ``[start, end)`` that are this device's *data* pages (``pgmap_pfn_valid``): no

@@ -6,7 +6,7 @@ signalled because of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import SECTOR_SIZE, Sector
@@ -17,6 +17,7 @@ class Badblocks:
 
     def __init__(self) -> None:
         self._bad = RangeSet()
+        self.on_change: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
         return len(self._bad)
@@ -31,11 +32,17 @@ class Badblocks:
 
     def set(self, sector: Sector, sectors: int) -> list[Range]:
         """Acknowledge bad sectors (``badblocks_set``); returns those not known before."""
-        return self._bad.add(sector, sector + sectors)
+        added = self._bad.add(sector, sector + sectors)
+        if added:
+            self.on_change()
+        return added
 
     def clear(self, sector: Sector, sectors: int) -> list[Range]:
         """Forget bad sectors (``badblocks_clear``); returns those that were known."""
-        return self._bad.remove(sector, sector + sectors)
+        removed = self._bad.remove(sector, sector + sectors)
+        if removed:
+            self.on_change()
+        return removed
 
     def check(self, sector: Sector, sectors: int) -> Range | None:
         """The first bad part of the range (``badblocks_check``), None if it has none."""

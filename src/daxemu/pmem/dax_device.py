@@ -6,6 +6,7 @@ bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from daxemu.errors import Busy, InvalidArgument, MediaError, NoDevice, Unsupported
@@ -44,6 +45,8 @@ class DaxDevice:
         self._media = media
         self._data_offset = data_offset
         self._holder: DaxHolderOperations | None = None
+        self.mkpage_present: Callable[[Range], None] | None = None
+        """Told of device bytes whose poison is gone, for their struct pages."""
 
     # -- who holds it
 
@@ -135,7 +138,11 @@ class DaxDevice:
         self.badblocks.clear(sectors.start, sectors.length)
         shift = self._data_offset // SECTOR_SIZE
         cleared = self._media.clear_poison(Range(sectors.start + shift, sectors.end + shift))
-        return [Range((r.start - shift) * SECTOR_SIZE, (r.end - shift) * SECTOR_SIZE) for r in cleared]
+        good = [Range((r.start - shift) * SECTOR_SIZE, (r.end - shift) * SECTOR_SIZE) for r in cleared]
+        if self.mkpage_present is not None:
+            for part in good:
+                self.mkpage_present(part)
+        return good
 
     def add_poison(self, offset: int, length: int) -> Range:
         """The hardware goes bad there; returns the byte range, rounded out to sectors. Nobody is told by

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,8 @@ STRUCT_PAGE_SIZE = 64
 OWN_FILES = frozenset(
     ("media", "poison", "poison.new", "device.toml", "events.jsonl", "control.sock", "supervisor.log", "lock")
 )
+OWN_DIRECTORIES = frozenset(("struct_page", "struct_page.new", "sysfs"))
+"""What a machine keeps of its running self; made anew at every mount."""
 
 
 @dataclass(frozen=True)
@@ -178,13 +182,16 @@ class DeviceDir:
         """Remove the device's own files and its directory. Raises Busy if it holds anything else; then all
         stays.
         """
-        strangers = {entry.name for entry in self.path.iterdir()} - OWN_FILES
+        strangers = {entry.name for entry in self.path.iterdir()} - OWN_FILES - OWN_DIRECTORIES
         if strangers:
             raise Busy(
                 f"{self.path} holds {min(strangers)}, which is no file of a device: move it away first"
             )
         for name in OWN_FILES:
             (self.path / name).unlink(missing_ok=True)
+        for name in OWN_DIRECTORIES:
+            with suppress(FileNotFoundError):
+                shutil.rmtree(self.path / name)
         self.path.rmdir()
 
     def _toml(self) -> str:

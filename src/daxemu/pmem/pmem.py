@@ -8,8 +8,9 @@ from daxemu.pmem.badblocks import Badblocks
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.pmem.media import Media
-from daxemu.ranges import Range
-from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Pfn
+from daxemu.pmem.sysfs import Sysfs
+from daxemu.ranges import Range, RangeSet
+from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Pfn, page_align_down, page_align_up
 
 
 class Pmem:
@@ -19,6 +20,8 @@ class Pmem:
         """Precondition: the device's lock is held. Raises NotADevice."""
         config = device.config
         self.name = device.name
+        self._path = device.path
+        self._sysfs: Sysfs | None = None
         self.media = Media(device.path, config.size)
         self.badblocks = Badblocks()
         altmap_pages = config.altmap // PAGE_SIZE
@@ -34,8 +37,45 @@ class Pmem:
         for bad in self.dax.poisoned(0, self.dax.size):
             self.badblocks.set(bad.start // SECTOR_SIZE, bad.length // SECTOR_SIZE)
 
+    def memremap_pages(self) -> None:
+        """``devm_memremap_pages()``: the device gets its struct pages, in ``DEVICE/struct_page``. Raises
+        NoSpace.
+        """
+        from daxemu.mm.memmap import Memmap
+
+        pages = self.pgmap.ranges[0]
+        memmap = Memmap.create(self._path / "struct_page", pages)
+        memmap.add_pages(pages, self.pgmap.altmap_pages)
+        memmap.memmap_init_zone_device(pages)
+        self.pgmap.memmap = memmap
+        self.dax.mkpage_present = self._mkpage_present
+
+    def show_in_sysfs(self) -> Sysfs:
+        """Keep ``DEVICE/sysfs`` from now on; the counters are the caller's to show. Raises NoSpace."""
+        sysfs = Sysfs(self._path / "sysfs")
+        self._sysfs = sysfs
+        self.badblocks.on_change = lambda: sysfs.show_badblocks(self.badblocks)
+        sysfs.show_badblocks(self.badblocks)
+        return sysfs
+
+    def _mkpage_present(self, cleared: Range) -> None:
+        """``pmem_mkpage_present()``: device bytes are good again, so pages without poison are."""
+        start, end = page_align_down(cleared.start), page_align_up(cleared.end)
+        bad = RangeSet(
+            (page_align_down(r.start), page_align_up(r.end)) for r in self.dax.poisoned(start, end - start)
+        )
+        assert self.pgmap.memmap is not None
+        good = [Range(self.pfn_of(part.start), self.pfn_of(part.end)) for part in bad.gaps(start, end)]
+        self.pgmap.memmap.clear_hwpoison(*good)
+
     def close(self) -> None:
-        """Give the media back. Precondition: nobody holds the dax device."""
+        """Give the media and the struct pages back. Precondition: nobody holds the dax device."""
+        if self.pgmap.memmap is not None:
+            self.pgmap.memmap.discard()
+            self.pgmap.memmap = None
+            self.dax.mkpage_present = None
+        if self._sysfs is not None:
+            self._sysfs.close()
         self.media.close()
 
     def pfn_of(self, offset: int) -> Pfn:

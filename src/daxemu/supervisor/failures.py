@@ -14,6 +14,8 @@ that is stopped may take its time, and must not hold up the next failure.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import trio
 
 from daxemu.errors import DaxemuError
@@ -21,10 +23,12 @@ from daxemu.events import Emit, Outcome, SignalSent
 from daxemu.host.mappings import Mappings
 from daxemu.host.operations import PoisonedRead
 from daxemu.host.tasks import in_page_fault, process_of, read_comm
-from daxemu.host.tracer_link import Pending, TracerLink
+from daxemu.host.tracer_link import Armed, Pending, TracerLink
 from daxemu.host.tracer_messages import Delivered, Gone, Ignored, NotTaken, Refused
 from daxemu.host.tracer_messages import Outcome as Delivery
-from daxemu.mm.memory_failure import Incident, MemoryFailures, ToKill, collect_procs
+from daxemu.mm.incident import Incident
+from daxemu.mm.memory_failure import MemoryFailures
+from daxemu.mm.to_kill import PresentRun, Task, ToKill, collect_procs
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT, PAGE_SIZE, Pfn
 
 SIGNAL_PATIENCE = 2.0
@@ -44,18 +48,62 @@ class Failures:
         self._tracer = tracer
         self._emit = emit
         self._nursery = nursery
+        self._hidden: list[Task] = []
+        """Who had pages present that are poison nobody knows of."""
+        self._latest_arm: dict[int, int] = {}
+        """The last request of each thread that consumes poison just now."""
+        self._forced: set[int] = set()
+        """Threads with a forced SIGBUS on its way."""
         self.mf_mutex = trio.Lock()
         """Held while mappings are looked at and taken away: nobody else may take one away meanwhile."""
 
-    async def handle(self, incident: Incident) -> tuple[Outcome, int]:
-        """See an incident through. Returns its outcome and how many threads were told."""
+    async def handle(
+        self, incident: Incident, current: int | None = None, consumer: int | None = None
+    ) -> tuple[Outcome, int]:
+        """See an incident through. Returns its outcome and how many threads were told.
+
+        ``current``: the thread that is in memory_failure() itself, in a system call. It is told at the end of
+        that, whatever its policy, and not waited for. ``consumer``: the process whose load found poison that
+        nobody knew of. Its page fault tells it; the others are told who had the page when it went bad.
+        """
         # Once begun it ends, whoever asked for it: half a failure would leave poison that somebody can still
         # read.
         with trio.CancelScope(shield=True):
             async with self.mf_mutex:
-                to_kill = await self._collect_and_revoke(incident)
-            await self._kill_procs(to_kill)
+                to_kill = await self._collect_and_revoke(incident, current, consumer)
+            await self._kill_procs(to_kill, current)
         return self._mm.action_result(incident, len(to_kill)), len(to_kill)
+
+    async def hide(self, incident: Incident) -> None:
+        """Take away the pages of poison that nobody knows of, and remember who had them present.
+
+        On hardware they would stay mapped until somebody's load meets the poison; only then are the others
+        told.
+        """
+
+        def work() -> list[Task]:
+            tasks = self._mappings.collect(incident)
+            self._mappings.revoke(incident)
+            return tasks
+
+        async with self.mf_mutex:
+            tasks = await trio.to_thread.run_sync(work)
+        self._take_hidden(incident)
+        self._hidden += tasks
+
+    def _take_hidden(self, incident: Incident) -> list[Task]:
+        """Those who had pages of ``incident`` present when they were hidden, with those pages; they are
+        forgotten.
+        """
+        taken: list[Task] = []
+        kept: list[Task] = []
+        for task in self._hidden:
+            hit = tuple(run for run in task.present if _is_hurt(run, incident))
+            rest = tuple(run for run in task.present if run not in hit)
+            taken += [replace(task, present=hit)] if hit else []
+            kept += [replace(task, present=rest)] if rest else []
+        self._hidden = kept
+        return taken
 
     async def revoke_everything(self) -> None:
         """After a shutdown all is EIO, what the page cache has too. Comes after the failure under way."""
@@ -63,31 +111,61 @@ class Failures:
         async with self.mf_mutex:
             await trio.to_thread.run_sync(self._mappings.revoke, incident)
 
-    async def _collect_and_revoke(self, incident: Incident) -> list[ToKill]:
+    async def _collect_and_revoke(
+        self, incident: Incident, current: int | None, consumer: int | None
+    ) -> list[ToKill]:
         if not incident.mappings and not incident.whole_device:
             return []
 
+        hidden = self._take_hidden(incident) if consumer is not None else []
+
         def work() -> list[ToKill]:
             tasks = self._mappings.collect(incident)
+            found = {task.pid for task in tasks} | {consumer}
+            tasks += [task for task in hidden if task.pid not in found and self._mappings.still_mapped(task)]
+            tasks = [task for task in tasks if task.pid != consumer]
             self._mappings.revoke(incident)
-            return collect_procs(incident, tasks, early_kill=self._mm.sysctl_early_kill)
+            early_kill = self._mm.sysctl_early_kill
+            return collect_procs(incident, tasks, early_kill=early_kill, force_tid=current)
 
         return await trio.to_thread.run_sync(work)
 
     # -- action optional
 
-    async def _kill_procs(self, to_kill: list[ToKill]) -> None:
+    async def _kill_procs(self, to_kill: list[ToKill], current: int | None) -> None:
         """``kill_procs()``: every signal is on its way before any is waited for."""
-        sent = [
-            (victim, await self._tracer.send_ao(victim.task.pid, victim.tid, victim.address, victim.shift))
-            for victim in to_kill
-        ]
+        sent = []
+        for victim in to_kill:
+            if victim.tid == current:
+                await self._force(victim)
+                continue
+            pending = await self._tracer.send_ao(victim.task.pid, victim.tid, victim.address, victim.shift)
+            sent.append((victim, pending))
         deadline = trio.current_time() + SIGNAL_PATIENCE
         for victim, pending in sent:
             outcome = await pending.wait(max(0.0, deadline - trio.current_time()))
             self._told(victim, outcome)
             if outcome is None:
                 self._nursery.start_soon(self._await_late, victim, pending)
+
+    async def _force(self, victim: ToKill) -> None:
+        """``force_sig_mceerr(BUS_MCEERR_AR)``: it has no second one pending, as no SIGBUS has."""
+        if victim.tid in self._forced:
+            self._emit(_to_current(victim, "pending", "merged with the SIGBUS that it has pending"))
+            return
+        armed = await self._tracer.force_ar(victim.task.pid, victim.tid, victim.address, victim.shift)
+        if isinstance(armed, Armed):
+            self._forced.add(victim.tid)
+            self._emit(_to_current(victim, "delivered", None))
+            self._nursery.start_soon(self._await_forced, victim, armed)
+        else:
+            self._emit(_to_current(victim, *_explain(armed)))
+
+    async def _await_forced(self, victim: ToKill, armed: Pending) -> None:
+        outcome = await armed.wait()
+        self._forced.discard(victim.tid)
+        if not isinstance(outcome, Delivered):
+            self._emit(_to_current(victim, *_explain(outcome)))
 
     async def _await_late(self, victim: ToKill, pending: Pending) -> None:
         self._told(victim, await pending.wait())
@@ -110,12 +188,15 @@ class Failures:
 
     # -- action required
 
-    async def consumed(self, read: PoisonedRead, pfn: Pfn, supplement_missing: str | None) -> None:
+    async def consumed(
+        self, read: PoisonedRead, pfn: Pfn, supplement_missing: str | None, *, found: bool
+    ) -> None:
         """A read met poison. If a thread waits for it in a page fault, see that its SIGBUS is a
         BUS_MCEERR_AR.
 
         Returns when the read may be answered. System calls get their EIO and no signal; so do requests for
-        several pages, which are read-ahead: the kernel asks again for the one page that is wanted.
+        several pages, which are read-ahead: the kernel asks again for the one page that is wanted. ``found``:
+        nobody knew of the poison before.
         """
         if read.length > PAGE_SIZE:
             return
@@ -136,23 +217,40 @@ class Failures:
         elif isinstance(armed, Refused):
             self._inexact(read, pfn, armed.reason)
         elif not isinstance(armed, Gone):
-            self._nursery.start_soon(self._await_ar, read, pfn, armed)
+            # Who it is must be read while it waits: it may be dead before its signal is reported.
+            pid = process_of(read.tid)
+            victim = _ar(pid, read.tid, _comm(pid), 0, pfn, "pending", None)
+            victim.current = found
+            self._nursery.start_soon(self._await_ar, victim, armed)
 
-    async def _await_ar(self, read: PoisonedRead, pfn: Pfn, armed: Pending) -> None:
-        pid = process_of(read.tid)
-        comm = _comm(pid)
+    async def _await_ar(self, victim: SignalSent, armed: Pending) -> None:
+        self._latest_arm[victim.tid] = armed.id
         outcome = await armed.wait()
-        if isinstance(outcome, NotTaken | Gone):
-            return  # it was interrupted, only looked ahead, or died: it touches the page again, or never
-        if isinstance(outcome, Delivered) and outcome.id != outcome.serial:
-            return  # a page fault asks more than once: its one signal is logged for the last request
-        result, reason = _explain(outcome)
-        address = outcome.addr if isinstance(outcome, Delivered) else 0
-        self._emit(_ar(pid, read.tid, comm, address, pfn, result, reason))
+        is_latest = self._latest_arm.get(victim.tid) == armed.id
+        if is_latest:
+            del self._latest_arm[victim.tid]
+        if isinstance(outcome, NotTaken):
+            return  # it was interrupted, or only looked ahead: it touches the page again, or never
+        # A page fault asks more than once: its one signal is logged for the last request.
+        if isinstance(outcome, Delivered):
+            if outcome.id != outcome.serial:
+                return
+            victim.address = outcome.addr
+        elif not is_latest:
+            return
+        victim.result, victim.reason = _explain(outcome)
+        self._emit(victim)
 
     def _inexact(self, read: PoisonedRead, pfn: Pfn, reason: str) -> None:
         pid = process_of(read.tid) if read.tid else 0
         self._emit(_ar(pid, read.tid, _comm(pid), 0, pfn, "inexact", f"SIGBUS stays BUS_ADRERR: {reason}"))
+
+
+def _is_hurt(run: PresentRun, incident: Incident) -> bool:
+    return any(
+        m.mapping == run.mapping and m.index < run.index + run.nr_pages and run.index < m.index + m.count
+        for m in incident.mappings
+    )
 
 
 def _comm(pid: int) -> str:
@@ -173,6 +271,21 @@ def _ar(pid: int, tid: int, comm: str, address: int, pfn: Pfn, result: str, reas
         pfn=pfn,
         result=result,
         reason=reason,
+    )
+
+
+def _to_current(victim: ToKill, result: str, reason: str | None) -> SignalSent:
+    return SignalSent(
+        pid=victim.task.pid,
+        tid=victim.tid,
+        comm=victim.task.comm,
+        code=BUS_MCEERR_AR,
+        address=victim.address,
+        lsb=victim.shift,
+        pfn=victim.pfn,
+        result=result,
+        reason=reason,
+        current=True,
     )
 
 

@@ -19,6 +19,7 @@ from daxemu.host.mappings import Mappings
 from daxemu.host.mountinfo import printable
 from daxemu.host.operations import Operations, PoisonedRead
 from daxemu.host.session import Session
+from daxemu.host.tasks import process_of
 from daxemu.host.tracer_link import TracerLink
 from daxemu.mm.memory_failure import MappingRange, MemoryFailures
 from daxemu.pmem.inject import check_range, failed_pages, inject, scrub, uninject
@@ -27,7 +28,8 @@ from daxemu.ranges import Range
 from daxemu.supervisor import protocol as p
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.failures import Failures
-from daxemu.uapi import MF_ACTION_REQUIRED, PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Ino
+from daxemu.supervisor.madvise import madvise_inject_error
+from daxemu.uapi import MF_ACTION_REQUIRED, PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Ino, page_align_down
 
 
 class Machine:
@@ -80,7 +82,7 @@ class Machine:
 
         Raises InvalidArgument, NoDevice.
         """
-        self._check_present()
+        self.check_present()
         found, holes = await self._resolve(request.ino, request.ranges)
         done = []
         for part in found:
@@ -101,6 +103,8 @@ class Machine:
         else:
             result, told = await self.failures.handle(self.mm.memory_failure(pfn, nr_pages, 0))
             outcome = result.value
+            if self.fs.shutdown_reason is not None:
+                await self.failures.revoke_everything()  # from the answer on, all is EIO
         results[index] = p.PoisonedRange(bad.start, bad.length, pfn, nr_pages, outcome, told)
 
     async def _hide(self, bad: Range) -> None:
@@ -110,24 +114,26 @@ class Machine:
         for owner in self.fs.rmap.owners(bad.start >> PAGE_SHIFT, -(-bad.end >> PAGE_SHIFT)):
             if owner.ino >= ROOT_INO:
                 incident.mappings.append(MappingRange(owner.ino, owner.file_block, owner.length, pfn))
-        assert self._mappings is not None
-        await trio.to_thread.run_sync(self._mappings.revoke, incident)
+        await self.failures.hide(incident)
 
     async def _on_poison(self, read: PoisonedRead) -> None:
         """A read met poison: make the consumer's signal exact, and see to poison that nobody knew of."""
         bad = read.error.ranges[0] if read.error.ranges else Range(0, 0)
         pfn, _ = failed_pages(self.pmem, bad)
+        found = False
         for part in read.error.ranges:
             if self.pmem.badblocks.set(part.start // SECTOR_SIZE, part.length // SECTOR_SIZE):
+                found = True
                 incident = self.mm.memory_failure(*failed_pages(self.pmem, part), MF_ACTION_REQUIRED)
                 # Not awaited: it revokes the very page that this read has locked until it is answered.
                 assert self._nursery is not None
-                self._nursery.start_soon(self.failures.handle, incident)
-        await self.failures.consumed(read, pfn, self._supplement_missing)
+                consumer = process_of(read.tid) if read.tid else -1
+                self._nursery.start_soon(self.failures.handle, incident, None, consumer)
+        await self.failures.consumed(read, pfn, self._supplement_missing, found=found)
 
     async def clear(self, request: p.Clear) -> p.Cleared:
         """Make ranges healthy; their poisoned sectors read as zeros. Raises InvalidArgument, NoDevice."""
-        self._check_present()
+        self.check_present()
         found, _ = await self._resolve(request.ino, request.ranges)
         cleared: list[Range] = []
         for part in found:
@@ -139,9 +145,18 @@ class Machine:
 
     def scrub(self) -> p.Cleared:
         """Find latent poison: badblocks only, no signals. Raises NoDevice."""
-        self._check_present()
+        self.check_present()
         found = scrub(self.pmem)
         return p.Cleared([(r.start, r.length) for r in found], sum(r.length for r in found))
+
+    async def device_page(self, ino: Ino, offset: int) -> int | None:
+        """The device offset of the page of a file that holds byte ``offset``; None for a hole."""
+        for attempt in range(2):
+            if found := self._file_ranges(ino, [(offset, 1)]):
+                return page_align_down(found[0].start)
+            if attempt == 0:
+                await self._write_back(ino)
+        return None
 
     async def _resolve(self, ino: Ino | None, ranges: list[tuple[int, int]]) -> tuple[list[Range], int]:
         """Device byte ranges of what was asked for, and how many bytes of it are holes. Raises
@@ -179,7 +194,8 @@ class Machine:
         else:
             await trio.to_thread.run_sync(self.session.write_back, path)
 
-    def _check_present(self) -> None:
+    def check_present(self) -> None:
+        """Raises NoDevice after a removal."""
         if not self.pmem.dax.alive:
             raise NoDevice("the device was removed: daxemu umount, then mount it again")
 
@@ -190,7 +206,7 @@ class Machine:
 
         Raises NoDevice if it is gone already.
         """
-        self._check_present()
+        self.check_present()
         was_idle = self.pmem.dax.dax_is_idle()
         pages = self.pmem.pgmap.ranges[0]
         incident = self.mm.removal(pages.start, pages.length)
@@ -322,6 +338,8 @@ class Machine:
         match request:
             case p.Inject():
                 return await self.inject(request)
+            case p.Madvise():
+                return await madvise_inject_error(self, request)
             case p.Clear():
                 return await self.clear(request)
             case p.Scrub():
@@ -344,7 +362,10 @@ class Machine:
 
 
 def open_core(pmem: Pmem, log: EventLog, owner: tuple[int, int]) -> tuple[MemoryFailures, Filesystem]:
-    """The core of a machine on ``pmem``. Raises CorruptMetadata, Busy."""
+    """The core of a machine on ``pmem``. Raises CorruptMetadata, Busy, NoSpace."""
     mm = MemoryFailures(log.emit)
+    pmem.memremap_pages()
     mm.memremap_pages(pmem.pgmap)
+    sysfs = pmem.show_in_sysfs()
+    mm.on_count = lambda: sysfs.show_counters(mm.counters)
     return mm, Filesystem(pmem.dax, mm, log.emit, owner=owner)

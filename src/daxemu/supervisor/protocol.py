@@ -23,6 +23,22 @@ class Inject(Request, tag="inject"):
     latent: bool = False
 
 
+class Madvise(Request, tag="madvise"):
+    """``madvise_inject_error()``: thread ``tid``, which waits in madvise(2), asks for pages to fail, one
+    after another, or to go offline (``soft``). It has ``length`` bytes of file ``ino`` from ``offset`` on
+    mapped at ``address``; these are multiples of a page. ``simulated``: the media stays good
+    (MF_SW_SIMULATED).
+    """
+
+    tid: int
+    address: int
+    ino: Ino
+    offset: int
+    length: int
+    soft: bool = False
+    simulated: bool = False
+
+
 class Clear(Request, tag="clear"):
     """Make ranges healthy again; what was in their poisoned sectors is zeros from then on."""
 
@@ -94,6 +110,7 @@ class Unmount(Request, tag="unmount"):
 
 AnyRequest = (
     Inject
+    | Madvise
     | Clear
     | Scrub
     | GetBadblocks
@@ -128,6 +145,12 @@ class Injected(msgspec.Struct):
     """Whether a range was rounded out to whole sectors."""
     holes: int
     """Bytes of the ranges that are holes of the file: there is no media to poison."""
+
+
+class Advised(msgspec.Struct):
+    """What the system call returns: 0, or an error number. Any signal is on its way."""
+
+    errno: int
 
 
 class Cleared(msgspec.Struct):

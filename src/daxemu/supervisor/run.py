@@ -23,7 +23,7 @@ from daxemu.fs.filesystem import Filesystem
 from daxemu.host import supplement
 from daxemu.host.mappings import PageCacheMappings
 from daxemu.host.mountinfo import printable
-from daxemu.host.session import Session, check_mountpoint
+from daxemu.host.session import Session, abort_file, check_mountpoint
 from daxemu.host.tracer_link import TracerLink
 from daxemu.host.watchdog import Watchdog
 from daxemu.pmem.device_dir import DeviceDir
@@ -144,7 +144,10 @@ async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
         services.start_soon(Watchdog(machine.session.mount).beat)
         services.start_soon(ending.on_signal)
         services.start_soon(_commit_now_and_then, machine)
-        async with TracerLink.open() as tracer, trio.open_nursery() as nursery:
+        async with (
+            TracerLink.open(abort=abort_file(machine.session.mount)) as tracer,
+            trio.open_nursery() as nursery,
+        ):
             machine.start(mappings, tracer, nursery)
             listener = control.bind()
             nursery.start_soon(control.serve, listener)

@@ -1,0 +1,105 @@
+"""page-types: what the struct pages of a mounted DEVICE say (tools/mm/page-types.c)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from daxemu.cli.common import emit, human, json_option, table
+from daxemu.errors import NotMounted
+from daxemu.mm.memmap import Memmap
+from daxemu.mm.pfn_kinds import Kind
+from daxemu.pmem.device_dir import DeviceDir
+from daxemu.uapi import KPF_HWPOISON, KPF_NOPAGE, KPF_RESERVED, PAGE_SIZE
+
+NAMES = {KPF_HWPOISON: ("X", "hwpoison"), KPF_NOPAGE: ("n", "nopage"), KPF_RESERVED: ("r", "reserved")}
+"""Of each bit of /proc/kpageflags that a device's page can have: page-types' letter and word."""
+
+
+def kpageflags(kind: Kind, hwpoison: bool) -> int:
+    """``stable_page_flags()``: for a pfn without a struct page that may be looked at, KPF_NOPAGE."""
+    if kind is not Kind.ZONE_DEVICE:
+        return 1 << KPF_NOPAGE
+    return 1 << KPF_RESERVED | hwpoison << KPF_HWPOISON
+
+
+def _words(flags: int) -> list[str]:
+    return [word for bit, (_, word) in NAMES.items() if flags >> bit & 1]
+
+
+def _letters(flags: int) -> str:
+    return "".join(letter if flags >> bit & 1 else "_" for bit, (letter, _) in NAMES.items())
+
+
+@click.command()
+@click.argument("device", type=click.Path(path_type=Path))
+@click.option(
+    "--list", "-l", "as_list", is_flag=True, help="Print each range of pfns, not how many there are."
+)
+@json_option
+def page_types(device: Path, as_list: bool, as_json: bool) -> None:
+    """Count the page frames of a mounted DEVICE by the flags of their struct pages.
+
+    Walks every pfn from 0 to the end of the device, and asks nobody: it reads the memory of the machine that
+    runs. A pfn without a struct page that may be looked at is counted as what it is.
+
+    \b
+    Example:
+      daxemu page-types /dev/shm/pmem0
+    """
+    DeviceDir.load(device.absolute())
+    try:
+        memmap = Memmap.open(device.absolute() / "struct_page")
+    except FileNotFoundError as error:
+        raise NotMounted(f"{device} has no struct pages: it is not mounted") from error
+    if as_list:
+        _print_ranges(memmap, as_json)
+    else:
+        _print_counts(memmap, as_json)
+    memmap.close()
+
+
+def _print_counts(memmap: Memmap, as_json: bool) -> None:
+    found = [(kpageflags(kind, bad), kind, pages) for (kind, bad), pages in memmap.count().items()]
+    found.sort(key=lambda each: (list(Kind).index(each[1]), each[0]))
+    total = sum(pages for _, _, pages in found)
+    rows = [
+        (
+            f"{flags:#018x}",
+            str(pages),
+            human(pages * PAGE_SIZE),
+            _letters(flags),
+            kind.value,
+            ",".join(_words(flags)),
+        )
+        for flags, kind, pages in found
+    ]
+    rows.append(("total", str(total), human(total * PAGE_SIZE), "", "", ""))
+    emit(
+        {
+            "pages": total,
+            "types": [
+                {"flags": flags, "kind": kind.value, "names": _words(flags), "pages": pages}
+                for flags, kind, pages in found
+            ],
+        },
+        as_json,
+        lambda: table(rows, ("flags", "pages", "size", "symbolic", "kind", "long-symbolic")),
+    )
+
+
+def _print_ranges(memmap: Memmap, as_json: bool) -> None:
+    for pages, kind, bad in memmap.walk():
+        flags = kpageflags(kind, bad)
+        emit(
+            {
+                "pfn": pages.start,
+                "pages": pages.length,
+                "flags": flags,
+                "kind": kind.value,
+                "names": _words(flags),
+            },
+            as_json,
+            f"{pages.start:#x}\t{pages.length:#x}\t{_letters(flags)}\t{kind}",
+        )

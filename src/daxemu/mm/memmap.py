@@ -1,0 +1,287 @@
+"""The memmap: struct pages of device memory, and what a walker may know of a pfn before it looks at one.
+
+Counterpart in Linux: mm/sparse.c (``mem_section``), ``memmap_init_zone_device()`` (mm/mm_init.c),
+PG_hwpoison; and ``pfn_zone_device()``, the check proposed in 2019 when /proc/kpageflags was found to read
+struct pages that nobody had initialised. The kinds of pfn which that discussion listed are :class:`Kind`.
+
+The arrays (``memmap_arrays``):
+
+- ``spans``: which pfns have struct pages, where their altmap ends, how far they are initialised. A few rows.
+- ``sections``: one byte for each 128 MiB, the kernel's section flags and two of ours: ``ALL_HWPOISON`` (of
+  every page of it) and ``SOME_HWPOISON`` (the array knows).
+- ``pages``: one byte of flags for each page; sparse, and looked at only where ``SOME_HWPOISON`` says so.
+
+So poisoning 6 TiB writes 48 KiB of section flags, and poisoning a page one byte of ``pages``: no call costs
+time or memory for each pfn, only for each section, and for the two sections at the ends of a range.
+
+Invariant, for walkers in other processes: at every moment between two stores each page reads as it was before
+the change under way or as it will be after it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from daxemu.errors import Busy, NoDevice, NoSpace
+from daxemu.mm.memmap_arrays import MAX_SPANS, PAGES_PER_SECTION, MemmapArrays, pages_of
+from daxemu.mm.pfn_kinds import Kind, Span, Use, kinds
+from daxemu.ranges import Range
+from daxemu.uapi import Pfn
+
+PG_HWPOISON = 1
+_POISON = 1 << 6 | 1 << 7
+
+
+class Section:
+    """``mem_section->section_mem_map`` flags (linux/mmzone.h), and two of ours.
+
+    Plain integers: numpy takes enumerations for int64.
+    """
+
+    MARKED_PRESENT = 1 << 0
+    HAS_MEM_MAP = 1 << 1
+    IS_ONLINE = 1 << 2
+    TAINT_ZONE_DEVICE = 1 << 4
+    ALL_HWPOISON = 1 << 6
+    SOME_HWPOISON = 1 << 7
+
+
+class Walked(NamedTuple):
+    """Consecutive pfns of one kind. ``hwpoison`` of those that may not be looked at is False."""
+
+    pages: Range
+    kind: Kind
+    hwpoison: bool
+
+
+class Memmap:
+    """The struct pages of pfns ``[base, end)``."""
+
+    def __init__(self, arrays: MemmapArrays) -> None:
+        self._arrays = arrays
+        self._spans, self._sections = arrays.spans, arrays.sections
+        self.base, self.end = arrays.base, arrays.end
+
+    @classmethod
+    def create(cls, directory: Path, pages: Range) -> Memmap:
+        """An empty memmap with room for ``pages``, in the place of one that is there. Raises NoSpace."""
+        return cls(MemmapArrays.create(directory, pages))
+
+    @classmethod
+    def open(cls, directory: Path) -> Memmap:
+        """Look at the memmap of a machine that is running. Raises FileNotFoundError when there is none."""
+        return cls(MemmapArrays.open(directory))
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._arrays.close()
+
+    def discard(self) -> None:
+        """Remove the files; those who look at them now are not disturbed."""
+        self._arrays.discard()
+
+    # -- spans of struct pages
+
+    def _rows(self) -> list[Span]:
+        rows = np.array(self._spans[:MAX_SPANS])
+        return sorted((Span(*map(int, row)) for row in rows[rows[:, 0] != Use.UNUSED]), key=lambda s: s.start)
+
+    def _add(self, use: int, pages: Range, altmap_pages: int, flags: int) -> None:
+        for other in self._rows():
+            if pages.clip(other.start, other.end):
+                raise Busy(f"pfns {pages.start:#x}-{pages.end:#x} have struct pages already")
+        if not self.base <= pages.start < pages.end <= self.end:
+            raise NoDevice(f"pfns {pages.start:#x}-{pages.end:#x} are outside this memmap")
+        free = np.flatnonzero(self._spans[:MAX_SPANS, 0] == Use.UNUSED)
+        if not len(free):
+            raise NoSpace(f"no room for more than {MAX_SPANS} ranges of struct pages")
+        data = pages.start + altmap_pages
+        # The use last: until it is there, the row is none.
+        self._spans[free[0], 1:] = (pages.start, pages.end, data, data)
+        self._spans[free[0], 0] = use
+        self._sections[self._sections_of(pages)] |= flags
+
+    def _sections_of(self, pages: Range) -> slice:
+        first = (pages.start - self.base) // PAGES_PER_SECTION
+        return slice(first, -(-(pages.end - self.base) // PAGES_PER_SECTION))
+
+    def add_offline(self, pages: Range) -> None:
+        """``add_memory()``: ordinary memory whose sections are there, but not online. Raises Busy."""
+        self._add(Use.OFFLINE, pages, 0, Section.MARKED_PRESENT | Section.HAS_MEM_MAP)
+
+    def add_pages(self, pages: Range, altmap_pages: int = 0) -> None:
+        """``arch_add_memory()`` of device memory: struct pages are there, none is initialised.
+
+        The first ``altmap_pages`` are the driver's, and never will be. Raises Busy, NoDevice.
+        """
+        flags = Section.MARKED_PRESENT | Section.HAS_MEM_MAP | Section.TAINT_ZONE_DEVICE
+        self._add(Use.DEVICE, pages, altmap_pages, flags)
+
+    def memmap_init_zone_device(self, pages: Range) -> None:
+        """Initialise the struct pages of a span up to the end of ``pages``, none of them poisoned."""
+        for index, row in enumerate(self._spans[:MAX_SPANS]):
+            span = Span(*map(int, row))
+            if span.use == Use.DEVICE and (part := pages.clip(span.data, span.end)):
+                self._forget(Range(max(part.start, span.initialised), part.end))
+                self._spans[index, 4] = max(span.initialised, part.end)
+
+    def _forget(self, pages: Range) -> None:
+        """Garbage that was there goes; precondition: nobody may look at these yet."""
+        if pages:
+            self._clear(pages)
+
+    # -- what a pfn is
+
+    def pfn_present(self, pfn: Pfn) -> bool:
+        """Whether a section has this pfn."""
+        if not self.base <= pfn < self.end:
+            return False
+        return bool(self._sections[(pfn - self.base) // PAGES_PER_SECTION] & Section.MARKED_PRESENT)
+
+    def kind(self, pfn: Pfn) -> Kind:
+        """What ``pfn`` is. Reads no struct page."""
+        if not self.pfn_present(pfn):
+            return Kind.HOLE
+        return next(kinds(Range(pfn, pfn + 1), self._rows()))[1]
+
+    def pfn_zone_device(self, pfn: Pfn) -> bool:
+        """Whether ``pfn`` has a struct page of a device's that may be looked at."""
+        return self.kind(pfn) is Kind.ZONE_DEVICE
+
+    def page_hwpoison(self, pfn: Pfn) -> bool:
+        """``PageHWPoison()``. Raises NoDevice for a pfn whose struct page may not be looked at."""
+        if not self.pfn_zone_device(pfn):
+            raise NoDevice(f"pfn {pfn:#x} has no struct page ({self.kind(pfn)})")
+        section = int(self._sections[(pfn - self.base) // PAGES_PER_SECTION])
+        if section & Section.ALL_HWPOISON:
+            return True
+        at = pfn - self.base
+        return bool(section & Section.SOME_HWPOISON and self._arrays.read(Range(at, at + 1))[0] & PG_HWPOISON)
+
+    # -- PG_hwpoison
+
+    def _valid(self, ranges: Iterable[Range]) -> Iterator[Range]:
+        spans = [span for span in self._rows() if span.use == Use.DEVICE]
+        for pages in ranges:
+            for span in spans:
+                if part := pages.clip(span.data, span.initialised):
+                    yield part
+
+    def _split(self, pages: Range) -> tuple[slice, list[tuple[int, Range]]]:
+        """The sections that lie in ``pages`` whole, and the rest: each section's part."""
+        low, high = pages.start - self.base, pages.end - self.base
+        first, last = -(-low // PAGES_PER_SECTION), high // PAGES_PER_SECTION
+        if first > last:  # inside one section
+            return slice(0, 0), [(last, Range(low, high))]
+        ends = [
+            (first - 1, Range(low, first * PAGES_PER_SECTION)),
+            (last, Range(last * PAGES_PER_SECTION, high)),
+        ]
+        return slice(first, last), [(section, part) for section, part in ends if part]
+
+    def set_hwpoison(self, *ranges: Range) -> None:
+        """``SetPageHWPoison()`` for the valid pages of the ranges.
+
+        On a full host file system a section may stay as it was: this must not fail, and a store into a page
+        that cannot be had would be a SIGBUS.
+        """
+        some: dict[int, list[Range]] = defaultdict(list)
+        for valid in self._valid(ranges):
+            whole, ends = self._split(valid)
+            if whole.start < whole.stop:
+                self._sections[whole] |= Section.ALL_HWPOISON
+            for section, part in ends:
+                some[section].append(part)
+        for section, parts in some.items():
+            span = Range(min(part.start for part in parts), max(part.end for part in parts))
+            if self._sections[section] & Section.ALL_HWPOISON or not self._arrays.have(span):
+                continue
+            if not self._sections[section] & Section.SOME_HWPOISON:
+                self._arrays.clear(pages_of(section))  # nobody said before that anything is there
+            for part in parts:
+                self._arrays.pages[part.start : part.end] |= PG_HWPOISON
+            self._sections[section] |= Section.SOME_HWPOISON
+
+    def clear_hwpoison(self, *ranges: Range) -> None:
+        """``ClearPageHWPoison()`` for the valid pages of the ranges."""
+        for valid in self._valid(ranges):
+            self._clear(valid)
+
+    def _clear(self, pages: Range) -> None:
+        whole, ends = self._split(pages)
+        for section in np.flatnonzero(self._sections[whole] & Section.SOME_HWPOISON) + whole.start:
+            self._arrays.clear(pages_of(int(section)))
+        self._sections[whole] &= 0xFF & ~_POISON
+        for section, part in ends:
+            every = pages_of(section)
+            if self._sections[section] & Section.ALL_HWPOISON:
+                if not self._arrays.have(every):
+                    continue
+                self._arrays.pages[every.start : every.end] = PG_HWPOISON
+                self._sections[section] |= Section.SOME_HWPOISON
+                self._sections[section] &= 0xFF & ~Section.ALL_HWPOISON
+            if self._sections[section] & Section.SOME_HWPOISON:
+                self._arrays.clear(part)
+                if not self._arrays.read(every).any():
+                    self._sections[section] &= 0xFF & ~Section.SOME_HWPOISON
+
+    # -- walking
+
+    def _pieces(self) -> Iterator[tuple[Range, Kind, int]]:
+        """Every pfn from 0 on, in runs of one kind and one section flags."""
+        if self.base:
+            yield Range(0, self.base), Kind.HOLE, 0
+        rows, sections = self._rows(), np.array(self._sections)
+        edges = [0, *(np.flatnonzero(np.diff(sections)) + 1).tolist(), len(sections)]
+        for first, last in itertools.pairwise(edges):
+            run = Range(self.base + first * PAGES_PER_SECTION, self.base + last * PAGES_PER_SECTION)
+            flags = int(sections[first])
+            if not flags & Section.MARKED_PRESENT:
+                yield run, Kind.HOLE, flags
+                continue
+            for part, kind in kinds(run, rows):
+                yield part, kind, flags
+
+    def walk(self) -> Iterator[Walked]:
+        """Every pfn from 0 on: ranges, in order, no two neighbours alike."""
+        for alike, group in itertools.groupby(self._runs(), key=lambda run: (run.kind, run.hwpoison)):
+            first, *more = [run.pages for run in group]
+            yield Walked(Range(first.start, (more or [first])[-1].end), *alike)
+
+    def _runs(self) -> Iterator[Walked]:
+        for run, kind, flags in self._pieces():
+            all_of_it = kind is Kind.ZONE_DEVICE and bool(flags & Section.ALL_HWPOISON)
+            if all_of_it or kind is not Kind.ZONE_DEVICE or not flags & Section.SOME_HWPOISON:
+                yield Walked(run, kind, all_of_it)
+                continue
+            for part, bad in self._looked_at(run):
+                edges = [0, *(np.flatnonzero(np.diff(bad)) + 1).tolist(), part.length]
+                for first, last in itertools.pairwise(edges):
+                    yield Walked(Range(part.start + first, part.start + last), kind, bool(bad[first]))
+
+    def _looked_at(self, run: Range) -> Iterator[tuple[Range, np.ndarray[Any, np.dtype[np.uint8]]]]:
+        """The struct pages of a run, a section's worth at a time."""
+        for start in range(run.start, run.end, PAGES_PER_SECTION):
+            part = Range(start, min(run.end, start + PAGES_PER_SECTION))
+            pages = self._arrays.read(Range(part.start - self.base, part.end - self.base))
+            yield part, pages & np.uint8(PG_HWPOISON)
+
+    def count(self) -> dict[tuple[Kind, bool], int]:
+        """How many pages of each kind there are, and with and without PG_hwpoison."""
+        counts: Counter[tuple[Kind, bool]] = Counter()
+        for run, kind, flags in self._pieces():
+            bad = 0
+            if kind is Kind.ZONE_DEVICE:
+                if flags & Section.ALL_HWPOISON:
+                    bad = run.length
+                elif flags & Section.SOME_HWPOISON:
+                    bad = sum(int(np.count_nonzero(pages)) for _, pages in self._looked_at(run))
+            counts[kind, True] += bad
+            counts[kind, False] += run.length - bad
+        return {key: count for key, count in counts.items() if count}

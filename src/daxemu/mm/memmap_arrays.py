@@ -1,0 +1,129 @@
+"""The memmap's arrays on disk: made, found, read and backed with memory (mm/sparse-vmemmap.c's business).
+
+Three mmap_ninja arrays in one directory, mapped by the machine and by whoever walks them from outside.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmap_ninja import numpy as ninja
+
+from daxemu.errors import NoSpace
+from daxemu.ranges import Range
+from daxemu.uapi import Pfn
+
+PAGES_PER_SECTION = 1 << 15
+MAX_SPANS = 64
+SPAN_FIELDS = 5
+
+Array = np.memmap[Any, Any]
+
+
+def _array(path: Path, dtype: str, shape: tuple[int, ...]) -> Array:
+    """A new array of zeros that takes no room. mmap_ninja's own public constructors write every element."""
+    array: Array = ninja._empty(path, dtype, shape, "C")
+    return array
+
+
+def _reserve(fd: int, start: int, length: int) -> None:
+    os.posix_fallocate(fd, start, length)
+
+
+class MemmapArrays:
+    """The arrays of pfns ``[base, end)``, section boundaries both.
+
+    ``pages`` is sparse. It is read with read(2), because a load from a hole of a mapped tmpfs file takes
+    memory; it is stored to only where memory was reserved, because a store that finds none is a SIGBUS.
+    """
+
+    def __init__(self, directory: Path, *, writable: bool) -> None:
+        """Raises FileNotFoundError when there are none."""
+        mode = "r+" if writable else "r"
+        self._directory = directory
+        self.spans: Array = ninja.open_existing(directory / "spans", mode=mode)
+        self.sections: Array = ninja.open_existing(directory / "sections", mode=mode)
+        self.pages: Array = ninja.open_existing(directory / "pages", mode=mode)
+        self.base: Pfn = int(self.spans[MAX_SPANS, 0])
+        self.end: Pfn = self.base + len(self.pages)
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        self._fd = os.open(directory / "pages" / "data.ninja", flags | os.O_CLOEXEC)
+
+    @classmethod
+    def create(cls, directory: Path, pages: Range) -> MemmapArrays:
+        """Arrays of zeros with room for ``pages``, in the place of what is there. Raises NoSpace."""
+        base = pages.start // PAGES_PER_SECTION
+        sections = -(-pages.end // PAGES_PER_SECTION) - base
+        scratch = directory.with_name(directory.name + ".new")
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            for name, dtype, shape in (
+                ("spans", "int64", (MAX_SPANS + 1, SPAN_FIELDS)),
+                ("sections", "uint8", (sections,)),
+                ("pages", "uint8", (sections * PAGES_PER_SECTION,)),
+            ):
+                array = _array(scratch / name, dtype, shape)
+                if name != "pages":
+                    with open(scratch / name / "data.ninja", "r+b") as file:
+                        _reserve(file.fileno(), 0, array.nbytes)
+                if name == "spans":
+                    array[MAX_SPANS, 0] = base * PAGES_PER_SECTION
+            # Whoever has the old ones mapped keeps them, whole; these are other files.
+            shutil.rmtree(directory, ignore_errors=True)
+            scratch.rename(directory)
+        except OSError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise NoSpace(f"{directory}: no room for the struct pages ({error.strerror})") from error
+        return cls(directory, writable=True)
+
+    @classmethod
+    def open(cls, directory: Path) -> MemmapArrays:
+        """Those of a machine that is running, to look at. Raises FileNotFoundError when there are none."""
+        while True:
+            found = directory.stat().st_ino
+            with suppress(FileNotFoundError):
+                arrays = cls(directory, writable=False)
+                if directory.stat().st_ino == found:
+                    return arrays
+                arrays.close()
+            if directory.stat().st_ino == found:
+                raise FileNotFoundError(directory)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def discard(self) -> None:
+        """Remove the files; those who look at them now are not disturbed."""
+        self.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def read(self, part: Range) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """A copy of elements of ``pages``."""
+        return np.frombuffer(os.pread(self._fd, part.length, part.start), np.uint8)
+
+    def have(self, part: Range) -> bool:
+        """Back elements of ``pages`` with memory before they are stored to; whether there is any."""
+        try:
+            _reserve(self._fd, part.start, part.length)
+        except OSError:
+            return False
+        return True
+
+    def clear(self, part: Range) -> None:
+        """Zero elements of ``pages``; touches only those that are not."""
+        found = np.flatnonzero(self.read(part))
+        if len(found):
+            self.pages[found + part.start] = 0
+
+
+def pages_of(section: int) -> Range:
+    """The elements of ``pages`` that belong to a section."""
+    return Range(section * PAGES_PER_SECTION, (section + 1) * PAGES_PER_SECTION)

@@ -1,0 +1,133 @@
+"""Who is told of a failure: the choice of processes and threads (mm/memory-failure.c, collect_procs and kin).
+
+Decisions over values that ``host`` read off /proc. Addresses are bytes, indexes and counts are pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from daxemu.mm.incident import Incident, PfnMapping
+from daxemu.uapi import PF_EXITING, PF_KTHREAD, PF_MCE_EARLY, PF_MCE_PROCESS, Ino, Pfn
+
+
+@dataclass(frozen=True)
+class Thread:
+    """One thread as /proc shows it: its id and its ``task->flags``."""
+
+    tid: int
+    flags: int
+
+
+@dataclass(frozen=True)
+class PresentRun:
+    """Consecutive pages of one mapping that a process has present: ``nr_pages`` from ``address`` on, in its
+    own space.
+    """
+
+    mapping: Ino
+    index: int
+    nr_pages: int
+    address: int
+    shift: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One process, with what it has present of an incident's ranges. ``threads`` in the kernel's order,
+    leader first.
+    """
+
+    pid: int
+    comm: str
+    threads: tuple[Thread, ...]
+    present: tuple[PresentRun, ...]
+
+
+@dataclass(frozen=True)
+class ToKill:
+    """``struct to_kill``: which thread is told, and with what."""
+
+    task: Task
+    tid: int
+    address: int
+    shift: int
+    pfn: Pfn
+
+
+def find_early_kill_thread(threads: Iterable[Thread], early_kill: bool) -> Thread | None:
+    """The thread that wants to be told early: one that chose so, or by the sysctl the first that chose
+    nothing.
+    """
+    for thread in threads:
+        if thread.flags & (PF_EXITING | PF_KTHREAD):
+            continue
+        if thread.flags & PF_MCE_PROCESS:
+            if thread.flags & PF_MCE_EARLY:
+                return thread
+        elif early_kill:
+            return thread
+    return None
+
+
+def task_early_kill(task: Task, *, early_kill: bool, force_tid: int | None = None) -> Thread | None:
+    """``task_early_kill()``: the thread of ``task`` to tell now; the consumer itself (``force_tid``) always
+    is.
+    """
+    if force_tid is not None:
+        for thread in task.threads:
+            if thread.tid == force_tid:
+                return thread
+    return find_early_kill_thread(task.threads, early_kill)
+
+
+def collect_procs(
+    incident: Incident, tasks: Sequence[Task], *, early_kill: bool, force_tid: int | None = None
+) -> list[ToKill]:
+    """``collect_procs_fsdax()``: who is told of ``incident``, each at the address in its own space.
+
+    Only present pages count. On removal everybody is told through the group leader, policy or not, and once:
+    the whole device is one range, and a second SIGBUS would only be merged with the first.
+    """
+    to_kill = []
+    for task in tasks:
+        if not task.present:
+            continue
+        if incident.pre_remove:
+            thread = next((t for t in task.threads if not t.flags & PF_EXITING), None)
+            runs: Sequence[PresentRun] = task.present[:1]
+        else:
+            thread = task_early_kill(task, early_kill=early_kill, force_tid=force_tid)
+            runs = task.present
+        if thread is None:
+            continue
+        to_kill += [ToKill(task, thread.tid, run.address, run.shift, _pfn_of(incident, run)) for run in runs]
+    return to_kill
+
+
+def _pfn_of(incident: Incident, run: PresentRun) -> Pfn:
+    for hurt in incident.mappings:
+        if hurt.mapping == run.mapping and hurt.index <= run.index < hurt.index + hurt.count:
+            return hurt.pfn + (run.index - hurt.index)
+    return incident.pfn
+
+
+def collect_procs_pfn(hurt: PfnMapping, tasks: Sequence[Task], *, early_kill: bool) -> list[ToKill]:
+    """``collect_procs_pfn()``: everybody who maps ``hurt``, at its first page in each mapping of theirs.
+
+    Policy only chooses the thread here: nothing can be put in such a page's place, so whoever maps it cannot
+    do without knowing (``MF_MUST_KILL``). The kernel of 6.19 leaves late processes untold and lets the next
+    access kill them; where that access cannot be made to fail, they would never learn of it.
+    """
+    to_kill = []
+    for task in tasks:
+        thread = task_early_kill(task, early_kill=early_kill) or next(
+            (t for t in task.threads if not t.flags & PF_EXITING), None
+        )
+        if thread is not None:
+            to_kill += [
+                ToKill(task, thread.tid, run.address, run.shift, hurt.pfn + run.index - hurt.index)
+                for run in task.present
+            ]
+    return to_kill

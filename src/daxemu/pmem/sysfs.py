@@ -1,0 +1,76 @@
+"""What the kernel shows of a device and its failures in /sys, kept as files under ``DEVICE/sysfs``.
+
+``memory_failure/{total,ignored,failed,delayed,recovered}``: as /sys/devices/system/node/node0/memory_failure.
+``badblocks``: as /sys/block/pmem0/badblocks, of which the kernel, too, shows no more than a page.
+
+Written when something changes, by whoever changes it; a file that cannot be written is left as it is, because
+no failure may fail for want of its being shown.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from daxemu.errors import NoSpace
+from daxemu.events import Outcome
+from daxemu.pmem.badblocks import Badblocks
+from daxemu.uapi import PAGE_SIZE
+
+
+class Sysfs:
+    """The files of one device. Everything in them counts from this machine's start, as from a boot."""
+
+    def __init__(self, directory: Path) -> None:
+        """Make them anew, all zero. Raises NoSpace."""
+        self._shown: dict[str, bytes] = {}
+        self._files: dict[str, int] = {}
+        try:
+            shutil.rmtree(directory, ignore_errors=True)
+            (directory / "memory_failure").mkdir(parents=True)
+            for name in ("total", *(outcome.value.lower() for outcome in Outcome)):
+                self._open(directory, f"memory_failure/{name}", b"0\n")
+            self._open(directory, "badblocks", b"")
+        except OSError as error:
+            self.close()
+            raise NoSpace(f"{directory}: {error.strerror}") from error
+
+    def _open(self, directory: Path, name: str, text: bytes) -> None:
+        self._files[name] = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.write(self._files[name], text)
+        self._shown[name] = text
+
+    def close(self) -> None:
+        """Let go of the files; they stay, and say how it ended."""
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
+
+    def show_counters(self, counters: Mapping[Outcome, int]) -> None:
+        """``update_per_node_mf_stats()``."""
+        for outcome, count in counters.items():
+            self._show(f"memory_failure/{outcome.value.lower()}", b"%d\n" % count)
+        self._show("memory_failure/total", b"%d\n" % sum(counters.values()))
+
+    def show_badblocks(self, badblocks: Badblocks) -> None:
+        """``badblocks_show()``: whole lines, as many as a page holds."""
+        text = b""
+        for bad in itertools.islice(badblocks, PAGE_SIZE // len(b"0 1\n")):
+            line = b"%d %d\n" % (bad.start, bad.length)
+            if len(text) + len(line) > PAGE_SIZE:
+                break
+            text += line
+        self._show("badblocks", text)
+
+    def _show(self, name: str, text: bytes) -> None:
+        if name not in self._files or self._shown[name] == text:
+            return
+        with suppress(OSError):
+            os.pwrite(self._files[name], text, 0)
+            if len(text) < len(self._shown[name]):
+                os.ftruncate(self._files[name], len(text))
+            self._shown[name] = text

@@ -1,0 +1,157 @@
+"""Judges a step: what the kernel did, turned by each reason in turn into what is right here, must be what
+daxemu did.
+
+The reasons are those of docs/fidelity.md. Each rule of rules.py applies one of them, and only where the world
+says that it holds: a page is poison, a block is shared, an earlier difference left other bytes. What is left
+over is UNEXPLAINED; so is an outcome equal to the kernel's where the media would not have let it through.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tests.conformance.recording import Outcome, Step
+from tests.conformance.rules import CACHE, RULES, neighbours_told
+from tests.conformance.world import World
+
+OTHER = "not the reference"
+UNEXPLAINED = "UNEXPLAINED"
+
+NOISE = re.compile(
+    r"Injecting memory failure|mce: |Soft offlining"  # what made the failure, not what came of it
+    r"|FS: (Please unmount|User initiated|Metadata I/O Error)"  # XFS's own words for being shut down
+)
+COUNTED = ("total", "ignored", "failed", "delayed", "recovered")
+"""node0/memory_failure/*; HardwareCorrupted is of /proc/meminfo."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One step that did not end as in the kernel. ``right`` is what the rules expect here."""
+
+    index: int
+    step: Step
+    kernel: Outcome
+    right: Outcome
+    ours: Outcome
+    reasons: tuple[str, ...]
+
+    @property
+    def explained(self) -> bool:
+        return UNEXPLAINED not in self.reasons
+
+    def __str__(self) -> str:
+        said = [f"{self.step}: {', '.join(self.reasons)}", f"  kernel {brief(self.kernel)}"]
+        if not self.explained:
+            said.append(f"  right  {brief(self.right)}")
+        return "\n".join([*said, f"  daxemu {brief(self.ours)}"])
+
+
+def judge(index: int, step: Step, ours: Outcome, world: World) -> Difference | None:
+    """Compare a step with the reference kernel's, then let the world know what happened. None: the same."""
+    difference = None
+    reason = None
+    if step.expected is not None:
+        kernel, here = normal(step.expected), normal(ours)
+        if step.who not in ("inj", "host"):  # the kernel's were read after failures only
+            here = replace(here, counters={})
+        right, reasons = _right(step, kernel, world)
+        if right != here:
+            exact = neighbours_told(step, right, here, world) == right
+            reasons = (*reasons, CACHE) if exact else (UNEXPLAINED,)
+        reason = reasons[0] if reasons else None
+        if not reasons and _faults(step.expected) != _faults(ours):
+            reasons = (CACHE,)
+        if reasons:
+            difference = Difference(index, step, kernel, right, here, reasons)
+    world.after(step, ours, reason)
+    return difference
+
+
+def judge_other(
+    index: int, step: Step, other: Outcome, ours: Outcome, found: Difference | None
+) -> Difference | None:
+    """Compare the same step with a kernel that is not the reference; ``found`` is what ``judge`` said."""
+    assert step.expected is not None
+    kernel, reference, here = normal(other), normal(step.expected), normal(ours)
+    if not counted(other):
+        reference, here = (replace(o, counters={}) for o in (reference, here))
+    if kernel == here and _faults(other) == _faults(ours):
+        return None
+    reasons = found.reasons if found is not None else ()
+    if kernel != reference:
+        reasons = (*reasons, OTHER)
+    return Difference(index, step, kernel, reference, here, reasons or (CACHE,))
+
+
+def _right(step: Step, kernel: Outcome, world: World) -> tuple[Outcome, tuple[str, ...]]:
+    """What the rules make of the kernel's outcome, and the reasons of those that changed it."""
+    right = kernel
+    reasons: list[str] = []
+    for rule in RULES:
+        turned = rule(step, right, world)
+        changed = right if turned is None else normal(turned[0])
+        if turned is not None and changed != right:
+            reasons += [reason for reason in turned[1].split(" + ") if reason not in reasons]
+            right = changed
+    return right, tuple(reasons)
+
+
+def counted(outcome: Outcome) -> bool:
+    """Whether the kernel has the counters at all: 6.1 has not."""
+    return not outcome.counters or any(name in COUNTED for name in outcome.counters)
+
+
+def normal(outcome: Outcome) -> Outcome:
+    """Without what two runs of one kernel differ in, either."""
+    return Outcome(
+        _normal_res(outcome.res),
+        tuple(sorted(outcome.signals, key=repr_sorted)),
+        tuple(sorted(outcome.deaths, key=repr_sorted)),
+        tuple(sorted(line for line in map(_normal_line, outcome.dmesg) if not NOISE.match(line))),
+        {name: more for name, more in sorted(outcome.counters.items()) if name in COUNTED},
+    )
+
+
+def repr_sorted(record: dict[str, Any]) -> str:
+    return repr(sorted(record.items()))
+
+
+def _normal_res(res: Any) -> Any:
+    if isinstance(res, dict) and "ok" in res:
+        return {"ok": res["ok"]}
+    if isinstance(res, dict) and "present" in res:
+        return {"present": res["present"]}
+    return res
+
+
+def _faults(outcome: Outcome) -> bool:
+    return isinstance(outcome.res, dict) and bool(outcome.res.get("faults"))
+
+
+_LINES: tuple[tuple[str, str], ...] = (
+    (r"^(XFS|EXT4-fs|daxemu) \([^)]*\): ", "FS: "),
+    (r"^FS: Corruption of on-disk metadata.*Shutting down.*", "FS: corrupt metadata, shutting down"),
+    (r"^WARNING: fs/dax\.c.*", "WARNING: fs/dax.c"),
+)
+
+
+def _normal_line(line: str) -> str:
+    for pattern, text in _LINES:
+        line = re.sub(pattern, text, line)
+    return line
+
+
+def brief(outcome: Outcome) -> str:
+    """One line."""
+    parts = [str(outcome.res)]
+    for s in outcome.signals:
+        lsb = f" lsb {s['lsb']}" if "lsb" in s else ""
+        parts.append(f"{s['who']}.{s['thread']} {s['code']} {s['addr']}{lsb} ({s['how']})")
+    parts += [f"{d['who']} died: {d.get('signal', d.get('exit'))}" for d in outcome.deaths]
+    parts += [f"{line!r}" for line in outcome.dmesg]
+    if outcome.counters:
+        parts.append(str(outcome.counters))
+    return "; ".join(parts)

@@ -1,0 +1,29 @@
+"""What a process of a scenario has open and mapped, and how it wants to be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Mapping:
+    file: str
+    first: int
+    pages: int
+    private: bool
+
+
+@dataclass
+class Process:
+    fds: dict[int, tuple[str, bool]] = field(default_factory=dict)
+    """File and whether it is O_DIRECT."""
+    maps: dict[int, Mapping] = field(default_factory=dict)
+    disposition: str = "handler"
+    policies: list[str] = field(default_factory=lambda: ["n"])
+    """Of the main thread and the others: n none, e early, l late."""
+
+    def early(self, sysctl: bool) -> bool:
+        return "e" in self.policies or (sysctl and "n" in self.policies)
+
+    def child(self) -> Process:
+        return Process(dict(self.fds), dict(self.maps), self.disposition, self.policies[:1])

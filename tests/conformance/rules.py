@@ -1,0 +1,263 @@
+"""The rules of compare.py: each turns what the kernel did into what is right here, for one reason.
+
+A rule says None where it does not apply. Its reason may be two, joined by " + ".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from tests.conformance.recording import Outcome, Step
+from tests.conformance.world import PAGE, Place, World
+
+HARDWARE = "hardware poison"
+CACHE = "FUSE page cache"
+BUG = "kernel bug"
+CANNOT_CLEAR = "cannot clear"
+
+Turned = tuple[Outcome, str]
+Rule = Callable[[Step, Outcome, World], Turned | None]
+
+
+def _numbers(step: Step) -> list[int]:
+    return [int(word) for word in step.do.split()[1:] if word.isdigit()]
+
+
+def _place(step: Step) -> Place:
+    mapping, page, *_ = _numbers(step)
+    return step.who, mapping, page
+
+
+def _failed(res: Any) -> bool:
+    return not isinstance(res, dict) or res.get("ret") == -1
+
+
+def _count(n: int, pages: str | None = None) -> dict[str, Any]:
+    return {"ret": n, "errno": "0"} | ({} if pages is None else {"pages": pages})
+
+
+def _error(errno: str, pages: str | None = None) -> dict[str, Any]:
+    return {"ret": -1, "errno": errno} | ({} if pages is None else {"pages": pages})
+
+
+def letters(world: World, file: str, offset: int, length: int) -> str:
+    """What the recordings call ``pages``: a letter for each 4 KiB of the buffer."""
+    said = ""
+    for at in range(offset, offset + length, PAGE):
+        end = min(at + PAGE, offset + length)
+        held = {world.holds(world.block(file, page)) for page in range(at // PAGE, (end - 1) // PAGE + 1)}
+        said += held.pop() if len(held) == 1 else "?"
+    return said
+
+
+# -- those who are dead here only
+
+
+def dead(step: Step, kernel: Outcome, world: World) -> Turned | None:
+    reason = world.dead.get(step.who)
+    return None if reason is None else (Outcome("dead already"), reason)
+
+
+# -- kernel bugs
+
+
+def dax_warning(step: Step, kernel: Outcome, world: World) -> Turned | None:
+    """Reflinked extents confuse fs/dax.c's accounts."""
+    lines = tuple(line for line in kernel.dmesg if line != "WARNING: fs/dax.c")
+    return replace(kernel, dmesg=lines), BUG
+
+
+def told(step: Step, kernel: Outcome, world: World) -> Turned | None:
+    """6.12 and later lose those who map a shared block through another file or process, and 7.2 tells the
+    owner of a private copy: told are those who have the page present, with an early policy.
+    """
+    if step.who != "inj" and not step.do.startswith("machine check ao"):
+        return None  # where somebody consumes it, it is he who counts, whatever his policy
+    failing = world.failing(step)
+    if not failing:
+        return None
+    (block,) = failing
+    here = [p for p in world.mapped_at(block) if world.process(p[0]).early(world.sysctl)]
+    copied = set(world.copied_from(block))
+    recorded = {(s["who"], s["addr"]): s for s in kernel.signals}
+    seen = (p for p in here if world.process(p[0]).disposition == "handler")
+    lost = [p for p in seen if (p[0], _addr(p)) not in recorded]
+    strangers = [p for p in copied if (p[0], _addr(p)) in recorded]
+    if (lost and not world.shared(block)) or not (lost or strangers):
+        return None
+    gone = {(p[0], _addr(p)) for p in strangers}
+    signals = [s for key, s in recorded.items() if key not in gone] + [_ao(p) for p in lost]
+    lines = [line for line in kernel.dmesg if "Sending SIGBUS" not in line]
+    lines += [_sending(signal["who"]) for signal in signals]
+    return replace(kernel, signals=tuple(signals), dmesg=tuple(lines)), BUG
+
+
+def _addr(place: Place) -> str:
+    return f"m{place[1]}+{place[2] * PAGE:#x}"
+
+
+def _signal(place: Place, code: str, how: str, **lsb: int) -> dict[str, Any]:
+    about = {"who": place[0], "thread": 0, "sig": "SIGBUS", "code": code, "addr": _addr(place)}
+    return {**about, **lsb, "how": how}
+
+
+def _ao(place: Place) -> dict[str, Any]:
+    return _signal(place, "BUS_MCEERR_AO", "async", lsb=12)
+
+
+def _sending(who: str) -> str:
+    return f"Memory failure: PFN: Sending SIGBUS to {who} due to hardware memory corruption"
+
+
+def neighbours_told(step: Step, right: Outcome, ours: Outcome, world: World) -> Outcome:
+    """``ours`` without those who were told because fault-around had made the page present for them."""
+    places = [p for block in world.failing(step) for p in world.maybe_at(block)]
+    places = [p for p in places if world.process(p[0]).early(world.sysctl)]
+    signals, deaths, lines = list(ours.signals), list(ours.deaths), list(ours.dmesg)
+    for place in places:
+        who = place[0]
+        told = [s for s in signals if (s["who"], s["addr"]) == (who, _addr(place)) and s not in right.signals]
+        died = [d for d in deaths if d == {"who": who, "signal": "SIGBUS"} and d not in right.deaths]
+        for signal in (s for s in told if s == _ao(place) | {"thread": s["thread"]}):
+            signals.remove(signal)
+        for death in died:
+            deaths.remove(death)
+        if lines.count(_sending(who)) > right.dmesg.count(_sending(who)):
+            lines.remove(_sending(who))
+    return replace(ours, signals=tuple(signals), deaths=tuple(deaths), dmesg=tuple(lines))
+
+
+# -- poison is touched
+
+
+def access(step: Step, kernel: Outcome, world: World) -> Turned | None:
+    """A load or store of poison is BUS_MCEERR_AR, forced. The kernel goes on where the page stayed mapped."""
+    if not step.do.startswith(("tr ", "tw ")) or not world.bad(world.block_at(_place(step))):
+        return None
+    if kernel.res == "dead already":
+        return None
+    place = _place(step)
+    line = f"MCE: Killing {step.who} due to hardware memory corruption fault at VA"
+    if world.process(step.who).disposition == "handler":
+        signal = _signal(place, "BUS_MCEERR_AR", "during access", lsb=12)
+        right = Outcome({"faulted": True}, (signal,), (), (line,))
+    else:
+        right = Outcome("died", (), ({"who": step.who, "signal": "SIGBUS"},), (line,))
+    if isinstance(kernel.res, dict) and kernel.res.get("faulted"):
+        # A store to a shared block is BUS_ADRERR: it copies first. Here it is copied when it is written back.
+        block = world.block_at(place)
+        assert block is not None
+        reason = CACHE if world.shared(block) else world.diverged.get(block)
+        return None if reason is None else (right, reason)
+    return right, HARDWARE
+
+
+def read(step: Step, kernel: Outcome, world: World) -> Turned | None:
+    """read(2) meets poison: EIO; the page cache gives the good pages before it first, O_DIRECT does not."""
+    if not step.do.startswith("pread "):
+        return None
+    fd, offset, length = _numbers(step)
+    file, direct = world.process(step.who).fds.get(fd, ("", False))
+    bad = [i for i, (block, _) in enumerate(world.span(step.who, fd, offset, length)) if world.bad(block)]
+    if not bad:
+        return None
+    good = (offset // PAGE + bad[0]) * PAGE - offset
+    if direct or good <= 0:
+        return replace(kernel, res=_error("EIO", "")), HARDWARE
+    right = replace(kernel, res=_count(good, letters(world, file, offset, good)))
+    return right, CACHE if _failed(kernel.res) else f"{HARDWARE} + {CACHE}"
+
+
+def write(step: Step, kernel: Outcome, world: World) -> Turned | None:
+    """write(2) of whole pages clears them; of part of one it is EFAULT, EIO where it would have to copy."""
+    if not step.do.startswith("pwrite "):
+        return None
+    fd, offset, length = _numbers(step)[:3]
+    span = [(block, whole) for block, whole in world.span(step.who, fd, offset, length) if world.bad(block)]
+    if not span:
+        return None
+    for block, whole in span:
+        if not whole:
+            assert block is not None
+            return replace(kernel, res=_error("EIO" if world.shared(block) else "EFAULT")), HARDWARE
+    if isinstance(kernel.res, dict) and kernel.res.get("errno") == "EFAULT":
+        return replace(kernel, res=_count(length)), CANNOT_CLEAR
+    return None
+
+
+def buffer(step: Step, kernel: Outcome, world: World) -> Turned | None:
+    """Poison as a system call's buffer: EFAULT, or a short count up to it."""
+    verb = step.do.split()[0]
+    if verb not in ("kread", "kwrite", "pvmread", "pvmwrite"):
+        return None
+    numbers = _numbers(step)
+    who = f"p{numbers[0]}" if verb.startswith("pvm") else step.who
+    mapping, page = numbers[1:3] if verb.startswith("pvm") else numbers[0:2]
+    length = numbers[-1]
+    for i in range(length // PAGE):
+        if world.bad(world.block_at((who, mapping, page + i))):
+            return replace(kernel, res=_count(i * PAGE) if i else _error("EFAULT")), HARDWARE
+    return None
+
+
+def pagemap(step: Step, kernel: Outcome, world: World) -> Turned | None:
+    """Nobody told: the kernel leaves it mapped. Here it is unmapped, so that the next load is found."""
+    if not step.do.startswith("pagemap ") or not world.bad(world.block_at(_place(step))):
+        return None
+    return replace(kernel, res={"present": 0}), CACHE
+
+
+def badblocks(step: Step, kernel: Outcome, world: World) -> Turned | None:
+    if not step.do.endswith("badblocks") or not world.cleared or world.poison:
+        return None
+    return replace(kernel, res="0 range(s), 0 bad 512-byte sectors in all"), CANNOT_CLEAR
+
+
+# -- an earlier difference left other bytes
+
+
+def other_bytes(step: Step, kernel: Outcome, world: World) -> Turned | None:
+    """The outcome follows from the world, its reason from the difference that made it so."""
+    verb = step.do.split()[0]
+    if verb in ("tr", "tw"):
+        block = world.block_at(_place(step))
+        if block not in world.diverged or world.bad(block):
+            return None
+        letter = world.letter_at(_place(step)) if verb == "tr" else step.do.split()[3]
+        return Outcome({"ok": letter}), world.diverged[block]
+    if verb not in ("pread", "pwrite"):
+        return None
+    fd, offset, length = _numbers(step)[:3]
+    span = [block for block, _ in world.span(step.who, fd, offset, length)]
+    reasons = [world.diverged[block] for block in span if block in world.diverged]
+    if not reasons or any(world.bad(block) for block in span):
+        return None
+    file, _ = world.process(step.who).fds[fd]
+    pages = letters(world, file, offset, length) if verb == "pread" else None
+    return replace(kernel, res=_count(length, pages)), reasons[0]
+
+
+def unmapped_at_shutdown(step: Step, kernel: Outcome, world: World) -> Turned | None:
+    """The kernel leaves mappings of a filesystem that shut down; here its cached pages go with it."""
+    kept = isinstance(kernel.res, dict) and "ok" in kernel.res
+    if not world.down or not step.do.startswith(("tr ", "tw ")) or not kept or _place(step) in world.copies:
+        return None
+    signal = _signal(_place(step), "BUS_ADRERR", "during access")
+    return Outcome({"faulted": True}, (signal,)), CACHE
+
+
+RULES: tuple[Rule, ...] = (
+    dax_warning,
+    told,
+    access,
+    read,
+    write,
+    buffer,
+    pagemap,
+    badblocks,
+    other_bytes,
+    unmapped_at_shutdown,
+    dead,
+)

@@ -1,0 +1,83 @@
+"""Plays one scenario on a fresh mount and judges every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.conformance.compare import Difference, judge, judge_other
+from tests.conformance.recording import CONFIG, KERNELS, OTHER_CONFIGS, Outcome, Scenario, outcomes
+from tests.conformance.replay import NotYet, not_yet, playing
+from tests.conformance.world import World
+from tests.support.quick import quick_mount_at
+from tests.support.zygote import Zygote
+
+Column = tuple[str, str]
+"""Kernel and configuration of a recording."""
+COLUMNS: tuple[Column, ...] = (
+    *((kernel, CONFIG) for kernel in KERNELS),
+    *((KERNELS[-1], config) for config in OTHER_CONFIGS),
+)
+
+
+@dataclass
+class Verdict:
+    """How a scenario ended, against each recording."""
+
+    scenario: Scenario
+    differences: list[Difference] = field(default_factory=list)
+    """From the reference kernel."""
+    columns: dict[Column, list[Difference] | None] = field(default_factory=dict)
+    """From each; None where the scenario was not run."""
+    not_yet: str | None = None
+
+    @property
+    def reasons(self) -> list[str]:
+        return sorted({reason for found in self.differences for reason in found.reasons})
+
+    @property
+    def unexplained(self) -> list[Difference]:
+        return [found for found in self.differences if not found.explained]
+
+
+def run(scenario: Scenario, zygote: Zygote, directory: Path) -> Verdict:
+    """Play it. A hang, or anything an actor cannot do, is an exception."""
+    verdict = Verdict(scenario)
+    verdict.not_yet = not_yet(scenario)
+    if verdict.not_yet is not None:
+        return verdict
+    ours: dict[int, Outcome] = {}
+    judged: dict[int, Difference] = {}
+    world = World()
+    with quick_mount_at(directory, zygote) as mount:
+        mount.sound = not any("superblock" in step.do for step in scenario.steps)
+        try:
+            with playing(mount, scenario) as player:
+                for index, step, outcome in player.play():
+                    ours[index] = outcome
+                    found = judge(index, step, outcome, world)
+                    if found is not None:
+                        judged[index] = found
+        except NotYet as missing:
+            verdict.not_yet = str(missing)
+            return verdict
+    verdict.differences = list(judged.values())
+    for column in COLUMNS:
+        verdict.columns[column] = _against(scenario, column, ours, judged)
+    return verdict
+
+
+def _against(
+    scenario: Scenario, column: Column, ours: dict[int, Outcome], judged: dict[int, Difference]
+) -> list[Difference] | None:
+    theirs = outcomes(scenario, *column)
+    if not theirs:
+        return None
+    if column == (scenario.reference, CONFIG):
+        return list(judged.values())
+    found = (
+        judge_other(index, scenario.steps[index], other, ours[index], judged.get(index))
+        for index, other in theirs.items()
+        if index in ours
+    )
+    return [difference for difference in found if difference is not None]

@@ -1,0 +1,38 @@
+"""Every recorded scenario, played here: no difference from the reference kernel without a reason.
+
+`python -m tests.conformance.fidelity` makes docs/fidelity-table.md of the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conformance.recording import scenarios
+from tests.conformance.run import run
+from tests.support.zygote import Zygote
+
+pytestmark = [
+    pytest.mark.mount,
+    pytest.mark.timeout(60),
+    pytest.mark.skipif(os.geteuid() != 0, reason="read-ahead can only be switched off by root"),
+]
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    """What forks supervisors."""
+    with Zygote() as made:
+        yield made
+
+
+@pytest.mark.parametrize("name", scenarios())
+def test_as_the_kernel_or_for_a_reason(name: str, zygote: Zygote, tmp_path: Path) -> None:
+    verdict = run(scenarios()[name], zygote, tmp_path)
+    if verdict.not_yet is not None:
+        pytest.skip(f"not yet: {verdict.not_yet}")
+    unexplained = "\n".join(str(found) for found in verdict.unexplained)
+    assert not unexplained, f"{name}: {verdict.scenario.text}\n{unexplained}"

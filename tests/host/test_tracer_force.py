@@ -1,0 +1,119 @@
+"""The tracer, action required without a fault: force_sig_mceerr() to a thread in a system call."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from daxemu.host import siginfo
+from daxemu.host.ptrace import Kind, Step, Stop
+from daxemu.host.tracer_link import Armed, TracerLink
+from daxemu.host.tracer_messages import Delivered, ForceAR, Gone, Ignored, Refused, SendAO
+from daxemu.host.tracer_state import Thread
+from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR
+from tests.host.tracee import Start, deliver, scenario
+
+
+def test_the_handler_sees_it() -> None:
+    async def play(link: TracerLink, start: Start) -> None:
+        tracee = await start()
+        armed = await link.force_ar(tracee.pid, tracee.pid, tracee.map + 0x3000)
+        assert isinstance(armed, Armed)
+        assert await armed.wait(30) == Delivered(
+            armed.id, tracee.pid, BUS_MCEERR_AR, tracee.map + 0x3000, armed.id
+        )
+        assert await tracee.line() == f"BUS 4 {tracee.map + 0x3000:x} 12 {tracee.pid}"
+        await tracee.free()
+        assert await tracee.ask("count") == "counted 0"
+
+    scenario(play)
+
+
+@pytest.mark.parametrize(
+    "words", [["block"], ["ignore"], ["default"], ["ignore", "block"], ["seccomp", "block"]]
+)
+def test_it_dies_where_it_does_not_listen(words: list[str]) -> None:
+    async def play(link: TracerLink, start: Start) -> None:
+        tracee = await start()
+        for word in words:
+            assert (await tracee.ask(word)).startswith("done")
+        armed = await link.force_ar(tracee.pid, tracee.pid, tracee.map)
+        assert isinstance(armed, Armed)
+        assert isinstance(await armed.wait(30), Delivered)
+        assert await tracee.process.wait() == -signal.SIGBUS
+
+    scenario(play)
+
+
+def test_it_dies_of_what_it_has_pending() -> None:
+    """SIGBUS is a legacy signal: a second is merged with the first, and unblocked that is deadly, too."""
+
+    async def play(link: TracerLink, start: Start) -> None:
+        tracee = await start()
+        assert await tracee.ask("block") == "done"
+        await deliver(link, tracee, tracee.map)
+        waiting = await link.send_ao(tracee.pid, tracee.pid, tracee.map + 0x1000)
+        armed = await link.force_ar(tracee.pid, tracee.pid, tracee.map)
+        assert isinstance(armed, Armed)
+        assert isinstance(await armed.wait(30), Gone)
+        assert await waiting.wait(30) == Gone(waiting.id)
+        assert await tracee.process.wait() == -signal.SIGBUS
+
+    scenario(play)
+
+
+def test_nobody_there() -> None:
+    async def play(link: TracerLink, start: Start) -> None:
+        tracee = await start()
+        tracee.process.kill()
+        await tracee.process.wait()
+        assert isinstance(await link.force_ar(tracee.pid, tracee.pid, 0), Gone)
+
+    scenario(play)
+
+
+# -- the decisions
+
+
+def _cookie_stop(cookie: int) -> Stop:
+    return Stop(Kind.SIGNAL, signal.SIGBUS, siginfo.SigInfo(signal.SIGBUS, siginfo.SI_QUEUE, cookie, 0, 0))
+
+
+def test_what_is_forced_comes_first() -> None:
+    thread = Thread(2)
+    thread.send(SendAO(1, 1, 2, 0x1000))
+    thread.send(SendAO(2, 1, 2, 0x2000))
+    assert thread.decide(Stop(Kind.TRAP), 77).step is Step.QUEUE
+    thread.send(ForceAR(3, 1, 2, 0x3000))
+    assert [sent.id for sent in thread.fifo] == [1, 3, 2]
+    assert thread.decide(_cookie_stop(77), 78).info == siginfo.bus_error(BUS_MCEERR_AO, 0x1000, 12)
+    thread.send(ForceAR(4, 1, 2, 0x4000))
+    assert [sent.id for sent in thread.fifo] == [4, 3, 2]
+    assert thread.decide(Stop(Kind.TRAP), 79).step is Step.QUEUE
+    assert thread.decide(_cookie_stop(79), 80).info == siginfo.bus_error(BUS_MCEERR_AR, 0x4000, 12)
+
+
+def test_default_action_then_mask_then_signal() -> None:
+    thread = Thread(2)
+    thread.send(SendAO(1, 1, 2, 0x1000))
+    thread.send(ForceAR(2, 1, 2, 0x2000))
+    verdict = thread.decide(Stop(Kind.TRAP, ignored=True), 1)
+    assert (verdict.step, verdict.reports) == (Step.INJECT, (Ignored(1),))
+    assert thread.decide(Stop(Kind.SYSCALL), 2).step is Step.SYSCALL
+    verdict = thread.decide(Stop(Kind.SYSCALL, result=0), 3)
+    assert (verdict.undo, verdict.step, verdict.interrupt, verdict.reports) == (True, Step.CONT, True, ())
+    assert thread.decide(Stop(Kind.TRAP, blocked=True), 4).step is Step.FORCE
+    verdict = thread.decide(_cookie_stop(4), 5)
+    assert verdict.reports == (Delivered(2, 2, BUS_MCEERR_AR, 0x2000, serial=2),)
+    assert verdict.step is Step.DETACH
+
+
+def test_the_default_action_cannot_be_had() -> None:
+    thread = Thread(2)
+    thread.send(ForceAR(1, 1, 2, 0x1000))
+    thread.decide(Stop(Kind.TRAP, blocked=True), 1)
+    thread.decide(Stop(Kind.SYSCALL), 2)
+    (report,) = thread.decide(Stop(Kind.SYSCALL, result=-1), 3).reports
+    assert isinstance(report, Refused)
+    assert thread.idle

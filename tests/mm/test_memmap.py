@@ -1,0 +1,248 @@
+"""The memmap: what a pfn is before anybody looks at its struct page, and PG_hwpoison by range."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmap_ninja import numpy as ninja
+
+from daxemu.errors import Busy, NoDevice, NoSpace
+from daxemu.mm.memmap import Memmap
+from daxemu.mm.memmap_arrays import PAGES_PER_SECTION
+from daxemu.mm.pfn_kinds import Kind
+from daxemu.ranges import Range, RangeSet
+
+S = PAGES_PER_SECTION
+BASE = 32 * S
+SIX_T = (6 << 40) >> 12
+
+
+def room(directory: Path) -> int:
+    """Bytes that the files take."""
+    return sum(p.stat().st_blocks * 512 for p in directory.rglob("*") if p.is_file())
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="daxemu-memmap-", dir="/dev/shm"))
+    yield path / "struct_page"
+    shutil.rmtree(path)
+
+
+def a_device(directory: Path, pages: int, altmap: int = 0, at: int = BASE) -> Memmap:
+    memmap = Memmap.create(directory, Range(at, at + pages))
+    memmap.add_pages(Range(at, at + pages), altmap)
+    memmap.memmap_init_zone_device(Range(at, at + pages))
+    return memmap
+
+
+def walked(memmap: Memmap) -> list[tuple[int, int, Kind, bool]]:
+    return [(*pages, kind, bad) for pages, kind, bad in memmap.walk()]
+
+
+def garbage(memmap: Memmap, directory: Path) -> None:
+    """Struct pages as they are before anybody initialises them (page_init_poison())."""
+    ninja.open_existing(directory / "pages", mode="r+")[:] = 0xFF
+
+
+# -- the kinds of pfn
+
+
+@pytest.fixture
+def mixed(directory: Path) -> Memmap:
+    """One of each: hole, offline, and a device with an altmap that begins and ends inside sections."""
+    memmap = Memmap.create(directory, Range(BASE, BASE + 8 * S))
+    garbage(memmap, directory)
+    memmap.add_offline(Range(BASE, BASE + S))
+    memmap.add_pages(Range(BASE + 2 * S + 100, BASE + 5 * S + 50), altmap_pages=64)
+    memmap.memmap_init_zone_device(Range(BASE + 2 * S + 100, BASE + 4 * S + 7))
+    return memmap
+
+
+KINDS = [
+    (0, BASE, Kind.HOLE, False),
+    (BASE, BASE + S, Kind.OFFLINE, False),
+    (BASE + S, BASE + 2 * S, Kind.HOLE, False),
+    (BASE + 2 * S, BASE + 2 * S + 100, Kind.PARTIAL, False),
+    (BASE + 2 * S + 100, BASE + 2 * S + 164, Kind.RESERVED, False),
+    (BASE + 2 * S + 164, BASE + 4 * S + 7, Kind.ZONE_DEVICE, False),
+    (BASE + 4 * S + 7, BASE + 5 * S + 50, Kind.UNINITIALISED, False),
+    (BASE + 5 * S + 50, BASE + 6 * S, Kind.PARTIAL, False),
+    (BASE + 6 * S, BASE + 8 * S, Kind.HOLE, False),
+]
+
+
+def test_a_walk_names_every_kind_and_looks_at_no_garbage(mixed: Memmap) -> None:
+    assert walked(mixed) == KINDS
+
+
+def test_each_pfn_alone_is_what_the_walk_says(mixed: Memmap) -> None:
+    for start, end, kind, _ in KINDS:
+        for pfn in (start, (start + end) // 2, end - 1):
+            assert mixed.kind(pfn) is kind
+            assert mixed.pfn_zone_device(pfn) == (kind is Kind.ZONE_DEVICE)
+            if kind is Kind.ZONE_DEVICE:
+                assert not mixed.page_hwpoison(pfn)
+            else:
+                with pytest.raises(NoDevice, match=kind.value):
+                    mixed.page_hwpoison(pfn)
+
+
+def test_the_counts_are_the_walks(mixed: Memmap) -> None:
+    totals: dict[tuple[Kind, bool], int] = {}
+    for pages, kind, bad in mixed.walk():
+        totals[kind, bad] = totals.get((kind, bad), 0) + pages.length
+    assert mixed.count() == totals
+    assert sum(totals.values()) == BASE + 8 * S
+
+
+def test_poison_of_everything_reaches_only_pages_that_may_be_looked_at(mixed: Memmap) -> None:
+    mixed.set_hwpoison(Range(0, BASE + 8 * S))
+    assert [each[:3] for each in walked(mixed)] == [each[:3] for each in KINDS]
+    assert [kind for _, _, kind, bad in walked(mixed) if bad] == [Kind.ZONE_DEVICE]
+
+
+def test_initialising_on_wipes_garbage_and_keeps_poison(mixed: Memmap) -> None:
+    mixed.set_hwpoison(Range(BASE + 4 * S, BASE + 4 * S + 3))
+    mixed.memmap_init_zone_device(Range(BASE + 2 * S + 100, BASE + 5 * S + 50))
+    assert mixed.kind(BASE + 5 * S + 49) is Kind.ZONE_DEVICE
+    assert [(s, e) for s, e, _, bad in walked(mixed) if bad] == [(BASE + 4 * S, BASE + 4 * S + 3)]
+
+
+def test_struct_pages_are_given_once(mixed: Memmap) -> None:
+    with pytest.raises(Busy):
+        mixed.add_pages(Range(BASE + 3 * S, BASE + 7 * S))
+    with pytest.raises(Busy):
+        mixed.add_offline(Range(BASE + S - 1, BASE + S + 1))
+    with pytest.raises(NoDevice):
+        mixed.add_pages(Range(BASE + 7 * S, BASE + 9 * S))
+    assert walked(mixed) == KINDS
+
+
+def test_there_are_not_endless_spans(directory: Path) -> None:
+    memmap = Memmap.create(directory, Range(0, S))
+    for index in range(64):
+        memmap.add_pages(Range(index * 2, index * 2 + 1))
+    with pytest.raises(NoSpace):
+        memmap.add_pages(Range(500, 501))
+
+
+# -- PG_hwpoison
+
+
+def test_poison_is_what_a_set_of_ranges_would_say(directory: Path) -> None:
+    chance = random.Random(4)
+    memmap, model = a_device(directory, 5 * S + 77, altmap=10, at=BASE + 5), RangeSet()
+    first, last = BASE + 15, BASE + 5 + 5 * S + 77
+    for _ in range(300):
+        start = chance.randrange(BASE, last)
+        length = chance.choice([1, 1, 7, 512, S, S + 1, 3 * S, 6 * S])
+        if chance.random() < 0.3:
+            start = start // S * S
+        clipped = Range(start, start + length).clip(first, last)
+        if chance.random() < 0.5:
+            memmap.set_hwpoison(Range(start, start + length))
+            model.add(*clipped)
+        else:
+            memmap.clear_hwpoison(Range(start, start + length))
+            model.remove(*clipped)
+        assert [Range(s, e) for s, e, _, bad in walked(memmap) if bad] == list(model)
+        assert memmap.count().get((Kind.ZONE_DEVICE, True), 0) == model.total
+        assert memmap.page_hwpoison(first) == (first in model)
+
+
+def test_6_tib_take_kilobytes_and_no_time(directory: Path) -> None:
+    memmap = a_device(directory, SIX_T)
+    empty = room(directory)
+    assert empty < 256 << 10
+    assert (directory / "pages" / "data.ninja").stat().st_size >= SIX_T
+    start = time.monotonic()
+    memmap.set_hwpoison(Range(BASE + 3, BASE + SIX_T - 3))
+    assert memmap.count()[Kind.ZONE_DEVICE, True] == SIX_T - 6
+    memmap.clear_hwpoison(Range(BASE, BASE + SIX_T // 2 + 1))
+    memmap.clear_hwpoison(Range(BASE, BASE + SIX_T))
+    assert (Kind.ZONE_DEVICE, True) not in memmap.count()
+    assert time.monotonic() - start < 2
+    assert room(directory) < empty + (256 << 10)
+
+
+def test_poison_in_every_section_is_walked_in_seconds(directory: Path) -> None:
+    memmap = a_device(directory, SIX_T)
+    for section in range(0, SIX_T // S, 16):
+        memmap.set_hwpoison(Range(BASE + section * S + 9, BASE + section * S + 10))
+    start = time.monotonic()
+    assert Memmap.open(directory).count()[Kind.ZONE_DEVICE, True] == SIX_T // S // 16
+    assert time.monotonic() - start < 5
+
+
+# -- seen from outside
+
+
+def test_another_process_sees_what_changes(directory: Path) -> None:
+    memmap = a_device(directory, 3 * S)
+    outside = Memmap.open(directory)
+    memmap.set_hwpoison(Range(BASE + 1, BASE + 2 * S))
+    assert walked(outside) == walked(memmap)
+    assert outside.page_hwpoison(BASE + 1)
+    with pytest.raises(ValueError, match="read-only"):
+        outside.set_hwpoison(Range(BASE, BASE + S))
+
+
+def test_a_walker_keeps_what_it_looks_at_when_the_machine_starts_anew(directory: Path) -> None:
+    a_device(directory, 3 * S).set_hwpoison(Range(BASE, BASE + 1))
+    outside = Memmap.open(directory)
+    fresh = a_device(directory, S)
+    assert outside.page_hwpoison(BASE)
+    assert len(walked(outside)) == 3
+    assert not Memmap.open(directory).page_hwpoison(BASE)
+    fresh.discard()
+    assert not directory.exists()
+    assert outside.count()[Kind.ZONE_DEVICE, False] == 3 * S - 1
+
+
+def test_without_a_machine_there_is_no_memmap(directory: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Memmap.open(directory)
+    directory.mkdir()
+    with pytest.raises(FileNotFoundError):
+        Memmap.open(directory)
+
+
+def test_looking_takes_no_room(directory: Path) -> None:
+    memmap = a_device(directory, 100 * S)
+    for section in range(100):
+        memmap.set_hwpoison(Range(BASE + section * S, BASE + section * S + 1))
+    before = room(directory)
+    outside = Memmap.open(directory)
+    assert sum(bad for _, _, bad in outside.walk()) == 100
+    assert outside.count()[Kind.ZONE_DEVICE, True] == 100
+    assert room(directory) == before
+
+
+def test_without_memory_nothing_breaks(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memmap = a_device(directory, 3 * S)
+    memmap.set_hwpoison(Range(BASE + S, BASE + 2 * S))
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    memmap.set_hwpoison(Range(BASE, BASE + 1))
+    memmap.clear_hwpoison(Range(BASE + S, BASE + S + 1))
+    assert memmap.count()[Kind.ZONE_DEVICE, True] == S
+    with pytest.raises(NoSpace):
+        Memmap.create(directory.with_name("other"), Range(0, S))
+    assert not directory.with_name("other.new").exists()
+
+
+def test_numpy_knows_the_arrays(directory: Path) -> None:
+    a_device(directory, S)
+    assert ninja.open_existing(directory / "sections").dtype == np.uint8

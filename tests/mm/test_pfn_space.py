@@ -1,0 +1,200 @@
+"""Memory without struct pages: who may register it, and how its failures are told from all others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from daxemu.errors import Busy, DaxemuError, InvalidArgument, MediaError, NoDevice
+from daxemu.events import Event, MemoryFailureHandled, Outcome, OutsideKernelControl
+from daxemu.mm.memory_failure import (
+    FileId,
+    Incident,
+    MemoryFailures,
+    PfnMapping,
+    PresentRun,
+    Task,
+    Thread,
+    collect_procs_pfn,
+)
+from daxemu.mm.pagemap import DevPagemap
+from daxemu.mm.pfn_space import PfnAddressSpace, PfnAddressSpaces
+from daxemu.ranges import Range
+from daxemu.uapi import PF_EXITING, PF_MCE_EARLY, PF_MCE_PROCESS
+
+FILE = FileId((0, 26), 77)
+EARLY, LATE = PF_MCE_PROCESS | PF_MCE_EARLY, PF_MCE_PROCESS
+
+
+@dataclass
+class Driver:
+    """Remembers what failed; its memory is FILE from page 5 on."""
+
+    error: DaxemuError | None = None
+    failed: list[tuple[int, int]] = field(default_factory=list)
+
+    def failure(self, space: PfnAddressSpace, pfn: int, nr_pages: int) -> None:
+        self.failed.append((pfn, nr_pages))
+        if self.error is not None:
+            raise self.error
+
+    def pfn_to_pgoff(self, space: PfnAddressSpace, pfn: int, nr_pages: int) -> Sequence[PfnMapping]:
+        return [PfnMapping(FILE, 5 + pfn - space.pages.start, nr_pages, pfn)]
+
+
+class Machine:
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.mm = MemoryFailures(self.events.append)
+
+    def space(self, start: int, end: int, error: DaxemuError | None = None) -> Driver:
+        driver = Driver(error)
+        self.mm.pfn_spaces.register(PfnAddressSpace(f"space{start}", Range(start, end), driver))
+        return driver
+
+    def handled(self) -> list[tuple[str, int, int, Outcome]]:
+        return [
+            (event.page_type, event.pfn, event.nr_pages, event.outcome)
+            for event in self.events
+            if isinstance(event, MemoryFailureHandled)
+        ]
+
+    def outside(self) -> list[tuple[int, int]]:
+        return [(e.pfn, e.nr_pages) for e in self.events if isinstance(e, OutsideKernelControl)]
+
+
+@pytest.fixture
+def machine() -> Machine:
+    return Machine()
+
+
+# -- registering
+
+
+@pytest.mark.parametrize(("start", "end"), [(100, 200), (150, 160), (0, 101), (199, 300), (0, 1000)])
+def test_an_overlap_is_ebusy(machine: Machine, start: int, end: int) -> None:
+    machine.space(100, 200)
+    with pytest.raises(Busy):
+        machine.space(start, end)
+    machine.space(200, 210)
+    machine.space(90, 100)
+    assert len(machine.mm.pfn_spaces) == 3
+
+
+@pytest.mark.parametrize(("start", "end"), [(100, 100), (101, 100), (-1, 5)])
+def test_an_empty_range_is_einval(machine: Machine, start: int, end: int) -> None:
+    with pytest.raises(InvalidArgument):
+        machine.space(start, end)
+
+
+def test_without_its_callbacks_is_einval() -> None:
+    with pytest.raises(InvalidArgument):
+        PfnAddressSpaces().register(PfnAddressSpace("mute", Range(0, 1), None))
+
+
+def test_what_was_unregistered_is_nobodys(machine: Machine) -> None:
+    space = PfnAddressSpace("gone", Range(100, 200), Driver())
+    machine.mm.pfn_spaces.register(space)
+    machine.mm.pfn_spaces.unregister(space)
+    machine.mm.pfn_spaces.unregister(space)
+    with pytest.raises(NoDevice):
+        machine.mm.memory_failure(150, 1, 0)
+    machine.mm.pfn_spaces.register(space)
+
+
+def test_unregistering_a_stranger_leaves_the_other(machine: Machine) -> None:
+    machine.space(100, 200)
+    machine.mm.pfn_spaces.unregister(PfnAddressSpace("stranger", Range(100, 200), Driver()))
+    assert len(machine.mm.pfn_spaces) == 1
+
+
+# -- failing
+
+
+@pytest.mark.parametrize("nr_pages", [1, 512, 1 << 30])
+def test_one_call_for_a_range(machine: Machine, nr_pages: int) -> None:
+    driver = machine.space(1000, 1000 + (1 << 31))
+    incident = machine.mm.memory_failure(1010, nr_pages, 0)
+    assert driver.failed == [(1010, nr_pages)]
+    assert incident.pfn_mappings == [PfnMapping(FILE, 15, nr_pages, 1010)]
+    assert incident.mappings == []
+    assert machine.mm.action_result(incident, 2) is Outcome.RECOVERED
+    (event,) = machine.events
+    assert isinstance(event, MemoryFailureHandled)
+    assert event.dmesg() == "Memory failure: 0x3f2: recovery action for non struct page pfn: Recovered"
+    assert (event.files, event.told) == (1, 2)
+
+
+def test_an_error_of_the_driver_is_failed_and_its_users_are_still_named(machine: Machine) -> None:
+    machine.space(100, 200, MediaError("it burns"))
+    incident = machine.mm.memory_failure(100, 1, 0)
+    assert incident.pfn_mappings
+    assert machine.mm.action_result(incident, 0) is Outcome.FAILED
+
+
+def test_outside_everything_is_enxio_logged_and_not_counted(machine: Machine) -> None:
+    driver = machine.space(100, 200)
+    with pytest.raises(NoDevice, match="memory outside kernel control"):
+        machine.mm.memory_failure(200, 3, 0)
+    assert machine.outside() == [(200, 3)]
+    assert driver.failed == []
+    assert sum(machine.mm.counters.values()) == 0
+
+
+def test_a_range_over_several_owners_is_split(machine: Machine) -> None:
+    machine.mm.memremap_pages(DevPagemap("pmem0", (Range(0, 50),), None))
+    machine.mm.memremap_pages(DevPagemap("pmem1", (Range(120, 150),), None))
+    low, high = machine.space(60, 130, MediaError("no")), machine.space(140, 200)
+    incident = machine.mm.memory_failure(40, 200, 0)
+    assert machine.mm.action_result(incident, 0) is Outcome.FAILED
+    # Pages with struct pages are the pagemap's, whoever else registered them.
+    assert low.failed == [(60, 60)]
+    assert high.failed == [(150, 50)]
+    assert machine.handled() == [
+        ("dax page", 40, 10, Outcome.RECOVERED),
+        ("dax page", 120, 30, Outcome.RECOVERED),
+        ("non struct page pfn", 60, 60, Outcome.FAILED),
+        ("non struct page pfn", 150, 50, Outcome.RECOVERED),
+    ]
+    assert machine.outside() == [(50, 10), (200, 40)]
+    assert machine.mm.counters[Outcome.RECOVERED] == 3
+    assert machine.mm.counters[Outcome.FAILED] == 1
+
+
+def test_poison_again_is_a_failure_again(machine: Machine) -> None:
+    driver = machine.space(100, 200)
+    for _ in range(2):
+        machine.mm.action_result(machine.mm.memory_failure(100, 1, 0), 0)
+    assert driver.failed == [(100, 1)] * 2
+    assert machine.mm.counters[Outcome.RECOVERED] == 2
+
+
+# -- who is told
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([0], 0),
+        ([LATE], 0),
+        ([LATE, EARLY], 1),
+        ([PF_EXITING, LATE], 1),
+        ([PF_EXITING], None),
+    ],
+)
+def test_everybody_who_maps_it_is_told_whatever_the_policy(flags: list[int], told: int | None) -> None:
+    threads = tuple(Thread(10 + index, each) for index, each in enumerate(flags))
+    run = PresentRun(FILE.ino, 17, 2, 0x7000_2000, 12)
+    hurt = PfnMapping(FILE, 15, 4, 1010)
+    to_kill = collect_procs_pfn(hurt, [Task(10, "p0", threads, (run,))], early_kill=False)
+    if told is None:
+        assert to_kill == []
+    else:
+        (victim,) = to_kill
+        assert (victim.tid, victim.address, victim.shift, victim.pfn) == (10 + told, 0x7000_2000, 12, 1012)
+
+
+def test_an_incident_without_parts_has_no_error() -> None:
+    assert Incident(1, 0, 1, 0).error is None

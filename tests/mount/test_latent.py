@@ -1,0 +1,69 @@
+"""Latent poison: nobody knows of it until a load, a read or a scrub finds it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.scene import PAGE, Scene, ao, ar, consumes, refused
+
+pytestmark = pytest.mark.mount
+
+BAD = 3
+
+
+def hide(scene: Scene) -> None:
+    scene.mount.inject("f", (BAD * PAGE, PAGE), latent=True)
+    assert scene.badblocks() == []
+
+
+def test_a_load_finds_it_and_the_others_are_told_by_their_policy(scene: Scene) -> None:
+    """m2: the consumer AR; early killers who had it present AO, blocked SIGBUS or not; late ones nothing."""
+    actors = {name: scene.mapper(name, touch=[BAD]) for name in ("p0", "p1", "p2", "p3")}
+    for name in ("p1", "p3"):
+        actors[name].cmd("mcekill early")
+    actors["p3"].cmd("sig block")
+    hide(scene)
+    for actor in actors.values():
+        actor.expect_no_signal()
+    consumes(actors["p0"], f"tr 0 {BAD}", ar(BAD))
+    assert actors["p1"].wait_signal().recorded() == ao(BAD)
+    while actors["p3"].cmd("sig pending").ret == 0:
+        pass
+    actors["p3"].cmd("sig take")
+    assert actors["p3"].wait_signal().code == "BUS_MCEERR_AO"
+    actors["p2"].expect_no_signal()
+    actors["p0"].expect_no_signal()
+    assert scene.badblocks() != []
+    consumes(actors["p2"], f"tr 0 {BAD}", ar(BAD))
+
+
+def test_who_unmapped_it_meanwhile_is_not_told(scene: Scene) -> None:
+    p0, p1 = scene.mapper("p0", touch=[BAD]), scene.mapper("p1", touch=[BAD])
+    p1.cmd("mcekill early")
+    hide(scene)
+    p1.cmd("munmap 0")
+    consumes(p0, f"tr 0 {BAD}", ar(BAD))
+    while not scene.mount.events("MemoryFailureHandled"):
+        pass
+    p1.expect_no_signal()
+
+
+def test_read_finds_it(scene: Scene) -> None:
+    p0 = scene.mapper("p0", touch=[BAD])
+    p0.cmd("mcekill early")
+    hide(scene)
+    reader = scene.actor("reader")
+    reader.cmd("open 0 f rw")
+    assert refused(reader, f"pread 0 {BAD * PAGE} {PAGE}") == "EIO"
+    assert p0.wait_signal().recorded() == ao(BAD)
+
+
+def test_a_scrub_finds_it_and_tells_nobody(scene: Scene) -> None:
+    p0 = scene.mapper("p0", touch=[BAD])
+    p0.cmd("mcekill early")
+    hide(scene)
+    found = scene.mount.json("scrub", scene.mount.path)
+    assert found["bytes"] == PAGE
+    assert scene.badblocks() != []
+    p0.expect_no_signal()
+    assert scene.mount.json("scrub", scene.mount.path)["bytes"] == 0

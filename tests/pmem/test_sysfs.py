@@ -1,0 +1,87 @@
+"""DEVICE/sysfs: the counters and badblocks as the kernel shows them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from daxemu.events import Outcome
+from daxemu.mm.memory_failure import MemoryFailures
+from daxemu.pmem.badblocks import Badblocks
+from daxemu.pmem.sysfs import Sysfs
+from tests.support.core import Core
+
+
+@pytest.fixture
+def sysfs(tmp_path: Path) -> Iterator[Sysfs]:
+    made = Sysfs(tmp_path / "sysfs")
+    yield made
+    made.close()
+
+
+def test_it_begins_with_nothing(sysfs: Sysfs, tmp_path: Path) -> None:
+    shown = {str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
+    assert shown.pop("sysfs/badblocks") == ""
+    assert set(shown.values()) == {"0\n"}
+    names = {Path(name).name for name in shown}
+    assert names == {"total", "ignored", "failed", "delayed", "recovered"}
+
+
+def test_counters(sysfs: Sysfs, tmp_path: Path) -> None:
+    sysfs.show_counters({Outcome.RECOVERED: 12, Outcome.FAILED: 3})
+    read = {p.name: p.read_text() for p in (tmp_path / "sysfs" / "memory_failure").iterdir()}
+    assert read == {
+        "total": "15\n",
+        "recovered": "12\n",
+        "failed": "3\n",
+        "ignored": "0\n",
+        "delayed": "0\n",
+    }
+
+
+def test_badblocks_are_a_page_of_whole_lines(sysfs: Sysfs, tmp_path: Path) -> None:
+    badblocks = Badblocks()
+    badblocks.on_change = lambda: sysfs.show_badblocks(badblocks)
+    for sector in range(0, 200_000, 100):
+        badblocks.set(sector, 2)
+    text = (tmp_path / "sysfs" / "badblocks").read_text()
+    assert 4080 < len(text) <= 4096
+    assert badblocks.sysfs_text().startswith(text)
+    assert text.endswith("\n")
+    badblocks.clear(100, 200_000)
+    assert (tmp_path / "sysfs" / "badblocks").read_text() == "0 2\n"
+
+
+def test_a_full_disk_stops_nobody(sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    sysfs.show_counters({Outcome.FAILED: 3})
+
+
+def test_the_device_shows_itself_and_can_be_made_anew(core: Core) -> None:
+    core.without_filesystem()
+    core.pmem.memremap_pages()
+    shown = core.pmem.show_in_sysfs()
+    mm = MemoryFailures(lambda event: None)
+    mm.memremap_pages(core.pmem.pgmap)
+    mm.on_count = lambda: shown.show_counters(mm.counters)
+    pfn = core.pmem.pfn_of(0)
+    mm.action_result(mm.memory_failure(pfn, 3, 0), 0)
+    assert (core.path / "sysfs" / "memory_failure" / "recovered").read_text() == "1\n"
+    memmap = core.pmem.pgmap.memmap
+    assert memmap is not None
+    assert [memmap.page_hwpoison(pfn + page) for page in range(4)] == [True, True, True, False]
+    # Two of the three pages are good again; what is left of the third's poison keeps it bad.
+    core.pmem.dax.add_poison(0, 3 * 4096)
+    core.pmem.dax.clear_poison(0, 2 * 4096 + 512)
+    assert [memmap.page_hwpoison(pfn + page) for page in range(4)] == [False, False, True, False]
+    core.close()
+    assert not (core.path / "struct_page").exists()
+    assert (core.path / "sysfs").exists()
+    core.device.wipe()
+    assert not core.path.exists()
