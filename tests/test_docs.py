@@ -75,7 +75,7 @@ def test_every_help_has_an_example_that_parses(verb: str) -> None:
     ).stdout
     example = shown.partition("Example:")[2].strip().splitlines()[0]
     assert shlex.split(example)[:2] == ["daxemu", verb]
-    assert "--json" in shown
+    assert "--json" in shown or verb == "run", "run prints nothing of its own"
 
 
 def test_example_device_memory_without_struct_pages() -> None:

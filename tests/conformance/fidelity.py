@@ -9,11 +9,19 @@ from pathlib import Path
 
 from tests.conformance.compare import OTHER, UNEXPLAINED, Difference
 from tests.conformance.recording import CONFIG, KERNELS, OTHER_CONFIGS, scenarios
-from tests.conformance.rules import BUG, CACHE, CANNOT_CLEAR, HARDWARE
+from tests.conformance.rules import BUG, CACHE, CANNOT_CLEAR, HARDWARE, OVERWRITTEN
 from tests.conformance.run import COLUMNS, Verdict, run
 from tests.support.zygote import Zygote
 
-MARKS = {HARDWARE: "H", CACHE: "C", BUG: "B", CANNOT_CLEAR: "W", OTHER: "O", UNEXPLAINED: "**?**"}
+MARKS = {
+    HARDWARE: "H",
+    CACHE: "C",
+    BUG: "B",
+    CANNOT_CLEAR: "W",
+    OVERWRITTEN: "S",
+    OTHER: "O",
+    UNEXPLAINED: "**?**",
+}
 NOT_YET = "not yet"
 
 HEAD = f"""# Every recorded scenario, here and in kernels
@@ -30,6 +38,7 @@ death, errno, byte, log line and counter with the recordings of real kernels. Th
 | {MARKS[CACHE]} | FUSE page cache |
 | {MARKS[BUG]} | a bug of that kernel, not copied |
 | {MARKS[CANNOT_CLEAR]} | the recorded NVDIMM cannot clear errors; here a write of the whole page does |
+| {MARKS[OVERWRITTEN]} | a write of a whole shared block: the kernel reads the old one first; here it succeeds |
 | {MARKS[OTHER]} | that recording differs from the reference, which daxemu follows |
 | {MARKS[UNEXPLAINED]} | unexplained: a bug |
 

@@ -16,6 +16,7 @@ HARDWARE = "hardware poison"
 CACHE = "FUSE page cache"
 BUG = "kernel bug"
 CANNOT_CLEAR = "cannot clear"
+OVERWRITTEN = "overwritten whole"
 
 Turned = tuple[Outcome, str]
 Rule = Callable[[Step, Outcome, World], Turned | None]
@@ -184,6 +185,9 @@ def write(step: Step, kernel: Outcome, world: World) -> Turned | None:
             return replace(kernel, res=_error("EIO" if world.shared(block) else "EFAULT")), HARDWARE
     if isinstance(kernel.res, dict) and kernel.res.get("errno") == "EFAULT":
         return replace(kernel, res=_count(length)), CANNOT_CLEAR
+    copies = all(block is not None and world.shared(block) for block, _ in span)
+    if isinstance(kernel.res, dict) and kernel.res.get("errno") == "EIO" and copies:
+        return replace(kernel, res=_count(length)), OVERWRITTEN
     return None
 
 

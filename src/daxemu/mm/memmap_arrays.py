@@ -22,12 +22,18 @@ PAGES_PER_SECTION = 1 << 15
 MAX_SPANS = 64
 SPAN_FIELDS = 5
 
-Array = np.memmap[Any, Any]
+Array = np.ndarray[Any, Any]
 
 
 def _array(path: Path, dtype: str, shape: tuple[int, ...]) -> Array:
     """A new array of zeros that takes no room. mmap_ninja's own public constructors write every element."""
     array: Array = ninja._empty(path, dtype, shape, "C")
+    return array
+
+
+def _open(path: Path, mode: str) -> Array:
+    """An array as a plain one: np.memmap's own indexing costs ten times as much."""
+    array: Array = ninja.open_existing(path, mode=mode).view(np.ndarray)
     return array
 
 
@@ -46,9 +52,9 @@ class MemmapArrays:
         """Raises FileNotFoundError when there are none."""
         mode = "r+" if writable else "r"
         self._directory = directory
-        self.spans: Array = ninja.open_existing(directory / "spans", mode=mode)
-        self.sections: Array = ninja.open_existing(directory / "sections", mode=mode)
-        self.pages: Array = ninja.open_existing(directory / "pages", mode=mode)
+        self.spans = _open(directory / "spans", mode)
+        self.sections = _open(directory / "sections", mode)
+        self.pages = _open(directory / "pages", mode)
         self.base: Pfn = int(self.spans[MAX_SPANS, 0])
         self.end: Pfn = self.base + len(self.pages)
         flags = os.O_RDWR if writable else os.O_RDONLY

@@ -194,6 +194,8 @@ class MemoryFailures:
 
         ``told`` processes were sent a signal, for all parts together.
         """
+        if incident.pre_remove:
+            return Outcome.RECOVERED  # always, and neither counted nor logged: see mf_dax_kill_procs()
         for part in incident.parts:
             outcome = Outcome.FAILED if part.error is not None else Outcome.RECOVERED
             self.counters[outcome] += 1

@@ -52,6 +52,8 @@ class Failures:
         """Who had pages present that are poison nobody knows of."""
         self._latest_arm: dict[int, int] = {}
         """The last request of each thread that consumes poison just now."""
+        self._finders: set[int] = set()
+        """Those of them whose load found it: a page fault asks more than once, and only the first is news."""
         self._forced: set[int] = set()
         """Threads with a forced SIGBUS on its way."""
         self.mf_mutex = trio.Lock()
@@ -220,15 +222,18 @@ class Failures:
             # Who it is must be read while it waits: it may be dead before its signal is reported.
             pid = process_of(read.tid)
             victim = _ar(pid, read.tid, _comm(pid), 0, pfn, "pending", None)
-            victim.current = found
+            if found:
+                self._finders.add(read.tid)
             self._nursery.start_soon(self._await_ar, victim, armed)
 
     async def _await_ar(self, victim: SignalSent, armed: Pending) -> None:
         self._latest_arm[victim.tid] = armed.id
         outcome = await armed.wait()
         is_latest = self._latest_arm.get(victim.tid) == armed.id
+        victim.current = victim.tid in self._finders
         if is_latest:
             del self._latest_arm[victim.tid]
+            self._finders.discard(victim.tid)
         if isinstance(outcome, NotTaken):
             return  # it was interrupted, or only looked ahead: it touches the page again, or never
         # A page fault asks more than once: its one signal is logged for the last request.

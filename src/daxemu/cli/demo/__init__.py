@@ -4,6 +4,7 @@ told.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -14,18 +15,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import click
 
 from daxemu.cli.demo.programs import Program, compile_program
 from daxemu.client import Client
 from daxemu.errors import DaxemuError, Unsupported
-from daxemu.host.mountinfo import mount_at
+from daxemu.host.mountinfo import mount_at, mount_of
 from daxemu.host.session import Session, abort_connection
 from daxemu.pmem.device_dir import DeviceConfig, DeviceDir
 from daxemu.supervisor.spawn import spawn
 
 PAGE = 4096
+PATIENCE = 20.0
+"""Seconds to wait for an event that must come."""
 
 
 class Tour:
@@ -166,7 +170,7 @@ def _sqlite(tour: Tour) -> None:
         status = sqlite.wait()
         tour.say(f"the next query touches the page: sqlite3 ended with {_status(status)}")
         tour.check("the kernel's default for consumed poison: killed by SIGBUS", status == -signal.SIGBUS)
-        told = [e for e in _events(tour, "SignalSent") if e["pid"] == sqlite.pid]
+        told = _signals_to(tour, sqlite.pid)
         tour.check(
             "it was BUS_MCEERR_AR (action required), lsb 12, in a process nobody had attached to",
             [(e["code"], e["lsb"], e["result"]) for e in told] == [(4, 12, "delivered")],
@@ -281,15 +285,22 @@ def _overwrite(file: Path, offset: int, data: bytes) -> None:
         os.close(fd)
 
 
-def _events(tour: Tour, kind: str) -> list[dict[str, object]]:
+def _signals_to(tour: Tour, pid: int) -> list[dict[str, Any]]:
+    """The log's record of what a process was sent, which may come a moment after its death."""
+    with Client(mount_of(tour.mountpoint), patience=PATIENCE) as client:
+        for event in client.follow():
+            if event["event"] == "SignalSent" and event["pid"] == pid:
+                last = _events(tour)
+                return [e for e in last if e["event"] == "SignalSent" and e["pid"] == pid]
+    return []
+
+
+def _events(tour: Tour) -> list[dict[str, Any]]:
+    """Every event so far."""
     with Client.at(tour.mountpoint) as client:
         last = client.request("status")["events"]
-        found = []
-        for event in client.follow():
-            found.append(event)
-            if event["seq"] >= last:
-                break
-    return [event for event in found if event["event"] == kind]
+    with Client.at(tour.mountpoint) as client:
+        return list(itertools.islice(client.follow(), last))
 
 
 def _status(status: int) -> str:
