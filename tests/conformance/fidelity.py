@@ -38,7 +38,7 @@ death, errno, byte, log line and counter with the recordings of real kernels. Th
 | {MARKS[CACHE]} | FUSE page cache |
 | {MARKS[BUG]} | a bug of that kernel, not copied |
 | {MARKS[CANNOT_CLEAR]} | the recorded NVDIMM cannot clear errors; here a write of the whole page does |
-| {MARKS[OVERWRITTEN]} | a write of a whole shared block: the kernel reads the old one first; here it succeeds |
+| {MARKS[OVERWRITTEN]} | a write of a whole shared block: the kernel reads the old one first; here not |
 | {MARKS[OTHER]} | that recording differs from the reference, which daxemu follows |
 | {MARKS[UNEXPLAINED]} | unexplained: a bug |
 

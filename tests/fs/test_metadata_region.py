@@ -138,7 +138,7 @@ def test_a_page_that_cannot_be_read_is_read_from_the_other_copy(empty: Core, cop
     region = formatted(empty)
     inject(empty.pmem, copies(region, DB, 2)[copy] + 700, 1)
     assert region.read(DB, 0, 4 * PAGE_SIZE) == b"A" * 4 * PAGE_SIZE
-    assert region.damaged_pages() == ["metadata page 2 of db is poisoned: one copy is lost"]
+    assert region.damaged_pages(is_clean=False) == ["metadata page 2 of db is poisoned: one copy is lost"]
 
 
 def test_a_page_that_is_poison_twice_is_lost(empty: Core) -> None:
@@ -148,7 +148,9 @@ def test_a_page_that_is_poison_twice_is_lost(empty: Core) -> None:
     with pytest.raises(MediaError):
         region.read(WAL, 0, 4 * PAGE_SIZE)
     assert region.read(WAL, 0, PAGE_SIZE) == b"B" * PAGE_SIZE
-    assert region.damaged_pages() == ["metadata page 1 of wal is poisoned: both copies are lost"]
+    assert region.damaged_pages(is_clean=False) == [
+        "metadata page 1 of wal is poisoned: both copies are lost"
+    ]
     assert region.repair() == 0
 
 
@@ -158,7 +160,7 @@ def test_a_write_heals_the_page_it_is_in(empty: Core, copy: int, offset: int, le
     region = formatted(empty)
     inject(empty.pmem, copies(region, DB, 1)[copy], PAGE_SIZE)
     region.write(DB, PAGE_SIZE + offset, b"x" * length)
-    assert region.damaged_pages() == []
+    assert region.damaged_pages(is_clean=False) == []
     expected = bytearray(b"A" * 4 * PAGE_SIZE)
     expected[PAGE_SIZE + offset : PAGE_SIZE + offset + length] = b"x" * length
     assert region.read(DB, 0, 4 * PAGE_SIZE) == expected
@@ -185,9 +187,9 @@ def test_repair_writes_every_poisoned_page_from_its_other_copy(empty: Core) -> N
     inject(empty.pmem, copies(region, WAL, 3)[1], 1)
     inject(empty.pmem, place_of(empty, FIRST) + 5 * PAGE_SIZE, 1)
     inject(empty.pmem, place_of(empty, SECOND), 1)
-    assert len(region.damaged_pages()) == 6
+    assert len(region.damaged_pages(is_clean=False)) == 6
     assert region.repair() >= 6
-    assert region.damaged_pages() == []
+    assert region.damaged_pages(is_clean=False) == []
     assert empty.pmem.badblocks.count == 0
     assert loaded(empty).read(DB, 0, 4 * PAGE_SIZE) == b"A" * 4 * PAGE_SIZE
 
@@ -239,7 +241,7 @@ def test_a_poisoned_superblock_is_made_up_for_and_stays_for_fsck_to_find(empty: 
     region.grow(DB, 9 * PAGE_SIZE)
     again = loaded(empty)
     assert again.size(DB) == 9 * PAGE_SIZE
-    assert [line for line in again.damaged_pages() if "superblock" in line]
+    assert [line for line in again.damaged_pages(is_clean=False) if "superblock" in line]
     assert again.repair() == 1
     inject(empty.pmem, place_of(empty, 1 - bad), 1)
     assert loaded(empty).size(DB) == 9 * PAGE_SIZE

@@ -21,6 +21,18 @@ from daxemu.pmem.device_dir import DeviceConfig, DeviceDir
 from tests.support.mount import DaxMount, clear_away
 from tests.support.zygote import Zygote, wait_for_end
 
+SHM = Path("/dev/shm")
+
+
+def sweep() -> None:
+    """Remove the devices of test runs that were killed."""
+    for stale in SHM.glob("daxemu-quick-*"):
+        if not Path("/proc", stale.name.split("-")[2]).exists():
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+sweep()
+
 
 @dataclass
 class QuickMount(DaxMount):
@@ -93,7 +105,7 @@ def quick_mount_at(
     directory: Path, zygote: Zygote, size: int = 1 << 30, *, mount: bool = True
 ) -> Iterator[QuickMount]:
     """A fresh device of ``size`` bytes in shared memory, mounted below ``directory``; sound in the end."""
-    device = Path("/dev/shm") / f"daxemu-quick-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    device = SHM / f"daxemu-quick-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     path = directory / "mnt"
     path.mkdir()
     made = QuickMount(device, path, zygote=zygote)

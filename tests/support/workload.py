@@ -38,7 +38,7 @@ VERBS = {
     "allocate": 3, "clone": 6, "copy": 3, "rename": 4, "exchange": 2, "link": 3, "unlink": 4, "mkdir": 1,
     "fsync": 9, "fsyncdir": 2,
 }  # fmt: skip
-"""How often each is chosen."""
+"""How often each is chosen. There is one more, "stored": a store through a mapping that nobody syncs."""
 
 
 class Op(NamedTuple):
@@ -75,7 +75,7 @@ def history(seed: int, length: int) -> tuple[list[Op], list[State]]:
     states = [state]
     while len(ops) < length:
         op = _choose(rng, state)
-        state = _after(state, op, len(ops))
+        state = after(state, op, len(ops))
         ops.append(op)
         states.append(state)
     return ops, states
@@ -124,10 +124,10 @@ def _data(op: Op) -> bytes:
     return random.Random(op.seed).randbytes(op.c)
 
 
-def _after(state: State, op: Op, number: int) -> State:
-    """The state after an operation that was done whole."""
-    after = state.copy()
-    names, files = after.names, after.files
+def after(state: State, op: Op, number: int) -> State:
+    """The state after operation ``number`` was done whole."""
+    then = state.copy()
+    names, files = then.names, then.files
     target = names.get(op.name)
     old = files[target] if target is not None else b""
 
@@ -144,7 +144,7 @@ def _after(state: State, op: Op, number: int) -> State:
             names[op.name] = DIRECTORY
         case "write" | "append":
             put(op.b, _data(op))
-        case "mapped":
+        case "mapped" | "stored":
             put(op.b, _data(op)[: len(old) - op.b])
         case "punch":
             put(op.b, bytes(op.c), len(old))
@@ -165,7 +165,7 @@ def _after(state: State, op: Op, number: int) -> State:
             names[op.other] = names[op.name]
         case "unlink":
             del names[op.name]
-    return after
+    return then
 
 
 # -- in the other process
@@ -181,7 +181,7 @@ def _opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
             os.close(fd)
 
 
-def _do(top: Path, op: Op) -> bool:
+def do(top: Path, op: Op) -> bool:
     """Do it; whether everything up to now is promised by it."""
     path, other = top / op.name, top / op.other
     match op.verb:
@@ -211,12 +211,13 @@ def _do_open(fd: int, other: Path, op: Op) -> bool:
     match op.verb:
         case "write" | "append":
             os.pwrite(fd, _data(op), op.b)
-        case "mapped":
+        case "mapped" | "stored":
             with mmap.mmap(fd, 0) as view:
                 data = _data(op)[: len(view) - op.b]
                 view[op.b : op.b + len(data)] = data
-                view.flush()
-            return True
+                if op.verb == "mapped":
+                    view.flush()
+            return op.verb == "mapped"
         case "punch":
             fallocate(fd, PUNCH_HOLE | KEEP_SIZE, op.b, op.c)
         case "zero":
@@ -262,7 +263,7 @@ def execute(seed: int, length: int, directory: str, counters: str) -> None:
         for number, op in enumerate(ops):
             COUNTERS.pack_into(shared, 0, number + 1, promised)
             try:
-                promises = _do(Path(directory), op)
+                promises = do(Path(directory), op)
             except OSError as error:
                 if error.errno in (103, 107, 5, 2):  # ECONNABORTED, ENOTCONN, EIO, ENOENT: the mount is gone
                     return

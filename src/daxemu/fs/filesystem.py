@@ -96,6 +96,7 @@ class Filesystem:
         """Take away what was written and never committed: whatever is free, or beyond the end of a file, is
         zero.
         """
+        self.region.settle()
         self.allocator.discard_free()
         for inode in self.names:
             if inode.extents is not None:

@@ -23,7 +23,7 @@ def fsck(fs: Filesystem) -> list[str]:
 
 def _check_store(fs: Filesystem) -> list[str]:
     try:
-        return [*fs.region.damaged_pages(), *fs.store.integrity_check()]
+        return [*fs.region.damaged_pages(is_clean=fs.store.is_clean), *fs.store.integrity_check()]
     except DaxemuError as error:
         return [str(error)]
 

@@ -260,15 +260,21 @@ class MetadataRegion:
                         offsets = [self._device_offset(file, replica, page) for replica in range(REPLICAS)]
                         yield file, page, [at for at in offsets if self._dax.is_poisoned(at, PAGE_SIZE)]
 
-    def damaged_pages(self) -> list[str]:
-        """What is poisoned, and whether another copy has it; one line each."""
+    def damaged_pages(self, *, is_clean: bool) -> list[str]:
+        """What is poisoned, and whether another copy has it; one line each. Where the last end was
+        ``is_clean``, copies that are not the same are wrong, too; after a crash :meth:`settle` sees to them.
+        """
         found = []
         for name, blocks in zip(("first", "second"), self._super_blocks, strict=True):
             if self._dax.is_poisoned(blocks.start * PAGE_SIZE, blocks.length * PAGE_SIZE):
                 found.append(f"the {name} superblock is poisoned")
+            elif is_clean and not self._is_current(blocks):
+                found.append(f"the {name} superblock is damaged, or older than the other")
         for file, page, bad in self._poisoned_pages():
             lost = "both copies are lost" if len(bad) == REPLICAS else "one copy is lost"
             found.append(f"metadata page {page} of {file.name.lower()} is poisoned: {lost}")
+        for file, page, _ in self._differing_pages() if is_clean else ():
+            found.append(f"the copies of metadata page {page} of {file.name.lower()} differ")
         return found
 
     def repair(self) -> int:
@@ -290,9 +296,39 @@ class MetadataRegion:
                 last = min(-(-part.end // PAGE_SIZE), blocks.end) * PAGE_SIZE
                 self._dax.recovery_write(max(first, blocks.start * PAGE_SIZE), bytes(last - first))
                 healed += (last - first) // PAGE_SIZE
-        if healed:
+        stale = sum(not self._is_current(blocks) for blocks in self._super_blocks)
+        if stale:
             self._write_superblocks()
-        return healed
+        return max(healed, stale)
+
+    def _is_current(self, blocks: Range) -> bool:
+        """Whether a superblock can be read, and is of the generation that counts."""
+        try:
+            return self._unseal(blocks).generation == self._generation
+        except (DaxemuError, msgspec.MsgspecError):
+            return False
+
+    def _differing_pages(self) -> Iterator[tuple[MetadataFile, Block, list[int]]]:
+        """(file, page, device offsets of its copies) of each page whose copies can be read and differ."""
+        for file in MetadataFile:
+            for page in range(self._blocks[file]):
+                offsets = [self._device_offset(file, replica, page) for replica in range(REPLICAS)]
+                if any(self._dax.is_poisoned(at, PAGE_SIZE) for at in offsets):
+                    continue
+                first, *others = (bytes(self._dax.direct_access(at, PAGE_SIZE)) for at in offsets)
+                if any(other != first for other in others):
+                    yield file, page, offsets
+
+    def settle(self) -> None:
+        """After a crash: a write may have reached one copy only. The first is written first, and is what is
+        read.
+        """
+        for _, _, offsets in list(self._differing_pages()):
+            first = bytes(self._dax.direct_access(offsets[0], PAGE_SIZE))
+            for at in offsets[1:]:
+                self._dax.direct_access(at, PAGE_SIZE)[:] = first
+        if not all(map(self._is_current, self._super_blocks)):
+            self._write_superblocks()
 
 
 def _pages(offset: int, length: int) -> list[tuple[Block, int, int]]:

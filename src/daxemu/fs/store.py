@@ -118,9 +118,9 @@ class Store:
     def _translated(self, error: apsw.Error | MediaError) -> DaxemuError:
         failure, self._vfs.failure = self._vfs.failure, None
         if isinstance(failure, MediaError) or failure is None:
-            return CorruptMetadata(
-                f"{self._name}: metadata cannot be read ({failure or error}); run: daxemu fsck"
-            )
+            # SQLite may quote what it read, over several lines.
+            why = " ".join(str(failure or error).encode("ascii", "backslashreplace").decode().split())
+            return CorruptMetadata(f"{self._name}: metadata cannot be read ({why}); run: daxemu fsck")
         return failure
 
     # -- room

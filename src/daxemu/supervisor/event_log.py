@@ -10,6 +10,7 @@ from pathlib import Path
 
 import trio
 
+from daxemu.errors import PermissionDenied
 from daxemu.events import Event, encode
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,11 @@ class EventLog:
     """The last ``KEPT`` events in memory, all of them in the file. ``emit`` never waits for a follower."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as this object
+        """Raises PermissionDenied when the file cannot be written to."""
+        try:
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as this object
+        except OSError as error:
+            raise PermissionDenied(f"{path}: {error.strerror}") from error
         self._lines: deque[bytes] = deque(maxlen=KEPT)
         self._mend = b""
         self._emitted = 0

@@ -1,0 +1,77 @@
+"""Where a device's metadata is, and doing harm to it while it is not mounted."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from daxemu.fs.allocator import Allocator
+from daxemu.fs.metadata_region import REPLICAS, MetadataFile, MetadataRegion
+from daxemu.fs.rmap import Rmap
+from daxemu.pmem.device_dir import DeviceDir
+from daxemu.pmem.inject import inject
+from daxemu.pmem.pmem import Pmem
+from daxemu.uapi import PAGE_SIZE
+
+
+class Page(NamedTuple):
+    """One page of a metadata file; ``offsets``: where its copies are on the device."""
+
+    file: MetadataFile
+    number: int
+    offsets: tuple[int, ...]
+
+
+@contextmanager
+def probed(device: Path) -> Iterator[Pmem]:
+    """A device that is not mounted."""
+    with DeviceDir.open(device) as directory, closing(Pmem(directory)) as pmem:
+        yield pmem
+
+
+def metadata_pages(device: Path) -> list[Page]:
+    """All of them, and none of the superblocks'."""
+    with probed(device) as pmem:
+        region = MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
+        region.load()
+        return [
+            Page(
+                file,
+                number,
+                tuple(region._device_offset(file, replica, number) for replica in range(REPLICAS)),
+            )
+            for file in MetadataFile
+            for number in range(region.size(file) // PAGE_SIZE)
+        ]
+
+
+def superblocks(device: Path) -> tuple[int, int]:
+    """The device offsets of both."""
+    with probed(device) as pmem:
+        region = MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
+        first, second = (blocks.start * PAGE_SIZE for blocks in region._super_blocks)
+        return first, second
+
+
+def poison(device: Path, *offsets: int, length: int = PAGE_SIZE) -> None:
+    """Make device bytes unreadable; nobody is told."""
+    with probed(device) as pmem:
+        for offset in offsets:
+            inject(pmem, offset, length)
+
+
+def overwrite(device: Path, offset: int, data: bytes) -> None:
+    """Change the media behind everybody's back."""
+    with (device / "media").open("r+b") as media:
+        media.seek(offset)
+        media.write(data)
+
+
+def restore(pristine: Path, device: Path) -> None:
+    """Make ``device`` what ``pristine``, a copy of it, is."""
+    shutil.rmtree(device, ignore_errors=True)
+    subprocess.run(["cp", "-a", "--sparse=always", pristine, device], check=True, timeout=30)
