@@ -6,6 +6,7 @@ mapping excepted, whose bytes are only promised by their own fsync; and from the
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, event, settings
+from hypothesis import HealthCheck, Phase, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -22,9 +23,12 @@ from tests.support.quick import QuickMount, quick_mount_at
 from tests.support.workload import DIRECTORY, MOST, PAGE, Op, State, after, do
 from tests.support.zygote import Zygote
 
-pytestmark = [pytest.mark.mount, pytest.mark.timeout(60)]
-
+PHASES = [Phase.explicit, Phase.generate, *([Phase.shrink] if os.environ.get("DAXEMU_SHRINK") else [])]
+"""Shrinking takes minutes: for whoever looks into a failure."""
+EXAMPLES = int(os.environ.get("DAXEMU_MODEL_EXAMPLES", "15"))
 NAMES = ["a", "b", "c", "d", "dir/a", "dir/b"]
+pytestmark = [pytest.mark.mount, pytest.mark.timeout(200 + 15 * EXAMPLES)]
+
 _zygotes: list[Zygote] = []
 
 
@@ -55,8 +59,10 @@ class MountAgainstModel(RuleBasedStateMachine):
         self.states = [State()]
         self.older: dict[int, list[bytes]] = {}
         self.handles: list[tuple[int, int]] = []
+        self.views: list[tuple[int, mmap.mmap]] = []
         self.done = 0
         self.step(Op("mkdir", "dir"))
+        self.step(Op("fsyncdir", ""))
         for name in NAMES[:2]:
             self.step(Op("create", name))
             self.step(Op("write", name, b=0, c=3 * PAGE, seed=len(name)))
@@ -86,8 +92,18 @@ class MountAgainstModel(RuleBasedStateMachine):
             versions = [state.files[number] for state in self.states if number in state.files]
             self.older[number] = [*self.older.get(number, []), *versions]
         self.states.append(then)
-        if do(self.mount.path, op):
+        if op.verb == "stored":
+            self.keep_dirty(op)
+        elif do(self.mount.path, op):
             self.promised(number)
+
+    def keep_dirty(self, op: Op) -> None:
+        """Store through a mapping that stays: closing any descriptor of the file would write it back."""
+        fd = os.open(self.mount.path / op.name, os.O_RDWR)
+        view = mmap.mmap(fd, 0)
+        self.views.append((fd, view))
+        data = op.data()[: len(view) - op.b]
+        view[op.b : op.b + len(data)] = data
 
     def promised(self, number: int | None = None) -> None:
         """Names and sizes as they are now, and the bytes of this file; others keep their older versions."""
@@ -163,6 +179,25 @@ class MountAgainstModel(RuleBasedStateMachine):
         if self.state.names[one] != self.state.names[two]:
             self.step(Op(verb, one, two))
 
+    @precondition(lambda self: len(self.files) > 1)
+    @rule(
+        index=which,
+        other=which,
+        stored=st.booleans(),
+        give_up=st.sampled_from(["unlink", "truncate", "write"]),
+    )
+    def snapshot(self, index: int, other: int, stored: bool, give_up: str) -> None:
+        """A synced clone that is given up again, while its source is written to."""
+        one, two = self.pick(index), self.pick(other)
+        if self.state.names[one] == self.state.names[two]:
+            return
+        if stored and self.state.files[self.state.names[one] or 0]:
+            self.step(Op("stored", one, b=0, c=2 * PAGE, seed=index))
+        self.step(Op("clone", two, one))
+        self.step(Op("fsync", two))
+        self.step(Op(give_up, two, b=0, c=3 * PAGE, seed=7))
+        self.step(Op("write", one, b=0, c=3 * PAGE, seed=other))
+
     # -- open files
 
     @precondition(lambda self: self.files)
@@ -182,6 +217,11 @@ class MountAgainstModel(RuleBasedStateMachine):
         while self.handles:
             with suppress(OSError):
                 os.close(self.handles.pop()[0])
+        while self.views:
+            fd, view = self.views.pop()
+            view.close()
+            with suppress(OSError):
+                os.close(fd)
 
     # -- durability
 
@@ -247,9 +287,10 @@ class MountAgainstModel(RuleBasedStateMachine):
 
 
 MountAgainstModel.TestCase.settings = settings(
-    max_examples=25,
+    max_examples=EXAMPLES,
     stateful_step_count=40,
     deadline=None,
+    phases=PHASES,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )
 TestMountAgainstModel = MountAgainstModel.TestCase

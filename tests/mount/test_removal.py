@@ -185,7 +185,7 @@ def test_six_tebibytes(scene: Scene) -> None:
     assert remove(scene) == 1
     is_told_once(p0, set(range(PAGES)))
     faults_plainly(p0, "tr 0 100", f"m0+{100 * PAGE:#x}")
-    assert len(scene.mount.events("MemoryFailureHandled")) == 2
+    assert len(scene.mount.events("MemoryFailureHandled")) == 1  # a removal is none
 
 
 def test_traced_by_somebody_else(scene: Scene) -> None:

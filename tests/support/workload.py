@@ -38,7 +38,7 @@ VERBS = {
     "allocate": 3, "clone": 6, "copy": 3, "rename": 4, "exchange": 2, "link": 3, "unlink": 4, "mkdir": 1,
     "fsync": 9, "fsyncdir": 2,
 }  # fmt: skip
-"""How often each is chosen. There is one more, "stored": a store through a mapping that nobody syncs."""
+"""How often each is chosen. There is one more, "stored" (through a mapping), which others do."""
 
 
 class Op(NamedTuple):
@@ -50,6 +50,10 @@ class Op(NamedTuple):
     b: int = 0
     c: int = 0
     seed: int = 0
+
+    def data(self) -> bytes:
+        """What it writes."""
+        return random.Random(self.seed).randbytes(self.c)
 
 
 @dataclass
@@ -120,10 +124,6 @@ def _choose(rng: random.Random, state: State) -> Op:
     return Op(verb, name)
 
 
-def _data(op: Op) -> bytes:
-    return random.Random(op.seed).randbytes(op.c)
-
-
 def after(state: State, op: Op, number: int) -> State:
     """The state after operation ``number`` was done whole."""
     then = state.copy()
@@ -143,9 +143,9 @@ def after(state: State, op: Op, number: int) -> State:
         case "mkdir":
             names[op.name] = DIRECTORY
         case "write" | "append":
-            put(op.b, _data(op))
+            put(op.b, op.data())
         case "mapped" | "stored":
-            put(op.b, _data(op)[: len(old) - op.b])
+            put(op.b, op.data()[: len(old) - op.b])
         case "punch":
             put(op.b, bytes(op.c), len(old))
         case "zero":
@@ -210,14 +210,13 @@ def do(top: Path, op: Op) -> bool:
 def _do_open(fd: int, other: Path, op: Op) -> bool:
     match op.verb:
         case "write" | "append":
-            os.pwrite(fd, _data(op), op.b)
-        case "mapped" | "stored":
+            os.pwrite(fd, op.data(), op.b)
+        case "mapped":
             with mmap.mmap(fd, 0) as view:
-                data = _data(op)[: len(view) - op.b]
+                data = op.data()[: len(view) - op.b]
                 view[op.b : op.b + len(data)] = data
-                if op.verb == "mapped":
-                    view.flush()
-            return op.verb == "mapped"
+                view.flush()
+            return True
         case "punch":
             fallocate(fd, PUNCH_HOLE | KEEP_SIZE, op.b, op.c)
         case "zero":

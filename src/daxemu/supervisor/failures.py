@@ -54,7 +54,7 @@ class Failures:
         """The last request of each thread that consumes poison just now."""
         self._finders: set[int] = set()
         """Those of them whose load found it: a page fault asks more than once, and only the first is news."""
-        self._forced: set[int] = set()
+        self._forced: dict[int, int] = {}
         """Threads with a forced SIGBUS on its way."""
         self.mf_mutex = trio.Lock()
         """Held while mappings are looked at and taken away: nobody else may take one away meanwhile."""
@@ -150,6 +150,12 @@ class Failures:
             if outcome is None:
                 self._nursery.start_soon(self._await_late, victim, pending)
 
+    def new_call(self, tid: int) -> None:
+        """A thread is in another system call: what was forced on it in the last one was delivered at its
+        return, whether or not that has been reported yet.
+        """
+        self._forced.pop(tid, None)
+
     async def _force(self, victim: ToKill) -> None:
         """``force_sig_mceerr(BUS_MCEERR_AR)``: it has no second one pending, as no SIGBUS has."""
         if victim.tid in self._forced:
@@ -157,7 +163,7 @@ class Failures:
             return
         armed = await self._tracer.force_ar(victim.task.pid, victim.tid, victim.address, victim.shift)
         if isinstance(armed, Armed):
-            self._forced.add(victim.tid)
+            self._forced[victim.tid] = armed.id
             self._emit(_to_current(victim, "delivered", None))
             self._nursery.start_soon(self._await_forced, victim, armed)
         else:
@@ -165,7 +171,8 @@ class Failures:
 
     async def _await_forced(self, victim: ToKill, armed: Pending) -> None:
         outcome = await armed.wait()
-        self._forced.discard(victim.tid)
+        if self._forced.get(victim.tid) == armed.id:
+            del self._forced[victim.tid]
         if not isinstance(outcome, Delivered):
             self._emit(_to_current(victim, *_explain(outcome)))
 

@@ -28,6 +28,7 @@ async def madvise_inject_error(machine: Machine, request: p.Madvise) -> p.Advise
     """
     machine.check_present()
     pid = process_of(request.tid)
+    machine.failures.new_call(request.tid)
     for done in range(0, request.length, PAGE_SIZE):
         error = await _one_page(machine, request, pid, done)
         if error:
