@@ -1,0 +1,34 @@
+"""Small jobs in another process: of another user, or just somebody else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.support.mount import PATIENCE
+
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+PRELUDE = "import errno, fcntl, mmap, os, sys\n"
+
+
+def python(code: str, *arguments: str | Path | int, wrapper: tuple[str, ...] = ()) -> str:
+    """Run Python code; what it printed, or the name of the errno that it ended with."""
+    done = start(code, *arguments, wrapper=wrapper)
+    said, error = done.communicate(timeout=PATIENCE)
+    assert done.returncode == 0, error
+    return said.strip()
+
+
+def start(code: str, *arguments: str | Path | int, wrapper: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """The same, not waited for; it can be spoken to."""
+    indented = "".join(f"    {line}\n" for line in code.strip().splitlines())
+    guarded = f"try:\n{indented}except OSError as error:\n    print(errno.errorcode[error.errno])\n"
+    return subprocess.Popen(
+        [*wrapper, sys.executable, "-c", PRELUDE + guarded, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd="/",
+    )
