@@ -173,7 +173,7 @@ def test_holes_that_a_write_leaves_are_zero(top: Path) -> None:
 
 
 def test_a_mapped_file_is_truncated(quick_mount: QuickMount) -> None:
-    """Beyond the end SIGBUS BUS_ADRERR, in the block of the end zeros; zeros again when the file has grown."""
+    """Beyond the end SIGBUS BUS_ADRERR, in the block of the end zeros; zeros again when it has grown."""
     quick_mount.make_file("f", 8)
     with Actor.spawn("p0", cwd=quick_mount.path) as p0:
         for command in ("open 0 f rw", "mmap 0 0 0 8 shared"):

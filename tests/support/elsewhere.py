@@ -12,15 +12,20 @@ NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 PRELUDE = "import errno, fcntl, mmap, os, sys\n"
 
 
-def python(code: str, *arguments: str | Path | int, wrapper: tuple[str, ...] = ()) -> str:
-    """Run Python code; what it printed, or the name of the errno that it ended with."""
-    done = start(code, *arguments, wrapper=wrapper)
+def python(code: str, *arguments: str | Path, cwd: Path = Path("/"), wrapper: tuple[str, ...] = ()) -> str:
+    """Run Python code; what it printed, or the name of the errno that it ended with.
+
+    Another user reaches by ``cwd`` what he may not walk to.
+    """
+    done = start(code, *arguments, cwd=cwd, wrapper=wrapper)
     said, error = done.communicate(timeout=PATIENCE)
     assert done.returncode == 0, error
     return said.strip()
 
 
-def start(code: str, *arguments: str | Path | int, wrapper: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start(
+    code: str, *arguments: str | Path, cwd: Path = Path("/"), wrapper: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
     """The same, not waited for; it can be spoken to."""
     indented = "".join(f"    {line}\n" for line in code.strip().splitlines())
     guarded = f"try:\n{indented}except OSError as error:\n    print(errno.errorcode[error.errno])\n"
@@ -30,5 +35,5 @@ def start(code: str, *arguments: str | Path | int, wrapper: tuple[str, ...] = ()
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd="/",
+        cwd=cwd,
     )
