@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from daxemu.errors import DaxemuError
-from tests.support.aftermath import look, why_not
+from tests.support.aftermath import Tree, look, why_not
 from tests.support.quick import QuickMount
 from tests.support.workload import COUNTERS, history
 from tests.support.zygote import wait_for_death, wait_for_end
@@ -38,7 +38,7 @@ class Loop:
     def __init__(self, mount: QuickMount, counters: Path) -> None:
         self.mount = mount
         self.counters = counters
-        self.earlier: dict[Path, dict[str, bytes | None]] = {}
+        self.earlier: dict[Path, Tree] = {}
         self.begun = self.crashes = 0
 
     def round(self, seed: int) -> str | None:

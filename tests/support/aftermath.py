@@ -4,38 +4,45 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.support.workload import DIRECTORY, State
+from tests.support.workload import DIRECTORY, Shape, State, shape
 
 
-def look(top: Path) -> dict[str, bytes | None]:
-    """Every name below ``top``: its bytes, None for a directory."""
-    found: dict[str, bytes | None] = {}
+@dataclass
+class Tree:
+    """A tree as it was found. ``data``: of every name its bytes, None for a directory."""
+
+    data: dict[str, bytes | None] = field(default_factory=dict)
+    shape: Shape = field(default_factory=dict)
+
+
+def look(top: Path) -> Tree:
+    """Every name below ``top``."""
+    data: dict[str, bytes | None] = {}
+    inodes: dict[str, int | None] = {}
     for directory, subdirectories, files in os.walk(top):
-        for name in subdirectories:
-            found[str((Path(directory) / name).relative_to(top))] = None
-        for name in files:
+        for name in [*subdirectories, *files]:
             path = Path(directory) / name
-            found[str(path.relative_to(top))] = path.read_bytes()
-    return found
+            key = str(path.relative_to(top))
+            data[key] = path.read_bytes() if name in files else None
+            inodes[key] = path.stat().st_ino if name in files else DIRECTORY
+    return Tree(data, shape(inodes, {name: len(found) for name, found in data.items() if found is not None}))
 
 
-def why_not(
-    found: dict[str, bytes | None], states: list[State], older: Mapping[int, Sequence[bytes]] = {}
-) -> str | None:
+def why_not(found: Tree, states: list[State], older: Mapping[int, Sequence[bytes]] = {}) -> str | None:
     """None if ``found`` can be what a crash within this piece of history left; else what speaks against it.
 
-    Names and sizes must be those of one state. A byte that was overwritten in place may be as in any of them,
-    or as in ``older`` versions of the same file.
+    Names, links and sizes must be those of one state. A byte that was overwritten in place may be as in any
+    of them, or as in ``older`` versions of the same file.
     """
-    sizes = {name: None if data is None else len(data) for name, data in found.items()}
-    possible = [state for state in states if state.sizes() == sizes]
+    possible = [state for state in states if state.shape() == found.shape]
     if not possible:
-        nearest = min(states, key=lambda state: len(set(state.sizes().items()) ^ set(sizes.items())))
-        wrong = set(nearest.sizes().items()) ^ set(sizes.items())
-        return f"no state has these names and sizes; the nearest differs by {sorted(wrong, key=str)}"
-    reasons = [_why_not_bytes(found, state, states, older) for state in possible]
+        nearest = min(states, key=lambda state: len(set(state.shape().items()) ^ set(found.shape.items())))
+        wrong = set(nearest.shape().items()) ^ set(found.shape.items())
+        return f"no state has these names, links and sizes; the nearest differs by {sorted(wrong, key=str)}"
+    reasons = [_why_not_bytes(found.data, state, states, older) for state in possible]
     return None if None in reasons else reasons[0]
 
 

@@ -11,7 +11,7 @@ import mmap
 import os
 import random
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,8 @@ MOST = 24 * PAGE
 COUNTERS = struct.Struct("=QQ")
 """How many operations were begun; how many there had been at the last fsync that returned."""
 DIRECTORY = None
+Shape = dict[str, tuple[str, int] | None]
+"""Of each name: the first of all names of the same file, and its size; None for a directory."""
 VERBS = {
     "create": 6, "write": 14, "append": 8, "mapped": 3, "truncate": 6, "punch": 4, "zero": 3,
     "allocate": 3, "clone": 6, "copy": 3, "rename": 4, "exchange": 2, "link": 3, "unlink": 4, "mkdir": 1,
@@ -67,9 +69,20 @@ class State:
         """Another one that changes by itself; the bytes are never changed in place."""
         return State(dict(self.names), dict(self.files))
 
-    def sizes(self) -> dict[str, int | None]:
-        """What a look at the tree shows without reading files: sizes, None for directories."""
-        return {name: None if n is DIRECTORY else len(self.files[n]) for name, n in self.names.items()}
+    def shape(self) -> Shape:
+        """What a look at the tree shows without reading files."""
+        return shape(
+            self.names, {name: len(self.files[n]) for name, n in self.names.items() if n is not DIRECTORY}
+        )
+
+
+def shape(numbers: Mapping[str, int | None], sizes: Mapping[str, int]) -> Shape:
+    """The shape of a tree whose names stand for the files with these ``numbers``, whatever these are."""
+    first: dict[int, str] = {}
+    for name, number in sorted(numbers.items()):
+        if number is not DIRECTORY:
+            first.setdefault(number, name)
+    return {name: None if n is DIRECTORY else (first[n], sizes[name]) for name, n in numbers.items()}
 
 
 def history(seed: int, length: int) -> tuple[list[Op], list[State]]:

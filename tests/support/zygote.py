@@ -24,6 +24,8 @@ from daxemu.errors import ERRORS, DaxemuError
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 30.0
+LATE = ("daxemu.supervisor.run", "daxemu.mm.memmap")
+"""What a supervisor imports only when it begins, or later: the larger part of its start."""
 
 
 class Zygote:
@@ -108,9 +110,9 @@ def _is_alive(pid: int) -> bool:
 def _serve() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children: their end is seen by pidfd
     import daxemu.supervisor.__main__ as supervisor
-    import daxemu.supervisor.run
 
-    assert daxemu.supervisor.run
+    for module in LATE:
+        importlib.import_module(module)
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "supervise":
