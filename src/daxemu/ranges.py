@@ -44,6 +44,19 @@ def merged(spans: Iterable[tuple[int, int]]) -> Iterator[Range]:
         yield current
 
 
+def paired(one: Iterable[Range], other: Iterable[Range]) -> Iterator[tuple[Range, Range]]:
+    """Both lists cut to pieces of the same lengths, in order. Precondition: they are of one total length."""
+    rest = iter(other)
+    right = Range(0, 0)
+    for left in one:
+        while left:
+            right = right if right else next(rest)
+            length = min(left.length, right.length)
+            yield Range(left.start, left.start + length), Range(right.start, right.start + length)
+            left = Range(left.start + length, left.end)
+            right = Range(right.start + length, right.end)
+
+
 class RangeSet:
     """A set of integers kept as disjoint, non-adjacent ranges in order.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from daxemu.errors import NoSpace
+from daxemu.fs.data_ops import DataOps
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SIZE, Block
@@ -28,6 +29,7 @@ class Allocator:
         self._pending = RangeSet()
         self._cursor = 0
         self.reclaim: Callable[[], None] | None = None
+        self.watcher: DataOps | None = None
 
     @property
     def free_blocks(self) -> int:
@@ -88,6 +90,8 @@ class Allocator:
                     self._dax.clear_poison(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
                     missing -= run.length
                     low = run.end
+                    if self.watcher is not None:
+                        self.watcher.allocated(run)
             if missing:
                 raise NoSpace("the device is full: what is free of it is bad")
         except BaseException:
@@ -119,11 +123,13 @@ class Allocator:
         """A commit is done: what was freed before it may be used again, and its memory goes back to the
         host.
         """
-        for run in self._pending:
+        pending, self._pending = self._pending, RangeSet()
+        for run in pending:
             self._give_back(run)
-        self._pending = RangeSet()
 
     def _give_back(self, run: Range) -> None:
+        if self.watcher is not None:
+            self.watcher.freed(run)
         self._free.add(*run)
         self._dax.discard(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
 

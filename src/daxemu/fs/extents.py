@@ -7,12 +7,12 @@ All positions and lengths are blocks.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
 from daxemu.fs.rmap import Link, Rmap
-from daxemu.ranges import Range
+from daxemu.ranges import Range, paired
 from daxemu.uapi import Block, Ino
 
 _file_block = attrgetter("file_block")
@@ -96,6 +96,11 @@ class ExtentMap:
         link = Link(self.ino, file_block, dev_block, length)
         self._links.insert(index, link)
         self._rmap.add(link)
+
+    def fill(self, holes: Iterable[Range], fresh: Iterable[Range]) -> None:
+        """Map ``holes`` of the file to device blocks that nobody else uses, and that are as many."""
+        for hole, run in paired(holes, fresh):
+            self.insert(hole.start, run.start, run.length)
 
     def remove(self, start: Block, end: Block) -> list[Range]:
         """Make ``[start, end)`` of the file a hole. Returns the device blocks that nobody uses any more."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from daxemu.errors import MediaError, PartialOverPoison
 from daxemu.fs.allocator import Allocator
+from daxemu.fs.data_ops import DataOps, Origin
 from daxemu.fs.extents import ExtentMap, Mapping
 from daxemu.fs.rmap import Link, Rmap
 from daxemu.pmem.dax_device import DaxDevice
@@ -56,6 +57,7 @@ class FileData:
         self._rmap = rmap
         self._allocator = allocator
         self._ensure_links = ensure_links
+        self.watcher: DataOps | None = None
 
     # -- reading
 
@@ -79,6 +81,8 @@ class FileData:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _view(self, run: Mapping) -> memoryview:
+        if self.watcher is not None:
+            self.watcher.verify(Range(run.dev_block, run.dev_block + run.length))
         return self._dax.direct_access(run.dev_block * PAGE_SIZE, run.length * PAGE_SIZE)
 
     # -- writing
@@ -105,6 +109,8 @@ class FileData:
         view = memoryview(data)
         cleared: list[Range] = []
         lost: list[Range] = []
+        origin = Origin.MAPPED if from_cache else Origin.SYSCALL
+        touched = self._store_begins(segments, fresh, origin) if self.watcher is not None else []
         for segment in segments:
             start, stop = max(offset, segment.start * PAGE_SIZE), min(end, segment.end * PAGE_SIZE)
             chunk = view[start - offset : stop - offset]
@@ -112,7 +118,22 @@ class FileData:
                 self._store_new(extents, segment, start, chunk, fresh)
             else:
                 self._store_in_place(segment, start, chunk, cleared, lost, from_cache=from_cache)
+        if self.watcher is not None:
+            self.watcher.store_done(touched, origin)
         return Stored(cleared, lost)
+
+    def _store_begins(self, segments: list[_Segment], fresh: list[Range], origin: Origin) -> list[Range]:
+        """Tell the watcher which blocks a store will change; if it refuses, give ``fresh`` back."""
+        assert self.watcher is not None
+        starts = [(s.dev_block(s.start), s.end - s.start) for s in segments if not s.copy]
+        touched = [*(Range(start, start + length) for start, length in starts), *fresh]
+        try:
+            self.watcher.store_begins(touched, origin)
+        except BaseException:
+            for run in fresh:
+                self._allocator.free(run)
+            raise
+        return touched
 
     def _segments(self, extents: ExtentMap, first: Block, last: Block) -> Iterator[_Segment]:
         for run in extents.lookup(first, last):
@@ -225,6 +246,8 @@ class FileData:
         for part in bad.overlapping(*dev):
             if from_cache:
                 lost.append(Range(part.start - base, part.end - base))
+                if self.watcher is not None:
+                    self.watcher.store_lost(Range(part.start // PAGE_SIZE, -(-part.end // PAGE_SIZE)))
             else:
                 cleared += self._dax.recovery_write(
                     part.start, chunk[part.start - dev.start : part.end - dev.start]
@@ -300,7 +323,7 @@ class FileData:
             raise
         self.remove(extents, *whole)
         targets = [*([whole] if whole else []), *(Range(block, block + 1) for block in holes)]
-        self._fill(extents, targets, fresh)
+        extents.fill(targets, fresh)
 
     def _zero_edges(self, extents: ExtentMap, start: int, end: int) -> Range:
         """Overwrite what lies in blocks that the range covers in part; returns the blocks it covers whole."""
@@ -325,18 +348,4 @@ class FileData:
         wanted = sum(run.length for run in holes)
         self._ensure_links(len(holes) + min(wanted, self._allocator.fragments))
         fresh = self._allocator.allocate(wanted)
-        self._fill(extents, [Range(hole.file_block, hole.file_block + hole.length) for hole in holes], fresh)
-
-    @staticmethod
-    def _fill(extents: ExtentMap, holes: list[Range], fresh: list[Range]) -> None:
-        """Map ``holes`` of the file to the blocks of ``fresh``, which are as many."""
-        left = list(reversed(fresh))
-        for hole in holes:
-            block = hole.start
-            while block < hole.end:
-                run = left.pop()
-                taken = run.clip(run.start, run.start + hole.end - block)
-                if taken.end < run.end:
-                    left.append(Range(taken.end, run.end))
-                extents.insert(block, taken.start, taken.length)
-                block += taken.length
+        extents.fill([Range(hole.file_block, hole.file_block + hole.length) for hole in holes], fresh)

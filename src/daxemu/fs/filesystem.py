@@ -14,6 +14,7 @@ from daxemu.errors import Busy, CorruptMetadata, DaxemuError, FsError, MediaErro
 from daxemu.events import Emit, FilesystemShutdown, PoisonCleared, StoreLost
 from daxemu.fs import posix_acl
 from daxemu.fs.allocator import Allocator
+from daxemu.fs.data_ops import DataOps
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.file_data import Buffer, FileData, Stored
 from daxemu.fs.inode import ENTRY_COST, MAX_FILE_SIZE, Credentials, Inode
@@ -22,7 +23,7 @@ from daxemu.fs.namespace import Namespace
 from daxemu.fs.notify_failure import NotifyFailure
 from daxemu.fs.reflink import check_remap
 from daxemu.fs.rmap import METADATA_INO, Rmap
-from daxemu.fs.statfs import Damage, StatFs
+from daxemu.fs.statfs import Damage, StatFs, damaged
 from daxemu.fs.store import Store
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.dax_device import DaxDevice
@@ -70,7 +71,7 @@ class Filesystem:
         """Told of a shutdown: the page cache must not go on answering for us."""
         self.rmap = Rmap()
         self.allocator = Allocator(dax)
-        self._data = FileData(dax, self.rmap, self.allocator, lambda links: self._ensure_room(links=links))
+        self._data = FileData(dax, self.rmap, self.allocator, self.ensure_links)
         self.region = MetadataRegion(dax, self.rmap, self.allocator)
         self.store = Store(self.region, dax.name)
         try:
@@ -137,6 +138,8 @@ class Filesystem:
             return
         self.store.commit(self.names, self.rmap, clean=clean)
         self.allocator.settle()
+        if self.allocator.watcher is not None:
+            self.allocator.watcher.committed()
 
     def fsync(self) -> None:
         """``fsync(2)``, of a file or a directory: nothing that was done before it can be lost any more.
@@ -162,6 +165,10 @@ class Filesystem:
         self.emit(FilesystemShutdown(device=self.dax.name, reason=self.shutdown_reason))
         self.on_shutdown()
 
+    def watch(self, watcher: DataOps | None) -> None:
+        """Have ``watcher`` told of everything that happens to the bytes of files from now on."""
+        self._data.watcher = self.allocator.watcher = watcher
+
     def check_alive(self) -> None:
         """Raises Shutdown after a shutdown."""
         if self.shutdown_reason is not None:
@@ -172,6 +179,10 @@ class Filesystem:
         self.store.ensure_room(
             len(self.names) + inodes, self.rmap.link_count + links, self.names.name_bytes + name_bytes
         )
+
+    def ensure_links(self, links: int) -> None:
+        """Refuse with NoSpace what needs so many links more than the next commit has room for."""
+        self._ensure_room(links=links)
 
     def _new_bytes(self, parent: Ino, name: bytes) -> int:
         """What the name of a new inode takes, and the access control lists that it inherits."""
@@ -465,17 +476,7 @@ class Filesystem:
 
     def damaged(self) -> list[Damage]:
         """What the badblocks cost: every file range that lost data, by path, in order of path and offset."""
-        lost = []
-        for bad in self.dax.badblocks.overlapping_bytes(0, self.dax.size):
-            for owner in self.rmap.owners(bad.start // PAGE_SIZE, -(-bad.end // PAGE_SIZE)):
-                if owner.ino == METADATA_INO:
-                    lost.append(Damage(METADATA_INO, "<metadata>", bad.start, bad.length))
-                    continue
-                base = owner.dev_block * PAGE_SIZE
-                part = bad.clip(base, base + owner.length * PAGE_SIZE)
-                at = owner.file_block * PAGE_SIZE + part.start - base
-                lost.append(Damage(owner.ino, self.names.path_of(owner.ino), at, part.length))
-        return sorted(lost, key=lambda damage: (damage.path, damage.offset))
+        return damaged(self.dax, self.rmap, self.names)
 
     def device_ranges(self, ino: Ino, offset: int, length: int) -> list[Range]:
         """Where the bytes ``[offset, offset + length)`` of a file are, as device byte ranges; holes are

@@ -9,7 +9,7 @@ from collections import Counter
 
 from daxemu.errors import DaxemuError
 from daxemu.fs.filesystem import Filesystem
-from daxemu.fs.inode import ROOT_INO, Inode
+from daxemu.fs.inode import RESERVED_INO, ROOT_INO, Inode
 from daxemu.fs.rmap import METADATA_INO, Link, ReflinkProxy
 from daxemu.ranges import RangeSet
 from daxemu.uapi import PAGE_SIZE
@@ -145,7 +145,7 @@ def _check_tree(fs: Filesystem) -> list[str]:
         if inode.is_dir:
             expected = 2 + subdirectories[inode.ino] if names[inode.ino] or inode.ino == ROOT_INO else 0
         else:
-            expected = names[inode.ino]
+            expected = names[inode.ino] + (inode.ino == RESERVED_INO)
         if inode.nlink != expected:
             wrong.append(f"inode {inode.ino}: link count {inode.nlink}, has {expected}")
         if inode.nlink == 0 and inode.pins <= 0 and inode.opens == 0:

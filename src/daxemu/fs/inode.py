@@ -8,6 +8,8 @@ from daxemu.fs.extents import ExtentMap
 from daxemu.uapi import PAGE_SIZE, Ino
 
 ROOT_INO: Ino = 1
+RESERVED_INO: Ino = 1 << 62
+"""The file of a repair strategy (fs/reserved.py). It has no name."""
 LINK_MAX = (1 << 31) - 1
 MAX_FILE_SIZE = (1 << 63) - PAGE_SIZE
 ENTRY_COST = 28

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from daxemu.errors import CorruptMetadata, FsError
 from daxemu.fs import posix_acl
 from daxemu.fs.extents import ExtentMap
-from daxemu.fs.inode import ENTRY_COST, LINK_MAX, ROOT_INO, Credentials, Inode
+from daxemu.fs.inode import ENTRY_COST, LINK_MAX, RESERVED_INO, ROOT_INO, Credentials, Inode
 from daxemu.fs.rmap import Rmap
 from daxemu.uapi import (
     NAME_MAX,
@@ -112,7 +112,8 @@ class Namespace:
         elif stat.S_ISREG(inode.mode):
             inode.extents = ExtentMap(inode.ino, self._rmap)
         self._inodes[inode.ino] = inode
-        self._next_ino = max(self._next_ino, inode.ino + 1)
+        if inode.ino != RESERVED_INO:
+            self._next_ino = max(self._next_ino, inode.ino + 1)
         self.name_bytes += self._own_bytes(inode)
 
     def adopt_entry(self, parent: Ino, name: bytes, ino: Ino) -> None:
@@ -155,6 +156,8 @@ class Namespace:
     def path_bytes(self, ino: Ino) -> bytes | None:
         """A path of the inode from the root, for the kernel; None if it is unlinked."""
         names: list[bytes] = []
+        if ino == RESERVED_INO:
+            return None
         while ino != ROOT_INO:
             inode = self._inodes.get(ino)
             if inode is None or inode.nlink == 0:

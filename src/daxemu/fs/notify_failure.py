@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from daxemu.errors import CorruptMetadata
 from daxemu.events import Emit, FileDamaged
+from daxemu.fs.inode import RESERVED_INO
 from daxemu.fs.namespace import Namespace
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.mm.memory_failure import MemoryFailures
@@ -58,6 +59,8 @@ class NotifyFailure:
             if owner.ino == METADATA_INO:
                 metadata_hurt = True
                 continue
+            if owner.ino == RESERVED_INO:
+                continue  # nobody maps it, and what it is a copy of is not hurt
             pfn = self._dax.base_pfn + owner.dev_block
             self._mm.mf_dax_kill_procs(owner.ino, owner.file_block, owner.length, pfn, flags)
             self._emit(

@@ -1,0 +1,75 @@
+"""What can be done about bad blocks of files: put good bytes in their place, or somewhere else, or nothing.
+
+Blocks are the device's. Each verb keeps the filesystem's invariants, and knows of every file that shares a
+block.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from daxemu.errors import InvalidArgument
+from daxemu.events import PoisonCleared
+from daxemu.fs.extents import ExtentMap
+from daxemu.fs.filesystem import Filesystem
+from daxemu.fs.rmap import METADATA_INO, Owner
+from daxemu.ranges import Range, paired
+from daxemu.uapi import PAGE_SIZE, Block
+
+
+def rewrite(fs: Filesystem, offset: int, data: bytes | memoryview) -> None:
+    """Write ``data`` over the device's bytes from ``offset`` on; poison there is cleared, as by any write.
+
+    Raises InvalidArgument unless both ends are whole sectors.
+    """
+    for good in fs.dax.recovery_write(offset, data):
+        fs.emit(PoisonCleared(offset=good.start, length=good.length, by="repair"))
+
+
+def relocate(fs: Filesystem, blocks: Range, data: bytes | memoryview) -> None:
+    """Give whoever has ``blocks`` other ones, with ``data`` in them; sharers share those. The old ones are
+    free, and while they are bad nobody gets them.
+
+    Raises NoSpace, and then nothing has changed.
+    """
+    owners = [owner for owner in fs.rmap.owners(*blocks) if owner.ino != METADATA_INO]
+    edges = sorted({edge for o in owners for edge in (o.dev_block, o.dev_block + o.length)})
+    # Between two edges all owners there have all of it.
+    pieces = [Range(*pair) for pair in pairwise(edges) if any(_has(owner, pair[0]) for owner in owners)]
+    wanted = sum(piece.length for piece in pieces)
+    fs.ensure_links((2 + min(wanted, fs.allocator.fragments)) * len(owners))
+    for old, new in paired(pieces, fs.allocator.allocate(wanted)):
+        skip = (old.start - blocks.start) * PAGE_SIZE
+        target = fs.dax.direct_access(new.start * PAGE_SIZE, new.length * PAGE_SIZE)
+        target[:] = memoryview(data)[skip : skip + len(target)]
+        _move(fs, [owner for owner in owners if _has(owner, old.start)], old, new)
+
+
+def _has(owner: Owner, block: Block) -> bool:
+    return owner.dev_block <= block < owner.dev_block + owner.length
+
+
+def _move(fs: Filesystem, owners: list[Owner], old: Range, new: Range) -> None:
+    """Have ``owners``, who all have all of ``old``, share ``new`` in its place."""
+    first: tuple[ExtentMap, Block] | None = None
+    for owner in owners:
+        extents, at = fs.extents_of(owner.ino), owner.file_block + old.start - owner.dev_block
+        for run in extents.remove(at, at + old.length):
+            fs.allocator.free(run)
+        if first is None:
+            extents.insert(at, new.start, new.length)
+            first = extents, at
+        else:
+            extents.clone_from(first[0], first[1], new.length, at)
+
+
+def punch(fs: Filesystem, blocks: Range) -> None:
+    """Make a hole of ``blocks`` in every file that has them. They are free; while bad, nobody gets them."""
+    if blocks.start < 0 or blocks.end > fs.allocator.total:
+        raise InvalidArgument(f"blocks {blocks.start}-{blocks.end} are outside the device")
+    fs.ensure_links(sum(1 for _ in fs.rmap.owners(*blocks)))
+    for owner in list(fs.rmap.owners(*blocks)):
+        if owner.ino != METADATA_INO:
+            freed = fs.extents_of(owner.ino).remove(owner.file_block, owner.file_block + owner.length)
+            for run in freed:
+                fs.allocator.free(run)

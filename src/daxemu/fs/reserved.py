@@ -1,0 +1,110 @@
+"""Blocks that hold copies of others: a file without a name, that nobody but a repair strategy reaches.
+
+It has a number of its own, so the reverse map, the store, free space and fsck treat it as any other file.
+"""
+
+from __future__ import annotations
+
+import stat
+
+from daxemu.errors import MediaError
+from daxemu.fs.extents import ExtentMap
+from daxemu.fs.filesystem import Filesystem
+from daxemu.fs.inode import RESERVED_INO, Inode
+from daxemu.ranges import Range
+from daxemu.uapi import PAGE_SIZE, Block
+
+
+class ReservedFile:
+    """The reserved file of a filesystem, made when it is first written to. Positions are its blocks."""
+
+    def __init__(self, fs: Filesystem) -> None:
+        self._fs = fs
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the device that it has."""
+        extents = self._extents()
+        return extents.blocks if extents is not None else 0
+
+    def _extents(self) -> ExtentMap | None:
+        inode = self._fs.names.find(RESERVED_INO)
+        return inode.extents if inode is not None else None
+
+    def mapped(self, blocks: Range) -> list[Range]:
+        """The parts of ``blocks`` that are not holes."""
+        extents = self._extents()
+        if extents is None:
+            return []
+        runs = extents.lookup(*blocks)
+        return [Range(r.file_block, r.file_block + r.length) for r in runs if r.link is not None]
+
+    def map(self, blocks: Range) -> None:
+        """Give its holes in ``blocks`` blocks of the device. Raises NoSpace; then nothing has changed."""
+        extents = self._extents()
+        if extents is None:
+            extents = self._make()
+        holes = [
+            Range(r.file_block, r.file_block + r.length) for r in extents.lookup(*blocks) if r.link is None
+        ]
+        wanted = sum(hole.length for hole in holes)
+        if wanted:
+            allocator = self._fs.allocator
+            self._fs.ensure_links(len(holes) + min(wanted, allocator.fragments))
+            extents.fill(holes, allocator.allocate(wanted))
+
+    def _make(self) -> ExtentMap:
+        fs = self._fs
+        # As large as it can be: beyond the end of a file everything is cleared after a crash.
+        inode = Inode(RESERVED_INO, stat.S_IFREG | 0o600, 0, 0, size=fs.allocator.total * PAGE_SIZE)
+        fs.names.adopt(inode)
+        fs.names.touch(inode, modified=True)
+        assert inode.extents is not None
+        return inode.extents
+
+    def unmap(self, blocks: Range) -> None:
+        """Make ``blocks`` a hole, and give what it had there back."""
+        if (extents := self._extents()) is not None:
+            for run in extents.remove(*blocks):
+                self._fs.allocator.free(run)
+
+    def read(self, blocks: Range) -> bytes:
+        """What is there, zeros in holes. Raises MediaError on poison."""
+        extents, pieces = self._extents(), []
+        if extents is None:
+            return bytes(blocks.length * PAGE_SIZE)
+        for run in extents.lookup(*blocks):
+            size = run.length * PAGE_SIZE
+            hole = run.link is None
+            pieces.append(
+                bytes(size) if hole else bytes(self._fs.dax.direct_access(run.dev_block * PAGE_SIZE, size))
+            )
+        return b"".join(pieces)
+
+    def write(self, blocks: Range, data: bytes | memoryview) -> None:
+        """Put ``data`` there; poison that is in the way is cleared. Precondition: no holes."""
+        extents = self._extents()
+        assert extents is not None
+        for run in extents.lookup(*blocks):
+            at = (run.file_block - blocks.start) * PAGE_SIZE
+            chunk = memoryview(data)[at : at + run.length * PAGE_SIZE]
+            try:
+                self._fs.dax.direct_access(run.dev_block * PAGE_SIZE, len(chunk))[:] = chunk
+            except MediaError:
+                self._fs.dax.recovery_write(run.dev_block * PAGE_SIZE, chunk)
+
+    def primary_of(self, blocks: Range) -> list[tuple[Block, Range]]:
+        """Of device blocks, those that are this file's: where in it each run is, and the run."""
+        return [
+            (owner.file_block, Range(owner.dev_block, owner.dev_block + owner.length))
+            for owner in self._fs.rmap.owners(*blocks)
+            if owner.ino == RESERVED_INO
+        ]
+
+    def discard(self) -> None:
+        """Take it away, blocks and all."""
+        inode = self._fs.names.find(RESERVED_INO)
+        if inode is not None:
+            self.unmap(Range(0, self._fs.allocator.total))
+            inode.nlink = 0
+            self._fs.names.drop(inode)
