@@ -189,6 +189,58 @@ class StoreLost(Event):
         return f"lost store: {self.path} {self.offset:#x}+{self.length:#x}"
 
 
+class CorruptionFound(Event):
+    """Device bytes were not what was written there, without being poison. ``by``: a read or a scrub."""
+
+    offset: int
+    length: int
+    by: str
+    repaired: bool
+
+    def summary(self) -> str:
+        what = "repaired" if self.repaired else "not repaired"
+        return f"silent corruption at device {self.offset:#x}+{self.length:#x} found by a {self.by}: {what}"
+
+
+class RepairFinished(Event):
+    """What a repair strategy made of a failure. ``verdict``: recovered, lost, cannot, or failed (the strategy
+    itself). ``lost``: (inode, offset, length) of bytes that cannot be had any more. ``seconds`` it took.
+    """
+
+    strategy: str
+    pfn: int
+    nr_pages: int
+    verdict: str
+    transparent: bool
+    seconds: float
+    lost: list[tuple[int, int, int]]
+    reason: str | None = None
+
+    def summary(self) -> str:
+        why = f" ({self.reason})" if self.reason else ""
+        return f"repair by {self.strategy}: pfn {self.pfn:#x}+{self.nr_pages}: {self.verdict}{why}"
+
+
+class RepairStrategyFailed(Event):
+    """A repair strategy raised, hung or made no sense; it is asked nothing more."""
+
+    strategy: str
+    reason: str
+
+    def dmesg(self) -> str:
+        return f"daxemu: repair strategy {self.strategy} failed: {self.reason}"
+
+
+class SilentlyCorrupted(Event):
+    """Device bytes were changed without poison (``inject --silent``)."""
+
+    offset: int
+    length: int
+
+    def summary(self) -> str:
+        return f"silent corruption at device {self.offset:#x}+{self.length:#x}"
+
+
 class FilesystemShutdown(Event):
     device: str
     reason: str
@@ -235,6 +287,10 @@ AnyEvent = (
     | SignalSent
     | FileDamaged
     | StoreLost
+    | CorruptionFound
+    | SilentlyCorrupted
+    | RepairFinished
+    | RepairStrategyFailed
     | FilesystemShutdown
     | DeviceRemoved
 )

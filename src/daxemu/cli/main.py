@@ -24,6 +24,7 @@ VERBS = {
     "scrub": "poison",
     "badblocks": "poison",
     "damaged": "poison",
+    "repair": "repair",
     "remove": "poison",
     "powerfail": "mount",
     "map": "files",

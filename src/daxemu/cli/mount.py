@@ -27,8 +27,15 @@ END_PATIENCE = 60.0
 @click.argument("device", type=click.Path(path_type=Path))
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("--foreground", is_flag=True, help="Stay and serve until unmounted; Ctrl-C unmounts.")
+@click.option(
+    "--repair",
+    default="none",
+    show_default=True,
+    metavar="NAME[:KEY=VALUE,...]",
+    help="What is done about data that goes bad: see daxemu repair --help.",
+)
 @json_option
-def mount(device: Path, mountpoint: Path, foreground: bool, as_json: bool) -> None:
+def mount(device: Path, mountpoint: Path, foreground: bool, repair: str, as_json: bool) -> None:
     """Mount DEVICE on MOUNTPOINT. Returns when the mount is usable; a supervisor serves it in the background.
 
     \b
@@ -49,13 +56,13 @@ def mount(device: Path, mountpoint: Path, foreground: bool, as_json: bool) -> No
         from daxemu.supervisor.run import supervise
 
         logging.basicConfig(level=logging.WARNING, format="daxemu: %(message)s")
-        supervise(device, mountpoint, lambda: say(os.getpid()))
+        supervise(device, mountpoint, lambda: say(os.getpid()), repair=repair)
         return
     from daxemu.host.session import check_mountpoint
     from daxemu.supervisor.spawn import spawn
 
     check_mountpoint(mountpoint)
-    say(spawn(device, mountpoint))
+    say(spawn(device, mountpoint, repair))
 
 
 @click.command()
@@ -181,10 +188,18 @@ def _describe(report: dict[str, Any]) -> str:
             ),
             f"  failures    {counters}",
             f"  settings    {settings}",
+            f"  repair      {_describe_repair(report['repair'])}",
             f"  supervisor  pid {report['pid']}, {report['events']} events, tracer {report['tracer']}",
             f"  supplement  {report['supplement']}",
         ]
     return "\n".join(lines)
+
+
+def _describe_repair(repair: dict[str, Any]) -> str:
+    if repair["broken"]:
+        return f"{repair['strategy']}, which failed: {repair['broken']}"
+    counts = ", ".join(f"{repair[word]} {word}" for word in ("recovered", "lost", "cannot", "failed"))
+    return f"{repair['strategy']}: {counts}; {human(repair['space_bytes'])} kept for it"
 
 
 @click.command(name="set")
@@ -197,6 +212,7 @@ def set_setting(mountpoint: Path, settings: tuple[str, ...], as_json: bool) -> N
     \b
     early_kill=0|1         tell processes of poison they map at once (vm.memory_failure_early_kill)
     lost_store=silent|eio  what fsync says of a mapped store lost to poison: nothing (DAX), or EIO once
+    repair=NAME[:...]      what is done about data that goes bad: see daxemu repair --help
 
     \b
     Example:

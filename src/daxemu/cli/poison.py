@@ -48,9 +48,17 @@ def _range_options(command: Any) -> Any:
 @click.argument("path")
 @_range_options
 @click.option("--latent", is_flag=True, help="Tell nobody: a load, a read or a scrub will find it.")
+@click.option("--silent", is_flag=True, help="Change the bytes; nothing goes bad that could be noticed.")
+@click.option("--seed", type=int, default=0, show_default=True, help="What --silent changes them to.")
 @json_option
 def inject(
-    path: str, offsets: tuple[int, ...], lengths: tuple[int, ...], latent: bool, as_json: bool
+    path: str,
+    offsets: tuple[int, ...],
+    lengths: tuple[int, ...],
+    latent: bool,
+    silent: bool,
+    seed: int,
+    as_json: bool,
 ) -> None:
     """Poison memory: a range of the file PATH, or with a mountpoint of the device.
 
@@ -62,16 +70,24 @@ def inject(
       daxemu inject /tmp/pmem/db --offset 8K --length 4K
       daxemu inject /tmp/pmem --offset 1G --offset 2G --length 64K
     """
+    if latent and silent:
+        raise InvalidArgument("--latent is poison, --silent is not: give one of them")
     with (found := target(path)).client as client:
         result = client.request(
-            "inject", ino=found.ino, ranges=_ranges(offsets, lengths, found.size), latent=latent
+            "inject",
+            ino=found.ino,
+            ranges=_ranges(offsets, lengths, found.size),
+            latent=latent,
+            silent=silent,
+            seed=seed,
         )
     emit(result, as_json, lambda: _describe_injection(result))
 
 
 def _describe_injection(result: dict[str, Any]) -> str:
     lines = [
-        f"poisoned device {r['offset']:#x}+{r['length']:#x} (pfn {r['pfn']:#x}, {r['nr_pages']} pages): "
+        f"{'changed' if r['outcome'] == 'silent' else 'poisoned'} device {r['offset']:#x}+{r['length']:#x} "
+        f"(pfn {r['pfn']:#x}, {r['nr_pages']} pages): "
         f"{r['outcome']}, {r['told']} told"
         for r in result["ranges"]
     ]

@@ -84,7 +84,8 @@ class Filesystem:
                 self.store.format()
                 self.names = Namespace.new(self.rmap, *owner)
             self.allocator.reclaim = self.commit
-            if not (read_only or self.store.is_clean):
+            self.had_crashed = not self.store.is_clean
+            if self.had_crashed and not read_only:
                 self._after_crash()
             self.commit()
         except BaseException:

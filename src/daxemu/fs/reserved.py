@@ -12,7 +12,7 @@ from daxemu.fs.extents import ExtentMap
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import RESERVED_INO, Inode
 from daxemu.ranges import Range
-from daxemu.uapi import PAGE_SIZE, Block
+from daxemu.uapi import PAGE_SIZE
 
 
 class ReservedFile:
@@ -26,6 +26,16 @@ class ReservedFile:
         """Blocks of the device that it has."""
         extents = self._extents()
         return extents.blocks if extents is not None else 0
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is one."""
+        return self._fs.names.find(RESERVED_INO) is not None
+
+    def create(self) -> None:
+        """Make it, empty, unless it is there."""
+        if not self.exists:
+            self._make()
 
     def _extents(self) -> ExtentMap | None:
         inode = self._fs.names.find(RESERVED_INO)
@@ -93,10 +103,10 @@ class ReservedFile:
             except MediaError:
                 self._fs.dax.recovery_write(run.dev_block * PAGE_SIZE, chunk)
 
-    def primary_of(self, blocks: Range) -> list[tuple[Block, Range]]:
-        """Of device blocks, those that are this file's: where in it each run is, and the run."""
+    def positions(self, blocks: Range) -> list[Range]:
+        """Where in it device ``blocks`` are, as far as they are its own."""
         return [
-            (owner.file_block, Range(owner.dev_block, owner.dev_block + owner.length))
+            Range(owner.file_block, owner.file_block + owner.length)
             for owner in self._fs.rmap.owners(*blocks)
             if owner.ino == RESERVED_INO
         ]

@@ -56,7 +56,9 @@ def _translated(verb: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corout
 
 
 class Operations(pyfuse3.Operations):
-    """Answers the kernel. ``on_poison`` is awaited before a read that met poison is answered EIO."""
+    """Answers the kernel. ``on_poison`` is awaited before a read that met poison is answered EIO, ``heal``
+    before a write is; they return whether to try again.
+    """
 
     supports_dot_lookup = True
     enable_acl = True
@@ -64,13 +66,15 @@ class Operations(pyfuse3.Operations):
     def __init__(
         self,
         fs: Filesystem,
-        on_poison: Callable[[PoisonedRead], Awaitable[None]],
+        on_poison: Callable[[PoisonedRead], Awaitable[bool]],
+        heal: Callable[[MediaError], Awaitable[bool]],
         forget_attributes: Callable[[Ino], None],
     ) -> None:
         super().__init__()
         self._fs = fs
         self._names = fs.names
         self._on_poison = on_poison
+        self._heal = heal
         self._forget_attributes = forget_attributes
         self._listings: dict[int, list[tuple[bytes, Ino]]] = {}
         self._listing_ids = itertools.count(1)
@@ -310,8 +314,12 @@ class Operations(pyfuse3.Operations):
             # Any buffer will do for pyfuse3: a view of the media goes to the kernel without a copy of ours.
             return self._fs.read(caller.ino, off, size)  # type: ignore[return-value]
         except MediaError as error:
-            await self._on_poison(PoisonedRead(caller.ino, off, size, caller.tid, error))
+            if not await self._on_poison(PoisonedRead(caller.ino, off, size, caller.tid, error)):
+                raise pyfuse3.FUSEError(error.errno) from None
+        except DaxemuError as error:
             raise pyfuse3.FUSEError(error.errno) from None
+        try:
+            return self._fs.read(caller.ino, off, size)  # type: ignore[return-value]
         except DaxemuError as error:
             raise pyfuse3.FUSEError(error.errno) from None
 
@@ -319,6 +327,10 @@ class Operations(pyfuse3.Operations):
         caller = unpack(fh)
         try:
             return self._fs.write(caller.ino, off, buf, from_cache=caller.from_cache)
+        except MediaError as error:
+            if not await self._heal(error):
+                raise pyfuse3.FUSEError(error.errno) from None
+            return await self.write(fh, off, buf)
         except DaxemuError as error:
             raise pyfuse3.FUSEError(error.errno) from None
         finally:

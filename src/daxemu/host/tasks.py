@@ -42,6 +42,8 @@ class Vma(NamedTuple):
     end: int
     pgoff: int
     ino: Ino
+    writable: bool
+    """Shared, and for writing: stores reach the file."""
 
 
 Wanted = Mapping[Ino, Sequence[Range]] | None
@@ -89,16 +91,17 @@ def read_vmas(pid: int, dev: tuple[int, int]) -> Iterator[Vma]:
         return
     for line in text.splitlines():
         if mark in line:
-            addresses, _, offset, _, ino, *_ = line.split(None, 5)
+            addresses, permissions, offset, _, ino, *_ = line.split(None, 5)
             start, end = addresses.split(b"-")
-            yield Vma(int(start, 16), int(end, 16), int(offset, 16) >> PAGE_SHIFT, int(ino))
+            writable = permissions[1:2] == b"w" and permissions[3:4] == b"s"
+            yield Vma(int(start, 16), int(end, 16), int(offset, 16) >> PAGE_SHIFT, int(ino), writable)
 
 
 def mapped_runs(pid: int, vmas: list[Vma], wanted: Wanted) -> Iterator[PresentRun]:
     """The wanted pages that are mapped, touched or not."""
     for vma, part in _wanted_parts(vmas, wanted):
         address = vma.start + ((part.start - vma.pgoff) << PAGE_SHIFT)
-        yield PresentRun(vma.ino, part.start, part.length, address, PAGE_SHIFT)
+        yield PresentRun(vma.ino, part.start, part.length, address, PAGE_SHIFT, vma.writable)
         if wanted is None:
             return
 
@@ -112,7 +115,8 @@ def present_runs(pid: int, vmas: list[Vma], wanted: Wanted) -> Iterator[PresentR
             low = vma.start + ((part.start - vma.pgoff) << PAGE_SHIFT)
             for run in present_in(pagemap.fileno(), low, low + (part.length << PAGE_SHIFT)):
                 index = vma.pgoff + ((run.start - vma.start) >> PAGE_SHIFT)
-                yield PresentRun(vma.ino, index, run.length >> PAGE_SHIFT, run.start, PAGE_SHIFT)
+                pages = run.length >> PAGE_SHIFT
+                yield PresentRun(vma.ino, index, pages, run.start, PAGE_SHIFT, vma.writable)
                 if wanted is None:
                     return
 

@@ -6,10 +6,11 @@ Decisions over values that ``host`` read off /proc. Addresses are bytes, indexes
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from daxemu.mm.incident import Incident, PfnMapping
-from daxemu.uapi import PF_EXITING, PF_KTHREAD, PF_MCE_EARLY, PF_MCE_PROCESS, Ino, Pfn
+from daxemu.ranges import RangeSet
+from daxemu.uapi import PAGE_SHIFT, PF_EXITING, PF_KTHREAD, PF_MCE_EARLY, PF_MCE_PROCESS, Ino, Pfn
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class PresentRun:
     nr_pages: int
     address: int
     shift: int
+    writable: bool = False
+    """Stores through it reach the file."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,41 @@ def collect_procs(
             continue
         to_kill += [ToKill(task, thread.tid, run.address, run.shift, _pfn_of(incident, run)) for run in runs]
     return to_kill
+
+
+def spare(incident: Incident, tasks: Sequence[Task], pfns: RangeSet) -> list[Task]:
+    """``tasks`` without what they have present of ``pfns``, which are as good as before."""
+    good: dict[Ino, RangeSet] = {}
+    for hurt in incident.mappings:
+        for part in pfns.overlapping(hurt.pfn, hurt.pfn + hurt.count):
+            start = hurt.index + part.start - hurt.pfn
+            good.setdefault(hurt.mapping, RangeSet()).add(start, start + part.length)
+    if not good:
+        return list(tasks)
+    return [
+        replace(
+            task,
+            present=tuple(
+                left
+                for run in task.present
+                for left in (_without(run, good[run.mapping]) if run.mapping in good else [run])
+            ),
+        )
+        for task in tasks
+    ]
+
+
+def _without(run: PresentRun, good: RangeSet) -> list[PresentRun]:
+    parts = good.gaps(run.index, run.index + run.nr_pages)
+    return [
+        replace(
+            run,
+            index=part.start,
+            nr_pages=part.length,
+            address=run.address + ((part.start - run.index) << PAGE_SHIFT),
+        )
+        for part in parts
+    ]
 
 
 def _first_alive(task: Task) -> Thread | None:

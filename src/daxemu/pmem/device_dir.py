@@ -23,8 +23,8 @@ STRUCT_PAGE_SIZE = 64
 OWN_FILES = frozenset(
     ("media", "poison", "poison.new", "device.toml", "events.jsonl", "control.sock", "supervisor.log", "lock")
 )
-OWN_DIRECTORIES = frozenset(("struct_page", "struct_page.new", "sysfs"))
-"""What a machine keeps of its running self; made anew at every mount."""
+OWN_DIRECTORIES = frozenset(("struct_page", "struct_page.new", "sysfs", "repair"))
+"""What a machine keeps of its running self, made anew at every mount; and what a repair strategy keeps."""
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ what.
 
 from __future__ import annotations
 
+import random
+
 from daxemu.errors import InvalidArgument
 from daxemu.pmem.pmem import Pmem
-from daxemu.ranges import Range
+from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SHIFT, SECTOR_SIZE, page_align_down, page_align_up
 
 
@@ -67,6 +69,20 @@ def scrub(pmem: Pmem) -> list[Range]:
         for new in pmem.badblocks.set(bad.start // SECTOR_SIZE, bad.length // SECTOR_SIZE):
             found.append(Range(new.start * SECTOR_SIZE, new.end * SECTOR_SIZE))
     return found
+
+
+def corrupt(pmem: Pmem, offset: int, length: int, seed: int) -> None:
+    """Change every byte of the range that is no poison, to what ``seed`` says. Nothing is made bad by it.
+
+    Raises InvalidArgument for a range outside the device.
+    """
+    check_range(offset, length, pmem.dax.size, "the device")
+    noise = random.Random(seed).randbytes(length)
+    for part in RangeSet(pmem.dax.poisoned(offset, length)).gaps(offset, offset + length):
+        pmem.dax.reserve(part.start, part.length)
+        view = pmem.dax.direct_access(part.start, part.length)
+        flips = noise[part.start - offset : part.end - offset]
+        view[:] = bytes(old ^ (flip or 1) for old, flip in zip(view, flips, strict=True))
 
 
 def failed_pages(pmem: Pmem, bad: Range) -> tuple[int, int]:

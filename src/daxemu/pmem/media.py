@@ -19,7 +19,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
-def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """``fallocate(2)`` with any mode. Raises OSError."""
     while _libc.fallocate(fd, mode, offset, length) != 0:
         number = ctypes.get_errno()
         if number != errno.EINTR:
@@ -86,7 +87,7 @@ class Media:
         reserved.
         """
         try:
-            _fallocate(self._fd, 0, offset, length)
+            fallocate(self._fd, 0, offset, length)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG):
                 raise NoSpace(
@@ -96,7 +97,7 @@ class Media:
 
     def release(self, offset: int, length: int) -> None:
         """Give the range's memory back; it reads as zeros when it is reserved again."""
-        _fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+        fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
 
     # -- poison
 

@@ -4,6 +4,7 @@
     host: collect                         who has a page of it present      } worker thread,
     host: revoke                          nobody has                        } one incident at a time
     (mf_mutex)
+    core: repair                          what the strategy makes good, nobody need be told of
     host: signal                          those who are to be told, all at once
     core: action_result                   counted, logged
 
@@ -14,6 +15,7 @@ that is stopped may take its time, and must not hold up the next failure.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import trio
@@ -29,7 +31,8 @@ from daxemu.host.tracer_messages import Delivered, Gone, Ignored, NotTaken, Refu
 from daxemu.host.tracer_messages import Outcome as Delivery
 from daxemu.mm.incident import Incident
 from daxemu.mm.memory_failure import MemoryFailures
-from daxemu.mm.to_kill import PresentRun, Task, ToKill, collect_procs
+from daxemu.mm.to_kill import PresentRun, Task, ToKill, collect_procs, spare
+from daxemu.ranges import RangeSet
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT, PAGE_SIZE, Pfn
 
 SIGNAL_PATIENCE = 2.0
@@ -38,13 +41,29 @@ ARM_PATIENCE = 1.0
 """Seconds a thread that consumed poison is kept waiting for the tracer."""
 
 
+Repair = Callable[[Incident, Sequence[Task]], RangeSet]
+"""Given an incident whose pages nobody has mapped any more, and who had: the pfns that are good again."""
+
+
+def no_repair(incident: Incident, tasks: Sequence[Task]) -> RangeSet:
+    """Nothing is."""
+    return RangeSet()
+
+
 class Failures:
     """Carries out incidents. Belongs to the trio thread; ``nursery`` runs what outlives a request."""
 
     def __init__(
-        self, mm: MemoryFailures, mappings: Mappings, tracer: TracerLink, emit: Emit, nursery: trio.Nursery
+        self,
+        mm: MemoryFailures,
+        mappings: Mappings,
+        tracer: TracerLink,
+        emit: Emit,
+        nursery: trio.Nursery,
+        repair: Repair = no_repair,
     ) -> None:
         self._mm = mm
+        self._repair = repair
         self._mappings = mappings
         self._tracer = tracer
         self._emit = emit
@@ -118,21 +137,27 @@ class Failures:
         self, incident: Incident, current: int | None, consumer: int | None
     ) -> list[ToKill]:
         if not incident.mappings and not incident.pfn_mappings and not incident.whole_device:
+            self._repair(incident, ())  # nobody can have it mapped
             return []
 
         hidden = self._take_hidden(incident) if consumer is not None else []
+        early_kill = self._mm.sysctl_early_kill
 
-        def work() -> list[ToKill]:
+        def work() -> tuple[list[Task], list[ToKill]]:
             tasks = self._mappings.collect(incident)
             found = {task.pid for task in tasks} | {consumer}
             tasks += [task for task in hidden if task.pid not in found and self._mappings.still_mapped(task)]
             tasks = [task for task in tasks if task.pid != consumer]
             self._mappings.revoke(incident)
-            early_kill = self._mm.sysctl_early_kill
-            to_kill = collect_procs(incident, tasks, early_kill=early_kill, force_tid=current)
-            return to_kill + pfn_mappings.collect(incident.pfn_mappings, early_kill=early_kill)
+            return tasks, pfn_mappings.collect(incident.pfn_mappings, early_kill=early_kill)
 
-        return await trio.to_thread.run_sync(work)
+        tasks, elsewhere = await trio.to_thread.run_sync(work)
+        tasks = spare(incident, tasks, self._repair(incident, tasks))
+        return collect_procs(incident, tasks, early_kill=early_kill, force_tid=current) + elsewhere
+
+    async def holders(self, incident: Incident) -> list[Task]:
+        """Who has pages of ``incident`` present, without taking them away."""
+        return await trio.to_thread.run_sync(self._mappings.collect, incident)
 
     # -- action optional
 

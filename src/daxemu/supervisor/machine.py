@@ -10,8 +10,16 @@ from typing import Literal
 import msgspec
 import trio
 
-from daxemu.errors import InvalidArgument, NoDevice
-from daxemu.events import DeviceRemoved, Outcome, PoisonCleared, PoisonInjected, SettingChanged
+from daxemu.errors import InvalidArgument, MediaError, NoDevice
+from daxemu.events import (
+    DeviceRemoved,
+    Outcome,
+    PoisonCleared,
+    PoisonInjected,
+    SettingChanged,
+    SilentlyCorrupted,
+)
+from daxemu.fs.data_ops import Origin
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import ROOT_INO
 from daxemu.host.extra_operations import ExtraOperations
@@ -21,14 +29,16 @@ from daxemu.host.operations import Operations, PoisonedRead
 from daxemu.host.session import Session
 from daxemu.host.tasks import process_of
 from daxemu.host.tracer_link import TracerLink
-from daxemu.mm.memory_failure import MappingRange, MemoryFailures
-from daxemu.pmem.inject import check_range, failed_pages, inject, scrub, uninject
+from daxemu.mm.memory_failure import Incident, MappingRange, MemoryFailures
+from daxemu.pmem.inject import check_range, corrupt, failed_pages, inject, scrub, uninject
 from daxemu.pmem.pmem import Pmem
-from daxemu.ranges import Range
+from daxemu.ranges import Range, RangeSet
+from daxemu.repair import registry
 from daxemu.supervisor import protocol as p
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.madvise import madvise_inject_error
+from daxemu.supervisor.repairs import Repairs
 from daxemu.uapi import MF_ACTION_REQUIRED, PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Ino, page_align_down
 
 
@@ -45,13 +55,20 @@ class Machine:
         session: Session,
         log: EventLog,
         supplement_missing: str | None,
+        repairs: Repairs,
     ) -> None:
+        self.repairs = repairs
         self.pmem = pmem
         self.mm = mm
         self.fs = fs
         self.session = session
         self.log = log
-        self.operations = Operations(fs, self._on_poison, session.forget_attributes)
+        self.operations = Operations(fs, self._on_poison, self._on_poisoned_write, session.forget_attributes)
+        self._healing = trio.Lock()
+        self._failing = RangeSet()
+        """Device bytes whose failure is being handled: the strategy has not spoken yet."""
+        self._unhealed: dict[Range, Incident] = {}
+        """What a read found just now, and the strategy could not mend."""
         self._supplement_missing = supplement_missing
         self._failures: Failures | None = None
         self._tracer: TracerLink | None = None
@@ -63,7 +80,7 @@ class Machine:
         self._mappings = mappings
         self._tracer = tracer
         self._nursery = nursery
-        self._failures = Failures(self.mm, mappings, tracer, self.log.emit, nursery)
+        self._failures = Failures(self.mm, mappings, tracer, self.log.emit, nursery, self.repairs.failed)
         self.fs.on_shutdown = lambda: nursery.start_soon(self.failures.revoke_everything)
         if self._supplement_missing is None:
             self._extra = ExtraOperations(
@@ -84,6 +101,8 @@ class Machine:
         """
         self.check_present()
         found, holes = await self._resolve(request.ino, request.ranges)
+        if request.silent:
+            return await self._corrupt(found, holes, request.seed)
         done = []
         for part in found:
             bad = inject(self.pmem, part.start, part.length, latent=request.latent)
@@ -101,35 +120,95 @@ class Machine:
             await self._hide(bad)
             outcome, told = "latent", 0
         else:
-            result, told = await self.failures.handle(self.mm.memory_failure(pfn, nr_pages, 0))
+            self._failing.add(*bad)
+            try:
+                result, told = await self.failures.handle(self.mm.memory_failure(pfn, nr_pages, 0))
+            finally:
+                self._failing.remove(*bad)
             outcome = result.value
             if self.fs.shutdown_reason is not None:
                 await self.failures.revoke_everything()  # from the answer on, all is EIO
         results[index] = p.PoisonedRange(bad.start, bad.length, pfn, nr_pages, outcome, told)
 
+    async def _corrupt(self, found: list[Range], holes: int, seed: int) -> p.Injected:
+        """Change bytes on the media, and have whoever maps them see it."""
+        results = []
+        for part in found:
+            incident = self._mapped(part)
+            await self.failures.hide(incident)  # what is dirty there is written back before, not after
+            corrupt(self.pmem, part.start, part.length, seed)
+            self.log.emit(SilentlyCorrupted(offset=part.start, length=part.length))
+            await self.failures.hide(incident)
+            pfn, nr_pages = failed_pages(self.pmem, part)
+            results.append(p.PoisonedRange(part.start, part.length, pfn, nr_pages, "silent", 0))
+        return p.Injected(results, False, holes)
+
     async def _hide(self, bad: Range) -> None:
         """Latent poison: pages that are mapped now must come and ask, or a load would never meet it."""
+        await self.failures.hide(self._mapped(bad))
+
+    def _mapped(self, bad: Range) -> Incident:
+        """The mappings of device bytes, as of a failure that nobody is told of."""
         pfn, nr_pages = failed_pages(self.pmem, bad)
         incident = self.mm.removal(pfn, nr_pages)
         for owner in self.fs.rmap.owners(bad.start >> PAGE_SHIFT, -(-bad.end >> PAGE_SHIFT)):
             if owner.ino >= ROOT_INO:
                 incident.mappings.append(MappingRange(owner.ino, owner.file_block, owner.length, pfn))
-        await self.failures.hide(incident)
+        return incident
 
-    async def _on_poison(self, read: PoisonedRead) -> None:
-        """A read met poison: make the consumer's signal exact, and see to poison that nobody knew of."""
+    async def _heal(self, error: MediaError) -> bool:
+        """Poison is in the way of a read or a write: whether the strategy made all of it as it was.
+
+        It is asked only of what has just gone bad. Nobody is unmapped, which a read must not wait for: what
+        others have of these pages is the same.
+        """
+        if not self.repairs.is_active or not error.ranges:
+            return False
+        async with self._healing:
+            for part in error.ranges:
+                if not self.pmem.dax.is_poisoned(part.start, part.length):
+                    continue
+                is_news = not any(self.pmem.badblocks.overlapping_bytes(part.start, part.length))
+                if not is_news and not self._failing.overlaps(*part):
+                    return False
+                incident = self.mm.memory_failure(*failed_pages(self.pmem, part), MF_ACTION_REQUIRED)
+                tasks = await self.failures.holders(incident)
+                if not self.repairs.recovered_for_read(incident, tasks):
+                    if is_news:
+                        self._unhealed[part] = incident
+                    return False
+                if is_news:
+                    self.mm.action_result(incident, 0)
+        return True
+
+    async def _on_poisoned_write(self, error: MediaError) -> bool:
+        """A write covers part of a poisoned page: whether that is good by now. Nobody else learns of it."""
+        healed = await self._heal(error)
+        self._unhealed.clear()
+        return healed
+
+    async def _on_poison(self, read: PoisonedRead) -> bool:
+        """A read met poison: make the consumer's signal exact, and see to poison that nobody knew of.
+
+        Returns whether it is good by now, and the read need only be done again.
+        """
+        if await self._heal(read.error):
+            return True
         bad = read.error.ranges[0] if read.error.ranges else Range(0, 0)
         pfn, _ = failed_pages(self.pmem, bad)
         found = False
         for part in read.error.ranges:
             if self.pmem.badblocks.set(part.start // SECTOR_SIZE, part.length // SECTOR_SIZE):
                 found = True
-                incident = self.mm.memory_failure(*failed_pages(self.pmem, part), MF_ACTION_REQUIRED)
+                incident = self._unhealed.pop(part, None) or self.mm.memory_failure(
+                    *failed_pages(self.pmem, part), MF_ACTION_REQUIRED
+                )
                 # Not awaited: it revokes the very page that this read has locked until it is answered.
                 assert self._nursery is not None
                 consumer = process_of(read.tid) if read.tid else -1
                 self._nursery.start_soon(self.failures.handle, incident, None, consumer)
         await self.failures.consumed(read, pfn, self._supplement_missing, found=found)
+        return False
 
     async def clear(self, request: p.Clear) -> p.Cleared:
         """Make ranges healthy; their poisoned sectors read as zeros. Raises InvalidArgument, NoDevice."""
@@ -137,16 +216,24 @@ class Machine:
         found, _ = await self._resolve(request.ino, request.ranges)
         cleared: list[Range] = []
         for part in found:
+            blocks = [_blocks_of(*part)]
+            self.repairs.store_begins(blocks, Origin.SYSCALL)
             for good in uninject(self.pmem, part.start, part.length):
                 self.log.emit(PoisonCleared(offset=good.start, length=good.length, by="request"))
                 cleared.append(good)
+            self.repairs.store_done(blocks, Origin.SYSCALL)
         self.fs.adopt_cleared(cleared)
         return p.Cleared([(r.start, r.length) for r in cleared], sum(r.length for r in cleared))
 
-    def scrub(self) -> p.Cleared:
-        """Find latent poison: badblocks only, no signals. Raises NoDevice."""
+    async def scrub(self) -> p.Cleared:
+        """Find latent poison: badblocks only, no signals; and have the repair strategy look at everything.
+        Raises NoDevice.
+        """
         self.check_present()
         found = scrub(self.pmem)
+        for part in found:
+            self.repairs.repair_now(_blocks_of(*part))
+        await self.repairs.scrub()
         return p.Cleared([(r.start, r.length) for r in found], sum(r.length for r in found))
 
     async def device_page(self, ino: Ino, offset: int) -> int | None:
@@ -272,21 +359,46 @@ class Machine:
         bad = self.pmem.badblocks
         return p.BadblockList([(r.start, r.length) for r in bad], bad.count)
 
+    # -- repair
+
+    def repair(self, request: p.Repair) -> p.Repaired:
+        """Choose a strategy, if one is given, and have it see to everything that is known to be bad.
+
+        Raises InvalidArgument, NoDevice, and what the strategy refuses with.
+        """
+        self.check_present()
+        if request.strategy is not None:
+            self.repairs.choose(request.strategy)
+            self.log.emit(SettingChanged(name="repair", value=request.strategy))
+        total, reason = p.Repaired(self.repairs.text, 0, 0, 0, None), None
+        for bad in self.pmem.badblocks:
+            verdict = self.repairs.repair_now(_blocks_of(bad.start * SECTOR_SIZE, bad.end * SECTOR_SIZE))
+            if verdict is not None:
+                total.recovered += verdict.recovered.total
+                total.lost += verdict.lost.total
+                reason = verdict.reason or reason
+        total.left = sum(_blocks_of(bad.offset, bad.offset + bad.length).length for bad in self.fs.damaged())
+        total.reason = reason
+        return total
+
     # -- settings and state
 
     def set(self, wanted: dict[str, str]) -> p.Done:
         """Change settings. Raises InvalidArgument for one there is not or a value it cannot have; none is
         changed then.
         """
-        settings: dict[str, tuple[tuple[str, str], Callable[[str], None]]] = {
+        settings: dict[str, tuple[tuple[str, ...] | None, Callable[[str], None]]] = {
             "early_kill": (("0", "1"), self._set_early_kill),
             "lost_store": (("silent", "eio"), self._set_lost_store),
+            "repair": (None, self.repairs.choose),
         }
         for name, value in wanted.items():
             if name not in settings:
                 raise InvalidArgument(f"no setting {name!r}: there are {', '.join(sorted(settings))}")
-            if value not in settings[name][0]:
-                raise InvalidArgument(f"{name}={value}: must be {' or '.join(settings[name][0])}")
+            if (values := settings[name][0]) and value not in values:
+                raise InvalidArgument(f"{name}={value}: must be {' or '.join(values)}")
+        if "repair" in wanted:
+            registry.parse(wanted["repair"])
         for name, value in wanted.items():
             settings[name][1](value)
             self.log.emit(SettingChanged(name=name, value=value))
@@ -326,7 +438,9 @@ class Machine:
             settings={
                 "early_kill": "1" if self.mm.sysctl_early_kill else "0",
                 "lost_store": "eio" if self.fs.lost_store_is_eio else "silent",
+                "repair": self.repairs.text,
             },
+            repair=self.repairs.report(),
             counters={outcome.value.lower(): self.mm.counters[outcome] for outcome in Outcome},
             events=self.log.emitted,
             supplement=self._supplement_missing or "loaded",
@@ -343,7 +457,9 @@ class Machine:
             case p.Clear():
                 return await self.clear(request)
             case p.Scrub():
-                return self.scrub()
+                return await self.scrub()
+            case p.Repair():
+                return self.repair(request)
             case p.GetBadblocks():
                 return self.badblocks()
             case p.Damaged():
@@ -359,6 +475,11 @@ class Machine:
             case p.Set(settings=settings):
                 return self.set(settings)
         raise InvalidArgument(f"cannot do {type(request).__name__} here")
+
+
+def _blocks_of(start: int, end: int) -> Range:
+    """The blocks that hold bytes ``[start, end)``."""
+    return Range(start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT))
 
 
 def open_core(pmem: Pmem, log: EventLog, owner: tuple[int, int]) -> tuple[MemoryFailures, Filesystem]:

@@ -21,6 +21,9 @@ class Inject(Request, tag="inject"):
     ranges: list[tuple[int, int]]
     ino: Ino | None = None
     latent: bool = False
+    silent: bool = False
+    """Change the bytes, and make nothing bad. ``seed`` says to what."""
+    seed: int = 0
 
 
 class Madvise(Request, tag="madvise"):
@@ -88,6 +91,14 @@ class Set(Request, tag="set"):
     settings: dict[str, str]
 
 
+class Repair(Request, tag="repair"):
+    """Choose another repair strategy (``NAME[:key=value,...]``), if any is given; then have it see to all
+    that is bad.
+    """
+
+    strategy: str | None = None
+
+
 class Follow(Request, tag="follow"):
     """Send the events with ``seq`` above ``after``, then each new one. Nothing else can be asked on this
     connection.
@@ -120,6 +131,7 @@ AnyRequest = (
     | Remove
     | Status
     | Set
+    | Repair
     | Follow
     | PowerFail
     | Unmount
@@ -205,6 +217,30 @@ class Removed(msgspec.Struct):
     was_idle: bool
 
 
+class RepairReport(msgspec.Struct):
+    """``recovered`` to ``failed``: how many failures came out so. ``broken``: why the strategy is asked
+    nothing more.
+    """
+
+    strategy: str
+    recovered: int
+    lost: int
+    cannot: int
+    failed: int
+    space_bytes: int
+    broken: str | None
+
+
+class Repaired(msgspec.Struct):
+    """What is left of what was bad, in blocks of 4096 bytes."""
+
+    strategy: str
+    recovered: int
+    lost: int
+    left: int
+    reason: str | None
+
+
 class StatusReport(msgspec.Struct):
     device: str
     mountpoint: str
@@ -223,6 +259,7 @@ class StatusReport(msgspec.Struct):
     poisoned_sectors: int
     settings: dict[str, str]
     counters: dict[str, int]
+    repair: RepairReport
     events: int
     supplement: str
     tracer: str

@@ -32,6 +32,7 @@ from daxemu.supervisor import protocol as p
 from daxemu.supervisor.control import ControlSocket
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.machine import Machine, open_core
+from daxemu.supervisor.repairs import Repairs
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
 
@@ -45,9 +46,9 @@ ANSWER_PATIENCE = 2.0
 """Seconds that requests under way have to be answered once the mount is gone."""
 
 
-def supervise(device: Path, mountpoint: Path, ready: Callable[[], None]) -> None:
+def supervise(device: Path, mountpoint: Path, ready: Callable[[], None], *, repair: str = "none") -> None:
     """Mount ``device`` on ``mountpoint`` and serve it until it is unmounted. ``ready`` is called once it is
-    usable.
+    usable. ``repair`` is a strategy, ``NAME[:key=value,...]``.
 
     Raises DaxemuError when it cannot be mounted; nothing is left behind then.
     """
@@ -60,9 +61,12 @@ def supervise(device: Path, mountpoint: Path, ready: Callable[[], None]) -> None
         undo.callback(pmem.close)
         mm, fs = open_core(pmem, events, (os.geteuid(), os.getegid()))
         undo.callback(_save, fs)
+        repairs = Repairs(pmem, fs, directory.path / "repair", events.emit)
+        undo.callback(repairs.close)
+        repairs.choose(repair, after_crash=fs.had_crashed)
         session = Session.open(directory.path, mountpoint)
         undo.callback(session.detach)
-        machine = Machine(pmem, mm, fs, session, events, supplement.MISSING)
+        machine = Machine(pmem, mm, fs, session, events, supplement.MISSING, repairs)
         pyfuse3.init(machine.operations, f"/dev/fd/{session.fd}", set(pyfuse3.default_options))
         undo.callback(pyfuse3.close, unmount=False)  # libfuse closes the descriptor
         where = printable(session.mount.mountpoint)
@@ -148,6 +152,7 @@ async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
         services.start_soon(Watchdog(machine.session.mount).beat)
         services.start_soon(ending.on_signal)
         services.start_soon(_commit_now_and_then, machine)
+        services.start_soon(machine.repairs.tick)
         async with (
             TracerLink.open(abort=abort_file(machine.session.mount)) as tracer,
             trio.open_nursery() as nursery,

@@ -15,17 +15,19 @@ PATIENCE = 60.0
 """Seconds to wait for the mount; loading a million files takes some."""
 
 
-def spawn(device: Path, mountpoint: Path) -> int:
+def spawn(device: Path, mountpoint: Path, repair: str = "none") -> int:
     """Mount in the background; returns the supervisor's pid. Its messages go to DEVICE/supervisor.log.
+    ``repair`` is a strategy, ``NAME[:key=value,...]``.
 
     Raises what the supervisor refused with; no process is left then.
     """
     log = device / "supervisor.log"
+    command = [sys.executable, "-m", "daxemu.supervisor", str(device), str(mountpoint)]
     ours, theirs = os.pipe()
     try:
         with open(log, "ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "daxemu.supervisor", str(device), str(mountpoint), str(theirs)],
+                [*command, str(theirs), repair],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -1,0 +1,43 @@
+"""repair: what is done about data that goes bad."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from daxemu.cli.common import emit, json_option
+from daxemu.client import Client
+
+
+@click.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option("--strategy", metavar="NAME[:KEY=VALUE,...]", help="Choose this one from now on.")
+@json_option
+def repair(mountpoint: Path, strategy: str | None, as_json: bool) -> None:
+    """Have the mount's repair strategy see to everything that is known to be bad, and print what is left.
+
+    \b
+    none          tell and leave, as every kernel does
+    zero          clear the poison: the pages are good, and empty
+    punch         a hole in the file; the bad block is not used again
+    quarantine    move what can be read of a page; the bad block is not used again
+    mirror        a second copy elsewhere on the device        mapped=honest|trust
+    parity        checksums, and N+1 slices a stripe           slice=4096 data=8 mapped=honest|trust
+    async-parity  parity added up once in a window             window=1 (seconds), and parity's
+    reread        read it again from a directory               path=DIR
+    fence         give up the whole device
+
+    \b
+    Example:
+      daxemu repair /tmp/pmem --strategy parity:slice=512,data=8
+    """
+    with Client.at(mountpoint) as client:
+        result = client.request("repair", strategy=strategy)
+    emit(result, as_json, lambda: _describe(result))
+
+
+def _describe(result: dict[str, Any]) -> str:
+    why = f" ({result['reason']})" if result["reason"] else ""
+    return "{strategy}: {recovered} blocks recovered, {lost} lost, {left} left{why}".format(**result, why=why)

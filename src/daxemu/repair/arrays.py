@@ -1,0 +1,124 @@
+"""Arrays of a strategy, beside the device: memory-mapped, sparse, and there after a kill -9.
+
+What was never stored reads as zero and takes no room. Indexes and lengths are elements.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmap_ninja import numpy as ninja
+
+from daxemu.errors import NoSpace, NotADevice
+from daxemu.pmem.media import fallocate
+from daxemu.ranges import Range
+from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE
+
+Array = np.ndarray[Any, Any]
+
+
+class SparseArray:
+    """A mmap_ninja array of one dimension.
+
+    Read by read(2), because a load from a hole of a mapped tmpfs file takes memory; stored to only where
+    memory was reserved, because a store that finds none is a SIGBUS.
+    """
+
+    def __init__(self, path: Path, dtype: str, length: int) -> None:
+        """Open the array at ``path``, or make it. Raises NotADevice if it is another one, NoSpace."""
+        try:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # Its public constructors write every element.
+                ninja._empty(path, dtype, (length,), "C")
+            self._array: Array = ninja.open_existing(path, mode="r+").view(np.ndarray)
+            self._fd = os.open(path / "data.ninja", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise NoSpace(f"{path}: {error.strerror}") from error
+        except (ValueError, KeyError) as error:
+            raise NotADevice(f"{path} is damaged ({error}): remove it, and it is made anew") from error
+        if self._array.shape != (length,) or self._array.dtype != np.dtype(dtype):
+            raise NotADevice(f"{path} is of another size: remove it, and it is made anew")
+        self._item = self._array.dtype.itemsize
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._fd)
+
+    def get(self, part: Range) -> Array:
+        """A copy of these elements."""
+        found = os.pread(self._fd, part.length * self._item, part.start * self._item)
+        return np.frombuffer(found, self._array.dtype).copy()
+
+    def set(self, start: int, values: Array) -> None:
+        """Store ``values`` from element ``start`` on. Raises NoSpace; then nothing has changed."""
+        self._reserve(Range(start, start + len(values)))
+        self._array[start : start + len(values)] = values
+
+    def fill(self, part: Range, value: int) -> None:
+        """Store one value into all of ``part``. Raises NoSpace; then nothing has changed."""
+        if value:
+            self._reserve(part)
+            self._array[part.start : part.end] = value
+        else:
+            self._clear(part)
+
+    def _reserve(self, part: Range) -> None:
+        try:
+            os.posix_fallocate(self._fd, part.start * self._item, max(1, part.length * self._item))
+        except OSError as error:
+            raise NoSpace(f"no memory for the repair strategy's arrays: {error.strerror}") from error
+
+    def _clear(self, part: Range) -> None:
+        """Zero ``part``: whole pages are given back, and elsewhere only what is not zero is stored to."""
+        start, end = part.start * self._item, part.end * self._item
+        whole = Range(-(-start // PAGE_SIZE) * PAGE_SIZE, end // PAGE_SIZE * PAGE_SIZE)
+        if whole:
+            fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, whole.start, whole.length)
+            edges = [Range(start, whole.start), Range(whole.end, end)]
+        else:
+            edges = [Range(start, end)]
+        for edge in edges:
+            if edge and any(os.pread(self._fd, edge.length, edge.start)):
+                self._array[edge.start // self._item : edge.end // self._item] = 0
+
+    def stored(self) -> Iterator[Range]:
+        """The elements that may be other than zero, in runs. Costs what is stored, not the length."""
+        end = 0
+        while True:
+            try:
+                start = os.lseek(self._fd, end, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return
+                raise
+            end = os.lseek(self._fd, start, os.SEEK_HOLE)
+            yield Range(start // self._item, min(len(self), -(-end // self._item)))
+
+    def nonzero(self) -> Iterator[Range]:
+        """The elements that are not zero, in runs."""
+        for part in self.stored():
+            for low in range(part.start, part.end, 1 << 20):
+                chunk = Range(low, min(part.end, low + (1 << 20)))
+                flags = np.concatenate(([0], (self.get(chunk) != 0).view(np.int8), [0]))
+                edges = np.flatnonzero(np.diff(flags)) + chunk.start
+                for first, last in edges.reshape(-1, 2).tolist():
+                    yield Range(first, last)
+
+    def space_bytes(self) -> int:
+        """What it takes."""
+        return os.fstat(self._fd).st_blocks * 512
+
+
+def discard(directory: Path) -> None:
+    """Remove all arrays below ``directory``."""
+    shutil.rmtree(directory, ignore_errors=True)

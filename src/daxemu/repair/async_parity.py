@@ -1,0 +1,64 @@
+"""Parity that is added up now and then, not at every store (Vilamb)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from daxemu.errors import InvalidArgument
+from daxemu.fs.data_ops import Origin
+from daxemu.ranges import Range
+from daxemu.repair.parity import CHANGING, Parity, ParityOptions
+from daxemu.repair.volume import Volume
+
+
+class AsyncParityOptions(ParityOptions, frozen=True, forbid_unknown_fields=True):
+    """As parity's; ``window``: seconds for which a store may be unprotected."""
+
+    window: float = 1.0
+
+    def validate(self) -> None:
+        """Raises InvalidArgument."""
+        super().validate()
+        if not 0 < self.window <= 3600:
+            raise InvalidArgument(f"window={self.window}: must be more than 0 and at most 3600 seconds")
+
+
+class AsyncParity(Parity):
+    """A store only marks its stripes as changing, which costs next to nothing; until the window ends they
+    are unprotected, and what they hold is not verified.
+    """
+
+    name = "async-parity"
+    Options = AsyncParityOptions
+
+    def __init__(self, volume: Volume, options: Any) -> None:
+        super().__init__(volume, options)
+        self.interval = options.window
+
+    def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
+        """Mark the stripes."""
+        for run in blocks:
+            self._changing.fill(self._stripes_of(self._slices_of(run)), CHANGING)
+
+    def store_done(self, blocks: Sequence[Range], origin: Origin) -> None:
+        """All else waits for the end of the window."""
+
+    def freed(self, blocks: Range) -> None:
+        """A stripe that loses slices changes, too."""
+        slices = self._slices_of(blocks)
+        if any(True for _ in self._known(slices)):
+            self._changing.fill(self._stripes_of(slices), CHANGING)
+
+    def _known(self, slices: Range) -> list[Range]:
+        return [part for part in self._sums.stored() if part.clip(*slices)]
+
+    def tick(self) -> None:
+        """The end of a window."""
+        for stripes in list(self._changing.nonzero()):
+            self._add_up(stripes)
+
+    def unmounting(self) -> None:
+        """Nothing is left unprotected."""
+        self.tick()
+        super().unmounting()

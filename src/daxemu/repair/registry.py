@@ -1,0 +1,79 @@
+"""Strategies by name: ours, and those of other packages (entry point group ``daxemu.repair``)."""
+
+from __future__ import annotations
+
+import shutil
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import msgspec
+
+from daxemu.errors import InvalidArgument
+from daxemu.fs.filesystem import Filesystem
+from daxemu.fs.reserved import ReservedFile
+from daxemu.repair.strategy import Strategy
+
+GROUP = "daxemu.repair"
+OWN = {
+    "none": "none:NoRepair",
+    "zero": "zero:Zero",
+    "punch": "punch:Punch",
+    "quarantine": "quarantine:Quarantine",
+    "mirror": "mirror:Mirror",
+    "parity": "parity:Parity",
+    "async-parity": "async_parity:AsyncParity",
+    "reread": "reread:Reread",
+    "fence": "fence:Fence",
+}
+"""Where each is; imported when it is chosen, for some need numpy."""
+
+
+def names() -> list[str]:
+    """All strategies there are."""
+    return sorted({*OWN, *(point.name for point in entry_points(group=GROUP))})
+
+
+def find(name: str) -> type[Strategy]:
+    """The strategy of that name. Raises InvalidArgument if there is none, or it cannot be loaded."""
+    if name in OWN:
+        module, _, attribute = OWN[name].partition(":")
+        found: type[Strategy] = getattr(import_module(f"daxemu.repair.{module}"), attribute)
+        return found
+    for point in entry_points(group=GROUP, name=name):
+        try:
+            loaded: type[Strategy] = point.load()
+        except Exception as error:
+            raise InvalidArgument(f"the repair strategy {name} cannot be loaded: {error!r}") from error
+        return loaded
+    raise InvalidArgument(f"no repair strategy {name!r}: there are {', '.join(names())}")
+
+
+def parse(text: str) -> tuple[type[Strategy], msgspec.Struct]:
+    """``NAME[:key=value,...]`` as strategy and options. Raises InvalidArgument for what it does not know."""
+    name, _, rest = text.partition(":")
+    strategy = find(name)
+    wanted: dict[str, str] = {}
+    for word in rest.split(",") if rest else ():
+        key, equals, value = word.partition("=")
+        if not equals or key in wanted:
+            raise InvalidArgument(f"--repair {text}: {word!r} is not key=value, or there twice")
+        wanted[key] = value
+    try:
+        return strategy, msgspec.convert(wanted, strategy.Options, strict=False)
+    except msgspec.ValidationError as error:
+        known = ", ".join(field.name for field in msgspec.structs.fields(strategy.Options)) or "none"
+        raise InvalidArgument(f"--repair {text}: {error}; its options are: {known}") from error
+
+
+def forget(
+    fs: Filesystem, root: Path, *, keep: Path | None = None, kind: type[Strategy] | None = None
+) -> None:
+    """Remove what strategies kept, but for ``keep`` and what ``kind`` has on the device: they did not see
+    what changed without them.
+    """
+    for directory in root.iterdir() if root.exists() else ():
+        if directory != keep:
+            shutil.rmtree(directory, ignore_errors=True)
+    if keep is None or not keep.exists() or kind is None or not kind.has_copies:
+        ReservedFile(fs).discard()

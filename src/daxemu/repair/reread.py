@@ -1,0 +1,102 @@
+"""Read what was lost from where it came from: a backing directory, or another mount."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from daxemu.errors import InvalidArgument
+from daxemu.fs.data_ops import Origin
+from daxemu.fs.rmap import Owner
+from daxemu.ranges import Range
+from daxemu.repair.arrays import SparseArray, discard
+from daxemu.repair.strategy import Failure, Strategy, Verdict
+from daxemu.repair.volume import Volume
+from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE
+
+CHANGED = 1
+
+
+class RereadOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``path``: a directory with the same tree as the mount."""
+
+    path: str = ""
+
+
+class Reread(Strategy):
+    """A block is read again only if it was never stored to since the strategy was chosen: the array
+    ``changed`` says which were. Before that, the two trees are taken to be the same.
+    """
+
+    name = "reread"
+    Options = RereadOptions
+    watches = True
+
+    def __init__(self, volume: Volume, options: Any) -> None:
+        super().__init__(volume, options)
+        self._path = Path(options.path)
+        if not self._path.is_absolute() or not self._path.is_dir():
+            raise InvalidArgument(f"reread:path={options.path}: must be an absolute path of a directory")
+        self._changed = SparseArray(volume.directory / "changed", "uint8", volume.blocks)
+
+    def unmounting(self) -> None:
+        """What changed stays on record."""
+        self._changed.close()
+
+    def discard(self) -> None:
+        """Remove the record."""
+        self._changed.close()
+        discard(self.volume.directory)
+
+    def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
+        """The backing files do not have this."""
+        for run in blocks:
+            self._changed.fill(run, CHANGED)
+
+    def freed(self, blocks: Range) -> None:
+        """Whoever gets them next stores to them first."""
+        self._changed.fill(blocks, 0)
+
+    def failed(self, failure: Failure) -> Verdict:
+        """Any file that shares a block will do."""
+        verdict = Verdict()
+        for blocks in failure.blocks:
+            for block in range(*blocks):
+                reason = self._why_not(block, failure) or self._restore(Range(block, block + 1))
+                if reason is None:
+                    verdict.recovered.add(block, block + 1)
+                else:
+                    verdict.reason = reason
+        return verdict
+
+    def _why_not(self, block: int, failure: Failure) -> str | None:
+        if block in failure.stale or block in failure.unseen:
+            return "mapped for writing: it may differ from the backing file"
+        if self._changed.get(Range(block, block + 1))[0]:
+            return "changed since it was read from the backing file"
+        return None
+
+    def _restore(self, block: Range) -> str | None:
+        reason = "no file has it"
+        for owner in self.volume.owners(block):
+            path = self._path / self.volume.path_of(owner).lstrip("/")
+            try:
+                data = self._read(path, owner)
+            except OSError as error:
+                reason = f"{path}: {error.strerror}"
+                continue
+            if data is not None:
+                self.volume.rewrite(block.start * PAGE_SIZE, data)
+                return None
+            reason = f"{path} is of another size"
+        return reason
+
+    def _read(self, path: Path, owner: Owner) -> bytes | None:
+        with path.open("rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size != self.volume.size_of(owner):
+                return None
+            return os.pread(file.fileno(), PAGE_SIZE, owner.file_block << PAGE_SHIFT).ljust(PAGE_SIZE, b"\0")

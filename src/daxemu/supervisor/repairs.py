@@ -1,0 +1,344 @@
+"""Between the machine and its repair strategy: when it is called, what it is told, what is made of its
+answer.
+
+A strategy that raises, hangs or answers nonsense fails (``RepairStrategyFailed``); from then on it is asked
+nothing more, and every failure it should have seen to is "failed". The filesystem goes on without it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import trio
+
+from daxemu.errors import DaxemuError, MediaError, NoSpace
+from daxemu.events import Emit, RepairFinished, RepairStrategyFailed
+from daxemu.fs.data_ops import Origin
+from daxemu.fs.filesystem import Filesystem
+from daxemu.fs.rmap import Owner
+from daxemu.mm.memory_failure import Incident, Task
+from daxemu.pmem.pmem import Pmem
+from daxemu.ranges import Range, RangeSet
+from daxemu.repair import registry
+from daxemu.repair.strategy import Failure, Strategy, Verdict
+from daxemu.repair.volume import Volume
+from daxemu.supervisor.guard import Guard, Hung
+from daxemu.supervisor.protocol import RepairReport
+from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE
+
+log = logging.getLogger(__name__)
+
+HOOK_LIMIT = 5.0
+"""Seconds that any one call into a strategy may take."""
+IDLE = 1.0
+"""Seconds between looks whether the strategy wants to be ticked."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Repairs:
+    """The strategy of one machine. It is the filesystem's DataOps, too, on the strategy's behalf."""
+
+    def __init__(self, pmem: Pmem, fs: Filesystem, root: Path, emit: Emit) -> None:
+        """``root``: where strategies keep what is not on the device."""
+        self._pmem = pmem
+        self._fs = fs
+        self._root = root
+        self._emit = emit
+        self._guard = Guard(HOOK_LIMIT)
+        self._strategy: Strategy | None = None
+        self._lost = RangeSet()
+        """Blocks with a mapped store that was lost to poison, since they were last written."""
+        self._early = RangeSet()
+        """Blocks that were recovered for a read, before their failure came to :meth:`failed`."""
+        self._asked: dict[int, RangeSet] = {}
+        """Incidents (their serials) that a read has asked about already, and what came of it."""
+        self.text = "none"
+        self.broken: str | None = None
+        self.counters = dict.fromkeys(("recovered", "lost", "cannot", "failed"), 0)
+
+    # -- which one
+
+    def choose(self, text: str, *, after_crash: bool = False) -> None:
+        """Have ``NAME[:key=value,...]`` from now on. Raises DaxemuError; then there is none."""
+        kind, options = registry.parse(text)
+        self._drop()
+        directory = self._root / kind.layout(options)
+        registry.forget(self._fs, self._root, keep=directory, kind=kind)
+        volume = Volume(self._fs, directory, self._guard.atomically)
+        try:
+            strategy = kind(volume, options)
+            strategy.mounted(after_crash=after_crash)
+        except DaxemuError:
+            registry.forget(self._fs, self._root)
+            raise
+        except Exception as error:
+            registry.forget(self._fs, self._root)
+            raise DaxemuError(f"the repair strategy {text} failed at mount: {error!r}") from error
+        self._strategy, self.text, self.broken = strategy, text, None
+        if kind.watches:
+            self._fs.watch(self)
+
+    def _drop(self) -> None:
+        strategy, self._strategy = self._strategy, None
+        self._fs.watch(None)
+        self._lost, self._early, self.text = RangeSet(), RangeSet(), "none"
+        if strategy is not None:
+            self._try(strategy.discard)
+
+    def close(self) -> None:
+        """The filesystem is about to be unmounted."""
+        strategy, self._strategy = self._strategy, None
+        if strategy is not None:
+            self._try(strategy.unmounting)
+        self._fs.watch(None)
+        self._guard.close()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a failure makes any difference to the strategy."""
+        return self.text != "none" and self._fs.shutdown_reason is None
+
+    def report(self) -> RepairReport:
+        """How it fares."""
+        space = (self._ask(self._strategy.space_bytes) or 0) if self._strategy is not None else 0
+        return RepairReport(self.text, **self.counters, space_bytes=space, broken=self.broken)
+
+    # -- calling it
+
+    def _fail(self, where: str, error: BaseException) -> None:
+        self.broken = f"{where}: {error!r}" if not isinstance(error, Hung) else f"{where}: {error}"
+        self._strategy = None
+        self._fs.watch(None)
+        self._emit(RepairStrategyFailed(strategy=self.text, reason=self.broken))
+        log.error("the repair strategy %s failed in %s", self.text, where, exc_info=error)
+
+    def _ask(self, verb: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Call the strategy; None if it failed. Raises what a strategy may: MediaError and NoSpace."""
+        try:
+            return self._guard.call(verb, *args, **kwargs)
+        except (MediaError, NoSpace):
+            raise
+        except Exception as error:  # noqa: BLE001  another's code, which may raise anything
+            self._fail(getattr(verb, "__name__", "?"), error)
+            return None
+
+    def _try(self, verb: Callable[[], None]) -> None:
+        try:
+            self._ask(verb)
+        except DaxemuError as error:
+            self._fail(getattr(verb, "__name__", "?"), error)
+
+    # -- a failure
+
+    def failed(self, incident: Incident, tasks: Sequence[Task]) -> RangeSet:
+        """Nobody has the incident's pages mapped any more: repair what can be. ``tasks``: who had.
+
+        Returns the pfns that are as they were, whose processes need not be told.
+        """
+        if not self.is_active or incident.pre_remove:
+            return RangeSet()
+        if (spared := self._asked.pop(incident.serial, None)) is not None:
+            return spared
+        spared = RangeSet()
+        for part in incident.parts:
+            first = part.pfn - self._pmem.dax.base_pfn
+            blocks = Range(first, first + part.nr_pages).clip(0, self._fs.allocator.total)
+            if part.error is None and blocks:
+                verdict = self._repair(blocks, self._writable(incident, tasks))
+                if verdict is None:
+                    part.error = DaxemuError(f"the repair strategy {self.text} failed: {self.broken}")
+                elif verdict.transparent:
+                    for run in verdict.recovered:
+                        spared.add(run.start + self._pmem.dax.base_pfn, run.end + self._pmem.dax.base_pfn)
+        return spared
+
+    def repair_now(self, blocks: Range) -> Verdict | None:
+        """Ask the strategy (again) about what is bad of ``blocks``; None if it failed."""
+        return self._repair(blocks, RangeSet()) if self.is_active else Verdict()
+
+    def recovered_for_read(self, incident: Incident, tasks: Sequence[Task]) -> bool:
+        """A read waits for blocks that have just gone bad: whether all of them are as they were."""
+        spared = self.failed(incident, tasks)
+        wanted = [Range(part.pfn, part.pfn + part.nr_pages) for part in incident.parts]
+        base = self._pmem.dax.base_pfn
+        for run in spared:
+            self._early.add(run.start - base, run.end - base)
+        if all(spared.covers(*part) for part in wanted):
+            return True
+        self._asked[incident.serial] = spared
+        return False
+
+    def _writable(self, incident: Incident, tasks: Sequence[Task]) -> RangeSet:
+        """The device blocks of the incident that somebody has mapped for writing."""
+        found, base = RangeSet(), self._pmem.dax.base_pfn
+        for task in tasks:
+            for run in task.present:
+                for hurt in incident.mappings if run.writable else ():
+                    part = Range(run.index, run.index + run.nr_pages).clip(
+                        hurt.index, hurt.index + hurt.count
+                    )
+                    if hurt.mapping == run.mapping and part:
+                        start = hurt.pfn - base + part.start - hurt.index
+                        found.add(start, start + part.length)
+        return found
+
+    def _repair(self, blocks: Range, unseen: RangeSet) -> Verdict | None:
+        began = time.perf_counter()
+        early = RangeSet(self._early.overlapping(*blocks))
+        self._early.remove(*blocks)
+        failure, owners = self._failure(blocks, unseen)
+        verdict: Verdict | None = Verdict()
+        if failure.blocks or failure.copies:
+            verdict = self._ask_for_verdict(failure)
+        elif not early:
+            return verdict  # free blocks, or poison that is only simulated: there is nothing to repair
+        if verdict is not None:
+            for run in early:
+                verdict.recovered.add(*run)
+        if not failure.blocks:
+            return verdict
+        word = "failed" if verdict is None else verdict.word(failure)
+        self.counters[word] += 1
+        self._emit(
+            RepairFinished(
+                strategy=self.text,
+                pfn=blocks.start + self._pmem.dax.base_pfn,
+                nr_pages=blocks.length,
+                verdict=word,
+                transparent=verdict is not None and verdict.transparent,
+                seconds=time.perf_counter() - began,
+                lost=_not_recovered(owners, verdict.recovered if verdict is not None else RangeSet()),
+                reason=verdict.reason if verdict is not None else self.broken,
+            )
+        )
+        return verdict
+
+    def _failure(self, blocks: Range, unseen: RangeSet) -> tuple[Failure, list[Owner]]:
+        volume = Volume(self._fs, self._root)
+        bad = RangeSet((r.start >> PAGE_SHIFT, -(-r.end >> PAGE_SHIFT)) for r in volume.poison(blocks))
+        used = tuple(part for run in volume.in_use(blocks) for part in bad.overlapping(*run))
+        copies = tuple(position for run in bad for position in volume.reserved.positions(run))
+        stale = RangeSet(part for run in used for part in self._lost.overlapping(*run))
+        owners = [owner for run in used for owner in volume.owners(run)]
+        return Failure(used, unseen, stale, copies), owners
+
+    def _ask_for_verdict(self, failure: Failure) -> Verdict | None:
+        if self._strategy is None:
+            return None
+        try:
+            verdict = self._ask(self._strategy.failed, failure)
+        except DaxemuError as error:
+            self._fail("failed", error)
+            return None
+        if verdict is None:
+            return None
+        if why := self._why_nonsense(failure, verdict):
+            self._fail("failed", ValueError(why))
+            return None
+        return verdict
+
+    def _why_nonsense(self, failure: Failure, verdict: Verdict) -> str | None:
+        if not isinstance(verdict, Verdict):
+            return f"it answered {verdict!r}, which is no Verdict"
+        asked = RangeSet(failure.blocks)
+        for run in (*verdict.recovered, *verdict.lost):
+            if not asked.covers(*run):
+                return f"it speaks of blocks {run.start}-{run.end}, which did not fail"
+        for run in verdict.recovered:
+            if verdict.lost.overlaps(*run):
+                return f"it says of blocks in {run.start}-{run.end} both that they are recovered and lost"
+            volume = Volume(self._fs, self._root)
+            if any(volume.poison(part) for part in volume.in_use(run)):
+                return f"it says that blocks {run.start}-{run.end} are recovered, and they are bad"
+        return None
+
+    # -- DataOps, for the strategy
+
+    def verify(self, blocks: Range) -> None:
+        """See DataOps."""
+        if self._strategy is not None:
+            self._ask(self._strategy.verify, blocks)
+
+    def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
+        """See DataOps."""
+        if self._strategy is not None:
+            self._ask(self._strategy.store_begins, blocks, origin)
+
+    def store_done(self, blocks: Sequence[Range], origin: Origin) -> None:
+        """See DataOps."""
+        if origin is Origin.SYSCALL and self._lost:
+            for run in blocks:
+                self._lost.remove(*run)
+        if self._strategy is not None:
+            self._try_hook(self._strategy.store_done, blocks, origin)
+
+    def store_lost(self, blocks: Range) -> None:
+        """See DataOps."""
+        self._lost.add(*blocks)
+
+    def allocated(self, blocks: Range) -> None:
+        """See DataOps."""
+        if self._strategy is not None:
+            self._try_hook(self._strategy.allocated, blocks)
+
+    def freed(self, blocks: Range) -> None:
+        """See DataOps."""
+        self._lost.remove(*blocks)
+        if self._strategy is not None:
+            self._try_hook(self._strategy.freed, blocks)
+
+    def committed(self) -> None:
+        """See DataOps."""
+        if self._strategy is not None:
+            self._try_hook(self._strategy.committed)
+
+    def _try_hook(self, verb: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """What has happened cannot be refused any more: an error is the strategy's own."""
+        try:
+            self._ask(verb, *args, **kwargs)
+        except DaxemuError as error:
+            self._fail(getattr(verb, "__name__", "?"), error)
+
+    # -- in the background
+
+    async def scrub(self) -> int:
+        """Have the strategy look at everything; returns how many bytes it looked at."""
+        seen = 0
+        if self._strategy is None:
+            return seen
+        pieces = self._strategy.scrub()
+        while self._strategy is not None:
+            try:
+                piece = self._ask(next, pieces, None)
+            except DaxemuError as error:
+                self._fail("scrub", error)
+                break
+            if piece is None:
+                break
+            seen += piece.length * PAGE_SIZE
+            await trio.lowlevel.checkpoint()
+        return seen
+
+    async def tick(self) -> None:
+        """Tick the strategy for as long as it lives."""
+        while True:
+            interval = self._strategy.interval if self._strategy is not None else None
+            await trio.sleep(interval or IDLE)
+            if interval is not None and self._strategy is not None and self._fs.shutdown_reason is None:
+                self._try(self._strategy.tick)
+
+
+def _not_recovered(owners: list[Owner], recovered: RangeSet) -> list[tuple[int, int, int]]:
+    """(inode, offset, length) of what owners had and did not get back, in bytes."""
+    found = []
+    for owner in owners:
+        for part in recovered.gaps(owner.dev_block, owner.dev_block + owner.length):
+            at = owner.file_block + part.start - owner.dev_block
+            found.append((owner.ino, at << PAGE_SHIFT, part.length << PAGE_SHIFT))
+    return found
