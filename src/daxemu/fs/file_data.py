@@ -157,6 +157,8 @@ class FileData:
                 if segment.link is None or not segment.start <= block < segment.end:
                     continue
                 try:
+                    if self.watcher is not None:
+                        self.watcher.verify(Range(segment.dev_block(block), segment.dev_block(block) + 1))
                     self._dax.direct_access(segment.dev_block(block) * PAGE_SIZE, PAGE_SIZE)
                 except MediaError as error:
                     # To copy a shared block, or to zero a part, the kernel reads it first: that is an EIO.

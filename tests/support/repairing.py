@@ -1,0 +1,66 @@
+"""A core with a repair strategy, as a machine has it, without a mount."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from daxemu.events import RepairFinished
+from daxemu.pmem.inject import corrupt, failed_pages, inject
+from daxemu.supervisor.repairs import Repairs
+from daxemu.uapi import Ino
+from tests.support.core import Core, core_at
+
+
+class Repairing:
+    """``repairs`` looks after ``core``; a remount brings both back."""
+
+    def __init__(self, core: Core, strategy: str) -> None:
+        self.core = core
+        self.strategy = strategy
+        self.attach(after_crash=False)
+
+    def attach(self, *, after_crash: bool) -> None:
+        """Choose the strategy, as a mount does."""
+        core = self.core
+        self.repairs = Repairs(core.pmem, core.fs, core.path / "repair", core.events.append)
+        self.repairs.choose(self.strategy, after_crash=after_crash)
+
+    def remount(self, *, crash: bool = False) -> None:
+        """Unmount or, with ``crash``, die; and mount again."""
+        if crash:
+            self.core.fs.watch(None)  # as a dead process's would, its strategy hears nothing any more
+        else:
+            self.repairs.close()
+        self.core.close(save=not crash)
+        self.core.open()
+        self.attach(after_crash=self.core.fs.had_crashed)
+
+    def fail(self, offset: int, length: int) -> RepairFinished | None:
+        """The device goes bad there; what the strategy made of it, None if nobody had it."""
+        seen = len(self.core.events)
+        bad = inject(self.core.pmem, offset, length)
+        incident = self.core.mm.memory_failure(*failed_pages(self.core.pmem, bad), 0)
+        self.repairs.failed(incident, ())
+        self.core.mm.action_result(incident, 0)
+        found = [event for event in self.core.events[seen:] if isinstance(event, RepairFinished)]
+        return found[0] if found else None
+
+    def corrupt(self, offset: int, length: int, seed: int = 0) -> None:
+        """Bytes of the device change, silently."""
+        corrupt(self.core.pmem, offset, length, seed)
+
+    def at(self, ino: Ino, offset: int) -> int:
+        """Where on the device a byte of a file is."""
+        return self.core.fs.device_ranges(ino, offset, 1)[0].start
+
+
+@contextmanager
+def repairing(strategy: str, size: int = 8 << 20) -> Iterator[Repairing]:
+    """A fresh core with a strategy."""
+    with core_at(size=size) as core:
+        made = Repairing(core, strategy)
+        try:
+            yield made
+        finally:
+            made.repairs.close()
