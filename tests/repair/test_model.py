@@ -10,12 +10,13 @@ import os
 import random
 from contextlib import ExitStack
 
-from hypothesis import HealthCheck, event, settings
+from hypothesis import HealthCheck, Phase, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from daxemu.errors import MediaError
 from daxemu.events import CorruptionFound, RepairFinished
+from daxemu.fs.fsck import fsck
 from daxemu.fs.inode import ROOT_INO
 from daxemu.fs.rmap import METADATA_INO
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE, Ino
@@ -48,6 +49,9 @@ class RepairModel(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "stack"):
+            # What was changed silently beyond the end of a file may be there still.
+            assert [wrong for wrong in fsck(self.core.fs) if "beyond its end" not in wrong] == []
+            self.core.sound = False
             self.stack.close()
 
     # -- the filesystem's own verbs
@@ -321,10 +325,11 @@ class AsyncParityModel(ParityModel):
 
 def _case(machine: type[RepairModel]) -> type:
     machine.TestCase.settings = settings(
-        max_examples=12,
+        max_examples=int(os.environ.get("DAXEMU_MODEL_EXAMPLES", "12")),
         stateful_step_count=25,
         derandomize="DAXEMU_MODEL_RANDOM" not in os.environ,
         deadline=None,
+        phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if os.environ.get("DAXEMU_SHRINK") else [])],
         suppress_health_check=list(HealthCheck),
     )
     return machine.TestCase

@@ -12,7 +12,7 @@ from daxemu.repair.parity import CHANGING, Parity, ParityOptions
 from daxemu.repair.volume import Volume
 
 
-class AsyncParityOptions(ParityOptions, frozen=True, forbid_unknown_fields=True):
+class AsyncParityOptions(ParityOptions, frozen=True):
     """As parity's; ``window``: seconds for which a store may be unprotected."""
 
     window: float = 1.0

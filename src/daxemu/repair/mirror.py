@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import msgspec
-
 from daxemu.errors import MediaError
 from daxemu.fs.data_ops import Origin
 from daxemu.ranges import Range, RangeSet
 from daxemu.repair.arrays import SparseArray, discard
-from daxemu.repair.strategy import Failure, Strategy, Verdict
+from daxemu.repair.strategy import Failure, Options, Strategy, Verdict
 from daxemu.repair.volume import Volume
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE
 
@@ -20,7 +18,7 @@ PIECE = 256
 """Blocks copied, or looked at, in one go."""
 
 
-class MirrorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class MirrorOptions(Options, frozen=True):
     """``mapped``: whether copies of pages that are mapped for writing are believed (``trust``, an upper
     bound: the page cache shows us stores that real DAX hides) or not (``honest``).
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import msgspec
 import numpy as np
 from crc32c import crc32c
 
@@ -13,7 +12,7 @@ from daxemu.errors import InvalidArgument, MediaError
 from daxemu.fs.data_ops import Origin
 from daxemu.ranges import Range, RangeSet
 from daxemu.repair.arrays import Array, SparseArray, discard
-from daxemu.repair.strategy import Failure, Strategy, Verdict
+from daxemu.repair.strategy import Failure, Options, Strategy, Verdict
 from daxemu.repair.volume import Volume
 from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE
 
@@ -23,7 +22,7 @@ PIECE = 1 << 20
 """Bytes looked at in one go."""
 
 
-class ParityOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ParityOptions(Options, frozen=True):
     """``slice`` bytes have a checksum; ``data`` slices make a stripe with one of parity. NOVA-Fortis is
     ``slice=512,data=8``: the slices of one block. ``mapped`` as mirror's.
     """
@@ -59,7 +58,6 @@ class Parity(Strategy):
 
     def __init__(self, volume: Volume, options: Any) -> None:
         super().__init__(volume, options)
-        options.validate()
         self._slice: int = options.slice
         self._data: int = options.data
         self._trust = options.mapped == "trust"

@@ -12,7 +12,7 @@ import msgspec
 from daxemu.errors import InvalidArgument
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.reserved import ReservedFile
-from daxemu.repair.strategy import Strategy
+from daxemu.repair.strategy import Options, Strategy
 
 GROUP = "daxemu.repair"
 OWN = {
@@ -49,7 +49,7 @@ def find(name: str) -> type[Strategy]:
     raise InvalidArgument(f"no repair strategy {name!r}: there are {', '.join(names())}")
 
 
-def parse(text: str) -> tuple[type[Strategy], msgspec.Struct]:
+def parse(text: str) -> tuple[type[Strategy], Options]:
     """``NAME[:key=value,...]`` as strategy and options. Raises InvalidArgument for what it does not know."""
     name, _, rest = text.partition(":")
     strategy = find(name)
@@ -60,7 +60,9 @@ def parse(text: str) -> tuple[type[Strategy], msgspec.Struct]:
             raise InvalidArgument(f"--repair {text}: {word!r} is not key=value, or there twice")
         wanted[key] = value
     try:
-        return strategy, msgspec.convert(wanted, strategy.Options, strict=False)
+        options = msgspec.convert(wanted, strategy.Options, strict=False)
+        options.validate()
+        return strategy, options
     except msgspec.ValidationError as error:
         known = ", ".join(field.name for field in msgspec.structs.fields(strategy.Options)) or "none"
         raise InvalidArgument(f"--repair {text}: {error}; its options are: {known}") from error

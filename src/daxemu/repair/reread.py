@@ -7,24 +7,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from daxemu.errors import InvalidArgument
 from daxemu.fs.data_ops import Origin
 from daxemu.fs.rmap import Owner
 from daxemu.ranges import Range
 from daxemu.repair.arrays import SparseArray, discard
-from daxemu.repair.strategy import Failure, Strategy, Verdict
+from daxemu.repair.strategy import Failure, Options, Strategy, Verdict
 from daxemu.repair.volume import Volume
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE
 
 CHANGED = 1
 
 
-class RereadOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RereadOptions(Options, frozen=True):
     """``path``: a directory with the same tree as the mount."""
 
     path: str = ""
+
+    def validate(self) -> None:
+        """Raises InvalidArgument."""
+        if not Path(self.path).is_absolute() or not Path(self.path).is_dir():
+            raise InvalidArgument(f"reread:path={self.path}: must be an absolute path of a directory")
 
 
 class Reread(Strategy):
@@ -39,8 +42,6 @@ class Reread(Strategy):
     def __init__(self, volume: Volume, options: Any) -> None:
         super().__init__(volume, options)
         self._path = Path(options.path)
-        if not self._path.is_absolute() or not self._path.is_dir():
-            raise InvalidArgument(f"reread:path={options.path}: must be an absolute path of a directory")
         self._changed = SparseArray(volume.directory / "changed", "uint8", volume.blocks)
 
     def unmounting(self) -> None:

@@ -50,8 +50,11 @@ class Verdict:
         return "recovered"
 
 
-class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of a strategy that has none."""
+class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The options of a strategy that has none; those of others derive from it."""
+
+    def validate(self) -> None:
+        """Raises InvalidArgument for values that are of the right type and cannot be all the same."""
 
 
 class Strategy(Protocol):
@@ -64,7 +67,7 @@ class Strategy(Protocol):
 
     name: ClassVar[str]
     volume: Volume
-    Options: ClassVar[type[msgspec.Struct]] = NoOptions
+    Options: ClassVar[type[Options]] = Options
     watches: ClassVar[bool] = False
     has_copies: ClassVar[bool] = False
     interval: float | None = None

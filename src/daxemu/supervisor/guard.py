@@ -21,10 +21,10 @@ class Hung(Exception):
 
 
 class Guard:
-    """Belongs to the main thread, and to SIGALRM. ``limit``: seconds a call may take."""
+    """Belongs to the main thread, and to SIGALRM."""
 
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
+    def __init__(self) -> None:
+        self._limit = 0.0
         self._running = self._changing = self._late = False
         signal.signal(signal.SIGALRM, self._on_alarm)
 
@@ -36,14 +36,16 @@ class Guard:
         if self._changing:
             self._late = True
         elif self._running:
-            raise Hung(f"took more than {self.limit:g} s")
+            raise Hung(f"took more than {self._limit:g} s")
 
-    def call(self, what: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call it. Raises Hung, and what it raises. A call from within another is part of that."""
+    def call(self, limit: float, what: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call it; it has ``limit`` seconds. Raises Hung, and what it raises. A call from within another is
+        part of that.
+        """
         if self._running:
             return what(*args, **kwargs)
-        self._running, self._late = True, False
-        signal.setitimer(signal.ITIMER_REAL, self.limit)
+        self._running, self._late, self._limit = True, False, limit
+        signal.setitimer(signal.ITIMER_REAL, limit)
         try:
             return what(*args, **kwargs)
         finally:
@@ -60,4 +62,4 @@ class Guard:
             self._changing = outer
         if self._late and not outer and self._running:
             self._late = False
-            raise Hung(f"took more than {self.limit:g} s")
+            raise Hung(f"took more than {self._limit:g} s")

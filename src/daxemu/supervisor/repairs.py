@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 HOOK_LIMIT = 5.0
 """Seconds that any one call into a strategy may take."""
+MOUNT_LIMIT = 600.0
+"""Seconds that it may take to begin: to copy, or add up, everything there is."""
 IDLE = 1.0
 """Seconds between looks whether the strategy wants to be ticked."""
 
@@ -50,7 +53,7 @@ class Repairs:
         self._fs = fs
         self._root = root
         self._emit = emit
-        self._guard = Guard(HOOK_LIMIT)
+        self._guard = Guard()
         self._strategy: Strategy | None = None
         self._lost = RangeSet()
         """Blocks with a mapped store that was lost to poison, since they were last written."""
@@ -72,13 +75,12 @@ class Repairs:
         registry.forget(self._fs, self._root, keep=directory, kind=kind)
         volume = Volume(self._fs, directory, self._guard.atomically)
         try:
-            strategy = kind(volume, options)
-            strategy.mounted(after_crash=after_crash)
-        except DaxemuError:
-            registry.forget(self._fs, self._root)
-            raise
+            strategy = self._guard.call(MOUNT_LIMIT, kind, volume, options)
+            self._guard.call(MOUNT_LIMIT, strategy.mounted, after_crash=after_crash)
         except Exception as error:
             registry.forget(self._fs, self._root)
+            if isinstance(error, DaxemuError):
+                raise
             raise DaxemuError(f"the repair strategy {text} failed at mount: {error!r}") from error
         self._strategy, self.text, self.broken = strategy, text, None
         if kind.watches:
@@ -116,12 +118,14 @@ class Repairs:
         self._strategy = None
         self._fs.watch(None)
         self._emit(RepairStrategyFailed(strategy=self.text, reason=self.broken))
-        log.error("the repair strategy %s failed in %s", self.text, where, exc_info=error)
+        # As text: a traceback that is kept keeps views of the media, which then cannot be unmapped.
+        said = "".join(traceback.format_exception(error))
+        log.error("the repair strategy %s failed in %s\n%s", self.text, where, said)
 
     def _ask(self, verb: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Call the strategy; None if it failed. Raises what a strategy may: MediaError and NoSpace."""
         try:
-            return self._guard.call(verb, *args, **kwargs)
+            return self._guard.call(HOOK_LIMIT, verb, *args, **kwargs)
         except (MediaError, NoSpace):
             raise
         except Exception as error:  # noqa: BLE001  another's code, which may raise anything
