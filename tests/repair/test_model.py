@@ -79,6 +79,26 @@ class RepairModel(RuleBasedStateMachine):
         self.files[ino] = old[:at] + data + old[at + length :]
         self.broken -= {(ino, page) for page in range(-(-at // PAGE_SIZE), (at + length) // PAGE_SIZE)}
 
+    @precondition(lambda self: any(self.files.values()))
+    @rule(index=which, page=st.integers(0, 20), seed=seeds)
+    def write_back(self, index: int, page: int, seed: int) -> None:
+        """A page that was stored to through a mapping; over poison it is lost."""
+        ino = self.pick(index)
+        at = page * PAGE_SIZE
+        data = random.Random(seed).randbytes(min(PAGE_SIZE, max(0, len(self.files[ino]) - at)))
+        places = self.core.fs.device_ranges(ino, at, PAGE_SIZE)
+        is_poison = any(
+            self.core.pmem.dax.is_poisoned(*place) for place in [(r.start, r.length) for r in places]
+        )
+        shared = any(
+            count > 1 for r in places for _, count in self.core.fs.rmap.sharing(r.start >> 12, r.end >> 12)
+        )
+        if not data or (is_poison and shared):
+            return
+        self.core.fs.write(ino, at, data, from_cache=True)
+        if not is_poison:
+            self.put(ino, at, data)
+
     @precondition(lambda self: self.files)
     @rule(index=which, first=st.integers(0, 20), pages=st.integers(1, 6))
     def punch(self, index: int, first: int, pages: int) -> None:

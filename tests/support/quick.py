@@ -40,11 +40,13 @@ class QuickMount(DaxMount):
 
     zygote: Zygote | None = None
     pid: int = 0
+    repair: str = "none"
+    """The repair strategy of the next mount."""
 
     def mount(self, *sabotage: Any) -> None:
         """Mount it (again), perhaps with a supervisor that does something of tests/support/sabotage.py."""
         assert self.zygote is not None
-        self.pid = self.zygote.supervise(self.device, self.path, sabotage)
+        self.pid = self.zygote.supervise(self.device, self.path, sabotage, self.repair)
 
     def _end(self, op: str, **arguments: bool) -> None:
         with self.client() as client:

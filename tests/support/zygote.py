@@ -56,14 +56,20 @@ class Zygote:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def supervise(self, device: Path, mountpoint: Path, sabotage: Sequence[Any] = ()) -> int:
-        """Mount; the supervisor's pid. Raises what it refused with.
+    def supervise(
+        self, device: Path, mountpoint: Path, sabotage: Sequence[Any] = (), repair: str = "none"
+    ) -> int:
+        """Mount, with a repair strategy; the supervisor's pid. Raises what it refused with.
 
         ``sabotage``: a function of tests/support/sabotage.py and its arguments, called in the supervisor
         first.
         """
         answer = self._ask(
-            do="supervise", device=str(device), mountpoint=str(mountpoint), sabotage=list(sabotage)
+            do="supervise",
+            device=str(device),
+            mountpoint=str(mountpoint),
+            sabotage=list(sabotage),
+            repair=repair,
         )
         reply = answer["reply"]
         if not reply["ok"]:
@@ -127,7 +133,7 @@ def _call(request: dict[str, Any]) -> None:
     getattr(importlib.import_module(module), name)(*request["arguments"])
 
 
-def _supervise(main: Callable[[str, str, int], int], request: dict[str, Any]) -> dict[str, Any]:
+def _supervise(main: Callable[[str, str, int, str], int], request: dict[str, Any]) -> dict[str, Any]:
     ours, theirs = os.pipe()
 
     def child() -> int:
@@ -135,7 +141,7 @@ def _supervise(main: Callable[[str, str, int], int], request: dict[str, Any]) ->
         if request["sabotage"]:
             name, *arguments = request["sabotage"]
             getattr(importlib.import_module("tests.support.sabotage"), name)(*arguments)
-        return main(request["device"], request["mountpoint"], theirs)
+        return main(request["device"], request["mountpoint"], theirs, request["repair"])
 
     try:
         pid = _fork(child, os.path.join(request["device"], "supervisor.log"))

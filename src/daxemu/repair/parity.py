@@ -172,7 +172,7 @@ class Parity(Strategy):
     def store_done(self, blocks: Sequence[Range], origin: Origin) -> None:
         """Add the new contents to the sums."""
         for run in blocks:
-            if self._undone:
+            if self._undone or self.volume.poison(run):
                 self._add_up(self._stripes_of(self._slices_of(run)))
             else:
                 self._put(self._slices_of(run))

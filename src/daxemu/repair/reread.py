@@ -29,6 +29,10 @@ class RereadOptions(Options, frozen=True):
         if not Path(self.path).is_absolute() or not Path(self.path).is_dir():
             raise InvalidArgument(f"reread:path={self.path}: must be an absolute path of a directory")
 
+    def paths(self) -> Sequence[str]:
+        """The directory."""
+        return (self.path,)
+
 
 class Reread(Strategy):
     """A block is read again only if it was never stored to since the strategy was chosen: the array

@@ -56,6 +56,10 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def validate(self) -> None:
         """Raises InvalidArgument for values that are of the right type and cannot be all the same."""
 
+    def paths(self) -> Sequence[str]:
+        """Directories that will be read from; none may be on the mount that is repaired."""
+        return ()
+
 
 class Strategy(Protocol):
     """A repair strategy. Only :meth:`failed` must be written; the rest does nothing unless it is.

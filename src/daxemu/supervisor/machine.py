@@ -33,7 +33,6 @@ from daxemu.mm.memory_failure import Incident, MappingRange, MemoryFailures
 from daxemu.pmem.inject import check_range, corrupt, failed_pages, inject, scrub, uninject
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range, RangeSet
-from daxemu.repair import registry
 from daxemu.supervisor import protocol as p
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.failures import Failures
@@ -361,13 +360,14 @@ class Machine:
 
     # -- repair
 
-    def repair(self, request: p.Repair) -> p.Repaired:
+    async def repair(self, request: p.Repair) -> p.Repaired:
         """Choose a strategy, if one is given, and have it see to everything that is known to be bad.
 
         Raises InvalidArgument, NoDevice, and what the strategy refuses with.
         """
         self.check_present()
         if request.strategy is not None:
+            await trio.to_thread.run_sync(self.repairs.check, request.strategy)
             self.repairs.choose(request.strategy)
             self.log.emit(SettingChanged(name="repair", value=request.strategy))
         total, reason = p.Repaired(self.repairs.text, 0, 0, 0, None), None
@@ -383,7 +383,7 @@ class Machine:
 
     # -- settings and state
 
-    def set(self, wanted: dict[str, str]) -> p.Done:
+    async def set(self, wanted: dict[str, str]) -> p.Done:
         """Change settings. Raises InvalidArgument for one there is not or a value it cannot have; none is
         changed then.
         """
@@ -398,7 +398,7 @@ class Machine:
             if (values := settings[name][0]) and value not in values:
                 raise InvalidArgument(f"{name}={value}: must be {' or '.join(values)}")
         if "repair" in wanted:
-            registry.parse(wanted["repair"])
+            await trio.to_thread.run_sync(self.repairs.check, wanted["repair"])
         for name, value in wanted.items():
             settings[name][1](value)
             self.log.emit(SettingChanged(name=name, value=value))
@@ -459,7 +459,7 @@ class Machine:
             case p.Scrub():
                 return await self.scrub()
             case p.Repair():
-                return self.repair(request)
+                return await self.repair(request)
             case p.GetBadblocks():
                 return self.badblocks()
             case p.Damaged():
@@ -473,7 +473,7 @@ class Machine:
             case p.Status():
                 return self.status()
             case p.Set(settings=settings):
-                return self.set(settings)
+                return await self.set(settings)
         raise InvalidArgument(f"cannot do {type(request).__name__} here")
 
 

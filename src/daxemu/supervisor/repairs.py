@@ -16,7 +16,7 @@ from typing import ParamSpec, TypeVar
 
 import trio
 
-from daxemu.errors import DaxemuError, MediaError, NoSpace
+from daxemu.errors import DaxemuError, InvalidArgument, MediaError, NoSpace
 from daxemu.events import Emit, RepairFinished, RepairStrategyFailed
 from daxemu.fs.data_ops import Origin
 from daxemu.fs.filesystem import Filesystem
@@ -25,7 +25,7 @@ from daxemu.mm.memory_failure import Incident, Task
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range, RangeSet
 from daxemu.repair import registry
-from daxemu.repair.strategy import Failure, Strategy, Verdict
+from daxemu.repair.strategy import Failure, Options, Strategy, Verdict
 from daxemu.repair.volume import Volume
 from daxemu.supervisor.guard import Guard, Hung
 from daxemu.supervisor.protocol import RepairReport
@@ -47,8 +47,13 @@ T = TypeVar("T")
 class Repairs:
     """The strategy of one machine. It is the filesystem's DataOps, too, on the strategy's behalf."""
 
-    def __init__(self, pmem: Pmem, fs: Filesystem, root: Path, emit: Emit) -> None:
-        """``root``: where strategies keep what is not on the device."""
+    def __init__(
+        self, pmem: Pmem, fs: Filesystem, root: Path, emit: Emit, mountpoint: Path | None = None
+    ) -> None:
+        """``root``: where strategies keep what is not on the device. ``mountpoint``: where it will be
+        mounted.
+        """
+        self._mountpoint = mountpoint
         self._pmem = pmem
         self._fs = fs
         self._root = root
@@ -67,9 +72,21 @@ class Repairs:
 
     # -- which one
 
-    def choose(self, text: str, *, after_crash: bool = False) -> None:
-        """Have ``NAME[:key=value,...]`` from now on. Raises DaxemuError; then there is none."""
+    def check(self, text: str) -> tuple[type[Strategy], Options]:
+        """Whether ``NAME[:key=value,...]`` can be chosen. While mounted, from a worker thread only: a path
+        that it names may be on this mount. Raises InvalidArgument.
+        """
         kind, options = registry.parse(text)
+        for path in options.paths():
+            if self._mountpoint is not None and Path(path).resolve().is_relative_to(self._mountpoint):
+                raise InvalidArgument(f"--repair {text}: {path} is on the mount itself")
+        return kind, options
+
+    def choose(self, text: str, *, after_crash: bool = False) -> None:
+        """Have ``NAME[:key=value,...]`` from now on. Raises InvalidArgument, with nothing changed, or any
+        other DaxemuError if the strategy cannot begin; then there is none. Precondition: :meth:`check`.
+        """
+        kind, options = self.check(text)
         self._drop()
         directory = self._root / kind.layout(options)
         registry.forget(self._fs, self._root, keep=directory, kind=kind)

@@ -61,7 +61,7 @@ def supervise(device: Path, mountpoint: Path, ready: Callable[[], None], *, repa
         undo.callback(pmem.close)
         mm, fs = open_core(pmem, events, (os.geteuid(), os.getegid()))
         undo.callback(_save, fs)
-        repairs = Repairs(pmem, fs, directory.path / "repair", events.emit)
+        repairs = Repairs(pmem, fs, directory.path / "repair", events.emit, mountpoint.resolve())
         undo.callback(repairs.close)
         repairs.choose(repair, after_crash=fs.had_crashed)
         session = Session.open(directory.path, mountpoint)
