@@ -202,6 +202,22 @@ def test_reread_from_where_it_came(tmp_path: Path) -> None:
         assert verdicts(made) == ["recovered", "cannot"]
 
 
+def test_a_strategy_in_one_file(tmp_path: Path) -> None:
+    """The example, as docs/repair.md tells to use it."""
+    example = Path(__file__).parents[2] / "examples" / "compressed_copies.py"
+    with dax_mount_at(tmp_path, "64M", mount=False) as made:
+        made.run("mount", made.device, made.path, "--repair", f"{example}:level=1")
+        made.make_file("f", 8)
+        before = (made.path / "f").read_bytes()
+        made.inject("f", (PAGE, 2 * PAGE))
+        assert (made.path / "f").read_bytes() == before
+        assert verdicts(made) == ["recovered"]
+        made.umount()
+        (tmp_path / "broken.py").write_text("import nothing_like_this\n")
+        refusal = made.run("mount", made.device, made.path, "--repair", tmp_path / "broken.py", status=2)
+        assert "cannot be loaded: ModuleNotFoundError" in refusal
+
+
 def test_a_directory_on_the_mount_itself_is_refused(tmp_path: Path) -> None:
     with dax_mount_at(tmp_path, "64M") as made:
         (made.path / "origin").mkdir()

@@ -73,6 +73,14 @@ def human(size: int) -> str:
     return str(size)
 
 
+def absolute_strategy(text: str) -> str:
+    """``NAME[:key=value,...]`` for a process with another working directory: a name that is a Python file
+    becomes a path from the root.
+    """
+    name, colon, rest = text.partition(":")
+    return (os.path.abspath(name) if name.endswith(".py") else name) + colon + rest
+
+
 class Target(NamedTuple):
     """What a PATH argument means: a file on a mount and its size, or with both None the device under it."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from daxemu.cli.common import emit, human, json_option
+from daxemu.cli.common import absolute_strategy, emit, human, json_option
 from daxemu.client import Client
 from daxemu.errors import Busy, InvalidArgument, NotMounted
 from daxemu.host.mountinfo import Mount, mount_at, mounts
@@ -42,7 +42,7 @@ def mount(device: Path, mountpoint: Path, foreground: bool, repair: str, as_json
     Example:
       daxemu mount /dev/shm/pmem0 /tmp/pmem
     """
-    device, mountpoint = device.absolute(), mountpoint.absolute()
+    device, mountpoint, repair = device.absolute(), mountpoint.absolute(), absolute_strategy(repair)
     DeviceDir.load(device)
 
     def say(pid: int) -> None:
@@ -222,7 +222,7 @@ def set_setting(mountpoint: Path, settings: tuple[str, ...], as_json: bool) -> N
     for name, equals, _ in pairs:
         if not equals:
             raise InvalidArgument(f"{name!r}: give NAME=VALUE, such as early_kill=1")
-    wanted = {name: value for name, _, value in pairs}
+    wanted = {name: absolute_strategy(value) if name == "repair" else value for name, _, value in pairs}
     with Client.at(mountpoint) as client:
         client.request("set", settings=wanted)
     emit(wanted, as_json, "")

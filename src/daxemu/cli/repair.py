@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from daxemu.cli.common import emit, json_option
+from daxemu.cli.common import absolute_strategy, emit, json_option
 from daxemu.client import Client
 
 
@@ -28,13 +28,14 @@ def repair(mountpoint: Path, strategy: str | None, as_json: bool) -> None:
     async-parity  parity added up once in a window             window=1 (seconds), and parity's
     reread        read it again from a directory               path=DIR
     fence         give up the whole device
+    FILE.py       your own (docs/repair.md)
 
     \b
     Example:
       daxemu repair /tmp/pmem --strategy parity:slice=512,data=8
     """
     with Client.at(mountpoint) as client:
-        result = client.request("repair", strategy=strategy)
+        result = client.request("repair", strategy=absolute_strategy(strategy) if strategy else None)
     emit(result, as_json, lambda: _describe(result))
 
 

@@ -1,10 +1,13 @@
-"""Strategies by name: ours, and those of other packages (entry point group ``daxemu.repair``)."""
+"""Strategies by name: ours, those of other packages (entry point group ``daxemu.repair``), and Python
+files.
+"""
 
 from __future__ import annotations
 
 import shutil
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import msgspec
@@ -36,6 +39,8 @@ def names() -> list[str]:
 
 def find(name: str) -> type[Strategy]:
     """The strategy of that name. Raises InvalidArgument if there is none, or it cannot be loaded."""
+    if name.endswith(".py"):
+        return _in_file(Path(name))
     if name in OWN:
         module, _, attribute = OWN[name].partition(":")
         found: type[Strategy] = getattr(import_module(f"daxemu.repair.{module}"), attribute)
@@ -49,8 +54,31 @@ def find(name: str) -> type[Strategy]:
     raise InvalidArgument(f"no repair strategy {name!r}: there are {', '.join(names())}")
 
 
+def _in_file(path: Path) -> type[Strategy]:
+    """The one strategy that a Python file defines."""
+    spec = spec_from_file_location(f"daxemu_strategy_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InvalidArgument(f"the repair strategy {path} cannot be loaded: {error!r}") from error
+    found = [
+        each
+        for each in vars(module).values()
+        if isinstance(each, type) and Strategy in each.__mro__ and each.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise InvalidArgument(f"{path} defines {len(found)} repair strategies: it must be one")
+    strategy: type[Strategy] = found[0]
+    return strategy
+
+
 def parse(text: str) -> tuple[type[Strategy], Options]:
-    """``NAME[:key=value,...]`` as strategy and options. Raises InvalidArgument for what it does not know."""
+    """``NAME[:key=value,...]``, or with a file in the name's place, as strategy and options. Raises
+    InvalidArgument for what it does not know.
+    """
     name, _, rest = text.partition(":")
     strategy = find(name)
     wanted: dict[str, str] = {}
