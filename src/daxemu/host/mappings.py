@@ -22,7 +22,9 @@ class Mappings(Protocol):
     """What the kernel does with rmap and page tables. Both calls block: from a worker thread only."""
 
     def collect(self, incident: Incident) -> list[Task]:
-        """``collect_procs()``: the processes that have a page of the incident present, with where."""
+        """``collect_procs()``: the processes that have a page of the incident, or of PMDs around it, present,
+        with where.
+        """
 
     def still_mapped(self, task: Task) -> bool:
         """Whether a process still has mapped, at the same addresses, what it had present once."""
@@ -51,8 +53,9 @@ class PageCacheMappings:
         wanted: dict[Ino, list[Range]] = defaultdict(list)
         for hurt in incident.mappings:
             if hurt.mapping in open_now:
-                wanted[hurt.mapping].append(Range(hurt.index, hurt.index + hurt.count))
-        return collect_tasks(dev, wanted, skip) if wanted else []
+                wanted[hurt.mapping] += hurt.around()
+        copies = any(hurt.pmds for hurt in incident.mappings)
+        return collect_tasks(dev, wanted, skip, copies=copies) if wanted else []
 
     def still_mapped(self, task: Task) -> bool:
         """See Mappings.still_mapped."""

@@ -28,6 +28,7 @@ from daxemu.host.tracer_messages import Delivered, Gone, Ignored, NotTaken, Refu
 from daxemu.host.tracer_messages import Outcome as Delivery
 from daxemu.mm.incident import Incident
 from daxemu.mm.memory_failure import MemoryFailures
+from daxemu.mm.pmd import hurt_as_mapped, to_unmap
 from daxemu.mm.to_kill import PresentRun, Task, ToKill, collect_procs
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT, PAGE_SIZE, Pfn
 
@@ -84,7 +85,7 @@ class Failures:
         """
 
         def work() -> list[Task]:
-            tasks = self._mappings.collect(incident)
+            tasks = hurt_as_mapped(incident, self._mappings.collect(incident))
             self._mappings.revoke(incident)
             return tasks
 
@@ -122,13 +123,14 @@ class Failures:
         hidden = self._take_hidden(incident) if consumer is not None else []
 
         def work() -> list[ToKill]:
-            tasks = self._mappings.collect(incident)
+            tasks = hurt_as_mapped(incident, self._mappings.collect(incident))
             found = {task.pid for task in tasks} | {consumer}
             tasks += [task for task in hidden if task.pid not in found and self._mappings.still_mapped(task)]
             tasks = [task for task in tasks if task.pid != consumer]
-            self._mappings.revoke(incident)
             early_kill = self._mm.sysctl_early_kill
-            return collect_procs(incident, tasks, early_kill=early_kill, force_tid=current)
+            to_kill = collect_procs(incident, tasks, early_kill=early_kill, force_tid=current)
+            self._mappings.revoke(to_unmap(incident, to_kill))
+            return to_kill
 
         return await trio.to_thread.run_sync(work)
 

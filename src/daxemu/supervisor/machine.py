@@ -14,6 +14,7 @@ from daxemu.errors import InvalidArgument, NoDevice
 from daxemu.events import DeviceRemoved, Outcome, PoisonCleared, PoisonInjected, SettingChanged
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import ROOT_INO
+from daxemu.fs.pmd_fault import pmd_ranges
 from daxemu.host.extra_operations import ExtraOperations
 from daxemu.host.mappings import Mappings
 from daxemu.host.mountinfo import printable
@@ -21,7 +22,7 @@ from daxemu.host.operations import Operations, PoisonedRead
 from daxemu.host.session import Session
 from daxemu.host.tasks import process_of
 from daxemu.host.tracer_link import TracerLink
-from daxemu.mm.memory_failure import MappingRange, MemoryFailures
+from daxemu.mm.memory_failure import Incident, MappingRange, MemoryFailures
 from daxemu.pmem.inject import check_range, failed_pages, inject, scrub, uninject
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
@@ -88,20 +89,23 @@ class Machine:
         for part in found:
             bad = inject(self.pmem, part.start, part.length, latent=request.latent)
             self.log.emit(PoisonInjected(offset=bad.start, length=bad.length, latent=request.latent))
-            done.append((bad, part))
+            failure = None if request.latent else self.mm.memory_failure(*failed_pages(self.pmem, bad), 0)
+            done.append((bad, part, failure))
         results = [p.PoisonedRange(0, 0, 0, 0, "", 0)] * len(done)
         async with trio.open_nursery() as nursery:
-            for index, (bad, _) in enumerate(done):
-                nursery.start_soon(self._fail, bad, request.latent, results, index)
-        return p.Injected(results, any(bad != part for bad, part in done), holes)
+            for index, (bad, _, failure) in enumerate(done):
+                nursery.start_soon(self._fail, bad, failure, results, index)
+        return p.Injected(results, any(bad != part for bad, part, _ in done), holes)
 
-    async def _fail(self, bad: Range, latent: bool, results: list[p.PoisonedRange], index: int) -> None:
+    async def _fail(
+        self, bad: Range, failure: Incident | None, results: list[p.PoisonedRange], index: int
+    ) -> None:
         pfn, nr_pages = failed_pages(self.pmem, bad)
-        if latent:
+        if failure is None:
             await self._hide(bad)
             outcome, told = "latent", 0
         else:
-            result, told = await self.failures.handle(self.mm.memory_failure(pfn, nr_pages, 0))
+            result, told = await self.failures.handle(failure)
             outcome = result.value
             if self.fs.shutdown_reason is not None:
                 await self.failures.revoke_everything()  # from the answer on, all is EIO
@@ -113,7 +117,10 @@ class Machine:
         incident = self.mm.removal(pfn, nr_pages)
         for owner in self.fs.rmap.owners(bad.start >> PAGE_SHIFT, -(-bad.end >> PAGE_SHIFT)):
             if owner.ino >= ROOT_INO:
-                incident.mappings.append(MappingRange(owner.ino, owner.file_block, owner.length, pfn))
+                pmds = pmd_ranges(self.fs.dax, self.fs.rmap, self.fs.names, owner, bad)
+                first = self.pmem.dax.base_pfn + owner.dev_block
+                hurt = MappingRange(owner.ino, owner.file_block, owner.length, first, pmds)
+                incident.mappings.append(hurt)
         await self.failures.hide(incident)
 
     async def _on_poison(self, read: PoisonedRead) -> None:
