@@ -29,6 +29,14 @@ class Range(NamedTuple):
         """The part inside ``[start, end)``; false when there is none."""
         return Range(max(self.start, start), min(self.end, end))
 
+    def inner(self, unit: int) -> Range:
+        """The whole aligned units of this length inside; false when there is none."""
+        return Range(-(-self.start // unit) * unit, self.end // unit * unit)
+
+    def outer(self, unit: int) -> Range:
+        """The aligned units of this length that hold any of it."""
+        return Range(self.start // unit * unit, -(-self.end // unit) * unit)
+
 
 def merged(spans: Iterable[tuple[int, int]]) -> Iterator[Range]:
     """Spans in order of their start, with those that touch or overlap made one."""

@@ -17,13 +17,13 @@ from typing import Any, Self
 
 from daxemu.cli.main import VERBS
 from daxemu.errors import DaxemuError
+from daxemu.uapi import PMD_SHIFT
 from tests.conformance.journal import Journal, drop_cache, no_read_ahead, until
 from tests.conformance.recording import Outcome, Records, Scenario, Step, last_touched
 from tests.support.actor import Actor, ActorDied, ActorTimeout
 from tests.support.mount import DAXEMU, DaxMount
 
 PAGE = 4096
-PMD_SHIFT = 21
 PATIENCE = 10.0
 """Seconds that one command may take: a hang is an outcome, not a wait."""
 OTHER_ACTOR = re.compile(r"(pvmread|pvmwrite) (\d+) (\d+) (\d+) (\d+)")
@@ -39,7 +39,7 @@ def needs_run(scenario: Scenario) -> bool:
     return any(re.match(r"madvise .* (hwpoison|soft)$", step.do) for step in scenario.steps)
 
 
-def needs_huge_pages(scenario: Scenario) -> bool:
+def by_pmd(scenario: Scenario) -> bool:
     """Whether the kernel mapped by 2 MiB: it told of the whole of it."""
     signals = (s for step in scenario.steps if step.expected for s in step.expected.signals)
     return any(signal.get("lsb") == PMD_SHIFT for signal in signals)
@@ -49,8 +49,6 @@ def not_yet(scenario: Scenario) -> str | None:
     """What a scenario needs that is not there, or None."""
     if needs_run(scenario) and "run" not in VERBS:
         return "madvise(MADV_HWPOISON, MADV_SOFT_OFFLINE) needs `daxemu run` (issue 4, 8)"
-    if needs_huge_pages(scenario):
-        return "2 MiB mappings need `mkfs --align 2M` (issue 4, 9)"
     return None
 
 

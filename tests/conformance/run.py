@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from daxemu.uapi import PAGE_SIZE, PMD_SIZE
 from tests.conformance.compare import Difference, judge, judge_other
 from tests.conformance.recording import CONFIG, KERNELS, OTHER_CONFIGS, Outcome, Scenario, outcomes
-from tests.conformance.replay import NotYet, not_yet, playing
+from tests.conformance.replay import NotYet, by_pmd, not_yet, playing
 from tests.conformance.world import World
 from tests.support.quick import quick_mount_at
 from tests.support.zygote import Zygote
@@ -49,7 +50,8 @@ def run(scenario: Scenario, zygote: Zygote, directory: Path) -> Verdict:
     ours: dict[int, Outcome] = {}
     judged: dict[int, Difference] = {}
     world = World()
-    with quick_mount_at(directory, zygote) as mount:
+    align = PMD_SIZE if by_pmd(scenario) else PAGE_SIZE
+    with quick_mount_at(directory, zygote, align=align) as mount:
         mount.sound = not any("superblock" in step.do for step in scenario.steps)
         try:
             with playing(mount, scenario) as player:

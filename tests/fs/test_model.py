@@ -14,7 +14,7 @@ from daxemu.errors import FsError, MediaError, NoSpace
 from daxemu.events import PoisonCleared, StoreLost
 from daxemu.fs.inode import ROOT_INO
 from daxemu.pmem.inject import inject, scrub, uninject
-from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE
+from daxemu.uapi import PAGE_SIZE, PMD_SIZE, SECTOR_SIZE
 from tests.fs.invariants import Invariants
 from tests.fs.model import File, Model
 from tests.support.core import core_at
@@ -38,9 +38,9 @@ blocks = st.integers(0, MAX_PAGES)
 class FilesystemAgainstModel(Invariants):
     """Rules do the same to both; a rule that must fail sees that it fails, and that nothing changed by it."""
 
-    @initialize(prefill=st.integers(0, 7), eio=st.booleans())
-    def start(self, prefill: int, eio: bool) -> None:
-        self._context = core_at()
+    @initialize(prefill=st.integers(0, 7), eio=st.booleans(), align=st.sampled_from([PAGE_SIZE, PMD_SIZE]))
+    def start(self, prefill: int, eio: bool, align: int) -> None:
+        self._context = core_at(align=align)
         self.core = self._context.__enter__()
         self.model = Model()
         self.committed = Model()

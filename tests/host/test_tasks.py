@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from daxemu.host import tasks
-from daxemu.host.tasks import collect_tasks, in_page_fault, process_of, read_comm, read_threads, read_vmas
+from daxemu.host.tasks import (
+    collect_tasks,
+    in_page_fault,
+    present_runs,
+    process_of,
+    read_comm,
+    read_threads,
+    read_vmas,
+)
 from daxemu.ranges import Range
 from daxemu.uapi import PF_MCE_EARLY, PF_MCE_PROCESS
 from tests.support.actor import Actor
@@ -118,3 +127,24 @@ def test_a_name_with_parentheses_confuses_nobody(file: Path) -> None:
         assert read_comm(actor.pid) == "a) R 1 ("
         assert [t.tid for t in read_threads(actor.pid)] == [actor.pid]
         assert not any(t.flags & PF_MCE_PROCESS for t in read_threads(actor.pid))
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_copies_are_told_with_what_is_the_files_own(
+    file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch, scan: bool
+) -> None:
+    if not scan:
+        monkeypatch.setattr(tasks, "_PAGEMAP_SCAN", 0xDEAD)
+    dev, ino = identity(file)
+    actor.cmd("mmap 0 0 8 40 private")
+    actor.cmd("mmap 1 0 0 64 shared")
+    for page in (0, 1, 20):
+        actor.cmd(f"tr 0 {page}")
+    actor.cmd("tw 0 1 x")
+    actor.cmd("tw 1 9 x")
+    found = collect_tasks(dev, {ino: [Range(0, 64)]}, pages_of=partial(present_runs, copies=True))
+    (task,) = [task for task in found if task.pid == actor.pid]
+    private = Range(actor.addr(0), actor.addr(0, 40))
+    assert {run.copies for run in task.present if run.vma == private} == {(Range(9, 10),)}
+    assert {run.copies for run in task.present if run.vma != private} == {()}
+    assert {run.vma for run in task.present} == {private, Range(actor.addr(1), actor.addr(1, 64))}

@@ -15,7 +15,7 @@ GOOD = DeviceConfig(MIN_SIZE)
 
 
 def test_what_is_made_can_be_loaded(tmp_path: Path) -> None:
-    config = DeviceConfig(16 << 20, base_pfn=0x240000, altmap=1 << 20, align=2 << 20)
+    config = DeviceConfig(16 << 20, base_pfn=0x240000, altmap=2 << 20, align=2 << 20)
     DeviceDir.create(tmp_path / "pmem0", config)
     loaded = DeviceDir.load(tmp_path / "pmem0")
     assert loaded.config == config
@@ -47,6 +47,8 @@ def test_altmap_is_64_bytes_a_page() -> None:
         DeviceConfig(MAX_SIZE + PAGE_SIZE),
         DeviceConfig(MIN_SIZE, align=8192),
         DeviceConfig(MIN_SIZE, align=0),
+        DeviceConfig(MIN_SIZE, base_pfn=0x100001, align=2 << 20),
+        DeviceConfig(16 << 20, altmap=1 << 20, align=2 << 20),
         DeviceConfig(MIN_SIZE, altmap=PAGE_SIZE),
         DeviceConfig(2 * MIN_SIZE, altmap=100),
         DeviceConfig(2 * MIN_SIZE, altmap=-PAGE_SIZE),

@@ -18,6 +18,7 @@ from daxemu.errors import NotMounted
 from daxemu.fs.offline import Report, check_device
 from daxemu.host.mountinfo import mount_at
 from daxemu.pmem.device_dir import DeviceConfig, DeviceDir
+from daxemu.uapi import PAGE_SIZE
 from tests.support.mount import DaxMount, clear_away
 from tests.support.zygote import Zygote, wait_for_end
 
@@ -104,7 +105,7 @@ class QuickMount(DaxMount):
 
 @contextmanager
 def quick_mount_at(
-    directory: Path, zygote: Zygote, size: int = 1 << 30, *, mount: bool = True
+    directory: Path, zygote: Zygote, size: int = 1 << 30, *, align: int = PAGE_SIZE, mount: bool = True
 ) -> Iterator[QuickMount]:
     """A fresh device of ``size`` bytes in shared memory, mounted below ``directory``; sound in the end."""
     device = SHM / f"daxemu-quick-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -112,7 +113,7 @@ def quick_mount_at(
     path.mkdir()
     made = QuickMount(device, path, zygote=zygote)
     try:
-        DeviceDir.create(device, DeviceConfig(size))
+        DeviceDir.create(device, DeviceConfig(size, align=align))
         if mount:
             made.mount()
         yield made

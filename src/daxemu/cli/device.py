@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
 
 from daxemu.cli.common import SIZE, emit, human, json_option
-from daxemu.errors import CorruptMetadata, Unsupported
+from daxemu.errors import CorruptMetadata
 from daxemu.pmem.device_dir import DEFAULT_BASE_PFN, DeviceConfig, DeviceDir, altmap_bytes
-from daxemu.uapi import PAGE_SIZE
 
 
 @click.command()
@@ -33,7 +32,13 @@ from daxemu.uapi import PAGE_SIZE
     is_flag=True,
     help="Memory that the kernel has no struct pages for: a pfn_address_space (as an accelerator's).",
 )
-@click.option("--align", type=SIZE, default="4K", show_default=True, help="Of extents; 4K so far.")
+@click.option(
+    "--align",
+    type=SIZE,
+    default="4K",
+    show_default=True,
+    help="Of extents: 2M places files so that they can be mapped by 2 MiB pages.",
+)
 @click.option("--force", is_flag=True, help="Replace an unmounted device that is there; all on it is lost.")
 @json_option
 def mkfs(
@@ -60,16 +65,10 @@ def mkfs(
         raise click.BadParameter(
             f"{base_pfn!r} is not a page frame number", param_hint="--base-pfn"
         ) from error
-    config = DeviceConfig(
-        size=size,
-        base_pfn=pfn,
-        altmap=altmap_bytes(size) if altmap else 0,
-        align=align,
-        struct_pages=not pageless,
-    )
+    config = DeviceConfig(size=size, base_pfn=pfn, align=align, struct_pages=not pageless)
     config.validate()
-    if align != PAGE_SIZE:
-        raise Unsupported("--align 2M: extents are placed by 4K pages so far; leave --align out")
+    if altmap:
+        config = replace(config, altmap=altmap_bytes(size, align))
     path = device.absolute()
     DeviceDir.create(path, config, force=force)
     last = config.base_pfn + config.size // 4096 - 1

@@ -4,10 +4,11 @@ for).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from daxemu.errors import NoSpace
 from daxemu.fs.data_ops import DataOps
+from daxemu.fs.extents import ExtentMap
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SIZE, Block
@@ -65,35 +66,36 @@ class Allocator:
 
         Raises NoSpace, and then nothing has changed.
         """
+        return self._or_reclaim(length, lambda taken: self._take_next(taken, length, goal))
+
+    def allocate_for(
+        self, extents: ExtentMap, pieces: Sequence[Range], goal: Block | None = None
+    ) -> list[Range]:
+        """As :meth:`allocate`, for the blocks ``pieces`` of a file that need new ones; the runs in their
+        order.
+        """
+        return self.allocate(sum(piece.length for piece in pieces), goal)
+
+    def max_runs(self, pieces: Sequence[Range]) -> int:
+        """How many runs :meth:`allocate_for` can return at the most."""
+        return min(sum(piece.length for piece in pieces), self.fragments)
+
+    def _or_reclaim(self, length: int, take: Callable[[list[Range]], None]) -> list[Range]:
+        """What ``take`` adds to its argument, all or nothing; called again once pending blocks are free."""
         if length > self.free_blocks:
             raise NoSpace("the device is full")
         try:
-            return self._allocate(length, goal)
+            return self._all_of(take)
         except NoSpace:
             if not self._pending or self.reclaim is None:
                 raise
             self.reclaim()
-            return self._allocate(length, goal)
+            return self._all_of(take)
 
-    def _allocate(self, length: int, goal: Block | None) -> list[Range]:
+    def _all_of(self, take: Callable[[list[Range]], None]) -> list[Range]:
         taken: list[Range] = []
-        missing = length
         try:
-            at = self._cursor if goal is None else goal
-            for low, high in ((at, self.total), (0, at)):
-                while missing and (run := self._next_good(low, high)):
-                    run = run.clip(run.start, run.start + missing)
-                    self._free.remove(*run)
-                    taken.append(run)
-                    self._dax.reserve(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
-                    # A new block is zeroed, and a write over poison that nobody knew of clears it.
-                    self._dax.clear_poison(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
-                    missing -= run.length
-                    low = run.end
-                    if self.watcher is not None:
-                        self.watcher.allocated(run)
-            if missing:
-                raise NoSpace("the device is full: what is free of it is bad")
+            take(taken)
         except BaseException:
             for run in taken:
                 self._give_back(run)
@@ -101,19 +103,44 @@ class Allocator:
         self._cursor = taken[-1].end if taken else self._cursor
         return taken
 
-    def _next_good(self, low: Block, high: Block) -> Range | None:
-        """The first free run in ``[low, high)`` without bad sectors."""
-        while (run := self._free.first_from(low)) and (run := run.clip(low, high)):
-            bad = next(
-                self._dax.badblocks.overlapping_bytes(run.start * PAGE_SIZE, run.length * PAGE_SIZE), None
-            )
+    def _take_next(self, taken: list[Range], length: int, goal: Block | None) -> None:
+        missing = length
+        at = self._cursor if goal is None else goal
+        for low, high in ((at, self.total), (0, at)):
+            while missing and (run := self._next_good(self._free, low, high)):
+                run = run.clip(run.start, run.start + missing)
+                self._take(taken, run)
+                missing -= run.length
+                low = run.end
+        if missing:
+            raise NoSpace("the device is full: what is free of it is bad")
+
+    def _take(self, taken: list[Range], run: Range) -> None:
+        self._remove_free(run)
+        taken.append(run)
+        self._dax.reserve(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
+        # A new block is zeroed, and a write over poison that nobody knew of clears it.
+        self._dax.clear_poison(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
+        if self.watcher is not None:
+            self.watcher.allocated(run)
+
+    def _next_good(self, free: RangeSet, low: int, high: int, unit: int = PAGE_SIZE) -> Range | None:
+        """The first run of ``free`` in ``[low, high)`` without bad sectors; in units of ``unit`` bytes."""
+        while (run := free.first_from(low)) and (run := run.clip(low, high)):
+            bad = next(self._dax.badblocks.overlapping_bytes(run.start * unit, run.length * unit), None)
             if bad is None:
                 return run
-            first_bad = bad.start // PAGE_SIZE
+            first_bad = bad.start // unit
             if run.start < first_bad:
                 return Range(run.start, first_bad)
-            low = -(-bad.end // PAGE_SIZE)
+            low = -(-bad.end // unit)
         return None
+
+    def _remove_free(self, run: Range) -> None:
+        self._free.remove(*run)
+
+    def _add_free(self, run: Range) -> None:
+        self._free.add(*run)
 
     def free(self, run: Range) -> None:
         """Give blocks back once the next commit is done. Precondition: no link has any of them."""
@@ -130,7 +157,7 @@ class Allocator:
     def _give_back(self, run: Range) -> None:
         if self.watcher is not None:
             self.watcher.freed(run)
-        self._free.add(*run)
+        self._add_free(run)
         self._dax.discard(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
 
     def discard_free(self) -> None:
@@ -142,4 +169,4 @@ class Allocator:
         """Mark blocks as in use, as a store says. Raises NoSpace if one of them is in use already."""
         if not self._free.covers(*run):
             raise NoSpace(f"blocks {run.start}-{run.end} are in use twice")
-        self._free.remove(*run)
+        self._remove_free(run)

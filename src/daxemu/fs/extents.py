@@ -79,6 +79,11 @@ class ExtentMap:
             at = run_end
             index += 1
 
+    def goal(self, block: Block) -> Block | None:
+        """Where on the device what the file has before ``block`` goes on; None after a hole, or nothing."""
+        before = self.lookup(max(0, block - 1), block)
+        return before[0].dev_block + 1 if before and before[0].link is not None else None
+
     def insert(self, file_block: Block, dev_block: Block, length: int) -> None:
         """Map a hole of the file to blocks nobody else uses.
 

@@ -16,7 +16,7 @@ from daxemu.fs.data_ops import DataOps, Origin
 from daxemu.fs.extents import ExtentMap, Mapping
 from daxemu.fs.rmap import Link, Rmap
 from daxemu.pmem.dax_device import DaxDevice
-from daxemu.ranges import Range, RangeSet
+from daxemu.ranges import Range, RangeSet, merged
 from daxemu.uapi import PAGE_SIZE, Block
 
 Buffer = bytes | bytearray | memoryview
@@ -167,17 +167,13 @@ class FileData:
                     raise PartialOverPoison(str(error), error.ranges) from error
 
     def _allocate(self, extents: ExtentMap, segments: list[_Segment], first: Block) -> list[Range]:
-        wanted = sum(s.end - s.start for s in segments if s.copy)
-        if not wanted:
+        pieces = list(merged((s.start, s.end) for s in segments if s.copy))
+        if not pieces:
             return []
         # Each segment cuts a link in two at the most, and its blocks may come in pieces.
         copies = sum(s.copy for s in segments)
-        self._ensure_links(2 * copies + min(wanted, self._allocator.fragments))
-        goal = None
-        if first:
-            before = extents.lookup(first - 1, first)[0]
-            goal = before.dev_block + 1 if before.link is not None else None
-        return list(reversed(self._allocator.allocate(wanted, goal)))
+        self._ensure_links(2 * copies + self._allocator.max_runs(pieces))
+        return list(reversed(self._allocator.allocate_for(extents, pieces, extents.goal(first))))
 
     def _store_new(
         self, extents: ExtentMap, segment: _Segment, start: int, chunk: memoryview, fresh: list[Range]
@@ -313,10 +309,10 @@ class FileData:
         holes = [
             b for b in edges if not cut.start <= b < cut.end and extents.lookup(b, b + 1)[0].link is None
         ]
-        count = max(0, cut.length)
+        targets = [*([cut] if cut else []), *(Range(block, block + 1) for block in holes)]
         # Each edge may lie in a shared block, whose copy cuts a link in three.
-        self._ensure_links(5 + len(holes) + min(count, self._allocator.fragments))
-        fresh = self._allocator.allocate(count + len(holes))
+        self._ensure_links(5 + len(holes) + self._allocator.max_runs(targets))
+        fresh = self._allocator.allocate_for(extents, targets)
         try:
             whole = self._zero_edges(extents, start, end)
         except BaseException:
@@ -324,7 +320,6 @@ class FileData:
                 self._allocator.free(run)
             raise
         self.remove(extents, *whole)
-        targets = [*([whole] if whole else []), *(Range(block, block + 1) for block in holes)]
         extents.fill(targets, fresh)
 
     def _zero_edges(self, extents: ExtentMap, start: int, end: int) -> Range:
@@ -346,8 +341,10 @@ class FileData:
         """Give the holes of blocks ``[first, last)`` blocks that read as zeros. Raises NoSpace, with nothing
         changed.
         """
-        holes = [run for run in extents.runs(first, last) if run.link is None]
-        wanted = sum(run.length for run in holes)
-        self._ensure_links(len(holes) + min(wanted, self._allocator.fragments))
-        fresh = self._allocator.allocate(wanted)
-        extents.fill([Range(hole.file_block, hole.file_block + hole.length) for hole in holes], fresh)
+        holes = [
+            Range(run.file_block, run.file_block + run.length)
+            for run in extents.runs(first, last)
+            if run.link is None
+        ]
+        self._ensure_links(len(holes) + self._allocator.max_runs(holes))
+        extents.fill(holes, self._allocator.allocate_for(extents, holes))

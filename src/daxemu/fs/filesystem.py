@@ -13,10 +13,10 @@ from collections.abc import Callable
 from daxemu.errors import Busy, CorruptMetadata, DaxemuError, FsError, MediaError, NoSpace, Shutdown
 from daxemu.events import Emit, FilesystemShutdown, PoisonCleared, StoreLost
 from daxemu.fs import posix_acl
-from daxemu.fs.allocator import Allocator
 from daxemu.fs.data_ops import DataOps
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.file_data import Buffer, FileData, Stored
+from daxemu.fs.huge_allocator import allocator_for
 from daxemu.fs.inode import ENTRY_COST, MAX_FILE_SIZE, Credentials, Inode
 from daxemu.fs.metadata_region import MetadataRegion
 from daxemu.fs.namespace import Namespace
@@ -70,7 +70,7 @@ class Filesystem:
         self.on_shutdown: Callable[[], None] = lambda: None
         """Told of a shutdown: the page cache must not go on answering for us."""
         self.rmap = Rmap()
-        self.allocator = Allocator(dax)
+        self.allocator = allocator_for(dax)
         self._data = FileData(dax, self.rmap, self.allocator, self.ensure_links)
         self.region = MetadataRegion(dax, self.rmap, self.allocator)
         self.store = Store(self.region, dax.name)

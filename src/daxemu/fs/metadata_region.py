@@ -186,8 +186,9 @@ class MetadataRegion:
             return
         taken: list[list[Range]] = []
         try:
-            for _ in range(REPLICAS):
-                taken.append(self._allocator.allocate(more))
+            for replica in range(REPLICAS):
+                at = _base(file, replica) + self._blocks[file]
+                taken.append(self._allocator.allocate_for(self._extents, [Range(at, at + more)]))
             for replica, runs in enumerate(taken):
                 at = _base(file, replica) + self._blocks[file]
                 for run in runs:

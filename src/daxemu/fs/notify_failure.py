@@ -12,6 +12,7 @@ from daxemu.errors import CorruptMetadata
 from daxemu.events import Emit, FileDamaged
 from daxemu.fs.inode import RESERVED_INO
 from daxemu.fs.namespace import Namespace
+from daxemu.fs.pmd_fault import pmd_ranges
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.dax_device import DaxDevice
@@ -62,7 +63,8 @@ class NotifyFailure:
             if owner.ino == RESERVED_INO:
                 continue  # nobody maps it, and what it is a copy of is not hurt
             pfn = self._dax.base_pfn + owner.dev_block
-            self._mm.mf_dax_kill_procs(owner.ino, owner.file_block, owner.length, pfn, flags)
+            pmds = pmd_ranges(self._dax, self._rmap, self._names, owner, hurt)
+            self._mm.mf_dax_kill_procs(owner.ino, owner.file_block, owner.length, pfn, flags, pmds)
             self._emit(
                 FileDamaged(
                     ino=owner.ino,

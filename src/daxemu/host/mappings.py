@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Protocol
 
 from daxemu.host.session import Session
-from daxemu.host.tasks import collect_tasks, mapped_runs, maps_still, present_runs
+from daxemu.host.tasks import PagesOf, collect_tasks, mapped_runs, maps_still, present_runs
 from daxemu.mm.memory_failure import Incident, Task
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SHIFT, Ino
@@ -22,7 +23,9 @@ class Mappings(Protocol):
     """What the kernel does with rmap and page tables. Both calls block: from a worker thread only."""
 
     def collect(self, incident: Incident) -> list[Task]:
-        """``collect_procs()``: the processes that have a page of the incident present, with where."""
+        """``collect_procs()``: the processes that have a page of the incident, or of PMDs around it, present,
+        with where.
+        """
 
     def still_mapped(self, task: Task) -> bool:
         """Whether a process still has mapped, at the same addresses, what it had present once."""
@@ -43,7 +46,7 @@ class PageCacheMappings:
     ) -> None:
         self._session = session
         self._open_inodes = open_inodes
-        self._pages_of = mapped_runs if pfn_map else present_runs
+        self._pages_of: PagesOf = mapped_runs if pfn_map else present_runs
 
     def collect(self, incident: Incident) -> list[Task]:
         """See Mappings.collect. Nothing is read of /proc when no file of the incident is open."""
@@ -54,8 +57,11 @@ class PageCacheMappings:
         wanted: dict[Ino, list[Range]] = defaultdict(list)
         for hurt in incident.mappings:
             if hurt.mapping in open_now:
-                wanted[hurt.mapping].append(Range(hurt.index, hurt.index + hurt.count))
-        return collect_tasks(dev, wanted, skip, self._pages_of) if wanted else []
+                wanted[hurt.mapping] += hurt.around()
+        pages_of = self._pages_of
+        if pages_of is present_runs and any(hurt.pmds for hurt in incident.mappings):
+            pages_of = partial(present_runs, copies=True)
+        return collect_tasks(dev, wanted, skip, pages_of) if wanted else []
 
     def still_mapped(self, task: Task) -> bool:
         """See Mappings.still_mapped."""

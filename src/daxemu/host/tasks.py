@@ -25,25 +25,35 @@ _GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
 # uapi/linux/fs.h
 _PAGE_IS_FILE = 1 << 2
 _PAGE_IS_PRESENT = 1 << 3
+_PAGE_IS_SWAPPED = 1 << 4
 _PAGEMAP_SCAN = 3 << 30 | 96 << 16 | ord("f") << 8 | 16
 _SCAN_ARG = struct.Struct("=12Q")
 _PAGE_REGION = struct.Struct("=3Q")
 _REGIONS = 256
 
 _PM_PRESENT = 1 << 63
+_PM_SWAP = 1 << 62
 _PM_FILE = 1 << 61
 _PM_CHUNK = 1 << 16  # pages looked at in one read(2) where PAGEMAP_SCAN is missing
 
 
 class Vma(NamedTuple):
-    """One mapping of a file of ours: addresses ``[start, end)`` show the file's pages from ``pgoff`` on."""
+    """One mapping of a file of ours: addresses ``[start, end)`` show the file's pages from ``pgoff`` on, or a
+    private one copies.
+    """
 
     start: int
     end: int
     pgoff: int
     ino: Ino
+    private: bool
     writable: bool
     """Shared, and for writing: stores reach the file."""
+
+    @property
+    def area(self) -> Range:
+        """Its addresses."""
+        return Range(self.start, self.end)
 
 
 Wanted = Mapping[Ino, Sequence[Range]] | None
@@ -91,32 +101,40 @@ def read_vmas(pid: int, dev: tuple[int, int]) -> Iterator[Vma]:
         return
     for line in text.splitlines():
         if mark in line:
-            addresses, permissions, offset, _, ino, *_ = line.split(None, 5)
+            addresses, mode, offset, _, ino, *_ = line.split(None, 5)
             start, end = addresses.split(b"-")
-            writable = permissions[1:2] == b"w" and permissions[3:4] == b"s"
-            yield Vma(int(start, 16), int(end, 16), int(offset, 16) >> PAGE_SHIFT, int(ino), writable)
+            pgoff = int(offset, 16) >> PAGE_SHIFT
+            private = mode.endswith(b"p")
+            writable = mode[1:2] == b"w" and not private
+            yield Vma(int(start, 16), int(end, 16), pgoff, int(ino), private, writable)
 
 
 def mapped_runs(pid: int, vmas: list[Vma], wanted: Wanted) -> Iterator[PresentRun]:
     """The wanted pages that are mapped, touched or not."""
     for vma, part in _wanted_parts(vmas, wanted):
         address = vma.start + ((part.start - vma.pgoff) << PAGE_SHIFT)
-        yield PresentRun(vma.ino, part.start, part.length, address, PAGE_SHIFT, vma.writable)
+        yield PresentRun(
+            vma.ino, part.start, part.length, address, PAGE_SHIFT, vma.area, writable=vma.writable
+        )
         if wanted is None:
             return
 
 
-def present_runs(pid: int, vmas: list[Vma], wanted: Wanted) -> Iterator[PresentRun]:
+def present_runs(pid: int, vmas: list[Vma], wanted: Wanted, *, copies: bool = False) -> Iterator[PresentRun]:
     """The wanted pages that are in the page tables. A private copy of a page (CoW) is the process's own and
-    does not count.
+    does not count; with ``copies`` each run says which wanted ones its mapping has.
     """
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
         for vma, part in _wanted_parts(vmas, wanted):
             low = vma.start + ((part.start - vma.pgoff) << PAGE_SHIFT)
-            for run in present_in(pagemap.fileno(), low, low + (part.length << PAGE_SHIFT)):
-                index = vma.pgoff + ((run.start - vma.start) >> PAGE_SHIFT)
-                pages = run.length >> PAGE_SHIFT
-                yield PresentRun(vma.ino, index, pages, run.start, PAGE_SHIFT, vma.writable)
+            high = low + (part.length << PAGE_SHIFT)
+            own = present_in(pagemap.fileno(), low, high, copies=True) if copies and vma.private else ()
+            copied = tuple(_pages_of(vma, run) for run in own)
+            for run in present_in(pagemap.fileno(), low, high):
+                first, end = _pages_of(vma, run)
+                yield PresentRun(
+                    vma.ino, first, end - first, run.start, PAGE_SHIFT, vma.area, copied, vma.writable
+                )
                 if wanted is None:
                     return
 
@@ -130,26 +148,36 @@ def _wanted_parts(vmas: list[Vma], wanted: Wanted) -> Iterator[tuple[Vma, Range]
                 yield vma, part
 
 
-def present_in(pagemap: int, start: int, end: int) -> Iterator[Range]:
+def _pages_of(vma: Vma, addresses: Range) -> Range:
+    """The pages of the file that a mapping shows there."""
+    return Range(*(vma.pgoff + ((address - vma.start) >> PAGE_SHIFT) for address in addresses))
+
+
+def present_in(pagemap: int, start: int, end: int, *, copies: bool = False) -> Iterator[Range]:
     """The address ranges in ``[start, end)`` whose pages are present and the file's own.
+
+    With ``copies`` those whose pages are private copies, swapped out or not.
 
     Costs what the page tables hold (PAGEMAP_SCAN, Linux 6.7); before that, time in proportion to the range.
     """
     try:
-        yield from merged(_scan(pagemap, start, end))
+        yield from merged(_scan(pagemap, start, end, copies))
     except OSError as error:
         if error.errno not in (errno.ENOTTY, errno.EINVAL):
             raise
-        yield from merged(_read_pagemap(pagemap, start, end))
+        yield from merged(_read_pagemap(pagemap, start, end, copies))
 
 
-def _scan(pagemap: int, start: int, end: int) -> Iterator[Range]:
+def _scan(pagemap: int, start: int, end: int, copies: bool) -> Iterator[Range]:
     regions = array("B", bytes(_REGIONS * _PAGE_REGION.size))
     address, _ = regions.buffer_info()
-    category = _PAGE_IS_PRESENT | _PAGE_IS_FILE
+    # inverted, all of, any of, returned
+    categories = (0, _PAGE_IS_PRESENT | _PAGE_IS_FILE, 0, _PAGE_IS_FILE)
+    if copies:
+        categories = (_PAGE_IS_FILE, _PAGE_IS_FILE, _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED, _PAGE_IS_FILE)
     while start < end:
         argument = bytearray(
-            _SCAN_ARG.pack(_SCAN_ARG.size, 0, start, end, 0, address, _REGIONS, 0, 0, category, 0, category)
+            _SCAN_ARG.pack(_SCAN_ARG.size, 0, start, end, 0, address, _REGIONS, 0, *categories)
         )
         count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, argument, True)
         filled = memoryview(regions)[: count * _PAGE_REGION.size]
@@ -161,12 +189,13 @@ def _scan(pagemap: int, start: int, end: int) -> Iterator[Range]:
         start = walked
 
 
-def _read_pagemap(pagemap: int, start: int, end: int) -> Iterator[Range]:
+def _read_pagemap(pagemap: int, start: int, end: int, copies: bool) -> Iterator[Range]:
+    there = _PM_PRESENT | _PM_SWAP if copies else _PM_PRESENT
     for low in range(start, end, _PM_CHUNK * PAGE_SIZE):
         high = min(end, low + _PM_CHUNK * PAGE_SIZE)
         entries = array("Q", os.pread(pagemap, (high - low) >> PAGE_SHIFT << 3, low >> PAGE_SHIFT << 3))
         for index, entry in enumerate(entries):
-            if entry & _PM_PRESENT and entry & _PM_FILE:
+            if entry & there and bool(entry & _PM_FILE) != copies:
                 yield Range(low + index * PAGE_SIZE, low + (index + 1) * PAGE_SIZE)
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from daxemu.errors import DaxemuError
 from daxemu.events import PageType
+from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import MF_MEM_PRE_REMOVE, Ino, Pfn
 
 
@@ -45,12 +46,19 @@ class Part:
 class MappingRange:
     """Pages ``[index, index + count)`` of the file ``mapping`` (its inode number), backed by pages from
     ``pfn`` on.
+
+    ``pmds``: the whole 2 MiB of the file that hold any of them and that a fault maps at once, as page ranges.
     """
 
     mapping: Ino
     index: int
     count: int
     pfn: Pfn
+    pmds: tuple[Range, ...] = ()
+
+    def around(self) -> list[Range]:
+        """The pages that say, when present, that one of the range is: those of its PMDs, too."""
+        return list(RangeSet([(self.index, self.index + self.count), *self.pmds]))
 
 
 @dataclass(eq=False)

@@ -176,18 +176,20 @@ class MemoryFailures:
         """A context in which the holder's ``mf_dax_kill_procs`` calls belong to ``incident``."""
         return _Current(self, incident)
 
-    def mf_dax_kill_procs(self, mapping: Ino, index: int, count: int, pfn: Pfn, flags: int) -> None:
+    def mf_dax_kill_procs(
+        self, mapping: Ino, index: int, count: int, pfn: Pfn, flags: int, pmds: tuple[Range, ...] = ()
+    ) -> None:
         """The filesystem names a file range that is hurt; called from within its ``->notify_failure``.
 
         ``index`` and ``count`` are pages of the file, ``count`` up to U64_MAX (then every mapping of the
-        device). Precondition: a failure is being handled.
+        device); ``pmds`` as in MappingRange. Precondition: a failure is being handled.
         """
         if self._current is None:
             raise RuntimeError("mf_dax_kill_procs() outside of a memory failure")
         if count >= U64_MAX // PAGE_SIZE:
             self._current.whole_device = True
         else:
-            self._current.mappings.append(MappingRange(mapping, index, count, pfn))
+            self._current.mappings.append(MappingRange(mapping, index, count, pfn, pmds))
 
     def action_result(self, incident: Incident, told: int) -> Outcome:
         """``action_result()``: count and log each part; returns the worst outcome.

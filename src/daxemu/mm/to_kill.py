@@ -9,8 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from daxemu.mm.incident import Incident, PfnMapping
-from daxemu.ranges import RangeSet
+from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SHIFT, PF_EXITING, PF_KTHREAD, PF_MCE_EARLY, PF_MCE_PROCESS, Ino, Pfn
+
+_NOWHERE = Range(0, 0)
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Thread:
 class PresentRun:
     """Consecutive pages of one mapping that a process has present: ``nr_pages`` from ``address`` on, in its
     own space.
+
+    ``vma``: the addresses of that mapping; ``copies``: pages of the file that it shows its own copy of.
     """
 
     mapping: Ino
@@ -32,6 +36,8 @@ class PresentRun:
     nr_pages: int
     address: int
     shift: int
+    vma: Range = _NOWHERE
+    copies: tuple[Range, ...] = ()
     writable: bool = False
     """Stores through it reach the file."""
 

@@ -13,7 +13,7 @@ from daxemu.errors import Busy, InvalidArgument, MediaError, NoDevice, Unsupport
 from daxemu.pmem.badblocks import Badblocks
 from daxemu.pmem.media import Media, sectors_of
 from daxemu.ranges import Range
-from daxemu.uapi import MF_MEM_PRE_REMOVE, SECTOR_SIZE, U64_MAX, Pfn
+from daxemu.uapi import MF_MEM_PRE_REMOVE, PAGE_SIZE, SECTOR_SIZE, U64_MAX, Pfn
 
 
 class DaxHolderOperations(Protocol):
@@ -31,14 +31,22 @@ class DaxDevice:
     """One dax device: ``size`` bytes of ``media`` from ``data_offset`` on, their badblocks, and who holds
     them.
 
-    ``base_pfn`` is the page frame of device byte 0.
+    ``base_pfn`` is the page frame of device byte 0. ``align``: the largest page, in bytes, that it is mapped
+    by; device byte 0 is aligned to it.
     """
 
     def __init__(
-        self, name: str, media: Media, data_offset: int, badblocks: Badblocks, base_pfn: Pfn
+        self,
+        name: str,
+        media: Media,
+        data_offset: int,
+        badblocks: Badblocks,
+        base_pfn: Pfn,
+        align: int = PAGE_SIZE,
     ) -> None:
         self.name = name
         self.base_pfn = base_pfn
+        self.align = align
         self.size = media.size - data_offset
         self.alive = True
         self.badblocks = badblocks

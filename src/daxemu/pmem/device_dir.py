@@ -13,7 +13,7 @@ from pathlib import Path
 
 from daxemu.errors import Busy, InvalidArgument, NoSpace, NotADevice, PermissionDenied
 from daxemu.pmem.media import Media
-from daxemu.uapi import PAGE_SIZE, PMD_SHIFT, Pfn, page_align_up
+from daxemu.uapi import PAGE_SIZE, PMD_SIZE, Pfn
 
 FORMAT_VERSION = 1
 MIN_SIZE = 8 << 20
@@ -45,11 +45,16 @@ class DeviceConfig:
             raise InvalidArgument(
                 f"size {self.size}: must be whole pages of 4K, from {MIN_SIZE >> 20}M to {MAX_SIZE >> 40}T"
             )
-        if self.align not in (PAGE_SIZE, 1 << PMD_SHIFT):
+        if self.align not in (PAGE_SIZE, PMD_SIZE):
             raise InvalidArgument(f"alignment {self.align}: must be 4K or 2M")
-        if self.altmap % PAGE_SIZE or not 0 <= self.altmap <= self.size - MIN_SIZE:
+        if self.base_pfn * PAGE_SIZE % self.align:
             raise InvalidArgument(
-                f"altmap {self.altmap}: must be whole pages and leave {MIN_SIZE >> 20}M of data"
+                f"base pfn {self.base_pfn:#x}: must be a multiple of {self.align // PAGE_SIZE:#x}"
+            )
+        if self.altmap % self.align or not 0 <= self.altmap <= self.size - MIN_SIZE:
+            raise InvalidArgument(
+                f"altmap {self.altmap}: must be whole pages of {self.align >> 10}K "
+                f"and leave {MIN_SIZE >> 20}M of data"
             )
         if self.altmap and not self.struct_pages:
             raise InvalidArgument("an altmap is room for struct pages, of which this device shall have none")
@@ -57,9 +62,9 @@ class DeviceConfig:
             raise InvalidArgument(f"base pfn {self.base_pfn:#x}: outside the physical address space")
 
 
-def altmap_bytes(size: int) -> int:
+def altmap_bytes(size: int, align: int = PAGE_SIZE) -> int:
     """How much a memmap kept on the device itself takes: one struct page for each of its pages."""
-    return page_align_up(size // PAGE_SIZE * STRUCT_PAGE_SIZE)
+    return -(-size // PAGE_SIZE * STRUCT_PAGE_SIZE // align) * align
 
 
 def _integer(table: dict[str, object], name: str) -> int:

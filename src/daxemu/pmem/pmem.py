@@ -35,7 +35,12 @@ class Pmem:
         self.badblocks = Badblocks()
         altmap_pages = config.altmap // PAGE_SIZE
         self.dax = DaxDevice(
-            device.name, self.media, config.altmap, self.badblocks, config.base_pfn + altmap_pages
+            device.name,
+            self.media,
+            config.altmap,
+            self.badblocks,
+            config.base_pfn + altmap_pages,
+            config.align,
         )
         self.pages = Range(config.base_pfn, config.base_pfn + config.size // PAGE_SIZE)
         self.pgmap: DevPagemap | None = None

@@ -31,6 +31,7 @@ from daxemu.host.tracer_messages import Delivered, Gone, Ignored, NotTaken, Refu
 from daxemu.host.tracer_messages import Outcome as Delivery
 from daxemu.mm.incident import Incident
 from daxemu.mm.memory_failure import MemoryFailures
+from daxemu.mm.pmd import hurt_as_mapped, to_unmap
 from daxemu.mm.to_kill import PresentRun, Task, ToKill, collect_procs, spare
 from daxemu.ranges import RangeSet
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT, PAGE_SIZE, Pfn
@@ -104,7 +105,7 @@ class Failures:
         """
 
         def work() -> list[Task]:
-            tasks = self._mappings.collect(incident)
+            tasks = hurt_as_mapped(incident, self._mappings.collect(incident))
             self._mappings.revoke(incident)
             return tasks
 
@@ -143,17 +144,20 @@ class Failures:
         hidden = self._take_hidden(incident) if consumer is not None else []
         early_kill = self._mm.sysctl_early_kill
 
-        def work() -> tuple[list[Task], list[ToKill]]:
-            tasks = self._mappings.collect(incident)
+        def work() -> tuple[list[Task], list[ToKill], list[ToKill]]:
+            tasks = hurt_as_mapped(incident, self._mappings.collect(incident))
             found = {task.pid for task in tasks} | {consumer}
             tasks += [task for task in hidden if task.pid not in found and self._mappings.still_mapped(task)]
             tasks = [task for task in tasks if task.pid != consumer]
-            self._mappings.revoke(incident)
-            return tasks, pfn_mappings.collect(incident.pfn_mappings, early_kill=early_kill)
+            to_kill = collect_procs(incident, tasks, early_kill=early_kill, force_tid=current)
+            self._mappings.revoke(to_unmap(incident, to_kill))
+            return tasks, to_kill, pfn_mappings.collect(incident.pfn_mappings, early_kill=early_kill)
 
-        tasks, elsewhere = await trio.to_thread.run_sync(work)
-        tasks = spare(incident, tasks, self._repair(incident, tasks))
-        return collect_procs(incident, tasks, early_kill=early_kill, force_tid=current) + elsewhere
+        tasks, to_kill, elsewhere = await trio.to_thread.run_sync(work)
+        if spared := self._repair(incident, tasks):
+            tasks = spare(incident, tasks, spared)
+            to_kill = collect_procs(incident, tasks, early_kill=early_kill, force_tid=current)
+        return to_kill + elsewhere
 
     async def holders(self, incident: Incident) -> list[Task]:
         """Who has pages of ``incident`` present, without taking them away."""

@@ -22,6 +22,7 @@ from daxemu.events import (
 from daxemu.fs.data_ops import Origin
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import ROOT_INO
+from daxemu.fs.pmd_fault import pmd_ranges
 from daxemu.host.extra_operations import ExtraOperations
 from daxemu.host.mappings import Mappings
 from daxemu.host.mountinfo import printable
@@ -106,22 +107,26 @@ class Machine:
         for part in found:
             bad = inject(self.pmem, part.start, part.length, latent=request.latent)
             self.log.emit(PoisonInjected(offset=bad.start, length=bad.length, latent=request.latent))
-            done.append((bad, part))
+            failure = None if request.latent else self.mm.memory_failure(*failed_pages(self.pmem, bad), 0)
+            if failure is not None:
+                self._failing.add(*bad)
+            done.append((bad, part, failure))
         results = [p.PoisonedRange(0, 0, 0, 0, "", 0)] * len(done)
         async with trio.open_nursery() as nursery:
-            for index, (bad, _) in enumerate(done):
-                nursery.start_soon(self._fail, bad, request.latent, results, index)
-        return p.Injected(results, any(bad != part for bad, part in done), holes)
+            for index, (bad, _, failure) in enumerate(done):
+                nursery.start_soon(self._fail, bad, failure, results, index)
+        return p.Injected(results, any(bad != part for bad, part, _ in done), holes)
 
-    async def _fail(self, bad: Range, latent: bool, results: list[p.PoisonedRange], index: int) -> None:
+    async def _fail(
+        self, bad: Range, failure: Incident | None, results: list[p.PoisonedRange], index: int
+    ) -> None:
         pfn, nr_pages = failed_pages(self.pmem, bad)
-        if latent:
+        if failure is None:
             await self._hide(bad)
             outcome, told = "latent", 0
         else:
-            self._failing.add(*bad)
             try:
-                result, told = await self.failures.handle(self.mm.memory_failure(pfn, nr_pages, 0))
+                result, told = await self.failures.handle(failure)
             finally:
                 self._failing.remove(*bad)
             outcome = result.value
@@ -152,7 +157,10 @@ class Machine:
         incident = self.mm.removal(pfn, nr_pages)
         for owner in self.fs.rmap.owners(bad.start >> PAGE_SHIFT, -(-bad.end >> PAGE_SHIFT)):
             if owner.ino >= ROOT_INO:
-                incident.mappings.append(MappingRange(owner.ino, owner.file_block, owner.length, pfn))
+                pmds = pmd_ranges(self.fs.dax, self.fs.rmap, self.fs.names, owner, bad)
+                first = self.pmem.dax.base_pfn + owner.dev_block
+                hurt = MappingRange(owner.ino, owner.file_block, owner.length, first, pmds)
+                incident.mappings.append(hurt)
         return incident
 
     async def _heal(self, error: MediaError) -> bool:

@@ -1,0 +1,41 @@
+"""Which pages of a file a fault maps by 2 MiB: the file's side of dax_iomap_pmd_fault() in fs/dax.c."""
+
+from __future__ import annotations
+
+from daxemu.fs.namespace import Namespace
+from daxemu.fs.rmap import Owner, Rmap
+from daxemu.pmem.dax_device import DaxDevice
+from daxemu.ranges import Range, RangeSet, merged
+from daxemu.uapi import HPAGE_PMD_NR, PAGE_SIZE, PMD_SIZE
+
+
+def pmd_ranges(
+    dax: DaxDevice, rmap: Rmap, names: Namespace, owner: Owner, failing: Range
+) -> tuple[Range, ...]:
+    """The whole 2 MiB of ``owner``'s file that hold any of its blocks and that a fault maps at once, as page
+    ranges.
+
+    Each is in one piece on the device and aligned there, inside the file's size, shared by the same number of
+    links all over, and has no bad block. The device bytes ``failing`` do not count as bad: who has them
+    mapped did that before.
+    """
+    delta = owner.dev_block - owner.file_block
+    if dax.align < PMD_SIZE or delta % HPAGE_PMD_NR:
+        return ()
+    inode, extents = names.regular(owner.ino)
+    around = Range(owner.file_block, owner.file_block + owner.length).outer(HPAGE_PMD_NR)
+    around = around.clip(0, -(-inode.size // PAGE_SIZE))
+    in_place = merged(
+        (run.file_block, run.file_block + run.length)
+        for run in extents.lookup(*around)
+        if run.link is not None and run.dev_block - run.file_block == delta
+    )
+    found = RangeSet()
+    for piece in in_place:
+        for run, _ in rmap.sharing(piece.start + delta, piece.end + delta):
+            found.add(*run.inner(HPAGE_PMD_NR))
+    for whole in list(found):
+        for bad in dax.badblocks.overlapping_bytes(whole.start * PAGE_SIZE, whole.length * PAGE_SIZE):
+            for part in RangeSet([failing]).gaps(*bad):
+                found.remove(*Range(part.start // PAGE_SIZE, -(-part.end // PAGE_SIZE)).outer(HPAGE_PMD_NR))
+    return tuple(Range(run.start - delta, run.end - delta) for run in found)
