@@ -424,12 +424,19 @@ class Namespace:
 
     # -- extended attributes
 
-    def setxattr(self, ino: Ino, name: bytes, value: bytes, flags: int) -> None:
-        """``setxattr(2)``. Raises FsError EEXIST, ENODATA, E2BIG as its flags and sizes say."""
+    def setxattr(
+        self, ino: Ino, name: bytes, value: bytes, flags: int, *, acl_kill_sgid: bool = False
+    ) -> None:
+        """``setxattr(2)``. ``acl_kill_sgid``: an access list clears S_ISGID (FUSE_SETXATTR_ACL_KILL_SGID).
+
+        Raises FsError EEXIST, ENODATA, E2BIG as its flags and sizes say.
+        """
         inode = self.get(ino)
         if len(value) > XATTR_SIZE_MAX:
             raise FsError(errno.E2BIG)
-        if name in (posix_acl.ACCESS, posix_acl.DEFAULT) and not self._set_acl(inode, name, value):
+        if name in (posix_acl.ACCESS, posix_acl.DEFAULT) and not self._set_acl(
+            inode, name, value, acl_kill_sgid
+        ):
             return
         if flags & XATTR_CREATE and name in inode.xattrs:
             raise FsError(errno.EEXIST)
@@ -440,7 +447,7 @@ class Namespace:
         inode.xattrs[name] = value
         self.touch(inode, modified=False)
 
-    def _set_acl(self, inode: Inode, name: bytes, value: bytes) -> bool:
+    def _set_acl(self, inode: Inode, name: bytes, value: bytes, kill_sgid: bool) -> bool:
         """The mode follows an access list; returns whether there is a list left to store.
 
         Raises FsError EACCES for a default list of anything but a directory.
@@ -451,6 +458,8 @@ class Namespace:
                 raise FsError(errno.EACCES)
             return True
         inode.mode = inode.mode & ~0o777 | posix_acl.mode_of(acl)
+        if kill_sgid:
+            inode.mode &= ~stat.S_ISGID
         self.touch(inode, modified=False)
         if posix_acl.is_only_mode(acl):
             if name in inode.xattrs:

@@ -17,9 +17,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from daxemu.errors import DaxemuError, MediaError
+from daxemu.fs import posix_acl
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import Credentials, Inode
 from daxemu.host.supplement import pack, unpack
+from daxemu.host.tasks import in_group_or_capable
 from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE, Ino
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
@@ -337,7 +339,15 @@ class Operations(pyfuse3.Operations):
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:
         # pyfuse3 itself sees to XATTR_CREATE and XATTR_REPLACE.
-        self._fs.setxattr(inode, name, value, 0)
+        self._fs.check_alive()
+        found = self._names.get(inode)
+        # The kernel would tell (FUSE_SETXATTR_ACL_KILL_SGID), but not through libfuse.
+        kill_sgid = (
+            name == posix_acl.ACCESS
+            and bool(found.mode & stat.S_ISGID)
+            and not in_group_or_capable(ctx.pid, found.gid)
+        )
+        self._fs.setxattr(inode, name, value, 0, acl_kill_sgid=kill_sgid)
 
     @_translated
     async def getxattr(
