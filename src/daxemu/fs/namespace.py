@@ -177,10 +177,13 @@ class Namespace:
     # -- looking
 
     def lookup(self, parent: Ino, name: bytes) -> Inode:
-        """``->lookup``. Raises FsError ENOENT."""
-        inode, entries = self.directory(parent)
+        """``->lookup``; "." of any inode, as file handles ask for it (``fuse_get_dentry``).
+
+        Raises FsError ENOENT.
+        """
         if name == b".":
-            return inode
+            return self.get(parent)
+        inode, entries = self.directory(parent)
         if name == b"..":
             return self.get(inode.parent)
         if len(name) > NAME_MAX:
