@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from daxemu.errors import CorruptMetadata, FsError
 from daxemu.fs import posix_acl
 from daxemu.fs.extents import ExtentMap
-from daxemu.fs.inode import ENTRY_COST, LINK_MAX, ROOT_INO, Credentials, Inode
+from daxemu.fs.inode import ENTRY_COST, LINK_MAX, ROOT_INO, Credentials, Inode, timestamp_truncate
 from daxemu.fs.rmap import Rmap
 from daxemu.uapi import (
     NAME_MAX,
@@ -421,8 +421,8 @@ class Namespace:
         inode.uid = inode.uid if uid is None else uid
         inode.gid = inode.gid if gid is None else gid
         self.touch(inode, modified=False)
-        inode.atime = inode.atime if atime is None else atime
-        inode.mtime = inode.mtime if mtime is None else mtime
+        inode.atime = inode.atime if atime is None else timestamp_truncate(atime)
+        inode.mtime = inode.mtime if mtime is None else timestamp_truncate(mtime)
         return inode
 
     # -- extended attributes
