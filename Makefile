@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: setup demo test check unit bench fidelity posix soak clean
+.PHONY: setup demo test check unit bench fidelity posix fstests ltp soak clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,15 @@ fidelity: setup
 # A built copy of pjdfstest: make posix PJDFSTEST=DIR. Needs root and prove (perl).
 posix: setup
 	bash tests/posix.sh "$(PJDFSTEST)"
+
+# A built copy of fstests: make fstests XFSTESTS=DIR runs xfs/550, 551, 552; with TESTS="-g quick", its check. Needs root.
+fstests: setup
+	bash tests/fstests.sh "$(XFSTESTS)" $(TESTS)
+
+# A built copy of LTP: make ltp LTP=DIR [TESTS="fallocate01 ..."]. On a kernel with CONFIG_MEMORY_FAILURE it poisons real
+# memory: LTP's poison is not in files. Needs root.
+ltp: setup
+	bash tests/ltp.sh "$(LTP)" $(TESTS)
 
 # Thousands of crashes, an hour of mixed work: what CI has no time for.
 soak: setup

@@ -46,6 +46,7 @@ MADV_HWPOISON = 100
 MADV_SOFT_OFFLINE = 101
 
 # uapi/linux/capability.h
+CAP_FSETID = 4
 CAP_SYS_ADMIN = 21
 
 # uapi/linux/prctl.h

@@ -59,6 +59,14 @@ def test_dot_and_dot_dot(names: Namespace) -> None:
     assert names.lookup(ROOT_INO, b"..").ino == ROOT_INO
 
 
+def test_dot_of_a_file_is_the_file(names: Namespace) -> None:
+    """As a file handle asks for it; it has no ".."."""
+    file = touch(names, b"f")
+    assert names.lookup(file, b".").ino == file
+    assert refusal(names.lookup, file, b"..") == errno.ENOTDIR
+    assert refusal(names.lookup, 99, b".") == errno.ESTALE
+
+
 def test_only_a_regular_file_has_extents(names: Namespace) -> None:
     assert refusal(names.regular, ROOT_INO) == errno.EISDIR
     link = names.symlink(ROOT_INO, b"s", b"t", ROOT).ino

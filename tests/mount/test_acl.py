@@ -90,3 +90,24 @@ def test_the_umask_counts_without_a_default_list(dax_mount: DaxMount) -> None:
         os.umask(before)
     modes = [stat.S_IMODE((dax_mount.path / name).stat().st_mode) for name in "fdp"]
     assert modes == [0o640, 0o750, 0o640]
+
+
+@pytest.mark.parametrize(
+    ("gid", "groups", "kept"), [(4000, "4001", True), (4001, "4000", True), (4001, "4002", False)]
+)
+def test_who_is_not_of_the_group_loses_setgid(dax_mount: DaxMount, gid: int, groups: str, kept: bool) -> None:
+    """As by chmod(2)."""
+    file = dax_mount.make_file("f", 1)
+    os.chown(file, 4000, 4000)
+    file.chmod(0o2755)
+    owner = ["setpriv", "--reuid=4000", f"--regid={gid}", f"--groups={groups}"]
+    subprocess.run([*owner, "setfacl", "-m", "u::rwx,g::rwx,o::rwx", file.name], check=True, cwd=file.parent)
+    assert stat.S_IMODE(file.stat().st_mode) == (0o2777 if kept else 0o777)
+
+
+def test_root_keeps_setgid(dax_mount: DaxMount) -> None:
+    file = dax_mount.make_file("f", 1)
+    os.chown(file, 4000, 4000)
+    file.chmod(0o2755)
+    setfacl("-m", "u:4002:rw", file)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o2775

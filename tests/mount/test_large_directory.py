@@ -44,3 +44,31 @@ def test_a_directory_of_20000_entries(quick_mount: QuickMount) -> None:
     for i in range(0, 20_000, 2):
         (directory / f"file{i:05}").unlink()
     assert sum(name.startswith("file") for name in os.listdir(directory)) == 10_000
+
+
+def test_renamed_while_it_is_listed(quick_mount: QuickMount) -> None:
+    """A name that is gone is not listed, nor brought back by it."""
+    directory = quick_mount.path / "renamed"
+    directory.mkdir()
+    for i in range(5_000):
+        os.mknod(directory / f"file{i:05}")
+    with os.scandir(directory) as listing:
+        next(listing)
+        for i in range(5_000):
+            (directory / f"file{i:05}").rename(directory / f"now{i:05}")
+        for _ in listing:
+            pass
+    assert not any((directory / f"file{i:05}").exists() for i in range(5_000))
+
+
+def test_rewound_it_is_listed_anew(quick_mount: QuickMount) -> None:
+    """rewinddir(3), which os.listdir() of a descriptor ends with."""
+    directory = quick_mount.path / "rewound"
+    directory.mkdir()
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        for i in range(3):
+            assert len(os.listdir(fd)) == i
+            os.mknod(directory / f"file{i}")
+    finally:
+        os.close(fd)

@@ -4,6 +4,7 @@ root.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import select
@@ -21,7 +22,9 @@ from click.testing import CliRunner
 
 import daxemu as package
 from daxemu.cli import mount as mount_verbs
+from daxemu.cli.main import main
 from daxemu.errors import Busy
+from daxemu.host import device_lock
 from daxemu.host.mountinfo import mount_at
 from tests.support.actor import Actor
 from tests.support.mount import DAXEMU, PATIENCE, DaxMount, clear_away, dax_mount_at, daxemu
@@ -77,6 +80,30 @@ def test_umount_8_saves_too(dax_mount: DaxMount) -> None:
     _wait_for_end(handle)
     dax_mount.mount()
     assert (dax_mount.path / "f").read_bytes() == b"A" * 4096 + b"B" * 4096
+
+
+@pytest.mark.parametrize("verb", ["mount", "fsck", "mkfs"])
+def test_after_umount_8_the_device_is_waited_for(
+    dax_mount: DaxMount, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It returns before the supervisor has saved: here before that has even begun."""
+    dax_mount.make_file("f", 2)
+    pid = dax_mount.json("status", dax_mount.path)["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    libc = ctypes.CDLL(None, use_errno=True)  # umount(8) itself would ask the supervisor for attributes
+    assert libc.umount2(os.fsencode(dax_mount.path), 0) == 0, os.strerror(ctypes.get_errno())
+    wait, waited_for = device_lock._wait, []
+
+    def go_on_and_wait(holder: int) -> None:
+        os.kill(pid, signal.SIGCONT)
+        waited_for.append(holder)
+        wait(holder)
+
+    monkeypatch.setattr(device_lock, "_wait", go_on_and_wait)
+    more = {"mount": [str(dax_mount.path)], "fsck": [], "mkfs": ["--size", "64M", "--force"]}[verb]
+    done = CliRunner().invoke(main, [verb, str(dax_mount.device), *more])
+    assert done.exit_code == 0, done.output
+    assert waited_for == [pid]
 
 
 def _wait_for_end(handle: int) -> None:
@@ -210,7 +237,7 @@ def test_without_root(tmp_path_factory: pytest.TempPathFactory) -> None:
 def test_a_supervisor_that_hangs_hangs_nobody(dax_mount: DaxMount, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped, it answers nobody: status shows the others, umount --force ends it."""
     monkeypatch.setattr(mount_verbs, "STATUS_PATIENCE", 0.2)
-    monkeypatch.setattr(mount_verbs, "END_PATIENCE", 0.5)
+    monkeypatch.setattr(mount_verbs, "PATIENCE", 0.5)
     pid = dax_mount.json("status", dax_mount.path)["pid"]
     os.kill(pid, signal.SIGSTOP)
     try:

@@ -147,6 +147,19 @@ def test_times_are_exact(quick_mount: QuickMount) -> None:
         assert (s.st_atime_ns, s.st_mtime_ns) == times
 
 
+@pytest.mark.parametrize(("asked", "kept"), [(-(1 << 55), -9_223_372_036), (1 << 55, 9_223_372_036)])
+def test_times_that_cannot_be_kept(quick_mount: QuickMount, asked: int, kept: int) -> None:
+    """The nearest is, and at once; everything else is committed all the same."""
+    path = quick_mount.path / "f"
+    path.touch()
+    os.utime(path, (asked, asked))
+    (quick_mount.path / "other").write_bytes(b"data")
+    for _ in range(2):
+        assert (path.stat().st_atime_ns, path.stat().st_mtime_ns) == (kept * 10**9, kept * 10**9)
+        quick_mount.remount()
+    assert (quick_mount.path / "other").read_bytes() == b"data"
+
+
 def test_what_changes_ctime_and_mtime(top: Path) -> None:
     """As POSIX says, for the file and for the directory it is in."""
     path = top / "d" / "f"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from daxemu.host.extra_operations import (
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE_RANGE, ZERO_RANGE, INSERT_RANGE, UNSHARE_RANGE = 1, 2, 8, 16, 32, 64
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 _AT_FDCWD = -100
+MAX_HANDLE_SZ = 128
+_HANDLE = struct.Struct("=Ii")  # linux/fcntl.h: struct file_handle, less its bytes
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -67,3 +70,19 @@ def extent_map(fd: int, start: int = 0, length: int = 0) -> list[Extent]:
     return [
         Extent(*MAP_EXTENT.unpack_from(buffer, MAP_HEADER.size + i * MAP_EXTENT.size)) for i in range(count)
     ]
+
+
+def name_to_handle(path: Path) -> bytes:
+    """``name_to_handle_at(2)``: a ``struct file_handle``."""
+    handle = ctypes.create_string_buffer(_HANDLE.pack(MAX_HANDLE_SZ, 0), _HANDLE.size + MAX_HANDLE_SZ)
+    mount_id = ctypes.c_int()
+    _check(_libc.name_to_handle_at(_AT_FDCWD, os.fsencode(path), handle, ctypes.byref(mount_id), 0))
+    return handle.raw
+
+
+def open_by_handle(mount: int, handle: bytes, flags: int) -> int:
+    """``open_by_handle_at(2)``, for root; ``mount`` is a descriptor of anything there."""
+    fd: int = _libc.open_by_handle_at(mount, handle, flags)
+    if fd < 0:
+        _check(fd)
+    return fd

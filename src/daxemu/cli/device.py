@@ -9,6 +9,7 @@ import click
 
 from daxemu.cli.common import SIZE, emit, human, json_option
 from daxemu.errors import CorruptMetadata
+from daxemu.host.device_lock import wait_for_last_mount
 from daxemu.pmem.device_dir import DEFAULT_BASE_PFN, DeviceConfig, DeviceDir, altmap_bytes
 
 
@@ -70,6 +71,7 @@ def mkfs(
     if altmap:
         config = replace(config, altmap=altmap_bytes(size, align))
     path = device.absolute()
+    wait_for_last_mount(path)
     DeviceDir.create(path, config, force=force)
     last = config.base_pfn + config.size // 4096 - 1
     emit(
@@ -103,6 +105,7 @@ def fsck(device: Path, repair: bool, as_json: bool) -> None:
     """
     from daxemu.fs.offline import check_device
 
+    wait_for_last_mount(device.absolute())
     with DeviceDir.open(device.absolute()) as directory:
         report = check_device(directory, repair=repair)
     counts = f"{len(report.wrong)} problems, {len(report.damaged)} damaged ranges"

@@ -14,13 +14,12 @@ import click
 from daxemu.cli.common import absolute_strategy, emit, human, json_option
 from daxemu.client import Client
 from daxemu.errors import Busy, InvalidArgument, NotMounted
+from daxemu.host.device_lock import PATIENCE, wait_for_last_mount
 from daxemu.host.mountinfo import Mount, mount_at, mounts
 from daxemu.pmem.device_dir import DeviceDir
 
 STATUS_PATIENCE = 5.0
 """Seconds that one of several supervisors has to answer: none must keep the others from being shown."""
-END_PATIENCE = 60.0
-"""Seconds to wait for a supervisor to save and end."""
 
 
 @click.command()
@@ -44,6 +43,7 @@ def mount(device: Path, mountpoint: Path, foreground: bool, repair: str, as_json
     """
     device, mountpoint, repair = device.absolute(), mountpoint.absolute(), absolute_strategy(repair)
     DeviceDir.load(device)
+    wait_for_last_mount(device)
 
     def say(pid: int) -> None:
         emit(
@@ -110,7 +110,7 @@ def powerfail(mountpoint: Path, as_json: bool) -> None:
 
 
 def _ask_to_end(found: Mount, op: str, **arguments: bool) -> None:
-    with Client(found, patience=END_PATIENCE) as client:
+    with Client(found, patience=PATIENCE) as client:
         pid = client.request("status")["pid"]
         try:
             process = os.pidfd_open(pid)
@@ -118,7 +118,7 @@ def _ask_to_end(found: Mount, op: str, **arguments: bool) -> None:
             return
         try:
             client.request(op, **arguments)
-            ended, _, _ = select.select([process], [], [], END_PATIENCE)
+            ended, _, _ = select.select([process], [], [], PATIENCE)
             if not ended:
                 raise Busy(f"the supervisor (pid {pid}) does not end: see {found.device}/supervisor.log")
         finally:

@@ -238,11 +238,13 @@ class Filesystem:
         self.check_alive()
         self.names.removexattr(ino, name)
 
-    def setxattr(self, ino: Ino, name: bytes, value: bytes, flags: int) -> None:
+    def setxattr(
+        self, ino: Ino, name: bytes, value: bytes, flags: int, *, acl_kill_sgid: bool = False
+    ) -> None:
         """See Namespace.setxattr. Raises NoSpace when the metadata region is full."""
         self.check_alive()
         self._ensure_room(name_bytes=len(name) + len(value) + ENTRY_COST)
-        self.names.setxattr(ino, name, value, flags)
+        self.names.setxattr(ino, name, value, flags, acl_kill_sgid=acl_kill_sgid)
 
     def unlink(self, parent: Ino, name: bytes) -> Inode:
         """Remove a name; the file goes with its last name, once nothing pins it."""

@@ -12,8 +12,16 @@ RESERVED_INO: Ino = 1 << 62
 """The file of a repair strategy (fs/reserved.py). It has no name."""
 LINK_MAX = (1 << 31) - 1
 MAX_FILE_SIZE = (1 << 63) - PAGE_SIZE
+_SECOND = 10**9
+TIME_MAX = (1 << 63) // _SECOND * _SECOND
+"""Nanoseconds, in whole seconds, that the store has room for, before 1970 and after: from 1677 to 2262."""
 ENTRY_COST = 28
 """Bytes a directory entry or an extended attribute takes in the store besides its name and value."""
+
+
+def timestamp_truncate(time: int) -> int:
+    """The nearest time that can be kept (fs/inode.c, s_time_min and s_time_max)."""
+    return max(-TIME_MAX, min(time, TIME_MAX))
 
 
 @dataclass(eq=False, slots=True)

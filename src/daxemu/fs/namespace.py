@@ -14,7 +14,15 @@ from collections.abc import Iterator
 from daxemu.errors import CorruptMetadata, FsError
 from daxemu.fs import posix_acl
 from daxemu.fs.extents import ExtentMap
-from daxemu.fs.inode import ENTRY_COST, LINK_MAX, RESERVED_INO, ROOT_INO, Credentials, Inode
+from daxemu.fs.inode import (
+    ENTRY_COST,
+    LINK_MAX,
+    RESERVED_INO,
+    ROOT_INO,
+    Credentials,
+    Inode,
+    timestamp_truncate,
+)
 from daxemu.fs.rmap import Rmap
 from daxemu.uapi import (
     NAME_MAX,
@@ -180,10 +188,13 @@ class Namespace:
     # -- looking
 
     def lookup(self, parent: Ino, name: bytes) -> Inode:
-        """``->lookup``. Raises FsError ENOENT."""
-        inode, entries = self.directory(parent)
+        """``->lookup``; "." of any inode, as file handles ask for it (``fuse_get_dentry``).
+
+        Raises FsError ENOENT.
+        """
         if name == b".":
-            return inode
+            return self.get(parent)
+        inode, entries = self.directory(parent)
         if name == b"..":
             return self.get(inode.parent)
         if len(name) > NAME_MAX:
@@ -421,18 +432,25 @@ class Namespace:
         inode.uid = inode.uid if uid is None else uid
         inode.gid = inode.gid if gid is None else gid
         self.touch(inode, modified=False)
-        inode.atime = inode.atime if atime is None else atime
-        inode.mtime = inode.mtime if mtime is None else mtime
+        inode.atime = inode.atime if atime is None else timestamp_truncate(atime)
+        inode.mtime = inode.mtime if mtime is None else timestamp_truncate(mtime)
         return inode
 
     # -- extended attributes
 
-    def setxattr(self, ino: Ino, name: bytes, value: bytes, flags: int) -> None:
-        """``setxattr(2)``. Raises FsError EEXIST, ENODATA, E2BIG as its flags and sizes say."""
+    def setxattr(
+        self, ino: Ino, name: bytes, value: bytes, flags: int, *, acl_kill_sgid: bool = False
+    ) -> None:
+        """``setxattr(2)``. ``acl_kill_sgid``: an access list clears S_ISGID (FUSE_SETXATTR_ACL_KILL_SGID).
+
+        Raises FsError EEXIST, ENODATA, E2BIG as its flags and sizes say.
+        """
         inode = self.get(ino)
         if len(value) > XATTR_SIZE_MAX:
             raise FsError(errno.E2BIG)
-        if name in (posix_acl.ACCESS, posix_acl.DEFAULT) and not self._set_acl(inode, name, value):
+        if name in (posix_acl.ACCESS, posix_acl.DEFAULT) and not self._set_acl(
+            inode, name, value, acl_kill_sgid
+        ):
             return
         if flags & XATTR_CREATE and name in inode.xattrs:
             raise FsError(errno.EEXIST)
@@ -443,7 +461,7 @@ class Namespace:
         inode.xattrs[name] = value
         self.touch(inode, modified=False)
 
-    def _set_acl(self, inode: Inode, name: bytes, value: bytes) -> bool:
+    def _set_acl(self, inode: Inode, name: bytes, value: bytes, kill_sgid: bool) -> bool:
         """The mode follows an access list; returns whether there is a list left to store.
 
         Raises FsError EACCES for a default list of anything but a directory.
@@ -454,6 +472,8 @@ class Namespace:
                 raise FsError(errno.EACCES)
             return True
         inode.mode = inode.mode & ~0o777 | posix_acl.mode_of(acl)
+        if kill_sgid:
+            inode.mode &= ~stat.S_ISGID
         self.touch(inode, modified=False)
         if posix_acl.is_only_mode(acl):
             if name in inode.xattrs:

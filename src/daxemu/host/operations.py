@@ -1,8 +1,8 @@
 """pyfuse3.Operations over the filesystem's verbs: translates, decides nothing.
 
 File handles are inode numbers (below 2**39; the bits above are explained in host/supplement.py).
-Directory handles name a snapshot of the directory, so that a reader sees each entry once whatever happens
-meanwhile.
+Directory handles name a snapshot of the directory, taken when it is read from its beginning, so that a reader
+sees each entry once whatever happens meanwhile.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from daxemu.errors import DaxemuError, MediaError
+from daxemu.fs import posix_acl
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import Credentials, Inode
 from daxemu.host.supplement import pack, unpack
+from daxemu.host.tasks import in_group_or_capable
 from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE, Ino
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
@@ -55,6 +57,13 @@ def _translated(verb: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corout
     return translated
 
 
+class _Listing(NamedTuple):
+    """A directory that is being read, and its names as they were at the beginning."""
+
+    directory: Ino
+    names: list[tuple[bytes, Ino]]
+
+
 class Operations(pyfuse3.Operations):
     """Answers the kernel. ``on_poison`` is awaited before a read that met poison is answered EIO, ``heal``
     before a write is; they return whether to try again.
@@ -76,7 +85,7 @@ class Operations(pyfuse3.Operations):
         self._on_poison = on_poison
         self._heal = heal
         self._forget_attributes = forget_attributes
-        self._listings: dict[int, list[tuple[bytes, Ino]]] = {}
+        self._listings: dict[int, _Listing] = {}
         self._listing_ids = itertools.count(1)
         self.open_files: Counter[Ino] = Counter()
         """How many handles each inode has open: what is mapped is among these."""
@@ -243,21 +252,23 @@ class Operations(pyfuse3.Operations):
     @_translated
     async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
         self._fs.check_alive()
-        node, entries = self._names.directory(inode)
+        self._names.directory(inode)
         handle = next(self._listing_ids)
-        self._listings[handle] = [(b".", node.ino), (b"..", node.parent), *entries.items()]
+        self._listings[handle] = _Listing(inode, [])
         return pyfuse3.FileHandleT(handle)
 
     @_translated
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         self._fs.check_alive()
-        listing = self._listings[fh]
+        directory, listing = self._listings[fh]
+        node, entries = self._names.directory(directory)
+        if start_id == 0:
+            listing[:] = [(b".", node.ino), (b"..", node.parent), *entries.items()]
         for position in range(start_id, len(listing)):
             name, ino = listing[position]
-            try:
-                inode = self._names.get(ino)
-            except DaxemuError:
-                continue  # removed since the directory was opened
+            if position >= 2 and entries.get(name) != ino:
+                continue  # removed or renamed meanwhile: the kernel would keep the name that we say
+            inode = self._names.get(ino)
             if not pyfuse3.readdir_reply(
                 token, pyfuse3.FileNameT(name), self._attributes(inode), position + 1
             ):
@@ -349,7 +360,15 @@ class Operations(pyfuse3.Operations):
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:
         # pyfuse3 itself sees to XATTR_CREATE and XATTR_REPLACE.
-        self._fs.setxattr(inode, name, value, 0)
+        self._fs.check_alive()
+        found = self._names.get(inode)
+        # The kernel would tell (FUSE_SETXATTR_ACL_KILL_SGID), but not through libfuse.
+        kill_sgid = (
+            name == posix_acl.ACCESS
+            and bool(found.mode & stat.S_ISGID)
+            and not in_group_or_capable(ctx.pid, found.gid)
+        )
+        self._fs.setxattr(inode, name, value, 0, acl_kill_sgid=kill_sgid)
 
     @_translated
     async def getxattr(

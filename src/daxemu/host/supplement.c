@@ -116,6 +116,8 @@ static void supplement_init(void *userdata, struct fuse_conn_info *conn)
 	if (wrapped.init)
 		wrapped.init(userdata, conn);
 	conn->want &= ~FUSE_CAP_AUTO_INVAL_DATA;
+	/* The kernel drops cached pages behind a direct write only if it waited for it. */
+	conn->want &= ~FUSE_CAP_ASYNC_DIO;
 	if (conn->capable & FUSE_CAP_EXPLICIT_INVAL_DATA)
 		conn->want |= FUSE_CAP_EXPLICIT_INVAL_DATA;
 	/* A default ACL stands in for the umask, so only the filesystem can apply that. */

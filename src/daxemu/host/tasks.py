@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from daxemu.mm.memory_failure import PresentRun, Task, Thread
 from daxemu.ranges import Range, merged
-from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
+from daxemu.uapi import CAP_FSETID, PAGE_SHIFT, PAGE_SIZE, Ino
 
 _GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
 
@@ -255,3 +255,15 @@ def process_of(tid: int) -> int:
     except _GONE:
         pass
     return tid
+
+
+def in_group_or_capable(tid: int, gid: int) -> bool:
+    """Whether a thread is of the group, or has CAP_FSETID: it may leave S_ISGID set (fs/inode.c)."""
+    try:
+        with open(f"/proc/{tid}/status", errors="replace") as file:
+            field = dict(line.split(":", 1) for line in file if ":" in line)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    if int(field["CapEff"], 16) >> CAP_FSETID & 1:
+        return True
+    return gid in map(int, [field["Gid"].split()[3], *field["Groups"].split()])
