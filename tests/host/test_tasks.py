@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -75,6 +75,52 @@ def test_everything_on_the_device_reports_one_run_a_process(file: Path, actor: A
     assert task.comm == "mapper"
 
 
+def meanwhile(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]) -> None:
+    """Have something happen once between the look at the mappings and that at the page tables."""
+    real, todo = tasks.present_in, [change]
+
+    def present_in(pagemap: int, start: int, end: int) -> Iterator[Range]:
+        while todo:
+            todo.pop()()
+        return real(pagemap, start, end)
+
+    monkeypatch.setattr(tasks, "present_in", present_in)
+
+
+def test_what_appears_where_a_file_was_mapped_is_not_its_page(
+    file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor.cmd("mmap 0 0 0 40 shared")
+    address = actor.addr(0)
+
+    def replace() -> None:
+        actor.cmd("munmap 0")
+        actor.cmd("mmap 1 0 20 40 shared")
+        assert actor.addr(1) == address
+        actor.cmd("tw 1 0 x")
+
+    meanwhile(monkeypatch, replace)
+    assert present_pages(file, actor, Range(0, 20)) == []
+
+
+def test_a_page_that_moves_is_found_where_it_is(
+    file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor.cmd("mmap 1 0 0 40 shared")
+    old = actor.addr(1)
+
+    def move() -> None:
+        actor.cmd("munmap 1")
+        actor.cmd("mmap 2 0 20 40 shared")
+        assert actor.addr(2) == old
+        actor.cmd("mmap 0 0 0 40 shared")
+        actor.cmd("tw 0 3 x")
+
+    meanwhile(monkeypatch, move)
+    ((_, pages, offset),) = present_pages(file, actor, Range(3, 4))
+    assert (pages, offset) == (1, 3 * PAGE)
+
+
 def test_without_pagemap_scan_the_same_is_found(
     file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +151,7 @@ def test_who_is_gone_is_left_out(file: Path) -> None:
         pid = actor.pid
         actor.kill()
         assert [task for task in collect_tasks(dev, None) if task.pid == pid] == []
-        assert in_page_fault(pid) is None
+        assert in_page_fault(pid) is False
         assert process_of(pid) == pid
         with pytest.raises((FileNotFoundError, ProcessLookupError)):
             list(read_vmas(pid, dev))

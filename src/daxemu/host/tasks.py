@@ -13,7 +13,7 @@ import fcntl
 import os
 import struct
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from daxemu.mm.memory_failure import PresentRun, Task, Thread
@@ -32,6 +32,7 @@ _REGIONS = 256
 
 _PM_PRESENT = 1 << 63
 _PM_FILE = 1 << 61
+_LOOKS = 20  # at a process whose mappings change meanwhile
 _PM_CHUNK = 1 << 16  # pages looked at in one read(2) where PAGEMAP_SCAN is missing
 
 
@@ -65,7 +66,15 @@ def _pids(skip: frozenset[int]) -> Iterator[int]:
 def _look_at(pid: int, dev: tuple[int, int], wanted: Mapping[Ino, Sequence[Range]] | None) -> Task | None:
     try:
         vmas = list(read_vmas(pid, dev))
-        present = tuple(_present_runs(pid, vmas, wanted)) if vmas else ()
+        present: tuple[PresentRun, ...] = ()
+        # Mappings and page tables cannot be read at once: what is present at an address may belong to what
+        # was mapped there a moment later, or have moved away.
+        for _ in range(_LOOKS if vmas else 0):
+            before, present = vmas, tuple(_present_runs(pid, vmas, wanted))
+            vmas = list(read_vmas(pid, dev))
+            if vmas == before:
+                break
+        present = tuple(run for run in present if _is_shown(run, vmas))
         if not present:
             return None
         return Task(pid, read_comm(pid), tuple(read_threads(pid)), present)
@@ -150,14 +159,16 @@ def maps_still(task: Task, dev: tuple[int, int]) -> bool:
         vmas = list(read_vmas(task.pid, dev))
     except _GONE:
         return False
-    return all(
-        any(
-            vma.ino == run.mapping
-            and vma.start <= run.address < vma.end
-            and vma.pgoff + ((run.address - vma.start) >> PAGE_SHIFT) == run.index
-            for vma in vmas
-        )
-        for run in task.present
+    return all(_is_shown(run, vmas) for run in task.present)
+
+
+def _is_shown(run: PresentRun, vmas: Iterable[Vma]) -> bool:
+    """Whether the first page of ``run`` is what its address shows."""
+    return any(
+        vma.ino == run.mapping
+        and vma.start <= run.address < vma.end
+        and vma.pgoff + ((run.address - vma.start) >> PAGE_SHIFT) == run.index
+        for vma in vmas
     )
 
 
@@ -180,13 +191,15 @@ def read_comm(pid: int) -> str:
 
 
 def in_page_fault(tid: int) -> bool | None:
-    """Whether a thread waits in a page fault of its own, not in a system call; None if that cannot be
-    seen.
+    """Whether a thread waits in a page fault of its own, not in a system call (nor is gone); None if that
+    cannot be seen.
     """
     try:
         with open(f"/proc/{tid}/syscall", "rb") as file:
             return file.read().startswith(b"-1")
-    except (*_GONE, OSError):
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    except OSError:
         return None
 
 
