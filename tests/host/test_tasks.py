@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -75,14 +77,16 @@ def test_everything_on_the_device_reports_one_run_a_process(file: Path, actor: A
     assert task.comm == "mapper"
 
 
-def meanwhile(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None]) -> None:
-    """Have something happen once between the look at the mappings and that at the page tables."""
-    real, todo = tasks.present_in, [change]
+def meanwhile(monkeypatch: pytest.MonkeyPatch, *changes: Callable[[], None]) -> None:
+    """Have these things happen, before the first look at the page tables, after it, before the second..."""
+    real, todo = tasks.present_in, [*changes]
 
     def present_in(pagemap: int, start: int, end: int) -> Iterator[Range]:
-        while todo:
-            todo.pop()()
-        return real(pagemap, start, end)
+        if todo:
+            todo.pop(0)()
+        yield from list(real(pagemap, start, end))
+        if todo:
+            todo.pop(0)()
 
     monkeypatch.setattr(tasks, "present_in", present_in)
 
@@ -101,6 +105,31 @@ def test_what_appears_where_a_file_was_mapped_is_not_its_page(
 
     meanwhile(monkeypatch, replace)
     assert present_pages(file, actor, Range(0, 20)) == []
+
+
+def test_what_appears_for_a_moment_where_a_file_is_mapped_is_not_its_page(
+    file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor.cmd("mmap 0 0 0 40 shared")
+    address = actor.addr(0)
+
+    def replace(old: int, new: int, first: int, touch: bool) -> None:
+        actor.cmd(f"munmap {old}")
+        actor.cmd(f"mmap {new} 0 {first} 40 shared")
+        assert actor.addr(new) == address
+        if touch:
+            actor.cmd(f"tw {new} 0 x")
+
+    meanwhile(monkeypatch, partial(replace, 0, 1, 20, True), partial(replace, 1, 0, 0, False))
+    assert present_pages(file, actor, Range(0, 20)) == []
+
+
+def test_who_faults_all_the_while_is_found(file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
+    actor.cmd("mmap 0 0 0 64 shared")
+    actor.cmd("tw 0 3 x")
+    turns = count()
+    monkeypatch.setattr(tasks, "_faults", lambda _: next(turns))
+    assert (3, 1, 3 * PAGE) in present_pages(file, actor, Range(3, 4))
 
 
 def test_a_page_that_moves_is_found_where_it_is(

@@ -21,6 +21,10 @@ from daxemu.uapi import PAGE_SHIFT, Ino
 class Mappings(Protocol):
     """What the kernel does with rmap and page tables. Both calls block: from a worker thread only."""
 
+    @property
+    def dev(self) -> tuple[int, int]:
+        """The device (major, minor) that /proc shows the files to be on."""
+
     def collect(self, incident: Incident) -> list[Task]:
         """``collect_procs()``: the processes that have a page of the incident present, with where."""
 
@@ -41,6 +45,11 @@ class PageCacheMappings:
     def __init__(self, session: Session, open_inodes: Callable[[], Iterable[Ino]]) -> None:
         self._session = session
         self._open_inodes = open_inodes
+
+    @property
+    def dev(self) -> tuple[int, int]:
+        """See Mappings.dev."""
+        return self._session.mount.dev
 
     def collect(self, incident: Incident) -> list[Task]:
         """See Mappings.collect. Nothing is read of /proc when no file of the incident is open."""

@@ -13,7 +13,7 @@ import fcntl
 import os
 import struct
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from daxemu.mm.memory_failure import PresentRun, Task, Thread
@@ -32,7 +32,7 @@ _REGIONS = 256
 
 _PM_PRESENT = 1 << 63
 _PM_FILE = 1 << 61
-_LOOKS = 20  # at a process whose mappings change meanwhile
+_LOOKS = 8  # at a process that maps and faults meanwhile
 _PM_CHUNK = 1 << 16  # pages looked at in one read(2) where PAGEMAP_SCAN is missing
 
 
@@ -65,21 +65,50 @@ def _pids(skip: frozenset[int]) -> Iterator[int]:
 
 def _look_at(pid: int, dev: tuple[int, int], wanted: Mapping[Ino, Sequence[Range]] | None) -> Task | None:
     try:
-        vmas = list(read_vmas(pid, dev))
-        present: tuple[PresentRun, ...] = ()
-        # Mappings and page tables cannot be read at once: what is present at an address may belong to what
-        # was mapped there a moment later, or have moved away.
-        for _ in range(_LOOKS if vmas else 0):
-            before, present = vmas, tuple(_present_runs(pid, vmas, wanted))
-            vmas = list(read_vmas(pid, dev))
-            if vmas == before:
-                break
-        present = tuple(run for run in present if _is_shown(run, vmas))
+        present = _settled(pid, dev, lambda vmas: _present_runs(pid, vmas, wanted))
         if not present:
             return None
         return Task(pid, read_comm(pid), tuple(read_threads(pid)), present)
     except _GONE:
         return None
+
+
+def _settled(
+    pid: int, dev: tuple[int, int], look: Callable[[list[Vma]], Iterable[PresentRun]]
+) -> tuple[PresentRun, ...]:
+    """What ``look`` finds in the page tables at the addresses of given mappings.
+
+    Mappings and page tables cannot be read at once: what is present at an address may belong to what was
+    mapped there for a moment, or have moved away. A process that changes all the while is looked at several
+    times, and has what it had each time.
+    """
+    vmas, faults = list(read_vmas(pid, dev)), _faults(pid)
+    found: tuple[PresentRun, ...] = ()
+    looks = []
+    for _ in range(_LOOKS if vmas else 0):
+        before, at_first = vmas, faults
+        found = tuple(look(vmas))
+        vmas, faults = list(read_vmas(pid, dev)), _faults(pid)
+        if vmas == before:
+            if not found or faults == at_first:
+                return found
+            looks.append(found)
+    return tuple(
+        run
+        for run in found
+        if _is_shown(run, vmas) and all(any(_overlap(run, other) for other in each) for each in looks)
+    )
+
+
+def _faults(pid: int) -> list[bytes]:
+    """How many page faults the process has had: without one, nothing becomes present."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b") ")[2].split()[7:10:2]
+
+
+def _overlap(run: PresentRun, other: PresentRun) -> bool:
+    same = Range(run.index, run.index + run.nr_pages).clip(other.index, other.index + other.nr_pages)
+    return run.mapping == other.mapping and bool(same)
 
 
 def read_vmas(pid: int, dev: tuple[int, int]) -> Iterator[Vma]:

@@ -24,7 +24,7 @@ from daxemu.host.mappings import Mappings
 from daxemu.host.operations import PoisonedRead
 from daxemu.host.tasks import in_page_fault, process_of, read_comm
 from daxemu.host.tracer_link import Armed, Pending, TracerLink
-from daxemu.host.tracer_messages import Delivered, Gone, Ignored, NotTaken, Refused
+from daxemu.host.tracer_messages import Delivered, FilePage, Gone, Ignored, NotTaken, Refused
 from daxemu.host.tracer_messages import Outcome as Delivery
 from daxemu.mm.incident import Incident
 from daxemu.mm.memory_failure import MemoryFailures
@@ -141,7 +141,9 @@ class Failures:
             if victim.tid == current:
                 await self._force(victim)
                 continue
-            pending = await self._tracer.send_ao(victim.task.pid, victim.tid, victim.address, victim.shift)
+            pending = await self._tracer.send_ao(
+                victim.task.pid, victim.tid, victim.address, victim.shift, self._page_of(victim)
+            )
             sent.append((victim, pending))
         deadline = trio.current_time() + SIGNAL_PATIENCE
         for victim, pending in sent:
@@ -149,6 +151,14 @@ class Failures:
             self._told(victim, outcome)
             if outcome is None:
                 self._nursery.start_soon(self._await_late, victim, pending)
+
+    def _page_of(self, victim: ToKill) -> FilePage | None:
+        """What it had at the address: it may have unmapped that, or moved it, before it is told."""
+        for run in victim.task.present:
+            if run.address <= victim.address < run.address + (run.nr_pages << PAGE_SHIFT):
+                index = run.index + ((victim.address - run.address) >> PAGE_SHIFT)
+                return FilePage(*self._mappings.dev, run.mapping, index)
+        return None
 
     def new_call(self, tid: int) -> None:
         """A thread is in another system call: what was forced on it in the last one was delivered at its
@@ -220,7 +230,8 @@ class Failures:
             self._inexact(read, pfn, "not permitted to look at the thread")
             return
         with trio.move_on_after(ARM_PATIENCE) as patience:
-            armed = await self._tracer.arm(read.tid)
+            page = FilePage(*self._mappings.dev, read.ino, read.offset >> PAGE_SHIFT)
+            armed = await self._tracer.arm(read.tid, page=page)
         if patience.cancelled_caught:
             self._inexact(read, pfn, "the tracer did not answer in time")
         elif isinstance(armed, Refused):
