@@ -53,6 +53,16 @@ def test_the_clone_ioctl(files: Files) -> None:
         assert view[5 * PAGE] == ord("M")
 
 
+def test_a_clone_replaces_what_was_stored_before(files: Files) -> None:
+    """Stored through a mapping, and not written back yet."""
+    one, two = files.letters("one", 4), files.letters("two", 4, "M")
+    with mmap.mmap(two, 4 * PAGE) as view:
+        view[PAGE] = ord("z")
+        clone_range(two, one)
+        assert view[:] == content(two) == content(one)
+    assert is_clone(one, two)
+
+
 def test_the_clone_ioctl_shares_poison(scene: Scene) -> None:
     scene.poison(BAD)
     with (scene.mount.path / "f").open("rb") as source, (scene.mount.path / "g").open("wb") as target:

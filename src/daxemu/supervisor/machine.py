@@ -231,6 +231,7 @@ class Machine:
     async def _clone(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
         self.fs.check_alive()
         await self._write_back(src)
+        await self._write_back(dst)  # or the revoke below would put it over the clone
         shared = self.fs.remap_file_range(src, src_offset, dst, dst_offset, length)
         if shared:
             # A revoke while the kernel asks for the new size would make it drop the answer, and a page fault
