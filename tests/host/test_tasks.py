@@ -171,6 +171,12 @@ def test_threads_come_with_their_policy(actor: Actor) -> None:
     assert in_page_fault(actor.pid) is False, "it waits in read(2)"
 
 
+def test_who_is_not_asleep_yet_may_be_in_a_page_fault(actor: Actor) -> None:
+    actor.cmd("mmap 0 0 0 1 shared")
+    actor.start_spin(0, 0)
+    assert in_page_fault(actor.pid) is True
+
+
 def test_who_is_gone_is_left_out(file: Path) -> None:
     dev, _ = identity(file)
     with Actor.spawn("gone", cwd=file.parent) as actor:

@@ -220,12 +220,13 @@ def read_comm(pid: int) -> str:
 
 
 def in_page_fault(tid: int) -> bool | None:
-    """Whether a thread waits in a page fault of its own, not in a system call (nor is gone); None if that
-    cannot be seen.
+    """Whether a thread that a request came from is, or may be, in a page fault of its own: not in a system
+    call, nor gone. None if that cannot be seen.
     """
     try:
         with open(f"/proc/{tid}/syscall", "rb") as file:
-            return file.read().startswith(b"-1")
+            # Also "running": it has asked, and is not asleep yet.
+            return not file.read(1).isdigit()
     except (FileNotFoundError, ProcessLookupError):
         return False
     except OSError:
