@@ -93,6 +93,10 @@ class Failures:
         self._take_hidden(incident)
         self._hidden += tasks
 
+    def forget_hidden(self, incident: Incident) -> None:
+        """The poison that was hidden there is gone."""
+        self._take_hidden(incident)
+
     def _take_hidden(self, incident: Incident) -> list[Task]:
         """Those who had pages of ``incident`` present when they were hidden, with those pages; they are
         forgotten.
@@ -119,7 +123,7 @@ class Failures:
         if not incident.mappings and not incident.whole_device:
             return []
 
-        hidden = self._take_hidden(incident) if consumer is not None else []
+        hidden = self._take_hidden(incident)  # known from now on, however that came about
 
         def work() -> list[ToKill]:
             tasks = self._mappings.collect(incident)

@@ -21,7 +21,7 @@ from daxemu.host.operations import Operations, PoisonedRead
 from daxemu.host.session import Session
 from daxemu.host.tasks import process_of
 from daxemu.host.tracer_link import TracerLink
-from daxemu.mm.memory_failure import MappingRange, MemoryFailures
+from daxemu.mm.memory_failure import Incident, MappingRange, MemoryFailures
 from daxemu.pmem.inject import check_range, failed_pages, inject, scrub, uninject
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
@@ -109,12 +109,16 @@ class Machine:
 
     async def _hide(self, bad: Range) -> None:
         """Latent poison: pages that are mapped now must come and ask, or a load would never meet it."""
+        await self.failures.hide(self._unreported(bad))
+
+    def _unreported(self, bad: Range) -> Incident:
+        """The pages of files that hold any byte of ``bad``; not a failure, as nobody knows of it."""
         pfn, nr_pages = failed_pages(self.pmem, bad)
         incident = self.mm.removal(pfn, nr_pages)
         for owner in self.fs.rmap.owners(bad.start >> PAGE_SHIFT, -(-bad.end >> PAGE_SHIFT)):
             if owner.ino >= ROOT_INO:
                 incident.mappings.append(MappingRange(owner.ino, owner.file_block, owner.length, pfn))
-        await self.failures.hide(incident)
+        return incident
 
     async def _on_poison(self, read: PoisonedRead) -> None:
         """A read met poison: make the consumer's signal exact, and see to poison that nobody knew of."""
@@ -139,6 +143,7 @@ class Machine:
         for part in found:
             for good in uninject(self.pmem, part.start, part.length):
                 self.log.emit(PoisonCleared(offset=good.start, length=good.length, by="request"))
+                self.failures.forget_hidden(self._unreported(good))
                 cleared.append(good)
         self.fs.adopt_cleared(cleared)
         return p.Cleared([(r.start, r.length) for r in cleared], sum(r.length for r in cleared))
