@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from daxemu.client import Client
-from daxemu.errors import Busy, DaxemuError
+from daxemu.errors import Busy, DaxemuError, NotMounted
 from daxemu.host.mountinfo import mount_of
 from daxemu.uapi import BUS_ADRERR
 from tests.support.actor import ActorTimeout
@@ -47,7 +47,8 @@ LEAST = -(-len(KINDS) // AT_ONCE)
 LONGEST = 0.15
 """Seconds that a mount of the second test has before its end comes."""
 
-HANGS = (Hang, ActorTimeout, Busy)
+GIVES_UP = (Hang, ActorTimeout, Busy, NotMounted)
+"""What a supervisor that hangs, or is dead, makes of a test."""
 Signals = Callable[[], list[dict[str, Any]]]
 
 pytestmark = [pytest.mark.mount, pytest.mark.timeout(120 + 2 * SECONDS)]
@@ -62,7 +63,7 @@ def test_everything_at_once(quick_mount: QuickMount, tmp_path: Path) -> None:
                 races.burst(BURST, holders.round)
                 wrong = races.why_not() + why_not_log(quick_mount)
                 assert not wrong, f"DAXEMU_RACE_SEED={SEED}, burst {number + 1}:\n" + "\n".join(wrong[:40])
-        except HANGS as error:
+        except GIVES_UP as error:
             pytest.fail(report_hang(error, quick_mount, [racer.pid for racer in races.racers]))
         counts = {**races.counts, "held": holders.rounds}
         began, ended, recovered = races.failures()
@@ -85,7 +86,7 @@ def test_the_end_comes_meanwhile(quick_mount: QuickMount, tmp_path: Path, how: s
         racers: list[Racer] = []
         try:
             wrong = _end(quick_mount, directory, rng, how, racers)
-        except HANGS as error:
+        except GIVES_UP as error:
             pytest.fail(report_hang(error, quick_mount, [racer.pid for racer in racers]))
         quick_mount.check()
         wrong += why_not_log(quick_mount)
