@@ -47,9 +47,10 @@ fstests: setup
 ltp: setup
 	bash tests/ltp.sh "$(LTP)" $(TESTS)
 
-# Thousands of crashes, an hour of mixed work: what CI has no time for.
+# Thousands of crashes and races, an hour of mixed work: what CI has no time for.
 soak: setup
 	DAXEMU_CRASH_ROUNDS=5000 $(PY) -m pytest tests/mount/test_crash_loop.py --timeout 7200
+	DAXEMU_RACE_SECONDS=600 $(PY) -m pytest tests/mount/test_races.py -s
 	DAXEMU_MODEL_RANDOM=1 DAXEMU_MODEL_EXAMPLES=500 $(PY) -m pytest tests/mount/test_model.py
 
 clean:

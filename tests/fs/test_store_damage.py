@@ -139,3 +139,19 @@ def test_a_device_of_another_size_is_refused(core: Core) -> None:
         with pytest.raises(CorruptMetadata, match="another size"):
             other.open()
         other.drop_pmem()
+
+
+@pytest.mark.parametrize("copied_back", [True, False])
+def test_a_device_that_is_removed_can_be_let_go(core: Core, copied_back: bool) -> None:
+    """Whatever SQLite still wants to write when it is closed, the WAL's header or the WAL."""
+    a_bit_of_everything(core)
+    core.fs.commit()
+    before = state(core.fs)
+    if copied_back:
+        core.fs.store._execute("PRAGMA wal_checkpoint")
+    with core.mm.during(core.mm.removal(core.pmem.pages.start, core.pmem.pages.length)):
+        core.pmem.dax.kill_dax()
+    core.fs.close()
+    core.close(save=False)
+    core.open()
+    assert state(core.fs) == before

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,79 @@ def test_everything_on_the_device_reports_one_run_a_process(file: Path, actor: A
     assert task.comm == "mapper"
 
 
+def meanwhile(monkeypatch: pytest.MonkeyPatch, *changes: Callable[[], None]) -> None:
+    """Have these things happen, before the first look at the page tables, after it, before the second..."""
+    real, todo = tasks.present_in, [*changes]
+
+    def present_in(pagemap: int, start: int, end: int) -> Iterator[Range]:
+        if todo:
+            todo.pop(0)()
+        yield from list(real(pagemap, start, end))
+        if todo:
+            todo.pop(0)()
+
+    monkeypatch.setattr(tasks, "present_in", present_in)
+
+
+def test_what_appears_where_a_file_was_mapped_is_not_its_page(
+    file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor.cmd("mmap 0 0 0 40 shared")
+    address = actor.addr(0)
+
+    def replace() -> None:
+        actor.cmd("munmap 0")
+        actor.cmd("mmap 1 0 20 40 shared")
+        assert actor.addr(1) == address
+        actor.cmd("tw 1 0 x")
+
+    meanwhile(monkeypatch, replace)
+    assert present_pages(file, actor, Range(0, 20)) == []
+
+
+def test_what_appears_for_a_moment_where_a_file_is_mapped_is_not_its_page(
+    file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor.cmd("mmap 0 0 0 40 shared")
+    address = actor.addr(0)
+
+    def replace(old: int, new: int, first: int, touch: bool) -> None:
+        actor.cmd(f"munmap {old}")
+        actor.cmd(f"mmap {new} 0 {first} 40 shared")
+        assert actor.addr(new) == address
+        if touch:
+            actor.cmd(f"tw {new} 0 x")
+
+    meanwhile(monkeypatch, partial(replace, 0, 1, 20, True), partial(replace, 1, 0, 0, False))
+    assert present_pages(file, actor, Range(0, 20)) == []
+
+
+def test_who_faults_all_the_while_is_found(file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
+    actor.cmd("mmap 0 0 0 64 shared")
+    actor.cmd("tw 0 3 x")
+    turns = count()
+    monkeypatch.setattr(tasks, "_faults", lambda _: next(turns))
+    assert (3, 1, 3 * PAGE) in present_pages(file, actor, Range(3, 4))
+
+
+def test_a_page_that_moves_is_found_where_it_is(
+    file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor.cmd("mmap 1 0 0 40 shared")
+    old = actor.addr(1)
+
+    def move() -> None:
+        actor.cmd("munmap 1")
+        actor.cmd("mmap 2 0 20 40 shared")
+        assert actor.addr(2) == old
+        actor.cmd("mmap 0 0 0 40 shared")
+        actor.cmd("tw 0 3 x")
+
+    meanwhile(monkeypatch, move)
+    ((_, pages, offset),) = present_pages(file, actor, Range(3, 4))
+    assert (pages, offset) == (1, 3 * PAGE)
+
+
 def test_without_pagemap_scan_the_same_is_found(
     file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +179,12 @@ def test_threads_come_with_their_policy(actor: Actor) -> None:
     assert in_page_fault(actor.pid) is False, "it waits in read(2)"
 
 
+def test_who_is_not_asleep_yet_may_be_in_a_page_fault(actor: Actor) -> None:
+    actor.cmd("mmap 0 0 0 1 shared")
+    actor.start_spin(0, 0)
+    assert in_page_fault(actor.pid) is True
+
+
 def test_who_is_gone_is_left_out(file: Path) -> None:
     dev, _ = identity(file)
     with Actor.spawn("gone", cwd=file.parent) as actor:
@@ -114,7 +194,7 @@ def test_who_is_gone_is_left_out(file: Path) -> None:
         pid = actor.pid
         actor.kill()
         assert [task for task in collect_tasks(dev, None) if task.pid == pid] == []
-        assert in_page_fault(pid) is None
+        assert in_page_fault(pid) is False
         assert process_of(pid) == pid
         with pytest.raises((FileNotFoundError, ProcessLookupError)):
             list(read_vmas(pid, dev))

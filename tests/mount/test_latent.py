@@ -58,6 +58,27 @@ def test_read_finds_it(scene: Scene) -> None:
     assert p0.wait_signal().recorded() == ao(BAD)
 
 
+def test_an_injection_over_it_tells_those_who_had_it(scene: Scene) -> None:
+    """As in the kernel, where poison that nobody knows of unmaps nothing."""
+    p0, p1 = scene.mapper("p0", touch=[BAD]), scene.mapper("p1", touch=[BAD])
+    p0.cmd("mcekill early")
+    hide(scene)
+    scene.poison(BAD)
+    assert p0.wait_signal().recorded() == ao(BAD)
+    for actor in (p0, p1):
+        actor.expect_no_signal()
+        consumes(actor, f"tr 0 {BAD}", ar(BAD))
+
+
+def test_those_who_had_it_before_it_was_cleared_are_not_told(scene: Scene) -> None:
+    p0 = scene.mapper("p0", touch=[BAD])
+    p0.cmd("mcekill early")
+    hide(scene)
+    scene.mount.run("clear", scene.mount.path / "f", "--offset", BAD * PAGE, "--length", PAGE)
+    scene.poison(BAD)
+    p0.expect_no_signal()
+
+
 def test_a_scrub_finds_it_and_tells_nobody(scene: Scene) -> None:
     p0 = scene.mapper("p0", touch=[BAD])
     p0.cmd("mcekill early")

@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -53,11 +54,33 @@ def test_the_clone_ioctl(files: Files) -> None:
         assert view[5 * PAGE] == ord("M")
 
 
+def test_a_clone_replaces_what_was_stored_before(files: Files) -> None:
+    """Stored through a mapping, and not written back yet."""
+    one, two = files.letters("one", 4), files.letters("two", 4, "M")
+    with mmap.mmap(two, 4 * PAGE) as view:
+        view[PAGE] = ord("z")
+        clone_range(two, one)
+        assert view[:] == content(two) == content(one)
+    assert is_clone(one, two)
+
+
 def test_the_clone_ioctl_shares_poison(scene: Scene) -> None:
     scene.poison(BAD)
     with (scene.mount.path / "f").open("rb") as source, (scene.mount.path / "g").open("wb") as target:
         clone_range(target.fileno(), source.fileno())
     assert scene.damaged() == [("/f", BAD * PAGE, PAGE), ("/g", BAD * PAGE, PAGE)]
+
+
+def test_the_clone_ioctl_beside_a_mount_with_an_odd_name(
+    files: Files, tmp_path: Path, zygote: Zygote
+) -> None:
+    """What others call their mountpoints is none of our business."""
+    odd = tmp_path / os.fsdecode(b"\xff")
+    odd.mkdir()
+    one, two = files.letters("one", 2), files.letters("two", 2, "M")
+    with quick_mount_at(odd, zygote):
+        clone_range(two, one)
+    assert is_clone(one, two)
 
 
 def test_what_the_clone_ioctl_refuses(files: Files) -> None:

@@ -38,6 +38,10 @@ class Accelerator:
 class NoMount(Mappings):
     """A machine with nothing on a mount that could be hurt."""
 
+    @property
+    def dev(self) -> tuple[int, int]:
+        return (0, 0)
+
     def collect(self, incident: Incident) -> list[Task]:
         return []
 

@@ -5,6 +5,7 @@ Called in the supervisor's process before it begins, see tests/support/zygote.py
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 from typing import Any
@@ -37,3 +38,8 @@ def die_at_own_open() -> None:
         return await answer(self, inode, flags, ctx)
 
     Operations.open = deadly  # type: ignore[method-assign]
+
+
+def tell_stacks() -> None:
+    """On SIGUSR1, write where each of its threads is to its log; for who finds it hanging."""
+    faulthandler.register(signal.SIGUSR1, all_threads=True)

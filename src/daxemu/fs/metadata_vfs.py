@@ -46,8 +46,16 @@ class MetadataVfs(apsw.VFS):
     def xDelete(self, filename: str, syncdir: bool) -> None:
         """SQLite deletes the WAL when it has been copied back."""
         file = _NAMES.get(filename)
-        if file is not None and self.region.size(file):
-            self.region.write(file, 0, bytes(PAGE_SIZE))
+        try:
+            if file is not None and self.region.size(file):
+                self.region.write(file, 0, bytes(PAGE_SIZE))
+        except DaxemuError as error:
+            raise self.failed(error) from error
+
+    def failed(self, error: DaxemuError) -> apsw.IOError:
+        """Keep ``error``; what to raise for it, which SQLite understands."""
+        self.failure = error
+        return apsw.IOError(str(error))
 
     def xOpen(self, name: Any, flags: list[int]) -> Any:
         """One of the two files."""
@@ -75,16 +83,12 @@ class _VfsFile:
         # What is there is as long as it has room: SQLite knows from its header what of that counts.
         self._size = self._region.size(file) if _exists(self._region, file) else 0
 
-    def _failed(self, error: DaxemuError) -> apsw.IOError:
-        self._vfs.failure = error
-        return apsw.IOError(str(error))
-
     def xRead(self, amount: int, offset: int) -> bytes:
         """Short at the end of the file."""
         try:
             return self._region.read(self._file, offset, max(0, min(amount, self._size - offset)))
         except DaxemuError as error:
-            raise self._failed(error) from error
+            raise self._vfs.failed(error) from error
 
     def xWrite(self, data: bytes, offset: int) -> None:
         """Grows the file; the store has seen to it that there is room."""
@@ -93,13 +97,16 @@ class _VfsFile:
                 self._region.grow(self._file, offset + len(data))
             self._region.write(self._file, offset, data)
         except DaxemuError as error:
-            raise self._failed(error) from error
+            raise self._vfs.failed(error) from error
         self._size = max(self._size, offset + len(data))
 
     def xTruncate(self, newsize: int) -> None:
         """The blocks stay; SQLite knows from its headers what counts."""
-        if newsize == 0 and self._size:
-            self._region.write(self._file, 0, bytes(PAGE_SIZE))
+        try:
+            if newsize == 0 and self._size:
+                self._region.write(self._file, 0, bytes(PAGE_SIZE))
+        except DaxemuError as error:
+            raise self._vfs.failed(error) from error
         self._size = min(self._size, newsize)
 
     def xFileSize(self) -> int:

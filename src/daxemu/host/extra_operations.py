@@ -205,7 +205,8 @@ def _source_of(tid: int, fd: int, dev: tuple[int, int]) -> Ino:
     try:
         with open(f"/proc/{tid}/fdinfo/{fd}") as lines:
             facts = dict(line.split(":", 1) for line in lines if ":" in line)
-        with open(f"/proc/{tid}/mountinfo") as lines:
+        # Anybody may have a mount at a path that is no UTF-8.
+        with open(f"/proc/{tid}/mountinfo", errors="replace") as lines:
             devices = {fields[0]: fields[2] for fields in map(str.split, lines)}
     except OSError as error:
         raise FsError(errno.EBADF if error.errno == errno.ENOENT else errno.EPERM) from error

@@ -218,7 +218,7 @@ def _find_syscall_insn(tid: int, regs: ctypes.Array[ctypes.c_uint64], memory: in
         found = _peek(memory, start, length).find(_SYSCALL_INSN)
         if found >= 0:
             return start + found
-    with open(f"/proc/{tid}/maps") as maps:
+    with open(f"/proc/{tid}/maps", errors="replace") as maps:
         ranges = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) ..x", maps.read(), re.MULTILINE)
     for low, high in ranges:
         start = int(low, 16)

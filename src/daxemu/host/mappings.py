@@ -22,6 +22,10 @@ from daxemu.uapi import PAGE_SHIFT, Ino
 class Mappings(Protocol):
     """What the kernel does with rmap and page tables. Both calls block: from a worker thread only."""
 
+    @property
+    def dev(self) -> tuple[int, int]:
+        """The device (major, minor) that /proc shows the files to be on."""
+
     def collect(self, incident: Incident) -> list[Task]:
         """``collect_procs()``: the processes that have a page of the incident, or of PMDs around it, present,
         with where.
@@ -47,6 +51,11 @@ class PageCacheMappings:
         self._session = session
         self._open_inodes = open_inodes
         self._pages_of: PagesOf = mapped_runs if pfn_map else present_runs
+
+    @property
+    def dev(self) -> tuple[int, int]:
+        """See Mappings.dev."""
+        return self._session.mount.dev
 
     def collect(self, incident: Incident) -> list[Task]:
         """See Mappings.collect. Nothing is read of /proc when no file of the incident is open."""

@@ -19,6 +19,7 @@ from signal import SIGBUS, SIGTRAP
 from typing import NamedTuple
 
 from daxemu.host.siginfo import SIGBUS_BIT, SIGINFO_SIZE, SigInfo, Status, parse, read_status
+from daxemu.host.tracer_messages import FilePage
 
 # uapi/linux/ptrace.h
 _CONT = 7
@@ -183,6 +184,7 @@ class Stop(NamedTuple):
     ignored: bool = False
     pending: bool = False  # for this thread, not the process: only that makes the kernel drop another
     result: int = 0  # of the injected system call
+    page: FilePage | None = None  # what is mapped where it faulted; None: nothing, or not looked at
 
 
 def classify(status: int) -> tuple[Kind, int]:
@@ -234,8 +236,10 @@ def look(tid: int, wait_status: int, want_masks: bool) -> Stop:
     if kind is Kind.SYSCALL or (kind is Kind.SIGNAL and not want_masks):
         return Stop(kind, sig, info)
     status = status_of_held(tid)
-    masks = (status.blocked, status.ignored, status.pending)
-    return Stop(kind, sig, info, *(bool(mask & SIGBUS_BIT) for mask in masks))
+    blocked, ignored, pending = (
+        bool(mask & SIGBUS_BIT) for mask in (status.blocked, status.ignored, status.pending)
+    )
+    return Stop(kind, sig, info, blocked, ignored, pending)
 
 
 def send_plain(tgid: int, tid: int) -> bool:

@@ -13,7 +13,7 @@ import fcntl
 import os
 import struct
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from daxemu.mm.memory_failure import PresentRun, Task, Thread
@@ -34,6 +34,7 @@ _REGIONS = 256
 _PM_PRESENT = 1 << 63
 _PM_SWAP = 1 << 62
 _PM_FILE = 1 << 61
+_LOOKS = 8  # at a process that maps and faults meanwhile
 _PM_CHUNK = 1 << 16  # pages looked at in one read(2) where PAGEMAP_SCAN is missing
 
 
@@ -83,13 +84,50 @@ def _pids(skip: frozenset[int]) -> Iterator[int]:
 
 def _look_at(pid: int, dev: tuple[int, int], wanted: Wanted, pages_of: PagesOf) -> Task | None:
     try:
-        vmas = list(read_vmas(pid, dev))
-        present = tuple(pages_of(pid, vmas, wanted)) if vmas else ()
+        present = _settled(pid, dev, lambda vmas: pages_of(pid, vmas, wanted))
         if not present:
             return None
         return Task(pid, read_comm(pid), tuple(read_threads(pid)), present)
     except _GONE:
         return None
+
+
+def _settled(
+    pid: int, dev: tuple[int, int], look: Callable[[list[Vma]], Iterable[PresentRun]]
+) -> tuple[PresentRun, ...]:
+    """What ``look`` finds in the page tables at the addresses of given mappings.
+
+    Mappings and page tables cannot be read at once: what is present at an address may belong to what was
+    mapped there for a moment, or have moved away. A process that changes all the while is looked at several
+    times, and has what it had each time.
+    """
+    vmas, faults = list(read_vmas(pid, dev)), _faults(pid)
+    found: tuple[PresentRun, ...] = ()
+    looks = []
+    for _ in range(_LOOKS if vmas else 0):
+        before, at_first = vmas, faults
+        found = tuple(look(vmas))
+        vmas, faults = list(read_vmas(pid, dev)), _faults(pid)
+        if vmas == before:
+            if not found or faults == at_first:
+                return found
+            looks.append(found)
+    return tuple(
+        run
+        for run in found
+        if _is_shown(run, vmas) and all(any(_overlap(run, other) for other in each) for each in looks)
+    )
+
+
+def _faults(pid: int) -> list[bytes]:
+    """How many page faults the process has had: without one, nothing becomes present."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b") ")[2].split()[7:10:2]
+
+
+def _overlap(run: PresentRun, other: PresentRun) -> bool:
+    same = Range(run.index, run.index + run.nr_pages).clip(other.index, other.index + other.nr_pages)
+    return run.mapping == other.mapping and bool(same)
 
 
 def read_vmas(pid: int, dev: tuple[int, int]) -> Iterator[Vma]:
@@ -205,14 +243,16 @@ def maps_still(task: Task, dev: tuple[int, int]) -> bool:
         vmas = list(read_vmas(task.pid, dev))
     except _GONE:
         return False
-    return all(
-        any(
-            vma.ino == run.mapping
-            and vma.start <= run.address < vma.end
-            and vma.pgoff + ((run.address - vma.start) >> PAGE_SHIFT) == run.index
-            for vma in vmas
-        )
-        for run in task.present
+    return all(_is_shown(run, vmas) for run in task.present)
+
+
+def _is_shown(run: PresentRun, vmas: Iterable[Vma]) -> bool:
+    """Whether the first page of ``run`` is what its address shows."""
+    return any(
+        vma.ino == run.mapping
+        and vma.start <= run.address < vma.end
+        and vma.pgoff + ((run.address - vma.start) >> PAGE_SHIFT) == run.index
+        for vma in vmas
     )
 
 
@@ -235,13 +275,16 @@ def read_comm(pid: int) -> str:
 
 
 def in_page_fault(tid: int) -> bool | None:
-    """Whether a thread waits in a page fault of its own, not in a system call; None if that cannot be
-    seen.
+    """Whether a thread that a request came from is, or may be, in a page fault of its own: not in a system
+    call, nor gone. None if that cannot be seen.
     """
     try:
         with open(f"/proc/{tid}/syscall", "rb") as file:
-            return file.read().startswith(b"-1")
-    except (*_GONE, OSError):
+            # Also "running": it has asked, and is not asleep yet.
+            return not file.read(1).isdigit()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    except OSError:
         return None
 
 

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import msgspec
 
-from daxemu.host import injection, ptrace, siginfo
+from daxemu.host import file_pages, injection, ptrace, siginfo
 from daxemu.host.ptrace import Kind, Step, Stop
 from daxemu.host.siginfo import SIGBUS_BIT
 from daxemu.host.tracer_messages import (
@@ -129,9 +129,11 @@ class Tracer:
             return
         thread = self._threads.setdefault(request.tid, Thread(request.tid))
         if isinstance(request, ArmAR):
-            thread.arm(request.id, time.monotonic() + request.timeout)
+            thread.arm(request.id, time.monotonic() + request.timeout, request.page)
+        elif (current := _as_mapped_now(request)) is not None:
+            thread.send(current)
         else:
-            thread.send(request)
+            self._outbox.append(Gone(request.id))
         if isinstance(request, ArmAR | ForceAR):
             self._outbox.append(ArmedAck(request.id))  # leaves after the thread was interrupted
         self._nudge(thread)
@@ -184,6 +186,8 @@ class Tracer:
             self._drop(tid)
 
     def _on_stop(self, thread: Thread, stop: Stop) -> None:
+        if thread.arms and stop.info is not None and stop.info.is_bus_adrerr:
+            stop = stop._replace(page=file_pages.page_at(thread.tid, stop.info.addr))
         if thread.phase is Phase.EXIT:
             stop = stop._replace(result=self._injections[thread.tid].result())
         while True:
@@ -272,6 +276,17 @@ class Tracer:
         self._injections.pop(tid, None)
         if (thread := self._threads.pop(tid, None)) is not None:
             self._outbox.extend(Gone(id_) for id_ in thread.ids())
+
+
+def _as_mapped_now(request: Send) -> Send | None:
+    """The request with the address that its page has now; None if it is mapped no more.
+
+    Precondition: the thread is held, so that an execve(2) after this does not go unnoticed.
+    """
+    if not isinstance(request, SendAO) or request.page is None:
+        return request
+    address = file_pages.find_page(request.tgid, request.page, request.addr)
+    return msgspec.structs.replace(request, addr=address) if address is not None else None
 
 
 def _mourn(supervisor: int, abort: str) -> None:

@@ -32,6 +32,7 @@ import daxemu
 from daxemu.host.tracer_messages import (
     ArmAR,
     ArmedAck,
+    FilePage,
     ForceAR,
     Gone,
     Outcome,
@@ -145,17 +146,22 @@ class TracerLink:
         """The tracer's process id; None while there is none."""
         return self._session.process.pid if self._session is not None and self._session.is_alive else None
 
-    async def arm(self, tid: int, timeout: float = 1.0) -> Armed | Refused | Gone:  # noqa: ASYNC109
+    async def arm(
+        self,
+        tid: int,
+        timeout: float = 1.0,  # noqa: ASYNC109
+        page: FilePage | None = None,
+    ) -> Armed | Refused | Gone:
         """Hold thread ``tid``, which is about to consume poison: force_sig_mceerr(BUS_MCEERR_AR).
 
         Once ``Armed``, fail its page fault: the SIGBUS/BUS_ADRERR that the kernel then forces, whatever the
         thread's mask and handler, reaches it as BUS_MCEERR_AR with the same address and lsb 12. If none comes
-        within ``timeout`` seconds (it was interrupted, or a system call took the fault) the thread is let go
-        untouched: ``NotTaken``.
+        within ``timeout`` seconds (it was interrupted, or a system call took the fault), or only one that is
+        not for ``page``, the thread is let go untouched: ``NotTaken``.
         """
         session = await self._running()
         armed = Armed(next(self._ids), tid)
-        self._submit(session, ArmAR(armed.id, tid, timeout), armed)
+        self._submit(session, ArmAR(armed.id, tid, timeout, page), armed)
         return await armed._answer()
 
     async def force_ar(self, tgid: int, tid: int, addr: int, lsb: int = PAGE_SHIFT) -> Armed | Refused | Gone:
@@ -169,17 +175,19 @@ class TracerLink:
         self._submit(session, ForceAR(armed.id, tgid, tid, addr, lsb), armed)
         return await armed._answer()
 
-    async def send_ao(self, tgid: int, tid: int, addr: int, lsb: int = PAGE_SHIFT) -> Pending:
+    async def send_ao(
+        self, tgid: int, tid: int, addr: int, lsb: int = PAGE_SHIFT, page: FilePage | None = None
+    ) -> Pending:
         """Tell thread ``tid`` of process ``tgid`` of poison it has mapped: send_sig_mceerr(BUS_MCEERR_AO).
 
         ``addr`` is the virtual address in that process, ``lsb`` the binary logarithm of the lost range in
         bytes. Several for one thread arrive one after another, in this order, none lost. Comes to
         ``Delivered`` (also when the thread blocks SIGBUS: then it is pending), ``Ignored``, ``Refused`` or
-        ``Gone``; to nothing as long as the process is stopped.
+        ``Gone``; to nothing as long as the process is stopped. ``page``: what is at ``addr``, see SendAO.
         """
         session = await self._running()
         pending = Pending(next(self._ids), tid)
-        self._submit(session, SendAO(pending.id, tgid, tid, addr, lsb), pending)
+        self._submit(session, SendAO(pending.id, tgid, tid, addr, lsb, page), pending)
         return pending
 
     def _submit(self, session: _Session, request: Request, pending: Pending) -> None:

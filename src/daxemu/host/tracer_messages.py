@@ -11,11 +11,20 @@ Invariants:
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import msgspec
 
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT
+
+
+class FilePage(NamedTuple):
+    """Page ``pgoff`` of a file anywhere on the host."""
+
+    major: int
+    minor: int
+    ino: int
+    pgoff: int
 
 
 class _Message(msgspec.Struct, tag=True, frozen=True):
@@ -23,10 +32,11 @@ class _Message(msgspec.Struct, tag=True, frozen=True):
 
 
 class ArmAR(_Message, frozen=True):
-    """The next BUS_ADRERR of ``tid`` within ``timeout`` seconds is consumed poison."""
+    """The next BUS_ADRERR of ``tid`` within ``timeout`` seconds is consumed poison, if it is for ``page``."""
 
     tid: int
     timeout: float = 1.0
+    page: FilePage | None = None
 
 
 class Send(_Message, frozen=True):
@@ -41,9 +51,15 @@ class Send(_Message, frozen=True):
 
 
 class SendAO(Send, frozen=True):
-    """Action optional: queued, and nothing if it is ignored."""
+    """Action optional: queued, and nothing if it is ignored.
+
+    With ``page``, what ``addr`` shows: told at another address if the process has moved it there, and not
+    told if it has unmapped it, or is another program by now.
+    """
 
     code = BUS_MCEERR_AO
+
+    page: FilePage | None = None
 
 
 class ForceAR(Send, frozen=True):
@@ -82,7 +98,7 @@ class NotTaken(_Message, frozen=True):
 
 
 class Gone(_Message, frozen=True):
-    """The thread exited, or called execve(2), before."""
+    """The thread exited, called execve(2), or unmapped the page before."""
 
 
 class Ignored(_Message, frozen=True):

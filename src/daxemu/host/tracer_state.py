@@ -22,7 +22,7 @@ Invariants:
 - a signal that is not ours goes on unchanged, in the very stop that reported it; so does a group-stop;
 - any stop may swallow an INTERRUPT, so every stop decides anew whether one is wanted;
 - a cookie that is neither pending nor seen again was dropped in favour of a foreign SIGBUS: it is sent again;
-- one SIGBUS settles all open arms of its thread, or one AO, or nothing;
+- one SIGBUS settles all open arms for its page, or one AO, or nothing;
 - ``DETACH`` is only decided when nothing is wanted any more (``idle``).
 """
 
@@ -39,7 +39,17 @@ from typing import NamedTuple
 from daxemu.host import siginfo
 from daxemu.host.ptrace import Kind, Step, Stop
 from daxemu.host.siginfo import SigInfo
-from daxemu.host.tracer_messages import Delivered, ForceAR, Ignored, NotTaken, Outcome, Refused, Send, SendAO
+from daxemu.host.tracer_messages import (
+    Delivered,
+    FilePage,
+    ForceAR,
+    Ignored,
+    NotTaken,
+    Outcome,
+    Refused,
+    Send,
+    SendAO,
+)
 from daxemu.uapi import BUS_MCEERR_AR, PAGE_SHIFT
 
 Phase = Enum("Phase", ["NONE", "ENTER", "EXIT"])  # where an injection is
@@ -60,7 +70,11 @@ class Verdict(NamedTuple):
 class _Arm:
     id: int
     deadline: float
+    page: FilePage | None = None
     expired: bool = False
+
+    def is_for(self, page: FilePage | None) -> bool:
+        return self.page == page or None in (self.page, page)
 
 
 @dataclass
@@ -92,9 +106,9 @@ class Thread:
             return True
         return bool(self.fifo) and not self.cookie and not self.listening and self.retry_at is None
 
-    def arm(self, id_: int, deadline: float) -> None:
-        """Take the next BUS_ADRERR until ``deadline`` for consumed poison."""
-        self.arms.append(_Arm(id_, deadline))
+    def arm(self, id_: int, deadline: float, page: FilePage | None = None) -> None:
+        """Take the next BUS_ADRERR for ``page`` until ``deadline`` for consumed poison."""
+        self.arms.append(_Arm(id_, deadline, page))
 
     def send(self, request: Send) -> None:
         """Have it told. What is forced comes before what is queued, but after what is under way."""
@@ -162,20 +176,19 @@ class Thread:
         info: bytes | None = None
         reports: tuple[Outcome, ...] = ()
         if stop.info is not None and stop.sig == signal.SIGBUS:
-            info, reports = self._on_sigbus(stop.info)
+            info, reports = self._on_sigbus(stop.info, stop.page)
             self.retry_at = None
         if self.cookie and not stop.pending:
             self.cookie = 0
         return Verdict(Step.DETACH if self.idle else Step.CONT, stop.sig, info, reports=reports)
 
-    def _on_sigbus(self, info: SigInfo) -> tuple[bytes | None, tuple[Outcome, ...]]:
-        if self.arms and info.is_bus_adrerr:
-            # All arms of a thread are for the same fault: it may ask for its page more than once.
-            serial = self.arms[-1].id
-            reports = tuple(
-                Delivered(arm.id, self.tid, BUS_MCEERR_AR, info.addr, serial) for arm in self.arms
-            )
-            self.arms.clear()
+    def _on_sigbus(self, info: SigInfo, page: FilePage | None) -> tuple[bytes | None, tuple[Outcome, ...]]:
+        arms = [arm for arm in self.arms if arm.is_for(page)] if info.is_bus_adrerr else []
+        if arms:
+            # All arms for a page are for the same fault: it may ask for its page more than once.
+            serial = arms[-1].id
+            reports = tuple(Delivered(arm.id, self.tid, BUS_MCEERR_AR, info.addr, serial) for arm in arms)
+            self.arms = [arm for arm in self.arms if arm not in arms]
             return siginfo.bus_error(BUS_MCEERR_AR, info.addr, PAGE_SHIFT), reports
         if self.cookie and info.code == siginfo.SI_QUEUE and info.value == self.cookie:
             self.cookie, self.is_default = 0, False

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from daxemu.mm.incident import Incident, PfnMapping
+from daxemu.mm.incident import FileId, Incident, PfnMapping
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SHIFT, PF_EXITING, PF_KTHREAD, PF_MCE_EARLY, PF_MCE_PROCESS, Ino, Pfn
 
@@ -56,13 +56,16 @@ class Task:
 
 @dataclass(frozen=True)
 class ToKill:
-    """``struct to_kill``: which thread is told, and with what."""
+    """``struct to_kill``: which thread is told, and with what. ``file``: what it has mapped there, if that is
+    no file of the mount.
+    """
 
     task: Task
     tid: int
     address: int
     shift: int
     pfn: Pfn
+    file: FileId | None = None
 
 
 def find_early_kill_thread(threads: Iterable[Thread], early_kill: bool) -> Thread | None:
@@ -176,7 +179,7 @@ def collect_procs_pfn(hurt: PfnMapping, tasks: Sequence[Task], *, early_kill: bo
         thread = task_early_kill(task, early_kill=early_kill) or _first_alive(task)
         if thread is not None:
             to_kill += [
-                ToKill(task, thread.tid, run.address, run.shift, hurt.pfn + run.index - hurt.index)
+                ToKill(task, thread.tid, run.address, run.shift, hurt.pfn + run.index - hurt.index, hurt.file)
                 for run in task.present
             ]
     return to_kill

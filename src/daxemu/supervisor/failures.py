@@ -27,7 +27,7 @@ from daxemu.host.mappings import Mappings
 from daxemu.host.operations import PoisonedRead
 from daxemu.host.tasks import in_page_fault, process_of, read_comm
 from daxemu.host.tracer_link import Armed, Pending, TracerLink
-from daxemu.host.tracer_messages import Delivered, Gone, Ignored, NotTaken, Refused
+from daxemu.host.tracer_messages import Delivered, FilePage, Gone, Ignored, NotTaken, Refused
 from daxemu.host.tracer_messages import Outcome as Delivery
 from daxemu.mm.incident import Incident
 from daxemu.mm.memory_failure import MemoryFailures
@@ -114,6 +114,10 @@ class Failures:
         self._take_hidden(incident)
         self._hidden += tasks
 
+    def forget_hidden(self, incident: Incident) -> None:
+        """The poison that was hidden there is gone."""
+        self._take_hidden(incident)
+
     def _take_hidden(self, incident: Incident) -> list[Task]:
         """Those who had pages of ``incident`` present when they were hidden, with those pages; they are
         forgotten.
@@ -141,7 +145,7 @@ class Failures:
             self._repair(incident, ())  # nobody can have it mapped
             return []
 
-        hidden = self._take_hidden(incident) if consumer is not None else []
+        hidden = self._take_hidden(incident)  # known from now on, however that came about
         early_kill = self._mm.sysctl_early_kill
 
         def work() -> tuple[list[Task], list[ToKill], list[ToKill]]:
@@ -172,7 +176,9 @@ class Failures:
             if victim.tid == current:
                 await self._force(victim)
                 continue
-            pending = await self._tracer.send_ao(victim.task.pid, victim.tid, victim.address, victim.shift)
+            pending = await self._tracer.send_ao(
+                victim.task.pid, victim.tid, victim.address, victim.shift, self._page_of(victim)
+            )
             sent.append((victim, pending))
         deadline = trio.current_time() + SIGNAL_PATIENCE
         for victim, pending in sent:
@@ -180,6 +186,15 @@ class Failures:
             self._told(victim, outcome)
             if outcome is None:
                 self._nursery.start_soon(self._await_late, victim, pending)
+
+    def _page_of(self, victim: ToKill) -> FilePage | None:
+        """What it had at the address: it may have unmapped that, or moved it, before it is told."""
+        for run in victim.task.present:
+            if run.address <= victim.address < run.address + (run.nr_pages << PAGE_SHIFT):
+                index = run.index + ((victim.address - run.address) >> PAGE_SHIFT)
+                dev = victim.file.dev if victim.file is not None else self._mappings.dev
+                return FilePage(*dev, run.mapping, index)
+        return None
 
     def new_call(self, tid: int) -> None:
         """A thread is in another system call: what was forced on it in the last one was delivered at its
@@ -251,7 +266,8 @@ class Failures:
             self._inexact(read, pfn, "not permitted to look at the thread")
             return
         with trio.move_on_after(ARM_PATIENCE) as patience:
-            armed = await self._tracer.arm(read.tid)
+            page = FilePage(*self._mappings.dev, read.ino, read.offset >> PAGE_SHIFT)
+            armed = await self._tracer.arm(read.tid, page=page)
         if patience.cancelled_caught:
             self._inexact(read, pfn, "the tracer did not answer in time")
         elif isinstance(armed, Refused):

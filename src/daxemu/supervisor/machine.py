@@ -138,7 +138,7 @@ class Machine:
         """Change bytes on the media, and have whoever maps them see it."""
         results = []
         for part in found:
-            incident = self._mapped(part)
+            incident = self._unreported(part)
             await self.failures.hide(incident)  # what is dirty there is written back before, not after
             corrupt(self.pmem, part.start, part.length, seed)
             self.log.emit(SilentlyCorrupted(offset=part.start, length=part.length))
@@ -149,10 +149,10 @@ class Machine:
 
     async def _hide(self, bad: Range) -> None:
         """Latent poison: pages that are mapped now must come and ask, or a load would never meet it."""
-        await self.failures.hide(self._mapped(bad))
+        await self.failures.hide(self._unreported(bad))
 
-    def _mapped(self, bad: Range) -> Incident:
-        """The mappings of device bytes, as of a failure that nobody is told of."""
+    def _unreported(self, bad: Range) -> Incident:
+        """The pages of files that hold any byte of ``bad``; not a failure, as nobody knows of it."""
         pfn, nr_pages = failed_pages(self.pmem, bad)
         incident = self.mm.removal(pfn, nr_pages)
         for owner in self.fs.rmap.owners(bad.start >> PAGE_SHIFT, -(-bad.end >> PAGE_SHIFT)):
@@ -227,6 +227,7 @@ class Machine:
             self.repairs.store_begins(blocks, Origin.SYSCALL)
             for good in uninject(self.pmem, part.start, part.length):
                 self.log.emit(PoisonCleared(offset=good.start, length=good.length, by="request"))
+                self.failures.forget_hidden(self._unreported(good))
                 cleared.append(good)
             self.repairs.store_done(blocks, Origin.SYSCALL)
         self.fs.adopt_cleared(cleared)
@@ -324,6 +325,7 @@ class Machine:
     async def _clone(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
         self.fs.check_alive()
         await self._write_back(src)
+        await self._write_back(dst)  # or the revoke below would put it over the clone
         shared = self.fs.remap_file_range(src, src_offset, dst, dst_offset, length)
         if shared:
             # A revoke while the kernel asks for the new size would make it drop the answer, and a page fault

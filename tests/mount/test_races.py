@@ -1,0 +1,164 @@
+"""Memory failures against everything that can happen to a mapping at the same time: nothing hangs, nobody
+goes on reading poison, and no signal gets somebody it is not for.
+
+DAXEMU_RACE_SECONDS says how long each test lasts (``make soak``: ten minutes), DAXEMU_RACE_SEED with what
+dice; a race is never the same twice all the same.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daxemu.client import Client
+from daxemu.errors import Busy, DaxemuError, NotMounted
+from daxemu.host.mountinfo import mount_of
+from daxemu.uapi import BUS_ADRERR
+from tests.support.actor import ActorTimeout
+from tests.support.holders import Holders
+from tests.support.quick import QuickMount
+from tests.support.racer import KINDS, PATIENCE, Hang, Racer
+from tests.support.races import (
+    AT_ONCE,
+    COMMON,
+    Injector,
+    Races,
+    fill,
+    report_hang,
+    why_not_last_signal,
+    why_not_log,
+)
+from tests.support.scene import Scene, told
+
+SECONDS = float(os.environ.get("DAXEMU_RACE_SECONDS", "6"))
+SEED = int(os.environ.get("DAXEMU_RACE_SEED", "1"))
+BURST = 2.0 if SECONDS < 60 else 5.0
+LEAST = -(-len(KINDS) // AT_ONCE)
+"""Bursts until every racer has run."""
+LONGEST = 0.15
+"""Seconds that a mount of the second test has before its end comes."""
+
+GIVES_UP = (Hang, ActorTimeout, Busy, NotMounted)
+"""What a supervisor that hangs, or is dead, makes of a test."""
+Signals = Callable[[], list[dict[str, Any]]]
+
+pytestmark = [pytest.mark.mount, pytest.mark.timeout(120 + 2 * SECONDS)]
+
+
+def test_everything_at_once(quick_mount: QuickMount, tmp_path: Path) -> None:
+    quick_mount.umount()
+    quick_mount.mount("tell_stacks")
+    with Races(quick_mount, tmp_path, SEED) as races, Holders(quick_mount, SEED) as holders:
+        try:
+            for number in range(max(LEAST, round(SECONDS / BURST))):
+                races.burst(BURST, holders.round)
+                wrong = races.why_not() + why_not_log(quick_mount)
+                assert not wrong, f"DAXEMU_RACE_SEED={SEED}, burst {number + 1}:\n" + "\n".join(wrong[:40])
+        except GIVES_UP as error:
+            pytest.fail(report_hang(error, quick_mount, [racer.pid for racer in races.racers]))
+        counts = {**races.counts, "held": holders.rounds}
+        began, ended, recovered = races.failures()
+    print(f"{counts}, {ended} failures")
+    assert began == ended == recovered
+    for what in (*KINDS, "inject", "second", "clear", "held"):
+        assert counts[what] >= (1000 if SECONDS >= 600 else 1), what
+
+
+@pytest.mark.parametrize("how", ["remove", "umount"])
+def test_the_end_comes_meanwhile(quick_mount: QuickMount, tmp_path: Path, how: str) -> None:
+    """Surprise removal, or ``umount --force``, in the midst of failures; each time another mount."""
+    rng = random.Random(SEED)
+    deadline, ends = time.monotonic() + SECONDS / 2, 0
+    quick_mount.umount()
+    while time.monotonic() < deadline or not ends:
+        directory = tmp_path / str(ends)
+        directory.mkdir()
+        quick_mount.mount("tell_stacks")
+        racers: list[Racer] = []
+        try:
+            wrong = _end(quick_mount, directory, rng, how, racers)
+        except GIVES_UP as error:
+            pytest.fail(report_hang(error, quick_mount, [racer.pid for racer in racers]))
+        quick_mount.check()
+        wrong += why_not_log(quick_mount)
+        assert not wrong, f"DAXEMU_RACE_SEED={SEED}, end {ends + 1}:\n" + "\n".join(wrong[:40])
+        ends += 1
+    print(f"{how}: {ends}")
+
+
+def _end(mount: QuickMount, directory: Path, rng: random.Random, how: str, racers: list[Racer]) -> list[str]:
+    """One mount's life; what went wrong at its end."""
+    with Client.at(mount.path) as client:
+        client.request("clear", ranges=[[0, client.request("status")["size"]]])
+    for left in mount.path.iterdir():
+        left.unlink()
+    fill(mount.path / "common", COMMON)
+    stop = threading.Event()
+    with ExitStack() as stack:
+        for kind in rng.sample(KINDS, 3):
+            signals = directory / f"{kind}.signals"
+            racers.append(
+                stack.enter_context(Racer(kind, rng.randrange(1 << 30), mount.path, signals, lenient=True))
+            )
+        holder = stack.enter_context(Scene(mount)).mapper(file="common", pages=COMMON)
+        assert holder.cmd("tr 0 0").ok == "a"  # page 0 never goes bad
+        with ThreadPoolExecutor(1) as pool:
+            for racer in racers:
+                racer.say("run")
+            injecting = pool.submit(_inject, Injector(mount.path, rng.randrange(1 << 30)), stop)
+            time.sleep(rng.random() * LONGEST)  # at any moment, that is what is tested
+            try:
+                wrong = {"remove": _remove, "umount": _umount}[how](mount, racers, lambda: told(holder))
+            finally:
+                stop.set()
+            injecting.result(PATIENCE)
+        for racer in racers:
+            if status := racer.end():
+                wrong.append(f"{racer.kind} ended with {status}")
+            wrong += [
+                f"{racer.kind}: {text}: {seen}"
+                for seen in racer.seen()
+                if (text := why_not_last_signal(seen))
+            ]
+            wrong += racer.wrongs
+    if how == "remove":
+        mount.umount()
+    return wrong
+
+
+def _inject(injector: Injector, stop: threading.Event) -> None:
+    with suppress(DaxemuError, OSError):  # whatever the end of the mount or of the device makes of a request
+        injector.run(stop)
+
+
+def _remove(
+    mount: QuickMount, racers: list[Racer], signals: Callable[[], list[dict[str, object]]]
+) -> list[str]:
+    with Client(mount_of(mount.path), patience=PATIENCE) as client:
+        client.request("remove")
+    got = signals()
+    wrong = [] if [s["code"] for s in got][-1:] == ["BUS_MCEERR_AO"] else [f"the holder was told {got}"]
+    for racer in racers:
+        racer.say("park")
+        racer.parked()
+        for page in racer.verify():
+            if page.fault is None or page.fault[0] != BUS_ADRERR:
+                wrong.append(f"{racer.kind}: the device is gone: {page}")
+    return wrong
+
+
+def _umount(
+    mount: QuickMount, racers: list[Racer], signals: Callable[[], list[dict[str, object]]]
+) -> list[str]:
+    mount.umount("--force")
+    signals()
+    return []

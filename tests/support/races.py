@@ -1,0 +1,352 @@
+"""Racers against memory failures on one mount: bursts of everything at once, and in between, when all hold
+still, what must be true.
+
+Of each file only the pages in BAD ever go bad, of those whose names begin with "healthy" none. Files that
+begin with "still" are left to the holders.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Self
+
+from daxemu.client import Client
+from daxemu.errors import InvalidArgument
+from daxemu.host.mountinfo import mount_of
+from daxemu.host.tasks import present_in, read_vmas
+from daxemu.uapi import BUS_ADRERR, BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT
+from tests.support.mount import clear_away
+from tests.support.quick import QuickMount
+from tests.support.racer import KINDS, PATIENCE, PageRead, Place, Racer, Seen
+
+PAGE = 4096
+COMMON = 32
+BAD = [page for page in range(COMMON) if page % 4 in (1, 2)]
+AT_ONCE = 5
+"""Racers that run in one burst; with more, none gets much done."""
+SHORT = ("truncate",)
+"""Files that have an end within what is mapped of them: there BUS_ADRERR is no poison."""
+MOST_DESCRIPTORS = 24
+"""How many more descriptors, or threads, than at first a supervisor may have in the midst of its work."""
+
+
+def letter(page: int) -> str:
+    return chr(ord("a") + page % 26)
+
+
+class Injector:
+    """Poisons and heals pages of whatever files there are, until told to stop."""
+
+    def __init__(self, path: Path, seed: int) -> None:
+        self._path = path
+        self._rng = random.Random(seed)
+        self.count: Counter[str] = Counter()
+
+    def run(self, stop: threading.Event) -> None:
+        with Client(mount_of(self._path), patience=PATIENCE) as client:
+            while not stop.is_set():
+                self._once(client)
+
+    def _once(self, client: Client) -> None:
+        rng = self._rng
+        names = [n for n in os.listdir(self._path) if not n.startswith(("healthy", "still"))]
+        if not names:
+            return  # the mount is gone
+        name = rng.choice(names)
+        try:
+            ino = (self._path / name).stat().st_ino
+        except FileNotFoundError:
+            return
+        most = COMMON if name == "common" else 16
+        pages = rng.sample([page for page in BAD if page < most], rng.randint(1, 3))
+        ranges = [[page * PAGE, PAGE] for page in pages]
+        verb = rng.choice(("inject", "inject", "second", "clear"))
+        if verb == "second":
+            ranges += ranges  # each range is a failure of its own, and all of a request go on at once
+        try:
+            client.request("clear" if verb == "clear" else "inject", ino=ino, ranges=ranges)
+        except InvalidArgument:  # it has no such page just now, or is gone
+            self.count["refused"] += 1
+        else:
+            self.count[verb] += 1
+
+
+class EventCheck:
+    """Follows events.jsonl: the numbers have no gap, every failure ends, every signal has a known result."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = self._seq = 0
+        self.kinds: Counter[str] = Counter()
+        self.sent: Counter[tuple[int, int, str]] = Counter()
+        """SignalSent by process, code and result."""
+
+    def update(self) -> list[str]:
+        """Read what is new; what is wrong with it."""
+        wrong = []
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            whole, end, _ = file.read().rpartition(b"\n")
+        self._read += len(whole) + len(end)
+        for line in whole.splitlines():
+            event = json.loads(line)
+            self._seq = 1 if event["event"] == "Mounted" else self._seq + 1
+            if event["seq"] != self._seq:
+                wrong.append(f"event {event['seq']} comes where {self._seq} should be")
+                self._seq = event["seq"]
+            self.kinds[event["event"]] += 1
+            if event["event"] == "SignalSent":
+                self.sent[event["pid"], event["code"], event["result"]] += 1
+                if event["result"] not in ("delivered", "gone", "pending"):
+                    wrong.append(f"a signal was {event['result']}: {event}")
+            if event["event"] == "MemoryFailureHandled" and event["outcome"] != "Recovered":
+                wrong.append(f"a failure was {event['outcome']}: {event}")
+        return wrong
+
+
+class Races:
+    """All racers on one mount. A context manager: they are gone before the mount is."""
+
+    def __init__(self, mount: QuickMount, directory: Path, seed: int) -> None:
+        self.mount = mount
+        self.racers: list[Racer] = []
+        self._stack = ExitStack()
+        self._directory = directory
+        self._seed = seed
+        self._injectors = [Injector(mount.path, seed + number) for number in range(2)]
+        self._events = EventCheck(mount.device / "events.jsonl")
+        self._seen: dict[int, Counter[int]] = defaultdict(Counter)
+        self._size: tuple[int, int] | None = None
+        self._next: deque[Racer] = deque()
+
+    def __enter__(self) -> Self:
+        fill(self.mount.path / "common", COMMON)
+        for number, kind in enumerate(KINDS):
+            signals = self._directory / f"{kind}.signals"
+            racer = Racer(kind, self._seed * 100 + number, self.mount.path, signals)
+            self.racers.append(self._stack.enter_context(racer))
+        self._next.extend(random.Random(self._seed).sample(self.racers, len(self.racers)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many of each race there were."""
+        done: Counter[str] = sum((injector.count for injector in self._injectors), Counter())
+        return {**{racer.kind: racer.rounds for racer in self.racers}, **done}
+
+    # -- bursts
+
+    def burst(self, seconds: float, meanwhile: Callable[[], object]) -> None:
+        """Some of the racers, each in its turn, and the injectors for so long, ``meanwhile`` again and again;
+        then all hold still. Raises Hang.
+        """
+        stop = threading.Event()
+        deadline = time.monotonic() + seconds
+        for _ in range(AT_ONCE):
+            self._next.rotate(-1)
+            self._next[-1].say("run")
+        with ThreadPoolExecutor(len(self._injectors)) as pool:
+            running = [pool.submit(injector.run, stop) for injector in self._injectors]
+            try:
+                while time.monotonic() < deadline and not any(each.done() for each in running):
+                    meanwhile()
+            finally:
+                stop.set()
+            for racer in self.racers:
+                racer.say("park")
+            for racer in self.racers:
+                racer.parked()
+            for each in running:
+                each.result(PATIENCE)
+
+    # -- what must be true when all hold still
+
+    def why_not(self) -> list[str]:
+        """What is wrong. Precondition: a burst has ended."""
+        with Client(mount_of(self.mount.path), patience=PATIENCE) as client:
+            books = Books(client)
+            wrong = [text for racer in self.racers for text in self._why_present(racer, books)]
+            for racer in self.racers:
+                wrong += [text for page in racer.verify() if (text := _why_not_page(page, books))]
+                wrong += [f"{racer.kind}: {text}" for text in self._why_not_signals(racer)]
+                wrong += racer.wrongs
+            wrong += self._why_not_accounted()
+            status = client.request("status")
+            wrong += self._why_grown(status["pid"])
+            client.request("clear", ranges=[[0, status["size"]]])
+        return wrong
+
+    def _why_present(self, racer: Racer, books: Books) -> list[str]:
+        """Poison that it could still read without a fault."""
+        wrong = []
+        with open(f"/proc/{racer.pid}/pagemap", "rb", buffering=0) as pagemap:
+            for vma in read_vmas(racer.pid, mount_of(self.mount.path).dev):
+                for run in present_in(pagemap.fileno(), vma.start, vma.end):
+                    first = vma.pgoff + ((run.start - vma.start) >> PAGE_SHIFT)
+                    wrong += [
+                        f"{racer.kind}: page {page} of inode {vma.ino} is poison and present"
+                        for page in range(first, first + (run.length >> PAGE_SHIFT))
+                        if books.is_bad(vma.ino, page)
+                    ]
+        return wrong
+
+    def _why_not_signals(self, racer: Racer) -> list[str]:
+        wrong = []
+        for seen in racer.seen():
+            self._seen[seen.pid][seen.code] += 1
+            if text := why_not_signal(seen):
+                wrong.append(f"{text}: {seen}")
+        return wrong
+
+    def _why_not_accounted(self) -> list[str]:
+        """The log says of each racer's signals what it got; a report may take a moment."""
+        deadline = time.monotonic() + PATIENCE
+        wrong = self._events.update()
+        while differing := list(self._differing()):
+            if time.monotonic() > deadline:
+                return wrong + differing
+            time.sleep(0.01)
+            wrong += self._events.update()
+        return wrong
+
+    def _differing(self) -> Iterator[str]:
+        for racer in self.racers:
+            for code in (BUS_MCEERR_AO, BUS_MCEERR_AR):
+                sent, got = self._events.sent[racer.pid, code, "delivered"], self._seen[racer.pid][code]
+                if sent != got:
+                    yield f"{racer.kind} got {got} signals of code {code}, the log says {sent}"
+
+    def _why_grown(self, pid: int) -> list[str]:
+        size = len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
+        self._size = self._size or size
+        if any(now > before + MOST_DESCRIPTORS for now, before in zip(size, self._size, strict=True)):
+            return [f"the supervisor's descriptors and threads grew from {self._size} to {size}"]
+        return []
+
+    def failures(self) -> tuple[int, int, int]:
+        """How many there were, latent ones that were found among them; how many have ended, by the event log;
+        how many of these well, by the counters.
+        """
+        with Client(mount_of(self.mount.path), patience=PATIENCE) as client:
+            counters = client.request("status")["counters"]
+        kinds = self._events.kinds
+        return kinds["PoisonInjected"], kinds["MemoryFailureHandled"], counters["recovered"]
+
+
+class Books:
+    """What the supervisor says is poison."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        sectors = client.request("badblocks")["ranges"]
+        self._bad = {page for first, count in sectors for page in range(first >> 3, (first + count + 7) >> 3)}
+        self._files: dict[int, tuple[int, dict[int, int]]] = {}
+
+    def _file(self, ino: int) -> tuple[int, dict[int, int]]:
+        """Its size, and where on the device each of its pages is."""
+        if ino not in self._files:
+            found = self._client.request("map", ino=ino)
+            pages = {}
+            for extent in found["extents"]:
+                if extent["device_offset"] is not None:
+                    delta = (extent["device_offset"] - extent["offset"]) >> PAGE_SHIFT
+                    first = extent["offset"] >> PAGE_SHIFT
+                    pages.update(
+                        {p: p + delta for p in range(first, first + (extent["length"] >> PAGE_SHIFT))}
+                    )
+            self._files[ino] = found["size"], pages
+        return self._files[ino]
+
+    def is_bad(self, ino: int, page: int) -> bool:
+        return self._file(ino)[1].get(page) in self._bad
+
+    def is_beyond(self, ino: int, page: int) -> bool:
+        return page * PAGE >= self._file(ino)[0]
+
+
+def _why_not_page(read: PageRead, books: Books) -> str | None:
+    if books.is_beyond(read.ino, read.page):
+        good = read.fault is not None and read.fault[0] == BUS_ADRERR
+    elif books.is_bad(read.ino, read.page):
+        good = read.fault == (BUS_MCEERR_AR, PAGE_SHIFT, read.address)
+    else:
+        good = read.byte in (letter(read.page), "0")
+    return (
+        None if good else f"a load of {'bad' if books.is_bad(read.ino, read.page) else 'good'} memory: {read}"
+    )
+
+
+def why_not_signal(seen: Seen) -> str | None:
+    """Whether this signal may have come: for poison that this process mapped, and had touched some of."""
+    if seen.signo != signal.SIGBUS or seen.code not in (BUS_ADRERR, BUS_MCEERR_AR, BUS_MCEERR_AO):
+        return "no signal of a memory failure"
+    if not seen.places:
+        return "an address that it never mapped"
+    if seen.code == BUS_ADRERR:
+        return None if any(p.file in SHORT and p.live for p in seen.places) else "a fault without a reason"
+    if seen.lsb != PAGE_SHIFT:
+        return "not the size of a page"
+    if seen.code == BUS_MCEERR_AR and not seen.sync:
+        return "action required, but it did nothing"
+    if not any(_can_be_bad(place) for place in seen.places):
+        return "memory that never was poison"
+    return None
+
+
+def why_not_last_signal(seen: Seen) -> str | None:
+    """The same where the mount ends meanwhile: any page may fail then, and everybody is told."""
+    if seen.signo != signal.SIGBUS or seen.code not in (BUS_ADRERR, BUS_MCEERR_AR, BUS_MCEERR_AO):
+        return "no signal of a memory failure"
+    return None if any(place.touched for place in seen.places) else "nothing that it ever touched"
+
+
+def why_not_log(mount: QuickMount) -> list[str]:
+    """What the supervisor, or the tracer, did not expect."""
+    text = (mount.device / "supervisor.log").read_text()
+    return [text[-4000:]] if "Traceback" in text else []
+
+
+def _can_be_bad(place: Place) -> bool:
+    return place.touched and place.page in BAD and not place.file.startswith("healthy")
+
+
+def fill(path: Path, pages: int) -> Path:
+    path.write_bytes(b"".join(letter(page).encode() * PAGE for page in range(pages)))
+    return path
+
+
+def report_hang(error: Exception, mount: QuickMount, pids: Sequence[int]) -> str:
+    """Where everybody is who may have to do with it; then those who wait are let go."""
+    with suppress(ProcessLookupError):
+        os.kill(mount.pid, signal.SIGUSR1)
+        time.sleep(0.5)  # it writes when it can, if it can
+    lines = [str(error), (mount.device / "supervisor.log").read_text()[-20000:]]
+    for pid in (mount.pid, *pids):
+        with suppress(OSError):
+            for tid in os.listdir(f"/proc/{pid}/task"):
+                facts = [
+                    _read(f"/proc/{pid}/task/{tid}/{name}") for name in ("comm", "wchan", "syscall", "stack")
+                ]
+                lines.append(f"{pid}/{tid} {' | '.join(facts)}")
+    clear_away(mount.path)
+    return "\n".join(lines)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError as error:
+        return str(error)
