@@ -10,6 +10,7 @@ import pytest
 
 from daxemu.events import (
     EVENT_TYPES,
+    DaxActiveAtRemove,
     DeviceRemoved,
     Event,
     FileDamaged,
@@ -64,6 +65,7 @@ SAMPLES: list[Event] = [
     FileDamaged(ino=2, path='/a "quoted"\n\u00e9', offset=0, length=4096),
     StoreLost(ino=2, path="/f", offset=0, length=4096),
     FilesystemShutdown(device="pmem0", reason="Device is about to be removed!"),
+    DaxActiveAtRemove(device="pmem0"),
     DeviceRemoved(device="pmem0", told=3),
 ]
 
@@ -157,6 +159,7 @@ def test_what_the_kernel_does_not_log_has_no_line() -> None:
         OutsideKernelControl,
         SignalSent,
         FilesystemShutdown,
+        DaxActiveAtRemove,
     }
 
 
@@ -173,6 +176,12 @@ def test_nobodys_memory_has_the_kernels_line() -> None:
     """Not in the recordings: mm/memory-failure.c, memory_failure()."""
     line = "Memory failure: 0x240200: memory outside kernel control"
     assert OutsideKernelControl(pfn=0x240200, nr_pages=1).dmesg() == line
+
+
+def test_a_removal_in_use_has_the_line_that_was_proposed() -> None:
+    """Not in the recordings: drivers/nvdimm/pmem.c, pmem_pagemap_kill(), as proposed in 2021."""
+    line = "nd_pmem pmem0: DAX active at remove, trigger mass memory failure"
+    assert DaxActiveAtRemove(device="pmem0").dmesg() == line
 
 
 def test_an_inexact_signal_says_why() -> None:

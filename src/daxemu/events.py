@@ -197,6 +197,15 @@ class FilesystemShutdown(Event):
         return f"daxemu ({self.device}): {self.reason}"
 
 
+class DaxActiveAtRemove(Event):
+    """A surprise removal begins while somebody holds the device (proposed for the pmem driver in 2021)."""
+
+    device: str
+
+    def dmesg(self) -> str:
+        return f"nd_pmem {self.device}: DAX active at remove, trigger mass memory failure"
+
+
 class DeviceRemoved(Event):
     """The end of a surprise removal."""
 
@@ -220,6 +229,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     FileDamaged,
     StoreLost,
     FilesystemShutdown,
+    DaxActiveAtRemove,
     DeviceRemoved,
 )
 
@@ -236,6 +246,7 @@ AnyEvent = (
     | FileDamaged
     | StoreLost
     | FilesystemShutdown
+    | DaxActiveAtRemove
     | DeviceRemoved
 )
 

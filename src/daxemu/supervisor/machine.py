@@ -11,7 +11,14 @@ import msgspec
 import trio
 
 from daxemu.errors import InvalidArgument, NoDevice
-from daxemu.events import DeviceRemoved, Outcome, PoisonCleared, PoisonInjected, SettingChanged
+from daxemu.events import (
+    DaxActiveAtRemove,
+    DeviceRemoved,
+    Outcome,
+    PoisonCleared,
+    PoisonInjected,
+    SettingChanged,
+)
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import ROOT_INO
 from daxemu.host.extra_operations import ExtraOperations
@@ -208,10 +215,13 @@ class Machine:
         """
         self.check_present()
         was_idle = self.pmem.dax.dax_is_idle()
+        if not was_idle:
+            self.log.emit(DaxActiveAtRemove(device=self.pmem.name))
         incident = self.mm.removal(self.pmem.pages.start, self.pmem.pages.length)
         with self.mm.during(incident):
             self.pmem.dax.kill_dax()
         _, told = await self.failures.handle(incident)
+        self.pmem.detach(self.mm)
         self.log.emit(DeviceRemoved(device=self.pmem.name, told=told))
         return p.Removed(told, was_idle)
 
