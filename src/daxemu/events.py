@@ -91,6 +91,16 @@ class PoisonCleared(Event):
         return f"poison cleared at device {self.offset:#x}+{self.length:#x} by {self.by}"
 
 
+class ScrubFound(Event):
+    """A scrub found poison that nobody knew of. ``offset`` and ``length`` are device bytes."""
+
+    offset: int
+    length: int
+
+    def summary(self) -> str:
+        return f"scrub: poison at device {self.offset:#x}+{self.length:#x}"
+
+
 class MadviseInjected(Event):
     """``madvise_inject_error()``: a thread asked for a page of its own to go bad, or (``soft``) offline."""
 
@@ -222,6 +232,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     SettingChanged,
     PoisonInjected,
     PoisonCleared,
+    ScrubFound,
     MadviseInjected,
     MemoryFailureHandled,
     OutsideKernelControl,
@@ -239,6 +250,7 @@ AnyEvent = (
     | SettingChanged
     | PoisonInjected
     | PoisonCleared
+    | ScrubFound
     | MadviseInjected
     | MemoryFailureHandled
     | OutsideKernelControl

@@ -16,6 +16,7 @@ from daxemu.client import Client
 from daxemu.errors import Busy, InvalidArgument, NotMounted
 from daxemu.host.mountinfo import Mount, mount_at, mounts
 from daxemu.pmem.device_dir import DeviceDir
+from daxemu.supervisor.settings import seconds
 
 STATUS_PATIENCE = 5.0
 """Seconds that one of several supervisors has to answer: none must keep the others from being shown."""
@@ -27,8 +28,14 @@ END_PATIENCE = 60.0
 @click.argument("device", type=click.Path(path_type=Path))
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("--foreground", is_flag=True, help="Stay and serve until unmounted; Ctrl-C unmounts.")
+@click.option(
+    "--scrub-interval",
+    metavar="SECONDS",
+    default="0",
+    help="Look for latent poison every so often, as set scrub_interval does. 0, the default: never.",
+)
 @json_option
-def mount(device: Path, mountpoint: Path, foreground: bool, as_json: bool) -> None:
+def mount(device: Path, mountpoint: Path, foreground: bool, scrub_interval: str, as_json: bool) -> None:
     """Mount DEVICE on MOUNTPOINT. Returns when the mount is usable; a supervisor serves it in the background.
 
     \b
@@ -36,6 +43,10 @@ def mount(device: Path, mountpoint: Path, foreground: bool, as_json: bool) -> No
       daxemu mount /dev/shm/pmem0 /tmp/pmem
     """
     device, mountpoint = device.absolute(), mountpoint.absolute()
+    try:
+        interval = seconds(scrub_interval)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"--scrub-interval {scrub_interval}: {error}") from error
     DeviceDir.load(device)
 
     def say(pid: int) -> None:
@@ -49,13 +60,13 @@ def mount(device: Path, mountpoint: Path, foreground: bool, as_json: bool) -> No
         from daxemu.supervisor.run import supervise
 
         logging.basicConfig(level=logging.WARNING, format="daxemu: %(message)s")
-        supervise(device, mountpoint, lambda: say(os.getpid()))
+        supervise(device, mountpoint, lambda: say(os.getpid()), scrub_interval=interval)
         return
     from daxemu.host.session import check_mountpoint
     from daxemu.supervisor.spawn import spawn
 
     check_mountpoint(mountpoint)
-    say(spawn(device, mountpoint))
+    say(spawn(device, mountpoint, interval))
 
 
 @click.command()
@@ -176,9 +187,8 @@ def _describe(report: dict[str, Any]) -> str:
         lines += [
             f"  size        {human(report['size'])}, {human(used)} used, first pfn {report['base_pfn']:#x}",
             "  files       {inodes} inodes, {extents} extents, {open_files} open".format_map(report),
-            "  poison      {poisoned_sectors} sectors, {badblocks} of them known (badblocks)".format_map(
-                report
-            ),
+            "  poison      {poisoned_sectors} sectors, {badblocks} of them known (badblocks), "
+            "{scrubs} background scrubs".format_map(report),
             f"  failures    {counters}",
             f"  settings    {settings}",
             f"  supervisor  pid {report['pid']}, {report['events']} events, tracer {report['tracer']}",
@@ -197,6 +207,7 @@ def set_setting(mountpoint: Path, settings: tuple[str, ...], as_json: bool) -> N
     \b
     early_kill=0|1         tell processes of poison they map at once (vm.memory_failure_early_kill)
     lost_store=silent|eio  what fsync says of a mapped store lost to poison: nothing (DAX), or EIO once
+    scrub_interval=SECONDS look for latent poison in the background, as daxemu scrub does; 0: never
 
     \b
     Example:

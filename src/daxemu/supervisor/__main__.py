@@ -1,4 +1,4 @@
-"""``python -m daxemu.supervisor DEVICE MOUNTPOINT READY_FD``: a supervisor in the background.
+"""``python -m daxemu.supervisor DEVICE MOUNTPOINT READY_FD [SCRUB_INTERVAL]``: a supervisor in background.
 
 READY_FD is a pipe: one JSON object is written to it, ``{"ok": true}`` when the mount is usable, or the
 refusal.
@@ -17,7 +17,7 @@ from daxemu.errors import DaxemuError
 from daxemu.supervisor.protocol import Reply
 
 
-def main(device: str, mountpoint: str, ready_fd: int) -> int:
+def main(device: str, mountpoint: str, ready_fd: int, scrub_interval: float = 0.0) -> int:
     """Run it. Returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
@@ -35,7 +35,7 @@ def main(device: str, mountpoint: str, ready_fd: int) -> int:
     try:
         from daxemu.supervisor.run import supervise
 
-        supervise(Path(device), Path(mountpoint), ready)
+        supervise(Path(device), Path(mountpoint), ready, scrub_interval=scrub_interval)
     except DaxemuError as error:
         if told:
             logging.exception("the supervisor failed")
@@ -46,4 +46,4 @@ def main(device: str, mountpoint: str, ready_fd: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), *map(float, sys.argv[4:])))

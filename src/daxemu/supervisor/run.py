@@ -45,9 +45,11 @@ ANSWER_PATIENCE = 2.0
 """Seconds that requests under way have to be answered once the mount is gone."""
 
 
-def supervise(device: Path, mountpoint: Path, ready: Callable[[], None]) -> None:
+def supervise(
+    device: Path, mountpoint: Path, ready: Callable[[], None], *, scrub_interval: float = 0.0
+) -> None:
     """Mount ``device`` on ``mountpoint`` and serve it until it is unmounted. ``ready`` is called once it is
-    usable.
+    usable. ``scrub_interval``: seconds, 0 for no background scrub.
 
     Raises DaxemuError when it cannot be mounted; nothing is left behind then.
     """
@@ -63,6 +65,7 @@ def supervise(device: Path, mountpoint: Path, ready: Callable[[], None]) -> None
         session = Session.open(directory.path, mountpoint)
         undo.callback(session.detach)
         machine = Machine(pmem, mm, fs, session, events, supplement.MISSING)
+        machine.scrubber.set(scrub_interval)
         pyfuse3.init(machine.operations, f"/dev/fd/{session.fd}", set(pyfuse3.default_options))
         undo.callback(pyfuse3.close, unmount=False)  # libfuse closes the descriptor
         where = printable(session.mount.mountpoint)
@@ -148,6 +151,7 @@ async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
         services.start_soon(Watchdog(machine.session.mount).beat)
         services.start_soon(ending.on_signal)
         services.start_soon(_commit_now_and_then, machine)
+        services.start_soon(machine.scrubber.run)
         async with (
             TracerLink.open(abort=abort_file(machine.session.mount)) as tracer,
             trio.open_nursery() as nursery,

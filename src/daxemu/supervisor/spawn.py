@@ -15,7 +15,7 @@ PATIENCE = 60.0
 """Seconds to wait for the mount; loading a million files takes some."""
 
 
-def spawn(device: Path, mountpoint: Path) -> int:
+def spawn(device: Path, mountpoint: Path, scrub_interval: float = 0.0) -> int:
     """Mount in the background; returns the supervisor's pid. Its messages go to DEVICE/supervisor.log.
 
     Raises what the supervisor refused with; no process is left then.
@@ -24,8 +24,9 @@ def spawn(device: Path, mountpoint: Path) -> int:
     ours, theirs = os.pipe()
     try:
         with open(log, "ab") as output:
+            arguments = [str(device), str(mountpoint), str(theirs), str(scrub_interval)]
             process = subprocess.Popen(
-                [sys.executable, "-m", "daxemu.supervisor", str(device), str(mountpoint), str(theirs)],
+                [sys.executable, "-m", "daxemu.supervisor", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
