@@ -165,6 +165,20 @@ def test_what_the_kernel_does_not_log_has_no_line() -> None:
     }
 
 
+def test_every_line_is_printed_by_a_function_of_the_kernels() -> None:
+    by = {type(sample).__name__: sample.printed_by() for sample in SAMPLES if sample.dmesg() is not None}
+    assert by == {
+        "MadviseInjected": "madvise_inject_error",
+        "MemoryFailureHandled": "action_result",
+        "OutsideKernelControl": "memory_failure",
+        "SignalSent": "kill_proc",
+        "FilesystemShutdown": "xfs_do_force_shutdown",
+        "DaxActiveAtRemove": "pmem_pagemap_kill",
+    }
+    assert a_signal(BUS_MCEERR_AR).printed_by() == "do_sigbus"
+    assert msgspec.structs.replace(a_signal(BUS_MCEERR_AR), current=True).printed_by() == "kill_proc"
+
+
 def test_what_a_thread_does_to_itself_has_the_kernels_lines() -> None:
     where = "pfn 0x240200 at process virtual address 0x7000"
     injected = MadviseInjected(pid=7, tid=8, address=0x7000, pfn=0x240200, soft=False)

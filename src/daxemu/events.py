@@ -40,6 +40,10 @@ class Event(msgspec.Struct, tag_field="event", kw_only=True):
         """The line the kernel prints for this, without its timestamp; None if it prints none."""
         return None
 
+    def printed_by(self) -> str:
+        """The kernel's function that prints that line. Precondition: there is one."""
+        raise NotImplementedError(f"{type(self).__name__} has no line")
+
     def summary(self) -> str:
         """One line for people."""
         return self.dmesg() or type(self).__name__
@@ -114,6 +118,9 @@ class MadviseInjected(Event):
         what = "Soft offlining" if self.soft else "Injecting memory failure for"
         return f"{what} pfn {self.pfn:#x} at process virtual address {self.address:#x}"
 
+    def printed_by(self) -> str:
+        return "madvise_inject_error"
+
 
 class MemoryFailureHandled(Event):
     """The end of one memory_failure(): ``action_result()``."""
@@ -129,6 +136,9 @@ class MemoryFailureHandled(Event):
     def dmesg(self) -> str:
         return f"Memory failure: {self.pfn:#x}: recovery action for {self.page_type}: {self.outcome.value}"
 
+    def printed_by(self) -> str:
+        return "action_result"
+
 
 class OutsideKernelControl(Event):
     """A failure of pages that no pagemap and no pfn address space has: nothing was done (-ENXIO)."""
@@ -138,6 +148,9 @@ class OutsideKernelControl(Event):
 
     def dmesg(self) -> str:
         return f"Memory failure: {self.pfn:#x}: memory outside kernel control"
+
+    def printed_by(self) -> str:
+        return "memory_failure"
 
 
 class SignalSent(Event):
@@ -158,13 +171,20 @@ class SignalSent(Event):
     current: bool = False
 
     def dmesg(self) -> str:
-        if self.code == BUS_MCEERR_AR and not self.current:
+        if self._in_a_fault:
             victim = f"{self.comm}:{self.pid}"
             return f"MCE: Killing {victim} due to hardware memory corruption fault at {self.address:x}"
         return (
             f"Memory failure: {self.pfn:#x}: Sending SIGBUS to {self.comm}:{self.pid} "
             "due to hardware memory corruption"
         )
+
+    def printed_by(self) -> str:
+        return "do_sigbus" if self._in_a_fault else "kill_proc"
+
+    @property
+    def _in_a_fault(self) -> bool:
+        return self.code == BUS_MCEERR_AR and not self.current
 
     def summary(self) -> str:
         name = {BUS_MCEERR_AO: "BUS_MCEERR_AO", BUS_MCEERR_AR: "BUS_MCEERR_AR"}.get(self.code, str(self.code))
@@ -206,6 +226,9 @@ class FilesystemShutdown(Event):
     def dmesg(self) -> str:
         return f"daxemu ({self.device}): {self.reason}"
 
+    def printed_by(self) -> str:
+        return "xfs_do_force_shutdown"
+
 
 class DaxActiveAtRemove(Event):
     """A surprise removal begins while somebody holds the device (proposed for the pmem driver in 2021)."""
@@ -214,6 +237,9 @@ class DaxActiveAtRemove(Event):
 
     def dmesg(self) -> str:
         return f"nd_pmem {self.device}: DAX active at remove, trigger mass memory failure"
+
+    def printed_by(self) -> str:
+        return "pmem_pagemap_kill"
 
 
 class DeviceRemoved(Event):

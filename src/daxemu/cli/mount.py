@@ -57,9 +57,12 @@ def mount(device: Path, mountpoint: Path, foreground: bool, scrub_interval: str,
         )
 
     if foreground:
+        from daxemu.supervisor.log_handler import RatelimitedHandler
         from daxemu.supervisor.run import supervise
 
-        logging.basicConfig(level=logging.WARNING, format="daxemu: %(message)s")
+        logging.basicConfig(
+            level=logging.WARNING, format="daxemu: %(message)s", handlers=[RatelimitedHandler()]
+        )
         supervise(device, mountpoint, lambda: say(os.getpid()), scrub_interval=interval)
         return
     from daxemu.host.session import check_mountpoint

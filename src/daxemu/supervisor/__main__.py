@@ -14,12 +14,17 @@ from pathlib import Path
 import msgspec
 
 from daxemu.errors import DaxemuError
+from daxemu.supervisor.log_handler import RatelimitedHandler
 from daxemu.supervisor.protocol import Reply
 
 
 def main(device: str, mountpoint: str, ready_fd: int, scrub_interval: float = 0.0) -> int:
     """Run it. Returns the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=[RatelimitedHandler()],
+    )
 
     def report(reply: Reply) -> None:
         os.write(ready_fd, msgspec.json.encode(reply))
