@@ -191,7 +191,7 @@ def _describe(report: dict[str, Any]) -> str:
             f"  size        {human(report['size'])}, {human(used)} used, first pfn {report['base_pfn']:#x}",
             "  files       {inodes} inodes, {extents} extents, {open_files} open".format_map(report),
             "  poison      {poisoned_sectors} sectors, {badblocks} of them known (badblocks), "
-            "{scrubs} background scrubs".format_map(report),
+            "{scrubs} background scrubs".format_map({"scrubs": 0, **report}),
             f"  failures    {counters}",
             f"  settings    {settings}",
             f"  supervisor  pid {report['pid']}, {report['events']} events, tracer {report['tracer']}",
