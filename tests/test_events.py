@@ -10,6 +10,7 @@ import pytest
 
 from daxemu.events import (
     EVENT_TYPES,
+    DaxActiveAtRemove,
     DeviceRemoved,
     Event,
     FileDamaged,
@@ -21,6 +22,7 @@ from daxemu.events import (
     OutsideKernelControl,
     PoisonCleared,
     PoisonInjected,
+    ScrubFound,
     SettingChanged,
     SignalSent,
     StoreLost,
@@ -57,6 +59,7 @@ SAMPLES: list[Event] = [
     SettingChanged(name="early_kill", value="1"),
     PoisonInjected(offset=4096, length=512, latent=True),
     PoisonCleared(offset=4096, length=512, by="write"),
+    ScrubFound(offset=4096, length=512),
     MadviseInjected(pid=7, tid=8, address=0x7000, pfn=0x240200, soft=False),
     a_failure(Outcome.FAILED),
     OutsideKernelControl(pfn=0x240200, nr_pages=1),
@@ -64,6 +67,7 @@ SAMPLES: list[Event] = [
     FileDamaged(ino=2, path='/a "quoted"\n\u00e9', offset=0, length=4096),
     StoreLost(ino=2, path="/f", offset=0, length=4096),
     FilesystemShutdown(device="pmem0", reason="Device is about to be removed!"),
+    DaxActiveAtRemove(device="pmem0"),
     DeviceRemoved(device="pmem0", told=3),
 ]
 
@@ -157,7 +161,22 @@ def test_what_the_kernel_does_not_log_has_no_line() -> None:
         OutsideKernelControl,
         SignalSent,
         FilesystemShutdown,
+        DaxActiveAtRemove,
     }
+
+
+def test_every_line_is_printed_by_a_function_of_the_kernels() -> None:
+    by = {type(sample).__name__: sample.printed_by() for sample in SAMPLES if sample.dmesg() is not None}
+    assert by == {
+        "MadviseInjected": "madvise_inject_error",
+        "MemoryFailureHandled": "action_result",
+        "OutsideKernelControl": "memory_failure",
+        "SignalSent": "kill_proc",
+        "FilesystemShutdown": "xfs_do_force_shutdown",
+        "DaxActiveAtRemove": "pmem_pagemap_kill",
+    }
+    assert a_signal(BUS_MCEERR_AR).printed_by() == "do_sigbus"
+    assert msgspec.structs.replace(a_signal(BUS_MCEERR_AR), current=True).printed_by() == "kill_proc"
 
 
 def test_what_a_thread_does_to_itself_has_the_kernels_lines() -> None:
@@ -173,6 +192,12 @@ def test_nobodys_memory_has_the_kernels_line() -> None:
     """Not in the recordings: mm/memory-failure.c, memory_failure()."""
     line = "Memory failure: 0x240200: memory outside kernel control"
     assert OutsideKernelControl(pfn=0x240200, nr_pages=1).dmesg() == line
+
+
+def test_a_removal_in_use_has_the_line_that_was_proposed() -> None:
+    """Not in the recordings: drivers/nvdimm/pmem.c, pmem_pagemap_kill(), as proposed in 2021."""
+    line = "nd_pmem pmem0: DAX active at remove, trigger mass memory failure"
+    assert DaxActiveAtRemove(device="pmem0").dmesg() == line
 
 
 def test_an_inexact_signal_says_why() -> None:

@@ -40,6 +40,10 @@ class Event(msgspec.Struct, tag_field="event", kw_only=True):
         """The line the kernel prints for this, without its timestamp; None if it prints none."""
         return None
 
+    def printed_by(self) -> str:
+        """The kernel's function that prints that line. Precondition: there is one."""
+        raise NotImplementedError(f"{type(self).__name__} has no line")
+
     def summary(self) -> str:
         """One line for people."""
         return self.dmesg() or type(self).__name__
@@ -91,6 +95,16 @@ class PoisonCleared(Event):
         return f"poison cleared at device {self.offset:#x}+{self.length:#x} by {self.by}"
 
 
+class ScrubFound(Event):
+    """A scrub found poison that nobody knew of. ``offset`` and ``length`` are device bytes."""
+
+    offset: int
+    length: int
+
+    def summary(self) -> str:
+        return f"scrub: poison at device {self.offset:#x}+{self.length:#x}"
+
+
 class MadviseInjected(Event):
     """``madvise_inject_error()``: a thread asked for a page of its own to go bad, or (``soft``) offline."""
 
@@ -103,6 +117,9 @@ class MadviseInjected(Event):
     def dmesg(self) -> str:
         what = "Soft offlining" if self.soft else "Injecting memory failure for"
         return f"{what} pfn {self.pfn:#x} at process virtual address {self.address:#x}"
+
+    def printed_by(self) -> str:
+        return "madvise_inject_error"
 
 
 class MemoryFailureHandled(Event):
@@ -119,6 +136,9 @@ class MemoryFailureHandled(Event):
     def dmesg(self) -> str:
         return f"Memory failure: {self.pfn:#x}: recovery action for {self.page_type}: {self.outcome.value}"
 
+    def printed_by(self) -> str:
+        return "action_result"
+
 
 class OutsideKernelControl(Event):
     """A failure of pages that no pagemap and no pfn address space has: nothing was done (-ENXIO)."""
@@ -128,6 +148,9 @@ class OutsideKernelControl(Event):
 
     def dmesg(self) -> str:
         return f"Memory failure: {self.pfn:#x}: memory outside kernel control"
+
+    def printed_by(self) -> str:
+        return "memory_failure"
 
 
 class SignalSent(Event):
@@ -148,13 +171,20 @@ class SignalSent(Event):
     current: bool = False
 
     def dmesg(self) -> str:
-        if self.code == BUS_MCEERR_AR and not self.current:
+        if self._in_a_fault:
             victim = f"{self.comm}:{self.pid}"
             return f"MCE: Killing {victim} due to hardware memory corruption fault at {self.address:x}"
         return (
             f"Memory failure: {self.pfn:#x}: Sending SIGBUS to {self.comm}:{self.pid} "
             "due to hardware memory corruption"
         )
+
+    def printed_by(self) -> str:
+        return "do_sigbus" if self._in_a_fault else "kill_proc"
+
+    @property
+    def _in_a_fault(self) -> bool:
+        return self.code == BUS_MCEERR_AR and not self.current
 
     def summary(self) -> str:
         name = {BUS_MCEERR_AO: "BUS_MCEERR_AO", BUS_MCEERR_AR: "BUS_MCEERR_AR"}.get(self.code, str(self.code))
@@ -248,6 +278,21 @@ class FilesystemShutdown(Event):
     def dmesg(self) -> str:
         return f"daxemu ({self.device}): {self.reason}"
 
+    def printed_by(self) -> str:
+        return "xfs_do_force_shutdown"
+
+
+class DaxActiveAtRemove(Event):
+    """A surprise removal begins while somebody holds the device (proposed for the pmem driver in 2021)."""
+
+    device: str
+
+    def dmesg(self) -> str:
+        return f"nd_pmem {self.device}: DAX active at remove, trigger mass memory failure"
+
+    def printed_by(self) -> str:
+        return "pmem_pagemap_kill"
+
 
 class DeviceRemoved(Event):
     """The end of a surprise removal."""
@@ -265,6 +310,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     SettingChanged,
     PoisonInjected,
     PoisonCleared,
+    ScrubFound,
     MadviseInjected,
     MemoryFailureHandled,
     OutsideKernelControl,
@@ -272,6 +318,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     FileDamaged,
     StoreLost,
     FilesystemShutdown,
+    DaxActiveAtRemove,
     DeviceRemoved,
 )
 
@@ -281,6 +328,7 @@ AnyEvent = (
     | SettingChanged
     | PoisonInjected
     | PoisonCleared
+    | ScrubFound
     | MadviseInjected
     | MemoryFailureHandled
     | OutsideKernelControl
@@ -292,6 +340,7 @@ AnyEvent = (
     | RepairFinished
     | RepairStrategyFailed
     | FilesystemShutdown
+    | DaxActiveAtRemove
     | DeviceRemoved
 )
 

@@ -134,6 +134,7 @@ def _faults(outcome: Outcome) -> bool:
 _LINES: tuple[tuple[str, str], ...] = (
     (r"^(XFS|EXT4-fs|daxemu) \([^)]*\): ", "FS: "),
     (r"^FS: Corruption of on-disk metadata.*Shutting down.*", "FS: corrupt metadata, shutting down"),
+    (r"^nd_pmem [^:]*: ", "nd_pmem: "),
     (r"^WARNING: fs/dax\.c.*", "WARNING: fs/dax.c"),
 )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.conformance.compare import OTHER, UNEXPLAINED, Difference
 from tests.conformance.recording import CONFIG, KERNELS, OTHER_CONFIGS, scenarios
-from tests.conformance.rules import BUG, CACHE, CANNOT_CLEAR, HARDWARE, OVERWRITTEN
+from tests.conformance.rules import BUG, CACHE, CANNOT_CLEAR, HARDWARE, OVERWRITTEN, PROPOSED
 from tests.conformance.run import COLUMNS, Verdict, run
 from tests.support.zygote import Zygote
 
@@ -19,6 +19,7 @@ MARKS = {
     BUG: "B",
     CANNOT_CLEAR: "W",
     OVERWRITTEN: "S",
+    PROPOSED: "P",
     OTHER: "O",
     UNEXPLAINED: "**?**",
 }
@@ -39,6 +40,7 @@ death, errno, byte, log line and counter with the recordings of real kernels. Th
 | {MARKS[BUG]} | a bug of that kernel, not copied |
 | {MARKS[CANNOT_CLEAR]} | the recorded NVDIMM cannot clear errors; here a write of the whole page does |
 | {MARKS[OVERWRITTEN]} | a write of a whole shared block: the kernel reads the old one first; here not |
+| {MARKS[PROPOSED]} | proposed for the kernel, which lacks it: a warning that the removed device was in use |
 | {MARKS[OTHER]} | that recording differs from the reference, which daxemu follows |
 | {MARKS[UNEXPLAINED]} | unexplained: a bug |
 

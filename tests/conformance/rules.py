@@ -17,6 +17,7 @@ CACHE = "FUSE page cache"
 BUG = "kernel bug"
 CANNOT_CLEAR = "cannot clear"
 OVERWRITTEN = "overwritten whole"
+PROPOSED = "proposed"
 
 Turned = tuple[Outcome, str]
 Rule = Callable[[Step, Outcome, World], Turned | None]
@@ -219,6 +220,17 @@ def badblocks(step: Step, kernel: Outcome, world: World) -> Turned | None:
     return replace(kernel, res="0 range(s), 0 bad 512-byte sectors in all"), CANNOT_CLEAR
 
 
+# -- what was asked for, and kernels lack
+
+
+def warned(step: Step, kernel: Outcome, world: World) -> Turned | None:
+    """The pmem driver was to warn of a removal while the device is held (2021)."""
+    if not ("unbind" in step.do and step.who == "inj"):
+        return None
+    line = "nd_pmem: DAX active at remove, trigger mass memory failure"
+    return replace(kernel, dmesg=(*kernel.dmesg, line)), PROPOSED
+
+
 # -- an earlier difference left other bytes
 
 
@@ -261,6 +273,7 @@ RULES: tuple[Rule, ...] = (
     buffer,
     pagemap,
     badblocks,
+    warned,
     other_bytes,
     unmapped_at_shutdown,
     dead,

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,6 +126,55 @@ def test_struct_pages_are_given_once(mixed: Memmap) -> None:
     with pytest.raises(NoDevice):
         mixed.add_pages(Range(BASE + 7 * S, BASE + 9 * S))
     assert walked(mixed) == KINDS
+
+
+def test_struct_pages_go_with_the_device_and_can_come_back(directory: Path) -> None:
+    memmap = Memmap.create(directory, Range(0, 6 * S))
+    memmap.add_pages(Range(10, 3 * S + 5))
+    memmap.add_pages(Range(3 * S + 5, 4 * S + 1))
+    memmap.add_pages(Range(5 * S, 6 * S), altmap_pages=7)
+    memmap.memmap_init_zone_device(Range(0, 6 * S))
+    memmap.set_hwpoison(Range(0, 6 * S))
+    memmap.remove_pages(Range(0, 3 * S + 5))
+    assert walked(memmap) == [
+        (0, 3 * S, Kind.HOLE, False),
+        (3 * S, 3 * S + 5, Kind.PARTIAL, False),  # the section is the other device's, too
+        (3 * S + 5, 4 * S + 1, Kind.ZONE_DEVICE, True),
+        (4 * S + 1, 5 * S, Kind.PARTIAL, False),
+        (5 * S, 5 * S + 7, Kind.RESERVED, False),
+        (5 * S + 7, 6 * S, Kind.ZONE_DEVICE, True),
+    ]
+    memmap.remove_pages(Range(3 * S, 5 * S))
+    memmap.remove_pages(Range(5 * S + 1, 6 * S))  # half a device does not go
+    assert walked(memmap)[0] == (0, 5 * S, Kind.HOLE, False)
+    assert memmap.count()[Kind.ZONE_DEVICE, True] == S - 7
+    memmap.add_pages(Range(10, 3 * S + 5))
+    memmap.memmap_init_zone_device(Range(10, 3 * S + 5))
+    assert memmap.count()[Kind.ZONE_DEVICE, False] == 3 * S - 5
+
+
+def test_a_walker_meanwhile_sees_each_page_as_it_was_or_not_at_all(directory: Path) -> None:
+    outside_looks = threading.Event()
+    counts: list[dict[tuple[Kind, bool], int]] = []
+
+    def look() -> None:
+        outside = Memmap.open(directory)
+        while (Kind.HOLE, False) not in (counts[-1] if counts else {}):
+            counts.append(outside.count())
+            outside_looks.set()
+        outside.close()
+
+    memmap = a_device(directory, SIX_T, at=0)
+    memmap.set_hwpoison(Range(0, SIX_T // 2))
+    looker = threading.Thread(target=look)
+    looker.start()
+    assert outside_looks.wait(10)
+    memmap.remove_pages(Range(0, SIX_T))
+    looker.join(10)
+    assert not looker.is_alive()
+    kinds = {(Kind.ZONE_DEVICE, True), (Kind.ZONE_DEVICE, False), (Kind.HOLE, False)}
+    assert all(set(count) <= kinds and sum(count.values()) == SIX_T for count in counts)
+    assert memmap.count() == {(Kind.HOLE, False): SIX_T}
 
 
 def test_there_are_not_endless_spans(directory: Path) -> None:

@@ -114,7 +114,9 @@ def test_a_link_from_outside_leads_to_the_file(dax_mount: DaxMount, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "setting", ["early_kill=2", "early_kill=", "early_kill", "lost_store=loud", "x=1", "=", ""]
+    "setting",
+    ["early_kill=2", "early_kill=", "early_kill", "lost_store=loud", "x=1", "=", ""]
+    + [f"scrub_interval={bad}" for bad in ("", "-1", "often", "nan", "inf", "0.001", "1e3", "9" * 400)],
 )
 def test_settings(dax_mount: DaxMount, setting: str) -> None:
     before = everything(dax_mount)
@@ -204,6 +206,14 @@ def test_devices_that_are_none(tmp_path: Path) -> None:
         refuse("fsck", device, status=NOT_THERE)
     assert list(empty.iterdir()) == []
     assert mount_at(mnt) is None
+
+
+@pytest.mark.parametrize("interval", ["-1", "often", "0.001", ""])
+def test_a_scrub_interval_that_cannot_be(dax_mount: DaxMount, interval: str) -> None:
+    dax_mount.umount()
+    error = refuse("mount", dax_mount.device, dax_mount.path, "--scrub-interval", interval, status=INVALID)
+    assert "--scrub-interval" in error
+    assert mount_at(dax_mount.path) is None
 
 
 @pytest.mark.parametrize("damage", ["toml", "version", "size", "no-media", "short-media", "poison"])

@@ -8,6 +8,8 @@ import signal
 
 import pytest
 
+from daxemu.mm.memmap import Memmap
+from daxemu.mm.pfn_kinds import Kind
 from tests.support.actor import Actor
 from tests.support.mount import DaxMount, daxemu
 from tests.support.scene import (
@@ -100,7 +102,8 @@ def test_events_and_log(scene: Scene) -> None:
     assert "about to be removed" in shutdown["reason"]
     assert [e["result"] for e in scene.signal_events(p0)] == ["delivered"]
     lines = scene.mount.run("log", scene.mount.path, "--dmesg")
-    assert "Device is about to be removed!" in lines
+    warning, gone = lines.find("DAX active at remove"), lines.find("Device is about to be removed!")
+    assert 0 <= warning < gone
     assert f"Sending SIGBUS to p0:{p0.pid} due to hardware memory corruption" in lines
 
 
@@ -175,6 +178,27 @@ def test_unmount_and_mount_again(scene: Scene) -> None:
     p1 = scene.mapper(touch=[1])
     assert p1.cmd("pread 0 0 8192").pages == "AB"
     assert told(p1) == []
+
+
+def test_struct_pages_are_gone_with_the_device(scene: Scene) -> None:
+    """A walker finds no page of it, poisoned or not; one that looks on finds what was there, or nothing."""
+    device = scene.mount.device
+    scene.poison(3)
+    looking = Memmap.open(device / "struct_page")
+    before = looking.count()
+    total = before[Kind.ZONE_DEVICE, False] + 1
+    remove(scene)
+    assert before[Kind.ZONE_DEVICE, True] == 1
+    assert set(looking.count()) == {(Kind.HOLE, False)}
+    shown = scene.mount.json("page-types", device)
+    assert [(t["kind"], t["names"]) for t in shown["types"]] == [("hole", ["nopage"])]
+    assert shown["types"][0]["pages"] == sum(before.values()) > total
+    scene.mount.umount()
+    assert "not mounted" in daxemu("page-types", device, status=3)
+    looking.close()
+    scene.mount.mount()
+    (here,) = [t for t in scene.mount.json("page-types", device)["types"] if t["kind"] == "zone device"]
+    assert here["pages"] == total
 
 
 @pytest.mark.parametrize("dax_mount", ["6T"], indirect=True)

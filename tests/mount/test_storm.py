@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from daxemu.cli.log import BURST
 from daxemu.errors import InvalidArgument
 from tests.support.actor import Actor
 from tests.support.mount import PATIENCE, DaxMount
@@ -55,6 +56,16 @@ def addresses(signals: list[dict[str, object]]) -> list[object]:
     return sorted((s["addr"] for s in signals), key=lambda addr: int(str(addr)[3:], 16))
 
 
+def accounts_for_all(mount: DaxMount, func: str, text: str, count: int) -> None:
+    """The kernel's lines in a storm: so many, and how many more there were; no more than a screen or two."""
+    lines = mount.run("log", mount.path, "--dmesg").splitlines()
+    printed = sum(text in line for line in lines)
+    suppressed = [int(line.split()[2]) for line in lines if f" {func}: " in line and "suppressed" in line]
+    assert printed + sum(suppressed) == count
+    assert bool(suppressed) == (count > BURST)
+    assert printed <= BURST * (1 + len(suppressed))
+
+
 # -- the storm
 
 
@@ -73,6 +84,8 @@ def test_a_hundred_ranges_and_twenty_processes(early: Scene) -> None:
     events = early.mount.events("SignalSent")
     assert len(events) == VICTIMS * RANGES
     assert {e["result"] for e in events} == {"delivered"}
+    accounts_for_all(early.mount, "kill_proc", "Sending SIGBUS", VICTIMS * RANGES)
+    accounts_for_all(early.mount, "action_result", "recovery action", RANGES)
     for actor in actors:
         assert actor.cmd("tr 0 1").ok == letter(1)
         assert actor.cmd("tr 0 0").faulted

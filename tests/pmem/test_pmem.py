@@ -9,6 +9,7 @@ import pytest
 from daxemu.errors import InvalidArgument, NoDevice
 from daxemu.events import Outcome
 from daxemu.mm.memory_failure import MappingRange
+from daxemu.mm.pfn_kinds import Kind
 from daxemu.pmem.inject import failed_pages, inject
 from daxemu.uapi import PAGE_SIZE
 from tests.support.core import Core, core_at, pages
@@ -34,6 +35,23 @@ def test_probing_finds_all_poison_latent_too(core: Core) -> None:
     inject(core.pmem, 1001 * PAGE_SIZE, 512, latent=True)
     core.reopen()
     assert core.pmem.badblocks.sysfs_text() == "8000 1\n8008 1\n"
+
+
+@pytest.mark.parametrize("struct_pages", [True, False])
+def test_what_is_detached_is_nobodys(struct_pages: bool) -> None:
+    with core_at(struct_pages=struct_pages) as core:
+        pfn = core.pmem.pfn_of(0)
+        core.fail(core.file(data=pages("a")), 0)
+        core.without_filesystem()
+        core.pmem.make_struct_pages()
+        core.pmem.detach(core.mm)
+        with pytest.raises(NoDevice, match="outside kernel control"):
+            core.mm.memory_failure(pfn, 1, 0)
+        if core.pmem.pgmap is not None:
+            assert core.pmem.pgmap.memmap is not None
+            assert core.pmem.pgmap.memmap.kind(pfn) is Kind.HOLE
+        core.pmem.attach(core.mm)
+        assert core.mm.memory_failure(pfn, 1, 0).parts != []
 
 
 def test_an_altmap_shifts_the_data(altmap_core: Core) -> None:

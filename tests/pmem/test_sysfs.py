@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,20 @@ from daxemu.events import Outcome
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.badblocks import Badblocks
 from daxemu.pmem.sysfs import Sysfs
+from daxemu.uapi import PAGE_SIZE
 from tests.support.core import Core
+
+
+@dataclass
+class OneFile:
+    """A holder with one file, which has every page."""
+
+    mm: MemoryFailures
+    base_pfn: int
+
+    def notify_failure(self, offset: int, length: int, flags: int) -> None:
+        index, count = offset // PAGE_SIZE, length // PAGE_SIZE
+        self.mm.mf_dax_kill_procs(7, index, count, self.base_pfn + index, flags)
 
 
 @pytest.fixture
@@ -70,12 +84,20 @@ def test_the_device_shows_itself_and_can_be_made_anew(core: Core) -> None:
     mm = MemoryFailures(lambda event: None)
     core.pmem.attach(mm)
     mm.on_count = lambda: shown.show_counters(mm.counters)
+    counters = core.path / "sysfs" / "memory_failure"
     pfn = core.pmem.pfn_of(0)
-    mm.action_result(mm.memory_failure(pfn, 3, 0), 0)
-    assert (core.path / "sysfs" / "memory_failure" / "recovered").read_text() == "1\n"
     assert core.pmem.pgmap is not None
     memmap = core.pmem.pgmap.memmap
     assert memmap is not None
+    # Nobody holds the device: mf_generic_kill_procs() finds no mapping, and marks nothing.
+    mm.action_result(mm.memory_failure(pfn, 3, 0), 0)
+    assert [(counters / name).read_text() for name in ("total", "failed")] == ["1\n", "1\n"]
+    assert not memmap.page_hwpoison(pfn)
+    holder = OneFile(mm, pfn)
+    core.pmem.dax.hold(holder)
+    mm.action_result(mm.memory_failure(pfn, 3, 0), 0)
+    core.pmem.dax.release(holder)
+    assert [(counters / name).read_text() for name in ("total", "recovered")] == ["2\n", "1\n"]
     assert [memmap.page_hwpoison(pfn + page) for page in range(4)] == [True, True, True, False]
     # Two of the three pages are good again; what is left of the third's poison keeps it bad.
     core.pmem.dax.add_poison(0, 3 * 4096)

@@ -141,7 +141,9 @@ def _supervise(main: Callable[[str, str, int, str], int], request: dict[str, Any
         if request["sabotage"]:
             name, *arguments = request["sabotage"]
             getattr(importlib.import_module("tests.support.sabotage"), name)(*arguments)
-        return main(request["device"], request["mountpoint"], theirs, request["repair"])
+        return main(
+            request["device"], request["mountpoint"], theirs, json.dumps({"repair": request["repair"]})
+        )
 
     try:
         pid = _fork(child, os.path.join(request["device"], "supervisor.log"))

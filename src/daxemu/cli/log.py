@@ -13,13 +13,59 @@ from daxemu.client import Client
 from daxemu.errors import DaxemuError, NotMounted
 from daxemu.events import Event, decode
 from daxemu.host.mountinfo import mount_of
+from daxemu.ratelimit import Ratelimit, suppressed_line
+
+BURST = 100
+"""Lines of one kind in DEFAULT_INTERVAL seconds."""
+
+
+class Dmesg:
+    """The kernel's lines of events, rate limited by the function that prints them.
+
+    Of all these lines the kernel limits none (in mm/memory-failure.c only those of unpoison): a machine has
+    few failures at a time, and its log is a ring. Here one command can make thousands, and the log of them is
+    read, so a storm is told in ``BURST`` lines and a number.
+
+    That is done here, where lines are made, and not in the supervisor: the events are what happened, and
+    whoever wants all of it has them, in events.jsonl, by subscription, and by this verb without ``--dmesg``.
+    The clock is the events' own, so a log reads the same whenever it is read.
+    """
+
+    def __init__(self) -> None:
+        self._limits: dict[str, Ratelimit] = {}
+        self._now = 0.0
+
+    def lines(self, event: Event) -> Iterator[str]:
+        """What is printed for an event, if anything."""
+        text = event.dmesg()
+        if text is None:
+            return
+        self._now = event.time
+        func = event.printed_by()
+        limit = self._limits.setdefault(func, Ratelimit(burst=BURST))
+        go_ahead, missed = limit.ratelimit(event.time)
+        if missed:
+            yield self._stamped(suppressed_line(func, missed))
+        if go_ahead:
+            yield self._stamped(text)
+
+    def rest(self) -> Iterator[str]:
+        """What is still to be said of the suppressed, at the end of the log."""
+        for func, limit in self._limits.items():
+            if missed := limit.release():
+                yield self._stamped(suppressed_line(func, missed))
+
+    def _stamped(self, text: str) -> str:
+        return f"[{self._now:.6f}] {text}"
 
 
 @click.command()
 @click.argument("where", type=click.Path(path_type=Path), metavar="MOUNTPOINT|DEVICE")
 @click.option("-f", "--follow", is_flag=True, help="Go on with each new event until the mount ends.")
 @click.option(
-    "--dmesg", is_flag=True, help="The kernel's own lines, and nothing that the kernel would not log."
+    "--dmesg",
+    is_flag=True,
+    help="The kernel's own lines, and nothing that the kernel would not log. In a storm not all of them.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def log(where: Path, follow: bool, dmesg: bool, as_json: bool) -> None:
@@ -29,21 +75,25 @@ def log(where: Path, follow: bool, dmesg: bool, as_json: bool) -> None:
     Example:
       daxemu log /tmp/pmem -f --dmesg
     """
+    kernel = Dmesg()
     for line in _lines(where, follow):
         try:
             event = decode(line)
         except msgspec.MsgspecError:
             click.echo(f"daxemu: skipped a line that is no event: {line[:80]!r}", err=True)
             continue
-        text = line.decode() if as_json else _line(event, dmesg)
-        if text is not None:
-            click.echo(text)
+        if as_json:
+            click.echo(line.decode())
+        elif dmesg:
+            for text in kernel.lines(event):
+                click.echo(text)
+        else:
+            click.echo(_line(event))
+    for text in kernel.rest():
+        click.echo(text)
 
 
-def _line(event: Event, dmesg: bool) -> str | None:
-    if dmesg:
-        text = event.dmesg()
-        return None if text is None else f"[{event.time:.6f}] {text}"
+def _line(event: Event) -> str:
     clock = time.strftime("%H:%M:%S", time.localtime(event.time))
     return f"{clock}.{int(event.time % 1 * 1000):03d}  {event.summary()}"
 

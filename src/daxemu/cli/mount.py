@@ -17,6 +17,7 @@ from daxemu.errors import Busy, InvalidArgument, NotMounted
 from daxemu.host.device_lock import PATIENCE, wait_for_last_mount
 from daxemu.host.mountinfo import Mount, mount_at, mounts
 from daxemu.pmem.device_dir import DeviceDir
+from daxemu.supervisor.settings import MountOptions, seconds
 
 STATUS_PATIENCE = 5.0
 """Seconds that one of several supervisors has to answer: none must keep the others from being shown."""
@@ -33,15 +34,27 @@ STATUS_PATIENCE = 5.0
     metavar="NAME[:KEY=VALUE,...]",
     help="What is done about data that goes bad: see daxemu repair --help.",
 )
+@click.option(
+    "--scrub-interval",
+    metavar="SECONDS",
+    default="0",
+    help="Look for latent poison every so often, as set scrub_interval does. 0, the default: never.",
+)
 @json_option
-def mount(device: Path, mountpoint: Path, foreground: bool, repair: str, as_json: bool) -> None:
+def mount(
+    device: Path, mountpoint: Path, foreground: bool, repair: str, scrub_interval: str, as_json: bool
+) -> None:
     """Mount DEVICE on MOUNTPOINT. Returns when the mount is usable; a supervisor serves it in the background.
 
     \b
     Example:
       daxemu mount /dev/shm/pmem0 /tmp/pmem
     """
-    device, mountpoint, repair = device.absolute(), mountpoint.absolute(), absolute_strategy(repair)
+    device, mountpoint = device.absolute(), mountpoint.absolute()
+    try:
+        options = MountOptions(absolute_strategy(repair), seconds(scrub_interval))
+    except InvalidArgument as error:
+        raise InvalidArgument(f"--scrub-interval {scrub_interval}: {error}") from error
     DeviceDir.load(device)
     wait_for_last_mount(device)
 
@@ -53,16 +66,19 @@ def mount(device: Path, mountpoint: Path, foreground: bool, repair: str, as_json
         )
 
     if foreground:
+        from daxemu.supervisor.log_handler import RatelimitedHandler
         from daxemu.supervisor.run import supervise
 
-        logging.basicConfig(level=logging.WARNING, format="daxemu: %(message)s")
-        supervise(device, mountpoint, lambda: say(os.getpid()), repair=repair)
+        logging.basicConfig(
+            level=logging.WARNING, format="daxemu: %(message)s", handlers=[RatelimitedHandler()]
+        )
+        supervise(device, mountpoint, lambda: say(os.getpid()), options)
         return
     from daxemu.host.session import check_mountpoint
     from daxemu.supervisor.spawn import spawn
 
     check_mountpoint(mountpoint)
-    say(spawn(device, mountpoint, repair))
+    say(spawn(device, mountpoint, options))
 
 
 @click.command()
@@ -183,9 +199,8 @@ def _describe(report: dict[str, Any]) -> str:
         lines += [
             f"  size        {human(report['size'])}, {human(used)} used, first pfn {report['base_pfn']:#x}",
             "  files       {inodes} inodes, {extents} extents, {open_files} open".format_map(report),
-            "  poison      {poisoned_sectors} sectors, {badblocks} of them known (badblocks)".format_map(
-                report
-            ),
+            "  poison      {poisoned_sectors} sectors, {badblocks} of them known (badblocks), "
+            "{scrubs} background scrubs".format_map({"scrubs": 0, **report}),
             f"  failures    {counters}",
             f"  settings    {settings}",
             f"  repair      {_describe_repair(report['repair'])}",
@@ -213,6 +228,7 @@ def set_setting(mountpoint: Path, settings: tuple[str, ...], as_json: bool) -> N
     early_kill=0|1         tell processes of poison they map at once (vm.memory_failure_early_kill)
     lost_store=silent|eio  what fsync says of a mapped store lost to poison: nothing (DAX), or EIO once
     repair=NAME[:...]      what is done about data that goes bad: see daxemu repair --help
+    scrub_interval=SECONDS look for latent poison in the background, as daxemu scrub does; 0: never
 
     \b
     Example:

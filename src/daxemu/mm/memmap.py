@@ -60,6 +60,11 @@ class Walked(NamedTuple):
     hwpoison: bool
 
 
+def _ends(sections: slice) -> tuple[int, int]:
+    """The first and the last: spans are disjoint, so only these can have pages of several."""
+    return sections.start, sections.stop - 1
+
+
 class Memmap:
     """The struct pages of pfns ``[base, end)``."""
 
@@ -122,6 +127,21 @@ class Memmap:
         """
         flags = Section.MARKED_PRESENT | Section.HAS_MEM_MAP | Section.TAINT_ZONE_DEVICE
         self._add(Use.DEVICE, pages, altmap_pages, flags)
+
+    def remove_pages(self, pages: Range) -> None:
+        """``arch_remove_memory()``: what has struct pages inside ``pages`` has none any more.
+
+        Sections first: without one nobody asks whose the pfn is. Those that others share stay.
+        """
+        rows = [Span(*map(int, row)) for row in self._spans[:MAX_SPANS]]
+        gone = {i for i, span in enumerate(rows) if span.use and pages.clip(*span[1:3]) == span[1:3]}
+        others = [span for i, span in enumerate(rows) if span.use and i not in gone]
+        shared = {at for span in others for at in _ends(self._sections_of(Range(*span[1:3])))}
+        for index in gone:
+            sections = self._sections_of(Range(*rows[index][1:3]))
+            first, last = _ends(sections)
+            self._sections[sections.start + (first in shared) : sections.stop - (last in shared)] = 0
+            self._spans[index, 0] = Use.UNUSED
 
     def memmap_init_zone_device(self, pages: Range) -> None:
         """Initialise the struct pages of a span up to the end of ``pages``, none of them poisoned."""

@@ -25,7 +25,7 @@ from daxemu.mm.to_kill import (
     task_early_kill,
 )
 from daxemu.ranges import Range, RangeSet, merged
-from daxemu.uapi import MF_ACTION_REQUIRED, MF_MEM_PRE_REMOVE, PAGE_SIZE, U64_MAX, Ino, Pfn
+from daxemu.uapi import MF_MEM_PRE_REMOVE, PAGE_SIZE, U64_MAX, Ino, Pfn
 
 __all__ = [
     "FileId",
@@ -133,7 +133,6 @@ class MemoryFailures:
             for altmap in pgmap.altmap_overlapping(pfn, pfn + nr_pages):
                 error = NoDevice(f"{pgmap.name}: device metadata space is not recoverable")
                 incident.parts.append(Part(PageType.DAX, altmap.start, altmap.length, error))
-        generic: list[Range] = []
         for span in pgmap.pfn_valid(pfn, pfn + nr_pages):
             part = Part(PageType.DAX, span.start, span.length)
             incident.parts.append(part)
@@ -141,16 +140,16 @@ class MemoryFailures:
                 if pgmap.ops is None:
                     raise Unsupported(f"{pgmap.name}: no ->memory_failure")
                 pgmap.ops.memory_failure(pgmap, span.start, span.length, incident.flags)
-            except Unsupported:
-                # mf_generic_kill_procs(): the page's own mapping. Nobody below knows of a file here, so there
-                # is no mapping to look through and nobody to tell: the failure is handled by that.
-                generic.append(span)
+            except Unsupported as error:
+                # mf_generic_kill_procs() goes by the page's own mapping, which only the holder knows here: so
+                # dax_lock_folio() finds nothing to lock, and nothing is done.
+                part.error = Busy(f"{error}, and the generic handler knows of no mapping")
             except DaxemuError as error:
                 part.error = error
         if pgmap.memmap is not None and not incident.pre_remove:
             # SetPageHWPoison() of mf_dax_kill_procs(): the pages of files, and of those each once.
             hurt = {(each.pfn, each.pfn + each.count) for each in incident.mappings}
-            pgmap.memmap.set_hwpoison(*merged(sorted(hurt.union(generic))))
+            pgmap.memmap.set_hwpoison(*merged(sorted(hurt)))
 
     def _memory_failure_pfn(
         self, incident: Incident, space: PfnAddressSpace, pfn: Pfn, nr_pages: int
@@ -194,13 +193,15 @@ class MemoryFailures:
     def action_result(self, incident: Incident, told: int) -> Outcome:
         """``action_result()``: count and log each part; returns the worst outcome.
 
-        ``told`` processes were sent a signal, for all parts together.
+        ``told`` processes were sent a signal, for all parts together. Pages without struct pages are logged
+        only: they belong to no node whose counters could count them.
         """
         if incident.pre_remove:
             return Outcome.RECOVERED  # always, and neither counted nor logged: see mf_dax_kill_procs()
         for part in incident.parts:
             outcome = Outcome.FAILED if part.error is not None else Outcome.RECOVERED
-            self.counters[outcome] += 1
+            if part.page_type is not PageType.PFN_MAP:
+                self.counters[outcome] += 1
             self._emit(
                 MemoryFailureHandled(
                     pfn=part.pfn,
@@ -214,10 +215,6 @@ class MemoryFailures:
             )
         self.on_count()
         return Outcome.FAILED if incident.error is not None else Outcome.RECOVERED
-
-    def action_required(self, incident: Incident) -> bool:
-        """Whether a thread consumed the poison, rather than somebody found it."""
-        return bool(incident.flags & MF_ACTION_REQUIRED)
 
 
 def _files(incident: Incident, part: Part) -> int:

@@ -6,7 +6,7 @@ signalled because of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import SECTOR_SIZE, Sector
@@ -32,7 +32,13 @@ class Badblocks:
 
     def set(self, sector: Sector, sectors: int) -> list[Range]:
         """Acknowledge bad sectors (``badblocks_set``); returns those not known before."""
-        added = self._bad.add(sector, sector + sectors)
+        return self.populate([Range(sector, sector + sectors)])
+
+    def populate(self, ranges: Iterable[Range]) -> list[Range]:
+        """Acknowledge many (``nvdimm_badblocks_populate``), which is one change; returns those not known
+        before.
+        """
+        added = [new for bad in ranges for new in self._bad.add(*bad)]
         if added:
             self.on_change()
         return added

@@ -64,11 +64,11 @@ def uninject(pmem: Pmem, offset: int, length: int) -> list[Range]:
 
 def scrub(pmem: Pmem) -> list[Range]:
     """An address range scrub: latent poison becomes known. Returns the byte ranges newly in badblocks."""
-    found = []
-    for bad in pmem.dax.poisoned(0, pmem.dax.size):
-        for new in pmem.badblocks.set(bad.start // SECTOR_SIZE, bad.length // SECTOR_SIZE):
-            found.append(Range(new.start * SECTOR_SIZE, new.end * SECTOR_SIZE))
-    return found
+    if pmem.badblocks.count == pmem.media.poison.total:
+        return []  # known poison is poison: so all of it is known
+    bad = pmem.dax.poisoned(0, pmem.dax.size)
+    new = pmem.badblocks.populate(Range(r.start // SECTOR_SIZE, r.end // SECTOR_SIZE) for r in bad)
+    return [Range(r.start * SECTOR_SIZE, r.end * SECTOR_SIZE) for r in new]
 
 
 def corrupt(pmem: Pmem, offset: int, length: int, seed: int) -> None:

@@ -45,6 +45,7 @@ class Pmem:
         self.pages = Range(config.base_pfn, config.base_pfn + config.size // PAGE_SIZE)
         self.pgmap: DevPagemap | None = None
         """None for memory without struct pages."""
+        self._pfn_space = PfnAddressSpace(device.name, self.pages, self)
         if config.struct_pages:
             self.pgmap = DevPagemap(device.name, (self.pages,), ops=self, altmap_pages=altmap_pages)
         for bad in self.dax.poisoned(0, self.dax.size):
@@ -58,7 +59,18 @@ class Pmem:
         if self.pgmap is not None:
             mm.memremap_pages(self.pgmap)
         else:
-            mm.pfn_spaces.register(PfnAddressSpace(self.name, self.pages, self))
+            mm.pfn_spaces.register(self._pfn_space)
+
+    def detach(self, mm: MemoryFailures) -> None:
+        """``pmem_detach_disk()`` after kill_dax(): ``mm`` forgets these pfns, which from now on are outside
+        its control, and their struct pages are gone (memunmap_pages()).
+        """
+        if self.pgmap is None:
+            mm.pfn_spaces.unregister(self._pfn_space)
+            return
+        mm.memunmap_pages(self.pgmap)
+        if self.pgmap.memmap is not None:
+            self.pgmap.memmap.remove_pages(self.pages)
 
     def make_struct_pages(self) -> None:
         """What devm_memremap_pages() does besides: the struct pages, if it is to have any, in

@@ -3,6 +3,8 @@ the control socket.
 
 ``machine``   the wiring, and the verbs of the control socket
 ``failures``  what happens between a memory failure and its outcome: collect, revoke, signal
+``scrub``     the background scrub; ``settings`` what can be set, and to what
+``log_handler`` its own messages
 ``event_log`` the record of it all, and those who follow it
 ``protocol``  requests and replies as types; ``control`` the socket that carries them
 ``run``       the life of the process: start, serve, end

@@ -1,7 +1,7 @@
-"""``python -m daxemu.supervisor DEVICE MOUNTPOINT READY_FD [REPAIR]``: a supervisor in the background.
+"""``python -m daxemu.supervisor DEVICE MOUNTPOINT READY_FD [OPTIONS]``: a supervisor in the background.
 
 READY_FD is a pipe: one JSON object is written to it, ``{"ok": true}`` when the mount is usable, or the
-refusal.
+refusal. OPTIONS are MountOptions as JSON.
 """
 
 from __future__ import annotations
@@ -14,12 +14,18 @@ from pathlib import Path
 import msgspec
 
 from daxemu.errors import DaxemuError
+from daxemu.supervisor.log_handler import RatelimitedHandler
 from daxemu.supervisor.protocol import Reply
+from daxemu.supervisor.settings import MountOptions
 
 
-def main(device: str, mountpoint: str, ready_fd: int, repair: str = "none") -> int:
+def main(device: str, mountpoint: str, ready_fd: int, options: str = "{}") -> int:
     """Run it. Returns the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=[RatelimitedHandler()],
+    )
 
     def report(reply: Reply) -> None:
         os.write(ready_fd, msgspec.json.encode(reply))
@@ -35,7 +41,7 @@ def main(device: str, mountpoint: str, ready_fd: int, repair: str = "none") -> i
     try:
         from daxemu.supervisor.run import supervise
 
-        supervise(Path(device), Path(mountpoint), ready, repair=repair)
+        supervise(Path(device), Path(mountpoint), ready, msgspec.json.decode(options, type=MountOptions))
     except DaxemuError as error:
         if told:
             logging.exception("the supervisor failed")

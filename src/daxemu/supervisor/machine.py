@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Literal
 
 import msgspec
@@ -12,10 +13,12 @@ import trio
 
 from daxemu.errors import InvalidArgument, MediaError, NoDevice
 from daxemu.events import (
+    DaxActiveAtRemove,
     DeviceRemoved,
     Outcome,
     PoisonCleared,
     PoisonInjected,
+    ScrubFound,
     SettingChanged,
     SilentlyCorrupted,
 )
@@ -39,6 +42,8 @@ from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.madvise import madvise_inject_error
 from daxemu.supervisor.repairs import Repairs
+from daxemu.supervisor.scrub import Scrubber
+from daxemu.supervisor.settings import one_of, seconds
 from daxemu.uapi import MF_ACTION_REQUIRED, PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Ino, page_align_down
 
 
@@ -69,6 +74,7 @@ class Machine:
         """Device bytes whose failure is being handled: the strategy has not spoken yet."""
         self._unhealed: dict[Range, Incident] = {}
         """What a read found just now, and the strategy could not mend."""
+        self.scrubber = Scrubber(self.scrub)
         self._supplement_missing = supplement_missing
         self._failures: Failures | None = None
         self._tracer: TracerLink | None = None
@@ -239,8 +245,9 @@ class Machine:
         """
         self.check_present()
         found = scrub(self.pmem)
-        for part in found:
-            self.repairs.repair_now(_blocks_of(*part))
+        for new in found:
+            self.log.emit(ScrubFound(offset=new.start, length=new.length))
+            self.repairs.repair_now(_blocks_of(*new))
         await self.repairs.scrub()
         return p.Cleared([(r.start, r.length) for r in found], sum(r.length for r in found))
 
@@ -303,10 +310,14 @@ class Machine:
         """
         self.check_present()
         was_idle = self.pmem.dax.dax_is_idle()
+        if not was_idle:
+            self.log.emit(DaxActiveAtRemove(device=self.pmem.name))
         incident = self.mm.removal(self.pmem.pages.start, self.pmem.pages.length)
+        self.scrubber.stop()
         with self.mm.during(incident):
             self.pmem.dax.kill_dax()
         _, told = await self.failures.handle(incident)
+        self.pmem.detach(self.mm)
         self.log.emit(DeviceRemoved(device=self.pmem.name, told=told))
         return p.Removed(told, was_idle)
 
@@ -397,28 +408,37 @@ class Machine:
         """Change settings. Raises InvalidArgument for one there is not or a value it cannot have; none is
         changed then.
         """
-        settings: dict[str, tuple[tuple[str, ...] | None, Callable[[str], None]]] = {
-            "early_kill": (("0", "1"), self._set_early_kill),
-            "lost_store": (("silent", "eio"), self._set_lost_store),
-            "repair": (None, self.repairs.choose),
+        settings: dict[str, Callable[[str], Callable[[], None]]] = {
+            "early_kill": self._early_kill,
+            "lost_store": self._lost_store,
+            "repair": lambda text: partial(self.repairs.choose, text),
+            "scrub_interval": self._scrub_interval,
         }
+        changes: list[tuple[SettingChanged, Callable[[], None]]] = []
         for name, value in wanted.items():
             if name not in settings:
                 raise InvalidArgument(f"no setting {name!r}: there are {', '.join(sorted(settings))}")
-            if (values := settings[name][0]) and value not in values:
-                raise InvalidArgument(f"{name}={value}: must be {' or '.join(values)}")
+            try:
+                changes.append((SettingChanged(name=name, value=value), settings[name](value)))
+            except InvalidArgument as error:
+                raise InvalidArgument(f"{name}={value}: {error}") from error
         if "repair" in wanted:
             await trio.to_thread.run_sync(self.repairs.check, wanted["repair"])
-        for name, value in wanted.items():
-            settings[name][1](value)
-            self.log.emit(SettingChanged(name=name, value=value))
+        for changed, change in changes:
+            change()
+            self.log.emit(changed)
         return p.Done()
 
-    def _set_early_kill(self, value: str) -> None:
-        self.mm.sysctl_early_kill = value == "1"
+    def _early_kill(self, text: str) -> Callable[[], None]:
+        value = one_of(text, "0", "1") == "1"
+        return lambda: setattr(self.mm, "sysctl_early_kill", value)
 
-    def _set_lost_store(self, value: str) -> None:
-        self.fs.lost_store_is_eio = value == "eio"
+    def _lost_store(self, text: str) -> Callable[[], None]:
+        value = one_of(text, "silent", "eio") == "eio"
+        return lambda: setattr(self.fs, "lost_store_is_eio", value)
+
+    def _scrub_interval(self, text: str) -> Callable[[], None]:
+        return partial(self.scrubber.set, seconds(text))
 
     def status(self) -> p.StatusReport:
         """What this machine is and how it fares."""
@@ -445,10 +465,12 @@ class Machine:
             open_files=len(self.operations.open_files),
             badblocks=self.pmem.badblocks.count,
             poisoned_sectors=self.pmem.media.poison.total,
+            scrubs=self.scrubber.scrubs,
             settings={
                 "early_kill": "1" if self.mm.sysctl_early_kill else "0",
                 "lost_store": "eio" if self.fs.lost_store_is_eio else "silent",
                 "repair": self.repairs.text,
+                "scrub_interval": f"{self.scrubber.interval:.12g}",
             },
             repair=self.repairs.report(),
             counters={outcome.value.lower(): self.mm.counters[outcome] for outcome in Outcome},

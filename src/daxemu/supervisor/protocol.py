@@ -257,6 +257,8 @@ class StatusReport(msgspec.Struct):
     open_files: int
     badblocks: int
     poisoned_sectors: int
+    scrubs: int
+    """Background scrubs so far."""
     settings: dict[str, str]
     counters: dict[str, int]
     repair: RepairReport

@@ -33,6 +33,7 @@ from daxemu.supervisor.control import ControlSocket
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.machine import Machine, open_core
 from daxemu.supervisor.repairs import Repairs
+from daxemu.supervisor.settings import PLAIN, MountOptions
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
 
@@ -46,9 +47,11 @@ ANSWER_PATIENCE = 2.0
 """Seconds that requests under way have to be answered once the mount is gone."""
 
 
-def supervise(device: Path, mountpoint: Path, ready: Callable[[], None], *, repair: str = "none") -> None:
+def supervise(
+    device: Path, mountpoint: Path, ready: Callable[[], None], options: MountOptions = PLAIN
+) -> None:
     """Mount ``device`` on ``mountpoint`` and serve it until it is unmounted. ``ready`` is called once it is
-    usable. ``repair`` is a strategy, ``NAME[:key=value,...]``.
+    usable.
 
     Raises DaxemuError when it cannot be mounted; nothing is left behind then.
     """
@@ -63,10 +66,11 @@ def supervise(device: Path, mountpoint: Path, ready: Callable[[], None], *, repa
         undo.callback(_save, fs)
         repairs = Repairs(pmem, fs, directory.path / "repair", events.emit, mountpoint.resolve())
         undo.callback(repairs.close)
-        repairs.choose(repair, after_crash=fs.had_crashed)
+        repairs.choose(options.repair, after_crash=fs.had_crashed)
         session = Session.open(directory.path, mountpoint)
         undo.callback(session.detach)
         machine = Machine(pmem, mm, fs, session, events, supplement.MISSING, repairs)
+        machine.scrubber.set(options.scrub_interval)
         pyfuse3.init(machine.operations, f"/dev/fd/{session.fd}", set(pyfuse3.default_options))
         undo.callback(pyfuse3.close, unmount=False)  # libfuse closes the descriptor
         where = printable(session.mount.mountpoint)
@@ -153,6 +157,7 @@ async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
         services.start_soon(ending.on_signal)
         services.start_soon(_commit_now_and_then, machine)
         services.start_soon(machine.repairs.tick)
+        services.start_soon(machine.scrubber.run)
         async with (
             TracerLink.open(abort=abort_file(machine.session.mount)) as tracer,
             trio.open_nursery() as nursery,

@@ -9,25 +9,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
+
 from daxemu.errors import ERRORS, DaxemuError, NotADevice
+from daxemu.supervisor.settings import PLAIN, MountOptions
 
 PATIENCE = 60.0
 """Seconds to wait for the mount; loading a million files takes some."""
 
 
-def spawn(device: Path, mountpoint: Path, repair: str = "none") -> int:
+def spawn(device: Path, mountpoint: Path, options: MountOptions = PLAIN) -> int:
     """Mount in the background; returns the supervisor's pid. Its messages go to DEVICE/supervisor.log.
-    ``repair`` is a strategy, ``NAME[:key=value,...]``.
 
     Raises what the supervisor refused with; no process is left then.
     """
     log = device / "supervisor.log"
-    command = [sys.executable, "-m", "daxemu.supervisor", str(device), str(mountpoint)]
     ours, theirs = os.pipe()
     try:
         with open(log, "ab") as output:
+            arguments = [str(device), str(mountpoint), str(theirs), msgspec.json.encode(options).decode()]
             process = subprocess.Popen(
-                [*command, str(theirs), repair],
+                [sys.executable, "-m", "daxemu.supervisor", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

@@ -1,0 +1,38 @@
+"""What a setting can be: each returns the value, or raises InvalidArgument that says what it must be."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from daxemu.errors import InvalidArgument
+
+MIN_SECONDS, MAX_SECONDS = 0.01, 1e9
+
+
+class MountOptions(msgspec.Struct, frozen=True):
+    """What a mount begins with: ``repair`` is a strategy, ``NAME[:key=value,...]``; ``scrub_interval``
+    seconds, 0 for no background scrub.
+    """
+
+    repair: str = "none"
+    scrub_interval: float = 0.0
+
+
+PLAIN = MountOptions()
+
+
+def one_of(text: str, *choices: str) -> str:
+    """One of some words."""
+    if text not in choices:
+        raise InvalidArgument(f"must be {' or '.join(choices)}")
+    return text
+
+
+def seconds(text: str) -> float:
+    """A time, or 0 for never."""
+    value = float(text) if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", text) else -1.0
+    if value and not MIN_SECONDS <= value <= MAX_SECONDS:
+        raise InvalidArgument(f"must be seconds, {MIN_SECONDS:g} to {MAX_SECONDS:g}, or 0 for never")
+    return value

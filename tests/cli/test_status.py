@@ -1,0 +1,34 @@
+"""daxemu status: what it makes of a report."""
+
+from __future__ import annotations
+
+from daxemu.cli.mount import _describe
+
+REPORT = {
+    "device": "/dev/shm/pmem0",
+    "mountpoint": "/mnt",
+    "pid": 7,
+    "state": "mounted",
+    "reason": None,
+    "size": 1 << 30,
+    "base_pfn": 0x100000,
+    "blocks": 1000,
+    "free_blocks": 999,
+    "inodes": 1,
+    "extents": 2,
+    "open_files": 3,
+    "badblocks": 8,
+    "poisoned_sectors": 16,
+    "settings": {"scrub_interval": "60"},
+    "counters": {"recovered": 1},
+    "events": 5,
+    "supplement": "loaded",
+    "tracer": "pid 8",
+}
+
+
+def test_a_supervisor_of_before_there_was_a_background_scrub() -> None:
+    """It may still serve its mount after an upgrade, and must not keep the others from being shown."""
+    said = "16 sectors, 8 of them known (badblocks), {} background scrubs"
+    assert said.format(0) in _describe(REPORT)
+    assert said.format(3) in _describe({**REPORT, "scrubs": 3})

@@ -1,0 +1,78 @@
+"""The background scrub on a real mount: it finds latent poison, and tells no process."""
+
+from __future__ import annotations
+
+import pytest
+
+from daxemu.client import Client
+from daxemu.host.mountinfo import mount_of
+from tests.support.mount import PATIENCE, DaxMount
+from tests.support.scene import PAGE, Scene, ar, consumes, told
+
+pytestmark = pytest.mark.mount
+
+BAD = 3
+OFTEN = 0.02
+
+
+def wait_for(mount: DaxMount, kind: str, count: int) -> list[dict[str, object]]:
+    """The first ``count`` events of this kind, as soon as there are so many."""
+    found: list[dict[str, object]] = []
+    with Client(mount_of(mount.path), patience=PATIENCE) as client:
+        for event in client.follow():
+            found += [event] if event["event"] == kind else []
+            if len(found) == count:
+                return found
+    raise AssertionError("the events ended")
+
+
+def test_it_finds_what_is_latent_and_tells_nobody(scene: Scene) -> None:
+    p0 = scene.mapper("p0", touch=[BAD], before=["mcekill early"])
+    at = scene.device_offset("f", BAD)
+    scene.set(scrub_interval=OFTEN)
+    scene.mount.inject("f", (BAD * PAGE, PAGE), latent=True)
+    (found,) = wait_for(scene.mount, "ScrubFound", 1)
+    assert (found["offset"], found["length"]) == (at, PAGE)
+    assert scene.badblocks() == [[at // 512, 8]]
+    assert scene.damaged() == [("/f", BAD * PAGE, PAGE)]
+    assert told(p0) == []
+    assert scene.mount.events("MemoryFailureHandled") == []
+    consumes(p0, f"tr 0 {BAD}", ar(BAD))
+    # It goes on, and says everything once.
+    scene.mount.inject("f", (100 * PAGE, 512), latent=True)
+    assert [e["length"] for e in wait_for(scene.mount, "ScrubFound", 2)] == [PAGE, 512]
+    status = scene.mount.json("status", scene.mount.path)
+    assert status["scrubs"] >= 2
+    assert (status["poisoned_sectors"], status["badblocks"]) == (9, 9)
+
+
+def test_off_by_default_and_on_from_the_start(scene: Scene) -> None:
+    """What was latent at unmount is found by probing; so it must be injected after."""
+    status = scene.mount.json("status", scene.mount.path)
+    assert (status["settings"]["scrub_interval"], status["scrubs"]) == ("0", 0)
+    scene.mount.umount()
+    scene.mount.run("mount", scene.mount.device, scene.mount.path, "--scrub-interval", "0.02")
+    assert scene.mount.json("status", scene.mount.path)["settings"]["scrub_interval"] == "0.02"
+    scene.mount.inject("f", (BAD * PAGE, PAGE), latent=True)
+    assert len(wait_for(scene.mount, "ScrubFound", 1)) == 1
+    assert "background scrubs" in scene.mount.run("status", scene.mount.path)
+
+
+def test_one_asked_for_says_what_it_found_too(scene: Scene) -> None:
+    scene.mount.inject("f", (BAD * PAGE, PAGE), latent=True)
+    scene.mount.run("scrub", scene.mount.path)
+    scene.mount.run("scrub", scene.mount.path)
+    assert [e["length"] for e in scene.mount.events("ScrubFound")] == [PAGE]
+    assert scene.mount.json("status", scene.mount.path)["scrubs"] == 0
+
+
+def test_a_device_that_was_removed_is_scrubbed_no_more(scene: Scene) -> None:
+    """And the mount ends as any other."""
+    scene.set(scrub_interval=OFTEN)
+    scene.mount.inject("f", (BAD * PAGE, PAGE), latent=True)
+    wait_for(scene.mount, "ScrubFound", 1)
+    scene.mount.run("remove", scene.mount.path)
+    scrubs = scene.mount.json("status", scene.mount.path)["scrubs"]
+    scene.set(scrub_interval=OFTEN)
+    assert scene.mount.json("status", scene.mount.path)["scrubs"] == scrubs
+    scene.mount.umount()
