@@ -79,6 +79,9 @@ def test_silent_corruption_is_silent_to_those_without_checksums() -> None:
     found = simulate(fleet_text('rate = 2\nkind = "silent"\ntarget = "device"'))
     assert found["mirror"].silent / 4000 == pytest.approx(2 * 2 * 0.5 * 4096, rel=0.1)
     assert found["parity"].silent == 0
+    sectors = simulate(fleet_text('rate = 2\nkind = "silent"\nunit = { 512 = 1 }'))
+    for strategy in ("none", "quarantine", "mirror"):
+        assert sectors[strategy].silent / 4000 == pytest.approx(2 * 2 * 0.5 * 512, rel=0.1)
     assert found["parity"].traffic > 0
 
 

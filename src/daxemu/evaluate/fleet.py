@@ -257,7 +257,8 @@ def play(plan: Plan, faults: Faults, chunk: Chunk, strategy: str, costs: Costs) 
         lost=float(per_device.sum()),
         lost_squared=float((per_device**2).sum()),
         hurt=int((per_device > 0).sum()),
-        silent=float(data[unseen].sum()),
+        # Bits that flip make no more wrong than themselves: nothing is rounded out.
+        silent=float((data * faults.length / np.maximum(length, 1))[unseen].sum()),
         # To rebuild a unit all others of its group are read, and it is written.
         traffic=float(repaired.sum() * model.group) if model.tolerates else 0.0,
     )
