@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,11 +14,10 @@ import click
 from daxemu.client import Client
 from daxemu.errors import InvalidArgument
 from daxemu.host.mountinfo import mount_at
+from daxemu.sizes import human as human
+from daxemu.sizes import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
-_SIZE = re.compile(r"([+-]?)(0x[0-9a-f]+|\d+(?:\.\d+)?)([BKMGTP]?)(?:i?B)?", re.IGNORECASE)
 
 
 class Size(click.ParamType[int]):
@@ -31,19 +29,10 @@ class Size(click.ParamType[int]):
         """See click.ParamType.convert."""
         if isinstance(value, int):
             return value
-        match = _SIZE.fullmatch(value.strip())
-        if match is None:
-            self.fail(
-                f"{value!r} is not a size: give bytes, or a number with K, M, G or T, such as 4K", param, ctx
-            )
-        sign, number, unit = match.groups()
-        if len(number) > 20:
-            self.fail(f"{number[:20]}... is more bytes than any device has", param, ctx)
-        size = float(number) if "." in number else int(number, 0) if "x" in number.lower() else int(number)
-        result = size * _UNITS[unit.upper()]
-        if result != int(result):
-            self.fail(f"{value!r} is not a whole number of bytes", param, ctx)
-        return -int(result) if sign == "-" else int(result)
+        try:
+            return parse_size(value)
+        except InvalidArgument as error:
+            self.fail(str(error), param, ctx)
 
 
 SIZE = Size()
@@ -62,15 +51,6 @@ def emit(result: dict[str, Any], as_json: bool, text: str | Callable[[], str]) -
     shown = text if isinstance(text, str) else text()
     if shown:
         click.echo(shown)
-
-
-def human(size: int) -> str:
-    """A size for people: 6T, 1.5G, 4K, 512."""
-    for unit in ("P", "T", "G", "M", "K"):
-        scale = _UNITS[unit]
-        if size >= scale:
-            return f"{size / scale:.1f}".removesuffix(".0") + unit
-    return str(size)
 
 
 def absolute_strategy(text: str) -> str:

@@ -32,6 +32,8 @@ VERBS = {
     "page-types": "page_types",
     "log": "log",
     "run": "run",
+    "evaluate": "evaluate",
+    "fleet": "fleet",
     "demo": "demo",
 }
 """Which module of this package has which verb: only the one that is used gets imported."""

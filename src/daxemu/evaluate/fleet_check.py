@@ -1,0 +1,84 @@
+"""Whether the fleet's simulation and the emulator agree: the same plan, both ways.
+
+Only for workloads whose data stands still: where it is rewritten, a write heals poison that nobody had met
+yet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from daxemu.errors import InvalidArgument
+from daxemu.evaluate.fleet import World, chunks, run
+from daxemu.evaluate.models import measured
+from daxemu.evaluate.plan import Plan
+from daxemu.evaluate.statistics import Estimate
+
+STANDS_STILL = ("dataset",)
+DEVICES = 20_000
+"""Simulated trials: many more than emulated ones, so that nearly all of the error is theirs."""
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """Bytes lost in a trial, both ways. They agree when they differ by no more than both errors together."""
+
+    strategy: str
+    workload: str
+    faults: str
+    simulated: Estimate
+    emulated: Estimate
+
+    @property
+    def error(self) -> float:
+        """How far apart they may be: both 95 % half intervals, in quadrature."""
+        halves = [
+            (e.high - e.low) / 2
+            for e in (self.simulated, self.emulated)
+            if e.low is not None and e.high is not None
+        ]
+        return math.hypot(*halves)
+
+    @property
+    def agree(self) -> bool:
+        """Whether they do."""
+        return abs(self.simulated.value - self.emulated.value) <= self.error
+
+
+def compare(plan: Plan, text: str, report: dict[str, Any]) -> Iterator[Comparison]:
+    """Every cell of a report that can be simulated. Raises InvalidArgument if there is none."""
+    cells = [c for c in report["cells"] if _stands_still(plan, c["workload"]) and c["trials"] > 1]
+    faulty = {faults.name for faults in plan.faults if faults.process}
+    cells = [c for c in cells if c["faults"] in faulty and c["strategy"] in plan.strategies]
+    if not cells:
+        raise InvalidArgument(
+            "nothing to compare: the report needs a workload of kind "
+            f"{' or '.join(STANDS_STILL)}, faults, and two repetitions or more"
+        )
+    costs = {strategy: measured(report, strategy) for strategy in plan.strategies}
+    for cell in cells:
+        used = min(cell["size"] / plan.device, 1.0)
+        world = World(plan.seconds, int(plan.device), used, False)
+        strategy = cell["strategy"]
+        totals = run(chunks(plan, text, cell["faults"], costs, world, DEVICES, [strategy]))
+        simulated = totals[strategy].mean_lost()
+        yield Comparison(strategy, cell["workload"], cell["faults"], simulated, _whole(cell))
+
+
+def _stands_still(plan: Plan, workload: str) -> bool:
+    return any(w.label == workload and w.kind in STANDS_STILL for w in plan.workload)
+
+
+def _whole(cell: dict[str, Any]) -> Estimate:
+    """The interval of a cell about its mean: a report cuts it off at 0."""
+    found = cell["metrics"]["bytes_lost"]
+    value, high = found["value"], found["high"]
+    return Estimate(value, 2 * value - high, high, found["n"])
+
+
+def disagreements(found: Sequence[Comparison]) -> list[Comparison]:
+    """Those that do not agree."""
+    return [comparison for comparison in found if not comparison.agree]

@@ -1,0 +1,160 @@
+"""Makes the faults of a trial happen at their times, on the mount that the trial runs on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from daxemu.client import Client
+from daxemu.errors import DaxemuError, NotMounted
+from daxemu.evaluate.faults import METADATA_BYTES, Fault, span
+
+
+class Injected(msgspec.Struct):
+    """What became of a fault. ``result``: injected; missed (nothing is there any more); refused (``reason``).
+
+    Device bytes; times are seconds from the start of the trial's workload.
+    """
+
+    fault: Fault
+    result: str = "missed"
+    time: float = 0.0
+    offset: int = 0
+    length: int = 0
+    outcome: str = ""
+    told: int = 0
+    path: str = ""
+    reason: str = ""
+
+
+def files_of(root: Path) -> list[tuple[str, int]]:
+    """The files under a directory, by path, with their sizes: what a fault in "files" is a place in."""
+    found = ((path, path.stat()) for path in sorted(root.rglob("*")) if path.is_file())
+    return [(str(path.relative_to(root)), stat.st_size) for path, stat in found if stat.st_size]
+
+
+class Injector:
+    """``root``: the workload's directory; ``files``: what was in it when it was ready; ``size``: of the
+    device.
+    """
+
+    def __init__(self, client: Client, root: Path, files: list[tuple[str, int]], size: int) -> None:
+        self._client = client
+        self._root = root
+        self._files = files
+        self._size = size
+        self.injected: list[Injected] = []
+        self.scrubbed: list[dict[str, Any]] = []
+
+    def run(self, faults: list[Fault], scrubs: list[float], start: float, until: float) -> None:
+        """Inject and scrub at their times, until ``until``; returns then. Times from ``start`` (epoch)."""
+        agenda: list[tuple[float, int, Callable[[], None]]] = []
+
+        def enter(at: float, act: Callable[[], None]) -> None:
+            agenda.append((at, len(agenda), act))
+
+        for fault in faults:
+            record = Injected(fault)
+            self.injected.append(record)
+            enter(fault.time, partial(self._happen, record, start))
+            if fault.found is not None and fault.found > fault.time:
+                enter(fault.found, partial(self._report, record))
+        for at in scrubs:
+            enter(at, partial(self._scrub, start))
+        for at, _, act in sorted(agenda):
+            if start + at >= until:
+                break
+            time.sleep(max(start + at - time.time(), 0.0))
+            act()
+        time.sleep(max(until - time.time(), 0.0))
+
+    def _happen(self, record: Injected, start: float) -> None:
+        fault = record.fault
+        record.time = time.time() - start
+        try:
+            if fault.kind == "removal":
+                record.told = self._client.request("remove")["told"]
+                record.length, record.result = self._size, "injected"
+                return
+            at = self._place(record)
+            if at is None:
+                return
+            if fault.kind == "silent":
+                record.offset, record.length = at, min(fault.length, self._size - at)
+                where = [[record.offset, record.length]]
+                self._client.request("inject", ranges=where, silent=True, seed=fault.seed)
+                record.result = "injected"
+                return
+            record.offset, record.length = span(fault, at, self._size)
+            self._poison(record, latent=fault.found is None or fault.found > fault.time)
+        except NotMounted:
+            raise
+        except DaxemuError as error:
+            record.result, record.reason = "refused", str(error)
+
+    def _poison(self, record: Injected, *, latent: bool) -> None:
+        where = [[record.offset, record.length]]
+        (done,) = self._client.request("inject", ranges=where, latent=latent)["ranges"]
+        record.outcome, record.result = done["outcome"], "injected"
+        record.told += done["told"]
+
+    def _report(self, record: Injected) -> None:
+        """The hardware finds latent poison by itself."""
+        if record.result != "injected":
+            return
+        try:
+            self._poison(record, latent=False)
+        except NotMounted:
+            raise
+        except DaxemuError as error:
+            record.reason = str(error)
+
+    def _scrub(self, start: float) -> None:
+        began = time.time()
+        try:
+            found = self._client.request("scrub")
+        except NotMounted:
+            raise
+        except DaxemuError as error:
+            self.scrubbed.append({"time": began - start, "error": str(error)})
+        else:
+            took = time.time() - began
+            self.scrubbed.append({"time": began - start, "bytes": found["bytes"], "seconds": took})
+
+    def _place(self, record: Injected) -> int | None:
+        """The device byte of a fault; None if its file, or that part of it, is gone. Raises DaxemuError."""
+        fault = record.fault
+        if fault.target == "files":
+            at = self._in_files(record)
+        elif fault.target == "metadata":
+            at = int(fault.place * METADATA_BYTES)
+        else:
+            at = int(fault.place * self._size)
+        return None if at is None else min(max(at + fault.shift, 0), self._size - 1)
+
+    def _in_files(self, record: Injected) -> int | None:
+        at = int(record.fault.place * sum(size for _, size in self._files))
+        for path, size in self._files:
+            if at < size:
+                record.path = path
+                return self._device_byte(self._root / path, at / size)
+            at -= size
+        return None
+
+    def _device_byte(self, path: Path, part: float) -> int | None:
+        """Of a place in a file as a part of its present size, which may have changed since."""
+        try:
+            found = path.stat()
+        except OSError:
+            return None
+        ino, offset = found.st_ino, int(part * found.st_size)
+        for extent in self._client.request("map", ino=ino)["extents"]:
+            if extent["offset"] <= offset < extent["offset"] + extent["length"]:
+                base = extent["device_offset"]
+                return None if base is None else int(base + offset - extent["offset"])
+        return None

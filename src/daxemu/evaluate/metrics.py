@@ -1,0 +1,224 @@
+"""What a trial's raw result means, and what the trials of one strategy on one workload and fault plan say
+together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from daxemu.evaluate.plan import Plan
+from daxemu.evaluate.statistics import Estimate, mean, quantile
+from daxemu.evaluate.trial import Result
+from daxemu.ranges import RangeSet
+from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE
+
+SIGBUS = 7
+
+
+class Metric(msgspec.Struct, frozen=True):
+    """How a figure is called, and in what it is measured. ``good``: whether more is better; None neither."""
+
+    title: str
+    unit: str
+    text: str
+    more_is_better: bool | None = False
+
+
+METRICS: dict[str, Metric] = {
+    "bytes_lost": Metric("Bytes lost", "B", "unreadable, or reported as lost and not what was written"),
+    "files_lost": Metric("Files hurt", "", "files with lost bytes"),
+    "silent": Metric("Silent corruptions", "", "runs of bytes that differ from what was written, untold"),
+    "silent_bytes": Metric("Silent bytes", "B", "how many bytes those are"),
+    "told": Metric("Processes told", "", "distinct processes that got a SIGBUS"),
+    "killed": Metric("Killed", "", "times the workload died of SIGBUS and was started again"),
+    "errors": Metric("Failed operations", "", "operations that ended in an error"),
+    "unavailable": Metric("Unavailable", "s", "time in which no operation succeeded"),
+    "recovered": Metric("Recovered", "", "failures after which nothing was lost", more_is_better=True),
+    "found": Metric("Corruptions found", "", "silent corruptions that a checksum found", more_is_better=True),
+    "throughput": Metric("Throughput", "op/s", "operations per second, faults and all", more_is_better=True),
+    "relative": Metric(
+        "Against baseline", "%", "throughput against the baseline in the same repetition", more_is_better=True
+    ),
+    "space": Metric("Space", "%", "bytes the strategy keeps, of the bytes of data"),
+}
+
+
+class TrialFigures(msgspec.Struct, kw_only=True):
+    """One trial in figures; None where there is nothing to measure."""
+
+    values: dict[str, float | None]
+    repairs: list[float]
+    """Seconds of each repair, as the strategy's own events say."""
+    handled: list[float]
+    """Seconds from an injection to the end of its memory failure."""
+
+
+def figures(result: Result) -> TrialFigures:
+    """What one trial says."""
+    lost, silent = losses(result)
+    finished = [e for e in result.events if e["event"] == "RepairFinished"]
+    ops = result.samples[-1][1] if result.samples else 0
+    space = result.repair.get("space_bytes")
+    return TrialFigures(
+        values={
+            "bytes_lost": float(sum(length for _, _, length in lost)),
+            "files_lost": float(len({path for path, _, _ in lost})),
+            "silent": float(len(silent)),
+            "silent_bytes": float(sum(length for _, _, length in silent)),
+            "told": float(len({e["pid"] for e in result.events if e["event"] == "SignalSent"})),
+            "killed": float(sum(life.status == -SIGBUS for life in result.lives)),
+            "errors": float(result.samples[-1][3] if result.samples else 0),
+            "unavailable": result.down,
+            "recovered": float(sum(e["verdict"] == "recovered" for e in finished)) if finished else None,
+            "found": float(sum(e["event"] == "CorruptionFound" for e in result.events)),
+            "throughput": ops / result.seconds,
+            "relative": None,
+            "space": None if space is None or not result.size else 100.0 * space / result.size,
+        },
+        repairs=[float(e["seconds"]) for e in finished],
+        handled=_handled(result),
+    )
+
+
+Lost = list[tuple[str, int, int]]
+"""(path, offset, length); offset -1 somewhere in the file."""
+
+
+def losses(result: Result) -> tuple[Lost, Lost]:
+    """What is lost, and what is silently wrong: nothing on the machine ever said so.
+
+    A filesystem that was shut down has said so of every store that it did not take any more.
+    """
+    if result.state == "removed" or result.unmountable is not None:
+        return [("(everything)", 0, result.size)], []
+    said = reported(result)
+    lost: Lost = []
+    silent: Lost = []
+    for bad in result.bad:
+        known = said.get(bad.ino)
+        if bad.state == "unreadable" or result.state == "shut down":
+            told = True
+        elif bad.offset < 0:
+            told = known is not None
+        else:
+            told = known is not None and known.overlaps(bad.offset, bad.offset + bad.length)
+        (lost if told else silent).append((bad.path, bad.offset, bad.length))
+    return lost, silent
+
+
+def reported(result: Result) -> dict[int, RangeSet]:
+    """By inode, the pages that some event of the trial called damaged or lost."""
+    said: dict[int, RangeSet] = defaultdict(RangeSet)
+
+    def add(ino: int, offset: int, length: int) -> None:
+        start = offset // PAGE_SIZE * PAGE_SIZE
+        said[ino].add(start, -(-(offset + length) // PAGE_SIZE) * PAGE_SIZE)
+
+    for event in result.events:
+        if event["event"] in ("FileDamaged", "StoreLost"):
+            add(event["ino"], event["offset"], event["length"])
+        elif event["event"] == "RepairFinished":
+            for ino, offset, length in event["lost"]:
+                add(ino, offset, length)
+    return said
+
+
+def _handled(result: Result) -> list[float]:
+    """Pairs each injection with the first end of a memory failure of its first page after it."""
+    ends: dict[int, list[float]] = defaultdict(list)
+    for event in result.events:
+        if event["event"] == "MemoryFailureHandled":
+            ends[event["pfn"]].append(event["time"])
+    found = []
+    for event in result.events:
+        if event["event"] == "PoisonInjected" and not event.get("latent"):
+            pfn = result.base_pfn + (event["offset"] >> PAGE_SHIFT)
+            after = [t for t in ends[pfn] if t >= event["time"]]
+            if after:
+                found.append(after[0] - event["time"])
+    return found
+
+
+class Cell(msgspec.Struct, kw_only=True):
+    """All repetitions of one strategy on one workload under one fault plan."""
+
+    strategy: str
+    workload: str
+    faults: str
+    trials: int
+    metrics: dict[str, Estimate | None]
+    repair_median: Estimate | None
+    repair_p99: Estimate | None
+    handled_median: Estimate | None
+    handled_p99: Estimate | None
+    injected: float
+    """Mean number of faults that hit something, a trial."""
+    verdicts: dict[str, int]
+    size: float
+    """Mean bytes of data."""
+
+
+def cells(plan: Plan, results: Sequence[Result]) -> list[Cell]:
+    """One cell for each combination that has trials, in the plan's order."""
+    by_key = {result.key: (result, figures(result)) for result in results}
+    groups: dict[tuple[str, str, str], list[tuple[Result, TrialFigures]]] = defaultdict(list)
+    for key, (result, found) in sorted(by_key.items()):
+        base = by_key.get(msgspec.structs.replace(key, strategy=plan.baseline))
+        if base is not None and base[1].values["throughput"]:
+            own, theirs = found.values["throughput"], base[1].values["throughput"]
+            assert own is not None
+            assert theirs is not None
+            found.values["relative"] = 100.0 * own / theirs
+        groups[key.strategy, key.workload, key.faults].append((result, found))
+    return [
+        _cell(strategy, workload.label, faults.name, group)
+        for faults in plan.faults
+        for workload in plan.workload
+        for strategy in plan.strategies
+        if (group := groups.get((strategy, workload.label, faults.name)))
+    ]
+
+
+def _cell(strategy: str, workload: str, faults: str, group: list[tuple[Result, TrialFigures]]) -> Cell:
+    metrics = {}
+    for name in METRICS:
+        values = [found.values[name] for _, found in group]
+        metrics[name] = mean([v for v in values if v is not None and math.isfinite(v)], least=0.0)
+    repairs = [found.repairs for _, found in group]
+    handled = [found.handled for _, found in group]
+    verdicts: dict[str, int] = defaultdict(int)
+    for result, _ in group:
+        for event in result.events:
+            if event["event"] == "RepairFinished":
+                verdicts[event["verdict"]] += 1
+    hits = sum(sum(f.result == "injected" for f in result.faults) for result, _ in group)
+    return Cell(
+        strategy=strategy,
+        workload=workload,
+        faults=faults,
+        trials=len(group),
+        metrics=metrics,
+        repair_median=quantile(repairs, 0.5),
+        repair_p99=quantile(repairs, 0.99),
+        handled_median=quantile(handled, 0.5),
+        handled_p99=quantile(handled, 0.99),
+        injected=hits / len(group),
+        verdicts=dict(verdicts),
+        size=sum(result.size for result, _ in group) / len(group),
+    )
+
+
+def summary(plan: Plan, results: Sequence[Result], failed: Sequence[Result]) -> dict[str, Any]:
+    """All of a report's figures, as JSON can carry them."""
+    return {
+        "plan": msgspec.to_builtins(plan, enc_hook=int),
+        "versions": sorted({result.version for result in results}),
+        "trials": len(results),
+        "failed": [{"trial": str(result.key), "why": result.failed} for result in failed],
+        "cells": [msgspec.to_builtins(cell) for cell in cells(plan, results)],
+    }

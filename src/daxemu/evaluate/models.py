@@ -1,0 +1,75 @@
+"""What each known strategy promises, in the few numbers that a fleet's simulation needs.
+
+They are the strategies' promises, not measurements; a plan's [fleet.model.NAME] replaces one, and a report of
+``daxemu evaluate`` given as costs replaces ``exposed`` and the time of a repair by what was measured.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from daxemu.errors import InvalidArgument
+from daxemu.evaluate.plan import Bytes, Plan, StrategyModel
+
+MODELS: dict[str, StrategyModel] = {
+    "none": StrategyModel(),
+    "zero": StrategyModel(),
+    "punch": StrategyModel(),
+    "quarantine": StrategyModel(grain=Bytes(512)),
+    "mirror": StrategyModel(group=2, tolerates=1),
+    "parity": StrategyModel(group=9, tolerates=1, checksums=True),
+    "async-parity": StrategyModel(group=9, tolerates=1, checksums=True, exposed=0.05),
+    "reread": StrategyModel(group=2, tolerates=1, outside=True),
+    "fence": StrategyModel(fences=True),
+}
+
+
+class Costs(msgspec.Struct, frozen=True):
+    """What was measured of a strategy; None: not measured."""
+
+    slower: float | None = None
+    """Per cent, against the baseline."""
+    space: float | None = None
+    """Per cent of the data."""
+    repair_seconds: float | None = None
+    exposed: float | None = None
+    """The part of its failures that it did not recover from."""
+
+
+def model_of(plan: Plan, strategy: str, costs: Costs) -> StrategyModel:
+    """The model of a strategy with its options. Raises InvalidArgument for one that nobody described."""
+    found = plan.fleet.model.get(strategy) or MODELS.get(strategy.partition(":")[0])
+    if found is None:
+        raise InvalidArgument(
+            f"nothing is known of strategy {strategy!r}: describe it in [fleet.model.{strategy!r}]"
+        )
+    if costs.exposed is not None and found.tolerates and strategy not in plan.fleet.model:
+        found = msgspec.structs.replace(found, exposed=costs.exposed)
+    return found
+
+
+def measured(report: dict[str, Any], strategy: str) -> Costs:
+    """What a report (REPORT.json of ``daxemu evaluate``) says of a strategy, over all its cells."""
+    cells = [cell for cell in report["cells"] if cell["strategy"] == strategy]
+    quiet = {f["name"] for f in report["plan"]["faults"] if not f["process"]}
+
+    def average(name: str, chosen: list[dict[str, Any]]) -> float | None:
+        values = [cell["metrics"][name]["value"] for cell in chosen if cell["metrics"][name] is not None]
+        return sum(values) / len(values) if values else None
+
+    undisturbed = [cell for cell in cells if cell["faults"] in quiet] or cells
+    relative = average("relative", undisturbed)
+    medians = [cell["repair_median"]["value"] for cell in cells if cell["repair_median"] is not None]
+    verdicts: dict[str, int] = {}
+    for cell in cells:
+        for verdict, count in cell["verdicts"].items():
+            verdicts[verdict] = verdicts.get(verdict, 0) + count
+    total = sum(verdicts.values())
+    return Costs(
+        slower=None if relative is None else 100.0 - relative,
+        space=average("space", cells),
+        repair_seconds=max(medians) if medians else None,
+        exposed=None if not total else 1.0 - verdicts.get("recovered", 0) / total,
+    )

@@ -1,0 +1,30 @@
+"""The frame of a report's page, its style and legend. Everything is inline; nothing is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+
+from daxemu.evaluate.plots import Colors
+from daxemu.evaluate.svg import Svg
+
+
+def page(title: str, body: str) -> str:
+    """A whole HTML document."""
+    style = files("daxemu.evaluate").joinpath("report.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{style}</style></head><body>{body}</body></html>\n"
+    )
+
+
+def legend(by: Colors, workloads: Sequence[str]) -> str:
+    """Which colour is which strategy, which shape which workload."""
+    items = [f'<span><i style="background:{color}"></i>{escape(name)}</span>' for name, color in by.items()]
+    for index, name in enumerate(sorted(workloads)):
+        shape = Svg(16, 16, name)
+        shape.mark(8, 8, index, "currentColor", name)
+        items.append(f"<span>{shape}{escape(name)}</span>")
+    return f"<div class=legend>{''.join(items)}</div>"

@@ -1,0 +1,146 @@
+"""Keeps one workload going during a trial, as a service manager would: starts it again after each death."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from daxemu.errors import DaxemuError
+from daxemu.evaluate.worker import Job
+
+PATIENCE = 120.0
+"""Seconds that a workload may take over its time before it counts as hung."""
+MAX_LIVES = 100
+
+
+def worker(phase: str, job: Job) -> list[str]:
+    """The command line of a worker."""
+    return [sys.executable, "-m", "daxemu.evaluate.worker", phase, msgspec.json.encode(job).decode()]
+
+
+def ask_worker(phase: str, job: Job) -> list[dict[str, Any]]:
+    """Run ``prepare`` or ``check`` to its end; what it said. Raises DaxemuError."""
+    try:
+        done = subprocess.run(
+            worker(phase, job), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DaxemuError(f"{phase} of {job.spec.label} took more than {PATIENCE:g} s") from error
+    if done.returncode:
+        why = done.stderr.strip().rpartition("\n")[2] or f"exit {done.returncode}"
+        raise DaxemuError(f"{phase} of {job.spec.label}: {why}")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+class Life(msgspec.Struct):
+    """From a start of the workload to its end. ``status``: exit status, negative a signal; -9 with ``hung``.
+
+    ``first``: when its first operation succeeded; ``down``: seconds after that in which none did.
+    """
+
+    start: float
+    end: float = 0.0
+    first: float | None = None
+    down: float = 0.0
+    status: int = 0
+    hung: bool = False
+    said: str = ""
+
+
+class Tender(threading.Thread):
+    """Runs a workload for its time. ``samples``: (time, operations, bytes, errors), cumulative."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(daemon=True)
+        self.job = job
+        self.samples: list[tuple[float, int, int, int]] = []
+        self.lives: list[Life] = []
+        self.running = threading.Event()
+        """Set with the first operation, or with the end of the first life."""
+        self.began = 0.0
+        self.last_error: str | None = None
+        self._process: subprocess.Popen[str] | None = None
+        self._stopping = False
+
+    @property
+    def until(self) -> float:
+        """When its time is up."""
+        return self.began + self.job.seconds
+
+    def run(self) -> None:
+        """See threading.Thread.run."""
+        while len(self.lives) < MAX_LIVES and not self._stopping:
+            self._live(len(self.lives))
+            if not self.began or time.time() >= self.until or self.lives[-1].status == 0:
+                break
+        self.running.set()
+
+    def stop(self) -> None:
+        """Kill what runs, for good. Called from another thread."""
+        self._stopping = True
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+
+    def _live(self, number: int) -> None:
+        job = msgspec.structs.replace(self.job, life=number, until=self.until if number else 0.0)
+        life = Life(time.time())
+        self.lives.append(life)
+        errors = Path(job.state) / f"stderr-{number}"
+        with open(errors, "wb") as stderr:
+            self._process = subprocess.Popen(
+                worker("run", job), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True
+            )
+        process = self._process
+        limit = threading.Timer(job.seconds + PATIENCE, self._give_up, [life, process])
+        limit.start()
+        before = self.samples[-1] if self.samples else (0.0, 0, 0, 0)
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                self._note(json.loads(line), before)
+        life.status = process.wait()
+        limit.cancel()
+        life.end = time.time()
+        life.said = errors.read_text(errors="replace").strip()[-300:]
+
+    def _note(self, said: dict[str, Any], before: tuple[float, int, int, int]) -> None:
+        life = self.lives[-1]
+        life.first, life.down = said["first"], said["down"]
+        if said["error"] is not None:
+            self.last_error = said["error"]
+        self.samples.append(
+            (said["t"], before[1] + said["ops"], before[2] + said["bytes"], before[3] + said["errors"])
+        )
+        if not self.running.is_set():
+            self.began = said["t"]
+            self.running.set()
+
+    def down(self) -> float:
+        """Seconds of its time in which no operation succeeded: failing, dead, or starting again."""
+        total = sum(life.down for life in self.lives)
+        out_since: float | None = None
+        for life in self.lives:
+            if out_since is not None and life.first is not None:
+                total += max(life.first - out_since, 0.0)
+                out_since = None
+            if out_since is None and life.status:
+                out_since = life.end
+        if out_since is not None:
+            total += max(self.until - out_since, 0.0)
+        return total
+
+    @staticmethod
+    def _give_up(life: Life, process: subprocess.Popen[str]) -> None:
+        life.hung = True
+        process.send_signal(signal.SIGKILL)

@@ -1,0 +1,187 @@
+"""daxemu evaluate and fleet, end to end on real mounts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from daxemu.evaluate.metrics import figures
+from daxemu.evaluate.trial import Key, Result, Task, make_trial
+from daxemu.host.mountinfo import mounts
+from tests.evaluate.plans import SMALL
+from tests.support.mount import DAXEMU
+
+pytestmark = pytest.mark.mount
+
+PATIENCE = 110
+
+
+def run(*arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*DAXEMU, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def plan_file(directory: Path, text: str) -> Path:
+    plan = directory / "plan.toml"
+    plan.write_text(text)
+    return plan
+
+
+def trials(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "r.trials.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.timeout(180)
+def test_ctrl_c_keeps_what_is_done_the_same_command_goes_on_and_the_report_is_right(tmp_path: Path) -> None:
+    plan = plan_file(tmp_path, SMALL)
+    command = [*DAXEMU, "evaluate", str(plan), "-o", str(tmp_path / "r.html"), "-j", "1"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    assert first.startswith("1/2 none / dataset / pages / 0"), first
+    # In the middle of the second trial, as soon as its mount is there.
+    own = f"daxemu-trial-{process.pid}-"
+    deadline = time.monotonic() + 60
+    while not any(own in str(found.device) for found in mounts()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=PATIENCE)[1]
+    assert process.returncode == 130, said
+    assert "1 trial kept in " in said
+    assert not any(own in str(found.device) for found in mounts())
+    assert not [p for p in Path("/dev/shm").iterdir() if own in p.name]
+    kept = trials(tmp_path)
+    assert [trial["key"]["repetition"] for trial in kept] == [0]
+    done = run("evaluate", plan, "-o", tmp_path / "r.html", "-j", "1")
+    assert done.stdout == f"{tmp_path}/r.html: 2 trials\n"
+    assert done.stderr.splitlines()[0].startswith("1/1 none / dataset / pages / 1")
+    assert trials(tmp_path)[0] == kept[0]
+    more = plan_file(tmp_path, SMALL.replace('["none"]', '["none", "no-such-strategy"]'))
+    again = run("evaluate", more, "-o", tmp_path / "r.html", "--json", status=1)
+    assert json.loads(again.stdout) == {"report": str(tmp_path / "r.html"), "trials": 2, "failed": 2}
+    assert "no result: no-such-strategy / dataset / pages / 0: " in again.stderr
+    check_report(tmp_path)
+    checked = json.loads(run("fleet", more, "--check", tmp_path / "r.json", "--json").stdout)
+    (comparison,) = checked["comparisons"]
+    assert comparison["agree"]
+
+
+def check_report(directory: Path) -> None:
+    """Every poisoned page of the data set was found by reading it back, and nothing else was."""
+    report = json.loads((directory / "r.json").read_text())
+    (cell,) = report["cells"]
+    assert cell["trials"] == 2
+    assert cell["metrics"]["throughput"]["value"] > 0
+    assert cell["metrics"]["bytes_lost"]["value"] > 0
+    assert cell["metrics"]["silent"]["value"] == 0
+    assert "<svg" in (directory / "r.html").read_text()
+    good = [trial for trial in trials(directory) if trial["failed"] is None]
+    for trial in good:
+        injected = [fault for fault in trial["faults"] if fault["result"] == "injected"]
+        assert injected
+        assert {fault["outcome"] for fault in injected} == {"latent"}
+        pages = {
+            page
+            for fault in injected
+            for page in range(fault["offset"] // 4096, -(-(fault["offset"] + fault["length"]) // 4096))
+        }
+        lost = sum(bad[3] for bad in trial["bad"])
+        assert {bad[4] for bad in trial["bad"]} == {"unreadable"}
+        # A row may reach over the end of the file, and its last page is not full.
+        assert (len(pages) - 4) * 4096 < lost <= len(pages) * 4096
+    assert good[0]["faults"] != good[1]["faults"], "each repetition has its own"
+
+
+@pytest.mark.timeout(180)
+def test_the_trials_of_a_cluster_are_those_of_this_machine(tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    plan = plan_file(tmp_path, SMALL)
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+    ) as cluster:
+        done = run("evaluate", plan, "-o", tmp_path / "r", "--scheduler", cluster.scheduler_address)
+        assert done.stdout == f"{tmp_path}/r.html: 2 trials\n"
+        fleet = plan_file(tmp_path, SMALL.replace("expected = 30", "rate = 30.0"))
+        there = run("fleet", fleet, "--devices", "1200", "--scheduler", cluster.scheduler_address).stdout
+    assert run("fleet", fleet, "--devices", "1200").stdout == there
+    drawn = [[fault["fault"]["time"] for fault in trial["faults"]] for trial in trials(tmp_path)]
+    assert len(drawn) == 2
+    assert drawn[0] != drawn[1]
+
+
+ODD = (
+    SMALL.partition("[[faults]]")[0].replace("repetitions = 2", "repetitions = 1")
+    + """
+[[faults]]
+name = "removal"
+[[faults.process]]
+kind = "removal"
+arrival = "at"
+times = [0.1]
+[[faults]]
+name = "metadata"
+[[faults.process]]
+target = "metadata"
+arrival = "at"
+times = [0.1]
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("faults", "state", "lost"), [("removal", "removed", True), ("metadata", "shut down", False)]
+)
+def test_what_takes_the_whole_filesystem(tmp_path: Path, faults: str, state: str, lost: bool) -> None:
+    task = Task(ODD, Key("none", "dataset", faults, 0), str(tmp_path / "trial"), str(tmp_path / "device"))
+    result = make_trial(task)
+    assert result.failed is None
+    assert result.state == state
+    assert [(fault.result, fault.reason) for fault in result.faults] == [("injected", "")]
+    assert all(life.first is None or life.start < life.first <= life.end for life in result.lives)
+    assert 0.2 < result.down <= 0.4 or result.lives[0].status == -signal.SIGBUS
+    assert figures(result).values["bytes_lost"] == (result.size if lost else 0)
+    assert msgspec.json.decode(msgspec.json.encode(result), type=Result) == result
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_at_the_scheduler(tmp_path: Path) -> None:
+    plan = plan_file(tmp_path, SMALL)
+    done = run("evaluate", plan, "-o", tmp_path / "r", "--scheduler", "tcp://127.0.0.1:9", status=2)
+    assert done.stderr.splitlines()[-1].startswith("daxemu: no Dask scheduler answers at tcp://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (("evaluate", "PLAN", "-o", "/nowhere/r"), 2, "give the name of a file"),
+        (("evaluate", "PLAN"), 2, "Missing option"),
+        (("evaluate", "/nowhere.toml", "-o", "r"), 2, "does not exist"),
+        (("fleet", "PLAN"), 2, "no rate or fit_per_mbit"),
+        (("fleet", "PLAN", "--faults", "none"), 2, "no fault plan 'none'"),
+        (("fleet", "PLAN", "--check", "PLAN"), 2, "is no REPORT.json"),
+    ],
+)
+def test_bad_input(tmp_path: Path, arguments: tuple[str, ...], status: int, said: str) -> None:
+    plan = str(plan_file(tmp_path, SMALL))
+    done = run(*(plan if word == "PLAN" else word for word in arguments), status=status)
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_other_verbs_do_not_pay_for_numpy() -> None:
+    code = "import sys, daxemu.cli.evaluate, daxemu.cli.fleet; print({'numpy', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
