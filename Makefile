@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: setup demo test check unit bench fidelity posix soak clean
+.PHONY: setup demo test check unit bench fidelity protocol posix soak clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,10 @@ bench: setup
 # The table of docs/fidelity-table.md, from the recordings; fails while anything in it is unexplained.
 fidelity: setup
 	$(PY) -m tests.conformance.fidelity > docs/fidelity-table.md
+
+# docs/protocol.md, from the message types.
+protocol: setup
+	$(PY) -m tools.protocol_docs > docs/protocol.md
 
 # A built copy of pjdfstest: make posix PJDFSTEST=DIR. Needs root and prove (perl).
 posix: setup

@@ -4,6 +4,7 @@ the control socket.
 ``machine``   the wiring, and the verbs of the control socket
 ``failures``  what happens between a memory failure and its outcome: collect, revoke, signal
 ``event_log`` the record of it all, and those who follow it
-``protocol``  requests and replies as types; ``control`` the socket that carries them
+``control``   the socket that carries its requests and replies (``daxemu.protocol``); ``selection`` what a
+              follower is sent
 ``run``       the life of the process: start, serve, end
 """

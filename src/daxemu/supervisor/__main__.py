@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from daxemu.errors import DaxemuError
-from daxemu.supervisor.protocol import Reply
+from daxemu.protocol import Reply
 
 
 def main(device: str, mountpoint: str, ready_fd: int) -> int:

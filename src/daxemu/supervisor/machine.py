@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 import trio
 
+from daxemu import protocol as p
 from daxemu.errors import InvalidArgument, NoDevice
 from daxemu.events import DeviceRemoved, Outcome, PoisonCleared, PoisonInjected, SettingChanged
 from daxemu.fs.filesystem import Filesystem
@@ -25,7 +26,6 @@ from daxemu.mm.memory_failure import MappingRange, MemoryFailures
 from daxemu.pmem.inject import check_range, failed_pages, inject, scrub, uninject
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
-from daxemu.supervisor import protocol as p
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.madvise import madvise_inject_error
@@ -333,7 +333,7 @@ class Machine:
             tracer=f"pid {tracer}" if tracer is not None else "not running",
         )
 
-    async def answer(self, request: p.Request) -> msgspec.Struct:
+    async def answer(self, request: p.AnyRequest) -> msgspec.Struct:
         """Do what a request asks. Raises DaxemuError."""
         match request:
             case p.Inject():

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import trio
 
+from daxemu import protocol as p
 from daxemu.errors import Busy, DaxemuError, Unsupported
 from daxemu.events import Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
@@ -28,7 +29,6 @@ from daxemu.host.tracer_link import TracerLink
 from daxemu.host.watchdog import Watchdog
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.pmem.pmem import Pmem
-from daxemu.supervisor import protocol as p
 from daxemu.supervisor.control import ControlSocket
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.machine import Machine, open_core
@@ -87,7 +87,7 @@ class _Ending:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
 
-    async def answer(self, request: p.Request) -> msgspec.Struct:
+    async def answer(self, request: p.AnyRequest) -> msgspec.Struct:
         """All requests; unmounting is not the machine's own business."""
         if isinstance(request, p.Unmount):
             await self.unmount(force=request.force)
