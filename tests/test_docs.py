@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tools import protocol_docs
+from tools import cli_docs, protocol_docs
 
 from daxemu.cli.main import VERBS
 from tests.support.mount import DaxMount
@@ -37,6 +38,56 @@ def test_no_command_of_a_page_escapes(page: Path) -> None:
 
 def test_the_protocol_page_is_up_to_date() -> None:
     assert (TOP / "docs" / "protocol.md").read_text() == protocol_docs.page(), "run: make protocol"
+
+
+def test_the_page_of_the_command_line_is_up_to_date() -> None:
+    assert (TOP / "docs" / "reference" / "cli.md").read_text() == cli_docs.markdown(), "run: make protocol"
+
+
+def test_the_man_page_is_one() -> None:
+    page = cli_docs.man()
+    named = re.findall(r"^\.SS daxemu ([a-z-]+)", page.replace("\\-", "-"), re.MULTILINE)
+    assert named == list(VERBS)
+    if shutil.which("groff") is None:
+        pytest.skip("no groff here to look at the man page: apt-get install groff-base")
+    done = subprocess.run(
+        ["groff", "-man", "-Tutf8", "-ww"], input=page, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    assert "Surprise removal" in done.stdout
+
+
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path],
+        cwd=TOP,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    assert (tmp_path / "howto" / "pytest.html").exists()
+
+
+def test_the_recording_is_of_the_demo() -> None:
+    picture = (TOP / "docs" / "demo.svg").read_text()
+    assert re.search(r"(\d+)&#160;of&#160;\1&#160;promises&#160;kept", picture), "run: make recording"
+    assert "http" not in re.sub(r'xmlns="[^"]*"|<!--.*?-->', "", picture), "it loads something"
+
+
+def test_the_readme_fits_two_screens() -> None:
+    assert len((TOP / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("daxemu in", "plain,inject"), ("daxemu inject --lat", "plain,--latent"), ("daxemu inject x", "file,x")],
+)
+def test_completion(words: str, offered: str) -> None:
+    shell = {"_DAXEMU_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run([BIN / "daxemu"], env={**os.environ, **shell}, capture_output=True, text=True)
+    assert offered in done.stdout.splitlines()
 
 
 def test_what_a_page_shows_is_compared() -> None:

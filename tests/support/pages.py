@@ -73,7 +73,7 @@ def run_page(page: Path, scratch: Path) -> None:
     environment = {
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
-        "COLUMNS": "110",
+        "COLUMNS": "80",
         "PYTHONPATH": "",
         "TMPDIR": str(scratch),
     }

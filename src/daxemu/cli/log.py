@@ -66,7 +66,7 @@ def _of_device(device: Path) -> Iterator[bytes]:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise DaxemuError(f"{device}/events.jsonl: {error.strerror}") from error
+        raise DaxemuError(f"{device}/events.jsonl: {error.strerror}; read it as its owner") from error
 
 
 def _of_mount(mountpoint: Path, follow: bool) -> Iterator[bytes]:

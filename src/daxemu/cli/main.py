@@ -32,6 +32,7 @@ VERBS = {
     "log": "log",
     "run": "run",
     "demo": "demo",
+    "doctor": "doctor",
 }
 """Which module of this package has which verb: only the one that is used gets imported."""
 

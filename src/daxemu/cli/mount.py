@@ -13,7 +13,7 @@ import click
 
 from daxemu.cli.common import emit, human, json_option
 from daxemu.client import Client
-from daxemu.errors import Busy, InvalidArgument, NotMounted
+from daxemu.errors import Busy, InvalidArgument, NotMounted, PermissionDenied
 from daxemu.host.mountinfo import Mount, mount_at, mounts
 from daxemu.pmem.device_dir import DeviceDir
 
@@ -150,11 +150,11 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
         try:
             with Client(found, patience=STATUS_PATIENCE) as client:
                 reports.append(client.request("status"))
-        except (NotMounted, Busy) as error:
+        except (NotMounted, Busy, PermissionDenied) as error:
             dead = {
                 "device": str(found.device),
                 "mountpoint": str(found.mountpoint),
-                "state": "dead",
+                "state": "not ours" if isinstance(error, PermissionDenied) else "dead",
                 "reason": str(error),
             }
             reports.append(dead)

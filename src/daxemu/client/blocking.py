@@ -51,6 +51,10 @@ class Client:
         self._lines.close()
         self._socket.close()
 
+    def set_patience(self, seconds: float | None) -> None:
+        """How long to wait for what comes from now on; an event that does not is a TimeoutError."""
+        self._socket.settimeout(seconds)
+
     def request(self, op: str, **arguments: Any) -> dict[str, Any]:
         """Ask, and wait for the answer. Raises what the supervisor raised, NotMounted if it went away, Busy
         if it does not answer in time.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from daxemu.errors import ERRORS, DaxemuError, InvalidArgument, NotMounted
+from daxemu.errors import ERRORS, DaxemuError, InvalidArgument, NotMounted, PermissionDenied
 from daxemu.host.mountinfo import Mount
 
 if TYPE_CHECKING:
@@ -27,13 +27,20 @@ File = str | os.PathLike[str] | tuple[str | os.PathLike[str], int, int]
 
 
 def connect(mount: Mount) -> socket.socket:
-    """A connection to a mount's supervisor. Raises NotMounted when nobody answers there."""
+    """A connection to a mount's supervisor. Raises NotMounted when nobody answers there, PermissionDenied
+    when we may not ask.
+    """
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     directory = -1
     try:
         # By way of the directory: a socket's path has 108 bytes at most, a device's path may be longer.
         directory = os.open(mount.device, os.O_PATH | os.O_CLOEXEC)
         connected.connect(f"/proc/self/fd/{directory}/{mount.socket.name}")
+    except PermissionError as error:
+        connected.close()
+        raise PermissionDenied(
+            f"{mount.mountpoint} is another user's: only he and root may ask; sudo daxemu ..."
+        ) from error
     except OSError as error:
         connected.close()
         raise NotMounted(

@@ -64,7 +64,7 @@ class Allocator:
         Raises NoSpace, and then nothing has changed.
         """
         if length > self.free_blocks:
-            raise NoSpace("the device is full")
+            raise NoSpace("the device is full: remove files, or make a larger one")
         try:
             return self._allocate(length, goal)
         except NoSpace:
@@ -89,7 +89,9 @@ class Allocator:
                     missing -= run.length
                     low = run.end
             if missing:
-                raise NoSpace("the device is full: what is free of it is bad")
+                raise NoSpace(
+                    "the device is full: what is free of it is bad; see daxemu badblocks, daxemu clear"
+                )
         except BaseException:
             for run in taken:
                 self._give_back(run)

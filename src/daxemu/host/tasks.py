@@ -139,6 +139,18 @@ def present_in(pagemap: int, start: int, end: int) -> Iterator[Range]:
         yield from merged(_read_pagemap(pagemap, start, end))
 
 
+def pagemap_scan_works() -> bool:
+    """Whether this kernel has PAGEMAP_SCAN. Raises OSError where there is no /proc/PID/pagemap."""
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        try:
+            list(_scan(pagemap.fileno(), 0, PAGE_SIZE))
+        except OSError as error:
+            if error.errno not in (errno.ENOTTY, errno.EINVAL):
+                raise
+            return False
+    return True
+
+
 def _scan(pagemap: int, start: int, end: int) -> Iterator[Range]:
     regions = array("B", bytes(_REGIONS * _PAGE_REGION.size))
     address, _ = regions.buffer_info()

@@ -80,7 +80,10 @@ class ControlSocket:
         raw = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         _, uid, _ = _UCRED.unpack(raw)
         if uid not in (0, os.geteuid()):
-            raise PermissionDenied(f"only the mount's owner (uid {os.geteuid()}) and root may ask")
+            raise PermissionDenied(
+                f"only the mount's owner (uid {os.geteuid()}) and root may ask, not uid {uid}: "
+                f"sudo -u '#{os.geteuid()}' daxemu ..."
+            )
 
     async def _converse(self, stream: trio.SocketStream) -> None:
         buffer = bytearray()
@@ -92,7 +95,7 @@ class ControlSocket:
                 if line.strip():
                     await self._one(stream, line)
             if len(buffer) > MAX_LINE:
-                raise InvalidArgument(f"a request of more than {MAX_LINE} bytes")
+                raise InvalidArgument(f"a request of more than {MAX_LINE} bytes: make several of it")
 
     async def _one(self, stream: trio.SocketStream, asked: bytes) -> None:
         try:

@@ -163,7 +163,7 @@ class Machine:
         InvalidArgument.
         """
         if not ranges:
-            raise InvalidArgument("no range given")
+            raise InvalidArgument("no range given: give at least one [offset, length]")
         if ino is None:
             for offset, length in ranges:
                 check_range(offset, length, self.pmem.dax.size, "the device")
@@ -179,7 +179,9 @@ class Machine:
             found = self._file_ranges(ino, ranges)
             holes = sum(length for _, length in ranges) - sum(r.length for r in found)
         if not found:
-            raise InvalidArgument("the range is a hole: there is no media behind it")
+            raise InvalidArgument(
+                "the range is a hole, with no media behind it: write there first, or see daxemu map FILE"
+            )
         return found, holes
 
     def _file_ranges(self, ino: Ino, ranges: list[tuple[int, int]]) -> list[Range]:

@@ -18,7 +18,7 @@ import msgspec
 import trio
 
 from daxemu import protocol as p
-from daxemu.errors import Busy, DaxemuError, Unsupported
+from daxemu.errors import Busy, CorruptMetadata, DaxemuError, Unsupported
 from daxemu.events import Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host import supplement
@@ -58,7 +58,10 @@ def supervise(device: Path, mountpoint: Path, ready: Callable[[], None]) -> None
         undo.callback(events.close)
         pmem = Pmem(directory)
         undo.callback(pmem.close)
-        mm, fs = open_core(pmem, events, (os.geteuid(), os.getegid()))
+        try:
+            mm, fs = open_core(pmem, events, (os.geteuid(), os.getegid()))
+        except CorruptMetadata as error:
+            raise CorruptMetadata(f"{error}: daxemu fsck {printable(device)} --repair") from error
         undo.callback(_save, fs)
         session = Session.open(directory.path, mountpoint)
         undo.callback(session.detach)
@@ -124,7 +127,9 @@ class _Ending:
         fsync.
         """
         if not self._machine.session.abort():
-            raise Unsupported("the connection cannot be cut: /sys/fs/fuse/connections is not ours to write")
+            raise Unsupported(
+                "the connection cannot be cut: mount -t fusectl none /sys/fs/fuse/connections (as root)"
+            )
         self._machine.fs.abandon()
         await trio.to_thread.run_sync(self._machine.session.detach, abandon_on_cancel=True)
 
