@@ -16,7 +16,7 @@ from daxemu.errors import Busy, NotMounted
 from daxemu.host import checkup
 from daxemu.host.checkup import Finding
 from daxemu.host.mountinfo import Mount
-from tests.support.elsewhere import daxemu_as_user
+from tests.support.elsewhere import NOBODY, daxemu_as_user
 from tests.support.mount import DaxMount, daxemu
 
 Patch = pytest.MonkeyPatch
@@ -61,7 +61,7 @@ def test_a_mount_whose_supervisor_is_dead(dax_mount: DaxMount) -> None:
 @pytest.mark.mount
 def test_another_user_who_may_not_open_fuse(dax_mount: DaxMount) -> None:
     """Whatever this machine lets him: each finding that is not ok says how to mend it."""
-    command = [*daxemu_as_user(), "doctor", "--json"]
+    command = [*NOBODY, *daxemu_as_user(), "doctor", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/")
     assert done.returncode in (0, 8), done.stderr
     findings = json.loads(done.stdout)["findings"]

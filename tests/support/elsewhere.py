@@ -46,13 +46,13 @@ def start(
 
 
 def daxemu_as_user() -> tuple[str, ...]:
-    """``daxemu`` as an ordinary user. Skips the test where that cannot be: the packages that we run on must
-    fit the system's Python, and be readable.
+    """``daxemu`` for an ordinary user, to be put behind NOBODY. Skips the test where that cannot be: the
+    packages that we run on must fit the system's Python, and be readable.
     """
     paths = [str(Path(__file__).parents[2] / "src"), sysconfig.get_path("purelib")]
     environment = ("env", f"PYTHONPATH={os.pathsep.join(paths)}", "PYTHONDONTWRITEBYTECODE=1", "HOME=/")
-    command = (*NOBODY, *environment, SYSTEM_PYTHON, "-m", "daxemu")
-    done = subprocess.run([*command, "--version"], capture_output=True, text=True, cwd="/")
+    command = (*environment, SYSTEM_PYTHON, "-m", "daxemu")
+    done = subprocess.run([*NOBODY, *command, "--version"], capture_output=True, text=True, cwd="/")
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["no message"])[-1]
         pytest.skip(f"another user cannot run daxemu here: {why}")

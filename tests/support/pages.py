@@ -51,7 +51,11 @@ def _ends_heredoc(command: str) -> bool:
 
 
 def anonymous(text: str) -> str:
-    """Output without what differs from run to run: times, process ids, addresses of mappings."""
+    """Output without what differs from run to run: times, process ids, addresses of mappings, and which
+    blocks were free.
+    """
+    text = re.sub(r"device 0x[0-9a-f]+\+", "device WHERE+", text)
+    text = re.sub(r"0x10[0-9a-f]{4}\b", "PFN", text)
     text = re.sub(r"\[\d+\.\d+\]", "[TIME]", text)
     text = re.sub(r'"time":[\d.]+', '"time":TIME', text)
     text = re.sub(r"^\d\d:\d\d:\d\d\.\d\d\d", "CLOCK", text, flags=re.MULTILINE)
