@@ -94,6 +94,38 @@ class Removed(msgspec.Struct):
     was_idle: bool
 
 
+class Cell(msgspec.Struct):
+    """One of the equal parts of a range of the device, in bytes: in use, of that by the filesystem's own
+    records and by more than one link, known to be poison, and poison that nobody knows of.
+    """
+
+    used: int = 0
+    metadata: int = 0
+    shared: int = 0
+    bad: int = 0
+    latent: int = 0
+
+
+class FileUse(msgspec.Struct):
+    """How much of a range a file has, and where its first byte there is."""
+
+    ino: Ino
+    path: str
+    bytes: int
+    device_offset: int
+    file_offset: int
+
+
+class SurveyReport(msgspec.Struct):
+    """``cell``: bytes of each part, whole pages; the last part may reach past the end of the device."""
+
+    offset: int
+    cell: int
+    cells: list[Cell]
+    files: list[FileUse]
+    """Those with the most of the range."""
+
+
 class StatusReport(msgspec.Struct):
     device: str
     mountpoint: str
@@ -205,6 +237,17 @@ class Status(Request[StatusReport], tag="status"):
     """What this machine is and how it fares."""
 
 
+class Survey(Request[SurveyReport], tag="survey"):
+    """What is where in a range of the device (``length`` null: to its end), in at most ``cells`` parts and
+    ``files`` names.
+    """
+
+    offset: int = 0
+    length: int | None = None
+    cells: int = 1
+    files: int = 0
+
+
 class Set(Request[Done], tag="set"):
     """Change settings, as a sysctl would: all of them or none."""
 
@@ -257,6 +300,7 @@ AnyRequest = (
     | Reflink
     | Remove
     | Status
+    | Survey
     | Set
     | Follow
     | PowerFail

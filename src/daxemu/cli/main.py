@@ -30,6 +30,8 @@ VERBS = {
     "reflink": "files",
     "page-types": "page_types",
     "log": "log",
+    "watch": "watch",
+    "report": "report",
     "run": "run",
     "demo": "demo",
     "doctor": "doctor",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -45,6 +46,11 @@ class Client:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def hang_up(self) -> None:
+        """End the connection under another thread that reads from it: it finds the end, and may close."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Hang up."""

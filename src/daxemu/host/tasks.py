@@ -94,6 +94,28 @@ def read_vmas(pid: int, dev: tuple[int, int]) -> Iterator[Vma]:
             yield Vma(int(start, 16), int(end, 16), int(offset, 16) >> PAGE_SHIFT, int(ino))
 
 
+class Mapped(NamedTuple):
+    """What a process shows of a file of ours, in bytes of the file."""
+
+    pid: int
+    comm: str
+    ino: Ino
+    offset: int
+    length: int
+
+
+def mapped_files(dev: tuple[int, int]) -> Iterator[Mapped]:
+    """Every mapping of a file on ``dev``, in every process that we may look into."""
+    for pid in _pids(frozenset()):
+        try:
+            vmas = list(read_vmas(pid, dev))
+            comm = read_comm(pid) if vmas else ""
+        except _GONE:
+            continue
+        for vma in vmas:
+            yield Mapped(pid, comm, vma.ino, vma.pgoff << PAGE_SHIFT, vma.end - vma.start)
+
+
 def mapped_runs(pid: int, vmas: list[Vma], wanted: Wanted) -> Iterator[PresentRun]:
     """The wanted pages that are mapped, touched or not."""
     for vma, part in _wanted_parts(vmas, wanted):

@@ -29,6 +29,7 @@ from daxemu.ranges import Range
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.madvise import madvise_inject_error
+from daxemu.supervisor.survey import survey
 from daxemu.uapi import MF_ACTION_REQUIRED, PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Ino, page_align_down
 
 
@@ -358,6 +359,8 @@ class Machine:
                 return await self.remove()
             case p.Status():
                 return self.status()
+            case p.Survey():
+                return survey(self.pmem, self.fs, request)
             case p.Set(settings=settings):
                 return self.set(settings)
         raise InvalidArgument(f"cannot do {type(request).__name__} here")
