@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from daxemu.errors import InvalidArgument
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import ROOT_INO
-from daxemu.fs.rmap import METADATA_INO
+from daxemu.fs.rmap import METADATA_INO, Owner
 from daxemu.pmem.inject import check_range
 from daxemu.pmem.pmem import Pmem
 from daxemu.protocol import Cell, FileUse, Survey, SurveyReport
 from daxemu.ranges import Range, RangeSet
-from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Ino, page_align_up
+from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Block, Ino, page_align_up
 
 MAX_CELLS = 1 << 16
 
@@ -39,17 +39,18 @@ def survey(pmem: Pmem, fs: Filesystem, wanted: Survey) -> SurveyReport:
             yield cells[index], here.length
             part = Range(here.end, part.end)
 
-    for run, count in fs.rmap.sharing(*blocks):
-        for each, some in parts(run.start << PAGE_SHIFT, run.end << PAGE_SHIFT) if count else ():
+    found: dict[Ino, FileUse] = {}
+    owners = list(fs.rmap.owners(*blocks))
+    for start, end, count in _sharing(owners):
+        for each, some in parts(start << PAGE_SHIFT, end << PAGE_SHIFT):
             each.used += some
             each.shared += some if count > 1 else 0
-    found: dict[Ino, FileUse] = {}
-    for owner in fs.rmap.owners(*blocks):
+    for owner in owners:
         start = owner.dev_block << PAGE_SHIFT
         if owner.ino == METADATA_INO:
             for each, some in parts(start, start + (owner.length << PAGE_SHIFT)):
                 each.metadata += some
-        elif owner.ino >= ROOT_INO:
+        elif wanted.files > 0 and owner.ino >= ROOT_INO:
             _count(found, owner.ino, Range(start, start + (owner.length << PAGE_SHIFT)), owner.file_block)
     known = RangeSet(pmem.badblocks)
     for sectors in pmem.media.poison.overlapping(whole.start // SECTOR_SIZE, -(-whole.end // SECTOR_SIZE)):
@@ -63,6 +64,24 @@ def survey(pmem: Pmem, fs: Filesystem, wanted: Survey) -> SurveyReport:
     for use in most:
         use.path = fs.names.path_of(use.ino)
     return SurveyReport(wanted.offset, cell, cells, most)
+
+
+def _sharing(owners: list[Owner]) -> Iterator[tuple[Block, Block, int]]:
+    """Runs that the same number of links use, which is not 0, as (start, end, number)."""
+    steps = [(owner.dev_block, 1) for owner in owners]
+    steps += [(owner.dev_block + owner.length, -1) for owner in owners]
+    steps.sort(key=lambda step: step[0])
+    begin = at = count = shown = 0
+    for block, step in steps:
+        if block > at:
+            if count != shown:
+                if shown:
+                    yield begin, at, shown
+                begin, shown = at, count
+            at = block
+        count += step
+    if shown:
+        yield begin, at, shown
 
 
 def _count(found: dict[Ino, FileUse], ino: Ino, part: Range, file_block: int) -> None:

@@ -51,6 +51,7 @@ class Model:
         self.events: deque[Event] = deque(maxlen=KEPT)
         self.seen: Seen | None = None
         self._names: dict[int, str] = {}
+        self._surveyed: tuple[object, SurveyReport] | None = None
         self._client = Client(mount, patience=PATIENCE)
         self._listener = Client(mount)
         self._follower = threading.Thread(target=self._follow, name="events", daemon=True)
@@ -84,7 +85,7 @@ class Model:
         """Look again. Sets ``ended`` when the mount is gone."""
         try:
             status = self._client.ask(StatusRequest())
-            survey = self._client.ask(Survey(self.offset, self.length, cells, FILES))
+            survey = self._survey(status, Survey(self.offset, self.length, cells, FILES))
             self.cursor = min(self.cursor, len(survey.cells) - 1)
             at, length = self._at_cursor(survey, status.size)
             here = self._client.ask(Survey(at, length, 1, FILES))
@@ -94,6 +95,13 @@ class Model:
             return
         self._names.update((use.ino, use.path) for use in survey.files + here.files)
         self.seen = Seen(status, survey, here, damaged, list(mapped_files(self.mount.dev)))
+
+    def _survey(self, status: StatusReport, wanted: Survey) -> SurveyReport:
+        """Asked for only when something can have changed: on a full device it is no small thing to ask."""
+        key = (wanted, status.free_blocks, status.extents, status.inodes, status.events)
+        if self._surveyed is None or self._surveyed[0] != key:
+            self._surveyed = (key, self._client.ask(wanted))
+        return self._surveyed[1]
 
     def _at_cursor(self, survey: SurveyReport, size: int) -> tuple[int, int]:
         at = survey.offset + self.cursor * survey.cell
