@@ -47,7 +47,7 @@ class Media:
         except OSError as error:
             raise NotADevice(
                 f"{directory}/media: {error.strerror}; "
-                "use it as its owner, restore it, or make a new device elsewhere"
+                "use it as its owner, restore it, or make a new device with daxemu mkfs"
             ) from error
         found = os.fstat(self._fd).st_size
         if found != size:
