@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: setup demo test check unit bench fidelity posix fstests ltp soak clean
+.PHONY: setup demo test check unit bench fidelity protocol man docs recording dist posix fstests ltp soak clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,25 @@ bench: setup
 # The table of docs/fidelity-table.md, from the recordings; fails while anything in it is unexplained.
 fidelity: setup
 	$(PY) -m tests.conformance.fidelity > docs/fidelity-table.md
+
+# docs/protocol.md from the message types, docs/reference/cli.md from the help.
+protocol: setup
+	$(PY) -m tools.protocol_docs > docs/protocol.md
+	$(PY) -m tools.cli_docs markdown > docs/reference/cli.md
+
+man: setup
+	mkdir -p build
+	$(PY) -m tools.cli_docs man > build/daxemu.1
+
+docs: setup
+	.venv/bin/mkdocs build --strict --quiet
+
+# docs/demo.svg, from a real run.
+recording: setup
+	$(PY) -m tools.record_demo
+
+dist: setup
+	$(PY) -m build --outdir build/dist .
 
 # A built copy of pjdfstest: make posix PJDFSTEST=DIR. Needs root and prove (perl).
 posix: setup

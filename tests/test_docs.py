@@ -5,59 +5,101 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tools import cli_docs, protocol_docs
 
 from daxemu.cli.main import VERBS
-from tests.support.mount import DaxMount, clear_away
+from tests.support.mount import DaxMount
+from tests.support.pages import BIN, TOP, matches, run_page, steps
 
 pytestmark = pytest.mark.mount
 
-TOP = Path(__file__).parents[1]
-BIN = Path(sys.executable).parent
+PAGES = [TOP / "README.md", *sorted((TOP / "docs").rglob("*.md"))]
 
 
-def console_steps(text: str) -> list[tuple[str, str]]:
-    """The ``$ command`` lines of all console blocks, each with the output shown below it."""
-    steps: list[tuple[str, str]] = []
-    for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
-        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            command, _, output = part.partition("\n")
-            steps.append((command, output))
-    return steps
+@pytest.mark.parametrize("page", [p for p in PAGES if steps(p.read_text())], ids=lambda p: p.name)
+def test_a_page_prints_what_it_shows(page: Path, tmp_path: Path) -> None:
+    if "socat" in page.read_text() and shutil.which("socat") is None:
+        pytest.skip("no socat here: apt-get install socat")
+    run_page(page, tmp_path)
 
 
-def anonymous(text: str) -> str:
-    """Output without what differs from run to run: times, process ids, addresses of mappings."""
-    text = re.sub(r"\[\d+\.\d+\]", "[TIME]", text)
-    text = re.sub(r"supervisor \d+", "supervisor PID", text)
-    text = re.sub(r"Killing \S+:\d+", "Killing PROCESS", text)
-    text = re.sub(r"fault at [0-9a-f]+", "fault at ADDRESS", text)
-    # A shell that runs commands from a file says more than one at a terminal.
-    return re.sub(r".*Bus error.*", "Bus error", text)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_no_command_of_a_page_escapes(page: Path) -> None:
+    """A block is run (console, python), shown by what was run (text), or tested by its file (c, ini ...)."""
+    languages = set(re.findall(r"^```(\w*)$", page.read_text(), re.MULTILINE)) - {""}
+    assert languages <= {"console", "python", "text", "c", "toml", "dockerfile"}
 
 
-def test_the_readme_tour_prints_what_it_shows(tmp_path: Path) -> None:
-    device, mountpoint = f"/dev/shm/readme-{os.getpid()}", str(tmp_path / "pmem")
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+def test_the_protocol_page_is_up_to_date() -> None:
+    assert (TOP / "docs" / "protocol.md").read_text() == protocol_docs.page(), "run: make protocol"
 
-    def here(text: str) -> str:
-        return text.replace("/dev/shm/pmem0", device).replace("/tmp/pmem", mountpoint)
 
-    try:
-        for command, shown in console_steps((TOP / "README.md").read_text()):
-            # In a shell of its own that outlives the command, so that it is the shell that reports a death.
-            script = f"ulimit -c 0\n{here(command)}\ntrue\n"
-            done = subprocess.run(
-                ["bash"], input=script, capture_output=True, text=True, timeout=60, env=environment
-            )
-            assert anonymous(done.stdout + done.stderr) == anonymous(here(shown)), command
-    finally:
-        clear_away(Path(mountpoint))
-        subprocess.run(["rm", "-rf", device], check=True)
+def test_the_page_of_the_command_line_is_up_to_date() -> None:
+    assert (TOP / "docs" / "reference" / "cli.md").read_text() == cli_docs.markdown(), "run: make protocol"
+
+
+def test_the_man_page_is_one() -> None:
+    page = cli_docs.man()
+    named = re.findall(r"^\.SS daxemu ([a-z-]+)", page.replace("\\-", "-"), re.MULTILINE)
+    assert named == list(VERBS)
+    if shutil.which("groff") is None:
+        pytest.skip("no groff here to look at the man page: apt-get install groff-base")
+    done = subprocess.run(
+        ["groff", "-man", "-Tutf8", "-ww"], input=page, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    assert "Surprise removal" in done.stdout
+
+
+def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path],
+        cwd=TOP,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    assert (tmp_path / "howto" / "pytest.html").exists()
+
+
+def test_the_recording_is_of_the_demo() -> None:
+    picture = (TOP / "docs" / "demo.svg").read_text()
+    assert re.search(r"(\d+)&#160;of&#160;\1&#160;promises&#160;kept", picture), "run: make recording"
+    assert "http" not in re.sub(r'xmlns="[^"]*"|<!--.*?-->', "", picture), "it loads something"
+
+
+def test_the_readme_fits_two_screens() -> None:
+    assert len((TOP / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("daxemu in", "plain,inject"), ("daxemu inject --lat", "plain,--latent"), ("daxemu inject x", "file,x")],
+)
+def test_completion(words: str, offered: str) -> None:
+    shell = {"_DAXEMU_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run([BIN / "daxemu"], env={**os.environ, **shell}, capture_output=True, text=True)
+    assert offered in done.stdout.splitlines()
+
+
+def test_what_a_page_shows_is_compared() -> None:
+    assert matches("a\n...\nz\n", "a\nb\nc\nz\n")
+    assert not matches("a\n...\nz\n", "a\nb\n")
+    assert not matches("a\n", "a\nb\n")
+    text = "```console\n$ cat <<E\n1\nE\n1\n$ b \\\n  c\n```\n```python\nprint(2)\n```\n\n```text\n2\n```\n"
+    assert steps(text) == [
+        ("bash", "cat <<E\n1\nE", "1\n"),
+        ("bash", "b \\\n  c", ""),
+        ("python3", "print(2)\n", "2\n"),
+    ]
 
 
 def test_the_readme_names_every_verb() -> None:
@@ -101,13 +143,6 @@ def test_example_watch_a_failure(dax_mount: DaxMount) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"pfn 0x[0-9a-f]+: Recovered, 1 files, 0 told\n", done.stdout)
-
-
-def test_the_readme_python_works(dax_mount: DaxMount) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (TOP / "README.md").read_text(), re.DOTALL)
-    code = code.replace("/tmp/pmem", str(dax_mount.path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert "recovered" in done.stdout, done.stderr
 
 
 def test_the_demo_keeps_its_promises() -> None:

@@ -70,15 +70,16 @@ class NoSpace(DaxemuError):
 
 class MediaError(DaxemuError):
     """An access met poison: pmem's -EIO (and -EHWPOISON for direct access). ``ranges``: which device
-    bytes.
+    bytes. ``good``: the bytes before them, of a read that has them.
     """
 
     errno = errno.EIO
     exit_status = 7
 
-    def __init__(self, text: str, ranges: Sequence[Range] = ()) -> None:
+    def __init__(self, text: str, ranges: Sequence[Range] = (), good: bytes = b"") -> None:
         super().__init__(text)
         self.ranges = tuple(ranges)
+        self.good = good
 
 
 class PartialOverPoison(MediaError):

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import trio
 
+from daxemu import protocol
 from daxemu.errors import Busy, FsError
-from daxemu.supervisor import protocol
 from daxemu.supervisor.control import ControlSocket
 from daxemu.supervisor.event_log import EventLog
 
@@ -22,11 +22,11 @@ class Server:
     def __init__(self, directory: Path) -> None:
         self.path = directory / "control.sock"
         self.log = EventLog(directory / "events.jsonl")
-        self.asked: list[protocol.Request] = []
+        self.asked: list[protocol.AnyRequest] = []
         self.go_on = trio.Event()
         self.control = ControlSocket(self.path, self.log, self.answer)
 
-    async def answer(self, request: protocol.Request) -> msgspec.Struct:
+    async def answer(self, request: protocol.AnyRequest) -> msgspec.Struct:
         self.asked.append(request)
         match request:
             case protocol.Scrub():

@@ -11,8 +11,9 @@ import pytest
 import trio
 import trio.testing
 
+from daxemu import protocol
 from daxemu.events import SettingChanged
-from daxemu.supervisor import control, protocol
+from daxemu.supervisor import control
 from daxemu.supervisor.control import MAX_LINE
 from tests.supervisor.server import Server, reply, serve
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+
+import pytest
 
 from tests.support.mount import PATIENCE
 
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+SYSTEM_PYTHON = "/usr/bin/python3"
+"""The one that other users may run: ours may lie where they cannot go."""
 PRELUDE = "import errno, fcntl, mmap, os, sys\n"
 
 
@@ -37,3 +43,17 @@ def start(
         text=True,
         cwd=cwd,
     )
+
+
+def daxemu_as_user() -> tuple[str, ...]:
+    """``daxemu`` for an ordinary user, to be put behind NOBODY. Skips the test where that cannot be: the
+    packages that we run on must fit the system's Python, and be readable.
+    """
+    paths = [str(Path(__file__).parents[2] / "src"), sysconfig.get_path("purelib")]
+    environment = ("env", f"PYTHONPATH={os.pathsep.join(paths)}", "PYTHONDONTWRITEBYTECODE=1", "HOME=/")
+    command = (*environment, SYSTEM_PYTHON, "-m", "daxemu")
+    done = subprocess.run([*NOBODY, *command, "--version"], capture_output=True, text=True, cwd="/")
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        pytest.skip(f"another user cannot run daxemu here: {why}")
+    return command

@@ -117,5 +117,5 @@ def fsck(device: Path, repair: bool, as_json: bool) -> None:
         "\n".join([*healed, *report.wrong, *report.damaged, summary]),
     )
     if report.wrong:
-        hint = "" if repair else "; try fsck --repair"
+        hint = " are left: save what can be read, then mkfs --force" if repair else "; try fsck --repair"
         raise CorruptMetadata(f"{device}: {len(report.wrong)} problems{hint}")

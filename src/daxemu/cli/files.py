@@ -14,7 +14,7 @@ from daxemu.host.mountinfo import mount_of
 
 
 @click.command(name="map")
-@click.argument("file")
+@click.argument("file", type=click.Path())
 @json_option
 def map(file: str, as_json: bool) -> None:
     """Show where a file's bytes are on the device, and how many links share each extent.
@@ -41,8 +41,8 @@ def map(file: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("source")
-@click.argument("destination")
+@click.argument("source", type=click.Path())
+@click.argument("destination", type=click.Path())
 @click.option("--offset", type=SIZE, default=0, help="In the source; whole 4096-byte blocks.")
 @click.option("--length", type=SIZE, default=0, help="0: to the end of the source.")
 @click.option("--dest-offset", type=SIZE, default=0, help="In the destination; whole 4096-byte blocks.")
@@ -57,7 +57,9 @@ def reflink(source: str, destination: str, offset: int, length: int, dest_offset
       daxemu reflink /tmp/pmem/db /tmp/pmem/db.snapshot
     """
     if mount_of(Path(source)).dev != mount_of(Path(destination)).dev:
-        raise InvalidArgument("both files must be on the same daxemu mount")
+        raise InvalidArgument(
+            f"both files must be on one daxemu mount: {source} and {destination} are on two; use cp"
+        )
     src = regular_file(source).st_ino
     made = not os.path.lexists(destination)
     try:

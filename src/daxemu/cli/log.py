@@ -76,7 +76,7 @@ def log(where: Path, follow: bool, dmesg: bool, as_json: bool) -> None:
       daxemu log /tmp/pmem -f --dmesg
     """
     kernel = Dmesg()
-    for line in _lines(where, follow):
+    for line in lines_of(where, follow):
         try:
             event = decode(line)
         except msgspec.MsgspecError:
@@ -98,8 +98,11 @@ def _line(event: Event) -> str:
     return f"{clock}.{int(event.time % 1 * 1000):03d}  {event.summary()}"
 
 
-def _lines(where: Path, follow: bool) -> Iterator[bytes]:
-    """Looked up among the mounts first, without touching the path: a mount may hang, or be EIO throughout."""
+def lines_of(where: Path, follow: bool = False) -> Iterator[bytes]:
+    """The events of a mount, or of all mounts of a device, each as its line. Raises NotMounted.
+
+    Looked up among the mounts first, without touching the path: a mount may hang, or be EIO throughout.
+    """
     try:
         mount_of(where)
     except NotMounted:
@@ -116,7 +119,7 @@ def _of_device(device: Path) -> Iterator[bytes]:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise DaxemuError(f"{device}/events.jsonl: {error.strerror}") from error
+        raise DaxemuError(f"{device}/events.jsonl: {error.strerror}; read it as its owner") from error
 
 
 def _of_mount(mountpoint: Path, follow: bool) -> Iterator[bytes]:

@@ -31,10 +31,13 @@ VERBS = {
     "reflink": "files",
     "page-types": "page_types",
     "log": "log",
+    "watch": "watch",
+    "report": "report",
     "run": "run",
     "evaluate": "evaluate",
     "fleet": "fleet",
     "demo": "demo",
+    "doctor": "doctor",
 }
 """Which module of this package has which verb: only the one that is used gets imported."""
 

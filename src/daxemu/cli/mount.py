@@ -13,7 +13,7 @@ import click
 
 from daxemu.cli.common import absolute_strategy, emit, human, json_option
 from daxemu.client import Client
-from daxemu.errors import Busy, InvalidArgument, NotMounted
+from daxemu.errors import Busy, InvalidArgument, NotMounted, PermissionDenied
 from daxemu.host.device_lock import PATIENCE, wait_for_last_mount
 from daxemu.host.mountinfo import Mount, mount_at, mounts
 from daxemu.pmem.device_dir import DeviceDir
@@ -173,11 +173,11 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
         try:
             with Client(found, patience=STATUS_PATIENCE) as client:
                 reports.append(client.request("status"))
-        except (NotMounted, Busy) as error:
+        except (NotMounted, Busy, PermissionDenied) as error:
             dead = {
                 "device": str(found.device),
                 "mountpoint": str(found.mountpoint),
-                "state": "dead",
+                "state": "not ours" if isinstance(error, PermissionDenied) else "dead",
                 "reason": str(error),
             }
             reports.append(dead)
@@ -203,14 +203,16 @@ def _describe(report: dict[str, Any]) -> str:
             "{scrubs} background scrubs".format_map({"scrubs": 0, **report}),
             f"  failures    {counters}",
             f"  settings    {settings}",
-            f"  repair      {_describe_repair(report['repair'])}",
+            f"  repair      {_describe_repair(report.get('repair'))}",
             f"  supervisor  pid {report['pid']}, {report['events']} events, tracer {report['tracer']}",
             f"  supplement  {report['supplement']}",
         ]
     return "\n".join(lines)
 
 
-def _describe_repair(repair: dict[str, Any]) -> str:
+def _describe_repair(repair: dict[str, Any] | None) -> str:
+    if repair is None:
+        return "none"  # as said by a supervisor of an earlier version
     if repair["broken"]:
         return f"{repair['strategy']}, which failed: {repair['broken']}"
     counts = ", ".join(f"{repair[word]} {word}" for word in ("recovered", "lost", "cannot", "failed"))

@@ -49,11 +49,15 @@ def page_types(device: Path, as_list: bool, as_json: bool) -> None:
       daxemu page-types /dev/shm/pmem0
     """
     if not DeviceDir.load(device.absolute()).config.struct_pages:
-        raise Unsupported(f"{device} has no struct pages: it was made with mkfs --no-struct-pages")
+        raise Unsupported(
+            f"{device} has no struct pages: page-types needs a device made without --no-struct-pages"
+        )
     try:
         memmap = Memmap.open(device.absolute() / "struct_page")
     except FileNotFoundError as error:
-        raise NotMounted(f"{device} has no struct pages: it is not mounted") from error
+        raise NotMounted(
+            f"{device} has no struct pages as it is not mounted: daxemu mount {device} MOUNTPOINT"
+        ) from error
     if as_list:
         _print_ranges(memmap, as_json)
     else:

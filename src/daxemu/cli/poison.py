@@ -45,7 +45,7 @@ def _range_options(command: Any) -> Any:
 
 
 @click.command()
-@click.argument("path")
+@click.argument("path", type=click.Path())
 @_range_options
 @click.option("--latent", is_flag=True, help="Tell nobody: a load, a read or a scrub will find it.")
 @click.option("--silent", is_flag=True, help="Change the bytes; nothing goes bad that could be noticed.")
@@ -99,7 +99,7 @@ def _describe_injection(result: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.argument("path")
+@click.argument("path", type=click.Path())
 @_range_options
 @json_option
 def clear(path: str, offsets: tuple[int, ...], lengths: tuple[int, ...], as_json: bool) -> None:

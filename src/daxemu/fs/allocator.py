@@ -83,7 +83,7 @@ class Allocator:
     def _or_reclaim(self, length: int, take: Callable[[list[Range]], None]) -> list[Range]:
         """What ``take`` adds to its argument, all or nothing; called again once pending blocks are free."""
         if length > self.free_blocks:
-            raise NoSpace("the device is full")
+            raise NoSpace("the device is full: remove files, or make a larger one")
         try:
             return self._all_of(take)
         except NoSpace:
@@ -113,7 +113,7 @@ class Allocator:
                 missing -= run.length
                 low = run.end
         if missing:
-            raise NoSpace("the device is full: what is free of it is bad")
+            raise NoSpace("the device is full: what is free of it is bad; see daxemu badblocks, daxemu clear")
 
     def _take(self, taken: list[Range], run: Range) -> None:
         self._remove_free(run)

@@ -173,7 +173,9 @@ class Filesystem:
     def check_alive(self) -> None:
         """Raises Shutdown after a shutdown."""
         if self.shutdown_reason is not None:
-            raise Shutdown(f"the filesystem was shut down: {self.shutdown_reason}")
+            raise Shutdown(
+                f"the filesystem was shut down: {self.shutdown_reason} Unmount it, then daxemu fsck --repair"
+            )
 
     def _ensure_room(self, *, inodes: int = 0, links: int = 0, name_bytes: int = 0) -> None:
         """Refuse with NoSpace what the next commit would have no room for."""

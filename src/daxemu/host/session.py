@@ -38,7 +38,7 @@ def check_mountpoint(mountpoint: Path) -> None:
     if not mountpoint.is_dir():
         raise InvalidArgument(f"{mountpoint} is not a directory: make it with mkdir first")
     if os.path.ismount(mountpoint):
-        raise Busy(f"{mountpoint} has another filesystem mounted on it")
+        raise Busy(f"{mountpoint} has another filesystem mounted on it: choose another directory")
     if not os.access(mountpoint, os.W_OK):
         raise PermissionDenied(
             f"{mountpoint} is not yours to mount on: choose a directory that you can write to"
@@ -66,7 +66,7 @@ class Session:
         mount = mount_at(mountpoint)
         if mount is None:
             os.close(fd)
-            raise Busy(f"{mountpoint}: the mount vanished at once")
+            raise Busy(f"{mountpoint}: the mount vanished at once; somebody unmounted it: try again")
         return cls(fd, mount)
 
     # -- notifications
@@ -138,7 +138,9 @@ class Session:
                 f"{mountpoint} is in use: close what is open on it, or daxemu umount --force {mountpoint}"
             )
         if mount_at(mountpoint) is not None:
-            raise InvalidArgument(f"{mountpoint}: {os.strerror(number)}")
+            raise InvalidArgument(
+                f"{mountpoint}: {os.strerror(number)}; try daxemu umount --force {mountpoint}"
+            )
 
     def detach(self) -> None:
         """Take the mount out of the tree although it is in use; new users no longer find it."""
@@ -181,9 +183,7 @@ def _mount_as_root(source: str, mountpoint: Path) -> int:
     try:
         fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise Unsupported(
-            f"/dev/fuse: {error.strerror}; load the fuse module, or give the container --device /dev/fuse"
-        ) from error
+        raise Unsupported(f"/dev/fuse: {error.strerror}; see daxemu doctor") from error
     options = (
         f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},default_permissions,allow_other"
     )
@@ -193,7 +193,7 @@ def _mount_as_root(source: str, mountpoint: Path) -> int:
     if done != 0:
         number = ctypes.get_errno()
         os.close(fd)
-        raise PermissionDenied(f"cannot mount on {mountpoint}: {os.strerror(number)}")
+        raise PermissionDenied(f"cannot mount on {mountpoint}: {os.strerror(number)}; see daxemu doctor")
     return fd
 
 
@@ -213,9 +213,9 @@ def _mount_as_user(source: str, mountpoint: Path) -> int:
             text=True,
         )
         if done.returncode != 0:
-            raise PermissionDenied(f"cannot mount on {mountpoint}: {done.stderr.strip()}")
+            raise PermissionDenied(f"cannot mount on {mountpoint}: {done.stderr.strip()}; see daxemu doctor")
         _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
     if not descriptors:
-        raise Unsupported("fusermount3 sent no descriptor")
+        raise Unsupported("fusermount3 sent no descriptor: see daxemu doctor")
     os.set_inheritable(descriptors[0], False)
     return descriptors[0]

@@ -147,6 +147,28 @@ def read_vmas(pid: int, dev: tuple[int, int]) -> Iterator[Vma]:
             yield Vma(int(start, 16), int(end, 16), pgoff, int(ino), private, writable)
 
 
+class Mapped(NamedTuple):
+    """What a process shows of a file of ours, in bytes of the file."""
+
+    pid: int
+    comm: str
+    ino: Ino
+    offset: int
+    length: int
+
+
+def mapped_files(dev: tuple[int, int]) -> Iterator[Mapped]:
+    """Every mapping of a file on ``dev``, in every process that we may look into."""
+    for pid in _pids(frozenset()):
+        try:
+            vmas = list(read_vmas(pid, dev))
+            comm = read_comm(pid) if vmas else ""
+        except _GONE:
+            continue
+        for vma in vmas:
+            yield Mapped(pid, comm, vma.ino, vma.pgoff << PAGE_SHIFT, vma.end - vma.start)
+
+
 def mapped_runs(pid: int, vmas: list[Vma], wanted: Wanted) -> Iterator[PresentRun]:
     """The wanted pages that are mapped, touched or not."""
     for vma, part in _wanted_parts(vmas, wanted):
@@ -206,7 +228,19 @@ def present_in(pagemap: int, start: int, end: int, *, copies: bool = False) -> I
         yield from merged(_read_pagemap(pagemap, start, end, copies))
 
 
-def _scan(pagemap: int, start: int, end: int, copies: bool) -> Iterator[Range]:
+def pagemap_scan_works() -> bool:
+    """Whether this kernel has PAGEMAP_SCAN. Raises OSError where there is no /proc/PID/pagemap."""
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        try:
+            list(_scan(pagemap.fileno(), 0, PAGE_SIZE))
+        except OSError as error:
+            if error.errno not in (errno.ENOTTY, errno.EINVAL):
+                raise
+            return False
+    return True
+
+
+def _scan(pagemap: int, start: int, end: int, copies: bool = False) -> Iterator[Range]:
     regions = array("B", bytes(_REGIONS * _PAGE_REGION.size))
     address, _ = regions.buffer_info()
     # inverted, all of, any of, returned

@@ -84,7 +84,9 @@ class MemmapArrays:
             scratch.rename(directory)
         except OSError as error:
             shutil.rmtree(scratch, ignore_errors=True)
-            raise NoSpace(f"{directory}: no room for the struct pages ({error.strerror})") from error
+            raise NoSpace(
+                f"{directory}: no room for the struct pages ({error.strerror}); make room there"
+            ) from error
         return cls(directory, writable=True)
 
     @classmethod

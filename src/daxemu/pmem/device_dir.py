@@ -57,9 +57,11 @@ class DeviceConfig:
                 f"and leave {MIN_SIZE >> 20}M of data"
             )
         if self.altmap and not self.struct_pages:
-            raise InvalidArgument("an altmap is room for struct pages, of which this device shall have none")
+            raise InvalidArgument(
+                "an altmap is room for struct pages: give --altmap or --no-struct-pages, not both"
+            )
         if not 0 <= self.base_pfn < 1 << 52:
-            raise InvalidArgument(f"base pfn {self.base_pfn:#x}: outside the physical address space")
+            raise InvalidArgument(f"base pfn {self.base_pfn:#x}: must be from 0 to {(1 << 52) - 1:#x}")
 
 
 def altmap_bytes(size: int, align: int = PAGE_SIZE) -> int:
@@ -129,7 +131,7 @@ class DeviceDir:
                 raise NoSpace(f"{path}: no room for the device ({error.strerror})") from error
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise PermissionDenied(
-                    f"{path}: {error.strerror}; choose a place you can write to"
+                    f"{path}: {error.strerror}; choose a place that you can write to, such as /dev/shm"
                 ) from error
             raise InvalidArgument(f"{path}: {error.strerror}") from error
         return device
@@ -144,10 +146,13 @@ class DeviceDir:
                 f"{path} is not a daxemu device: make one with: daxemu mkfs {path} --size 1G"
             ) from error
         except (OSError, ValueError) as error:
-            raise NotADevice(f"{path}/device.toml cannot be read: {error}") from error
+            raise NotADevice(
+                f"{path}/device.toml cannot be read: {error}; restore it, or make a new device elsewhere"
+            ) from error
         if table.get("version") != FORMAT_VERSION:
             raise NotADevice(
-                f"{path}: format version {table.get('version')!r}; this daxemu reads {FORMAT_VERSION}"
+                f"{path} is of format version {table.get('version')!r}, this daxemu reads {FORMAT_VERSION}: "
+                "use the daxemu that made it, or make a new one elsewhere"
             )
         try:
             struct_pages = table.get("struct_pages", True)
@@ -159,7 +164,9 @@ class DeviceDir:
             )
             config.validate()
         except InvalidArgument as error:
-            raise NotADevice(f"{path}/device.toml is damaged: {error}") from error
+            raise NotADevice(
+                f"{path}/device.toml is damaged: {error}; mend that line, or make a new device elsewhere"
+            ) from error
         return cls(path, config)
 
     @classmethod
@@ -169,7 +176,9 @@ class DeviceDir:
         try:
             lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise PermissionDenied(f"{path}/lock: {error.strerror}") from error
+            raise PermissionDenied(
+                f"{path}/lock: {error.strerror}; the device is its owner's: use it as that user"
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -47,13 +47,14 @@ class Media:
             self._fd = os.open(directory / "media", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise NotADevice(
-                f"{directory}: no media ({error.strerror}); make it with: daxemu mkfs"
+                f"{directory}/media: {error.strerror}; "
+                "use it as its owner, restore it, or make a new device with daxemu mkfs"
             ) from error
         found = os.fstat(self._fd).st_size
         if found != size:
             os.close(self._fd)
             raise NotADevice(
-                f"{directory}/media has {found} bytes, device.toml says {size}; refusing to use it"
+                f"{directory}/media has {found} bytes, device.toml says {size}: restore the one that is wrong"
             )
         try:
             self.poison = RangeSet(self._load_poison())
@@ -150,7 +151,10 @@ class Media:
         except FileNotFoundError:
             return
         except ValueError as error:
-            raise NotADevice(f"{self._poison_file}: not a list of 'sector count' lines ({error})") from error
+            raise NotADevice(
+                f"{self._poison_file}: not a list of 'sector count' lines ({error}); "
+                "mend it, or remove it to have no poison"
+            ) from error
 
     def _save_poison(self) -> None:
         text = "".join(f"{r.start} {r.length}\n" for r in self.poison)
@@ -166,4 +170,6 @@ class Media:
                 scratch.write_bytes(data)
                 scratch.replace(self._poison_file)
         except OSError as error:
-            raise NoSpace(f"{self._poison_file} cannot be written: {error.strerror}") from error
+            raise NoSpace(
+                f"{self._poison_file} cannot be written: {error.strerror}; make room there"
+            ) from error

@@ -37,7 +37,7 @@ class Sysfs:
             self._open(directory, "badblocks", b"")
         except OSError as error:
             self.close()
-            raise NoSpace(f"{directory}: {error.strerror}") from error
+            raise NoSpace(f"{directory}: {error.strerror}; make room there") from error
 
     def _open(self, directory: Path, name: str, text: bytes) -> None:
         self._files[name] = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -6,6 +6,7 @@ the control socket.
 ``scrub``     the background scrub; ``settings`` what can be set, and to what
 ``log_handler`` its own messages
 ``event_log`` the record of it all, and those who follow it
-``protocol``  requests and replies as types; ``control`` the socket that carries them
+``control``   the socket that carries its requests and replies (``daxemu.protocol``); ``selection`` what a
+              follower is sent
 ``run``       the life of the process: start, serve, end
 """

@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 
 from daxemu.errors import DaxemuError
+from daxemu.protocol import Reply
 from daxemu.supervisor.log_handler import RatelimitedHandler
-from daxemu.supervisor.protocol import Reply
 from daxemu.supervisor.settings import MountOptions
 
 

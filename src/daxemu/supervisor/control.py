@@ -15,14 +15,15 @@ from pathlib import Path
 import msgspec
 import trio
 
+from daxemu import protocol as p
 from daxemu.errors import DaxemuError, FsError, InvalidArgument, PermissionDenied
-from daxemu.supervisor import protocol as p
 from daxemu.supervisor.event_log import EventLog
+from daxemu.supervisor.selection import selects
 
 MAX_LINE = 4 << 20
 _UCRED = struct.Struct("=iII")
 
-Answer = Callable[[p.Request], Awaitable[msgspec.Struct]]
+Answer = Callable[[p.AnyRequest], Awaitable[msgspec.Struct]]
 
 
 class ControlSocket:
@@ -79,7 +80,10 @@ class ControlSocket:
         raw = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         _, uid, _ = _UCRED.unpack(raw)
         if uid not in (0, os.geteuid()):
-            raise PermissionDenied(f"only the mount's owner (uid {os.geteuid()}) and root may ask")
+            raise PermissionDenied(
+                f"only the mount's owner (uid {os.geteuid()}) and root may ask, not uid {uid}: "
+                f"sudo -u '#{os.geteuid()}' daxemu ..."
+            )
 
     async def _converse(self, stream: trio.SocketStream) -> None:
         buffer = bytearray()
@@ -91,21 +95,22 @@ class ControlSocket:
                 if line.strip():
                     await self._one(stream, line)
             if len(buffer) > MAX_LINE:
-                raise InvalidArgument(f"a request of more than {MAX_LINE} bytes")
+                raise InvalidArgument(f"a request of more than {MAX_LINE} bytes: make several of it")
 
-    async def _one(self, stream: trio.SocketStream, line: bytes) -> None:
+    async def _one(self, stream: trio.SocketStream, asked: bytes) -> None:
         try:
-            request = p.decode_request(line)
+            request = p.decode_request(asked)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             await stream.send_all(_refusal(InvalidArgument(f"not a request: {error}")))
             return
         if isinstance(request, p.Follow):
-            async for event in self._log.follow(request.after):
-                await stream.send_all(event + b"\n")
+            async for line in self._log.follow(request.after):
+                if selects(request, line):
+                    await stream.send_all(line + b"\n")
         else:
             await self._reply(stream, request)
 
-    async def _reply(self, stream: trio.SocketStream, request: p.Request) -> None:
+    async def _reply(self, stream: trio.SocketStream, request: p.AnyRequest) -> None:
         self._answering += 1
         if self._idle.is_set():
             self._idle = trio.Event()

@@ -26,7 +26,9 @@ class EventLog:
         try:
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as this object
         except OSError as error:
-            raise PermissionDenied(f"{path}: {error.strerror}") from error
+            raise PermissionDenied(
+                f"{path}: {error.strerror}; mount it as the user who owns {path.parent}"
+            ) from error
         self._lines: deque[bytes] = deque(maxlen=KEPT)
         self._mend = b""
         self._emitted = 0

@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 import trio
 
+from daxemu import protocol as p
 from daxemu.errors import InvalidArgument, MediaError, NoDevice
 from daxemu.events import (
     DaxActiveAtRemove,
@@ -37,13 +38,13 @@ from daxemu.mm.memory_failure import Incident, MappingRange, MemoryFailures
 from daxemu.pmem.inject import check_range, corrupt, failed_pages, inject, scrub, uninject
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range, RangeSet
-from daxemu.supervisor import protocol as p
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.madvise import madvise_inject_error
 from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.scrub import Scrubber
 from daxemu.supervisor.settings import one_of, seconds
+from daxemu.supervisor.survey import survey
 from daxemu.uapi import MF_ACTION_REQUIRED, PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Ino, page_align_down
 
 
@@ -265,7 +266,7 @@ class Machine:
         InvalidArgument.
         """
         if not ranges:
-            raise InvalidArgument("no range given")
+            raise InvalidArgument("no range given: give at least one [offset, length]")
         if ino is None:
             for offset, length in ranges:
                 check_range(offset, length, self.pmem.dax.size, "the device")
@@ -281,7 +282,9 @@ class Machine:
             found = self._file_ranges(ino, ranges)
             holes = sum(length for _, length in ranges) - sum(r.length for r in found)
         if not found:
-            raise InvalidArgument("the range is a hole: there is no media behind it")
+            raise InvalidArgument(
+                "the range is a hole, with no media behind it: write there first, or see daxemu map FILE"
+            )
         return found, holes
 
     def _file_ranges(self, ino: Ino, ranges: list[tuple[int, int]]) -> list[Range]:
@@ -479,7 +482,7 @@ class Machine:
             tracer=f"pid {tracer}" if tracer is not None else "not running",
         )
 
-    async def answer(self, request: p.Request) -> msgspec.Struct:
+    async def answer(self, request: p.AnyRequest) -> msgspec.Struct:
         """Do what a request asks. Raises DaxemuError."""
         match request:
             case p.Inject():
@@ -504,6 +507,8 @@ class Machine:
                 return await self.remove()
             case p.Status():
                 return self.status()
+            case p.Survey():
+                return survey(self.pmem, self.fs, request)
             case p.Set(settings=settings):
                 return await self.set(settings)
         raise InvalidArgument(f"cannot do {type(request).__name__} here")

@@ -10,10 +10,10 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from daxemu import protocol as p
 from daxemu.events import MadviseInjected, PoisonInjected
 from daxemu.host.tasks import process_of
 from daxemu.pmem.inject import inject
-from daxemu.supervisor import protocol as p
 from daxemu.uapi import MF_ACTION_REQUIRED, MF_SW_SIMULATED, PAGE_SIZE
 
 if TYPE_CHECKING:

@@ -23,12 +23,12 @@ from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.rmap import Owner
 from daxemu.mm.memory_failure import Incident, Task
 from daxemu.pmem.pmem import Pmem
+from daxemu.protocol import RepairReport
 from daxemu.ranges import Range, RangeSet
 from daxemu.repair import registry
 from daxemu.repair.strategy import Failure, Options, Strategy, Verdict
 from daxemu.repair.volume import Volume
 from daxemu.supervisor.guard import Guard, Hung
-from daxemu.supervisor.protocol import RepairReport
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE
 
 log = logging.getLogger(__name__)

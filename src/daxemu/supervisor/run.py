@@ -17,7 +17,8 @@ from pathlib import Path
 import msgspec
 import trio
 
-from daxemu.errors import Busy, DaxemuError, Unsupported
+from daxemu import protocol as p
+from daxemu.errors import Busy, CorruptMetadata, DaxemuError, Unsupported
 from daxemu.events import Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host import supplement
@@ -28,7 +29,6 @@ from daxemu.host.tracer_link import TracerLink
 from daxemu.host.watchdog import Watchdog
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.pmem.pmem import Pmem
-from daxemu.supervisor import protocol as p
 from daxemu.supervisor.control import ControlSocket
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.machine import Machine, open_core
@@ -62,7 +62,10 @@ def supervise(
         undo.callback(events.close)
         pmem = Pmem(directory)
         undo.callback(pmem.close)
-        mm, fs = open_core(pmem, events, (os.geteuid(), os.getegid()))
+        try:
+            mm, fs = open_core(pmem, events, (os.geteuid(), os.getegid()))
+        except CorruptMetadata as error:
+            raise CorruptMetadata(f"{error}: daxemu fsck {printable(device)} --repair") from error
         undo.callback(_save, fs)
         repairs = Repairs(pmem, fs, directory.path / "repair", events.emit, mountpoint.resolve())
         undo.callback(repairs.close)
@@ -95,7 +98,7 @@ class _Ending:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
 
-    async def answer(self, request: p.Request) -> msgspec.Struct:
+    async def answer(self, request: p.AnyRequest) -> msgspec.Struct:
         """All requests; unmounting is not the machine's own business."""
         if isinstance(request, p.Unmount):
             await self.unmount(force=request.force)
@@ -132,7 +135,9 @@ class _Ending:
         fsync.
         """
         if not self._machine.session.abort():
-            raise Unsupported("the connection cannot be cut: /sys/fs/fuse/connections is not ours to write")
+            raise Unsupported(
+                "the connection cannot be cut: mount -t fusectl none /sys/fs/fuse/connections (as root)"
+            )
         self._machine.fs.abandon()
         await trio.to_thread.run_sync(self._machine.session.detach, abandon_on_cancel=True)
 

@@ -1,0 +1,48 @@
+"""doctor: what this machine lacks, and how to mend it."""
+
+from __future__ import annotations
+
+import click
+
+from daxemu.cli.common import emit, json_option
+from daxemu.client import Client
+from daxemu.errors import Unsupported
+from daxemu.host.checkup import Finding, check_up
+from daxemu.host.mountinfo import Mount
+
+PATIENCE = 5.0
+"""Seconds that each supervisor has to answer."""
+_COLORS = {"ok": "green", "worse": "yellow", "missing": "red"}
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Check what daxemu needs of this machine, and say how to mend what is missing. Changes nothing.
+
+    Exit status 8 if nothing can be mounted here; what only works worse is no failure.
+
+    \b
+    Example:
+      daxemu doctor
+    """
+    findings = list(check_up(_ask))
+    emit(
+        {"findings": [finding._asdict() for finding in findings]},
+        as_json,
+        lambda: "\n".join(map(_show, findings)),
+    )
+    missing = [finding.subject for finding in findings if finding.verdict == "missing"]
+    if missing:
+        raise Unsupported(f"nothing can be mounted here before this is mended: {', '.join(missing)}")
+
+
+def _ask(mount: Mount) -> None:
+    with Client(mount, patience=PATIENCE) as client:
+        client.request("status")
+
+
+def _show(finding: Finding) -> str:
+    verdict = click.style(f"{finding.verdict:8}", fg=_COLORS[finding.verdict])
+    mend = f"\n{'':8}mend: {finding.mend}" if finding.mend else ""
+    return f"{verdict}{finding.subject}: {finding.found}{mend}"

@@ -1,0 +1,180 @@
+"""What watch and report know of a mount, and what the keys do to it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import msgspec
+
+from daxemu.client import Client
+from daxemu.errors import DaxemuError, NotMounted
+from daxemu.events import Event, MemoryFailureHandled, SignalSent
+from daxemu.host.mountinfo import Mount, mount_of
+from daxemu.host.tasks import Mapped, mapped_files
+from daxemu.protocol import Clear, Damaged, DamagedRange, Inject, StatusReport, Survey, SurveyReport
+from daxemu.protocol import Status as StatusRequest
+from daxemu.uapi import PAGE_SIZE
+
+KEPT = 1000
+FILES = 50
+RATE_WINDOW = 10.0
+"""Seconds that a rate is the mean of."""
+ZOOM = 8
+PATIENCE = 5.0
+
+
+class Seen(NamedTuple):
+    """One look at a mount."""
+
+    status: StatusReport
+    survey: SurveyReport
+    here: SurveyReport
+    """The part at the cursor."""
+    damaged: list[DamagedRange]
+    mapped: list[Mapped]
+
+
+class Model:
+    """A mount as it is watched. A context manager; ``look`` before anything else."""
+
+    def __init__(self, mount: Mount) -> None:
+        self.mount = mount
+        self.cursor = 0
+        self.offset = 0
+        self.length: int | None = None
+        self.message = ""
+        self.ended = False
+        self.events: deque[Event] = deque(maxlen=KEPT)
+        self.seen: Seen | None = None
+        self._names: dict[int, str] = {}
+        self._surveyed: tuple[object, SurveyReport] | None = None
+        self._client = Client(mount, patience=PATIENCE)
+        self._listener = Client(mount)
+        self._follower = threading.Thread(target=self._follow, name="events", daemon=True)
+        self._follower.start()
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Raises NotMounted."""
+        return cls(mount_of(path))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._listener.hang_up()
+        self._follower.join()
+        self._listener.close()
+        self._client.close()
+
+    def _follow(self) -> None:
+        for event in self._listener.events():
+            self.events.append(event)
+
+    @property
+    def now(self) -> Seen:
+        """The last look."""
+        assert self.seen is not None
+        return self.seen
+
+    def look(self, cells: int) -> None:
+        """Look again. Sets ``ended`` when the mount is gone."""
+        try:
+            status = self._client.ask(StatusRequest())
+            survey = self._survey(status, Survey(self.offset, self.length, cells, FILES))
+            self.cursor = min(self.cursor, len(survey.cells) - 1)
+            at, length = self._at_cursor(survey, status.size)
+            here = self._client.ask(Survey(at, length, 1, FILES))
+            damaged = self._client.ask(Damaged()).files
+        except NotMounted:
+            self.ended = True
+            return
+        self._names.update((use.ino, use.path) for use in survey.files + here.files)
+        self.seen = Seen(status, survey, here, damaged, list(mapped_files(self.mount.dev)))
+
+    def _survey(self, status: StatusReport, wanted: Survey) -> SurveyReport:
+        """Asked for only when something can have changed: on a full device it is no small thing to ask."""
+        key = (wanted, status.free_blocks, status.extents, status.inodes, status.events)
+        if self._surveyed is None or self._surveyed[0] != key:
+            self._surveyed = (key, self._client.ask(wanted))
+        return self._surveyed[1]
+
+    def _at_cursor(self, survey: SurveyReport, size: int) -> tuple[int, int]:
+        at = survey.offset + self.cursor * survey.cell
+        return at, min(survey.cell, size - at)
+
+    # -- keys
+
+    def move(self, cells: int) -> None:
+        """Move the cursor, not off the map."""
+        target = self.cursor + cells
+        if 0 <= target < len(self.now.survey.cells):
+            self.cursor = target
+
+    def zoom(self, *, closer: bool) -> None:
+        """Look at an eighth of what is shown, around the cursor, or at eight times as much."""
+        size, survey = self.now.status.size, self.now.survey
+        shown = size - self.offset if self.length is None else self.length
+        least = len(survey.cells) * PAGE_SIZE
+        length = max(least, shown // ZOOM) if closer else shown * ZOOM
+        middle, _ = self._at_cursor(survey, size)
+        if length >= size:
+            self.offset, self.length = 0, None
+        else:
+            self.length = length // PAGE_SIZE * PAGE_SIZE
+            start = max(0, min(middle - self.length // 2, size - self.length))
+            self.offset = start // PAGE_SIZE * PAGE_SIZE
+        cell = max(PAGE_SIZE, -(-(self.length or size) // len(survey.cells)))
+        self.cursor = max(0, middle - self.offset) // cell
+        self.look(len(survey.cells))
+
+    def inject(self, *, latent: bool) -> None:
+        """Poison the page at the cursor: of the file that has most of what is there, or else its first."""
+        at, _ = self._at_cursor(self.now.survey, self.now.status.size)
+        if self.now.here.files:
+            at = self.now.here.files[0].device_offset
+        try:
+            done = self._client.ask(Inject([(at, PAGE_SIZE)], latent=latent)).ranges[0]
+        except DaxemuError as error:
+            self.message = str(error)
+            return
+        self.message = f"poisoned device {done.offset:#x}+{done.length:#x}: {done.outcome}, {done.told} told"
+
+    def clear(self) -> None:
+        """Heal all that is at the cursor."""
+        try:
+            at = self._at_cursor(self.now.survey, self.now.status.size)
+            healed = self._client.ask(Clear([at])).bytes
+        except DaxemuError as error:
+            self.message = str(error)
+            return
+        self.message = f"cleared {healed} bytes of poison"
+
+    # -- derived
+
+    def rates(self, now: float | None = None) -> dict[str, float]:
+        """Events, failures and signals a second, of late."""
+        since = (time.time() if now is None else now) - RATE_WINDOW
+        late = [event for event in list(self.events) if event.time >= since]
+        return {
+            "events": len(late) / RATE_WINDOW,
+            "failures": sum(isinstance(event, MemoryFailureHandled) for event in late) / RATE_WINDOW,
+            "signals": sum(isinstance(event, SignalSent) for event in late) / RATE_WINDOW,
+        }
+
+    def path_of(self, ino: int) -> str:
+        """A name for a file that is mapped."""
+        return self._names.get(ino, f"<inode {ino}>")
+
+    def json(self) -> str:
+        """The last look as one JSON object."""
+        shown = {
+            **self.now._asdict(),
+            "rates": self.rates(),
+            "mapped": [m._asdict() for m in self.now.mapped],
+        }
+        return msgspec.json.encode(shown).decode()

@@ -1,0 +1,53 @@
+"""What happened to this process: events made into addresses of its own."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from daxemu.host.mountinfo import Mount
+
+if TYPE_CHECKING:
+    from daxemu.events import Event, FileDamaged, StoreLost
+
+
+class Notice(NamedTuple):
+    """Bytes of a file are lost, or ``path`` None: of all of them, for the filesystem was shut down or its
+    device removed.
+
+    ``addresses``: where this process has them mapped just now, as (address, length), touched or not.
+    """
+
+    event: Event
+    path: str | None
+    offset: int
+    length: int
+    addresses: tuple[tuple[int, int], ...]
+
+
+def notice_of(event: Event, mount: Mount, *, only_mapped: bool) -> Notice | None:
+    """What ``event`` means to this process; None if nothing, or (``only_mapped``) nothing it has mapped."""
+    from daxemu.events import DeviceRemoved, FileDamaged, FilesystemShutdown, StoreLost
+
+    if isinstance(event, FilesystemShutdown | DeviceRemoved):
+        return Notice(event, None, 0, 0, ())
+    if not isinstance(event, FileDamaged | StoreLost):
+        return None
+    addresses = tuple(_own_addresses(event, mount))
+    if only_mapped and not addresses:
+        return None
+    return Notice(event, event.path, event.offset, event.length, addresses)
+
+
+def _own_addresses(event: FileDamaged | StoreLost, mount: Mount) -> list[tuple[int, int]]:
+    from daxemu.host.tasks import read_vmas
+    from daxemu.ranges import Range
+    from daxemu.uapi import PAGE_SHIFT
+
+    found = []
+    for vma in read_vmas(os.getpid(), mount.dev):
+        first = vma.pgoff << PAGE_SHIFT
+        hurt = Range(event.offset, event.offset + event.length).clip(first, first + vma.end - vma.start)
+        if vma.ino == event.ino and hurt:
+            found.append((vma.start + hurt.start - first, hurt.length))
+    return found

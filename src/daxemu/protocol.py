@@ -1,0 +1,355 @@
+"""Requests and replies of the control socket, as types. One JSON object a line; ``op`` names the request.
+
+docs/protocol.md is made of this file (``make protocol``). A request is a ``Request[R]``; ``R`` is what it is
+answered with.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, Literal, Never, TypeVar, get_args
+
+import msgspec
+
+from daxemu.uapi import Ino
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+
+class PoisonedRange(msgspec.Struct):
+    """What one range of an injection did. Device bytes; ``pfn`` and ``nr_pages`` as memory_failure() saw
+    it.
+    """
+
+    offset: int
+    length: int
+    pfn: int
+    nr_pages: int
+    outcome: str
+    told: int
+
+
+class Injected(msgspec.Struct):
+    ranges: list[PoisonedRange]
+    rounded: bool
+    """Whether a range was rounded out to whole sectors."""
+    holes: int
+    """Bytes of the ranges that are holes of the file: there is no media to poison."""
+
+
+class Advised(msgspec.Struct):
+    """What the system call returns: 0, or an error number. Any signal is on its way."""
+
+    errno: int
+
+
+class Cleared(msgspec.Struct):
+    ranges: list[tuple[int, int]]
+    bytes: int
+
+
+class BadblockList(msgspec.Struct):
+    """``ranges``: [first sector, count], 512-byte sectors of the device."""
+
+    ranges: list[tuple[int, int]]
+    sectors: int
+
+
+class DamagedRange(msgspec.Struct):
+    ino: Ino
+    path: str
+    offset: int
+    length: int
+
+
+class DamagedList(msgspec.Struct):
+    files: list[DamagedRange]
+
+
+class Extent(msgspec.Struct):
+    """A run of a file, in bytes. ``device_offset`` null: a hole. ``shared_by``: files' links to it, 1 if its
+    own.
+    """
+
+    offset: int
+    length: int
+    device_offset: int | None
+    pfn: int | None
+    shared_by: int
+    poisoned: bool
+
+
+class FileMap(msgspec.Struct):
+    ino: Ino
+    path: str
+    size: int
+    extents: list[Extent]
+
+
+class Shared(msgspec.Struct):
+    bytes: int
+
+
+class Removed(msgspec.Struct):
+    told: int
+    was_idle: bool
+
+
+class Cell(msgspec.Struct):
+    """One of the equal parts of a range of the device, in bytes: in use, of that by the filesystem's own
+    records and by more than one link, known to be poison, and poison that nobody knows of.
+    """
+
+    used: int = 0
+    metadata: int = 0
+    shared: int = 0
+    bad: int = 0
+    latent: int = 0
+
+
+class FileUse(msgspec.Struct):
+    """How much of a range a file has, and where its first byte there is."""
+
+    ino: Ino
+    path: str
+    bytes: int
+    device_offset: int
+    file_offset: int
+
+
+class SurveyReport(msgspec.Struct):
+    """``cell``: bytes of each part, whole pages; the last part may reach past the end of the device."""
+
+    offset: int
+    cell: int
+    cells: list[Cell]
+    files: list[FileUse]
+    """Those with the most of the range."""
+
+
+class RepairReport(msgspec.Struct):
+    """``recovered`` to ``failed``: how many failures came out so. ``broken``: why the strategy is asked
+    nothing more.
+    """
+
+    strategy: str
+    recovered: int
+    lost: int
+    cannot: int
+    failed: int
+    space_bytes: int
+    broken: str | None
+
+
+class Repaired(msgspec.Struct):
+    """What is left of what was bad, in blocks of 4096 bytes."""
+
+    strategy: str
+    recovered: int
+    lost: int
+    left: int
+    reason: str | None
+
+
+class StatusReport(msgspec.Struct):
+    device: str
+    mountpoint: str
+    pid: int
+    state: Literal["mounted", "shut down", "removed"]
+    reason: str | None
+    size: int
+    base_pfn: int
+    struct_pages: bool
+    blocks: int
+    free_blocks: int
+    inodes: int
+    extents: int
+    open_files: int
+    badblocks: int
+    poisoned_sectors: int
+    scrubs: int
+    """Background scrubs so far."""
+    settings: dict[str, str]
+    counters: dict[str, int]
+    repair: RepairReport
+    events: int
+    supplement: str
+    tracer: str
+
+
+class Done(msgspec.Struct):
+    """Nothing to tell but that it was done."""
+
+
+class Reply(msgspec.Struct):
+    """``ok``: ``result`` is the reply's struct. Otherwise ``error`` names one of errors.ERRORS and
+    ``message`` says why.
+    """
+
+    ok: bool
+    result: msgspec.Raw | None = None
+    error: str | None = None
+    message: str | None = None
+
+
+class Request(msgspec.Struct, Generic[R], tag_field="op", forbid_unknown_fields=True):
+    """One thing asked for."""
+
+
+class Inject(Request[Injected], tag="inject"):
+    """Poison ranges of file ``ino``, or of the device if that is null. ``ranges``: [offset, length] in bytes,
+    each one failure.
+    """
+
+    ranges: list[tuple[int, int]]
+    ino: Ino | None = None
+    latent: bool = False
+    silent: bool = False
+    """Change the bytes, and make nothing bad. ``seed`` says to what."""
+    seed: int = 0
+
+
+class Madvise(Request[Advised], tag="madvise"):
+    """``madvise_inject_error()``: thread ``tid``, which waits in madvise(2), asks for pages to fail, one
+    after another, or to go offline (``soft``). It has ``length`` bytes of file ``ino`` from ``offset`` on
+    mapped at ``address``; these are multiples of a page. ``simulated``: the media stays good
+    (MF_SW_SIMULATED).
+    """
+
+    tid: int
+    address: int
+    ino: Ino
+    offset: int
+    length: int
+    soft: bool = False
+    simulated: bool = False
+
+
+class Clear(Request[Cleared], tag="clear"):
+    """Make ranges healthy again; what was in their poisoned sectors is zeros from then on."""
+
+    ranges: list[tuple[int, int]]
+    ino: Ino | None = None
+
+
+class Scrub(Request[Cleared], tag="scrub"):
+    """Look for latent poison; what is found is in badblocks then."""
+
+
+class GetBadblocks(Request[BadblockList], tag="badblocks"):
+    """The bad sectors that are known."""
+
+
+class Damaged(Request[DamagedList], tag="damaged"):
+    """Files and ranges that lost data."""
+
+
+class Map(Request[FileMap], tag="map"):
+    """The extents of a file."""
+
+    ino: Ino
+
+
+class Reflink(Request[Shared], tag="reflink"):
+    """Share a range of ``src``'s blocks with ``dst``; ``length`` 0 is to the end of ``src``."""
+
+    src: Ino
+    dst: Ino
+    src_offset: int = 0
+    dst_offset: int = 0
+    length: int = 0
+
+
+class Remove(Request[Removed], tag="remove"):
+    """Surprise removal of the device."""
+
+
+class Status(Request[StatusReport], tag="status"):
+    """What this machine is and how it fares."""
+
+
+class Survey(Request[SurveyReport], tag="survey"):
+    """What is where in a range of the device (``length`` null: to its end), in at most ``cells`` parts and
+    ``files`` names.
+    """
+
+    offset: int = 0
+    length: int | None = None
+    cells: int = 1
+    files: int = 0
+
+
+class Set(Request[Done], tag="set"):
+    """Change settings, as a sysctl would: all of them or none."""
+
+    settings: dict[str, str]
+
+
+class Repair(Request[Repaired], tag="repair"):
+    """Choose another repair strategy (``NAME[:key=value,...]``), if any is given; then have it see to all
+    that is bad.
+    """
+
+    strategy: str | None = None
+
+
+class FileRange(msgspec.Struct, forbid_unknown_fields=True):
+    """Bytes of a file; ``length`` null is to its end."""
+
+    ino: Ino
+    offset: int = 0
+    length: int | None = None
+
+
+class Follow(Request[Never], tag="follow"):
+    """Send the events with ``seq`` above ``after``, then each new one: there is no other answer, and nothing
+    else can be asked on this connection.
+
+    ``events``: only those of these names. With ``files``, ``ranges`` (device bytes) or ``pids``: only those
+    that concern one of them, and those that concern everybody, such as a shutdown or the device's removal.
+    """
+
+    after: int = 0
+    events: list[str] | None = None
+    files: list[FileRange] | None = None
+    ranges: list[tuple[int, int]] | None = None
+    pids: list[int] | None = None
+
+
+class PowerFail(Request[Done], tag="powerfail"):
+    """The machine loses power: the page cache and what was not committed are gone, and with them the
+    mount.
+    """
+
+
+class Unmount(Request[Done], tag="unmount"):
+    """Unmount and end. With ``force`` although files are open."""
+
+    force: bool = False
+
+
+AnyRequest = (
+    Inject
+    | Madvise
+    | Clear
+    | Scrub
+    | GetBadblocks
+    | Damaged
+    | Map
+    | Reflink
+    | Remove
+    | Status
+    | Survey
+    | Set
+    | Repair
+    | Follow
+    | PowerFail
+    | Unmount
+)
+
+decode_request = msgspec.json.Decoder(AnyRequest).decode
+
+
+def reply_type(request: type[Request[R]]) -> type[R]:
+    """What a request is answered with; Never if by events."""
+    found: type[R] = get_args(request.__orig_bases__[0])[0]  # type: ignore[attr-defined]
+    return found

@@ -1,0 +1,6 @@
+"""The client is tested on the mounts of tests/mount."""
+
+from __future__ import annotations
+
+from tests.mount.conftest import quick_mount as quick_mount
+from tests.mount.conftest import zygote as zygote

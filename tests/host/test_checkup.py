@@ -1,0 +1,168 @@
+"""What daxemu doctor finds: on this machine, and on one that lacks what it looks for."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from daxemu.errors import Busy, NotMounted
+from daxemu.host import checkup
+from daxemu.host.checkup import Finding
+from daxemu.host.mountinfo import Mount
+from tests.support.elsewhere import NOBODY, daxemu_as_user
+from tests.support.mount import DaxMount, daxemu
+
+Patch = pytest.MonkeyPatch
+
+
+def found(check: Callable[[], Finding]) -> tuple[str, str, str]:
+    finding = check()
+    assert finding.verdict == "ok" or finding.mend
+    return finding.verdict, finding.found, finding.mend
+
+
+@pytest.mark.mount
+def test_this_machine(dax_mount: DaxMount) -> None:
+    shown = json.loads(daxemu("doctor", "--json"))["findings"]
+    verdicts = {finding["subject"]: finding["verdict"] for finding in shown}
+    wanted = [
+        "FUSE",
+        "mounting",
+        "pyfuse3",
+        "supplement",
+        "ptrace",
+        "fusectl",
+        "kernel",
+        "pagemap",
+        "seccomp",
+        "mounts",
+    ]
+    assert set(wanted) <= set(verdicts)
+    assert {verdicts[subject] for subject in ("FUSE", "mounting", "pyfuse3", "supplement")} == {"ok"}
+    assert all(finding["mend"] for finding in shown if finding["verdict"] != "ok")
+
+
+@pytest.mark.mount
+def test_a_mount_whose_supervisor_is_dead(dax_mount: DaxMount) -> None:
+    pid = dax_mount.json("status", dax_mount.path)["pid"]
+    os.kill(pid, 9)
+    shown = daxemu("doctor")
+    assert f"worse   mounts: {dax_mount.path}: its supervisor is dead" in shown
+    assert f"        mend: daxemu umount --force {dax_mount.path}" in shown
+
+
+@pytest.mark.mount
+def test_another_user_who_may_not_open_fuse(dax_mount: DaxMount) -> None:
+    """Whatever this machine lets him: each finding that is not ok says how to mend it."""
+    command = [*NOBODY, *daxemu_as_user(), "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert done.returncode in (0, 8), done.stderr
+    findings = json.loads(done.stdout)["findings"]
+    assert all(finding["mend"] for finding in findings if finding["verdict"] != "ok")
+    (mounting,) = [finding for finding in findings if finding["subject"] == "mounting"]
+    assert "fusermount3" in mounting["found"]
+    assert not any(str(dax_mount.path) in finding["found"] for finding in findings)
+
+
+def test_no_dev_fuse(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(checkup, "FUSE", tmp_path / "fuse")
+    assert found(checkup._fuse)[0] == "missing"
+    assert "modprobe fuse" in found(checkup._fuse)[2]
+    assert "--device /dev/fuse" in found(checkup._fuse)[2]
+
+
+def test_root_without_the_right_to_mount(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(checkup, "_capable", lambda capability: False)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert found(checkup._mounting)[2] == "in a container: --cap-add SYS_ADMIN"
+
+
+def test_a_user_and_fusermount3(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert found(checkup._mounting) == ("missing", "no fusermount3", "apt-get install fuse3")
+    helper = tmp_path / "fusermount3"
+    helper.write_text("#!/bin/sh\n")
+    helper.chmod(0o755)
+    assert found(checkup._mounting)[2] == f"chmod u+s {helper} (as root)"
+    helper.chmod(0o755 | stat.S_ISUID)
+    assert found(checkup._mounting)[0] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("scope", "capable", "verdict"),
+    [("0", False, "ok"), ("1", True, "ok"), ("2", True, "ok"), ("1", False, "worse"), ("3", True, "worse")],
+)
+def test_ptrace_scope(tmp_path: Path, monkeypatch: Patch, scope: str, capable: bool, verdict: str) -> None:
+    (tmp_path / "scope").write_text(f"{scope}\n")
+    monkeypatch.setattr(checkup, "PTRACE_SCOPE", tmp_path / "scope")
+    monkeypatch.setattr(checkup, "_capable", lambda capability: capable)
+    assert found(checkup._tracing)[0] == verdict
+
+
+def test_shared_memory(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(checkup, "SHARED", tmp_path / "nothing")
+    assert found(checkup._shared_memory)[0] == "worse"
+    monkeypatch.setattr(checkup, "SHARED", tmp_path)
+    assert found(checkup._shared_memory)[0] == "ok"
+    monkeypatch.setattr(checkup, "MIN_SHARED", 1 << 60)
+    assert "--shm-size" in found(checkup._shared_memory)[2]
+
+
+def test_no_fusectl(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(checkup, "CONNECTIONS", tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert found(checkup._abort)[2] == f"mount -t fusectl none {tmp_path} (as root)"
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert found(checkup._abort)[0] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("release", "machine", "verdict"),
+    [("6.18.1-x", "x86_64", "ok"), ("5.10.0-28-amd64", "x86_64", "worse"), ("6.1.0", "aarch64", "worse")],
+)
+def test_kernel(monkeypatch: Patch, release: str, machine: str, verdict: str) -> None:
+    monkeypatch.setattr("platform.release", lambda: release)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert found(checkup._kernel)[0] == verdict
+
+
+def test_no_pagemap_scan(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(checkup, "pagemap_scan_works", lambda: False)
+    assert found(checkup._presence)[0] == "worse"
+
+
+def test_what_cannot_be_imported_or_run(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert found(checkup._pyfuse3)[0] == "missing"
+    assert found(checkup._seccomp)[0] == "worse"
+
+
+def test_no_supplement(monkeypatch: Patch) -> None:
+    monkeypatch.setattr("daxemu.host.supplement.MISSING", "it was not built")
+    assert found(checkup._supplement)[1].startswith("it was not built: ")
+
+
+def test_stale_mounts(monkeypatch: Patch) -> None:
+    all_of_them = [Mount(Path(name), Path("/d"), (0, 1)) for name in ("/good", "/dead", "/hangs")]
+    monkeypatch.setattr(checkup, "mounts", lambda: all_of_them)
+
+    def ask(mount: Mount) -> None:
+        if mount.mountpoint == Path("/dead"):
+            raise NotMounted
+        if mount.mountpoint == Path("/hangs"):
+            raise Busy
+
+    findings = list(checkup._stale(ask))
+    assert [finding.mend for finding in findings] == [
+        "daxemu umount --force /dead",
+        "daxemu umount --force /hangs",
+    ]
+    assert [finding.verdict for finding in checkup._stale(lambda mount: None)] == ["ok"]

@@ -1,0 +1,167 @@
+"""Everything that FUSE allows an ordinary user, as one: nobody, by way of fusermount3."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.actor import compile_victim
+from tests.support.elsewhere import NOBODY, daxemu_as_user
+from tests.support.mount import PATIENCE, clear_away
+
+pytestmark = pytest.mark.mount
+
+
+@dataclass
+class User:
+    """What another user does below ``home``, which is his. ``mnt`` is his mount of ``device``."""
+
+    daxemu: tuple[str, ...]
+    home: Path
+
+    @property
+    def mnt(self) -> Path:
+        return self.home / "mnt"
+
+    @property
+    def device(self) -> Path:
+        return self.home / "pmem"
+
+    def __call__(self, *command: str | Path, status: int = 0) -> str:
+        """Run a command as he; all it says."""
+        done = subprocess.run(
+            [*NOBODY, *map(str, command)],
+            cwd=self.home,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == status, f"{command}: exit {done.returncode}\n{done.stdout}"
+        return done.stdout
+
+    def dax(self, *arguments: str | Path, status: int = 0) -> str:
+        """Run daxemu as he."""
+        return self(*self.daxemu, *arguments, status=status)
+
+    def json(self, *arguments: str | Path) -> Any:
+        return json.loads(self.dax(*arguments, "--json"))
+
+
+@pytest.fixture
+def user() -> Iterator[User]:
+    """Who has a file ``f`` of four pages, A to D, on his mount."""
+    if shutil.which("fusermount3") is None:
+        pytest.skip("no fusermount3 here: apt-get install fuse3")
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    made = User(daxemu_as_user(), Path(tempfile.mkdtemp(prefix="daxemu-user-", dir="/dev/shm")))
+    os.chown(made.home, 65534, 65534)
+    try:
+        made("mkdir", made.mnt)
+        made.dax("mkfs", made.device, "--size", "256M")
+        made.dax("mount", made.device, made.mnt)
+        made("sh", "-c", "for c in A B C D; do head -c 4096 /dev/zero | tr '\\0' $c; done > mnt/f")
+        yield made
+        if made.mnt in [Path(found["mountpoint"]) for found in made.json("status")]:
+            made.dax("umount", "--force", made.mnt)
+        assert made.json("fsck", made.device)["wrong"] == []
+    finally:
+        clear_away(made.mnt)
+        shutil.rmtree(made.home)
+
+
+def test_the_demo_keeps_its_promises(user: User) -> None:
+    """Exact AO and AR, reflinks found in other processes, removal."""
+    result = json.loads(user(*user.daxemu, "demo", "--json"))
+    assert result["kept"], result
+
+
+def test_files(user: User) -> None:
+    user("sh", "-ec", "cd mnt; mkdir -p a/b; ln f hard; ln -s f soft; mv f a/b/g; chmod 600 a/b/g; sync hard")
+    assert user("stat", "-c", "%U %a %h", "mnt/a/b/g").split() == ["nobody", "600", "2"]
+    assert "Operation not permitted" in user("chown", "root", "mnt/hard", status=1)
+    user.dax("umount", user.mnt)
+    user.dax("mount", user.device, user.mnt)
+    assert user("head", "-c", "1", "mnt/hard") == "A"
+
+
+def test_cp_and_reflink_share(user: User) -> None:
+    user("cp", "mnt/f", "mnt/copied")
+    user.dax("reflink", user.mnt / "f", user.mnt / "linked")
+    assert [extent["shared_by"] for extent in user.json("map", user.mnt / "f")["extents"]] == [3]
+
+
+def test_poison_is_found_read_healed_and_cleared(user: User) -> None:
+    user.dax("inject", user.mnt / "f", "--offset", "4K")
+    assert "Input/output error" in user("cat", "mnt/f", status=1)
+    assert [found["offset"] for found in user.json("damaged", user.mnt)["files"]] == [4096]
+    user("dd", "if=/dev/zero", "of=mnt/f", "bs=4K", "seek=1", "count=1", "conv=notrunc", "status=none")
+    assert user.json("damaged", user.mnt)["files"] == []
+    user.dax("inject", user.mnt / "f", "--latent")
+    assert user.json("badblocks", user.mnt)["sectors"] == 0
+    assert user.json("scrub", user.mnt)["bytes"] == 4096
+    assert user.json("clear", user.mnt)["bytes"] == 4096
+    assert user("head", "-c", "1", "mnt/f") == "\0"
+
+
+def test_settings_status_and_log(user: User) -> None:
+    user.dax("set", user.mnt, "early_kill=1", "lost_store=eio")
+    status = user.json("status", user.mnt)
+    assert (status["settings"]["early_kill"], status["state"]) == ("1", "mounted")
+    assert "set early_kill=1" in user.dax("log", user.mnt)
+
+
+def test_run(user: User) -> None:
+    """His program's madvise(MADV_HWPOISON)."""
+    said = user(*user.daxemu, "run", user.mnt, "--", compile_victim("poisoner"), "load", "mnt/f", "1")
+    assert "main: code 4 page 1 lsb 12" in said
+
+
+def test_removal(user: User) -> None:
+    user.dax("remove", user.mnt)
+    assert user.json("status", user.mnt)["state"] == "removed"
+    assert "Input/output error" in user("cat", "mnt/f", status=1)
+
+
+def test_power_failure(user: User) -> None:
+    """Where fusectl is mounted, which root's first mount sees to: the abort file is the mount's owner's."""
+    if not os.path.ismount("/sys/fs/fuse/connections"):
+        pytest.skip("/sys/fs/fuse/connections is not mounted here")
+    user("sync", "mnt/f")
+    user.dax("powerfail", user.mnt)
+    user.dax("mount", user.device, user.mnt)
+    assert user("head", "-c", "1", "mnt/f") == "A"
+
+
+def test_others_stay_out(user: User) -> None:
+    """Even root does, of the files: there is no allow_other. He may ask the supervisor."""
+    with pytest.raises(PermissionError):
+        os.listdir(user.mnt)
+    stranger = ("setpriv", "--reuid=65533", "--regid=65533", "--clear-groups")
+    done = subprocess.run(
+        [*stranger, *user.daxemu, "status", str(user.mnt)],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 5
+    assert "another user's" in done.stderr
+    listed = subprocess.run(
+        [*stranger, *user.daxemu, "status"],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"{user.mnt}  ({user.device})  not ours" in listed.stdout

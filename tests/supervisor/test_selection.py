@@ -1,0 +1,56 @@
+"""Which events a follower is sent."""
+
+from __future__ import annotations
+
+import pytest
+
+from daxemu.events import (
+    DeviceRemoved,
+    Event,
+    FileDamaged,
+    FilesystemShutdown,
+    OutsideKernelControl,
+    PoisonInjected,
+    SettingChanged,
+    SignalSent,
+    encode,
+)
+from daxemu.protocol import FileRange, Follow
+from daxemu.supervisor.selection import selects
+
+POISON = PoisonInjected(offset=8192, length=4096)
+DAMAGE = FileDamaged(ino=7, path="/f", offset=4096, length=4096)
+SIGNAL = SignalSent(pid=3, tid=4, comm="c", code=4, address=0, lsb=12, pfn=9, result="delivered")
+SHUTDOWN = FilesystemShutdown(device="d", reason="r")
+REMOVED = DeviceRemoved(device="d", told=0)
+SETTING = SettingChanged(name="early_kill", value="1")
+OUTSIDE = OutsideKernelControl(pfn=9, nr_pages=1)
+ALL = [POISON, DAMAGE, SIGNAL, SHUTDOWN, REMOVED, SETTING, OUTSIDE]
+EVERYBODYS = [SHUTDOWN, REMOVED, SETTING]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sent"),
+    [
+        (Follow(), ALL),
+        (Follow(events=["FileDamaged", "SignalSent"]), [DAMAGE, SIGNAL]),
+        (Follow(events=[]), []),
+        (Follow(files=[]), EVERYBODYS),
+        (Follow(files=[FileRange(7)]), [DAMAGE, *EVERYBODYS]),
+        (Follow(files=[FileRange(8)]), EVERYBODYS),
+        (Follow(files=[FileRange(8), FileRange(7, 8191)]), [DAMAGE, *EVERYBODYS]),
+        (Follow(files=[FileRange(7, 8192)]), EVERYBODYS),
+        (Follow(files=[FileRange(7, 0, 4096)]), EVERYBODYS),
+        (Follow(files=[FileRange(7, 0, 4097)]), [DAMAGE, *EVERYBODYS]),
+        (Follow(ranges=[(0, 8192)]), EVERYBODYS),
+        (Follow(ranges=[(0, 1), (12287, 1)]), [POISON, *EVERYBODYS]),
+        (Follow(ranges=[(12288, 4096)]), EVERYBODYS),
+        (Follow(pids=[3]), [SIGNAL, *EVERYBODYS]),
+        (Follow(pids=[4]), EVERYBODYS),
+        (Follow(pids=[3], files=[FileRange(7)]), [DAMAGE, SIGNAL, *EVERYBODYS]),
+        (Follow(pids=[3], events=["SignalSent"]), [SIGNAL]),
+    ],
+    ids=repr,
+)
+def test_what_is_sent(wanted: Follow, sent: list[Event]) -> None:
+    assert {id(event) for event in ALL if selects(wanted, encode(event))} == {id(event) for event in sent}
