@@ -81,6 +81,18 @@ class Media:
         """The live bytes, writable. Precondition: reserved; the caller has looked at the poison."""
         return self._view[offset : offset + length]
 
+    def store(self, offset: int, data: bytes | memoryview) -> None:
+        """Write to memory that is reserved but was not used yet. Faster than through a view: whole pages are
+        neither zeroed before nor faulted in. Raises MediaError.
+        """
+        done = 0
+        with memoryview(data) as rest:
+            while done < len(data):
+                try:
+                    done += os.pwrite(self._fd, rest[done:], offset + done)
+                except OSError as error:
+                    raise MediaError(f"cannot store to the media: {error.strerror}") from error
+
     def reserve(self, offset: int, length: int) -> None:
         """Back the range with memory. Raises NoSpace when the host has none left; then nothing is
         reserved.
@@ -102,7 +114,7 @@ class Media:
 
     def is_poisoned(self, offset: int, length: int) -> bool:
         """Whether any byte of the range cannot be read."""
-        return self.poison.overlaps(*sectors_of(offset, length))
+        return bool(self.poison) and self.poison.overlaps(*sectors_of(offset, length))
 
     def poisoned(self, offset: int, length: int) -> Iterator[Range]:
         """The poisoned byte ranges that meet ``[offset, offset + length)``, whole sectors each."""
