@@ -21,6 +21,7 @@ from daxemu.errors import Busy, DaxemuError, Unsupported
 from daxemu.events import Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host import supplement
+from daxemu.host.fuse_loop import FuseLoop
 from daxemu.host.mappings import PageCacheMappings
 from daxemu.host.mountinfo import printable
 from daxemu.host.session import Session, abort_file, check_mountpoint
@@ -152,7 +153,7 @@ async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
             listener = control.bind()
             nursery.start_soon(control.serve, listener)
             nursery.start_soon(_announce, ready)
-            await pyfuse3.main()
+            await FuseLoop().main()
             with trio.move_on_after(ANSWER_PATIENCE):
                 await control.idle()  # whoever asked for the unmount gets an answer before the socket goes
             nursery.cancel_scope.cancel()
