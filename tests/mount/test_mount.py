@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from tests.support.mount import DaxMount
@@ -30,3 +33,10 @@ def test_open_with_o_trunc_empties_the_file(dax_mount: DaxMount) -> None:
     dax_mount.umount()
     dax_mount.mount()
     assert file.read_bytes() == b"short"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can have the kernel read ahead further")
+def test_the_kernel_reads_ahead_by_whole_requests(dax_mount: DaxMount) -> None:
+    dev = dax_mount.path.stat().st_dev
+    setting = Path(f"/sys/class/bdi/{os.major(dev)}:{os.minor(dev)}/read_ahead_kb")
+    assert setting.read_text() == "1024\n"

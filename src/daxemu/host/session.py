@@ -26,6 +26,9 @@ MS_NOSUID, MS_NODEV = 2, 4
 MNT_DETACH = 2
 _SYNC_AND_WAIT = 1 | 2 | 4  # SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE, _WAIT_AFTER
 FUSE_NOTIFY_INVAL_INODE = 2
+READ_AHEAD_KIB = 1024
+"""What the kernel asks for at once where it reads ahead: as much as one request can hold."""
+_BDI = Path("/sys/class/bdi")
 _FUSECTL = Path("/sys/fs/fuse/connections")
 _OUT_HEADER = struct.Struct("=IiQ")
 _INVAL_INODE = struct.Struct("=Qqq")
@@ -108,6 +111,18 @@ class Session:
             _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_AND_WAIT)
         finally:
             os.close(fd)
+
+    def read_ahead(self) -> bool:
+        """Have the kernel read ahead by whole requests, instead of 128 KiB. Only root can; returns whether it
+        did.
+        """
+        setting = _BDI / "{}:{}".format(*self.mount.dev) / "read_ahead_kb"
+        try:
+            self.mount.mountpoint.stat()  # waits for the connection's first answer, which sets a limit
+            setting.write_text(str(READ_AHEAD_KIB))
+        except OSError:
+            return False
+        return True
 
     # -- the end
 

@@ -152,7 +152,7 @@ async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
             machine.start(mappings, tracer, nursery)
             listener = control.bind()
             nursery.start_soon(control.serve, listener)
-            nursery.start_soon(_announce, ready)
+            nursery.start_soon(_announce, machine.session, ready)
             await FuseLoop().main()
             with trio.move_on_after(ANSWER_PATIENCE):
                 await control.idle()  # whoever asked for the unmount gets an answer before the socket goes
@@ -171,5 +171,7 @@ async def _commit_now_and_then(machine: Machine) -> None:
                 log.error("the periodic commit failed: %s", error)
 
 
-async def _announce(ready: Callable[[], None]) -> None:
+async def _announce(session: Session, ready: Callable[[], None]) -> None:
+    if not await trio.to_thread.run_sync(session.read_ahead, abandon_on_cancel=True):
+        log.info("the kernel reads ahead 128 KiB only: more needs root")
     ready()
