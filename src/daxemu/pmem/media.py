@@ -83,15 +83,16 @@ class Media:
 
     def store(self, offset: int, data: bytes | memoryview) -> None:
         """Write to memory that is reserved but was not used yet. Faster than through a view: whole pages are
-        neither zeroed before nor faulted in. Raises MediaError.
+        neither zeroed before nor faulted in.
         """
-        done = 0
-        with memoryview(data) as rest:
-            while done < len(data):
-                try:
-                    done += os.pwrite(self._fd, rest[done:], offset + done)
-                except OSError as error:
-                    raise MediaError(f"cannot store to the media: {error.strerror}") from error
+        rest = memoryview(data)
+        while rest:
+            try:
+                done = os.pwrite(self._fd, rest, offset)
+            except OSError:  # a limit on the size of files: it does not count for mappings
+                done = len(rest)
+                self._view[offset : offset + done] = rest
+            offset, rest = offset + done, rest[done:]
 
     def reserve(self, offset: int, length: int) -> None:
         """Back the range with memory. Raises NoSpace when the host has none left; then nothing is
