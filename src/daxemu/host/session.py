@@ -26,8 +26,10 @@ MS_NOSUID, MS_NODEV = 2, 4
 MNT_DETACH = 2
 _SYNC_AND_WAIT = 1 | 2 | 4  # SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE, _WAIT_AFTER
 FUSE_NOTIFY_INVAL_INODE = 2
-READ_AHEAD_KIB = 1024
-"""What the kernel asks for at once where it reads ahead: as much as one request can hold."""
+PAGE_CACHE = {"read_ahead_kb": "1024", "strict_limit": "0"}
+"""The kernel reads ahead as much as one request can hold; and the mount may have more dirty pages than the
+few that FUSE is trusted with, which would be written back all the time, and each store fault again.
+"""
 _BDI = Path("/sys/class/bdi")
 _FUSECTL = Path("/sys/fs/fuse/connections")
 _OUT_HEADER = struct.Struct("=IiQ")
@@ -112,14 +114,13 @@ class Session:
         finally:
             os.close(fd)
 
-    def read_ahead(self) -> bool:
-        """Have the kernel read ahead by whole requests, instead of 128 KiB. Only root can; returns whether it
-        did.
-        """
-        setting = _BDI / "{}:{}".format(*self.mount.dev) / "read_ahead_kb"
+    def tune_page_cache(self) -> bool:
+        """Set PAGE_CACHE for this mount. Only root can; returns whether all of it is set."""
+        settings = _BDI / "{}:{}".format(*self.mount.dev)
         try:
             self.mount.mountpoint.stat()  # waits for the connection's first answer, which sets a limit
-            setting.write_text(str(READ_AHEAD_KIB))
+            for name, value in PAGE_CACHE.items():
+                (settings / name).write_text(value)
         except OSError:
             return False
         return True

@@ -172,6 +172,6 @@ async def _commit_now_and_then(machine: Machine) -> None:
 
 
 async def _announce(session: Session, ready: Callable[[], None]) -> None:
-    if not await trio.to_thread.run_sync(session.read_ahead, abandon_on_cancel=True):
-        log.info("the kernel reads ahead 128 KiB only: more needs root")
+    if not await trio.to_thread.run_sync(session.tune_page_cache, abandon_on_cancel=True):
+        log.info("the page cache reads ahead and keeps less than it could: needs root, and Linux 6.2")
     ready()
