@@ -118,12 +118,15 @@ class Rmap:
         link.
         """
         self._mark(link)
-        self._links.discard(link)
-        link.file_block += trim_front
-        link.dev_block += trim_front
-        link.length = length
+        if self._links.stays(link, link.dev_block + trim_front, length):
+            link.length = length
+        else:
+            self._links.discard(link)
+            link.file_block += trim_front
+            link.dev_block += trim_front
+            link.length = length
+            self._links.add(link)
         self._mark(link)
-        self._links.add(link)
 
     def share(self, link: Link) -> ReflinkProxy:
         """The proxy of ``link``, made now if the extent was never shared before."""
