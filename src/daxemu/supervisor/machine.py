@@ -12,7 +12,7 @@ import msgspec
 import trio
 
 from daxemu import protocol as p
-from daxemu.errors import InvalidArgument, MediaError, NoDevice
+from daxemu.errors import InvalidArgument, NoDevice
 from daxemu.events import (
     DaxActiveAtRemove,
     DeviceRemoved,
@@ -30,14 +30,14 @@ from daxemu.fs.pmd_fault import pmd_ranges
 from daxemu.host.extra_operations import ExtraOperations
 from daxemu.host.mappings import Mappings
 from daxemu.host.mountinfo import printable
-from daxemu.host.operations import Operations, PoisonedRead
+from daxemu.host.operations import Operations
 from daxemu.host.session import Session
-from daxemu.host.tasks import process_of
 from daxemu.host.tracer_link import TracerLink
 from daxemu.mm.memory_failure import Incident, MappingRange, MemoryFailures
 from daxemu.pmem.inject import check_range, corrupt, failed_pages, inject, scrub, uninject
 from daxemu.pmem.pmem import Pmem
-from daxemu.ranges import Range, RangeSet
+from daxemu.ranges import Range
+from daxemu.supervisor.consumption import Consumption
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.madvise import madvise_inject_error
@@ -45,7 +45,7 @@ from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.scrub import Scrubber
 from daxemu.supervisor.settings import one_of, seconds
 from daxemu.supervisor.survey import survey
-from daxemu.uapi import MF_ACTION_REQUIRED, PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Ino, page_align_down
+from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Ino, page_align_down
 
 
 class Machine:
@@ -69,14 +69,11 @@ class Machine:
         self.fs = fs
         self.session = session
         self.log = log
-        self.operations = Operations(fs, self._on_poison, self._on_poisoned_write, session.forget_attributes)
-        self._healing = trio.Lock()
-        self._failing = RangeSet()
-        """Device bytes whose failure is being handled: the strategy has not spoken yet."""
-        self._unhealed: dict[Range, Incident] = {}
-        """What a read found just now, and the strategy could not mend."""
+        self.consumption = Consumption(self)
+        met = self.consumption
+        self.operations = Operations(fs, met.on_read, met.on_write, session.forget_attributes)
         self.scrubber = Scrubber(self.scrub)
-        self._supplement_missing = supplement_missing
+        self.supplement_missing = supplement_missing
         self._failures: Failures | None = None
         self._tracer: TracerLink | None = None
         self._nursery: trio.Nursery | None = None
@@ -89,10 +86,16 @@ class Machine:
         self._nursery = nursery
         self._failures = Failures(self.mm, mappings, tracer, self.log.emit, nursery, self.repairs.failed)
         self.fs.on_shutdown = lambda: nursery.start_soon(self.failures.revoke_everything)
-        if self._supplement_missing is None:
+        if self.supplement_missing is None:
             self._extra = ExtraOperations(
                 self.fs, self.session.mount.dev, self._clone, self._write_back, nursery
             )
+
+    @property
+    def nursery(self) -> trio.Nursery:
+        """For what outlives a request."""
+        assert self._nursery is not None
+        return self._nursery
 
     @property
     def failures(self) -> Failures:
@@ -116,7 +119,7 @@ class Machine:
             self.log.emit(PoisonInjected(offset=bad.start, length=bad.length, latent=request.latent))
             failure = None if request.latent else self.mm.memory_failure(*failed_pages(self.pmem, bad), 0)
             if failure is not None:
-                self._failing.add(*bad)
+                self.consumption.failing.add(*bad)
             done.append((bad, part, failure))
         results = [p.PoisonedRange(0, 0, 0, 0, "", 0)] * len(done)
         async with trio.open_nursery() as nursery:
@@ -135,7 +138,7 @@ class Machine:
             try:
                 result, told = await self.failures.handle(failure)
             finally:
-                self._failing.remove(*bad)
+                self.consumption.failing.remove(*bad)
             outcome = result.value
             if self.fs.shutdown_reason is not None:
                 await self.failures.revoke_everything()  # from the answer on, all is EIO
@@ -169,60 +172,6 @@ class Machine:
                 hurt = MappingRange(owner.ino, owner.file_block, owner.length, first, pmds)
                 incident.mappings.append(hurt)
         return incident
-
-    async def _heal(self, error: MediaError) -> bool:
-        """Poison is in the way of a read or a write: whether the strategy made all of it as it was.
-
-        It is asked only of what has just gone bad. Nobody is unmapped, which a read must not wait for: what
-        others have of these pages is the same.
-        """
-        if not self.repairs.is_active or not error.ranges:
-            return False
-        async with self._healing:
-            for part in error.ranges:
-                if not self.pmem.dax.is_poisoned(part.start, part.length):
-                    continue
-                is_news = not any(self.pmem.badblocks.overlapping_bytes(part.start, part.length))
-                if not is_news and not self._failing.overlaps(*part):
-                    return False
-                incident = self.mm.memory_failure(*failed_pages(self.pmem, part), MF_ACTION_REQUIRED)
-                tasks = await self.failures.holders(incident)
-                if not self.repairs.recovered_for_read(incident, tasks):
-                    if is_news:
-                        self._unhealed[part] = incident
-                    return False
-                if is_news:
-                    self.mm.action_result(incident, 0)
-        return True
-
-    async def _on_poisoned_write(self, error: MediaError) -> bool:
-        """A write covers part of a poisoned page: whether that is good by now. Nobody else learns of it."""
-        healed = await self._heal(error)
-        self._unhealed.clear()
-        return healed
-
-    async def _on_poison(self, read: PoisonedRead) -> bool:
-        """A read met poison: make the consumer's signal exact, and see to poison that nobody knew of.
-
-        Returns whether it is good by now, and the read need only be done again.
-        """
-        if await self._heal(read.error):
-            return True
-        bad = read.error.ranges[0] if read.error.ranges else Range(0, 0)
-        pfn, _ = failed_pages(self.pmem, bad)
-        found = False
-        for part in read.error.ranges:
-            if self.pmem.badblocks.set(part.start // SECTOR_SIZE, part.length // SECTOR_SIZE):
-                found = True
-                incident = self._unhealed.pop(part, None) or self.mm.memory_failure(
-                    *failed_pages(self.pmem, part), MF_ACTION_REQUIRED
-                )
-                # Not awaited: it revokes the very page that this read has locked until it is answered.
-                assert self._nursery is not None
-                consumer = process_of(read.tid) if read.tid else -1
-                self._nursery.start_soon(self.failures.handle, incident, None, consumer)
-        await self.failures.consumed(read, pfn, self._supplement_missing, found=found)
-        return False
 
     async def clear(self, request: p.Clear) -> p.Cleared:
         """Make ranges healthy; their poisoned sectors read as zeros. Raises InvalidArgument, NoDevice."""
@@ -478,7 +427,7 @@ class Machine:
             repair=self.repairs.report(),
             counters={outcome.value.lower(): self.mm.counters[outcome] for outcome in Outcome},
             events=self.log.emitted,
-            supplement=self._supplement_missing or "loaded",
+            supplement=self.supplement_missing or "loaded",
             tracer=f"pid {tracer}" if tracer is not None else "not running",
         )
 

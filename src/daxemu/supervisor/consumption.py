@@ -1,0 +1,91 @@
+"""Poison that is met: by a load or read(2), which consume it, or by a write that covers part of a page of it.
+
+Before anybody is told, the repair strategy is asked whether it can have the data as it was; only then is it a
+failure for the one who met it. Belongs to the trio thread.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from daxemu.errors import MediaError
+from daxemu.host.operations import PoisonedRead
+from daxemu.host.tasks import process_of
+from daxemu.mm.memory_failure import Incident
+from daxemu.pmem.inject import failed_pages
+from daxemu.ranges import Range, RangeSet
+from daxemu.uapi import MF_ACTION_REQUIRED, SECTOR_SIZE
+
+if TYPE_CHECKING:
+    from daxemu.supervisor.machine import Machine
+
+
+class Consumption:
+    """What a machine does when poison is met. ``failing``: device bytes whose failure is being handled, so
+    that the strategy has not spoken yet.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._healing = trio.Lock()
+        self.failing = RangeSet()
+        self._unhealed: dict[Range, Incident] = {}
+        """What a read found just now, and the strategy could not mend."""
+
+    async def on_read(self, read: PoisonedRead) -> bool:
+        """A read met poison: make the consumer's signal exact, and see to poison that nobody knew of.
+
+        Returns whether it is good by now, and the read need only be done again.
+        """
+        if await self._heal(read.error):
+            return True
+        machine = self._machine
+        bad = read.error.ranges[0] if read.error.ranges else Range(0, 0)
+        pfn, _ = failed_pages(machine.pmem, bad)
+        found = False
+        for part in read.error.ranges:
+            if machine.pmem.badblocks.set(part.start // SECTOR_SIZE, part.length // SECTOR_SIZE):
+                found = True
+                incident = self._unhealed.pop(part, None) or self._failure(part)
+                # Not awaited: it revokes the very page that this read has locked until it is answered.
+                consumer = process_of(read.tid) if read.tid else -1
+                machine.nursery.start_soon(machine.failures.handle, incident, None, consumer)
+        await machine.failures.consumed(read, pfn, machine.supplement_missing, found=found)
+        return False
+
+    async def on_write(self, error: MediaError) -> bool:
+        """A write covers part of a poisoned page: whether that is good by now. Nobody else learns of it."""
+        healed = await self._heal(error)
+        self._unhealed.clear()
+        return healed
+
+    def _failure(self, part: Range) -> Incident:
+        return self._machine.mm.memory_failure(*failed_pages(self._machine.pmem, part), MF_ACTION_REQUIRED)
+
+    async def _heal(self, error: MediaError) -> bool:
+        """Whether the strategy made all of the poison as it was.
+
+        It is asked only of what has just gone bad. Nobody is unmapped, which a read must not wait for: what
+        others have of these pages is the same.
+        """
+        machine = self._machine
+        if not machine.repairs.is_active or not error.ranges:
+            return False
+        async with self._healing:
+            for part in error.ranges:
+                if not machine.pmem.dax.is_poisoned(part.start, part.length):
+                    continue
+                is_news = not any(machine.pmem.badblocks.overlapping_bytes(part.start, part.length))
+                if not is_news and not self.failing.overlaps(*part):
+                    return False
+                incident = self._failure(part)
+                tasks = await machine.failures.holders(incident)
+                if not machine.repairs.recovered_for_read(incident, tasks):
+                    if is_news:
+                        self._unhealed[part] = incident
+                    return False
+                if is_news:
+                    machine.mm.action_result(incident, 0)
+        return True
