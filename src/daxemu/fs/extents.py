@@ -16,7 +16,7 @@ from daxemu.fs.rmap import Link, ReflinkProxy, Rmap
 from daxemu.ranges import Range, merged
 from daxemu.uapi import Block, Ino
 
-_file_block = attrgetter("file_block")
+_file_block, _length = attrgetter("file_block"), attrgetter("length")
 
 
 class Mapping(msgspec.Struct, frozen=True, gc=False):
@@ -167,9 +167,8 @@ class ExtentMap:
         self.blocks += sum(link.length for link in links)
 
     def adopt(self, links: list[Link]) -> None:
-        """Take over links read from a store. Precondition: this map is empty, they are in order and
-        disjoint.
+        """Take over links read from a store, which gives them to the reverse map too. Precondition: this map
+        is empty, they are in order and disjoint.
         """
         self._links = links
-        self.blocks = sum(link.length for link in links)
-        self._rmap.adopt(links)
+        self.blocks = sum(map(_length, links))

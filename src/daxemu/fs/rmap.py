@@ -86,7 +86,7 @@ class Rmap:
     def __iter__(self) -> Iterator[Link]:
         return iter(self._links)
 
-    # -- changes: for ExtentMap only
+    # -- changes: for ExtentMap only, and `adopt` for a store
 
     def add(self, links: list[Link]) -> None:
         """File new links of one file, in its order. Those with a proxy are a reference to it."""
@@ -130,7 +130,7 @@ class Rmap:
             self.given_up.add(*part)
 
     def adopt(self, links: list[Link]) -> None:
-        """File links that the store has, all of one file."""
+        """File links that the store has as they are."""
         self._links.update(links)
         self.link_count += len(links)
         for link in links:

@@ -7,6 +7,7 @@ signal, an abort.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -60,6 +61,7 @@ def supervise(device: Path, mountpoint: Path, ready: Callable[[], None]) -> None
         undo.callback(pmem.close)
         mm, fs = open_core(pmem, events, (os.geteuid(), os.getegid()))
         undo.callback(_save, fs)
+        gc.freeze()  # what was loaded stays: no failure shall wait for a look at a million inodes
         session = Session.open(directory.path, mountpoint)
         undo.callback(session.detach)
         machine = Machine(pmem, mm, fs, session, events, supplement.MISSING)
