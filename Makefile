@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: setup demo test check unit bench fidelity posix soak clean
+.PHONY: setup demo test check unit bench bench-check bench-accept fidelity posix soak clean
 
 setup: $(STAMP)
 
@@ -27,8 +27,19 @@ unit: setup
 test: check
 	$(PY) -m pytest
 
+# Prints the figures with their ratios and which targets are missed, and what is worse than tests/bench/figures.json.
 bench: setup
+	rm -f tests/bench/latest.json
 	$(PY) -m pytest tests/bench --run-bench -s
+	$(PY) -m tests.bench.report show
+
+# The same, and fails if anything is worse.
+bench-check: bench
+	$(PY) -m tests.bench.report check >/dev/null
+
+# Makes the last figures the committed ones: figures.json and docs/performance-table.md.
+bench-accept: setup
+	$(PY) -m tests.bench.report accept
 
 # The table of docs/fidelity-table.md, from the recordings; fails while anything in it is unexplained.
 fidelity: setup
