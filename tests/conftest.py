@@ -26,6 +26,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def dax_mount(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[DaxMount]:
-    """A fresh mount; ``@pytest.mark.parametrize("dax_mount", ["6T"], indirect=True)`` for another size."""
-    with dax_mount_at(tmp_path, getattr(request, "param", "1G")) as made:
+    """A fresh mount; ``@pytest.mark.parametrize("dax_mount", ["6T --altmap"], indirect=True)`` for what else
+    mkfs can make.
+    """
+    with dax_mount_at(tmp_path, *getattr(request, "param", "1G").split()) as made:
         yield made

@@ -73,6 +73,7 @@ def test_a_failure_in_the_altmap_is_not_recoverable(altmap_core: Core) -> None:
     assert isinstance(incident.error, NoDevice)
     assert incident.mappings == []
     assert altmap_core.mm.action_result(incident, 0) is Outcome.FAILED
+    assert altmap_core.pmem.pgmap is not None
     with pytest.raises(InvalidArgument):
         altmap_core.pmem.memory_failure(altmap_core.pmem.pgmap, BASE, 1, 0)
 

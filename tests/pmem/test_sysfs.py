@@ -65,14 +65,15 @@ def test_a_full_disk_stops_nobody(sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_device_shows_itself_and_can_be_made_anew(core: Core) -> None:
     core.without_filesystem()
-    core.pmem.memremap_pages()
+    core.pmem.make_struct_pages()
     shown = core.pmem.show_in_sysfs()
     mm = MemoryFailures(lambda event: None)
-    mm.memremap_pages(core.pmem.pgmap)
+    core.pmem.attach(mm)
     mm.on_count = lambda: shown.show_counters(mm.counters)
     pfn = core.pmem.pfn_of(0)
     mm.action_result(mm.memory_failure(pfn, 3, 0), 0)
     assert (core.path / "sysfs" / "memory_failure" / "recovered").read_text() == "1\n"
+    assert core.pmem.pgmap is not None
     memmap = core.pmem.pgmap.memmap
     assert memmap is not None
     assert [memmap.page_hwpoison(pfn + page) for page in range(4)] == [True, True, True, False]

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,7 +57,7 @@ class Core:
         """Probe the device and mount it."""
         self.open_pmem()
         self.mm = MemoryFailures(self.events.append)
-        self.mm.memremap_pages(self.pmem.pgmap)
+        self.pmem.attach(self.mm)
         self.fs = Filesystem(self.pmem.dax, self.mm, self.events.append)
         self.is_open = True
 
@@ -133,7 +134,7 @@ class Core:
 
 
 @contextmanager
-def core_at(path: Path | None = None, size: int = 8 << 20, **config: int) -> Iterator[Core]:
+def core_at(path: Path | None = None, size: int = 8 << 20, **config: Any) -> Iterator[Core]:
     """A fresh core on ``path`` or in shared memory; nothing of it is left afterwards."""
     path = path or SHM / f"daxemu-core-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:

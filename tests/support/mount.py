@@ -83,14 +83,16 @@ def daxemu(*arguments: str | Path | int, status: int = 0) -> str:
 
 
 @contextmanager
-def dax_mount_at(directory: Path, size: str = "1G", *, mount: bool = True) -> Iterator[DaxMount]:
-    """A fresh device of ``size`` in shared memory, mounted below ``directory``."""
+def dax_mount_at(directory: Path, size: str = "1G", *options: str, mount: bool = True) -> Iterator[DaxMount]:
+    """A fresh device of ``size`` (and more of mkfs's ``options``) in shared memory, mounted below
+    ``directory``.
+    """
     device = Path("/dev/shm") / f"daxemu-test-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     path = directory / "mnt"
     path.mkdir()
     made = DaxMount(device, path)
     try:
-        daxemu("mkfs", device, "--size", size)
+        daxemu("mkfs", device, "--size", size, *options)
         if mount:
             made.mount()
         yield made

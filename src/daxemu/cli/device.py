@@ -27,11 +27,24 @@ from daxemu.uapi import PAGE_SIZE
 @click.option(
     "--altmap", is_flag=True, help="Reserve room for the struct pages on the device itself (as --map=dev)."
 )
+@click.option(
+    "--no-struct-pages",
+    "pageless",
+    is_flag=True,
+    help="Memory that the kernel has no struct pages for: a pfn_address_space (as an accelerator's).",
+)
 @click.option("--align", type=SIZE, default="4K", show_default=True, help="Of extents; 4K so far.")
 @click.option("--force", is_flag=True, help="Replace an unmounted device that is there; all on it is lost.")
 @json_option
 def mkfs(
-    device: Path, size: int, base_pfn: str, altmap: bool, align: int, force: bool, as_json: bool
+    device: Path,
+    size: int,
+    base_pfn: str,
+    altmap: bool,
+    pageless: bool,
+    align: int,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Make a new device with an empty filesystem.
 
@@ -47,7 +60,13 @@ def mkfs(
         raise click.BadParameter(
             f"{base_pfn!r} is not a page frame number", param_hint="--base-pfn"
         ) from error
-    config = DeviceConfig(size=size, base_pfn=pfn, altmap=altmap_bytes(size) if altmap else 0, align=align)
+    config = DeviceConfig(
+        size=size,
+        base_pfn=pfn,
+        altmap=altmap_bytes(size) if altmap else 0,
+        align=align,
+        struct_pages=not pageless,
+    )
     config.validate()
     if align != PAGE_SIZE:
         raise Unsupported("--align 2M: extents are placed by 4K pages so far; leave --align out")
@@ -55,10 +74,18 @@ def mkfs(
     DeviceDir.create(path, config, force=force)
     last = config.base_pfn + config.size // 4096 - 1
     emit(
-        {"device": str(path), "size": size, "base_pfn": pfn, "altmap": config.altmap, "align": align},
+        {
+            "device": str(path),
+            "size": size,
+            "base_pfn": pfn,
+            "altmap": config.altmap,
+            "align": align,
+            "struct_pages": config.struct_pages,
+        },
         as_json,
         f"{path}: {human(size)}, pfns {pfn:#x}-{last:#x}"
-        + (f", {human(config.altmap)} of them for struct pages" if altmap else ""),
+        + (f", {human(config.altmap)} of them for struct pages" if altmap else "")
+        + (", without struct pages" if pageless else ""),
     )
 
 

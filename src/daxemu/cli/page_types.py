@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from daxemu.cli.common import emit, human, json_option, table
-from daxemu.errors import NotMounted
+from daxemu.errors import NotMounted, Unsupported
 from daxemu.mm.memmap import Memmap
 from daxemu.mm.pfn_kinds import Kind
 from daxemu.pmem.device_dir import DeviceDir
@@ -48,7 +48,8 @@ def page_types(device: Path, as_list: bool, as_json: bool) -> None:
     Example:
       daxemu page-types /dev/shm/pmem0
     """
-    DeviceDir.load(device.absolute())
+    if not DeviceDir.load(device.absolute()).config.struct_pages:
+        raise Unsupported(f"{device} has no struct pages: it was made with mkfs --no-struct-pages")
     try:
         memmap = Memmap.open(device.absolute() / "struct_page")
     except FileNotFoundError as error:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from daxemu.host.session import Session
-from daxemu.host.tasks import collect_tasks, maps_still
+from daxemu.host.tasks import collect_tasks, mapped_runs, maps_still, present_runs
 from daxemu.mm.memory_failure import Incident, Task
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SHIFT, Ino
@@ -35,24 +35,27 @@ class PageCacheMappings:
     """Mappings of files on a FUSE mount, which are mappings of the kernel's page cache.
 
     ``open_inodes`` gives the inodes that anybody has open; only those can be mapped. Called in the worker
-    thread.
+    thread. ``pfn_map``: the memory has no struct pages; who maps it then has all of it present (VM_PFNMAP).
     """
 
-    def __init__(self, session: Session, open_inodes: Callable[[], Iterable[Ino]]) -> None:
+    def __init__(
+        self, session: Session, open_inodes: Callable[[], Iterable[Ino]], *, pfn_map: bool = False
+    ) -> None:
         self._session = session
         self._open_inodes = open_inodes
+        self._pages_of = mapped_runs if pfn_map else present_runs
 
     def collect(self, incident: Incident) -> list[Task]:
         """See Mappings.collect. Nothing is read of /proc when no file of the incident is open."""
         open_now = set(self._open_inodes())
         dev, skip = self._session.mount.dev, frozenset({os.getpid()})
         if incident.whole_device:
-            return collect_tasks(dev, None, skip) if open_now else []
+            return collect_tasks(dev, None, skip, self._pages_of) if open_now else []
         wanted: dict[Ino, list[Range]] = defaultdict(list)
         for hurt in incident.mappings:
             if hurt.mapping in open_now:
                 wanted[hurt.mapping].append(Range(hurt.index, hurt.index + hurt.count))
-        return collect_tasks(dev, wanted, skip) if wanted else []
+        return collect_tasks(dev, wanted, skip, self._pages_of) if wanted else []
 
     def still_mapped(self, task: Task) -> bool:
         """See Mappings.still_mapped."""

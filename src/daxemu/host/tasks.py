@@ -13,7 +13,7 @@ import fcntl
 import os
 import struct
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from daxemu.mm.memory_failure import PresentRun, Task, Thread
@@ -44,16 +44,23 @@ class Vma(NamedTuple):
     ino: Ino
 
 
-def collect_tasks(
-    dev: tuple[int, int], wanted: Mapping[Ino, Sequence[Range]] | None, skip: frozenset[int] = frozenset()
-) -> list[Task]:
-    """Every process that has a wanted page present, with where.
+Wanted = Mapping[Ino, Sequence[Range]] | None
+"""Page ranges by inode; None is everything on the device, of which one run of each process is enough."""
+PagesOf = Callable[[int, list[Vma], Wanted], Iterator[PresentRun]]
 
-    ``wanted`` maps inode numbers to page ranges; None is everything on ``dev``, of which only the first
-    present run of each process is reported. A private copy of a page (CoW) is the process's own and does not
-    count.
+
+def collect_tasks(
+    dev: tuple[int, int],
+    wanted: Wanted,
+    skip: frozenset[int] = frozenset(),
+    pages_of: PagesOf | None = None,
+) -> list[Task]:
+    """Every process that has a wanted page of a file on ``dev``, with where.
+
+    ``pages_of`` says what having is: :func:`present_runs` unless given, or :func:`mapped_runs`.
     """
-    return [task for pid in _pids(skip) if (task := _look_at(pid, dev, wanted)) is not None]
+    pages_of = pages_of or present_runs
+    return [task for pid in _pids(skip) if (task := _look_at(pid, dev, wanted, pages_of)) is not None]
 
 
 def _pids(skip: frozenset[int]) -> Iterator[int]:
@@ -62,10 +69,10 @@ def _pids(skip: frozenset[int]) -> Iterator[int]:
             yield int(name)
 
 
-def _look_at(pid: int, dev: tuple[int, int], wanted: Mapping[Ino, Sequence[Range]] | None) -> Task | None:
+def _look_at(pid: int, dev: tuple[int, int], wanted: Wanted, pages_of: PagesOf) -> Task | None:
     try:
         vmas = list(read_vmas(pid, dev))
-        present = tuple(_present_runs(pid, vmas, wanted)) if vmas else ()
+        present = tuple(pages_of(pid, vmas, wanted)) if vmas else ()
         if not present:
             return None
         return Task(pid, read_comm(pid), tuple(read_threads(pid)), present)
@@ -87,21 +94,36 @@ def read_vmas(pid: int, dev: tuple[int, int]) -> Iterator[Vma]:
             yield Vma(int(start, 16), int(end, 16), int(offset, 16) >> PAGE_SHIFT, int(ino))
 
 
-def _present_runs(
-    pid: int, vmas: list[Vma], wanted: Mapping[Ino, Sequence[Range]] | None
-) -> Iterator[PresentRun]:
+def mapped_runs(pid: int, vmas: list[Vma], wanted: Wanted) -> Iterator[PresentRun]:
+    """The wanted pages that are mapped, touched or not."""
+    for vma, part in _wanted_parts(vmas, wanted):
+        address = vma.start + ((part.start - vma.pgoff) << PAGE_SHIFT)
+        yield PresentRun(vma.ino, part.start, part.length, address, PAGE_SHIFT)
+        if wanted is None:
+            return
+
+
+def present_runs(pid: int, vmas: list[Vma], wanted: Wanted) -> Iterator[PresentRun]:
+    """The wanted pages that are in the page tables. A private copy of a page (CoW) is the process's own and
+    does not count.
+    """
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
-        for vma in vmas:
-            span = Range(vma.pgoff, vma.pgoff + ((vma.end - vma.start) >> PAGE_SHIFT))
-            for pages in [span] if wanted is None else wanted.get(vma.ino, ()):
-                if not (part := pages.clip(*span)):
-                    continue
-                low = vma.start + ((part.start - vma.pgoff) << PAGE_SHIFT)
-                for run in present_in(pagemap.fileno(), low, low + (part.length << PAGE_SHIFT)):
-                    index = vma.pgoff + ((run.start - vma.start) >> PAGE_SHIFT)
-                    yield PresentRun(vma.ino, index, run.length >> PAGE_SHIFT, run.start, PAGE_SHIFT)
-                    if wanted is None:
-                        return
+        for vma, part in _wanted_parts(vmas, wanted):
+            low = vma.start + ((part.start - vma.pgoff) << PAGE_SHIFT)
+            for run in present_in(pagemap.fileno(), low, low + (part.length << PAGE_SHIFT)):
+                index = vma.pgoff + ((run.start - vma.start) >> PAGE_SHIFT)
+                yield PresentRun(vma.ino, index, run.length >> PAGE_SHIFT, run.start, PAGE_SHIFT)
+                if wanted is None:
+                    return
+
+
+def _wanted_parts(vmas: list[Vma], wanted: Wanted) -> Iterator[tuple[Vma, Range]]:
+    """The wanted pages of the file that each mapping shows."""
+    for vma in vmas:
+        span = Range(vma.pgoff, vma.pgoff + ((vma.end - vma.start) >> PAGE_SHIFT))
+        for pages in [span] if wanted is None else wanted.get(vma.ino, ()):
+            if part := pages.clip(*span):
+                yield vma, part
 
 
 def present_in(pagemap: int, start: int, end: int) -> Iterator[Range]:

@@ -74,6 +74,11 @@ class Incident:
         return bool(self.flags & MF_MEM_PRE_REMOVE)
 
     @property
+    def has_pfn_map(self) -> bool:
+        """Whether any of its pages have no struct pages."""
+        return any(part.page_type is PageType.PFN_MAP for part in self.parts)
+
+    @property
     def error(self) -> DaxemuError | None:
         """What went wrong first; None if every part was handled."""
         return next((part.error for part in self.parts if part.error is not None), None)

@@ -88,22 +88,29 @@ def collect_procs(
     """``collect_procs_fsdax()``: who is told of ``incident``, each at the address in its own space.
 
     Only present pages count. On removal everybody is told through the group leader, policy or not, and once:
-    the whole device is one range, and a second SIGBUS would only be merged with the first.
+    the whole device is one range, and a second SIGBUS would only be merged with the first. Of memory without
+    struct pages everybody is told, too: see :func:`collect_procs_pfn`.
     """
     to_kill = []
     for task in tasks:
         if not task.present:
             continue
         if incident.pre_remove:
-            thread = next((t for t in task.threads if not t.flags & PF_EXITING), None)
+            thread = _first_alive(task)
             runs: Sequence[PresentRun] = task.present[:1]
         else:
             thread = task_early_kill(task, early_kill=early_kill, force_tid=force_tid)
+            if thread is None and incident.has_pfn_map:
+                thread = _first_alive(task)
             runs = task.present
         if thread is None:
             continue
         to_kill += [ToKill(task, thread.tid, run.address, run.shift, _pfn_of(incident, run)) for run in runs]
     return to_kill
+
+
+def _first_alive(task: Task) -> Thread | None:
+    return next((thread for thread in task.threads if not thread.flags & PF_EXITING), None)
 
 
 def _pfn_of(incident: Incident, run: PresentRun) -> Pfn:
@@ -122,9 +129,7 @@ def collect_procs_pfn(hurt: PfnMapping, tasks: Sequence[Task], *, early_kill: bo
     """
     to_kill = []
     for task in tasks:
-        thread = task_early_kill(task, early_kill=early_kill) or next(
-            (t for t in task.threads if not t.flags & PF_EXITING), None
-        )
+        thread = task_early_kill(task, early_kill=early_kill) or _first_alive(task)
         if thread is not None:
             to_kill += [
                 ToKill(task, thread.tid, run.address, run.shift, hurt.pfn + run.index - hurt.index)

@@ -30,13 +30,14 @@ OWN_DIRECTORIES = frozenset(("struct_page", "struct_page.new", "sysfs"))
 @dataclass(frozen=True)
 class DeviceConfig:
     """What ``device.toml`` holds. ``size`` and ``altmap`` are bytes; ``altmap`` is reserved at the media's
-    start.
+    start. Without ``struct_pages`` the memory is a pfn address space, and no dev_pagemap.
     """
 
     size: int
     base_pfn: Pfn = DEFAULT_BASE_PFN
     altmap: int = 0
     align: int = PAGE_SIZE
+    struct_pages: bool = True
 
     def validate(self) -> None:
         """Raises InvalidArgument for sizes and alignments no device can have."""
@@ -50,6 +51,8 @@ class DeviceConfig:
             raise InvalidArgument(
                 f"altmap {self.altmap}: must be whole pages and leave {MIN_SIZE >> 20}M of data"
             )
+        if self.altmap and not self.struct_pages:
+            raise InvalidArgument("an altmap is room for struct pages, of which this device shall have none")
         if not 0 <= self.base_pfn < 1 << 52:
             raise InvalidArgument(f"base pfn {self.base_pfn:#x}: outside the physical address space")
 
@@ -142,8 +145,12 @@ class DeviceDir:
                 f"{path}: format version {table.get('version')!r}; this daxemu reads {FORMAT_VERSION}"
             )
         try:
+            struct_pages = table.get("struct_pages", True)
+            if not isinstance(struct_pages, bool):
+                raise InvalidArgument(f"struct_pages is {struct_pages!r}, not true or false")
             config = DeviceConfig(
-                **{name: _integer(table, name) for name in ("size", "base_pfn", "altmap", "align")}
+                **{name: _integer(table, name) for name in ("size", "base_pfn", "altmap", "align")},
+                struct_pages=struct_pages,
             )
             config.validate()
         except InvalidArgument as error:
@@ -203,4 +210,5 @@ class DeviceDir:
             f"base_pfn = {config.base_pfn:#x}\n"
             f"altmap = {config.altmap}\n"
             f"align = {config.align}\n"
+            f"struct_pages = {str(config.struct_pages).lower()}\n"
         )

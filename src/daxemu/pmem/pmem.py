@@ -1,9 +1,15 @@
-"""One pmem device: media, badblocks, dax_device and dev_pagemap tied together (drivers/nvdimm/pmem.c)."""
+"""One pmem device: media, badblocks, dax_device and pagemap tied together (drivers/nvdimm/pmem.c)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
 from daxemu.errors import InvalidArgument
+from daxemu.mm.memory_failure import MemoryFailures, PfnMapping
 from daxemu.mm.pagemap import DevPagemap
+from daxemu.mm.pfn_space import PfnAddressSpace
 from daxemu.pmem.badblocks import Badblocks
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.pmem.device_dir import DeviceDir
@@ -11,6 +17,9 @@ from daxemu.pmem.media import Media
 from daxemu.pmem.sysfs import Sysfs
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Pfn, page_align_down, page_align_up
+
+if TYPE_CHECKING:
+    from daxemu.mm.memmap import Memmap
 
 
 class Pmem:
@@ -28,27 +37,37 @@ class Pmem:
         self.dax = DaxDevice(
             device.name, self.media, config.altmap, self.badblocks, config.base_pfn + altmap_pages
         )
-        self.pgmap = DevPagemap(
-            device.name,
-            (Range(config.base_pfn, config.base_pfn + config.size // PAGE_SIZE),),
-            ops=self,
-            altmap_pages=altmap_pages,
-        )
+        self.pages = Range(config.base_pfn, config.base_pfn + config.size // PAGE_SIZE)
+        self.pgmap: DevPagemap | None = None
+        """None for memory without struct pages."""
+        if config.struct_pages:
+            self.pgmap = DevPagemap(device.name, (self.pages,), ops=self, altmap_pages=altmap_pages)
         for bad in self.dax.poisoned(0, self.dax.size):
             self.badblocks.set(bad.start // SECTOR_SIZE, bad.length // SECTOR_SIZE)
 
-    def memremap_pages(self) -> None:
-        """``devm_memremap_pages()``: the device gets its struct pages, in ``DEVICE/struct_page``. Raises
-        NoSpace.
+    def attach(self, mm: MemoryFailures) -> None:
+        """``pmem_attach_disk()``: ``mm`` learns whose pfns these are. Raises Busy.
+
+        By memremap_pages(), or for memory without struct pages by register_pfn_address_space().
         """
+        if self.pgmap is not None:
+            mm.memremap_pages(self.pgmap)
+        else:
+            mm.pfn_spaces.register(PfnAddressSpace(self.name, self.pages, self))
+
+    def make_struct_pages(self) -> None:
+        """What devm_memremap_pages() does besides: the struct pages, if it is to have any, in
+        ``DEVICE/struct_page``. Raises NoSpace.
+        """
+        if self.pgmap is None:
+            return
         from daxemu.mm.memmap import Memmap
 
-        pages = self.pgmap.ranges[0]
-        memmap = Memmap.create(self._path / "struct_page", pages)
-        memmap.add_pages(pages, self.pgmap.altmap_pages)
-        memmap.memmap_init_zone_device(pages)
+        memmap = Memmap.create(self._path / "struct_page", self.pages)
+        memmap.add_pages(self.pages, self.pgmap.altmap_pages)
+        memmap.memmap_init_zone_device(self.pages)
         self.pgmap.memmap = memmap
-        self.dax.mkpage_present = self._mkpage_present
+        self.dax.mkpage_present = partial(self._mkpage_present, memmap)
 
     def show_in_sysfs(self) -> Sysfs:
         """Keep ``DEVICE/sysfs`` from now on; the counters are the caller's to show. Raises NoSpace."""
@@ -58,19 +77,18 @@ class Pmem:
         sysfs.show_badblocks(self.badblocks)
         return sysfs
 
-    def _mkpage_present(self, cleared: Range) -> None:
+    def _mkpage_present(self, memmap: Memmap, cleared: Range) -> None:
         """``pmem_mkpage_present()``: device bytes are good again, so pages without poison are."""
         start, end = page_align_down(cleared.start), page_align_up(cleared.end)
         bad = RangeSet(
             (page_align_down(r.start), page_align_up(r.end)) for r in self.dax.poisoned(start, end - start)
         )
-        assert self.pgmap.memmap is not None
         good = [Range(self.pfn_of(part.start), self.pfn_of(part.end)) for part in bad.gaps(start, end)]
-        self.pgmap.memmap.clear_hwpoison(*good)
+        memmap.clear_hwpoison(*good)
 
     def close(self) -> None:
         """Give the media and the struct pages back. Precondition: nobody holds the dax device."""
-        if self.pgmap.memmap is not None:
+        if self.pgmap is not None and self.pgmap.memmap is not None:
             self.pgmap.memmap.discard()
             self.pgmap.memmap = None
             self.dax.mkpage_present = None
@@ -92,3 +110,11 @@ class Pmem:
         if offset < 0:
             raise InvalidArgument(f"pfn {pfn:#x} holds struct pages, no data")
         self.dax.notify_failure(offset, nr_pages << PAGE_SHIFT, flags)
+
+    def failure(self, space: PfnAddressSpace, pfn: Pfn, nr_pages: int) -> None:
+        """``pfn_address_space_ops.failure``: as with struct pages, the holder is told."""
+        self.dax.notify_failure(self.offset_of(pfn), nr_pages << PAGE_SHIFT, 0)
+
+    def pfn_to_pgoff(self, space: PfnAddressSpace, pfn: Pfn, nr_pages: int) -> Sequence[PfnMapping]:
+        """None by the driver itself: it is the holder that names the files, by ``mf_dax_kill_procs()``."""
+        return ()

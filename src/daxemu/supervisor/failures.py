@@ -20,6 +20,7 @@ import trio
 
 from daxemu.errors import DaxemuError
 from daxemu.events import Emit, Outcome, SignalSent
+from daxemu.host import pfn_mappings
 from daxemu.host.mappings import Mappings
 from daxemu.host.operations import PoisonedRead
 from daxemu.host.tasks import in_page_fault, process_of, read_comm
@@ -116,7 +117,7 @@ class Failures:
     async def _collect_and_revoke(
         self, incident: Incident, current: int | None, consumer: int | None
     ) -> list[ToKill]:
-        if not incident.mappings and not incident.whole_device:
+        if not incident.mappings and not incident.pfn_mappings and not incident.whole_device:
             return []
 
         hidden = self._take_hidden(incident) if consumer is not None else []
@@ -128,7 +129,8 @@ class Failures:
             tasks = [task for task in tasks if task.pid != consumer]
             self._mappings.revoke(incident)
             early_kill = self._mm.sysctl_early_kill
-            return collect_procs(incident, tasks, early_kill=early_kill, force_tid=current)
+            to_kill = collect_procs(incident, tasks, early_kill=early_kill, force_tid=current)
+            return to_kill + pfn_mappings.collect(incident.pfn_mappings, early_kill=early_kill)
 
         return await trio.to_thread.run_sync(work)
 

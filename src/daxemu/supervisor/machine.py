@@ -208,8 +208,7 @@ class Machine:
         """
         self.check_present()
         was_idle = self.pmem.dax.dax_is_idle()
-        pages = self.pmem.pgmap.ranges[0]
-        incident = self.mm.removal(pages.start, pages.length)
+        incident = self.mm.removal(self.pmem.pages.start, self.pmem.pages.length)
         with self.mm.during(incident):
             self.pmem.dax.kill_dax()
         _, told = await self.failures.handle(incident)
@@ -316,6 +315,7 @@ class Machine:
             reason=self.fs.shutdown_reason,
             size=self.pmem.dax.size,
             base_pfn=self.pmem.dax.base_pfn,
+            struct_pages=self.pmem.pgmap is not None,
             blocks=usage.blocks,
             free_blocks=usage.free,
             inodes=usage.files,
@@ -364,8 +364,8 @@ class Machine:
 def open_core(pmem: Pmem, log: EventLog, owner: tuple[int, int]) -> tuple[MemoryFailures, Filesystem]:
     """The core of a machine on ``pmem``. Raises CorruptMetadata, Busy, NoSpace."""
     mm = MemoryFailures(log.emit)
-    pmem.memremap_pages()
-    mm.memremap_pages(pmem.pgmap)
+    pmem.make_struct_pages()
+    pmem.attach(mm)
     sysfs = pmem.show_in_sysfs()
     mm.on_count = lambda: sysfs.show_counters(mm.counters)
     return mm, Filesystem(pmem.dax, mm, log.emit, owner=owner)

@@ -27,6 +27,8 @@ async def madvise_inject_error(machine: Machine, request: p.Madvise) -> p.Advise
     Raises NoDevice after a removal, InvalidArgument if ``ino`` is no regular file.
     """
     machine.check_present()
+    if machine.pmem.pgmap is None:
+        return p.Advised(errno.EFAULT)  # get_user_pages() gets no page of a VM_PFNMAP mapping
     pid = process_of(request.tid)
     machine.failures.new_call(request.tid)
     for done in range(0, request.length, PAGE_SIZE):

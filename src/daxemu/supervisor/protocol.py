@@ -213,6 +213,7 @@ class StatusReport(msgspec.Struct):
     reason: str | None
     size: int
     base_pfn: int
+    struct_pages: bool
     blocks: int
     free_blocks: int
     inodes: int

@@ -141,7 +141,11 @@ class _Ending:
 async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
     ending = _Ending(machine)
     control = ControlSocket(machine.session.mount.socket, machine.log, ending.answer)
-    mappings = PageCacheMappings(machine.session, lambda: list(machine.operations.open_files))
+    mappings = PageCacheMappings(
+        machine.session,
+        lambda: list(machine.operations.open_files),
+        pfn_map=machine.pmem.pgmap is None,
+    )
     async with trio.open_nursery() as services:
         services.start_soon(Watchdog(machine.session.mount).beat)
         services.start_soon(ending.on_signal)

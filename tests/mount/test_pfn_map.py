@@ -1,0 +1,116 @@
+"""Memory without struct pages, mapped by unmodified programs: a mapping is enough to be told, and to be torn
+down.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.mount import DaxMount, daxemu
+from tests.support.scene import FAR, PAGE, Scene, ao, ar, consumes, letter, present, refused, told
+from tests.support.syscalls import clone_range
+from tests.support.under_run import under_run
+
+pytestmark = [
+    pytest.mark.mount,
+    pytest.mark.parametrize("dax_mount", ["64M --no-struct-pages"], indirect=True),
+]
+
+BAD = 1
+
+
+def test_everybody_who_maps_it_is_told(scene: Scene) -> None:
+    """Early or late, touched or not; not who maps other pages, or has the file open only."""
+    early = scene.mapper("p0", touch=[BAD], before=["mcekill early"])
+    late = scene.mapper("p1", touch=[BAD], before=["mcekill late"])
+    untouched = scene.mapper("p2", touch=[BAD + FAR])
+    elsewhere = scene.mapper("p3", first=BAD + FAR, pages=FAR, touch=[0])
+    opener = scene.actor("p4")
+    opener.cmd("open 0 f rw")
+    assert not present(untouched, 0, BAD)
+    (outcome,) = scene.poison(BAD)
+    assert (outcome["outcome"], outcome["told"]) == ("Recovered", 3)
+    for actor in (early, late, untouched):
+        assert told(actor) == [ao(BAD)]
+        consumes(actor, f"tr 0 {BAD}", ar(BAD))
+        assert actor.cmd("tr 0 0").ok == letter(0)
+    for actor in (elsewhere, opener):
+        assert told(actor) == []
+    assert refused(opener, f"pread 0 {BAD * PAGE} {PAGE}") == "EIO"
+
+
+def test_the_policy_chooses_the_thread(scene: Scene) -> None:
+    p0 = scene.mapper(touch=[BAD], before=["threads l e n", "mcekill late"])
+    scene.poison(BAD)
+    assert told(p0) == [ao(BAD, thread=2)]
+
+
+def test_it_is_accounted_as_what_it_is(scene: Scene) -> None:
+    scene.mapper(touch=[BAD])
+    scene.poison(BAD)
+    (event,) = scene.mount.events("MemoryFailureHandled")
+    assert (event["page_type"], event["outcome"], event["files"]) == ("non struct page pfn", "Recovered", 1)
+    assert "recovery action for non struct page pfn: Recovered" in scene.mount.run(
+        "log", scene.mount.path, "--dmesg"
+    )
+    status = scene.mount.json("status", scene.mount.path)
+    assert (status["struct_pages"], status["counters"]["recovered"]) == (False, 1)
+    assert scene.badblocks() == [[scene.device_offset("f", BAD) // 512, 8]]
+    assert scene.damaged() == [("/f", BAD * PAGE, PAGE)]
+
+
+def test_every_sharer_at_its_own_address(scene: Scene) -> None:
+    source, clone = scene.mount.path / "f", scene.mount.path / "clone"
+    with source.open("rb") as src, clone.open("wb") as dst:
+        clone_range(dst.fileno(), src.fileno(), 0, 2 * PAGE, PAGE)
+    one, two = scene.mapper("p0"), scene.mapper("p1", "clone", pages=3)
+    (outcome,) = scene.poison(BAD)
+    assert outcome["told"] == 2
+    assert told(one) == [ao(BAD)]
+    assert told(two) == [ao(BAD + 1)]
+
+
+def test_latent_poison_is_found_by_a_load(scene: Scene) -> None:
+    consumer, other = scene.mapper("p0", touch=[BAD]), scene.mapper("p1")
+    scene.mount.inject("f", (BAD * PAGE, PAGE), latent=True)
+    assert told(other) == []
+    consumes(consumer, f"tr 0 {BAD}", ar(BAD))
+    assert other.wait_signal().recorded() == ao(BAD)
+
+
+def test_writing_the_page_heals_it(scene: Scene) -> None:
+    p0 = scene.mapper(touch=[BAD])
+    scene.poison(BAD)
+    assert told(p0) == [ao(BAD)]
+    with (scene.mount.path / "f").open("r+b") as file:
+        file.seek(BAD * PAGE)
+        file.write(b"z" * PAGE)
+    assert p0.cmd(f"tr 0 {BAD}").ok == "z"
+    assert scene.badblocks() == []
+
+
+def test_removal_tells_whoever_maps_anything(scene: Scene) -> None:
+    touched, untouched = scene.mapper("p0", touch=[BAD]), scene.mapper("p1")
+    assert scene.mount.json("remove", scene.mount.path)["told"] == 2
+    assert told(touched) == [ao(0)]
+    assert told(untouched) == [ao(0)]
+
+
+def test_madvise_gets_no_page_of_it(scene: Scene) -> None:
+    """get_user_pages() of a VM_PFNMAP mapping is EFAULT, so nothing is injected."""
+    p0 = under_run(scene)
+    assert refused(p0, f"madvise 0 {BAD} 1 hwpoison") == "EFAULT"
+    assert refused(p0, f"madvise 0 {BAD} 1 soft") == "EFAULT"
+    assert scene.badblocks() == []
+
+
+def test_there_is_nothing_to_walk(dax_mount: DaxMount) -> None:
+    assert not (dax_mount.device / "struct_page").exists()
+    assert "has no struct pages" in dax_mount.run("page-types", dax_mount.device, status=8)
+
+
+def test_struct_pages_of_its_own_it_cannot_hold(dax_mount: DaxMount) -> None:
+    made = dax_mount.device.with_name(dax_mount.device.name + "-both")
+    refusal = daxemu("mkfs", made, "--size", "64M", "--altmap", "--no-struct-pages", status=2)
+    assert "altmap" in refusal
+    assert not made.exists()

@@ -1,0 +1,73 @@
+"""Failures outside of the mount: memory of another driver, without struct pages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import trio
+
+from daxemu.events import Event, MemoryFailureHandled, SignalSent
+from daxemu.host.mappings import Mappings
+from daxemu.host.tracer_link import TracerLink
+from daxemu.mm.memory_failure import FileId, Incident, MemoryFailures, PfnMapping, Task
+from daxemu.mm.pfn_space import PfnAddressSpace
+from daxemu.ranges import Range
+from daxemu.supervisor.failures import Failures
+from tests.support.actor import Actor
+from tests.support.scene import PAGE, ao, ask, told
+
+BASE = 0x8000000
+
+
+class Accelerator:
+    """Its memory is a file, page for page."""
+
+    def __init__(self, path: Path) -> None:
+        found = path.stat()
+        self._file = FileId((os.major(found.st_dev), os.minor(found.st_dev)), found.st_ino)
+
+    def failure(self, space: PfnAddressSpace, pfn: int, nr_pages: int) -> None:
+        pass
+
+    def pfn_to_pgoff(self, space: PfnAddressSpace, pfn: int, nr_pages: int) -> Sequence[PfnMapping]:
+        return [PfnMapping(self._file, pfn - space.pages.start, nr_pages, pfn)]
+
+
+class NoMount(Mappings):
+    """A machine with nothing on a mount that could be hurt."""
+
+    def collect(self, incident: Incident) -> list[Task]:
+        return []
+
+    def still_mapped(self, task: Task) -> bool:
+        raise AssertionError("nobody consumed anything")
+
+    def revoke(self, incident: Incident) -> None:
+        assert not incident.mappings
+
+
+def test_whoever_maps_the_memory_of_another_driver_is_told(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(bytes(8 * PAGE))
+    events: list[Event] = []
+    mm = MemoryFailures(events.append)
+    space = PfnAddressSpace("accelerator", Range(BASE, BASE + 8), Accelerator(tmp_path / "f"))
+    mm.pfn_spaces.register(space)
+
+    async def fail() -> int:
+        async with TracerLink.open() as tracer, trio.open_nursery() as nursery:
+            failures = Failures(mm, NoMount(), tracer, events.append, nursery)
+            return (await failures.handle(mm.memory_failure(BASE + 1, 1, 0)))[1]
+
+    with Actor.spawn("p0", cwd=tmp_path) as mapper, Actor.spawn("p1", cwd=tmp_path) as elsewhere:
+        for actor, first in ((mapper, 0), (elsewhere, 2)):
+            ask(actor, "open 0 f rw")
+            ask(actor, f"mmap 0 0 {first} 2 shared")
+        assert trio.run(fail) == 1
+        assert told(mapper) == [ao(1)]
+        assert told(elsewhere) == []
+    (sent,) = [event for event in events if isinstance(event, SignalSent)]
+    assert (sent.comm, sent.pfn, sent.result) == ("p0", BASE + 1, "delivered")
+    (handled,) = [event for event in events if isinstance(event, MemoryFailureHandled)]
+    assert (handled.page_type, handled.outcome.value, handled.told) == ("non struct page pfn", "Recovered", 1)
