@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from daxemu.host.session import Session
 from daxemu.host.tasks import collect_tasks, mapped_runs, maps_still, present_runs
 from daxemu.mm.memory_failure import Incident, Task
-from daxemu.ranges import Range
+from daxemu.mm.to_kill import shared_out
+from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SHIFT, Ino
 
 
 class Mappings(Protocol):
     """What the kernel does with rmap and page tables. Both calls block: from a worker thread only."""
 
-    def collect(self, incident: Incident) -> list[Task]:
-        """``collect_procs()``: the processes that have a page of the incident present, with where."""
+    def collect(self, incidents: Sequence[Incident]) -> list[list[Task]]:
+        """``collect_procs()`` for each incident: the processes that have a page of it present, with where.
+
+        A page that two incidents have is the first one's: it would be gone when the second looked. Removal
+        comes alone.
+        """
 
     def still_mapped(self, task: Task) -> bool:
         """Whether a process still has mapped, at the same addresses, what it had present once."""
@@ -45,17 +50,26 @@ class PageCacheMappings:
         self._open_inodes = open_inodes
         self._pages_of = mapped_runs if pfn_map else present_runs
 
-    def collect(self, incident: Incident) -> list[Task]:
-        """See Mappings.collect. Nothing is read of /proc when no file of the incident is open."""
+    def collect(self, incidents: Sequence[Incident]) -> list[list[Task]]:
+        """See Mappings.collect. One look at /proc for all; none when no file of them is open."""
         open_now = set(self._open_inodes())
         dev, skip = self._session.mount.dev, frozenset({os.getpid()})
-        if incident.whole_device:
-            return collect_tasks(dev, None, skip, self._pages_of) if open_now else []
-        wanted: dict[Ino, list[Range]] = defaultdict(list)
-        for hurt in incident.mappings:
-            if hurt.mapping in open_now:
-                wanted[hurt.mapping].append(Range(hurt.index, hurt.index + hurt.count))
-        return collect_tasks(dev, wanted, skip, self._pages_of) if wanted else []
+        if any(incident.whole_device for incident in incidents):
+            return [collect_tasks(dev, None, skip, self._pages_of) if open_now else [] for _ in incidents]
+        wanted: dict[Ino, RangeSet] = defaultdict(RangeSet)
+        hurt: list[list[tuple[Ino, Range]]] = [
+            [
+                (m.mapping, part)
+                for m in incident.mappings
+                if m.mapping in open_now
+                for part in wanted[m.mapping].add(m.index, m.index + m.count)
+            ]
+            for incident in incidents
+        ]
+        if not wanted:
+            return [[] for _ in incidents]
+        tasks = collect_tasks(dev, {ino: list(pages) for ino, pages in wanted.items()}, skip, self._pages_of)
+        return shared_out(tasks, hurt)
 
     def still_mapped(self, task: Task) -> bool:
         """See Mappings.still_mapped."""

@@ -6,7 +6,7 @@ signalled because of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import SECTOR_SIZE, Sector
@@ -32,7 +32,11 @@ class Badblocks:
 
     def set(self, sector: Sector, sectors: int) -> list[Range]:
         """Acknowledge bad sectors (``badblocks_set``); returns those not known before."""
-        added = self._bad.add(sector, sector + sectors)
+        return self.update([Range(sector, sector + sectors)])
+
+    def update(self, ranges: Iterable[Range]) -> list[Range]:
+        """As :meth:`set`, many ranges at once."""
+        added = [part for sectors in ranges for part in self._bad.add(*sectors)]
         if added:
             self.on_change()
         return added

@@ -14,7 +14,8 @@ that is stopped may take its time, and must not hold up the next failure.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import itertools
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -38,6 +39,26 @@ ARM_PATIENCE = 1.0
 """Seconds a thread that consumed poison is kept waiting for the tracer."""
 
 
+@dataclass(eq=False)
+class _Turn:
+    """A failure that waits for the mutex; ``to_kill`` is there once it has been seen to."""
+
+    incident: Incident
+    current: int | None
+    consumer: int | None
+    to_kill: list[ToKill] | None = None
+
+    def is_plain(self) -> bool:
+        """Whether others may be seen to with it: removal and what a load found have their turns alone."""
+        return self.consumer is None and not self.incident.whole_device
+
+    @property
+    def concerns_processes(self) -> bool:
+        """Whether anybody can have any of it mapped."""
+        incident = self.incident
+        return bool(incident.mappings or incident.pfn_mappings or incident.whole_device)
+
+
 class Failures:
     """Carries out incidents. Belongs to the trio thread; ``nursery`` runs what outlives a request."""
 
@@ -57,6 +78,7 @@ class Failures:
         """Those of them whose load found it: a page fault asks more than once, and only the first is news."""
         self._forced: dict[int, int] = {}
         """Threads with a forced SIGBUS on its way."""
+        self._waiting: list[_Turn] = []
         self.mf_mutex = trio.Lock()
         """Held while mappings are looked at and taken away: nobody else may take one away meanwhile."""
 
@@ -72,8 +94,7 @@ class Failures:
         # Once begun it ends, whoever asked for it: half a failure would leave poison that somebody can still
         # read.
         with trio.CancelScope(shield=True):
-            async with self.mf_mutex:
-                to_kill = await self._collect_and_revoke(incident, current, consumer)
+            to_kill = await self._in_turn(_Turn(incident, current, consumer))
             await self._kill_procs(to_kill, current)
         return self._mm.action_result(incident, len(to_kill)), len(to_kill)
 
@@ -85,7 +106,7 @@ class Failures:
         """
 
         def work() -> list[Task]:
-            tasks = self._mappings.collect(incident)
+            (tasks,) = self._mappings.collect([incident])
             self._mappings.revoke(incident)
             return tasks
 
@@ -114,25 +135,47 @@ class Failures:
         async with self.mf_mutex:
             await trio.to_thread.run_sync(self._mappings.revoke, incident)
 
-    async def _collect_and_revoke(
-        self, incident: Incident, current: int | None, consumer: int | None
-    ) -> list[ToKill]:
-        if not incident.mappings and not incident.pfn_mappings and not incident.whole_device:
-            return []
+    async def _in_turn(self, turn: _Turn) -> list[ToKill]:
+        """Collect and revoke, after the failures before it; those that wait by then are seen to together."""
+        self._waiting.append(turn)
+        try:
+            async with self.mf_mutex:
+                while turn.to_kill is None:
+                    batch = list(itertools.takewhile(_Turn.is_plain, self._waiting)) or self._waiting[:1]
+                    await self._collect_and_revoke(batch)
+                    del self._waiting[: len(batch)]
+        finally:
+            if turn.to_kill is None:
+                self._waiting.remove(turn)
+        return turn.to_kill
 
-        hidden = self._take_hidden(incident) if consumer is not None else []
+    async def _collect_and_revoke(self, batch: list[_Turn]) -> None:
+        hidden = self._take_hidden(batch[0].incident) if batch[0].consumer is not None else []
 
-        def work() -> list[ToKill]:
-            tasks = self._mappings.collect(incident)
-            found = {task.pid for task in tasks} | {consumer}
-            tasks += [task for task in hidden if task.pid not in found and self._mappings.still_mapped(task)]
-            tasks = [task for task in tasks if task.pid != consumer]
-            self._mappings.revoke(incident)
-            early_kill = self._mm.sysctl_early_kill
-            to_kill = collect_procs(incident, tasks, early_kill=early_kill, force_tid=current)
-            return to_kill + pfn_mappings.collect(incident.pfn_mappings, early_kill=early_kill)
+        def work() -> list[list[ToKill]]:
+            collected = self._mappings.collect([turn.incident for turn in batch])
+            to_kill = []
+            for turn, tasks in zip(batch, collected, strict=True):
+                to_kill.append(self._choose(turn, tasks, hidden))
+                self._mappings.revoke(turn.incident)
+            return to_kill
 
-        return await trio.to_thread.run_sync(work)
+        if any(turn.concerns_processes for turn in batch):
+            chosen = await trio.to_thread.run_sync(work)
+        else:
+            chosen = [[] for _ in batch]
+        for turn, to_kill in zip(batch, chosen, strict=True):
+            turn.to_kill = to_kill
+
+    def _choose(self, turn: _Turn, tasks: list[Task], hidden: list[Task]) -> list[ToKill]:
+        found = {task.pid for task in tasks} | {turn.consumer}
+        tasks = tasks + [
+            task for task in hidden if task.pid not in found and self._mappings.still_mapped(task)
+        ]
+        tasks = [task for task in tasks if task.pid != turn.consumer]
+        early_kill = self._mm.sysctl_early_kill
+        to_kill = collect_procs(turn.incident, tasks, early_kill=early_kill, force_tid=turn.current)
+        return to_kill + pfn_mappings.collect(turn.incident.pfn_mappings, early_kill=early_kill)
 
     # -- action optional
 
@@ -145,9 +188,9 @@ class Failures:
                 continue
             pending = await self._tracer.send_ao(victim.task.pid, victim.tid, victim.address, victim.shift)
             sent.append((victim, pending))
-        deadline = trio.current_time() + SIGNAL_PATIENCE
+        since = trio.current_time()
         for victim, pending in sent:
-            outcome = await pending.wait(max(0.0, deadline - trio.current_time()))
+            outcome = await self._tracer.settled(pending, since, SIGNAL_PATIENCE)
             self._told(victim, outcome)
             if outcome is None:
                 self._nursery.start_soon(self._await_late, victim, pending)

@@ -22,7 +22,7 @@ from daxemu.host.session import Session
 from daxemu.host.tasks import process_of
 from daxemu.host.tracer_link import TracerLink
 from daxemu.mm.memory_failure import MappingRange, MemoryFailures
-from daxemu.pmem.inject import check_range, failed_pages, inject, scrub, uninject
+from daxemu.pmem.inject import check_range, failed_pages, inject_all, scrub, uninject
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
 from daxemu.supervisor import protocol as p
@@ -84,16 +84,14 @@ class Machine:
         """
         self.check_present()
         found, holes = await self._resolve(request.ino, request.ranges)
-        done = []
-        for part in found:
-            bad = inject(self.pmem, part.start, part.length, latent=request.latent)
+        done = inject_all(self.pmem, found, latent=request.latent)
+        for bad in done:
             self.log.emit(PoisonInjected(offset=bad.start, length=bad.length, latent=request.latent))
-            done.append((bad, part))
         results = [p.PoisonedRange(0, 0, 0, 0, "", 0)] * len(done)
         async with trio.open_nursery() as nursery:
-            for index, (bad, _) in enumerate(done):
+            for index, bad in enumerate(done):
                 nursery.start_soon(self._fail, bad, request.latent, results, index)
-        return p.Injected(results, any(bad != part for bad, part in done), holes)
+        return p.Injected(results, done != found, holes)
 
     async def _fail(self, bad: Range, latent: bool, results: list[p.PoisonedRange], index: int) -> None:
         pfn, nr_pages = failed_pages(self.pmem, bad)
