@@ -49,6 +49,8 @@ class PageCacheMappings:
         self._session = session
         self._open_inodes = open_inodes
         self._pages_of = mapped_runs if pfn_map else present_runs
+        self._likely: set[int] = set()
+        """Processes that had something mapped at the last failure: likely to have it at the next."""
 
     def collect(self, incidents: Sequence[Incident]) -> list[list[Task]]:
         """See Mappings.collect. One look at /proc for all; none when no file of them is open."""
