@@ -49,8 +49,8 @@ class Work:
 
     def write(self) -> None:
         with open(self._some(), "r+b" if self._rng.random() < 0.5 else "wb") as file:
-            file.seek(self._rng.randrange(PAGES) * PAGE)
-            file.write(bytes(self._rng.randrange(1, 4 * PAGE)))
+            file.seek(self._rng.randrange(4) * PAGE)
+            file.write(bytes(self._rng.randrange(1, PAGES * PAGE)))
             if self._rng.random() < 0.1:
                 os.fsync(file.fileno())
 
@@ -69,10 +69,12 @@ class Work:
         self._client.request("reflink", src=source.stat().st_ino, dst=target.stat().st_ino)
 
     def fail(self) -> None:
-        ino, at = self._some().stat().st_ino, self._rng.randrange(PAGES) * PAGE
+        found = self._some().stat()
+        whole = [[0, found.st_size]]
+        at = self._rng.randrange(max(1, found.st_size // PAGE)) * PAGE
         latent = self._rng.random() < 0.2
-        self._client.request("inject", ino=ino, ranges=[[at, PAGE]], latent=latent)
-        self._client.request("clear", ino=ino, ranges=[[at, PAGE]])
+        self._client.request("inject", ino=found.st_ino, ranges=[[at, PAGE]], latent=latent)
+        self._client.request("clear", ino=found.st_ino, ranges=whole)
 
     def map(self) -> None:
         mapper, file = self._rng.choice(self._mappers), self._some()
@@ -83,7 +85,8 @@ class Work:
         mapper.cmd(f"open 0 {file.name} rw")
         mapper.cmd(f"mmap 0 0 0 {PAGES} shared")
         for _ in range(4):
-            mapper.cmd(f"{self._rng.choice(('tr', 'tw'))} 0 {self._rng.randrange(PAGES)} x")
+            page = self._rng.randrange(PAGES)
+            mapper.cmd(self._rng.choice((f"tr 0 {page}", f"tw 0 {page} x")))
 
     def footprint(self) -> tuple[int, int]:
         """Bytes of the supervisor that are its own, and how many events it has kept."""
@@ -95,8 +98,10 @@ class Work:
 def test_mixed_work_does_not_make_the_supervisor_grow(tmp_path: Path) -> None:
     with dax_mount_at(tmp_path) as made, made.client() as client, ExitStack() as stack:
         mappers = [stack.enter_context(Actor.spawn(f"p{i}", cwd=made.path)) for i in range(MAPPERS)]
+        made.make_file("f0", PAGES)
         for mapper in mappers:
-            mapper.cmd("mcekill early")
+            for command in ("mcekill early", "open 0 f0 rw", f"mmap 0 0 0 {PAGES} shared"):
+                mapper.cmd(command)
         work = Work(made, client, mappers)
         began = time.monotonic()
         while time.monotonic() < began + SECONDS / 3:

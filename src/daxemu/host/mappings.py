@@ -70,7 +70,9 @@ class PageCacheMappings:
         ]
         if not wanted:
             return [[] for _ in incidents]
-        tasks = collect_tasks(dev, {ino: list(pages) for ino, pages in wanted.items()}, skip, self._pages_of)
+        ranges = {ino: list(pages) for ino, pages in wanted.items()}
+        tasks = collect_tasks(dev, ranges, skip, self._pages_of, self._likely)
+        self._likely = {task.pid for task in tasks}
         return shared_out(tasks, hurt)
 
     def still_mapped(self, task: Task) -> bool:
