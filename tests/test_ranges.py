@@ -65,6 +65,22 @@ def test_interval_index_finds_exactly_the_overlapping(
     assert {id(i) for i in index.overlapping(start, end)} == expected
 
 
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 3))
+def test_interval_index_says_whether_an_item_may_change_in_place(old: int, new: int, trim: int) -> None:
+    index: IntervalIndex[Item] = IntervalIndex(lambda i: i.start, lambda i: i.length)
+    item = Item(10, old)
+    index.add(item)
+    if index.stays(item, 10 + trim, new):
+        item.start, item.length = 10 + trim, new
+    else:
+        index.discard(item)
+        item.start, item.length = 10 + trim, new
+        index.add(item)
+    assert list(index.overlapping(9 + trim + new, 10 + trim + new)) == [item]
+    assert list(index.overlapping(10 + trim + new, 1000)) == []
+    index.discard(item)
+
+
 def test_interval_index_refuses_to_discard_a_stranger() -> None:
     index: IntervalIndex[Item] = IntervalIndex(lambda i: i.start, lambda i: i.length)
     with pytest.raises(ValueError, match="not in the index"):

@@ -113,7 +113,10 @@ class RangeSet:
 
     def overlaps(self, start: int, end: int) -> bool:
         """Whether any integer of ``[start, end)`` is in the set."""
-        return next(self.overlapping(start, end), None) is not None
+        if start >= end or not self._ends:
+            return False
+        index = self._from(start)
+        return index < len(self._ends) and self._ends.peekitem(index)[0] < end
 
     def covers(self, start: int, end: int) -> bool:
         """Whether every integer of ``[start, end)`` is in the set."""
@@ -131,16 +134,24 @@ class RangeSet:
         """Put ``[start, end)`` into the set; returns the parts that were not in it before."""
         if start >= end:
             return []
-        added = list(self.gaps(start, end))
+        added = []
         # Swallow neighbours that touch, too, so that the stored ranges stay non-adjacent.
         index = self._from(start - 1)
-        low, high = start, end
+        low, high, at = start, end, start
         while index < len(self._ends):
             found = Range(*self._ends.peekitem(index))
             if found.start > end:
                 break
-            low, high = min(low, found.start), max(high, found.end)
-            del self._ends[found.start]
+            if at < found.start:
+                added.append(Range(at, found.start))
+            at, high = max(at, found.end), max(high, found.end)
+            if found.start <= low:
+                low = found.start  # its end is set below
+                index += 1
+            else:
+                del self._ends[found.start]
+        if at < end:
+            added.append(Range(at, end))
         self._ends[low] = high
         self._total += sum(r.length for r in added)
         return added
@@ -170,7 +181,7 @@ class IntervalIndex(Generic[T]):
     looks at a window of start positions at most one class-size wider than itself. With ``k`` classes in use
     (at most 64) a query costs ``O(k log n)`` and the objects it finds, however unequal the lengths are.
 
-    Precondition: an object's start and length do not change while it is in the index.
+    Precondition: an object's start and length do not change while it is in the index, unless it stays().
     """
 
     __slots__ = ("_classes", "_length", "_start")
@@ -194,6 +205,10 @@ class IntervalIndex(Generic[T]):
         if members is None:
             members = self._classes[size_class] = SortedKeyList(key=self._start)
         members.add(item)
+
+    def stays(self, item: T, start: int, length: int) -> bool:
+        """Whether ``item`` would be filed in its present place with this interval: then it may have it."""
+        return start == self._start(item) and length.bit_length() == self._length(item).bit_length()
 
     def update(self, items: list[T]) -> None:
         """File many at once."""

@@ -34,7 +34,6 @@ PASSTHROUGH_MODES = (
     ("writeback -s", "cache=always,writeback"),
 )
 """What is tried for each line; ``-s`` is one thread. libfuse splices its requests by default."""
-MANY = 1 << 19
 PATIENCE = 10.0
 PROGRAM_PATIENCE = 300.0
 
@@ -161,7 +160,8 @@ def _passthrough(directory: Path) -> Path:
 
 def _more_files() -> None:
     """passthrough_ll keeps a descriptor for each file that the kernel knows."""
-    resource.setrlimit(resource.RLIMIT_NOFILE, (MANY, MANY))
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -78,6 +78,15 @@ def test_reserve_and_release(directory: Path) -> None:
         media.release(0, 8 * PAGE_SIZE)
         assert (directory / "media").stat().st_blocks == before
         assert bytes(media.view(0, 4)) == bytes(4)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_store_to_new_memory_is_in_the_view(directory: Path, limited: bool) -> None:
+    with opened(directory) as media:
+        media.reserve(0, 2 * PAGE_SIZE)
+        with files_cannot_grow() if limited else nullcontext():
+            media.store(5, b"x" * PAGE_SIZE)
+        assert bytes(media.view(0, 2 * PAGE_SIZE)) == bytes(5) + b"x" * PAGE_SIZE + bytes(PAGE_SIZE - 5)
 
 
 def test_reserving_keeps_what_is_there(directory: Path) -> None:

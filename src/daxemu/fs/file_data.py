@@ -120,6 +120,9 @@ class FileData:
             if run.link is None:
                 yield _Segment(run.file_block, end, None, copy=True)
                 continue
+            if run.link.proxy is None:
+                yield _Segment(run.file_block, end, run.link, copy=False)
+                continue
             shared = self._rmap.shared_parts(run.link, run.dev_block, run.dev_block + run.length)
             delta = run.file_block - run.dev_block
             parts = [(r, True) for r in shared]
@@ -198,12 +201,12 @@ class FileData:
         ``edges``.
         """
         window = Range(at, at + blocks.length * PAGE_SIZE)
-        target = self._dax.direct_access(blocks.start * PAGE_SIZE, blocks.length * PAGE_SIZE)
         pieces: list[tuple[int, Buffer]] = [*edges, (start, chunk)]
         for position, piece in pieces:
             if part := Range(position, position + len(piece)).clip(*window):
                 inside = slice(part.start - position, part.end - position)
-                target[part.start - at : part.end - at] = memoryview(piece)[inside]
+                dev = blocks.start * PAGE_SIZE + part.start - at
+                self._dax.copy_from_iter(dev, memoryview(piece)[inside])
 
     def _store_in_place(
         self,
@@ -217,6 +220,10 @@ class FileData:
     ) -> None:
         base = segment.dev_block(segment.start) * PAGE_SIZE - segment.start * PAGE_SIZE
         dev = Range(base + start, base + start + len(chunk))
+        first, last = dev.start // PAGE_SIZE * PAGE_SIZE, -(-dev.end // PAGE_SIZE) * PAGE_SIZE
+        if not self._dax.is_poisoned(first, last - first):
+            self._dax.direct_access(dev.start, dev.length)[:] = chunk
+            return
         bad = self._bad_pages(dev)
         for good in bad.gaps(*dev):
             self._dax.direct_access(good.start, good.length)[:] = chunk[

@@ -23,7 +23,7 @@ import msgspec
 
 from daxemu.errors import CorruptMetadata, DaxemuError, MediaError, NoSpace
 from daxemu.fs.allocator import Allocator
-from daxemu.fs.extents import ExtentMap
+from daxemu.fs.extents import ExtentMap, Mapping
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range
@@ -219,6 +219,23 @@ class MetadataRegion:
         """Store ``data`` in both replicas. Precondition: there is room. Heals a poisoned page as long as the
         other replica has what the write leaves of it.
         """
+        first, last = offset // PAGE_SIZE, -(-(offset + len(data)) // PAGE_SIZE)
+        copies = [
+            self._extents.lookup(_base(file, r) + first, _base(file, r) + last) for r in range(REPLICAS)
+        ]
+        if any(self._dax.is_poisoned(*_bytes(run)) for runs in copies for run in runs):
+            self._write_over_poison(file, offset, data)
+            return
+        view = memoryview(data)
+        for runs in copies:
+            done, at = 0, offset - first * PAGE_SIZE
+            for run in runs:
+                start, length = _bytes(run)
+                part = view[done : done + length - at]
+                self._dax.direct_access(start + at, len(part))[:] = part
+                done, at = done + len(part), 0
+
+    def _write_over_poison(self, file: MetadataFile, offset: int, data: bytes | memoryview) -> None:
         done = 0
         for page, start, end in _pages(offset, len(data)):
             piece = data[done : done + end - start]
@@ -329,6 +346,11 @@ class MetadataRegion:
                 self._dax.direct_access(at, PAGE_SIZE)[:] = first
         if not all(map(self._is_current, self._super_blocks)):
             self._write_superblocks()
+
+
+def _bytes(run: Mapping) -> tuple[int, int]:
+    """Where a run is on the device, and its length, in bytes."""
+    return run.dev_block * PAGE_SIZE, run.length * PAGE_SIZE
 
 
 def _pages(offset: int, length: int) -> list[tuple[Block, int, int]]:

@@ -109,11 +109,14 @@ class Rmap:
         link.
         """
         self._mark(link.ino, link.file_block, max(link.file_end, link.file_block + trim_front + length))
-        self._links.discard(link)
-        link.file_block += trim_front
-        link.dev_block += trim_front
-        link.length = length
-        self._links.add(link)
+        if self._links.stays(link, link.dev_block + trim_front, length):
+            link.length = length
+        else:
+            self._links.discard(link)
+            link.file_block += trim_front
+            link.dev_block += trim_front
+            link.length = length
+            self._links.add(link)
 
     def share(self, links: list[Link]) -> None:
         """See that each of these links of one file, in its order, has a proxy."""

@@ -26,6 +26,11 @@ MS_NOSUID, MS_NODEV = 2, 4
 MNT_DETACH = 2
 _SYNC_AND_WAIT = 1 | 2 | 4  # SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE, _WAIT_AFTER
 FUSE_NOTIFY_INVAL_INODE = 2
+PAGE_CACHE = {"read_ahead_kb": "1024", "strict_limit": "0"}
+"""The kernel reads ahead as much as one request can hold; and the mount may have more dirty pages than the
+few that FUSE is trusted with, which would be written back all the time, and each store fault again.
+"""
+_BDI = Path("/sys/class/bdi")
 _FUSECTL = Path("/sys/fs/fuse/connections")
 _OUT_HEADER = struct.Struct("=IiQ")
 _INVAL_INODE = struct.Struct("=Qqq")
@@ -108,6 +113,17 @@ class Session:
             _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_AND_WAIT)
         finally:
             os.close(fd)
+
+    def tune_page_cache(self) -> bool:
+        """Set PAGE_CACHE for this mount. Only root can; returns whether all of it is set."""
+        settings = _BDI / "{}:{}".format(*self.mount.dev)
+        try:
+            self.mount.mountpoint.stat()  # waits for the connection's first answer, which sets a limit
+            for name, value in PAGE_CACHE.items():
+                (settings / name).write_text(value)
+        except OSError:
+            return False
+        return True
 
     # -- the end
 

@@ -98,6 +98,12 @@ class DaxDevice:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise InvalidArgument(f"{self.name}: {offset:#x}+{length:#x} is outside the device")
 
+    def check_readable(self, offset: int, length: int) -> None:
+        """Raises MediaError if any byte of the range is poison, NoDevice after removal."""
+        self._check(offset, length)
+        if self.is_poisoned(offset, length):
+            raise MediaError(f"{self.name}: poison in {offset:#x}+{length:#x}", self.poisoned(offset, length))
+
     def is_poisoned(self, offset: int, length: int) -> bool:
         """Whether any byte of the range is poison, known or latent."""
         return self._media.is_poisoned(self._data_offset + offset, length)
@@ -112,10 +118,16 @@ class DaxDevice:
 
         Raises MediaError if any of them is poison, NoDevice after removal. Precondition: reserved.
         """
-        self._check(offset, length)
-        if self.is_poisoned(offset, length):
-            raise MediaError(f"{self.name}: poison in {offset:#x}+{length:#x}", self.poisoned(offset, length))
+        self.check_readable(offset, length)
         return self._media.view(self._data_offset + offset, length)
+
+    def copy_from_iter(self, offset: int, data: bytes | memoryview) -> None:
+        """Write to blocks that are not in use yet (``dax_copy_from_iter()``).
+
+        Raises MediaError if any of them is poison, NoDevice after removal. Precondition: reserved.
+        """
+        self.check_readable(offset, len(data))
+        self._media.store(self._data_offset + offset, data)
 
     def recovery_write(self, offset: int, data: bytes | memoryview) -> list[Range]:
         """Write whole sectors over poison, which clears it and its badblocks (``dax_recovery_write``).

@@ -81,6 +81,19 @@ class Media:
         """The live bytes, writable. Precondition: reserved; the caller has looked at the poison."""
         return self._view[offset : offset + length]
 
+    def store(self, offset: int, data: bytes | memoryview) -> None:
+        """Write to memory that is reserved but was not used yet. Faster than through a view: whole pages are
+        neither zeroed before nor faulted in.
+        """
+        rest = memoryview(data)
+        while rest:
+            try:
+                done = os.pwrite(self._fd, rest, offset)
+            except OSError:  # a limit on the size of files: it does not count for mappings
+                done = len(rest)
+                self._view[offset : offset + done] = rest
+            offset, rest = offset + done, rest[done:]
+
     def reserve(self, offset: int, length: int) -> None:
         """Back the range with memory. Raises NoSpace when the host has none left; then nothing is
         reserved.
@@ -102,7 +115,7 @@ class Media:
 
     def is_poisoned(self, offset: int, length: int) -> bool:
         """Whether any byte of the range cannot be read."""
-        return self.poison.overlaps(*sectors_of(offset, length))
+        return bool(self.poison) and self.poison.overlaps(*sectors_of(offset, length))
 
     def poisoned(self, offset: int, length: int) -> Iterator[Range]:
         """The poisoned byte ranges that meet ``[offset, offset + length)``, whole sectors each."""

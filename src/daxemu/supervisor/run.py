@@ -22,6 +22,7 @@ from daxemu.errors import Busy, DaxemuError, Unsupported
 from daxemu.events import Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host import supplement
+from daxemu.host.fuse_loop import FuseLoop
 from daxemu.host.mappings import PageCacheMappings
 from daxemu.host.mountinfo import printable
 from daxemu.host.session import Session, abort_file, check_mountpoint
@@ -157,8 +158,8 @@ async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
             machine.start(mappings, tracer, nursery)
             listener = control.bind()
             nursery.start_soon(control.serve, listener)
-            nursery.start_soon(_announce, ready)
-            await pyfuse3.main()
+            nursery.start_soon(_announce, machine.session, ready)
+            await FuseLoop().main()
             with trio.move_on_after(ANSWER_PATIENCE):
                 await control.idle()  # whoever asked for the unmount gets an answer before the socket goes
             nursery.cancel_scope.cancel()
@@ -176,5 +177,7 @@ async def _commit_now_and_then(machine: Machine) -> None:
                 log.error("the periodic commit failed: %s", error)
 
 
-async def _announce(ready: Callable[[], None]) -> None:
+async def _announce(session: Session, ready: Callable[[], None]) -> None:
+    if not await trio.to_thread.run_sync(session.tune_page_cache, abandon_on_cancel=True):
+        log.info("the page cache reads ahead and keeps less than it could: needs root, and Linux 6.2")
     ready()
