@@ -65,6 +65,17 @@ def paired(one: Iterable[Range], other: Iterable[Range]) -> Iterator[tuple[Range
             right = Range(right.start + length, right.end)
 
 
+def gaps_between(ranges: Iterable[Range], start: int, end: int) -> Iterator[Range]:
+    """The parts of ``[start, end)`` that none of ``ranges`` has. They are in it, in order and disjoint."""
+    at = start
+    for found in ranges:
+        if at < found.start:
+            yield Range(at, found.start)
+        at = found.end
+    if at < end:
+        yield Range(at, end)
+
+
 class RangeSet:
     """A set of integers kept as disjoint, non-adjacent ranges in order.
 
@@ -119,13 +130,7 @@ class RangeSet:
 
     def gaps(self, start: int, end: int) -> Iterator[Range]:
         """The parts of ``[start, end)`` that are not in the set, in order."""
-        at = start
-        for found in self.overlapping(start, end):
-            if at < found.start:
-                yield Range(at, found.start)
-            at = found.end
-        if at < end:
-            yield Range(at, end)
+        return gaps_between(self.overlapping(start, end), start, end)
 
     def overlaps(self, start: int, end: int) -> bool:
         """Whether any integer of ``[start, end)`` is in the set."""
@@ -246,13 +251,17 @@ class IntervalIndex(Generic[T]):
         if not members:
             del self._classes[size_class]
 
-    def overlapping(self, start: int, end: int) -> Iterator[T]:
+    def overlapping(self, start: int, end: int) -> list[T]:
         """The objects whose interval has a part in ``[start, end)``, in no particular order."""
+        found: list[T] = []
         if start >= end:
-            return
+            return found
+        begin, length = self._start, self._length
         for size_class, members in self._classes.items():
-            # Every length in this class is below 1 << size_class: nothing that starts earlier can reach
-            # `start`.
-            for item in members.irange_key(start - (1 << size_class) + 1, end - 1):
-                if self._start(item) + self._length(item) > start:
-                    yield item
+            # Every length in this class is at least `least` and below twice that: what starts less than
+            # `least` before `start` reaches it, what starts twice as early cannot.
+            least = 1 << size_class >> 1
+            found += members.irange_key(start - least + 1, end - 1)
+            doubtful = members.irange_key(start - 2 * least + 2, start - least)
+            found += [item for item in doubtful if begin(item) + length(item) > start]
+        return found

@@ -37,11 +37,11 @@ class Sample:
 
 
 def lost_from_rmap(s: Sample) -> None:
-    s.fs.rmap.discard(s.link(s.h))
+    s.fs.rmap.discard([s.link(s.h)])
 
 
 def stray_in_rmap(s: Sample) -> None:
-    s.fs.rmap.add(Link(s.h, 100, 1500, 1))
+    s.fs.rmap.add([Link(s.h, 100, 1500, 1)])
     s.fs.allocator.take(Range(1500, 1501))
 
 

@@ -85,7 +85,7 @@ def test_after_removal_there_is_nothing(dax: DaxDevice) -> None:
         lambda: dax.direct_access(0, 1),
         lambda: dax.recovery_write(0, bytes(512)),
         lambda: dax.reserve(0, PAGE_SIZE),
-        lambda: dax.add_poison(0, 1),
+        lambda: dax.add_poison(Range(0, 1)),
         lambda: dax.zero(0, 1),
     ):
         with pytest.raises(NoDevice) as caught:
@@ -98,7 +98,7 @@ def test_nothing_outside_the_device(dax: DaxDevice, offset: int, length: int) ->
     with pytest.raises(InvalidArgument):
         dax.direct_access(offset, length)
     with pytest.raises(InvalidArgument):
-        dax.add_poison(offset, length)
+        dax.add_poison(Range(offset, offset + length))
     with pytest.raises(InvalidArgument):
         dax.reserve(offset, length)
 
@@ -113,7 +113,7 @@ def test_direct_access_is_the_live_media(dax: DaxDevice) -> None:
 
 def test_no_access_to_poison_and_the_error_says_where(dax: DaxDevice) -> None:
     dax.reserve(0, PAGE_SIZE)
-    assert dax.add_poison(1000, 100) == Range(512, 1536)
+    assert dax.add_poison(Range(1000, 1100), Range(4096, 4097)) == [Range(512, 1536), Range(4096, 4608)]
     with pytest.raises(MediaError) as caught:
         dax.direct_access(0, PAGE_SIZE)
     assert caught.value.ranges == (Range(512, 1536),)
@@ -124,7 +124,7 @@ def test_no_access_to_poison_and_the_error_says_where(dax: DaxDevice) -> None:
 
 def test_a_write_over_poison_clears_it_and_its_badblocks(dax: DaxDevice) -> None:
     dax.reserve(0, PAGE_SIZE)
-    dax.add_poison(512, 1024)
+    dax.add_poison(Range(512, 1536))
     dax.badblocks.set(1, 2)
     assert dax.recovery_write(1024, b"x" * 512) == [Range(1024, 1536)]
     assert list(dax.badblocks) == [Range(1, 2)]
@@ -135,7 +135,7 @@ def test_a_write_over_poison_clears_it_and_its_badblocks(dax: DaxDevice) -> None
 @pytest.mark.parametrize(("offset", "length"), [(1, 512), (0, 100), (512, 700)])
 def test_a_write_over_poison_is_of_whole_sectors(dax: DaxDevice, offset: int, length: int) -> None:
     dax.reserve(0, PAGE_SIZE)
-    dax.add_poison(0, PAGE_SIZE)
+    dax.add_poison(Range(0, PAGE_SIZE))
     with pytest.raises(InvalidArgument):
         dax.recovery_write(offset, bytes(length))
     assert dax.poisoned(0, PAGE_SIZE) == [Range(0, PAGE_SIZE)]

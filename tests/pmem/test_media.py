@@ -118,6 +118,23 @@ def test_clearing_says_what_was_poison(directory: Path) -> None:
         assert list(media.poison) == [Range(3, 4)]
 
 
+def test_many_ranges_go_bad_at_once_or_not_at_all(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(directory) as media:
+        media.add_poison(Range(3, 5))
+        saved: list[list[Range]] = []
+        monkeypatch.setattr(media, "_save_poison", lambda: saved.append(list(media.poison)))
+        media.add_poison(Range(4, 8), Range(20, 21))
+        assert saved == [[Range(3, 8), Range(20, 21)]]
+
+        def full() -> None:
+            raise NoSpace("full")
+
+        monkeypatch.setattr(media, "_save_poison", full)
+        with pytest.raises(NoSpace):
+            media.add_poison(Range(0, 4), Range(30, 31), Range(30, 32))
+        assert list(media.poison) == [Range(3, 8), Range(20, 21)]
+
+
 def test_poison_survives_the_process(directory: Path) -> None:
     with opened(directory) as media:
         media.add_poison(Range(3, 5))

@@ -13,6 +13,7 @@ from daxemu.events import Outcome
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.badblocks import Badblocks
 from daxemu.pmem.sysfs import Sysfs
+from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE
 from tests.support.core import Core
 
@@ -100,7 +101,7 @@ def test_the_device_shows_itself_and_can_be_made_anew(core: Core) -> None:
     assert [(counters / name).read_text() for name in ("total", "recovered")] == ["2\n", "1\n"]
     assert [memmap.page_hwpoison(pfn + page) for page in range(4)] == [True, True, True, False]
     # Two of the three pages are good again; what is left of the third's poison keeps it bad.
-    core.pmem.dax.add_poison(0, 3 * 4096)
+    core.pmem.dax.add_poison(Range(0, 3 * 4096))
     core.pmem.dax.clear_poison(0, 2 * 4096 + 512)
     assert [memmap.page_hwpoison(pfn + page) for page in range(4)] == [False, False, True, False]
     core.close()

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import trio
+import trio.testing
 
 from daxemu.events import Event, MemoryFailureHandled, SignalSent
 from daxemu.host.mappings import Mappings
 from daxemu.host.tracer_link import TracerLink
-from daxemu.mm.memory_failure import FileId, Incident, MemoryFailures, PfnMapping, Task
+from daxemu.mm.memory_failure import FileId, Incident, MappingRange, MemoryFailures, PfnMapping, Task
 from daxemu.mm.pfn_space import PfnAddressSpace
 from daxemu.ranges import Range
 from daxemu.supervisor.failures import Failures
@@ -42,8 +43,8 @@ class NoMount(Mappings):
     def dev(self) -> tuple[int, int]:
         return (0, 0)
 
-    def collect(self, incident: Incident) -> list[Task]:
-        return []
+    def collect(self, incidents: Sequence[Incident]) -> list[list[Task]]:
+        return [[] for _ in incidents]
 
     def still_mapped(self, task: Task) -> bool:
         raise AssertionError("nobody consumed anything")
@@ -75,3 +76,40 @@ def test_whoever_maps_the_memory_of_another_driver_is_told(tmp_path: Path) -> No
     assert (sent.comm, sent.pfn, sent.result) == ("p0", BASE + 1, "delivered")
     (handled,) = [event for event in events if isinstance(event, MemoryFailureHandled)]
     assert (handled.page_type, handled.outcome.value, handled.told) == ("non struct page pfn", "Recovered", 1)
+
+
+class Counting(NoMount):
+    """Counts the failures of each look at the machine."""
+
+    def __init__(self) -> None:
+        self.looks: list[int] = []
+
+    def collect(self, incidents: Sequence[Incident]) -> list[list[Task]]:
+        self.looks.append(len(incidents))
+        return super().collect(incidents)
+
+    def revoke(self, incident: Incident) -> None:
+        pass
+
+
+def test_failures_that_wait_for_their_turn_are_seen_to_together_but_removal_alone() -> None:
+    mm = MemoryFailures(lambda event: None)
+    mappings = Counting()
+
+    def hurt(page: int, *, whole_device: bool = False) -> Incident:
+        incident = Incident(page, BASE + page, 1, 0, whole_device=whole_device)
+        incident.mappings.append(MappingRange(1, page, 1, BASE + page))
+        return incident
+
+    async def storm() -> None:
+        async with TracerLink.open() as tracer, trio.open_nursery() as nursery:
+            failures = Failures(mm, mappings, tracer, lambda event: None, nursery)
+            async with trio.open_nursery() as storm:
+                await failures.mf_mutex.acquire()
+                for incident in (*map(hurt, range(5)), hurt(5, whole_device=True), *map(hurt, range(6, 9))):
+                    storm.start_soon(failures.handle, incident)
+                    await trio.testing.wait_all_tasks_blocked()
+                failures.mf_mutex.release()
+
+    trio.run(storm)
+    assert mappings.looks == [5, 1, 3]

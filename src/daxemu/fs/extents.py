@@ -6,19 +6,20 @@ All positions and lengths are blocks.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
-from typing import NamedTuple
 
-from daxemu.fs.rmap import Link, Rmap
-from daxemu.ranges import Range, paired
+import msgspec
+
+from daxemu.fs.rmap import Link, ReflinkProxy, Rmap
+from daxemu.ranges import Range, merged, paired
 from daxemu.uapi import Block, Ino
 
-_file_block = attrgetter("file_block")
+_file_block, _length = attrgetter("file_block"), attrgetter("length")
 
 
-class Mapping(NamedTuple):
+class Mapping(msgspec.Struct, frozen=True, gc=False):
     """A run of a file, and where it is (``struct iomap``). A hole has no ``link``."""
 
     file_block: Block
@@ -29,7 +30,8 @@ class Mapping(NamedTuple):
     def dev_block(self) -> Block:
         """Where the run starts on the device. Precondition: not a hole."""
         assert self.link is not None
-        return self.link.dev_block + self.file_block - self.link.file_block
+        inside = self.file_block - self.link.file_block
+        return self.link.dev_block + inside if inside else self.link.dev_block
 
 
 class ExtentMap:
@@ -100,7 +102,7 @@ class ExtentMap:
                 return
         link = Link(self.ino, file_block, dev_block, length)
         self._links.insert(index, link)
-        self._rmap.add(link)
+        self._rmap.add([link])
 
     def fill(self, holes: Iterable[Range], fresh: Iterable[Range]) -> None:
         """Map ``holes`` of the file to device blocks that nobody else uses, and that are as many."""
@@ -109,44 +111,45 @@ class ExtentMap:
 
     def remove(self, start: Block, end: Block) -> list[Range]:
         """Make ``[start, end)`` of the file a hole. Returns the device blocks that nobody uses any more."""
-        if start >= end:
+        first = self._index_after(start)
+        last = max(first, bisect_left(self._links, end, key=_file_block))
+        if start >= end or first == last:
             return []
-        index = self._index_after(start)
         freed: list[Range] = []
-        while index < len(self._links) and self._links[index].file_block < end:
-            link = self._links[index]
+        shared: list[tuple[Range, ReflinkProxy]] = []
+        for link in self._links[first:last]:
             cut = Range(link.file_block, link.file_end).clip(start, end)
-            dev_start = link.dev_block + cut.start - link.file_block
-            index += self._cut(index, link, cut)
+            delta = link.dev_block - link.file_block
+            blocks = Range(cut.start + delta, cut.end + delta)
             self.blocks -= cut.length
             if link.proxy is None:
-                freed.append(Range(dev_start, dev_start + cut.length))
+                freed.append(blocks)
             else:
-                unused = self._rmap.unreferenced(dev_start, dev_start + cut.length)
-                self._rmap.give_up(dev_start, dev_start + cut.length, unused)
-                freed += unused
+                shared.append((blocks, link.proxy))
+        self._cut(first, last, start, end)
+        freed += merged(sorted(blocks for blocks, proxy in shared if not proxy.refcount))
+        for blocks in merged(sorted(blocks for blocks, proxy in shared if proxy.refcount)):
+            unused = self._rmap.unreferenced(*blocks)
+            self._rmap.give_up(*blocks, unused)
+            freed += unused
         return freed
 
-    def _cut(self, index: int, link: Link, cut: Range) -> int:
-        """Take ``cut`` (in file blocks) out of ``link``; returns how many links stay at or before its
-        place.
-        """
-        front, back = cut.start - link.file_block, link.file_end - cut.end
-        if front and back:
-            tail = Link(self.ino, cut.end, link.dev_end - back, back, link.proxy)
-            self._rmap.reshape(link, length=front)
-            self._rmap.add(tail)
-            self._links.insert(index + 1, tail)
-            return 1
-        if front:
-            self._rmap.reshape(link, length=front)
-            return 1
-        if back:
-            self._rmap.reshape(link, trim_front=cut.length, length=back)
-            return 1
-        self._rmap.discard(link)
-        del self._links[index]
-        return 0
+    def _cut(self, first: int, last: int, start: Block, end: Block) -> None:
+        """Take file blocks ``[start, end)`` out of the links ``[first, last)``, each of which has some."""
+        head, tail = self._links[first], self._links[last - 1]
+        if head.file_block < start:
+            first += 1
+            if head.file_end > end:
+                back = head.file_end - end
+                rest = Link(self.ino, end, head.dev_end - back, back, head.proxy)
+                self._links.insert(first, rest)
+                self._rmap.add([rest])
+            self._rmap.reshape(head, length=start - head.file_block)
+        if tail.file_end > end:
+            last -= 1
+            self._rmap.reshape(tail, trim_front=end - tail.file_block, length=tail.file_end - end)
+        self._rmap.discard(self._links[first:last])
+        del self._links[first:last]
 
     def clone_from(self, source: ExtentMap, src_start: Block, length: int, dst_start: Block) -> None:
         """Share ``source``'s blocks ``[src_start, src_start + length)`` at ``dst_start`` here; holes stay
@@ -154,19 +157,28 @@ class ExtentMap:
 
         Precondition: there is a hole here, and the two ranges do not overlap if ``source`` is this very map.
         """
-        for run in source.lookup(src_start, src_start + length):
-            if run.link is None:
-                continue
-            proxy = self._rmap.share(run.link)
-            link = Link(self.ino, dst_start + run.file_block - src_start, run.dev_block, run.length, proxy)
-            self._links.insert(self._index_after(link.file_block), link)
-            self._rmap.add(link)
-            self.blocks += run.length
+        runs = [(run, run.link) for run in source.runs(src_start, src_start + length) if run.link is not None]
+        self._rmap.share([link for _, link in runs])
+        delta = dst_start - src_start
+        # A clone of a whole file takes no new numbers: a hundred sharers are found a good deal faster so.
+        links = [
+            Link(
+                self.ino,
+                run.file_block + delta if delta else run.file_block,
+                run.dev_block,
+                run.length,
+                link.proxy,
+            )
+            for run, link in runs
+        ]
+        at = self._index_after(dst_start)
+        self._links[at:at] = links
+        self._rmap.add(links)
+        self.blocks += sum(link.length for link in links)
 
     def adopt(self, links: list[Link]) -> None:
-        """Take over links read from a store. Precondition: this map is empty, they are in order and
-        disjoint.
+        """Take over links read from a store, which gives them to the reverse map too. Precondition: this map
+        is empty, they are in order and disjoint.
         """
         self._links = links
-        self.blocks = sum(link.length for link in links)
-        self._rmap.adopt(links)
+        self.blocks = sum(map(_length, links))

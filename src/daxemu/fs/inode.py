@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import msgspec
 
 from daxemu.fs.extents import ExtentMap
 from daxemu.uapi import PAGE_SIZE, Ino
@@ -24,9 +26,9 @@ def timestamp_truncate(time: int) -> int:
     return max(-TIME_MAX, min(time, TIME_MAX))
 
 
-@dataclass(eq=False, slots=True)
-class Inode:
-    """One inode. Times are nanoseconds since the epoch, ``size`` is bytes.
+class Inode(msgspec.Struct, eq=False, gc=False):
+    """One inode, its fields in the order of the store's columns first. Times are nanoseconds since the epoch,
+    ``size`` is bytes.
 
     ``entries`` is a directory's, ``extents`` a regular file's, ``target`` a symlink's; the others are None.
     ``parent`` and ``name`` are one of its links: a directory's only one, for others a hint that ``path_of``
@@ -44,12 +46,12 @@ class Inode:
     atime: int = 0
     mtime: int = 0
     ctime: int = 0
+    target: bytes | None = None
+    xattrs: dict[bytes, bytes] = {}
     parent: Ino = 0
     name: bytes = b""
     entries: dict[bytes, Ino] | None = None
     extents: ExtentMap | None = None
-    target: bytes | None = None
-    xattrs: dict[bytes, bytes] = field(default_factory=dict)
     pins: int = 0
     opens: int = 0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from daxemu.errors import CorruptMetadata, FsError
 from daxemu.fs import posix_acl
@@ -37,9 +37,7 @@ from daxemu.uapi import (
 
 
 class Namespace:
-    """The inode table and the tree in it. Precondition of every verb: inode numbers passed in came from a
-    lookup.
-    """
+    """The inode table and the tree in it. Inode numbers given to its verbs came from a lookup."""
 
     def __init__(self, rmap: Rmap) -> None:
         self._rmap = rmap
@@ -115,23 +113,27 @@ class Namespace:
 
     def adopt(self, inode: Inode) -> None:
         """Put in an inode that a store has read."""
-        if stat.S_ISDIR(inode.mode):
-            inode.entries = {}
-        elif stat.S_ISREG(inode.mode):
+        if stat.S_ISREG(inode.mode):
             inode.extents = ExtentMap(inode.ino, self._rmap)
+        elif stat.S_ISDIR(inode.mode):
+            inode.entries = {}
         self._inodes[inode.ino] = inode
         if inode.ino != RESERVED_INO:
-            self._next_ino = max(self._next_ino, inode.ino + 1)
-        self.name_bytes += self._own_bytes(inode)
+            self.reserve_inos(inode.ino + 1)
+        if inode.target or inode.xattrs:
+            self.name_bytes += self._own_bytes(inode)
 
-    def adopt_entry(self, parent: Ino, name: bytes, ino: Ino) -> None:
-        """Put in a directory entry that a store has read. Raises FsError if there is no such directory or
-        inode.
+    def adopt_entries(self, parent: Ino, rows: Iterable[tuple[Ino, bytes, Ino]]) -> None:
+        """Put in entries of one directory that a store has read, as (parent, name, inode number).
+
+        Raises FsError if there is no such directory or inode.
         """
-        child = self.get(ino)
-        self.directory(parent)[1][name] = ino
-        child.parent, child.name = parent, name
-        self.name_bytes += len(name) + ENTRY_COST
+        entries = self.directory(parent)[1]
+        for _, name, ino in rows:
+            child = self.get(ino)
+            entries[name] = child.ino
+            child.parent, child.name = parent, name
+        self.name_bytes += sum(map(len, entries)) + ENTRY_COST * len(entries)
 
     def finish_loading(self) -> None:
         """Everything a store has is here. Raises CorruptMetadata if that is no filesystem."""

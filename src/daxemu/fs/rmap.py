@@ -11,31 +11,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from operator import attrgetter
 
+import msgspec
 from sortedcontainers import SortedDict
 
-from daxemu.ranges import IntervalIndex, Range, RangeSet
+from daxemu.ranges import IntervalIndex, Range, RangeSet, gaps_between, merged
 from daxemu.uapi import Block, Ino
 
 METADATA_INO: Ino = 0
 """The owner of the blocks that hold the filesystem's own records; no file has this number."""
 
 
-class ReflinkProxy:
+class ReflinkProxy(msgspec.Struct, eq=False, gc=False):
     """Stands for all links of one shared device extent. ``refcount`` is how many there are.
 
     ``number`` is its name in the store; no two of a filesystem have the same.
     """
 
-    __slots__ = ("number", "refcount")
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.refcount = 0
+    number: int
+    refcount: int = 0
 
 
-class Link:
+class Link(msgspec.Struct, eq=False, gc=False):
     """File ``ino``'s claim on device blocks ``[dev_block, dev_block + length)`` for its blocks from
     ``file_block`` on.
 
@@ -43,16 +41,11 @@ class Link:
     fields.
     """
 
-    __slots__ = ("dev_block", "file_block", "ino", "length", "proxy")
-
-    def __init__(
-        self, ino: Ino, file_block: Block, dev_block: Block, length: int, proxy: ReflinkProxy | None = None
-    ) -> None:
-        self.ino = ino
-        self.file_block = file_block
-        self.dev_block = dev_block
-        self.length = length
-        self.proxy = proxy
+    ino: Ino
+    file_block: Block
+    dev_block: Block
+    length: int
+    proxy: ReflinkProxy | None = None
 
     @property
     def file_end(self) -> Block:
@@ -67,7 +60,7 @@ class Link:
         return f"<Link ino {self.ino} file {self.file_block} dev {self.dev_block} len {self.length}{shared}>"
 
 
-class Owner(NamedTuple):
+class Owner(msgspec.Struct, frozen=True, order=True, gc=False):
     """One file's use of a part of a device range (``struct xfs_rmap_irec``); all in blocks."""
 
     ino: Ino
@@ -80,9 +73,7 @@ class Rmap:
     """All links of a filesystem, found by device blocks."""
 
     def __init__(self) -> None:
-        self._links: IntervalIndex[Link] = IntervalIndex(
-            lambda link: link.dev_block, lambda link: link.length
-        )
+        self._links: IntervalIndex[Link] = IntervalIndex(attrgetter("dev_block"), attrgetter("length"))
         self.link_count = 0
         self.dirty: dict[Ino, RangeSet] = {}
         """File blocks, by file, whose links the store does not have as they are."""
@@ -95,29 +86,29 @@ class Rmap:
     def __iter__(self) -> Iterator[Link]:
         return iter(self._links)
 
-    # -- changes: for ExtentMap only
+    # -- changes: for ExtentMap only, and `adopt` for a store
 
-    def add(self, link: Link) -> None:
-        """File a new link. If it has a proxy, that gains a reference."""
-        self._mark(link)
-        self._links.add(link)
-        self.link_count += 1
-        if link.proxy is not None:
-            link.proxy.refcount += 1
+    def add(self, links: list[Link]) -> None:
+        """File new links of one file, in its order. Those with a proxy are a reference to it."""
+        if links:
+            self._mark(links[0].ino, links[0].file_block, links[-1].file_end)
+            self.adopt(links)
 
-    def discard(self, link: Link) -> None:
-        """Take a link out; its proxy loses a reference."""
-        self._mark(link)
-        self._links.discard(link)
-        self.link_count -= 1
-        if link.proxy is not None:
-            link.proxy.refcount -= 1
+    def discard(self, links: list[Link]) -> None:
+        """Take links of one file out, in its order; each proxy loses a reference for each."""
+        if links:
+            self._mark(links[0].ino, links[0].file_block, links[-1].file_end)
+        for link in links:
+            self._links.discard(link)
+            if link.proxy is not None:
+                link.proxy.refcount -= 1
+        self.link_count -= len(links)
 
     def reshape(self, link: Link, *, trim_front: int = 0, length: int) -> None:
         """Cut ``trim_front`` blocks off the front of ``link`` and make it ``length`` long; it stays the same
         link.
         """
-        self._mark(link)
+        self._mark(link.ino, link.file_block, max(link.file_end, link.file_block + trim_front + length))
         if self._links.stays(link, link.dev_block + trim_front, length):
             link.length = length
         else:
@@ -126,24 +117,23 @@ class Rmap:
             link.dev_block += trim_front
             link.length = length
             self._links.add(link)
-        self._mark(link)
 
-    def share(self, link: Link) -> ReflinkProxy:
-        """The proxy of ``link``, made now if the extent was never shared before."""
-        if link.proxy is None:
-            link.proxy = ReflinkProxy(self._next_proxy)
-            link.proxy.refcount = 1
+    def share(self, links: list[Link]) -> None:
+        """See that each of these links of one file, in its order, has a proxy."""
+        alone = [link for link in links if link.proxy is None]
+        for link in alone:
+            link.proxy = ReflinkProxy(self._next_proxy, refcount=1)
             self._next_proxy += 1
-            self._mark(link)
-        return link.proxy
+        if alone:
+            self._mark(alone[0].ino, alone[0].file_block, alone[-1].file_end)
 
     def give_up(self, start: Block, end: Block, unused: list[Range]) -> None:
         """A link to ``[start, end)`` is gone; all of it but ``unused`` has another."""
-        for part in RangeSet(unused).gaps(start, end):
+        for part in gaps_between(unused, start, end):
             self.given_up.add(*part)
 
     def adopt(self, links: list[Link]) -> None:
-        """File links that a store has read, all of one file."""
+        """File links that the store has as they are."""
         self._links.update(links)
         self.link_count += len(links)
         for link in links:
@@ -154,19 +144,26 @@ class Rmap:
         """Give no number below ``below`` to a new proxy."""
         self._next_proxy = max(self._next_proxy, below)
 
-    def _mark(self, link: Link) -> None:
-        ranges = self.dirty.get(link.ino)
+    def _mark(self, ino: Ino, start: Block, end: Block) -> None:
+        """Have the next commit write a file's links anew in ``[start, end)``; what has not changed may be
+        among them.
+        """
+        ranges = self.dirty.get(ino)
         if ranges is None:
-            ranges = self.dirty[link.ino] = RangeSet()
-        ranges.add(link.file_block, link.file_block + link.length)
+            ranges = self.dirty[ino] = RangeSet()
+        ranges.add(start, end)
 
     # -- questions
 
-    def owners(self, start: Block, end: Block) -> Iterator[Owner]:
+    def owners(self, start: Block, end: Block) -> list[Owner]:
         """Every use of device blocks ``[start, end)``, cut to it, through every file that shares them."""
+        owners: list[Owner] = []
         for link in self._links.overlapping(start, end):
-            part = Range(link.dev_block, link.dev_end).clip(start, end)
-            yield Owner(link.ino, link.file_block + part.start - link.dev_block, part.start, part.length)
+            at, length = link.dev_block, link.length
+            front = start - at if at < start else 0
+            back = at + length - end if at + length > end else 0
+            owners.append(Owner(link.ino, link.file_block + front, at + front, length - front - back))
+        return owners
 
     def sharing(self, start: Block, end: Block) -> list[tuple[Range, int]]:
         """``[start, end)`` in runs that the same number of links use, with that number; 0 where it is
@@ -188,10 +185,8 @@ class Rmap:
 
     def unreferenced(self, start: Block, end: Block) -> list[Range]:
         """The parts of ``[start, end)`` that no link uses."""
-        used = RangeSet(
-            (owner.dev_block, owner.dev_block + owner.length) for owner in self.owners(start, end)
-        )
-        return list(used.gaps(start, end))
+        used = sorted((owner.dev_block, owner.dev_block + owner.length) for owner in self.owners(start, end))
+        return list(gaps_between(merged(used), start, end))
 
     def shared_parts(self, link: Link, start: Block, end: Block) -> RangeSet:
         """The parts of device blocks ``[start, end)``, all of them ``link``'s, that another link uses as

@@ -10,8 +10,10 @@ An unlinked file that is still open is not in the tables: with the mount it is g
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -29,6 +31,7 @@ from daxemu.ranges import RangeSet
 from daxemu.uapi import PAGE_SIZE, Block, Ino
 
 log = logging.getLogger(__name__)
+_FIRST = itemgetter(0)
 
 # What one takes in a b-tree at the most, half-filled pages included.
 INODE_BYTES, LINK_BYTES, NAME_FACTOR = 280, 110, 2.5
@@ -221,12 +224,14 @@ class Store:
         thrown away.
         """
         try:
-            for row in self._connection().execute("SELECT * FROM inode"):
-                names.adopt(_inode(row))
-            for parent, name, ino in self._connection().execute("SELECT parent, name, ino FROM entry"):
-                names.adopt_entry(parent, name, ino)
-            links = self._connection().execute("SELECT * FROM link ORDER BY ino, file_block")
-            self._adopt_links(links, names, rmap, total_blocks)
+            with _without_gc():
+                for row in self._connection().execute("SELECT * FROM inode"):
+                    names.adopt(_inode(row))
+                entries = self._connection().execute("SELECT parent, name, ino FROM entry")
+                for parent, group in groupby(entries, key=_FIRST):
+                    names.adopt_entries(parent, group)
+                links = self._connection().execute("SELECT * FROM link ORDER BY ino, file_block")
+                self._adopt_links(links, names, rmap, total_blocks)
             counters = dict(self._connection().execute("SELECT name, value FROM counter"))
             names.reserve_inos(counters["next_ino"])
             self.is_clean = bool(counters["clean"])
@@ -240,9 +245,10 @@ class Store:
         self, rows: Iterator[tuple[int, ...]], names: Namespace, rmap: Rmap, total_blocks: Block
     ) -> None:
         proxies: dict[int, ReflinkProxy] = {}
-        for ino, group in groupby(rows, key=itemgetter(0)):
-            extents = names.get(ino).extents
-            if extents is None:
+        adopted: list[Link] = []
+        for ino, group in groupby(rows, key=_FIRST):
+            inode = names.get(ino)
+            if inode.extents is None:
                 raise ValueError(f"inode {ino} is no file but has blocks")
             links = []
             end = 0
@@ -255,8 +261,10 @@ class Store:
                     proxy = proxies.get(number)
                     if proxy is None:
                         proxy = proxies[number] = ReflinkProxy(number)
-                links.append(Link(ino, file_block, dev_block, length, proxy))
-            extents.adopt(links)
+                links.append(Link(inode.ino, file_block, dev_block, length, proxy))
+            inode.extents.adopt(links)
+            adopted += links
+        rmap.adopt(adopted)
         rmap.reserve_proxies(max(proxies, default=0) + 1)
 
     def integrity_check(self) -> list[str]:
@@ -291,8 +299,19 @@ _decode_xattrs = msgspec.msgpack.Decoder(dict[bytes, bytes]).decode
 
 
 def _inode(row: tuple[Any, ...]) -> Inode:
-    ino, mode, uid, gid, nlink, rdev, size, atime, mtime, ctime, target, xattrs = row
-    inode = Inode(ino, mode, uid, gid, nlink, rdev, size, atime, mtime, ctime, target=target)
-    if xattrs is not None:
-        inode.xattrs = _decode_xattrs(xattrs)
+    inode = Inode(*row[:-1])
+    if row[-1] is not None:
+        inode.xattrs = _decode_xattrs(row[-1])
     return inode
+
+
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    """What is loaded stays: to look for garbage among it again and again takes longer than loading it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
 from daxemu.host.session import Session
 from daxemu.host.tasks import PagesOf, collect_tasks, mapped_runs, maps_still, present_runs
 from daxemu.mm.memory_failure import Incident, Task
-from daxemu.ranges import Range
+from daxemu.mm.to_kill import shared_out
+from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SHIFT, Ino
 
 
@@ -26,9 +27,12 @@ class Mappings(Protocol):
     def dev(self) -> tuple[int, int]:
         """The device (major, minor) that /proc shows the files to be on."""
 
-    def collect(self, incident: Incident) -> list[Task]:
-        """``collect_procs()``: the processes that have a page of the incident, or of PMDs around it, present,
-        with where.
+    def collect(self, incidents: Sequence[Incident]) -> list[list[Task]]:
+        """``collect_procs()`` for each incident: the processes that have a page of it, or of PMDs around it,
+        present, with where.
+
+        A page that two incidents have is the first one's: it would be gone when the second looked. Removal
+        comes alone, and so does what has PMDs.
         """
 
     def still_mapped(self, task: Task) -> bool:
@@ -51,26 +55,40 @@ class PageCacheMappings:
         self._session = session
         self._open_inodes = open_inodes
         self._pages_of: PagesOf = mapped_runs if pfn_map else present_runs
+        self._likely: set[int] = set()
+        """Processes that had something mapped at the last failure: likely to have it at the next."""
 
     @property
     def dev(self) -> tuple[int, int]:
         """See Mappings.dev."""
         return self._session.mount.dev
 
-    def collect(self, incident: Incident) -> list[Task]:
-        """See Mappings.collect. Nothing is read of /proc when no file of the incident is open."""
+    def collect(self, incidents: Sequence[Incident]) -> list[list[Task]]:
+        """See Mappings.collect. One look at /proc for all; none when no file of them is open."""
         open_now = set(self._open_inodes())
         dev, skip = self._session.mount.dev, frozenset({os.getpid()})
-        if incident.whole_device:
-            return collect_tasks(dev, None, skip, self._pages_of) if open_now else []
-        wanted: dict[Ino, list[Range]] = defaultdict(list)
-        for hurt in incident.mappings:
-            if hurt.mapping in open_now:
-                wanted[hurt.mapping] += hurt.around()
+        if any(incident.whole_device for incident in incidents):
+            return [collect_tasks(dev, None, skip, self._pages_of) if open_now else [] for _ in incidents]
+        wanted: dict[Ino, RangeSet] = defaultdict(RangeSet)
+        hurt: list[list[tuple[Ino, Range]]] = [
+            [
+                (m.mapping, part)
+                for m in incident.mappings
+                if m.mapping in open_now
+                for pages in m.around()
+                for part in wanted[m.mapping].add(*pages)
+            ]
+            for incident in incidents
+        ]
+        if not wanted:
+            return [[] for _ in incidents]
         pages_of = self._pages_of
-        if pages_of is present_runs and any(hurt.pmds for hurt in incident.mappings):
+        if pages_of is present_runs and any(m.pmds for incident in incidents for m in incident.mappings):
             pages_of = partial(present_runs, copies=True)
-        return collect_tasks(dev, wanted, skip, pages_of) if wanted else []
+        ranges = {ino: list(pages) for ino, pages in wanted.items()}
+        tasks = collect_tasks(dev, ranges, skip, pages_of, self._likely)
+        self._likely = {task.pid for task in tasks}
+        return shared_out(tasks, hurt)
 
     def still_mapped(self, task: Task) -> bool:
         """See Mappings.still_mapped."""

@@ -229,11 +229,14 @@ def status_of_held(tid: int) -> Status:
     return status
 
 
-def look(tid: int, wait_status: int, want_masks: bool) -> Stop:
-    """What a waitpid(2) status means. The masks in a signal-delivery-stop cost a look at /proc: if wanted."""
+def look(tid: int, wait_status: int, cookie: int) -> Stop:
+    """What a waitpid(2) status means. The masks in a signal-delivery-stop, which cost a look at /proc, only
+    tell whether the SIGBUS with ``cookie`` is still to come.
+    """
     kind, sig = classify(wait_status)
     info = parse(get_siginfo(tid)) if sig == SIGBUS else None
-    if kind is Kind.SYSCALL or (kind is Kind.SIGNAL and not want_masks):
+    arrived = info is not None and info.is_queued_with(cookie)
+    if kind is Kind.SYSCALL or (kind is Kind.SIGNAL and (arrived or not cookie)):
         return Stop(kind, sig, info)
     status = status_of_held(tid)
     blocked, ignored, pending = (

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import struct
 from signal import SIGBUS
 from typing import NamedTuple
 
+from daxemu.host.procfs import read_whole
 from daxemu.uapi import BUS_ADRERR
 
 SIGINFO_SIZE = 128
@@ -26,6 +28,10 @@ SIGBUS_BIT = 1 << (SIGBUS - 1)  # in the masks of Status
 
 # asm/unistd.h
 _NR_RT_SIGTIMEDWAIT = {"x86_64": 128, "aarch64": 137}.get(platform.machine(), -1)
+
+_STATUS_FIELDS = re.compile(
+    rb"^(Name|State|Tgid|Pid|TracerPid|NStgid|NSpid|SigPnd|SigBlk|SigIgn|Seccomp):\t(.*)$", re.MULTILINE
+)
 
 _HEAD = struct.Struct("=iii4x")
 _SENDER = struct.Struct("=iIQ")  # si_pid, si_uid, si_value
@@ -46,6 +52,10 @@ class SigInfo(NamedTuple):
     def is_bus_adrerr(self) -> bool:
         """Whether it is what a page fault forces when the filesystem cannot give the page."""
         return self.signo == SIGBUS and self.code == BUS_ADRERR
+
+    def is_queued_with(self, value: int) -> bool:
+        """Whether it is what :func:`queued` made of ``value``."""
+        return self.code == SI_QUEUE and self.value == value
 
 
 def parse(raw: bytes) -> SigInfo:
@@ -95,30 +105,29 @@ class Status(NamedTuple):
 def read_status(tid: int) -> Status | None:
     """The thread's status, or None if there is no such thread."""
     try:
-        with open(f"/proc/{tid}/status", errors="replace") as file:
-            field = dict(line.rstrip("\n").split(":", 1) for line in file if ":" in line)
+        raw = read_whole(f"/proc/{tid}/status")
     except (FileNotFoundError, ProcessLookupError):
         return None
+    field: dict[bytes, bytes] = dict(_STATUS_FIELDS.findall(raw))
     return Status(
         tid=tid,
-        name=field["Name"].strip(),
-        state=field["State"].split()[0],
-        tgid=int(field["Tgid"]),
-        tracer=int(field["TracerPid"]),
-        ns_tgid=int(field.get("NStgid", field["Tgid"]).split()[-1]),
-        ns_tid=int(field.get("NSpid", field["Pid"]).split()[-1]),
-        pending=int(field["SigPnd"], 16),
-        blocked=int(field["SigBlk"], 16),
-        ignored=int(field["SigIgn"], 16),
-        seccomp=int(field.get("Seccomp", "0")),
+        name=field[b"Name"].decode(errors="replace"),
+        state=field[b"State"][:1].decode(),
+        tgid=int(field[b"Tgid"]),
+        tracer=int(field[b"TracerPid"]),
+        ns_tgid=int(field.get(b"NStgid", field[b"Tgid"]).split()[-1]),
+        ns_tid=int(field.get(b"NSpid", field[b"Pid"]).split()[-1]),
+        pending=int(field[b"SigPnd"], 16),
+        blocked=int(field[b"SigBlk"], 16),
+        ignored=int(field[b"SigIgn"], 16),
+        seccomp=int(field.get(b"Seccomp", b"0")),
     )
 
 
 def _current_syscall(tid: int) -> int:
     """The system call a thread sleeps in, or -1 (running, in a page fault, or gone)."""
     try:
-        with open(f"/proc/{tid}/syscall") as file:
-            word = file.read().split()[0]
+        word = read_whole(f"/proc/{tid}/syscall").split()[0]
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return -1
     return int(word) if word.isdigit() else -1

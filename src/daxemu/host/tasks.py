@@ -13,9 +13,12 @@ import fcntl
 import os
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from operator import attrgetter
 from typing import NamedTuple
 
+from daxemu.host.mapcount import all_found
+from daxemu.host.procfs import read_whole
 from daxemu.mm.memory_failure import PresentRun, Task, Thread
 from daxemu.ranges import Range, merged
 from daxemu.uapi import CAP_FSETID, PAGE_SHIFT, PAGE_SIZE, Ino
@@ -67,13 +70,27 @@ def collect_tasks(
     wanted: Wanted,
     skip: frozenset[int] = frozenset(),
     pages_of: PagesOf | None = None,
+    likely: Set[int] = frozenset(),
 ) -> list[Task]:
     """Every process that has a wanted page of a file on ``dev``, with where.
 
-    ``pages_of`` says what having is: :func:`present_runs` unless given, or :func:`mapped_runs`.
+    ``pages_of`` says what having is: :func:`present_runs` unless given, or :func:`mapped_runs`. ``likely``
+    are those to look at first: it may turn out that nobody else has any.
     """
     pages_of = pages_of or present_runs
-    return [task for pid in _pids(skip) if (task := _look_at(pid, dev, wanted, pages_of)) is not None]
+    pids = list(_pids(skip))
+    found = _look_at_each([pid for pid in pids if pid in likely], dev, wanted, pages_of)
+    rest = [pid for pid in pids if pid not in likely]
+    # To be certain of those that were found costs as much again as to find them.
+    if wanted is not None and pages_of is present_runs and len(found) < len(rest):
+        everybody = all_found(found, wanted)
+        rest = rest if everybody is None else [pid for pid in rest if everybody.has(pid)]
+    found += _look_at_each(rest, dev, wanted, pages_of)
+    return sorted(found, key=attrgetter("pid"))
+
+
+def _look_at_each(pids: list[int], dev: tuple[int, int], wanted: Wanted, pages_of: PagesOf) -> list[Task]:
+    return [task for pid in pids if (task := _look_at(pid, dev, wanted, pages_of)) is not None]
 
 
 def _pids(skip: frozenset[int]) -> Iterator[int]:
@@ -132,8 +149,7 @@ def _overlap(run: PresentRun, other: PresentRun) -> bool:
 
 def read_vmas(pid: int, dev: tuple[int, int]) -> Iterator[Vma]:
     """The mappings of files on ``dev`` in a process. Raises one of the errors of a vanished process."""
-    with open(f"/proc/{pid}/maps", "rb", buffering=1 << 16) as file:
-        text = file.read()
+    text = read_whole(f"/proc/{pid}/maps")
     mark = b" %02x:%02x " % dev
     if mark not in text:
         return
@@ -294,9 +310,8 @@ def read_threads(pid: int) -> Iterator[Thread]:
     """The threads of a process, in the kernel's order, with their task flags."""
     for name in os.listdir(f"/proc/{pid}/task"):
         try:
-            with open(f"/proc/{pid}/task/{name}/stat", "rb") as file:
-                # The name in field 2 may hold anything, parentheses too: the fields begin after the last one.
-                fields = file.read().rpartition(b") ")[2].split()
+            # The name in field 2 may hold anything, parentheses too: the fields begin after the last one.
+            fields = read_whole(f"/proc/{pid}/task/{name}/stat").rpartition(b") ")[2].split()
         except _GONE:
             continue
         yield Thread(int(name), int(fields[6]))
@@ -304,8 +319,7 @@ def read_threads(pid: int) -> Iterator[Thread]:
 
 def read_comm(pid: int) -> str:
     """The process's name, as log lines show it."""
-    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-        return file.read().rstrip("\n")
+    return read_whole(f"/proc/{pid}/comm").decode(errors="replace").rstrip("\n")
 
 
 def in_page_fault(tid: int) -> bool | None:

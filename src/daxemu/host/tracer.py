@@ -179,7 +179,7 @@ class Tracer:
             elif thread is None:
                 ptrace.detach(tid, ptrace.classify(status)[1])
             else:
-                self._on_stop(thread, ptrace.look(tid, status, want_masks=thread.cookie != 0))
+                self._on_stop(thread, ptrace.look(tid, status, thread.cookie))
         except OSError as error:
             if not ptrace.is_vanished(error):
                 raise

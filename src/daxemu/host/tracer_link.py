@@ -47,6 +47,8 @@ _DIED = "the tracer died"
 _CLOSED = "the tracer was told to stop"
 _EXIT_PATIENCE = 5.0  # seconds for the tracer to let its threads go, when the link closes
 _MAX_PACKET = 1 << 16
+_IDLE = 0.25  # seconds without a report: it has nothing to do that it can do
+_LONGEST_QUEUE = 30.0  # seconds that a request is waited for because others come before it
 
 
 class Pending:
@@ -120,6 +122,7 @@ class TracerLink:
         self._abort = abort
         self._on_report = on_report
         self._ids = itertools.count(1)
+        self._heard_at = -math.inf
         self._session: _Session | None = None
         self._starting = trio.Lock()
 
@@ -246,7 +249,20 @@ class TracerLink:
             else:
                 self._finish(session, report)
 
+    async def settled(self, pending: Pending, since: float, patience: float) -> Outcome | None:
+        """What came of a request. None if nothing did within ``patience`` seconds of ``since``, and the
+        tracer has been idle lately: what is not settled then waits for its thread. One may ask again.
+        """
+        deadline, limit = since + patience, since + _LONGEST_QUEUE
+        while (outcome := await pending.wait(max(0.0, deadline - trio.current_time()))) is None:
+            now = trio.current_time()
+            if now >= min(limit, self._heard_at + _IDLE):
+                return None
+            deadline = min(limit, self._heard_at + _IDLE)
+        return outcome
+
     def _finish(self, session: _Session, outcome: Outcome) -> None:
+        self._heard_at = trio.current_time()
         session.waiting.pop(outcome.id)._finish(outcome)
         if self._on_report is not None:
             self._on_report(outcome)

@@ -190,7 +190,7 @@ class Thread:
             reports = tuple(Delivered(arm.id, self.tid, BUS_MCEERR_AR, info.addr, serial) for arm in arms)
             self.arms = [arm for arm in self.arms if arm not in arms]
             return siginfo.bus_error(BUS_MCEERR_AR, info.addr, PAGE_SHIFT), reports
-        if self.cookie and info.code == siginfo.SI_QUEUE and info.value == self.cookie:
+        if self.cookie and info.is_queued_with(self.cookie):
             self.cookie, self.is_default = 0, False
             sent = self.fifo.popleft()
             return siginfo.bus_error(sent.code, sent.addr, sent.lsb), (self._delivered(sent),)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from daxemu.mm.incident import FileId, Incident, PfnMapping
-from daxemu.ranges import Range, RangeSet
+from daxemu.ranges import IntervalIndex, Range, RangeSet
 from daxemu.uapi import PAGE_SHIFT, PF_EXITING, PF_KTHREAD, PF_MCE_EARLY, PF_MCE_PROCESS, Ino, Pfn
 
 _NOWHERE = Range(0, 0)
@@ -66,6 +67,41 @@ class ToKill:
     shift: int
     pfn: Pfn
     file: FileId | None = None
+
+
+def shared_out(tasks: Sequence[Task], hurt: Sequence[Sequence[tuple[Ino, Range]]]) -> list[list[Task]]:
+    """For each failure, whose page ranges of files are in ``hurt``: the tasks that have some of them present,
+    with just those.
+    """
+    present: list[tuple[Task, dict[Ino, IntervalIndex[PresentRun]]]] = []
+    for task in tasks:
+        by_file: dict[Ino, list[PresentRun]] = {}
+        for run in task.present:
+            by_file.setdefault(run.mapping, []).append(run)
+        indexes = {}
+        for ino, runs in by_file.items():
+            indexes[ino] = IntervalIndex[PresentRun](attrgetter("index"), attrgetter("nr_pages"))
+            indexes[ino].update(runs)
+        present.append((task, indexes))
+    shares: list[list[Task]] = []
+    for ranges in hurt:
+        shares.append([])
+        for task, indexes in present:
+            mine = [
+                _cut(run, pages)
+                for ino, pages in ranges
+                if ino in indexes
+                for run in indexes[ino].overlapping(*pages)
+            ]
+            if mine:
+                shares[-1].append(replace(task, present=tuple(sorted(mine, key=attrgetter("address")))))
+    return shares
+
+
+def _cut(run: PresentRun, pages: Range) -> PresentRun:
+    part = Range(run.index, run.index + run.nr_pages).clip(*pages)
+    address = run.address + ((part.start - run.index) << PAGE_SHIFT)
+    return replace(run, index=part.start, nr_pages=part.length, address=address)
 
 
 def find_early_kill_thread(threads: Iterable[Thread], early_kill: bool) -> Thread | None:

@@ -164,15 +164,16 @@ class DaxDevice:
                 self.mkpage_present(part)
         return good
 
-    def add_poison(self, offset: int, length: int) -> Range:
-        """The hardware goes bad there; returns the byte range, rounded out to sectors. Nobody is told by
+    def add_poison(self, *ranges: Range) -> list[Range]:
+        """The hardware goes bad in these byte ranges; returns them rounded out to sectors. Nobody is told by
         this.
         """
-        self._check(offset, length)
-        sectors = sectors_of(offset, length)
+        for start, end in ranges:
+            self._check(start, end - start)
+        bad = [sectors_of(start, end - start) for start, end in ranges]
         shift = self._data_offset // SECTOR_SIZE
-        self._media.add_poison(Range(sectors.start + shift, sectors.end + shift))
-        return Range(sectors.start * SECTOR_SIZE, sectors.end * SECTOR_SIZE)
+        self._media.add_poison(*(Range(sectors.start + shift, sectors.end + shift) for sectors in bad))
+        return [Range(sectors.start * SECTOR_SIZE, sectors.end * SECTOR_SIZE) for sectors in bad]
 
     def zero(self, offset: int, length: int) -> None:
         """Store zeros (``dax_zero_page_range``). Precondition: reserved. Raises MediaError on poison."""

@@ -7,6 +7,7 @@ what.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from daxemu.errors import InvalidArgument
 from daxemu.pmem.pmem import Pmem
@@ -27,15 +28,23 @@ def check_range(offset: int, length: int, size: int, what: str) -> None:
 
 
 def inject(pmem: Pmem, offset: int, length: int, *, latent: bool = False) -> Range:
-    """Poison the range. Unless ``latent`` the driver learns of it at once: it is in badblocks.
+    """As :func:`inject_all`, one range."""
+    (bad,) = inject_all(pmem, [Range(offset, offset + length)], latent=latent)
+    return bad
 
-    Returns the byte range that is bad now. Raises InvalidArgument for a range outside the device. Nobody is
-    signalled by this: :func:`failed_pages` says what to give to memory_failure().
+
+def inject_all(pmem: Pmem, ranges: Sequence[Range], *, latent: bool = False) -> list[Range]:
+    """Poison byte ranges. Unless ``latent`` the driver learns of it at once: they are in badblocks.
+
+    Returns what is bad now of each. Raises InvalidArgument for one outside the device, NoSpace if it cannot
+    be recorded; then nothing has changed. Nobody is signalled by this: :func:`failed_pages` says what to give
+    to memory_failure().
     """
-    check_range(offset, length, pmem.dax.size, "the device")
-    bad = pmem.dax.add_poison(offset, length)
+    for start, end in ranges:
+        check_range(start, end - start, pmem.dax.size, "the device")
+    bad = pmem.dax.add_poison(*ranges)
     if not latent:
-        pmem.badblocks.set(bad.start // SECTOR_SIZE, bad.length // SECTOR_SIZE)
+        pmem.badblocks.populate(Range(r.start // SECTOR_SIZE, r.end // SECTOR_SIZE) for r in bad)
     return bad
 
 

@@ -124,11 +124,9 @@ class Media:
         for sectors in self.poison.overlapping(*sectors_of(offset, length)):
             yield Range(sectors.start * SECTOR_SIZE, sectors.end * SECTOR_SIZE)
 
-    def add_poison(self, sectors: Range) -> None:
-        """Make the sectors unreadable. Raises NoSpace if that cannot be recorded; then nothing has
-        changed.
-        """
-        added = self.poison.add(*sectors)
+    def add_poison(self, *ranges: Range) -> None:
+        """Make sectors unreadable. Raises NoSpace if that cannot be recorded; then nothing has changed."""
+        added = [part for sectors in ranges for part in self.poison.add(*sectors)]
         try:
             if added:
                 self._save_poison()

@@ -15,8 +15,9 @@ that is stopped may take its time, and must not hold up the next failure.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -40,6 +41,30 @@ SIGNAL_PATIENCE = 2.0
 """Seconds a failure waits for a process to take its signal before it goes on; the signal stays on its way."""
 ARM_PATIENCE = 1.0
 """Seconds a thread that consumed poison is kept waiting for the tracer."""
+
+
+@dataclass(eq=False)
+class _Turn:
+    """A failure that waits for the mutex; ``to_kill`` is there once it has been seen to."""
+
+    incident: Incident
+    current: int | None
+    consumer: int | None
+    to_kill: list[ToKill] | None = None
+
+    def is_plain(self) -> bool:
+        """Whether others may be seen to with it: removal, what a load found, and what is mapped by 2 MiB,
+        which other failures may be in as well, have their turns alone.
+        """
+        incident = self.incident
+        by_pmd = any(hurt.pmds for hurt in incident.mappings)
+        return self.consumer is None and not incident.whole_device and not by_pmd
+
+    @property
+    def concerns_processes(self) -> bool:
+        """Whether anybody can have any of it mapped."""
+        incident = self.incident
+        return bool(incident.mappings or incident.pfn_mappings or incident.whole_device)
 
 
 Repair = Callable[[Incident, Sequence[Task]], RangeSet]
@@ -77,6 +102,7 @@ class Failures:
         """Those of them whose load found it: a page fault asks more than once, and only the first is news."""
         self._forced: dict[int, int] = {}
         """Threads with a forced SIGBUS on its way."""
+        self._waiting: list[_Turn] = []
         self.mf_mutex = trio.Lock()
         """Held while mappings are looked at and taken away: nobody else may take one away meanwhile."""
 
@@ -92,8 +118,7 @@ class Failures:
         # Once begun it ends, whoever asked for it: half a failure would leave poison that somebody can still
         # read.
         with trio.CancelScope(shield=True):
-            async with self.mf_mutex:
-                to_kill = await self._collect_and_revoke(incident, current, consumer)
+            to_kill = await self._in_turn(_Turn(incident, current, consumer))
             await self._kill_procs(to_kill, current)
         return self._mm.action_result(incident, len(to_kill)), len(to_kill)
 
@@ -105,7 +130,8 @@ class Failures:
         """
 
         def work() -> list[Task]:
-            tasks = hurt_as_mapped(incident, self._mappings.collect(incident))
+            (tasks,) = self._mappings.collect([incident])
+            tasks = hurt_as_mapped(incident, tasks)
             self._mappings.revoke(incident)
             return tasks
 
@@ -138,34 +164,60 @@ class Failures:
         async with self.mf_mutex:
             await trio.to_thread.run_sync(self._mappings.revoke, incident)
 
-    async def _collect_and_revoke(
-        self, incident: Incident, current: int | None, consumer: int | None
-    ) -> list[ToKill]:
-        if not incident.mappings and not incident.pfn_mappings and not incident.whole_device:
-            self._repair(incident, ())  # nobody can have it mapped
-            return []
+    async def _in_turn(self, turn: _Turn) -> list[ToKill]:
+        """Collect and revoke, after the failures before it; those that wait by then are seen to together."""
+        self._waiting.append(turn)
+        try:
+            async with self.mf_mutex:
+                while turn.to_kill is None:
+                    batch = list(itertools.takewhile(_Turn.is_plain, self._waiting)) or self._waiting[:1]
+                    await self._collect_and_revoke(batch)
+                    del self._waiting[: len(batch)]
+        finally:
+            if turn.to_kill is None:
+                self._waiting.remove(turn)
+        return turn.to_kill
 
-        hidden = self._take_hidden(incident)  # known from now on, however that came about
+    async def _collect_and_revoke(self, batch: list[_Turn]) -> None:
+        # What was hidden is known from now on, however that came about.
+        hidden = [self._take_hidden(turn.incident) for turn in batch]
         early_kill = self._mm.sysctl_early_kill
 
-        def work() -> tuple[list[Task], list[ToKill], list[ToKill]]:
-            tasks = hurt_as_mapped(incident, self._mappings.collect(incident))
-            found = {task.pid for task in tasks} | {consumer}
-            tasks += [task for task in hidden if task.pid not in found and self._mappings.still_mapped(task)]
-            tasks = [task for task in tasks if task.pid != consumer]
-            to_kill = collect_procs(incident, tasks, early_kill=early_kill, force_tid=current)
-            self._mappings.revoke(to_unmap(incident, to_kill))
-            return tasks, to_kill, pfn_mappings.collect(incident.pfn_mappings, early_kill=early_kill)
+        def work() -> list[tuple[list[Task], list[ToKill]]]:
+            collected = self._mappings.collect([turn.incident for turn in batch])
+            chosen = []
+            for turn, found, before in zip(batch, collected, hidden, strict=True):
+                tasks = self._victims(turn, found, before)
+                to_kill = collect_procs(turn.incident, tasks, early_kill=early_kill, force_tid=turn.current)
+                self._mappings.revoke(to_unmap(turn.incident, to_kill))
+                chosen.append((tasks, to_kill))
+            return chosen
 
-        tasks, to_kill, elsewhere = await trio.to_thread.run_sync(work)
-        if spared := self._repair(incident, tasks):
-            tasks = spare(incident, tasks, spared)
-            to_kill = collect_procs(incident, tasks, early_kill=early_kill, force_tid=current)
-        return to_kill + elsewhere
+        def elsewhere() -> list[list[ToKill]]:
+            return [pfn_mappings.collect(turn.incident.pfn_mappings, early_kill=early_kill) for turn in batch]
+
+        if any(turn.concerns_processes for turn in batch):
+            chosen = await trio.to_thread.run_sync(work)
+            others = await trio.to_thread.run_sync(elsewhere)
+        else:
+            chosen, others = [([], []) for _ in batch], [[] for _ in batch]
+        for turn, (tasks, to_kill), other in zip(batch, chosen, others, strict=True):
+            if spared := self._repair(turn.incident, tasks):
+                left = spare(turn.incident, tasks, spared)
+                to_kill = collect_procs(turn.incident, left, early_kill=early_kill, force_tid=turn.current)
+            turn.to_kill = to_kill + other
+
+    def _victims(self, turn: _Turn, found: list[Task], hidden: list[Task]) -> list[Task]:
+        """Who had pages of the failure present: now, or when poison was hidden there; the consumer knows."""
+        tasks = hurt_as_mapped(turn.incident, found)
+        known = {task.pid for task in tasks} | {turn.consumer}
+        tasks += [task for task in hidden if task.pid not in known and self._mappings.still_mapped(task)]
+        return [task for task in tasks if task.pid != turn.consumer]
 
     async def holders(self, incident: Incident) -> list[Task]:
         """Who has pages of ``incident`` present, without taking them away."""
-        return await trio.to_thread.run_sync(self._mappings.collect, incident)
+        (tasks,) = await trio.to_thread.run_sync(self._mappings.collect, [incident])
+        return tasks
 
     # -- action optional
 
@@ -180,9 +232,9 @@ class Failures:
                 victim.task.pid, victim.tid, victim.address, victim.shift, self._page_of(victim)
             )
             sent.append((victim, pending))
-        deadline = trio.current_time() + SIGNAL_PATIENCE
+        since = trio.current_time()
         for victim, pending in sent:
-            outcome = await pending.wait(max(0.0, deadline - trio.current_time()))
+            outcome = await self._tracer.settled(pending, since, SIGNAL_PATIENCE)
             self._told(victim, outcome)
             if outcome is None:
                 self._nursery.start_soon(self._await_late, victim, pending)

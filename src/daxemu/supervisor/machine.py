@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Literal
@@ -34,7 +34,7 @@ from daxemu.host.operations import Operations
 from daxemu.host.session import Session
 from daxemu.host.tracer_link import TracerLink
 from daxemu.mm.memory_failure import Incident, MappingRange, MemoryFailures
-from daxemu.pmem.inject import check_range, corrupt, failed_pages, inject, scrub, uninject
+from daxemu.pmem.inject import check_range, corrupt, failed_pages, inject_all, scrub, uninject
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
 from daxemu.supervisor.consumption import Consumption
@@ -114,8 +114,7 @@ class Machine:
         if request.silent:
             return await self._corrupt(found, holes, request.seed)
         done = []
-        for part in found:
-            bad = inject(self.pmem, part.start, part.length, latent=request.latent)
+        for bad, part in self._poison(found, latent=request.latent):
             self.log.emit(PoisonInjected(offset=bad.start, length=bad.length, latent=request.latent))
             failure = None if request.latent else self.mm.memory_failure(*failed_pages(self.pmem, bad), 0)
             if failure is not None:
@@ -126,6 +125,16 @@ class Machine:
             for index, (bad, _, failure) in enumerate(done):
                 nursery.start_soon(self._fail, bad, failure, results, index)
         return p.Injected(results, any(bad != part for bad, part, _ in done), holes)
+
+    def _poison(self, found: list[Range], *, latent: bool) -> Iterator[tuple[Range, Range]]:
+        """Make ranges bad; each as it is then, and as it was asked for.
+
+        All at once, but one by one where there are 2 MiB pages: whether a page is part of one when it fails
+        depends on what was bad before.
+        """
+        one_by_one = self.pmem.dax.align != PAGE_SIZE
+        for batch in [[part] for part in found] if one_by_one else [found]:
+            yield from zip(inject_all(self.pmem, batch, latent=latent), batch, strict=True)
 
     async def _fail(
         self, bad: Range, failure: Incident | None, results: list[p.PoisonedRange], index: int

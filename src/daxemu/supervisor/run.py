@@ -7,6 +7,7 @@ signal, an abort.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -71,6 +72,7 @@ def supervise(
         repairs = Repairs(pmem, fs, directory.path / "repair", events.emit, mountpoint.resolve())
         undo.callback(repairs.close)
         repairs.choose(options.repair, after_crash=fs.had_crashed)
+        gc.freeze()  # what was loaded stays: no failure shall wait for a look at a million inodes
         session = Session.open(directory.path, mountpoint)
         undo.callback(session.detach)
         machine = Machine(pmem, mm, fs, session, events, supplement.MISSING, repairs)

@@ -1,0 +1,134 @@
+"""Whether everybody who has a page mapped is found: the kernel counts the mappings of each page frame.
+
+Counterpart in Linux: page_mapcount(), which rmap_walk() stops by. /proc/kpagecount shows it to root. Where it
+says as many as were found, nobody else needs to be looked at, but for processes that share their memory with
+one that was found (CLONE_VM without CLONE_THREAD): such memory counts once, and kcmp(2) tells who they are.
+
+Purpose: no victim is missed for it. Whatever cannot be seen, or is not as clear as this, says "not all".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import struct
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cmp_to_key
+
+from daxemu.mm.memory_failure import Task
+from daxemu.ranges import Range
+from daxemu.uapi import PAGE_SHIFT, Ino
+
+MAX_PAGES = 64
+"""Of larger failures each process is looked at: to compare every page of each would take longer."""
+
+_NR_KCMP = {"x86_64": 312, "aarch64": 272}.get(platform.machine(), -1)
+_KCMP_VM = 1  # uapi/linux/kcmp.h
+_EQUAL, _LESS, _GREATER = 0, 1, 2
+
+# Documentation/admin-guide/mm/pagemap.rst
+_PM_PRESENT = 1 << 63
+_PM_FILE = 1 << 61
+_PFN = (1 << 55) - 1
+_KPF_COMPOUND = 1 << 15 | 1 << 16  # of a large folio some kernels only know the average
+
+_Frames = dict[tuple[Ino, int], Counter[int]]
+"""By page of a file: the frames that show it, with how many mappings of each were found."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+
+class _Unclear(Exception):
+    """Look at everybody."""
+
+
+class Mms:
+    """Address spaces, by a process of each, in the kernel's order of them (``struct mm_struct``)."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        ordered = sorted(pids, key=cmp_to_key(_compare))
+        self.pids = [pid for at, pid in enumerate(ordered) if not at or _compare(ordered[at - 1], pid)]
+
+    def has(self, pid: int) -> bool:
+        """Whether the process lives in one of them, or that cannot be seen."""
+        low, high = 0, len(self.pids)
+        while low < high:
+            middle = (low + high) // 2
+            try:
+                order = _compare(self.pids[middle], pid)
+            except _Unclear:
+                return True
+            if not order:
+                return True
+            low, high = (middle + 1, high) if order < 0 else (low, middle)
+        return False
+
+
+def _compare(one: int, other: int) -> int:
+    order = _libc.syscall(_NR_KCMP, one, other, _KCMP_VM, 0, 0)
+    if order not in (_EQUAL, _LESS, _GREATER):
+        raise _Unclear(f"kcmp: {os.strerror(ctypes.get_errno()) if order < 0 else order}")
+    return {_EQUAL: 0, _LESS: -1, _GREATER: 1}[order]
+
+
+def all_found(tasks: Sequence[Task], wanted: Mapping[Ino, Sequence[Range]]) -> Mms | None:
+    """The address spaces of ``tasks``, if nobody else has a ``wanted`` page present; None if that is not
+    certain.
+    """
+    if not tasks or sum(pages.length for ranges in wanted.values() for pages in ranges) > MAX_PAGES:
+        return None
+    pages = {(ino, page) for ino, ranges in wanted.items() for part in ranges for page in range(*part)}
+    try:
+        mms = Mms([task.pid for task in tasks])
+        owners = [task for task in tasks if task.pid in set(mms.pids)]
+        frames = _frames(owners, pages)
+        if frames.keys() != pages or any(len(counts) != 1 for counts in frames.values()):
+            return None
+        expected: Counter[int] = Counter()
+        for counts in frames.values():
+            expected.update(counts)
+        # Looked at again: a frame that another page has by now would say nothing of ours.
+        if _mapcounts(expected) == expected and _frames(owners, pages) == frames:
+            return mms
+    except (_Unclear, OSError):
+        pass
+    return None
+
+
+def _frames(tasks: Sequence[Task], pages: set[tuple[Ino, int]]) -> _Frames:
+    frames: _Frames = {}
+    for task in tasks:
+        pagemap = os.open(f"/proc/{task.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for run in task.present:
+                raw = os.pread(pagemap, run.nr_pages * 8, (run.address >> PAGE_SHIFT) * 8)
+                for index, (entry,) in enumerate(struct.iter_unpack("=Q", raw), run.index):
+                    if not (entry & _PM_PRESENT and entry & _PM_FILE and entry & _PFN):
+                        raise _Unclear("no frame")
+                    if (run.mapping, index) in pages:
+                        frames.setdefault((run.mapping, index), Counter())[entry & _PFN] += 1
+        finally:
+            os.close(pagemap)
+    return frames
+
+
+def _mapcounts(frames: Counter[int]) -> Counter[int]:
+    found: Counter[int] = Counter()
+    for name in ("kpageflags", "kpagecount"):
+        file = os.open(f"/proc/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for pfn in frames:
+                (value,) = struct.unpack("=Q", os.pread(file, 8, pfn * 8))
+                if name == "kpagecount":
+                    found[pfn] = value
+                elif value & _KPF_COMPOUND:
+                    raise _Unclear("part of a large folio")
+        except struct.error as error:
+            raise OSError(errno.EIO, f"/proc/{name} is short") from error
+        finally:
+            os.close(file)
+    return found
