@@ -176,7 +176,12 @@ def test_sizes_no_device_can_have(tmp_path: Path, size: str) -> None:
 
 
 def test_options_no_device_can_have(tmp_path: Path) -> None:
-    for options in (("--base-pfn", "x"), ("--base-pfn", "-1"), ("--align", "3K")):
+    for options in (
+        ("--base-pfn", "x"),
+        ("--base-pfn", "-1"),
+        ("--align", "3K"),
+        ("--align", "2M", "--base-pfn", "0x100001"),
+    ):
         refuse("mkfs", tmp_path / "d", "--size", "16M", *options, status=INVALID)
     assert list(tmp_path.iterdir()) == []
 

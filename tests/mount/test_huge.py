@@ -187,6 +187,12 @@ def test_a_failure_of_many_2_mib_is_one_signal(scene: Scene) -> None:
     assert not present(p0, 0, NEAR)
 
 
+def test_two_pages_of_the_same_2_mib_in_one_call(scene: Scene) -> None:
+    p0 = mapper(scene, touch=[NEAR + FAR])
+    assert {outcome["told"] for outcome in scene.poison(BAD, NEAR)} == {0, 1}
+    assert told(p0) == [ao21(BAD)]
+
+
 def test_found_latent_poison_is_told_to_all_who_have_the_2_mib(scene: Scene) -> None:
     finder = mapper(scene, "p0", touch=[BAD])
     bad = mapper(scene, "p1", touch=[BAD])
