@@ -28,8 +28,8 @@ from tests.support.holders import Holders
 from tests.support.quick import QuickMount
 from tests.support.racer import KINDS, PATIENCE, Hang, Racer
 from tests.support.races import (
-    AT_ONCE,
     COMMON,
+    VERBS,
     Injector,
     Races,
     fill,
@@ -39,11 +39,11 @@ from tests.support.races import (
 )
 from tests.support.scene import Scene, told
 
-SECONDS = float(os.environ.get("DAXEMU_RACE_SECONDS", "6"))
+SECONDS = float(os.environ.get("DAXEMU_RACE_SECONDS", "4"))
 SEED = int(os.environ.get("DAXEMU_RACE_SEED", "1"))
-BURST = 2.0 if SECONDS < 60 else 5.0
-LEAST = -(-len(KINDS) // AT_ONCE)
-"""Bursts until every racer has run."""
+BURST = min(5.0, SECONDS / 3)
+ENOUGH = 1000 if SECONDS >= 600 else 1
+"""Races of each kind that there must be; a slow machine may take three times as long."""
 LONGEST = 0.15
 """Seconds that a mount of the second test has before its end comes."""
 
@@ -51,33 +51,38 @@ GIVES_UP = (Hang, ActorTimeout, Busy, NotMounted)
 """What a supervisor that hangs, or is dead, makes of a test."""
 Signals = Callable[[], list[dict[str, Any]]]
 
-pytestmark = [pytest.mark.mount, pytest.mark.timeout(120 + 2 * SECONDS)]
+pytestmark = [pytest.mark.mount, pytest.mark.timeout(120 + 4 * SECONDS)]
 
 
 def test_everything_at_once(quick_mount: QuickMount, tmp_path: Path) -> None:
     quick_mount.umount()
     quick_mount.mount("tell_stacks")
     with Races(quick_mount, tmp_path, SEED) as races, Holders(quick_mount, SEED) as holders:
+        begun, bursts = time.monotonic(), 0
         try:
-            for number in range(max(LEAST, round(SECONDS / BURST))):
+            while True:
                 races.burst(BURST, holders.round)
+                bursts += 1
                 wrong = races.why_not() + why_not_log(quick_mount)
-                assert not wrong, f"DAXEMU_RACE_SEED={SEED}, burst {number + 1}:\n" + "\n".join(wrong[:40])
+                assert not wrong, f"DAXEMU_RACE_SEED={SEED}, burst {bursts}:\n" + "\n".join(wrong[:40])
+                counts = {**races.counts, "held": holders.rounds}
+                few = [what for what in (*KINDS, *VERBS, "held") if counts[what] < ENOUGH]
+                elapsed = time.monotonic() - begun
+                if elapsed > SECONDS and (not few or elapsed > 3 * SECONDS):
+                    break
         except GIVES_UP as error:
             pytest.fail(report_hang(error, quick_mount, [racer.pid for racer in races.racers]))
-        counts = {**races.counts, "held": holders.rounds}
         began, ended, recovered = races.failures()
     print(f"{counts}, {ended} failures")
     assert began == ended == recovered
-    for what in (*KINDS, "inject", "second", "clear", "held"):
-        assert counts[what] >= (1000 if SECONDS >= 600 else 1), what
+    assert not few
 
 
 @pytest.mark.parametrize("how", ["remove", "umount"])
 def test_the_end_comes_meanwhile(quick_mount: QuickMount, tmp_path: Path, how: str) -> None:
     """Surprise removal, or ``umount --force``, in the midst of failures; each time another mount."""
     rng = random.Random(SEED)
-    deadline, ends = time.monotonic() + SECONDS / 2, 0
+    deadline, ends = time.monotonic() + SECONDS, 0
     quick_mount.umount()
     while time.monotonic() < deadline or not ends:
         directory = tmp_path / str(ends)

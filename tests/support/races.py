@@ -32,6 +32,7 @@ from tests.support.racer import KINDS, PATIENCE, PageRead, Place, Racer, Seen
 PAGE = 4096
 COMMON = 32
 BAD = [page for page in range(COMMON) if page % 4 in (1, 2)]
+VERBS = ("inject", "second", "clear")
 AT_ONCE = 5
 """Racers that run in one burst; with more, none gets much done."""
 SHORT = ("truncate",)
@@ -70,7 +71,7 @@ class Injector:
         most = COMMON if name == "common" else 16
         pages = rng.sample([page for page in BAD if page < most], rng.randint(1, 3))
         ranges = [[page * PAGE, PAGE] for page in pages]
-        verb = rng.choice(("inject", "inject", "second", "clear"))
+        verb = rng.choice(VERBS)
         if verb == "second":
             ranges += ranges  # each range is a failure of its own, and all of a request go on at once
         try:
@@ -145,7 +146,7 @@ class Races:
     def counts(self) -> dict[str, int]:
         """How many of each race there were."""
         done: Counter[str] = sum((injector.count for injector in self._injectors), Counter())
-        return {**{racer.kind: racer.rounds for racer in self.racers}, **done}
+        return {**{racer.kind: racer.rounds for racer in self.racers}, **{verb: done[verb] for verb in VERBS}}
 
     # -- bursts
 
