@@ -96,6 +96,7 @@ def turns_during(pipe: tuple[int, int], waits: int, *, reader: bool) -> int:
             async with loop.lock:
                 if reader:
                     nursery.start_soon(hold, loop.lock, trio.Event(), trio.Event())
+                    await trio.testing.wait_all_tasks_blocked()
                 nursery.start_soon(count_turns, turns)
                 await loop.wait_readable(read_end)
                 before = len(turns)
