@@ -19,8 +19,9 @@ MODELS: dict[str, StrategyModel] = {
     "punch": StrategyModel(),
     "quarantine": StrategyModel(grain=Bytes(512)),
     "mirror": StrategyModel(group=2, tolerates=1),
-    "parity": StrategyModel(group=9, tolerates=1, checksums=True),
-    "async-parity": StrategyModel(group=9, tolerates=1, checksums=True, exposed=0.05),
+    # Neighbouring pages make a stripe: a row that goes bad takes more of it than one.
+    "parity": StrategyModel(group=9, tolerates=1, checksums=True, spacing=Bytes(4096)),
+    "async-parity": StrategyModel(group=9, tolerates=1, checksums=True, exposed=0.05, spacing=Bytes(4096)),
     "reread": StrategyModel(group=2, tolerates=1, outside=True),
     "fence": StrategyModel(fences=True),
 }
