@@ -33,6 +33,8 @@ class Server:
                 raise Busy("not now")
             case protocol.Remove():
                 raise FsError(5, "a refusal")
+            case protocol.Damaged():
+                raise ZeroDivisionError
             case protocol.GetBadblocks():
                 await self.go_on.wait()
         return protocol.Done()

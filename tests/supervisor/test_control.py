@@ -36,6 +36,17 @@ def test_a_refusal_names_the_error(tmp_path: Path) -> None:
     serve(tmp_path, scenario)
 
 
+def test_a_supervisor_that_fails_says_so_before_it_ends(tmp_path: Path) -> None:
+    async def scenario(server: Server) -> None:
+        refused = await server.ask(b'{"op":"damaged"}')
+        assert (refused["ok"], refused["error"]) == (False, "DaxemuError")
+        assert refused["message"] == "the supervisor failed: ZeroDivisionError()"
+
+    with pytest.raises(ExceptionGroup) as caught:
+        serve(tmp_path, scenario)
+    assert caught.group_contains(ZeroDivisionError)
+
+
 GARBAGE = [
     b"hello",
     b"{",

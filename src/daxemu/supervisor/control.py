@@ -123,6 +123,10 @@ class ControlSocket:
                 )
             except DaxemuError as error:
                 line = _refusal(error)
+            except Exception as error:
+                # This ends the supervisor; whoever asked must not take that for an answer.
+                await _try_to_send(stream, _refusal(DaxemuError(f"the supervisor failed: {error!r}")))
+                raise
             await stream.send_all(line)
         finally:
             self._answering -= 1
