@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 from contextlib import ExitStack
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, Phase, event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from daxemu.errors import MediaError
+from daxemu.errors import MediaError, Shutdown
 from daxemu.events import CorruptionFound, RepairFinished
 from daxemu.fs.fsck import fsck
 from daxemu.fs.inode import ROOT_INO
@@ -41,6 +44,8 @@ class RepairModel(RuleBasedStateMachine):
         self.made: Repairing = self.stack.enter_context(repairing(self.strategy))
         self.core = self.made.core
         self.files: dict[Ino, bytes] = {}
+        self.touched: dict[Ino, set[int]] = {}
+        """Pages written to since the strategy was chosen, by file."""
         self.broken: set[tuple[Ino, int]] = set()
         self.names = 0
         for seed in range(3):
@@ -59,6 +64,18 @@ class RepairModel(RuleBasedStateMachine):
     def pick(self, index: int) -> Ino:
         return sorted(self.files)[index % len(self.files)]
 
+    def touch(self, ino: Ino, at: int, length: int) -> None:
+        """These bytes are about to change."""
+        pages = range(at // PAGE_SIZE, -(-(at + length) // PAGE_SIZE))
+        self.touched.setdefault(ino, set()).update(pages)
+
+    @precondition(lambda self: self.files)
+    @rule(index=which, first=st.integers(0, 20), pages=st.integers(1, 4))
+    def preallocate(self, index: int, first: int, pages: int) -> None:
+        """Blocks that are zero without having been stored to."""
+        ino, at = self.pick(index), first * PAGE_SIZE
+        self.core.fs.fallocate(ino, FALLOC_FL_KEEP_SIZE, at, pages * PAGE_SIZE)
+
     @rule()
     def create(self) -> None:
         self.names += 1
@@ -69,6 +86,7 @@ class RepairModel(RuleBasedStateMachine):
     def write(self, index: int, at: int, length: int, seed: int) -> None:
         ino = self.pick(index)
         data = random.Random(seed).randbytes(length)
+        self.touch(ino, at, length)
         try:
             self.core.fs.write(ino, at, data)
         except MediaError:
@@ -95,6 +113,7 @@ class RepairModel(RuleBasedStateMachine):
         )
         if not data or (is_poison and shared):
             return
+        self.touch(ino, at, len(data))
         self.core.fs.write(ino, at, data, from_cache=True)
         if not is_poison:
             self.put(ino, at, data)
@@ -103,6 +122,7 @@ class RepairModel(RuleBasedStateMachine):
     @rule(index=which, first=st.integers(0, 20), pages=st.integers(1, 6))
     def punch(self, index: int, first: int, pages: int) -> None:
         ino, at, length = self.pick(index), first * PAGE_SIZE, pages * PAGE_SIZE
+        self.touch(ino, at, length)
         self.core.fs.fallocate(ino, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, length)
         old = self.files[ino]
         hole = bytes(max(0, min(at + length, len(old)) - at))
@@ -262,6 +282,54 @@ class QuarantineModel(RepairModel):
         return found
 
 
+class FenceModel(RepairModel):
+    strategy = "fence"
+
+    def after_failure(
+        self, hurt: set[tuple[Ino, int]], finished: RepairFinished, offset: int, length: int
+    ) -> None:
+        """Nothing is read any more, so nothing wrong is."""
+        assert self.core.fs.shutdown_reason is not None
+        for ino in self.files:
+            with pytest.raises(Shutdown):
+                self.core.fs.read(ino, 0, 1)
+        self.core.sound = False
+        self.stack.close()
+        self.start()
+
+
+class RereadModel(RepairModel):
+    """``pristine``: pages that are what the backing directory has."""
+
+    strategy = "none"
+
+    @initialize()
+    def start(self) -> None:
+        super().start()
+        self.backing = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+        for ino, data in self.files.items():
+            (self.backing / self.core.fs.names.path_of(ino).strip("/")).write_bytes(data)
+        self.pristine = dict(self.files)
+        self.touched = {}
+        self.made.choose(f"reread:path={self.backing}")
+        self.strategy = "reread"
+
+    def is_promised(self, offset: int, length: int) -> bool:
+        """Some file that has the page has it, and the size, from the backing directory, and it did not
+        change.
+        """
+        first, last = offset // PAGE_SIZE, -(-(offset + length) // PAGE_SIZE)
+        return all(
+            any(self.is_pristine(ino, page) for ino, page in self.pages_at(block * PAGE_SIZE, 1))
+            for block in range(first, last)
+            if self.pages_at(block * PAGE_SIZE, 1)
+        )
+
+    def is_pristine(self, ino: Ino, page: int) -> bool:
+        was, now = self.pristine.get(ino), self.files[ino]
+        return was is not None and len(was) == len(now) and page not in self.touched.get(ino, ())
+
+
 class MirrorModel(RepairModel):
     strategy = "mirror"
 
@@ -359,6 +427,8 @@ TestNone = _case(RepairModel)
 TestZero = _case(ZeroModel)
 TestPunch = _case(PunchModel)
 TestQuarantine = _case(QuarantineModel)
+TestFence = _case(FenceModel)
+TestReread = _case(RereadModel)
 TestMirror = _case(MirrorModel)
 TestParity = _case(ParityModel)
 TestNovaFortis = _case(NovaFortisModel)

@@ -20,6 +20,11 @@ class Repairing:
         self.strategy = strategy
         self.attach(after_crash=False)
 
+    def choose(self, strategy: str) -> None:
+        """Another one from now on."""
+        self.strategy = strategy
+        self.repairs.choose(strategy)
+
     def attach(self, *, after_crash: bool) -> None:
         """Choose the strategy, as a mount does."""
         core = self.core

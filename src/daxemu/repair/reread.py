@@ -62,8 +62,12 @@ class Reread(Strategy):
         for run in blocks:
             self._changed.fill(run, CHANGED)
 
+    def allocated(self, blocks: Range) -> None:
+        """They are zero, whatever the backing file has there."""
+        self._changed.fill(blocks, CHANGED)
+
     def freed(self, blocks: Range) -> None:
-        """Whoever gets them next stores to them first."""
+        """Nobody has them."""
         self._changed.fill(blocks, 0)
 
     def failed(self, failure: Failure) -> Verdict:
