@@ -8,7 +8,7 @@ import os
 import pytest
 
 from daxemu.errors import FsError, MediaError, NoSpace
-from daxemu.fs.inode import MAX_FILE_SIZE
+from daxemu.fs.inode import MAX_FILE_SIZE, ROOT_INO
 from daxemu.fs.statfs import Damage
 from daxemu.pmem.inject import inject
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, PAGE_SIZE
@@ -192,3 +192,20 @@ def test_device_ranges_leave_holes_out_and_cut_to_bytes(core: Core) -> None:
     assert [place.length for place in places] == [PAGE_SIZE - 100, 100]
     assert [place.start % PAGE_SIZE for place in places] == [100, 0]
     assert core.fs.device_ranges(ino, PAGE_SIZE, PAGE_SIZE) == []
+
+
+def test_the_last_sharer_may_write_in_place_although_all_that_is_free_is_bad(core: Core) -> None:
+    """Whichever commit it is that says so, the one for want of blocks or its own."""
+    one = core.file(b"one", b"1" * 2 * PAGE_SIZE)
+    core.clone(one, b"two")
+    other = core.file(b"other", b"o" * PAGE_SIZE)
+    core.fs.commit()
+    with pytest.raises(NoSpace):
+        while True:
+            core.fs.write(other, core.fs.names.get(other).size, bytes(PAGE_SIZE))
+    (last,) = core.fs.device_ranges(other, core.fs.names.get(other).size - PAGE_SIZE, PAGE_SIZE)
+    inject(core.pmem, last.start, PAGE_SIZE)
+    core.fs.set_size(other, core.fs.names.get(other).size - PAGE_SIZE)
+    core.fs.unlink(ROOT_INO, b"two")
+    assert core.fs.write(one, 0, b"x" * 2 * PAGE_SIZE) == 2 * PAGE_SIZE
+    assert core.read(one) == b"x" * 2 * PAGE_SIZE

@@ -328,10 +328,11 @@ class Filesystem:
             return 0
         if offset + len(data) > MAX_FILE_SIZE:
             raise FsError(errno.EFBIG)
+        must_copy = bool(self.rmap.given_up)  # the allocator may commit too, and then that is all forgotten
         try:
             stored = self._data.store(extents, offset, data, from_cache=from_cache)
         except NoSpace:
-            if not self.rmap.given_up:
+            if not must_copy:
                 raise
             self.commit()  # then the last one to use a block need not copy it any more
             stored = self._data.store(extents, offset, data, from_cache=from_cache)
