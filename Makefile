@@ -24,8 +24,9 @@ check: setup
 unit: setup
 	$(PY) -m pytest --ignore=tests/mount
 
+# A file of tests for each processor at a time.
 test: check
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
 
 # Prints the figures with their ratios and which targets are missed, and what is worse than tests/bench/figures.json.
 bench: setup
