@@ -257,8 +257,8 @@ class RepairStrategyFailed(Event):
     strategy: str
     reason: str
 
-    def dmesg(self) -> str:
-        return f"daxemu: repair strategy {self.strategy} failed: {self.reason}"
+    def summary(self) -> str:
+        return f"the repair strategy {self.strategy} failed: {self.reason}"
 
 
 class SilentlyCorrupted(Event):
@@ -317,6 +317,10 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     SignalSent,
     FileDamaged,
     StoreLost,
+    CorruptionFound,
+    SilentlyCorrupted,
+    RepairFinished,
+    RepairStrategyFailed,
     FilesystemShutdown,
     DaxActiveAtRemove,
     DeviceRemoved,

@@ -171,6 +171,11 @@ class MemoryFailures:
         part = Part(PageType.DAX, pfn, nr_pages)
         return Incident(next(self._serial), pfn, nr_pages, MF_MEM_PRE_REMOVE, parts=[part])
 
+    @property
+    def is_handling(self) -> bool:
+        """Whether an owner is being told of a failure just now: its incident is still to be seen through."""
+        return self._current is not None
+
     def during(self, incident: Incident) -> _Current:
         """A context in which the holder's ``mf_dax_kill_procs`` calls belong to ``incident``."""
         return _Current(self, incident)

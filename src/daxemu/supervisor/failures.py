@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from daxemu.errors import DaxemuError
+from daxemu.errors import CorruptMetadata, DaxemuError
 from daxemu.events import Emit, Outcome, SignalSent
 from daxemu.host import pfn_mappings
 from daxemu.host.mappings import Mappings
@@ -120,6 +120,8 @@ class Failures:
         with trio.CancelScope(shield=True):
             to_kill = await self._in_turn(_Turn(incident, current, consumer))
             await self._kill_procs(to_kill, current)
+            if isinstance(incident.error, CorruptMetadata):
+                await self.revoke_everything()  # the filesystem was shut down: from now on all is EIO
         return self._mm.action_result(incident, len(to_kill)), len(to_kill)
 
     async def hide(self, incident: Incident) -> None:

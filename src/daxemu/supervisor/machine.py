@@ -85,11 +85,16 @@ class Machine:
         self._tracer = tracer
         self._nursery = nursery
         self._failures = Failures(self.mm, mappings, tracer, self.log.emit, nursery, self.repairs.failed)
-        self.fs.on_shutdown = lambda: nursery.start_soon(self.failures.revoke_everything)
+        self.fs.on_shutdown = self._on_shutdown
         if self.supplement_missing is None:
             self._extra = ExtraOperations(
                 self.fs, self.session.mount.dev, self._clone, self._write_back, nursery
             )
+
+    def _on_shutdown(self) -> None:
+        """The page cache must not go on answering; but who had something mapped is told first."""
+        if not self.mm.is_handling:
+            self.nursery.start_soon(self.failures.revoke_everything)
 
     @property
     def nursery(self) -> trio.Nursery:
@@ -149,8 +154,6 @@ class Machine:
             finally:
                 self.consumption.failing.remove(*bad)
             outcome = result.value
-            if self.fs.shutdown_reason is not None:
-                await self.failures.revoke_everything()  # from the answer on, all is EIO
         results[index] = p.PoisonedRange(bad.start, bad.length, pfn, nr_pages, outcome, told)
 
     async def _corrupt(self, found: list[Range], holes: int, seed: int) -> p.Injected:
