@@ -9,7 +9,8 @@ from daxemu.errors import MediaError
 from daxemu.fs.data_ops import Origin
 from daxemu.ranges import Range, RangeSet
 from daxemu.repair.arrays import SparseArray, discard
-from daxemu.repair.strategy import Failure, Options, Strategy, Verdict
+from daxemu.repair.by_block import ByBlock
+from daxemu.repair.strategy import Failure, Options, Verdict
 from daxemu.repair.volume import Volume
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE
 
@@ -26,7 +27,7 @@ class MirrorOptions(Options, frozen=True):
     mapped: Literal["honest", "trust"] = "honest"
 
 
-class Mirror(Strategy):
+class Mirror(ByBlock):
     """The copy of device block b is block b of the reserved file; a hole there says that b is zero.
 
     ``stale`` marks the blocks whose copy cannot be relied on: while both are written, and until the commit
@@ -121,20 +122,14 @@ class Mirror(Strategy):
 
     def failed(self, failure: Failure) -> Verdict:
         """Put the copy in the place of what is bad."""
-        verdict = Verdict()
-        for blocks in failure.blocks:
-            for block in range(*blocks):
-                reason = self._why_not(block, failure) or self._restore(block)
-                if reason is None:
-                    verdict.recovered.add(block, block + 1)
-                else:
-                    verdict.reason = reason
+        verdict = super().failed(failure)
         for copies in failure.copies:
             for part in self._readable(copies):
                 self._duplicate(part)
         return verdict
 
-    def _why_not(self, block: int, failure: Failure) -> str | None:
+    def why_not(self, block: int, failure: Failure) -> str | None:
+        """See ByBlock."""
         is_marked = self._stale.get(Range(block, block + 1))[0] and block not in self._placed
         if block in failure.stale or is_marked:
             return "the copy is older than the last store"
@@ -142,7 +137,8 @@ class Mirror(Strategy):
             return "mapped for writing: the copy may be older than the last store"
         return None
 
-    def _restore(self, block: int) -> str | None:
+    def restore(self, block: int) -> str | None:
+        """Put the copy in its place."""
         try:
             data = self._copy.read(Range(block, block + 1))
         except MediaError:

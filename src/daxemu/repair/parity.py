@@ -12,7 +12,8 @@ from daxemu.errors import InvalidArgument, MediaError
 from daxemu.fs.data_ops import Origin
 from daxemu.ranges import Range, RangeSet
 from daxemu.repair.arrays import Array, SparseArray, discard
-from daxemu.repair.strategy import Failure, Options, Strategy, Verdict
+from daxemu.repair.by_block import ByBlock
+from daxemu.repair.strategy import Failure, Options
 from daxemu.repair.volume import Volume
 from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE
 
@@ -39,7 +40,7 @@ class ParityOptions(Options, frozen=True):
             raise InvalidArgument(f"data={self.data}: must be from 2 to 64 slices a stripe")
 
 
-class Parity(Strategy):
+class Parity(ByBlock):
     """CRC32C of each slice and parity of each stripe, in arrays beside the device.
 
     A checksum of 0 says that the slice is zero, or no file's; such a slice adds nothing to its stripe. So a
@@ -297,27 +298,17 @@ class Parity(Strategy):
             if data is None and by == "read":
                 raise MediaError(f"device {at:#x}+{self._slice:#x} is not what was written")
 
-    def failed(self, failure: Failure) -> Verdict:
-        """Make each bad slice from the others of its stripe."""
-        verdict = Verdict()
-        for blocks in failure.blocks:
-            for block in range(*blocks):
-                reason = self._why_not(block, failure) or self._restore(Range(block, block + 1))
-                if reason is None:
-                    verdict.recovered.add(block, block + 1)
-                else:
-                    verdict.reason = reason
-        return verdict
-
-    def _why_not(self, block: int, failure: Failure) -> str | None:
+    def why_not(self, block: int, failure: Failure) -> str | None:
+        """See ByBlock."""
         if block in failure.stale:
             return "the parity is older than the last store"
         if block in failure.unseen and not self._trust:
             return "mapped for writing: the parity may be older than the last store"
         return None
 
-    def _restore(self, block: Range) -> str | None:
-        slices = self._slices_of(block)
+    def restore(self, block: int) -> str | None:
+        """Make each bad slice from the others of its stripe."""
+        slices = self._slices_of(Range(block, block + 1))
         hurt = [
             (number, self._reconstruct(number))
             for number in range(*slices)

@@ -12,7 +12,8 @@ from daxemu.fs.data_ops import Origin
 from daxemu.fs.rmap import Owner
 from daxemu.ranges import Range
 from daxemu.repair.arrays import SparseArray, discard
-from daxemu.repair.strategy import Failure, Options, Strategy, Verdict
+from daxemu.repair.by_block import ByBlock
+from daxemu.repair.strategy import Failure, Options
 from daxemu.repair.volume import Volume
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE
 
@@ -34,7 +35,7 @@ class RereadOptions(Options, frozen=True):
         return (self.path,)
 
 
-class Reread(Strategy):
+class Reread(ByBlock):
     """A block is read again only if it was never stored to since the strategy was chosen: the array
     ``changed`` says which were. Before that, the two trees are taken to be the same.
     """
@@ -70,28 +71,18 @@ class Reread(Strategy):
         """Nobody has them."""
         self._changed.fill(blocks, 0)
 
-    def failed(self, failure: Failure) -> Verdict:
-        """Any file that shares a block will do."""
-        verdict = Verdict()
-        for blocks in failure.blocks:
-            for block in range(*blocks):
-                reason = self._why_not(block, failure) or self._restore(Range(block, block + 1))
-                if reason is None:
-                    verdict.recovered.add(block, block + 1)
-                else:
-                    verdict.reason = reason
-        return verdict
-
-    def _why_not(self, block: int, failure: Failure) -> str | None:
+    def why_not(self, block: int, failure: Failure) -> str | None:
+        """See ByBlock."""
         if block in failure.stale or block in failure.unseen:
             return "mapped for writing: it may differ from the backing file"
         if self._changed.get(Range(block, block + 1))[0]:
             return "changed since it was read from the backing file"
         return None
 
-    def _restore(self, block: Range) -> str | None:
+    def restore(self, block: int) -> str | None:
+        """Any file that shares the block will do."""
         reason = "no file has it"
-        for owner in self.volume.owners(block):
+        for owner in self.volume.owners(Range(block, block + 1)):
             path = self._path / self.volume.path_of(owner).lstrip("/")
             try:
                 data = self._read(path, owner)
@@ -99,7 +90,7 @@ class Reread(Strategy):
                 reason = f"{path}: {error.strerror}"
                 continue
             if data is not None:
-                self.volume.rewrite(block.start * PAGE_SIZE, data)
+                self.volume.rewrite(block * PAGE_SIZE, data)
                 return None
             reason = f"{path} is of another size"
         return reason
