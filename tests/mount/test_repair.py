@@ -79,6 +79,17 @@ def test_a_partial_write_over_latent_poison_goes_through(repaired: Scene) -> Non
 
 
 @redundant
+@pytest.mark.parametrize("how", ["load", "scrub"])
+def test_latent_poison_that_was_mapped_for_writing_is_not_believed(repaired: Scene, how: str) -> None:
+    p0 = repaired.mapper("p0", touch=[BAD])
+    repaired.mount.inject("f", (BAD * PAGE, PAGE), latent=True)
+    if how == "scrub":
+        repaired.mount.run("scrub", repaired.mount.path)
+    consumes(p0, f"tr 0 {BAD}", ar(BAD))
+    assert verdicts(repaired.mount) == ["cannot"]
+
+
+@redundant
 def test_mapped_for_writing_is_not_believed(repaired: Scene) -> None:
     """On real DAX the store of p0 may be on the media already, past every copy."""
     p0 = repaired.mapper("p0", touch=[BAD])

@@ -217,9 +217,11 @@ class Failures:
         return [task for task in tasks if task.pid != turn.consumer]
 
     async def holders(self, incident: Incident) -> list[Task]:
-        """Who has pages of ``incident`` present, without taking them away."""
+        """Who has pages of ``incident`` present, or had when poison was hidden there; nothing is taken
+        away.
+        """
         (tasks,) = await trio.to_thread.run_sync(self._mappings.collect, [incident])
-        return tasks
+        return tasks + [task for task in self._hidden if any(_is_hurt(run, incident) for run in task.present)]
 
     # -- action optional
 

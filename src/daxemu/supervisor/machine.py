@@ -37,6 +37,7 @@ from daxemu.mm.memory_failure import Incident, MappingRange, MemoryFailures
 from daxemu.pmem.inject import check_range, corrupt, failed_pages, inject_all, scrub, uninject
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
+from daxemu.repair.strategy import Verdict
 from daxemu.supervisor.consumption import Consumption
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.failures import Failures
@@ -209,7 +210,7 @@ class Machine:
         found = scrub(self.pmem)
         for new in found:
             self.log.emit(ScrubFound(offset=new.start, length=new.length))
-            self.repairs.repair_now(_blocks_of(*new))
+            await self._repair_now(new)
         await self.repairs.scrub()
         return p.Cleared([(r.start, r.length) for r in found], sum(r.length for r in found))
 
@@ -356,8 +357,8 @@ class Machine:
             self.repairs.choose(request.strategy)
             self.log.emit(SettingChanged(name="repair", value=request.strategy))
         total, reason = p.Repaired(self.repairs.text, 0, 0, 0, None), None
-        for bad in self.pmem.badblocks:
-            verdict = self.repairs.repair_now(_blocks_of(bad.start * SECTOR_SIZE, bad.end * SECTOR_SIZE))
+        for bad in list(self.pmem.badblocks):
+            verdict = await self._repair_now(Range(bad.start * SECTOR_SIZE, bad.end * SECTOR_SIZE))
             if verdict is not None:
                 total.recovered += verdict.recovered.total
                 total.lost += verdict.lost.total
@@ -365,6 +366,13 @@ class Machine:
         total.left = sum(_blocks_of(bad.offset, bad.offset + bad.length).length for bad in self.fs.damaged())
         total.reason = reason
         return total
+
+    async def _repair_now(self, bad: Range) -> Verdict | None:
+        """Ask the strategy about device bytes that are known to be bad."""
+        if not self.repairs.is_active:
+            return None
+        mapped = self._unreported(bad)
+        return self.repairs.repair_now(_blocks_of(*bad), mapped, await self.failures.holders(mapped))
 
     # -- settings and state
 

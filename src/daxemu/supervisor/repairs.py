@@ -179,9 +179,11 @@ class Repairs:
                         spared.add(run.start + self._pmem.dax.base_pfn, run.end + self._pmem.dax.base_pfn)
         return spared
 
-    def repair_now(self, blocks: Range) -> Verdict | None:
-        """Ask the strategy (again) about what is bad of ``blocks``; None if it failed."""
-        return self._repair(blocks, RangeSet()) if self.is_active else Verdict()
+    def repair_now(self, blocks: Range, mapped: Incident, tasks: Sequence[Task]) -> Verdict | None:
+        """Ask the strategy (again) about what is bad of ``blocks``, whose mappings are ``mapped`` and which
+        ``tasks`` have; None if it failed.
+        """
+        return self._repair(blocks, self._writable(mapped, tasks)) if self.is_active else Verdict()
 
     def recovered_for_read(self, incident: Incident, tasks: Sequence[Task]) -> bool:
         """A read waits for blocks that have just gone bad: whether all of them are as they were."""
