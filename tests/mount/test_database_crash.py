@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.mount, pytest.mark.parametrize("how", ["kill", "powerf
 ROUNDS = 5
 
 SQLITE_WRITER = """
-import sqlite3, sys
+import os, sqlite3, sys
 path, journal, mmap_size = sys.argv[1:]
 db = sqlite3.connect(path, isolation_level=None, timeout=10)
 db.execute(f"PRAGMA journal_mode={journal}")
@@ -30,6 +30,7 @@ db.execute("PRAGMA synchronous=EXTRA")  # FULL does not sync the unlink of the j
 db.execute(f"PRAGMA mmap_size={mmap_size}")
 db.execute("CREATE TABLE IF NOT EXISTS t(i INTEGER PRIMARY KEY, v BLOB, twice INTEGER)")
 i = db.execute("SELECT coalesce(max(i), 0) FROM t").fetchone()[0]
+alive = os.open(path, os.O_RDONLY)
 print("ready", flush=True)
 while True:
     i += 1
@@ -37,6 +38,7 @@ while True:
     db.execute("INSERT INTO t VALUES(?, randomblob(?), ?)", (i, i * 37 % 9000, 2 * i))
     db.execute("UPDATE t SET v = randomblob(700) WHERE i % 5 = ?", (i % 5,))
     db.execute("COMMIT")
+    os.fstatvfs(alive)  # to SQLite a directory that it cannot open is synced: unixDelete(), os_unix.c
     print(i, flush=True)
 """
 
