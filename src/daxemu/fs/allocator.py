@@ -66,36 +66,39 @@ class Allocator:
 
         Raises NoSpace, and then nothing has changed.
         """
-        return self._or_reclaim(length, lambda taken: self._take_next(taken, length, goal))
+        return self._or_reclaim(length, lambda taken: self._take_next(taken, length, goal), True)
 
     def allocate_for(
-        self, extents: ExtentMap, pieces: Sequence[Range], goal: Block | None = None
+        self, extents: ExtentMap, pieces: Sequence[Range], goal: Block | None = None, *, reserve: bool = True
     ) -> list[Range]:
         """As :meth:`allocate`, for the blocks ``pieces`` of a file that need new ones; the runs in their
-        order.
+        order. Without ``reserve`` they have no memory yet: for who fills them whole by copy_from_iter().
         """
-        return self.allocate(sum(piece.length for piece in pieces), goal)
+        length = sum(piece.length for piece in pieces)
+        return self._or_reclaim(length, lambda taken: self._take_next(taken, length, goal), reserve)
 
     def max_runs(self, pieces: Sequence[Range]) -> int:
         """How many runs :meth:`allocate_for` can return at the most."""
         return min(sum(piece.length for piece in pieces), self.fragments)
 
-    def _or_reclaim(self, length: int, take: Callable[[list[Range]], None]) -> list[Range]:
+    def _or_reclaim(self, length: int, take: Callable[[list[Range]], None], reserve: bool) -> list[Range]:
         """What ``take`` adds to its argument, all or nothing; called again once pending blocks are free."""
         if length > self.free_blocks:
             raise NoSpace("the device is full: remove files, or make a larger one")
         try:
-            return self._all_of(take)
+            return self._all_of(take, reserve)
         except NoSpace:
             if not self._pending or self.reclaim is None:
                 raise
             self.reclaim()
-            return self._all_of(take)
+            return self._all_of(take, reserve)
 
-    def _all_of(self, take: Callable[[list[Range]], None]) -> list[Range]:
+    def _all_of(self, take: Callable[[list[Range]], None], reserve: bool) -> list[Range]:
         taken: list[Range] = []
         try:
             take(taken)
+            for run in taken:
+                self._prepare(run, reserve)
         except BaseException:
             for run in taken:
                 self._give_back(run)
@@ -118,7 +121,10 @@ class Allocator:
     def _take(self, taken: list[Range], run: Range) -> None:
         self._remove_free(run)
         taken.append(run)
-        self._dax.reserve(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
+
+    def _prepare(self, run: Range, reserve: bool) -> None:
+        if reserve:
+            self._dax.reserve(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
         # A new block is zeroed, and a write over poison that nobody knew of clears it.
         self._dax.clear_poison(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
         if self.watcher is not None:

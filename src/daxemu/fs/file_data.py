@@ -7,16 +7,17 @@ the whole block clears it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from daxemu.errors import MediaError, PartialOverPoison
+from daxemu.errors import MediaError, NoSpace, PartialOverPoison
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.data_ops import DataOps, Origin
 from daxemu.fs.extents import ExtentMap, Mapping
 from daxemu.fs.rmap import Link, Rmap
 from daxemu.pmem.dax_device import DaxDevice
-from daxemu.ranges import Range, RangeSet, merged
+from daxemu.ranges import Range, RangeSet, merged, paired
 from daxemu.uapi import PAGE_SIZE, Block
 
 Buffer = bytes | bytearray | memoryview
@@ -105,18 +106,25 @@ class FileData:
         segments = list(self._segments(extents, first, last))
         if not from_cache:
             self._refuse_partial(segments, offset, end, zeroing=zeroing)
-        fresh = self._allocate(extents, segments, first)
+        # What is filled whole needs no memory before; a watcher wants to see zeros.
+        whole = offset % PAGE_SIZE == 0 and end % PAGE_SIZE == 0
+        fresh = self._allocate(extents, segments, first, reserve=not whole or self.watcher is not None)
         view = memoryview(data)
         cleared: list[Range] = []
         lost: list[Range] = []
         origin = Origin.MAPPED if from_cache else Origin.SYSCALL
         touched = self._store_begins(segments, fresh, origin) if self.watcher is not None else []
+        try:
+            placed = self._place(segments, offset, view, fresh)
+        except NoSpace:  # a commit may make room, and then memory must be had first
+            fresh = self._allocate(extents, segments, first, reserve=True)
+            placed = self._place(segments, offset, view, fresh)
         for segment in segments:
-            start, stop = max(offset, segment.start * PAGE_SIZE), min(end, segment.end * PAGE_SIZE)
-            chunk = view[start - offset : stop - offset]
             if segment.copy:
-                self._store_new(extents, segment, start, chunk, fresh)
+                self._map(extents, segment, placed)
             else:
+                start, stop = max(offset, segment.start * PAGE_SIZE), min(end, segment.end * PAGE_SIZE)
+                chunk = view[start - offset : stop - offset]
                 self._store_in_place(segment, start, chunk, cleared, lost, from_cache=from_cache)
         if self.watcher is not None:
             self.watcher.store_done(touched, origin)
@@ -169,32 +177,43 @@ class FileData:
                         raise
                     raise PartialOverPoison(str(error), error.ranges) from error
 
-    def _allocate(self, extents: ExtentMap, segments: list[_Segment], first: Block) -> list[Range]:
+    def _allocate(
+        self, extents: ExtentMap, segments: list[_Segment], first: Block, *, reserve: bool
+    ) -> list[Range]:
         pieces = list(merged((s.start, s.end) for s in segments if s.copy))
         if not pieces:
             return []
         # Each segment cuts a link in two at the most, and its blocks may come in pieces.
         copies = sum(s.copy for s in segments)
         self._ensure_links(2 * copies + self._allocator.max_runs(pieces))
-        return list(reversed(self._allocator.allocate_for(extents, pieces, extents.goal(first))))
+        return self._allocator.allocate_for(extents, pieces, extents.goal(first), reserve=reserve)
 
-    def _store_new(
-        self, extents: ExtentMap, segment: _Segment, start: int, chunk: memoryview, fresh: list[Range]
-    ) -> None:
-        """Put ``chunk`` into new blocks, with the rest of its edge blocks copied from the shared ones, if
-        any.
+    def _place(
+        self, segments: list[_Segment], offset: int, view: memoryview, fresh: list[Range]
+    ) -> deque[tuple[Block, Range]]:
+        """Put what was written at ``offset`` into the new blocks, with the rest of edge blocks copied from
+        the shared ones, if any. Returns (file block, device blocks) in order; nothing is mapped yet.
+
+        Raises NoSpace; then ``fresh`` is free again.
         """
-        edges = self._edges(segment, start, start + len(chunk))
+        pieces = [Range(segment.start, segment.end) for segment in segments if segment.copy]
+        placed = deque((hole.start, run) for hole, run in paired(pieces, fresh))
+        edges = [edge for s in segments if s.copy for edge in self._edges(s, offset, offset + len(view))]
+        try:
+            for block, run in placed:
+                self._put(run, block * PAGE_SIZE, offset, view, edges)
+        except NoSpace:
+            for run in fresh:
+                self._allocator.free(run)
+            raise
+        return placed
+
+    def _map(self, extents: ExtentMap, segment: _Segment, placed: deque[tuple[Block, Range]]) -> None:
+        """Have a segment's new blocks in the place of its old ones, if any."""
         freed = extents.remove(segment.start, segment.end) if segment.link is not None else []
-        block = segment.start
-        while block < segment.end:
-            run = fresh.pop()
-            taken = run.clip(run.start, run.start + segment.end - block)
-            if taken.end < run.end:
-                fresh.append(Range(taken.end, run.end))
-            self._put(taken, block * PAGE_SIZE, start, chunk, edges)
-            extents.insert(block, taken.start, taken.length)
-            block += taken.length
+        while placed and placed[0][0] < segment.end:
+            block, run = placed.popleft()
+            extents.insert(block, run.start, run.length)
         for run in freed:
             self._allocator.free(run)
 

@@ -31,7 +31,7 @@ class HugeAllocator(Allocator):
         """What is free as a whole, in units of 2 MiB."""
 
     def allocate_for(
-        self, extents: ExtentMap, pieces: Sequence[Range], goal: Block | None = None
+        self, extents: ExtentMap, pieces: Sequence[Range], goal: Block | None = None, *, reserve: bool = True
     ) -> list[Range]:
         """See Allocator.allocate_for. ``goal`` is not looked at: the file's other blocks say where."""
 
@@ -39,7 +39,7 @@ class HugeAllocator(Allocator):
             for piece in pieces:
                 self._place(taken, extents, piece)
 
-        return self._or_reclaim(sum(piece.length for piece in pieces), take)
+        return self._or_reclaim(sum(piece.length for piece in pieces), take, reserve)
 
     def max_runs(self, pieces: Sequence[Range]) -> int:
         """See Allocator.max_runs. A piece is placed in up to three parts, and a part that is taken out of the

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from daxemu.errors import Busy, InvalidArgument, MediaError, NoDevice, Unsupported
 from daxemu.pmem.badblocks import Badblocks
-from daxemu.pmem.media import Media, sectors_of
+from daxemu.pmem.media import Media, Memory, sectors_of
 from daxemu.ranges import Range
 from daxemu.uapi import MF_MEM_PRE_REMOVE, PAGE_SIZE, SECTOR_SIZE, U64_MAX, Pfn
 
@@ -55,6 +55,8 @@ class DaxDevice:
         self._holder: DaxHolderOperations | None = None
         self.mkpage_present: Callable[[Range], None] | None = None
         """Told of device bytes whose poison is gone, for their struct pages."""
+        self.before_poison: Callable[[], None] = lambda: None
+        """Told before any more of the device goes bad."""
 
     # -- who holds it
 
@@ -129,10 +131,14 @@ class DaxDevice:
         self.check_readable(offset, length)
         return self._media.view(self._data_offset + offset, length)
 
-    def copy_from_iter(self, offset: int, data: bytes | memoryview) -> None:
-        """Write to blocks that are not in use yet (``dax_copy_from_iter()``).
+    def memory(self) -> Memory:
+        """Where device byte 0 is and what follows it, for code that is not Python."""
+        return self._media.memory(self._data_offset)
 
-        Raises MediaError if any of them is poison, NoDevice after removal. Precondition: reserved.
+    def copy_from_iter(self, offset: int, data: bytes | memoryview) -> None:
+        """Write to blocks that are not in use yet (``dax_copy_from_iter()``), reserved or not.
+
+        Raises MediaError if any of them is poison, NoDevice after removal, NoSpace where it was not reserved.
         """
         self.check_readable(offset, len(data))
         self._media.store(self._data_offset + offset, data)
@@ -170,6 +176,7 @@ class DaxDevice:
         """
         for start, end in ranges:
             self._check(start, end - start)
+        self.before_poison()
         bad = [sectors_of(start, end - start) for start, end in ranges]
         shift = self._data_offset // SECTOR_SIZE
         self._media.add_poison(*(Range(sectors.start + shift, sectors.end + shift) for sectors in bad))

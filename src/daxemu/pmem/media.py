@@ -8,6 +8,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from daxemu.errors import MediaError, NoSpace, NotADevice
 from daxemu.ranges import Range, RangeSet
@@ -30,6 +31,16 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 def sectors_of(offset: int, length: int) -> Range:
     """The sectors that hold any of the bytes ``[offset, offset + length)``."""
     return Range(offset // SECTOR_SIZE, -(-(offset + length) // SECTOR_SIZE))
+
+
+class Memory(NamedTuple):
+    """Where bytes are, for code that is not Python: in an open file from ``offset`` on, and mapped at
+    ``address``.
+    """
+
+    fd: int
+    offset: int
+    address: int
 
 
 class Media:
@@ -84,15 +95,16 @@ class Media:
         return self._view[offset : offset + length]
 
     def store(self, offset: int, data: bytes | memoryview) -> None:
-        """Write to memory that is reserved but was not used yet. Faster than through a view: whole pages are
-        neither zeroed before nor faulted in.
+        """Write to memory that was not used yet, reserved or not. Faster than through a view: whole pages are
+        neither zeroed before nor faulted in. Raises NoSpace.
         """
         rest = memoryview(data)
         while rest:
             try:
                 done = os.pwrite(self._fd, rest, offset)
-            except OSError:  # a limit on the size of files: it does not count for mappings
+            except OSError:  # full, or a limit on the size of files, which does not count for mappings
                 done = len(rest)
+                self.reserve(offset, done)
                 self._view[offset : offset + done] = rest
             offset, rest = offset + done, rest[done:]
 
@@ -112,6 +124,10 @@ class Media:
     def release(self, offset: int, length: int) -> None:
         """Give the range's memory back; it reads as zeros when it is reserved again."""
         fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+
+    def memory(self, offset: int) -> Memory:
+        """Where the bytes from ``offset`` on are, until :meth:`close`."""
+        return Memory(self._fd, offset, ctypes.addressof(ctypes.c_char.from_buffer(self._map)) + offset)
 
     # -- poison
 
