@@ -2,11 +2,11 @@
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: setup demo test check unit bench bench-check bench-accept fidelity protocol man docs recording dist posix fstests ltp soak clean
+.PHONY: setup demo test test-no-layouts check unit bench bench-check bench-accept fidelity protocol man docs recording dist posix fstests ltp soak clean
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt src/daxemu/host/supplement.c .ci/system-packages
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard src/daxemu/host/*.[ch]) .ci/system-packages
 	bash .ci/system-packages
 	test -x $(PY) || python3 -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -27,6 +27,10 @@ unit: setup
 # A file of tests for each processor at a time.
 test: check
 	$(PY) -m pytest -n auto --dist loadfile
+
+# The tests on mounts once more, with every request answered in Python.
+test-no-layouts: setup
+	DAXEMU_LAYOUTS=0 $(PY) -m pytest tests/mount -n auto --dist loadfile
 
 # Prints the figures with their ratios and which targets are missed, and what is worse than tests/bench/figures.json.
 bench: setup

@@ -1,4 +1,4 @@
-"""Builds the one C file of the project, host/supplement.c; everything else is in pyproject.toml.
+"""Builds the C files of the project, host/supplement.c and those beside it; everything else is in pyproject.toml.
 
 The supplement is optional: where libfuse3's headers or a compiler are missing, daxemu installs without it and
 `daxemu status` says what is then missing.
@@ -22,7 +22,8 @@ setup(
     ext_modules=[
         Extension(
             "daxemu.host._supplement",
-            sources=["src/daxemu/host/supplement.c"],
+            sources=[f"src/daxemu/host/{name}.c" for name in ("supplement", "layouts", "killpriv")],
+            depends=["src/daxemu/host/supplement.h"],
             extra_compile_args=[*pkg_config("--cflags"), "-O2", "-Wall", "-Wextra"],
             extra_link_args=pkg_config("--libs"),
             optional=True,

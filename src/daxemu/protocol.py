@@ -174,6 +174,8 @@ class StatusReport(msgspec.Struct):
     events: int
     supplement: str
     tracer: str
+    layouts: str = "off"
+    """How many requests were answered without the filesystem (fs/layouts.py), or "off"."""
 
 
 class Done(msgspec.Struct):

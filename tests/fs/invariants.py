@@ -15,6 +15,7 @@ from daxemu.fs.rmap import ReflinkProxy, Rmap
 from daxemu.uapi import PAGE_SIZE, SECTORS_PER_PAGE
 from tests.fs.model import Model, Page
 from tests.support.core import Core
+from tests.support.layouts import Holder
 
 IN_MEMORY = (
     fsck._check_extents,
@@ -36,6 +37,7 @@ class Invariants(RuleBasedStateMachine):
     begun: Model
     proxies: dict[Page, tuple[int, ReflinkProxy | None]]
     counted: Counter[Page]
+    holder: Holder
     has_committed = False
 
     def block_of(self, ino: int, index: int) -> int:
@@ -60,6 +62,11 @@ class Invariants(RuleBasedStateMachine):
     def fsck_finds_nothing(self) -> None:
         """All but the look at the tables and every page of them, which comes with each mount."""
         assert [problem for check in IN_MEMORY for problem in check(self.core.fs)] == []
+
+    @invariant()
+    def layouts_are_true(self) -> None:
+        """Whoever holds one may believe it; the looks at the contents below have almost all granted."""
+        assert self.holder.wrong() == []
 
     @invariant()
     def contents_are_the_models(self) -> None:
@@ -151,6 +158,7 @@ class Invariants(RuleBasedStateMachine):
         before, eio = self.sharing(), self.core.fs.lost_store_is_eio
         self.core.close(save=save)
         self.core.open()
+        self.holder = Holder(self.core.fs)
         self.core.fs.lost_store_is_eio = eio
         if save:
             self.committed = self.model.after_crash()
@@ -181,10 +189,13 @@ class Invariants(RuleBasedStateMachine):
             self.mount_again(save=False)
 
     def tails(self) -> dict[Page, int]:
-        """The last blocks that committed files have in part, and how much of them they have."""
-        files = [file for file in self.committed.files if file.size % PAGE_SIZE]
-        cut = {file: file.size // PAGE_SIZE for file in files}
-        return {file.pages[cut[file]]: file.size % PAGE_SIZE for file in files if cut[file] in file.pages}
+        """The blocks that committed files have in part, or beyond their end, and how much of them."""
+        return {
+            page: max(0, file.size - index * PAGE_SIZE)
+            for file in self.committed.files
+            for index, page in file.pages.items()
+            if (index + 1) * PAGE_SIZE > file.size
+        }
 
     @rule()
     def crash_again(self) -> None:

@@ -198,6 +198,18 @@ def test_after_fsync_a_power_failure_loses_nothing_and_before_it_everything(core
     assert set(core.fs.names.directory(ROOT_INO)[1]) == {b"kept"}
 
 
+def test_a_file_that_was_open_without_a_name_at_the_unmount_leaves_nothing(core: Core) -> None:
+    """Who still uses a mount that goes by force holds such files open."""
+    ino = core.file(b"f", b"secret" * 4000)
+    core.fs.open(core.fs.names.get(ino))
+    core.fs.unlink(ROOT_INO, b"f")
+    core.fs.fsync()
+    core.reopen()
+    other = core.file(b"other")
+    core.fs.fallocate(other, 0, 0, 24000)
+    assert core.read(other) == bytes(24000)
+
+
 def test_what_a_lost_write_left_beyond_the_end_reads_as_zeros(core: Core) -> None:
     """The bytes are in the block at once, the file's new size only with the commit."""
     ino = core.file(b"f", b"x")

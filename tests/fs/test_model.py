@@ -18,6 +18,7 @@ from daxemu.uapi import PAGE_SIZE, PMD_SIZE, SECTOR_SIZE
 from tests.fs.invariants import Invariants
 from tests.fs.model import File, Model
 from tests.support.core import core_at
+from tests.support.layouts import Holder
 
 pytestmark = pytest.mark.timeout(600)  # for a failure to be made small; else it takes 15 seconds
 
@@ -55,6 +56,7 @@ class FilesystemAgainstModel(Invariants):
         if prefill > 3:
             self.poison(0, prefill * 1000, 3000, bool(prefill % 2))
         self.core.fs.lost_store_is_eio = eio
+        self.holder = Holder(self.core.fs)
 
     def teardown(self) -> None:
         if hasattr(self, "core"):
@@ -115,10 +117,19 @@ class FilesystemAgainstModel(Invariants):
 
     # -- bytes
 
-    def store(self, file: File, offset: int, data: bytes, from_cache: bool) -> bool:
-        """One write to both, with the outcome that the model says it must have; whether it was done."""
+    def store(
+        self, file: File, offset: int, data: bytes, from_cache: bool, *, by_holder: bool = False
+    ) -> bool:
+        """One write to both, with the outcome that the model says it must have; whether it was done.
+        ``by_holder``: without the filesystem, where a layout allows.
+        """
         fs, model = self.core.fs, self.model
         self.begin()
+        if by_holder and self.holder.store(file.ino, offset, data):
+            assert not model.meets_poison(file, offset, len(data))
+            assert not model.write(file, offset, data, from_cache=from_cache)
+            event("store by a layout")
+            return True
         room = fs.statfs().available
         before = len(self.core.events)
         if not from_cache and model.meets_poison(file, offset, len(data)):
@@ -156,11 +167,21 @@ class FilesystemAgainstModel(Invariants):
         return True
 
     @precondition(lambda self: self.model.files)
-    @rule(index=which, offset=offsets, length=lengths, seed=st.integers(0, 9999), whole=st.booleans())
-    def write(self, index: int, offset: int, length: int, seed: int, whole: bool) -> None:
+    @rule(
+        index=which,
+        offset=offsets,
+        length=lengths,
+        seed=st.integers(0, 9999),
+        whole=st.booleans(),
+        by_holder=st.booleans(),
+    )
+    def write(
+        self, index: int, offset: int, length: int, seed: int, whole: bool, by_holder: bool = False
+    ) -> None:
         if whole:
             offset, length = offset // PAGE_SIZE * PAGE_SIZE, -(-length // PAGE_SIZE) * PAGE_SIZE
-        self.store(self.pick(index), offset, NOISE[seed : seed + length], from_cache=False)
+        data = NOISE[seed : seed + length]
+        self.store(self.pick(index), offset, data, from_cache=False, by_holder=by_holder)
 
     @precondition(lambda self: self.model.files)
     @rule(index=which, first=blocks, count=st.integers(1, 4), seed=st.integers(0, 9999))
@@ -169,7 +190,8 @@ class FilesystemAgainstModel(Invariants):
         file = self.pick(index)
         length = min(file.size, (first + count) * PAGE_SIZE) - first * PAGE_SIZE
         if length > 0:
-            self.store(file, first * PAGE_SIZE, NOISE[seed : seed + length], from_cache=True)
+            data = NOISE[seed : seed + length]
+            self.store(file, first * PAGE_SIZE, data, from_cache=True, by_holder=bool(seed % 2))
 
     @precondition(lambda self: self.model.files)
     @rule(index=which, keep=st.integers(0, 3))
@@ -213,6 +235,7 @@ class FilesystemAgainstModel(Invariants):
         if whole:
             offset, length = offset // PAGE_SIZE * PAGE_SIZE, -(-length // PAGE_SIZE) * PAGE_SIZE
         fs.commit()  # or it may commit for want of room between punching and allocating
+        self.model.given_up = set()
         if mode & ~1 and self.model.meets_poison(file, offset, length):
             return  # refused, but an edge before the poisoned one may be zeroed already
         fs.fallocate(file.ino, mode, offset, length)

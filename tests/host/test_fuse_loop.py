@@ -111,12 +111,12 @@ def turns_during(pipe: tuple[int, int], waits: int, *, reader: bool) -> int:
 def test_requests_that_are_there_are_taken_in_a_row(
     pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fuse_loop, "BURST", 3600.0)
+    monkeypatch.setattr(fuse_loop, "BURST", 3600 * 10**9)
     assert turns_during(pipe, 100, reader=True) == 0
 
 
 def test_after_a_burst_others_have_their_turn(pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuse_loop, "BURST", 0.0)
+    monkeypatch.setattr(fuse_loop, "BURST", 0)
     assert turns_during(pipe, 100, reader=True) >= 99
 
 
@@ -124,12 +124,15 @@ def test_without_another_reader_each_wait_is_a_turn(pipe: tuple[int, int]) -> No
     assert turns_during(pipe, 100, reader=False) >= 99
 
 
-@pytest.mark.parametrize("set_size", [1024, 0])
+@pytest.mark.parametrize(("reads", "set_size"), [(False, 1024), (False, 0), (True, 0)])
 def test_what_comes_later_is_waited_for(
-    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch, set_size: int
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch, reads: bool, set_size: int
 ) -> None:
+    monkeypatch.setattr(fuse_loop, "READS", reads)
     monkeypatch.setattr(fuse_loop, "FD_SETSIZE", set_size)
     read_end, write_end = pipe
+    loop = FuseLoop()
+    loop._is_idle.value = 1  # as layouts.c says once it has waited in vain
 
     async def write() -> None:
         await trio.testing.wait_all_tasks_blocked()
@@ -138,7 +141,7 @@ def test_what_comes_later_is_waited_for(
     async def main() -> bytes:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(write)
-            await FuseLoop().wait_readable(read_end)
+            await loop.wait_readable(read_end)
         return os.read(read_end, 10)
 
     assert trio.run(main) == b"x"

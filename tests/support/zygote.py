@@ -141,9 +141,9 @@ def _supervise(main: Callable[[str, str, int, str], int], request: dict[str, Any
         if request["sabotage"]:
             name, *arguments = request["sabotage"]
             getattr(importlib.import_module("tests.support.sabotage"), name)(*arguments)
-        return main(
-            request["device"], request["mountpoint"], theirs, json.dumps({"repair": request["repair"]})
-        )
+        layouts = os.environ.get("DAXEMU_LAYOUTS", "1") != "0"
+        options = json.dumps({"repair": request["repair"], "layouts": layouts})
+        return main(request["device"], request["mountpoint"], theirs, options)
 
     try:
         pid = _fork(child, os.path.join(request["device"], "supervisor.log"))

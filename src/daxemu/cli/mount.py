@@ -40,9 +40,21 @@ STATUS_PATIENCE = 5.0
     default="0",
     help="Look for latent poison every so often, as set scrub_interval does. 0, the default: never.",
 )
+@click.option(
+    "--layouts/--no-layouts",
+    default=True,
+    envvar="DAXEMU_LAYOUTS",
+    help="Answer reads and writes of healthy bytes in C, or all of them in Python: slower, same answers.",
+)
 @json_option
 def mount(
-    device: Path, mountpoint: Path, foreground: bool, repair: str, scrub_interval: str, as_json: bool
+    device: Path,
+    mountpoint: Path,
+    foreground: bool,
+    repair: str,
+    scrub_interval: str,
+    layouts: bool,
+    as_json: bool,
 ) -> None:
     """Mount DEVICE on MOUNTPOINT. Returns when the mount is usable; a supervisor serves it in the background.
 
@@ -52,7 +64,7 @@ def mount(
     """
     device, mountpoint = device.absolute(), mountpoint.absolute()
     try:
-        options = MountOptions(absolute_strategy(repair), seconds(scrub_interval))
+        options = MountOptions(absolute_strategy(repair), seconds(scrub_interval), layouts)
     except InvalidArgument as error:
         raise InvalidArgument(f"--scrub-interval {scrub_interval}: {error}") from error
     DeviceDir.load(device)
@@ -205,7 +217,7 @@ def _describe(report: dict[str, Any]) -> str:
             f"  settings    {settings}",
             f"  repair      {_describe_repair(report.get('repair'))}",
             f"  supervisor  pid {report['pid']}, {report['events']} events, tracer {report['tracer']}",
-            f"  supplement  {report['supplement']}",
+            f"  supplement  {report['supplement']}, layouts {report.get('layouts', 'off')}",
         ]
     return "\n".join(lines)
 

@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+import time
 
-from daxemu.errors import Busy, CorruptMetadata, DaxemuError, FsError, MediaError, NoSpace, Shutdown
-from daxemu.events import Emit, FilesystemShutdown, PoisonCleared, StoreLost
+from daxemu.errors import FsError, MediaError, NoSpace
+from daxemu.events import PoisonCleared, StoreLost
 from daxemu.fs import posix_acl
-from daxemu.fs.data_ops import DataOps
 from daxemu.fs.extents import ExtentMap
-from daxemu.fs.file_data import Buffer, FileData, Stored
-from daxemu.fs.huge_allocator import allocator_for
+from daxemu.fs.file_data import Buffer, Stored
 from daxemu.fs.inode import ENTRY_COST, MAX_FILE_SIZE, Credentials, Inode
-from daxemu.fs.metadata_region import MetadataRegion
-from daxemu.fs.namespace import Namespace
-from daxemu.fs.notify_failure import NotifyFailure
 from daxemu.fs.reflink import check_remap
-from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.fs.statfs import Damage, StatFs, damaged
-from daxemu.fs.store import Store
-from daxemu.mm.memory_failure import MemoryFailures
-from daxemu.pmem.dax_device import DaxDevice
-from daxemu.ranges import Range, merged
+from daxemu.fs.super import SuperBlock
+from daxemu.ranges import Range
 from daxemu.uapi import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -38,161 +30,15 @@ from daxemu.uapi import (
 )
 
 
-class Filesystem:
-    """One mounted filesystem: it holds the dax device from construction to :meth:`close`."""
+class Filesystem(SuperBlock):
+    """One mounted filesystem."""
 
-    def __init__(
-        self,
-        dax: DaxDevice,
-        mm: MemoryFailures,
-        emit: Emit,
-        *,
-        owner: tuple[int, int] = (0, 0),
-        read_only: bool = False,
-    ) -> None:
-        """Load the filesystem on ``dax``, or make one (whose root belongs to ``owner``) on a device without
-        any. With ``read_only``, which is for looking only, the device is not changed in any way.
-
-        Raises CorruptMetadata if there is one that cannot be read (or none, with ``read_only``), Busy if the
-        device is held.
-        """
-        if not dax.dax_is_idle():
-            raise Busy(f"{dax.name}: already held by a filesystem")
-        self.dax = dax
-        self.emit = emit
-        self.lost_store_is_eio = False
-        """What fsync says of a mapped store lost to poison: False, nothing (DAX); True, EIO once (the page
-        cache).
-        """
-        self.shutdown_reason: str | None = None
-        self.is_read_only = read_only
-        self._never_commit = read_only
-        self.on_shutdown: Callable[[], None] = lambda: None
-        """Told of a shutdown: the page cache must not go on answering for us."""
-        self.rmap = Rmap()
-        self.allocator = allocator_for(dax)
-        self._data = FileData(dax, self.rmap, self.allocator, self.ensure_links)
-        self.region = MetadataRegion(dax, self.rmap, self.allocator)
-        self.store = Store(self.region, dax.name)
-        try:
-            if read_only or self.region.is_formatted():
-                self.store.open(read_only=read_only)
-                self.names = Namespace(self.rmap)
-                self.store.load(self.names, self.rmap, self.allocator.total)
-                self._claim_blocks()
-            else:
-                self.store.format()
-                self.names = Namespace.new(self.rmap, *owner)
-            self.allocator.reclaim = self.commit
-            self.had_crashed = not self.store.is_clean
-            if self.had_crashed and not read_only:
-                self._after_crash()
-            self.commit()
-        except BaseException:
-            self.store.close()
-            raise
-        self._holder = NotifyFailure(dax, self.rmap, self.names, mm, emit, self.shutdown)
-        dax.hold(self._holder)
-
-    def _after_crash(self) -> None:
-        """Take away what was written and never committed: whatever is free, or beyond the end of a file, is
-        zero.
-        """
-        self.region.settle()
-        self.allocator.discard_free()
-        for inode in self.names:
-            if inode.extents is not None:
-                self._data.clear_beyond(inode.extents, inode.size)
-
-    def close(self) -> None:
-        """Save, unless shut down, and let go of the device. Raises NoSpace if the host's memory is full."""
-        try:
-            self.commit(clean=True)
-        finally:
-            self.store.close()
-            self.dax.release(self._holder)
-
-    def abandon(self) -> None:
-        """A power failure: nothing more is written, not even by :meth:`close`. What was not committed is
-        lost.
-        """
-        self._never_commit = True
-        if self.shutdown_reason is None:
-            self.shutdown_reason = "the power failed"
-
-    def _claim_blocks(self) -> None:
-        """Take out of free space what files have; links share blocks, so each block once."""
-        claims = sorted((link.dev_block, link.dev_end) for link in self.rmap if link.ino != METADATA_INO)
-        for run in merged(claims):
-            try:
-                self.allocator.take(run)
-            except NoSpace as error:
-                raise CorruptMetadata(f"{self.dax.name}: a file has blocks of the metadata") from error
-
-    def commit(self, *, clean: bool = False) -> None:
-        """Put what changed on the device, all of it or nothing; what was freed can be used again then.
-        ``clean``: and nothing follows.
-
-        Does nothing after a shutdown or a power failure. Raises CorruptMetadata if the region cannot be used.
-        """
-        if self.shutdown_reason is not None or self._never_commit:
-            return
-        self.store.commit(self.names, self.rmap, clean=clean)
-        self.allocator.settle()
-        if self.allocator.watcher is not None:
-            self.allocator.watcher.committed()
-
-    def fsync(self) -> None:
-        """``fsync(2)``, of a file or a directory: nothing that was done before it can be lost any more.
-
-        Raises Shutdown, also when the metadata cannot be written and the filesystem is shut down for that.
-        """
-        self.check_alive()
-        try:
-            self.commit()
-        except DaxemuError as error:
-            self.shutdown(f"Log I/O error: {error}  Shutting down filesystem.")
-            self.check_alive()
-
-    def shutdown(self, reason: str) -> None:
-        """``xfs_force_shutdown()``: nothing is read or written any more; what was done until now is kept."""
-        if self.shutdown_reason is not None:
-            return
-        try:
-            self.commit()
-        except DaxemuError as error:
-            reason += f" (and it could not be saved: {error})"
-        self.shutdown_reason = reason
-        self.emit(FilesystemShutdown(device=self.dax.name, reason=self.shutdown_reason))
-        self.on_shutdown()
-
-    def watch(self, watcher: DataOps | None) -> None:
-        """Have ``watcher`` told of everything that happens to the bytes of files from now on."""
-        self._data.watcher = self.allocator.watcher = watcher
-
-    def check_alive(self) -> None:
-        """Raises Shutdown after a shutdown."""
-        if self.shutdown_reason is not None:
-            raise Shutdown(
-                f"the filesystem was shut down: {self.shutdown_reason} Unmount it, then daxemu fsck --repair"
-            )
-
-    def _ensure_room(self, *, inodes: int = 0, links: int = 0, name_bytes: int = 0) -> None:
-        """Refuse with NoSpace what the next commit would have no room for."""
-        self.store.ensure_room(
-            len(self.names) + inodes, self.rmap.link_count + links, self.names.name_bytes + name_bytes
-        )
-
-    def ensure_links(self, links: int) -> None:
-        """Refuse with NoSpace what needs so many links more than the next commit has room for."""
-        self._ensure_room(links=links)
+    # -- names
 
     def _new_bytes(self, parent: Ino, name: bytes) -> int:
         """What the name of a new inode takes, and the access control lists that it inherits."""
         inherited = len(self.names.get(parent).xattrs.get(posix_acl.DEFAULT, b""))
         return len(name) + 3 * ENTRY_COST + 2 * (inherited + len(posix_acl.DEFAULT))
-
-    # -- names
 
     def mknod(self, parent: Ino, name: bytes, mode: int, rdev: int, cred: Credentials) -> Inode:
         """See Namespace.mknod. Raises NoSpace when the metadata region is full."""
@@ -312,7 +158,9 @@ class Filesystem:
         length = min(length, inode.size - offset)
         if length <= 0:
             return b""
-        return self._data.read(extents, offset, length)
+        found = self._data.read(extents, offset, length)
+        self.layouts.grant(inode, extents, offset, length)
+        return found
 
     def write(self, ino: Ino, offset: int, data: Buffer, *, from_cache: bool = False) -> int:
         """``write(2)``, or with ``from_cache`` the page cache writing back what was stored through a mapping.
@@ -336,10 +184,25 @@ class Filesystem:
                 raise
             self.commit()  # then the last one to use a block need not copy it any more
             stored = self._data.store(extents, offset, data, from_cache=from_cache)
-        inode.size = max(inode.size, offset + len(data))
-        self.names.touch(inode, modified=True)
+        grown = offset + len(data) > inode.size
+        if grown:
+            inode.size = offset + len(data)
+            self.names.touch(inode, modified=True)
+        else:
+            self.names.update_time(inode, time.time_ns())
+        if not grown or inode.size % PAGE_SIZE:  # else what comes next wants new blocks
+            self.layouts.grant(inode, extents, offset, len(data))
         self._publish(inode, stored)
         return len(data)
+
+    def wrote(self, ino: Ino, time_ns: int) -> None:
+        """A holder of layouts stored to a file, last at ``time_ns`` (since the epoch)."""
+        self.names.update_time(self.names.get(ino), time_ns)
+
+    def grew(self, ino: Ino, size: int) -> None:
+        """A holder of layouts stored beyond the end of a file, which is ``size`` long now."""
+        self.names.get(ino).size = size
+        self.names.dirty_inodes.add(ino)
 
     def _publish(self, inode: Inode, stored: Stored) -> None:
         for part in stored.cleared:

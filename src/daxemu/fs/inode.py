@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 from daxemu.fs.extents import ExtentMap
-from daxemu.uapi import PAGE_SIZE, Ino
+from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE, Ino
 
 ROOT_INO: Ino = 1
 RESERVED_INO: Ino = 1 << 62
@@ -58,6 +58,11 @@ class Inode(msgspec.Struct, eq=False, gc=False):
     @property
     def is_dir(self) -> bool:
         return self.entries is not None
+
+    @property
+    def sectors(self) -> int:
+        """``st_blocks``: what its bytes take up on the device."""
+        return self.extents.blocks * (PAGE_SIZE // SECTOR_SIZE) if self.extents is not None else 0
 
 
 @dataclass(frozen=True)

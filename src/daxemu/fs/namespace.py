@@ -9,20 +9,20 @@ from __future__ import annotations
 import errno
 import stat
 import time
-from collections.abc import Iterable, Iterator
 
-from daxemu.errors import CorruptMetadata, FsError
+from daxemu.errors import FsError
 from daxemu.fs import posix_acl
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.inode import (
     ENTRY_COST,
     LINK_MAX,
-    RESERVED_INO,
     ROOT_INO,
     Credentials,
     Inode,
     timestamp_truncate,
 )
+from daxemu.fs.inode_table import InodeTable
+from daxemu.fs.privs import setattr_should_drop_suidgid
 from daxemu.fs.rmap import Rmap
 from daxemu.uapi import (
     NAME_MAX,
@@ -36,22 +36,8 @@ from daxemu.uapi import (
 )
 
 
-class Namespace:
-    """The inode table and the tree in it. Inode numbers given to its verbs came from a lookup."""
-
-    def __init__(self, rmap: Rmap) -> None:
-        self._rmap = rmap
-        self._inodes: dict[Ino, Inode] = {}
-        self._next_ino = ROOT_INO + 1
-        self.dirty_inodes: set[Ino] = set()
-        self.dirty_entries: set[tuple[Ino, bytes]] = set()
-        """What the store does not have yet: inode numbers, and (directory, name) of entries made or
-        removed.
-        """
-        self.name_bytes = 0
-        """Bytes of names, symlinks and extended attributes: what the store must have room for besides inodes
-        and links.
-        """
+class Namespace(InodeTable):
+    """The tree of names. Inode numbers given to its verbs came from a lookup."""
 
     @classmethod
     def new(cls, rmap: Rmap, uid: int, gid: int) -> Namespace:
@@ -62,130 +48,6 @@ class Namespace:
         namespace._inodes[ROOT_INO] = root
         namespace.dirty_inodes.add(ROOT_INO)
         return namespace
-
-    # -- the inode table
-
-    def __len__(self) -> int:
-        return len(self._inodes)
-
-    def __iter__(self) -> Iterator[Inode]:
-        return iter(self._inodes.values())
-
-    def find(self, ino: Ino) -> Inode | None:
-        """The inode with this number, if there is one."""
-        return self._inodes.get(ino)
-
-    def touch(self, inode: Inode, *, modified: bool) -> None:
-        """An inode changed: set its ctime, and its mtime if its contents did. The next commit writes it."""
-        inode.ctime = time.time_ns()
-        if modified:
-            inode.mtime = inode.ctime
-        self.dirty_inodes.add(inode.ino)
-
-    def get(self, ino: Ino) -> Inode:
-        """The inode with this number. Raises FsError ESTALE if there is none (any more)."""
-        inode = self._inodes.get(ino)
-        if inode is None:
-            raise FsError(errno.ESTALE)
-        return inode
-
-    def regular(self, ino: Ino) -> tuple[Inode, ExtentMap]:
-        """The regular file with this number and its extents. Raises FsError EISDIR or EINVAL for anything
-        else.
-        """
-        inode = self.get(ino)
-        if inode.extents is None:
-            raise FsError(errno.EISDIR if inode.is_dir else errno.EINVAL)
-        return inode, inode.extents
-
-    def directory(self, ino: Ino) -> tuple[Inode, dict[bytes, Ino]]:
-        """The directory with this number and its entries. Raises FsError ENOTDIR for anything else."""
-        inode = self.get(ino)
-        if inode.entries is None:
-            raise FsError(errno.ENOTDIR)
-        return inode, inode.entries
-
-    def drop(self, inode: Inode) -> None:
-        """Forget an inode. Preconditions: no links, no pins, no extents."""
-        self.name_bytes -= self._own_bytes(inode)
-        self.dirty_inodes.add(inode.ino)
-        del self._inodes[inode.ino]
-
-    def adopt(self, inode: Inode) -> None:
-        """Put in an inode that a store has read."""
-        if stat.S_ISREG(inode.mode):
-            inode.extents = ExtentMap(inode.ino, self._rmap)
-        elif stat.S_ISDIR(inode.mode):
-            inode.entries = {}
-        self._inodes[inode.ino] = inode
-        if inode.ino != RESERVED_INO:
-            self.reserve_inos(inode.ino + 1)
-        if inode.target or inode.xattrs:
-            self.name_bytes += self._own_bytes(inode)
-
-    def adopt_entries(self, parent: Ino, rows: Iterable[tuple[Ino, bytes, Ino]]) -> None:
-        """Put in entries of one directory that a store has read, as (parent, name, inode number).
-
-        Raises FsError if there is no such directory or inode.
-        """
-        entries = self.directory(parent)[1]
-        for _, name, ino in rows:
-            child = self.get(ino)
-            entries[name] = child.ino
-            child.parent, child.name = parent, name
-        self.name_bytes += sum(map(len, entries)) + ENTRY_COST * len(entries)
-
-    def finish_loading(self) -> None:
-        """Everything a store has is here. Raises CorruptMetadata if that is no filesystem."""
-        root = self._inodes.get(ROOT_INO)
-        if root is None or not root.is_dir:
-            raise CorruptMetadata("there is no root directory")
-        root.parent = ROOT_INO
-
-    @staticmethod
-    def _own_bytes(inode: Inode) -> int:
-        values = sum(len(name) + len(value) + ENTRY_COST for name, value in inode.xattrs.items())
-        return len(inode.target or b"") + values
-
-    @property
-    def next_ino(self) -> Ino:
-        """The number the next inode gets; numbers are never used twice."""
-        return self._next_ino
-
-    def reserve_inos(self, below: Ino) -> None:
-        """Give no number below ``below`` to a new inode: they were given out before."""
-        self._next_ino = max(self._next_ino, below)
-
-    def path_of(self, ino: Ino) -> str:
-        """A path of the inode from the root, for people: an unlinked file has none but its number, and bytes
-        that are no UTF-8 are shown as ``\\xff``.
-        """
-        path = self.path_bytes(ino)
-        return f"<inode {ino}, unlinked>" if path is None else path.decode(errors="backslashreplace")
-
-    def path_bytes(self, ino: Ino) -> bytes | None:
-        """A path of the inode from the root, for the kernel; None if it is unlinked."""
-        names: list[bytes] = []
-        if ino == RESERVED_INO:
-            return None
-        while ino != ROOT_INO:
-            inode = self._inodes.get(ino)
-            if inode is None or inode.nlink == 0:
-                return None
-            parent = self._inodes.get(inode.parent)
-            if parent is None or parent.entries is None or parent.entries.get(inode.name) != ino:
-                self._find_name(inode)
-            names.append(inode.name)
-            ino = inode.parent
-        return b"/" + b"/".join(reversed(names))
-
-    def _find_name(self, inode: Inode) -> None:
-        """Its remembered name was unlinked, but it has another: look through the tree for it."""
-        for directory in self:
-            for name, child in (directory.entries or {}).items():
-                if child == inode.ino:
-                    inode.parent, inode.name = directory.ino, name
-                    return
 
     # -- looking
 
@@ -437,6 +299,14 @@ class Namespace:
         inode.atime = inode.atime if atime is None else timestamp_truncate(atime)
         inode.mtime = inode.mtime if mtime is None else timestamp_truncate(mtime)
         return inode
+
+    def file_remove_privs(self, inode: Inode) -> bool:
+        """``file_remove_privs()``: take away the set-id bits. Returns whether there were any."""
+        drop = setattr_should_drop_suidgid(inode)
+        if drop:
+            inode.mode &= ~drop
+            self.touch(inode, modified=False)
+        return bool(drop)
 
     # -- extended attributes
 

@@ -9,7 +9,7 @@ one link is its owner.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from operator import attrgetter
 
@@ -82,6 +82,8 @@ class Rmap:
         that they are shared, so until it says otherwise they are: a crash would bring the lost link back.
         """
         self._next_proxy = 1
+        self.on_change: Callable[[Ino], None] = lambda ino: None
+        """Told which file's links change."""
 
     def __iter__(self) -> Iterator[Link]:
         return iter(self._links)
@@ -148,6 +150,7 @@ class Rmap:
         """Have the next commit write a file's links anew in ``[start, end)``; what has not changed may be
         among them.
         """
+        self.on_change(ino)
         ranges = self.dirty.get(ino)
         if ranges is None:
             ranges = self.dirty[ino] = RangeSet()

@@ -7,20 +7,24 @@ they are answered in a row; other tasks have their turn every BURST, or once not
 
 from __future__ import annotations
 
+import ctypes
+import os
 import select
 import time
 from types import SimpleNamespace, TracebackType
 
 import trio
 
-import daxemu.host.supplement  # noqa: F401  (must be loaded before pyfuse3)
+from daxemu.host.supplement import READS, library
 
-import pyfuse3  # isort: skip
+import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
 
-BURST = 1e-3
-"""Seconds of requests after which other tasks have their turn."""
-LINGER = 100e-6
-"""Seconds that the event loop waits for the next request alone."""
+BURST = 1_000_000
+"""Nanoseconds of requests after which other tasks have their turn."""
+LINGER = 100_000
+"""Nanoseconds that the event loop waits for the next request alone."""
+SPIN = 20_000
+"""Nanoseconds of which it does not sleep, where there is another processor for who will ask."""
 FD_SETSIZE = 1024
 """select(2) takes descriptors below this."""
 
@@ -55,17 +59,36 @@ class FuseLoop:
 
     def __init__(self) -> None:
         self.lock = ReadLock()
-        self._burst_ends = 0.0
+        # Shared with layouts.c, which reads on by itself after a request that it has answered.
+        if READS:
+            self._burst_ends = ctypes.c_int64.in_dll(library(), "daxemu_burst_ends")
+            self._is_idle = ctypes.c_int.in_dll(library(), "daxemu_is_idle")
+            ctypes.c_int64.in_dll(library(), "daxemu_linger").value = LINGER
+            several = len(os.sched_getaffinity(0)) > 1
+            ctypes.c_int64.in_dll(library(), "daxemu_spin").value = SPIN if several else 0
+        else:
+            self._burst_ends, self._is_idle = ctypes.c_int64(), ctypes.c_int()
+        self._burst_ends.value = 0
+
+    def _begin_burst(self) -> None:
+        self._burst_ends.value = time.monotonic_ns() + BURST
 
     async def wait_readable(self, fd: int) -> None:
         """``trio.lowlevel.wait_readable``, but a request that is there or comes soon is no reason to wait."""
         # With nobody to go on reading while this task waits for something else, let one come.
-        if not self.lock.waiting or time.monotonic() > self._burst_ends:
+        if not self.lock.waiting or time.monotonic_ns() >= self._burst_ends.value:
             await trio.lowlevel.checkpoint()
-            self._burst_ends = time.monotonic() + BURST
-        if fd >= FD_SETSIZE or not select.select((fd,), (), (), LINGER)[0]:
+            self._begin_burst()
+        if self._is_idle.value or not self._comes_soon(fd):
+            self._is_idle.value = 0
             await trio.lowlevel.wait_readable(fd)
-            self._burst_ends = time.monotonic() + BURST
+            self._begin_burst()
+
+    def _comes_soon(self, fd: int) -> bool:
+        """Whether to go on reading: layouts.c waits by itself, and says when it was for nothing."""
+        if READS:
+            return True
+        return fd < FD_SETSIZE and bool(select.select((fd,), (), (), LINGER / 1e9)[0])
 
     async def main(self) -> None:
         """``pyfuse3.main()``."""

@@ -20,14 +20,12 @@ from daxemu.errors import DaxemuError, MediaError
 from daxemu.fs import posix_acl
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import Credentials, Inode
-from daxemu.host.supplement import pack, unpack
+from daxemu.host.layouts import FOREVER
+from daxemu.host.supplement import kill_suidgid, pack, unpack
 from daxemu.host.tasks import in_group_or_capable
-from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE, Ino
+from daxemu.uapi import PAGE_SIZE, Ino
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
-
-FOREVER = 1e6
-"""Seconds. We are the only writer of the filesystem, and invalidate what changes behind the kernel's back."""
 
 
 class PoisonedRead(NamedTuple):
@@ -102,9 +100,7 @@ class Operations(pyfuse3.Operations):
         entry.st_uid, entry.st_gid, entry.st_rdev = inode.uid, inode.gid, inode.rdev
         entry.st_size = inode.size
         entry.st_blksize = PAGE_SIZE
-        entry.st_blocks = (
-            inode.extents.blocks * (PAGE_SIZE // SECTOR_SIZE) if inode.extents is not None else 0
-        )
+        entry.st_blocks = inode.sectors
         entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = inode.atime, inode.mtime, inode.ctime
         return entry
 
@@ -112,6 +108,17 @@ class Operations(pyfuse3.Operations):
         """Attributes for an answer that makes the kernel know the inode: it will forget() it one day."""
         self._fs.pin(inode)
         return self._attributes(inode)
+
+    def _new_entry(self, parent: Ino, inode: Inode) -> pyfuse3.EntryAttributes:
+        """As :meth:`_entry`, of what was just made in a directory."""
+        self._will_ask(parent)
+        return self._entry(inode)
+
+    def _will_ask(self, directory: Ino) -> None:
+        """The kernel forgets a directory's attributes when it changes, and asks for them before the next
+        change.
+        """
+        self._fs.layouts.grant_attributes(self._names.get(directory))
 
     @_translated
     async def lookup(
@@ -131,11 +138,25 @@ class Operations(pyfuse3.Operations):
 
     async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
         for ino, count in inode_list:
-            self._fs.unpin(ino, count)
+            self.forgot(ino, count)
+
+    def forgot(self, ino: Ino, count: int) -> None:
+        """See ``layouts.Deeds``."""
+        self._fs.unpin(ino, count)
+
+    def wrote(self, ino: Ino, time_ns: int) -> None:
+        """See ``layouts.Deeds``."""
+        self._fs.wrote(ino, time_ns)
+
+    def grew(self, ino: Ino, size: int) -> None:
+        """See ``layouts.Deeds``."""
+        self._fs.grew(ino, size)
 
     @_translated
     async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return self._attributes(self._names.get(inode))
+        found = self._names.get(inode)
+        self._fs.layouts.grant_attributes(found)
+        return self._attributes(found)
 
     @_translated
     async def setattr(
@@ -146,6 +167,11 @@ class Operations(pyfuse3.Operations):
         fh: pyfuse3.FileHandleT | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
+        found = self._names.get(inode)
+        if fields.update_size and kill_suidgid():
+            self._names.file_remove_privs(found)
+        if not fields.update_mode and self._is_chown(fields):
+            self._chown_drops_privs(found, ctx.pid)
         node = self._fs.setattr(
             inode,
             size=attr.st_size if fields.update_size else None,
@@ -156,6 +182,23 @@ class Operations(pyfuse3.Operations):
             mtime=attr.st_mtime_ns if fields.update_mtime else None,
         )
         return self._attributes(node)
+
+    @staticmethod
+    def _is_chown(fields: pyfuse3.SetattrFields) -> bool:
+        """Of chown(-1, -1) nothing is left to say."""
+        others = (fields.update_size, fields.update_atime, fields.update_mtime)
+        return fields.update_uid or fields.update_gid or not any(others)
+
+    def _chown_drops_privs(self, inode: Inode, tid: int) -> None:
+        """The set-id bits that ``chown_common()`` takes away, whoever asks."""
+        self._names.file_remove_privs(inode)
+        if not inode.is_dir and inode.mode & stat.S_ISGID and not in_group_or_capable(tid, inode.gid):
+            inode.mode &= ~stat.S_ISGID
+
+    def _file_remove_privs(self, ino: Ino) -> None:
+        """As ``Namespace.file_remove_privs``, and the kernel is told: it believes to know the mode."""
+        if self._names.file_remove_privs(self._names.get(ino)):
+            self._forget_attributes(ino)
 
     @_translated
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -191,7 +234,8 @@ class Operations(pyfuse3.Operations):
         rdev: int,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        return self._entry(self._fs.mknod(parent_inode, name, mode, rdev, self._cred(ctx)))
+        made = self._fs.mknod(parent_inode, name, mode, rdev, self._cred(ctx))
+        return self._new_entry(parent_inode, made)
 
     @_translated
     async def mkdir(
@@ -201,7 +245,7 @@ class Operations(pyfuse3.Operations):
         mode: pyfuse3.ModeT,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        return self._entry(self._fs.mkdir(parent_inode, name, mode, self._cred(ctx)))
+        return self._new_entry(parent_inode, self._fs.mkdir(parent_inode, name, mode, self._cred(ctx)))
 
     @_translated
     async def symlink(
@@ -211,7 +255,7 @@ class Operations(pyfuse3.Operations):
         target: pyfuse3.FileNameT,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        return self._entry(self._fs.symlink(parent_inode, name, target, self._cred(ctx)))
+        return self._new_entry(parent_inode, self._fs.symlink(parent_inode, name, target, self._cred(ctx)))
 
     @_translated
     async def link(
@@ -228,12 +272,14 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> None:
         self._fs.unlink(parent_inode, name)
+        self._will_ask(parent_inode)
 
     @_translated
     async def rmdir(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> None:
         self._fs.rmdir(parent_inode, name)
+        self._will_ask(parent_inode)
 
     @_translated
     async def rename(
@@ -296,6 +342,8 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.FileInfo:
         self._fs.check_alive()
         if flags & os.O_TRUNC:
+            if kill_suidgid():
+                self._file_remove_privs(inode)
             self._fs.set_size(inode, 0)  # libfuse asks the kernel to leave that to us (ATOMIC_O_TRUNC)
         return self._opened(self._names.get(inode), flags)
 
@@ -309,10 +357,14 @@ class Operations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         inode = self._fs.mknod(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), 0, self._cred(ctx))
-        entry = self._entry(inode)
+        entry = self._new_entry(parent_inode, inode)
         return self._opened(inode, flags), entry
 
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        self.released(fh)
+
+    def released(self, fh: int) -> None:
+        """See ``layouts.Deeds``."""
         ino = unpack(fh).ino
         self.open_files[ino] -= 1
         if not self.open_files[ino]:
@@ -337,6 +389,8 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
         caller = unpack(fh)
         try:
+            if kill_suidgid():
+                self._file_remove_privs(caller.ino)
             return self._fs.write(caller.ino, off, buf, from_cache=caller.from_cache)
         except MediaError as error:
             if not await self._heal(error):
@@ -351,7 +405,7 @@ class Operations(pyfuse3.Operations):
 
     @_translated
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
-        self._fs.fsync()
+        self._fs.fsync(datasync=datasync)
 
     # -- extended attributes
 

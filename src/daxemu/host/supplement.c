@@ -19,6 +19,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "supplement.h"
+
 #define TID_SHIFT 40
 #define WRITEPAGE_BIT 63
 
@@ -37,7 +39,11 @@ struct daxemu_request {
 	uint64_t data_size, room;
 };
 
-const int daxemu_supplement_version = 2;
+const int daxemu_supplement_version = 3;
+
+/* Whether requests come through layouts.c: libfuse lets others read them for it from 3.14 on. */
+#define READS (FUSE_VERSION >= FUSE_MAKE_VERSION(3, 14))
+const int daxemu_reads = READS;
 
 void (*daxemu_handler)(const struct daxemu_request *request);
 
@@ -156,6 +162,7 @@ struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_
 						    void *);
 	void *libfuse = dlopen("libfuse3.so.3", RTLD_LAZY | RTLD_NOLOAD);
 	struct fuse_lowlevel_ops ours;
+	struct fuse_session *session;
 
 	if (!libfuse)
 		return NULL;
@@ -174,5 +181,15 @@ struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_
 	ours.lseek = supplement_lseek;
 	ours.copy_file_range = supplement_copy_file_range;
 	ours.ioctl = supplement_ioctl;
-	return libfuse_session_new(args, &ours, sizeof(ours), userdata);
+	session = libfuse_session_new(args, &ours, sizeof(ours), userdata);
+#if READS
+	const struct fuse_custom_io io = {.read = daxemu_read_request, .writev = daxemu_writev};
+
+	/* Mounting puts the right descriptor in the place of this one. */
+	if (session && fuse_session_custom_io(session, &io, 0)) {
+		fuse_session_destroy(session);
+		return NULL;
+	}
+#endif
+	return session;
 }

@@ -23,7 +23,7 @@ _WRITABLE = 1 << 39
 _TID_SHIFT = 40
 _TID_MASK = (1 << 23) - 1
 _WRITEPAGE = 1 << 63
-_VERSION = 2
+_VERSION = 3
 
 
 class Caller(NamedTuple):
@@ -81,3 +81,16 @@ def load() -> str | None:
 
 MISSING: str | None = load()
 """Why the supplement is not there; None when it is."""
+
+READS: bool = _library is not None and bool(ctypes.c_int.in_dll(_library, "daxemu_reads").value)
+"""Whether requests come through host/layouts.c: it takes libfuse 3.14."""
+
+_kill_suidgid = ctypes.c_int() if _library is None else ctypes.c_int.in_dll(_library, "daxemu_kill_suidgid")
+
+
+def kill_suidgid() -> bool:
+    """Whether the request whose handler begins now takes away set-id bits (FUSE_HANDLE_KILLPRIV_V2).
+
+    Without the supplement the kernel takes them away itself.
+    """
+    return bool(_kill_suidgid.value)

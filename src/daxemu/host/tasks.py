@@ -350,11 +350,26 @@ def process_of(tid: int) -> int:
 
 def in_group_or_capable(tid: int, gid: int) -> bool:
     """Whether a thread is of the group, or has CAP_FSETID: it may leave S_ISGID set (fs/inode.c)."""
+    field = _status(tid)
+    if not field or _is_capable(field, CAP_FSETID):
+        return bool(field)
+    return gid in map(int, [field["Gid"].split()[3], *field["Groups"].split()])
+
+
+def capable(tid: int, capability: int) -> bool:
+    """Whether a thread has a capability; not if it is gone."""
+    field = _status(tid)
+    return bool(field) and _is_capable(field, capability)
+
+
+def _is_capable(field: dict[str, str], capability: int) -> bool:
+    return bool(int(field["CapEff"], 16) >> capability & 1)
+
+
+def _status(tid: int) -> dict[str, str]:
+    """/proc/TID/status; nothing if the thread is gone."""
     try:
         with open(f"/proc/{tid}/status", errors="replace") as file:
-            field = dict(line.split(":", 1) for line in file if ":" in line)
+            return dict(line.split(":", 1) for line in file if ":" in line)
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    if int(field["CapEff"], 16) >> CAP_FSETID & 1:
-        return True
-    return gid in map(int, [field["Gid"].split()[3], *field["Groups"].split()])
+        return {}

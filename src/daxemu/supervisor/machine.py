@@ -28,6 +28,7 @@ from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import ROOT_INO
 from daxemu.fs.pmd_fault import pmd_ranges
 from daxemu.host.extra_operations import ExtraOperations
+from daxemu.host.layouts import LayoutTable
 from daxemu.host.mappings import Mappings
 from daxemu.host.mountinfo import printable
 from daxemu.host.operations import Operations
@@ -75,6 +76,8 @@ class Machine:
         self.operations = Operations(fs, met.on_read, met.on_write, session.forget_attributes)
         self.scrubber = Scrubber(self.scrub)
         self.supplement_missing = supplement_missing
+        self.layouts: LayoutTable | None = None
+        """Who holds layouts; None if nobody does."""
         self._failures: Failures | None = None
         self._tracer: TracerLink | None = None
         self._nursery: trio.Nursery | None = None
@@ -89,7 +92,12 @@ class Machine:
         self.fs.on_shutdown = self._on_shutdown
         if self.supplement_missing is None:
             self._extra = ExtraOperations(
-                self.fs, self.session.mount.dev, self._clone, self._write_back, nursery
+                self.fs,
+                self.session.mount.dev,
+                self._clone,
+                self._write_back,
+                self.session.forget_attributes,
+                nursery,
             )
 
     def _on_shutdown(self) -> None:
@@ -448,6 +456,7 @@ class Machine:
             counters={outcome.value.lower(): self.mm.counters[outcome] for outcome in Outcome},
             events=self.log.emitted,
             supplement=self.supplement_missing or "loaded",
+            layouts="off" if self.layouts is None else f"{self.layouts.answered} requests answered",
             tracer=f"pid {tracer}" if tracer is not None else "not running",
         )
 

@@ -24,6 +24,7 @@ from daxemu.events import Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host import supplement
 from daxemu.host.fuse_loop import FuseLoop
+from daxemu.host.layouts import LayoutTable
 from daxemu.host.mappings import PageCacheMappings
 from daxemu.host.mountinfo import printable
 from daxemu.host.session import Session, abort_file, check_mountpoint
@@ -79,6 +80,10 @@ def supervise(
         machine.scrubber.set(options.scrub_interval)
         pyfuse3.init(machine.operations, f"/dev/fd/{session.fd}", set(pyfuse3.default_options))
         undo.callback(pyfuse3.close, unmount=False)  # libfuse closes the descriptor
+        if options.layouts and supplement.READS:
+            machine.layouts = LayoutTable(pmem.dax.memory(), machine.operations)
+            fs.layouts.hold(machine.layouts)
+            undo.callback(fs.layouts.hold, None)
         where = printable(session.mount.mountpoint)
         events.emit(Mounted(device=printable(device), mountpoint=where, size=pmem.dax.size))
         try:

@@ -13,11 +13,13 @@ MIN_SECONDS, MAX_SECONDS = 0.01, 1e9
 
 class MountOptions(msgspec.Struct, frozen=True):
     """What a mount begins with: ``repair`` is a strategy, ``NAME[:key=value,...]``; ``scrub_interval``
-    seconds, 0 for no background scrub.
+    seconds, 0 for no background scrub; ``layouts``: whether healthy bytes may be read and written without
+    asking the filesystem each time (fs/layouts.py).
     """
 
     repair: str = "none"
     scrub_interval: float = 0.0
+    layouts: bool = True
 
 
 PLAIN = MountOptions()

@@ -1,0 +1,190 @@
+"""Mounting, committing, shutting down: what concerns a filesystem as a whole (fs/super.c, xfs_mount.c)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from daxemu.errors import Busy, CorruptMetadata, DaxemuError, NoSpace, Shutdown
+from daxemu.events import Emit, FilesystemShutdown
+from daxemu.fs.data_ops import DataOps
+from daxemu.fs.file_data import FileData
+from daxemu.fs.huge_allocator import allocator_for
+from daxemu.fs.inode import MAX_FILE_SIZE
+from daxemu.fs.layouts import Layouts
+from daxemu.fs.metadata_region import MetadataRegion
+from daxemu.fs.namespace import Namespace
+from daxemu.fs.notify_failure import NotifyFailure
+from daxemu.fs.rmap import METADATA_INO, Rmap
+from daxemu.fs.store import Store
+from daxemu.mm.memory_failure import MemoryFailures
+from daxemu.pmem.dax_device import DaxDevice
+from daxemu.ranges import merged
+from daxemu.uapi import (
+    PAGE_SIZE,
+)
+
+
+class SuperBlock:
+    """A filesystem without its verbs: it holds the dax device from construction to :meth:`close`."""
+
+    def __init__(
+        self,
+        dax: DaxDevice,
+        mm: MemoryFailures,
+        emit: Emit,
+        *,
+        owner: tuple[int, int] = (0, 0),
+        read_only: bool = False,
+    ) -> None:
+        """Load the filesystem on ``dax``, or make one (whose root belongs to ``owner``) on a device without
+        any. With ``read_only``, which is for looking only, the device is not changed in any way.
+
+        Raises CorruptMetadata if there is one that cannot be read (or none, with ``read_only``), Busy if the
+        device is held.
+        """
+        if not dax.dax_is_idle():
+            raise Busy(f"{dax.name}: already held by a filesystem")
+        self.dax = dax
+        self.emit = emit
+        self.lost_store_is_eio = False
+        """What fsync says of a mapped store lost to poison: False, nothing (DAX); True, EIO once (the page
+        cache).
+        """
+        self.shutdown_reason: str | None = None
+        self.is_read_only = read_only
+        self._never_commit = read_only
+        self.on_shutdown: Callable[[], None] = lambda: None
+        """Told of a shutdown: the page cache must not go on answering for us."""
+        self.rmap = Rmap()
+        self.allocator = allocator_for(dax)
+        self._data = FileData(dax, self.rmap, self.allocator, self.ensure_links)
+        self.layouts = Layouts(dax)
+        self.region = MetadataRegion(dax, self.rmap, self.allocator)
+        self.store = Store(self.region, dax.name)
+        try:
+            if read_only or self.region.is_formatted():
+                self.store.open(read_only=read_only)
+                self.names = Namespace(self.rmap)
+                self.store.load(self.names, self.rmap, self.allocator.total)
+                self._claim_blocks()
+            else:
+                self.store.format()
+                self.names = Namespace.new(self.rmap, *owner)
+            self.allocator.reclaim = self.commit
+            self.had_crashed = not self.store.is_clean
+            if self.had_crashed and not read_only:
+                self._after_crash()
+            self.commit()
+        except BaseException:
+            self.store.close()
+            raise
+        self.rmap.on_change = self.names.on_change = self.layouts.break_layout
+        self._holder = NotifyFailure(dax, self.rmap, self.names, mm, emit, self.shutdown)
+        dax.hold(self._holder)
+
+    def _after_crash(self) -> None:
+        """Take away what was written and never committed: whatever is free, or beyond the end of a file, is
+        zero.
+        """
+        self.region.settle()
+        self.allocator.discard_free()
+        for inode in self.names:
+            if inode.extents is not None:
+                self._data.clear_beyond(inode.extents, inode.size)
+
+    def close(self) -> None:
+        """Save, unless shut down, and let go of the device. Raises NoSpace if the host's memory is full."""
+        try:
+            if not self._never_commit and self.shutdown_reason is None:
+                self._drop_orphans()
+            self.commit(clean=True)
+        finally:
+            self.store.close()
+            self.dax.release(self._holder)
+
+    def _drop_orphans(self) -> None:
+        """Files without a name that are still open go: what is free reads as zeros when it is used again."""
+        for inode in self.names:
+            if inode.nlink == 0 and inode.extents is not None:
+                self._data.remove(inode.extents, 0, MAX_FILE_SIZE // PAGE_SIZE)
+
+    def abandon(self) -> None:
+        """A power failure: nothing more is written, not even by :meth:`close`. What was not committed is
+        lost.
+        """
+        self._never_commit = True
+        self.layouts.suspend()
+        if self.shutdown_reason is None:
+            self.shutdown_reason = "the power failed"
+
+    def _claim_blocks(self) -> None:
+        """Take out of free space what files have; links share blocks, so each block once."""
+        claims = sorted((link.dev_block, link.dev_end) for link in self.rmap if link.ino != METADATA_INO)
+        for run in merged(claims):
+            try:
+                self.allocator.take(run)
+            except NoSpace as error:
+                raise CorruptMetadata(f"{self.dax.name}: a file has blocks of the metadata") from error
+
+    def commit(self, *, clean: bool = False) -> None:
+        """Put what changed on the device, all of it or nothing; what was freed can be used again then.
+        ``clean``: and nothing follows.
+
+        Does nothing after a shutdown or a power failure. Raises CorruptMetadata if the region cannot be used.
+        """
+        if self.shutdown_reason is not None or self._never_commit:
+            return
+        self.store.commit(self.names, self.rmap, clean=clean)
+        self.allocator.settle()
+        if self.allocator.watcher is not None:
+            self.allocator.watcher.committed()
+
+    def fsync(self, *, datasync: bool = False) -> None:
+        """``fsync(2)``, of a file or a directory: nothing that was done before it can be lost any more;
+        ``datasync``: but times, where nothing else has changed (bytes are on the media already).
+
+        Raises Shutdown, also when the metadata cannot be written and the filesystem is shut down for that.
+        """
+        self.check_alive()
+        if datasync and not (self.names.dirty_inodes or self.names.dirty_entries or self.rmap.dirty):
+            return
+        try:
+            self.commit()
+        except DaxemuError as error:
+            self.shutdown(f"Log I/O error: {error}  Shutting down filesystem.")
+            self.check_alive()
+
+    def shutdown(self, reason: str) -> None:
+        """``xfs_force_shutdown()``: nothing is read or written any more; what was done until now is kept."""
+        if self.shutdown_reason is not None:
+            return
+        try:
+            self.commit()
+        except DaxemuError as error:
+            reason += f" (and it could not be saved: {error})"
+        self.shutdown_reason = reason
+        self.layouts.suspend()
+        self.emit(FilesystemShutdown(device=self.dax.name, reason=self.shutdown_reason))
+        self.on_shutdown()
+
+    def watch(self, watcher: DataOps | None) -> None:
+        """Have ``watcher`` told of everything that happens to the bytes of files from now on."""
+        self._data.watcher = self.allocator.watcher = watcher
+        self.layouts.watch(watcher is not None)
+
+    def check_alive(self) -> None:
+        """Raises Shutdown after a shutdown."""
+        if self.shutdown_reason is not None:
+            raise Shutdown(
+                f"the filesystem was shut down: {self.shutdown_reason} Unmount it, then daxemu fsck --repair"
+            )
+
+    def _ensure_room(self, *, inodes: int = 0, links: int = 0, name_bytes: int = 0) -> None:
+        """Refuse with NoSpace what the next commit would have no room for."""
+        self.store.ensure_room(
+            len(self.names) + inodes, self.rmap.link_count + links, self.names.name_bytes + name_bytes
+        )
+
+    def ensure_links(self, links: int) -> None:
+        """Refuse with NoSpace what needs so many links more than the next commit has room for."""
+        self._ensure_room(links=links)
