@@ -75,3 +75,10 @@ def restore(pristine: Path, device: Path) -> None:
     """Make ``device`` what ``pristine``, a copy of it, is."""
     shutil.rmtree(device, ignore_errors=True)
     subprocess.run(["cp", "-a", "--sparse=always", pristine, device], check=True, timeout=30)
+
+
+def in_pages(offset: int, data: bytes | memoryview) -> Iterator[tuple[int, memoryview]]:
+    """A write in pieces of a page, each with its offset: where a crash may cut it."""
+    view = memoryview(data)
+    for start in range(0, len(view), PAGE_SIZE):
+        yield offset + start, view[start : start + PAGE_SIZE]

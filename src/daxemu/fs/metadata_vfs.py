@@ -1,7 +1,7 @@
 """SQLite's view of the metadata region: a VFS whose two files are the region's, and nothing else exists.
 
 SQLite runs in WAL mode with exclusive locking, so it wants no shared-memory file; temporary files are in
-memory. What is written is on the media at once, so there is nothing to sync.
+memory. What SQLite writes in a row is put on the media in one piece, when it syncs.
 """
 
 from __future__ import annotations
@@ -82,27 +82,44 @@ class _VfsFile:
         self._file = file
         # What is there is as long as it has room: SQLite knows from its header what of that counts.
         self._size = self._region.size(file) if _exists(self._region, file) else 0
+        self._pending: list[bytes] = []
+        self._pending_at = self._pending_end = 0
+
+    def flush(self) -> None:
+        """Put on the media what SQLite has written since the last call. Raises NoSpace, MediaError."""
+        if self._pending:
+            data = self._pending[0] if len(self._pending) == 1 else b"".join(self._pending)
+            self._pending = []
+            self._region.write(self._file, self._pending_at, data)
 
     def xRead(self, amount: int, offset: int) -> bytes:
         """Short at the end of the file."""
         try:
+            self.flush()
             return self._region.read(self._file, offset, max(0, min(amount, self._size - offset)))
         except DaxemuError as error:
             raise self._vfs.failed(error) from error
 
     def xWrite(self, data: bytes, offset: int) -> None:
         """Grows the file; the store has seen to it that there is room."""
+        end = offset + len(data)
         try:
-            if offset + len(data) > self._region.size(self._file):
-                self._region.grow(self._file, offset + len(data))
-            self._region.write(self._file, offset, data)
+            if end > self._region.size(self._file):
+                self._region.grow(self._file, end)
+            if not self._pending or offset != self._pending_end:
+                self.flush()
+                self._pending_at = offset
         except DaxemuError as error:
             raise self._vfs.failed(error) from error
-        self._size = max(self._size, offset + len(data))
+        # A frame of the log comes as a header and a page, a transaction as several frames: all in a row.
+        self._pending.append(data)
+        self._pending_end = end
+        self._size = max(self._size, end)
 
     def xTruncate(self, newsize: int) -> None:
         """The blocks stay; SQLite knows from its headers what counts."""
         try:
+            self.flush()
             if newsize == 0 and self._size:
                 self._region.write(self._file, 0, bytes(PAGE_SIZE))
         except DaxemuError as error:
@@ -114,10 +131,15 @@ class _VfsFile:
         return self._size
 
     def xSync(self, flags: int) -> None:
-        """What was written is on the media."""
+        """What is on the media is durable."""
+        try:
+            self.flush()
+        except DaxemuError as error:
+            raise self._vfs.failed(error) from error
 
     def xClose(self) -> None:
         """Nothing to give back."""
+        self.xSync(0)
 
     def xLock(self, level: int) -> None:
         """Nobody else is here: the device has a lock of its own."""
@@ -134,8 +156,12 @@ class _VfsFile:
         return 512
 
     def xDeviceCharacteristics(self) -> int:
-        """A write in order stays in order."""
-        return int(apsw.SQLITE_IOCAP_SEQUENTIAL | apsw.SQLITE_IOCAP_SAFE_APPEND)
+        """Writes stay in order, and leave alone what is beside them."""
+        return int(
+            apsw.SQLITE_IOCAP_SEQUENTIAL
+            | apsw.SQLITE_IOCAP_SAFE_APPEND
+            | apsw.SQLITE_IOCAP_POWERSAFE_OVERWRITE
+        )
 
     def xFileControl(self, op: int, ptr: int) -> bool:
         """No special wishes."""

@@ -62,6 +62,8 @@ class Store:
         self.is_clean = False
         """Whether the last commit was the last thing that was done: no crash since."""
         self._db: apsw.Connection | None = None
+        self._counters: tuple[int, bool] | None = None
+        """Those that are on the device: the next inode's number, and ``is_clean``."""
 
     # -- opening
 
@@ -91,7 +93,7 @@ class Store:
         except (apsw.Error, MediaError) as error:
             raise self._translated(error) from error
         self._execute(
-            "PRAGMA locking_mode=EXCLUSIVE; PRAGMA synchronous=OFF; PRAGMA temp_store=MEMORY;"
+            "PRAGMA locking_mode=EXCLUSIVE; PRAGMA synchronous=FULL; PRAGMA temp_store=MEMORY;"
             f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}; PRAGMA cache_size=-8192"
         )
 
@@ -158,7 +160,7 @@ class Store:
 
         Raises CorruptMetadata if the region cannot be used any more, NoSpace if it is too small after all.
         """
-        inodes, entries, extents = names.dirty_inodes, names.dirty_entries, rmap.dirty
+        inodes, entries, extents = names.dirty_inodes | names.dirty_times, names.dirty_entries, rmap.dirty
         if not (inodes or entries or extents) and clean == self.is_clean:
             return
         db = self._connection()
@@ -167,14 +169,17 @@ class Store:
                 self._commit_inodes(db, names, inodes | (extents.keys() - {METADATA_INO}))
                 self._commit_entries(db, names, entries)
                 self._commit_links(db, names, rmap)
-                db.execute(
-                    "REPLACE INTO counter VALUES('next_ino', ?), ('clean', ?)", (names.next_ino, clean)
-                )
+                if (names.next_ino, clean) != self._counters:
+                    db.execute(
+                        "REPLACE INTO counter VALUES('next_ino', ?), ('clean', ?)", (names.next_ino, clean)
+                    )
         except apsw.Error as error:
             raise self._translated(error) from error
-        names.dirty_inodes, names.dirty_entries, rmap.dirty = set(), set(), {}
+        names.dirty_inodes, names.dirty_times = set(), set()
+        names.dirty_entries, rmap.dirty = set(), {}
         rmap.given_up = RangeSet()
         self.is_clean = clean
+        self._counters = (names.next_ino, clean)
 
     def _commit_inodes(self, db: apsw.Connection, names: Namespace, dirty: set[Ino]) -> None:
         gone = [(ino,) for ino in dirty if (inode := names.find(ino)) is None or inode.nlink == 0]
