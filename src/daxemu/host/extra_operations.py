@@ -14,6 +14,7 @@ import logging
 import os
 import struct
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import trio
 
@@ -24,8 +25,23 @@ from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
 
 log = logging.getLogger(__name__)
 
-Clone = Callable[[Ino, int, Ino, int, int], Awaitable[int]]
-"""(source inode, offset, target inode, offset, length) -> bytes shared."""
+
+class Clones(Protocol):
+    """How blocks are shared: source inode, offset, target inode, offset, length; the bytes shared."""
+
+    async def clone(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
+        """``FICLONERANGE``."""
+        ...
+
+    async def copy(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
+        """``copy_file_range(2)``."""
+        ...
+
+    def is_quick(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int) -> bool:
+        """Whether Filesystem.copy_file_range() alone will do."""
+        ...
+
+
 WriteBack = Callable[[Ino], Awaitable[None]]
 """Has a file's dirty pages written back, without the inode's lock, which the kernel holds meanwhile."""
 
@@ -75,14 +91,14 @@ class ExtraOperations:
         self,
         fs: Filesystem,
         dev: tuple[int, int],
-        clone: Clone,
+        clones: Clones,
         write_back: WriteBack,
         nursery: trio.Nursery,
     ) -> None:
         """``dev`` is the mount's (major, minor)."""
         self._fs = fs
         self._dev = dev
-        self._clone = clone
+        self._clones = clones
         self._write_back = write_back
         self._nursery = nursery
         self._fuse = ctypes.CDLL("libfuse3.so.3")
@@ -122,14 +138,26 @@ class ExtraOperations:
             self._lseek(request, ino)
         elif request.op == _COPY_FILE_RANGE:
             target = unpack(request.target_fh).ino
-            copied = self._fs.copy_file_range(
-                ino, request.offset, target, request.target_offset, request.length
-            )
-            self._fuse.fuse_reply_write(request.req, copied)
+            copied = ino, request.offset, target, request.target_offset
+            if self._clones.is_quick(*copied):
+                done = self._fs.copy_file_range(*copied, request.length)
+                self._fuse.fuse_reply_write(request.req, done)
+            else:
+                self._nursery.start_soon(self._copy_later, request.req, *copied, request.length)
         elif request.op == _IOCTL:
             self._ioctl(request, ino)
         else:
             raise FsError(errno.ENOSYS)
+
+    async def _copy_later(
+        self, req: int, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int
+    ) -> None:
+        try:
+            copied = await self._clones.copy(src, src_offset, dst, dst_offset, length)
+        except DaxemuError as error:
+            self._fuse.fuse_reply_err(req, error.errno)
+        else:
+            self._fuse.fuse_reply_write(req, copied)
 
     # -- lseek
 
@@ -170,7 +198,7 @@ class ExtraOperations:
         fd, offset, length, target_offset = CLONE_RANGE.unpack(data)
         try:
             source = await trio.to_thread.run_sync(_source_of, tid, fd, self._dev)
-            await self._clone(source, offset, target, target_offset, length)
+            await self._clones.clone(source, offset, target, target_offset, length)
         except DaxemuError as error:
             self._fuse.fuse_reply_err(req, error.errno)
         else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from typing import Literal
 
@@ -38,6 +37,7 @@ from daxemu.pmem.inject import check_range, corrupt, failed_pages, inject_all, s
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
 from daxemu.repair.strategy import Verdict
+from daxemu.supervisor.clones import Clones
 from daxemu.supervisor.consumption import Consumption
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.failures import Failures
@@ -73,6 +73,7 @@ class Machine:
         self.consumption = Consumption(self)
         met = self.consumption
         self.operations = Operations(fs, met.on_read, met.on_write, session.forget_attributes)
+        self.clones = Clones(self)
         self.scrubber = Scrubber(self.scrub)
         self.supplement_missing = supplement_missing
         self._failures: Failures | None = None
@@ -89,7 +90,7 @@ class Machine:
         self.fs.on_shutdown = self._on_shutdown
         if self.supplement_missing is None:
             self._extra = ExtraOperations(
-                self.fs, self.session.mount.dev, self._clone, self._write_back, nursery
+                self.fs, self.session.mount.dev, self.clones, self.write_back, nursery
             )
 
     def _on_shutdown(self) -> None:
@@ -220,7 +221,7 @@ class Machine:
             if found := self._file_ranges(ino, [(offset, 1)]):
                 return page_align_down(found[0].start)
             if attempt == 0:
-                await self._write_back(ino)
+                await self.write_back(ino)
         return None
 
     async def _resolve(self, ino: Ino | None, ranges: list[tuple[int, int]]) -> tuple[list[Range], int]:
@@ -240,7 +241,7 @@ class Machine:
         holes = sum(length for _, length in ranges) - sum(r.length for r in found)
         if holes:
             # What was stored through a mapping has no place on the media before it is written back.
-            await self._write_back(ino)
+            await self.write_back(ino)
             found = self._file_ranges(ino, ranges)
             holes = sum(length for _, length in ranges) - sum(r.length for r in found)
         if not found:
@@ -252,7 +253,7 @@ class Machine:
     def _file_ranges(self, ino: Ino, ranges: list[tuple[int, int]]) -> list[Range]:
         return [found for offset, length in ranges for found in self.fs.device_ranges(ino, offset, length)]
 
-    async def _write_back(self, ino: Ino) -> None:
+    async def write_back(self, ino: Ino) -> None:
         """Have a file's dirty pages written back to us, and leave them mapped."""
         path = self.fs.names.path_bytes(ino)
         if path is None:
@@ -289,33 +290,12 @@ class Machine:
     # -- files
 
     async def reflink(self, request: p.Reflink) -> p.Shared:
-        """Share blocks between files. What the page cache has of either is written back first, as for
-        FICLONE.
-        """
+        """Share blocks between files, as FICLONERANGE does."""
         return p.Shared(
-            await self._clone(
+            await self.clones.clone(
                 request.src, request.src_offset, request.dst, request.dst_offset, request.length
             )
         )
-
-    async def _clone(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
-        self.fs.check_alive()
-        await self._write_back(src)
-        await self._write_back(dst)  # or the revoke below would put it over the clone
-        shared = self.fs.remap_file_range(src, src_offset, dst, dst_offset, length)
-        if shared:
-            # A revoke while the kernel asks for the new size would make it drop the answer, and a page fault
-            # never asks again: so the size is brought to the kernel under the mutex.
-            async with self.failures.mf_mutex:
-                await trio.to_thread.run_sync(self.session.revoke, dst, dst_offset, shared)
-                await trio.to_thread.run_sync(self._stat, self.fs.names.path_bytes(dst))
-        return shared
-
-    def _stat(self, path: bytes | None) -> None:
-        """Have the kernel ask for a file's attributes. From a worker thread only."""
-        if path is not None:
-            with suppress(OSError):
-                os.lstat(os.fsencode(self.session.mount.mountpoint) + path)
 
     def map(self, ino: Ino) -> p.FileMap:
         """The extents of a file, holes included. Raises InvalidArgument if it is no regular file."""
