@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from daxemu.cli.common import absolute_strategy, emit, json_option
+from daxemu.cli.progress import choose
 from daxemu.client import Client
 
 
@@ -17,6 +18,9 @@ from daxemu.client import Client
 @json_option
 def repair(mountpoint: Path, strategy: str | None, as_json: bool) -> None:
     """Have the mount's repair strategy see to everything that is known to be bad, and print what is left.
+
+    One that is chosen here first copies, or adds up, what is there already. The mount goes on meanwhile; and
+    so does the copying if this command is interrupted.
 
     \b
     none          tell and leave, as every kernel does
@@ -34,8 +38,9 @@ def repair(mountpoint: Path, strategy: str | None, as_json: bool) -> None:
     Example:
       daxemu repair /tmp/pmem --strategy parity:slice=512,data=8
     """
+    chosen = absolute_strategy(strategy) if strategy else None
     with Client.at(mountpoint) as client:
-        result = client.request("repair", strategy=absolute_strategy(strategy) if strategy else None)
+        result = choose(client, chosen, "repair", strategy=chosen)
     emit(result, as_json, lambda: _describe(result))
 
 

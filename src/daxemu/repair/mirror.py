@@ -46,22 +46,27 @@ class Mirror(ByBlock):
         self._stale = SparseArray(volume.directory / "stale", "uint8", volume.blocks)
         self._placed = RangeSet()
         """Blocks whose copies are good, but in places that no commit knows of."""
+        if not self._copy.exists:
+            self._seen = 0
 
-    def mounted(self, *, after_crash: bool) -> None:
+    def mounted(self, *, after_crash: bool) -> Iterator[Range]:
         """Copy what has no copy: after a crash what is marked; all of it if there was no mirror."""
-        in_use = self.volume.in_use()
-        if self._copy.exists:
-            marked = list(self._stale.nonzero())
-            in_use = RangeSet(part for blocks in marked for part in in_use.overlapping(*blocks))
-        for blocks in in_use:
-            self._duplicate(blocks)
+        for marked in list(self._stale.nonzero()):
+            for low in range(marked.start, marked.end, PIECE):
+                yield self._duplicate(Range(low, min(low + PIECE, marked.end)))
         self._copy.create()
+        if not self._seen:
+            for piece in self.volume.walk(PIECE):
+                self._seen = piece.end
+                yield self._duplicate(piece)
+            self._seen = self.volume.blocks
 
-    def _duplicate(self, blocks: Range) -> None:
-        for low in range(blocks.start, blocks.end, PIECE):
-            piece = Range(low, min(low + PIECE, blocks.end))
-            self.store_begins([piece], Origin.SYSCALL)
-            self.store_done([piece], Origin.SYSCALL)
+    def _duplicate(self, piece: Range) -> Range:
+        """Copy what is in use of these blocks."""
+        for blocks in self.volume.in_use(piece):
+            self.store_begins([blocks], Origin.SYSCALL)
+            self.store_done([blocks], Origin.SYSCALL)
+        return piece
 
     def discard(self) -> None:
         """Give the copies back."""
@@ -77,7 +82,7 @@ class Mirror(ByBlock):
 
     def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
         """See that there is room for the copies, and mark them."""
-        for run in blocks:
+        for run in self._followed(blocks):
             holes = list(RangeSet(self._copy.mapped(run)).gaps(*run))
             self._copy.map(run)  # which may commit: the marks come after it
             self._stale.fill(run, STALE)
@@ -86,7 +91,7 @@ class Mirror(ByBlock):
 
     def store_done(self, blocks: Sequence[Range], origin: Origin) -> None:
         """Copy. What is poison has no new contents, and keeps its mark."""
-        for run in blocks:
+        for run in self._followed(blocks):
             copied = RangeSet(self._readable(run))
             for part in copied:
                 self._copy.write(part, self.volume.read(part))
@@ -125,7 +130,8 @@ class Mirror(ByBlock):
         verdict = super().failed(failure)
         for copies in failure.copies:
             for part in self._readable(copies):
-                self._duplicate(part)
+                for low in range(part.start, part.end, PIECE):
+                    self._duplicate(Range(low, min(low + PIECE, part.end)))
         return verdict
 
     def why_not(self, block: int, failure: Failure) -> str | None:
@@ -148,12 +154,11 @@ class Mirror(ByBlock):
 
     def scrub(self) -> Iterator[Range]:
         """Make good what is bad of the copies; where the two differ nobody knows which is right."""
-        for blocks in self.volume.in_use():
-            for low in range(blocks.start, blocks.end, PIECE):
-                piece = Range(low, min(low + PIECE, blocks.end))
-                for part in self._readable(piece):
+        for piece in self.volume.walk(PIECE):
+            for blocks in self._followed(list(self.volume.in_use(piece))):
+                for part in self._readable(blocks):
                     self._compare(part)
-                yield piece
+            yield piece
 
     def _compare(self, blocks: Range) -> None:
         if self._stale.get(blocks).any() and not self._placed.covers(*blocks):

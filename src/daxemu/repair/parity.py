@@ -19,8 +19,8 @@ from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE
 
 CHANGING = 1
 """Between store_begins() and store_done(); after a crash in between the stripe is added up anew."""
-PIECE = 1 << 20
-"""Bytes looked at in one go."""
+PIECE = 256
+"""Blocks added up, or looked at, in one go; or one stripe."""
 
 
 class ParityOptions(Options, frozen=True):
@@ -62,10 +62,12 @@ class Parity(ByBlock):
         self._slice: int = options.slice
         self._data: int = options.data
         self._trust = options.mapped == "trust"
+        self._piece = max(1, PIECE // self._data) * self._data
         self._zero = crc32c(bytes(self._slice))
         slices = volume.blocks * PAGE_SIZE // self._slice
         stripes = -(-slices // self._data)
-        self.is_new = not volume.directory.exists()
+        if not volume.directory.exists():
+            self._seen = 0  # always a multiple of the stripe, or all
         at = volume.directory
         self._sums = SparseArray(at / "checksums", "uint32", slices)
         self._parity = SparseArray(at / "parity", "uint8", stripes * self._slice)
@@ -73,11 +75,15 @@ class Parity(ByBlock):
         self._undone = RangeSet()
         """Stripes of the store under way whose old contents nobody knows."""
 
-    def mounted(self, *, after_crash: bool) -> None:
+    def mounted(self, *, after_crash: bool) -> Iterator[Range]:
         """Add up what is not: stripes that were changing; on a filesystem that had no parity, everything."""
-        if self.is_new:
-            for blocks in self.volume.in_use():
-                self._add_up(self._stripes_of(self._slices_of(blocks)))
+        if not self._seen:
+            for piece in self.volume.walk(self._piece, self._data):
+                if self.volume.in_use(piece):
+                    self._add_up(self._stripes_of(self._slices_of(piece)))
+                self._seen = piece.end
+                yield piece
+            self._seen = self.volume.blocks
             return
         wrong = RangeSet(self._changing.nonzero())
         if after_crash:
@@ -88,7 +94,18 @@ class Parity(ByBlock):
                 for free in in_use.gaps(area.start // PAGE_SIZE, -(-area.end // PAGE_SIZE)):
                     wrong.add(*self._stripes_of(self._slices_of(free)))
         for stripes in wrong:
-            self._add_up(stripes)
+            self._changing.fill(stripes, CHANGING)
+        yield from self._anew(list(wrong))
+
+    def _anew(self, wrong: list[Range]) -> Iterator[Range]:
+        """Add up these stripes, a piece at a time."""
+        most = max(1, PIECE * PAGE_SIZE // (self._slice * self._data))
+        for stripes in wrong:
+            for low in range(stripes.start, stripes.end, most):
+                piece = Range(low, min(low + most, stripes.end))
+                self._add_up(piece)
+                area = self._bytes_of(Range(piece.start * self._data, piece.end * self._data))
+                yield Range(area.start // PAGE_SIZE, -(-area.end // PAGE_SIZE))
 
     def unmounting(self) -> None:
         """All is up to date."""
@@ -149,10 +166,11 @@ class Parity(ByBlock):
                 whole = Range(-(-part.start // self._slice), part.end // self._slice)
                 if whole:
                     self._put(whole)
-        for stripe in range(*stripes):
-            place = self._bytes_of(Range(stripe * self._data, (stripe + 1) * self._data))
-            if not bad.overlaps(*place):
-                self._changing.fill(Range(stripe, stripe + 1), 0)
+        hurt = RangeSet(part.outer(self._slice * self._data) for part in bad)
+        for good in hurt.gaps(*self._bytes_of(Range(stripes.start * self._data, stripes.end * self._data))):
+            self._changing.fill(
+                self._stripes_of(Range(good.start // self._slice, good.end // self._slice)), 0
+            )
 
     def _put(self, slices: Range) -> None:
         place = self._bytes_of(slices)
@@ -167,12 +185,12 @@ class Parity(ByBlock):
     def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
         """Take the old contents out of the sums."""
         self._undone = RangeSet()
-        for run in blocks:
+        for run in self._followed(blocks):
             self._take_out(self._slices_of(run))
 
     def store_done(self, blocks: Sequence[Range], origin: Origin) -> None:
         """Add the new contents to the sums."""
-        for run in blocks:
+        for run in self._followed(blocks):
             if self._undone or self.volume.poison(run):
                 self._add_up(self._stripes_of(self._slices_of(run)))
             else:
@@ -195,7 +213,10 @@ class Parity(ByBlock):
 
     def freed(self, blocks: Range) -> None:
         """They are no part of their stripes; stripes of nothing else become nothing."""
-        slices = self._slices_of(blocks)
+        for run in self._followed([blocks]):
+            self._free(self._slices_of(run))
+
+    def _free(self, slices: Range) -> None:
         whole = Range(-(-slices.start // self._data), slices.end // self._data)
         if whole:
             area = Range(whole.start * self._data, whole.end * self._data)
@@ -250,12 +271,12 @@ class Parity(ByBlock):
 
     def _reconstruct(self, number: int) -> bytes | None:
         """A slice from the others of its stripe, if they and the parity add up to what was written."""
-        wanted = int(self._sums.get(Range(number, number + 1))[0])
-        if not wanted:
-            return bytes(self._slice)
         stripe = number // self._data
         if self._changing.get(Range(stripe, stripe + 1))[0]:
             return None
+        wanted = int(self._sums.get(Range(number, number + 1))[0])
+        if not wanted:
+            return bytes(self._slice)
         total = self._parity.get(self._bytes_of(Range(stripe, stripe + 1)))
         first = stripe * self._data
         others = self._sums.get(Range(first, min(first + self._data, len(self._sums))))
@@ -275,12 +296,12 @@ class Parity(ByBlock):
         self._verify(blocks, "read")
 
     def _verify(self, blocks: Range, by: str) -> None:
-        slices = self._slices_of(blocks)
-        bad = self.volume.poison(blocks)
-        for part in bad.gaps(*self._bytes_of(slices)):
-            whole = Range(-(-part.start // self._slice), part.end // self._slice)
-            if whole:
-                self._verify_readable(whole, by)
+        for run in self._followed([blocks]):
+            bad = self.volume.poison(run)
+            for part in bad.gaps(*self._bytes_of(self._slices_of(run))):
+                whole = Range(-(-part.start // self._slice), part.end // self._slice)
+                if whole:
+                    self._verify_readable(whole, by)
 
     def _verify_readable(self, slices: Range, by: str) -> None:
         place = self._bytes_of(slices)
@@ -323,13 +344,11 @@ class Parity(ByBlock):
 
     def scrub(self) -> Iterator[Range]:
         """Verify everything that has a checksum, and add up the stripes that poison had kept from it."""
-        for stripes in self._changing.nonzero():
-            self._add_up(stripes)
-        for blocks in self.volume.in_use():
-            for low in range(blocks.start, blocks.end, PIECE // PAGE_SIZE):
-                piece = Range(low, min(low + PIECE // PAGE_SIZE, blocks.end))
-                self._verify(piece, "scrub")
-                yield piece
+        yield from self._anew(list(self._changing.nonzero()))
+        for piece in self.volume.walk(PIECE):
+            for blocks in self.volume.in_use(piece):
+                self._verify(blocks, "scrub")
+            yield piece
 
     def space_bytes(self) -> int:
         """The arrays."""

@@ -334,7 +334,7 @@ class Machine:
         self.check_present()
         if request.strategy is not None:
             await trio.to_thread.run_sync(self.repairs.check, request.strategy)
-            self.repairs.choose(request.strategy)
+            await self.repairs.attach(request.strategy)
             self.log.emit(SettingChanged(name="repair", value=request.strategy))
         total, reason = p.Repaired(self.repairs.text, 0, 0, 0, None), None
         for bad in list(self.pmem.badblocks):
@@ -363,7 +363,7 @@ class Machine:
         settings: dict[str, Callable[[str], Callable[[], None]]] = {
             "early_kill": self._early_kill,
             "lost_store": self._lost_store,
-            "repair": lambda text: partial(self.repairs.choose, text),
+            "repair": lambda text: lambda: None,  # see below: it takes its time
             "scrub_interval": self._scrub_interval,
         }
         changes: list[tuple[SettingChanged, Callable[[], None]]] = []
@@ -376,6 +376,7 @@ class Machine:
                 raise InvalidArgument(f"{name}={value}: {error}") from error
         if "repair" in wanted:
             await trio.to_thread.run_sync(self.repairs.check, wanted["repair"])
+            await self.repairs.attach(wanted["repair"])
         for changed, change in changes:
             change()
             self.log.emit(changed)
