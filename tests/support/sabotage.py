@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from daxemu.fs.filesystem import Filesystem
+from daxemu.host.mappings import PageCacheMappings
 from daxemu.host.operations import Operations
 from daxemu.host.session import Session
+from daxemu.mm.incident import Incident
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.uapi import PAGE_SIZE
 
@@ -74,6 +76,20 @@ def stop_in_write_back(directory: str, name: str) -> None:
         sync(fd, ctypes.c_int64(PAGE_SIZE), ctypes.c_int64(0), 7)
 
     Session.write_back = in_two  # type: ignore[method-assign]
+
+
+def stop_in_failure(directory: str, when: str) -> None:
+    """Stand still in the midst of a failure: "before" its pages are taken away, or "after" that."""
+    revoke = PageCacheMappings.revoke
+
+    def stopped(self: PageCacheMappings, incident: Incident) -> None:
+        if when == "before":
+            _stop(Path(directory))
+        revoke(self, incident)
+        if when == "after":
+            _stop(Path(directory))
+
+    PageCacheMappings.revoke = stopped  # type: ignore[method-assign]
 
 
 def _stop(directory: Path) -> None:

@@ -125,7 +125,8 @@ class Machine:
             self.log.emit(PoisonInjected(offset=bad.start, length=bad.length, latent=request.latent))
             failure = None if request.latent else self.mm.memory_failure(*failed_pages(self.pmem, bad), 0)
             if failure is not None:
-                self.consumption.failing.add(*bad)
+                self.consumption.failing.append((bad, failure))
+            self.consumption.forget(bad)
             done.append((bad, part, failure))
         results = [p.PoisonedRange(0, 0, 0, 0, "", 0)] * len(done)
         async with trio.open_nursery() as nursery:
@@ -154,7 +155,7 @@ class Machine:
             try:
                 result, told = await self.failures.handle(failure)
             finally:
-                self.consumption.failing.remove(*bad)
+                self.consumption.failing.remove((bad, failure))
             outcome = result.value
         results[index] = p.PoisonedRange(bad.start, bad.length, pfn, nr_pages, outcome, told)
 
@@ -334,7 +335,7 @@ class Machine:
         self.check_present()
         if request.strategy is not None:
             await trio.to_thread.run_sync(self.repairs.check, request.strategy)
-            await self.repairs.attach(request.strategy)
+            await self._choose(request.strategy)
             self.log.emit(SettingChanged(name="repair", value=request.strategy))
         total, reason = p.Repaired(self.repairs.text, 0, 0, 0, None), None
         for bad in list(self.pmem.badblocks):
@@ -346,6 +347,10 @@ class Machine:
         total.left = sum(_blocks_of(bad.offset, bad.offset + bad.length).length for bad in self.fs.damaged())
         total.reason = reason
         return total
+
+    async def _choose(self, strategy: str) -> None:
+        await self.repairs.attach(strategy)
+        self.consumption.forget(Range(0, self.pmem.dax.size))
 
     async def _repair_now(self, bad: Range) -> Verdict | None:
         """Ask the strategy about device bytes that are known to be bad."""
@@ -376,7 +381,7 @@ class Machine:
                 raise InvalidArgument(f"{name}={value}: {error}") from error
         if "repair" in wanted:
             await trio.to_thread.run_sync(self.repairs.check, wanted["repair"])
-            await self.repairs.attach(wanted["repair"])
+            await self._choose(wanted["repair"])
         for changed, change in changes:
             change()
             self.log.emit(changed)

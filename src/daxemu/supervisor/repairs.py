@@ -68,10 +68,6 @@ class Repairs:
         self._strategy: Strategy | None = None
         self._lost = RangeSet()
         """Blocks with a mapped store that was lost to poison, since they were last written."""
-        self._early = RangeSet()
-        """Blocks that were recovered for a read, before their failure came to :meth:`failed`."""
-        self._asked: dict[int, RangeSet] = {}
-        """Incidents (their serials) that a read has asked about already, and what came of it."""
         self.text = "none"
         self.broken: str | None = None
         self.progress: Progress | None = None
@@ -160,7 +156,7 @@ class Repairs:
     def _drop(self) -> None:
         strategy, self._strategy = self._strategy, None
         self._fs.watch(None)
-        self._lost, self._early, self.text, self.progress = RangeSet(), RangeSet(), "none", None
+        self._lost, self.text, self.progress = RangeSet(), "none", None
         if strategy is not None:
             self._try(strategy.discard)
 
@@ -214,15 +210,16 @@ class Repairs:
     # -- a failure
 
     def failed(self, incident: Incident, tasks: Sequence[Task]) -> RangeSet:
-        """Nobody has the incident's pages mapped any more: repair what can be. ``tasks``: who had.
+        """Nobody has the incident's pages mapped any more, or a read waits for them: repair what can be. The
+        strategy is asked once. ``tasks``: who had them mapped.
 
         Returns the pfns that are as they were, whose processes need not be told.
         """
         if not self.is_active or incident.pre_remove:
             return RangeSet()
-        if (spared := self._asked.pop(incident.serial, None)) is not None:
-            return spared
-        spared = RangeSet()
+        if incident.spared is not None:
+            return incident.spared
+        spared = incident.spared = RangeSet()
         for part in incident.parts:
             first = part.pfn - self._pmem.dax.base_pfn
             blocks = Range(first, first + part.nr_pages).clip(0, self._fs.allocator.total)
@@ -241,18 +238,6 @@ class Repairs:
         """
         return self._repair(blocks, self._writable(mapped, tasks)) if self.is_active else Verdict()
 
-    def recovered_for_read(self, incident: Incident, tasks: Sequence[Task]) -> bool:
-        """A read waits for blocks that have just gone bad: whether all of them are as they were."""
-        spared = self.failed(incident, tasks)
-        wanted = [Range(part.pfn, part.pfn + part.nr_pages) for part in incident.parts]
-        base = self._pmem.dax.base_pfn
-        for run in spared:
-            self._early.add(run.start - base, run.end - base)
-        if all(spared.covers(*part) for part in wanted):
-            return True
-        self._asked[incident.serial] = spared
-        return False
-
     def _writable(self, incident: Incident, tasks: Sequence[Task]) -> RangeSet:
         """The device blocks of the incident that somebody has mapped for writing."""
         found, base = RangeSet(), self._pmem.dax.base_pfn
@@ -269,17 +254,10 @@ class Repairs:
 
     def _repair(self, blocks: Range, unseen: RangeSet) -> Verdict | None:
         began = time.perf_counter()
-        early = RangeSet(self._early.overlapping(*blocks))
-        self._early.remove(*blocks)
         failure, owners = self._failure(blocks, unseen)
-        verdict: Verdict | None = Verdict()
-        if failure.blocks or failure.copies:
-            verdict = self._ask_for_verdict(failure)
-        elif not early:
-            return verdict  # free blocks, or poison that is only simulated: there is nothing to repair
-        if verdict is not None:
-            for run in early:
-                verdict.recovered.add(*run)
+        if not failure.blocks and not failure.copies:
+            return Verdict()  # free blocks, or poison that is only simulated: there is nothing to repair
+        verdict = self._ask_for_verdict(failure)
         if not failure.blocks:
             return verdict
         word = "failed" if verdict is None else verdict.word(failure)
