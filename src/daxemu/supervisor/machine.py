@@ -193,14 +193,15 @@ class Machine:
         self.check_present()
         found, _ = await self._resolve(request.ino, request.ranges)
         cleared: list[Range] = []
-        for part in found:
-            blocks = [_blocks_of(*part)]
-            self.repairs.store_begins(blocks, Origin.SYSCALL)
-            for good in uninject(self.pmem, part.start, part.length):
-                self.log.emit(PoisonCleared(offset=good.start, length=good.length, by="request"))
-                self.failures.forget_hidden(self._unreported(good))
-                cleared.append(good)
-            self.repairs.store_done(blocks, Origin.SYSCALL)
+        with self.pmem.dax.clearing(found):
+            for part in found:
+                blocks = [_blocks_of(*part)]
+                self.repairs.store_begins(blocks, Origin.SYSCALL)
+                for good in uninject(self.pmem, part.start, part.length):
+                    self.log.emit(PoisonCleared(offset=good.start, length=good.length, by="request"))
+                    self.failures.forget_hidden(self._unreported(good))
+                    cleared.append(good)
+                self.repairs.store_done(blocks, Origin.SYSCALL)
         self.fs.adopt_cleared(cleared)
         return p.Cleared([(r.start, r.length) for r in cleared], sum(r.length for r in cleared))
 
