@@ -185,7 +185,8 @@ class RepairModel(RuleBasedStateMachine):
         if any(owner.ino == METADATA_INO for owner in self.core.fs.rmap.owners(first, last)):
             return
         hurt = self.pages_at(offset, length)
-        promised = not self.begins and self.is_promised(offset, length)
+        is_late = not self.begins and not self.early & self.broken
+        promised = is_late and self.is_promised(offset, length)
         finished = self.made.fail(offset, length)
         if self.strategy == "none":
             assert finished is None
@@ -392,6 +393,37 @@ class BegunModel(RepairModel):
         super().remount(crash)
 
 
+class ChecksumModel(BegunModel):
+    """Silent corruption is found, and mended as far as a failure there would be. ``together``: device bytes
+    that one corruption more than is promised may cost.
+    """
+
+    finds_corruption = True
+    together = PAGE_SIZE
+
+    # In a stripe that had poison when it was to be added up, nothing is known of the other slices.
+    @precondition(lambda self: any(self.files.values()) and not self.begins)
+    @precondition(lambda self: not self.early & self.broken)
+    @rule(index=which, at=offsets, length=st.integers(1, 3000), seed=seeds)
+    def corrupt(self, index: int, at: int, length: int, seed: int) -> None:
+        """Found by the next read, and never taken for what was written."""
+        ino = self.pick(index)
+        if at >= len(self.files[ino]) or not self.core.fs.device_ranges(ino, at, 1):
+            return
+        offset = self.made.at(ino, at)
+        length = min(length, PAGE_SIZE - offset % PAGE_SIZE)
+        if not self.is_promised(offset, length):
+            self.broken |= self.pages_at(offset // self.together * self.together, self.together)
+        self.made.corrupt(offset, length, seed)
+
+    @rule()
+    def scrub(self) -> None:
+        strategy = self.made.repairs._strategy
+        assert strategy is not None
+        for _ in strategy.scrub():
+            pass
+
+
 class MirrorModel(BegunModel):
     strategy = "mirror"
 
@@ -402,10 +434,14 @@ class MirrorModel(BegunModel):
         return owners <= self.files.keys() and not self.pages_at(offset, length) & self.broken
 
 
-class ParityModel(BegunModel):
+class CheckedMirrorModel(ChecksumModel, MirrorModel):
+    strategy = "mirror:checksum=yes"
+
+
+class ParityModel(ChecksumModel):
     strategy = "parity"
     slice_size, data = PAGE_SIZE, 8
-    finds_corruption = True
+    together = 8 * PAGE_SIZE
 
     def is_promised(self, offset: int, length: int) -> bool:
         """One bad slice in any stripe."""
@@ -421,28 +457,6 @@ class ParityModel(BegunModel):
             if len(bad) > 1:
                 return False
         return True
-
-    # In a stripe that had poison when it was to be added up, nothing is known of the other slices.
-    @precondition(lambda self: any(self.files.values()) and not self.begins)
-    @precondition(lambda self: not self.early & self.broken)
-    @rule(index=which, at=offsets, length=st.integers(1, 3000), seed=seeds)
-    def corrupt(self, index: int, at: int, length: int, seed: int) -> None:
-        """Found by the next read, and never taken for what was written."""
-        ino = self.pick(index)
-        if at >= len(self.files[ino]) or not self.core.fs.device_ranges(ino, at, 1):
-            return
-        offset = self.made.at(ino, at)
-        length = min(length, PAGE_SIZE - offset % PAGE_SIZE)
-        if not self.is_promised(offset, length):
-            self.broken |= self.pages_at(offset // (8 * PAGE_SIZE) * 8 * PAGE_SIZE, 8 * PAGE_SIZE)
-        self.made.corrupt(offset, length, seed)
-
-    @rule()
-    def scrub(self) -> None:
-        strategy = self.made.repairs._strategy
-        assert strategy is not None
-        for _ in strategy.scrub():
-            pass
 
     def after_failure(
         self, hurt: set[tuple[Ino, int]], finished: RepairFinished, offset: int, length: int
@@ -494,6 +508,7 @@ TestQuarantine = _case(QuarantineModel)
 TestFence = _case(FenceModel)
 TestReread = _case(RereadModel)
 TestMirror = _case(MirrorModel)
+TestCheckedMirror = _case(CheckedMirrorModel)
 TestParity = _case(ParityModel)
 TestNovaFortis = _case(NovaFortisModel)
 TestAsyncParity = _case(AsyncParityModel)

@@ -27,7 +27,7 @@ def repair(mountpoint: Path, strategy: str | None, as_json: bool) -> None:
     zero          clear the poison: the pages are good, and empty
     punch         a hole in the file; the bad block is not used again
     quarantine    move what can be read of a page; the bad block is not used again
-    mirror        a second copy elsewhere on the device        mapped=honest|trust
+    mirror        a second copy elsewhere on the device        mapped=honest|trust checksum=no|yes
     parity        checksums, and N+1 slices a stripe           slice=4096 data=8 mapped=honest|trust
     async-parity  parity added up once in a window             window=1 (seconds), and parity's
     reread        read it again from a directory               path=DIR

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from crc32c import crc32c
 
 from daxemu.errors import InvalidArgument, MediaError
 from daxemu.fs.data_ops import Origin
 from daxemu.ranges import Range, RangeSet
-from daxemu.repair.arrays import Array, SparseArray, discard
+from daxemu.repair.arrays import Array, Checksums, SparseArray, discard
 from daxemu.repair.by_block import ByBlock
 from daxemu.repair.strategy import Failure, Options
 from daxemu.repair.volume import Volume
@@ -63,7 +62,7 @@ class Parity(ByBlock):
         self._data: int = options.data
         self._trust = options.mapped == "trust"
         self._piece = max(1, PIECE // self._data) * self._data
-        self._zero = crc32c(bytes(self._slice))
+        self._crc = Checksums(self._slice)
         slices = volume.blocks * PAGE_SIZE // self._slice
         stripes = -(-slices // self._data)
         if not volume.directory.exists():
@@ -133,11 +132,6 @@ class Parity(ByBlock):
 
     # -- adding up
 
-    def _checksums(self, data: bytes | memoryview) -> Array:
-        view, step = memoryview(data), self._slice
-        sums = [crc32c(view[at : at + step]) ^ self._zero for at in range(0, len(view), step)]
-        return np.array(sums, np.uint32)
-
     def _fold(self, first: int, data: bytes | memoryview | Array) -> None:
         """Add slices, from ``first`` on, to the parity of their stripes; what is in it is taken out by
         that.
@@ -175,7 +169,7 @@ class Parity(ByBlock):
     def _put(self, slices: Range) -> None:
         place = self._bytes_of(slices)
         data = self.volume.read_bytes(place.start, place.length)
-        sums = self._checksums(data)
+        sums = self._crc.of(data)
         if sums.any():
             self._fold(slices.start, data)
             self._sums.set(slices.start, sums)
@@ -248,7 +242,7 @@ class Parity(ByBlock):
         place = self._bytes_of(slices)
         if not self.volume.poison_in(place.start, place.length):
             there = self.volume.read_bytes(place.start, place.length)
-            known = wanted == self._checksums(there)
+            known = wanted == self._crc.of(there)
             rows[:] = np.frombuffer(there, np.uint8).reshape(rows.shape)
             rows[wanted == 0] = 0
             doubtful = np.flatnonzero((wanted != 0) & ~known)
@@ -267,7 +261,7 @@ class Parity(ByBlock):
             data = bytes(self.volume.read_bytes(place.start, place.length))
         except MediaError:
             return None
-        return data if crc32c(data) ^ self._zero == wanted else None
+        return data if self._crc.match(data, wanted) else None
 
     def _reconstruct(self, number: int) -> bytes | None:
         """A slice from the others of its stripe, if they and the parity add up to what was written."""
@@ -287,7 +281,7 @@ class Parity(ByBlock):
                     return None
                 total ^= np.frombuffer(data, np.uint8)
         found = total.tobytes()
-        return found if crc32c(found) ^ self._zero == wanted else None
+        return found if self._crc.match(found, wanted) else None
 
     # -- finding and mending
 
@@ -305,7 +299,7 @@ class Parity(ByBlock):
 
     def _verify_readable(self, slices: Range, by: str) -> None:
         place = self._bytes_of(slices)
-        found = self._checksums(self.volume.read_bytes(place.start, place.length))
+        found = self._crc.of(self.volume.read_bytes(place.start, place.length))
         for index in np.flatnonzero(found != self._sums.get(slices)).tolist():
             number = slices.start + index
             stripe = Range(number // self._data, number // self._data + 1)
