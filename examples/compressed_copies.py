@@ -27,7 +27,9 @@ class Compressed(Strategy):
         self.copies = dbm.open(str(volume.directory / "copies"), "c")  # noqa: SIM115
 
     def mounted(self, *, after_crash):
-        self.store_done(self.volume.in_use(), None)
+        for piece in self.volume.walk(256):  # files are used in between
+            self.store_done(self.volume.in_use(piece), None)
+            yield piece
 
     def store_done(self, blocks, origin):
         for run in blocks:

@@ -251,6 +251,17 @@ class RepairFinished(Event):
         return f"repair by {self.strategy}: pfn {self.pfn:#x}+{self.nr_pages}: {self.verdict}{why}"
 
 
+class RepairProgress(Event):
+    """A repair strategy that was chosen copies, or adds up, what there is. Once a second, and at the end."""
+
+    strategy: str
+    done_bytes: int
+    total_bytes: int
+
+    def summary(self) -> str:
+        return f"repair by {self.strategy} begins: {self.done_bytes} of {self.total_bytes} bytes"
+
+
 class RepairStrategyFailed(Event):
     """A repair strategy raised, hung or made no sense; it is asked nothing more."""
 
@@ -320,6 +331,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     CorruptionFound,
     SilentlyCorrupted,
     RepairFinished,
+    RepairProgress,
     RepairStrategyFailed,
     FilesystemShutdown,
     DaxActiveAtRemove,
@@ -342,6 +354,7 @@ AnyEvent = (
     | CorruptionFound
     | SilentlyCorrupted
     | RepairFinished
+    | RepairProgress
     | RepairStrategyFailed
     | FilesystemShutdown
     | DaxActiveAtRemove

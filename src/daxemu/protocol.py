@@ -126,9 +126,16 @@ class SurveyReport(msgspec.Struct):
     """Those with the most of the range."""
 
 
+class Progress(msgspec.Struct):
+    """How much of what there is has been seen to."""
+
+    done_bytes: int
+    total_bytes: int
+
+
 class RepairReport(msgspec.Struct):
     """``recovered`` to ``failed``: how many failures came out so. ``broken``: why the strategy is asked
-    nothing more.
+    nothing more. ``progress``: how far it is, while it copies or adds up what was there before it was chosen.
     """
 
     strategy: str
@@ -138,6 +145,7 @@ class RepairReport(msgspec.Struct):
     failed: int
     space_bytes: int
     broken: str | None
+    progress: Progress | None = None
 
 
 class Repaired(msgspec.Struct):

@@ -67,6 +67,8 @@ class Invariants(RuleBasedStateMachine):
     def layouts_are_true(self) -> None:
         """Whoever holds one may believe it; the looks at the contents below have almost all granted."""
         assert self.holder.wrong() == []
+        for file in self.model.files:
+            self.core.fs.layouts.grant_attributes(self.core.fs.names.get(file.ino))
 
     @invariant()
     def contents_are_the_models(self) -> None:

@@ -70,6 +70,21 @@ def test_an_injection_over_it_tells_those_who_had_it(scene: Scene) -> None:
         consumes(actor, f"tr 0 {BAD}", ar(BAD))
 
 
+def test_more_over_it_forgets_nobody(scene: Scene) -> None:
+    """Hidden again, of more pages, and found page by page: whoever had one present is told of each."""
+    p0, late = scene.mapper("p0", touch=[BAD]), scene.mapper("late", touch=[BAD])
+    p0.cmd("mcekill early")
+    hide(scene)
+    scene.mount.inject("f", (BAD * PAGE, 3 * PAGE), latent=True)  # a touch maps the neighbours, too
+    reader = scene.actor("reader")
+    reader.cmd("open 0 f direct")
+    for page in (BAD, BAD + 1, BAD + 2):
+        assert refused(reader, f"pread 0 {page * PAGE} {PAGE}") == "EIO"
+        assert p0.wait_signal().recorded() == ao(page)
+    for actor in (p0, late):
+        actor.expect_no_signal()
+
+
 def test_those_who_had_it_before_it_was_cleared_are_not_told(scene: Scene) -> None:
     p0 = scene.mapper("p0", touch=[BAD])
     p0.cmd("mcekill early")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,14 @@ from tests.support.scene import PAGE, PAGES, Scene, ao, ar, ask, consumes, lette
 pytestmark = pytest.mark.mount
 
 BAD = 1
+PATIENCE = 20.0
+
+
+def _until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 @pytest.fixture
@@ -76,6 +87,70 @@ def test_a_partial_write_over_latent_poison_goes_through(repaired: Scene) -> Non
         os.pwrite(file.fileno(), b"zz", BAD * PAGE + 100)
         page = os.pread(file.fileno(), PAGE, BAD * PAGE)
     assert page == letter(BAD).encode() * 100 + b"zz" + letter(BAD).encode() * (PAGE - 102)
+
+
+@pytest.mark.parametrize("repaired", ["mirror"], indirect=True)
+def test_a_strategy_that_cannot_mend_latent_poison_is_asked_once(repaired: Scene) -> None:
+    """However often a part of it is written to; then by a read, which all learn of."""
+    repaired.mapper("p0", touch=[BAD])
+    repaired.mount.inject("f", (BAD * PAGE, 2 * PAGE), latent=True)
+    with (repaired.mount.path / "f").open("r+b", buffering=0) as file:
+        for _ in range(3):
+            with pytest.raises(OSError, match=os.strerror(errno.EFAULT)):
+                os.pwrite(file.fileno(), b"zz", BAD * PAGE + 100)
+        assert verdicts(repaired.mount) == ["cannot"]
+        assert repaired.badblocks() == []
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            os.pread(file.fileno(), PAGE, BAD * PAGE)
+    while not repaired.mount.events("MemoryFailureHandled"):
+        pass
+    assert verdicts(repaired.mount) == ["cannot"]
+    assert [event["offset"] for event in repaired.mount.events("FileDamaged")] == [BAD * PAGE]
+    # Another may be able to.
+    repaired.mount.inject("f", (60 * PAGE, PAGE), latent=True)
+    with (repaired.mount.path / "f").open("r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), b"zz", 60 * PAGE + 100)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_read_amid_its_failure(quick_mount: QuickMount, tmp_path: Path, when: str) -> None:
+    """It has the data at once; the file is damaged once, and the strategy asked once."""
+    quick_mount.umount()
+    quick_mount.repair = "parity"
+    quick_mount.mount("stop_in_failure", str(tmp_path), when)
+    quick_mount.make_file("f", PAGES)
+    with Scene(quick_mount) as scene, ThreadPoolExecutor(1) as pool:
+        scene.mapper("p0", touch=[BAD], kind="ro")
+        injecting = pool.submit(quick_mount.inject, "f", (BAD * PAGE, PAGE))
+        _until((tmp_path / "stopped").exists)
+        reader = scene.actor("reader")
+        reader.cmd("open 0 f direct")
+        for _ in range(2):
+            assert reader.cmd(f"pread 0 {BAD * PAGE} {PAGE}").res["pages"] == letter(BAD)
+        (tmp_path / "go").touch()
+        (outcome,) = injecting.result(PATIENCE)["ranges"]
+    assert (outcome["outcome"], outcome["told"]) == ("Recovered", 0)
+    assert len(quick_mount.events("FileDamaged")) == 1
+    assert verdicts(quick_mount) == ["recovered"]
+
+
+def test_a_touch_of_what_was_just_taken_away_believes_no_copy(
+    quick_mount: QuickMount, tmp_path: Path
+) -> None:
+    """It was mapped for writing a moment ago."""
+    quick_mount.umount()
+    quick_mount.repair = "mirror"
+    quick_mount.mount("stop_in_failure", str(tmp_path), "after")
+    quick_mount.make_file("f", PAGES)
+    with Scene(quick_mount) as scene, ThreadPoolExecutor(1) as pool:
+        p0 = scene.mapper("p0", touch=[BAD])
+        injecting = pool.submit(quick_mount.inject, "f", (BAD * PAGE, PAGE))
+        _until((tmp_path / "stopped").exists)
+        consumes(p0, f"tr 0 {BAD}", ar(BAD))
+        (tmp_path / "go").touch()
+        injecting.result(PATIENCE)
+    assert verdicts(quick_mount) == ["cannot"]
+    assert len(quick_mount.events("FileDamaged")) == 1
 
 
 @redundant

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from daxemu.errors import Busy, DaxemuError, InvalidArgument, NotADevice
+from daxemu.errors import Busy, DaxemuError, InvalidArgument, NoSpace, NotADevice, Unsupported
+from daxemu.pmem import media
 from daxemu.pmem.device_dir import MAX_SIZE, MIN_SIZE, DeviceConfig, DeviceDir, altmap_bytes
 from daxemu.uapi import PAGE_SIZE
 
@@ -117,16 +119,40 @@ def test_a_place_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_device_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
-    """The largest size is more than most filesystems let a file have; directories made on the way go too."""
+    """32 TiB is more than most filesystems let a file have; directories made on the way go too."""
+    large = 32 << 40
     try:
-        os.truncate(os.open(tmp_path / "probe", os.O_CREAT | os.O_WRONLY), MAX_SIZE)
+        os.truncate(os.open(tmp_path / "probe", os.O_CREAT | os.O_WRONLY), large)
     except OSError:
         (tmp_path / "probe").unlink()
     else:
-        pytest.skip("this filesystem takes a file of 1 PiB")
-    with pytest.raises(DaxemuError):
-        DeviceDir.create(tmp_path / "a" / "b" / "pmem0", DeviceConfig(MAX_SIZE))
+        pytest.skip("this filesystem takes a file of 32 TiB")
+    with pytest.raises(NoSpace):
+        DeviceDir.create(tmp_path / "a" / "b" / "pmem0", DeviceConfig(large))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_cannot_be_mapped_here_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it is made, with what was there untouched, and where it was made elsewhere."""
+    monkeypatch.setattr(media, "_is_mappable", lambda size: size <= 1 << 40)
+    path = tmp_path / "pmem0"
+    DeviceDir.create(path, GOOD)
+    with pytest.raises(Unsupported, match="the largest that does is 1T"):
+        DeviceDir.create(path, DeviceConfig(3 << 40), force=True)
+    assert DeviceDir.load(path).config == GOOD
+
+
+def test_the_media_of_a_device_that_cannot_be_mapped_here() -> None:
+    """Made where a process has more address space."""
+    if media._is_mappable(1 << 47):
+        pytest.skip("a process can map 128 TiB here")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        (Path(directory) / "media").touch()
+        os.truncate(Path(directory) / "media", 1 << 47)
+        with pytest.raises(Unsupported, match="128T does not fit into the address space"):
+            media.Media(Path(directory), 1 << 47)
 
 
 # -- opening

@@ -122,17 +122,47 @@ def test_many_ranges_go_bad_at_once_or_not_at_all(directory: Path, monkeypatch: 
     with opened(directory) as media:
         media.add_poison(Range(3, 5))
         saved: list[list[Range]] = []
-        monkeypatch.setattr(media, "_save_poison", lambda: saved.append(list(media.poison)))
+        monkeypatch.setattr(media, "_save_poison", lambda poison: saved.append(list(poison)))
         media.add_poison(Range(4, 8), Range(20, 21))
         assert saved == [[Range(3, 8), Range(20, 21)]]
 
-        def full() -> None:
+        def full(poison: RangeSet) -> None:
             raise NoSpace("full")
 
         monkeypatch.setattr(media, "_save_poison", full)
         with pytest.raises(NoSpace):
             media.add_poison(Range(0, 4), Range(30, 31), Range(30, 32))
         assert list(media.poison) == [Range(3, 8), Range(20, 21)]
+
+
+def test_what_is_cleared_together_is_recorded_once(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(directory) as media:
+        media.add_poison(Range(3, 5), Range(8, 9), Range(20, 30))
+        saved: list[list[Range]] = []
+        monkeypatch.setattr(media, "_save_poison", lambda poison: saved.append(list(poison)))
+        with media.clearing([Range(0, 5), Range(22, 24)]):
+            assert media.clear_poison(Range(0, 5)) == [Range(3, 5)]
+            assert media.is_poisoned(22 * 512, 512)
+            assert media.clear_poison(Range(22, 24)) == [Range(22, 24)]
+        assert saved == [[Range(8, 9), Range(20, 22), Range(24, 30)]]
+        with pytest.raises(ZeroDivisionError), media.clearing([Range(8, 9)]):
+            raise ZeroDivisionError
+        assert saved[1:] == [[Range(20, 22), Range(24, 30)], [Range(8, 9), Range(20, 22), Range(24, 30)]]
+        media.clear_poison(Range(8, 9))
+        assert len(saved) == 4
+
+
+def test_clearing_that_cannot_be_recorded_changes_nothing(directory: Path) -> None:
+    with opened(directory) as media:
+        media.add_poison(*(Range(sector, sector + 2) for sector in range(0, 3000, 5)))
+        before = list(media.poison)
+        more = [Range(sector + 1, sector + 2) for sector in range(0, 3000, 5)]
+        scratch = directory / "poison"
+        scratch.unlink()
+        scratch.mkdir()
+        with pytest.raises(NoSpace), media.clearing(more):
+            pass
+        assert list(media.poison) == before
 
 
 def test_poison_survives_the_process(directory: Path) -> None:

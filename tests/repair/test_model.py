@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import random
 import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, Phase, event, settings
@@ -22,6 +24,10 @@ from daxemu.events import CorruptionFound, RepairFinished
 from daxemu.fs.fsck import fsck
 from daxemu.fs.inode import ROOT_INO
 from daxemu.fs.rmap import METADATA_INO
+from daxemu.mm.incident import Incident
+from daxemu.protocol import Progress
+from daxemu.ranges import Range
+from daxemu.repair import mirror, parity
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE, Ino
 from tests.support.repairing import Repairing, repairing
 
@@ -47,6 +53,8 @@ class RepairModel(RuleBasedStateMachine):
         self.touched: dict[Ino, set[int]] = {}
         """Pages written to since the strategy was chosen, by file."""
         self.broken: set[tuple[Ino, int]] = set()
+        self.early: set[tuple[Ino, int]] = set()
+        """Pages that failed before the strategy had come to them."""
         self.names = 0
         for seed in range(3):
             self.create()
@@ -58,6 +66,11 @@ class RepairModel(RuleBasedStateMachine):
             assert [wrong for wrong in fsck(self.core.fs) if "beyond its end" not in wrong] == []
             self.core.sound = False
             self.stack.close()
+
+    @property
+    def begins(self) -> bool:
+        """Whether the strategy has not seen to everything yet."""
+        return self.made.repairs.progress is not None
 
     # -- the filesystem's own verbs
 
@@ -172,7 +185,8 @@ class RepairModel(RuleBasedStateMachine):
         if any(owner.ino == METADATA_INO for owner in self.core.fs.rmap.owners(first, last)):
             return
         hurt = self.pages_at(offset, length)
-        promised = self.is_promised(offset, length)
+        is_late = not self.begins and not self.early & self.broken
+        promised = is_late and self.is_promised(offset, length)
         finished = self.made.fail(offset, length)
         if self.strategy == "none":
             assert finished is None
@@ -184,6 +198,8 @@ class RepairModel(RuleBasedStateMachine):
         if promised:
             assert finished.verdict == "recovered", finished.reason
         self.after_failure(hurt, finished, offset, length)
+        if self.begins:
+            self.early |= hurt
 
     def after_failure(
         self, hurt: set[tuple[Ino, int]], finished: RepairFinished, offset: int, length: int
@@ -330,7 +346,85 @@ class RereadModel(RepairModel):
         return was is not None and len(was) == len(now) and page not in self.touched.get(ino, ())
 
 
-class MirrorModel(RepairModel):
+class BegunModel(RepairModel):
+    """The strategy is chosen again now and then, and begins while files are used: what it has not come to is
+    not promised.
+    """
+
+    steps: Iterator[Progress] | None = None
+
+    @initialize()
+    def start(self) -> None:
+        super().start()
+        for module in (mirror, parity):
+            self.stack.enter_context(mock.patch.object(module, "PIECE", 8))
+
+    # It takes what is there for what was written: corruption beyond its promise would not be found any more.
+    @precondition(lambda self: not (self.broken and self.finds_corruption))
+    @rule()
+    def choose_again(self) -> None:
+        self.steps = self.made.repairs.choose(self.strategy)
+        self.step()
+
+    @precondition(lambda self: self.steps is not None)
+    @rule()
+    def step(self) -> None:
+        assert self.steps is not None
+        if next(self.steps, None) is None:
+            self.steps = None
+
+    @precondition(lambda self: self.steps is not None)
+    @rule()
+    def finish(self) -> None:
+        while self.steps is not None:
+            self.step()
+
+    @rule()
+    def repair_now(self) -> None:
+        """What could not be had when it went bad."""
+        bad = [part.outer(PAGE_SIZE) for part in self.core.pmem.dax.poisoned(0, self.core.pmem.dax.size)]
+        for part in bad:
+            blocks = Range(part.start // PAGE_SIZE, part.end // PAGE_SIZE)
+            assert self.made.repairs.repair_now(blocks, Incident(0, 0, 0, 0), ()) is not None
+
+    @rule(crash=st.booleans())
+    def remount(self, crash: bool) -> None:
+        self.steps = None  # it begins anew at the mount
+        super().remount(crash)
+
+
+class ChecksumModel(BegunModel):
+    """Silent corruption is found, and mended as far as a failure there would be. ``together``: device bytes
+    that one corruption more than is promised may cost.
+    """
+
+    finds_corruption = True
+    together = PAGE_SIZE
+
+    # In a stripe that had poison when it was to be added up, nothing is known of the other slices.
+    @precondition(lambda self: any(self.files.values()) and not self.begins)
+    @precondition(lambda self: not self.early & self.broken)
+    @rule(index=which, at=offsets, length=st.integers(1, 3000), seed=seeds)
+    def corrupt(self, index: int, at: int, length: int, seed: int) -> None:
+        """Found by the next read, and never taken for what was written."""
+        ino = self.pick(index)
+        if at >= len(self.files[ino]) or not self.core.fs.device_ranges(ino, at, 1):
+            return
+        offset = self.made.at(ino, at)
+        length = min(length, PAGE_SIZE - offset % PAGE_SIZE)
+        if not self.is_promised(offset, length):
+            self.broken |= self.pages_at(offset // self.together * self.together, self.together)
+        self.made.corrupt(offset, length, seed)
+
+    @rule()
+    def scrub(self) -> None:
+        strategy = self.made.repairs._strategy
+        assert strategy is not None
+        for _ in strategy.scrub():
+            pass
+
+
+class MirrorModel(BegunModel):
     strategy = "mirror"
 
     def is_promised(self, offset: int, length: int) -> bool:
@@ -340,10 +434,14 @@ class MirrorModel(RepairModel):
         return owners <= self.files.keys() and not self.pages_at(offset, length) & self.broken
 
 
-class ParityModel(RepairModel):
+class CheckedMirrorModel(ChecksumModel, MirrorModel):
+    strategy = "mirror:checksum=yes"
+
+
+class ParityModel(ChecksumModel):
     strategy = "parity"
     slice_size, data = PAGE_SIZE, 8
-    finds_corruption = True
+    together = 8 * PAGE_SIZE
 
     def is_promised(self, offset: int, length: int) -> bool:
         """One bad slice in any stripe."""
@@ -359,26 +457,6 @@ class ParityModel(RepairModel):
             if len(bad) > 1:
                 return False
         return True
-
-    @precondition(lambda self: any(self.files.values()))
-    @rule(index=which, at=offsets, length=st.integers(1, 3000), seed=seeds)
-    def corrupt(self, index: int, at: int, length: int, seed: int) -> None:
-        """Found by the next read, and never taken for what was written."""
-        ino = self.pick(index)
-        if at >= len(self.files[ino]) or not self.core.fs.device_ranges(ino, at, 1):
-            return
-        offset = self.made.at(ino, at)
-        length = min(length, PAGE_SIZE - offset % PAGE_SIZE)
-        if not self.is_promised(offset, length):
-            self.broken |= self.pages_at(offset // (8 * PAGE_SIZE) * 8 * PAGE_SIZE, 8 * PAGE_SIZE)
-        self.made.corrupt(offset, length, seed)
-
-    @rule()
-    def scrub(self) -> None:
-        strategy = self.made.repairs._strategy
-        assert strategy is not None
-        for _ in strategy.scrub():
-            pass
 
     def after_failure(
         self, hurt: set[tuple[Ino, int]], finished: RepairFinished, offset: int, length: int
@@ -430,6 +508,7 @@ TestQuarantine = _case(QuarantineModel)
 TestFence = _case(FenceModel)
 TestReread = _case(RereadModel)
 TestMirror = _case(MirrorModel)
+TestCheckedMirror = _case(CheckedMirrorModel)
 TestParity = _case(ParityModel)
 TestNovaFortis = _case(NovaFortisModel)
 TestAsyncParity = _case(AsyncParityModel)

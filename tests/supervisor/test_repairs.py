@@ -143,11 +143,11 @@ def test_one_that_cannot_begin_refuses_the_mount(
 ) -> None:
     monkeypatch.setattr(Bad, "where", "mounted")
     monkeypatch.setattr(Bad, "behaviour", behaviour)
-    monkeypatch.setattr(repairs, "MOUNT_LIMIT", 0.2)
+    monkeypatch.setattr(repairs, "BEGIN_LIMIT", 0.2)
     with pytest.raises(DaxemuError, match="bad"):
-        made.repairs.choose("bad")
+        made.choose("bad")
     assert made.repairs.text == "none"
-    made.repairs.choose("zero")
+    made.choose("zero")
     assert made.repairs.text == "zero"
 
 
@@ -171,7 +171,7 @@ def test_one_that_cannot_begin_refuses_the_mount(
 )
 def test_what_there_is_not_is_refused(made: Repairing, text: str, complaint: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
-        made.repairs.choose(text)
+        made.choose(text)
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
     assert made.repairs.text == "bad", "a refusal changes nothing"
@@ -179,12 +179,12 @@ def test_what_there_is_not_is_refused(made: Repairing, text: str, complaint: str
 
 def test_another_strategy_takes_nothing_over(made: Repairing) -> None:
     """What the mirror did not see would be restored wrongly."""
-    made.repairs.choose("mirror")
+    made.choose("mirror")
     ino = made.core.file(data=b"a" * PAGE_SIZE)
-    made.repairs.choose("none")
+    made.choose("none")
     assert made.repairs.report().space_bytes == 0
     assert not any((made.core.path / "repair").iterdir())
     made.core.fs.write(ino, 0, b"b" * PAGE_SIZE)
-    made.repairs.choose("mirror")
+    made.choose("mirror")
     made.fail(made.at(ino, 0), 512)
     assert made.core.read(ino) == b"b" * PAGE_SIZE

@@ -25,10 +25,12 @@ class Holder:
         known = self.runs.setdefault(layout.ino, [])
         known[:] = [run for run in known if run.end <= layout.start or layout.end <= run.start]
         known.append(layout)
-        self.attributes.pop(layout.ino, None)
 
     def grant_attributes(self, inode: Inode) -> None:
         self.attributes[inode.ino] = _attributes(inode)
+
+    def break_attributes(self, ino: Ino) -> None:
+        self.attributes.pop(ino, None)
 
     def break_layout(self, ino: Ino) -> None:
         self.runs.pop(ino, None)

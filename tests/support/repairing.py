@@ -23,13 +23,15 @@ class Repairing:
     def choose(self, strategy: str) -> None:
         """Another one from now on."""
         self.strategy = strategy
-        self.repairs.choose(strategy)
+        for _ in self.repairs.choose(strategy):
+            pass
 
     def attach(self, *, after_crash: bool) -> None:
         """Choose the strategy, as a mount does."""
         core = self.core
         self.repairs = Repairs(core.pmem, core.fs, core.path / "repair", core.events.append)
-        self.repairs.choose(self.strategy, after_crash=after_crash)
+        for _ in self.repairs.choose(self.strategy, after_crash=after_crash):
+            pass
 
     def remount(self, *, crash: bool = False) -> None:
         """Unmount or, with ``crash``, die; and mount again."""

@@ -5,13 +5,21 @@ Called in the supervisor's process before it begins, see tests/support/zygote.py
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import signal
+import time
+from pathlib import Path
 from typing import Any
 
+from daxemu.fs.filesystem import Filesystem
+from daxemu.host.mappings import PageCacheMappings
 from daxemu.host.operations import Operations
+from daxemu.host.session import Session
+from daxemu.mm.incident import Incident
 from daxemu.pmem.dax_device import DaxDevice
+from daxemu.uapi import PAGE_SIZE
 
 
 def die_at_access(number: int) -> None:
@@ -38,6 +46,62 @@ def die_at_own_open() -> None:
         return await answer(self, inode, flags, ctx)
 
     Operations.open = deadly  # type: ignore[method-assign]
+
+
+def stop_at_remap(directory: str) -> None:
+    """Stand still just before blocks are shared, see _stop()."""
+    remap = Filesystem.remap_file_range
+
+    def stopped(self: Filesystem, *arguments: int) -> int:
+        _stop(Path(directory))
+        return remap(self, *arguments)
+
+    Filesystem.remap_file_range = stopped  # type: ignore[assignment,method-assign]
+
+
+def stop_in_write_back(directory: str, name: str) -> None:
+    """Write the first page of this file back, stand still, then write back the others: a pass over many pages
+    takes its time.
+    """
+    write_back, sync = Session.write_back, ctypes.CDLL(None).sync_file_range
+
+    def in_two(self: Session, path: bytes) -> None:
+        if path != os.fsencode(f"/{name}"):
+            write_back(self, path)
+            return
+        # Not closed: that would be a pass over all of them.
+        fd = os.open(os.fsencode(self.mount.mountpoint) + path, os.O_RDONLY)
+        sync(fd, ctypes.c_int64(0), ctypes.c_int64(PAGE_SIZE), 7)
+        _stop(Path(directory))
+        sync(fd, ctypes.c_int64(PAGE_SIZE), ctypes.c_int64(0), 7)
+
+    Session.write_back = in_two  # type: ignore[method-assign]
+
+
+def stop_in_failure(directory: str, when: str) -> None:
+    """Stand still in the midst of a failure: "before" its pages are taken away, or "after" that."""
+    revoke = PageCacheMappings.revoke
+
+    def stopped(self: PageCacheMappings, incident: Incident) -> None:
+        if when == "before":
+            _stop(Path(directory))
+        revoke(self, incident)
+        if when == "after":
+            _stop(Path(directory))
+
+    PageCacheMappings.revoke = stopped  # type: ignore[method-assign]
+
+
+def _stop(directory: Path) -> None:
+    """Once: say so by the file ``stopped``, and wait for the file ``go``. For a while: the test may have
+    failed.
+    """
+    if (directory / "stopped").exists():
+        return
+    (directory / "stopped").touch()
+    deadline = time.monotonic() + 20
+    while not (directory / "go").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 def tell_stacks() -> None:

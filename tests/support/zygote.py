@@ -150,7 +150,7 @@ def _supervise(main: Callable[[str, str, int, str], int], request: dict[str, Any
     finally:
         os.close(theirs)
     with os.fdopen(ours) as answers:
-        said = answers.readline()
+        said = next((line for line in answers if "ok" in json.loads(line)), None)
     refusal = {"ok": False, "error": "DaxemuError", "message": "the supervisor ended at once"}
     return {"pid": pid, "reply": json.loads(said) if said else refusal}
 

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from daxemu.cli.common import absolute_strategy, emit, human, json_option
+from daxemu.cli.progress import choose, describe, line
 from daxemu.client import Client
 from daxemu.errors import Busy, InvalidArgument, NotMounted, PermissionDenied
 from daxemu.host.device_lock import PATIENCE, wait_for_last_mount
@@ -90,7 +91,9 @@ def mount(
     from daxemu.supervisor.spawn import spawn
 
     check_mountpoint(mountpoint)
-    say(spawn(device, mountpoint, options))
+    with line(repair) as show:
+        pid = spawn(device, mountpoint, options, show)
+    say(pid)
 
 
 @click.command()
@@ -227,6 +230,8 @@ def _describe_repair(repair: dict[str, Any] | None) -> str:
         return "none"  # as said by a supervisor of an earlier version
     if repair["broken"]:
         return f"{repair['strategy']}, which failed: {repair['broken']}"
+    if progress := repair.get("progress"):
+        return f"{repair['strategy']}: begins, {describe(**progress)}"
     counts = ", ".join(f"{repair[word]} {word}" for word in ("recovered", "lost", "cannot", "failed"))
     return f"{repair['strategy']}: {counts}; {human(repair['space_bytes'])} kept for it"
 
@@ -254,5 +259,5 @@ def set_setting(mountpoint: Path, settings: tuple[str, ...], as_json: bool) -> N
             raise InvalidArgument(f"{name!r}: give NAME=VALUE, such as early_kill=1")
     wanted = {name: absolute_strategy(value) if name == "repair" else value for name, _, value in pairs}
     with Client.at(mountpoint) as client:
-        client.request("set", settings=wanted)
+        choose(client, wanted.get("repair"), "set", settings=wanted)
     emit(wanted, as_json, "")

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from daxemu.cli.common import absolute_strategy, emit, json_option
+from daxemu.cli.progress import choose
 from daxemu.client import Client
 
 
@@ -18,12 +19,15 @@ from daxemu.client import Client
 def repair(mountpoint: Path, strategy: str | None, as_json: bool) -> None:
     """Have the mount's repair strategy see to everything that is known to be bad, and print what is left.
 
+    One that is chosen here first copies, or adds up, what is there already. The mount goes on meanwhile; and
+    so does the copying if this command is interrupted.
+
     \b
     none          tell and leave, as every kernel does
     zero          clear the poison: the pages are good, and empty
     punch         a hole in the file; the bad block is not used again
     quarantine    move what can be read of a page; the bad block is not used again
-    mirror        a second copy elsewhere on the device        mapped=honest|trust
+    mirror        a second copy elsewhere on the device        mapped=honest|trust checksum=no|yes
     parity        checksums, and N+1 slices a stripe           slice=4096 data=8 mapped=honest|trust
     async-parity  parity added up once in a window             window=1 (seconds), and parity's
     reread        read it again from a directory               path=DIR
@@ -34,8 +38,9 @@ def repair(mountpoint: Path, strategy: str | None, as_json: bool) -> None:
     Example:
       daxemu repair /tmp/pmem --strategy parity:slice=512,data=8
     """
+    chosen = absolute_strategy(strategy) if strategy else None
     with Client.at(mountpoint) as client:
-        result = client.request("repair", strategy=absolute_strategy(strategy) if strategy else None)
+        result = choose(client, chosen, "repair", strategy=chosen)
     emit(result, as_json, lambda: _describe(result))
 
 

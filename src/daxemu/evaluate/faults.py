@@ -1,8 +1,8 @@
 """Faults drawn from a plan: when, where, how much, and how they come to light.
 
 What is drawn depends on (plan seed, fault plan, repetition) alone, so that every strategy and every workload
-meets the same. A fault in "files" has a place as a fraction of the workload's bytes; trials look up which
-bytes of the device that is when it happens.
+meets the same. A fault in "files" has a place as a fraction of the workload's bytes, one in "metadata" of the
+filesystem's own; trials look up which bytes of the device that is when it happens.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ import msgspec
 import numpy as np
 
 from daxemu.evaluate.plan import FaultPlan, FaultProcess, Plan, mean_arrivals, unit_bytes
-from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE
-
-METADATA_BYTES = 16 * PAGE_SIZE
-"""Where the superblock is, and so certainly metadata (docs/filesystem.md)."""
+from daxemu.uapi import SECTOR_SIZE
 
 
 class Fault(msgspec.Struct, frozen=True):

@@ -199,6 +199,8 @@ def _draw_process(
         length = end - offset
     length = np.minimum(length, world.size - offset)
     used = 1.0 if p.target == "files" and not world.field else world.used
+    if p.target == "metadata":
+        used = 0.0  # it is there twice: no file loses anything
     return Faults(
         device,
         time,

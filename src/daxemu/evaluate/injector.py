@@ -12,7 +12,12 @@ import msgspec
 
 from daxemu.client import Client
 from daxemu.errors import DaxemuError, NotMounted
-from daxemu.evaluate.faults import METADATA_BYTES, Fault, span
+from daxemu.evaluate.faults import Fault, span
+from daxemu.protocol import Survey, SurveyReport
+from daxemu.uapi import PAGE_SIZE
+
+CELLS = 4096
+"""Parts of the device that are looked at in one go."""
 
 
 class Injected(msgspec.Struct):
@@ -132,10 +137,28 @@ class Injector:
         if fault.target == "files":
             at = self._in_files(record)
         elif fault.target == "metadata":
-            at = int(fault.place * METADATA_BYTES)
+            at = self._in_metadata(fault.place)
         else:
             at = int(fault.place * self._size)
         return None if at is None else min(max(at + fault.shift, 0), self._size - 1)
+
+    def _in_metadata(self, place: float) -> int:
+        """A place in what the filesystem has for itself, in the order of the device: both copies of all."""
+        whole = self._survey(0, self._size)
+        at = int(place * sum(cell.metadata for cell in whole.cells))
+        found = whole
+        while True:
+            index = 0
+            while at >= found.cells[index].metadata:
+                at -= found.cells[index].metadata
+                index += 1
+            start = found.offset + index * found.cell
+            if found.cell == PAGE_SIZE:
+                return start + at
+            found = self._survey(start, min(found.cell, self._size - start))
+
+    def _survey(self, offset: int, length: int) -> SurveyReport:
+        return self._client.ask(Survey(offset, length, CELLS))
 
     def _in_files(self, record: Injected) -> int | None:
         at = int(record.fault.place * sum(size for _, size in self._files))

@@ -60,6 +60,18 @@ class Allocator:
         """What has no owner, in order, pending blocks included."""
         return list(RangeSet([*self._free, *self._pending]))
 
+    def used_from(self, at: Block) -> Range | None:
+        """The first run at or after ``at`` that is not free, cut to begin there; None if all is."""
+        free = self._free.first_from(at)
+        if free is not None and free.start <= at:
+            at, free = free.end, self._free.first_from(free.end)
+        end = free.start if free is not None else self.total
+        return Range(at, end) if at < end else None
+
+    def used_in(self, blocks: Range) -> int:
+        """How many of these blocks are not free."""
+        return blocks.length - sum(part.length for part in self._free.overlapping(*blocks))
+
     def allocate(self, length: int, goal: Block | None = None) -> list[Range]:
         """``length`` blocks in as few runs as come by, the first at ``goal`` if that is free; reserved,
         reading as zeros.

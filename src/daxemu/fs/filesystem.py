@@ -190,6 +190,7 @@ class Filesystem(SuperBlock):
             self.names.touch(inode, modified=True)
         else:
             self.names.update_time(inode, time.time_ns())
+            self.layouts.break_attributes(ino)
         if not grown or inode.size % PAGE_SIZE:  # else what comes next wants new blocks
             self.layouts.grant(inode, extents, offset, len(data))
         self._publish(inode, stored)

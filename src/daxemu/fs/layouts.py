@@ -46,6 +46,9 @@ class LayoutOps(Protocol):
     def grant_attributes(self, inode: Inode) -> None:
         """What stat(2) says of an inode holds until its layout is broken, or written to."""
 
+    def break_attributes(self, ino: Ino) -> None:
+        """What stat(2) says of an inode no longer holds; its layouts do."""
+
     def break_layout(self, ino: Ino) -> None:
         """None of this file holds any more."""
 
@@ -93,9 +96,7 @@ class Layouts:
         return self._holder is not None and not self._is_watched and not self._suspended
 
     def grant(self, inode: Inode, extents: ExtentMap, offset: int, length: int) -> None:
-        """Grant what a file has of the extents that were just read or written at ``offset``. What stat(2)
-        says is not granted any more.
-        """
+        """Grant what a file has of the extents that were just read or written at ``offset``."""
         if not self._may_grant:
             return
         assert self._holder is not None
@@ -135,6 +136,12 @@ class Layouts:
             for r in self._dax.poisoned(device.start, device.length)
         )
         return gaps_between(merged(bad), *device)
+
+    def break_attributes(self, ino: Ino) -> None:
+        """What stat(2) says of an inode changed, and nothing else of what a layout says."""
+        if ino in self._out:
+            assert self._holder is not None
+            self._holder.break_attributes(ino)
 
     def break_layout(self, ino: Ino) -> None:
         """``break_layout()``: what the layout of a file says is about to change."""

@@ -14,6 +14,7 @@ import logging
 import os
 import struct
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import trio
 
@@ -26,8 +27,23 @@ from daxemu.uapi import CAP_FSETID, PAGE_SHIFT, PAGE_SIZE, Ino
 
 log = logging.getLogger(__name__)
 
-Clone = Callable[[Ino, int, Ino, int, int], Awaitable[int]]
-"""(source inode, offset, target inode, offset, length) -> bytes shared."""
+
+class Clones(Protocol):
+    """How blocks are shared: source inode, offset, target inode, offset, length; the bytes shared."""
+
+    async def clone(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
+        """``FICLONERANGE``."""
+        ...
+
+    async def copy(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
+        """``copy_file_range(2)``."""
+        ...
+
+    def is_quick(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int) -> bool:
+        """Whether Filesystem.copy_file_range() alone will do."""
+        ...
+
+
 WriteBack = Callable[[Ino], Awaitable[None]]
 """Has a file's dirty pages written back, without the inode's lock, which the kernel holds meanwhile."""
 
@@ -77,7 +93,7 @@ class ExtraOperations:
         self,
         fs: Filesystem,
         dev: tuple[int, int],
-        clone: Clone,
+        clones: Clones,
         write_back: WriteBack,
         forget_attributes: Callable[[Ino], None],
         nursery: trio.Nursery,
@@ -85,7 +101,7 @@ class ExtraOperations:
         """``dev`` is the mount's (major, minor)."""
         self._fs = fs
         self._dev = dev
-        self._clone = clone
+        self._clones = clones
         self._write_back = write_back
         self._forget_attributes = forget_attributes
         self._nursery = nursery
@@ -128,10 +144,12 @@ class ExtraOperations:
         elif request.op == _COPY_FILE_RANGE:
             target = unpack(request.target_fh).ino
             self._file_remove_privs(target, request.tid)
-            copied = self._fs.copy_file_range(
-                ino, request.offset, target, request.target_offset, request.length
-            )
-            self._fuse.fuse_reply_write(request.req, copied)
+            copied = ino, request.offset, target, request.target_offset
+            if self._clones.is_quick(*copied):
+                done = self._fs.copy_file_range(*copied, request.length)
+                self._fuse.fuse_reply_write(request.req, done)
+            else:
+                self._nursery.start_soon(self._copy_later, request.req, *copied, request.length)
         elif request.op == _IOCTL:
             self._ioctl(request, ino)
         else:
@@ -143,6 +161,16 @@ class ExtraOperations:
         if setattr_should_drop_suidgid(inode) and not capable(tid, CAP_FSETID):
             self._fs.names.file_remove_privs(inode)
             self._forget_attributes(ino)
+
+    async def _copy_later(
+        self, req: int, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int
+    ) -> None:
+        try:
+            copied = await self._clones.copy(src, src_offset, dst, dst_offset, length)
+        except DaxemuError as error:
+            self._fuse.fuse_reply_err(req, error.errno)
+        else:
+            self._fuse.fuse_reply_write(req, copied)
 
     # -- lseek
 
@@ -184,7 +212,7 @@ class ExtraOperations:
         try:
             source = await trio.to_thread.run_sync(_source_of, tid, fd, self._dev)
             self._file_remove_privs(target, tid)
-            await self._clone(source, offset, target, target_offset, length)
+            await self._clones.clone(source, offset, target, target_offset, length)
         except DaxemuError as error:
             self._fuse.fuse_reply_err(req, error.errno)
         else:

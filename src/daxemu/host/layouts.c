@@ -143,15 +143,16 @@ static struct layout *found_or_made(uint64_t ino)
 	return *place;
 }
 
-/* What the kernel may be told of a file. */
+/* What the kernel may be told of a file; with NULL it must ask Python. */
 void daxemu_layout_attributes(uint64_t ino, const struct fuse_attr_out *attributes)
 {
-	struct layout *layout = found_or_made(ino);
+	struct layout *layout = attributes ? found_or_made(ino) : *place_of(ino);
 
-	if (layout) {
+	if (!layout)
+		return;
+	layout->has_attributes = attributes != NULL;
+	if (attributes)
 		layout->attributes = *attributes;
-		layout->has_attributes = 1;
-	}
 }
 
 /* One run more of a file, in the place of what was known of its bytes. Without memory for it there is none more. */
@@ -162,7 +163,6 @@ void daxemu_layout_grant(uint64_t ino, uint64_t size, uint64_t start, uint64_t e
 
 	if (!layout)
 		return;
-	layout->has_attributes = 0; /* it may come after a store */
 	layout->size = size;
 	if (layout->count == MAX_RUNS)
 		layout->count = 0;

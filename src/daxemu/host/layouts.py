@@ -108,6 +108,10 @@ class LayoutTable:
         """See LayoutOps."""
         self._attributes(inode.ino, _attr_out(inode))
 
+    def break_attributes(self, ino: Ino) -> None:
+        """See LayoutOps."""
+        self._attributes(ino, None)
+
     def break_layout(self, ino: Ino) -> None:
         """See LayoutOps."""
         self._break(ino)

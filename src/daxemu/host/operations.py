@@ -20,8 +20,10 @@ from daxemu.errors import DaxemuError, MediaError
 from daxemu.fs import posix_acl
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import Credentials, Inode
+from daxemu.host import supplement
+from daxemu.host.invalidate_lock import InvalidateLock
 from daxemu.host.layouts import FOREVER
-from daxemu.host.supplement import kill_suidgid, pack, unpack
+from daxemu.host.supplement import Caller, kill_suidgid, pack, unpack
 from daxemu.host.tasks import in_group_or_capable
 from daxemu.uapi import PAGE_SIZE, Ino
 
@@ -87,6 +89,10 @@ class Operations(pyfuse3.Operations):
         self._listing_ids = itertools.count(1)
         self.open_files: Counter[Ino] = Counter()
         """How many handles each inode has open: what is mapped is among these."""
+        self.writers: Counter[Ino] = Counter()
+        """How many of them are open for writing."""
+        self.invalidating: InvalidateLock | None = None
+        """What keeps pages out of the cache just now."""
 
     # -- attributes
 
@@ -333,8 +339,10 @@ class Operations(pyfuse3.Operations):
 
     def _opened(self, inode: Inode, flags: int) -> pyfuse3.FileInfo:
         self._fs.open(inode)
+        fh = pack(inode.ino, flags)
         self.open_files[inode.ino] += 1
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(pack(inode.ino, flags)), keep_cache=True)
+        self.writers[inode.ino] += unpack(fh).writable
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=True)
 
     @_translated
     async def open(
@@ -365,14 +373,17 @@ class Operations(pyfuse3.Operations):
 
     def released(self, fh: int) -> None:
         """See ``layouts.Deeds``."""
-        ino = unpack(fh).ino
+        ino, writable = unpack(fh)[:2]
         self.open_files[ino] -= 1
+        self.writers[ino] -= writable
         if not self.open_files[ino]:
-            del self.open_files[ino]
+            del self.open_files[ino], self.writers[ino]
         self._fs.release(ino)
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         caller = unpack(fh)
+        if self.invalidating is not None:
+            await self.invalidating.before_read(caller.ino, off, size)
         try:
             # Any buffer will do for pyfuse3: a view of the media goes to the kernel without a copy of ours.
             return self._fs.read(caller.ino, off, size)  # type: ignore[return-value]
@@ -388,14 +399,22 @@ class Operations(pyfuse3.Operations):
 
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
         caller = unpack(fh)
+        if kill_suidgid():
+            self._file_remove_privs(caller.ino)
+        return await self._write(caller, off, buf)
+
+    async def _write(self, caller: Caller, off: int, buf: bytes) -> int:
+        if self.invalidating is not None:
+            unknown = supplement.MISSING is not None  # then it may be the cache's
+            await self.invalidating.before_write(
+                caller.ino, off, len(buf), from_cache=caller.from_cache or unknown
+            )
         try:
-            if kill_suidgid():
-                self._file_remove_privs(caller.ino)
             return self._fs.write(caller.ino, off, buf, from_cache=caller.from_cache)
         except MediaError as error:
             if not await self._heal(error):
                 raise pyfuse3.FUSEError(error.errno) from None
-            return await self.write(fh, off, buf)
+            return await self._write(caller, off, buf)
         except DaxemuError as error:
             raise pyfuse3.FUSEError(error.errno) from None
         finally:

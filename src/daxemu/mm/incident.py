@@ -76,6 +76,8 @@ class Incident:
     pfn_mappings: list[PfnMapping] = field(default_factory=list)
     whole_device: bool = False
     parts: list[Part] = field(default_factory=list)
+    spared: RangeSet | None = None
+    """The pfns that a repair strategy made as good as before; None as long as none was asked."""
 
     @property
     def pre_remove(self) -> bool:

@@ -88,7 +88,7 @@ def shared_out(tasks: Sequence[Task], hurt: Sequence[Sequence[tuple[Ino, Range]]
         shares.append([])
         for task, indexes in present:
             mine = [
-                _cut(run, pages)
+                cut(run, pages)
                 for ino, pages in ranges
                 if ino in indexes
                 for run in indexes[ino].overlapping(*pages)
@@ -98,7 +98,8 @@ def shared_out(tasks: Sequence[Task], hurt: Sequence[Sequence[tuple[Ino, Range]]
     return shares
 
 
-def _cut(run: PresentRun, pages: Range) -> PresentRun:
+def cut(run: PresentRun, pages: Range) -> PresentRun:
+    """The part of a run that shows these pages of the file."""
     part = Range(run.index, run.index + run.nr_pages).clip(*pages)
     address = run.address + ((part.start - run.index) << PAGE_SHIFT)
     return replace(run, index=part.start, nr_pages=part.length, address=address)
@@ -172,24 +173,16 @@ def spare(incident: Incident, tasks: Sequence[Task], pfns: RangeSet) -> list[Tas
             present=tuple(
                 left
                 for run in task.present
-                for left in (_without(run, good[run.mapping]) if run.mapping in good else [run])
+                for left in (without(run, good[run.mapping]) if run.mapping in good else [run])
             ),
         )
         for task in tasks
     ]
 
 
-def _without(run: PresentRun, good: RangeSet) -> list[PresentRun]:
-    parts = good.gaps(run.index, run.index + run.nr_pages)
-    return [
-        replace(
-            run,
-            index=part.start,
-            nr_pages=part.length,
-            address=run.address + ((part.start - run.index) << PAGE_SHIFT),
-        )
-        for part in parts
-    ]
+def without(run: PresentRun, pages: RangeSet) -> list[PresentRun]:
+    """The parts of a run that show other pages of the file."""
+    return [cut(run, part) for part in pages.gaps(run.index, run.index + run.nr_pages)]
 
 
 def _first_alive(task: Task) -> Thread | None:

@@ -6,7 +6,8 @@ bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from daxemu.errors import Busy, InvalidArgument, MediaError, NoDevice, Unsupported
@@ -169,6 +170,12 @@ class DaxDevice:
             for part in good:
                 self.mkpage_present(part)
         return good
+
+    def clearing(self, ranges: Iterable[Range]) -> AbstractContextManager[None]:
+        """Within, these byte ranges are cleared: see Media.clearing()."""
+        shift = self._data_offset // SECTOR_SIZE
+        bad = (sectors_of(part.start, part.length) for part in ranges)
+        return self._media.clearing(Range(sectors.start + shift, sectors.end + shift) for sectors in bad)
 
     def add_poison(self, *ranges: Range) -> list[Range]:
         """The hardware goes bad in these byte ranges; returns them rounded out to sectors. Nobody is told by

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from daxemu.errors import Busy, InvalidArgument, NoSpace, NotADevice, PermissionDenied
-from daxemu.pmem.media import Media
+from daxemu.pmem.media import Media, check_mappable
 from daxemu.uapi import PAGE_SIZE, PMD_SIZE, Pfn
 
 FORMAT_VERSION = 1
@@ -108,9 +108,10 @@ class DeviceDir:
         """Make a new device at ``path``. Nothing is left behind when it fails.
 
         Raises Busy if something is there (unless ``force`` and it is an unmounted device), InvalidArgument,
-        NoSpace.
+        NoSpace, Unsupported if it is too large for this machine.
         """
         config.validate()
+        check_mappable(config.size)
         device = cls(path, config)
         if path.exists():
             if not force:

@@ -6,12 +6,14 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from daxemu.errors import MediaError, NoSpace, NotADevice
+from daxemu.errors import MediaError, NoSpace, NotADevice, Unsupported
 from daxemu.ranges import Range, RangeSet
+from daxemu.sizes import human
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, SECTOR_SIZE
 
 _POISON_STEP = 4096  # the file of poisoned sectors has whole pages, filled up with empty lines
@@ -26,6 +28,29 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         number = ctypes.get_errno()
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
+
+
+def check_mappable(size: int) -> None:
+    """Raises Unsupported if so many bytes do not fit into the address space of a process of this machine."""
+    if not _is_mappable(size):
+        raise _too_large(size)
+
+
+def _is_mappable(size: int) -> bool:
+    try:
+        mmap.mmap(-1, size, mmap.MAP_PRIVATE, mmap.PROT_READ).close()
+    except OSError:
+        return False
+    return True
+
+
+def _too_large(size: int) -> Unsupported:
+    powers = (1 << bit for bit in range(size.bit_length() - 1, 0, -1))
+    most = next(filter(_is_mappable, powers), 0)
+    return Unsupported(
+        f"a device of {human(size)} does not fit into the address space of a process on this machine: "
+        f"the largest that does is {human(most)}"
+    )
 
 
 def sectors_of(offset: int, length: int) -> Range:
@@ -51,7 +76,9 @@ class Media:
     """
 
     def __init__(self, directory: Path, size: int) -> None:
-        """Raises NotADevice when the files are missing or are not what ``size`` says."""
+        """Raises NotADevice when the files are missing or are not what ``size`` says, Unsupported if there
+        are too many bytes for this machine.
+        """
         self.size = size
         self._poison_file = directory / "poison"
         try:
@@ -69,11 +96,21 @@ class Media:
             )
         try:
             self.poison = RangeSet(self._load_poison())
-            self._map = mmap.mmap(self._fd, size)
+            self._map = self._mapped()
         except BaseException:
             os.close(self._fd)
             raise
         self._view = memoryview(self._map)
+        self._is_saved = False
+        """Whether what is cleared now is recorded already."""
+
+    def _mapped(self) -> mmap.mmap:
+        try:
+            return mmap.mmap(self._fd, self.size)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            raise _too_large(self.size) from error
 
     @staticmethod
     def create(directory: Path, size: int) -> None:
@@ -145,7 +182,7 @@ class Media:
         added = [part for sectors in ranges for part in self.poison.add(*sectors)]
         try:
             if added:
-                self._save_poison()
+                self._save_poison(self.poison)
         except NoSpace:
             for part in added:
                 self.poison.remove(*part)
@@ -157,13 +194,30 @@ class Media:
         """
         cleared = self.poison.remove(*sectors)
         try:
-            if cleared:
-                self._save_poison()
+            if cleared and not self._is_saved:
+                self._save_poison(self.poison)
         except NoSpace:
             for part in cleared:
                 self.poison.add(*part)
             raise
         return cleared
+
+    @contextmanager
+    def clearing(self, ranges: Iterable[Range]) -> Iterator[None]:
+        """Within, these sectors are cleared, in as many calls as it takes: they are recorded at once. Raises
+        NoSpace if that cannot be; then nothing has changed.
+        """
+        left = RangeSet(self.poison)
+        for sectors in ranges:
+            left.remove(*sectors)
+        self._save_poison(left)
+        self._is_saved = True
+        try:
+            yield
+        finally:
+            self._is_saved = False
+            if self.poison != left:
+                self._save_poison(self.poison)
 
     def _load_poison(self) -> Iterator[tuple[int, int]]:
         """The file holds "first-sector count" lines, the sysfs form of badblocks."""
@@ -183,8 +237,8 @@ class Media:
                 "mend it, or remove it to have no poison"
             ) from error
 
-    def _save_poison(self) -> None:
-        text = "".join(f"{r.start} {r.length}\n" for r in self.poison)
+    def _save_poison(self, poison: RangeSet) -> None:
+        text = "".join(f"{r.start} {r.length}\n" for r in poison)
         data = text.encode().ljust(-(-len(text) // _POISON_STEP) * _POISON_STEP or _POISON_STEP, b"\n")
         try:
             if len(data) <= self._poison_file.stat().st_size:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from crc32c import crc32c
 from mmap_ninja import numpy as ninja
 
 from daxemu.errors import NoSpace, NotADevice
@@ -117,6 +118,24 @@ class SparseArray:
     def space_bytes(self) -> int:
         """What it takes."""
         return os.fstat(self._fd).st_blocks * 512
+
+
+class Checksums:
+    """CRC32C of pieces of ``unit`` bytes; 0 is that of zeros, so that nothing need be stored for them."""
+
+    def __init__(self, unit: int) -> None:
+        self._unit = unit
+        self._zero = crc32c(bytes(unit))
+
+    def of(self, data: bytes | memoryview) -> Array:
+        """Of each piece of ``data``."""
+        view, step = memoryview(data), self._unit
+        sums = [crc32c(view[at : at + step]) ^ self._zero for at in range(0, len(view), step)]
+        return np.array(sums, np.uint32)
+
+    def match(self, data: bytes | memoryview, wanted: int) -> bool:
+        """Whether one piece has this one."""
+        return crc32c(data) ^ self._zero == wanted
 
 
 def discard(directory: Path) -> None:

@@ -38,7 +38,7 @@ class AsyncParity(Parity):
 
     def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
         """Mark the stripes."""
-        for run in blocks:
+        for run in self._followed(blocks):
             self._changing.fill(self._stripes_of(self._slices_of(run)), CHANGING)
 
     def store_done(self, blocks: Sequence[Range], origin: Origin) -> None:
@@ -46,9 +46,10 @@ class AsyncParity(Parity):
 
     def freed(self, blocks: Range) -> None:
         """A stripe that loses slices changes, too."""
-        slices = self._slices_of(blocks)
-        if any(True for _ in self._known(slices)):
-            self._changing.fill(self._stripes_of(slices), CHANGING)
+        for run in self._followed([blocks]):
+            slices = self._slices_of(run)
+            if self._known(slices):
+                self._changing.fill(self._stripes_of(slices), CHANGING)
 
     def _known(self, slices: Range) -> list[Range]:
         return [part for part in self._sums.stored() if part.clip(*slices)]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from daxemu.errors import MediaError
 from daxemu.fs.data_ops import Origin
 from daxemu.ranges import Range, RangeSet
-from daxemu.repair.arrays import SparseArray, discard
+from daxemu.repair.arrays import Checksums, SparseArray, discard
 from daxemu.repair.by_block import ByBlock
 from daxemu.repair.strategy import Failure, Options, Verdict
 from daxemu.repair.volume import Volume
@@ -21,10 +23,12 @@ PIECE = 256
 
 class MirrorOptions(Options, frozen=True):
     """``mapped``: whether copies of pages that are mapped for writing are believed (``trust``, an upper
-    bound: the page cache shows us stores that real DAX hides) or not (``honest``).
+    bound: the page cache shows us stores that real DAX hides) or not (``honest``). ``checksum``: keep a
+    CRC32C of each block, which says which of two copies is right.
     """
 
     mapped: Literal["honest", "trust"] = "honest"
+    checksum: Literal["no", "yes"] = "no"
 
 
 class Mirror(ByBlock):
@@ -39,45 +43,61 @@ class Mirror(ByBlock):
     watches = True
     has_copies = True
 
+    @classmethod
+    def layout(cls, options: Any) -> str:
+        """What was not added up has no checksum."""
+        return f"{cls.name}-crc32c" if options.checksum == "yes" else cls.name
+
     def __init__(self, volume: Volume, options: Any) -> None:
         super().__init__(volume, options)
         self._trust = options.mapped == "trust"
         self._copy = volume.reserved
         self._stale = SparseArray(volume.directory / "stale", "uint8", volume.blocks)
+        self._crc = Checksums(PAGE_SIZE)
+        self._sums: SparseArray | None = None
+        if options.checksum == "yes":
+            self._sums = SparseArray(volume.directory / "checksums", "uint32", volume.blocks)
         self._placed = RangeSet()
         """Blocks whose copies are good, but in places that no commit knows of."""
+        if not self._copy.exists:
+            self._seen = 0
 
-    def mounted(self, *, after_crash: bool) -> None:
+    def mounted(self, *, after_crash: bool) -> Iterator[Range]:
         """Copy what has no copy: after a crash what is marked; all of it if there was no mirror."""
-        in_use = self.volume.in_use()
-        if self._copy.exists:
-            marked = list(self._stale.nonzero())
-            in_use = RangeSet(part for blocks in marked for part in in_use.overlapping(*blocks))
-        for blocks in in_use:
-            self._duplicate(blocks)
+        for marked in list(self._stale.nonzero()):
+            for low in range(marked.start, marked.end, PIECE):
+                yield self._duplicate(Range(low, min(low + PIECE, marked.end)))
         self._copy.create()
+        if not self._seen:
+            for piece in self.volume.walk(PIECE):
+                self._seen = piece.end
+                yield self._duplicate(piece)
+            self._seen = self.volume.blocks
 
-    def _duplicate(self, blocks: Range) -> None:
-        for low in range(blocks.start, blocks.end, PIECE):
-            piece = Range(low, min(low + PIECE, blocks.end))
-            self.store_begins([piece], Origin.SYSCALL)
-            self.store_done([piece], Origin.SYSCALL)
+    def _duplicate(self, piece: Range) -> Range:
+        """Copy what is in use of these blocks."""
+        for blocks in self.volume.in_use(piece):
+            self.store_begins([blocks], Origin.SYSCALL)
+            self.store_done([blocks], Origin.SYSCALL)
+        return piece
 
     def discard(self) -> None:
         """Give the copies back."""
         self._copy.discard()
-        self._stale.close()
+        self.unmounting()
         discard(self.volume.directory)
 
     def unmounting(self) -> None:
         """The marks stay, where there are any."""
         self._stale.close()
+        if self._sums is not None:
+            self._sums.close()
 
     # -- keeping the copies
 
     def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
         """See that there is room for the copies, and mark them."""
-        for run in blocks:
+        for run in self._followed(blocks):
             holes = list(RangeSet(self._copy.mapped(run)).gaps(*run))
             self._copy.map(run)  # which may commit: the marks come after it
             self._stale.fill(run, STALE)
@@ -86,10 +106,13 @@ class Mirror(ByBlock):
 
     def store_done(self, blocks: Sequence[Range], origin: Origin) -> None:
         """Copy. What is poison has no new contents, and keeps its mark."""
-        for run in blocks:
+        for run in self._followed(blocks):
             copied = RangeSet(self._readable(run))
             for part in copied:
-                self._copy.write(part, self.volume.read(part))
+                data = self.volume.read(part)
+                self._copy.write(part, data)
+                if self._sums is not None:
+                    self._sums.set(part.start, self._crc.of(data))
                 for settled in self._placed.gaps(*part):
                     self._stale.fill(settled, 0)
             for part in copied.gaps(*run):
@@ -111,6 +134,8 @@ class Mirror(ByBlock):
         self._copy.unmap(blocks)
         self._stale.fill(blocks, 0)
         self._placed.remove(*blocks)
+        if self._sums is not None:
+            self._sums.fill(blocks, 0)
 
     def committed(self) -> None:
         """The places of new copies are known."""
@@ -125,48 +150,97 @@ class Mirror(ByBlock):
         verdict = super().failed(failure)
         for copies in failure.copies:
             for part in self._readable(copies):
-                self._duplicate(part)
+                for low in range(part.start, part.end, PIECE):
+                    self._duplicate(Range(low, min(low + PIECE, part.end)))
         return verdict
 
     def why_not(self, block: int, failure: Failure) -> str | None:
         """See ByBlock."""
-        is_marked = self._stale.get(Range(block, block + 1))[0] and block not in self._placed
-        if block in failure.stale or is_marked:
+        if block in failure.stale or self._is_marked(block):
             return "the copy is older than the last store"
         if block in failure.unseen and not self._trust:
             return "mapped for writing: the copy may be older than the last store"
         return None
 
+    def _is_marked(self, block: int) -> bool:
+        return bool(self._stale.get(Range(block, block + 1))[0]) and block not in self._placed
+
     def restore(self, block: int) -> str | None:
         """Put the copy in its place."""
-        try:
-            data = self._copy.read(Range(block, block + 1))
-        except MediaError:
+        data = self._good_copy(block)
+        if data is None:
             return "the copy is bad, too"
         self.volume.rewrite(block * PAGE_SIZE, data)
         return None
 
+    def _good_copy(self, block: int) -> bytes | None:
+        """The copy of a block, unless it is known to be bad."""
+        try:
+            data = self._copy.read(Range(block, block + 1))
+        except MediaError:
+            return None
+        return data if self._sums is None or self._matches(block, data) else None
+
+    def _matches(self, block: int, data: bytes | memoryview) -> bool:
+        assert self._sums is not None
+        return self._crc.match(data, int(self._sums.get(Range(block, block + 1))[0]))
+
+    def verify(self, blocks: Range) -> None:
+        """Raises MediaError for a block that is not what was written, nor is its copy. Needs checksums."""
+        self._verify(blocks, "read")
+
+    def _verify(self, blocks: Range, by: str) -> None:
+        for run in self._followed([blocks]) if self._sums is not None else ():
+            for part in self._readable(run):
+                assert self._sums is not None
+                wrong = np.flatnonzero(self._crc.of(self.volume.read(part)) != self._sums.get(part))
+                for index in wrong.tolist():
+                    self._mend(part.start + index, by)
+
+    def _mend(self, block: int, by: str) -> None:
+        if self._is_marked(block):
+            return  # nobody knows what it should be
+        at, data = block * PAGE_SIZE, self._good_copy(block)
+        if data is not None:
+            self.volume.rewrite(at, data)
+        self.volume.corrupt(at, PAGE_SIZE, by, repaired=data is not None)
+        if data is None and by == "read":
+            raise MediaError(f"device {at:#x}+{PAGE_SIZE:#x} is not what was written, nor is its copy")
+
     def scrub(self) -> Iterator[Range]:
-        """Make good what is bad of the copies; where the two differ nobody knows which is right."""
-        for blocks in self.volume.in_use():
-            for low in range(blocks.start, blocks.end, PIECE):
-                piece = Range(low, min(low + PIECE, blocks.end))
-                for part in self._readable(piece):
+        """Make good what is bad of the copies; where the two differ, checksums say which is right, if there
+        are any.
+        """
+        for piece in self.volume.walk(PIECE):
+            for blocks in self._followed(list(self.volume.in_use(piece))):
+                for part in self._readable(blocks):
                     self._compare(part)
-                yield piece
+            yield piece
 
     def _compare(self, blocks: Range) -> None:
         if self._stale.get(blocks).any() and not self._placed.covers(*blocks):
             return
+        self._verify(blocks, "scrub")
         try:
             same = self._copy.read(blocks) == self.volume.read(blocks)
         except MediaError:
             self._duplicate(blocks)
             return
         for block in range(*blocks) if not same else ():
-            if self._copy.read(Range(block, block + 1)) != self.volume.read(Range(block, block + 1)):
-                self.volume.corrupt(block * PAGE_SIZE, PAGE_SIZE, "scrub", repaired=False)
+            self._compare_one(Range(block, block + 1))
+
+    def _compare_one(self, block: Range) -> None:
+        data = self.volume.read(block)
+        if self._copy.read(block) == data:
+            return
+        is_right = self._sums is not None and self._matches(block.start, data)
+        if is_right:
+            self._copy.write(block, data)
+        elif self._sums is not None:
+            return  # neither is, and that has been said
+        self.volume.corrupt(block.start * PAGE_SIZE, PAGE_SIZE, "scrub", repaired=is_right)
 
     def space_bytes(self) -> int:
-        """The copies, and the marks."""
-        return self._copy.blocks * PAGE_SIZE + self._stale.space_bytes()
+        """The copies, the marks, and the checksums."""
+        arrays = [self._stale, *([self._sums] if self._sums is not None else [])]
+        return self._copy.blocks * PAGE_SIZE + sum(array.space_bytes() for array in arrays)

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from crc32c import crc32c
 
 from daxemu.errors import InvalidArgument, MediaError
 from daxemu.fs.data_ops import Origin
 from daxemu.ranges import Range, RangeSet
-from daxemu.repair.arrays import Array, SparseArray, discard
+from daxemu.repair.arrays import Array, Checksums, SparseArray, discard
 from daxemu.repair.by_block import ByBlock
 from daxemu.repair.strategy import Failure, Options
 from daxemu.repair.volume import Volume
@@ -19,8 +18,8 @@ from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE
 
 CHANGING = 1
 """Between store_begins() and store_done(); after a crash in between the stripe is added up anew."""
-PIECE = 1 << 20
-"""Bytes looked at in one go."""
+PIECE = 256
+"""Blocks added up, or looked at, in one go; or one stripe."""
 
 
 class ParityOptions(Options, frozen=True):
@@ -62,10 +61,12 @@ class Parity(ByBlock):
         self._slice: int = options.slice
         self._data: int = options.data
         self._trust = options.mapped == "trust"
-        self._zero = crc32c(bytes(self._slice))
+        self._piece = max(1, PIECE // self._data) * self._data
+        self._crc = Checksums(self._slice)
         slices = volume.blocks * PAGE_SIZE // self._slice
         stripes = -(-slices // self._data)
-        self.is_new = not volume.directory.exists()
+        if not volume.directory.exists():
+            self._seen = 0  # always a multiple of the stripe, or all
         at = volume.directory
         self._sums = SparseArray(at / "checksums", "uint32", slices)
         self._parity = SparseArray(at / "parity", "uint8", stripes * self._slice)
@@ -73,11 +74,15 @@ class Parity(ByBlock):
         self._undone = RangeSet()
         """Stripes of the store under way whose old contents nobody knows."""
 
-    def mounted(self, *, after_crash: bool) -> None:
+    def mounted(self, *, after_crash: bool) -> Iterator[Range]:
         """Add up what is not: stripes that were changing; on a filesystem that had no parity, everything."""
-        if self.is_new:
-            for blocks in self.volume.in_use():
-                self._add_up(self._stripes_of(self._slices_of(blocks)))
+        if not self._seen:
+            for piece in self.volume.walk(self._piece, self._data):
+                if self.volume.in_use(piece):
+                    self._add_up(self._stripes_of(self._slices_of(piece)))
+                self._seen = piece.end
+                yield piece
+            self._seen = self.volume.blocks
             return
         wrong = RangeSet(self._changing.nonzero())
         if after_crash:
@@ -88,7 +93,18 @@ class Parity(ByBlock):
                 for free in in_use.gaps(area.start // PAGE_SIZE, -(-area.end // PAGE_SIZE)):
                     wrong.add(*self._stripes_of(self._slices_of(free)))
         for stripes in wrong:
-            self._add_up(stripes)
+            self._changing.fill(stripes, CHANGING)
+        yield from self._anew(list(wrong))
+
+    def _anew(self, wrong: list[Range]) -> Iterator[Range]:
+        """Add up these stripes, a piece at a time."""
+        most = max(1, PIECE * PAGE_SIZE // (self._slice * self._data))
+        for stripes in wrong:
+            for low in range(stripes.start, stripes.end, most):
+                piece = Range(low, min(low + most, stripes.end))
+                self._add_up(piece)
+                area = self._bytes_of(Range(piece.start * self._data, piece.end * self._data))
+                yield Range(area.start // PAGE_SIZE, -(-area.end // PAGE_SIZE))
 
     def unmounting(self) -> None:
         """All is up to date."""
@@ -115,11 +131,6 @@ class Parity(ByBlock):
         return Range(slices.start * self._slice, slices.end * self._slice)
 
     # -- adding up
-
-    def _checksums(self, data: bytes | memoryview) -> Array:
-        view, step = memoryview(data), self._slice
-        sums = [crc32c(view[at : at + step]) ^ self._zero for at in range(0, len(view), step)]
-        return np.array(sums, np.uint32)
 
     def _fold(self, first: int, data: bytes | memoryview | Array) -> None:
         """Add slices, from ``first`` on, to the parity of their stripes; what is in it is taken out by
@@ -149,15 +160,16 @@ class Parity(ByBlock):
                 whole = Range(-(-part.start // self._slice), part.end // self._slice)
                 if whole:
                     self._put(whole)
-        for stripe in range(*stripes):
-            place = self._bytes_of(Range(stripe * self._data, (stripe + 1) * self._data))
-            if not bad.overlaps(*place):
-                self._changing.fill(Range(stripe, stripe + 1), 0)
+        hurt = RangeSet(part.outer(self._slice * self._data) for part in bad)
+        for good in hurt.gaps(*self._bytes_of(Range(stripes.start * self._data, stripes.end * self._data))):
+            self._changing.fill(
+                self._stripes_of(Range(good.start // self._slice, good.end // self._slice)), 0
+            )
 
     def _put(self, slices: Range) -> None:
         place = self._bytes_of(slices)
         data = self.volume.read_bytes(place.start, place.length)
-        sums = self._checksums(data)
+        sums = self._crc.of(data)
         if sums.any():
             self._fold(slices.start, data)
             self._sums.set(slices.start, sums)
@@ -167,12 +179,12 @@ class Parity(ByBlock):
     def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
         """Take the old contents out of the sums."""
         self._undone = RangeSet()
-        for run in blocks:
+        for run in self._followed(blocks):
             self._take_out(self._slices_of(run))
 
     def store_done(self, blocks: Sequence[Range], origin: Origin) -> None:
         """Add the new contents to the sums."""
-        for run in blocks:
+        for run in self._followed(blocks):
             if self._undone or self.volume.poison(run):
                 self._add_up(self._stripes_of(self._slices_of(run)))
             else:
@@ -195,7 +207,10 @@ class Parity(ByBlock):
 
     def freed(self, blocks: Range) -> None:
         """They are no part of their stripes; stripes of nothing else become nothing."""
-        slices = self._slices_of(blocks)
+        for run in self._followed([blocks]):
+            self._free(self._slices_of(run))
+
+    def _free(self, slices: Range) -> None:
         whole = Range(-(-slices.start // self._data), slices.end // self._data)
         if whole:
             area = Range(whole.start * self._data, whole.end * self._data)
@@ -227,7 +242,7 @@ class Parity(ByBlock):
         place = self._bytes_of(slices)
         if not self.volume.poison_in(place.start, place.length):
             there = self.volume.read_bytes(place.start, place.length)
-            known = wanted == self._checksums(there)
+            known = wanted == self._crc.of(there)
             rows[:] = np.frombuffer(there, np.uint8).reshape(rows.shape)
             rows[wanted == 0] = 0
             doubtful = np.flatnonzero((wanted != 0) & ~known)
@@ -246,16 +261,16 @@ class Parity(ByBlock):
             data = bytes(self.volume.read_bytes(place.start, place.length))
         except MediaError:
             return None
-        return data if crc32c(data) ^ self._zero == wanted else None
+        return data if self._crc.match(data, wanted) else None
 
     def _reconstruct(self, number: int) -> bytes | None:
         """A slice from the others of its stripe, if they and the parity add up to what was written."""
-        wanted = int(self._sums.get(Range(number, number + 1))[0])
-        if not wanted:
-            return bytes(self._slice)
         stripe = number // self._data
         if self._changing.get(Range(stripe, stripe + 1))[0]:
             return None
+        wanted = int(self._sums.get(Range(number, number + 1))[0])
+        if not wanted:
+            return bytes(self._slice)
         total = self._parity.get(self._bytes_of(Range(stripe, stripe + 1)))
         first = stripe * self._data
         others = self._sums.get(Range(first, min(first + self._data, len(self._sums))))
@@ -266,7 +281,7 @@ class Parity(ByBlock):
                     return None
                 total ^= np.frombuffer(data, np.uint8)
         found = total.tobytes()
-        return found if crc32c(found) ^ self._zero == wanted else None
+        return found if self._crc.match(found, wanted) else None
 
     # -- finding and mending
 
@@ -275,16 +290,16 @@ class Parity(ByBlock):
         self._verify(blocks, "read")
 
     def _verify(self, blocks: Range, by: str) -> None:
-        slices = self._slices_of(blocks)
-        bad = self.volume.poison(blocks)
-        for part in bad.gaps(*self._bytes_of(slices)):
-            whole = Range(-(-part.start // self._slice), part.end // self._slice)
-            if whole:
-                self._verify_readable(whole, by)
+        for run in self._followed([blocks]):
+            bad = self.volume.poison(run)
+            for part in bad.gaps(*self._bytes_of(self._slices_of(run))):
+                whole = Range(-(-part.start // self._slice), part.end // self._slice)
+                if whole:
+                    self._verify_readable(whole, by)
 
     def _verify_readable(self, slices: Range, by: str) -> None:
         place = self._bytes_of(slices)
-        found = self._checksums(self.volume.read_bytes(place.start, place.length))
+        found = self._crc.of(self.volume.read_bytes(place.start, place.length))
         for index in np.flatnonzero(found != self._sums.get(slices)).tolist():
             number = slices.start + index
             stripe = Range(number // self._data, number // self._data + 1)
@@ -323,13 +338,11 @@ class Parity(ByBlock):
 
     def scrub(self) -> Iterator[Range]:
         """Verify everything that has a checksum, and add up the stripes that poison had kept from it."""
-        for stripes in self._changing.nonzero():
-            self._add_up(stripes)
-        for blocks in self.volume.in_use():
-            for low in range(blocks.start, blocks.end, PIECE // PAGE_SIZE):
-                piece = Range(low, min(low + PIECE // PAGE_SIZE, blocks.end))
-                self._verify(piece, "scrub")
-                yield piece
+        yield from self._anew(list(self._changing.nonzero()))
+        for piece in self.volume.walk(PIECE):
+            for blocks in self.volume.in_use(piece):
+                self._verify(blocks, "scrub")
+            yield piece
 
     def space_bytes(self) -> int:
         """The arrays."""

@@ -85,12 +85,15 @@ class Strategy(Protocol):
         """``options`` is an ``Options``. Raises DaxemuError to refuse the mount."""
         self.volume = volume
 
-    def mounted(self, *, after_crash: bool) -> None:
-        """The filesystem is there, and whole; bring what is kept of it up to date.
+    def mounted(self, *, after_crash: bool) -> Iterator[Range] | None:
+        """The filesystem is there, and whole; bring what is kept of it up to date. If that takes long, a
+        bounded piece at a time, yielding the blocks that were seen to.
 
         ``after_crash``: free blocks were zeroed, and what was not committed is gone. Raises DaxemuError
-        to refuse the mount.
+        to refuse. Between two pieces files are used, and all else of this class is called, for blocks that
+        were not seen to as well. If it ends early, what was kept is thrown away, and it begins anew.
         """
+        return None
 
     def unmounting(self) -> None:
         """The last call before the final commit."""

@@ -50,6 +50,16 @@ class Volume:
         owners = self.owners(blocks or Range(0, self.blocks))
         return RangeSet(merged(sorted((o.dev_block, o.dev_block + o.length) for o in owners)))
 
+    def walk(self, most: int, unit: int = 1) -> Iterator[Range]:
+        """Everything that is not free, in order, in pieces of ``most`` blocks that begin at a multiple of
+        ``unit``. Looks again at each step: what comes into use behind the last piece is not passed over.
+        """
+        at = 0
+        while (run := self._fs.allocator.used_from(at)) is not None:
+            start = run.start // unit * unit
+            at = min(start + most, self.blocks)
+            yield Range(start, at)
+
     def owners(self, blocks: Range) -> Iterator[Owner]:
         """Every file's use of ``blocks``. Neither metadata nor a strategy's own copies."""
         for owner in self._fs.rmap.owners(*blocks):

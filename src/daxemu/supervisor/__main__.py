@@ -1,7 +1,7 @@
 """``python -m daxemu.supervisor DEVICE MOUNTPOINT READY_FD [OPTIONS]``: a supervisor in the background.
 
-READY_FD is a pipe: one JSON object is written to it, ``{"ok": true}`` when the mount is usable, or the
-refusal. OPTIONS are MountOptions as JSON.
+READY_FD is a pipe: lines of JSON are written to it. Some protocol.Progress while the repair strategy begins,
+and at last ``{"ok": true}`` when the mount is usable, or the refusal. OPTIONS are MountOptions as JSON.
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from daxemu.errors import DaxemuError
-from daxemu.protocol import Reply
+from daxemu.protocol import Progress, Reply
 from daxemu.supervisor.log_handler import RatelimitedHandler
 from daxemu.supervisor.settings import MountOptions
+
+SAY = 0.5
+"""Seconds between two lines that say how far the repair strategy is."""
 
 
 def main(device: str, mountpoint: str, ready_fd: int, options: str = "{}") -> int:
@@ -27,26 +32,38 @@ def main(device: str, mountpoint: str, ready_fd: int, options: str = "{}") -> in
         handlers=[RatelimitedHandler()],
     )
 
-    def report(reply: Reply) -> None:
-        os.write(ready_fd, msgspec.json.encode(reply))
-        os.close(ready_fd)
+    def say(what: Reply | Progress) -> None:
+        try:
+            os.write(ready_fd, msgspec.json.encode(what) + b"\n")
+        except BrokenPipeError as error:
+            raise DaxemuError("whoever asked for the mount went away") from error
 
-    told = False
+    told, last = False, 0.0
 
     def ready() -> None:
         nonlocal told
         told = True
-        report(Reply(True))
+        say(Reply(True))
+        os.close(ready_fd)
+
+    def progress(seen: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SAY:
+            last = time.monotonic()
+            say(seen)
 
     try:
         from daxemu.supervisor.run import supervise
 
-        supervise(Path(device), Path(mountpoint), ready, msgspec.json.decode(options, type=MountOptions))
+        chosen = msgspec.json.decode(options, type=MountOptions)
+        supervise(Path(device), Path(mountpoint), ready, chosen, progress)
     except DaxemuError as error:
         if told:
             logging.exception("the supervisor failed")
         else:
-            report(Reply(False, error=type(error).__name__, message=str(error)))
+            logging.error("%s", error)
+            with suppress(DaxemuError):
+                say(Reply(False, error=type(error).__name__, message=str(error)))
         return error.exit_status
     return 0
 

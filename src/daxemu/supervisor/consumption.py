@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 class Consumption:
-    """What a machine does when poison is met. ``failing``: device bytes whose failure is being handled, so
-    that the strategy has not spoken yet.
+    """What a machine does when poison is met. ``failing``: device bytes whose failure is being handled, and
+    that failure.
     """
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self._healing = trio.Lock()
-        self.failing = RangeSet()
+        self.failing: list[tuple[Range, Incident]] = []
         self._unhealed: dict[Range, Incident] = {}
-        """What a read found just now, and the strategy could not mend."""
+        """Device bytes that nobody knows to be bad, and the strategy could not mend."""
 
     async def on_read(self, read: PoisonedRead) -> bool:
         """A read met poison: make the consumer's signal exact, and see to poison that nobody knew of.
@@ -48,44 +48,63 @@ class Consumption:
         for part in read.error.ranges:
             if machine.pmem.badblocks.set(part.start // SECTOR_SIZE, part.length // SECTOR_SIZE):
                 found = True
-                incident = self._unhealed.pop(part, None) or self._failure(part)
                 # Not awaited: it revokes the very page that this read has locked until it is answered.
                 consumer = process_of(read.tid) if read.tid else -1
-                machine.nursery.start_soon(machine.failures.handle, incident, None, consumer)
+                for incident in self._incidents(part):
+                    machine.nursery.start_soon(machine.failures.handle, incident, None, consumer)
         await machine.failures.consumed(read, pfn, machine.supplement_missing, found=found)
         return False
 
     async def on_write(self, error: MediaError) -> bool:
         """A write covers part of a poisoned page: whether that is good by now. Nobody else learns of it."""
-        healed = await self._heal(error)
-        self._unhealed.clear()
-        return healed
+        return await self._heal(error)
+
+    def forget(self, part: Range) -> None:
+        """The strategy may be asked of these device bytes again: they went bad anew, or it is another one."""
+        for known in [known for known in self._unhealed if known.clip(*part)]:
+            del self._unhealed[known]
 
     def _failure(self, part: Range) -> Incident:
         return self._machine.mm.memory_failure(*failed_pages(self._machine.pmem, part), MF_ACTION_REQUIRED)
 
+    def _incidents(self, part: Range) -> list[Incident]:
+        """The failures that poison is which has just been found; those that were asked about are the same."""
+        asked = {known: incident for known, incident in self._unhealed.items() if known.clip(*part)}
+        self.forget(part)
+        return [*asked.values(), *map(self._failure, RangeSet(asked).gaps(*part))]
+
     async def _heal(self, error: MediaError) -> bool:
         """Whether the strategy made all of the poison as it was.
 
-        It is asked only of what has just gone bad. Nobody is unmapped, which a read must not wait for: what
-        others have of these pages is the same.
+        It is asked only of what has just gone bad, and once. Nobody is unmapped, which a read must not wait
+        for: what others have of these pages is the same.
         """
         machine = self._machine
         if not machine.repairs.is_active or not error.ranges:
             return False
         async with self._healing:
             for part in error.ranges:
-                if not machine.pmem.dax.is_poisoned(part.start, part.length):
-                    continue
-                is_news = not any(machine.pmem.badblocks.overlapping_bytes(part.start, part.length))
-                if not is_news and not self.failing.overlaps(*part):
+                if machine.pmem.dax.is_poisoned(part.start, part.length) and not await self._is_healed(part):
                     return False
-                incident = self._failure(part)
-                tasks = await machine.failures.holders(incident)
-                if not machine.repairs.recovered_for_read(incident, tasks):
-                    if is_news:
-                        self._unhealed[part] = incident
-                    return False
-                if is_news:
-                    machine.mm.action_result(incident, 0)
         return True
+
+    async def _is_healed(self, part: Range) -> bool:
+        machine = self._machine
+        if any(known.clip(*part) for known in self._unhealed):
+            return False
+        if any(machine.pmem.badblocks.overlapping_bytes(part.start, part.length)):
+            under_way = next((incident for bad, incident in self.failing if bad.clip(*part)), None)
+            return under_way is not None and await self._ask(under_way, part)
+        incident = self._failure(part)
+        if not await self._ask(incident, part):
+            self._unhealed[part] = incident
+            return False
+        machine.mm.action_result(incident, 0)
+        return True
+
+    async def _ask(self, incident: Incident, part: Range) -> bool:
+        """Whether ``part``, which has some of an incident's pages, is as it was."""
+        machine = self._machine
+        tasks = await machine.failures.holders(incident)
+        pfn, nr_pages = failed_pages(machine.pmem, part)
+        return machine.repairs.failed(incident, tasks).covers(pfn, pfn + nr_pages)

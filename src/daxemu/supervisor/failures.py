@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import trio
 
@@ -33,8 +33,9 @@ from daxemu.host.tracer_messages import Outcome as Delivery
 from daxemu.mm.incident import Incident
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.mm.pmd import hurt_as_mapped, to_unmap
-from daxemu.mm.to_kill import PresentRun, Task, ToKill, collect_procs, spare
+from daxemu.mm.to_kill import Task, ToKill, collect_procs, spare
 from daxemu.ranges import RangeSet
+from daxemu.supervisor.hidden import Hidden
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT, PAGE_SIZE, Pfn
 
 SIGNAL_PATIENCE = 2.0
@@ -50,6 +51,9 @@ class _Turn:
     incident: Incident
     current: int | None
     consumer: int | None
+    hidden: list[Task] = field(default_factory=list)
+    tasks: list[Task] | None = None
+    """Who had the pages present, known before they are taken away; those to whom they were hidden, too."""
     to_kill: list[ToKill] | None = None
 
     def is_plain(self) -> bool:
@@ -94,8 +98,9 @@ class Failures:
         self._tracer = tracer
         self._emit = emit
         self._nursery = nursery
-        self._hidden: list[Task] = []
-        """Who had pages present that are poison nobody knows of."""
+        self._hidden = Hidden()
+        self._turns: list[_Turn] = []
+        """The failures under way."""
         self._latest_arm: dict[int, int] = {}
         """The last request of each thread that consumes poison just now."""
         self._finders: set[int] = set()
@@ -117,8 +122,13 @@ class Failures:
         """
         # Once begun it ends, whoever asked for it: half a failure would leave poison that somebody can still
         # read.
+        turn = _Turn(incident, current, consumer)
+        self._turns.append(turn)
         with trio.CancelScope(shield=True):
-            to_kill = await self._in_turn(_Turn(incident, current, consumer))
+            try:
+                to_kill = await self._in_turn(turn)
+            finally:
+                self._turns.remove(turn)
             await self._kill_procs(to_kill, current)
             if isinstance(incident.error, CorruptMetadata):
                 await self.revoke_everything()  # the filesystem was shut down: from now on all is EIO
@@ -139,26 +149,11 @@ class Failures:
 
         async with self.mf_mutex:
             tasks = await trio.to_thread.run_sync(work)
-        self._take_hidden(incident)
-        self._hidden += tasks
+        self._hidden.add(tasks)
 
     def forget_hidden(self, incident: Incident) -> None:
         """The poison that was hidden there is gone."""
-        self._take_hidden(incident)
-
-    def _take_hidden(self, incident: Incident) -> list[Task]:
-        """Those who had pages of ``incident`` present when they were hidden, with those pages; they are
-        forgotten.
-        """
-        taken: list[Task] = []
-        kept: list[Task] = []
-        for task in self._hidden:
-            hit = tuple(run for run in task.present if _is_hurt(run, incident))
-            rest = tuple(run for run in task.present if run not in hit)
-            taken += [replace(task, present=hit)] if hit else []
-            kept += [replace(task, present=rest)] if rest else []
-        self._hidden = kept
-        return taken
+        self._hidden.take(incident)
 
     async def revoke_everything(self) -> None:
         """After a shutdown all is EIO, what the page cache has too. Comes after the failure under way."""
@@ -182,14 +177,15 @@ class Failures:
 
     async def _collect_and_revoke(self, batch: list[_Turn]) -> None:
         # What was hidden is known from now on, however that came about.
-        hidden = [self._take_hidden(turn.incident) for turn in batch]
+        for turn in batch:
+            turn.hidden = self._hidden.take(turn.incident)
         early_kill = self._mm.sysctl_early_kill
 
         def work() -> list[tuple[list[Task], list[ToKill]]]:
             collected = self._mappings.collect([turn.incident for turn in batch])
             chosen = []
-            for turn, found, before in zip(batch, collected, hidden, strict=True):
-                tasks = self._victims(turn, found, before)
+            for turn, found in zip(batch, collected, strict=True):
+                turn.tasks = tasks = self._victims(turn, found)
                 to_kill = collect_procs(turn.incident, tasks, early_kill=early_kill, force_tid=turn.current)
                 self._mappings.revoke(to_unmap(turn.incident, to_kill))
                 chosen.append((tasks, to_kill))
@@ -209,19 +205,23 @@ class Failures:
                 to_kill = collect_procs(turn.incident, left, early_kill=early_kill, force_tid=turn.current)
             turn.to_kill = to_kill + other
 
-    def _victims(self, turn: _Turn, found: list[Task], hidden: list[Task]) -> list[Task]:
+    def _victims(self, turn: _Turn, found: list[Task]) -> list[Task]:
         """Who had pages of the failure present: now, or when poison was hidden there; the consumer knows."""
         tasks = hurt_as_mapped(turn.incident, found)
         known = {task.pid for task in tasks} | {turn.consumer}
-        tasks += [task for task in hidden if task.pid not in known and self._mappings.still_mapped(task)]
+        tasks += [task for task in turn.hidden if task.pid not in known and self._mappings.still_mapped(task)]
         return [task for task in tasks if task.pid != turn.consumer]
 
     async def holders(self, incident: Incident) -> list[Task]:
-        """Who has pages of ``incident`` present, or had when poison was hidden there; nothing is taken
-        away.
+        """Who has pages of ``incident`` present, or had when poison was hidden there or it was collected;
+        nothing is taken away.
         """
+        turn = next((turn for turn in self._turns if turn.incident is incident), None)
+        hidden = self._hidden.of(incident) if turn is None else turn.hidden
         (tasks,) = await trio.to_thread.run_sync(self._mappings.collect, [incident])
-        return tasks + [task for task in self._hidden if any(_is_hurt(run, incident) for run in task.present)]
+        if turn is not None and turn.tasks is not None:
+            return turn.tasks  # its pages may be gone by now
+        return tasks + hidden
 
     # -- action optional
 
@@ -359,13 +359,6 @@ class Failures:
     def _inexact(self, read: PoisonedRead, pfn: Pfn, reason: str) -> None:
         pid = process_of(read.tid) if read.tid else 0
         self._emit(_ar(pid, read.tid, _comm(pid), 0, pfn, "inexact", f"SIGBUS stays BUS_ADRERR: {reason}"))
-
-
-def _is_hurt(run: PresentRun, incident: Incident) -> bool:
-    return any(
-        m.mapping == run.mapping and m.index < run.index + run.nr_pages and run.index < m.index + m.count
-        for m in incident.mappings
-    )
 
 
 def _comm(pid: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from typing import Literal
 
@@ -39,6 +38,7 @@ from daxemu.pmem.inject import check_range, corrupt, failed_pages, inject_all, s
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
 from daxemu.repair.strategy import Verdict
+from daxemu.supervisor.clones import Clones
 from daxemu.supervisor.consumption import Consumption
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.failures import Failures
@@ -74,6 +74,7 @@ class Machine:
         self.consumption = Consumption(self)
         met = self.consumption
         self.operations = Operations(fs, met.on_read, met.on_write, session.forget_attributes)
+        self.clones = Clones(self)
         self.scrubber = Scrubber(self.scrub)
         self.supplement_missing = supplement_missing
         self.layouts: LayoutTable | None = None
@@ -94,8 +95,8 @@ class Machine:
             self._extra = ExtraOperations(
                 self.fs,
                 self.session.mount.dev,
-                self._clone,
-                self._write_back,
+                self.clones,
+                self.write_back,
                 self.session.forget_attributes,
                 nursery,
             )
@@ -132,7 +133,8 @@ class Machine:
             self.log.emit(PoisonInjected(offset=bad.start, length=bad.length, latent=request.latent))
             failure = None if request.latent else self.mm.memory_failure(*failed_pages(self.pmem, bad), 0)
             if failure is not None:
-                self.consumption.failing.add(*bad)
+                self.consumption.failing.append((bad, failure))
+            self.consumption.forget(bad)
             done.append((bad, part, failure))
         results = [p.PoisonedRange(0, 0, 0, 0, "", 0)] * len(done)
         async with trio.open_nursery() as nursery:
@@ -161,7 +163,7 @@ class Machine:
             try:
                 result, told = await self.failures.handle(failure)
             finally:
-                self.consumption.failing.remove(*bad)
+                self.consumption.failing.remove((bad, failure))
             outcome = result.value
         results[index] = p.PoisonedRange(bad.start, bad.length, pfn, nr_pages, outcome, told)
 
@@ -199,14 +201,15 @@ class Machine:
         self.check_present()
         found, _ = await self._resolve(request.ino, request.ranges)
         cleared: list[Range] = []
-        for part in found:
-            blocks = [_blocks_of(*part)]
-            self.repairs.store_begins(blocks, Origin.SYSCALL)
-            for good in uninject(self.pmem, part.start, part.length):
-                self.log.emit(PoisonCleared(offset=good.start, length=good.length, by="request"))
-                self.failures.forget_hidden(self._unreported(good))
-                cleared.append(good)
-            self.repairs.store_done(blocks, Origin.SYSCALL)
+        with self.pmem.dax.clearing(found):
+            for part in found:
+                blocks = [_blocks_of(*part)]
+                self.repairs.store_begins(blocks, Origin.SYSCALL)
+                for good in uninject(self.pmem, part.start, part.length):
+                    self.log.emit(PoisonCleared(offset=good.start, length=good.length, by="request"))
+                    self.failures.forget_hidden(self._unreported(good))
+                    cleared.append(good)
+                self.repairs.store_done(blocks, Origin.SYSCALL)
         self.fs.adopt_cleared(cleared)
         return p.Cleared([(r.start, r.length) for r in cleared], sum(r.length for r in cleared))
 
@@ -228,7 +231,7 @@ class Machine:
             if found := self._file_ranges(ino, [(offset, 1)]):
                 return page_align_down(found[0].start)
             if attempt == 0:
-                await self._write_back(ino)
+                await self.write_back(ino)
         return None
 
     async def _resolve(self, ino: Ino | None, ranges: list[tuple[int, int]]) -> tuple[list[Range], int]:
@@ -248,7 +251,7 @@ class Machine:
         holes = sum(length for _, length in ranges) - sum(r.length for r in found)
         if holes:
             # What was stored through a mapping has no place on the media before it is written back.
-            await self._write_back(ino)
+            await self.write_back(ino)
             found = self._file_ranges(ino, ranges)
             holes = sum(length for _, length in ranges) - sum(r.length for r in found)
         if not found:
@@ -260,7 +263,7 @@ class Machine:
     def _file_ranges(self, ino: Ino, ranges: list[tuple[int, int]]) -> list[Range]:
         return [found for offset, length in ranges for found in self.fs.device_ranges(ino, offset, length)]
 
-    async def _write_back(self, ino: Ino) -> None:
+    async def write_back(self, ino: Ino) -> None:
         """Have a file's dirty pages written back to us, and leave them mapped."""
         path = self.fs.names.path_bytes(ino)
         if path is None:
@@ -297,33 +300,12 @@ class Machine:
     # -- files
 
     async def reflink(self, request: p.Reflink) -> p.Shared:
-        """Share blocks between files. What the page cache has of either is written back first, as for
-        FICLONE.
-        """
+        """Share blocks between files, as FICLONERANGE does."""
         return p.Shared(
-            await self._clone(
+            await self.clones.clone(
                 request.src, request.src_offset, request.dst, request.dst_offset, request.length
             )
         )
-
-    async def _clone(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
-        self.fs.check_alive()
-        await self._write_back(src)
-        await self._write_back(dst)  # or the revoke below would put it over the clone
-        shared = self.fs.remap_file_range(src, src_offset, dst, dst_offset, length)
-        if shared:
-            # A revoke while the kernel asks for the new size would make it drop the answer, and a page fault
-            # never asks again: so the size is brought to the kernel under the mutex.
-            async with self.failures.mf_mutex:
-                await trio.to_thread.run_sync(self.session.revoke, dst, dst_offset, shared)
-                await trio.to_thread.run_sync(self._stat, self.fs.names.path_bytes(dst))
-        return shared
-
-    def _stat(self, path: bytes | None) -> None:
-        """Have the kernel ask for a file's attributes. From a worker thread only."""
-        if path is not None:
-            with suppress(OSError):
-                os.lstat(os.fsencode(self.session.mount.mountpoint) + path)
 
     def map(self, ino: Ino) -> p.FileMap:
         """The extents of a file, holes included. Raises InvalidArgument if it is no regular file."""
@@ -362,7 +344,7 @@ class Machine:
         self.check_present()
         if request.strategy is not None:
             await trio.to_thread.run_sync(self.repairs.check, request.strategy)
-            self.repairs.choose(request.strategy)
+            await self._choose(request.strategy)
             self.log.emit(SettingChanged(name="repair", value=request.strategy))
         total, reason = p.Repaired(self.repairs.text, 0, 0, 0, None), None
         for bad in list(self.pmem.badblocks):
@@ -374,6 +356,10 @@ class Machine:
         total.left = sum(_blocks_of(bad.offset, bad.offset + bad.length).length for bad in self.fs.damaged())
         total.reason = reason
         return total
+
+    async def _choose(self, strategy: str) -> None:
+        await self.repairs.attach(strategy)
+        self.consumption.forget(Range(0, self.pmem.dax.size))
 
     async def _repair_now(self, bad: Range) -> Verdict | None:
         """Ask the strategy about device bytes that are known to be bad."""
@@ -391,7 +377,7 @@ class Machine:
         settings: dict[str, Callable[[str], Callable[[], None]]] = {
             "early_kill": self._early_kill,
             "lost_store": self._lost_store,
-            "repair": lambda text: partial(self.repairs.choose, text),
+            "repair": lambda text: lambda: None,  # see below: it takes its time
             "scrub_interval": self._scrub_interval,
         }
         changes: list[tuple[SettingChanged, Callable[[], None]]] = []
@@ -404,6 +390,7 @@ class Machine:
                 raise InvalidArgument(f"{name}={value}: {error}") from error
         if "repair" in wanted:
             await trio.to_thread.run_sync(self.repairs.check, wanted["repair"])
+            await self._choose(wanted["repair"])
         for changed, change in changes:
             change()
             self.log.emit(changed)

@@ -10,20 +10,20 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import trio
 
-from daxemu.errors import DaxemuError, InvalidArgument, MediaError, NoSpace
-from daxemu.events import Emit, RepairFinished, RepairStrategyFailed
+from daxemu.errors import Busy, DaxemuError, InvalidArgument, MediaError, NoSpace, NotMounted
+from daxemu.events import Emit, RepairFinished, RepairProgress, RepairStrategyFailed
 from daxemu.fs.data_ops import Origin
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.rmap import Owner
 from daxemu.mm.memory_failure import Incident, Task
 from daxemu.pmem.pmem import Pmem
-from daxemu.protocol import RepairReport
+from daxemu.protocol import Progress, RepairReport
 from daxemu.ranges import Range, RangeSet
 from daxemu.repair import registry
 from daxemu.repair.strategy import Failure, Options, Strategy, Verdict
@@ -35,8 +35,14 @@ log = logging.getLogger(__name__)
 
 HOOK_LIMIT = 5.0
 """Seconds that any one call into a strategy may take."""
-MOUNT_LIMIT = 600.0
-"""Seconds that it may take to begin: to copy, or add up, everything there is."""
+BEGIN_LIMIT = 20.0
+"""Seconds that it may take to begin, without the pieces that it then sees to one by one. Less than the
+watchdog waits.
+"""
+SAY = 1.0
+"""Seconds between two events that say how far it has come."""
+INCOMPLETE = "incomplete"
+"""The file that is there while what is kept for repair is not complete."""
 IDLE = 1.0
 """Seconds between looks whether the strategy wants to be ticked."""
 
@@ -62,12 +68,12 @@ class Repairs:
         self._strategy: Strategy | None = None
         self._lost = RangeSet()
         """Blocks with a mapped store that was lost to poison, since they were last written."""
-        self._early = RangeSet()
-        """Blocks that were recovered for a read, before their failure came to :meth:`failed`."""
-        self._asked: dict[int, RangeSet] = {}
-        """Incidents (their serials) that a read has asked about already, and what came of it."""
         self.text = "none"
         self.broken: str | None = None
+        self.progress: Progress | None = None
+        """How far the strategy is, while it sees to what was there before it."""
+        self.is_ending = False
+        """The mount is gone: nothing begins any more."""
         self.counters = dict.fromkeys(("recovered", "lost", "cannot", "failed"), 0)
 
     # -- which one
@@ -82,31 +88,75 @@ class Repairs:
                 raise InvalidArgument(f"--repair {text}: {path} is on the mount itself")
         return kind, options
 
-    def choose(self, text: str, *, after_crash: bool = False) -> None:
-        """Have ``NAME[:key=value,...]`` from now on. Raises InvalidArgument, with nothing changed, or any
-        other DaxemuError if the strategy cannot begin; then there is none. Precondition: :meth:`check`.
+    def choose(self, text: str, *, after_crash: bool = False) -> Iterator[Progress]:
+        """Have ``NAME[:key=value,...]`` from now on. Each step brings a bounded piece of what it keeps up to
+        date; files may be used in between.
+
+        Raises InvalidArgument, with nothing changed, or any other DaxemuError if the strategy cannot begin;
+        then there is none. Busy if another one was chosen meanwhile: that stays.
         """
         kind, options = self.check(text)
         self._drop()
         directory = self._root / kind.layout(options)
-        registry.forget(self._fs, self._root, keep=directory, kind=kind)
+        self._forget(directory, kind)
         volume = Volume(self._fs, directory, self._guard.atomically)
+        strategy: Strategy | None = None
         try:
-            strategy = self._guard.call(MOUNT_LIMIT, kind, volume, options)
-            self._guard.call(MOUNT_LIMIT, strategy.mounted, after_crash=after_crash)
+            if kind.watches and not directory.exists():
+                self._root.mkdir(parents=True, exist_ok=True)
+                (self._root / INCOMPLETE).touch()
+            self._strategy = strategy = self._guard.call(BEGIN_LIMIT, kind, volume, options)
+            self.text, self.broken = text, None
+            if kind.watches:
+                self._fs.watch(self)
+            pieces = self._guard.call(BEGIN_LIMIT, strategy.mounted, after_crash=after_crash)
+            yield from self._see_to(strategy, pieces)
+            (self._root / INCOMPLETE).unlink(missing_ok=True)
         except Exception as error:
-            registry.forget(self._fs, self._root)
+            if self._strategy is strategy and not self.is_ending:
+                self._drop()
+                self._forget()
             if isinstance(error, DaxemuError):
                 raise
-            raise DaxemuError(f"the repair strategy {text} failed at mount: {error!r}") from error
-        self._strategy, self.text, self.broken = strategy, text, None
-        if kind.watches:
-            self._fs.watch(self)
+            raise DaxemuError(f"the repair strategy {text} cannot begin: {error!r}") from error
+
+    def _see_to(self, strategy: Strategy, pieces: Iterator[Range] | None) -> Iterator[Progress]:
+        total = self._fs.allocator.used_in(Range(0, self._fs.allocator.total)) * PAGE_SIZE
+        progress, said = Progress(0, total), time.monotonic()
+        while pieces is not None:
+            if self._strategy is None:
+                raise DaxemuError(f"the repair strategy {self.text} failed: {self.broken}")
+            if self._strategy is not strategy:
+                raise Busy(f"another repair strategy was chosen meanwhile: {self.text}")
+            if self.is_ending:
+                raise NotMounted("the mount ends: at the next one the strategy begins anew")
+            self._fs.check_alive()
+            piece = self._guard.call(HOOK_LIMIT, next, pieces, None)
+            if piece is None:
+                break
+            seen = self._fs.allocator.used_in(piece.clip(0, self._fs.allocator.total)) * PAGE_SIZE
+            self.progress = progress = Progress(min(total, progress.done_bytes + seen), total)
+            if time.monotonic() - said >= SAY:
+                said = time.monotonic()
+                self._emit(
+                    RepairProgress(strategy=self.text, done_bytes=progress.done_bytes, total_bytes=total)
+                )
+            yield progress
+        if self.progress is not None:
+            self.progress = None
+            self._emit(RepairProgress(strategy=self.text, done_bytes=total, total_bytes=total))
+
+    def _forget(self, keep: Path | None = None, kind: type[Strategy] | None = None) -> None:
+        """Remove what strategies kept, but for what ``kind`` has in ``keep``, if that is complete."""
+        incomplete = self._root / INCOMPLETE
+        is_whole = not incomplete.exists()
+        registry.forget(self._fs, self._root, keep=keep if is_whole else None, kind=kind)
+        incomplete.unlink(missing_ok=True)
 
     def _drop(self) -> None:
         strategy, self._strategy = self._strategy, None
         self._fs.watch(None)
-        self._lost, self._early, self.text = RangeSet(), RangeSet(), "none"
+        self._lost, self.text, self.progress = RangeSet(), "none", None
         if strategy is not None:
             self._try(strategy.discard)
 
@@ -126,7 +176,9 @@ class Repairs:
     def report(self) -> RepairReport:
         """How it fares."""
         space = (self._ask(self._strategy.space_bytes) or 0) if self._strategy is not None else 0
-        return RepairReport(self.text, **self.counters, space_bytes=space, broken=self.broken)
+        return RepairReport(
+            self.text, **self.counters, space_bytes=space, broken=self.broken, progress=self.progress
+        )
 
     # -- calling it
 
@@ -158,15 +210,16 @@ class Repairs:
     # -- a failure
 
     def failed(self, incident: Incident, tasks: Sequence[Task]) -> RangeSet:
-        """Nobody has the incident's pages mapped any more: repair what can be. ``tasks``: who had.
+        """Nobody has the incident's pages mapped any more, or a read waits for them: repair what can be. The
+        strategy is asked once. ``tasks``: who had them mapped.
 
         Returns the pfns that are as they were, whose processes need not be told.
         """
         if not self.is_active or incident.pre_remove:
             return RangeSet()
-        if (spared := self._asked.pop(incident.serial, None)) is not None:
-            return spared
-        spared = RangeSet()
+        if incident.spared is not None:
+            return incident.spared
+        spared = incident.spared = RangeSet()
         for part in incident.parts:
             first = part.pfn - self._pmem.dax.base_pfn
             blocks = Range(first, first + part.nr_pages).clip(0, self._fs.allocator.total)
@@ -185,18 +238,6 @@ class Repairs:
         """
         return self._repair(blocks, self._writable(mapped, tasks)) if self.is_active else Verdict()
 
-    def recovered_for_read(self, incident: Incident, tasks: Sequence[Task]) -> bool:
-        """A read waits for blocks that have just gone bad: whether all of them are as they were."""
-        spared = self.failed(incident, tasks)
-        wanted = [Range(part.pfn, part.pfn + part.nr_pages) for part in incident.parts]
-        base = self._pmem.dax.base_pfn
-        for run in spared:
-            self._early.add(run.start - base, run.end - base)
-        if all(spared.covers(*part) for part in wanted):
-            return True
-        self._asked[incident.serial] = spared
-        return False
-
     def _writable(self, incident: Incident, tasks: Sequence[Task]) -> RangeSet:
         """The device blocks of the incident that somebody has mapped for writing."""
         found, base = RangeSet(), self._pmem.dax.base_pfn
@@ -213,17 +254,10 @@ class Repairs:
 
     def _repair(self, blocks: Range, unseen: RangeSet) -> Verdict | None:
         began = time.perf_counter()
-        early = RangeSet(self._early.overlapping(*blocks))
-        self._early.remove(*blocks)
         failure, owners = self._failure(blocks, unseen)
-        verdict: Verdict | None = Verdict()
-        if failure.blocks or failure.copies:
-            verdict = self._ask_for_verdict(failure)
-        elif not early:
-            return verdict  # free blocks, or poison that is only simulated: there is nothing to repair
-        if verdict is not None:
-            for run in early:
-                verdict.recovered.add(*run)
+        if not failure.blocks and not failure.copies:
+            return Verdict()  # free blocks, or poison that is only simulated: there is nothing to repair
+        verdict = self._ask_for_verdict(failure)
         if not failure.blocks:
             return verdict
         word = "failed" if verdict is None else verdict.word(failure)
@@ -330,13 +364,21 @@ class Repairs:
 
     # -- in the background
 
+    async def attach(self, text: str) -> None:
+        """As :meth:`choose`, while the mount is in use: half of the time is for all else. Raises as that."""
+        began = trio.current_time()
+        for _ in self.choose(text):
+            await trio.sleep(trio.current_time() - began)
+            began = trio.current_time()
+
     async def scrub(self) -> int:
         """Have the strategy look at everything; returns how many bytes it looked at."""
         seen = 0
-        if self._strategy is None:
+        strategy = self._strategy
+        if strategy is None:
             return seen
-        pieces = self._strategy.scrub()
-        while self._strategy is not None:
+        pieces = strategy.scrub()
+        while self._strategy is strategy:
             try:
                 piece = self._ask(next, pieces, None)
             except DaxemuError as error:

@@ -51,10 +51,14 @@ ANSWER_PATIENCE = 2.0
 
 
 def supervise(
-    device: Path, mountpoint: Path, ready: Callable[[], None], options: MountOptions = PLAIN
+    device: Path,
+    mountpoint: Path,
+    ready: Callable[[], None],
+    options: MountOptions = PLAIN,
+    progress: Callable[[p.Progress], None] = lambda progress: None,
 ) -> None:
     """Mount ``device`` on ``mountpoint`` and serve it until it is unmounted. ``ready`` is called once it is
-    usable.
+    usable, ``progress`` before that whenever the repair strategy has seen to another piece of the device.
 
     Raises DaxemuError when it cannot be mounted; nothing is left behind then.
     """
@@ -72,7 +76,8 @@ def supervise(
         undo.callback(_save, fs)
         repairs = Repairs(pmem, fs, directory.path / "repair", events.emit, mountpoint.resolve())
         undo.callback(repairs.close)
-        repairs.choose(options.repair, after_crash=fs.had_crashed)
+        for seen in repairs.choose(options.repair, after_crash=fs.had_crashed):
+            progress(seen)
         gc.freeze()  # what was loaded stays: no failure shall wait for a look at a million inodes
         session = Session.open(directory.path, mountpoint)
         undo.callback(session.detach)
@@ -180,6 +185,7 @@ async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
             nursery.start_soon(control.serve, listener)
             nursery.start_soon(_announce, machine.session, ready)
             await FuseLoop().main()
+            machine.repairs.is_ending = True
             with trio.move_on_after(ANSWER_PATIENCE):
                 await control.idle()  # whoever asked for the unmount gets an answer before the socket goes
             nursery.cancel_scope.cancel()

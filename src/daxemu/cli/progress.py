@@ -1,0 +1,86 @@
+"""How far a repair strategy is that has just been chosen: a line on the terminal, while the command waits."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import click
+
+from daxemu.cli.common import human
+from daxemu.client import Client
+from daxemu.errors import DaxemuError
+
+INTERVAL = 0.5
+"""Seconds between two looks."""
+_CLEAR = "\r\x1b[K"
+
+
+def describe(done_bytes: int, total_bytes: int) -> str:
+    """How much of it is done."""
+    return f"{100 * done_bytes // max(1, total_bytes)} % ({human(done_bytes)} of {human(total_bytes)})"
+
+
+@contextmanager
+def line(strategy: str) -> Iterator[Line]:
+    """A line on standard error, if that is a terminal; gone at the end."""
+    shown = Line(strategy)
+    try:
+        yield shown
+    finally:
+        shown.clear()
+
+
+class Line:
+    """One line that is written over."""
+
+    def __init__(self, strategy: str) -> None:
+        self._strategy = strategy
+        self._there = False
+
+    def __call__(self, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"{_CLEAR}{self._strategy}: {describe(done, total)}", err=True, nl=False)
+            self._there = True
+
+    def clear(self) -> None:
+        """Take it away."""
+        if self._there:
+            click.echo(_CLEAR, err=True, nl=False)
+
+
+def choose(client: Client, strategy: str | None, op: str, /, **arguments: Any) -> dict[str, Any]:
+    """A request that chooses ``strategy``. Who interrupts it is told that the supervisor goes on."""
+    if strategy is None:
+        return client.request(op, **arguments)
+    stop = threading.Event()
+    with line(strategy) as show:
+        looking = threading.Thread(target=_look, args=(client, show, stop), daemon=True)
+        if sys.stderr.isatty():
+            looking.start()
+        try:
+            return client.request(op, **arguments)
+        except KeyboardInterrupt:
+            where = client.mount.mountpoint
+            show.clear()
+            click.echo(
+                f"daxemu: the supervisor goes on with {strategy}: see daxemu status {where}; "
+                f"daxemu repair {where} --strategy none ends it",
+                err=True,
+            )
+            raise
+        finally:
+            stop.set()
+            if looking.is_alive():
+                looking.join()
+
+
+def _look(client: Client, show: Line, stop: threading.Event) -> None:
+    with suppress(DaxemuError), Client(client.mount, patience=5.0) as other:
+        while not stop.wait(INTERVAL):
+            progress = other.request("status")["repair"].get("progress")
+            if progress is not None and not stop.is_set():
+                show(progress["done_bytes"], progress["total_bytes"])

@@ -1,0 +1,140 @@
+"""Sharing blocks between files while programs store to both through mappings: ``FICLONERANGE`` and
+copy_file_range(2).
+
+As in the kernel (``xfs_reflink_remap_prep()``), it is as if it happened at one moment. What was stored to
+the target before is gone, what is stored later is in the target alone. The clone has what was stored to the
+source before, and nothing of what was stored later.
+
+The target's pages are taken away first, and nobody gets them back before the clone is there: a page of
+before, written back later, would lie over the clone. The source's pages stay, or a failure would find nobody
+who has them present; they are written back until a pass over them finds none dirty, so that no store is in
+the clone without those before it. Where that does not come about they are taken away as well.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
+
+from daxemu.errors import FsError
+from daxemu.fs.inode import MAX_FILE_SIZE, Inode
+from daxemu.fs.reflink import check_remap
+from daxemu.host.invalidate_lock import InvalidateLock
+from daxemu.ranges import Range
+from daxemu.uapi import PAGE_SIZE, Ino
+
+if TYPE_CHECKING:
+    from daxemu.supervisor.machine import Machine
+
+PASSES = 4
+"""Times that the source is written back before its pages are taken away."""
+
+
+class Clones:
+    """How a machine shares blocks. Belongs to the trio thread."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    async def clone(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
+        """``FICLONERANGE``; ``length`` 0 is to the end. Returns the bytes shared. Raises as
+        Filesystem.remap_file_range(), and FsError EAGAIN if the files are in too much use.
+        """
+        fs = self._machine.fs
+        fs.check_alive()
+        source, target = fs.names.regular(src)[0], fs.names.regular(dst)[0]
+        check_remap(source, src_offset, target, dst_offset, length or source.size - src_offset)
+
+        def share() -> int:
+            return fs.remap_file_range(src, src_offset, dst, dst_offset, length)
+
+        hurt = _pages(src_offset, length), _pages(dst_offset, length)
+        await self._machine.write_back(dst)  # most of it while nobody waits for us
+        # A revoke while the kernel asks for the new size would make it drop the answer, and a page fault
+        # never asks again: so the size is brought to the kernel under the mutex.
+        async with self._machine.failures.mf_mutex:
+            if shared := await self._share(share, source, target, *hurt):
+                self._machine.session.forget_attributes(dst)
+                await trio.to_thread.run_sync(self._stat, fs.names.path_bytes(dst))
+        return shared
+
+    async def copy(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
+        """``copy_file_range(2)``, for which the kernel has written both files back, and keeps others from
+        writing to the target. Raises as Filesystem.copy_file_range().
+        """
+        fs = self._machine.fs
+
+        def share() -> int:
+            return fs.copy_file_range(src, src_offset, dst, dst_offset, length)
+
+        if self.is_quick(src, src_offset, dst, dst_offset):
+            return share()
+        source, target = fs.names.regular(src)[0], fs.names.regular(dst)[0]
+        hurt = _pages(src_offset, length), _pages(dst_offset, length)
+        async with self._machine.failures.mf_mutex:
+            try:
+                return await self._share(share, source, target, *hurt)
+            except FsError as error:
+                if error.errno == errno.EAGAIN:
+                    raise FsError(errno.EOPNOTSUPP) from error  # the kernel copies the bytes then
+                raise
+
+    def is_quick(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int) -> bool:
+        """Whether a copy_file_range() shares nothing, or concerns no page that can be dirty or stale."""
+        fs = self._machine.fs
+        source, target = fs.names.regular(src)[0], fs.names.regular(dst)[0]
+        if (src_offset | dst_offset) % PAGE_SIZE or src_offset >= source.size:
+            return True
+        return dst_offset >= target.size and not self._machine.operations.writers[src]
+
+    async def _share(
+        self, share: Callable[[], int], source: Inode, target: Inode, taken: Range, replaced: Range
+    ) -> int:
+        """Precondition: the mutex is held."""
+        revoke = self._machine.session.revoke
+        last_change = source.ctime  # the file's i_version: whatever is written back changes it
+        await self._machine.write_back(source.ino)
+        with self._locked() as lock:
+            await lock.invalidate(revoke, [(target.ino, replaced)])
+            if not await self._settle(lock, source, last_change):
+                await lock.invalidate(revoke, [(source.ino, taken)])
+            return share()
+
+    async def _settle(self, lock: InvalidateLock, source: Inode, last_change: int) -> bool:
+        """Write the source back until a pass finds nothing to write. Returns whether that came about."""
+        for _ in range(PASSES):
+            if source.ctime == last_change and lock.is_complete:
+                return True
+            last_change, path = source.ctime, self._machine.fs.names.path_bytes(source.ino)
+            if path is None:
+                return False
+            await lock.while_held(source.ino, partial(self._machine.session.write_back, path))
+        return source.ctime == last_change and lock.is_complete
+
+    @contextmanager
+    def _locked(self) -> Iterator[InvalidateLock]:
+        lock = self._machine.operations.invalidating = InvalidateLock()
+        with self._machine.fs.layouts.suspended():  # or requests would be answered without asking
+            try:
+                yield lock
+            finally:
+                self._machine.operations.invalidating = None
+                lock.release()
+
+    def _stat(self, path: bytes | None) -> None:
+        """Have the kernel ask for a file's attributes. From a worker thread only."""
+        if path is not None:
+            with suppress(OSError):
+                os.lstat(os.fsencode(self._machine.session.mount.mountpoint) + path)
+
+
+def _pages(offset: int, length: int) -> Range:
+    """The bytes of all pages that hold any of these; ``length`` 0 is to the end."""
+    end = offset + length if length else MAX_FILE_SIZE
+    return Range(offset, min(end, MAX_FILE_SIZE)).outer(PAGE_SIZE)

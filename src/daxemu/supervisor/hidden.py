@@ -1,0 +1,72 @@
+"""Who had pages present that are poison nobody knows of. On hardware they would have them still, until
+somebody's load meets the poison and all of them are told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from daxemu.mm.incident import Incident
+from daxemu.mm.to_kill import PresentRun, Task, cut, without
+from daxemu.ranges import Range, RangeSet
+from daxemu.uapi import PAGE_SHIFT
+
+
+class Hidden:
+    """Tasks with what they had present. Belongs to the trio thread."""
+
+    def __init__(self) -> None:
+        self._tasks: list[Task] = []
+
+    def add(self, tasks: Iterable[Task]) -> None:
+        """Remember these; what they had before stays, at other addresses."""
+        for task in tasks:
+            again = RangeSet(_addresses(run) for run in task.present)
+            self._tasks = [_less(old, again) if old.pid == task.pid else old for old in self._tasks]
+            self._tasks.append(task)
+        self._tasks = [task for task in self._tasks if task.present]
+
+    def of(self, incident: Incident) -> list[Task]:
+        """Those who had pages of ``incident``, with just those, or all of what they map by 2 MiB."""
+        return [replace(task, present=hurt) for task in self._tasks if (hurt := _split(task, incident)[0])]
+
+    def take(self, incident: Incident) -> list[Task]:
+        """The same, and these pages are forgotten."""
+        taken = self.of(incident)
+        rest = (replace(task, present=_split(task, incident)[1]) for task in self._tasks)
+        self._tasks = [task for task in rest if task.present]
+        return taken
+
+
+def _split(task: Task, incident: Incident) -> tuple[tuple[PresentRun, ...], tuple[PresentRun, ...]]:
+    """What a task has of an incident, and the rest."""
+    hurt: list[PresentRun] = []
+    rest: list[PresentRun] = []
+    for run in task.present:
+        pages = Range(run.index, run.index + run.nr_pages)
+        bad = RangeSet(
+            part
+            for m in incident.mappings
+            if m.mapping == run.mapping and (part := pages.clip(m.index, m.index + m.count))
+        )
+        if run.shift != PAGE_SHIFT:
+            (hurt if bad else rest).append(run)
+            continue
+        hurt += [cut(run, part) for part in bad]
+        rest += without(run, bad)
+    return tuple(hurt), tuple(rest)
+
+
+def _addresses(run: PresentRun) -> Range:
+    return Range(run.address, run.address + (run.nr_pages << PAGE_SHIFT))
+
+
+def _less(task: Task, addresses: RangeSet) -> Task:
+    kept = [
+        cut(run, Range(index, index + (part.length >> PAGE_SHIFT)))
+        for run in task.present
+        for part in addresses.gaps(*_addresses(run))
+        for index in [run.index + ((part.start - run.address) >> PAGE_SHIFT)]
+    ]
+    return replace(task, present=tuple(kept))
