@@ -93,7 +93,8 @@ class Consumption:
         if any(known.clip(*part) for known in self._unhealed):
             return False
         if any(machine.pmem.badblocks.overlapping_bytes(part.start, part.length)):
-            under_way = next((incident for bad, incident in self.failing if bad.clip(*part)), None)
+            latest = reversed(self.failing)
+            under_way = next((incident for bad, incident in latest if bad.clip(*part)), None)
             return under_way is not None and await self._ask(under_way, part)
         incident = self._failure(part)
         if not await self._ask(incident, part):
@@ -107,4 +108,6 @@ class Consumption:
         machine = self._machine
         tasks = await machine.failures.holders(incident)
         pfn, nr_pages = failed_pages(machine.pmem, part)
-        return machine.repairs.failed(incident, tasks).covers(pfn, pfn + nr_pages)
+        is_spared = machine.repairs.failed(incident, tasks).covers(pfn, pfn + nr_pages)
+        # It may have gone bad again since.
+        return is_spared and not machine.pmem.dax.is_poisoned(part.start, part.length)
