@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt src/daxemu/host/supplement.c .ci/system-packages
+$(STAMP): pyproject.toml setup.py constraints.txt src/daxemu/host/supplement.c $(wildcard src/daxemu/host/victims*.[ch]) .ci/system-packages
 	bash .ci/system-packages
 	test -x $(PY) || python3 -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

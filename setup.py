@@ -1,7 +1,7 @@
-"""Builds the one C file of the project, host/supplement.c; everything else is in pyproject.toml.
+"""Builds the C of the project, host/supplement.c and host/victims_*.c; everything else is in pyproject.toml.
 
-The supplement is optional: where libfuse3's headers or a compiler are missing, daxemu installs without it and
-`daxemu status` says what is then missing.
+Both are optional: where libfuse3's headers or a compiler are missing, daxemu installs without them. Without
+the supplement something is missing, and `daxemu status` says what; without the other nothing is but speed.
 """
 
 import shlex
@@ -26,6 +26,13 @@ setup(
             extra_compile_args=[*pkg_config("--cflags"), "-O2", "-Wall", "-Wextra"],
             extra_link_args=pkg_config("--libs"),
             optional=True,
-        )
+        ),
+        Extension(
+            "daxemu.host._victims",
+            sources=["src/daxemu/host/victims_collect.c"],
+            depends=["src/daxemu/host/victims.h"],
+            extra_compile_args=["-O2", "-Wall", "-Wextra"],
+            optional=True,
+        ),
     ]
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from daxemu.host import tasks
+from daxemu.host import tasks, victims
 from daxemu.host.mapcount import MAX_PAGES, Mms, all_found
 from daxemu.host.tasks import collect_tasks
 from daxemu.mm.memory_failure import Task
@@ -73,7 +73,8 @@ def found(file: Path, *ranges: Range, likely: frozenset[int] = frozenset()) -> l
 
 @pytest.fixture
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The processes whose mappings are read."""
+    """The processes whose mappings are read, one at a time."""
+    monkeypatch.setattr(victims, "MISSING", "for this test")
     pids: list[int] = []
     read_vmas = tasks.read_vmas
 
