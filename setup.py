@@ -29,7 +29,7 @@ setup(
         ),
         Extension(
             "daxemu.host._victims",
-            sources=["src/daxemu/host/victims_collect.c"],
+            sources=[f"src/daxemu/host/victims_{part}.c" for part in ("collect", "deliver", "proc")],
             depends=["src/daxemu/host/victims.h"],
             extra_compile_args=["-O2", "-Wall", "-Wextra"],
             optional=True,

@@ -1,4 +1,5 @@
-"""The hot loops of a failure in C: victims_collect.c looks at many processes in one call.
+"""The hot loops of a failure in C: victims_collect.c looks at many processes in one call, victims_deliver.c
+signals many threads.
 
 Each answers for what is ordinary, and leaves everything else to Python, which can do all of it: without the C
 nothing is missing but speed. DAXEMU_VICTIMS=python in the environment leaves it aside.

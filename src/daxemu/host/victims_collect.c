@@ -11,28 +11,17 @@
 #include "victims.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
-#define PAGE_SHIFT 12
 #define MOST_VMAS 64 /* of the device, in one process */
 #define MOST_REGIONS 256 /* of pages that are present, in one range */
 
 enum { NOTHING, FOUND, ASK }; /* verdicts */
 
-/* uapi/linux/fs.h, whose installed version may be older than the kernel */
-struct procmap_query {
-	uint64_t size, flags, address;
-	uint64_t start, end, vma_flags, page_size, offset, ino;
-	uint32_t major, minor, name_size, build_id_size;
-	uint64_t name, build_id;
-};
-
+/* uapi/linux/fs.h */
 struct page_region {
 	uint64_t start, end, categories;
 };
@@ -42,7 +31,6 @@ struct pm_scan_arg {
 	uint64_t inverted, all_of, any_of, returned;
 };
 
-#define QUERY_VMA _IOWR('f', 17, struct procmap_query)
 #define VMA_WRITABLE 0x02
 #define VMA_SHARED 0x08
 #define COVERING_OR_NEXT 0x10
@@ -51,25 +39,9 @@ struct pm_scan_arg {
 #define PAGE_IS_FILE (1 << 2)
 #define PAGE_IS_PRESENT (1 << 3)
 
-const int daxemu_victims_version = VERSION;
-
 struct vma {
 	uint64_t start, end, pgoff, ino, flags;
 };
-
-struct stat_line {
-	char text[1024];
-	const char *minor_faults, *major_faults; /* as text, to compare */
-	uint64_t flags;
-	uint32_t nr_threads;
-};
-
-static int open_of(int pid, const char *name)
-{
-	char path[48];
-	snprintf(path, sizeof path, "/proc/%d/%s", pid, name);
-	return open(path, O_RDONLY | O_CLOEXEC);
-}
 
 /* The process is gone, or not ours to look into: then it has nothing that we could tell it of. */
 static int is_gone(void)
@@ -82,10 +54,10 @@ static int read_vmas(int maps, const struct daxemu_search *search, struct vma *v
 {
 	int count = 0;
 	for (uint64_t address = 0;;) {
-		struct procmap_query query = {
+		struct daxemu_procmap_query query = {
 			.size = sizeof query, .flags = COVERING_OR_NEXT | FILE_BACKED, .address = address
 		};
-		if (ioctl(maps, QUERY_VMA, &query))
+		if (ioctl(maps, DAXEMU_PROCMAP_QUERY, &query))
 			return errno == ENOENT ? count : -1; /* ENOENT: there are no more */
 		address = query.end;
 		if (query.major != search->major || query.minor != search->minor)
@@ -97,31 +69,6 @@ static int read_vmas(int maps, const struct daxemu_search *search, struct vma *v
 		vmas[count++] = (struct vma){ query.start, query.end, query.offset >> PAGE_SHIFT, query.ino,
 					      query.vma_flags };
 	}
-}
-
-/* Reads /proc/PID/stat and takes it apart: the fields begin after the last parenthesis, for a name may hold some. */
-static int read_stat(int fd, struct stat_line *stat)
-{
-	ssize_t size = pread(fd, stat->text, sizeof stat->text - 1, 0);
-	if (size <= 0)
-		return -1;
-	stat->text[size] = 0;
-	char *rest = strrchr(stat->text, ')');
-	if (!rest)
-		return -1;
-	*rest = 0; /* the name ends here */
-	char *next = rest + 1, *field;
-	for (int at = 0; (field = strtok_r(next, " ", &next)) && at <= 17; at++) {
-		if (at == 6)
-			stat->flags = strtoull(field, NULL, 10);
-		else if (at == 7)
-			stat->minor_faults = field;
-		else if (at == 9)
-			stat->major_faults = field;
-		else if (at == 17)
-			stat->nr_threads = strtoul(field, NULL, 10);
-	}
-	return field ? 0 : -1;
 }
 
 /* Adds the pages of one range of a mapping that are present and the file's own. */
@@ -176,38 +123,38 @@ static int look_again(int maps, int pagemap, int stat, const struct daxemu_searc
 		      int count, struct daxemu_process *process, struct daxemu_runs *runs)
 {
 	struct vma now[MOST_VMAS];
-	struct stat_line before, after;
+	struct daxemu_stat before, after;
 	uint32_t used = runs->used;
-	if (read_stat(stat, &before) || scan_all(pagemap, search, vmas, count, runs))
+	if (daxemu_read_stat(stat, &before) || scan_all(pagemap, search, vmas, count, runs))
 		return ASK;
 	if (read_vmas(maps, search, now) != count || memcmp(now, vmas, count * sizeof *vmas))
 		return ASK;
 	process->nr_runs = runs->used - used;
 	if (!process->nr_runs)
 		return NOTHING;
-	if (read_stat(stat, &after) || strcmp(before.minor_faults, after.minor_faults) ||
-	    strcmp(before.major_faults, after.major_faults))
+	if (daxemu_read_stat(stat, &after) ||
+	    strcmp(before.fields[STAT_MINOR_FAULTS], after.fields[STAT_MINOR_FAULTS]) ||
+	    strcmp(before.fields[STAT_MAJOR_FAULTS], after.fields[STAT_MAJOR_FAULTS]))
 		return ASK;
-	const char *name = strchr(after.text, '(');
-	if (!name || strlen(name + 1) >= sizeof process->comm)
+	if (strlen(after.comm) >= sizeof process->comm)
 		return ASK;
-	strcpy(process->comm, name + 1);
-	process->flags = after.flags;
-	process->nr_threads = after.nr_threads;
+	strcpy(process->comm, after.comm);
+	process->flags = strtoull(after.fields[STAT_FLAGS], NULL, 10);
+	process->nr_threads = strtoul(after.fields[STAT_THREADS], NULL, 10);
 	return FOUND;
 }
 
 static int look_at(const struct daxemu_search *search, struct daxemu_process *process, struct daxemu_runs *runs)
 {
 	struct vma vmas[MOST_VMAS];
-	int maps = open_of(process->pid, "maps");
+	int maps = daxemu_open(process->pid, "maps");
 	if (maps < 0)
 		return is_gone() ? NOTHING : ASK;
 	int verdict = ASK, count = read_vmas(maps, search, vmas);
 	if (!count || (count < 0 && is_gone())) {
 		verdict = NOTHING;
 	} else if (count > 0 && search->nr_wanted) {
-		int pagemap = open_of(process->pid, "pagemap"), stat = open_of(process->pid, "stat");
+		int pagemap = daxemu_open(process->pid, "pagemap"), stat = daxemu_open(process->pid, "stat");
 		if (pagemap >= 0 && stat >= 0)
 			verdict = look_again(maps, pagemap, stat, search, vmas, count, process, runs);
 		if (pagemap >= 0)
