@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from daxemu.host import tasks, victims
+from daxemu.host import tasks
 from daxemu.host.mapcount import MAX_PAGES, Mms, all_found
 from daxemu.host.tasks import collect_tasks
 from daxemu.mm.memory_failure import Task
 from daxemu.ranges import Range
+from tests.host.conftest import without_c
 from tests.support.actor import Actor
 
 PAGE = 4096
@@ -74,7 +75,7 @@ def found(file: Path, *ranges: Range, likely: frozenset[int] = frozenset()) -> l
 @pytest.fixture
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The processes whose mappings are read, one at a time."""
-    monkeypatch.setattr(victims, "MISSING", "for this test")
+    without_c(monkeypatch)
     pids: list[int] = []
     read_vmas = tasks.read_vmas
 

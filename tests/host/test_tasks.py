@@ -25,18 +25,10 @@ from daxemu.host.tasks import (
 from daxemu.mm.memory_failure import Task
 from daxemu.ranges import Range
 from daxemu.uapi import PF_MCE_EARLY, PF_MCE_PROCESS
+from tests.host.conftest import without_c
 from tests.support.actor import Actor
 
 PAGE = 4096
-
-
-@pytest.fixture(params=["C", "Python"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to look at processes."""
-    if request.param == "Python":
-        monkeypatch.setattr(victims, "MISSING", "for this test")
-    elif victims.MISSING is not None:
-        pytest.skip(victims.MISSING)
 
 
 @pytest.fixture
@@ -128,7 +120,7 @@ def test_both_ways_find_the_same(
     assert actor.pid in {task.pid for task in quickly}
     assert actor.pid not in closely, "C found it all"
     monkeypatch.undo()
-    monkeypatch.setattr(victims, "MISSING", "for this test")
+    without_c(monkeypatch)
     assert everybody(file) == quickly
 
 
@@ -149,7 +141,7 @@ def test_many_mappings_and_many_runs(file: Path, mappings: int, pages: int) -> N
 def meanwhile(monkeypatch: pytest.MonkeyPatch, *changes: Callable[[], None]) -> None:
     """Have these things happen, before the first look at the page tables, after it, before the second..."""
     real, todo = tasks.present_in, [*changes]
-    monkeypatch.setattr(victims, "MISSING", "for this test")
+    without_c(monkeypatch)
 
     def present_in(pagemap: int, start: int, end: int) -> Iterator[Range]:
         if todo:
@@ -198,7 +190,7 @@ def test_who_faults_all_the_while_is_found(file: Path, actor: Actor, monkeypatch
     actor.cmd("mmap 0 0 0 64 shared")
     actor.cmd("tw 0 3 x")
     turns = count()
-    monkeypatch.setattr(victims, "MISSING", "for this test")
+    without_c(monkeypatch)
     monkeypatch.setattr(tasks, "_faults", lambda _: next(turns))
     assert (3, 1, 3 * PAGE) in present_pages(file, actor, Range(3, 4))
 
@@ -228,7 +220,7 @@ def test_without_pagemap_scan_the_same_is_found(
     for page in (3, 17, 18, 63):
         actor.cmd(f"tw 0 {page} x")
     new = present_pages(file, actor, Range(0, 64))
-    monkeypatch.setattr(victims, "MISSING", "for this test")
+    without_c(monkeypatch)
     monkeypatch.setattr(tasks, "_PAGEMAP_SCAN", 0xDEAD)  # a kernel that does not know the ioctl
     assert present_pages(file, actor, Range(0, 64)) == new != []
 

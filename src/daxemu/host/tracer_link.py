@@ -63,8 +63,9 @@ class Pending:
 
     async def wait(self, timeout: float = math.inf) -> Outcome | None:  # noqa: ASYNC109
         """What came of it; None if nothing did within ``timeout`` seconds: it goes on, one may wait again."""
-        with trio.move_on_after(timeout):
-            await self._done.wait()
+        if self.outcome is None:
+            with trio.move_on_after(timeout):
+                await self._done.wait()
         return self.outcome
 
     def _acknowledge(self) -> None:
