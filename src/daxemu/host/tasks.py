@@ -38,7 +38,6 @@ _REGIONS = 256
 _PM_PRESENT = 1 << 63
 _PM_SWAP = 1 << 62
 _PM_FILE = 1 << 61
-_COUNTING = 8  # processes C looks at in the time that counting the mappings of one that was found takes
 _LOOKS = 8  # at a process that maps and faults meanwhile
 _PM_CHUNK = 1 << 16  # pages looked at in one read(2) where PAGEMAP_SCAN is missing
 
@@ -84,10 +83,9 @@ def collect_tasks(
     found = _look_at_each([pid for pid in pids if pid in likely], dev, wanted, pages_of)
     rest = [pid for pid in pids if pid not in likely]
     # To be certain of those that were found costs as much again as to find them.
-    cost = _COUNTING if victims.MISSING is None else 1
-    if wanted is not None and pages_of is present_runs and cost * len(found) < len(rest):
+    if wanted is not None and pages_of is present_runs and len(found) < len(rest):
         everybody = all_found(found, wanted)
-        rest = rest if everybody is None else [pid for pid in rest if everybody.has(pid)]
+        rest = rest if everybody is None else everybody.living_in(rest)
     found += _look_at_each(rest, dev, wanted, pages_of)
     return sorted(found, key=attrgetter("pid"))
 

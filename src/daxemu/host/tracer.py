@@ -369,6 +369,7 @@ def _mourn(supervisor: int, abort: str) -> None:
     mount: that thread cannot die before it is answered, and the process lingers as a zombie that keeps
     everybody waiting.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # the other thread's
     while True:
         time.sleep(_MOURNING_INTERVAL)
         try:

@@ -13,7 +13,9 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <linux/kcmp.h>
 #include <sys/ioctl.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #define MOST_VMAS 64 /* of the device, in one process */
@@ -176,4 +178,11 @@ void daxemu_collect(const struct daxemu_search *search, struct daxemu_process *p
 		if (processes[at].verdict != FOUND)
 			runs->used = used;
 	}
+}
+
+/* Compares the address space of one process with those of others, whose ids give way to what kcmp(2) says of each. */
+void daxemu_compare(int one, int32_t *others, uint32_t count)
+{
+	for (uint32_t at = 0; at < count; at++)
+		others[at] = syscall(SYS_kcmp, one, others[at], KCMP_VM, 0, 0);
 }

@@ -12,7 +12,7 @@
 #include "victims.h"
 
 #include <errno.h>
-#include <fcntl.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -143,6 +143,15 @@ static int step(uint32_t at, int status)
 	return stage;
 }
 
+/* Each stop says SIGCHLD, which would interrupt us each time; one at the end is enough to have somebody look again. */
+static void hold_sigchld(int how)
+{
+	sigset_t set;
+	sigemptyset(&set);
+	sigaddset(&set, SIGCHLD);
+	pthread_sigmask(how, &set, NULL);
+}
+
 void daxemu_restart(const uint32_t *calls, uint32_t count)
 {
 	for (nr_restarted = 0; nr_restarted < count && nr_restarted < MOST_CALLS; nr_restarted++)
@@ -152,21 +161,25 @@ void daxemu_restart(const uint32_t *calls, uint32_t count)
 /* Seizes and interrupts each thread; returns how many, from the first on. The next one cannot be, or there is no room. */
 uint32_t daxemu_deliver(const struct daxemu_delivery *each, uint32_t count, uint64_t options)
 {
-	for (uint32_t at = 0; at < count; at++) {
-		if (under_way == MOST || ptrace(PTRACE_SEIZE, each[at].tid, 0, options))
-			return at;
+	uint32_t at = 0;
+	hold_sigchld(SIG_BLOCK);
+	for (; at < count && under_way < MOST; at++) {
+		if (ptrace(PTRACE_SEIZE, each[at].tid, 0, options))
+			break;
 		/* Fails if it is dying, of which the next wait tells. */
 		ptrace(PTRACE_INTERRUPT, each[at].tid, 0, 0);
 		deliveries[under_way] = each[at];
 		stages[under_way++] = INTERRUPTED;
 	}
-	return count;
+	hold_sigchld(SIG_UNBLOCK);
+	return at;
 }
 
 /* Serves up to ``most`` stops that there are by now, and tells of those that Python must know of. Returns how many. */
 uint32_t daxemu_reap(struct daxemu_wait *waits, uint32_t most, uint32_t *told)
 {
 	uint32_t stops = 0;
+	hold_sigchld(SIG_BLOCK);
 	for (*told = 0; stops < most; stops++) {
 		int status, tid = waitpid(-1, &status, WNOHANG | __WALL);
 		if (tid <= 0)
@@ -175,6 +188,7 @@ uint32_t daxemu_reap(struct daxemu_wait *waits, uint32_t most, uint32_t *told)
 		if (what >= 0)
 			waits[(*told)++] = (struct daxemu_wait){ tid, status, what };
 	}
+	hold_sigchld(SIG_UNBLOCK);
 	return stops;
 }
 
