@@ -140,10 +140,12 @@ class Tracer:
         if self._deliveries is None:
             return requests
         times = Counter(request.tid for request in requests)
-        begun, left = [], []
+        begun: list[tuple[SendAO, int]] = []
+        left: list[Request] = []
         for request in requests:
             held = request.tid in self._threads or request.tid in self._deliveries
-            if isinstance(request, SendAO) and times[request.tid] == 1 and not held:
+            may = times[request.tid] == 1 and not held and len(begun) < self._deliveries.room
+            if may and isinstance(request, SendAO):
                 begun.append((request, next(self._cookies)))
             else:
                 left.append(request)
@@ -335,6 +337,8 @@ class Tracer:
         self._injections.pop(tid, None)
         if (thread := self._threads.pop(tid, None)) is not None:
             self._outbox.extend(Gone(id_) for id_ in thread.ids())
+        elif self._deliveries is not None and tid in self._deliveries:
+            self._outbox.append(Gone(self._deliveries.take_over(tid).request.id))
 
 
 def _reap(most: int) -> tuple[int, list[Wait]]:

@@ -22,7 +22,7 @@ _RUN = struct.Struct("=7Q")
 _RUNS = struct.Struct("@P2I")
 _NOTHING, _FOUND, _ASK = range(3)
 _ROOM = 1024  # runs, beside two for each process
-_ENOUGH = 100  # processes for a thread to be worth its while
+_ENOUGH = 32  # processes for a thread to be worth its while
 
 
 class Run(NamedTuple):

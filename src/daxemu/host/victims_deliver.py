@@ -22,6 +22,7 @@ _WAIT = struct.Struct("=3i")
 _COUNT = struct.Struct("=I")
 _OTHER, _DELIVERED, _INTERRUPTED, _QUEUED = range(4)
 _NO_PAGE = (0, 0, 0, 0)
+_MOST = 1024  # in victims_deliver.c, too
 
 
 class Taken(NamedTuple):
@@ -53,12 +54,17 @@ class Deliveries:
     def __len__(self) -> int:
         return len(self._requests)
 
+    @property
+    def room(self) -> int:
+        """How many more there can be."""
+        return _MOST - len(self)
+
     def __contains__(self, tid: int) -> bool:
         return tid in self._requests
 
     def begin(self, requests: Sequence[tuple[SendAO, int]]) -> int:
         """Seize and interrupt the thread of each request, with its cookie. Returns how many: the one after
-        these cannot be. No thread may have two.
+        these cannot be. Precondition: no thread has two, and there is room.
         """
         packed = b"".join(
             _DELIVERY.pack(

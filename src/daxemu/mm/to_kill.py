@@ -89,7 +89,8 @@ def shared_out(tasks: Sequence[Task], hurt: Sequence[Sequence[tuple[Ino, Range]]
         for task, there in present:
             mine = [_cut(run, pages) for ino, pages in ranges if ino in there for run in there[ino](*pages)]
             if mine:
-                shares[-1].append(replace(task, present=tuple(sorted(mine, key=attrgetter("address")))))
+                cut = tuple(sorted(mine, key=attrgetter("address")))
+                shares[-1].append(task if cut == task.present else replace(task, present=cut))
     return shares
 
 
