@@ -232,6 +232,8 @@ def test_threads_come_with_their_policy(actor: Actor) -> None:
     policies = [t.flags & (PF_MCE_PROCESS | PF_MCE_EARLY) for t in threads]
     assert policies == [0, PF_MCE_PROCESS | PF_MCE_EARLY, PF_MCE_PROCESS]
     assert {process_of(t.tid) for t in threads} == {actor.pid}
+    while Path(f"/proc/{actor.pid}/syscall").read_text() == "running\n":
+        pass  # it has answered, and is on its way
     assert in_page_fault(actor.pid) is False, "it waits in read(2)"
 
 
