@@ -158,14 +158,15 @@ class Rmap:
     def owners(self, start: Block, end: Block) -> list[Owner]:
         """Every use of device blocks ``[start, end)``, cut to it, through every file that shares them."""
         owners: list[Owner] = []
-        at = length = front = size = -1
+        at = length = front = place = size = -1
         for link in self._links.overlapping(start, end):
             # Those that share an extent are mostly alike.
             if link.dev_block != at or link.length != length:
                 at, length = link.dev_block, link.length
                 front = start - at if at < start else 0
-                size = min(at + length, end) - at - front
-            owners.append(Owner(link.ino, link.file_block + front, at + front, size))
+                place = at + front
+                size = min(at + length, end) - place
+            owners.append(Owner(link.ino, link.file_block + front, place, size))
         return owners
 
     def sharing(self, start: Block, end: Block) -> list[tuple[Range, int]]:
