@@ -123,3 +123,18 @@ def test_a_second_request_waits_for_the_first() -> None:
             assert await tracee.line() == f"BUS 5 {turn:x} 12 {tracee.pid}"
 
     scenario(play)
+
+
+def test_one_that_cannot_be_seized_holds_up_nobody() -> None:
+    async def play(link: TracerLink, start: Start) -> None:
+        first, last = await start(), await start()
+        tids = [first.pid, 1 << 22, last.pid]
+        told, gone, told_too = [await link.send_ao(tid, tid, 0x7000) for tid in tids]
+        assert await gone.wait(30) == Gone(gone.id)
+        for tracee, pending in ((first, told), (last, told_too)):
+            assert await pending.wait(30) == Delivered(
+                pending.id, tracee.pid, BUS_MCEERR_AO, 0x7000, pending.id
+            )
+            assert await tracee.line() == f"BUS 5 7000 12 {tracee.pid}"
+
+    scenario(play)

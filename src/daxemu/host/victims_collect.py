@@ -21,7 +21,7 @@ _PROCESS = struct.Struct("=iiIIQ64s")
 _RUN = struct.Struct("=7Q")
 _RUNS = struct.Struct("@P2I")
 _NOTHING, _FOUND, _ASK = range(3)
-_ROOM = 1024  # runs, beside two for each process
+_ROOM = 1024  # runs, beside four for each process
 _ENOUGH = 32  # processes for a thread to be worth its while
 
 
@@ -66,7 +66,7 @@ def collect(
 
 
 def _collect(pids: Sequence[int], dev: tuple[int, int], ranges: bytes) -> list[Found | int]:
-    room = _ROOM + 2 * len(pids)
+    room = _ROOM + 4 * len(pids)
     processes = bytearray(b"".join(_PROCESS.pack(pid, _ASK, 0, 0, 0, b"") for pid in pids))
     runs = bytearray(room * _RUN.size)
     of_ranges, of_processes, of_runs = (as_argument(each) for each in (bytearray(ranges), processes, runs))
