@@ -24,7 +24,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define MOST 1024 /* under way at once */
+#define MOST 4096 /* under way at once */
 #define SIGBUS_BIT (1UL << (SIGBUS - 1))
 #define ERESTARTNOHAND 514 /* linux/errno.h */
 #define USER_CS_64 0x33
@@ -34,20 +34,21 @@
 enum { OTHER, DELIVERED, INTERRUPTED, QUEUED }; /* what a wait is; the last two: how far a delivery came */
 
 static struct daxemu_delivery deliveries[MOST];
-static int32_t stages[MOST];
+static int32_t tids[MOST], stages[MOST];
 static uint32_t under_way;
 static uint32_t restarted[MOST_CALLS], nr_restarted; /* system calls that mend_eintr() is for */
 
 static void forget(uint32_t at)
 {
 	deliveries[at] = deliveries[--under_way];
+	tids[at] = tids[under_way];
 	stages[at] = stages[under_way];
 }
 
 static int find(int tid)
 {
 	for (uint32_t at = 0; at < under_way; at++)
-		if (deliveries[at].tid == tid)
+		if (tids[at] == tid)
 			return at;
 	return -1;
 }
@@ -169,6 +170,7 @@ uint32_t daxemu_deliver(const struct daxemu_delivery *each, uint32_t count, uint
 		/* Fails if it is dying, of which the next wait tells. */
 		ptrace(PTRACE_INTERRUPT, each[at].tid, 0, 0);
 		deliveries[under_way] = each[at];
+		tids[under_way] = each[at].tid;
 		stages[under_way++] = INTERRUPTED;
 	}
 	hold_sigchld(SIG_UNBLOCK);

@@ -22,7 +22,7 @@ _WAIT = struct.Struct("=3i")
 _COUNT = struct.Struct("=I")
 _OTHER, _DELIVERED, _INTERRUPTED, _QUEUED = range(4)
 _NO_PAGE = (0, 0, 0, 0)
-_MOST = 1024  # in victims_deliver.c, too
+_MOST = 4096  # in victims_deliver.c, too
 
 
 class Taken(NamedTuple):
