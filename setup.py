@@ -1,7 +1,9 @@
-"""Builds the C files of the project, host/supplement.c and those beside it; everything else is in pyproject.toml.
+"""Builds the C of the project: host/supplement.c with those beside it, and host/victims_*.c.
 
-The supplement is optional: where libfuse3's headers or a compiler are missing, daxemu installs without it and
-`daxemu status` says what is then missing.
+Everything else is in pyproject.toml.
+
+Both are optional: where libfuse3's headers or a compiler are missing, daxemu installs without them. Without
+the supplement something is missing, and `daxemu status` says what; without the other nothing is but speed.
 """
 
 import shlex
@@ -27,6 +29,13 @@ setup(
             extra_compile_args=[*pkg_config("--cflags"), "-O2", "-Wall", "-Wextra"],
             extra_link_args=pkg_config("--libs"),
             optional=True,
-        )
+        ),
+        Extension(
+            "daxemu.host._victims",
+            sources=[f"src/daxemu/host/victims_{part}.c" for part in ("collect", "deliver", "proc")],
+            depends=["src/daxemu/host/victims.h"],
+            extra_compile_args=["-O2", "-Wall", "-Wextra"],
+            optional=True,
+        ),
     ]
 )

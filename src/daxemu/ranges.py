@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, NamedTuple, TypeVar
 
-from sortedcontainers import SortedDict, SortedKeyList
+from sortedcontainers import SortedKeyList, SortedList
 
 
 class Range(NamedTuple):
@@ -82,10 +82,12 @@ class RangeSet:
     Invariant: for successive stored ranges ``a`` and ``b``, ``a.start < a.end < b.start``.
     """
 
-    __slots__ = ("_ends", "_total")
+    __slots__ = ("_ends", "_starts", "_total")
 
     def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
-        self._ends: SortedDict = SortedDict()
+        self._starts = SortedList()
+        self._ends: dict[int, int] = {}
+        """By start."""
         self._total = 0
         for start, end in ranges:
             self.add(start, end)
@@ -96,11 +98,11 @@ class RangeSet:
         return self._total
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._starts)
 
     def __iter__(self) -> Iterator[Range]:
-        for start, end in self._ends.items():
-            yield Range(start, end)
+        for start in self._starts:
+            yield Range(start, self._ends[start])
 
     def __contains__(self, value: int) -> bool:
         return self.overlaps(value, value + 1)
@@ -113,16 +115,29 @@ class RangeSet:
 
     def _from(self, start: int) -> int:
         """Index of the first stored range that ends after ``start``."""
-        index: int = self._ends.bisect_right(start)
-        if index and self._ends.peekitem(index - 1)[1] > start:
+        index: int = self._starts.bisect_right(start)
+        if index and self._ends[self._starts[index - 1]] > start:
             return index - 1
         return index
+
+    def _at(self, index: int) -> Range:
+        start = self._starts[index]
+        return Range(start, self._ends[start])
+
+    def _set(self, start: int, end: int) -> None:
+        if start not in self._ends:
+            self._starts.add(start)
+        self._ends[start] = end
+
+    def _forget(self, start: int) -> None:
+        del self._ends[start]
+        self._starts.remove(start)
 
     def overlapping(self, start: int, end: int) -> Iterator[Range]:
         """The parts of ``[start, end)`` that are in the set, in order."""
         index = self._from(start)
-        while start < end and index < len(self._ends):
-            found = Range(*self._ends.peekitem(index))
+        while start < end and index < len(self._starts):
+            found = self._at(index)
             if found.start >= end:
                 return
             yield found.clip(start, end)
@@ -137,7 +152,7 @@ class RangeSet:
         if start >= end or not self._ends:
             return False
         index = self._from(start)
-        return index < len(self._ends) and self._ends.peekitem(index)[0] < end
+        return index < len(self._starts) and self._starts[index] < end
 
     def covers(self, start: int, end: int) -> bool:
         """Whether every integer of ``[start, end)`` is in the set."""
@@ -146,9 +161,9 @@ class RangeSet:
     def first_from(self, start: int) -> Range | None:
         """The first range at or after ``start``, cut to begin there; None when nothing lies after it."""
         index = self._from(start)
-        if index == len(self._ends):
+        if index == len(self._starts):
             return None
-        found = Range(*self._ends.peekitem(index))
+        found = self._at(index)
         return Range(max(found.start, start), found.end)
 
     def add(self, start: int, end: int) -> list[Range]:
@@ -159,8 +174,8 @@ class RangeSet:
         # Swallow neighbours that touch, too, so that the stored ranges stay non-adjacent.
         index = self._from(start - 1)
         low, high, at = start, end, start
-        while index < len(self._ends):
-            found = Range(*self._ends.peekitem(index))
+        while index < len(self._starts):
+            found = self._at(index)
             if found.start > end:
                 break
             if at < found.start:
@@ -170,10 +185,10 @@ class RangeSet:
                 low = found.start  # its end is set below
                 index += 1
             else:
-                del self._ends[found.start]
+                self._forget(found.start)
         if at < end:
             added.append(Range(at, end))
-        self._ends[low] = high
+        self._set(low, high)
         self._total += sum(r.length for r in added)
         return added
 
@@ -181,17 +196,20 @@ class RangeSet:
         """Take ``[start, end)`` out of the set; returns the parts that were in it."""
         removed = list(self.overlapping(start, end))
         for part in removed:
-            index = self._from(part.start)
-            whole = Range(*self._ends.popitem(index))
+            whole = self._at(self._from(part.start))
             if whole.start < part.start:
-                self._ends[whole.start] = part.start
+                self._set(whole.start, part.start)
+            else:
+                self._forget(whole.start)
             if part.end < whole.end:
-                self._ends[part.end] = whole.end
+                self._set(part.end, whole.end)
             self._total -= part.length
         return removed
 
 
 T = TypeVar("T")
+
+_FEW = 4  # objects that are sooner looked through than searched
 
 
 class IntervalIndex(Generic[T]):
@@ -258,10 +276,14 @@ class IntervalIndex(Generic[T]):
             return found
         begin, length = self._start, self._length
         for size_class, members in self._classes.items():
+            if len(members) <= _FEW:
+                found += [m for m in members if begin(m) < end and begin(m) + length(m) > start]
+                continue
             # Every length in this class is at least `least` and below twice that: what starts less than
             # `least` before `start` reaches it, what starts twice as early cannot.
             least = 1 << size_class >> 1
             found += members.irange_key(start - least + 1, end - 1)
-            doubtful = members.irange_key(start - 2 * least + 2, start - least)
-            found += [item for item in doubtful if begin(item) + length(item) > start]
+            if least > 1:
+                doubtful = members.irange_key(start - 2 * least + 2, start - least)
+                found += [item for item in doubtful if begin(item) + length(item) > start]
         return found

@@ -37,6 +37,7 @@ def test_this_machine(dax_mount: DaxMount) -> None:
         "mounting",
         "pyfuse3",
         "supplement",
+        "victims",
         "ptrace",
         "fusectl",
         "kernel",
@@ -148,6 +149,11 @@ def test_what_cannot_be_imported_or_run(monkeypatch: Patch) -> None:
 def test_no_supplement(monkeypatch: Patch) -> None:
     monkeypatch.setattr("daxemu.host.supplement.MISSING", "it was not built")
     assert found(checkup._supplement)[1].startswith("it was not built: ")
+
+
+def test_no_victims(monkeypatch: Patch) -> None:
+    monkeypatch.setattr("daxemu.host.victims.MISSING", "it was not built")
+    assert found(checkup._victims)[1].startswith("it was not built: ")
 
 
 def test_stale_mounts(monkeypatch: Patch) -> None:

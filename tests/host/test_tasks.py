@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from itertools import count
 from pathlib import Path
 
 import pytest
 
-from daxemu.host import tasks
+from daxemu.host import tasks, victims
 from daxemu.host.tasks import (
     collect_tasks,
     in_page_fault,
@@ -20,8 +22,10 @@ from daxemu.host.tasks import (
     read_threads,
     read_vmas,
 )
+from daxemu.mm.memory_failure import Task
 from daxemu.ranges import Range
 from daxemu.uapi import PF_MCE_EARLY, PF_MCE_PROCESS
+from tests.host.conftest import without_c
 from tests.support.actor import Actor
 
 PAGE = 4096
@@ -54,6 +58,7 @@ def present_pages(file: Path, actor: Actor, *ranges: Range) -> list[tuple[int, i
     return [(r.index, r.nr_pages, r.address - actor.addr(0)) for task in found for r in task.present]
 
 
+@pytest.mark.usefixtures("way")
 def test_only_present_pages_of_the_wanted_ranges_are_found(file: Path, actor: Actor) -> None:
     actor.cmd("mmap 0 0 8 40 shared")
     assert present_pages(file, actor, Range(0, 64)) == []
@@ -67,6 +72,7 @@ def test_only_present_pages_of_the_wanted_ranges_are_found(file: Path, actor: Ac
     assert present_pages(file, actor, Range(0, 8)) == []
 
 
+@pytest.mark.usefixtures("way")
 def test_a_private_copy_is_the_processs_own(file: Path, actor: Actor) -> None:
     actor.cmd("mmap 0 0 0 1 private")
     actor.cmd("tr 0 0")
@@ -75,6 +81,7 @@ def test_a_private_copy_is_the_processs_own(file: Path, actor: Actor) -> None:
     assert present_pages(file, actor, Range(0, 1)) == []
 
 
+@pytest.mark.usefixtures("way")
 def test_everything_on_the_device_reports_one_run_a_process(file: Path, actor: Actor) -> None:
     dev, _ = identity(file)
     actor.cmd("mmap 0 0 0 64 shared")
@@ -85,9 +92,56 @@ def test_everything_on_the_device_reports_one_run_a_process(file: Path, actor: A
     assert task.comm == "mapper"
 
 
+def everybody(file: Path) -> list[Task]:
+    """Who has any page of the file."""
+    dev, ino = identity(file)
+    return collect_tasks(dev, {ino: [Range(0, 1 << 40)]})
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        ["mmap 0 0 0 64 shared", "mmap 1 0 8 40 private", "tr 1 2", "tw 1 3 x", "tw 0 60 x"],
+        ["mmap 0 0 0 64 shared", "tr 0 0", "threads e l n"],
+        ["mmap 0 0 0 64 ro", "tr 0 0"],
+        [line for m in range(10) for line in (f"mmap {m} 0 0 {m + 1} shared", f"tr {m} {m}")],
+    ],
+)
+def test_both_ways_find_the_same(
+    file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch, commands: list[str]
+) -> None:
+    if victims.MISSING is not None:
+        pytest.skip(victims.MISSING)
+    for command in commands:
+        actor.cmd(command)
+    closely: list[int] = []
+    monkeypatch.setattr(tasks, "_look_at", lambda pid, *_: closely.append(pid))
+    quickly = everybody(file)
+    assert actor.pid in {task.pid for task in quickly}
+    assert actor.pid not in closely, "C found it all"
+    monkeypatch.undo()
+    without_c(monkeypatch)
+    assert everybody(file) == quickly
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(("mappings", "pages"), [(65, 1), (1, 600)])
+def test_many_mappings_and_many_runs(file: Path, mappings: int, pages: int) -> None:
+    """More of either than C has room for is left to Python."""
+    os.truncate(file, pages * PAGE)
+    with ExitStack() as stack, file.open("r+b") as opened:
+        for _ in range(mappings):
+            shown = stack.enter_context(mmap.mmap(opened.fileno(), pages * PAGE))
+            for page in range(0, pages, 2):
+                shown[page * PAGE] = 1
+        (present,) = [task.present for task in everybody(file) if task.pid == os.getpid()]
+    assert len(present) == mappings * -(-pages // 2)
+
+
 def meanwhile(monkeypatch: pytest.MonkeyPatch, *changes: Callable[[], None]) -> None:
     """Have these things happen, before the first look at the page tables, after it, before the second..."""
     real, todo = tasks.present_in, [*changes]
+    without_c(monkeypatch)
 
     def present_in(pagemap: int, start: int, end: int) -> Iterator[Range]:
         if todo:
@@ -136,6 +190,7 @@ def test_who_faults_all_the_while_is_found(file: Path, actor: Actor, monkeypatch
     actor.cmd("mmap 0 0 0 64 shared")
     actor.cmd("tw 0 3 x")
     turns = count()
+    without_c(monkeypatch)
     monkeypatch.setattr(tasks, "_faults", lambda _: next(turns))
     assert (3, 1, 3 * PAGE) in present_pages(file, actor, Range(3, 4))
 
@@ -165,6 +220,7 @@ def test_without_pagemap_scan_the_same_is_found(
     for page in (3, 17, 18, 63):
         actor.cmd(f"tw 0 {page} x")
     new = present_pages(file, actor, Range(0, 64))
+    without_c(monkeypatch)
     monkeypatch.setattr(tasks, "_PAGEMAP_SCAN", 0xDEAD)  # a kernel that does not know the ioctl
     assert present_pages(file, actor, Range(0, 64)) == new != []
 
@@ -176,6 +232,8 @@ def test_threads_come_with_their_policy(actor: Actor) -> None:
     policies = [t.flags & (PF_MCE_PROCESS | PF_MCE_EARLY) for t in threads]
     assert policies == [0, PF_MCE_PROCESS | PF_MCE_EARLY, PF_MCE_PROCESS]
     assert {process_of(t.tid) for t in threads} == {actor.pid}
+    while Path(f"/proc/{actor.pid}/syscall").read_text() == "running\n":
+        pass  # it has answered, and is on its way
     assert in_page_fault(actor.pid) is False, "it waits in read(2)"
 
 
@@ -185,6 +243,7 @@ def test_who_is_not_asleep_yet_may_be_in_a_page_fault(actor: Actor) -> None:
     assert in_page_fault(actor.pid) is True
 
 
+@pytest.mark.usefixtures("way")
 def test_who_is_gone_is_left_out(file: Path) -> None:
     dev, _ = identity(file)
     with Actor.spawn("gone", cwd=file.parent) as actor:
@@ -202,11 +261,16 @@ def test_who_is_gone_is_left_out(file: Path) -> None:
             read_comm(pid)
 
 
+@pytest.mark.usefixtures("way")
 def test_a_name_with_parentheses_confuses_nobody(file: Path) -> None:
     with Actor.spawn("a) R 1 (", cwd=file.parent) as actor:
         assert read_comm(actor.pid) == "a) R 1 ("
         assert [t.tid for t in read_threads(actor.pid)] == [actor.pid]
         assert not any(t.flags & PF_MCE_PROCESS for t in read_threads(actor.pid))
+        actor.cmd(f"open 0 {file.name} rw")
+        actor.cmd("mmap 0 0 0 1 shared")
+        actor.cmd("tr 0 0")
+        assert [task.comm for task in everybody(file) if task.pid == actor.pid] == ["a) R 1 ("]
 
 
 @pytest.mark.parametrize("scan", [True, False])

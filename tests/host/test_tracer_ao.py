@@ -12,6 +12,8 @@ from daxemu.host.tracer_link import TracerLink
 from daxemu.host.tracer_messages import Delivered, Ignored, Refused
 from tests.host.tracee import Start, deliver, scenario, status_of, until
 
+pytestmark = pytest.mark.usefixtures("way")
+
 
 def test_ao_handler_sees_exact_siginfo() -> None:
     async def play(link: TracerLink, start: Start) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import trio
 
 from daxemu.host.tracer_link import Armed, TracerLink
 from daxemu.host.tracer_messages import Gone, Refused
 from tests.host.tracee import Start, scenario
+
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def test_already_traced() -> None:

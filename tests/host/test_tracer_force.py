@@ -14,6 +14,8 @@ from daxemu.host.tracer_state import Thread
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR
 from tests.host.tracee import Start, deliver, scenario
 
+pytestmark = pytest.mark.usefixtures("way")
+
 
 def test_the_handler_sees_it() -> None:
     async def play(link: TracerLink, start: Start) -> None:

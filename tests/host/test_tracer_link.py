@@ -12,6 +12,8 @@ from daxemu.host.tracer_link import Armed, TracerLink
 from daxemu.host.tracer_messages import Delivered, Gone, Refused
 from tests.host.tracee import Start, Tracee, consume, deliver, scenario, status_of, tracees, until
 
+pytestmark = pytest.mark.usefixtures("way")
+
 
 def test_tracer_killed_then_restarted() -> None:
     async def play(link: TracerLink, start: Start) -> None:

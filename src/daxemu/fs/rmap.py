@@ -161,11 +161,15 @@ class Rmap:
     def owners(self, start: Block, end: Block) -> list[Owner]:
         """Every use of device blocks ``[start, end)``, cut to it, through every file that shares them."""
         owners: list[Owner] = []
+        at = length = front = place = size = -1
         for link in self._links.overlapping(start, end):
-            at, length = link.dev_block, link.length
-            front = start - at if at < start else 0
-            back = at + length - end if at + length > end else 0
-            owners.append(Owner(link.ino, link.file_block + front, at + front, length - front - back))
+            # Those that share an extent are mostly alike.
+            if link.dev_block != at or link.length != length:
+                at, length = link.dev_block, link.length
+                front = start - at if at < start else 0
+                place = at + front
+                size = min(at + length, end) - place
+            owners.append(Owner(link.ino, link.file_block + front, place, size))
         return owners
 
     def sharing(self, start: Block, end: Block) -> list[tuple[Range, int]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from daxemu.errors import Busy, NotMounted, PermissionDenied
+from daxemu.host import victims
 from daxemu.host.mountinfo import Mount, mounts, printable
 from daxemu.host.tasks import pagemap_scan_works
 
@@ -47,6 +48,7 @@ def check_up(answers: Answers) -> Iterator[Finding]:
     yield _mounting()
     yield _pyfuse3()
     yield _supplement()
+    yield _victims()
     yield _shared_memory()
     yield _tracing()
     yield _abort()
@@ -108,6 +110,17 @@ def _supplement() -> Finding:
             "apt-get install libfuse3-dev pkg-config gcc; pip install --force-reinstall --no-deps daxemu",
         )
     return Finding("supplement", "ok", "loaded")
+
+
+def _victims() -> Finding:
+    if victims.MISSING is not None:
+        return Finding(
+            "victims",
+            "worse",
+            f"{victims.MISSING}: a failure of many processes takes five times as long",
+            "apt-get install gcc; pip install --force-reinstall --no-deps daxemu",
+        )
+    return Finding("victims", "ok", "loaded")
 
 
 def _shared_memory() -> Finding:

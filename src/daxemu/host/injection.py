@@ -52,7 +52,7 @@ _ERESTARTNOHAND = 514
 # though nothing was delivered. rt_sigtimedwait, semop, semtimedop, io_getevents, io_pgetevents, epoll_wait,
 # epoll_pwait, epoll_pwait2, and with a socket timeout recvfrom, recvmsg, recvmmsg, accept, accept4, sendto,
 # sendmsg. All did nothing yet when they say so.
-_SAYS_EINTR = frozenset((128, 65, 220, 208, 333, 232, 281, 441, 45, 47, 299, 43, 288, 44, 46))
+SAYS_EINTR = frozenset((128, 65, 220, 208, 333, 232, 281, 441, 45, 47, 299, 43, 288, 44, 46))
 
 # What /proc/TID/mem says of an address with no memory behind it
 _UNMAPPED = (errno.EIO, errno.EFAULT)
@@ -78,7 +78,7 @@ def mend_eintr(tid: int) -> None:
     if _MACHINE != "x86_64":
         return
     regs = _get_regs(tid)
-    if regs is None or regs[_ORIG_RAX] not in _SAYS_EINTR:
+    if regs is None or regs[_ORIG_RAX] not in SAYS_EINTR:
         return
     if regs[_RAX] == (-errno.EINTR) & _MINUS_ONE:
         regs[_RAX] = (-_ERESTARTNOHAND) & _MINUS_ONE

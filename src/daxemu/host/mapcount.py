@@ -14,10 +14,12 @@ import errno
 import os
 import platform
 import struct
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cmp_to_key
 
+from daxemu.host import victims
 from daxemu.mm.memory_failure import Task
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SHIFT, Ino
@@ -50,29 +52,41 @@ class Mms:
     """Address spaces, by a process of each, in the kernel's order of them (``struct mm_struct``)."""
 
     def __init__(self, pids: Sequence[int]) -> None:
-        ordered = sorted(pids, key=cmp_to_key(_compare))
-        self.pids = [pid for at, pid in enumerate(ordered) if not at or _compare(ordered[at - 1], pid)]
+        ordered = sorted(pids, key=cmp_to_key(_order))
+        self.pids = [pid for at, pid in enumerate(ordered) if not at or _order(ordered[at - 1], pid)]
 
-    def has(self, pid: int) -> bool:
-        """Whether the process lives in one of them, or that cannot be seen."""
-        low, high = 0, len(self.pids)
-        while low < high:
+    def living_in(self, pids: Sequence[int]) -> list[int]:
+        """Those of ``pids`` who live in one of them, and those of whom that cannot be seen."""
+        found: list[int] = []
+        # All are looked for at once: each turn compares one address space with those that it divides.
+        todo = [(0, len(self.pids), pids)]
+        while todo:
+            low, high, some = todo.pop()
+            if low == high or not some:
+                continue
             middle = (low + high) // 2
-            try:
-                order = _compare(self.pids[middle], pid)
-            except _Unclear:
-                return True
-            if not order:
-                return True
-            low, high = (middle + 1, high) if order < 0 else (low, middle)
-        return False
+            parts: dict[int, list[int]] = {_LESS: [], _GREATER: []}
+            for pid, order in zip(some, _compare(self.pids[middle], some), strict=True):
+                parts.get(order, found).append(pid)
+            todo += [(low, middle, parts[_GREATER]), (middle + 1, high, parts[_LESS])]
+        return found
 
 
-def _compare(one: int, other: int) -> int:
-    order = _libc.syscall(_NR_KCMP, one, other, _KCMP_VM, 0, 0)
+def _order(one: int, other: int) -> int:
+    (order,) = _compare(one, [other])
     if order not in (_EQUAL, _LESS, _GREATER):
-        raise _Unclear(f"kcmp: {os.strerror(ctypes.get_errno()) if order < 0 else order}")
+        raise _Unclear(f"kcmp of {one} and {other}: {order}")
     return {_EQUAL: 0, _LESS: -1, _GREATER: 1}[order]
+
+
+def _compare(one: int, others: Sequence[int]) -> Sequence[int]:
+    """kcmp(2) of the address spaces of ``one`` and of each other process."""
+    if victims.MISSING is not None:
+        return [_libc.syscall(_NR_KCMP, one, other, _KCMP_VM, 0, 0) for other in others]
+    orders = array("i", others)
+    address, count = orders.buffer_info()
+    victims.library().daxemu_compare(one, ctypes.c_void_p(address), count)
+    return orders
 
 
 def all_found(tasks: Sequence[Task], wanted: Mapping[Ino, Sequence[Range]]) -> Mms | None:

@@ -47,7 +47,7 @@ SYSCALL_STOP = SIGTRAP | 0x80
 WALL = 0x40000000
 
 # TRACEEXEC: a thread that calls execve(2) takes its leader's id; without that stop it would vanish silently.
-_OPTIONS = _O_TRACESYSGOOD | _O_TRACEEXEC
+OPTIONS = _O_TRACESYSGOOD | _O_TRACEEXEC
 _NT_PRSTATUS = 1
 
 # asm/unistd.h: (tgkill, rt_tgsigqueueinfo)
@@ -75,7 +75,7 @@ def _ptrace(name: str, request: int, tid: int, addr: int = 0, data: int = 0) -> 
 
 def seize(tid: int) -> None:
     """Become the tracer of a thread without stopping it; it outlives the tracer. EPERM: see ``refusal``."""
-    _ptrace("SEIZE", _SEIZE, tid, data=_OPTIONS)
+    _ptrace("SEIZE", _SEIZE, tid, data=OPTIONS)
 
 
 def interrupt(tid: int) -> None:
@@ -133,7 +133,7 @@ def unblock(tid: int, sig: int) -> None:
 
 def suspend_seccomp(tid: int, suspend: bool) -> None:
     """Put a stopped thread's seccomp filters to sleep, or wake them. EPERM, EINVAL: not on this system."""
-    _ptrace("SETOPTIONS", _SETOPTIONS, tid, data=_OPTIONS | (_O_SUSPEND_SECCOMP if suspend else 0))
+    _ptrace("SETOPTIONS", _SETOPTIONS, tid, data=OPTIONS | (_O_SUSPEND_SECCOMP if suspend else 0))
 
 
 def get_regs(tid: int, regs: ctypes.Array[ctypes.c_uint64]) -> int:

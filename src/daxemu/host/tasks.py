@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from operator import attrgetter
 from typing import NamedTuple
 
+from daxemu.host import victims, victims_collect
 from daxemu.host.mapcount import all_found
 from daxemu.host.procfs import read_whole
 from daxemu.mm.memory_failure import PresentRun, Task, Thread
@@ -84,13 +85,42 @@ def collect_tasks(
     # To be certain of those that were found costs as much again as to find them.
     if wanted is not None and pages_of is present_runs and len(found) < len(rest):
         everybody = all_found(found, wanted)
-        rest = rest if everybody is None else [pid for pid in rest if everybody.has(pid)]
+        rest = rest if everybody is None else everybody.living_in(rest)
     found += _look_at_each(rest, dev, wanted, pages_of)
     return sorted(found, key=attrgetter("pid"))
 
 
 def _look_at_each(pids: list[int], dev: tuple[int, int], wanted: Wanted, pages_of: PagesOf) -> list[Task]:
-    return [task for pid in pids if (task := _look_at(pid, dev, wanted, pages_of)) is not None]
+    tasks = []
+    for found in pids if victims.MISSING else _looked_at(pids, dev, wanted, pages_of):
+        task = found if isinstance(found, Task) else _look_at(found, dev, wanted, pages_of)
+        if task is not None:
+            tasks.append(task)
+    return tasks
+
+
+def _looked_at(
+    pids: list[int], dev: tuple[int, int], wanted: Wanted, pages_of: PagesOf
+) -> Iterator[Task | int]:
+    """What C found at once, and who is still to be looked at."""
+    is_plain = wanted is not None and pages_of is present_runs
+    for found in victims_collect.collect(pids, dev, wanted if wanted is not None and is_plain else {}):
+        if isinstance(found, int):
+            yield found
+            continue
+        try:
+            # The leader's line of stat said it all if it is the only one.
+            alone = found.nr_threads == 1
+            threads = [Thread(found.pid, found.flags)] if alone else read_threads(found.pid)
+            yield Task(found.pid, _as_name(found.comm), tuple(threads), tuple(map(_present, found.runs)))
+        except _GONE:
+            continue
+
+
+def _present(run: victims_collect.Run) -> PresentRun:
+    area = Range(run.vma_start, run.vma_end)
+    writable = bool(run.writable)
+    return PresentRun(run.ino, run.first, run.nr_pages, run.address, PAGE_SHIFT, area, writable=writable)
 
 
 def _pids(skip: frozenset[int]) -> Iterator[int]:
@@ -319,7 +349,11 @@ def read_threads(pid: int) -> Iterator[Thread]:
 
 def read_comm(pid: int) -> str:
     """The process's name, as log lines show it."""
-    return read_whole(f"/proc/{pid}/comm").decode(errors="replace").rstrip("\n")
+    return _as_name(read_whole(f"/proc/{pid}/comm"))
+
+
+def _as_name(comm: bytes) -> str:
+    return comm.decode(errors="replace").rstrip("\n")
 
 
 def in_page_fault(tid: int) -> bool | None:

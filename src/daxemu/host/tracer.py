@@ -6,7 +6,8 @@ this is a process of its own: ``python -m daxemu.host.tracer FD``; FD is a SOCK_
 on it is in ``tracer_messages``. The supervisor's side is ``tracer_link``.
 
 Purpose: the event loop, and all I/O (socket, waitpid, ptrace, clock). What to do in a stop is decided by
-``tracer_state.Thread``; this process imports little, for there is one for each mount.
+``tracer_state.Thread``, unless all goes as usual: that is ``victims_deliver``'s, in C. This process imports
+little, for there is one for each mount.
 
 States: serving; then, when the socket's other end has closed, letting every thread go, for a limited time.
 
@@ -29,17 +30,20 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 
 import msgspec
 
-from daxemu.host import file_pages, injection, ptrace, siginfo
+from daxemu.host import file_pages, injection, ptrace, siginfo, victims
 from daxemu.host.ptrace import Kind, Step, Stop
 from daxemu.host.siginfo import SIGBUS_BIT
 from daxemu.host.tracer_messages import (
+    MAX_PACKET,
+    MOST_IN_PACKET,
     ArmAR,
     ArmedAck,
+    Delivered,
     ForceAR,
     Gone,
     Ignored,
@@ -51,13 +55,14 @@ from daxemu.host.tracer_messages import (
     SendAO,
 )
 from daxemu.host.tracer_state import Phase, Thread, Verdict
+from daxemu.host.victims_deliver import Deliveries, Taken, Wait
 
 _RETRY = 0.02  # seconds between looks at a pending SIGBUS: nothing tells when signalfd(2) takes it
 _SWEEP = 1.0  # seconds
 _FAREWELL = 2.0  # seconds to let go of everything at the end
 _MOURNING_INTERVAL = 1.0  # seconds between looks at the supervisor
-_BATCH = 256  # stops, or requests, before the other side gets its turn
-_DECODER = msgspec.json.Decoder(Request)
+_BATCH = 256  # stops, or packets of requests, before the other side gets its turn
+_DECODER = msgspec.json.Decoder(list[Request])
 _ENCODER = msgspec.json.Encoder()
 
 
@@ -71,7 +76,10 @@ class Tracer:
         self._injections: dict[int, injection.Injection] = {}
         self._outbox: deque[Report] = deque()
         self._cookies = itertools.count(secrets.randbits(62) + 1)
+        self._deliveries = Deliveries() if victims.MISSING is None else None
+        self._stale_at = math.inf  # when those become threads of ours
         self._due = math.inf  # when ``_tick`` must look at all threads
+        self._more = False  # there may be more stops: come back at once, after a look at the socket
         self._farewell: float | None = None  # set when the socket is closed: stop at that time at the latest
 
     def run(self) -> None:
@@ -84,6 +92,7 @@ class Tracer:
             self._receive()
             self._flush()
         poller.unregister(self._sock)
+        self._take_all_over()
         for thread in list(self._threads.values()):
             thread.retire()
             self._nudge(thread)
@@ -91,7 +100,7 @@ class Tracer:
             self._turn(poller)
 
     def _turn(self, poller: select.poll) -> None:
-        left = min(self._due, self._farewell or math.inf) - time.monotonic()
+        left = 0 if self._more else min(self._due, self._farewell or math.inf) - time.monotonic()
         poller.poll(None if left == math.inf else max(0, math.ceil(left * 1000)))
         with contextlib.suppress(BlockingIOError):  # nobody rang: it was the socket or the clock
             os.read(self._wakeup, 4096)
@@ -101,7 +110,7 @@ class Tracer:
     def _receive(self) -> None:
         for _ in range(_BATCH):
             try:
-                packet = self._sock.recv(1 << 16)
+                packet = self._sock.recv(MAX_PACKET)
             except BlockingIOError:
                 return
             except ConnectionResetError:  # closed with our reports unread
@@ -109,34 +118,83 @@ class Tracer:
             if not packet:
                 self._farewell = time.monotonic() + _FAREWELL
                 return
-            self._on_request(_DECODER.decode(packet))
+            for request in self._begin(_DECODER.decode(packet)):
+                self._on_request(request)
 
     def _flush(self) -> None:
         """Send what the socket takes. Never waits: the peer may be waiting for us to read."""
         while self._outbox:
+            packet = list(itertools.islice(self._outbox, MOST_IN_PACKET))
             try:
-                self._sock.send(_ENCODER.encode(self._outbox[0]))
+                self._sock.send(_ENCODER.encode(packet))
             except BlockingIOError:
                 return
             except (BrokenPipeError, ConnectionResetError):  # the next recv() sees the end
                 self._outbox.clear()
                 return
-            self._outbox.popleft()
+            for _ in packet:
+                self._outbox.popleft()
+
+    def _begin(self, requests: list[Request]) -> list[Request]:
+        """Begin what may go as usual; returns the other requests, in their order."""
+        if self._deliveries is None:
+            return requests
+        times = Counter(request.tid for request in requests)
+        begun: list[tuple[SendAO, int]] = []
+        left: list[Request] = []
+        for request in requests:
+            held = request.tid in self._threads or request.tid in self._deliveries
+            may = times[request.tid] == 1 and not held and len(begun) < self._deliveries.room
+            if may and isinstance(request, SendAO):
+                begun.append((request, next(self._cookies)))
+            else:
+                left.append(request)
+        if begun and not self._deliveries:
+            self._stale_at = time.monotonic() + _SWEEP
+            self._due = min(self._due, self._stale_at)
+        while begun:
+            count = self._deliveries.begin(begun)
+            left += (request for request, _ in begun[count : count + 1])
+            begun = begun[count + 1 :]
+        return left
+
+    def _take_over(self, taken: Taken) -> None:
+        """Go on with a delivery that turned out unusual."""
+        request = taken.request
+        thread = self._threads[request.tid] = Thread(request.tid, interrupting=not taken.cookie)
+        thread.cookie = taken.cookie
+        if taken.cookie:
+            thread.send(request)
+        else:
+            status = siginfo.read_status(request.tid)
+            self._want(thread, request, status is not None and status.tgid == request.tgid)
+        self._schedule(thread)
+
+    def _take_all_over(self) -> None:
+        for taken in self._deliveries.take_all() if self._deliveries is not None else ():
+            self._take_over(taken)
+        self._stale_at = math.inf
 
     def _on_request(self, request: Request) -> None:
+        if self._deliveries is not None and request.tid in self._deliveries:
+            self._take_over(self._deliveries.take_over(request.tid))
         if request.tid not in self._threads and (refused := self._hold(request)) is not None:
             self._outbox.append(refused)
             return
         thread = self._threads.setdefault(request.tid, Thread(request.tid))
-        if isinstance(request, ArmAR):
-            thread.arm(request.id, time.monotonic() + request.timeout, request.page)
-        elif (current := _as_mapped_now(request)) is not None:
-            thread.send(current)
-        else:
-            self._outbox.append(Gone(request.id))
+        self._want(thread, request)
         if isinstance(request, ArmAR | ForceAR):
             self._outbox.append(ArmedAck(request.id))  # leaves after the thread was interrupted
         self._nudge(thread)
+
+    def _want(self, thread: Thread, request: Request, is_its: bool = True) -> None:
+        """Have a held thread get what is asked for; ``is_its``: it is the thread that was meant."""
+        if isinstance(request, ArmAR):
+            thread.arm(request.id, time.monotonic() + request.timeout, request.page)
+        elif is_its and (current := _as_mapped_now(request)) is not None:
+            thread.send(current)
+        else:
+            self._outbox.append(Gone(request.id))
 
     def _hold(self, request: Request) -> Outcome | None:
         """Seize the thread; or the final report, if that is not to be."""
@@ -157,15 +215,16 @@ class Tracer:
         return None
 
     def _reap(self) -> None:
-        for _ in range(_BATCH):
-            try:
-                tid, status = os.waitpid(-1, os.WNOHANG | ptrace.WALL)
-            except ChildProcessError:
-                return
-            if tid == 0:
-                return
-            self._on_wait(tid, status)
-        self._due = 0.0  # there may be more: come back at once, after a look at the socket
+        stops, waits = self._deliveries.reap(_BATCH) if self._deliveries is not None else _reap(_BATCH)
+        for wait in waits:
+            if wait.sent is not None:
+                sent = wait.sent
+                self._outbox.append(Delivered(sent.id, sent.tid, sent.code, sent.addr, serial=sent.id))
+                continue
+            if wait.taken is not None:
+                self._take_over(wait.taken)
+            self._on_wait(wait.tid, wait.status)
+        self._more = stops == _BATCH
 
     def _on_wait(self, tid: int, status: int) -> None:
         thread = self._threads.get(tid)
@@ -238,7 +297,9 @@ class Tracer:
         """Deadlines, and what no event tells of."""
         if now < self._due:
             return
-        self._due = now + _SWEEP if self._threads else math.inf
+        if now >= self._stale_at:
+            self._take_all_over()
+        self._due = now + _SWEEP if self._threads else self._stale_at
         for thread in list(self._threads.values()):
             thread.expire(now)
             status = siginfo.read_status(thread.tid)
@@ -276,6 +337,22 @@ class Tracer:
         self._injections.pop(tid, None)
         if (thread := self._threads.pop(tid, None)) is not None:
             self._outbox.extend(Gone(id_) for id_ in thread.ids())
+        elif self._deliveries is not None and tid in self._deliveries:
+            self._outbox.append(Gone(self._deliveries.take_over(tid).request.id))
+
+
+def _reap(most: int) -> tuple[int, list[Wait]]:
+    """What waitpid(2) has to say by now, ``most`` of it at the most; and how much that is."""
+    waits: list[Wait] = []
+    while len(waits) < most:
+        try:
+            tid, status = os.waitpid(-1, os.WNOHANG | ptrace.WALL)
+        except ChildProcessError:
+            break
+        if tid == 0:
+            break
+        waits.append(Wait(tid, status))
+    return len(waits), waits
 
 
 def _as_mapped_now(request: Send) -> Send | None:
@@ -296,6 +373,7 @@ def _mourn(supervisor: int, abort: str) -> None:
     mount: that thread cannot die before it is answered, and the process lingers as a zombie that keeps
     everybody waiting.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # the other thread's
     while True:
         time.sleep(_MOURNING_INTERVAL)
         try:

@@ -22,7 +22,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -30,6 +30,8 @@ import trio
 
 import daxemu
 from daxemu.host.tracer_messages import (
+    MAX_PACKET,
+    MOST_IN_PACKET,
     ArmAR,
     ArmedAck,
     FilePage,
@@ -46,7 +48,6 @@ from daxemu.uapi import PAGE_SHIFT
 _DIED = "the tracer died"
 _CLOSED = "the tracer was told to stop"
 _EXIT_PATIENCE = 5.0  # seconds for the tracer to let its threads go, when the link closes
-_MAX_PACKET = 1 << 16
 _IDLE = 0.25  # seconds without a report: it has nothing to do that it can do
 _LONGEST_QUEUE = 30.0  # seconds that a request is waited for because others come before it
 
@@ -62,8 +63,9 @@ class Pending:
 
     async def wait(self, timeout: float = math.inf) -> Outcome | None:  # noqa: ASYNC109
         """What came of it; None if nothing did within ``timeout`` seconds: it goes on, one may wait again."""
-        with trio.move_on_after(timeout):
-            await self._done.wait()
+        if self.outcome is None:
+            with trio.move_on_after(timeout):
+                await self._done.wait()
         return self.outcome
 
     def _acknowledge(self) -> None:
@@ -201,6 +203,8 @@ class TracerLink:
             self._finish(session, Refused(pending.id, _DIED))
 
     async def _running(self) -> _Session:
+        if self._session is not None and self._session.is_alive:
+            return self._session  # without a checkpoint: what is sent in a row goes in one packet
         async with self._starting:
             session = self._session
             if session is None or not session.is_alive:
@@ -235,19 +239,19 @@ class TracerLink:
             await _stop_process(session.process)
 
     async def _read(self, session: _Session) -> None:
-        decoder = msgspec.json.Decoder(Report)
+        decoder = msgspec.json.Decoder(list[Report])
         while True:
             try:
-                packet = await session.sock.recv(_MAX_PACKET)
+                packet = await session.sock.recv(MAX_PACKET)
             except ConnectionResetError:  # it died with requests unread
                 return
             if not packet:
                 return
-            report = decoder.decode(packet)
-            if isinstance(report, ArmedAck):
-                session.waiting[report.id]._acknowledge()
-            else:
-                self._finish(session, report)
+            for report in decoder.decode(packet):
+                if isinstance(report, ArmedAck):
+                    session.waiting[report.id]._acknowledge()
+                else:
+                    self._finish(session, report)
 
     async def settled(self, pending: Pending, since: float, patience: float) -> Outcome | None:
         """What came of a request. None if nothing did within ``patience`` seconds of ``since``, and the
@@ -271,8 +275,12 @@ class TracerLink:
 async def _write(session: _Session) -> None:
     encoder = msgspec.json.Encoder()
     async for request in session.queue:
+        requests = [request]
+        with suppress(trio.WouldBlock):
+            while len(requests) < MOST_IN_PACKET:
+                requests.append(session.queue.receive_nowait())
         try:
-            await session.sock.send(encoder.encode(request))
+            await session.sock.send(encoder.encode(requests))
         except (BrokenPipeError, ConnectionResetError):  # the reader sees the end too, and tells everyone
             return
 

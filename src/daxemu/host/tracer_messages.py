@@ -1,7 +1,7 @@
 """What the supervisor and the tracer process say to each other.
 
-Purpose: the vocabulary of the socket between ``tracer_link`` and ``tracer``. Each packet is one JSON message:
-a ``Request`` in, a ``Report`` out.
+Purpose: the vocabulary of the socket between ``tracer_link`` and ``tracer``. Each packet is a JSON list of
+messages: ``Request`` in, ``Report`` out.
 
 Invariants:
 - every request gets exactly one ``Outcome``, however late; ``ArmedAck`` may come before it, and is not one;
@@ -108,3 +108,7 @@ class Ignored(_Message, frozen=True):
 Request = ArmAR | SendAO | ForceAR
 Outcome = Delivered | Refused | NotTaken | Gone | Ignored
 Report = ArmedAck | Outcome
+
+MOST_IN_PACKET = 128
+"""Messages: so many fit into MAX_PACKET."""
+MAX_PACKET = 1 << 16

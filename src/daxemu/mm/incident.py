@@ -58,7 +58,8 @@ class MappingRange:
 
     def around(self) -> list[Range]:
         """The pages that say, when present, that one of the range is: those of its PMDs, too."""
-        return list(RangeSet([(self.index, self.index + self.count), *self.pmds]))
+        own = Range(self.index, self.index + self.count)
+        return list(RangeSet([own, *self.pmds])) if self.pmds else [own]
 
 
 @dataclass(eq=False)

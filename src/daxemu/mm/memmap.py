@@ -23,6 +23,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,8 +95,9 @@ class Memmap:
     # -- spans of struct pages
 
     def _rows(self) -> list[Span]:
-        rows = np.array(self._spans[:MAX_SPANS])
-        return sorted((Span(*map(int, row)) for row in rows[rows[:, 0] != Use.UNUSED]), key=lambda s: s.start)
+        rows = np.asarray(self._spans)[:MAX_SPANS]
+        used = rows[rows[:, 0] != Use.UNUSED].tolist()
+        return sorted(map(Span._make, used), key=attrgetter("start"))
 
     def _add(self, use: int, pages: Range, altmap_pages: int, flags: int) -> None:
         for other in self._rows():

@@ -5,7 +5,7 @@ Decisions over values that ``host`` read off /proc. Addresses are bytes, indexes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
@@ -14,6 +14,7 @@ from daxemu.ranges import IntervalIndex, Range, RangeSet
 from daxemu.uapi import PAGE_SHIFT, PF_EXITING, PF_KTHREAD, PF_MCE_EARLY, PF_MCE_PROCESS, Ino, Pfn
 
 _NOWHERE = Range(0, 0)
+_FEW = 8  # runs of pages that are sooner looked through than indexed
 
 
 @dataclass(frozen=True)
@@ -69,37 +70,43 @@ class ToKill:
     file: FileId | None = None
 
 
+_Overlapping = Callable[[int, int], list[PresentRun]]
+
+
 def shared_out(tasks: Sequence[Task], hurt: Sequence[Sequence[tuple[Ino, Range]]]) -> list[list[Task]]:
     """For each failure, whose page ranges of files are in ``hurt``: the tasks that have some of them present,
     with just those.
     """
-    present: list[tuple[Task, dict[Ino, IntervalIndex[PresentRun]]]] = []
+    present: list[tuple[Task, dict[Ino, _Overlapping]]] = []
     for task in tasks:
         by_file: dict[Ino, list[PresentRun]] = {}
         for run in task.present:
             by_file.setdefault(run.mapping, []).append(run)
-        indexes = {}
-        for ino, runs in by_file.items():
-            indexes[ino] = IntervalIndex[PresentRun](attrgetter("index"), attrgetter("nr_pages"))
-            indexes[ino].update(runs)
-        present.append((task, indexes))
+        present.append((task, {ino: _overlapping(runs) for ino, runs in by_file.items()}))
     shares: list[list[Task]] = []
     for ranges in hurt:
         shares.append([])
-        for task, indexes in present:
-            mine = [
-                cut(run, pages)
-                for ino, pages in ranges
-                if ino in indexes
-                for run in indexes[ino].overlapping(*pages)
-            ]
+        for task, there in present:
+            mine = [cut(run, pages) for ino, pages in ranges if ino in there for run in there[ino](*pages)]
             if mine:
-                shares[-1].append(replace(task, present=tuple(sorted(mine, key=attrgetter("address")))))
+                share = tuple(sorted(mine, key=attrgetter("address")))
+                shares[-1].append(task if share == task.present else replace(task, present=share))
     return shares
+
+
+def _overlapping(runs: list[PresentRun]) -> _Overlapping:
+    """Those of ``runs`` that overlap a range of pages, however many they are."""
+    if len(runs) <= _FEW:
+        return lambda start, end: [r for r in runs if r.index < end and start < r.index + r.nr_pages]
+    index = IntervalIndex[PresentRun](attrgetter("index"), attrgetter("nr_pages"))
+    index.update(runs)
+    return index.overlapping
 
 
 def cut(run: PresentRun, pages: Range) -> PresentRun:
     """The part of a run that shows these pages of the file."""
+    if pages.start <= run.index and run.index + run.nr_pages <= pages.end:
+        return run
     part = Range(run.index, run.index + run.nr_pages).clip(*pages)
     address = run.address + ((part.start - run.index) << PAGE_SHIFT)
     return replace(run, index=part.start, nr_pages=part.length, address=address)

@@ -104,9 +104,12 @@ class ControlSocket:
             await stream.send_all(_refusal(InvalidArgument(f"not a request: {error}")))
             return
         if isinstance(request, p.Follow):
-            async for line in self._log.follow(request.after):
-                if selects(request, line):
-                    await stream.send_all(line + b"\n")
+            async for lines in self._log.follow(request.after):
+                wanted = [line + b"\n" for line in lines if selects(request, line)]
+                if wanted:
+                    await stream.send_all(b"".join(wanted))
+                else:
+                    await trio.lowlevel.checkpoint()
         else:
             await self._reply(stream, request)
 

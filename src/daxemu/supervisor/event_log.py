@@ -16,6 +16,7 @@ from daxemu.events import Event, encode
 log = logging.getLogger(__name__)
 
 KEPT = 100_000
+_BATCH = 256  # events handed to a follower at a time
 
 
 class EventLog:
@@ -61,8 +62,8 @@ class EventLog:
         """How many events there were; also the last one's ``seq``."""
         return self._emitted
 
-    async def follow(self, after: int) -> AsyncIterator[bytes]:
-        """The encoded events with ``seq`` above ``after``, as they come, for ever.
+    async def follow(self, after: int) -> AsyncIterator[list[bytes]]:
+        """The encoded events with ``seq`` above ``after``, as many at a time as have come, for ever.
 
         A follower who is more than ``KEPT`` events behind misses those between; the numbers show it.
         """
@@ -70,9 +71,10 @@ class EventLog:
             while after < self._emitted:
                 oldest = self._emitted - len(self._lines)
                 after = max(after, oldest)
-                line = self._lines[after - oldest]
-                after += 1
-                yield line
+                upto = min(self._emitted, after + _BATCH)
+                lines = [self._lines[seq - oldest] for seq in range(after, upto)]
+                after = upto
+                yield lines
             await self._more.wait()
 
     def close(self) -> None:

@@ -181,29 +181,26 @@ class Failures:
             turn.hidden = self._hidden.take(turn.incident)
         early_kill = self._mm.sysctl_early_kill
 
-        def work() -> list[tuple[list[Task], list[ToKill]]]:
+        def work() -> list[tuple[list[Task], list[ToKill], list[ToKill]]]:
             collected = self._mappings.collect([turn.incident for turn in batch])
             chosen = []
             for turn, found in zip(batch, collected, strict=True):
                 turn.tasks = tasks = self._victims(turn, found)
                 to_kill = collect_procs(turn.incident, tasks, early_kill=early_kill, force_tid=turn.current)
                 self._mappings.revoke(to_unmap(turn.incident, to_kill))
-                chosen.append((tasks, to_kill))
+                elsewhere = pfn_mappings.collect(turn.incident.pfn_mappings, early_kill=early_kill)
+                chosen.append((tasks, to_kill, elsewhere))
             return chosen
-
-        def elsewhere() -> list[list[ToKill]]:
-            return [pfn_mappings.collect(turn.incident.pfn_mappings, early_kill=early_kill) for turn in batch]
 
         if any(turn.concerns_processes for turn in batch):
             chosen = await trio.to_thread.run_sync(work)
-            others = await trio.to_thread.run_sync(elsewhere)
         else:
-            chosen, others = [([], []) for _ in batch], [[] for _ in batch]
-        for turn, (tasks, to_kill), other in zip(batch, chosen, others, strict=True):
+            chosen = [([], [], []) for _ in batch]
+        for turn, (tasks, to_kill, elsewhere) in zip(batch, chosen, strict=True):
             if spared := self._repair(turn.incident, tasks):
                 left = spare(turn.incident, tasks, spared)
                 to_kill = collect_procs(turn.incident, left, early_kill=early_kill, force_tid=turn.current)
-            turn.to_kill = to_kill + other
+            turn.to_kill = to_kill + elsewhere
 
     def _victims(self, turn: _Turn, found: list[Task]) -> list[Task]:
         """Who had pages of the failure present: now, or when poison was hidden there; the consumer knows."""

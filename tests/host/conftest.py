@@ -1,0 +1,22 @@
+"""Both ways of what is quicker in C."""
+
+from __future__ import annotations
+
+import pytest
+
+from daxemu.host import victims
+
+
+def without_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where host/victims_*.c were not built, here and in tracers started now."""
+    monkeypatch.setattr(victims, "MISSING", "for this test")
+    monkeypatch.setenv("DAXEMU_VICTIMS", "python")
+
+
+@pytest.fixture(params=["C", "Python"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either way."""
+    if request.param == "Python":
+        without_c(monkeypatch)
+    elif victims.MISSING is not None:
+        pytest.skip(victims.MISSING)
