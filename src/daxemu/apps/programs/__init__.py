@@ -1,0 +1,19 @@
+"""The programs: one file for each, or for those that are driven alike."""
+
+from __future__ import annotations
+
+from daxemu.apps.application import Application
+from daxemu.apps.programs.sqlite import SqliteMmap, SqliteRollback, SqliteWal
+from daxemu.errors import InvalidArgument
+
+APPLICATIONS: tuple[type[Application], ...] = (SqliteRollback, SqliteWal, SqliteMmap)
+"""In the order of the matrix."""
+
+
+def application_called(name: str) -> type[Application]:
+    """Raises InvalidArgument."""
+    for each in APPLICATIONS:
+        if each.name == name:
+            return each
+    known = ", ".join(each.name for each in APPLICATIONS)
+    raise InvalidArgument(f"no program {name!r}: there are {known}")
