@@ -112,11 +112,12 @@ class Place:
             raise DaxemuError(f"{Path(argv[0]).name} ended with status {status}: {' '.join(output[-3:])}")
         return output
 
-    def compile(self, source: str, *libraries: str) -> Path:
-        """A C program of drivers/, compiled. Raises DaxemuError."""
+    def compile(self, source: str, *libraries: str, options: Sequence[str] = ()) -> Path:
+        """A program of drivers/, compiled. Raises DaxemuError."""
         program = self.scratch / source.partition(".")[0]
         if not program.exists():
-            self.make(["gcc", "-O1", "-o", program, driver(source), *(f"-l{name}" for name in libraries)])
+            linked = [f"-l{name}" for name in libraries]
+            self.make(["gcc", "-O1", *options, "-o", program, driver(source), *linked])
         return program
 
     def kill_all(self) -> bool:
@@ -145,6 +146,8 @@ class Application(abc.ABC):
     journal: ClassVar[str] = ""
     """What it has for a journal; empty if it has none."""
     user: ClassVar[str | None] = None
+    stamp: ClassVar[re.Pattern[str]] = re.compile("")
+    """What each line of its log begins with and nobody needs."""
 
     @abc.abstractmethod
     def prepare(self, place: Place) -> None:
@@ -167,6 +170,10 @@ class Application(abc.ABC):
     @abc.abstractmethod
     def read(self, place: Place, process: Process) -> Finding:
         """Have it read everything."""
+
+    def warm(self, place: Place, process: Process) -> Finding:
+        """Before it is hurt while it runs: have it touch all of its data."""
+        return self.read(place, process)
 
     def dirty(self, place: Place, process: Process) -> None:
         """Before the journal is hurt under it: whatever it takes for the journal to hold something again."""

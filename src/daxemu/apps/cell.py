@@ -124,11 +124,15 @@ class CellRun:
         return self.cell
 
     def _say(self, text: str) -> None:
-        for path, name in self._names:
-            text = text.replace(path, name)
-        step = Step(time.monotonic() - self._began, text)
+        step = Step(time.monotonic() - self._began, self._plain(text))
         self.cell.steps.append(step)
         self._tell(step)
+
+    def _plain(self, text: str) -> str:
+        """Without the names of this one run."""
+        for path, name in self._names:
+            text = text.replace(path, name)
+        return text
 
     def _run(self) -> None:
         situation, machine = self.situation, self.machine
@@ -209,7 +213,7 @@ class CellRun:
         problem: Exception | None = None
         try:
             process = self.app.start(place)
-            finding = self.app.read(place, process)
+            finding = (self.app.warm if harm else self.app.read)(place, process)
             self._say(f"   {_count(finding)}")
             if harm is not None:
                 if not finding.complete:
@@ -237,7 +241,7 @@ class CellRun:
             except Hung as error:
                 problem = error
         signals = self._signals()
-        said = _telling(process.output, problem)
+        said = self._telling(process, problem)
         life = Life(Outcome.RIGHT, status=process.status, signals=[text for _, _, text in signals])
         if finding is not None:
             life.right, life.wrong, life.missing = finding.right, finding.wrong, finding.missing
@@ -252,14 +256,14 @@ class CellRun:
             life.outcome, life.said = Outcome.HANGS, str(problem)
         elif problem is not None:
             life.outcome, life.said = Outcome.REPORTS, said or str(problem)
-        elif finding is not None and finding.complete:
-            life.outcome = Outcome.RIGHT
         elif finding is not None and finding.complaints:
-            life.outcome, life.said = Outcome.REPORTS, finding.complaints[0]
-        elif finding is not None:
+            life.outcome, life.said = Outcome.REPORTS, self._plain(finding.complaints[0])
+        elif finding is not None and not finding.complete:
             logged = [line for line in process.output if LOGGED.match(line)]
             life.outcome = Outcome.LOGGED if logged else Outcome.WRONG
-            life.said = f"{_count(finding)}{'; its log: ' + logged[-1] if logged else ''}"
+            life.said = _count(finding)
+            if logged:
+                life.said += f"; its log: {self._plain(self.app.stamp.sub('', logged[-1], 1))}"
         return life
 
     def _end(self, place: Place, life: Life, problem: Exception | None) -> None:
@@ -270,13 +274,21 @@ class CellRun:
                 self._say(f"   it ends: {describe(status)}")
             except (Ended, Hung, Refused) as error:
                 self._say(f"   it does not end as asked: {error}")
+                life.said = life.said or f"does not end as asked: {error}"
         life.status = process.status
         said = [line for line in process.output if COMPLAINT.match(line) or LOGGED.match(line)]
         for line in said[:20]:
-            self._say(f"   it says: {line[:300]}")
+            self._say(f"   it says: {self.app.stamp.sub('', line, 1)[:300]}")
         if not place.kill_all():
             self._say("   it cannot be killed: it waits on the mount")
             self._cut_off(place)
+
+    def _telling(self, process: Process, problem: Exception | None) -> str:
+        """The line that says most about a problem: the last complaint, or the last line."""
+        lines = problem.lines if isinstance(problem, Refused) else process.output
+        complaints = [line for line in lines if COMPLAINT.match(line) or LOGGED.match(line)]
+        line = next(iter(complaints[-1:] or [line for line in lines if line][-1:]), "")
+        return self._plain(self.app.stamp.sub("", line, 1)).strip()[:300]
 
     def _cut_off(self, place: Place) -> None:
         """Let go who waits on the mount for ever; the next life gets a new one."""
@@ -308,13 +320,6 @@ def _count(finding: Finding) -> str:
     if finding.missing:
         parts.append(f"{finding.missing} missing")
     return ", ".join(parts)
-
-
-def _telling(output: list[str], problem: Exception | None) -> str:
-    """The line that says most about a problem: the last complaint, or the last line."""
-    lines = problem.lines if isinstance(problem, Refused) else output
-    complaints = [line for line in lines if COMPLAINT.match(line) or LOGGED.match(line)]
-    return next(iter(complaints[-1:] or [line for line in lines if line][-1:]), "").strip()[:300]
 
 
 def main() -> int:

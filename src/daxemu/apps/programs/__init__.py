@@ -3,10 +3,44 @@
 from __future__ import annotations
 
 from daxemu.apps.application import Application
+from daxemu.apps.programs.driven import (
+    DuckDb,
+    LibPmem,
+    LibPmemObj,
+    Lmdb,
+    NumpyMemmap,
+    RaggedTraining,
+    RocksDb,
+    RocksDbMmap,
+)
+from daxemu.apps.programs.fio import Fio
+from daxemu.apps.programs.git import Git
+from daxemu.apps.programs.postgresql import PostgreSql, PostgreSqlChecksums
+from daxemu.apps.programs.qemu import Qemu
+from daxemu.apps.programs.redis import RedisAof, RedisRdb
 from daxemu.apps.programs.sqlite import SqliteMmap, SqliteRollback, SqliteWal
 from daxemu.errors import InvalidArgument
 
-APPLICATIONS: tuple[type[Application], ...] = (SqliteRollback, SqliteWal, SqliteMmap)
+APPLICATIONS: tuple[type[Application], ...] = (
+    SqliteRollback,
+    SqliteWal,
+    SqliteMmap,
+    PostgreSql,
+    PostgreSqlChecksums,
+    DuckDb,
+    RedisAof,
+    RedisRdb,
+    RocksDb,
+    RocksDbMmap,
+    Lmdb,
+    Git,
+    NumpyMemmap,
+    RaggedTraining,
+    LibPmem,
+    LibPmemObj,
+    Fio,
+    Qemu,
+)
 """In the order of the matrix."""
 
 
