@@ -25,13 +25,16 @@ COMPLAINT = re.compile(
 
 
 class Needs(NamedTuple):
-    """What must be installed. ``programs``: found in PATH; ``modules``: of Python; ``headers``: C's."""
+    """What must be installed. ``programs``: found in PATH; ``modules``: of Python; ``headers``: C's;
+    ``build``: Debian packages of what a driver is compiled with.
+    """
 
     debian: tuple[str, ...] = ()
     pypi: tuple[str, ...] = ()
     programs: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     headers: tuple[str, ...] = ()
+    build: tuple[str, ...] = ()
 
 
 class Spot(NamedTuple):
@@ -142,6 +145,8 @@ class Application(abc.ABC):
     name: ClassVar[str]
     about: ClassVar[str]
     """One line: which program, how it is set up, how it gets at its data."""
+    note: ClassVar[str]
+    """What of its design explains what is seen of it: a sentence or two."""
     needs: ClassVar[Needs]
     journal: ClassVar[str] = ""
     """What it has for a journal; empty if it has none."""
@@ -178,6 +183,10 @@ class Application(abc.ABC):
     def dirty(self, place: Place, process: Process) -> None:
         """Before the journal is hurt under it: whatever it takes for the journal to hold something again."""
         return
+
+    def log(self, place: Place, process: Process) -> list[str]:
+        """What it has written to its log so far."""
+        return process.output
 
     def stop(self, place: Place, process: Process) -> int:
         """End it as its manual says; how it ended."""

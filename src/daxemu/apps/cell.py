@@ -33,7 +33,7 @@ SIZE = 1 << 30
 DEATH_PATIENCE = 0.5
 """Seconds that a process that was sent a signal has to die of it."""
 LOGGED = re.compile(
-    r"(?i).*(corrupt|checksum|input/output error|i/o error|short read|truncat|bad file|mismatch)"
+    r"(?i).*(corrupt|checksum|could not read|i(nput)?/o(utput)? error|short read|truncat|bad file|mismatch)"
 )
 """A line in a program's own log that tells of lost data."""
 CODES = {BUS_MCEERR_AO: "BUS_MCEERR_AO", BUS_MCEERR_AR: "BUS_MCEERR_AR"}
@@ -259,7 +259,7 @@ class CellRun:
         elif finding is not None and finding.complaints:
             life.outcome, life.said = Outcome.REPORTS, self._plain(finding.complaints[0])
         elif finding is not None and not finding.complete:
-            logged = [line for line in process.output if LOGGED.match(line)]
+            logged = [line for line in self.app.log(place, process) if LOGGED.match(line)]
             life.outcome = Outcome.LOGGED if logged else Outcome.WRONG
             life.said = _count(finding)
             if logged:

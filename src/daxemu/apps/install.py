@@ -64,7 +64,7 @@ def debian_version(package: str) -> str | None:
 def commands(all_needs: Iterable[Needs]) -> list[list[str]]:
     """The commands that would install what is missing; none if nothing is."""
     lacking = [needs for needs in all_needs if missing(needs)]
-    debian = sorted({p for needs in lacking for p in needs.debian if debian_version(p) is None})
+    debian = sorted({p for needs in lacking for p in needs.debian + needs.build if debian_version(p) is None})
     pypi = sorted({p for needs in lacking for p in needs.pypi if p not in versions(needs)})
     found = []
     if debian:
@@ -77,13 +77,15 @@ def commands(all_needs: Iterable[Needs]) -> list[list[str]]:
 
 def install(all_needs: Iterable[Needs], say: Callable[[str], None]) -> None:
     """Install what is missing. Raises PermissionDenied, Unsupported, DaxemuError."""
-    for command in commands(all_needs):
-        if command[0] == "apt-get":
+    wanted = commands(all_needs)
+    for command in wanted:
+        if command[:2] == ["apt-get", "install"]:
+            packages = " ".join(command[5:])
             if shutil.which("apt-get") is None:
-                packages = " ".join(command[5:])
                 raise Unsupported(f"no apt-get here: install what Debian calls {packages}")
             if os.geteuid() != 0:
-                raise PermissionDenied(f"please run as root: {' '.join(command)}")
+                raise PermissionDenied(f"please run as root: apt-get install {packages}")
+    for command in wanted:
         say(f"$ {' '.join(command)}")
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         # Output to stderr: ours may be JSON.

@@ -77,6 +77,7 @@ int main(int argc, char **argv)
 	rocksdb_options_set_create_if_missing(options, 1);
 	rocksdb_options_set_compression(options, rocksdb_no_compression);
 	rocksdb_options_set_allow_mmap_reads(options, !strcmp(argv[3], "mmap"));
+	rocksdb_options_set_db_log_dir(options, ".");
 	rocksdb_block_based_options_set_no_block_cache(table, 1);
 	rocksdb_options_set_block_based_table_factory(options, table);
 	db = rocksdb_open(options, argv[2], &error);

@@ -16,6 +16,7 @@ from daxemu.apps.process import Process
 from daxemu.apps.records import COUNT, Finding, compare_lines, lines
 from daxemu.apps.situations import Part
 
+COMPILER = ("gcc", "libc6-dev")
 _COMPLAINT = re.compile(r"error\b.*", re.IGNORECASE)
 
 
@@ -61,8 +62,9 @@ class Lmdb(Driven):
     """LMDB checks nothing that it loads."""
 
     name = "lmdb"
+    note = "It hands out pointers into its mapping and checks nothing of what is there."
     about = "LMDB through liblmdb: loads from a mapping, stores by write(2)"
-    needs = Needs(debian=("liblmdb-dev", "gcc", "libc6-dev"), programs=("gcc",), headers=("lmdb.h",))
+    needs = Needs(debian=("liblmdb-dev",), programs=("gcc",), build=COMPILER, headers=("lmdb.h",))
     source = "lmdb.c"
     libraries = ("lmdb",)
     data_files = "data.mdb"
@@ -72,10 +74,15 @@ class RocksDb(Driven):
     """Late records are in the log."""
 
     name = "rocksdb"
+    note = (
+        "Blocks of tables have checksums. A log record that cannot be read is refused; one whose checksum is "
+        "wrong ends the log (point-in-time recovery, the default), and only its LOG says so."
+    )
     about = "RocksDB through librocksdb, no block cache; pread(2), a checksum for each block"
-    needs = Needs(debian=("librocksdb-dev", "gcc", "libc6-dev"), programs=("gcc",), headers=("rocksdb/c.h",))
+    needs = Needs(debian=("librocksdb-dev",), programs=("gcc",), build=COMPILER, headers=("rocksdb/c.h",))
     journal = "its write-ahead log, of a process that was killed"
     source = "rocksdb.c"
+    stamp = re.compile(r"[\d/:.-]+ [\da-f]+ ")
     libraries = ("rocksdb",)
     options = ("read",)
     data_files = "*.sst"
@@ -86,11 +93,18 @@ class RocksDb(Driven):
         process.send("write\n")
         process.until("written")
 
+    def log(self, place: Place, process: Process) -> list[str]:
+        """See Application.log: a file where it was started."""
+        texts = [path.read_text(errors="replace") for path in place.scratch.glob("*_LOG")]
+        lines = [line for text in texts for line in text.splitlines()]
+        return [*process.output, *(line for line in lines if "[WARN]" in line or "[ERROR]" in line)]
+
 
 class RocksDbMmap(RocksDb):
     """The same, through mappings."""
 
     name = "rocksdb-mmap"
+    note = "As above; with the tables mapped there is no error to return."
     about = "the same with allow_mmap_reads: tables are mapped"
     options = ("mmap",)
 
@@ -99,8 +113,9 @@ class LibPmem(Driven):
     """The simplest program of the PMDK."""
 
     name = "libpmem"
+    note = "Loads and stores, nothing else."
     about = "PMDK's libpmem: pmem_map_file(), loads and stores"
-    needs = Needs(debian=("libpmem-dev", "gcc", "libc6-dev"), programs=("gcc",), headers=("libpmem.h",))
+    needs = Needs(debian=("libpmem-dev",), programs=("gcc",), build=COMPILER, headers=("libpmem.h",))
     source = "pmem.c"
     libraries = ("pmem",)
     data_files = "records"
@@ -110,8 +125,9 @@ class LibPmemObj(Driven):
     """A pool with a transaction log of its own."""
 
     name = "libpmemobj"
+    note = "Checksums guard its own metadata, not what is stored in objects."
     about = "PMDK's libpmemobj: a pool with its records in the root object, transactions"
-    needs = Needs(debian=("libpmemobj-dev", "gcc", "libc6-dev"), programs=("gcc",), headers=("libpmemobj.h",))
+    needs = Needs(debian=("libpmemobj-dev",), programs=("gcc",), build=COMPILER, headers=("libpmemobj.h",))
     source = "pmemobj.c"
     libraries = ("pmemobj",)
     data_files = "pool"
@@ -121,6 +137,7 @@ class NumpyMemmap(Driven):
     """An array in a file."""
 
     name = "numpy-memmap"
+    note = "Loads and stores, nothing else."
     about = "numpy.memmap of 2400 rows: loads from a mapping"
     needs = Needs(pypi=("numpy",), modules=("numpy",))
     source = "numpy_memmap.py"
@@ -131,6 +148,7 @@ class RaggedTraining(Driven):
     """Training data."""
 
     name = "mmap-ninja"
+    note = "Samples are views of one mapping; nothing is checked."
     about = "mmap_ninja RaggedMmap of 2400 samples of unequal length: loads from a mapping"
     needs = Needs(pypi=("mmap-ninja",), modules=("mmap_ninja",))
     source = "ragged_mmap.py"
@@ -141,6 +159,7 @@ class DuckDb(Driven):
     """Late records are in the write-ahead log."""
 
     name = "duckdb"
+    note = "Blocks and log entries have checksums, and it refuses to open with a log that is not whole."
     about = "DuckDB from Python, its cache emptied before it reads; pread(2), a checksum for each 256 KiB"
     needs = Needs(pypi=("duckdb",), modules=("duckdb",))
     journal = "records.duckdb.wal, of a process that was killed"

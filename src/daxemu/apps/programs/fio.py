@@ -20,6 +20,7 @@ class Fio(Application):
     """Goes round and round for two seconds."""
 
     name = "fio"
+    note = "It checks a CRC of each block."
     about = "fio --ioengine=mmap --verify=crc32c, 4 MiB read again and again for 2 s: loads from a mapping"
     needs = Needs(debian=("fio",), programs=("fio",))
 
@@ -59,7 +60,8 @@ class Fio(Application):
         if status < 0:
             raise Ended(status)
         if status:
-            raise Refused([line for line in process.output if "err=" in line or "verify" in line])
+            verdict = [line for line in process.output if "verify failed" in line or "verify: bad" in line]
+            raise Refused(verdict or [line for line in process.output if "err=" in line])
         return Finding(right=BLOCKS)
 
     @staticmethod

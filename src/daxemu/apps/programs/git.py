@@ -18,6 +18,7 @@ class Git(Application):
     """One long-lived ``git cat-file --batch``, as servers have it."""
 
     name = "git"
+    note = "It has no handler for SIGBUS; a changed object fails zlib's checksum or its own."
     about = "git cat-file --batch on a repository with one pack: loads from a mapping, zlib, SHA-1"
     needs = Needs(debian=("git",), programs=("git",))
 

@@ -36,6 +36,10 @@ class PostgreSql(Application):
     """Late records are in the write-ahead log."""
 
     name = "postgresql"
+    note = (
+        "Recovery takes a log record that it cannot read or believe for the end of the log, and opens "
+        "without the commits after it; its log has a line of it, and only the first time."
+    )
     about = "PostgreSQL, shared_buffers of 128 kB, no data checksums; pread(2)"
     needs = Needs(debian=("postgresql", "postgresql-client"), programs=("postgres", "initdb", "psql"))
     journal = "pg_wal, of a server that was stopped at once"
@@ -97,5 +101,6 @@ class PostgreSqlChecksums(PostgreSql):
     """The same as Debian's later versions set it up."""
 
     name = "postgresql-checksums"
+    note = "As above, but that a changed page of a table is found."
     about = "the same with initdb --data-checksums"
     initdb = ("--data-checksums",)

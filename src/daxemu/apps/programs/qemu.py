@@ -28,11 +28,17 @@ class Qemu(Application):
     """The guest sums up each record, and writes the sums to its serial port."""
 
     name = "qemu"
+    note = (
+        "It asks for early kill by itself (PR_MCE_KILL), so that it is told whatever the sysctl is; its "
+        "handler is made for KVM, and without KVM an AO signal runs into an assertion."
+    )
     about = (
         "QEMU (TCG), the guest's memory a memory-backend-file with share=on; the guest sums up its records"
     )
     needs = Needs(
-        debian=("qemu-system-x86", "seabios", "gcc", "libc6-dev"), programs=("qemu-system-x86_64", "gcc")
+        debian=("qemu-system-x86", "seabios"),
+        programs=("qemu-system-x86_64", "gcc"),
+        build=("gcc", "libc6-dev"),
     )
 
     def prepare(self, place: Place) -> None:

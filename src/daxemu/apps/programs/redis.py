@@ -71,6 +71,7 @@ class RedisAof(_Redis):
     """The base file was rewritten once; late records are in the incremental file."""
 
     name = "redis-aof"
+    note = "It goes on from memory and cannot be started again. The file has no checksums."
     about = "Redis, append-only file, appendfsync always; reads it at the start only"
     journal = "the incremental append-only file"
     options = (
@@ -97,6 +98,10 @@ class RedisRdb(_Redis):
     """Written anew at each clean end."""
 
     name = "redis-rdb"
+    note = (
+        "It goes on from memory, and the snapshot at its end replaces the hurt file. On a removed device "
+        "that cannot be written, and SIGTERM does not end it. The snapshot has a CRC."
+    )
     about = "Redis, snapshots, no compression; reads dump.rdb at the start only, writes it anew at the end"
     options = ("--appendonly", "no", "--save", "3600 1", "--rdbcompression", "no")
 

@@ -56,6 +56,10 @@ class SqliteRollback(_Sqlite):
     """A killed transaction leaves a hot journal, which the next start rolls back."""
 
     name = "sqlite3"
+    note = (
+        "Pages have no checksums. A hot journal that cannot be read keeps the database shut; one that was "
+        "changed is written back over good data, for its checksum samples every 200th byte."
+    )
     about = "sqlite3 shell, rollback journal, a cache of 4 pages; read(2)"
     journal = "records.db-journal, of a transaction that was killed half way"
     journal_file = "records.db-journal"
@@ -96,7 +100,8 @@ class SqliteMmap(SqliteRollback):
     """The same, through a mapping."""
 
     name = "sqlite3-mmap"
-    about = "the same with PRAGMA mmap_size=256M: loads from a mapping"
+    note = "As above, but for the mapping: poison is met by a load."
+    about = "sqlite3 shell, rollback journal, PRAGMA mmap_size=256M: loads from a mapping"
     pragmas = "PRAGMA mmap_size=268435456;\n"
 
 
@@ -104,6 +109,10 @@ class SqliteWal(_Sqlite):
     """Late records are in the write-ahead log."""
 
     name = "sqlite3-wal"
+    note = (
+        "A frame whose checksum is wrong ends the log: the transactions from there on are gone, and that "
+        "is no error. Its -shm file is mapped, so a removal kills it."
+    )
     about = "sqlite3 shell, write-ahead log, a cache of 4 pages; read(2)"
     journal = "records.db-wal, with transactions since the last checkpoint"
     journal_file = "records.db-wal"
