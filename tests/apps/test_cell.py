@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from daxemu.apps.process import Process
 from daxemu.apps.records import COUNT, Finding, compare_lines, lines
 from daxemu.apps.situations import Part
 from daxemu.host.mountinfo import mounts
-from tests.support.mount import DAXEMU
+from tests.support.mount import DAXEMU, daxemu
 
 pytestmark = pytest.mark.mount
 
@@ -83,7 +84,7 @@ def outcomes(cell: Cell) -> tuple[Outcome, Outcome]:
         ("loses", Outcome.WRONG, "2399 records right, 1 missing"),
         ("logs", Outcome.LOGGED, "its log: log: checksum mismatch"),
         ("complains", Outcome.REPORTS, "error: input/output error"),
-        ("stays", Outcome.RIGHT, "does not end as asked"),
+        ("stays", Outcome.RIGHT, "does not end when it is asked to"),
     ],
 )
 def test_what_a_program_does_is_what_is_seen(
@@ -130,17 +131,21 @@ def test_sqlite3_does_not_notice_a_changed_record(tmp_path: Path) -> None:
 
 
 def test_numpy_meets_latent_poison(tmp_path: Path) -> None:
-    cell, _ = make("numpy-memmap", "latent", tmp_path)
-    assert outcomes(cell) == (Outcome.AR, Outcome.AR)
+    page = tmp_path / "page.md"
+    asked = ("--only", "numpy-memmap", "--situation", "latent", "--situation", "journal")
+    shown = json.loads(daxemu("apps", *asked, "-o", page, "--json"))
+    (cell,) = shown["cells"]
+    assert (cell["first"]["outcome"], cell["again"]["outcome"]) == ("SIGBUS AR", "SIGBUS AR")
+    assert "lsb 12: delivered" in cell["first"]["signals"][0]
+    assert shown["not_made"][0]["reason"] == "no journal"
+    assert "| `numpy-memmap` | SIGBUS AR / SIGBUS AR | - |" in page.read_text()
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git here: make setup installs it")
-def test_git_notices_a_changed_object_and_survives_a_removal(tmp_path: Path) -> None:
-    cell, _ = make("git", "silent", tmp_path)
-    assert outcomes(cell) == (Outcome.REPORTS, Outcome.REPORTS)
-    (tmp_path / "again").mkdir()
-    cell, _ = make("git", "remove", tmp_path / "again")
+def test_git_is_told_of_a_removal_and_right_when_the_device_is_back(tmp_path: Path) -> None:
+    cell, _ = make("git", "remove", tmp_path)
     assert outcomes(cell) == (Outcome.AO, Outcome.RIGHT)
+    assert cell.hurt == "the whole device"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -35,7 +35,7 @@ MADE = [
     cell("sqlite3", "silent", Life(Outcome.WRONG, "1 wrong"), Life(Outcome.WRONG, "1 wrong")),
     cell("sqlite3", "journal", Life(Outcome.REPORTS, "a | b `c` \x07"), Life(Outcome.RIGHT)),
     Cell("numpy-memmap", "silent", failed="DaxemuError: no space"),
-    cell("numpy-memmap", "remove", Life(Outcome.AO), Life(Outcome.RIGHT)),
+    cell("numpy-memmap", "remove", Life(Outcome.AO, stays=True), Life(Outcome.RIGHT)),
 ]
 
 
@@ -43,16 +43,17 @@ def test_the_matrix_has_every_program_and_situation() -> None:
     lines = as_markdown(WANTED, MADE).splitlines()
     assert "| | Silent | Journal | Removal |" in lines
     assert "| `sqlite3` | **wrong** / **wrong** | reports / right | absent |" in lines
-    assert "| `numpy-memmap` | not observed | - | SIGBUS AO / right |" in lines
+    assert "| `numpy-memmap` | not observed | - | SIGBUS AO + / right |" in lines
 
 
 def test_the_reading_is_counted_from_it() -> None:
     page = as_markdown(WANTED, MADE)
     assert "Of 3 cells in which something was hurt" in page
-    assert "- **Wrong data, and nobody is told**: 1. `sqlite3` (silent)." in page
-    assert "with the poison left where it was**: 1. `sqlite3` (journal)." in page
-    assert "- **Removed and put back, and all is right**: 1. `numpy-memmap` (remove)." in page
-    assert "- **Hang**: none." in page
+    assert "- **Other bytes, and wrong data without an error**: 1: `sqlite3` (silent)." in page
+    assert "with the poison still there**: 1: `sqlite3` (journal)." in page
+    assert "- **Removed and put back, and all is right**: 1: `numpy-memmap` (remove)." in page
+    assert "- **No answer**: none." in page
+    assert "- **It did not end when it was asked to**: 1: `numpy-memmap` (remove)." in page
 
 
 def test_what_a_program_says_cannot_break_the_page() -> None:

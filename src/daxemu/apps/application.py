@@ -26,7 +26,8 @@ COMPLAINT = re.compile(
 
 class Needs(NamedTuple):
     """What must be installed. ``programs``: found in PATH; ``modules``: of Python; ``headers``: C's;
-    ``build``: Debian packages of what a driver is compiled with.
+    ``build``: Debian packages of what a driver is compiled with; ``version``: a command that prints the
+    version, where that of the package does not.
     """
 
     debian: tuple[str, ...] = ()
@@ -35,6 +36,7 @@ class Needs(NamedTuple):
     modules: tuple[str, ...] = ()
     headers: tuple[str, ...] = ()
     build: tuple[str, ...] = ()
+    version: tuple[str, ...] = ()
 
 
 class Spot(NamedTuple):
@@ -70,6 +72,7 @@ class Place:
         self._become: list[str] = []
         if user is not None and os.geteuid() == 0:
             self._become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]
+            scratch.parent.chmod(0o755)  # whatever our umask is
             for directory in (root, scratch):
                 shutil.chown(directory, user, user)
 

@@ -26,7 +26,7 @@ from daxemu.apps.programs import application_called
 from daxemu.apps.records import Finding
 from daxemu.apps.situations import BY_NAME, Situation
 from daxemu.errors import DaxemuError
-from daxemu.evaluate.machine import TrialMachine, daxemu, directories, ending
+from daxemu.evaluate.machine import PATIENCE, TrialMachine, daxemu, directories, ending
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SIZE
 
 SIZE = 1 << 30
@@ -70,6 +70,8 @@ class Life(msgspec.Struct):
     wrong: int = 0
     missing: int = 0
     signals: list[str] = []
+    stays: bool = False
+    """It did not end when it was asked to, and was killed."""
 
 
 class Cell(msgspec.Struct, tag="cell"):
@@ -153,6 +155,7 @@ class CellRun:
             place.kill_all()
             machine.again()
             if situation.early_kill:
+                self._say(f"$ daxemu set {machine.mountpoint} early_kill=1")
                 daxemu("set", machine.mountpoint, "early_kill=1")
             harm: Callable[[Process], int] | None = None
             if situation.harm == "removal":
@@ -189,6 +192,7 @@ class CellRun:
         self.cell.hurt = f"{name} {offset:#x}+{length:#x} ({spot.what})"
         self._say(f"$ daxemu inject {spot.path} --offset {offset:#x} --length {length}{options}")
         with self.machine.client() as client:
+            client.set_patience(PATIENCE)
             ino = spot.path.stat().st_ino
             done = client.request(
                 "inject", ino=ino, ranges=[[offset, length]], silent=silent, latent=latent, seed=1
@@ -203,6 +207,7 @@ class CellRun:
         self._say(f"$ daxemu remove {self.machine.mountpoint}")
         self.cell.hurt = "the whole device"
         with self.machine.client() as client:
+            client.set_patience(PATIENCE)
             told = int(client.request("remove")["told"])
         self._say(f"   {told} told")
         return told
@@ -237,9 +242,15 @@ class CellRun:
         if (finding is None or finding.complaints) and process.ends_within(DEATH_PATIENCE):
             # A client's words about a server that is gone: the server's end is what happened.
             try:
-                problem = Ended(process.wait())
+                status = process.wait()
             except Hung as error:
                 problem = error
+            else:
+                refused = isinstance(problem, Refused) and status >= 0
+                # What aborts by itself once it has told its client of the error has reported it.
+                gave_up = finding is not None and status == -signal.SIGABRT
+                if not refused and not gave_up:
+                    problem = Ended(status)
         signals = self._signals()
         said = self._telling(process, problem)
         life = Life(Outcome.RIGHT, status=process.status, signals=[text for _, _, text in signals])
@@ -272,9 +283,10 @@ class CellRun:
             try:
                 status = self.app.stop(place, process)
                 self._say(f"   it ends: {describe(status)}")
-            except (Ended, Hung, Refused) as error:
+            except Hung as error:
                 self._say(f"   it does not end as asked: {error}")
-                life.said = life.said or f"does not end as asked: {error}"
+                life.stays = True
+                life.said = life.said or "does not end when it is asked to"
         life.status = process.status
         said = [line for line in process.output if COMPLAINT.match(line) or LOGGED.match(line)]
         for line in said[:20]:
@@ -287,7 +299,10 @@ class CellRun:
         """The line that says most about a problem: the last complaint, or the last line."""
         lines = problem.lines if isinstance(problem, Refused) else process.output
         complaints = [line for line in lines if COMPLAINT.match(line) or LOGGED.match(line)]
-        line = next(iter(complaints[-1:] or [line for line in lines if line][-1:]), "")
+        telling = [line for line in complaints if not line.endswith("---")] or [
+            line for line in lines if line
+        ]
+        line = telling[-1] if telling else ""
         return self._plain(self.app.stamp.sub("", line, 1)).strip()[:300]
 
     def _cut_off(self, place: Place) -> None:

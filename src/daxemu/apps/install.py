@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -41,6 +42,9 @@ def missing(needs: Needs) -> list[str]:
 def versions(needs: Needs) -> dict[str, str]:
     """The version of each package that is installed."""
     found = {}
+    if needs.version and (asked := program(needs.version[0])) is not None:
+        said = subprocess.run([asked, *needs.version[1:]], capture_output=True, text=True).stdout
+        return {needs.version[0]: said.strip()}
     for package in needs.debian:
         if version := debian_version(package):
             found[package] = version
@@ -92,3 +96,4 @@ def install(all_needs: Iterable[Needs], say: Callable[[str], None]) -> None:
         done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr)
         if done.returncode:
             raise DaxemuError(f"{' '.join(command[:3])} ended with status {done.returncode}: see above")
+    importlib.invalidate_caches()

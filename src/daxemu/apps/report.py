@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -14,7 +14,7 @@ from daxemu.apps.application import Application
 from daxemu.apps.cell import Cell, Life, Outcome
 from daxemu.apps.install import versions
 from daxemu.apps.matrix import Wanted
-from daxemu.apps.situations import Situation
+from daxemu.apps.situations import BY_NAME, Situation
 
 MEANING = {
     Outcome.RIGHT: "everything it gave back is what was written",
@@ -58,6 +58,7 @@ def as_markdown(cells: Sequence[Wanted], made: Sequence[Cell]) -> str:
         _matrix(programs, situations, found, reasons),
         "",
         *(f"- **{outcome}**: {text}" for outcome, text in MEANING.items() if _occurs(made, outcome)),
+        *(["- **+**: it did not end when it was asked to, and was killed"] if _stays(made) else []),
         "- **-**: it has no journal",
         "",
         "The columns:",
@@ -96,8 +97,11 @@ _HEAD = """\
 Unmodified programs with data of their own on a daxemu mount, each cell on a fresh one: first what a program
 does under the harm, then what it does when it is started again, with the harm still there. Seen, not
 foretold: `daxemu apps` starts the program, hurts the page that holds a known record (or 16 bytes of it), has
-it read everything, and compares each of its 2400 records with what was written. Made by `make apps` with
-daxemu {version} on {system}.
+it read everything, and compares each of its 2400 records with what was written. What a mount does otherwise
+than DAX on hardware is in [fidelity](fidelity.md): of that, a read(2) of good pages and poison after them
+shows here, which is EIO there and the good bytes first here.
+
+Made by `make apps` with daxemu {version} on {system}.
 
 ## The matrix
 """
@@ -146,6 +150,10 @@ def _occurs(made: Sequence[Cell], outcome: Outcome) -> bool:
     return any(life is not None and life.outcome is outcome for c in made for life in (c.first, c.again))
 
 
+def _stays(made: Sequence[Cell]) -> bool:
+    return any(life is not None and life.stays for c in made for life in (c.first, c.again))
+
+
 def _matrix(
     programs: Sequence[type[Application]],
     situations: Sequence[Situation],
@@ -169,66 +177,66 @@ def _matrix(
 def _short(cell: Cell) -> str:
     if cell.first is None or cell.again is None:
         return "not observed"
-    words = [f"**{o}**" if o in LOSSES else str(o) for o in (cell.first.outcome, cell.again.outcome)]
-    return words[0] + " / " + words[1]
+    return " / ".join(
+        (f"**{life.outcome}**" if life.outcome in LOSSES else str(life.outcome))
+        + (" +" if life.stays else "")
+        for life in (cell.first, cell.again)
+    )
 
 
 def _reading(made: Sequence[Cell]) -> str:
     """What can be said of the whole, counted from it."""
+    hurt = [c for c in made if BY_NAME[c.situation].harm != "none" and c.first and c.again]
+    poison = [c for c in hurt if BY_NAME[c.situation].harm in ("poison", "latent")]
+    silent = [c for c in hurt if BY_NAME[c.situation].harm == "silent"]
+    removal = [c for c in hurt if BY_NAME[c.situation].harm == "removal"]
 
-    def those(test: Callable[[Life, Life], bool]) -> list[Cell]:
-        return [
-            c for c in made if c.situation != "healthy" and c.first and c.again and test(c.first, c.again)
-        ]
+    def ends(cells: Sequence[Cell], *outcomes: Outcome) -> list[Cell]:
+        return [c for c in cells if c.again is not None and c.again.outcome in outcomes]
 
-    entries = [
+    def either(cells: Sequence[Cell], *outcomes: Outcome) -> list[Cell]:
+        return [c for c in cells if any(life and life.outcome in outcomes for life in (c.first, c.again))]
+
+    def begins(cells: Sequence[Cell], *outcomes: Outcome) -> list[Cell]:
+        return [c for c in cells if c.first is not None and c.first.outcome in outcomes]
+
+    entries = (
         (
-            "Wrong data, and nobody is told",
-            those(lambda first, again: Outcome.WRONG in (first.outcome, again.outcome)),
+            "Poison in the data file, and wrong data without an error",
+            either([c for c in poison if BY_NAME[c.situation].part == "data"], *LOSSES),
         ),
         (
-            "Wrong data, and only the program's log tells",
-            those(lambda first, again: Outcome.LOGGED in (first.outcome, again.outcome)),
+            "Poison in the journal, and acknowledged data is gone without an error",
+            either([c for c in poison if BY_NAME[c.situation].part == "journal"], *LOSSES),
         ),
-        ("Killed by a signal", those(lambda first, _: first.outcome in KILLED)),
-        ("Hang", those(lambda first, again: Outcome.HANGS in (first.outcome, again.outcome))),
-        (
-            "Hurt, and all is right after the restart, with the poison left where it was",
-            [
-                c
-                for c in those(lambda first, again: again.outcome is Outcome.RIGHT)
-                if c.situation != "remove"
-            ],
-        ),
-        (
-            "Removed and put back, and all is right",
-            [
-                c
-                for c in those(lambda first, again: again.outcome is Outcome.RIGHT)
-                if c.situation == "remove"
-            ],
-        ),
+        ("Other bytes, and wrong data without an error", either(silent, *LOSSES)),
+        ("Of these, its log says something once", begins(hurt, Outcome.LOGGED)),
+        ("Killed by a signal", begins(hurt, *KILLED)),
+        ("No answer", either(hurt, Outcome.HANGS)),
+        ("It did not end when it was asked to", [c for c in hurt if c.first is not None and c.first.stays]),
+        ("Poison, and all is right after a restart with the poison still there", ends(poison, Outcome.RIGHT)),
+        ("Removed and put back, and all is right", ends(removal, Outcome.RIGHT)),
         (
             "Removed and put back, and not all is right",
-            [
-                c
-                for c in those(lambda first, again: again.outcome is not Outcome.RIGHT)
-                if c.situation == "remove"
-            ],
+            [c for c in removal if c not in ends(removal, Outcome.RIGHT)],
         ),
-    ]
-    total = len([c for c in made if c.situation != "healthy" and c.first])
-    lines = [f"Of {total} cells in which something was hurt:", ""]
-    for title, those_cells in entries:
-        if not those_cells:
-            lines.append(f"- **{title}**: none.")
-            continue
-        by_program = [
-            f"`{name}` ({', '.join(c.situation for c in group)})"
-            for name, group in groupby(those_cells, lambda c: c.application)
-        ]
-        lines.append(f"- **{title}**: {len(those_cells)}. {', '.join(by_program)}.")
-    return "\n".join(lines)
+    )
+    lines = [f"Of {len(hurt)} cells in which something was hurt:", ""]
+    return "\n".join(lines + [f"- **{title}**: {_named(cells)}." for title, cells in entries])
+
+
+def _named(cells: Sequence[Cell]) -> str:
+    """Which cells, programs with the same situations together."""
+    if not cells:
+        return "none"
+    by_program: dict[str, list[str]] = {}
+    for cell in cells:
+        by_program.setdefault(cell.application, []).append(cell.situation)
+    alike: dict[str, list[str]] = {}
+    for name, situations in by_program.items():
+        alike.setdefault(", ".join(situations), []).append(f"`{name}`")
+    parts = [f"{', '.join(names)} ({situations})" for situations, names in alike.items()]
+    return f"{len(cells)}: " + "; ".join(parts)
 
 
 def _program(a: type[Application]) -> str:

@@ -41,7 +41,11 @@ class PostgreSql(Application):
         "without the commits after it; its log has a line of it, and only the first time."
     )
     about = "PostgreSQL, shared_buffers of 128 kB, no data checksums; pread(2)"
-    needs = Needs(debian=("postgresql", "postgresql-client"), programs=("postgres", "initdb", "psql"))
+    needs = Needs(
+        debian=("postgresql", "postgresql-client"),
+        programs=("postgres", "initdb", "psql"),
+        version=("postgres", "--version"),
+    )
     journal = "pg_wal, of a server that was stopped at once"
     user = "postgres"
     stamp = _STAMP
