@@ -87,6 +87,7 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(InvalidArgument, match="no situation 'flood': there are healthy, before, "):
         wanted([], ["flood"])
     assert "ends in .md or .json" in daxemu("apps", "-o", "x.html", status=2)
+    assert "make the directory /nowhere first" in daxemu("apps", "-o", "/nowhere/x.md", status=2)
 
 
 def test_no_journal_no_cell() -> None:

@@ -47,6 +47,18 @@ def test_silence_is_a_hang(start: Start) -> None:
         start("sleep 60", limit=0.2).until("anything")
 
 
+def test_more_than_a_pipe_holds_goes_both_ways(start: Start) -> None:
+    process = start("cat; echo end")
+    process.send("a line\n" * 100_000)
+    assert process.lines(100_000)[-1] == "a line"
+    assert process.end() == 0
+
+
+def test_what_takes_no_input_hangs(start: Start) -> None:
+    with pytest.raises(Hung, match=r"takes nothing for 0\.2 s"):
+        start("sleep 60", limit=0.2).send("a line\n" * 100_000)
+
+
 def test_an_end_where_more_was_to_come(start: Start) -> None:
     process = start("echo no newline at the end | tr -d '\\n'; kill -SEGV $$")
     with pytest.raises(Ended) as ended:

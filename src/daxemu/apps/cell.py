@@ -186,7 +186,8 @@ class CellRun:
         latent = self.situation.harm == "latent"
         offset, length = spot.offset, spot.length
         if not silent:
-            offset, length = offset // PAGE_SIZE * PAGE_SIZE, PAGE_SIZE
+            offset = offset // PAGE_SIZE * PAGE_SIZE
+            length = min(PAGE_SIZE, spot.path.stat().st_size - offset)
         name = spot.path.relative_to(self.machine.mountpoint / "data")
         options = " --silent" if silent else " --latent" if latent else ""
         self.cell.hurt = f"{name} {offset:#x}+{length:#x} ({spot.what})"
@@ -231,8 +232,10 @@ class CellRun:
                 self._say(f"   {_count(finding)}")
         except (Ended, Hung, Refused) as error:
             problem = error
+        if not place.started:
+            raise DaxemuError(f"it cannot be started: {problem}")
         life = self._judge(place, finding, problem)
-        self._end(place, life, problem)
+        self._end(place, life)
         shown = f": {life.said}" if life.said else ""
         self._say(f"=> {life.outcome}{shown}")
         return life
@@ -277,7 +280,7 @@ class CellRun:
                 life.said += f"; its log: {self._plain(self.app.stamp.sub('', logged[-1], 1))}"
         return life
 
-    def _end(self, place: Place, life: Life, problem: Exception | None) -> None:
+    def _end(self, place: Place, life: Life) -> None:
         process = place.started[-1]
         if life.outcome is not Outcome.HANGS and process.status is None:
             try:

@@ -60,6 +60,8 @@ class Process:
         )
         assert self._process.stdout is not None
         assert self._process.stderr is not None
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)
         # What it said of an error comes before what it printed after that.
         self._rest = {self._process.stderr: b"", self._process.stdout: b""}
         self.pid = self._process.pid
@@ -70,12 +72,23 @@ class Process:
         return self._process.poll()
 
     def send(self, text: str) -> None:
-        """Give it lines. Raises Ended."""
+        """Give it lines, and take what it says meanwhile. Raises Ended, Hung."""
         assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(text.encode())
-        except BrokenPipeError:
-            raise Ended(self.wait()) from None
+        deadline = time.monotonic() + self.limit
+        stdin = self._process.stdin.fileno()
+        left = text.encode()
+        while left:
+            left_seconds = max(deadline - time.monotonic(), 0.0)
+            readable, writable, _ = select.select(list(self._rest), [stdin], [], left_seconds)
+            if not readable and not writable:
+                raise Hung(f"takes nothing for {self.limit:g} s")
+            if readable:
+                self._read(deadline)
+            if writable:
+                try:
+                    left = left[os.write(stdin, left) :]
+                except BrokenPipeError:
+                    raise Ended(self.wait()) from None
 
     def until(self, *wanted: str) -> list[str]:
         """Its lines up to one that has any of ``wanted`` in it, which is the last. Raises Ended, Hung."""

@@ -64,6 +64,8 @@ def apps(
     for path in output:
         if path.suffix not in (".md", ".json"):
             raise InvalidArgument(f"{path}: give a name that ends in .md or .json")
+        if not path.parent.is_dir():
+            raise InvalidArgument(f"{path}: make the directory {path.parent} first")
     cells = wanted(only, situation)
     chosen = list(dict.fromkeys(cell.application for cell in cells))
     if install:

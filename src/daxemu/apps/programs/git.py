@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 from daxemu.apps.application import Application, Needs, Place, Spot, number_of
@@ -12,6 +13,12 @@ from daxemu.apps.situations import Part
 _HEADER = re.compile(r"blob (\d{6})")
 _COMPLAINT = re.compile(r"(error|fatal):.*|.* missing")
 _NOBODY = "nobody missing"
+
+
+def _name(number: int) -> str:
+    """The object's name that a record has as a blob."""
+    body = text(number).encode()
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
 
 
 class Git(Application):
@@ -37,7 +44,7 @@ class Git(Application):
     def spot(self, place: Place, part: Part) -> Spot:
         """See Application.spot."""
         number = number_of(part)
-        (wanted,) = place.make([*self._git(place), "rev-parse", f"main:r/{number:06d}"])
+        wanted = _name(number)
         (pack,) = (place.root / "repo" / "objects" / "pack").glob("*.pack")
         for line in place.make([*self._git(place), "verify-pack", "-v", pack]):
             words = line.split()
@@ -55,7 +62,7 @@ class Git(Application):
 
     def read(self, place: Place, process: Process) -> Finding:
         """See Application.read."""
-        process.send("".join(f"main:r/{number:06d} {number:06d}\n" for number in range(COUNT)) + "nobody\n")
+        process.send("".join(f"{_name(number)} {number:06d}\n" for number in range(COUNT)) + "nobody\n")
         told = iter(process.until(_NOBODY)[:-1])
         lines = []
         for line in told:
