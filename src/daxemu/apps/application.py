@@ -78,7 +78,7 @@ class Place:
 
     def _command(self, argv: Sequence[str | Path]) -> list[str]:
         words = [str(word) for word in argv]
-        self.say(f"$ {' '.join(words)}")
+        self.say(f"   $ {' '.join(words)}")
         return self._become + words
 
     @property

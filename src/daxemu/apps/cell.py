@@ -155,7 +155,7 @@ class CellRun:
             place.kill_all()
             machine.again()
             if situation.early_kill:
-                self._say(f"$ daxemu set {machine.mountpoint} early_kill=1")
+                self._say(f"   $ daxemu set {machine.mountpoint} early_kill=1")
                 daxemu("set", machine.mountpoint, "early_kill=1")
             harm: Callable[[Process], int] | None = None
             if situation.harm == "removal":
@@ -191,7 +191,7 @@ class CellRun:
         name = spot.path.relative_to(self.machine.mountpoint / "data")
         options = " --silent" if silent else " --latent" if latent else ""
         self.cell.hurt = f"{name} {offset:#x}+{length:#x} ({spot.what})"
-        self._say(f"$ daxemu inject {spot.path} --offset {offset:#x} --length {length}{options}")
+        self._say(f"   $ daxemu inject {spot.path} --offset {offset:#x} --length {length}{options}")
         with self.machine.client() as client:
             client.set_patience(PATIENCE)
             ino = spot.path.stat().st_ino
@@ -205,7 +205,7 @@ class CellRun:
         return int(found["told"])
 
     def _remove(self, process: Process) -> int:
-        self._say(f"$ daxemu remove {self.machine.mountpoint}")
+        self._say(f"   $ daxemu remove {self.machine.mountpoint}")
         self.cell.hurt = "the whole device"
         with self.machine.client() as client:
             client.set_patience(PATIENCE)

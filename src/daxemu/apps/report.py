@@ -116,16 +116,16 @@ tells step by step what is run, what is hurt, which signals come, and what the p
 ```console
 $ daxemu apps --only sqlite3-mmap --situation late
 -- sqlite3-mmap makes its data
-$ sqlite3 -batch -bail MOUNTPOINT/data/records.db
+   $ sqlite3 -batch -bail MOUNTPOINT/data/records.db
 -- sqlite3-mmap is started
-$ sqlite3 -batch MOUNTPOINT/data/records.db
+   $ sqlite3 -batch MOUNTPOINT/data/records.db
    2400 records right
 ...
    Recovered, 0 told
 ...
 => SIGBUS AR
 -- sqlite3-mmap is started again
-$ sqlite3 -batch MOUNTPOINT/data/records.db
+   $ sqlite3 -batch MOUNTPOINT/data/records.db
 ...
 => SIGBUS AR
 sqlite3-mmap, late: SIGBUS AR, restarted: SIGBUS AR
