@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-no-layouts check unit bench bench-check bench-accept fidelity protocol man docs recording dist posix fstests ltp soak clean
+.PHONY: setup demo test test-no-layouts check unit bench bench-check bench-accept fidelity protocol man docs recording apps dist posix fstests ltp soak clean
 
 setup: $(STAMP)
 
@@ -65,6 +65,10 @@ docs: setup
 # docs/demo.svg, from a real run.
 recording: setup
 	$(PY) -m tools.record_demo
+
+# docs/applications.md, from a real run of every program that is here: about ten minutes.
+apps: setup
+	.venv/bin/daxemu apps -o docs/applications.md
 
 dist: setup
 	$(PY) -m build --outdir build/dist .

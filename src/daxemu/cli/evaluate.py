@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from daxemu.cli.common import emit, json_option
+from daxemu.cli.long_work import INTERRUPTED, interruptible, progress
 from daxemu.errors import DaxemuError
 from daxemu.sizes import counted
 
 if TYPE_CHECKING:
     from daxemu.evaluate.scheduler import Scheduler
     from daxemu.evaluate.trial import Result
-
-INTERRUPTED = 130
 
 
 @click.command()
@@ -62,8 +58,8 @@ def evaluate(plan: Path, output: Path, jobs: int | None, scheduler: str | None, 
                 else LocalScheduler(min(jobs or default_jobs(), len(left)))
             )
             try:
-                with _interruptible(), _progress(len(left)) as done:
-                    campaign.run(made, done)
+                with interruptible(), progress(len(left), "trials") as done:
+                    campaign.run(made, lambda result: done(str(result.key), _how(result)))
             except KeyboardInterrupt:
                 kept = counted(len(campaign.good()), "trial")
                 click.echo(
@@ -87,45 +83,5 @@ def evaluate(plan: Path, output: Path, jobs: int | None, scheduler: str | None, 
         sys.exit(1)
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM is Ctrl-C; a second one of either does not cut short what the first began."""
-
-    def interrupt(number: int, frame: object) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[Result], None]]:
-    """A bar with the time left on a terminal; elsewhere a line a trial. On stderr."""
-    if not sys.stderr.isatty():
-        count = 0
-
-        def say(result: Result) -> None:
-            nonlocal count
-            count += 1
-            failed = f": {result.failed}" if result.failed else f", {result.wall:.1f} s"
-            click.echo(f"{count}/{total} {result.key}{failed}", err=True)
-
-        yield say
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("trials", total=total)
-
-        def advance(result: Result) -> None:
-            progress.update(bar, advance=1, description=str(result.key))
-
-        yield advance
+def _how(result: Result) -> str:
+    return f": {result.failed}" if result.failed else f", {result.wall:.1f} s"

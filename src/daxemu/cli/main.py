@@ -36,6 +36,7 @@ VERBS = {
     "run": "run",
     "evaluate": "evaluate",
     "fleet": "fleet",
+    "apps": "apps",
     "demo": "demo",
     "doctor": "doctor",
 }

@@ -1,0 +1,173 @@
+"""Libraries, and the drivers (drivers/) that call them: small programs, all talked to alike.
+
+``DRIVER prepare DIR`` stores the records that it is given as lines; ``DRIVER open DIR`` says "ready", and for
+each line "read" gives back all as lines ``NUMBER TEXT`` and "end"; an error is a line "error: ...".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from daxemu.apps.application import Application, Needs, Place, Spot, find_record, number_of, python_driver
+from daxemu.apps.process import Process
+from daxemu.apps.records import COUNT, Finding, compare_lines, lines
+from daxemu.apps.situations import Part
+
+COMPILER = ("gcc", "libc6-dev")
+_COMPLAINT = re.compile(r"error\b.*", re.IGNORECASE)
+
+
+class Driven(Application):
+    """``source``: its driver; ``libraries``: what one in C is linked with; ``options``: what it is told.
+
+    ``data_files`` and ``journal_files``: patterns below its directory.
+    """
+
+    source: ClassVar[str]
+    libraries: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[str, ...]] = ()
+    data_files: ClassVar[str]
+    journal_files: ClassVar[str] = ""
+
+    def prepare(self, place: Place) -> None:
+        """See Application.prepare."""
+        place.make([*self._driver(place), "prepare", place.root, *self.options], lines(range(COUNT)))
+
+    def spot(self, place: Place, part: Part) -> Spot:
+        """See Application.spot."""
+        pattern = self.journal_files if part == "journal" else self.data_files
+        return find_record(number_of(part), sorted(place.root.rglob(pattern)))
+
+    def start(self, place: Place) -> Process:
+        """See Application.start."""
+        process = place.start([*self._driver(place), "open", place.root, *self.options])
+        process.until("ready")
+        return process
+
+    def read(self, place: Place, process: Process) -> Finding:
+        """See Application.read."""
+        process.send("read\n")
+        return compare_lines(process.until("end"), _COMPLAINT)
+
+    def _driver(self, place: Place) -> Sequence[str | Path]:
+        if self.source.endswith(".py"):
+            return python_driver(self.source)
+        return [place.compile(self.source, *self.libraries)]
+
+
+class Lmdb(Driven):
+    """LMDB checks nothing that it loads."""
+
+    name = "lmdb"
+    note = "It hands out pointers into its mapping and checks nothing of what is there."
+    about = "LMDB through liblmdb: loads from a mapping, stores by write(2)"
+    needs = Needs(debian=("liblmdb-dev",), programs=("gcc",), build=COMPILER, headers=("lmdb.h",))
+    source = "lmdb.c"
+    libraries = ("lmdb",)
+    data_files = "data.mdb"
+
+
+class RocksDb(Driven):
+    """Late records are in the log."""
+
+    name = "rocksdb"
+    note = (
+        "Blocks of tables have checksums. A log record that cannot be read is refused; one whose checksum is "
+        "wrong ends the log (point-in-time recovery, the default), and only its LOG says so."
+    )
+    about = "RocksDB through librocksdb, no block cache; pread(2), a checksum for each block"
+    needs = Needs(debian=("librocksdb-dev",), programs=("gcc",), build=COMPILER, headers=("rocksdb/c.h",))
+    journal = "its write-ahead log, of a process that was killed"
+    source = "rocksdb.c"
+    stamp = re.compile(r"[\d/:.-]+ [\da-f]+ ")
+    libraries = ("rocksdb",)
+    options = ("read",)
+    data_files = "*.sst"
+    journal_files = "*.log"
+
+    def dirty(self, place: Place, process: Process) -> None:
+        """See Application.dirty."""
+        process.send("write\n")
+        process.until("written")
+
+    def log(self, place: Place, process: Process) -> list[str]:
+        """See Application.log: a file where it was started."""
+        texts = [path.read_text(errors="replace") for path in place.scratch.glob("*_LOG")]
+        lines = [line for text in texts for line in text.splitlines()]
+        return [*process.output, *(line for line in lines if "[WARN]" in line or "[ERROR]" in line)]
+
+
+class RocksDbMmap(RocksDb):
+    """The same, through mappings."""
+
+    name = "rocksdb-mmap"
+    note = "As above; with the tables mapped there is no error to return."
+    about = "the same with allow_mmap_reads: tables are mapped"
+    options = ("mmap",)
+
+
+class LibPmem(Driven):
+    """The simplest program of the PMDK."""
+
+    name = "libpmem"
+    note = "Loads and stores, nothing else."
+    about = "PMDK's libpmem: pmem_map_file(), loads and stores"
+    needs = Needs(debian=("libpmem-dev",), programs=("gcc",), build=COMPILER, headers=("libpmem.h",))
+    source = "pmem.c"
+    libraries = ("pmem",)
+    data_files = "records"
+
+
+class LibPmemObj(Driven):
+    """A pool with a transaction log of its own."""
+
+    name = "libpmemobj"
+    note = "Checksums guard its own metadata, not what is stored in objects."
+    about = "PMDK's libpmemobj: a pool with its records in the root object, transactions"
+    needs = Needs(debian=("libpmemobj-dev",), programs=("gcc",), build=COMPILER, headers=("libpmemobj.h",))
+    source = "pmemobj.c"
+    libraries = ("pmemobj",)
+    data_files = "pool"
+
+
+class NumpyMemmap(Driven):
+    """An array in a file."""
+
+    name = "numpy-memmap"
+    note = "Loads and stores, nothing else."
+    about = "numpy.memmap of 2400 rows: loads from a mapping"
+    needs = Needs(pypi=("numpy",), modules=("numpy",))
+    source = "numpy_memmap.py"
+    data_files = "records.dat"
+
+
+class RaggedTraining(Driven):
+    """Training data."""
+
+    name = "mmap-ninja"
+    note = "Samples are views of one mapping; nothing is checked."
+    about = "mmap_ninja RaggedMmap of 2400 samples of unequal length: loads from a mapping"
+    needs = Needs(pypi=("mmap-ninja",), modules=("mmap_ninja",))
+    source = "ragged_mmap.py"
+    data_files = "*.ninja"
+
+
+class DuckDb(Driven):
+    """Late records are in the write-ahead log."""
+
+    name = "duckdb"
+    note = "Blocks and log entries have checksums, and it refuses to open with a log that is not whole."
+    about = "DuckDB from Python, its cache emptied before it reads; pread(2), a checksum for each 256 KiB"
+    needs = Needs(pypi=("duckdb",), modules=("duckdb",))
+    journal = "records.duckdb.wal, of a process that was killed"
+    source = "duckdb_table.py"
+    data_files = "records.duckdb"
+    journal_files = "records.duckdb.wal"
+
+    def dirty(self, place: Place, process: Process) -> None:
+        """See Application.dirty."""
+        process.send("write\n")
+        process.until("written")

@@ -1,0 +1,76 @@
+"""fio with its mmap engine: it verifies what it reads by itself."""
+
+from __future__ import annotations
+
+import time
+
+from daxemu.apps.application import Application, Needs, Place, Refused, Spot
+from daxemu.apps.process import Ended, Hung, Process
+from daxemu.apps.records import Finding
+from daxemu.apps.situations import Part
+from daxemu.host.mountinfo import mount_of
+from daxemu.host.tasks import read_vmas
+
+BLOCK = 4096
+BLOCKS = 1024
+_JOB = ("--name=records", "--ioengine=mmap", "--thread", f"--bs={BLOCK}", "--verify=crc32c")
+
+
+class Fio(Application):
+    """Goes round and round for two seconds."""
+
+    name = "fio"
+    note = "It checks a CRC of each block."
+    about = "fio --ioengine=mmap --verify=crc32c, 4 MiB read again and again for 2 s: loads from a mapping"
+    needs = Needs(debian=("fio",), programs=("fio",))
+
+    def prepare(self, place: Place) -> None:
+        """See Application.prepare."""
+        size = f"--size={BLOCK * BLOCKS}"
+        place.make(["fio", *_JOB, self._file(place), size, "--rw=write", "--do_verify=0"])
+
+    def spot(self, place: Place, part: Part) -> Spot:
+        """See Application.spot."""
+        block = BLOCKS // 2
+        # Past the header of the block, which has the checksum.
+        return Spot(place.root / "records", block * BLOCK + 1024, 16, f"block {block}")
+
+    def start(self, place: Place) -> Process:
+        """See Application.start."""
+        size = f"--size={BLOCK * BLOCKS}"
+        return place.start(
+            ["fio", *_JOB, self._file(place), size, "--rw=read", "--time_based", "--runtime=2"]
+        )
+
+    def warm(self, place: Place, process: Process) -> Finding:
+        """See Application.warm: it has the file mapped."""
+        dev = mount_of(place.root).dev
+        deadline = time.monotonic() + process.limit
+        while not self._maps(process.pid, dev):
+            if process.status is not None:
+                raise Ended(process.wait())
+            if time.monotonic() > deadline:
+                raise Hung("it maps nothing")
+            time.sleep(0.02)  # nothing tells of a mapping that is made
+        return Finding(right=BLOCKS)
+
+    def read(self, place: Place, process: Process) -> Finding:
+        """See Application.read: it ends, and says whether all was right."""
+        status = process.wait()
+        if status < 0:
+            raise Ended(status)
+        if status:
+            verdict = [line for line in process.output if "verify failed" in line or "verify: bad" in line]
+            raise Refused(verdict or [line for line in process.output if "err=" in line])
+        return Finding(right=BLOCKS)
+
+    @staticmethod
+    def _maps(pid: int, dev: tuple[int, int]) -> bool:
+        try:
+            return next(read_vmas(pid, dev), None) is not None
+        except OSError:
+            return False
+
+    @staticmethod
+    def _file(place: Place) -> str:
+        return f"--filename={place.root / 'records'}"

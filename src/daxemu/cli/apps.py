@@ -1,0 +1,165 @@
+"""apps: what real programs do when memory goes bad."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from daxemu.cli.common import json_option, table
+from daxemu.cli.long_work import INTERRUPTED, interruptible, progress
+from daxemu.errors import DaxemuError, InvalidArgument, Unsupported
+
+if TYPE_CHECKING:
+    from daxemu.apps.cell import Cell
+    from daxemu.apps.matrix import Wanted
+
+
+@click.command()
+@click.option("--list", "listing", is_flag=True, help="The programs, which are here, and the situations.")
+@click.option("--install", is_flag=True, help="First install what is missing of the chosen programs.")
+@click.option("--only", metavar="NAME", multiple=True, help="This program; repeat it for several.")
+@click.option("--situation", metavar="NAME", multiple=True, help="This situation; repeat it for several.")
+@click.option(
+    "--limit",
+    type=click.FloatRange(1.0),
+    default=30.0,
+    show_default=True,
+    help="Seconds without an answer after which a program hangs.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    multiple=True,
+    help="Write the matrix to this .md or .json; repeat it for both.",
+)
+@json_option
+def apps(
+    listing: bool,
+    install: bool,
+    only: tuple[str, ...],
+    situation: tuple[str, ...],
+    limit: float,
+    output: tuple[Path, ...],
+    as_json: bool,
+) -> None:
+    """What real programs do when memory goes bad: unmodified databases and others, each on a mount of its
+    own, in one situation after another, and restarted after it. One cell is told step by step.
+
+    A cell says what was seen: right (all data is right), reports (it says that something is wrong), SIGBUS
+    AO or AR, dies, hangs, wrong (data that nobody says is wrong).
+
+    \b
+    Example:
+      daxemu apps --only sqlite3-mmap --situation late
+    """
+    from daxemu.apps import install as installing
+    from daxemu.apps.matrix import wanted
+    from daxemu.apps.report import as_markdown, summary
+
+    for path in output:
+        if path.suffix not in (".md", ".json"):
+            raise InvalidArgument(f"{path}: give a name that ends in .md or .json")
+        if not path.parent.is_dir():
+            raise InvalidArgument(f"{path}: make the directory {path.parent} first")
+    cells = wanted(only, situation)
+    chosen = list(dict.fromkeys(cell.application for cell in cells))
+    if install:
+        installing.install((a.needs for a in chosen), lambda text: click.echo(text, err=True))
+        cells = wanted(only, situation)
+    if listing:
+        _list(cells, as_json)
+        return
+    possible = [cell for cell in cells if not cell.why_not]
+    if not possible:
+        reasons = ", ".join(sorted({f"{c.application.name}: {c.why_not}" for c in cells}))
+        raise Unsupported(f"{reasons}; for what is absent: daxemu apps --install")
+    made = _make(possible, limit, told=len(cells) == 1 and not as_json)
+    for path in output:
+        text = (
+            as_markdown(cells, made) if path.suffix == ".md" else json.dumps(summary(cells, made), indent=1)
+        )
+        path.write_text(text.rstrip("\n") + "\n")
+    if as_json:
+        click.echo(json.dumps(summary(cells, made)))
+    elif len(cells) > 1:
+        click.echo(_table(cells, made))
+    failed = [cell for cell in made if cell.failed]
+    for cell in failed:
+        click.echo(f"daxemu: not observed: {cell.application}, {cell.situation}: {cell.failed}", err=True)
+    if failed:
+        sys.exit(DaxemuError.exit_status)
+
+
+def _make(cells: list[Wanted], limit: float, *, told: bool) -> list[Cell]:
+    from daxemu.apps.matrix import make
+
+    made = []
+    try:
+        with interruptible():
+            if told:
+                (cell,) = cells
+                made.append(make(cell, limit, lambda step: click.echo(step.text)))
+                click.echo(f"{made[0].application}, {made[0].situation}: {_outcomes(made[0])}")
+                return made
+            with progress(len(cells), "cells") as done:
+                for cell in cells:
+                    made.append(make(cell, limit, lambda step: None))
+                    name = f"{cell.application.name} / {cell.situation.name}"
+                    done(name, f": {_outcomes(made[-1])}, {made[-1].seconds:.1f} s")
+    except KeyboardInterrupt:
+        click.echo(f"daxemu: stopped after {len(made)} of {len(cells)} cells", err=True)
+        sys.exit(INTERRUPTED)
+    return made
+
+
+def _outcomes(cell: Cell) -> str:
+    if cell.first is None or cell.again is None:
+        return "not observed"
+    return f"{cell.first.outcome}, restarted: {cell.again.outcome}"
+
+
+def _table(cells: list[Wanted], made: list[Cell]) -> str:
+    found = {(cell.application, cell.situation): _outcomes(cell) for cell in made}
+    rows = [
+        (a, s, found.get((a, s), cell.why_not))
+        for cell in cells
+        for a, s in [(cell.application.name, cell.situation.name)]
+    ]
+    return table(rows, ("PROGRAM", "SITUATION", "OUTCOME"))
+
+
+def _list(cells: list[Wanted], as_json: bool) -> None:
+    from daxemu.apps.install import commands, missing, versions
+
+    programs = list(dict.fromkeys(cell.application for cell in cells))
+    situations = list(dict.fromkeys(cell.situation for cell in cells))
+    lacking = {a.name: missing(a.needs) for a in programs}
+    would_run = [" ".join(command) for command in commands(a.needs for a in programs)]
+    if as_json:
+        described = [
+            {
+                "name": a.name,
+                "about": a.about,
+                "journal": a.journal,
+                "missing": lacking[a.name],
+                "versions": versions(a.needs),
+            }
+            for a in programs
+        ]
+        columns = [{"name": s.name, "about": s.about} for s in situations]
+        click.echo(json.dumps({"programs": described, "situations": columns, "install": would_run}))
+        return
+    rows = [
+        (a.name, f"absent: {', '.join(lacking[a.name])}" if lacking[a.name] else "here", a.about)
+        for a in programs
+    ]
+    click.echo(table(rows, ("PROGRAM", "STATE", "WHAT RUNS")))
+    click.echo()
+    click.echo(table([(s.name, s.about) for s in situations], ("SITUATION", "WHAT HAPPENS")))
+    if would_run:
+        click.echo("\n".join(["", "--install would run:", *(f"  {command}" for command in would_run)]))

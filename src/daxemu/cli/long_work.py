@@ -1,0 +1,58 @@
+"""What the verbs share that work for minutes: progress, and ending halfway."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
+Done = Callable[[str, str], None]
+"""Is told of each part that is done: its name, and what became of it."""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM is Ctrl-C; a second one of either does not cut short what the first began."""
+
+    def interrupt(number: int, frame: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextmanager
+def progress(total: int, what: str) -> Iterator[Done]:
+    """A bar with the time left on a terminal; elsewhere a line for each. On stderr."""
+    if not sys.stderr.isatty():
+        count = 0
+
+        def say(name: str, how: str) -> None:
+            nonlocal count
+            count += 1
+            click.echo(f"{count}/{total} {name}{how}", err=True)
+
+        yield say
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        bar = shown.add_task(what, total=total)
+
+        def advance(name: str, how: str) -> None:
+            shown.update(bar, advance=1, description=name)
+
+        yield advance

@@ -1,0 +1,81 @@
+"""Programs that run: lines, limits, ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from daxemu.apps.process import Ended, Hung, Process, describe
+
+Start = Callable[..., Process]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a shell script; whatever is left of it is killed."""
+    started = []
+
+    def go(script: str, limit: float = 10.0) -> Process:
+        started.append(Process(["sh", "-c", script], limit, tmp_path, dict(os.environ)))
+        return started[-1]
+
+    yield go
+    for process in started:
+        assert process.kill()
+
+
+def test_lines_up_to_one_and_then_the_next(start: Start) -> None:
+    process = start("echo one; echo two; echo three; read line; echo got $line")
+    assert process.until("two") == ["one", "two"]
+    assert process.lines(1) == ["three"]
+    process.send("it\n")
+    assert process.until("got") == ["got it"]
+    assert process.end() == 0
+
+
+def test_an_error_comes_before_what_was_printed_after_it(start: Start) -> None:
+    process = start("echo wrong >&2; echo done; sleep 60")
+    assert process.until("done") == ["wrong", "done"]
+
+
+def test_silence_is_a_hang(start: Start) -> None:
+    with pytest.raises(Hung, match=r"nothing for 0\.2 s"):
+        start("sleep 60", limit=0.2).until("anything")
+
+
+def test_more_than_a_pipe_holds_goes_both_ways(start: Start) -> None:
+    process = start("cat; echo end")
+    process.send("a line\n" * 100_000)
+    assert process.lines(100_000)[-1] == "a line"
+    assert process.end() == 0
+
+
+def test_what_takes_no_input_hangs(start: Start) -> None:
+    with pytest.raises(Hung, match=r"takes nothing for 0\.2 s"):
+        start("sleep 60", limit=0.2).send("a line\n" * 100_000)
+
+
+def test_an_end_where_more_was_to_come(start: Start) -> None:
+    process = start("echo no newline at the end | tr -d '\\n'; kill -SEGV $$")
+    with pytest.raises(Ended) as ended:
+        process.until("anything")
+    assert ended.value.status == -signal.SIGSEGV
+    assert process.output == ["no newline at the end"]
+    assert describe(-signal.SIGSEGV) == "killed by SIGSEGV"
+
+
+def test_children_are_killed_too(start: Start) -> None:
+    process = start("setsid sh -c 'echo $$; sleep 60' & wait")
+    (pid,) = process.lines(1)
+    assert process.kill()
+    state = Path("/proc", pid, "stat")
+    assert not state.exists() or state.read_text().split()[2] in "ZX"
+
+
+def test_no_core_is_left(start: Start) -> None:
+    process = start("ulimit -c")
+    assert process.lines(1) == ["0"]
