@@ -256,10 +256,8 @@ static void tell_kernel(int fd, struct layout *layout)
 	struct fuse_out_header out = {.len = sizeof(out) + sizeof(body), .error = FUSE_NOTIFY_INVAL_INODE};
 	struct iovec pieces[] = {{&out, sizeof(out)}, {&body, sizeof(body)}};
 
-	/* Refused: the kernel has forgotten the file, or the mount is gone. Nothing is kept that could be old. */
-	if (writev(fd, pieces, 2) < 0)
-		errno = 0;
-	layout->told_kernel = 1;
+	/* ENOENT: it has forgotten the file, and keeps nothing that could be old. */
+	layout->told_kernel = writev(fd, pieces, 2) >= 0 || errno == ENOENT;
 }
 
 /* Whether there is memory for so many notes more. */

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from daxemu.fs.inode import Inode
 from daxemu.fs.layouts import Layout
-from daxemu.host.supplement import library
+from daxemu.host.supplement import quick_library
 from daxemu.pmem.media import Memory
 from daxemu.uapi import PAGE_SIZE, Ino
 
@@ -56,8 +56,7 @@ class LayoutTable:
 
     def __init__(self, memory: Memory, deeds: Deeds) -> None:
         """Precondition: all layouts are broken before ``memory``, the device's, goes."""
-        # These are quick, and the table must not change while another thread has the GIL.
-        calls = ctypes.PyDLL(library()._name)
+        calls = quick_library()
         self._grant = calls.daxemu_layout_grant
         self._grant.argtypes = (*(ctypes.c_uint64,) * 5, ctypes.c_int)
         self._grant.restype = None

@@ -62,6 +62,11 @@ def library() -> ctypes.CDLL:
     return _library
 
 
+def quick_library() -> ctypes.PyDLL:
+    """The same, for calls that are over at once: other threads do not run meanwhile."""
+    return ctypes.PyDLL(library()._name)
+
+
 def load() -> str | None:
     """Put the supplement in front of libfuse. Returns None, or why it is missing."""
     global _library
