@@ -30,7 +30,7 @@ _ON_NOTED = ctypes.PYFUNCTYPE(None, ctypes.POINTER(_Noted), ctypes.c_size_t)
 _WRITTEN, _GROWN, _RELEASED, _FORGOTTEN = 1, 2, 3, 4
 # struct fuse_attr_out: how long it is valid, then struct fuse_attr.
 _ATTRIBUTES = struct.Struct("=QIIQQQQQQIIIIIIIIII")
-_SECOND, _U64 = 10**9, (1 << 64) - 1
+_SECOND, _U32, _U64 = 10**9, (1 << 32) - 1, (1 << 64) - 1
 FOREVER = 1_000_000
 """Seconds. We are the only writer of the filesystem, and invalidate what changes behind the kernel's back."""
 
@@ -91,9 +91,8 @@ class LayoutTable:
                     self._deeds.released(note.which)
                 else:
                     self._deeds.forgot(note.which, note.value)
-            except (
-                Exception
-            ):  # a C caller: nobody above would see it, and what follows must be done all the same
+            except Exception:
+                # A C caller: nobody above would see it, and what follows must be done all the same.
                 log.exception("note %d of %d was not taken", note.what, note.which)
 
     # -- LayoutOps
@@ -126,5 +125,5 @@ def _attr_out(inode: Inode) -> bytes:
     mtime, mtimensec = divmod(inode.mtime, _SECOND)
     ctime, ctimensec = divmod(inode.ctime, _SECOND)
     times = (atime & _U64, mtime & _U64, ctime & _U64, atimensec, mtimensec, ctimensec)
-    owner = (inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev)
+    owner = (inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev & _U32)
     return _ATTRIBUTES.pack(FOREVER, 0, 0, inode.ino, inode.size, inode.sectors, *times, *owner, PAGE_SIZE, 0)
