@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import re
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -204,6 +205,20 @@ def test_set_id_bits(quick_mount: QuickMount, how: str, who: str) -> None:
         timeout=PATIENCE,
     )
     assert path.stat().st_mode & 0o7777 == (0o6777 if who == "root" else 0o777)
+
+
+def test_capabilities_go_with_the_first_write(quick_mount: QuickMount) -> None:
+    """The kernel asks whether there are any before each write(2), and is mostly answered without Python."""
+    path, name = quick_mount.path / "f", "security.capability"
+    capability = struct.pack("<IIIII", 0x0200_0001, 1 << 13, 0, 0, 0)  # VFS_CAP_REVISION_2, CAP_NET_RAW
+    with path.open("wb", buffering=0) as file:
+        for _ in range(3):
+            file.write(b"x" * PAGE)
+            os.setxattr(path, name, capability)
+            assert os.getxattr(path, name) == capability
+            file.write(b"y" * 10)
+            with pytest.raises(OSError, match=rf"\[Errno {errno.ENODATA}\]"):
+                os.getxattr(path, name)
 
 
 def test_a_strategy_sees_everything(quick_mount: QuickMount, file: int) -> None:

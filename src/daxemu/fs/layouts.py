@@ -44,7 +44,9 @@ class LayoutOps(Protocol):
         """Here is one, beside others of the same file."""
 
     def grant_attributes(self, inode: Inode) -> None:
-        """What stat(2) says of an inode holds until its layout is broken, or written to."""
+        """What stat(2) says of an inode holds until its layout is broken, or written to; that it has no
+        capabilities, until its layout is broken.
+        """
 
     def break_attributes(self, ino: Ino) -> None:
         """What stat(2) says of an inode no longer holds; its layouts do."""

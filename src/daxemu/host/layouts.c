@@ -1,5 +1,5 @@
 /*
- * Answers READ, WRITE and GETATTR from layouts, without Python, and takes down RELEASE and FORGET for it.
+ * Answers READ, WRITE, GETATTR and GETXATTR from layouts, without Python, and takes down RELEASE and FORGET for it.
  *
  * A layout says where on the media a file's healthy blocks are, how long the file is, and what its attributes are
  * (fs/layouts.py; host/layouts.py fills the table below). Python remains the authority: it grants a layout after it has
@@ -26,6 +26,7 @@
 
 #define BUCKETS 4096
 #define MAX_PIECES 32
+#define CAPS "security.capability"
 #define MAX_RUNS 4096
 #define SECOND 1000000000LL
 
@@ -47,7 +48,7 @@ struct layout {
 	struct layout *next;
 	uint64_t ino, size;
 	size_t written; /* its place in `noted`, and 1; 0 if it was not written since Python was told */
-	int told_kernel, has_attributes;
+	int told_kernel, has_attributes, has_no_caps;
 	struct fuse_attr_out attributes;
 	size_t count, room;
 	struct run *runs;
@@ -143,16 +144,25 @@ static struct layout *found_or_made(uint64_t ino)
 	return *place;
 }
 
-/* What the kernel may be told of a file; with NULL it must ask Python. */
-void daxemu_layout_attributes(uint64_t ino, const struct fuse_attr_out *attributes)
+/* What the kernel may be told of a file, and whether it has no security.capability. */
+void daxemu_layout_attributes(uint64_t ino, const struct fuse_attr_out *attributes, int has_no_caps)
 {
-	struct layout *layout = attributes ? found_or_made(ino) : *place_of(ino);
+	struct layout *layout = found_or_made(ino);
 
 	if (!layout)
 		return;
-	layout->has_attributes = attributes != NULL;
-	if (attributes)
-		layout->attributes = *attributes;
+	layout->attributes = *attributes;
+	layout->has_attributes = 1;
+	layout->has_no_caps = has_no_caps;
+}
+
+/* Its attributes the kernel must ask Python for. */
+void daxemu_layout_break_attributes(uint64_t ino)
+{
+	struct layout *layout = *place_of(ino);
+
+	if (layout)
+		layout->has_attributes = 0;
 }
 
 /* One run more of a file, in the place of what was known of its bytes. Without memory for it there is none more. */
@@ -332,6 +342,17 @@ static int answer_getattr(int fd, const struct fuse_in_header *in)
 	return reply(fd, in->unique, pieces, 1, sizeof(layout->attributes));
 }
 
+/* Before a write(2) the kernel asks for this one, again and again. */
+static int answer_getxattr(int fd, const struct fuse_in_header *in, const char *name, size_t room)
+{
+	struct fuse_out_header out = {.len = sizeof(out), .error = -ENODATA, .unique = in->unique};
+	struct layout *layout = *place_of(in->nodeid);
+
+	if (!layout || !layout->has_no_caps || room != sizeof(CAPS) || memcmp(name, CAPS, sizeof(CAPS)))
+		return 0;
+	return write(fd, &out, sizeof(out)) >= 0 || errno == ENOENT;
+}
+
 /* Nobody waits for what comes of it. */
 static int answer_release(int fd, const struct fuse_in_header *in, const struct fuse_release_in *what)
 {
@@ -372,6 +393,9 @@ static int answer(int fd, const void *request, size_t size)
 	size -= sizeof(*in);
 	if (in->opcode == FUSE_GETATTR)
 		return answer_getattr(fd, in);
+	if (in->opcode == FUSE_GETXATTR && size >= sizeof(struct fuse_getxattr_in))
+		return answer_getxattr(fd, in, (const char *)body + sizeof(struct fuse_getxattr_in),
+				       size - sizeof(struct fuse_getxattr_in));
 	if (in->opcode == FUSE_RELEASE && size >= sizeof(struct fuse_release_in))
 		return answer_release(fd, in, body);
 	if (in->opcode == FUSE_FORGET && size >= sizeof(struct fuse_forget_in))

@@ -15,7 +15,7 @@ from daxemu.fs.inode import Inode
 from daxemu.fs.layouts import Layout
 from daxemu.host.supplement import quick_library
 from daxemu.pmem.media import Memory
-from daxemu.uapi import PAGE_SIZE, Ino
+from daxemu.uapi import PAGE_SIZE, XATTR_NAME_CAPS, Ino
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,10 @@ class LayoutTable:
         self._break.argtypes, self._break.restype = (ctypes.c_uint64,), None
         self._break_all = calls.daxemu_layout_break_all
         self._attributes = calls.daxemu_layout_attributes
-        self._attributes.argtypes, self._attributes.restype = (ctypes.c_uint64, ctypes.c_char_p), None
+        self._attributes.argtypes = (ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int)
+        self._attributes.restype = None
+        self._break_attributes = calls.daxemu_layout_break_attributes
+        self._break_attributes.argtypes, self._break_attributes.restype = (ctypes.c_uint64,), None
         self._answered = ctypes.c_uint64.in_dll(calls, "daxemu_answered")
         self._deeds = deeds
         self._keep = _ON_NOTED(self._on_noted)
@@ -104,11 +107,11 @@ class LayoutTable:
 
     def grant_attributes(self, inode: Inode) -> None:
         """See LayoutOps."""
-        self._attributes(inode.ino, _attr_out(inode))
+        self._attributes(inode.ino, _attr_out(inode), XATTR_NAME_CAPS not in inode.xattrs)
 
     def break_attributes(self, ino: Ino) -> None:
         """See LayoutOps."""
-        self._attributes(ino, None)
+        self._break_attributes(ino)
 
     def break_layout(self, ino: Ino) -> None:
         """See LayoutOps."""

@@ -25,7 +25,7 @@ from daxemu.host.invalidate_lock import InvalidateLock
 from daxemu.host.layouts import FOREVER
 from daxemu.host.supplement import Caller, kill_suidgid, pack, unpack
 from daxemu.host.tasks import in_group_or_capable
-from daxemu.uapi import PAGE_SIZE, Ino
+from daxemu.uapi import PAGE_SIZE, XATTR_NAME_CAPS, Ino
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
 
@@ -120,11 +120,11 @@ class Operations(pyfuse3.Operations):
         self._will_ask(parent)
         return self._entry(inode)
 
-    def _will_ask(self, directory: Ino) -> None:
+    def _will_ask(self, ino: Ino) -> None:
         """The kernel forgets a directory's attributes when it changes, and asks for them before the next
-        change.
+        change; a file's capabilities it asks for before it writes.
         """
-        self._fs.layouts.grant_attributes(self._names.get(directory))
+        self._fs.layouts.grant_attributes(self._names.get(ino))
 
     @_translated
     async def lookup(
@@ -366,6 +366,7 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         inode = self._fs.mknod(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), 0, self._cred(ctx))
         entry = self._new_entry(parent_inode, inode)
+        self._will_ask(inode.ino)
         return self._opened(inode, flags), entry
 
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
@@ -448,6 +449,8 @@ class Operations(pyfuse3.Operations):
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
     ) -> bytes:
         self._fs.check_alive()
+        if name == XATTR_NAME_CAPS:
+            self._will_ask(inode)
         return self._names.getxattr(inode, name)
 
     @_translated
