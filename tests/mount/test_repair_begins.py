@@ -183,7 +183,7 @@ def test_one_that_finds_no_room(quick_mount: QuickMount) -> None:
 def test_the_command_is_interrupted(written: QuickMount, slow: Path) -> None:
     """It says how far it is; interrupted, the supervisor goes on."""
     command = [sys.executable, "-m", "daxemu", "repair", str(written.path), "--strategy", str(slow)]
-    slow.write_text(slow.read_text().replace("0.05", "0.2"))
+    slow.write_text(slow.read_text().replace("0.05", "0.3"))
     with Terminal(command, 100, 10) as terminal, Client.at(written.path) as looking:
         terminal.wait_for("%")
         terminal.process.send_signal(signal.SIGINT)

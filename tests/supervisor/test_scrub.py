@@ -86,6 +86,24 @@ def test_stopped_it_ends_whatever_is_set() -> None:
     trio.run(scene, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
+def test_stopped_at_the_moment_that_it_would_begin() -> None:
+    """Whoever has the first turn then: after stop() there is nothing left to scrub."""
+
+    async def scene() -> None:
+        times: list[float] = []
+        scrubber = Scrubber(noting(times))
+        scrubber.set(10)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(scrubber.run)
+            await trio.sleep(10)
+            before = len(times)
+            scrubber.stop()
+        assert len(times) == before
+
+    for _ in range(30):
+        trio.run(scene, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
 @pytest.mark.parametrize(
     ("text", "value"), [("0", 0), ("0.0", 0), ("5", 5), ("0.05", 0.05), ("86400", 86400)]
 )

@@ -41,6 +41,6 @@ class Scrubber:
         while not self._stopped:
             with trio.move_on_after(self.interval or math.inf) as wait:
                 await self._changed.wait()
-            if wait.cancelled_caught:
+            if wait.cancelled_caught and not self._stopped:
                 await self._scrub()
                 self.scrubs += 1
