@@ -38,6 +38,11 @@ class Allocator:
         return self._free.total + self._pending.total
 
     @property
+    def pending_blocks(self) -> int:
+        """Blocks that wait for a commit to be free."""
+        return self._pending.total
+
+    @property
     def usable_blocks(self) -> int:
         """Free blocks that could be handed out: what statfs says is available."""
         return self.free_blocks - sum(bad.length for bad in self._bad_free())

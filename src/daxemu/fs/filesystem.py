@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import time
+from contextlib import suppress
 
-from daxemu.errors import FsError, MediaError, NoSpace
+from daxemu.errors import FsError, MediaError, NoSpace, Shutdown
 from daxemu.events import PoisonCleared, StoreLost
 from daxemu.fs import posix_acl
 from daxemu.fs.extents import ExtentMap
@@ -28,6 +29,9 @@ from daxemu.uapi import (
     PAGE_SIZE,
     Ino,
 )
+
+MAX_PENDING = (64 << 20) // PAGE_SIZE
+"""Blocks of files that are gone whose memory the host gets back at once, and not with the next commit."""
 
 
 class Filesystem(SuperBlock):
@@ -144,6 +148,9 @@ class Filesystem(SuperBlock):
                 self._data.remove(inode.extents, 0, MAX_FILE_SIZE // PAGE_SIZE)
             if inode.pins <= 0:
                 self.names.drop(inode)
+            if self.allocator.pending_blocks >= MAX_PENDING:
+                with suppress(Shutdown):
+                    self.fsync()
         return inode
 
     # -- bytes
