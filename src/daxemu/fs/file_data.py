@@ -17,7 +17,7 @@ from daxemu.fs.data_ops import DataOps, Origin
 from daxemu.fs.extents import ExtentMap, Mapping
 from daxemu.fs.rmap import Link, Rmap
 from daxemu.pmem.dax_device import DaxDevice
-from daxemu.ranges import Range, RangeSet, merged, paired
+from daxemu.ranges import Range, merged, paired
 from daxemu.uapi import PAGE_SIZE, Block
 
 Buffer = bytes | bytearray | memoryview
@@ -262,7 +262,7 @@ class FileData:
         if not self._dax.is_poisoned(first, last - first):
             self._dax.direct_access(dev.start, dev.length)[:] = chunk
             return
-        bad = self._bad_pages(dev)
+        bad = self._dax.poisoned_pages(dev)
         for good in bad.gaps(*dev):
             self._dax.direct_access(good.start, good.length)[:] = chunk[
                 good.start - dev.start : good.end - dev.start
@@ -276,14 +276,6 @@ class FileData:
                 cleared += self._dax.recovery_write(
                     part.start, chunk[part.start - dev.start : part.end - dev.start]
                 )
-
-    def _bad_pages(self, dev: Range) -> RangeSet:
-        """The pages (as bytes) with poison among those that hold ``dev``."""
-        first, last = dev.start // PAGE_SIZE * PAGE_SIZE, -(-dev.end // PAGE_SIZE) * PAGE_SIZE
-        return RangeSet(
-            (r.start // PAGE_SIZE * PAGE_SIZE, -(-r.end // PAGE_SIZE) * PAGE_SIZE)
-            for r in self._dax.poisoned(first, last - first)
-        )
 
     # -- taking away
 
@@ -309,7 +301,7 @@ class FileData:
                 continue
             base = run.dev_block * PAGE_SIZE
             start = base + max(0, size - run.file_block * PAGE_SIZE)
-            for part in self._bad_pages(Range(start, base + run.length * PAGE_SIZE)).gaps(
+            for part in self._dax.poisoned_pages(Range(start, base + run.length * PAGE_SIZE)).gaps(
                 start, base + run.length * PAGE_SIZE
             ):
                 if part.length >= PAGE_SIZE or any(bytes(self._dax.direct_access(part.start, part.length))):

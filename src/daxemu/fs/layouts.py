@@ -16,7 +16,7 @@ from daxemu.fs.extents import ExtentMap
 from daxemu.fs.inode import Inode
 from daxemu.fs.privs import dentry_needs_remove_privs
 from daxemu.pmem.dax_device import DaxDevice
-from daxemu.ranges import Range, gaps_between, merged
+from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Ino
 
 MAX_FILES = 4096
@@ -102,7 +102,7 @@ class Layouts:
         if not self._may_grant:
             return
         assert self._holder is not None
-        self._note(inode)
+        self._goes_out(inode)
         may_write = not dentry_needs_remove_privs(inode)
         for run in extents.runs(offset // PAGE_SIZE, -(-(offset + length) // PAGE_SIZE)):
             if (link := run.link) is None:
@@ -120,10 +120,10 @@ class Layouts:
         """Grant what stat(2) says of an inode."""
         if self._may_grant:
             assert self._holder is not None
-            self._note(inode)
+            self._goes_out(inode)
             self._holder.grant_attributes(inode)
 
-    def _note(self, inode: Inode) -> None:
+    def _goes_out(self, inode: Inode) -> None:
         if inode.ino not in self._out:
             if len(self._out) >= MAX_FILES:
                 self.break_all()
@@ -133,11 +133,7 @@ class Layouts:
         """The pages of these device bytes without poison."""
         if not self._dax.is_poisoned(device.start, device.length):
             return [device]
-        bad = (
-            Range(r.start // PAGE_SIZE * PAGE_SIZE, -(-r.end // PAGE_SIZE) * PAGE_SIZE)
-            for r in self._dax.poisoned(device.start, device.length)
-        )
-        return gaps_between(merged(bad), *device)
+        return self._dax.poisoned_pages(device).gaps(*device)
 
     def break_attributes(self, ino: Ino) -> None:
         """What stat(2) says of an inode changed, and nothing else of what a layout says."""

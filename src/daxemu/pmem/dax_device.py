@@ -13,7 +13,7 @@ from typing import Protocol
 from daxemu.errors import Busy, InvalidArgument, MediaError, NoDevice, Unsupported
 from daxemu.pmem.badblocks import Badblocks
 from daxemu.pmem.media import Media, Memory, sectors_of
-from daxemu.ranges import Range
+from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import MF_MEM_PRE_REMOVE, PAGE_SIZE, SECTOR_SIZE, U64_MAX, Pfn
 
 
@@ -123,6 +123,11 @@ class DaxDevice:
         """The poisoned device byte ranges (whole sectors) that meet the range, known or latent."""
         at = self._data_offset
         return [Range(r.start - at, r.end - at) for r in self._media.poisoned(at + offset, length)]
+
+    def poisoned_pages(self, part: Range) -> RangeSet:
+        """The pages (as bytes) with poison among those that hold ``part``."""
+        whole = part.outer(PAGE_SIZE)
+        return RangeSet(bad.outer(PAGE_SIZE) for bad in self.poisoned(whole.start, whole.length))
 
     def direct_access(self, offset: int, length: int) -> memoryview:
         """The live bytes of the range (``dax_direct_access``), for reading or writing.
