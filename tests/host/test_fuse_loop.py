@@ -132,7 +132,7 @@ def test_what_comes_later_is_waited_for(
     monkeypatch.setattr(fuse_loop, "FD_SETSIZE", set_size)
     read_end, write_end = pipe
     loop = FuseLoop()
-    loop._is_idle.value = 1  # as layouts.c says once it has waited in vain
+    loop._is_idle.value = 1  # as answers.c says once it has waited in vain
 
     async def write() -> None:
         await trio.testing.wait_all_tasks_blocked()

@@ -1,4 +1,4 @@
-"""A holder of layouts, which does with them what host/layouts.c does, and can say whether they are true."""
+"""A holder of layouts, which does with them what host/answers.c does, and can say whether they are true."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class FuseLoop:
 
     def __init__(self) -> None:
         self.lock = ReadLock()
-        # Shared with layouts.c, which reads on by itself after a request that it has answered.
+        # Shared with answers.c, which reads on by itself after a request that it has answered.
         if READS:
             self._burst_ends = ctypes.c_int64.in_dll(library(), "daxemu_burst_ends")
             self._is_idle = ctypes.c_int.in_dll(library(), "daxemu_is_idle")
@@ -85,7 +85,7 @@ class FuseLoop:
             self._begin_burst()
 
     def _comes_soon(self, fd: int) -> bool:
-        """Whether to go on reading: layouts.c waits by itself, and says when it was for nothing."""
+        """Whether to go on reading: answers.c waits by itself, and says when it was for nothing."""
         if READS:
             return True
         return fd < FD_SETSIZE and bool(select.select((fd,), (), (), LINGER / 1e9)[0])

@@ -1,4 +1,4 @@
-"""Hands layouts to host/layouts.c, which answers requests from them without Python, and hears what it did.
+"""Hands layouts to C (host/layouts.c), which answers requests from them (host/answers.c); hears what it did.
 
 It works within pyfuse3's reading of requests, so in the event loop's thread; see there. There is one session
 in a process, and so one of these.
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class _Noted(ctypes.Structure):
-    """``struct noted`` of layouts.c."""
+    """``struct noted`` of answers.c."""
 
     _fields_ = (("what", ctypes.c_uint64), ("which", ctypes.c_uint64), ("value", ctypes.c_int64))
 

@@ -41,7 +41,7 @@ struct daxemu_request {
 
 const int daxemu_supplement_version = 3;
 
-/* Whether requests come through layouts.c: libfuse lets others read them for it from 3.14 on. */
+/* Whether requests come through answers.c: libfuse lets others read them for it from 3.14 on. */
 #define READS (FUSE_VERSION >= FUSE_MAKE_VERSION(3, 14))
 const int daxemu_reads = READS;
 

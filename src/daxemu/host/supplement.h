@@ -6,7 +6,7 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
-/* layouts.c: struct fuse_custom_io's read. What comes from /dev/fuse and cannot be answered from a layout. */
+/* answers.c: struct fuse_custom_io's read. What comes from /dev/fuse and cannot be answered from a layout. */
 ssize_t daxemu_read_request(int fd, void *buf, size_t size, void *userdata);
 
 /* killpriv.c: look at a request that libfuse is given; and struct fuse_custom_io's writev. */

@@ -88,7 +88,7 @@ MISSING: str | None = load()
 """Why the supplement is not there; None when it is."""
 
 READS: bool = _library is not None and bool(ctypes.c_int.in_dll(_library, "daxemu_reads").value)
-"""Whether requests come through host/layouts.c: it takes libfuse 3.14."""
+"""Whether requests come through host/answers.c: it takes libfuse 3.14."""
 
 _kill_suidgid = ctypes.c_int() if _library is None else ctypes.c_int.in_dll(_library, "daxemu_kill_suidgid")
 
