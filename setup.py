@@ -24,7 +24,9 @@ setup(
     ext_modules=[
         Extension(
             "daxemu.host._supplement",
-            sources=[f"src/daxemu/host/{name}.c" for name in ("supplement", "answers", "layouts", "killpriv")],
+            sources=[
+                f"src/daxemu/host/{name}.c" for name in ("supplement", "answers", "layouts", "killpriv")
+            ],
             depends=["src/daxemu/host/supplement.h", "src/daxemu/host/layouts.h"],
             extra_compile_args=[*pkg_config("--cflags"), "-O2", "-Wall", "-Wextra"],
             extra_link_args=pkg_config("--libs"),
