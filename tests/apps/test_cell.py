@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import ClassVar
@@ -167,7 +168,10 @@ def test_an_interrupted_matrix_leaves_nothing(number: int) -> None:
     name = f"daxemu-apps-{process.pid}-"
     assert [m for m in mounts() if name in str(m.device)] == []
     assert list(Path("/dev/shm").glob(f"{name}*")) == []
-    assert [cmdline for cmdline in _command_lines() if name.encode() in cmdline] == []
+    deadline = time.monotonic() + PATIENCE
+    while left := [cmdline for cmdline in _command_lines() if name.encode() in cmdline]:
+        assert time.monotonic() < deadline, left  # killed, they take a moment to die
+        time.sleep(0.01)
 
 
 def _command_lines() -> list[bytes]:

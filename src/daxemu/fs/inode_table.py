@@ -89,6 +89,7 @@ class InodeTable:
         """Forget an inode. Preconditions: no links, no pins, no extents."""
         self.name_bytes -= self._own_bytes(inode)
         self.dirty_inodes.add(inode.ino)
+        self.on_change(inode.ino)
         del self._inodes[inode.ino]
 
     def adopt(self, inode: Inode) -> None:
