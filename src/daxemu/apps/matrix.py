@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from daxemu.apps.install import missing
 from daxemu.apps.programs import APPLICATIONS, application_called
 from daxemu.apps.situations import BY_NAME, SITUATIONS, Situation
 from daxemu.errors import InvalidArgument
-from daxemu.evaluate.machine import clear_away
+from daxemu.evaluate.machine import clear_away, start_worker
 
 LIMIT = 30.0
 """Seconds that a program may say nothing before it counts as hung."""
@@ -64,14 +63,7 @@ def make(cell: Wanted, limit: float, tell: Callable[[Step], None]) -> Cell:
     device = (_SHM if os.access(_SHM, os.W_OK) else Path(tempfile.gettempdir())) / f"{name}.device"
     task = Task(cell.application.name, cell.situation.name, limit, str(directory), str(device))
     made: Cell | None = None
-    # In a session of its own, so that the terminal's Ctrl-C reaches us alone.
-    process = subprocess.Popen(
-        [sys.executable, "-m", "daxemu.apps.cell"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    process = start_worker("daxemu.apps.cell")
     try:
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(task))

@@ -43,6 +43,19 @@ def daxemu(*arguments: str | Path | int) -> str:
     return done.stdout
 
 
+def start_worker(module: str) -> subprocess.Popen[bytes]:
+    """A process of its own for one machine, told what to do on stdin. In a session of its own, so that the
+    terminal's Ctrl-C reaches us alone.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", module],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
 class Ending:
     """A signal handler that ends the process, but not in the middle of something that must be whole."""
 

@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import uuid
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 import msgspec
 
 from daxemu.errors import DaxemuError, InvalidArgument, Unsupported
-from daxemu.evaluate.machine import clear_away
+from daxemu.evaluate.machine import clear_away, start_worker
 from daxemu.evaluate.plan import parse
 from daxemu.evaluate.trial import Result, Task
 
@@ -55,14 +54,7 @@ class _Processes:
         with self._lock:
             if self.stopping:
                 raise DaxemuError("stopped before it began")
-            # In a session of its own, so that the terminal's Ctrl-C reaches us alone.
-            process = subprocess.Popen(
-                [sys.executable, "-m", "daxemu.evaluate.trial"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
+            process = start_worker("daxemu.evaluate.trial")
             self._running.add(process)
         try:
             yield process

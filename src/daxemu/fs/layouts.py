@@ -93,16 +93,20 @@ class Layouts:
         self.break_all()
         self._suspended += 1
 
-    @property
-    def _may_grant(self) -> bool:
-        return self._holder is not None and not self._is_watched and not self._suspended
+    def _whom(self, inode: Inode) -> LayoutOps | None:
+        """Who is to be granted something of an inode; None if nobody may be."""
+        if self._is_watched or self._suspended or self._holder is None:
+            return None
+        if inode.ino not in self._out:
+            if len(self._out) >= MAX_FILES:
+                self.break_all()
+            self._out.add(inode.ino)
+        return self._holder
 
     def grant(self, inode: Inode, extents: ExtentMap, offset: int, length: int) -> None:
         """Grant what a file has of the extents that were just read or written at ``offset``."""
-        if not self._may_grant:
+        if (holder := self._whom(inode)) is None:
             return
-        assert self._holder is not None
-        self._goes_out(inode)
         may_write = not dentry_needs_remove_privs(inode)
         for run in extents.runs(offset // PAGE_SIZE, -(-(offset + length) // PAGE_SIZE)):
             if (link := run.link) is None:
@@ -112,22 +116,12 @@ class Layouts:
             for start, end in self._healthy(device):
                 if start + delta < offset + length and offset < end + delta:
                     alone = may_write and link.proxy is None
-                    self._holder.grant(
-                        Layout(inode.ino, inode.size, start + delta, end + delta, start, alone)
-                    )
+                    holder.grant(Layout(inode.ino, inode.size, start + delta, end + delta, start, alone))
 
     def grant_attributes(self, inode: Inode) -> None:
         """Grant what stat(2) says of an inode."""
-        if self._may_grant:
-            assert self._holder is not None
-            self._goes_out(inode)
-            self._holder.grant_attributes(inode)
-
-    def _goes_out(self, inode: Inode) -> None:
-        if inode.ino not in self._out:
-            if len(self._out) >= MAX_FILES:
-                self.break_all()
-            self._out.add(inode.ino)
+        if (holder := self._whom(inode)) is not None:
+            holder.grant_attributes(inode)
 
     def _healthy(self, device: Range) -> Iterable[Range]:
         """The pages of these device bytes without poison."""
@@ -137,20 +131,17 @@ class Layouts:
 
     def break_attributes(self, ino: Ino) -> None:
         """What stat(2) says of an inode changed, and nothing else of what a layout says."""
-        if ino in self._out:
-            assert self._holder is not None
+        if self._holder is not None and ino in self._out:
             self._holder.break_attributes(ino)
 
     def break_layout(self, ino: Ino) -> None:
         """``break_layout()``: what the layout of a file says is about to change."""
-        if ino in self._out:
+        if self._holder is not None and ino in self._out:
             self._out.remove(ino)
-            assert self._holder is not None
             self._holder.break_layout(ino)
 
     def break_all(self) -> None:
         """As :meth:`break_layout`, for every file."""
-        if self._out:
+        if self._holder is not None and self._out:
             self._out.clear()
-            assert self._holder is not None
             self._holder.break_all()

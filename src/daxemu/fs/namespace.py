@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import stat
 import time
+from collections.abc import Callable
 
 from daxemu.errors import FsError
 from daxemu.fs import posix_acl
@@ -300,9 +301,11 @@ class Namespace(InodeTable):
         inode.mtime = inode.mtime if mtime is None else timestamp_truncate(mtime)
         return inode
 
-    def file_remove_privs(self, inode: Inode) -> bool:
-        """``file_remove_privs()``: take away the set-id bits. Returns whether there were any."""
-        drop = setattr_should_drop_suidgid(inode)
+    def file_remove_privs(self, inode: Inode, in_group_or_capable: Callable[[int], bool]) -> bool:
+        """``file_remove_privs()``: take away the set-id bits. Returns whether there were any. See
+        setattr_should_drop_suidgid().
+        """
+        drop = setattr_should_drop_suidgid(inode, in_group_or_capable)
         if drop:
             inode.mode &= ~drop
             self.touch(inode, modified=False)

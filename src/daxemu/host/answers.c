@@ -197,10 +197,10 @@ static int answer_write(int fd, const struct fuse_in_header *in, const struct fu
 	count = pieces_of(layout, what->offset, what->offset + what->size, 1, pieces);
 	if (!count || !room_for(2))
 		return 0;
-	note_written(layout, what->offset + what->size);
 	for (int i = 0; i < count; data += pieces[i++].iov_len)
 		if (!store(&pieces[i], data))
 			return 0; /* Python stores all of it anew, and knows what to say if it cannot */
+	note_written(layout, what->offset + what->size);
 	if (what->write_flags & FUSE_WRITE_CACHE && !layout->told_kernel)
 		tell_kernel(fd, layout);
 	pieces[1] = (struct iovec){&done, sizeof(done)};

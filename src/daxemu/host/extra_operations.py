@@ -20,10 +20,8 @@ import trio
 
 from daxemu.errors import DaxemuError, FsError
 from daxemu.fs.filesystem import Filesystem
-from daxemu.fs.privs import setattr_should_drop_suidgid
 from daxemu.host.supplement import library, unpack
-from daxemu.host.tasks import capable
-from daxemu.uapi import CAP_FSETID, PAGE_SHIFT, PAGE_SIZE, Ino
+from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
 
 log = logging.getLogger(__name__)
 
@@ -95,15 +93,15 @@ class ExtraOperations:
         dev: tuple[int, int],
         clones: Clones,
         write_back: WriteBack,
-        forget_attributes: Callable[[Ino], None],
+        file_modified: Callable[[Ino, int], None],
         nursery: trio.Nursery,
     ) -> None:
-        """``dev`` is the mount's (major, minor)."""
+        """``dev`` is the mount's (major, minor); ``file_modified`` see Operations."""
         self._fs = fs
         self._dev = dev
         self._clones = clones
         self._write_back = write_back
-        self._forget_attributes = forget_attributes
+        self._file_modified = file_modified
         self._nursery = nursery
         self._fuse = ctypes.CDLL("libfuse3.so.3")
         self._fuse.fuse_reply_err.argtypes = (ctypes.c_void_p, ctypes.c_int)
@@ -136,14 +134,14 @@ class ExtraOperations:
     def _dispatch(self, request: _Request) -> None:
         ino = unpack(request.fh).ino
         if request.op == _FALLOCATE:
-            self._file_remove_privs(ino, request.tid)
+            self._file_modified(ino, request.tid)
             self._fs.fallocate(ino, request.mode, request.offset, request.length)
             self._fuse.fuse_reply_err(request.req, 0)
         elif request.op == _LSEEK:
             self._lseek(request, ino)
         elif request.op == _COPY_FILE_RANGE:
             target = unpack(request.target_fh).ino
-            self._file_remove_privs(target, request.tid)
+            self._file_modified(target, request.tid)
             copied = ino, request.offset, target, request.target_offset
             if self._clones.is_quick(*copied):
                 done = self._fs.copy_file_range(*copied, request.length)
@@ -154,13 +152,6 @@ class ExtraOperations:
             self._ioctl(request, ino)
         else:
             raise FsError(errno.ENOSYS)
-
-    def _file_remove_privs(self, ino: Ino, tid: int) -> None:
-        """``file_modified()``: for these the kernel does not say whether the change takes bits away."""
-        inode = self._fs.names.get(ino)
-        if setattr_should_drop_suidgid(inode) and not capable(tid, CAP_FSETID):
-            self._fs.names.file_remove_privs(inode)
-            self._forget_attributes(ino)
 
     async def _copy_later(
         self, req: int, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int
@@ -211,7 +202,7 @@ class ExtraOperations:
         fd, offset, length, target_offset = CLONE_RANGE.unpack(data)
         try:
             source = await trio.to_thread.run_sync(_source_of, tid, fd, self._dev)
-            self._file_remove_privs(target, tid)
+            self._file_modified(target, tid)
             await self._clones.clone(source, offset, target, target_offset, length)
         except DaxemuError as error:
             self._fuse.fuse_reply_err(req, error.errno)

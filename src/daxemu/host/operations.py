@@ -20,12 +20,13 @@ from daxemu.errors import DaxemuError, MediaError
 from daxemu.fs import posix_acl
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import Credentials, Inode
+from daxemu.fs.privs import is_sxid
 from daxemu.host import supplement
 from daxemu.host.invalidate_lock import InvalidateLock
 from daxemu.host.layouts import FOREVER
 from daxemu.host.supplement import Caller, kill_suidgid, pack, unpack
-from daxemu.host.tasks import in_group_or_capable
-from daxemu.uapi import PAGE_SIZE, XATTR_NAME_CAPS, Ino
+from daxemu.host.tasks import capable, in_group_or_capable
+from daxemu.uapi import CAP_FSETID, PAGE_SIZE, XATTR_NAME_CAPS, Ino
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
 
@@ -174,10 +175,8 @@ class Operations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         found = self._names.get(inode)
-        if fields.update_size and kill_suidgid():
-            self._names.file_remove_privs(found)
-        if not fields.update_mode and self._is_chown(fields):
-            self._chown_drops_privs(found, ctx.pid)
+        if (fields.update_size and kill_suidgid()) or (not fields.update_mode and self._is_chown(fields)):
+            self._names.file_remove_privs(found, functools.partial(in_group_or_capable, ctx.pid))
         node = self._fs.setattr(
             inode,
             size=attr.st_size if fields.update_size else None,
@@ -195,16 +194,15 @@ class Operations(pyfuse3.Operations):
         others = (fields.update_size, fields.update_atime, fields.update_mtime)
         return fields.update_uid or fields.update_gid or not any(others)
 
-    def _chown_drops_privs(self, inode: Inode, tid: int) -> None:
-        """The set-id bits that ``chown_common()`` takes away, whoever asks."""
-        self._names.file_remove_privs(inode)
-        if not inode.is_dir and inode.mode & stat.S_ISGID and not in_group_or_capable(tid, inode.gid):
-            inode.mode &= ~stat.S_ISGID
-
-    def _file_remove_privs(self, ino: Ino) -> None:
+    def _file_remove_privs(self, ino: Ino, tid: int) -> None:
         """As ``Namespace.file_remove_privs``, and the kernel is told: it believes to know the mode."""
-        if self._names.file_remove_privs(self._names.get(ino)):
+        if self._names.file_remove_privs(self._names.get(ino), functools.partial(in_group_or_capable, tid)):
             self._forget_attributes(ino)
+
+    def file_modified(self, ino: Ino, tid: int) -> None:
+        """``file_modified()``, for a change of which the kernel does not say whether it takes bits away."""
+        if is_sxid(self._names.get(ino).mode) and not capable(tid, CAP_FSETID):
+            self._file_remove_privs(ino, tid)
 
     @_translated
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -351,7 +349,7 @@ class Operations(pyfuse3.Operations):
         self._fs.check_alive()
         if flags & os.O_TRUNC:
             if kill_suidgid():
-                self._file_remove_privs(inode)
+                self._file_remove_privs(inode, ctx.pid)
             self._fs.set_size(inode, 0)  # libfuse asks the kernel to leave that to us (ATOMIC_O_TRUNC)
         return self._opened(self._names.get(inode), flags)
 
@@ -401,7 +399,7 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
         caller = unpack(fh)
         if kill_suidgid():
-            self._file_remove_privs(caller.ino)
+            self._file_remove_privs(caller.ino, caller.tid)
         return await self._write(caller, off, buf)
 
     async def _write(self, caller: Caller, off: int, buf: bytes) -> int:

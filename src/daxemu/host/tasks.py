@@ -384,10 +384,10 @@ def process_of(tid: int) -> int:
 
 def in_group_or_capable(tid: int, gid: int) -> bool:
     """Whether a thread is of the group, or has CAP_FSETID: it may leave S_ISGID set (fs/inode.c)."""
-    field = _status(tid)
-    if not field or _is_capable(field, CAP_FSETID):
-        return bool(field)
-    return gid in map(int, [field["Gid"].split()[3], *field["Groups"].split()])
+    if not (field := _status(tid)):
+        return False
+    groups = map(int, [field["Gid"].split()[3], *field["Groups"].split()])
+    return gid in groups or _is_capable(field, CAP_FSETID)
 
 
 def capable(tid: int, capability: int) -> bool:

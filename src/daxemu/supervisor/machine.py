@@ -97,7 +97,7 @@ class Machine:
                 self.session.mount.dev,
                 self.clones,
                 self.write_back,
-                self.session.forget_attributes,
+                self.operations.file_modified,
                 nursery,
             )
 
@@ -343,7 +343,6 @@ class Machine:
         """
         self.check_present()
         if request.strategy is not None:
-            await trio.to_thread.run_sync(self.repairs.check, request.strategy)
             await self._choose(request.strategy)
             self.log.emit(SettingChanged(name="repair", value=request.strategy))
         total, reason = p.Repaired(self.repairs.text, 0, 0, 0, None), None
@@ -358,6 +357,7 @@ class Machine:
         return total
 
     async def _choose(self, strategy: str) -> None:
+        await trio.to_thread.run_sync(self.repairs.check, strategy)
         await self.repairs.attach(strategy)
         self.consumption.forget(Range(0, self.pmem.dax.size))
 
@@ -377,23 +377,23 @@ class Machine:
         settings: dict[str, Callable[[str], Callable[[], None]]] = {
             "early_kill": self._early_kill,
             "lost_store": self._lost_store,
-            "repair": lambda text: lambda: None,  # see below: it takes its time
             "scrub_interval": self._scrub_interval,
         }
-        changes: list[tuple[SettingChanged, Callable[[], None]]] = []
+        changes: list[Callable[[], None]] = []
         for name, value in wanted.items():
-            if name not in settings:
-                raise InvalidArgument(f"no setting {name!r}: there are {', '.join(sorted(settings))}")
+            if name != "repair" and name not in settings:
+                known = ", ".join(sorted(["repair", *settings]))
+                raise InvalidArgument(f"no setting {name!r}: there are {known}")
             try:
-                changes.append((SettingChanged(name=name, value=value), settings[name](value)))
+                changes += [settings[name](value)] if name in settings else []
             except InvalidArgument as error:
                 raise InvalidArgument(f"{name}={value}: {error}") from error
-        if "repair" in wanted:
-            await trio.to_thread.run_sync(self.repairs.check, wanted["repair"])
+        if "repair" in wanted:  # the one that takes its time, and can fail
             await self._choose(wanted["repair"])
-        for changed, change in changes:
+        for change in changes:
             change()
-            self.log.emit(changed)
+        for name, value in wanted.items():
+            self.log.emit(SettingChanged(name=name, value=value))
         return p.Done()
 
     def _early_kill(self, text: str) -> Callable[[], None]:
