@@ -24,9 +24,9 @@ check: setup
 unit: setup
 	$(PY) -m pytest --ignore=tests/mount
 
-# A file of tests for each processor at a time.
+# A file of tests for each processor at a time. Prints why tests were skipped, and the ten slowest.
 test: check
-	$(PY) -m pytest -n auto --dist loadfile
+	$(PY) -m pytest -n auto --dist loadfile -rs --durations=10
 
 # The tests on mounts once more, with every request answered in Python.
 test-no-layouts: setup

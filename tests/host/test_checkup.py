@@ -79,6 +79,16 @@ def test_no_dev_fuse(tmp_path: Path, monkeypatch: Patch) -> None:
     assert "--device /dev/fuse" in found(checkup._fuse)[2]
 
 
+@pytest.mark.parametrize(("mode", "verdict"), [(0o600, "worse"), (0o660, "worse"), (0o666, "ok")])
+def test_a_node_that_is_roots_alone(tmp_path: Path, monkeypatch: Patch, mode: int, verdict: str) -> None:
+    (tmp_path / "fuse").touch()
+    (tmp_path / "fuse").chmod(mode)
+    monkeypatch.setattr(checkup, "FUSE", tmp_path / "fuse")
+    seen, says, mend = found(checkup._fuse_of_users)
+    assert (seen, f"is {mode:04o}" in says) == (verdict, True)
+    assert verdict == "ok" or mend.startswith("chmod 0666 /dev/fuse; docs/howto/without-root.md")
+
+
 def test_root_without_the_right_to_mount(monkeypatch: Patch) -> None:
     monkeypatch.setattr(checkup, "_capable", lambda capability: False)
     monkeypatch.setattr(os, "geteuid", lambda: 0)

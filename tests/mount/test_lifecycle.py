@@ -10,7 +10,6 @@ import os
 import select
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from daxemu.host import device_lock
 from daxemu.host.mountinfo import mount_at
 from tests.support.actor import Actor
 from tests.support.mount import DAXEMU, PATIENCE, DaxMount, clear_away, dax_mount_at, daxemu
+from tests.support.own_node import fuse_for_everybody
 
 pytestmark = pytest.mark.mount
 
@@ -161,18 +161,6 @@ def test_log_ends_quietly_when_nobody_reads(dax_mount: DaxMount) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@contextmanager
-def everybody_may_use_fuse() -> Iterator[None]:
-    """/dev/fuse is for everybody on most machines (udev); a bare one has it for root alone."""
-    fuse = Path("/dev/fuse")
-    before = stat.S_IMODE(fuse.stat().st_mode)
-    fuse.chmod(0o666)
-    try:
-        yield
-    finally:
-        fuse.chmod(before)
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which only root can")
 def test_without_root(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The whole way as an ordinary user: mount, AO, AR, umount."""
@@ -212,7 +200,7 @@ def test_without_root(tmp_path_factory: pytest.TempPathFactory) -> None:
 
     mountpoint = home / "mnt"
     try:
-        with everybody_may_use_fuse():
+        with fuse_for_everybody():
             run("mkfs", home / "dev", "--size", "64M")
             subprocess.run([*user, "mkdir", mountpoint], check=True)
             run("mount", home / "dev", mountpoint)

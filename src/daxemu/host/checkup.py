@@ -23,6 +23,7 @@ CONNECTIONS = Path("/sys/fs/fuse/connections")
 PTRACE_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
 SHARED = Path("/dev/shm")
 MIN_SHARED = 64 << 20
+_GIVE_TO_USERS = f"chmod 0666 {FUSE}"
 _CAP_SYS_PTRACE, _CAP_SYS_ADMIN = 19, 21
 
 Verdict = Literal["ok", "worse", "missing"]
@@ -45,6 +46,8 @@ Answers = Callable[[Mount], None]
 def check_up(answers: Answers) -> Iterator[Finding]:
     """Every check."""
     yield _fuse()
+    if os.geteuid() == 0:
+        yield _fuse_of_users()
     yield _mounting()
     yield _pyfuse3()
     yield _supplement()
@@ -65,10 +68,27 @@ def _fuse() -> Finding:
         in_container = "in a container: run it with --device /dev/fuse"
         mend = {
             FileNotFoundError: f"modprobe fuse; {in_container}",
-            PermissionError: f"chmod 666 {FUSE} (as root); {in_container}",
+            PermissionError: f"{_GIVE_TO_USERS} (as root); {in_container}",
         }.get(type(error), in_container)
         return Finding("FUSE", "missing", f"{FUSE}: {error.strerror}", mend)
     return Finding("FUSE", "ok", f"{FUSE} can be opened")
+
+
+def _fuse_of_users() -> Finding:
+    """Whether users other than root may open the node; a missing node is a finding of _fuse()."""
+    subject = "FUSE of users"
+    try:
+        mode = stat.S_IMODE(FUSE.stat().st_mode)
+    except OSError as error:
+        return Finding(subject, "worse", f"{FUSE}: {error.strerror}", "modprobe fuse")
+    if mode & 0o006 == 0o006:
+        return Finding(subject, "ok", f"{FUSE} is {mode:04o}: every user may mount")
+    return Finding(
+        subject,
+        "worse",
+        f"{FUSE} is {mode:04o}: only root, and its group at most, may mount",
+        f"{_GIVE_TO_USERS}; docs/howto/without-root.md says how to keep that, and how to do without",
+    )
 
 
 def _mounting() -> Finding:
