@@ -69,6 +69,7 @@ BUS_MCEERR_AO = 5
 # uapi/linux/fs.h, linux/fs.h
 RENAME_NOREPLACE = 1 << 0
 RENAME_EXCHANGE = 1 << 1
+RENAME_WHITEOUT = 1 << 2
 XATTR_CREATE = 1
 XATTR_REPLACE = 2
 XATTR_NAME_CAPS = b"security.capability"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import stat
 
 import pytest
 
@@ -11,7 +12,7 @@ from daxemu.errors import FsError
 from daxemu.fs.inode import ROOT_INO, Credentials
 from daxemu.fs.namespace import Namespace
 from daxemu.fs.rmap import Rmap
-from daxemu.uapi import RENAME_EXCHANGE, RENAME_NOREPLACE
+from daxemu.uapi import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from tests.fs.test_namespace import mkdir, refusal, touch
 
 KINDS = ["nothing", "file", "symlink", "empty", "full"]
@@ -87,7 +88,7 @@ def test_the_matrix(names: Namespace, old: str, new: str, flags: int) -> None:
     assert counts_are_right(names)
 
 
-@pytest.mark.parametrize("flags", [RENAME_NOREPLACE | RENAME_EXCHANGE, 4, 8])
+@pytest.mark.parametrize("flags", [RENAME_NOREPLACE | RENAME_EXCHANGE, RENAME_EXCHANGE | RENAME_WHITEOUT, 8])
 def test_flags_that_make_no_sense(names: Namespace, flags: int) -> None:
     touch(names, b"f")
     assert refusal(names.rename, ROOT_INO, b"f", ROOT_INO, b"g", flags) == errno.EINVAL
@@ -146,3 +147,19 @@ def test_times_of_both_directories_and_the_file_change(names: Namespace) -> None
     assert inodes[0].mtime
     assert inodes[1].mtime
     assert not inodes[2].mtime
+
+
+def test_a_whiteout_stays_under_the_old_name(names: Namespace) -> None:
+    """A device 0:0, as overlayfs wants it; a rename that does nothing leaves none."""
+    ino = touch(names, b"f")
+    names.rename(ROOT_INO, b"f", ROOT_INO, b"g", RENAME_WHITEOUT)
+    left = names.lookup(ROOT_INO, b"f")
+    assert names.lookup(ROOT_INO, b"g").ino == ino
+    assert (left.mode, left.rdev, left.nlink) == (stat.S_IFCHR, 0, 1)
+    names.link(ino, ROOT_INO, b"h")
+    names.rename(ROOT_INO, b"g", ROOT_INO, b"h", RENAME_WHITEOUT)
+    assert names.lookup(ROOT_INO, b"g").ino == ino
+    with pytest.raises(FsError) as caught:
+        names.rename(ROOT_INO, b"f", ROOT_INO, b"g", RENAME_WHITEOUT | RENAME_NOREPLACE)
+    assert caught.value.errno == errno.EEXIST
+    assert counts_are_right(names)

@@ -238,6 +238,39 @@ def test_permissions_are_checked(top: Path) -> None:
 # -- extended attributes, counts
 
 
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("none", errno.EOPNOTSUPP),
+        ("User.a", errno.EOPNOTSUPP),
+        ("system.a", errno.EOPNOTSUPP),
+        ("user.", errno.EINVAL),
+        ("security.", errno.EINVAL),
+    ],
+)
+def test_names_of_xattrs(quick_mount: QuickMount, name: str, number: int) -> None:
+    """As ext4 and XFS answer, for whoever asks."""
+    path = quick_mount.path / "f"
+    path.touch()
+    with pytest.raises(OSError, match=os.strerror(number)):
+        os.setxattr(path, name, b"")
+    with pytest.raises(OSError, match=os.strerror(number)):
+        os.getxattr(path, name)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        os.removexattr(path, name)
+    assert os.listxattr(path) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="trusted.* are for root")
+def test_trusted_xattrs_are_not_listed_for_others(quick_mount: QuickMount) -> None:
+    path = quick_mount.path / "f"
+    path.touch()
+    os.setxattr(path, "trusted.a", b"1")
+    os.setxattr(path, "user.a", b"2")
+    assert sorted(os.listxattr(path)) == ["trusted.a", "user.a"]
+    assert python("print(os.listxattr('f'))", cwd=quick_mount.path, wrapper=NOBODY) == "['user.a']"
+
+
 def test_xattrs(quick_mount: QuickMount) -> None:
     path = quick_mount.path / "f"
     path.touch()

@@ -19,7 +19,8 @@ from daxemu.host.extra_operations import (
 )
 
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE_RANGE, ZERO_RANGE, INSERT_RANGE, UNSHARE_RANGE = 1, 2, 8, 16, 32, 64
-RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
+AT_SYMLINK_FOLLOW = 0x400
 _AT_FDCWD = -100
 MAX_HANDLE_SZ = 128
 _HANDLE = struct.Struct("=Ii")  # linux/fcntl.h: struct file_handle, less its bytes
@@ -53,6 +54,47 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 def renameat2(old: Path, new: Path, flags: int) -> None:
     """``renameat2(2)``."""
     _check(_libc.renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags))
+
+
+def link_open_file(fd: int, path: Path) -> None:
+    """``linkat(2)`` of an open file, which may have no name."""
+    source = b"/proc/self/fd/%d" % fd
+    _check(_libc.linkat(_AT_FDCWD, source, _AT_FDCWD, os.fsencode(path), AT_SYMLINK_FOLLOW))
+
+
+class _Dirent(ctypes.Structure):
+    """``struct dirent`` of 64-bit glibc and musl."""
+
+    _fields_ = (
+        ("d_ino", ctypes.c_uint64),
+        ("d_off", ctypes.c_int64),
+        ("d_reclen", ctypes.c_uint16),
+        ("d_type", ctypes.c_uint8),
+        ("d_name", ctypes.c_char * 256),
+    )
+
+
+_libc.opendir.restype = _libc.readdir.restype = ctypes.c_void_p
+_libc.opendir.argtypes = (ctypes.c_char_p,)
+_libc.readdir.argtypes = _libc.closedir.argtypes = (ctypes.c_void_p,)
+_libc.seekdir.argtypes = (ctypes.c_void_p, ctypes.c_long)
+
+
+def page_of(directory: Path, cookie: int, count: int) -> list[tuple[str, int]]:
+    """Up to ``count`` entries behind a cookie, with theirs, on a handle of their own."""
+    handle = _libc.opendir(os.fsencode(directory))
+    if not handle:
+        _check(-1)
+    found: list[tuple[str, int]] = []
+    try:
+        if cookie:
+            _libc.seekdir(handle, cookie)
+        while len(found) < count and (entry := _libc.readdir(handle)):
+            dirent = ctypes.cast(entry, ctypes.POINTER(_Dirent)).contents
+            found.append((os.fsdecode(dirent.d_name), dirent.d_off))
+    finally:
+        _libc.closedir(handle)
+    return found
 
 
 def clone_range(target: int, source: int, offset: int = 0, length: int = 0, target_offset: int = 0) -> None:

@@ -16,7 +16,7 @@ from daxemu.events import PoisonCleared, StoreLost
 from daxemu.fs import posix_acl
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.file_data import Buffer, Stored
-from daxemu.fs.inode import ENTRY_COST, MAX_FILE_SIZE, Credentials, Inode
+from daxemu.fs.inode import ENTRY_COST, MAX_FILE_SIZE, SUPERUSER, Credentials, Inode
 from daxemu.fs.reflink import check_remap
 from daxemu.fs.statfs import Damage, StatFs, damaged
 from daxemu.fs.super import SuperBlock
@@ -27,6 +27,7 @@ from daxemu.uapi import (
     FALLOC_FL_ZERO_RANGE,
     NAME_MAX,
     PAGE_SIZE,
+    RENAME_WHITEOUT,
     Ino,
 )
 
@@ -49,6 +50,12 @@ class Filesystem(SuperBlock):
         self.check_alive()
         self._ensure_room(inodes=1, name_bytes=self._new_bytes(parent, name))
         return self.names.mknod(parent, name, mode, rdev, cred)
+
+    def tmpfile(self, parent: Ino, mode: int, cred: Credentials) -> Inode:
+        """See Namespace.tmpfile. Raises NoSpace when the metadata region is full."""
+        self.check_alive()
+        self._ensure_room(inodes=1, name_bytes=self._new_bytes(parent, b""))
+        return self.names.tmpfile(parent, mode, cred)
 
     def mkdir(self, parent: Ino, name: bytes, mode: int, cred: Credentials) -> Inode:
         """See Namespace.mkdir. Raises NoSpace when the metadata region is full."""
@@ -108,11 +115,22 @@ class Filesystem(SuperBlock):
         self.check_alive()
         return self._unless_unused(self.names.rmdir(parent, name))
 
-    def rename(self, old_parent: Ino, old: bytes, new_parent: Ino, new: bytes, flags: int) -> Inode | None:
-        """``renameat2(2)``; a file that was replaced goes as by unlink."""
+    def rename(
+        self,
+        old_parent: Ino,
+        old: bytes,
+        new_parent: Ino,
+        new: bytes,
+        flags: int,
+        cred: Credentials = SUPERUSER,
+    ) -> Inode | None:
+        """``renameat2(2)``; a file that was replaced goes as by unlink. ``cred`` see Namespace.rename."""
         self.check_alive()
-        self._ensure_room(name_bytes=max(0, len(new) - len(old)))
-        replaced = self.names.rename(old_parent, old, new_parent, new, flags)
+        if flags & RENAME_WHITEOUT:
+            self._ensure_room(inodes=1, name_bytes=len(new) + self._new_bytes(old_parent, old))
+        else:
+            self._ensure_room(name_bytes=max(0, len(new) - len(old)))
+        replaced = self.names.rename(old_parent, old, new_parent, new, flags, cred)
         return self._unless_unused(replaced) if replaced is not None else None
 
     # -- lifetime
@@ -131,7 +149,7 @@ class Filesystem(SuperBlock):
         """Keep an inode's bytes although its last name may go. Raises FsError ESTALE if they are gone
         already.
         """
-        if inode.nlink == 0 and inode.opens == 0:
+        if inode.nlink == 0 and inode.opens == 0 and inode.ino not in self.names.linkable:
             raise FsError(errno.ESTALE)
         inode.opens += 1
 
@@ -144,6 +162,7 @@ class Filesystem(SuperBlock):
     def _unless_unused(self, inode: Inode) -> Inode:
         # The blocks go at once; the inode stays until the kernel forgets it, which it does when it likes.
         if inode.nlink == 0 and inode.opens == 0:
+            self.names.linkable.discard(inode.ino)
             if inode.extents is not None:
                 self._data.remove(inode.extents, 0, MAX_FILE_SIZE // PAGE_SIZE)
             if inode.pins <= 0:

@@ -72,3 +72,6 @@ class Credentials:
     uid: int
     gid: int
     umask: int = 0
+
+
+SUPERUSER = Credentials(0, 0)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from daxemu.errors import CorruptMetadata, FsError
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.inode import ENTRY_COST, RESERVED_INO, ROOT_INO, Inode
+from daxemu.fs.listing import Listing, Listings
 from daxemu.fs.rmap import Rmap
 from daxemu.uapi import Ino
 
@@ -36,6 +37,9 @@ class InodeTable:
         """Bytes of names, symlinks and extended attributes: what the store must have room for besides inodes
         and links.
         """
+        self.linkable: set[Ino] = set()
+        """Files made without a name that may get one (``I_LINKABLE``)."""
+        self._listings = Listings()
 
     def __len__(self) -> int:
         return len(self._inodes)
@@ -85,8 +89,13 @@ class InodeTable:
             raise FsError(errno.ENOTDIR)
         return inode, inode.entries
 
+    def listing(self, ino: Ino) -> Listing:
+        """Order of a directory's names. Raises FsError ENOTDIR for anything else."""
+        return self._listings.of(ino, self.directory(ino)[1])
+
     def drop(self, inode: Inode) -> None:
         """Forget an inode. Preconditions: no links, no pins, no extents."""
+        self._listings.drop(inode.ino)
         self.name_bytes -= self._own_bytes(inode)
         self.dirty_inodes.add(inode.ino)
         self.on_change(inode.ino)

@@ -18,6 +18,7 @@ from daxemu.fs.inode import (
     ENTRY_COST,
     LINK_MAX,
     ROOT_INO,
+    SUPERUSER,
     Credentials,
     Inode,
     timestamp_truncate,
@@ -25,10 +26,12 @@ from daxemu.fs.inode import (
 from daxemu.fs.inode_table import InodeTable
 from daxemu.fs.privs import setattr_should_drop_suidgid
 from daxemu.fs.rmap import Rmap
+from daxemu.fs.xattr import check_name
 from daxemu.uapi import (
     NAME_MAX,
     RENAME_EXCHANGE,
     RENAME_NOREPLACE,
+    RENAME_WHITEOUT,
     SYMLINK_MAX,
     XATTR_CREATE,
     XATTR_REPLACE,
@@ -109,6 +112,7 @@ class Namespace(InodeTable):
 
     def _enter(self, parent: Inode, entries: dict[bytes, Ino], name: bytes, child: Inode) -> None:
         entries[name] = child.ino
+        self._listings.entered(parent.ino, name)
         self.dirty_entries.add((parent.ino, name))
         self.dirty_inodes.add(child.ino)
         child.parent, child.name = parent.ino, name
@@ -124,6 +128,13 @@ class Namespace(InodeTable):
         else:
             inode.rdev = rdev
         self._enter(directory, entries, name, inode)
+        return inode
+
+    def tmpfile(self, parent: Ino, mode: int, cred: Credentials) -> Inode:
+        """Make a regular file without a name (``->tmpfile``). :meth:`link` can give the file one."""
+        inode = self._new_inode(self.directory(parent)[0], mode, cred)
+        inode.extents, inode.nlink = ExtentMap(inode.ino, self._rmap), 0
+        self.linkable.add(inode.ino)
         return inode
 
     def mkdir(self, parent: Ino, name: bytes, mode: int, cred: Credentials) -> Inode:
@@ -153,11 +164,14 @@ class Namespace(InodeTable):
         inode = self.get(ino)
         if inode.is_dir:
             raise FsError(errno.EPERM)
-        if inode.nlink == 0:
+        if inode.nlink == 0 and ino not in self.linkable:
             raise FsError(errno.ENOENT)
         if inode.nlink >= LINK_MAX:
             raise FsError(errno.EMLINK)
         directory, entries = self._room_for(parent, name)
+        if inode.nlink == 0:
+            self.linkable.remove(ino)
+            self._rmap.mark_all(ino)  # commits passed over its extents until now
         inode.nlink += 1
         self.touch(inode, modified=False)
         self._enter(directory, entries, name, inode)
@@ -167,6 +181,7 @@ class Namespace(InodeTable):
 
     def _leave(self, parent: Inode, entries: dict[bytes, Ino], name: bytes) -> None:
         del entries[name]
+        self._listings.left(parent.ino, name)
         self.dirty_entries.add((parent.ino, name))
         self.name_bytes -= len(name) + ENTRY_COST
         self.touch(parent, modified=True)
@@ -196,9 +211,21 @@ class Namespace(InodeTable):
         self.touch(inode, modified=False)
         return inode
 
-    def rename(self, old_parent: Ino, old: bytes, new_parent: Ino, new: bytes, flags: int) -> Inode | None:
-        """``->rename`` with its flags. Returns the inode that was replaced, if any."""
-        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:
+    def rename(
+        self,
+        old_parent: Ino,
+        old: bytes,
+        new_parent: Ino,
+        new: bytes,
+        flags: int,
+        cred: Credentials = SUPERUSER,
+    ) -> Inode | None:
+        """``->rename`` with its flags. Returns the inode that was replaced, if any. ``cred`` owns the
+        whiteout that RENAME_WHITEOUT leaves under the old name.
+        """
+        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT):
+            raise FsError(errno.EINVAL)
+        if flags & RENAME_EXCHANGE and flags != RENAME_EXCHANGE:
             raise FsError(errno.EINVAL)
         source_dir, source_entries = self.directory(old_parent)
         target_dir, target_entries = self.directory(new_parent)
@@ -232,6 +259,8 @@ class Namespace(InodeTable):
             target_dir.nlink += 1
             self.dirty_inodes |= {source_dir.ino, target_dir.ino}
         self.touch(moved, modified=False)
+        if flags & RENAME_WHITEOUT:
+            self._enter(source_dir, source_entries, old, self._new_inode(source_dir, stat.S_IFCHR, cred))
         return there
 
     @staticmethod
@@ -318,9 +347,10 @@ class Namespace(InodeTable):
     ) -> None:
         """``setxattr(2)``. ``acl_kill_sgid``: an access list clears S_ISGID (FUSE_SETXATTR_ACL_KILL_SGID).
 
-        Raises FsError EEXIST, ENODATA, E2BIG as its flags and sizes say.
+        Raises FsError EOPNOTSUPP or EINVAL as the name, EEXIST, ENODATA, E2BIG as flags and sizes say.
         """
         inode = self.get(ino)
+        self._check_xattr(inode, name)
         if len(value) > XATTR_SIZE_MAX:
             raise FsError(errno.E2BIG)
         if name in (posix_acl.ACCESS, posix_acl.DEFAULT) and not self._set_acl(
@@ -356,9 +386,16 @@ class Namespace(InodeTable):
             return False
         return True
 
+    @staticmethod
+    def _check_xattr(inode: Inode, name: bytes) -> None:
+        if name not in inode.xattrs:  # a device may hold names that earlier releases took
+            check_name(name)
+
     def getxattr(self, ino: Ino, name: bytes) -> bytes:
         """``getxattr(2)``. Raises FsError ENODATA."""
-        value = self.get(ino).xattrs.get(name)
+        inode = self.get(ino)
+        self._check_xattr(inode, name)
+        value = inode.xattrs.get(name)
         if value is None:
             raise FsError(errno.ENODATA)
         return value
@@ -366,6 +403,7 @@ class Namespace(InodeTable):
     def removexattr(self, ino: Ino, name: bytes) -> None:
         """``removexattr(2)``. Raises FsError ENODATA."""
         inode = self.get(ino)
+        self._check_xattr(inode, name)
         if name not in inode.xattrs:
             raise FsError(errno.ENODATA)
         self.name_bytes -= len(name) + len(inode.xattrs.pop(name)) + ENTRY_COST

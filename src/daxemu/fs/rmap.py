@@ -156,6 +156,10 @@ class Rmap:
             ranges = self.dirty[ino] = RangeSet()
         ranges.add(start, end)
 
+    def mark_all(self, ino: Ino) -> None:
+        """Have the next commit write all links of a file anew."""
+        self._mark(ino, 0, 1 << 52)
+
     # -- questions
 
     def owners(self, start: Block, end: Block) -> list[Owner]:

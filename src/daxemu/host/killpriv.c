@@ -1,4 +1,6 @@
 /*
+ * What libfuse keeps from us of the kernel's requests: set-id bits, and O_TMPFILE.
+ *
  * Has the kernel leave set-id bits to us (FUSE_HANDLE_KILLPRIV_V2), which libfuse before 3.17 cannot ask for.
  *
  * Otherwise it asks for security.capability before each write(2). With it, it remembers that there is none, and says with each
@@ -11,21 +13,37 @@
 
 #include "supplement.h"
 
+#define TMPFILE 51 /* FUSE_TMPFILE, which older headers lack */
+
 /* Whether the request that Python has now takes away set-id bits. Read by host/supplement.py. */
 int daxemu_kill_suidgid;
 
 static uint64_t init_unique;
 static int offered;
 
-void daxemu_note_request(const void *request, size_t size)
+/*
+ * libfuse before 3.17 does not know FUSE_TMPFILE (since v6.1). It is FUSE_CREATE in all but its number, with the name "/"
+ * (vfs_tmpfile()), which no file can have. Operations.create() knows it by that name; with any other it stays unknown.
+ */
+static void make_tmpfile_a_create(struct fuse_in_header *in, size_t size)
 {
-	const struct fuse_in_header *in = request;
+	const char *name = (const char *)(in + 1) + sizeof(struct fuse_create_in);
+
+	if (size >= sizeof(struct fuse_create_in) + 2 && !memcmp(name, "/", 2))
+		in->opcode = FUSE_CREATE;
+}
+
+void daxemu_note_request(void *request, size_t size)
+{
+	struct fuse_in_header *in = request;
 	const void *body = in + 1;
 
 	daxemu_kill_suidgid = 0;
 	if (size < sizeof(*in))
 		return;
 	size -= sizeof(*in);
+	if (in->opcode == TMPFILE)
+		make_tmpfile_a_create(in, size);
 	if (in->opcode == FUSE_INIT && size >= offsetof(struct fuse_init_in, flags2)) {
 		const struct fuse_init_in *init = body;
 

@@ -1,8 +1,8 @@
 """pyfuse3.Operations over the filesystem's verbs: translates, decides nothing.
 
 File handles are inode numbers (below 2**39; the bits above are explained in host/supplement.py).
-Directory handles name a snapshot of the directory, taken when it is read from its beginning, so that a reader
-sees each entry once whatever happens meanwhile.
+Directories are listed in the order of fs/listing.py: a reader sees each entry that stays once, whatever
+happens meanwhile.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+import trio
+
 from daxemu.errors import DaxemuError, MediaError
 from daxemu.fs import posix_acl
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import Credentials, Inode
+from daxemu.fs.listing import DOT, DOT_DOT
 from daxemu.fs.privs import is_sxid
+from daxemu.fs.xattr import TRUSTED
 from daxemu.host import supplement
 from daxemu.host.invalidate_lock import InvalidateLock
 from daxemu.host.layouts import FOREVER
 from daxemu.host.supplement import Caller, kill_suidgid, pack, unpack
 from daxemu.host.tasks import capable, in_group_or_capable
-from daxemu.uapi import CAP_FSETID, PAGE_SIZE, XATTR_NAME_CAPS, Ino
+from daxemu.uapi import CAP_FSETID, CAP_SYS_ADMIN, PAGE_SIZE, XATTR_NAME_CAPS, Ino
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
 
@@ -40,6 +44,11 @@ class PoisonedRead(NamedTuple):
     tid: int
     error: MediaError
 
+
+LISTING_STEP = 2000
+"""Names whose order is computed at once: 5 ms; other requests have their turn before the next."""
+TMPFILE = b"/"
+"""Name of a file to be created that has none (host/killpriv.c, ``slash_name`` in fs/dcache.c)."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -56,13 +65,6 @@ def _translated(verb: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corout
             raise pyfuse3.FUSEError(error.errno) from None
 
     return translated
-
-
-class _Listing(NamedTuple):
-    """A directory that is being read, and its names as they were at the beginning."""
-
-    directory: Ino
-    names: list[tuple[bytes, Ino]]
 
 
 class Operations(pyfuse3.Operations):
@@ -86,8 +88,8 @@ class Operations(pyfuse3.Operations):
         self._on_poison = on_poison
         self._heal = heal
         self._forget_attributes = forget_attributes
-        self._listings: dict[int, _Listing] = {}
-        self._listing_ids = itertools.count(1)
+        self._directories: dict[int, Ino] = {}
+        self._directory_handles = itertools.count(1)
         self.open_files: Counter[Ino] = Counter()
         """How many handles each inode has open: what is mapped is among these."""
         self.writers: Counter[Ino] = Counter()
@@ -295,7 +297,8 @@ class Operations(pyfuse3.Operations):
         flags: pyfuse3.FlagT,
         ctx: pyfuse3.RequestContext,
     ) -> None:
-        self._fs.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+        cred = self._cred(ctx)
+        self._fs.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags, cred)
 
     # -- directories
 
@@ -303,31 +306,29 @@ class Operations(pyfuse3.Operations):
     async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
         self._fs.check_alive()
         self._names.directory(inode)
-        handle = next(self._listing_ids)
-        self._listings[handle] = _Listing(inode, [])
+        handle = next(self._directory_handles)
+        self._directories[handle] = inode
         return pyfuse3.FileHandleT(handle)
 
     @_translated
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        self._fs.check_alive()
-        directory, listing = self._listings[fh]
+        directory = self._directories[fh]
         node, entries = self._names.directory(directory)
-        if start_id == 0:
-            listing[:] = [(b".", node.ino), (b"..", node.parent), *entries.items()]
-        for position in range(start_id, len(listing)):
-            name, ino = listing[position]
-            if position >= 2 and entries.get(name) != ino:
-                continue  # removed or renamed meanwhile: the kernel would keep the name that we say
+        while not self._names.listing(directory).build(LISTING_STEP, entries.__contains__):
+            await trio.lowlevel.checkpoint()
+        self._fs.check_alive()
+        dots = ((DOT, b".", node.ino), (DOT_DOT, b"..", node.parent))
+        listed = self._names.listing(directory).after(max(start_id, DOT_DOT))
+        rest = ((cookie, name, entries[name]) for cookie, name in listed)
+        for cookie, name, ino in itertools.chain((dot for dot in dots if dot[0] > start_id), rest):
             inode = self._names.get(ino)
-            if not pyfuse3.readdir_reply(
-                token, pyfuse3.FileNameT(name), self._attributes(inode), position + 1
-            ):
+            if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), self._attributes(inode), cookie):
                 return
-            if position >= 2:
+            if cookie > DOT_DOT:
                 self._fs.pin(inode)
 
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
-        del self._listings[fh]
+        del self._directories[fh]
 
     @_translated
     async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
@@ -362,7 +363,11 @@ class Operations(pyfuse3.Operations):
         flags: pyfuse3.FlagT,
         ctx: pyfuse3.RequestContext,
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        inode = self._fs.mknod(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), 0, self._cred(ctx))
+        mode = pyfuse3.ModeT(stat.S_IFREG | stat.S_IMODE(mode))
+        if name == TMPFILE:
+            inode = self._fs.tmpfile(parent_inode, mode, self._cred(ctx))
+        else:
+            inode = self._fs.mknod(parent_inode, name, mode, 0, self._cred(ctx))
         entry = self._new_entry(parent_inode, inode)
         self._will_ask(inode.ino)
         return self._opened(inode, flags), entry
@@ -456,7 +461,9 @@ class Operations(pyfuse3.Operations):
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
     ) -> Sequence[pyfuse3.XAttrNameT]:
         self._fs.check_alive()
-        return [pyfuse3.XAttrNameT(name) for name in self._names.get(inode).xattrs]
+        names = self._names.get(inode).xattrs
+        hides = any(name.startswith(TRUSTED) for name in names) and not capable(ctx.pid, CAP_SYS_ADMIN)
+        return [pyfuse3.XAttrNameT(name) for name in names if not (hides and name.startswith(TRUSTED))]
 
     @_translated
     async def removexattr(
