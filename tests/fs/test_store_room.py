@@ -36,7 +36,7 @@ def fill(core: Core, kind: str, dice: random.Random, big: Ino) -> None:
         case "hard links":
             core.fs.link(big, ROOT_INO, name)
         case "attributes":
-            core.fs.setxattr(ROOT_INO, name, b"v" * dice.choice([0, 40, 300]), 0)
+            core.fs.setxattr(ROOT_INO, b"user." + name[:250], b"v" * dice.choice([0, 40, 300]), 0)
         case "clones":
             core.fs.remap_file_range(big, 0, core.file(name), 0, 0)
 
@@ -65,7 +65,7 @@ def test_removing_makes_room_again(core: Core) -> None:
 
 def test_what_is_refused_has_changed_nothing(core: Core) -> None:
     numbers = iter(range(1_000_000))
-    done = until_full(lambda: core.fs.setxattr(ROOT_INO, b"%d" % next(numbers), b"v" * 60000, 0))
+    done = until_full(lambda: core.fs.setxattr(ROOT_INO, b"user.%d" % next(numbers), b"v" * 60000, 0))
     assert len(core.fs.names.get(ROOT_INO).xattrs) == done
     core.reopen()
     assert len(core.fs.names.get(ROOT_INO).xattrs) == done
