@@ -195,6 +195,50 @@ class SignalSent(Event):
         )
 
 
+class PopulateFailed(Event):
+    """A thread populated or locked a mapping (system call ``call``) of bytes that cannot be read, among bytes
+    ``[offset, offset + length)`` of the file. ``result``: ENOMEM (the call returned it), ignored (the call
+    succeeded), killed (by SIGKILL: nothing else ends the call of a thread that cannot be held), endless
+    (SIGKILL is not permitted either), or gone (the thread died meanwhile). ``reason`` says why.
+    """
+
+    pid: int
+    tid: int
+    comm: str
+    call: str
+    ino: int
+    path: str
+    offset: int
+    length: int
+    result: str
+    reason: str | None = None
+
+    def summary(self) -> str:
+        why = f" ({self.reason})" if self.reason else ""
+        return (
+            f"{self.call} of {self.comm}:{self.pid} thread {self.tid} over unreadable bytes of {self.path} "
+            f"{self.offset:#x}+{self.length:#x}: {self.result}{why}"
+        )
+
+
+class FaultRepeated(Event):
+    """A thread has asked ``times`` times in a row for a page of a file that cannot be read."""
+
+    pid: int
+    tid: int
+    comm: str
+    ino: int
+    path: str
+    offset: int
+    times: int
+
+    def summary(self) -> str:
+        return (
+            f"{self.comm}:{self.pid} thread {self.tid} asked {self.times} times for the unreadable page "
+            f"at {self.offset:#x} of {self.path}"
+        )
+
+
 class FileDamaged(Event):
     """A file lost the bytes ``[offset, offset + length)``."""
 
@@ -326,6 +370,8 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     MemoryFailureHandled,
     OutsideKernelControl,
     SignalSent,
+    PopulateFailed,
+    FaultRepeated,
     FileDamaged,
     StoreLost,
     CorruptionFound,
@@ -349,6 +395,8 @@ AnyEvent = (
     | MemoryFailureHandled
     | OutsideKernelControl
     | SignalSent
+    | PopulateFailed
+    | FaultRepeated
     | FileDamaged
     | StoreLost
     | CorruptionFound

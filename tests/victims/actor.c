@@ -10,7 +10,10 @@
  *   pread FD OFF LEN                     pwrite FD OFF LEN C
  *   punch FD OFF LEN                     zero FD OFF LEN
  *   ficlone DST SRC                      clonerange DST SRC SRCOFF LEN DSTOFF      copyrange (the same)
- *   mmap M FD PAGE PAGES shared|private|ro      munmap M      msync M P PAGES
+ *   mmap M FD PAGE PAGES shared|private|ro [populate|locked]      munmap M      msync M P PAGES
+ *   mlock M P PAGES      mlock2 M P PAGES      mlockall current|future
+ *   vmsplice M P LEN                     page P of M into a pipe
+ *   fixbuf M P PAGES                     register it as a buffer with io_uring
  *   tr M P    tw M P C                   load, store the first byte of page P of mapping M
  *   ttr T M P    ttw T M P C             the same in extra thread T
  *   spin M P                             says {"spinning": true} after the first load, ends with the fault
@@ -28,6 +31,7 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
+#include <linux/io_uring.h>
 #include <poll.h>
 #include <pthread.h>
 #include <semaphore.h>
@@ -611,17 +615,20 @@ static void cmd_mmap(void)
 {
 	static const char *const kinds[] = {"shared", "private", "ro", NULL};
 	static const int flags[] = {MAP_SHARED, MAP_PRIVATE, MAP_SHARED};
+	static const char *const populates[] = {"touched", "populate", "locked", NULL};
+	static const int also[] = {0, MAP_POPULATE, MAP_LOCKED};
 	struct mapping *m = &maps[slot(1, MAPS)];
 	int fd = fd_at(2);
 	off_t off = number(3) * PAGE;
 	size_t len = number(4) * PAGE;
 	int kind = choice(5, kinds);
+	int more = nwords > 6 ? choice(6, populates) : 0;
 	if (m->addr)
 		bad = "mapping in use";
 	if (bad)
 		return;
 	int prot = kind == 2 ? PROT_READ : PROT_READ | PROT_WRITE;
-	char *addr = mmap(aligned_room(len, off), len, prot, flags[kind], fd, off);
+	char *addr = mmap(aligned_room(len, off), len, prot, flags[kind] | also[more], fd, off);
 	if (addr != MAP_FAILED)
 		*m = (struct mapping){addr, len};
 	reply(addr == MAP_FAILED ? -1 : 0, errno);
@@ -744,6 +751,64 @@ static void cmd_madvise(void)
 	int n = !strcmp(advice, "hwpoison") ? MADV_HWPOISON : !strcmp(advice, "soft") ? MADV_SOFT_OFFLINE : number(4);
 	if (!bad)
 		reply_call(madvise(at, len, n));
+}
+
+static void cmd_mlock(void)
+{
+	char *at = page_at(1);
+	size_t len = number(3) * PAGE;
+	if (!bad)
+		reply_call(mlock(at, len));
+}
+
+static void cmd_mlock2(void)
+{
+	char *at = page_at(1);
+	size_t len = number(3) * PAGE;
+	if (!bad)
+		reply_call(syscall(SYS_mlock2, at, len, 0));
+}
+
+static void cmd_mlockall(void)
+{
+	static const char *const whiches[] = {"current", "future", NULL};
+	int which = choice(1, whiches);
+	if (!bad)
+		reply_call(mlockall(which ? MCL_FUTURE : MCL_CURRENT));
+}
+
+static void cmd_vmsplice(void)
+{
+	struct iovec from = {page_at(1), number(3)};
+	int ends[2];
+	if (bad)
+		return;
+	if (pipe(ends)) {
+		bad = "cannot make a pipe";
+		return;
+	}
+	long ret = vmsplice(ends[1], &from, 1, 0);
+	int error = errno;
+	close(ends[0]);
+	close(ends[1]);
+	reply(ret, error);
+}
+
+static void cmd_fixbuf(void)
+{
+	struct io_uring_params params = {0};
+	struct iovec buffer = {page_at(1), number(3) * PAGE};
+	if (bad)
+		return;
+	int ring = syscall(SYS_io_uring_setup, 1, &params);
+	if (ring < 0) {
+		reply(-1, errno);
+		return;
+	}
+	long ret = syscall(SYS_io_uring_register, ring, IORING_REGISTER_BUFFERS, &buffer, 1);
+	int error = errno;
+	close(ring);
+	reply(ret, error);
 }
 
 static void cmd_pagemap(void)
@@ -955,14 +1020,16 @@ static const struct {
 	void (*run)(void);
 } commands[] = {
 	{"addr", cmd_addr}, {"barrier", cmd_barrier}, {"clonerange", cmd_clonerange}, {"close", cmd_close},
-	{"copyrange", cmd_copyrange}, {"exec", cmd_exec}, {"exit", cmd_exit}, {"ficlone", cmd_ficlone},
+	{"copyrange", cmd_copyrange}, {"exec", cmd_exec}, {"exit", cmd_exit}, {"ficlone", cmd_ficlone}, {"fixbuf", cmd_fixbuf},
 	{"fork", cmd_fork}, {"fsync", cmd_fsync}, {"kread", cmd_kread}, {"kwrite", cmd_kwrite},
-	{"madvise", cmd_madvise}, {"mcekill", cmd_mcekill}, {"mmap", cmd_mmap}, {"msync", cmd_msync},
+	{"madvise", cmd_madvise}, {"mcekill", cmd_mcekill}, {"mlock", cmd_mlock},
+	{"mlock2", cmd_mlock2}, {"mlockall", cmd_mlockall}, {"mmap", cmd_mmap}, {"msync", cmd_msync},
 	{"munmap", cmd_munmap}, {"open", cmd_open}, {"pagemap", cmd_pagemap}, {"pread", cmd_pread},
 	{"punch", cmd_punch}, {"pvmread", cmd_pvmread}, {"pvmwrite", cmd_pvmwrite}, {"pwrite", cmd_pwrite},
 	{"queue", cmd_queue}, {"sig", cmd_sig}, {"sleep", cmd_sleep}, {"spin", cmd_spin},
 	{"syncfs", cmd_syncfs}, {"threads", cmd_threads}, {"tid", cmd_tid}, {"tr", cmd_tr},
-	{"trunc", cmd_trunc}, {"ttr", cmd_ttr}, {"ttw", cmd_ttw}, {"tw", cmd_tw}, {"zero", cmd_zero},
+	{"trunc", cmd_trunc}, {"ttr", cmd_ttr}, {"ttw", cmd_ttw}, {"tw", cmd_tw}, {"vmsplice", cmd_vmsplice},
+	{"zero", cmd_zero},
 };
 
 static void run_command(void)

@@ -37,6 +37,8 @@ _RED_ZONE = 128  # bytes below the stack pointer that the ABI lets a function us
 _SCAN_LIMIT = 1 << 20  # bytes of each mapping that are searched for an instruction
 
 _NR_RT_SIGACTION = 13  # asm/unistd_64.h
+_NR_MADVISE = 28
+_MADV_DONTNEED_LOCKED = 24  # asm-generic/mman-common.h, since Linux 5.18
 
 # asm/user_64.h: indices into struct user_regs_struct
 _R10, _RAX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP, _CS, _RSP = 7, 10, 12, 13, 14, 15, 16, 17, 19
@@ -110,6 +112,11 @@ def default_action(sig: int) -> Call:
     return Call(_NR_RT_SIGACTION, (sig, PAYLOAD, 0, 8), bytes(32))
 
 
+def discard(address: int, length: int) -> Call:
+    """madvise(2): drop the private copies of these bytes, locked or not."""
+    return Call(_NR_MADVISE, (address, length, _MADV_DONTNEED_LOCKED, 0), b"")
+
+
 class Injection:
     """A system call made by a stopped thread that knows nothing of it.
 
@@ -168,13 +175,27 @@ class Injection:
                 raise
 
 
-def begin(request: Send) -> Injection:
-    """What a stopped thread must do itself: queue its AO, or take the default action for what is forced."""
-    status = ptrace.status_of_held(request.tid)
+def fail_call(tid: int, number: int, error: int) -> None:
+    """Turn the success of system call ``number``, at whose return the thread is stopped, into ``-error``."""
+    if _MACHINE != "x86_64":
+        return
+    regs = _get_regs(tid)
+    if regs is not None and regs[_ORIG_RAX] == number and regs[_RAX] == 0:
+        regs[_RAX] = (-error) & _MINUS_ONE
+        ptrace.set_regs(tid, regs)
+
+
+def begin(tid: int, request: Send | tuple[int, int]) -> Injection:
+    """What a stopped thread must do itself: drop (address, bytes), queue its AO, or take the default action
+    for what is forced.
+    """
+    status = ptrace.status_of_held(tid)
+    if isinstance(request, tuple):
+        return Injection(tid, status, discard(*request))
     if isinstance(request, ForceAR):
-        return Injection(request.tid, status, default_action(SIGBUS))
+        return Injection(tid, status, default_action(SIGBUS))
     info = bus_error(request.code, request.addr, request.lsb)
-    return Injection(request.tid, status, queue_to_itself(status, SIGBUS, info))
+    return Injection(tid, status, queue_to_itself(status, SIGBUS, info))
 
 
 def _open_memory(tid: int) -> FileIO:

@@ -14,6 +14,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from enum import Enum
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import trio
@@ -36,13 +37,19 @@ import pyfuse3  # isort: skip  (after host.supplement, which must be loaded firs
 
 
 class PoisonedRead(NamedTuple):
-    """A FUSE_READ that met poison. ``tid`` is who waits for it, 0 if unknown."""
+    """A FUSE_READ that cannot be done: ``error`` is MediaError, or what there is after a removal or a
+    shutdown. ``tid`` is who waits for it, 0 if unknown.
+    """
 
     ino: Ino
     offset: int
     length: int
     tid: int
-    error: MediaError
+    error: DaxemuError
+
+
+Answer = Enum("Answer", ["ERROR", "AGAIN", "ZEROS"])
+"""What becomes of a read that cannot be done: it fails, it is tried again, or it gets zeros."""
 
 
 LISTING_STEP = 2000
@@ -68,8 +75,8 @@ def _translated(verb: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corout
 
 
 class Operations(pyfuse3.Operations):
-    """Answers the kernel. ``on_poison`` is awaited before a read that met poison is answered EIO, ``heal``
-    before a write is; they return whether to try again.
+    """Answers the kernel. ``on_poison`` is awaited before a read is answered EIO; ``heal``, before a write
+    that met poison is, returns whether to try again.
     """
 
     supports_dot_lookup = True
@@ -78,7 +85,7 @@ class Operations(pyfuse3.Operations):
     def __init__(
         self,
         fs: Filesystem,
-        on_poison: Callable[[PoisonedRead], Awaitable[bool]],
+        on_poison: Callable[[PoisonedRead], Awaitable[Answer]],
         heal: Callable[[MediaError], Awaitable[bool]],
         forget_attributes: Callable[[Ino], None],
     ) -> None:
@@ -391,11 +398,14 @@ class Operations(pyfuse3.Operations):
         try:
             # Any buffer will do for pyfuse3: a view of the media goes to the kernel without a copy of ours.
             return self._fs.read(caller.ino, off, size)  # type: ignore[return-value]
-        except MediaError as error:
-            if not await self._on_poison(PoisonedRead(caller.ino, off, size, caller.tid, error)):
-                raise pyfuse3.FUSEError(error.errno) from None
         except DaxemuError as error:
-            raise pyfuse3.FUSEError(error.errno) from None
+            answer = Answer.ERROR
+            if error.errno == errno.EIO:
+                answer = await self._on_poison(PoisonedRead(caller.ino, off, size, caller.tid, error))
+            if answer is Answer.ZEROS:
+                return bytes(size)
+            if answer is Answer.ERROR:
+                raise pyfuse3.FUSEError(error.errno) from None
         try:
             return self._fs.read(caller.ino, off, size)  # type: ignore[return-value]
         except DaxemuError as error:

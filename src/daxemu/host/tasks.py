@@ -54,6 +54,8 @@ class Vma(NamedTuple):
     private: bool
     writable: bool
     """Shared, and for writing: stores reach the file."""
+    copies: bool = False
+    """Private, and for writing: a store copies the page."""
 
     @property
     def area(self) -> Range:
@@ -189,8 +191,9 @@ def read_vmas(pid: int, dev: tuple[int, int]) -> Iterator[Vma]:
             start, end = addresses.split(b"-")
             pgoff = int(offset, 16) >> PAGE_SHIFT
             private = mode.endswith(b"p")
-            writable = mode[1:2] == b"w" and not private
-            yield Vma(int(start, 16), int(end, 16), pgoff, int(ino), private, writable)
+            can_write = mode[1:2] == b"w"
+            stores = (can_write and not private, can_write and private)
+            yield Vma(int(start, 16), int(end, 16), pgoff, int(ino), private, *stores)
 
 
 class Mapped(NamedTuple):

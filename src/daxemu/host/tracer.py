@@ -46,7 +46,9 @@ from daxemu.host.tracer_messages import (
     Delivered,
     ForceAR,
     Gone,
+    Hold,
     Ignored,
+    LetGo,
     Outcome,
     Refused,
     Report,
@@ -54,7 +56,7 @@ from daxemu.host.tracer_messages import (
     Send,
     SendAO,
 )
-from daxemu.host.tracer_state import Phase, Thread, Verdict
+from daxemu.host.tracer_state import Discard, Phase, Thread, Verdict
 from daxemu.host.victims_deliver import Deliveries, Taken, Wait
 
 _RETRY = 0.02  # seconds between looks at a pending SIGBUS: nothing tells when signalfd(2) takes it
@@ -95,6 +97,7 @@ class Tracer:
         self._take_all_over()
         for thread in list(self._threads.values()):
             thread.retire()
+            self._unpark(thread)
             self._nudge(thread)
         while self._threads and time.monotonic() < self._farewell:
             self._turn(poller)
@@ -176,6 +179,9 @@ class Tracer:
         self._stale_at = math.inf
 
     def _on_request(self, request: Request) -> None:
+        if isinstance(request, LetGo):
+            self._let_go(request)
+            return
         if self._deliveries is not None and request.tid in self._deliveries:
             self._take_over(self._deliveries.take_over(request.tid))
         if request.tid not in self._threads and (refused := self._hold(request)) is not None:
@@ -183,25 +189,56 @@ class Tracer:
             return
         thread = self._threads.setdefault(request.tid, Thread(request.tid))
         self._want(thread, request)
-        if isinstance(request, ArmAR | ForceAR):
+        if isinstance(request, ArmAR | ForceAR | Hold):
             self._outbox.append(ArmedAck(request.id))  # leaves after the thread was interrupted
         self._nudge(thread)
 
-    def _want(self, thread: Thread, request: Request, is_its: bool = True) -> None:
+    def _let_go(self, request: LetGo) -> None:
+        thread = self._threads.get(request.tid)
+        if thread is None or thread.parked is None:
+            self._outbox.append(Gone(request.id))
+            return
+        tid = request.tid
+        try:
+            if request.error:
+                injection.fail_call(tid, request.number, request.error)
+        except OSError as error:
+            if not ptrace.is_vanished(error):
+                raise
+        # Another thread may have mapped something else there.
+        still = [
+            Discard(*area)
+            for area, page in zip(request.discard, request.pages, strict=True)
+            if file_pages.page_at(tid, area[0]) == page
+        ]
+        status = thread.parked
+        if (outcome := thread.let_go(request, still)) is not None:
+            self._outbox.append(outcome)
+        self._on_wait(tid, status)
+
+    def _unpark(self, thread: Thread) -> None:
+        """Let a held thread go for which nobody asks any more."""
+        if thread.parked is not None:
+            status, thread.parked = thread.parked, None
+            self._on_wait(thread.tid, status)
+
+    def _want(self, thread: Thread, request: ArmAR | Send | Hold, is_its: bool = True) -> None:
         """Have a held thread get what is asked for; ``is_its``: it is the thread that was meant."""
         if isinstance(request, ArmAR):
             thread.arm(request.id, time.monotonic() + request.timeout, request.page)
+        elif isinstance(request, Hold):
+            thread.hold(request)
         elif is_its and (current := _as_mapped_now(request)) is not None:
             thread.send(current)
         else:
             self._outbox.append(Gone(request.id))
 
-    def _hold(self, request: Request) -> Outcome | None:
+    def _hold(self, request: ArmAR | Send | Hold) -> Outcome | None:
         """Seize the thread; or the final report, if that is not to be."""
         status = siginfo.read_status(request.tid)
         if status is None or status.is_dead:
             return Gone(request.id)
-        if isinstance(request, Send) and status.tgid != request.tgid:
+        if isinstance(request, Send | Hold) and status.tgid != request.tgid:
             return Gone(request.id)
         if isinstance(request, SendAO) and siginfo.is_ignored(status):
             return Ignored(request.id)
@@ -237,6 +274,8 @@ class Tracer:
                 ptrace.detach(tid)
             elif thread is None:
                 ptrace.detach(tid, ptrace.classify(status)[1])
+            elif thread.holds and thread.phase is Phase.NONE:
+                self._outbox.extend(thread.park(status))
             else:
                 self._on_stop(thread, ptrace.look(tid, status, thread.cookie))
         except OSError as error:
@@ -259,9 +298,10 @@ class Tracer:
             self._outbox.extend(verdict.reports)
             if refusal is None:
                 break
-            ao = thread.drop_head()
-            self._outbox.append(Refused(ao.id, refusal, ptrace.send_plain(ao.tgid, ao.tid)))
-            stop = stop._replace(pending=True)
+            dropped = thread.drop_head()
+            signalled = isinstance(dropped, Send) and ptrace.send_plain(dropped.tgid, dropped.tid)
+            self._outbox.append(Refused(dropped.id, refusal, signalled))
+            stop = stop._replace(pending=stop.pending or isinstance(dropped, Send))
         self._schedule(thread)
 
     def _carry_out(self, thread: Thread, verdict: Verdict, kind: Kind) -> str | None:
@@ -275,7 +315,7 @@ class Tracer:
             ptrace.set_siginfo(tid, verdict.info)
         if step is Step.INJECT:
             try:
-                self._injections[tid] = injection.begin(thread.fifo[0])
+                self._injections[tid] = injection.begin(tid, thread.to_inject)
             except injection.CannotInject as why:
                 return str(why)
         if step is Step.FORCE:

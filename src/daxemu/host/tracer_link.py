@@ -21,7 +21,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -37,6 +37,8 @@ from daxemu.host.tracer_messages import (
     FilePage,
     ForceAR,
     Gone,
+    Hold,
+    LetGo,
     Outcome,
     Refused,
     Report,
@@ -179,6 +181,28 @@ class TracerLink:
         armed = Armed(next(self._ids), tid)
         self._submit(session, ForceAR(armed.id, tgid, tid, addr, lsb), armed)
         return await armed._answer()
+
+    async def hold(self, tgid: int, tid: int) -> Armed | Refused | Gone:
+        """Have thread ``tid``, which is in a system call, stop at its return. ``Armed`` comes to ``Held``,
+        ``Gone`` or ``Refused``. A ``Held`` thread sleeps until :meth:`let_go`.
+        """
+        session = await self._running()
+        armed = Armed(next(self._ids), tid)
+        self._submit(session, Hold(armed.id, tgid, tid), armed)
+        return await armed._answer()
+
+    async def let_go(
+        self, tid: int, discard: Sequence[tuple[int, FilePage, int]], number: int, error: int
+    ) -> Outcome | None:
+        """Let a ``Held`` thread run, without its private copies of the pages at ``discard`` (address, page of
+        the file, bytes). If system call ``number`` succeeded, its result becomes ``-error``; 0 leaves it.
+        Returns ``Resumed``, ``Gone`` or ``Refused``.
+        """
+        session = await self._running()
+        pending = Pending(next(self._ids), tid)
+        areas, pages = [(at, length) for at, _, length in discard], [page for _, page, _ in discard]
+        self._submit(session, LetGo(pending.id, tid, areas, pages, number, error), pending)
+        return await pending.wait()
 
     async def send_ao(
         self, tgid: int, tid: int, addr: int, lsb: int = PAGE_SHIFT, page: FilePage | None = None

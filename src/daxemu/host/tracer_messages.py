@@ -68,6 +68,26 @@ class ForceAR(Send, frozen=True):
     code = BUS_MCEERR_AR
 
 
+class Hold(_Message, frozen=True):
+    """Stop thread ``tid`` of process ``tgid`` when its system call returns, until ``LetGo``."""
+
+    tgid: int
+    tid: int
+
+
+class LetGo(_Message, frozen=True):
+    """Let a ``Held`` thread run. First drop the private copies at ``discard`` (address, bytes), each of which
+    begins with the page of the same index in ``pages``; and have a successful system call ``number`` return
+    ``-error`` instead (0: leave the result).
+    """
+
+    tid: int
+    discard: list[tuple[int, int]] = []
+    pages: list[FilePage] = []
+    number: int = -1
+    error: int = 0
+
+
 class ArmedAck(_Message, frozen=True):
     """The thread is held: its fault may be failed now, or its system call end."""
 
@@ -105,8 +125,16 @@ class Ignored(_Message, frozen=True):
     """The process ignores SIGBUS, so an AO does not exist for it."""
 
 
-Request = ArmAR | SendAO | ForceAR
-Outcome = Delivered | Refused | NotTaken | Gone | Ignored
+class Held(_Message, frozen=True):
+    """The system call has returned, and the thread is stopped before its next instruction."""
+
+
+class Resumed(_Message, frozen=True):
+    """The thread runs again, as ``LetGo`` said."""
+
+
+Request = ArmAR | SendAO | ForceAR | Hold | LetGo
+Outcome = Delivered | Refused | NotTaken | Gone | Ignored | Held | Resumed
 Report = ArmedAck | Outcome
 
 MOST_IN_PACKET = 128

@@ -14,6 +14,8 @@ How a signal gets its siginfo:
 - **Forced AR** (``ForceAR``): the same for a thread in a system call, and first in the FIFO. Blocked or
   ignored: the thread is made to take the default action, its mask is lifted, and it dies, as
   force_sig_info_to_task() has it.
+- **Hold**: no signal. The first stop after the system call is kept (``parked``) until ``LetGo``; then its
+  private copies are dropped by madvise(2) of its own (``injection``), and it runs.
 
 States of a ``Thread``: running, LISTENing in a group-stop (``listening``), or between the stops of an
 injection (``phase``).
@@ -43,10 +45,14 @@ from daxemu.host.tracer_messages import (
     Delivered,
     FilePage,
     ForceAR,
+    Held,
+    Hold,
     Ignored,
+    LetGo,
     NotTaken,
     Outcome,
     Refused,
+    Resumed,
     Send,
     SendAO,
 )
@@ -77,6 +83,21 @@ class _Arm:
         return self.page == page or None in (self.page, page)
 
 
+class Discard(NamedTuple):
+    """Private copies that a thread must drop: ``length`` bytes from ``address`` on."""
+
+    address: int
+    length: int
+
+
+@dataclass
+class _Return:
+    """What becomes of a held thread before it runs."""
+
+    id: int
+    discard: deque[Discard]
+
+
 @dataclass
 class Thread:
     """One held thread: what is wanted of it, and the decisions. Pure: no I/O, no clock."""
@@ -91,19 +112,24 @@ class Thread:
     listening: bool = False
     arriving: bool = False  # a SIGBUS is about to stop it: an INTERRUPT now would come before, for ever
     retry_at: float | None = None  # blocked, and one is pending already: look again then
+    holds: list[int] = field(default_factory=list)  # requests that wait for the return of its system call
+    parked: int | None = None  # the wait status of the stop in which it stays until it is let go
+    returns: _Return | None = None  # it was let go, but has copies to drop yet
 
     @property
     def idle(self) -> bool:
         """Whether nothing is wanted, so that it must be let go."""
-        return not self.arms and not self.fifo
+        return not (self.arms or self.fifo or self.holds or self.returns or self.parked is not None)
 
     @property
     def wants_interrupt(self) -> bool:
         """Whether only an event stop gets us on."""
-        if self.interrupting or self.arriving or self.phase is not Phase.NONE:
+        if self.interrupting or self.arriving or self.phase is not Phase.NONE or self.parked is not None:
             return False
-        if self.idle or any(arm.expired for arm in self.arms):
+        if self.idle or self.holds or any(arm.expired for arm in self.arms):
             return True
+        if self.returns is not None:
+            return not self.listening
         return bool(self.fifo) and not self.cookie and not self.listening and self.retry_at is None
 
     def arm(self, id_: int, deadline: float, page: FilePage | None = None) -> None:
@@ -118,6 +144,31 @@ class Thread:
         under_way = bool(self.cookie) or self.phase is not Phase.NONE
         self.fifo.insert(int(under_way), request)
         self.retry_at = None
+
+    def hold(self, request: Hold) -> None:
+        """Stop at the next chance, and stay."""
+        self.holds.append(request.id)
+
+    def park(self, status: int) -> tuple[Outcome, ...]:
+        """Stay in the stop of this wait status. Precondition: there are ``holds``, and no injection."""
+        self.parked, self.interrupting, holds = status, False, self.holds
+        self.holds = []
+        return tuple(Held(id_) for id_ in holds)
+
+    def let_go(self, request: LetGo, discard: list[Discard]) -> Outcome | None:
+        """Run again, once ``discard`` is dropped: then the outcome comes with a later verdict. The stop in
+        which the thread is parked must be decided next.
+        """
+        self.parked = None
+        if not discard:
+            return Resumed(request.id)
+        self.returns = _Return(request.id, deque(discard))
+        return None
+
+    @property
+    def to_inject(self) -> Discard | Send:
+        """What the thread must do itself next. Precondition: INJECT was decided."""
+        return self.returns.discard[0] if self.returns is not None else self.fifo[0]
 
     def decide(self, stop: Stop, new_cookie: int) -> Verdict:
         """A stop in, what to do out. ``new_cookie`` marks the SIGBUS, if one is to be queued."""
@@ -135,18 +186,24 @@ class Thread:
         for arm in self.arms:
             arm.expired = arm.expired or arm.deadline <= now
 
-    def drop_head(self) -> Send:
-        """Forget the first to be sent, which could not be; the stop must be decided again."""
-        self.phase, self.cookie, self.is_default = Phase.NONE, 0, False
+    def drop_head(self) -> Send | _Return:
+        """Forget what could not be done next; the stop must be decided again."""
+        self.phase = Phase.NONE
+        if (returns := self.returns) is not None:
+            self.returns = None
+            return returns
+        self.cookie, self.is_default = 0, False
         return self.fifo.popleft()
 
     def retire(self) -> None:
         """Want nothing any more, except to give a SIGBUS that is under way its siginfo."""
         self.arms, self.fifo = [], deque(list(self.fifo)[:1] if self.cookie else [])
+        self.holds, self.returns = [], None
 
     def ids(self) -> list[int]:
         """The requests that are open."""
-        return [arm.id for arm in self.arms] + [ao.id for ao in self.fifo]
+        returns = [self.returns.id] if self.returns is not None else []
+        return [arm.id for arm in self.arms] + [ao.id for ao in self.fifo] + self.holds + returns
 
     def deadline(self) -> float:
         """When somebody must look at it again, stop or no stop."""
@@ -162,6 +219,8 @@ class Thread:
         # What was interrupted is restarted only on the way through signal handling: INTERRUPT leads there.
         self.phase, self.interrupting = Phase.NONE, True
         verdict = Verdict(Step.CONT, undo=True, interrupt=True)
+        if self.returns is not None:
+            return verdict._replace(reports=self._discarded(stop.result))
         if not self.fifo:  # retired meanwhile
             return verdict
         if isinstance(self.fifo[0], ForceAR) and not stop.result:
@@ -171,6 +230,15 @@ class Thread:
         if stop.result:
             return verdict._replace(reports=(Refused(ao.id, f"kernel: {os.strerror(-stop.result)}"),))
         return verdict._replace(reports=(self._delivered(ao),))
+
+    def _discarded(self, result: int) -> tuple[Outcome, ...]:
+        """The result of one madvise(2)."""
+        assert self.returns is not None
+        self.returns.discard.popleft()
+        if not result and self.returns.discard:
+            return ()
+        done, self.returns = self.returns, None
+        return (Refused(done.id, f"kernel: {os.strerror(-result)}") if result else Resumed(done.id),)
 
     def _on_signal(self, stop: Stop) -> Verdict:
         info: bytes | None = None
@@ -220,6 +288,9 @@ class Thread:
             self.fifo = deque(forced for forced in self.fifo if isinstance(forced, ForceAR))
         if self.idle:
             return Step.DETACH
+        if self.returns is not None and not self.arriving:
+            self.phase = Phase.ENTER
+            return Step.INJECT
         if not self.fifo or self.cookie or self.arriving:
             return Step.CONT
         if isinstance(self.fifo[0], ForceAR) and (stop.blocked or stop.ignored):

@@ -6,17 +6,19 @@ failure for the one who met it. Belongs to the trio thread.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 
 from daxemu.errors import MediaError
-from daxemu.host.operations import PoisonedRead
+from daxemu.host.operations import Answer, PoisonedRead
 from daxemu.host.tasks import process_of
 from daxemu.mm.memory_failure import Incident
 from daxemu.pmem.inject import failed_pages
 from daxemu.ranges import Range, RangeSet
-from daxemu.uapi import MF_ACTION_REQUIRED, SECTOR_SIZE
+from daxemu.uapi import MF_ACTION_REQUIRED, PAGE_SIZE, SECTOR_SIZE
 
 if TYPE_CHECKING:
     from daxemu.supervisor.machine import Machine
@@ -34,26 +36,42 @@ class Consumption:
         self._unhealed: dict[Range, Incident] = {}
         """Device bytes that nobody knows to be bad, and the strategy could not mend."""
 
-    async def on_read(self, read: PoisonedRead) -> bool:
-        """A read met poison: make the consumer's signal exact, and see to poison that nobody knew of.
-
-        Returns whether it is good by now, and the read need only be done again.
+    async def on_read(self, read: PoisonedRead) -> Answer:
+        """A read cannot be done. If poison is why: make the consumer's signal exact, and see to poison that
+        nobody knew of.
         """
-        if await self._heal(read.error):
-            return True
-        machine = self._machine
-        bad = read.error.ranges[0] if read.error.ranges else Range(0, 0)
-        pfn, _ = failed_pages(machine.pmem, bad)
-        found = False
-        for part in read.error.ranges:
+        machine, error = self._machine, read.error
+        ranges = error.ranges if isinstance(error, MediaError) else ()
+        if isinstance(error, MediaError) and await self._heal(error):
+            return Answer.AGAIN
+        bad_bytes = sum(part.outer(PAGE_SIZE).length for part in ranges)
+        if not ranges or read.length <= max(bad_bytes, PAGE_SIZE):
+            badblocks = machine.pmem.badblocks
+            is_latent = bool(ranges) and not any(
+                any(badblocks.overlapping_bytes(part.start, part.length)) for part in ranges
+            )
+            discover = partial(self._discover, ranges, -1)
+            if await machine.populating.passes(read, is_latent=is_latent, discover=discover):
+                return Answer.ZEROS
+        if isinstance(error, MediaError):
+            found = self._discover(ranges, process_of(read.tid) if read.tid else -1)
+            pfn, _ = failed_pages(machine.pmem, ranges[0] if ranges else Range(0, 0))
+            await machine.failures.consumed(read, pfn, machine.supplement_missing, found=found)
+        return Answer.ERROR
+
+    def _discover(self, ranges: Sequence[Range], consumer: int) -> bool:
+        """Make poison known, and have its failure handled; whether any was not known before.
+
+        ``consumer``: the process that a page fault tells; -1 if none.
+        """
+        machine, found = self._machine, False
+        for part in ranges:
             if machine.pmem.badblocks.set(part.start // SECTOR_SIZE, part.length // SECTOR_SIZE):
                 found = True
                 # Not awaited: it revokes the very page that this read has locked until it is answered.
-                consumer = process_of(read.tid) if read.tid else -1
                 for incident in self._incidents(part):
                     machine.nursery.start_soon(machine.failures.handle, incident, None, consumer)
-        await machine.failures.consumed(read, pfn, machine.supplement_missing, found=found)
-        return False
+        return found
 
     async def on_write(self, error: MediaError) -> bool:
         """A write covers part of a poisoned page: whether that is good by now. Nobody else learns of it."""

@@ -43,6 +43,7 @@ from daxemu.supervisor.consumption import Consumption
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.madvise import madvise_inject_error
+from daxemu.supervisor.populate import Populating
 from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.scrub import Scrubber
 from daxemu.supervisor.settings import one_of, seconds
@@ -80,6 +81,7 @@ class Machine:
         self.layouts: LayoutTable | None = None
         """Who holds layouts; None if nobody does."""
         self._failures: Failures | None = None
+        self._populating: Populating | None = None
         self._tracer: TracerLink | None = None
         self._nursery: trio.Nursery | None = None
         self._mappings: Mappings | None = None
@@ -90,6 +92,9 @@ class Machine:
         self._tracer = tracer
         self._nursery = nursery
         self._failures = Failures(self.mm, mappings, tracer, self.log.emit, nursery, self.repairs.failed)
+        self._populating = Populating(
+            tracer, mappings.dev, self.session.revoke, self.fs.names.path_of, self.log.emit, nursery
+        )
         self.fs.on_shutdown = self._on_shutdown
         if self.supplement_missing is None:
             self._extra = ExtraOperations(
@@ -116,6 +121,11 @@ class Machine:
     def failures(self) -> Failures:
         assert self._failures is not None
         return self._failures
+
+    @property
+    def populating(self) -> Populating:
+        assert self._populating is not None
+        return self._populating
 
     # -- poison
 

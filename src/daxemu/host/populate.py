@@ -1,0 +1,148 @@
+"""System calls that bring pages of a mapping in for the caller: ``__mm_populate()`` of mm/gup.c.
+
+Linux' filemap_fault() answers VM_FAULT_RETRY after a read that failed, and __mm_populate() begins anew each
+time: over a page that cannot be read, mmap(MAP_POPULATE) and mlock(2) never return. Of all signals only
+SIGKILL ends that, and no error that a FUSE filesystem can answer; a page does. This module tells that a
+thread is in such a call, which addresses it may get the page at, and when it has the page.
+
+Addresses and lengths are bytes, page indices count pages of the file.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from daxemu.host.procfs import read_whole
+from daxemu.host.tasks import present_in, read_vmas
+from daxemu.host.tracer_messages import FilePage
+from daxemu.ranges import Range, RangeSet
+from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
+
+# asm/unistd.h
+_MACHINE = platform.machine()
+_CALLS = {
+    "x86_64": {
+        9: "mmap",
+        25: "mremap",
+        149: "mlock",
+        151: "mlockall",
+        216: "remap_file_pages",
+        325: "mlock2",
+    },
+    "aarch64": {
+        216: "mremap",
+        222: "mmap",
+        228: "mlock",
+        230: "mlockall",
+        234: "remap_file_pages",
+        284: "mlock2",
+    },
+}.get(_MACHINE, {})
+SAYS_ENOMEM = frozenset(("mlock", "mlock2"))
+"""The calls that fail when a page cannot be had; the others ignore it."""
+
+_GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
+_PRESENT_OR_SWAPPED = 3 << 62  # bits of a word of /proc/PID/pagemap
+_WORD = struct.Struct("=Q")
+_SPINS = 100  # looks without a sleep: the thread needs some 20 microseconds from our answer to its page
+_NAP = 0.0005  # seconds between later looks
+
+
+class Call(NamedTuple):
+    """A system call that populates."""
+
+    number: int
+    name: str
+
+
+class Asleep(NamedTuple):
+    """Where a thread waits: ``call`` is None if it is in no system call that populates."""
+
+    call: Call | None
+
+
+def look(tid: int) -> Asleep | None:
+    """Where a thread waits; None while it runs, or if that cannot be seen."""
+    try:
+        word = read_whole(f"/proc/{tid}/syscall").split()[0]
+    except (*_GONE, IndexError):
+        return None
+    if not word.lstrip(b"-").isdigit():
+        return None
+    number = int(word)
+    return Asleep(Call(number, _CALLS[number]) if number in _CALLS else None)
+
+
+class Area(NamedTuple):
+    """Addresses of a process that show ``page`` and those after it, and have none of them yet. ``copies``: a
+    private mapping for writing, which gets copies.
+    """
+
+    address: int
+    length: int
+    page: FilePage
+    copies: bool
+
+
+def areas_without(pid: int, dev: tuple[int, int], ino: Ino, pages: Range) -> list[Area]:
+    """Where a process maps ``pages`` of a file and has nothing in its page tables; nothing if it is gone."""
+    found: list[Area] = []
+    try:
+        with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+            for vma in read_vmas(pid, dev):
+                part = pages.clip(vma.pgoff, vma.pgoff + (vma.area.length >> PAGE_SHIFT))
+                if vma.ino != ino or not part:
+                    continue
+                start = vma.start + ((part.start - vma.pgoff) << PAGE_SHIFT)
+                end = start + (part.length << PAGE_SHIFT)
+                taken = RangeSet(present_in(pagemap.fileno(), start, end))
+                for copy in present_in(pagemap.fileno(), start, end, copies=True):
+                    taken.add(*copy)
+                for low, high in taken.gaps(start, end):
+                    index = vma.pgoff + ((low - vma.start) >> PAGE_SHIFT)
+                    found.append(Area(low, high - low, FilePage(*dev, ino, index), vma.copies))
+    except _GONE:
+        return []
+    return found
+
+
+def copied(pid: int, areas: Sequence[Area]) -> Iterator[tuple[int, FilePage, int]]:
+    """The private copies that a process has there: (address, page of the file, bytes)."""
+    try:
+        with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+            for area in areas:
+                if not area.copies:
+                    continue
+                end = area.address + area.length
+                for low, high in present_in(pagemap.fileno(), area.address, end, copies=True):
+                    index = area.page.pgoff + ((low - area.address) >> PAGE_SHIFT)
+                    yield low, area.page._replace(pgoff=index), high - low
+    except _GONE:
+        return
+
+
+def wait_until_present(pid: int, areas: Sequence[Area], is_over: Callable[[], bool], patience: float) -> None:
+    """Wait until a process has all of one area in its page tables, or ``is_over``; ``patience`` seconds at
+    the most. Blocks.
+    """
+    deadline = time.monotonic() + patience
+    looks = 0
+    try:
+        with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+            while not is_over() and time.monotonic() < deadline:
+                if any(_has(pagemap.fileno(), area.address + area.length - PAGE_SIZE) for area in areas):
+                    return
+                looks += 1
+                time.sleep(0 if looks < _SPINS else _NAP)
+    except _GONE:
+        return
+
+
+def _has(pagemap: int, address: int) -> bool:
+    word = os.pread(pagemap, _WORD.size, (address >> PAGE_SHIFT) * _WORD.size)
+    return len(word) == _WORD.size and bool(_WORD.unpack(word)[0] & _PRESENT_OR_SWAPPED)

@@ -1,0 +1,253 @@
+"""Threads that populate or lock a mapping of bytes that cannot be read: their system call must return.
+
+On DAX the fault is final: mmap(MAP_POPULATE), MAP_LOCKED and mlockall(2) ignore it, mlock(2) says ENOMEM, and
+the next load is a SIGBUS. In the page cache the kernel asks for the page again and again instead
+(host/populate). So the thread is given a page of zeros, and everybody loses it as soon as the thread has it:
+
+    host: hold                  the thread will stop at the return of its system call
+    answer                      zeros
+    host: wait_until_present    } worker thread
+    host: revoke                } nobody has the page
+    host: let_go                copies in private mappings dropped, mlock(2) says ENOMEM
+
+A thread that cannot be held would load the zeros: its process is killed. Belongs to the trio thread.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from errno import ENOMEM
+
+import trio
+
+from daxemu.events import Emit, FaultRepeated, PopulateFailed
+from daxemu.host import populate
+from daxemu.host.operations import PoisonedRead
+from daxemu.host.populate import Area, Call
+from daxemu.host.tasks import process_of, read_comm
+from daxemu.host.tracer_link import Armed, TracerLink
+from daxemu.host.tracer_messages import Gone, Held, Refused, Resumed
+from daxemu.ranges import Range
+from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
+
+Revoke = Callable[[Ino, int, int], None]
+
+_HOLD_PATIENCE = 1.0  # seconds for the tracer to hold a thread
+_PATIENCE = 1.0  # seconds for a thread to map the page that it was given; it asks again if it did not
+_LOOKS = 20  # at a thread that has sent a request, and is not asleep yet
+_LOOK_INTERVAL = 0.001  # seconds
+_REPEATS = 100  # failures of one page for one thread, in a row, before the first event; then each tenfold
+_MOST_COUNTED = 1024  # threads
+
+
+@dataclass(eq=False)
+class _Populate:
+    """A system call in which a thread was given what cannot be read."""
+
+    pid: int
+    tid: int
+    comm: str
+    call: Call
+    ino: Ino
+    ready: trio.Event = field(default_factory=trio.Event)
+    armed: Armed | None = None
+    refusal: str | None = None
+    """Why the thread is not held."""
+    fails: bool = False
+    """Whether on DAX a fault would have failed: latent poison is mapped without anybody reading it."""
+    pages: list[Range] = field(default_factory=list)
+    areas: list[Area] = field(default_factory=list)
+    revoking: int = 0
+    all_revoked: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the system call has returned."""
+        return self.armed is not None and self.armed.outcome is not None
+
+
+class Populating:
+    """Ends system calls that populate over unreadable pages. ``path_of`` names a file for events."""
+
+    def __init__(
+        self,
+        tracer: TracerLink,
+        dev: tuple[int, int],
+        revoke: Revoke,
+        path_of: Callable[[Ino], str],
+        emit: Emit,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._tracer = tracer
+        self._dev = dev
+        self._revoke = revoke
+        self._path_of = path_of
+        self._emit = emit
+        self._nursery = nursery
+        self._calls: dict[int, _Populate] = {}
+        self._repeats: dict[int, tuple[Ino, int, int]] = {}
+        """(inode, offset, how often) of the last failed request of each thread."""
+
+    async def passes(self, read: PoisonedRead, *, is_latent: bool, discover: Callable[[], object]) -> bool:
+        """Whether a read that cannot be done is to be answered with zeros, because a system call that
+        populates would never return otherwise.
+
+        Precondition: no page of the request can be read, or it is of one page. ``discover`` makes latent
+        poison known: to make a private copy, the kernel itself reads it.
+        """
+        if not read.tid or (call := await _call_of(read.tid)) is None:
+            self._count(read)
+            return False
+        pages = Range(read.offset, read.offset + read.length).outer(PAGE_SIZE)
+        pid = process_of(read.tid)
+        areas = await trio.to_thread.run_sync(
+            populate.areas_without, pid, self._dev, read.ino, Range(*(at >> PAGE_SHIFT for at in pages))
+        )
+        now = await self._held(read, pid, call)
+        if now.refusal is not None:
+            self._kill(now, pages, f"the thread cannot be held: {now.refusal}")
+            return False
+        copies = any(area.copies for area in areas)
+        if is_latent and copies:
+            discover()
+        now.fails |= copies or not is_latent
+        now.pages.append(pages)
+        now.areas += areas
+        now.revoking += 1
+        self._nursery.start_soon(self._take_back, now, pages, areas)
+        return True
+
+    async def _held(self, read: PoisonedRead, pid: int, call: Call) -> _Populate:
+        now = self._calls.get(read.tid)
+        if now is not None and not now.is_over:
+            await now.ready.wait()
+            return now
+        now = self._calls[read.tid] = _Populate(pid, read.tid, _comm(pid), call, read.ino)
+        try:
+            armed = None
+            with trio.move_on_after(_HOLD_PATIENCE):
+                armed = await self._tracer.hold(pid, read.tid)
+            if isinstance(armed, Armed):
+                now.armed = armed
+                self._nursery.start_soon(self._let_go, now, armed)
+            else:
+                del self._calls[read.tid]
+                now.refusal = _why_not(armed)
+        finally:
+            now.ready.set()
+        return now
+
+    async def _take_back(self, now: _Populate, pages: Range, areas: list[Area]) -> None:
+        """Revoke what was let through, once the thread has it."""
+
+        def work() -> None:
+            populate.wait_until_present(now.pid, areas, lambda: now.is_over, _PATIENCE)
+            self._revoke(now.ino, pages.start, pages.length)
+
+        await trio.to_thread.run_sync(work)
+        now.revoking -= 1
+        if not now.revoking:
+            now.all_revoked.set()
+
+    async def _let_go(self, now: _Populate, armed: Armed) -> None:
+        """At the return of the system call: take its copies away and mend its result."""
+        outcome = await armed.wait()
+        while now.revoking:
+            now.all_revoked = trio.Event()
+            await now.all_revoked.wait()
+        if self._calls.get(now.tid) is now:
+            del self._calls[now.tid]
+        if not isinstance(outcome, Held):
+            self._tell(now, "gone", outcome.reason if isinstance(outcome, Refused) else None)
+            return
+        copies = await trio.to_thread.run_sync(lambda: list(populate.copied(now.pid, now.areas)))
+        fails = now.fails and now.call.name in populate.SAYS_ENOMEM
+        done = await self._tracer.let_go(now.tid, copies, now.call.number, ENOMEM if fails else 0)
+        if isinstance(done, Resumed):
+            if now.fails:
+                self._tell(now, "ENOMEM" if fails else "ignored", None)
+        elif isinstance(done, Refused):
+            self._kill(now, now.pages[0], f"a private copy cannot be dropped: {done.reason}")
+        else:
+            self._tell(now, "gone", None)
+
+    def _kill(self, now: _Populate, pages: Range, why: str) -> None:
+        """SIGKILL: nothing else ends the call, or keeps the process from loading what was let through."""
+        if not now.pages:
+            now.pages.append(pages)
+        try:
+            os.kill(now.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            self._tell(now, "gone", None)
+        except PermissionError:
+            self._tell(now, "endless", f"{why}, nor may the process be killed")
+        else:
+            self._tell(now, "killed", why)
+
+    def _tell(self, now: _Populate, result: str, reason: str | None) -> None:
+        first = min(pages.start for pages in now.pages)
+        self._emit(
+            PopulateFailed(
+                pid=now.pid,
+                tid=now.tid,
+                comm=now.comm,
+                call=now.call.name,
+                ino=now.ino,
+                path=self._path_of(now.ino),
+                offset=first,
+                length=max(pages.end for pages in now.pages) - first,
+                result=result,
+                reason=reason,
+            )
+        )
+
+    def _count(self, read: PoisonedRead) -> None:
+        """Say so when a thread asks for one page again and again."""
+        ino, offset, times = self._repeats.pop(read.tid, (read.ino, read.offset, 0))
+        times = times + 1 if (ino, offset) == (read.ino, read.offset) else 1
+        self._repeats[read.tid] = (read.ino, read.offset, times)
+        if len(self._repeats) > _MOST_COUNTED:
+            del self._repeats[next(iter(self._repeats))]
+        if read.tid and _is_milestone(times):
+            pid = process_of(read.tid)
+            self._emit(
+                FaultRepeated(
+                    pid=pid,
+                    tid=read.tid,
+                    comm=_comm(pid),
+                    ino=read.ino,
+                    path=self._path_of(read.ino),
+                    offset=read.offset,
+                    times=times,
+                )
+            )
+
+
+def _is_milestone(times: int) -> bool:
+    while times > _REPEATS and times % 10 == 0:
+        times //= 10
+    return times == _REPEATS
+
+
+def _why_not(armed: Refused | Gone | None) -> str:
+    if armed is None:
+        return "the tracer did not answer in time"
+    return armed.reason if isinstance(armed, Refused) else "the thread is gone"
+
+
+async def _call_of(tid: int) -> Call | None:
+    for _ in range(_LOOKS):
+        if (asleep := populate.look(tid)) is not None:
+            return asleep.call
+        await trio.sleep(_LOOK_INTERVAL)
+    return None
+
+
+def _comm(pid: int) -> str:
+    try:
+        return read_comm(pid)
+    except OSError:
+        return "?"

@@ -1,0 +1,153 @@
+"""System calls that bring pages in by themselves, over bytes that cannot be read: each returns, as on DAX."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.actor import Actor
+from tests.support.scene import PAGES, Scene, ar, consumes, letter, second_tracer, told
+
+pytestmark = pytest.mark.mount
+
+BAD = 40
+CALLS = {
+    "populate": ("mmap 0 0 0 {n} {kind} populate", "0"),
+    "locked": ("mmap 0 0 0 {n} {kind} locked", "0"),
+    "mlock": ("mlock 0 0 {n}", "ENOMEM"),
+    "mlock2": ("mlock2 0 0 {n}", "ENOMEM"),
+    "mlockall": ("mlockall current", "0"),
+    "future": ("mmap 0 0 0 {n} {kind}", "0"),
+}
+"""The call, and the errno that it ends with."""
+
+
+def call(actor: Actor, name: str, kind: str) -> str | None:
+    """Have the call made over mapping 0 of the whole file; its errno."""
+    text, _ = CALLS[name]
+    assert actor.cmd("open 0 f rw").ret == 0
+    if name.startswith("mlock"):
+        assert actor.cmd(f"mmap 0 0 0 {PAGES} {kind}").ret == 0
+    if name == "future":
+        assert actor.cmd("mlockall future").ret == 0
+    return actor.cmd(text.format(n=PAGES, kind=kind)).errno
+
+
+@pytest.mark.parametrize("kind", ["shared", "private", "ro"])
+@pytest.mark.parametrize("name", CALLS)
+def test_known_poison(scene: Scene, name: str, kind: str) -> None:
+    scene.poison(BAD, BAD + 1)
+    p0 = scene.actor()
+    assert call(p0, name, kind) == CALLS[name][1]
+    for page in (BAD, BAD + 1):
+        consumes(p0, f"tr 0 {page}", ar(page))
+    assert p0.cmd(f"tr 0 {BAD - 1}").ok == letter(BAD - 1)
+    (event,) = scene.mount.events("PopulateFailed")
+    assert event["result"] == ("ENOMEM" if CALLS[name][1] == "ENOMEM" else "ignored")
+    assert (event["pid"], event["offset"], event["length"]) == (p0.pid, BAD * 4096, 2 * 4096)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_latent_poison_is_mapped_unread(scene: Scene, name: str) -> None:
+    scene.mount.inject("f", (BAD * 4096, 4096), latent=True)
+    p0 = scene.actor()
+    assert call(p0, name, "shared") == "0"
+    assert scene.badblocks() == []
+    consumes(p0, f"tr 0 {BAD}", ar(BAD))
+    assert scene.badblocks() != []
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_private_copy_of_latent_poison_reads_it(scene: Scene, name: str) -> None:
+    scene.mount.inject("f", (BAD * 4096, 4096), latent=True)
+    p0 = scene.actor()
+    assert call(p0, name, "private") == CALLS[name][1]
+    assert scene.badblocks() != []
+    consumes(p0, f"tr 0 {BAD}", ar(BAD))
+
+
+@pytest.mark.parametrize("kind", ["shared", "private"])
+@pytest.mark.parametrize("name", CALLS)
+def test_after_removal(scene: Scene, name: str, kind: str) -> None:
+    p0 = scene.actor()
+    assert p0.cmd("open 0 f rw").ret == 0
+    if name.startswith("mlock"):
+        assert p0.cmd(f"mmap 0 0 0 {PAGES} {kind}").ret == 0
+    if name == "future":
+        assert p0.cmd("mlockall future").ret == 0
+    scene.mount.json("remove", scene.mount.path)
+    scene.mount.sound = False
+    assert p0.cmd(CALLS[name][0].format(n=PAGES, kind=kind)).errno == CALLS[name][1]
+    for page in (0, BAD, PAGES - 1):
+        assert p0.cmd(f"tr 0 {page}").faulted
+    assert {signal["code"] for signal in told(p0)} == {"BUS_ADRERR"}
+
+
+def test_copies_of_before_stay(scene: Scene) -> None:
+    p0 = scene.mapper(kind="private")
+    assert p0.cmd(f"tw 0 {BAD} x").ok == "x"
+    scene.poison(BAD, BAD + 1)
+    assert p0.cmd(f"mlock 0 0 {PAGES}").errno == "ENOMEM"
+    assert p0.cmd(f"tr 0 {BAD}").ok == "x"
+    consumes(p0, f"tr 0 {BAD + 1}", ar(BAD + 1))
+
+
+def test_another_process_never_keeps_what_was_let_through(scene: Scene) -> None:
+    scene.poison(BAD)
+    other = scene.mapper("p1")
+    p0 = scene.mapper("p0")
+    for _ in range(10):
+        assert p0.cmd(f"mlock 0 0 {PAGES}").errno == "ENOMEM"
+        consumes(other, f"tr 0 {BAD}", ar(BAD))
+
+
+@pytest.mark.parametrize("kind", ["shared", "private"])
+def test_a_traced_process_is_killed_before_it_loads_what_was_let_through(scene: Scene, kind: str) -> None:
+    scene.poison(BAD)
+    p0 = scene.mapper(kind=kind)
+    with second_tracer(p0.pid):
+        p0.send(f"mlock 0 0 {PAGES}")
+        assert str(p0.wait_death()) == "SIGKILL"
+    (event,) = scene.mount.events("PopulateFailed")
+    assert event["result"] == "killed"
+
+
+@pytest.mark.parametrize("state", ["known", "latent", "removed"])
+@pytest.mark.parametrize(
+    ("command", "errnos"),
+    [
+        (f"madvise 0 0 {PAGES} 22", {"EFAULT", "EHWPOISON"}),
+        (f"madvise 0 0 {PAGES} 23", {"EFAULT", "EHWPOISON"}),
+        (f"kread 0 {BAD} 1 0 4096", {"EFAULT"}),
+        (f"vmsplice 0 {BAD} 4096", {"EFAULT"}),
+        (f"fixbuf 0 {BAD} 1", {"EFAULT"}),
+    ],
+)
+def test_other_users_of_get_user_pages_fail(scene: Scene, command: str, errnos: set[str], state: str) -> None:
+    """madvise(MADV_POPULATE_READ, _WRITE), a direct read into the mapping, vmsplice(2), io_uring."""
+    scene.mount.make_file("g", 2)
+    p0 = scene.mapper(before=["open 1 g direct"])
+    if state == "removed":
+        scene.mount.json("remove", scene.mount.path)
+        scene.mount.sound = False
+    else:
+        scene.mount.inject("f", (BAD * 4096, 4096), latent=state == "latent")
+    result = p0.cmd(command)
+    if result.errno == "ENOSYS" or (command.startswith("fixbuf") and result.errno == "EPERM"):
+        pytest.skip(f"{command}: {result.errno} on this kernel")
+    assert result.ret == -1
+    assert result.errno in errnos | ({"EIO"} if state == "removed" else set())
+
+
+def test_reading_it_out_of_another_process_fails(scene: Scene) -> None:
+    scene.poison(BAD)
+    p0, p1 = scene.mapper("p0"), scene.mapper("p1")
+    assert p1.pvm("pvmread", p0, 0, BAD, 4096).errno == "EFAULT"
+
+
+def test_a_thread_that_asks_again_and_again_is_an_event(scene: Scene) -> None:
+    scene.poison(BAD)
+    p0 = scene.actor()
+    assert p0.cmd("open 0 f rw").ret == 0
+    for _ in range(110):
+        assert p0.cmd(f"pread 0 {BAD * 4096} 4096").errno == "EIO"
+    assert [e["times"] for e in scene.mount.events("FaultRepeated") if e["pid"] == p0.pid] == [100]
