@@ -7,6 +7,7 @@ owners.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from daxemu.errors import CorruptMetadata
 from daxemu.events import Emit, FileDamaged
@@ -44,12 +45,13 @@ class NotifyFailure:
         length)``.
 
         ``(0, U64_MAX)`` with MF_MEM_PRE_REMOVE is the whole device, going away: one call, and a shutdown.
-        Raises CorruptMetadata (EFSCORRUPTED) after shutting down if the range holds the filesystem's own
-        records. Free blocks are nobody's: handled.
+        Raises CorruptMetadata (EFSCORRUPTED) if the range holds the filesystem's own records; the filesystem
+        is shut down then. Both shutdowns come after the signals, as in the kernel: until then every access is
+        served. Free blocks are nobody's: handled.
         """
         if flags & MF_MEM_PRE_REMOVE:
             self._mm.mf_dax_kill_procs(METADATA_INO, 0, U64_MAX, self._dax.base_pfn, flags)
-            self._shutdown("Device is about to be removed!")
+            self._mm.after_kill(partial(self._shutdown, "Device is about to be removed!"))
             return
         device = Range(0, self._dax.size)
         hurt = Range(offset, offset + length).clip(*device)
@@ -74,9 +76,8 @@ class NotifyFailure:
                 )
             )
         if metadata_hurt:
-            self._shutdown(
-                "Corruption of on-disk metadata detected at notify_failure.  Shutting down filesystem."
-            )
+            reason = "Corruption of on-disk metadata detected at notify_failure.  Shutting down filesystem."
+            self._mm.after_kill(partial(self._shutdown, reason))
             raise CorruptMetadata(
                 "the filesystem's own records are hurt: it is shut down; unmount and run daxemu fsck"
             )

@@ -27,6 +27,7 @@ from daxemu.fs.listing import DOT, DOT_DOT
 from daxemu.fs.privs import is_sxid
 from daxemu.fs.xattr import TRUSTED
 from daxemu.host import supplement
+from daxemu.host.freeze import Freeze
 from daxemu.host.invalidate_lock import InvalidateLock
 from daxemu.host.layouts import FOREVER
 from daxemu.host.supplement import Caller, kill_suidgid, pack, unpack
@@ -103,6 +104,8 @@ class Operations(pyfuse3.Operations):
         """How many of them are open for writing."""
         self.invalidating: InvalidateLock | None = None
         """What keeps pages out of the cache just now."""
+        self.freeze: Freeze | None = None
+        """Holds reads and writes back while the device is removed."""
 
     # -- attributes
 
@@ -393,6 +396,8 @@ class Operations(pyfuse3.Operations):
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         caller = unpack(fh)
+        if self.freeze is not None:
+            await self.freeze.wait(caller.tid)
         if self.invalidating is not None:
             await self.invalidating.before_read(caller.ino, off, size)
         try:
@@ -418,6 +423,8 @@ class Operations(pyfuse3.Operations):
         return await self._write(caller, off, buf)
 
     async def _write(self, caller: Caller, off: int, buf: bytes) -> int:
+        if self.freeze is not None and not caller.from_cache and supplement.MISSING is None:
+            await self.freeze.wait(caller.tid)
         if self.invalidating is not None:
             unknown = supplement.MISSING is not None  # then it may be the cache's
             await self.invalidating.before_write(

@@ -6,6 +6,7 @@ Indexes and counts are pages.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -79,6 +80,8 @@ class Incident:
     parts: list[Part] = field(default_factory=list)
     spared: RangeSet | None = None
     """The pfns that a repair strategy made as good as before; None as long as none was asked."""
+    after_kill: list[Callable[[], None]] = field(default_factory=list)
+    """What the holder does once every victim is signalled; see ``MemoryFailures.after_kill``."""
 
     @property
     def pre_remove(self) -> bool:

@@ -59,6 +59,8 @@ class MemoryFailures:
         self._emit = emit
         self.on_count: Callable[[], None] = lambda: None
         """Called when a counter changed."""
+        self.is_hosted = False
+        """Whether a host carries out each incident and calls :meth:`conclude` after the signals."""
         self.pfn_spaces = PfnAddressSpaces()
         self._pagemaps: list[DevPagemap] = []
         self._serial = itertools.count(1)
@@ -194,6 +196,23 @@ class MemoryFailures:
             self._current.whole_device = True
         else:
             self._current.mappings.append(MappingRange(mapping, index, count, pfn, pmds))
+
+    def after_kill(self, action: Callable[[], None]) -> None:
+        """Run ``action`` after the victims of the failure under way are signalled, as the holder's
+        ``->notify_failure`` shuts the filesystem down after mf_dax_kill_procs(). Without a host: at once.
+        """
+        if self._current is None or not self.is_hosted:
+            action()
+        else:
+            self._current.after_kill.append(action)
+
+    def conclude(self, incident: Incident) -> bool:
+        """Run what the holder left for after the signals. Return whether there was any."""
+        actions, incident.after_kill = incident.after_kill, []
+        with self.during(incident):
+            for action in actions:
+                action()
+        return bool(actions)
 
     def action_result(self, incident: Incident, told: int) -> Outcome:
         """``action_result()``: count and log each part; returns the worst outcome.

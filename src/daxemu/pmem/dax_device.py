@@ -50,6 +50,8 @@ class DaxDevice:
         self.align = align
         self.size = media.size - data_offset
         self.alive = True
+        self.is_leaving = False
+        """Whether the holder was told of a removal. The device serves its bytes until :meth:`kill_dax`."""
         self.badblocks = badblocks
         self._media = media
         self._data_offset = data_offset
@@ -90,13 +92,25 @@ class DaxDevice:
             raise Unsupported(f"{self.name}: no holder")
         self._holder.notify_failure(offset, length, flags)
 
+    def pre_remove(self) -> None:
+        """Tell the holder, once and for everything, that the device goes away: the first half of
+        ``kill_dax()``. Raises NoDevice if that was done before.
+        """
+        if self.is_leaving:
+            raise NoDevice(f"{self.name}: removed already")
+        self.is_leaving = True
+        if self._holder is not None:
+            self.notify_failure(0, U64_MAX, MF_MEM_PRE_REMOVE)
+
     def kill_dax(self) -> None:
-        """Surprise removal: the holder is told once, for everything, and the device is dead from then on."""
+        """Surprise removal: :meth:`pre_remove`, if that was not done before; then the device is dead. Raises
+        NoDevice if the device is dead already.
+        """
         if not self.alive:
             raise NoDevice(f"{self.name}: removed already")
         try:
-            if self._holder is not None:
-                self.notify_failure(0, U64_MAX, MF_MEM_PRE_REMOVE)
+            if not self.is_leaving:
+                self.pre_remove()
         finally:
             self.alive = False
             self._holder = None

@@ -21,11 +21,12 @@ from dataclasses import dataclass, field
 
 import trio
 
-from daxemu.errors import CorruptMetadata, DaxemuError
+from daxemu.errors import DaxemuError
 from daxemu.events import Emit, Outcome, SignalSent
 from daxemu.host import pfn_mappings
 from daxemu.host.mappings import Mappings
 from daxemu.host.operations import PoisonedRead
+from daxemu.host.progress import wait_until_run
 from daxemu.host.tasks import in_page_fault, process_of, read_comm
 from daxemu.host.tracer_link import Armed, Pending, TracerLink
 from daxemu.host.tracer_messages import Delivered, FilePage, Gone, Ignored, NotTaken, Refused
@@ -40,6 +41,8 @@ from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT, PAGE_SIZE, Pfn
 
 SIGNAL_PATIENCE = 2.0
 """Seconds a failure waits for a process to take its signal before it goes on; the signal stays on its way."""
+HANDLER_PATIENCE = 1.0
+"""Seconds a shutdown waits for the threads that were signalled to get a processor."""
 ARM_PATIENCE = 1.0
 """Seconds a thread that consumed poison is kept waiting for the tracer."""
 
@@ -51,6 +54,8 @@ class _Turn:
     incident: Incident
     current: int | None
     consumer: int | None
+    collected: Callable[[Sequence[Task]], None] | None = None
+    """Called with the victims' processes before the first signal."""
     hidden: list[Task] = field(default_factory=list)
     tasks: list[Task] | None = None
     """Who had the pages present, known before they are taken away; those to whom they were hidden, too."""
@@ -112,25 +117,36 @@ class Failures:
         """Held while mappings are looked at and taken away: nobody else may take one away meanwhile."""
 
     async def handle(
-        self, incident: Incident, current: int | None = None, consumer: int | None = None
+        self,
+        incident: Incident,
+        current: int | None = None,
+        consumer: int | None = None,
+        *,
+        collected: Callable[[Sequence[Task]], None] | None = None,
     ) -> tuple[Outcome, int]:
         """See an incident through. Returns its outcome and how many threads were told.
 
         ``current``: the thread that is in memory_failure() itself, in a system call. It is told at the end of
         that, whatever its policy, and not waited for. ``consumer``: the process whose load found poison that
         nobody knew of. Its page fault tells it; the others are told who had the page when it went bad.
+        ``collected`` is called, in the trio thread, with the processes that were collected, before the first
+        signal.
         """
         # Once begun it ends, whoever asked for it: half a failure would leave poison that somebody can still
         # read.
-        turn = _Turn(incident, current, consumer)
+        turn = _Turn(incident, current, consumer, collected)
         self._turns.append(turn)
         with trio.CancelScope(shield=True):
             try:
                 to_kill = await self._in_turn(turn)
             finally:
                 self._turns.remove(turn)
-            await self._kill_procs(to_kill, current)
-            if isinstance(incident.error, CorruptMetadata):
+            delivered = await self._kill_procs(to_kill, current)
+            if incident.after_kill:
+                await trio.to_thread.run_sync(wait_until_run, delivered, HANDLER_PATIENCE)
+            # The order of xfs_dax_notify_dev_failure(): kill first, then shut down. The other way round, a
+            # victim's load meets BUS_ADRERR before its signal.
+            if self._mm.conclude(incident):
                 await self.revoke_everything()  # the filesystem was shut down: from now on all is EIO
         return self._mm.action_result(incident, len(to_kill)), len(to_kill)
 
@@ -187,7 +203,8 @@ class Failures:
             for turn, found in zip(batch, collected, strict=True):
                 turn.tasks = tasks = self._victims(turn, found)
                 to_kill = collect_procs(turn.incident, tasks, early_kill=early_kill, force_tid=turn.current)
-                self._mappings.revoke(to_unmap(turn.incident, to_kill))
+                if not turn.incident.whole_device:  # that is revoked after the shutdown
+                    self._mappings.revoke(to_unmap(turn.incident, to_kill))
                 elsewhere = pfn_mappings.collect(turn.incident.pfn_mappings, early_kill=early_kill)
                 chosen.append((tasks, to_kill, elsewhere))
             return chosen
@@ -197,6 +214,8 @@ class Failures:
         else:
             chosen = [([], [], []) for _ in batch]
         for turn, (tasks, to_kill, elsewhere) in zip(batch, chosen, strict=True):
+            if turn.collected is not None:
+                turn.collected(tasks)
             if spared := self._repair(turn.incident, tasks):
                 left = spare(turn.incident, tasks, spared)
                 to_kill = collect_procs(turn.incident, left, early_kill=early_kill, force_tid=turn.current)
@@ -222,8 +241,10 @@ class Failures:
 
     # -- action optional
 
-    async def _kill_procs(self, to_kill: list[ToKill], current: int | None) -> None:
-        """``kill_procs()``: every signal is on its way before any is waited for."""
+    async def _kill_procs(self, to_kill: list[ToKill], current: int | None) -> list[int]:
+        """``kill_procs()``: every signal is on its way before any is waited for. Return the threads to which
+        an AO was delivered.
+        """
         sent = []
         for victim in to_kill:
             if victim.tid == current:
@@ -239,6 +260,7 @@ class Failures:
             self._told(victim, outcome)
             if outcome is None:
                 self._nursery.start_soon(self._await_late, victim, pending)
+        return [victim.tid for victim, pending in sent if isinstance(pending.outcome, Delivered)]
 
     def _page_of(self, victim: ToKill) -> FilePage | None:
         """What it had at the address: it may have unmapped that, or moved it, before it is told."""

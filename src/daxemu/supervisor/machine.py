@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
@@ -27,6 +28,7 @@ from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import ROOT_INO
 from daxemu.fs.pmd_fault import pmd_ranges
 from daxemu.host.extra_operations import ExtraOperations
+from daxemu.host.freeze import Freeze
 from daxemu.host.layouts import LayoutTable
 from daxemu.host.mappings import Mappings
 from daxemu.host.mountinfo import printable
@@ -96,6 +98,7 @@ class Machine:
             tracer, mappings.dev, self.session.revoke, self.fs.names.path_of, self.log.emit, nursery
         )
         self.fs.on_shutdown = self._on_shutdown
+        self.mm.is_hosted = True
         if self.supplement_missing is None:
             self._extra = ExtraOperations(
                 self.fs,
@@ -108,6 +111,8 @@ class Machine:
 
     def _on_shutdown(self) -> None:
         """The page cache must not go on answering; but who had something mapped is told first."""
+        if self.operations.freeze is not None:
+            self.operations.freeze.thaw()
         if not self.mm.is_handling:
             self.nursery.start_soon(self.failures.revoke_everything)
 
@@ -284,7 +289,7 @@ class Machine:
 
     def check_present(self) -> None:
         """Raises NoDevice after a removal."""
-        if not self.pmem.dax.alive:
+        if self.pmem.dax.is_leaving:
             raise NoDevice("the device was removed: daxemu umount, then mount it again")
 
     # -- removal
@@ -292,7 +297,8 @@ class Machine:
     async def remove(self) -> p.Removed:
         """Surprise removal: kill_dax(), one notification for the whole range, everybody who maps it is told.
 
-        Raises NoDevice if it is gone already.
+        As xfs_dax_notify_dev_failure(): freeze, kill, shut down, thaw. No access fails before every victim is
+        signalled, or SIGNAL_PATIENCE is over. Raises NoDevice if it is gone already.
         """
         self.check_present()
         was_idle = self.pmem.dax.dax_is_idle()
@@ -300,12 +306,24 @@ class Machine:
             self.log.emit(DaxActiveAtRemove(device=self.pmem.name))
         incident = self.mm.removal(self.pmem.pages.start, self.pmem.pages.length)
         self.scrubber.stop()
-        with self.mm.during(incident):
-            self.pmem.dax.kill_dax()
-        _, told = await self.failures.handle(incident)
+        with self._frozen() as freeze:
+            with self.mm.during(incident):
+                self.pmem.dax.pre_remove()
+            _, told = await self.failures.handle(incident, collected=freeze.admit)
+        self.pmem.dax.kill_dax()
         self.pmem.detach(self.mm)
         self.log.emit(DeviceRemoved(device=self.pmem.name, told=told))
         return p.Removed(told, was_idle)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[Freeze]:
+        """Hold reads and writes back until the filesystem is shut down, or the context ends."""
+        freeze = self.operations.freeze = Freeze()
+        with self.fs.layouts.suspended():  # or C would answer them
+            try:
+                yield freeze
+            finally:
+                freeze.thaw()
 
     # -- files
 
