@@ -16,9 +16,11 @@ from daxemu.events import (
     Event,
     FileDamaged,
     FilesystemShutdown,
+    LoopStalled,
     MadviseInjected,
     MemoryFailureHandled,
     Mounted,
+    NotifyFailure,
     Outcome,
     OutsideKernelControl,
     PoisonCleared,
@@ -31,11 +33,12 @@ from daxemu.events import (
     SignalSent,
     SilentlyCorrupted,
     StoreLost,
+    UnexpectedError,
     Unmounted,
     decode,
     encode,
 )
-from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR
+from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, MF_MEM_PRE_REMOVE, U64_MAX
 
 
 def a_signal(code: int, reason: str | None = None) -> SignalSent:
@@ -85,6 +88,9 @@ SAMPLES: list[Event] = [
     ),
     RepairProgress(strategy="mirror", done_bytes=1 << 20, total_bytes=1 << 30),
     RepairStrategyFailed(strategy="mine", reason="failed: took more than 5 s"),
+    NotifyFailure(offset=0, length=U64_MAX, flags=MF_MEM_PRE_REMOVE),
+    UnexpectedError(where="the request map", error="OverflowError: too large"),
+    LoopStalled(task="serve", step="corrupt", seconds=45.0),
     FilesystemShutdown(device="pmem0", reason="Device is about to be removed!"),
     DaxActiveAtRemove(device="pmem0"),
     DeviceRemoved(device="pmem0", told=3),

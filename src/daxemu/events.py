@@ -326,6 +326,44 @@ class SilentlyCorrupted(Event):
         return f"silent corruption at device {self.offset:#x}+{self.length:#x}"
 
 
+class NotifyFailure(Event):
+    """One call of the holder's ``->notify_failure``. ``offset`` and ``length`` are device bytes; ``flags``
+    are those of memory_failure(). The removal of a device is one call: 0, U64_MAX, MF_MEM_PRE_REMOVE.
+    """
+
+    offset: int
+    length: int
+    flags: int
+
+    def summary(self) -> str:
+        return f"notify_failure of device {self.offset:#x}+{self.length:#x}, flags {self.flags:#x}"
+
+
+class UnexpectedError(Event):
+    """An exception that no code expects, ``error``, ended a request or a round of a task (``where``). Its
+    traceback is in supervisor.log.
+    """
+
+    where: str
+    error: str
+
+    def summary(self) -> str:
+        return f"{self.where} failed inside the supervisor: {self.error}"
+
+
+class LoopStalled(Event):
+    """One step of the event loop took ``seconds``: no request was answered meanwhile. The watchdog cut the
+    mount. ``task`` is the task that ran, ``step`` the innermost function; the stack is in supervisor.log.
+    """
+
+    task: str
+    step: str
+    seconds: float
+
+    def summary(self) -> str:
+        return f"the mount was cut: {self.task} stood still for {self.seconds:.0f} s in {self.step}"
+
+
 class FilesystemShutdown(Event):
     device: str
     reason: str
@@ -379,6 +417,9 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     RepairFinished,
     RepairProgress,
     RepairStrategyFailed,
+    NotifyFailure,
+    UnexpectedError,
+    LoopStalled,
     FilesystemShutdown,
     DaxActiveAtRemove,
     DeviceRemoved,
@@ -404,6 +445,9 @@ AnyEvent = (
     | RepairFinished
     | RepairProgress
     | RepairStrategyFailed
+    | NotifyFailure
+    | UnexpectedError
+    | LoopStalled
     | FilesystemShutdown
     | DaxActiveAtRemove
     | DeviceRemoved

@@ -12,6 +12,7 @@ import trio
 
 from daxemu import protocol
 from daxemu.errors import Busy, FsError
+from daxemu.host.unexpected import Unexpected
 from daxemu.supervisor.control import ControlSocket
 from daxemu.supervisor.event_log import EventLog
 
@@ -24,7 +25,7 @@ class Server:
         self.log = EventLog(directory / "events.jsonl")
         self.asked: list[protocol.AnyRequest] = []
         self.go_on = trio.Event()
-        self.control = ControlSocket(self.path, self.log, self.answer)
+        self.control = ControlSocket(self.path, self.log, self.answer, Unexpected(self.log.emit))
 
     async def answer(self, request: protocol.AnyRequest) -> msgspec.Struct:
         self.asked.append(request)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import resource
 import socket
 import stat
 import struct
@@ -12,9 +16,10 @@ import trio
 import trio.testing
 
 from daxemu import protocol
-from daxemu.events import SettingChanged
+from daxemu.events import SettingChanged, UnexpectedError, decode
 from daxemu.supervisor import control
 from daxemu.supervisor.control import MAX_LINE
+from daxemu.supervisor.descriptors import connections_of_a_user
 from tests.supervisor.server import Server, reply, serve
 
 
@@ -36,15 +41,100 @@ def test_a_refusal_names_the_error(tmp_path: Path) -> None:
     serve(tmp_path, scenario)
 
 
-def test_a_supervisor_that_fails_says_so_before_it_ends(tmp_path: Path) -> None:
+def test_an_unexpected_exception_costs_the_request_alone(tmp_path: Path) -> None:
     async def scenario(server: Server) -> None:
-        refused = await server.ask(b'{"op":"damaged"}')
+        stream = await server.connect()
+        await stream.send_all(b'{"op":"damaged"}\n{"op":"status"}\n')
+        both = b""
+        while both.count(b"\n") < 2:
+            both += await stream.receive_some()
+        refused, answered = map(json.loads, both.splitlines())
         assert (refused["ok"], refused["error"]) == (False, "DaxemuError")
-        assert refused["message"] == "the supervisor failed: ZeroDivisionError()"
+        assert "the request damaged failed inside the supervisor (ZeroDivisionError)" in refused["message"]
+        assert "its traceback is in" in refused["message"]
+        assert answered["ok"]
+        (event,) = map(decode, (tmp_path / "events.jsonl").read_bytes().splitlines())
+        assert isinstance(event, UnexpectedError)
+        assert event.where == "the request damaged"
 
-    with pytest.raises(ExceptionGroup) as caught:
+    serve(tmp_path, scenario)
+
+
+def test_a_follower_that_hangs_up_is_noticed_without_an_event(tmp_path: Path) -> None:
+    """As many as a user may have, again and again: none is left over."""
+
+    async def scenario(server: Server) -> None:
+        limit = connections_of_a_user()
+        for _ in range(3):
+            peers = [await server.connect() for _ in range(limit)]
+            for peer in peers:
+                await peer.send_all(b'{"op":"follow"}\n')
+            await trio.testing.wait_all_tasks_blocked()
+            for peer in peers:
+                await peer.aclose()
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        assert (await server.ask(b'{"op":"status"}'))["ok"]
+
+    serve(tmp_path, scenario)
+
+
+def test_a_follower_that_shuts_down_its_sending_half_still_hears(tmp_path: Path) -> None:
+    async def scenario(server: Server) -> None:
+        peer = await server.connect()
+        await peer.send_all(b'{"op":"follow"}\n')
+        await peer.send_eof()
+        await trio.testing.wait_all_tasks_blocked()
+        server.log.emit(SettingChanged(name="a", value="b"))
+        assert b"SettingChanged" in await peer.receive_some()
+
+    serve(tmp_path, scenario)
+
+
+def test_a_user_has_a_limited_number_of_connections(tmp_path: Path) -> None:
+    async def scenario(server: Server) -> None:
+        held = [await server.connect() for _ in range(connections_of_a_user())]
+        await trio.testing.wait_all_tasks_blocked()
+        refused = await reply(await server.connect())
+        assert (refused["ok"], refused["error"]) == (False, "Busy")
+        await held[0].send_all(b'{"op":"status"}\n')
+        assert (await reply(held[0]))["ok"]
+        for stream in held:
+            await stream.aclose()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+
+    serve(tmp_path, scenario)
+
+
+def test_a_peer_is_turned_away_where_no_descriptor_is_left(tmp_path: Path) -> None:
+    async def scenario(server: Server) -> None:
+        peers = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+        taken: list[int] = []
+        await trio.testing.wait_all_tasks_blocked()
+        with contextlib.suppress(OSError):
+            while len(taken) < 300:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        assert len(taken) < 300
+        try:
+            for peer in peers:
+                peer.connect(str(server.path))
+            peers[0].settimeout(0.0)
+            while True:
+                await trio.sleep(0.01)
+                with contextlib.suppress(BlockingIOError):
+                    assert peers[0].recv(1) == b""
+                    break
+        finally:
+            for fd in taken:
+                os.close(fd)
+            for peer in peers:
+                peer.close()
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
         serve(tmp_path, scenario)
-    assert caught.group_contains(ZeroDivisionError)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 GARBAGE = [

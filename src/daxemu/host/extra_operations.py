@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import logging
 import os
 import struct
 from collections.abc import Awaitable, Callable
@@ -21,9 +20,8 @@ import trio
 from daxemu.errors import DaxemuError, FsError
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host.supplement import library, unpack
+from daxemu.host.unexpected import Nursery, Unexpected, refused, task_name
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
-
-log = logging.getLogger(__name__)
 
 
 class Clones(Protocol):
@@ -69,6 +67,7 @@ class _Request(ctypes.Structure):
 
 _HANDLER = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Request))
 _FALLOCATE, _LSEEK, _COPY_FILE_RANGE, _IOCTL = 1, 2, 3, 4
+_NAMES = {_FALLOCATE: "fallocate", _LSEEK: "lseek", _COPY_FILE_RANGE: "copy_file_range", _IOCTL: "ioctl"}
 
 # Our ioctls: type 0xDA. The kernel keeps FICLONERANGE and FIEMAP to itself, so they have numbers of their
 # own.
@@ -94,7 +93,8 @@ class ExtraOperations:
         clones: Clones,
         write_back: WriteBack,
         file_modified: Callable[[Ino, int], None],
-        nursery: trio.Nursery,
+        nursery: Nursery,
+        unexpected: Unexpected,
     ) -> None:
         """``dev`` is the mount's (major, minor); ``file_modified`` see Operations."""
         self._fs = fs
@@ -103,6 +103,7 @@ class ExtraOperations:
         self._write_back = write_back
         self._file_modified = file_modified
         self._nursery = nursery
+        self._unexpected = unexpected
         self._fuse = ctypes.CDLL("libfuse3.so.3")
         self._fuse.fuse_reply_err.argtypes = (ctypes.c_void_p, ctypes.c_int)
         self._fuse.fuse_reply_lseek.argtypes = (ctypes.c_void_p, ctypes.c_int64)
@@ -127,9 +128,23 @@ class ExtraOperations:
             self._dispatch(request)
         except DaxemuError as error:
             self._fuse.fuse_reply_err(request.req, error.errno)
-        except Exception:  # a C caller: nobody above would see it, and the request must be answered
-            log.exception("operation %d failed", request.op)
+        except Exception as error:  # noqa: BLE001 - the caller is C, and the request must be answered
+            self._unexpected.report(f"FUSE {_NAMES.get(request.op, request.op)}", error)
             self._fuse.fuse_reply_err(request.req, errno.EIO)
+
+    def _start(self, verb: Callable[..., Awaitable[None]], req: int, *arguments: object) -> None:
+        """Have a task answer ``req``."""
+        self._nursery.start_soon(self._answer, verb, req, *arguments)
+
+    async def _answer(self, verb: Callable[..., Awaitable[None]], req: int, *arguments: object) -> None:
+        """Answer ``req`` by ``verb``, which raises what the request is refused with."""
+        try:
+            await verb(req, *arguments)
+        except Exception as error:  # noqa: BLE001 - the request must be answered
+            refusal = refused(error)
+            if refusal is None:
+                self._unexpected.report(f"FUSE {task_name(verb)}", error)
+            self._fuse.fuse_reply_err(req, errno.EIO if refusal is None else refusal.errno)
 
     def _dispatch(self, request: _Request) -> None:
         ino = unpack(request.fh).ino
@@ -147,7 +162,7 @@ class ExtraOperations:
                 done = self._fs.copy_file_range(*copied, request.length)
                 self._fuse.fuse_reply_write(request.req, done)
             else:
-                self._nursery.start_soon(self._copy_later, request.req, *copied, request.length)
+                self._start(self._copy_later, request.req, *copied, request.length)
         elif request.op == _IOCTL:
             self._ioctl(request, ino)
         else:
@@ -156,12 +171,8 @@ class ExtraOperations:
     async def _copy_later(
         self, req: int, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int
     ) -> None:
-        try:
-            copied = await self._clones.copy(src, src_offset, dst, dst_offset, length)
-        except DaxemuError as error:
-            self._fuse.fuse_reply_err(req, error.errno)
-        else:
-            self._fuse.fuse_reply_write(req, copied)
+        copied = await self._clones.copy(src, src_offset, dst, dst_offset, length)
+        self._fuse.fuse_reply_write(req, copied)
 
     # -- lseek
 
@@ -172,16 +183,12 @@ class ExtraOperations:
         else:
             # What was stored into a hole through a mapping is data, but is only known once it is written
             # back.
-            self._nursery.start_soon(self._lseek_later, request.req, ino, request.offset, request.mode)
+            self._start(self._lseek_later, request.req, ino, request.offset, request.mode)
 
     async def _lseek_later(self, req: int, ino: Ino, offset: int, whence: int) -> None:
         await self._write_back(ino)
-        try:
-            found = self._fs.seek(ino, offset, whence)
-        except DaxemuError as error:
-            self._fuse.fuse_reply_err(req, error.errno)
-        else:
-            self._fuse.fuse_reply_lseek(req, found)
+        found = self._fs.seek(ino, offset, whence)
+        self._fuse.fuse_reply_lseek(req, found)
 
     # -- ioctl
 
@@ -191,7 +198,7 @@ class ExtraOperations:
         if command == DAXEMU_IOC_CLONE_RANGE and len(data) == CLONE_RANGE.size:
             if not unpack(request.fh).writable:
                 raise FsError(errno.EBADF)
-            self._nursery.start_soon(self._ioctl_clone, request.req, request.tid, ino, data)
+            self._start(self._ioctl_clone, request.req, request.tid, ino, data)
         elif command == DAXEMU_IOC_MAP and len(data) >= MAP_HEADER.size:
             answer = self._map(ino, data)
             self._fuse.fuse_reply_ioctl(request.req, 0, answer, len(answer))
@@ -200,14 +207,10 @@ class ExtraOperations:
 
     async def _ioctl_clone(self, req: int, tid: int, target: Ino, data: bytes) -> None:
         fd, offset, length, target_offset = CLONE_RANGE.unpack(data)
-        try:
-            source = await trio.to_thread.run_sync(_source_of, tid, fd, self._dev)
-            self._file_modified(target, tid)
-            await self._clones.clone(source, offset, target, target_offset, length)
-        except DaxemuError as error:
-            self._fuse.fuse_reply_err(req, error.errno)
-        else:
-            self._fuse.fuse_reply_ioctl(req, 0, None, 0)
+        source = await trio.to_thread.run_sync(_source_of, tid, fd, self._dev)
+        self._file_modified(target, tid)
+        await self._clones.clone(source, offset, target, target_offset, length)
+        self._fuse.fuse_reply_ioctl(req, 0, None, 0)
 
     def _map(self, ino: Ino, data: bytes) -> bytes:
         start, length, _, _ = MAP_HEADER.unpack_from(data)

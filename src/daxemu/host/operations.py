@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import inspect
 import itertools
 import os
 import stat
@@ -32,6 +33,7 @@ from daxemu.host.invalidate_lock import InvalidateLock
 from daxemu.host.layouts import FOREVER
 from daxemu.host.supplement import Caller, kill_suidgid, pack, unpack
 from daxemu.host.tasks import capable, in_group_or_capable
+from daxemu.host.unexpected import Unexpected, refused
 from daxemu.uapi import CAP_FSETID, CAP_SYS_ADMIN, PAGE_SIZE, XATTR_NAME_CAPS, Ino
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
@@ -75,6 +77,10 @@ def _translated(verb: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corout
     return translated
 
 
+HANDLERS = {name for name, verb in vars(pyfuse3.Operations).items() if inspect.iscoroutinefunction(verb)}
+"""What pyfuse3 may call."""
+
+
 class Operations(pyfuse3.Operations):
     """Answers the kernel. ``on_poison`` is awaited before a read is answered EIO; ``heal``, before a write
     that met poison is, returns whether to try again.
@@ -106,6 +112,28 @@ class Operations(pyfuse3.Operations):
         """What keeps pages out of the cache just now."""
         self.freeze: Freeze | None = None
         """Holds reads and writes back while the device is removed."""
+
+    def contain(self, unexpected: Unexpected) -> None:
+        """Answer a request EIO when its handler raises what no code expects, and report that."""
+        for name in HANDLERS & vars(type(self)).keys():
+            setattr(self, name, self._contained(name, getattr(self, name), unexpected))
+
+    @staticmethod
+    def _contained(
+        name: str, verb: Callable[P, Coroutine[Any, Any, T]], unexpected: Unexpected
+    ) -> Callable[P, Coroutine[Any, Any, T]]:
+        async def contained(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return await verb(*args, **kwargs)
+            except pyfuse3.FUSEError:
+                raise
+            except Exception as error:  # noqa: BLE001 - costs this request
+                if (refusal := refused(error)) is not None:
+                    raise pyfuse3.FUSEError(refusal.errno) from None
+                unexpected.report(f"FUSE {name}", error)
+                raise pyfuse3.FUSEError(errno.EIO) from None
+
+        return contained
 
     # -- attributes
 

@@ -58,6 +58,8 @@ class DaxDevice:
         self._holder: DaxHolderOperations | None = None
         self.mkpage_present: Callable[[Range], None] | None = None
         """Told of device bytes whose poison is gone, for their struct pages."""
+        self.on_notify: Callable[[int, int, int], None] = lambda offset, length, flags: None
+        """Called with the arguments of each call to the holder."""
         self.before_poison: Callable[[], None] = lambda: None
         """Told before any more of the device goes bad."""
 
@@ -90,6 +92,7 @@ class DaxDevice:
             raise NoDevice(f"{self.name}: the device is gone")
         if self._holder is None:
             raise Unsupported(f"{self.name}: no holder")
+        self.on_notify(offset, length, flags)
         self._holder.notify_failure(offset, length, flags)
 
     def pre_remove(self) -> None:

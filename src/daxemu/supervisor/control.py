@@ -6,6 +6,7 @@ reply, a line without end or a peer that went away ends the connection.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -17,10 +18,15 @@ import trio
 
 from daxemu import protocol as p
 from daxemu.errors import DaxemuError, FsError, InvalidArgument, PermissionDenied
+from daxemu.host.unexpected import Unexpected, refused
+from daxemu.supervisor.descriptors import Connections, EmergencyDescriptor, Hangups
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.selection import selects
 
 MAX_LINE = 4 << 20
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+_RETRY = 0.1
+"""Seconds between two attempts to accept a connection where no descriptor is left."""
 _UCRED = struct.Struct("=iII")
 
 Answer = Callable[[p.AnyRequest], Awaitable[msgspec.Struct]]
@@ -29,7 +35,11 @@ Answer = Callable[[p.AnyRequest], Awaitable[msgspec.Struct]]
 class ControlSocket:
     """Serves ``path``. ``answer`` does what is asked; it raises DaxemuError to refuse."""
 
-    def __init__(self, path: Path, log: EventLog, answer: Answer) -> None:
+    def __init__(self, path: Path, log: EventLog, answer: Answer, unexpected: Unexpected) -> None:
+        self._unexpected = unexpected
+        self._connections = Connections()
+        self._hangups = Hangups()
+        self._emergency = EmergencyDescriptor()
         self._path = path
         self._log = log
         self._answer = answer
@@ -62,21 +72,44 @@ class ControlSocket:
     async def serve(self, listener: trio.SocketListener) -> None:
         """Serve until cancelled."""
         try:
-            await trio.serve_listeners(self._handle, [listener])
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._hangups.watch)
+                while True:
+                    stream = await self._accept(listener)
+                    if self._emergency.renew():
+                        nursery.start_soon(self._handle, stream)
+                    else:
+                        await stream.aclose()  # the last descriptor is not for peers
         finally:
+            self._emergency.give_up()
+            self._hangups.close()
             self._path.unlink(missing_ok=True)
+
+    async def _accept(self, listener: trio.SocketListener) -> trio.SocketStream:
+        while True:
+            try:
+                return await listener.accept()
+            except OSError as error:
+                if error.errno not in _NO_DESCRIPTOR:
+                    raise
+                if not self._emergency.give_up():
+                    await trio.sleep(_RETRY)
 
     async def _handle(self, stream: trio.SocketStream) -> None:
         async with stream:
             try:
-                self._check_peer(stream)
-                await self._converse(stream)
+                with self._connections.counted(self._check_peer(stream)):
+                    await self._converse(stream)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return  # the peer went away
             except DaxemuError as error:
                 await _try_to_send(stream, _refusal(error))
+            except Exception as error:  # noqa: BLE001 - costs this connection
+                said = self._unexpected.report("a connection of the control socket", error)
+                await _try_to_send(stream, _refusal(DaxemuError(said)))
 
-    def _check_peer(self, stream: trio.SocketStream) -> None:
+    def _check_peer(self, stream: trio.SocketStream) -> int:
+        """Return the uid of the peer. Raises PermissionDenied."""
         raw = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         _, uid, _ = _UCRED.unpack(raw)
         if uid not in (0, os.geteuid()):
@@ -84,6 +117,7 @@ class ControlSocket:
                 f"only the mount's owner (uid {os.geteuid()}) and root may ask, not uid {uid}: "
                 f"sudo -u '#{os.geteuid()}' daxemu ..."
             )
+        return int(uid)
 
     async def _converse(self, stream: trio.SocketStream) -> None:
         buffer = bytearray()
@@ -104,14 +138,18 @@ class ControlSocket:
             await stream.send_all(_refusal(InvalidArgument(f"not a request: {error}")))
             return
         if isinstance(request, p.Follow):
-            async for lines in self._log.follow(request.after):
-                wanted = [line + b"\n" for line in lines if selects(request, line)]
-                if wanted:
-                    await stream.send_all(b"".join(wanted))
-                else:
-                    await trio.lowlevel.checkpoint()
+            with self._hangups.cancelling(stream):
+                await self._follow(stream, request)
         else:
             await self._reply(stream, request)
+
+    async def _follow(self, stream: trio.SocketStream, request: p.Follow) -> None:
+        async for lines in self._log.follow(request.after):
+            wanted = [line + b"\n" for line in lines if selects(request, line)]
+            if wanted:
+                await stream.send_all(b"".join(wanted))
+            else:
+                await trio.lowlevel.checkpoint()
 
     async def _reply(self, stream: trio.SocketStream, request: p.AnyRequest) -> None:
         self._answering += 1
@@ -124,12 +162,12 @@ class ControlSocket:
                     msgspec.json.encode(p.Reply(True, result=msgspec.Raw(msgspec.json.encode(result))))
                     + b"\n"
                 )
-            except DaxemuError as error:
-                line = _refusal(error)
-            except Exception as error:
-                # This ends the supervisor; whoever asked must not take that for an answer.
-                await _try_to_send(stream, _refusal(DaxemuError(f"the supervisor failed: {error!r}")))
-                raise
+            except Exception as error:  # noqa: BLE001 - costs this request
+                refusal = refused(error)
+                if refusal is None:
+                    op = type(request).__struct_config__.tag
+                    refusal = DaxemuError(self._unexpected.report(f"the request {op}", error))
+                line = _refusal(refusal)
             await stream.send_all(line)
         finally:
             self._answering -= 1

@@ -31,6 +31,7 @@ from daxemu.host.tasks import in_page_fault, process_of, read_comm
 from daxemu.host.tracer_link import Armed, Pending, TracerLink
 from daxemu.host.tracer_messages import Delivered, FilePage, Gone, Ignored, NotTaken, Refused
 from daxemu.host.tracer_messages import Outcome as Delivery
+from daxemu.host.unexpected import Nursery
 from daxemu.mm.incident import Incident
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.mm.pmd import hurt_as_mapped, to_unmap
@@ -94,7 +95,7 @@ class Failures:
         mappings: Mappings,
         tracer: TracerLink,
         emit: Emit,
-        nursery: trio.Nursery,
+        nursery: Nursery,
         repair: Repair = no_repair,
     ) -> None:
         self._mm = mm

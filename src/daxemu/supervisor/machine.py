@@ -16,6 +16,7 @@ from daxemu.errors import InvalidArgument, NoDevice
 from daxemu.events import (
     DaxActiveAtRemove,
     DeviceRemoved,
+    NotifyFailure,
     Outcome,
     PoisonCleared,
     PoisonInjected,
@@ -35,6 +36,7 @@ from daxemu.host.mountinfo import printable
 from daxemu.host.operations import Operations
 from daxemu.host.session import Session
 from daxemu.host.tracer_link import TracerLink
+from daxemu.host.unexpected import GuardedNursery, Unexpected
 from daxemu.mm.memory_failure import Incident, MappingRange, MemoryFailures
 from daxemu.pmem.inject import check_range, corrupt, failed_pages, inject_all, scrub, uninject
 from daxemu.pmem.pmem import Pmem
@@ -74,28 +76,30 @@ class Machine:
         self.fs = fs
         self.session = session
         self.log = log
+        self.unexpected = Unexpected(log.emit)
         self.consumption = Consumption(self)
         met = self.consumption
         self.operations = Operations(fs, met.on_read, met.on_write, session.forget_attributes)
+        self.operations.contain(self.unexpected)
         self.clones = Clones(self)
-        self.scrubber = Scrubber(self.scrub)
+        self.scrubber = Scrubber(self._scrub_in_background)
         self.supplement_missing = supplement_missing
         self.layouts: LayoutTable | None = None
         """Who holds layouts; None if nobody does."""
         self._failures: Failures | None = None
         self._populating: Populating | None = None
         self._tracer: TracerLink | None = None
-        self._nursery: trio.Nursery | None = None
+        self._nursery: GuardedNursery | None = None
         self._mappings: Mappings | None = None
 
     def start(self, mappings: Mappings, tracer: TracerLink, nursery: trio.Nursery) -> None:
         """Give it what needs a running event loop. Precondition of everything below."""
         self._mappings = mappings
         self._tracer = tracer
-        self._nursery = nursery
-        self._failures = Failures(self.mm, mappings, tracer, self.log.emit, nursery, self.repairs.failed)
+        self._nursery = guarded = self.unexpected.nursery(nursery)
+        self._failures = Failures(self.mm, mappings, tracer, self.log.emit, guarded, self.repairs.failed)
         self._populating = Populating(
-            tracer, mappings.dev, self.session.revoke, self.fs.names.path_of, self.log.emit, nursery
+            tracer, mappings.dev, self.session.revoke, self.fs.names.path_of, self.log.emit, guarded
         )
         self.fs.on_shutdown = self._on_shutdown
         self.mm.is_hosted = True
@@ -106,7 +110,8 @@ class Machine:
                 self.clones,
                 self.write_back,
                 self.operations.file_modified,
-                nursery,
+                guarded,
+                self.unexpected,
             )
 
     def _on_shutdown(self) -> None:
@@ -117,7 +122,7 @@ class Machine:
             self.nursery.start_soon(self.failures.revoke_everything)
 
     @property
-    def nursery(self) -> trio.Nursery:
+    def nursery(self) -> GuardedNursery:
         """For what outlives a request."""
         assert self._nursery is not None
         return self._nursery
@@ -239,6 +244,10 @@ class Machine:
             await self._repair_now(new)
         await self.repairs.scrub()
         return p.Cleared([(r.start, r.length) for r in found], sum(r.length for r in found))
+
+    async def _scrub_in_background(self) -> None:
+        with self.unexpected.caught("the background scrub"):
+            await self.scrub()
 
     async def device_page(self, ino: Ino, offset: int) -> int | None:
         """The device offset of the page of a file that holds byte ``offset``; None for a hole."""
@@ -515,6 +524,9 @@ def _blocks_of(start: int, end: int) -> Range:
 def open_core(pmem: Pmem, log: EventLog, owner: tuple[int, int]) -> tuple[MemoryFailures, Filesystem]:
     """The core of a machine on ``pmem``. Raises CorruptMetadata, Busy, NoSpace."""
     mm = MemoryFailures(log.emit)
+    pmem.dax.on_notify = lambda offset, length, flags: log.emit(
+        NotifyFailure(offset=offset, length=length, flags=flags)
+    )
     pmem.make_struct_pages()
     pmem.attach(mm)
     sysfs = pmem.show_in_sysfs()

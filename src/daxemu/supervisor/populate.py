@@ -30,6 +30,7 @@ from daxemu.host.populate import Area, Call
 from daxemu.host.tasks import process_of, read_comm
 from daxemu.host.tracer_link import Armed, TracerLink
 from daxemu.host.tracer_messages import Gone, Held, Refused, Resumed
+from daxemu.host.unexpected import Nursery
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
 
@@ -79,7 +80,7 @@ class Populating:
         revoke: Revoke,
         path_of: Callable[[Ino], str],
         emit: Emit,
-        nursery: trio.Nursery,
+        nursery: Nursery,
     ) -> None:
         self._tracer = tracer
         self._dev = dev

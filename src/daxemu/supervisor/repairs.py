@@ -21,6 +21,7 @@ from daxemu.events import Emit, RepairFinished, RepairProgress, RepairStrategyFa
 from daxemu.fs.data_ops import Origin
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.rmap import Owner
+from daxemu.host.unexpected import Unexpected
 from daxemu.mm.memory_failure import Incident, Task
 from daxemu.pmem.pmem import Pmem
 from daxemu.protocol import Progress, RepairReport
@@ -390,13 +391,14 @@ class Repairs:
             await trio.lowlevel.checkpoint()
         return seen
 
-    async def tick(self) -> None:
+    async def tick(self, unexpected: Unexpected) -> None:
         """Tick the strategy for as long as it lives."""
         while True:
             interval = self._strategy.interval if self._strategy is not None else None
             await trio.sleep(interval or IDLE)
             if interval is not None and self._strategy is not None and self._fs.shutdown_reason is None:
-                self._try(self._strategy.tick)
+                with unexpected.caught("the tick of the repair strategy"):
+                    self._try(self._strategy.tick)
 
 
 def _not_recovered(owners: list[Owner], recovered: RangeSet) -> list[tuple[int, int, int]]:

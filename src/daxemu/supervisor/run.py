@@ -33,6 +33,7 @@ from daxemu.host.watchdog import Watchdog
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.pmem.pmem import Pmem
 from daxemu.supervisor.control import ControlSocket
+from daxemu.supervisor.descriptors import raise_descriptor_limit
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.machine import Machine, open_core
 from daxemu.supervisor.repairs import Repairs
@@ -62,6 +63,7 @@ def supervise(
 
     Raises DaxemuError when it cannot be mounted; nothing is left behind then.
     """
+    raise_descriptor_limit()
     with ExitStack() as undo:
         check_mountpoint(mountpoint)
         directory = undo.enter_context(DeviceDir.open(device))
@@ -159,12 +161,13 @@ class _Ending:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
                 log.info("ending on signal %d", number)
-                await self.unmount(force=True)
+                with self._machine.unexpected.caught(f"ending on signal {number}"):
+                    await self.unmount(force=True)
 
 
 async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
     ending = _Ending(machine)
-    control = ControlSocket(machine.session.mount.socket, machine.log, ending.answer)
+    control = ControlSocket(machine.session.mount.socket, machine.log, ending.answer, machine.unexpected)
     mappings = PageCacheMappings(
         machine.session,
         lambda: list(machine.operations.open_files),
@@ -174,7 +177,7 @@ async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
         services.start_soon(Watchdog(machine.session.mount).beat)
         services.start_soon(ending.on_signal)
         services.start_soon(_commit_now_and_then, machine)
-        services.start_soon(machine.repairs.tick)
+        services.start_soon(machine.repairs.tick, machine.unexpected)
         services.start_soon(machine.scrubber.run)
         async with (
             TracerLink.open(abort=abort_file(machine.session.mount)) as tracer,
@@ -201,6 +204,8 @@ async def _commit_now_and_then(machine: Machine) -> None:
                 machine.fs.fsync()
             except DaxemuError as error:
                 log.error("the periodic commit failed: %s", error)
+            except Exception as error:  # noqa: BLE001 - the next commit may succeed
+                machine.unexpected.report("the periodic commit", error)
 
 
 async def _announce(session: Session, ready: Callable[[], None]) -> None:

@@ -1,0 +1,119 @@
+"""Descriptors: their limit, the share of peers of the control socket, and peers that hang up.
+
+A read of poison needs descriptors (/proc of the victims, a new tracer). So peers never get more than a part
+of the limit, and the rest is in reserve.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import select
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import trio
+
+from daxemu.errors import Busy
+
+MOST_CONNECTIONS = 512
+"""Connections of one user at a time."""
+RESERVE = 256
+"""Descriptors that peers never get: 40 worker threads with a few files of /proc each, and the device."""
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of open files to the hard limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def connections_of_a_user() -> int:
+    """How many connections a user may have: two users may connect, the owner and root."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = math.inf if soft == resource.RLIM_INFINITY else max(8, (soft - RESERVE) // 2)
+    return int(min(MOST_CONNECTIONS, limit))
+
+
+class Connections:
+    """Open connections by user."""
+
+    def __init__(self) -> None:
+        self._limit = connections_of_a_user()
+        self._open: Counter[int] = Counter()
+
+    @contextmanager
+    def counted(self, uid: int) -> Iterator[None]:
+        """Count a connection of ``uid``. Raises Busy if the user has too many."""
+        if self._open[uid] >= self._limit:
+            raise Busy(
+                f"uid {uid} has {self._limit} connections to this supervisor, the most there may be: "
+                "end some of them (daxemu log --follow, daxemu watch)"
+            )
+        self._open[uid] += 1
+        try:
+            yield
+        finally:
+            self._open[uid] -= 1
+
+
+class Hangups:
+    """Notices peers that close their end while nothing is read from them.
+
+    A peer that shuts down its sending half only (``socat``) goes on listening: epoll reports EPOLLHUP, which
+    needs no subscription, once both halves are closed.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._scopes: dict[int, trio.CancelScope] = {}
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        self._epoll.close()
+
+    async def watch(self) -> None:
+        """Cancel what is done for peers that hung up, until cancelled."""
+        while True:
+            await trio.lowlevel.wait_readable(self._epoll.fileno())
+            for fd, _ in self._epoll.poll(0):
+                self._epoll.unregister(fd)
+                self._scopes.pop(fd).cancel()
+
+    @contextmanager
+    def cancelling(self, peer: trio.SocketStream) -> Iterator[None]:
+        """Cancel the block when ``peer`` hangs up."""
+        fd = peer.socket.fileno()
+        with trio.CancelScope() as scope:
+            self._epoll.register(fd, 0)
+            self._scopes[fd] = scope
+            try:
+                yield
+            finally:
+                if self._scopes.pop(fd, None) is not None:
+                    self._epoll.unregister(fd)
+
+
+class EmergencyDescriptor:
+    """A descriptor to give up when accept(2) finds none: a peer can then be accepted and turned away."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+        self.renew()
+
+    def renew(self) -> bool:
+        """Open it, unless it is open. Returns whether it is: False where no descriptor is free."""
+        if self._fd < 0:
+            with suppress(OSError):
+                self._fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        return self._fd >= 0
+
+    def give_up(self) -> bool:
+        """Close it. Returns whether it was open."""
+        if self._fd < 0:
+            return False
+        os.close(self._fd)
+        self._fd = -1
+        return True
