@@ -53,7 +53,7 @@ def test_removal_is_told_before_any_access_fails(
 
 
 def test_metadata_poison_is_told_before_any_access_fails(dax_mount: DaxMount) -> None:
-    """One range holds the filesystem's records and a file: the file's mappers get AO, then comes the shutdown."""
+    """One range holds metadata and a file: the file's mappers get AO, then comes the shutdown."""
     dax_mount.sound = False
     dax_mount.run("set", dax_mount.path, "early_kill=1")
     path = dax_mount.make_file("f", PAGES)
