@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -31,14 +32,49 @@ PAGES = 2048
 """Of the file that is there before."""
 SLOW = """
 import time
+from pathlib import Path
+from daxemu.ranges import Range
 from daxemu.repair.{module} import {base}
+
+GATE = Path({gate!r})
 
 class Slow({base}):
     def mounted(self, *, after_crash):
-        for piece in super().mounted(after_crash=after_crash):
-            time.sleep({pause})
+        for number, piece in enumerate(super().mounted(after_crash=after_crash)):
             yield piece
+            time.sleep({pause})
+            while GATE.exists() and GATE.stat().st_size < number:
+                time.sleep(0.01)
+                yield Range(0, 0)
 """
+
+
+@dataclass
+class Gate:
+    """Holds a strategy at ``strategy`` after two pieces of at least eight, until the test lets it pass."""
+
+    strategy: Path
+    kind: str
+
+    def __post_init__(self) -> None:
+        self._file = self.strategy.with_suffix(".gate")
+        self._file.write_bytes(b"x")
+        self.take(0)
+
+    def take(self, pause: float) -> None:
+        """Have each piece take this many seconds."""
+        code = SLOW.format(module=self.kind, base=self.kind.capitalize(), pause=pause, gate=str(self._file))
+        self.strategy.write_text(code)
+
+    def let_one_pass(self) -> None:
+        """Let the strategy see to one piece more."""
+        if self._file.exists():
+            with self._file.open("ab") as file:
+                file.write(b"x")
+
+    def open(self) -> None:
+        """Let the strategy go on to the end."""
+        self._file.unlink(missing_ok=True)
 
 
 def _until(what: Callable[[], bool]) -> None:
@@ -49,11 +85,18 @@ def _until(what: Callable[[], bool]) -> None:
 
 
 @pytest.fixture(params=["mirror", "parity"])
-def slow(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A strategy that takes its time: 50 ms a piece, of which there are eight and more."""
-    path = tmp_path / "slow.py"
-    path.write_text(SLOW.format(module=request.param, base=request.param.capitalize(), pause=0.05))
-    return path
+def gate(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Gate]:
+    made = Gate(tmp_path / "slow.py", request.param)
+    try:
+        yield made
+    finally:
+        made.open()
+
+
+@pytest.fixture
+def slow(gate: Gate) -> Path:
+    """The strategy that ``gate`` holds."""
+    return gate.strategy
 
 
 @pytest.fixture
@@ -77,7 +120,7 @@ def _survives(mount: QuickMount, name: str, pages: list[int], expected: bytes) -
             assert os.pread(file.fileno(), PAGE, page * PAGE) == wanted, f"page {page} of {name}"
 
 
-def test_files_are_used_meanwhile(written: QuickMount, slow: Path) -> None:
+def test_files_are_used_meanwhile(written: QuickMount, gate: Gate, slow: Path) -> None:
     """What is there, what changes, what comes and what goes: all of it is protected in the end."""
     rng = random.Random(2)
     expected = bytearray((written.path / "f").read_bytes())
@@ -99,9 +142,9 @@ def test_files_are_used_meanwhile(written: QuickMount, slow: Path) -> None:
                 else:
                     others[name] = rng.randbytes(20 * PAGE)
                     (written.path / name).write_bytes(others[name])
-                before = time.monotonic()
                 answers.append(_progress(looking))
-                assert time.monotonic() - before < 5
+                if len(answers) % 2 == 0:
+                    gate.let_one_pass()
         assert begins.result(PATIENCE)["strategy"] == str(slow)
         assert _progress(looking) is None
     seen = [done for done in answers if done is not None]
@@ -115,13 +158,16 @@ def test_files_are_used_meanwhile(written: QuickMount, slow: Path) -> None:
     _survives(written, "f", list(range(rng.randrange(16), PAGES, 16)), bytes(expected))
 
 
-def test_what_fails_before_its_turn_is_lost_and_the_rest_is_not(written: QuickMount, slow: Path) -> None:
+def test_what_fails_before_its_turn_is_lost_and_the_rest_is_not(
+    written: QuickMount, gate: Gate, slow: Path
+) -> None:
     expected = (written.path / "f").read_bytes()
     with Client.at(written.path) as client, Client.at(written.path) as looking, ThreadPoolExecutor(1) as pool:
         begins = pool.submit(client.request, "repair", strategy=str(slow))
         _until(lambda: _progress(looking) is not None)
         written.inject("f", ((PAGES - 1) * PAGE, PAGE))
         assert not begins.done()
+        gate.open()
         result = begins.result(PATIENCE)
     assert result["left"] == 1
     (finished, again) = written.events("RepairFinished")
@@ -131,7 +177,7 @@ def test_what_fails_before_its_turn_is_lost_and_the_rest_is_not(written: QuickMo
 
 
 @pytest.mark.parametrize("how", ["kill", "remount", "powerfail"])
-def test_the_mount_ends_meanwhile(written: QuickMount, slow: Path, how: str) -> None:
+def test_the_mount_ends_meanwhile(written: QuickMount, gate: Gate, slow: Path, how: str) -> None:
     """Half of a copy is no copy: the next mount begins anew."""
     expected = (written.path / "f").read_bytes()
     with (written.path / "f").open("rb") as file:
@@ -140,23 +186,27 @@ def test_the_mount_ends_meanwhile(written: QuickMount, slow: Path, how: str) -> 
         begins = pool.submit(client.request, "repair", strategy=str(slow))
         _until(lambda: (_progress(looking) or 0) > PAGE)
         written.repair = str(slow)
+        assert not begins.done()
         if how == "remount":
             looking.close()
             written.umount()
-            written.mount()
         else:
-            written.crash(how)
+            {"kill": written.kill, "powerfail": written.powerfail}[how]()
+            written.check()
+        gate.open()
+        written.mount()
         with pytest.raises(DaxemuError):
             begins.result(PATIENCE)
     assert not list((written.device / "repair").glob("incomplete"))
     _survives(written, "f", list(range(5, PAGES, 16)), expected)
 
 
-def test_another_is_chosen_meanwhile(written: QuickMount, slow: Path) -> None:
+def test_another_is_chosen_meanwhile(written: QuickMount, gate: Gate, slow: Path) -> None:
     with Client.at(written.path) as client, Client.at(written.path) as other, ThreadPoolExecutor(1) as pool:
         begins = pool.submit(client.request, "set", settings={"repair": str(slow)})
         _until(lambda: _progress(other) is not None)
         other.request("repair", strategy="zero")
+        gate.open()
         with pytest.raises(Busy, match="chosen meanwhile: zero"):
             begins.result(PATIENCE)
         report = other.request("status")["repair"]
@@ -180,10 +230,9 @@ def test_one_that_finds_no_room(quick_mount: QuickMount) -> None:
         assert client.request("status")["free_blocks"] >= free - 64
 
 
-def test_the_command_is_interrupted(written: QuickMount, slow: Path) -> None:
+def test_the_command_is_interrupted(written: QuickMount, gate: Gate, slow: Path) -> None:
     """It says how far it is; interrupted, the supervisor goes on."""
     command = [sys.executable, "-m", "daxemu", "repair", str(written.path), "--strategy", str(slow)]
-    slow.write_text(slow.read_text().replace("0.05", "0.3"))
     with Terminal(command, 100, 10) as terminal, Client.at(written.path) as looking:
         terminal.wait_for("%")
         terminal.process.send_signal(signal.SIGINT)
@@ -194,6 +243,7 @@ def test_the_command_is_interrupted(written: QuickMount, slow: Path) -> None:
             [sys.executable, "-m", "daxemu", "status", str(written.path)], capture_output=True, text=True
         )
         assert "begins, " in said.stdout
+        gate.open()
         _until(lambda: _progress(looking) is None)
     _survives(written, "f", [3, 700], (written.path / "f").read_bytes())
 
@@ -202,26 +252,28 @@ def test_the_command_is_interrupted(written: QuickMount, slow: Path) -> None:
 
 
 def test_a_mount_waits_for_as_long_as_there_is_progress(
-    written: QuickMount, slow: Path, monkeypatch: pytest.MonkeyPatch
+    written: QuickMount, gate: Gate, slow: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow.write_text(slow.read_text().replace("0.05", "0.3"))
+    gate.take(0.35)
+    gate.open()
     written.umount()
-    monkeypatch.setattr(spawning, "PATIENCE", 2.0)
+    monkeypatch.setattr(spawning, "PATIENCE", 4.0)
     heard: list[tuple[int, int]] = []
     began = time.monotonic()
     written.pid = spawn(
         written.device, written.path, MountOptions(str(slow)), lambda *seen: heard.append(seen)
     )
-    assert time.monotonic() - began > 2.0
+    assert time.monotonic() - began > 4.0
     assert len(heard) > 2
     assert heard == sorted(heard)
     _survives(written, "f", [3, 700], (written.path / "f").read_bytes())
 
 
 def test_a_mount_that_says_nothing_is_given_up(
-    written: QuickMount, slow: Path, monkeypatch: pytest.MonkeyPatch
+    written: QuickMount, gate: Gate, slow: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow.write_text(slow.read_text().replace("0.05", "4"))
+    gate.take(4)
+    gate.open()
     written.umount()
     monkeypatch.setattr(spawning, "PATIENCE", 2.0)
     with pytest.raises(Busy, match="said nothing for 2 s"):
