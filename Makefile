@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-no-layouts check unit bench bench-check bench-accept fidelity protocol man docs recording apps dist posix fstests ltp soak clean
+.PHONY: setup demo test test-no-layouts test-asan fuzz check unit bench bench-check bench-accept fidelity protocol man docs recording apps dist posix fstests ltp soak clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,18 @@ test: check
 # The tests on mounts once more, with every request answered in Python.
 test-no-layouts: setup
 	DAXEMU_LAYOUTS=0 $(PY) -m pytest tests/mount -n auto --dist loadfile
+
+# The C parts with AddressSanitizer and UBSan, from a build tree of their own; TESTS="files" for some tests only.
+test-asan: setup
+	PY=$(PY) bash tests/asan.sh $(or $(TESTS),tests/host tests/mount tests/fuzz)
+
+# Every parser for so many seconds, two at a time: those in Python with coverage feedback (atheris), that of FUSE requests
+# (host/answers.c) under AddressSanitizer. What breaks one is left in build/fuzz/crash-*.
+SECONDS ?= 60
+fuzz: setup
+	mkdir -p build/fuzz
+	printf '%s\n' control plan device_toml poison answers | \
+		PY=$(PY) xargs -P 2 -I TARGET bash tests/fuzz/run.sh TARGET $(SECONDS)
 
 # Prints the figures with their ratios and which targets are missed, and what is worse than tests/bench/figures.json.
 bench: setup

@@ -187,6 +187,8 @@ def parse(text: str, name: str = "plan") -> Plan:
         found = re.search(r"\(at line (\d+), column \d+\)", str(error))
         line = found[1] if found else text.count("\n") + 1
         raise InvalidArgument(f"{name}:{line}: {str(error).partition(' (at ')[0]}") from error
+    except RecursionError as error:
+        raise InvalidArgument(f"{name}: nested too deeply: write it as docs/evaluate.md shows") from error
     try:
         plan = msgspec.convert(raw, Plan, dec_hook=_decode)
         _check(plan)

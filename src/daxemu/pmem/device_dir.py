@@ -146,7 +146,7 @@ class DeviceDir:
             raise NotADevice(
                 f"{path} is not a daxemu device: make one with: daxemu mkfs {path} --size 1G"
             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise NotADevice(
                 f"{path}/device.toml cannot be read: {error}; restore it, or make a new device elsewhere"
             ) from error

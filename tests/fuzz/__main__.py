@@ -1,0 +1,32 @@
+"""Fuzz one parser with coverage feedback (atheris, libFuzzer): python -m tests.fuzz TARGET [SECONDS]
+
+An input that breaks a target is written to build/fuzz/crash-*; add it to the seeds with the fix.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import atheris
+
+BUILD = Path(__file__).resolve().parents[2] / "build" / "fuzz"
+
+
+def main(name: str, seconds: str = "60") -> None:
+    with atheris.instrument_imports(
+        include=["daxemu.protocol", "daxemu.evaluate.plan", "daxemu.pmem", "tomllib"]
+    ):
+        from tests.fuzz.targets import TARGETS
+    target = TARGETS[name]
+    corpus = BUILD / name
+    corpus.mkdir(parents=True, exist_ok=True)
+    for number, seed in enumerate(target.seeds):
+        (corpus / f"seed-{number}").write_bytes(seed)
+    options = [f"-max_total_time={seconds}", f"-artifact_prefix={BUILD}/crash-{name}-", "-timeout=10"]
+    atheris.Setup([sys.argv[0], *options, "-max_len=16384", "-verbosity=1", str(corpus)], target.run)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

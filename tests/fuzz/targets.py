@@ -1,0 +1,129 @@
+"""Fuzz targets of the parsers in Python. Each takes bytes and raises if a parser breaks its promise.
+
+A parser either returns a value that its own form reproduces, or raises the error that its docstring names.
+The C parser of FUSE requests has a target of its own, tests/fuzz/answers.py.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from daxemu.errors import InvalidArgument, NotADevice
+from daxemu.evaluate.plan import parse
+from daxemu.pmem.device_dir import DeviceDir
+from daxemu.pmem.media import Media
+from daxemu.protocol import decode_request
+from daxemu.uapi import SECTOR_SIZE
+from tests.evaluate.plans import SMALL
+
+SIZE = 16 << 20
+"""Bytes of the device whose files are damaged."""
+_DEVICE = (
+    f"version = {{}}\nsize = {SIZE}\nbase_pfn = 1048576\naltmap = 0\nalign = 4096\nstruct_pages = true\n"
+)
+
+
+class Target(NamedTuple):
+    """A parser, and inputs to begin with."""
+
+    run: Callable[[bytes], None]
+    seeds: tuple[bytes, ...]
+
+
+def control(data: bytes) -> None:
+    """A line of the control socket; the supervisor catches these three errors (supervisor/control.py)."""
+    try:
+        request = decode_request(data)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return
+    assert decode_request(msgspec.json.encode(request)) == request
+
+
+def plan(data: bytes) -> None:
+    """A plan of daxemu evaluate."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return
+    try:
+        parsed = parse(text)
+    except InvalidArgument as error:
+        _require_one_line(error)
+        return
+    assert parse(text) == parsed
+
+
+def device_toml(data: bytes) -> None:
+    """The file device.toml."""
+    path = _scratch()
+    (path / "device.toml").write_bytes(data)
+    try:
+        device = DeviceDir.load(path)
+    except NotADevice as error:
+        _require_one_line(error)
+        return
+    device.config.validate()
+
+
+def poison(data: bytes) -> None:
+    """The file poison: sectors within the device, or a refusal."""
+    path = _scratch()
+    (path / "media").touch()
+    os.truncate(path / "media", SIZE)
+    (path / "poison").write_bytes(data)
+    try:
+        media = Media(path, SIZE)
+    except NotADevice:
+        return
+    try:
+        for sectors in media.poison:
+            assert 0 <= sectors.start < sectors.end <= SIZE // SECTOR_SIZE
+    finally:
+        media.close()
+
+
+def _require_one_line(error: Exception) -> None:
+    assert "\n" not in str(error)
+
+
+_directory: tempfile.TemporaryDirectory[str] | None = None
+
+
+def _scratch() -> Path:
+    global _directory
+    if _directory is None:
+        _directory = tempfile.TemporaryDirectory(prefix="daxemu-fuzz-", dir="/dev/shm")
+    return Path(_directory.name)
+
+
+TARGETS = {
+    "control": Target(
+        control,
+        (
+            b'{"op": "status"}',
+            b'{"op": "inject", "path": "/f", "ranges": [{"offset": 0, "length": 4096}], "latent": true}',
+            b'{"op": "set", "settings": {"early_kill": "1", "scrub_interval": "60"}}',
+            b'{"op": "repair", "strategy": "parity"}',
+            b'{"op": "follow", "after": -1}',
+            b'{"op": ' + b"[" * 5000,
+        ),
+    ),
+    "plan": Target(plan, (SMALL.encode(), b"x = " + b"[" * 5000, b"a." * 5000 + b"a = 1")),
+    "device_toml": Target(
+        device_toml,
+        (
+            *(_DEVICE.format(version).encode() for version in (1, 2, 3)),
+            b"x = " + b"[" * 5000,
+            b"x = " + b"{a=" * 5000,
+        ),
+    ),
+    "poison": Target(
+        poison, (b"0 8\n16 8\n" + b"\n" * 100, b"32767 1\n", b"32767 2\n", b"9" * 5000 + b" 1\n")
+    ),
+}

@@ -1,0 +1,40 @@
+"""FUSE requests of every kind, well-formed and damaged, into host/answers.c."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+
+from daxemu.host import supplement
+
+pytestmark = pytest.mark.skipif(
+    not supplement.READS, reason="libfuse before 3.14: answers.c reads no requests"
+)
+
+SECONDS = float(os.environ.get("DAXEMU_FUZZ_SECONDS", "0"))
+ROUNDS = 1500
+
+
+def _fuzz(seed: int) -> int:
+    """In a process of its own: what ends C ends no test run. Returns how many requests C answered."""
+    code = f"from tests.fuzz.answers import fuzz; print(fuzz({seed}, {ROUNDS}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, f"seed {seed}: exit {done.returncode}\n{done.stderr}"
+    return int(done.stdout)
+
+
+def test_requests() -> None:
+    assert _fuzz(1) > ROUNDS // 20
+
+
+@pytest.mark.skipif(not SECONDS, reason="make fuzz: DAXEMU_FUZZ_SECONDS says for how long")
+@pytest.mark.timeout(0)
+def test_more_requests() -> None:
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
+        _fuzz(random.getrandbits(32))

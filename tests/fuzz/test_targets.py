@@ -1,0 +1,32 @@
+"""Every parser against its seeds and some thousand mutations of them; make fuzz goes further."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.fuzz.mutate import mutated
+from tests.fuzz.targets import TARGETS
+
+ROUNDS = 2000
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_seeds(name: str) -> None:
+    for seed in TARGETS[name].seeds:
+        TARGETS[name].run(seed)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_mutations(name: str) -> None:
+    """Of short seeds: the deep ones cost a millisecond each."""
+    rng = random.Random(name)
+    run, seeds = TARGETS[name]
+    short = [seed for seed in seeds if len(seed) < 1000]
+    for _ in range(ROUNDS):
+        data = mutated(rng, rng.choice(short))
+        try:
+            run(data)
+        except Exception as error:
+            raise AssertionError(f"{name} of {data!r}") from error
