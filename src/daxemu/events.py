@@ -364,6 +364,25 @@ class LoopStalled(Event):
         return f"the mount was cut: {self.task} stood still for {self.seconds:.0f} s in {self.step}"
 
 
+class MetadataRewritten(Event):
+    """One copy of a page of the filesystem's records was bad and was rewritten from the other copy.
+
+    ``file``: db, wal or superblock. ``page``: the page's number in the file, or the superblock's first block
+    on the device. ``copy``: 1 or 2. ``reason``: "has a wrong checksum" or "is older than the other".
+    """
+
+    device: str
+    file: str
+    page: int
+    copy: int
+    reason: str
+
+    def summary(self) -> str:
+        where = "" if self.file == "superblock" else f"page {self.page} of "
+        found = f"metadata {where}{self.file}: copy {self.copy} {self.reason}"
+        return f"{found}; rewritten from the other copy"
+
+
 class FilesystemShutdown(Event):
     device: str
     reason: str
@@ -420,6 +439,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     NotifyFailure,
     UnexpectedError,
     LoopStalled,
+    MetadataRewritten,
     FilesystemShutdown,
     DaxActiveAtRemove,
     DeviceRemoved,
@@ -448,6 +468,7 @@ AnyEvent = (
     | NotifyFailure
     | UnexpectedError
     | LoopStalled
+    | MetadataRewritten
     | FilesystemShutdown
     | DaxActiveAtRemove
     | DeviceRemoved

@@ -114,21 +114,24 @@ def watch(crashes: Crashes, monkeypatch: pytest.MonkeyPatch, every: int = 1) -> 
 
     ``every``: look at one write of so many only.
     """
-    write, recovery_write = MetadataRegion.write, DaxDevice.recovery_write
+    store, recovery_write = MetadataRegion._store, DaxDevice.recovery_write
     core = crashes.core
 
-    def watched(region: MetadataRegion, file: MetadataFile, offset: int, data: bytes | memoryview) -> None:
-        for at, piece in in_pages(offset, data):
-            watched_page(region, file, at, piece)
-
-    def watched_page(region: MetadataRegion, file: MetadataFile, offset: int, data: memoryview) -> None:
-        if region is core.fs.region:
+    def watched(
+        region: MetadataRegion, file: MetadataFile, replica: int, first: int, blocks: memoryview
+    ) -> None:
+        if region is not core.fs.region:
+            store(region, file, replica, first, blocks)
+            return
+        for at, page in in_pages(0, blocks):
             crashes.writes[file] += 1
-        if region is core.fs.region and sum(crashes.writes.values()) % every == 0:
-            crashes.look()
-            for replica, length in ((0, len(data) // 1024 * 512), (0, len(data)), (1, len(data) // 2)):
-                crashes.look(lambda fd, r=replica, n=length: _put(region, fd, file, r, offset, data[:n]))  # type: ignore[misc]
-        write(region, file, offset, data)
+            number = first + at // PAGE_SIZE
+            if sum(crashes.writes.values()) % every == 0:
+                crashes.look()
+                place = region._device_offset(file, replica, number)
+                for cut in (512, PAGE_SIZE // 2, PAGE_SIZE - 512):
+                    crashes.look(lambda fd, at=place, n=cut, page=page: _pwrite(fd, at, page[:n]))  # type: ignore[misc]
+            store(region, file, replica, number, page)
 
     def watched_recovery(dax: DaxDevice, offset: int, data: bytes | memoryview) -> list[Range]:
         if dax is core.pmem.dax:
@@ -136,19 +139,8 @@ def watch(crashes: Crashes, monkeypatch: pytest.MonkeyPatch, every: int = 1) -> 
             crashes.look(lambda fd: _pwrite(fd, offset, data[: len(data) // 1024 * 512]))
         return recovery_write(dax, offset, data)
 
-    monkeypatch.setattr(MetadataRegion, "write", watched)
+    monkeypatch.setattr(MetadataRegion, "_store", watched)
     monkeypatch.setattr(DaxDevice, "recovery_write", watched_recovery)
-
-
-def _put(
-    region: MetadataRegion, fd: int, file: MetadataFile, replica: int, offset: int, data: bytes | memoryview
-) -> None:
-    done = 0
-    while done < len(data):
-        page, start = divmod(offset + done, PAGE_SIZE)
-        piece = data[done : done + PAGE_SIZE - start]
-        _pwrite(fd, region._device_offset(file, replica, page) + start, piece)
-        done += len(piece)
 
 
 def _pwrite(fd: int, offset: int, data: bytes | memoryview) -> None:

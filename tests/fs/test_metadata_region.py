@@ -8,6 +8,7 @@ import pytest
 from daxemu.errors import CorruptMetadata, MediaError, NoSpace
 from daxemu.fs import metadata_region
 from daxemu.fs.allocator import Allocator
+from daxemu.fs.metadata_page import PAYLOAD
 from daxemu.fs.metadata_region import SUPER_BLOCKS, VERSION, MetadataFile, MetadataRegion, Superblock
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.pmem.inject import inject
@@ -35,8 +36,8 @@ def formatted(core: Core, pages: int = 4) -> MetadataRegion:
     region = a_region(core)
     region.format()
     for file in MetadataFile:
-        region.grow(file, pages * PAGE_SIZE)
-        region.write(file, 0, bytes([65 + file]) * pages * PAGE_SIZE)
+        region.grow(file, pages * PAYLOAD)
+        region.write(file, 0, bytes([65 + file]) * pages * PAYLOAD)
     return region
 
 
@@ -53,6 +54,10 @@ def place_of(core: Core, which: int) -> int:
 
 def copies(region: MetadataRegion, file: MetadataFile, page: int) -> list[int]:
     return [region._device_offset(file, replica, page) for replica in range(2)]
+
+
+def lines(region: MetadataRegion, *, is_clean: bool = False) -> list[str]:
+    return [damage.line for damage in region.damaged_pages(is_clean=is_clean)]
 
 
 def put(core: Core, offset: int, data: bytes) -> None:
@@ -80,9 +85,9 @@ def test_what_is_written_comes_back(empty: Core) -> None:
     region = formatted(empty)
     region.write(DB, 4000, b"x" * 5000)
     for seen in (region, loaded(empty)):
-        assert seen.size(DB) == seen.size(WAL) == 4 * PAGE_SIZE
+        assert seen.size(DB) == seen.size(WAL) == 4 * PAYLOAD
         assert seen.read(DB, 3999, 5002) == b"A" + b"x" * 5000 + b"A"
-        assert seen.read(WAL, 0, 4 * PAGE_SIZE) == b"B" * 4 * PAGE_SIZE
+        assert seen.read(WAL, 0, 4 * PAYLOAD) == b"B" * 4 * PAYLOAD
         assert seen.read(DB, 100, 0) == b""
 
 
@@ -91,7 +96,7 @@ def test_every_block_of_it_is_known_as_metadata(empty: Core) -> None:
     allocator = Allocator(empty.pmem.dax)
     region = MetadataRegion(empty.pmem.dax, rmap, allocator)
     region.format()
-    region.grow(DB, 5 * PAGE_SIZE)
+    region.grow(DB, 5 * PAYLOAD)
     assert {owner.ino for owner in rmap.owners(0, 2048)} == {METADATA_INO}
     assert sum(owner.length for owner in rmap.owners(0, 2048)) == 2 * SUPER_BLOCKS + 2 * 5
     assert allocator.free_blocks == 2048 - 2 * SUPER_BLOCKS - 2 * 5
@@ -99,10 +104,10 @@ def test_every_block_of_it_is_known_as_metadata(empty: Core) -> None:
 
 def test_growing_keeps_what_is_there_and_never_shrinks(empty: Core) -> None:
     region = formatted(empty)
-    region.grow(DB, 100 * PAGE_SIZE)
+    region.grow(DB, 100 * PAYLOAD)
     region.grow(DB, 10)
-    assert loaded(empty).read(DB, 0, 5 * PAGE_SIZE) == b"A" * 4 * PAGE_SIZE + bytes(PAGE_SIZE)
-    assert region.size(DB) == 100 * PAGE_SIZE
+    assert loaded(empty).read(DB, 0, 5 * PAYLOAD) == b"A" * 4 * PAYLOAD + bytes(PAYLOAD)
+    assert region.size(DB) == 100 * PAYLOAD
 
 
 def test_growing_beyond_what_is_free_changes_nothing(empty: Core) -> None:
@@ -112,10 +117,10 @@ def test_growing_beyond_what_is_free_changes_nothing(empty: Core) -> None:
     links, free = rmap.link_count, allocator.free_blocks
     for pages in (1009, 5000):
         with pytest.raises(NoSpace):
-            region.grow(DB, pages * PAGE_SIZE)
+            region.grow(DB, pages * PAYLOAD)
         assert (rmap.link_count, allocator.free_blocks, region.size(DB)) == (links, free, 0)
     allocator.settle()
-    region.grow(DB, 1008 * PAGE_SIZE)
+    region.grow(DB, 1008 * PAYLOAD)
 
 
 def test_a_file_in_hundreds_of_pieces_is_found_again(empty: Core) -> None:
@@ -125,9 +130,9 @@ def test_a_file_in_hundreds_of_pieces_is_found_again(empty: Core) -> None:
     for block in range(20, 2000, 2):
         if not rmap.proxy_of(block) and not list(rmap.owners(block, block + 1)):
             allocator.take(Range(block, block + 1))
-    region.grow(DB, 400 * PAGE_SIZE)
+    region.grow(DB, 400 * PAYLOAD)
     assert rmap.link_count > 700
-    assert loaded(empty).size(DB) == 400 * PAGE_SIZE
+    assert loaded(empty).size(DB) == 400 * PAYLOAD
 
 
 # -- poison
@@ -137,8 +142,8 @@ def test_a_file_in_hundreds_of_pieces_is_found_again(empty: Core) -> None:
 def test_a_page_that_cannot_be_read_is_read_from_the_other_copy(empty: Core, copy: int) -> None:
     region = formatted(empty)
     inject(empty.pmem, copies(region, DB, 2)[copy] + 700, 1)
-    assert region.read(DB, 0, 4 * PAGE_SIZE) == b"A" * 4 * PAGE_SIZE
-    assert region.damaged_pages(is_clean=False) == ["metadata page 2 of db is poisoned: one copy is lost"]
+    assert region.read(DB, 0, 4 * PAYLOAD) == b"A" * 4 * PAYLOAD
+    assert lines(region) == ["metadata page 2 of db is poisoned: one copy is lost"]
 
 
 def test_a_page_that_is_poison_twice_is_lost(empty: Core) -> None:
@@ -146,27 +151,25 @@ def test_a_page_that_is_poison_twice_is_lost(empty: Core) -> None:
     for at in copies(region, WAL, 1):
         inject(empty.pmem, at, 1)
     with pytest.raises(MediaError):
-        region.read(WAL, 0, 4 * PAGE_SIZE)
-    assert region.read(WAL, 0, PAGE_SIZE) == b"B" * PAGE_SIZE
-    assert region.damaged_pages(is_clean=False) == [
-        "metadata page 1 of wal is poisoned: both copies are lost"
-    ]
+        region.read(WAL, 0, 4 * PAYLOAD)
+    assert region.read(WAL, 0, PAYLOAD) == b"B" * PAYLOAD
+    assert lines(region) == ["metadata page 1 of wal is poisoned: both copies are lost"]
     assert region.repair() == 0
 
 
 @pytest.mark.parametrize("copy", [0, 1])
-@pytest.mark.parametrize(("offset", "length"), [(0, PAGE_SIZE), (100, 5), (0, 512), (4000, 200)])
+@pytest.mark.parametrize(("offset", "length"), [(0, PAYLOAD), (100, 5), (0, 512), (4000, 200)])
 def test_a_write_heals_the_page_it_is_in(empty: Core, copy: int, offset: int, length: int) -> None:
     region = formatted(empty)
     inject(empty.pmem, copies(region, DB, 1)[copy], PAGE_SIZE)
-    region.write(DB, PAGE_SIZE + offset, b"x" * length)
-    assert region.damaged_pages(is_clean=False) == []
-    expected = bytearray(b"A" * 4 * PAGE_SIZE)
-    expected[PAGE_SIZE + offset : PAGE_SIZE + offset + length] = b"x" * length
-    assert region.read(DB, 0, 4 * PAGE_SIZE) == expected
+    region.write(DB, PAYLOAD + offset, b"x" * length)
+    assert lines(region) == []
+    expected = bytearray(b"A" * 4 * PAYLOAD)
+    expected[PAYLOAD + offset : PAYLOAD + offset + length] = b"x" * length
+    assert region.read(DB, 0, 4 * PAYLOAD) == expected
     for replica in range(2):
         inject(empty.pmem, copies(region, DB, 1)[1 - replica], PAGE_SIZE)
-        assert region.read(DB, PAGE_SIZE, PAGE_SIZE) == expected[PAGE_SIZE : 2 * PAGE_SIZE]
+        assert region.read(DB, PAYLOAD, PAYLOAD) == expected[PAYLOAD : 2 * PAYLOAD]
         empty.pmem.dax.clear_poison(copies(region, DB, 1)[1 - replica], PAGE_SIZE)
 
 
@@ -175,9 +178,9 @@ def test_a_partial_write_into_a_lost_page_is_refused_and_a_whole_one_makes_it_an
     for at in copies(region, DB, 1):
         inject(empty.pmem, at, 1)
     with pytest.raises(MediaError):
-        region.write(DB, PAGE_SIZE + 5, b"x")
-    region.write(DB, PAGE_SIZE, b"x" * PAGE_SIZE)
-    assert region.read(DB, PAGE_SIZE, PAGE_SIZE) == b"x" * PAGE_SIZE
+        region.write(DB, PAYLOAD + 5, b"x")
+    region.write(DB, PAYLOAD, b"x" * PAYLOAD)
+    assert region.read(DB, PAYLOAD, PAYLOAD) == b"x" * PAYLOAD
     assert empty.pmem.badblocks.count == 0
 
 
@@ -187,11 +190,83 @@ def test_repair_writes_every_poisoned_page_from_its_other_copy(empty: Core) -> N
     inject(empty.pmem, copies(region, WAL, 3)[1], 1)
     inject(empty.pmem, place_of(empty, FIRST) + 5 * PAGE_SIZE, 1)
     inject(empty.pmem, place_of(empty, SECOND), 1)
-    assert len(region.damaged_pages(is_clean=False)) == 6
+    assert len(lines(region)) == 6
     assert region.repair() >= 6
-    assert region.damaged_pages(is_clean=False) == []
+    assert lines(region) == []
     assert empty.pmem.badblocks.count == 0
-    assert loaded(empty).read(DB, 0, 4 * PAGE_SIZE) == b"A" * 4 * PAGE_SIZE
+    assert loaded(empty).read(DB, 0, 4 * PAYLOAD) == b"A" * 4 * PAYLOAD
+
+
+# -- checksums and generations
+
+
+@pytest.mark.parametrize("copy", [0, 1])
+@pytest.mark.parametrize("at", [0, 2000, PAYLOAD - 1, PAYLOAD, PAYLOAD + 5, PAYLOAD + 15, PAGE_SIZE - 1])
+def test_any_corrupt_byte_of_one_copy_is_noticed_when_read_and_rewritten(
+    empty: Core, copy: int, at: int
+) -> None:
+    region = formatted(empty)
+    told: list[tuple[str, int, int, str]] = []
+    region.on_bad_copy = lambda *bad: told.append(bad)
+    flip(empty, copies(region, DB, 2)[copy] + at)
+    assert lines(region, is_clean=True) == [f"metadata page 2 of db: copy {copy + 1} has a wrong checksum"]
+    assert region.read(DB, 0, 4 * PAYLOAD) == b"A" * 4 * PAYLOAD
+    assert told == [("db", 2, copy + 1, "has a wrong checksum")]
+    assert lines(region, is_clean=True) == []
+
+
+@pytest.mark.parametrize("copy", [0, 1])
+def test_a_copy_that_missed_a_write_is_older_and_rewritten(empty: Core, copy: int) -> None:
+    region = formatted(empty)
+    place = copies(region, WAL, 1)[copy]
+    old = bytes(empty.pmem.media.view(place, PAGE_SIZE))
+    region.write(WAL, PAYLOAD + 10, b"new")
+    put(empty, place, old)
+    assert lines(region, is_clean=True) == [
+        f"metadata page 1 of wal: copy {copy + 1} is older than the other"
+    ]
+    assert lines(region) == []  # after a crash that is how a write ends that reached one copy
+    assert region.read(WAL, PAYLOAD + 9, 5) == b"BnewB"
+    assert lines(region, is_clean=True) == []
+
+
+def test_a_page_in_the_place_of_another_is_corrupt(empty: Core) -> None:
+    region = formatted(empty)
+    for copy in (0, 1):
+        put(
+            empty,
+            copies(region, DB, 1)[copy],
+            bytes(empty.pmem.media.view(copies(region, DB, 2)[copy], PAGE_SIZE)),
+        )
+    with pytest.raises(MediaError, match="copy 1 has a wrong checksum, copy 2 has a wrong checksum"):
+        region.read(DB, PAYLOAD, 1)
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_repair_takes_the_copy_that_is_right_for_each_page(empty: Core, good: int) -> None:
+    region = formatted(empty)
+    for page in range(4):
+        flip(empty, copies(region, DB, page)[(good + page) % 2] + 7)
+    inject(empty.pmem, copies(region, WAL, 0)[good], 1)
+    assert region.repair() == 5
+    assert lines(region, is_clean=True) == []
+    assert loaded(empty).read(DB, 0, 4 * PAYLOAD) == b"A" * 4 * PAYLOAD
+
+
+def test_a_read_only_region_rewrites_nothing(empty: Core) -> None:
+    region = formatted(empty)
+    flip(empty, copies(region, DB, 0)[0])
+    region.is_read_only = True
+    assert region.read(DB, 0, 5) == b"AAAAA"
+    assert len(lines(region, is_clean=True)) == 1
+
+
+def test_pages_of_a_later_mount_are_newer(empty: Core) -> None:
+    region = formatted(empty)
+    before = region._page_generation
+    later = loaded(empty)
+    later.begin()
+    assert later._page_generation > before
 
 
 # -- superblocks
@@ -202,7 +277,7 @@ def test_repair_writes_every_poisoned_page_from_its_other_copy(empty: Core) -> N
 def test_a_torn_superblock_is_made_up_for_by_the_other(empty: Core, torn: int, keep: int) -> None:
     formatted(empty)
     put(empty, place_of(empty, torn) + keep, b"\xaa" * (PAGE_SIZE - keep))
-    assert loaded(empty).size(WAL) == 4 * PAGE_SIZE
+    assert loaded(empty).size(WAL) == 4 * PAYLOAD
 
 
 def test_any_corrupt_byte_of_a_superblock_is_noticed(empty: Core) -> None:
@@ -211,7 +286,7 @@ def test_any_corrupt_byte_of_a_superblock_is_noticed(empty: Core) -> None:
     used = 20 + int.from_bytes(bytes(empty.pmem.media.view(first, 4)), "little")
     for at in range(used):
         flip(empty, first + at)
-        assert loaded(empty).size(DB) == 4 * PAGE_SIZE
+        assert loaded(empty).size(DB) == 4 * PAYLOAD
         flip(empty, second + at)
         with pytest.raises(CorruptMetadata):
             loaded(empty)
@@ -227,24 +302,24 @@ def test_the_newer_superblock_counts(empty: Core) -> None:
     region = formatted(empty)
     first, second = place_of(empty, FIRST), place_of(empty, SECOND)
     old = bytes(empty.pmem.media.view(second, PAGE_SIZE))
-    region.grow(DB, 9 * PAGE_SIZE)
+    region.grow(DB, 9 * PAYLOAD)
     put(empty, second, old)
-    assert loaded(empty).size(DB) == 9 * PAGE_SIZE
+    assert loaded(empty).size(DB) == 9 * PAYLOAD
     put(empty, first, old)
-    assert loaded(empty).size(DB) == 4 * PAGE_SIZE
+    assert loaded(empty).size(DB) == 4 * PAYLOAD
 
 
 @pytest.mark.parametrize("bad", [FIRST, SECOND])
 def test_a_poisoned_superblock_is_made_up_for_and_stays_for_fsck_to_find(empty: Core, bad: int) -> None:
     region = formatted(empty)
     inject(empty.pmem, place_of(empty, bad), 1)
-    region.grow(DB, 9 * PAGE_SIZE)
+    region.grow(DB, 9 * PAYLOAD)
     again = loaded(empty)
-    assert again.size(DB) == 9 * PAGE_SIZE
-    assert [line for line in again.damaged_pages(is_clean=False) if "superblock" in line]
+    assert again.size(DB) == 9 * PAYLOAD
+    assert [line for line in lines(again) if "superblock" in line]
     assert again.repair() == 1
     inject(empty.pmem, place_of(empty, 1 - bad), 1)
-    assert loaded(empty).size(DB) == 9 * PAGE_SIZE
+    assert loaded(empty).size(DB) == 9 * PAYLOAD
 
 
 def test_two_poisoned_superblocks_are_corrupt_metadata_but_not_an_empty_device(empty: Core) -> None:

@@ -169,32 +169,29 @@ def test_a_commit_is_all_or_nothing_wherever_it_is_cut_off(core: Core, torn: boo
     a_bit_of_everything(core)
     core.fs.commit()
     states, images = [state(core.fs)], []
-    region, write = core.fs.region, core.fs.region.write
+    region, store = core.fs.region, core.fs.region._store
 
-    def watched(file: MetadataFile, offset: int, data: bytes | memoryview) -> None:
-        for at, piece in in_pages(offset, data):
-            watched_page(file, at, piece)
+    def watched(file: MetadataFile, replica: int, first: int, blocks: memoryview) -> None:
+        for at, page in in_pages(0, blocks):
+            number = first + at // PAGE_SIZE
+            if torn:
+                place, half = region._device_offset(file, replica, number), PAGE_SIZE // 2
+                kept = bytes(core.pmem.media.view(place, half))
+                core.pmem.media.view(place, half)[:] = page[:half]
+                images.append((len(states), snapshot(core)))
+                core.pmem.media.view(place, half)[:] = kept
+            store(file, replica, number, page)
+            if not torn:
+                images.append((len(states), snapshot(core)))
 
-    def watched_page(file: MetadataFile, offset: int, data: memoryview) -> None:
-        if torn:
-            place = region._device_offset(file, 0, offset // PAGE_SIZE) + offset % PAGE_SIZE
-            half = min(len(data), PAGE_SIZE - offset % PAGE_SIZE) // 2
-            kept = bytes(core.pmem.media.view(place, half))
-            core.pmem.media.view(place, half)[:] = data[:half]
-            images.append((len(states), snapshot(core)))
-            core.pmem.media.view(place, half)[:] = kept
-        write(file, offset, data)
-        if not torn:
-            images.append((len(states), snapshot(core)))
-
-    region.write = watched  # type: ignore[method-assign]
+    region._store = watched  # type: ignore[method-assign]
     for number in range(8):
         for each in range(20):
             core.file(b"%0200d" % (number * 1000 + each))
         core.fs.rename(ROOT_INO, b"%0200d" % (number * 1000), ROOT_INO, b"moved %d" % number, 0)
         core.fs.commit()
         states.append(state(core.fs))
-    region.write = write  # type: ignore[method-assign]
+    region._store = store  # type: ignore[method-assign]
     core.without_filesystem()
     assert len(images) > 70
     for at, image in images[:: len(images) // 60]:

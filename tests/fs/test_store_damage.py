@@ -23,7 +23,7 @@ def test_one_copy_of_all_metadata_may_go(core: Core, file: MetadataFile, replica
     a_bit_of_everything(core)
     core.fs.commit()
     before = state(core.fs)
-    places = {core.fs.region._device_offset(file, replica, p) for p in range(core.fs.region.size(file) >> 12)}
+    places = {core.fs.region._device_offset(file, replica, p) for p in range(core.fs.region.pages(file))}
     core.close(save=clean)
     core.open()
     core.close(save=clean)
@@ -43,7 +43,7 @@ def test_both_copies_of_any_page_gone_is_corrupt_metadata_or_does_not_matter(cor
     a_bit_of_everything(core)
     core.fs.commit()
     before, region = state(core.fs), core.fs.region
-    sizes = {file: region.size(file) // PAGE_SIZE for file in MetadataFile}
+    sizes = {file: region.pages(file) for file in MetadataFile}
     pairs = [
         [region._device_offset(f, r, page) for r in range(2)]
         for f in MetadataFile

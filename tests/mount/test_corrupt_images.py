@@ -53,10 +53,18 @@ def test_one_superblock_overwritten(quick_mount: QuickMount, device: Path, what:
 
 @pytest.mark.parametrize("replica", [0, 1])
 def test_one_copy_of_a_page_overwritten(quick_mount: QuickMount, device: Path, replica: int) -> None:
-    """fsck cannot know which of two is right, but that they differ."""
+    """The mount takes the other copy, rewrites this one, and says so; fsck finds it and repairs it."""
     page = metadata_pages(device)[0]
-    overwrite(device, page.offsets[replica] + 1000, b"\xa5" * 64)
-    assert quick_mount.fsck().wrong
+    for repair in (False, True):
+        overwrite(device, page.offsets[replica] + 1000, b"\xa5" * 64)
+        assert quick_mount.fsck().wrong == [f"metadata page 0 of db: copy {replica + 1} has a wrong checksum"]
+        if repair:
+            assert (quick_mount.fsck(repair=True).healed, quick_mount.fsck().wrong) == (1, [])
+        quick_mount.mount()
+        assert len(os.listdir(quick_mount.path)) == 20
+        told = [(e["file"], e["page"], e["copy"]) for e in quick_mount.events("MetadataRewritten")]
+        assert told == ([] if repair else [("db", 0, replica + 1)])
+        quick_mount.umount()
 
 
 @pytest.mark.parametrize("what", ["garbage", "ones"])

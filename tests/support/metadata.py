@@ -45,7 +45,7 @@ def metadata_pages(device: Path) -> list[Page]:
                 tuple(region._device_offset(file, replica, number) for replica in range(REPLICAS)),
             )
             for file in MetadataFile
-            for number in range(region.size(file) // PAGE_SIZE)
+            for number in range(region.pages(file))
         ]
 
 

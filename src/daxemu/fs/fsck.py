@@ -23,7 +23,8 @@ def fsck(fs: Filesystem) -> list[str]:
 
 def _check_store(fs: Filesystem) -> list[str]:
     try:
-        return [*fs.region.damaged_pages(is_clean=fs.store.is_clean), *fs.store.integrity_check()]
+        damage = fs.region.damaged_pages(is_clean=fs.store.is_clean)
+        return [*(found.line for found in damage), *fs.store.integrity_check()]
     except DaxemuError as error:
         return [str(error)]
 

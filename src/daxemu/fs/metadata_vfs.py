@@ -12,8 +12,8 @@ from typing import Any
 import apsw
 
 from daxemu.errors import DaxemuError
+from daxemu.fs.metadata_page import PAYLOAD
 from daxemu.fs.metadata_region import MetadataFile, MetadataRegion
-from daxemu.uapi import PAGE_SIZE
 
 _NAMES = {"db": MetadataFile.DB, "db-wal": MetadataFile.WAL}
 _MAGIC = {
@@ -48,7 +48,7 @@ class MetadataVfs(apsw.VFS):
         file = _NAMES.get(filename)
         try:
             if file is not None and self.region.size(file):
-                self.region.write(file, 0, bytes(PAGE_SIZE))
+                self.region.write(file, 0, bytes(PAYLOAD))
         except DaxemuError as error:
             raise self.failed(error) from error
 
@@ -121,7 +121,7 @@ class _VfsFile:
         try:
             self.flush()
             if newsize == 0 and self._size:
-                self._region.write(self._file, 0, bytes(PAGE_SIZE))
+                self._region.write(self._file, 0, bytes(PAYLOAD))
         except DaxemuError as error:
             raise self._vfs.failed(error) from error
         self._size = min(self._size, newsize)

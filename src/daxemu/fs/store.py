@@ -23,6 +23,7 @@ import msgspec
 
 from daxemu.errors import CorruptMetadata, DaxemuError, MediaError, NoSpace
 from daxemu.fs.inode import Inode
+from daxemu.fs.metadata_page import PAYLOAD
 from daxemu.fs.metadata_region import MetadataFile, MetadataRegion
 from daxemu.fs.metadata_vfs import MetadataVfs
 from daxemu.fs.namespace import Namespace
@@ -67,20 +68,25 @@ class Store:
 
     # -- opening
 
-    def format(self) -> None:
-        """Make empty tables. Raises NoSpace."""
-        self._region.format()
+    def format(self, names: Namespace, rmap: Rmap) -> None:
+        """Make a new filesystem of ``names``. Raises NoSpace, CorruptMetadata."""
+        self._region.prepare()
         self.ensure_room(1, 0, 0)
         self._open()
         self._execute("PRAGMA journal_mode=MEMORY")
         self._execute("PRAGMA journal_mode=WAL")
         self._execute(SCHEMA)
+        self.commit(names, rmap)
+        self._region.format()
 
     def open(self, *, read_only: bool) -> None:
         """Open the tables that are there; ``read_only`` does not even copy the WAL back. Raises
         CorruptMetadata.
         """
         self._region.load()
+        self._region.is_read_only = read_only
+        if not read_only:
+            self._region.begin()
         self._open()
         if read_only:
             self._connection().config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
@@ -141,16 +147,16 @@ class Store:
             return
         # In large steps, so that the number of extents stays logarithmic; when the device is nearly full, in
         # small ones.
-        step = GROWTH_PAGES * PAGE_SIZE
-        generous = max(-(-needed // step) * step, self._room + self._room // 4 // PAGE_SIZE * PAGE_SIZE)
+        step = GROWTH_PAGES * PAYLOAD
+        generous = max(-(-needed // step) * step, self._room + self._room // 4 // PAYLOAD * PAYLOAD)
         try:
             self._grow(generous)
         except NoSpace:
-            self._grow(-(-needed // PAGE_SIZE) * PAGE_SIZE)
+            self._grow(-(-needed // PAYLOAD) * PAYLOAD)
 
     def _grow(self, room: int) -> None:
         self._region.grow(MetadataFile.DB, room)
-        self._region.grow(MetadataFile.WAL, room + room // 64 + 2 * CHECKPOINT_PAGES * PAGE_SIZE)
+        self._region.grow(MetadataFile.WAL, room + room // 64 + 2 * CHECKPOINT_PAGES * PAYLOAD)
         self._room = room
 
     # -- committing

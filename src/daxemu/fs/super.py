@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from daxemu.errors import Busy, CorruptMetadata, DaxemuError, NoSpace, Shutdown
-from daxemu.events import Emit, FilesystemShutdown
+from daxemu.events import Emit, FilesystemShutdown, MetadataRewritten
 from daxemu.fs.data_ops import DataOps
 from daxemu.fs.file_data import FileData
 from daxemu.fs.huge_allocator import allocator_for
 from daxemu.fs.inode import MAX_FILE_SIZE
 from daxemu.fs.layouts import Layouts
+from daxemu.fs.metadata_page import CopyState
 from daxemu.fs.metadata_region import MetadataRegion
 from daxemu.fs.namespace import Namespace
 from daxemu.fs.notify_failure import NotifyFailure
@@ -60,6 +61,7 @@ class SuperBlock:
         self._data = FileData(dax, self.rmap, self.allocator, self.ensure_links)
         self.layouts = Layouts(dax)
         self.region = MetadataRegion(dax, self.rmap, self.allocator)
+        self.region.on_bad_copy = self._on_bad_copy
         self.store = Store(self.region, dax.name)
         try:
             if read_only or self.region.is_formatted():
@@ -68,8 +70,8 @@ class SuperBlock:
                 self.store.load(self.names, self.rmap, self.allocator.total)
                 self._claim_blocks()
             else:
-                self.store.format()
                 self.names = Namespace.new(self.rmap, *owner)
+                self.store.format(self.names, self.rmap)
             self.allocator.reclaim = self.commit
             self.had_crashed = not self.store.is_clean
             if self.had_crashed and not read_only:
@@ -81,6 +83,9 @@ class SuperBlock:
         self.rmap.on_change = self.names.on_change = self.layouts.break_layout
         self._holder = NotifyFailure(dax, self.rmap, self.names, mm, emit, self.shutdown)
         dax.hold(self._holder)
+
+    def _on_bad_copy(self, file: str, page: int, copy: int, state: CopyState) -> None:
+        self.emit(MetadataRewritten(device=self.dax.name, file=file, page=page, copy=copy, reason=state))
 
     def _after_crash(self) -> None:
         """Take away what was written and never committed: whatever is free, or beyond the end of a file, is

@@ -1,0 +1,71 @@
+"""One copy of one metadata page: its bytes, and the trailer that proves which page they are.
+
+    0 .. 4071       payload
+    4072 .. 4075    magic and the file (``MetadataFile``)
+    4076 .. 4083    number of the page in the file
+    4084 .. 4091    generation: which write stored the page; larger is newer
+    4092 .. 4095    CRC32C of all bytes before
+
+All numbers are little-endian. Both copies of a page are equal to the last byte. A file's pages are sealed
+when the file grows, so a page of zeros is a lost page.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import StrEnum
+
+from crc32c import crc32c
+from msgspec import Struct
+
+from daxemu.uapi import PAGE_SIZE
+
+_TRAILER = struct.Struct("<IQQ")
+_CRC = struct.Struct("<I")
+_CRC_AT = PAGE_SIZE - _CRC.size
+PAYLOAD = _CRC_AT - _TRAILER.size
+"""Bytes of a page that are the file's."""
+_MAGIC = 0x4D786164 & ~0xFF  # "dax" above one byte for the file
+
+
+class CopyState(StrEnum):
+    """What one copy of a page or superblock is worth; the value completes "copy 1 ..."."""
+
+    GOOD = "is good"
+    POISONED = "is poisoned"
+    CORRUPT = "has a wrong checksum"
+    STALE = "is older than the other"
+
+
+class Copy(Struct, frozen=True):
+    """One copy: its device offset in bytes, its generation (0 if unknown), and its state."""
+
+    offset: int
+    generation: int
+    state: CopyState
+
+
+def seal(page: memoryview, file: int, number: int, generation: int) -> None:
+    """Write the trailer of ``page``, whose payload is complete."""
+    _TRAILER.pack_into(page, PAYLOAD, _MAGIC | file, number, generation)
+    _CRC.pack_into(page, _CRC_AT, crc32c(page[:_CRC_AT]))
+
+
+def is_intact(page: memoryview, file: int, number: int) -> bool:
+    """Whether the checksum is right, and the trailer names this page of this file."""
+    (crc,) = _CRC.unpack_from(page, _CRC_AT)
+    if crc != crc32c(page[:_CRC_AT]):
+        return False
+    magic, found, _ = _TRAILER.unpack_from(page, PAYLOAD)
+    return bool(magic == _MAGIC | file and found == number)
+
+
+def generation_of(page: memoryview) -> int:
+    """The generation in the trailer. Precondition: the page is intact."""
+    generation: int = _TRAILER.unpack_from(page, PAYLOAD)[2]
+    return generation
+
+
+def trailer_of(page: memoryview) -> bytes:
+    """The trailer and its checksum: equal in both copies if these are equal and intact."""
+    return bytes(page[PAYLOAD:])
