@@ -325,9 +325,18 @@ class Follow(Request[Never], tag="follow"):
     pids: list[int] | None = None
 
 
-class PowerFail(Request[Done], tag="powerfail"):
+class PowerFailed(msgspec.Struct):
+    """Changed inodes and directory entries that were dropped, and the age of the oldest change in seconds
+    (null if none was dropped). Dirty pages of mappings are not among them: only the kernel knew them.
+    """
+
+    dropped: int
+    oldest: float | None
+
+
+class PowerFail(Request[PowerFailed], tag="powerfail"):
     """The machine loses power: the page cache and what was not committed are gone, and with them the
-    mount.
+    mount. sync(1) and syncfs(2) commit nothing: the kernel does not forward them to FUSE.
     """
 
 

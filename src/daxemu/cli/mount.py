@@ -127,7 +127,9 @@ def umount(mountpoint: Path, force: bool, as_json: bool) -> None:
 def powerfail(mountpoint: Path, as_json: bool) -> None:
     """Lose power: every page-cache page and every store that was not synced is gone, and so is the mount.
 
-    What fsync had promised is there at the next mount; nothing else is promised.
+    What fsync had promised is there at the next mount; nothing else is promised. sync(1), sync -f and
+    syncfs(2) promise nothing here: the kernel does not forward them to FUSE. The command counts the changed
+    inodes and names that were dropped, without stores through mappings, of which only the kernel knew.
 
     \b
     Example:
@@ -136,22 +138,28 @@ def powerfail(mountpoint: Path, as_json: bool) -> None:
     found = mount_at(Path(os.path.abspath(mountpoint)))
     if found is None:
         raise NotMounted(f"{mountpoint} is not a daxemu mountpoint: see daxemu status")
-    _ask_to_end(found, "powerfail")
-    emit({"mountpoint": str(mountpoint), "device": str(found.device)}, as_json, f"{mountpoint} lost power")
+    answer = _ask_to_end(found, "powerfail")
+    text = f"{mountpoint} lost power"
+    if answer.get("dropped"):
+        plural = "s" if answer["dropped"] > 1 else ""
+        age = f", the oldest {answer['oldest']:.1f} s old" if answer["oldest"] is not None else ""
+        text += f"; dropped {answer['dropped']} change{plural}{age}"
+    emit({"mountpoint": str(mountpoint), "device": str(found.device), **answer}, as_json, text)
 
 
-def _ask_to_end(found: Mount, op: str, **arguments: bool) -> None:
+def _ask_to_end(found: Mount, op: str, **arguments: bool) -> dict[str, Any]:
     with Client(found, patience=PATIENCE) as client:
         pid = client.request("status")["pid"]
         try:
             process = os.pidfd_open(pid)
         except ProcessLookupError:
-            return
+            return {}
         try:
-            client.request(op, **arguments)
+            answer = client.request(op, **arguments)
             ended, _, _ = select.select([process], [], [], PATIENCE)
             if not ended:
                 raise Busy(f"the supervisor (pid {pid}) does not end: see {found.device}/supervisor.log")
+            return answer
         finally:
             os.close(process)
 

@@ -27,6 +27,8 @@ class InodeTable:
         self.dirty_inodes: set[Ino] = set()
         self.dirty_times: set[Ino] = set()
         """Inodes of which at least the times changed."""
+        self.dirty_since = 0
+        """When the oldest of these changes was made, in ns since the epoch; 0 if there is none."""
         self.dirty_entries: set[tuple[Ino, bytes]] = set()
         """What the store does not have yet: inode numbers, and (directory, name) of entries made or
         removed.
@@ -56,6 +58,7 @@ class InodeTable:
         inode.ctime = time.time_ns()
         if modified:
             inode.mtime = inode.ctime
+        self.dirty_since = self.dirty_since or inode.ctime
         self.dirty_inodes.add(inode.ino)
         self.on_change(inode.ino)
 
@@ -64,6 +67,7 @@ class InodeTable:
         next commit writes that, but fdatasync(2) does not wait for it.
         """
         inode.mtime = inode.ctime = now
+        self.dirty_since = self.dirty_since or now
         self.dirty_times.add(inode.ino)
 
     def get(self, ino: Ino) -> Inode:

@@ -183,6 +183,7 @@ class Store:
             raise self._translated(error) from error
         names.dirty_inodes, names.dirty_times = set(), set()
         names.dirty_entries, rmap.dirty = set(), {}
+        names.dirty_since = 0
         rmap.given_up = RangeSet()
         self.is_clean = clean
         self._counters = (names.next_ino, clean)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from daxemu.errors import Busy, CorruptMetadata, DaxemuError, NoSpace, Shutdown
 from daxemu.events import Emit, FilesystemShutdown, MetadataRewritten
@@ -23,6 +25,13 @@ from daxemu.ranges import merged
 from daxemu.uapi import (
     PAGE_SIZE,
 )
+
+
+class Uncommitted(NamedTuple):
+    """Inodes and directory entries that changed since the last commit; seconds since the oldest change."""
+
+    changes: int
+    oldest: float | None
 
 
 class SuperBlock:
@@ -171,6 +180,14 @@ class SuperBlock:
         self.layouts.suspend()
         self.emit(FilesystemShutdown(device=self.dax.name, reason=self.shutdown_reason))
         self.on_shutdown()
+
+    def uncommitted(self) -> Uncommitted:
+        """Changes that the next mount would not have if this one ended now."""
+        names = self.names
+        inodes = names.dirty_inodes | names.dirty_times | (self.rmap.dirty.keys() - {METADATA_INO})
+        changes = len(inodes) + len(names.dirty_entries)
+        age = max(0, time.time_ns() - names.dirty_since) / 1e9 if changes and names.dirty_since else None
+        return Uncommitted(changes, age)
 
     def watch(self, watcher: DataOps | None) -> None:
         """Have ``watcher`` told of everything that happens to the bytes of files from now on."""

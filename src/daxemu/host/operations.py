@@ -1,6 +1,6 @@
 """pyfuse3.Operations over the filesystem's verbs: translates, decides nothing.
 
-File handles are inode numbers (below 2**39; the bits above are explained in host/supplement.py).
+File handles are inode numbers (below 2**38; the bits above are explained in host/supplement.py).
 Directories are listed in the order of fs/listing.py: a reader sees each entry that stays once, whatever
 happens meanwhile.
 """
@@ -31,7 +31,7 @@ from daxemu.host import supplement
 from daxemu.host.freeze import Freeze
 from daxemu.host.invalidate_lock import InvalidateLock
 from daxemu.host.layouts import FOREVER
-from daxemu.host.supplement import Caller, kill_suidgid, pack, unpack
+from daxemu.host.supplement import Caller, kill_suidgid, may_store_through_mapping, pack, unpack
 from daxemu.host.tasks import capable, in_group_or_capable
 from daxemu.host.unexpected import Unexpected, refused
 from daxemu.uapi import CAP_FSETID, CAP_SYS_ADMIN, PAGE_SIZE, XATTR_NAME_CAPS, Ino
@@ -108,6 +108,10 @@ class Operations(pyfuse3.Operations):
         """How many handles each inode has open: what is mapped is among these."""
         self.writers: Counter[Ino] = Counter()
         """How many of them are open for writing."""
+        self.mappable: Counter[Ino] = Counter()
+        """Handles of each inode through which a mapping can be stored to."""
+        self.write_back: Callable[[Ino], Awaitable[None]] | None = None
+        """Writes a file's dirty pages back without the inode's lock, which the kernel holds meanwhile."""
         self.invalidating: InvalidateLock | None = None
         """What keeps pages out of the cache just now."""
         self.freeze: Freeze | None = None
@@ -214,6 +218,10 @@ class Operations(pyfuse3.Operations):
         fh: pyfuse3.FileHandleT | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
+        if fields.update_mtime and self.mappable[inode] and self.write_back is not None:
+            # Linux takes the time of a mapped store at its fault. Here the store gets its time when the page
+            # is written back, so pages that are dirty now are written back before the time is set.
+            await self.write_back(inode)
         found = self._names.get(inode)
         if (fields.update_size and kill_suidgid()) or (not fields.update_mode and self._is_chown(fields)):
             self._names.file_remove_privs(found, functools.partial(in_group_or_capable, ctx.pid))
@@ -379,6 +387,7 @@ class Operations(pyfuse3.Operations):
         fh = pack(inode.ino, flags)
         self.open_files[inode.ino] += 1
         self.writers[inode.ino] += unpack(fh).writable
+        self.mappable[inode.ino] += may_store_through_mapping(fh)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=True)
 
     @_translated
@@ -418,8 +427,9 @@ class Operations(pyfuse3.Operations):
         ino, writable = unpack(fh)[:2]
         self.open_files[ino] -= 1
         self.writers[ino] -= writable
+        self.mappable[ino] -= may_store_through_mapping(fh)
         if not self.open_files[ino]:
-            del self.open_files[ino], self.writers[ino]
+            del self.open_files[ino], self.writers[ino], self.mappable[ino]
         self._fs.release(ino)
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:

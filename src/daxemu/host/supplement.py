@@ -1,7 +1,7 @@
 """Loads the C supplement in front of pyfuse3, and reads what it writes into file handles.
 
-Layout of a file handle as ``Operations`` sees it: bits 0-38 the inode number, bit 39 whether it was opened
-for writing (both from ``open``), bits 40-62 the
+Layout of a file handle as ``Operations`` sees it: bits 0-37 the inode number, bit 38 whether it was opened
+for reading and writing, bit 39 whether for writing (all from ``open``), bits 40-62 the
 thread id of the caller (pid_max is at most 2**22), bit 63 set when the page cache writes back. Without the
 supplement the upper bits are zero: no thread is known, and no write is known to be the cache's.
 
@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from daxemu.uapi import Ino
 
-_INO_MASK = (1 << 39) - 1
+_INO_MASK = (1 << 38) - 1
+_MAPPABLE = 1 << 38
 _WRITABLE = 1 << 39
 _TID_SHIFT = 40
 _TID_MASK = (1 << 23) - 1
@@ -37,7 +38,13 @@ class Caller(NamedTuple):
 
 def pack(ino: Ino, flags: int) -> int:
     """The file handle of an open file; ``flags`` are those of open(2)."""
-    return ino | (_WRITABLE if flags & os.O_ACCMODE != os.O_RDONLY else 0)
+    access = flags & os.O_ACCMODE
+    return ino | (_WRITABLE if access != os.O_RDONLY else 0) | (_MAPPABLE if access == os.O_RDWR else 0)
+
+
+def may_store_through_mapping(fh: int) -> bool:
+    """Whether mmap(2) takes the handle for MAP_SHARED and PROT_WRITE."""
+    return bool(fh & _MAPPABLE)
 
 
 def unpack(fh: int) -> Caller:

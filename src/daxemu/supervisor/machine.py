@@ -103,6 +103,7 @@ class Machine:
         )
         self.fs.on_shutdown = self._on_shutdown
         self.mm.is_hosted = True
+        self.operations.write_back = self.write_back
         if self.supplement_missing is None:
             self._extra = ExtraOperations(
                 self.fs,

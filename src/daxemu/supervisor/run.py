@@ -119,8 +119,7 @@ class _Ending:
             await self.unmount(force=request.force)
             return p.Done()
         if isinstance(request, p.PowerFail):
-            await self.power_fail()
-            return p.Done()
+            return await self.power_fail()
         return await self._machine.answer(request)
 
     async def unmount(self, *, force: bool) -> None:
@@ -142,7 +141,7 @@ class _Ending:
                 pyfuse3.terminate()
         self._machine.fs.commit()
 
-    async def power_fail(self) -> None:
+    async def power_fail(self) -> p.PowerFailed:
         """Cut the connection first, so that nothing dirty is written back; then everything in memory is
         dropped.
 
@@ -153,8 +152,10 @@ class _Ending:
             raise Unsupported(
                 "the connection cannot be cut: mount -t fusectl none /sys/fs/fuse/connections (as root)"
             )
+        dropped = self._machine.fs.uncommitted()
         self._machine.fs.abandon()
         await trio.to_thread.run_sync(self._machine.session.detach, abandon_on_cancel=True)
+        return p.PowerFailed(dropped.changes, dropped.oldest)
 
     async def on_signal(self) -> None:
         """Being told to end unmounts; whoever still uses the mount loses it."""
