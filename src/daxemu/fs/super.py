@@ -168,12 +168,15 @@ class SuperBlock:
             self.shutdown(f"Log I/O error: {error}  Shutting down filesystem.")
             self.check_alive()
 
-    def shutdown(self, reason: str) -> None:
-        """``xfs_force_shutdown()``: nothing is read or written any more; what was done until now is kept."""
+    def shutdown(self, reason: str, *, save: bool = True) -> None:
+        """``xfs_force_shutdown()``: nothing is read or written any more; what was done until now is kept,
+        without ``save`` only up to the last commit.
+        """
         if self.shutdown_reason is not None:
             return
         try:
-            self.commit()
+            if save:
+                self.commit()
         except DaxemuError as error:
             reason += f" (and it could not be saved: {error})"
         self.shutdown_reason = reason

@@ -12,7 +12,8 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Awaitable, Callable
+import sys
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 import trio
@@ -20,8 +21,9 @@ import trio
 from daxemu.errors import DaxemuError, FsError
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host.supplement import library, unpack
+from daxemu.host.tasks import capable
 from daxemu.host.unexpected import Nursery, Unexpected, refused, task_name
-from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
+from daxemu.uapi import CAP_SYS_ADMIN, PAGE_SHIFT, PAGE_SIZE, Ino
 
 
 class Clones(Protocol):
@@ -80,6 +82,10 @@ MAP_ROOM = 64
 DAXEMU_IOC_CLONE_RANGE = 1 << 30 | CLONE_RANGE.size << 16 | 0xDA << 8 | 13
 DAXEMU_IOC_MAP = 3 << 30 | (MAP_HEADER.size + MAP_ROOM * MAP_EXTENT.size) << 16 | 0xDA << 8 | 11
 
+# fs/xfs/libxfs/xfs_fs.h; EXT4_IOC_SHUTDOWN is the same.
+XFS_IOC_GOINGDOWN = 2 << 30 | 4 << 16 | ord("X") << 8 | 125
+_GOING_DEFAULT, _GOING_LOGFLUSH, _GOING_NOLOGFLUSH = 0, 1, 2
+
 
 class ExtraOperations:
     """Answers those requests. Takes effect at construction; one at a time, as there is one session in a
@@ -93,15 +99,17 @@ class ExtraOperations:
         clones: Clones,
         write_back: WriteBack,
         file_modified: Callable[[Ino, int], None],
+        open_files: Iterable[Ino],
         nursery: Nursery,
         unexpected: Unexpected,
     ) -> None:
-        """``dev`` is the mount's (major, minor); ``file_modified`` see Operations."""
+        """``dev`` is the mount's (major, minor); ``file_modified`` and ``open_files`` see Operations."""
         self._fs = fs
         self._dev = dev
         self._clones = clones
         self._write_back = write_back
         self._file_modified = file_modified
+        self._open_files = open_files
         self._nursery = nursery
         self._unexpected = unexpected
         self._fuse = ctypes.CDLL("libfuse3.so.3")
@@ -164,7 +172,7 @@ class ExtraOperations:
             else:
                 self._start(self._copy_later, request.req, *copied, request.length)
         elif request.op == _IOCTL:
-            self._ioctl(request, ino)
+            self._ioctl(request, request.ino)  # of a directory the handle is no inode number
         else:
             raise FsError(errno.ENOSYS)
 
@@ -202,6 +210,10 @@ class ExtraOperations:
         elif command == DAXEMU_IOC_MAP and len(data) >= MAP_HEADER.size:
             answer = self._map(ino, data)
             self._fuse.fuse_reply_ioctl(request.req, 0, answer, len(answer))
+        elif command == XFS_IOC_GOINGDOWN:
+            if not capable(request.tid, CAP_SYS_ADMIN):
+                raise FsError(errno.EPERM)
+            self._nursery.start_soon(self._ioctl_goingdown, request.req, request.tid, request.offset)
         else:
             raise FsError(errno.ENOTTY)
 
@@ -210,6 +222,24 @@ class ExtraOperations:
         source = await trio.to_thread.run_sync(_source_of, tid, fd, self._dev)
         self._file_modified(target, tid)
         await self._clones.clone(source, offset, target, target_offset, length)
+        self._fuse.fuse_reply_ioctl(req, 0, None, 0)
+
+    async def _ioctl_goingdown(self, req: int, tid: int, address: int) -> None:
+        """``xfs_fs_goingdown()``. The ioctl's number says that the argument is only written to, so the
+        kernel does not bring the argument along.
+        """
+        try:
+            how = await trio.to_thread.run_sync(_word_of, tid, address)
+            if how not in (_GOING_DEFAULT, _GOING_LOGFLUSH, _GOING_NOLOGFLUSH):
+                raise FsError(errno.EINVAL)
+            if how == _GOING_DEFAULT:
+                for ino in list(self._open_files):
+                    await self._write_back(ino)
+        except DaxemuError as error:
+            self._fuse.fuse_reply_err(req, error.errno)
+            return
+        reason = "User initiated shutdown received.  Shutting down filesystem."
+        self._fs.shutdown(reason, save=how != _GOING_NOLOGFLUSH)
         self._fuse.fuse_reply_ioctl(req, 0, None, 0)
 
     def _map(self, ino: Ino, data: bytes) -> bytes:
@@ -231,6 +261,17 @@ class ExtraOperations:
         del found[MAP_ROOM:]
         room = MAP_HEADER.size + MAP_ROOM * MAP_EXTENT.size
         return (MAP_HEADER.pack(start, length, len(found), 0) + b"".join(found)).ljust(room, b"\0")
+
+
+def _word_of(tid: int, address: int) -> int:
+    """The 32-bit word at an address of a thread. Raises FsError EFAULT. From a worker thread only: the
+    address may be in a mapping of ours.
+    """
+    try:
+        with open(f"/proc/{tid}/mem", "rb", buffering=0) as memory:
+            return int.from_bytes(os.pread(memory.fileno(), 4, address), sys.byteorder)
+    except (OSError, OverflowError) as error:
+        raise FsError(errno.EFAULT) from error
 
 
 def _source_of(tid: int, fd: int, dev: tuple[int, int]) -> Ino:

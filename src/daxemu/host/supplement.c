@@ -31,7 +31,7 @@ struct daxemu_request {
 	fuse_req_t req;
 	uint64_t op, tid;
 	uint64_t ino, fh;
-	int64_t offset, length;
+	int64_t offset, length; /* offset: of an ioctl its argument, an address of the caller's */
 	int64_t mode; /* fallocate's mode, lseek's whence, ioctl's command, copy_file_range's flags */
 	uint64_t target_ino, target_fh;
 	int64_t target_offset;
@@ -39,7 +39,7 @@ struct daxemu_request {
 	uint64_t data_size, room;
 };
 
-const int daxemu_supplement_version = 3;
+const int daxemu_supplement_version = 4;
 
 /* Whether requests come through answers.c: libfuse lets others read them for it from 3.14 on. */
 #define READS (FUSE_VERSION >= FUSE_MAKE_VERSION(3, 14))
@@ -97,9 +97,9 @@ static void supplement_ioctl(fuse_req_t req, fuse_ino_t ino, unsigned int cmd, v
 			     unsigned flags, const void *in_buf, size_t in_bufsz, size_t out_bufsz)
 {
 	struct daxemu_request request = {.req = req,	 .op = OP_IOCTL,       .ino = ino,	     .fh = fi->fh,
+					 .offset = (int64_t)(uintptr_t)arg,
 					 .mode = cmd, .data = in_buf, .data_size = in_bufsz, .room = out_bufsz};
 
-	(void)arg;
 	(void)flags;
 	hand_over(&request);
 }

@@ -24,7 +24,7 @@ _WRITABLE = 1 << 39
 _TID_SHIFT = 40
 _TID_MASK = (1 << 23) - 1
 _WRITEPAGE = 1 << 63
-_VERSION = 3
+_VERSION = 4
 
 
 class Caller(NamedTuple):
