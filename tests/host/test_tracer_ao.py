@@ -196,7 +196,7 @@ def test_ao_to_a_stopped_process_waits_for_sigcont() -> None:
         await until(lambda: status_of(tracee.pid).tracer != 0)
         await link.arm(os.getpid() ^ 0x3FFFFF)  # a round trip: the tracer has done all it could
         assert pending.outcome is None
-        assert status_of(tracee.pid).state in "Tt"
+        await until(lambda: status_of(tracee.pid).state in "Tt")
         os.kill(tracee.pid, signal.SIGCONT)
         assert isinstance(await pending.wait(30), Delivered)
         assert await tracee.line() == f"BUS 5 {tracee.map:x} 12 {tracee.pid}"

@@ -18,6 +18,7 @@ from pathlib import Path
 from signal import SIGBUS, SIGTRAP
 from typing import NamedTuple
 
+from daxemu.host.procfs import read_whole
 from daxemu.host.siginfo import SIGBUS_BIT, SIGINFO_SIZE, SigInfo, Status, parse, read_status
 from daxemu.host.tracer_messages import FilePage
 
@@ -45,6 +46,8 @@ SYSCALL_STOP = SIGTRAP | 0x80
 
 # uapi/linux/wait.h: threads and processes alike, whoever's children they are
 WALL = 0x40000000
+# only tracees of this very thread
+WNOTHREAD = 0x20000000
 
 # TRACEEXEC: a thread that calls execve(2) takes its leader's id; without that stop it would vanish silently.
 OPTIONS = _O_TRACESYSGOOD | _O_TRACEEXEC
@@ -52,6 +55,9 @@ _NT_PRSTATUS = 1
 
 # asm/unistd.h: (tgkill, rt_tgsigqueueinfo)
 _NR_TGKILL, NR_RT_TGSIGQUEUEINFO = {"aarch64": (131, 240)}.get(platform.machine(), (234, 297))
+
+# asm/unistd.h: execve, execveat
+_EXECVE = {"aarch64": (b"221", b"281")}.get(platform.machine(), (b"59", b"322"))
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
@@ -76,6 +82,19 @@ def _ptrace(name: str, request: int, tid: int, addr: int = 0, data: int = 0) -> 
 def seize(tid: int) -> None:
     """Become the tracer of a thread without stopping it; it outlives the tracer. EPERM: see ``refusal``."""
     _ptrace("SEIZE", _SEIZE, tid, data=OPTIONS)
+
+
+def may_sleep(tid: int) -> bool:
+    """Whether ``seize`` may sleep in the kernel: the thread is stopped (in a frozen cgroup of version 1 the
+    stop cannot become a traced one), asleep beyond signals, or in execve(2), which holds cred_guard_mutex.
+    """
+    try:
+        state = read_whole(f"/proc/{tid}/stat").rpartition(b") ")[2][:1]
+        if state in (b"T", b"D"):
+            return True
+        return read_whole(f"/proc/{tid}/syscall").split(b" ", 1)[0] in _EXECVE
+    except OSError:
+        return False
 
 
 def interrupt(tid: int) -> None:
@@ -263,10 +282,10 @@ def refusal(tid: int, error: OSError) -> str | None:
         return None
     if error.errno != errno.EPERM:
         return str(error)
-    if status.tracer == os.getpid():
-        return "already traced by daxemu"
     if status.tracer:
         tracer = read_status(status.tracer)
+        if tracer is not None and tracer.tgid == os.getpid():
+            return "already traced by daxemu"
         return f"already traced by PID {status.tracer} ({tracer.name if tracer else 'gone'})"
     if Path(f"/proc/{tid}").stat().st_uid != os.geteuid():
         return "not permitted (another user's process)"

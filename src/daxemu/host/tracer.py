@@ -43,6 +43,7 @@ from daxemu.host.tracer_messages import (
     MOST_IN_PACKET,
     ArmAR,
     ArmedAck,
+    Asleep,
     Delivered,
     ForceAR,
     Gone,
@@ -66,19 +67,22 @@ _MOURNING_INTERVAL = 1.0  # seconds between looks at the supervisor
 _BATCH = 256  # stops, or packets of requests, before the other side gets its turn
 _DECODER = msgspec.json.Decoder(list[Request])
 _ENCODER = msgspec.json.Encoder()
+_REPORTS = msgspec.json.Decoder(list[Report])
 
 
 class Tracer:
-    """The I/O around ``Thread``: socket, waitpid, ptrace, clock."""
+    """The I/O around ``Thread``: socket, waitpid, ptrace, clock. ``is_beside``: for one victim alone."""
 
-    def __init__(self, sock: socket.socket, wakeup: int) -> None:
+    def __init__(self, sock: socket.socket, wakeup: int, *, is_beside: bool = False) -> None:
+        self._is_beside = is_beside
+        self._beside: dict[int, _Beside] = {}
         self._sock = sock
         self._wakeup = wakeup
         self._threads: dict[int, Thread] = {}
         self._injections: dict[int, injection.Injection] = {}
         self._outbox: deque[Report] = deque()
         self._cookies = itertools.count(secrets.randbits(62) + 1)
-        self._deliveries = Deliveries() if victims.MISSING is None else None
+        self._deliveries = None if is_beside or victims.MISSING is not None else Deliveries()
         self._stale_at = math.inf  # when those become threads of ours
         self._due = math.inf  # when ``_tick`` must look at all threads
         self._more = False  # there may be more stops: come back at once, after a look at the socket
@@ -89,8 +93,11 @@ class Tracer:
         poller = select.poll()
         poller.register(self._wakeup, select.POLLIN)
         while self._farewell is None:
+            for beside in self._beside.values():
+                poller.register(beside.sock, select.POLLIN)
             poller.register(self._sock, select.POLLIN | (select.POLLOUT if self._outbox else 0))
             self._turn(poller)
+            self._relay(poller)
             self._receive()
             self._flush()
         poller.unregister(self._sock)
@@ -99,14 +106,26 @@ class Tracer:
             thread.retire()
             self._unpark(thread)
             self._nudge(thread)
-        while self._threads and time.monotonic() < self._farewell:
+        for beside in self._beside.values():
+            beside.close()
+        while (self._threads or self._any_beside()) and time.monotonic() < self._farewell:
             self._turn(poller)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no thread is held."""
+        return not self._threads
+
+    def _any_beside(self) -> bool:
+        return any(beside.thread.is_alive() for beside in self._beside.values())
 
     def _turn(self, poller: select.poll) -> None:
         left = 0 if self._more else min(self._due, self._farewell or math.inf) - time.monotonic()
         poller.poll(None if left == math.inf else max(0, math.ceil(left * 1000)))
         with contextlib.suppress(BlockingIOError):  # nobody rang: it was the socket or the clock
             os.read(self._wakeup, 4096)
+            for beside in self._beside.values():
+                beside.ring()
         self._reap()
         self._tick(time.monotonic())
 
@@ -146,7 +165,9 @@ class Tracer:
         begun: list[tuple[SendAO, int]] = []
         left: list[Request] = []
         for request in requests:
-            held = request.tid in self._threads or request.tid in self._deliveries
+            held = (
+                request.tid in self._threads or request.tid in self._deliveries or request.tid in self._beside
+            )
             may = times[request.tid] == 1 and not held and len(begun) < self._deliveries.room
             if may and isinstance(request, SendAO):
                 begun.append((request, next(self._cookies)))
@@ -179,6 +200,13 @@ class Tracer:
         self._stale_at = math.inf
 
     def _on_request(self, request: Request) -> None:
+        beside = self._beside.get(request.tid)
+        if beside is None and self._must_be_beside(request):
+            beside = self._beside[request.tid] = _Beside(request.tid)
+            self._due = min(self._due, time.monotonic() + _SWEEP)
+        if beside is not None:
+            beside.send(request)
+            return
         if isinstance(request, LetGo):
             self._let_go(request)
             return
@@ -192,6 +220,21 @@ class Tracer:
         if isinstance(request, ArmAR | ForceAR | Hold):
             self._outbox.append(ArmedAck(request.id))  # leaves after the thread was interrupted
         self._nudge(thread)
+
+    def _must_be_beside(self, request: Request) -> bool:
+        """Whether to hold the thread may sleep. What comes to a thread that is held goes on here."""
+        if self._is_beside or request.tid in self._threads or not isinstance(request, SendAO):
+            return False
+        return ptrace.may_sleep(request.tid)
+
+    def _relay(self, poller: select.poll) -> None:
+        """Pass on what the threads beside report, and end those that are done."""
+        for tid, beside in list(self._beside.items()):
+            self._outbox.extend(beside.receive())
+            if beside.is_done:
+                poller.unregister(beside.sock)
+                beside.close()
+                del self._beside[tid]
 
     def _let_go(self, request: LetGo) -> None:
         thread = self._threads.get(request.tid)
@@ -339,14 +382,17 @@ class Tracer:
             return
         if now >= self._stale_at:
             self._take_all_over()
-        self._due = now + _SWEEP if self._threads else self._stale_at
+        self._due = now + _SWEEP if self._threads or self._beside else self._stale_at
+        for beside in self._beside.values():
+            self._outbox.extend(beside.asleep(now))
         for thread in list(self._threads.values()):
             thread.expire(now)
             status = siginfo.read_status(thread.tid)
             # A leader vanishes without a wait status when another thread of its process calls execve(2).
-            if status is None or status.is_dead or status.tracer != os.getpid():
+            if status is None or status.is_dead or status.tracer != threading.get_native_id():
                 self._drop(thread.tid)
                 continue
+            self._outbox.extend(Asleep(id_) for id_ in thread.sleeps(status.state))
             pending = bool(status.pending & SIGBUS_BIT)
             if thread.retry_at is not None and thread.retry_at <= now:
                 thread.retry_at = now + _RETRY if pending else None
@@ -381,12 +427,80 @@ class Tracer:
             self._outbox.append(Gone(self._deliveries.take_over(tid).request.id))
 
 
+class _Beside:
+    """A thread with a tracer of its own, for one victim: ptrace(2) may sleep there, and holds up nobody else.
+
+    All methods belong to the main thread.
+    """
+
+    def __init__(self, tid: int) -> None:
+        self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.sock, theirs):
+            end.setblocking(False)
+        wakeup, self._bell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._tracer = Tracer(theirs, wakeup, is_beside=True)
+        self._tid = tid
+        self._open: dict[int, float] = {}
+        """When each request came that has no outcome yet; infinity once it is said to be asleep."""
+        self.thread = threading.Thread(target=self._run, args=(theirs, wakeup), daemon=True)
+        self.thread.start()
+
+    def _run(self, theirs: socket.socket, wakeup: int) -> None:
+        try:
+            with theirs:
+                self._tracer.run()
+        finally:
+            os.close(wakeup)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is asked any more of the victim, which is let go."""
+        return not self._open and (self._tracer.is_idle or not self.thread.is_alive())
+
+    def send(self, request: Request) -> None:
+        """Have it done there."""
+        self._open[request.id] = time.monotonic()
+        self.sock.send(_ENCODER.encode([request]))
+
+    def ring(self) -> None:
+        """A thread of somebody's has stopped: perhaps this one."""
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            os.write(self._bell, b"\0")
+
+    def receive(self) -> list[Report]:
+        """What it reports by now."""
+        reports: list[Report] = []
+        with contextlib.suppress(BlockingIOError, ConnectionResetError):
+            while packet := self.sock.recv(MAX_PACKET):
+                reports += _REPORTS.decode(packet)
+        if not self.thread.is_alive():
+            reports += (Refused(id_, "the tracer's thread ended") for id_ in self._open)
+        for report in reports:
+            if not isinstance(report, ArmedAck | Asleep):
+                self._open.pop(report.id, None)
+        return reports
+
+    def asleep(self, now: float) -> list[Asleep]:
+        """The requests that have waited for long."""
+        late = [id_ for id_, since in self._open.items() if now - since >= _SWEEP]
+        self._open.update((id_, math.inf) for id_ in late)
+        return [Asleep(id_) for id_ in late]
+
+    def close(self) -> None:
+        """Let the victim go, and end."""
+        self.sock.close()
+        if self._bell >= 0:
+            self.ring()
+            os.close(self._bell)
+            self._bell = -1
+
+
 def _reap(most: int) -> tuple[int, list[Wait]]:
     """What waitpid(2) has to say by now, ``most`` of it at the most; and how much that is."""
     waits: list[Wait] = []
     while len(waits) < most:
         try:
-            tid, status = os.waitpid(-1, os.WNOHANG | ptrace.WALL)
+            tid, status = os.waitpid(-1, os.WNOHANG | ptrace.WALL | ptrace.WNOTHREAD)
         except ChildProcessError:
             break
         if tid == 0:

@@ -34,6 +34,7 @@ from daxemu.host.tracer_messages import (
     MOST_IN_PACKET,
     ArmAR,
     ArmedAck,
+    Asleep,
     FilePage,
     ForceAR,
     Gone,
@@ -61,6 +62,8 @@ class Pending:
         self.id = id_
         self.tid = tid
         self.outcome: Outcome | None = None
+        self.is_asleep = False
+        """Whether the request waits for its thread, which is stopped or asleep in the kernel."""
         self._done = trio.Event()
 
     async def wait(self, timeout: float = math.inf) -> Outcome | None:  # noqa: ASYNC109
@@ -274,19 +277,22 @@ class TracerLink:
             for report in decoder.decode(packet):
                 if isinstance(report, ArmedAck):
                     session.waiting[report.id]._acknowledge()
+                elif isinstance(report, Asleep):
+                    if (pending := session.waiting.get(report.id)) is not None:
+                        pending.is_asleep = True
                 else:
                     self._finish(session, report)
 
     async def settled(self, pending: Pending, since: float, patience: float) -> Outcome | None:
         """What came of a request. None if nothing did within ``patience`` seconds of ``since``, and the
-        tracer has been idle lately: what is not settled then waits for its thread. One may ask again.
+        tracer has been idle lately, or knows the thread to be asleep. One may ask again.
         """
         deadline, limit = since + patience, since + _LONGEST_QUEUE
         while (outcome := await pending.wait(max(0.0, deadline - trio.current_time()))) is None:
             now = trio.current_time()
-            if now >= min(limit, self._heard_at + _IDLE):
+            if pending.is_asleep or now >= min(limit, self._heard_at + _IDLE):
                 return None
-            deadline = min(limit, self._heard_at + _IDLE)
+            deadline = min(limit, now + _IDLE)
         return outcome
 
     def _finish(self, session: _Session, outcome: Outcome) -> None:

@@ -133,9 +133,13 @@ class Resumed(_Message, frozen=True):
     """The thread runs again, as ``LetGo`` said."""
 
 
+class Asleep(_Message, frozen=True):
+    """Not final: the thread of this request is stopped or asleep in the kernel, and may be for long."""
+
+
 Request = ArmAR | SendAO | ForceAR | Hold | LetGo
 Outcome = Delivered | Refused | NotTaken | Gone | Ignored | Held | Resumed
-Report = ArmedAck | Outcome
+Report = ArmedAck | Asleep | Outcome
 
 MOST_IN_PACKET = 128
 """Messages: so many fit into MAX_PACKET."""

@@ -115,6 +115,9 @@ class Thread:
     holds: list[int] = field(default_factory=list)  # requests that wait for the return of its system call
     parked: int | None = None  # the wait status of the stop in which it stays until it is let go
     returns: _Return | None = None  # it was let go, but has copies to drop yet
+    asleep: set[int] = field(
+        default_factory=set
+    )  # requests of which it was said that they wait for the thread
 
     @property
     def idle(self) -> bool:
@@ -204,6 +207,16 @@ class Thread:
         """The requests that are open."""
         returns = [self.returns.id] if self.returns is not None else []
         return [arm.id for arm in self.arms] + [ao.id for ao in self.fifo] + self.holds + returns
+
+    def sleeps(self, state: str) -> list[int]:
+        """The requests that wait for the thread, if it is asleep now, each one once. ``state``: its letter
+        in /proc/TID/stat.
+        """
+        if state in "Rt" and not self.listening:
+            return []
+        new = [request.id for request in self.fifo if request.id not in self.asleep]
+        self.asleep.update(new)
+        return new
 
     def deadline(self) -> float:
         """When somebody must look at it again, stop or no stop."""

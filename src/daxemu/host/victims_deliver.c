@@ -86,6 +86,33 @@ static int takes_sigbus(const struct daxemu_delivery *delivery)
 	return !unknown && !(masks & SIGBUS_BIT);
 }
 
+/* Whether PTRACE_SEIZE may sleep, and all other victims with it: see may_sleep() in host/ptrace.py. */
+static int may_sleep(const struct daxemu_delivery *delivery)
+{
+	char name[32], text[512];
+	snprintf(name, sizeof name, "task/%d/stat", delivery->tid);
+	int file = daxemu_open(delivery->tgid, name);
+	ssize_t got = file < 0 ? -1 : read(file, text, sizeof text - 1);
+	if (file >= 0)
+		close(file);
+	if (got <= 0)
+		return 1;
+	text[got] = 0;
+	const char *state = strrchr(text, ')');
+	if (!state || strlen(state) < 3 || state[2] == 'T' || state[2] == 'D')
+		return 1;
+	snprintf(name, sizeof name, "task/%d/syscall", delivery->tid);
+	file = daxemu_open(delivery->tgid, name);
+	got = file < 0 ? -1 : read(file, text, sizeof text - 1);
+	if (file >= 0)
+		close(file);
+	if (got <= 0)
+		return 0;
+	text[got] = 0;
+	long call = strtol(text, NULL, 10);
+	return call == SYS_execve || call == SYS_execveat;
+}
+
 /* Has the interrupted system call restarted where the kernel would not: see mend_eintr() in host/injection.py. */
 static void mend_eintr(int tid)
 {
@@ -165,7 +192,7 @@ uint32_t daxemu_deliver(const struct daxemu_delivery *each, uint32_t count, uint
 	uint32_t at = 0;
 	hold_sigchld(SIG_BLOCK);
 	for (; at < count && under_way < MOST; at++) {
-		if (ptrace(PTRACE_SEIZE, each[at].tid, 0, options))
+		if (may_sleep(&each[at]) || ptrace(PTRACE_SEIZE, each[at].tid, 0, options))
 			break;
 		/* Fails if it is dying, of which the next wait tells. */
 		ptrace(PTRACE_INTERRUPT, each[at].tid, 0, 0);
@@ -183,7 +210,7 @@ uint32_t daxemu_reap(struct daxemu_wait *waits, uint32_t most, uint32_t *told)
 	uint32_t stops = 0;
 	hold_sigchld(SIG_BLOCK);
 	for (*told = 0; stops < most; stops++) {
-		int status, tid = waitpid(-1, &status, WNOHANG | __WALL);
+		int status, tid = waitpid(-1, &status, WNOHANG | __WALL | __WNOTHREAD);
 		if (tid <= 0)
 			break;
 		int at = find(tid), what = at < 0 ? OTHER : step(at, status);
