@@ -21,10 +21,11 @@ def main(name: str, seconds: str = "60") -> None:
     target = TARGETS[name]
     corpus = BUILD / name
     corpus.mkdir(parents=True, exist_ok=True)
-    for number, seed in enumerate(target.seeds):
+    # Deep seeds take a second each under instrumentation; tests/fuzz/test_targets.py runs them.
+    for number, seed in enumerate(seed for seed in target.seeds if len(seed) < 1000):
         (corpus / f"seed-{number}").write_bytes(seed)
     options = [f"-max_total_time={seconds}", f"-artifact_prefix={BUILD}/crash-{name}-", "-timeout=10"]
-    atheris.Setup([sys.argv[0], *options, "-max_len=16384", "-verbosity=1", str(corpus)], target.run)
+    atheris.Setup([sys.argv[0], *options, "-max_len=2048", "-verbosity=1", str(corpus)], target.run)
     atheris.Fuzz()
 
 
