@@ -62,7 +62,7 @@ def mounted(core: Core) -> Iterator[Filesystem]:
 
 def a_bit_of_everything(core: Core) -> None:
     ino = core.file(b"f", pages("AB") + b"tail")
-    core.fs.link(ino, ROOT_INO, b"\xff\x00hard")
+    core.fs.link(ino, ROOT_INO, b"\xff\x01hard")
     core.clone(ino, b"clone")
     core.fs.setxattr(ino, b"user.\xff", b"v\x00", 0)
     core.fs.symlink(core.dir(b"d").ino, b"s", b"target\xfe", ROOT)

@@ -113,6 +113,33 @@ def test_tables_that_make_no_sense_are_refused_or_found_by_fsck(core: Core, sql:
 
 
 @pytest.mark.parametrize(
+    ("sql", "complaint"),
+    [
+        ("UPDATE inode SET mode=-1 WHERE ino=2", "inode 2: mode -1"),
+        ("UPDATE inode SET mode=420 WHERE ino=2", "inode 2: mode 0o644"),
+        ("UPDATE inode SET uid=1<<40 WHERE ino=2", "inode 2: uid 1099511627776"),
+        ("UPDATE inode SET gid=-7 WHERE ino=2", "inode 2: gid -7"),
+        ("UPDATE inode SET rdev=-5 WHERE ino=2", "inode 2: rdev -5"),
+        ("UPDATE inode SET size=-1480 WHERE ino=2", "inode 2: size -1480"),
+        ("UPDATE inode SET nlink=-1 WHERE ino=2", "inode 2: nlink -1"),
+        ("UPDATE inode SET mtime=9223372036854775807 WHERE ino=2", "inode 2: mtime"),
+        ("UPDATE inode SET target=x'41' WHERE ino=2", "inode 2: a symlink"),
+        ("UPDATE entry SET name=x'2f41' WHERE name=x'66'", "directory 1: an entry's name holds / or NUL"),
+        ("UPDATE entry SET name=x'4100' WHERE name=x'66'", "directory 1: an entry's name holds / or NUL"),
+        ("UPDATE entry SET name=x'2e2e' WHERE name=x'66'", "directory 1: an entry's name is empty"),
+    ],
+)
+def test_a_value_outside_its_domain_is_named_and_refused(core: Core, sql: str, complaint: str) -> None:
+    a_bit_of_everything(core)
+    core.fs.commit()
+    core.fs.store._connection().execute(sql)
+    core.close(save=False)
+    with pytest.raises(CorruptMetadata, match=complaint):
+        core.open()
+    core.drop_pmem()
+
+
+@pytest.mark.parametrize(
     "sql",
     [
         "UPDATE inode SET size='big' WHERE ino=2",

@@ -13,6 +13,7 @@ from daxemu.errors import CorruptMetadata, FsError
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.inode import ENTRY_COST, RESERVED_INO, ROOT_INO, Inode
 from daxemu.fs.listing import Listing, Listings
+from daxemu.fs.records import check_entry
 from daxemu.fs.rmap import Rmap
 from daxemu.uapi import Ino
 
@@ -124,6 +125,7 @@ class InodeTable:
         """
         entries = self.directory(parent)[1]
         for _, name, ino in rows:
+            check_entry(parent, name)
             child = self.get(ino)
             entries[name] = child.ino
             child.parent, child.name = parent, name

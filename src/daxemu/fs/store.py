@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
 
 import apsw
 import msgspec
@@ -27,6 +26,7 @@ from daxemu.fs.metadata_page import PAYLOAD
 from daxemu.fs.metadata_region import MetadataFile, MetadataRegion
 from daxemu.fs.metadata_vfs import MetadataVfs
 from daxemu.fs.namespace import Namespace
+from daxemu.fs.records import inode_of
 from daxemu.fs.rmap import METADATA_INO, Link, ReflinkProxy, Rmap
 from daxemu.ranges import RangeSet
 from daxemu.uapi import PAGE_SIZE, Block, Ino
@@ -238,7 +238,7 @@ class Store:
         try:
             with _without_gc():
                 for row in self._connection().execute("SELECT * FROM inode"):
-                    names.adopt(_inode(row))
+                    names.adopt(inode_of(row))
                 entries = self._connection().execute("SELECT parent, name, ino FROM entry")
                 for parent, group in groupby(entries, key=_FIRST):
                     names.adopt_entries(parent, group)
@@ -305,16 +305,6 @@ def _row(inode: Inode) -> tuple[int | bytes | None, ...]:
         inode.target,
         msgspec.msgpack.encode(inode.xattrs) if inode.xattrs else None,
     )
-
-
-_decode_xattrs = msgspec.msgpack.Decoder(dict[bytes, bytes]).decode
-
-
-def _inode(row: tuple[Any, ...]) -> Inode:
-    inode = Inode(*row[:-1])
-    if row[-1] is not None:
-        inode.xattrs = _decode_xattrs(row[-1])
-    return inode
 
 
 @contextmanager

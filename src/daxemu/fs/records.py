@@ -1,0 +1,84 @@
+"""Decoder of the tables' rows: the domain of each value. A ValueError names the row and the column."""
+
+from __future__ import annotations
+
+import stat
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from daxemu.fs.inode import LINK_MAX, MAX_FILE_SIZE, RESERVED_INO, TIME_MAX, Inode
+from daxemu.uapi import NAME_MAX, SYMLINK_MAX, XATTR_SIZE_MAX
+
+_Id = Annotated[int, Meta(ge=0, le=(1 << 32) - 2)]
+_Time = Annotated[int, Meta(ge=-TIME_MAX, le=TIME_MAX)]
+_Row = tuple[
+    Annotated[int, Meta(ge=1, le=RESERVED_INO)],
+    Annotated[int, Meta(ge=0, le=0o177777)],
+    _Id,
+    _Id,
+    Annotated[int, Meta(ge=1, le=LINK_MAX)],
+    Annotated[int, Meta(ge=0, le=(1 << 32) - 1)],
+    Annotated[int, Meta(ge=0, le=MAX_FILE_SIZE)],
+    _Time,
+    _Time,
+    _Time,
+    Annotated[bytes, Meta(min_length=1, max_length=SYMLINK_MAX)] | None,
+    bytes | None,
+]
+_COLUMNS = ("ino", "mode", "uid", "gid", "nlink", "rdev", "size", "atime", "mtime", "ctime")
+_COLUMNS += ("target", "xattrs")
+_TYPES = frozenset(
+    (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
+)
+_decode_xattrs = msgspec.msgpack.Decoder(dict[bytes, bytes]).decode
+
+
+def inode_of(row: tuple[Any, ...]) -> Inode:
+    """The inode of one row of table ``inode``. Raises ValueError for a value outside its domain."""
+    try:
+        values: tuple[Any, ...] = msgspec.convert(row, _Row)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"inode {row[0]!r}: {_bad_column(row)}") from error
+    inode = Inode(*values[:-1])
+    kind = stat.S_IFMT(inode.mode)
+    if kind not in _TYPES:
+        raise ValueError(f"inode {inode.ino}: mode {inode.mode:#o} is of no file type")
+    if (inode.target is not None) != (kind == stat.S_IFLNK):
+        raise ValueError(f"inode {inode.ino}: a symlink without a target, or a target without a symlink")
+    if values[-1] is not None:
+        inode.xattrs = _xattrs(inode.ino, values[-1])
+    return inode
+
+
+def _bad_column(row: tuple[Any, ...]) -> str:
+    """Which value of a row is outside its domain."""
+    if len(row) != len(_COLUMNS):
+        return f"{len(row)} columns, expected {len(_COLUMNS)}"
+    for name, value, kind in zip(_COLUMNS, row, _Row.__args__, strict=True):  # type: ignore[attr-defined]
+        try:
+            msgspec.convert(value, kind)
+        except msgspec.ValidationError:
+            shown = value if isinstance(value, int) else f"of type {type(value).__name__}"
+            return f"{name} {shown} is outside its range"
+    return "a value is outside its range"
+
+
+def _xattrs(ino: int, data: bytes) -> dict[bytes, bytes]:
+    try:
+        found = _decode_xattrs(data)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"inode {ino}: its extended attributes cannot be decoded") from error
+    for name, value in found.items():
+        if not 1 <= len(name) <= NAME_MAX or b"\0" in name or len(value) > XATTR_SIZE_MAX:
+            raise ValueError(f"inode {ino}: an extended attribute has a bad name or size")
+    return found
+
+
+def check_entry(parent: int, name: bytes) -> None:
+    """Raises ValueError for a name that no directory can hold."""
+    if type(name) is not bytes or not 1 <= len(name) <= NAME_MAX or name in (b".", b".."):
+        raise ValueError(f"directory {parent}: an entry's name is empty, too long, . or ..")
+    if b"/" in name or b"\0" in name:
+        raise ValueError(f"directory {parent}: an entry's name holds / or NUL")
