@@ -233,3 +233,11 @@ def test_an_inexact_signal_says_why() -> None:
 
 def test_outcomes_have_the_kernels_names() -> None:
     assert [outcome.value for outcome in Outcome] == ["Ignored", "Failed", "Delayed", "Recovered"]
+
+
+@pytest.mark.parametrize("result", ["gone", "inexact", "pending"])
+def test_a_fault_whose_signal_did_not_arrive_is_logged_as_no_killing(result: str) -> None:
+    sent = SignalSent(pid=1, tid=1, comm="p0", code=4, address=0, lsb=12, pfn=7, result=result)
+    assert sent.dmesg() is None
+    sent.result = "delivered"
+    assert sent.dmesg() == "MCE: Killing p0:1 due to hardware memory corruption fault at 0"
