@@ -65,15 +65,15 @@ def stop_in_write_back(directory: str, name: str) -> None:
     """
     write_back, sync = Session.write_back, ctypes.CDLL(None).sync_file_range
 
-    def in_two(self: Session, path: bytes) -> None:
+    def in_two(self: Session, ino: int, path: bytes | None) -> bool:
         if path != os.fsencode(f"/{name}"):
-            write_back(self, path)
-            return
+            return write_back(self, ino, path)
         # Not closed: that would be a pass over all of them.
         fd = os.open(os.fsencode(self.mount.mountpoint) + path, os.O_RDONLY)
         sync(fd, ctypes.c_int64(0), ctypes.c_int64(PAGE_SIZE), 7)
         _stop(Path(directory))
         sync(fd, ctypes.c_int64(PAGE_SIZE), ctypes.c_int64(0), 7)
+        return True
 
     Session.write_back = in_two  # type: ignore[method-assign]
 

@@ -79,7 +79,7 @@ class InvalidateLock:
             self._todo[ino].remove(*pages)
             await self.while_held(ino, partial(revoke, ino, pages.start, pages.length))
 
-    async def while_held(self, ino: Ino, work: Callable[[], None]) -> None:
+    async def while_held(self, ino: Ino, work: Callable[[], object]) -> None:
         """Do what may wait for pages of ``ino`` that a request has locked which waits here."""
         self._under, self._since = ino, trio.current_time()
         try:

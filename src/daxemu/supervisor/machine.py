@@ -289,14 +289,21 @@ class Machine:
     def _file_ranges(self, ino: Ino, ranges: list[tuple[int, int]]) -> list[Range]:
         return [found for offset, length in ranges for found in self.fs.device_ranges(ino, offset, length)]
 
-    async def write_back(self, ino: Ino) -> None:
-        """Have a file's dirty pages written back to us, and leave them mapped."""
+    async def write_back(self, ino: Ino, *, has_mutex: bool = False) -> None:
+        """Have a file's dirty pages written back to us, and leave them mapped.
+
+        Where the file cannot be opened (one without a name, and no root) the pages are revoked, which writes
+        them back too; the processes that had them present are remembered. ``has_mutex``: the caller holds
+        ``mf_mutex``.
+        """
         path = self.fs.names.path_bytes(ino)
-        if path is None:
-            # Without a name nobody can open it again. Taking the pages away writes them back, too.
-            await trio.to_thread.run_sync(self.session.revoke, ino, 0, 0)
-        else:
-            await trio.to_thread.run_sync(self.session.write_back, path)
+        if not await trio.to_thread.run_sync(self.session.write_back, ino, path):
+            await self.failures.hide(self.whole_file(ino), has_mutex=has_mutex)
+
+    def whole_file(self, ino: Ino) -> Incident:
+        """All pages of a file, as if they failed: what to collect and to revoke."""
+        pages = -(-self.fs.names.get(ino).size // PAGE_SIZE)
+        return Incident(0, 0, 0, 0, mappings=[MappingRange(ino, 0, pages, 0)])
 
     def check_present(self) -> None:
         """Raises NoDevice after a removal."""
