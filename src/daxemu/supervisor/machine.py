@@ -55,6 +55,9 @@ from daxemu.supervisor.survey import survey
 from daxemu.supervisor.under_way import Counted, UnderWay
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Ino, page_align_down
 
+BATCH = 512
+"""Ranges of one request that are poisoned in one step."""
+
 
 class Machine:
     """One DEVICE mounted once. All methods belong to the trio thread; those that are not ``async`` are
@@ -151,12 +154,36 @@ class Machine:
     async def inject(self, request: p.Inject) -> p.Injected:
         """Poison each range, one memory failure each. Nothing is changed unless all ranges are good.
 
+        More than BATCH ranges are poisoned and handled in batches, each of them at one moment.
         Raises InvalidArgument, NoDevice.
         """
         self.check_present()
-        found, holes = await self._resolve(request.ino, request.ranges)
         if request.silent:
-            return await self._corrupt(found, holes, request.seed)
+            return await self._corrupt(*await self._resolve(request.ino, request.ranges), request.seed)
+        await self._check_ranges(request)
+        total = p.Injected([], False, 0)
+        for first in range(0, len(request.ranges) or 1, BATCH):
+            self.check_present()
+            done = await self._inject_batch(request, request.ranges[first : first + BATCH])
+            total.ranges += done.ranges
+            total.rounded |= done.rounded
+            total.holes += done.holes
+        return total
+
+    async def _check_ranges(self, request: p.Inject) -> None:
+        """Raise InvalidArgument for a range outside the file or device, where there are several batches."""
+        if len(request.ranges) <= BATCH:
+            return  # checked with the batch
+        ino = request.ino
+        size = self.pmem.dax.size if ino is None else self.fs.names.regular(ino)[0].size
+        what = "the device" if ino is None else self.fs.names.path_of(ino)
+        for number, (offset, length) in enumerate(request.ranges):
+            check_range(offset, length, size, what)
+            if number % BATCH == 0:
+                await trio.lowlevel.checkpoint()
+
+    async def _inject_batch(self, request: p.Inject, ranges: list[tuple[int, int]]) -> p.Injected:
+        found, holes = await self._resolve(request.ino, ranges, may_be_hole=len(request.ranges) > BATCH)
         done = []
         for bad, part in self._poison(found, latent=request.latent):
             self.log.emit(PoisonInjected(offset=bad.start, length=bad.length, latent=request.latent))
@@ -268,7 +295,9 @@ class Machine:
                 await self.write_back(ino)
         return None
 
-    async def _resolve(self, ino: Ino | None, ranges: list[tuple[int, int]]) -> tuple[list[Range], int]:
+    async def _resolve(
+        self, ino: Ino | None, ranges: list[tuple[int, int]], *, may_be_hole: bool = False
+    ) -> tuple[list[Range], int]:
         """Device byte ranges of what was asked for, and how many bytes of it are holes. Raises
         InvalidArgument.
         """
@@ -288,7 +317,7 @@ class Machine:
             await self.write_back(ino)
             found = self._file_ranges(ino, ranges)
             holes = sum(length for _, length in ranges) - sum(r.length for r in found)
-        if not found:
+        if not found and not may_be_hole:
             raise InvalidArgument(
                 "the range is a hole, with no media behind it: write there first, or see daxemu map FILE"
             )
