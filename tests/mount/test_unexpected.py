@@ -12,7 +12,7 @@ import pytest
 from daxemu.errors import NotMounted
 from tests.support.mount import clear_away
 from tests.support.quick import quick_mount_at
-from tests.support.zygote import Zygote
+from tests.support.zygote import Zygote, wait_for_end
 
 pytestmark = pytest.mark.mount
 
@@ -37,6 +37,7 @@ def test_the_watchdog_names_the_step_and_the_request_is_no_success(tmp_path: Pat
         mount.mount("stand_still_in_badblocks", 1.0)
         with mount.client() as client, pytest.raises(NotMounted, match="stood still"):
             client.request("badblocks")
+        wait_for_end(mount.pid)
         events = [json.loads(line) for line in (mount.device / "events.jsonl").read_bytes().splitlines()]
         (stalled,) = [e for e in events if e["event"] == "LoopStalled"]
         assert stalled["step"] == "stand_still"

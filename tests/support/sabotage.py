@@ -9,7 +9,6 @@ import ctypes
 import faulthandler
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -128,16 +127,16 @@ def fail_at_reading(prefix: str) -> None:
 
 def stand_still_in_badblocks(patience: float) -> None:
     """Stand still in the request ``badblocks`` until the watchdog, with this patience, has named the step."""
-    named, name_step = threading.Event(), Watchdog._name_step
+    named: list[Any] = []
+    name_step = Watchdog._name_step
     Watchdog.__init__.__defaults__ = (patience,)
 
     def naming(self: Watchdog, thread: int) -> Any:
-        found = name_step(self, thread)
-        named.set()
-        return found
+        named.append(name_step(self, thread))
+        return named[0]
 
     def stand_still(self: Machine) -> Any:
-        while not named.is_set():
+        while not named:
             pass
         return BadblockList([], 0)
 

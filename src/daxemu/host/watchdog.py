@@ -64,8 +64,8 @@ class Watchdog(trio.abc.Instrument):
             missed = missed + self._patience / 10 if stale else 0.0
             if missed >= self._patience / 2:
                 event = self._name_step(thread)
-                abort_connection(self._mount)
                 loop.run_sync_soon(self._emit, event)
+                abort_connection(self._mount)
                 return
 
     def _name_step(self, thread: int) -> LoopStalled:
