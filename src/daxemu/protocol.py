@@ -186,6 +186,12 @@ class StatusReport(msgspec.Struct):
     """How many requests were answered without the filesystem (fs/layouts.py), or "off"."""
 
 
+class Settled(msgspec.Struct):
+    """``seconds``: how long that took."""
+
+    seconds: float
+
+
 class Done(msgspec.Struct):
     """Nothing to tell but that it was done."""
 
@@ -239,6 +245,14 @@ class Clear(Request[Cleared], tag="clear"):
 
     ranges: list[tuple[int, int]]
     ino: Ino | None = None
+
+
+class Settle(Request[Settled], tag="settle"):
+    """Answered once every failure so far was handled, and every signal of them is in an event: as delivered,
+    or as pending for a process that is stopped. Busy after ``patience`` seconds.
+    """
+
+    patience: float = 10.0
 
 
 class Scrub(Request[Cleared], tag="scrub"):
@@ -349,6 +363,7 @@ class Unmount(Request[Done], tag="unmount"):
 AnyRequest = (
     Inject
     | Madvise
+    | Settle
     | Clear
     | Scrub
     | GetBadblocks

@@ -25,6 +25,7 @@ VERBS = {
     "badblocks": "poison",
     "damaged": "poison",
     "repair": "repair",
+    "settle": "settle",
     "remove": "poison",
     "powerfail": "mount",
     "map": "files",

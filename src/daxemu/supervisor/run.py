@@ -19,7 +19,7 @@ import msgspec
 import trio
 
 from daxemu import protocol as p
-from daxemu.errors import Busy, CorruptMetadata, DaxemuError, Unsupported
+from daxemu.errors import Busy, CorruptMetadata, DaxemuError, NotMounted, Unsupported
 from daxemu.events import Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host import supplement
@@ -110,8 +110,9 @@ def _save(fs: Filesystem) -> None:
 class _Ending:
     """How the mount comes to its end, on request."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, watchdog: Watchdog) -> None:
         self._machine = machine
+        self._watchdog = watchdog
 
     async def answer(self, request: p.AnyRequest) -> msgspec.Struct:
         """All requests; unmounting is not the machine's own business."""
@@ -120,7 +121,10 @@ class _Ending:
             return p.Done()
         if isinstance(request, p.PowerFail):
             return await self.power_fail()
-        return await self._machine.answer(request)
+        answer = await self._machine.answer(request)
+        if self._watchdog.cut is not None:
+            raise NotMounted(f"{self._watchdog.cut}: see supervisor.log, then mount again")
+        return answer
 
     async def unmount(self, *, force: bool) -> None:
         """Unmount and save; ``force`` takes the mount away from those who use it.
@@ -167,7 +171,8 @@ class _Ending:
 
 
 async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
-    ending = _Ending(machine)
+    watchdog = Watchdog(machine.session.mount, machine.log.emit)
+    ending = _Ending(machine, watchdog)
     control = ControlSocket(machine.session.mount.socket, machine.log, ending.answer, machine.unexpected)
     mappings = PageCacheMappings(
         machine.session,
@@ -175,7 +180,7 @@ async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
         pfn_map=machine.pmem.pgmap is None,
     )
     async with trio.open_nursery() as services:
-        services.start_soon(Watchdog(machine.session.mount).beat)
+        services.start_soon(watchdog.beat)
         services.start_soon(ending.on_signal)
         services.start_soon(_commit_now_and_then, machine)
         services.start_soon(machine.repairs.tick, machine.unexpected)
