@@ -198,3 +198,36 @@ def test_async_a_supervisor_that_goes_away(quick_mount: QuickMount, run: Run) ->
     run(main)
     with pytest.raises(NotMounted):
         AsyncClient.at(quick_mount.path)
+
+
+def test_events_go_on_after_a_timeout(quick_mount: QuickMount) -> None:
+    with Client.at(quick_mount.path) as asking, Client.at(quick_mount.path) as listening:
+        seen = asking.ask(p.Status()).events
+        events = listening.events(seen)
+        listening.set_patience(0.001)
+        with pytest.raises(TimeoutError):
+            next(events)
+        listening.set_patience(20)
+        asking.ask(p.Inject([(1 << 29, 4096)]))
+        assert isinstance(next(events), PoisonInjected)
+
+
+@loops
+def test_async_events_go_on_after_a_timeout(quick_mount: QuickMount, run: Run) -> None:
+    async def main() -> None:
+        async with AsyncClient.at(quick_mount.path) as asking, AsyncClient.at(quick_mount.path) as listening:
+            events = listening.events((await asking.ask(p.Status())).events)
+            with pytest.raises(TimeoutError):
+                if run is on_trio:
+                    try:
+                        with trio.fail_after(0.01):
+                            await anext(events)
+                    except trio.TooSlowError as error:
+                        raise TimeoutError from error
+                else:
+                    async with asyncio.timeout(0.01):
+                        await anext(events)
+            await asking.ask(p.Inject([(1 << 29, 4096)]))
+            assert isinstance(await anext(events), PoisonInjected)
+
+    run(main)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import select
@@ -11,22 +10,21 @@ from typing import Any
 
 import click
 
-from daxemu.cli.common import absolute_strategy, emit, human, json_option
+from daxemu.cli.common import PATH, absolute_strategy, connect, emit, human, json_option
+from daxemu.cli.patience import PATIENCE as STATUS_PATIENCE
+from daxemu.cli.patience import PatientClient
 from daxemu.cli.progress import choose, describe, line
 from daxemu.client import Client
-from daxemu.errors import Busy, InvalidArgument, NotMounted, PermissionDenied
+from daxemu.errors import Busy, DaxemuError, InvalidArgument, NotASupervisor, NotMounted, PermissionDenied
 from daxemu.host.device_lock import PATIENCE, wait_for_last_mount
 from daxemu.host.mountinfo import Mount, mount_at, mounts
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.supervisor.settings import MountOptions, seconds
 
-STATUS_PATIENCE = 5.0
-"""Seconds that one of several supervisors has to answer: none must keep the others from being shown."""
-
 
 @click.command()
-@click.argument("device", type=click.Path(path_type=Path))
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("device", type=PATH)
+@click.argument("mountpoint", type=PATH)
 @click.option("--foreground", is_flag=True, help="Stay and serve until unmounted; Ctrl-C unmounts.")
 @click.option(
     "--repair",
@@ -73,7 +71,7 @@ def mount(
 
     def say(pid: int) -> None:
         emit(
-            {"device": str(device), "mountpoint": str(mountpoint), "pid": pid},
+            {"device": device, "mountpoint": mountpoint, "pid": pid},
             as_json,
             f"{device} is mounted on {mountpoint} (supervisor {pid})",
         )
@@ -97,7 +95,7 @@ def mount(
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=PATH)
 @click.option("--force", is_flag=True, help="Although files are open, or the supervisor is dead or hangs.")
 @json_option
 def umount(mountpoint: Path, force: bool, as_json: bool) -> None:
@@ -118,11 +116,11 @@ def umount(mountpoint: Path, force: bool, as_json: bool) -> None:
         if not force:
             raise
         _clear_away(found)
-    emit({"mountpoint": str(mountpoint), "device": str(found.device)}, as_json, f"{mountpoint} is unmounted")
+    emit({"mountpoint": mountpoint, "device": found.device}, as_json, f"{mountpoint} is unmounted")
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=PATH)
 @json_option
 def powerfail(mountpoint: Path, as_json: bool) -> None:
     """Lose power: every page-cache page and every store that was not synced is gone, and so is the mount.
@@ -144,7 +142,7 @@ def powerfail(mountpoint: Path, as_json: bool) -> None:
         plural = "s" if answer["dropped"] > 1 else ""
         age = f", the oldest {answer['oldest']:.1f} s old" if answer["oldest"] is not None else ""
         text += f"; dropped {answer['dropped']} change{plural}{age}"
-    emit({"mountpoint": str(mountpoint), "device": str(found.device), **answer}, as_json, text)
+    emit({"mountpoint": mountpoint, "device": found.device, **answer}, as_json, text)
 
 
 def _ask_to_end(found: Mount, op: str, **arguments: bool) -> dict[str, Any]:
@@ -176,8 +174,11 @@ def _clear_away(found: Mount) -> None:
         raise Busy(f"{found.mountpoint} cannot be unmounted: try as root: umount -l {found.mountpoint}")
 
 
+_STATES: dict[type[DaxemuError], str] = {PermissionDenied: "not ours", NotASupervisor: "not a supervisor"}
+
+
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
+@click.argument("mountpoint", type=PATH, required=False)
 @json_option
 def status(mountpoint: Path | None, as_json: bool) -> None:
     """Show one mount, or all of them.
@@ -187,32 +188,32 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
       daxemu status /tmp/pmem --json
     """
     if mountpoint is not None:
-        with Client.at(mountpoint) as client:
+        with connect(mountpoint) as client:
             report = client.request("status")
         emit(report, as_json, lambda: _describe(report))
         return
     reports = []
     for found in mounts():
         try:
-            with Client(found, patience=STATUS_PATIENCE) as client:
+            with PatientClient(found, patience=STATUS_PATIENCE) as client:
                 reports.append(client.request("status"))
-        except (NotMounted, Busy, PermissionDenied) as error:
+        except DaxemuError as error:
             dead = {
-                "device": str(found.device),
-                "mountpoint": str(found.mountpoint),
-                "state": "not ours" if isinstance(error, PermissionDenied) else "dead",
+                "device": found.device,
+                "mountpoint": found.mountpoint,
+                "state": _STATES.get(type(error), "dead"),
                 "reason": str(error),
             }
             reports.append(dead)
-    if as_json:
-        click.echo(json.dumps(reports))
-    elif not reports:
-        click.echo("no daxemu mounts")
-    else:
-        click.echo("\n\n".join(_describe(report) for report in reports))
+    emit(reports, as_json, lambda: _describe_all(reports) or "no daxemu mounts")
 
 
-def _describe(report: dict[str, Any]) -> str:
+def _describe_all(reports: list[dict[str, Any]]) -> list[str]:
+    lines = [line for report in reports for line in ("", *_describe(report))]
+    return lines[1:]
+
+
+def _describe(report: dict[str, Any]) -> list[str]:
     state = report["state"] + (f": {report['reason']}" if report.get("reason") else "")
     lines = [f"{report['mountpoint']}  ({report['device']})  {state}"]
     if "size" in report:
@@ -230,7 +231,7 @@ def _describe(report: dict[str, Any]) -> str:
             f"  supervisor  pid {report['pid']}, {report['events']} events, tracer {report['tracer']}",
             f"  supplement  {report['supplement']}, layouts {report.get('layouts', 'off')}",
         ]
-    return "\n".join(lines)
+    return lines
 
 
 def _describe_repair(repair: dict[str, Any] | None) -> str:
@@ -245,7 +246,7 @@ def _describe_repair(repair: dict[str, Any] | None) -> str:
 
 
 @click.command(name="set")
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=PATH)
 @click.argument("settings", nargs=-1, required=True, metavar="NAME=VALUE...")
 @json_option
 def set_setting(mountpoint: Path, settings: tuple[str, ...], as_json: bool) -> None:
@@ -266,6 +267,6 @@ def set_setting(mountpoint: Path, settings: tuple[str, ...], as_json: bool) -> N
         if not equals:
             raise InvalidArgument(f"{name!r}: give NAME=VALUE, such as early_kill=1")
     wanted = {name: absolute_strategy(value) if name == "repair" else value for name, _, value in pairs}
-    with Client.at(mountpoint) as client:
+    with connect(mountpoint) as client:
         choose(client, wanted.get("repair"), "set", settings=wanted)
     emit(wanted, as_json, "")
