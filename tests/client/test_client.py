@@ -208,7 +208,7 @@ def test_events_go_on_after_a_timeout(quick_mount: QuickMount) -> None:
         with pytest.raises(TimeoutError):
             next(events)
         listening.set_patience(20)
-        asking.ask(p.Inject([(1 << 29, 4096)]))
+        asking.ask(p.Inject([(1 << 28, 4096)]))
         assert isinstance(next(events), PoisonInjected)
 
 
@@ -227,7 +227,7 @@ def test_async_events_go_on_after_a_timeout(quick_mount: QuickMount, run: Run) -
                 else:
                     async with asyncio.timeout(0.01):
                         await anext(events)
-            await asking.ask(p.Inject([(1 << 29, 4096)]))
+            await asking.ask(p.Inject([(1 << 28, 4096)]))
             assert isinstance(await anext(events), PoisonInjected)
 
     run(main)

@@ -38,17 +38,17 @@ class Size(click.ParamType[int]):
 SIZE = Size()
 
 
-class UntouchedPath(click.ParamType[Path]):
+class UntouchedPath(click.Path):
     """A path that parsing does not look at, as click.Path does: stat(2) waits for a mount that hangs."""
 
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
         """See click.ParamType.convert."""
-        return Path(os.fsdecode(value))
+        return self.coerce_path_result(value)
 
 
-PATH = UntouchedPath()
+PATH, PATH_TEXT = UntouchedPath(path_type=Path), UntouchedPath()
 
 
 def json_option(command: F) -> F:

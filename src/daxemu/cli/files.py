@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from daxemu.cli.common import SIZE, connect, emit, json_option, regular_file, table
+from daxemu.cli.common import PATH_TEXT, SIZE, connect, emit, json_option, regular_file, table
 from daxemu.errors import InvalidArgument
 from daxemu.host.mountinfo import mount_of
 
 
 @click.command(name="map")
-@click.argument("file")
+@click.argument("file", type=PATH_TEXT)
 @json_option
 def map(file: str, as_json: bool) -> None:
     """Show where a file's bytes are on the device, and how many links share each extent.
@@ -41,8 +41,8 @@ def map(file: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("source")
-@click.argument("destination")
+@click.argument("source", type=PATH_TEXT)
+@click.argument("destination", type=PATH_TEXT)
 @click.option("--offset", type=SIZE, default=0, help="In the source; whole 4096-byte blocks.")
 @click.option("--length", type=SIZE, default=0, help="0: to the end of the source.")
 @click.option("--dest-offset", type=SIZE, default=0, help="In the destination; whole 4096-byte blocks.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from daxemu.cli.common import PATH, SIZE, Target, connect, emit, human, json_option, table, target
+from daxemu.cli.common import PATH, PATH_TEXT, SIZE, Target, connect, emit, human, json_option, table, target
 from daxemu.errors import InvalidArgument
 from daxemu.uapi import PAGE_SIZE
 
@@ -44,7 +44,7 @@ def _range_options(command: Any) -> Any:
 
 
 @click.command()
-@click.argument("path")
+@click.argument("path", type=PATH_TEXT)
 @_range_options
 @click.option("--latent", is_flag=True, help="Tell nobody: a load, a read or a scrub will find it.")
 @click.option("--silent", is_flag=True, help="Change the bytes; nothing goes bad that could be noticed.")
@@ -98,7 +98,7 @@ def _describe_injection(result: dict[str, Any]) -> list[str]:
 
 
 @click.command()
-@click.argument("path")
+@click.argument("path", type=PATH_TEXT)
 @_range_options
 @json_option
 def clear(path: str, offsets: tuple[int, ...], lengths: tuple[int, ...], as_json: bool) -> None:
