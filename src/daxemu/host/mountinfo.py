@@ -27,6 +27,8 @@ class Mount(NamedTuple):
     device: Path
     dev: tuple[int, int]
     owner: int | None = None
+    id: int = 0
+    """The kernel's number of this one mount; each copy of the mount has another."""
 
     @property
     def socket(self) -> Path:
@@ -64,7 +66,7 @@ def _parse(line: bytes) -> Mount | None:
     uids = [option.removeprefix("user_id=") for option in options.split(",") if option.startswith("user_id=")]
     owner = int(uids[0]) if uids else None
     device = Path(source.removeprefix(SOURCE_PREFIX))
-    return Mount(Path(_unescape(fields[4])), device, (major, minor), owner)
+    return Mount(Path(_unescape(fields[4])), device, (major, minor), owner, int(fields[0]))
 
 
 def mount_at(mountpoint: Path) -> Mount | None:
