@@ -221,14 +221,22 @@ _STATES: dict[type[DaxemuError], str] = {PermissionDenied: "not ours", NotASuper
 
 @click.command()
 @click.argument("mountpoint", type=PATH, required=False)
+@click.option("--internals", is_flag=True, help="The supervisor's tasks, and what waits, of one mount.")
 @json_option
-def status(mountpoint: Path | None, as_json: bool) -> None:
-    """Show one mount, or all of them.
+def status(mountpoint: Path | None, internals: bool, as_json: bool) -> None:
+    """Show one mount, or all of them. A supervisor writes its --internals to supervisor.log on SIGUSR1.
 
     \b
     Example:
       daxemu status /tmp/pmem --json
     """
+    if internals:
+        if mountpoint is None:
+            raise InvalidArgument("--internals is of one mount: daxemu status MOUNTPOINT --internals")
+        with connect(mountpoint) as client:
+            shown = client.request("internals")
+        emit(shown, as_json, lambda: _describe_internals(shown))
+        return
     if mountpoint is not None:
         with connect(mountpoint) as client:
             report = client.request("status")
@@ -290,6 +298,13 @@ def _describe(report: dict[str, Any]) -> list[str]:
             f"  supplement  {report['supplement']}, layouts {report.get('layouts', 'off')}",
         ]
     return lines
+
+
+def _describe_internals(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for title in ("tasks", "turns", "held", "armed"):
+        lines += [f"{title}: {len(found[title])}", *(f"  {entry}" for entry in found[title])]
+    return [*lines, f"layouts out: {found['layouts']} files"]
 
 
 def _describe_repair(repair: dict[str, Any] | None) -> str:

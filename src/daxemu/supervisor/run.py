@@ -36,6 +36,7 @@ from daxemu.pmem.pmem import Pmem
 from daxemu.supervisor.control import ControlSocket
 from daxemu.supervisor.descriptors import raise_descriptor_limit
 from daxemu.supervisor.event_log import EventLog
+from daxemu.supervisor.internals import internals, log_internals
 from daxemu.supervisor.machine import Machine, open_core
 from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.settings import PLAIN, MountOptions
@@ -119,6 +120,8 @@ class _Ending:
         if isinstance(request, p.Unmount):
             await self.unmount(force=request.force)
             return p.Done()
+        if isinstance(request, p.Internals):
+            return internals(self._machine)
         if isinstance(request, p.PowerFail):
             return await self.power_fail()
         return await self._machine.answer(request)
@@ -175,6 +178,12 @@ class _Ending:
                     await self.unmount(force=True)
 
 
+async def _log_internals_on_signal(machine: Machine) -> None:
+    with trio.open_signal_receiver(signal.SIGUSR1) as signals:
+        async for _ in signals:
+            log_internals(machine)
+
+
 async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
     ending = _Ending(machine)
     control = ControlSocket(machine.session.mount.socket, machine.log, ending.answer, machine.unexpected)
@@ -186,6 +195,7 @@ async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
     async with trio.open_nursery() as services:
         services.start_soon(Watchdog(machine.session.mount).beat)
         services.start_soon(ending.on_signal)
+        services.start_soon(_log_internals_on_signal, machine)
         services.start_soon(_commit_now_and_then, machine)
         services.start_soon(machine.repairs.tick, machine.unexpected)
         services.start_soon(machine.scrubber.run)
