@@ -192,6 +192,19 @@ class Settled(msgspec.Struct):
     seconds: float
 
 
+class InternalsReport(msgspec.Struct):
+    """For people, a line an entry; the text of entries may change. ``layouts``: files with a layout out."""
+
+    tasks: list[str]
+    turns: list[str]
+    """Failures under way."""
+    held: list[str]
+    """Requests that wait for the invalidate lock."""
+    armed: list[str]
+    """Threads that the tracer has a request for."""
+    layouts: int
+
+
 class Done(msgspec.Struct):
     """Nothing to tell but that it was done."""
 
@@ -291,6 +304,10 @@ class Status(Request[StatusReport], tag="status"):
     """What this machine is and how it fares."""
 
 
+class Internals(Request[InternalsReport], tag="internals"):
+    """The supervisor's tasks and everything that waits; also written to supervisor.log on SIGUSR1."""
+
+
 class Survey(Request[SurveyReport], tag="survey"):
     """What is where in a range of the device (``length`` null: to its end), in at most ``cells`` parts and
     ``files`` names.
@@ -372,6 +389,7 @@ AnyRequest = (
     | Reflink
     | Remove
     | Status
+    | Internals
     | Survey
     | Set
     | Repair

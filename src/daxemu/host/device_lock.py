@@ -8,9 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 from pathlib import Path
 
-from daxemu.host.mountinfo import mounts
+from daxemu.errors import Busy
+from daxemu.host.mountinfo import Mount, mounts
+from daxemu.host.pins import named, pins_of_device
 
 PATIENCE = 60.0
 """Seconds to wait for a supervisor to save and end."""
@@ -21,10 +24,55 @@ def wait_for_last_mount(device: Path) -> None:
 
     Whether the device is free then, its lock tells.
     """
-    holder = _holder(device / "lock")
+    holder = holder_of(device / "lock")
+    if holder is not None and (pins := pins_of_device(device)):
+        raise Busy(
+            f"{device} is still mounted as {named(pins)}: end that process, or daxemu umount --force {device}"
+        )
     if holder is None or any(_same(mount.device, device) for mount in mounts()):
         return
     _wait(holder)
+
+
+def end_holder(mount: Mount, term_patience: float, kill_patience: float) -> bool:
+    """End the supervisor that holds the lock of a mount's device: by SIGTERM, and SIGKILL ``term_patience``
+    seconds later. Returns whether it has ended. Signals no process but one of the mount's owner that holds
+    the lock.
+    """
+    lock = mount.device / "lock"
+    if (pid := holder_of(lock)) is None:
+        return True
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        # Looked at once more: only from pidfd_open(2) on is the pid certain to mean the same process.
+        if holder_of(lock) != pid or _uid_of(pid) != mount.owner:
+            return False
+        # SIGCONT: a supervisor that was stopped can save what no fsync had made durable.
+        for signals, patience in (
+            ((signal.SIGTERM, signal.SIGCONT), term_patience),
+            ((signal.SIGKILL,), kill_patience),
+        ):
+            for number in signals:
+                signal.pidfd_send_signal(process, number)
+            if select.select([process], [], [], patience)[0]:
+                return True
+        return False
+    except ProcessLookupError:
+        return True
+    finally:
+        os.close(process)
+
+
+def _uid_of(pid: int) -> int | None:
+    """The effective uid of a process."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[2]) for line in lines if line.startswith("Uid:")), None)
 
 
 def _wait(pid: int) -> None:
@@ -43,10 +91,10 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
-def _holder(lock: Path) -> int | None:
+def holder_of(lock: Path) -> int | None:
     """The pid of who has flock(2)ed a file; None if nobody has, or nobody that this pid namespace sees."""
     try:
-        found = lock.stat()
+        found = lock.lstat()
     except OSError:
         return None
     wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"

@@ -90,6 +90,12 @@ class InvalidateLock:
     def _left_to_do(self) -> Iterator[tuple[Ino, Range]]:
         return ((ino, pages) for ino, todo in self._todo.items() for pages in todo)
 
+    def describe_held(self) -> Iterator[str]:
+        """The requests that wait, for people."""
+        for held in self._held:
+            kind = "write" if held.is_write else "read"
+            yield f"{kind} of inode {held.ino}, bytes {held.pages.start:#x}+{held.pages.length:#x}"
+
     def release(self) -> None:
         """Let everybody go on."""
         for held in self._held:

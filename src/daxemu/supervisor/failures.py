@@ -16,7 +16,7 @@ that is stopped may take its time, and must not hold up the next failure.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -151,6 +151,14 @@ class Failures:
             if self._mm.conclude(incident):
                 await self.revoke_everything()  # the filesystem was shut down: from now on all is EIO
         return self._mm.action_result(incident, len(to_kill)), len(to_kill)
+
+    def describe_turns(self) -> Iterator[str]:
+        """The failures under way, for people."""
+        for turn in self._turns:
+            state = "waits for mf_mutex" if turn in self._waiting else "tells processes"
+            incident = turn.incident
+            pages = f"pfn {incident.pfn:#x}+{incident.nr_pages}"
+            yield f"{'the whole device' if incident.whole_device else pages}: {state}"
 
     async def hide(self, incident: Incident, *, has_mutex: bool = False) -> None:
         """Take away the pages of poison that nobody knows of, and remember who had them present.

@@ -97,6 +97,11 @@ class Machine:
         self._nursery: GuardedNursery | None = None
         self._mappings: Mappings | None = None
 
+    @property
+    def tracer(self) -> TracerLink | None:
+        """The tracer; None before ``start``."""
+        return self._tracer
+
     def start(self, mappings: Mappings, tracer: TracerLink, nursery: trio.Nursery) -> None:
         """Give it what needs a running event loop. Precondition of everything below."""
         self._mappings = mappings
