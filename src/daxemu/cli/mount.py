@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from daxemu.cli.common import absolute_strategy, emit, human, json_option
+from daxemu.cli.common import DEVICE, absolute_strategy, as_owner_option, emit, human, json_option
 from daxemu.cli.progress import choose, describe, line
 from daxemu.client import Client
 from daxemu.errors import Busy, InvalidArgument, NotMounted, PermissionDenied
@@ -25,7 +25,7 @@ STATUS_PATIENCE = 5.0
 
 
 @click.command()
-@click.argument("device", type=click.Path(path_type=Path))
+@click.argument("device", type=DEVICE)
 @click.argument("mountpoint", type=click.Path(path_type=Path))
 @click.option("--foreground", is_flag=True, help="Stay and serve until unmounted; Ctrl-C unmounts.")
 @click.option(
@@ -47,6 +47,7 @@ STATUS_PATIENCE = 5.0
     envvar="DAXEMU_LAYOUTS",
     help="Answer reads and writes of healthy bytes in C, or all of them in Python: slower, same answers.",
 )
+@as_owner_option
 @json_option
 def mount(
     device: Path,
@@ -63,12 +64,12 @@ def mount(
     Example:
       daxemu mount /dev/shm/pmem0 /tmp/pmem
     """
-    device, mountpoint = device.absolute(), mountpoint.absolute()
+    mountpoint = mountpoint.absolute()
     try:
         options = MountOptions(absolute_strategy(repair), seconds(scrub_interval), layouts)
     except InvalidArgument as error:
         raise InvalidArgument(f"--scrub-interval {scrub_interval}: {error}") from error
-    DeviceDir.load(device)
+    DeviceDir.load(device).close()
     wait_for_last_mount(device)
 
     def say(pid: int) -> None:

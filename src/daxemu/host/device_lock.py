@@ -10,7 +10,9 @@ import os
 import select
 from pathlib import Path
 
+from daxemu.errors import DaxemuError
 from daxemu.host.mountinfo import mounts
+from daxemu.private_path import PrivatePath
 
 PATIENCE = 60.0
 """Seconds to wait for a supervisor to save and end."""
@@ -21,7 +23,7 @@ def wait_for_last_mount(device: Path) -> None:
 
     Whether the device is free then, its lock tells.
     """
-    holder = _holder(device / "lock")
+    holder = _holder(device)
     if holder is None or any(_same(mount.device, device) for mount in mounts()):
         return
     _wait(holder)
@@ -43,12 +45,14 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
-def _holder(lock: Path) -> int | None:
-    """The pid of who has flock(2)ed a file; None if nobody has, or nobody that this pid namespace sees."""
+def _holder(device: Path) -> int | None:
+    """The pid that has flock(2)ed the device; None if none has, or none that this pid namespace sees."""
     try:
-        found = lock.stat()
-    except OSError:
-        return None
+        root = PrivatePath.at(device)
+        found = (root / "lock").lstat()
+        root.close()
+    except (OSError, DaxemuError):
+        return None  # whoever opens the device next says what is wrong
     wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     with open("/proc/locks") as lines:
         for line in lines:
