@@ -65,6 +65,17 @@ class Unmounted(Event):
         return f"unmounted {self.mountpoint}"
 
 
+class DeviceTightened(Event):
+    """Other users could open ``files`` files of DEVICE, against ``mode`` (octal) of device.toml."""
+
+    device: str
+    mode: str
+    files: int
+
+    def summary(self) -> str:
+        return f"{self.device}: others no longer have access to {self.files} of its files (mode {self.mode})"
+
+
 class SettingChanged(Event):
     name: str
     value: str
@@ -421,6 +432,7 @@ class DeviceRemoved(Event):
 EVENT_TYPES: tuple[type[Event], ...] = (
     Mounted,
     Unmounted,
+    DeviceTightened,
     SettingChanged,
     PoisonInjected,
     PoisonCleared,
@@ -450,6 +462,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
 AnyEvent = (
     Mounted
     | Unmounted
+    | DeviceTightened
     | SettingChanged
     | PoisonInjected
     | PoisonCleared

@@ -38,7 +38,7 @@ def test_only_a_struct_page_that_may_be_looked_at_has_flags(kind: Kind) -> None:
 
 
 def test_every_kind_of_pfn(core: Core) -> None:
-    memmap = Memmap.create(core.path / "struct_page", Range(0, 6 * S))
+    memmap = Memmap.create(core.device.root / "struct_page", Range(0, 6 * S))
     memmap.add_offline(Range(0, S))
     memmap.add_pages(Range(2 * S + 10, 5 * S - 10), altmap_pages=20)
     memmap.memmap_init_zone_device(Range(0, 4 * S))

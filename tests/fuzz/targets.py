@@ -18,6 +18,7 @@ from daxemu.errors import InvalidArgument, NotADevice
 from daxemu.evaluate.plan import parse
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.pmem.media import Media
+from daxemu.private_path import PrivatePath
 from daxemu.protocol import decode_request
 from daxemu.uapi import SECTOR_SIZE
 from tests.evaluate.plans import SMALL
@@ -77,15 +78,18 @@ def poison(data: bytes) -> None:
     (path / "media").touch()
     os.truncate(path / "media", SIZE)
     (path / "poison").write_bytes(data)
+    device = PrivatePath.at(path)
     try:
-        media = Media(path, SIZE)
+        media = Media(device, SIZE)
     except NotADevice:
+        device.close()
         return
     try:
         for sectors in media.poison:
             assert 0 <= sectors.start < sectors.end <= SIZE // SECTOR_SIZE
     finally:
         media.close()
+        device.close()
 
 
 def _require_one_line(error: Exception) -> None:

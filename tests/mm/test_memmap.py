@@ -19,6 +19,7 @@ from daxemu.errors import Busy, NoDevice, NoSpace
 from daxemu.mm.memmap import Memmap
 from daxemu.mm.memmap_arrays import PAGES_PER_SECTION
 from daxemu.mm.pfn_kinds import Kind
+from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range, RangeSet
 
 S = PAGES_PER_SECTION
@@ -38,8 +39,12 @@ def directory() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
+def private(path: Path) -> PrivatePath:
+    return PrivatePath.at(path.parent) / path.name
+
+
 def a_device(directory: Path, pages: int, altmap: int = 0, at: int = BASE) -> Memmap:
-    memmap = Memmap.create(directory, Range(at, at + pages))
+    memmap = Memmap.create(private(directory), Range(at, at + pages))
     memmap.add_pages(Range(at, at + pages), altmap)
     memmap.memmap_init_zone_device(Range(at, at + pages))
     return memmap
@@ -60,7 +65,7 @@ def garbage(memmap: Memmap, directory: Path) -> None:
 @pytest.fixture
 def mixed(directory: Path) -> Memmap:
     """One of each: hole, offline, and a device with an altmap that begins and ends inside sections."""
-    memmap = Memmap.create(directory, Range(BASE, BASE + 8 * S))
+    memmap = Memmap.create(private(directory), Range(BASE, BASE + 8 * S))
     garbage(memmap, directory)
     memmap.add_offline(Range(BASE, BASE + S))
     memmap.add_pages(Range(BASE + 2 * S + 100, BASE + 5 * S + 50), altmap_pages=64)
@@ -129,7 +134,7 @@ def test_struct_pages_are_given_once(mixed: Memmap) -> None:
 
 
 def test_struct_pages_go_with_the_device_and_can_come_back(directory: Path) -> None:
-    memmap = Memmap.create(directory, Range(0, 6 * S))
+    memmap = Memmap.create(private(directory), Range(0, 6 * S))
     memmap.add_pages(Range(10, 3 * S + 5))
     memmap.add_pages(Range(3 * S + 5, 4 * S + 1))
     memmap.add_pages(Range(5 * S, 6 * S), altmap_pages=7)
@@ -158,7 +163,7 @@ def test_a_walker_meanwhile_sees_each_page_as_it_was_or_not_at_all(directory: Pa
     counts: list[dict[tuple[Kind, bool], int]] = []
 
     def look() -> None:
-        outside = Memmap.open(directory)
+        outside = Memmap.open(private(directory))
         while (Kind.HOLE, False) not in (counts[-1] if counts else {}):
             counts.append(outside.count())
             outside_looks.set()
@@ -178,7 +183,7 @@ def test_a_walker_meanwhile_sees_each_page_as_it_was_or_not_at_all(directory: Pa
 
 
 def test_there_are_not_endless_spans(directory: Path) -> None:
-    memmap = Memmap.create(directory, Range(0, S))
+    memmap = Memmap.create(private(directory), Range(0, S))
     for index in range(64):
         memmap.add_pages(Range(index * 2, index * 2 + 1))
     with pytest.raises(NoSpace):
@@ -229,7 +234,7 @@ def test_poison_in_every_section_is_walked_in_seconds(directory: Path) -> None:
     for section in range(0, SIX_T // S, 16):
         memmap.set_hwpoison(Range(BASE + section * S + 9, BASE + section * S + 10))
     start = time.monotonic()
-    assert Memmap.open(directory).count()[Kind.ZONE_DEVICE, True] == SIX_T // S // 16
+    assert Memmap.open(private(directory)).count()[Kind.ZONE_DEVICE, True] == SIX_T // S // 16
     assert time.monotonic() - start < 5
 
 
@@ -238,7 +243,7 @@ def test_poison_in_every_section_is_walked_in_seconds(directory: Path) -> None:
 
 def test_another_process_sees_what_changes(directory: Path) -> None:
     memmap = a_device(directory, 3 * S)
-    outside = Memmap.open(directory)
+    outside = Memmap.open(private(directory))
     memmap.set_hwpoison(Range(BASE + 1, BASE + 2 * S))
     assert walked(outside) == walked(memmap)
     assert outside.page_hwpoison(BASE + 1)
@@ -248,11 +253,11 @@ def test_another_process_sees_what_changes(directory: Path) -> None:
 
 def test_a_walker_keeps_what_it_looks_at_when_the_machine_starts_anew(directory: Path) -> None:
     a_device(directory, 3 * S).set_hwpoison(Range(BASE, BASE + 1))
-    outside = Memmap.open(directory)
+    outside = Memmap.open(private(directory))
     fresh = a_device(directory, S)
     assert outside.page_hwpoison(BASE)
     assert len(walked(outside)) == 3
-    assert not Memmap.open(directory).page_hwpoison(BASE)
+    assert not Memmap.open(private(directory)).page_hwpoison(BASE)
     fresh.discard()
     assert not directory.exists()
     assert outside.count()[Kind.ZONE_DEVICE, False] == 3 * S - 1
@@ -260,10 +265,10 @@ def test_a_walker_keeps_what_it_looks_at_when_the_machine_starts_anew(directory:
 
 def test_without_a_machine_there_is_no_memmap(directory: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        Memmap.open(directory)
+        Memmap.open(private(directory))
     directory.mkdir()
     with pytest.raises(FileNotFoundError):
-        Memmap.open(directory)
+        Memmap.open(private(directory))
 
 
 def test_looking_takes_no_room(directory: Path) -> None:
@@ -271,7 +276,7 @@ def test_looking_takes_no_room(directory: Path) -> None:
     for section in range(100):
         memmap.set_hwpoison(Range(BASE + section * S, BASE + section * S + 1))
     before = room(directory)
-    outside = Memmap.open(directory)
+    outside = Memmap.open(private(directory))
     assert sum(bad for _, _, bad in outside.walk()) == 100
     assert outside.count()[Kind.ZONE_DEVICE, True] == 100
     assert room(directory) == before
@@ -289,7 +294,7 @@ def test_without_memory_nothing_breaks(directory: Path, monkeypatch: pytest.Monk
     memmap.clear_hwpoison(Range(BASE + S, BASE + S + 1))
     assert memmap.count()[Kind.ZONE_DEVICE, True] == S
     with pytest.raises(NoSpace):
-        Memmap.create(directory.with_name("other"), Range(0, S))
+        Memmap.create(private(directory.with_name("other")), Range(0, S))
     assert not directory.with_name("other.new").exists()
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from daxemu.mm.memmap import Memmap
 from daxemu.mm.pfn_kinds import Kind
+from daxemu.private_path import PrivatePath
 from tests.support.actor import Actor
 from tests.support.mount import DaxMount, daxemu
 from tests.support.scene import (
@@ -184,7 +185,7 @@ def test_struct_pages_are_gone_with_the_device(scene: Scene) -> None:
     """A walker finds no page of it, poisoned or not; one that looks on finds what was there, or nothing."""
     device = scene.mount.device
     scene.poison(3)
-    looking = Memmap.open(device / "struct_page")
+    looking = Memmap.open(PrivatePath.at(device) / "struct_page")
     before = looking.count()
     total = before[Kind.ZONE_DEVICE, False] + 1
     remove(scene)

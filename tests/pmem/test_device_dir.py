@@ -11,6 +11,7 @@ import pytest
 from daxemu.errors import Busy, DaxemuError, InvalidArgument, NoSpace, NotADevice, Unsupported
 from daxemu.pmem import media
 from daxemu.pmem.device_dir import MAX_SIZE, MIN_SIZE, DeviceConfig, DeviceDir, altmap_bytes
+from daxemu.private_path import PrivatePath
 from daxemu.uapi import PAGE_SIZE
 
 GOOD = DeviceConfig(MIN_SIZE)
@@ -152,7 +153,7 @@ def test_the_media_of_a_device_that_cannot_be_mapped_here() -> None:
         (Path(directory) / "media").touch()
         os.truncate(Path(directory) / "media", 1 << 47)
         with pytest.raises(Unsupported, match="128T does not fit into the address space"):
-            media.Media(Path(directory), 1 << 47)
+            media.Media(PrivatePath.at(Path(directory)), 1 << 47)
 
 
 # -- opening

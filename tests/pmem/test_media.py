@@ -12,6 +12,7 @@ import pytest
 
 from daxemu.errors import DaxemuError, NoSpace, NotADevice
 from daxemu.pmem.media import Media, sectors_of
+from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SIZE
 
@@ -20,13 +21,13 @@ SIZE = 1 << 20
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    Media.create(tmp_path, SIZE)
+    Media.create(PrivatePath.at(tmp_path), SIZE)
     return tmp_path
 
 
 @contextmanager
 def opened(directory: Path) -> Iterator[Media]:
-    media = Media(directory, SIZE)
+    media = Media(PrivatePath.at(directory), SIZE)
     try:
         yield media
     finally:
@@ -199,16 +200,16 @@ def test_a_device_without_the_file_has_no_poison(directory: Path) -> None:
 def test_a_damaged_poison_file_is_refused(directory: Path, text: bytes) -> None:
     (directory / "poison").write_bytes(text)
     with pytest.raises(NotADevice, match="poison"):
-        Media(directory, SIZE)
+        Media(PrivatePath.at(directory), SIZE)
 
 
 def test_a_refused_media_leaves_no_file_open(directory: Path) -> None:
     before = open_files()
     with pytest.raises(NotADevice):
-        Media(directory, SIZE + PAGE_SIZE)
+        Media(PrivatePath.at(directory), SIZE + PAGE_SIZE)
     (directory / "poison").write_text("garbage")
     with pytest.raises(NotADevice) as caught:
-        Media(directory, SIZE)
+        Media(PrivatePath.at(directory), SIZE)
     assert str(directory) in str(caught.value)
     del caught
     assert open_files() == before
@@ -216,15 +217,15 @@ def test_a_refused_media_leaves_no_file_open(directory: Path) -> None:
 
 def test_a_media_of_another_size_is_refused(directory: Path) -> None:
     with pytest.raises(NotADevice, match=f"{SIZE} bytes"):
-        Media(directory, 2 * SIZE)
+        Media(PrivatePath.at(directory), 2 * SIZE)
 
 
 def test_no_media_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotADevice, match="mkfs"):
-        Media(tmp_path, SIZE)
+        Media(PrivatePath.at(tmp_path), SIZE)
     (tmp_path / "media").mkdir()
     with pytest.raises(NotADevice):
-        Media(tmp_path, SIZE)
+        Media(PrivatePath.at(tmp_path), SIZE)
 
 
 def test_poison_that_cannot_be_recorded_is_refused_and_not_there(directory: Path) -> None:
@@ -265,8 +266,8 @@ def test_more_than_the_host_has_is_enospc() -> None:
     size = memory.f_blocks * memory.f_frsize + PAGE_SIZE
     directory.mkdir()
     try:
-        Media.create(directory, size)
-        media = Media(directory, size)
+        Media.create(PrivatePath.at(directory), size)
+        media = Media(PrivatePath.at(directory), size)
         with pytest.raises(NoSpace):
             media.reserve(0, size)
         assert (directory / "media").stat().st_blocks == 0

@@ -12,7 +12,9 @@ import pytest
 from daxemu.events import Outcome
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.badblocks import Badblocks
+from daxemu.pmem.device_dir import DeviceDir
 from daxemu.pmem.sysfs import Sysfs
+from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE
 from tests.support.core import Core
@@ -32,7 +34,7 @@ class OneFile:
 
 @pytest.fixture
 def sysfs(tmp_path: Path) -> Iterator[Sysfs]:
-    made = Sysfs(tmp_path / "sysfs")
+    made = Sysfs(PrivatePath.at(tmp_path) / "sysfs")
     yield made
     made.close()
 
@@ -107,5 +109,5 @@ def test_the_device_shows_itself_and_can_be_made_anew(core: Core) -> None:
     core.close()
     assert not (core.path / "struct_page").exists()
     assert (core.path / "sysfs").exists()
-    core.device.wipe()
+    DeviceDir.load(core.path).wipe()
     assert not core.path.exists()

@@ -13,6 +13,7 @@ import trio
 from daxemu import protocol
 from daxemu.errors import Busy, FsError
 from daxemu.host.unexpected import Unexpected
+from daxemu.private_path import PrivatePath
 from daxemu.supervisor.control import ControlSocket
 from daxemu.supervisor.event_log import EventLog
 
@@ -22,10 +23,12 @@ class Server:
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "control.sock"
-        self.log = EventLog(directory / "events.jsonl")
+        self.log = EventLog(PrivatePath.at(directory) / "events.jsonl")
         self.asked: list[protocol.AnyRequest] = []
         self.go_on = trio.Event()
-        self.control = ControlSocket(self.path, self.log, self.answer, Unexpected(self.log.emit))
+        self.control = ControlSocket(
+            PrivatePath.at(directory) / "control.sock", self.log, self.answer, Unexpected(self.log.emit)
+        )
 
     async def answer(self, request: protocol.AnyRequest) -> msgspec.Struct:
         self.asked.append(request)

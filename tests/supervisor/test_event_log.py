@@ -11,6 +11,7 @@ import trio
 import trio.testing
 
 from daxemu.events import DeviceRemoved, SettingChanged, decode
+from daxemu.private_path import PrivatePath
 from daxemu.supervisor import event_log
 from daxemu.supervisor.event_log import EventLog
 from tests.pmem.test_media import files_cannot_grow
@@ -30,7 +31,7 @@ async def take(events: AsyncIterator[list[bytes]], count: int) -> list[int]:
 
 
 def test_events_are_numbered_dated_and_in_the_file(tmp_path: Path) -> None:
-    log = EventLog(tmp_path / "events.jsonl")
+    log = EventLog(PrivatePath.at(tmp_path) / "events.jsonl")
     event = a_setting(1)
     log.emit(event)
     log.emit(DeviceRemoved(device="pmem0", told=0))
@@ -43,7 +44,7 @@ def test_events_are_numbered_dated_and_in_the_file(tmp_path: Path) -> None:
 
 def test_the_file_goes_on_where_it_was(tmp_path: Path) -> None:
     for _ in range(2):
-        log = EventLog(tmp_path / "events.jsonl")
+        log = EventLog(PrivatePath.at(tmp_path) / "events.jsonl")
         log.emit(a_setting(1))
         log.close()
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
@@ -52,7 +53,7 @@ def test_the_file_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_a_follower_gets_what_was_and_what_comes(tmp_path: Path) -> None:
     async def scenario() -> None:
-        log = EventLog(tmp_path / "events.jsonl")
+        log = EventLog(PrivatePath.at(tmp_path) / "events.jsonl")
         for number in range(5):
             log.emit(a_setting(number))
         events = log.follow(2)
@@ -73,7 +74,7 @@ def test_a_follower_gets_what_was_and_what_comes(tmp_path: Path) -> None:
 
 def test_every_follower_gets_every_event(tmp_path: Path) -> None:
     async def scenario() -> None:
-        log = EventLog(tmp_path / "events.jsonl")
+        log = EventLog(PrivatePath.at(tmp_path) / "events.jsonl")
         seen: list[list[int]] = []
 
         async def follow(after: int) -> None:
@@ -98,7 +99,7 @@ def test_a_follower_that_is_too_slow_misses_events_and_can_see_it(
     monkeypatch.setattr(event_log, "KEPT", 10)
 
     async def scenario() -> None:
-        log = EventLog(tmp_path / "events.jsonl")
+        log = EventLog(PrivatePath.at(tmp_path) / "events.jsonl")
         events = log.follow(0)
         log.emit(a_setting(0))
         assert await take(events, 1) == [1]
@@ -111,11 +112,12 @@ def test_a_follower_that_is_too_slow_misses_events_and_can_see_it(
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 31
 
 
-def test_a_full_disk_does_not_undo_what_happened() -> None:
+def test_a_full_disk_does_not_undo_what_happened(tmp_path: Path) -> None:
     async def scenario() -> None:
-        log = EventLog(Path("/dev/full"))
-        log.emit(a_setting(1))
-        log.emit(a_setting(2))
+        log = EventLog(PrivatePath.at(tmp_path) / "events.jsonl")
+        with files_cannot_grow():
+            log.emit(a_setting(1))
+            log.emit(a_setting(2))
         assert await take(log.follow(0), 2) == [1, 2]
         log.close()
 
@@ -123,7 +125,7 @@ def test_a_full_disk_does_not_undo_what_happened() -> None:
 
 
 def test_the_file_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
-    log = EventLog(tmp_path / "events.jsonl")
+    log = EventLog(PrivatePath.at(tmp_path) / "events.jsonl")
     log.emit(a_setting(1))
     with files_cannot_grow():
         log.emit(a_setting(2))
@@ -136,7 +138,7 @@ def test_the_file_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
 def test_half_a_line_does_not_spoil_the_next(tmp_path: Path) -> None:
     """A disk that fills up in the middle of a line takes a part of it."""
     path = tmp_path / "events.jsonl"
-    log = EventLog(path)
+    log = EventLog(PrivatePath.at(tmp_path) / "events.jsonl")
     log.emit(a_setting(1))
     with files_cannot_grow(at=path.stat().st_size + 20):
         log.emit(a_setting(2))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from daxemu.events import SettingChanged
+from daxemu.private_path import PrivatePath
 from daxemu.ratelimit import DEFAULT_BURST
 from daxemu.supervisor import event_log
 from daxemu.supervisor.event_log import EventLog
@@ -33,7 +34,7 @@ def handler(stream: io.StringIO) -> Iterator[RatelimitedHandler]:
 
 
 def test_a_full_disk_in_a_storm(handler: RatelimitedHandler, stream: io.StringIO, tmp_path: Path) -> None:
-    log = EventLog(tmp_path / "events.jsonl")
+    log = EventLog(PrivatePath.at(tmp_path) / "events.jsonl")
     with files_cannot_grow():
         for number in range(1000):
             log.emit(SettingChanged(name="n", value=str(number)))

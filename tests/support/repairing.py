@@ -29,7 +29,7 @@ class Repairing:
     def attach(self, *, after_crash: bool) -> None:
         """Choose the strategy, as a mount does."""
         core = self.core
-        self.repairs = Repairs(core.pmem, core.fs, core.path / "repair", core.events.append)
+        self.repairs = Repairs(core.pmem, core.fs, core.device.root / "repair", core.events.append)
         for _ in self.repairs.choose(self.strategy, after_crash=after_crash):
             pass
 

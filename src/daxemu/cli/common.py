@@ -14,6 +14,7 @@ from daxemu.cli.output import for_people, say, say_json
 from daxemu.cli.patience import PATIENCE, PatientClient
 from daxemu.errors import InvalidArgument
 from daxemu.host.mountinfo import mount_at
+from daxemu.private_path import become_owner
 from daxemu.sizes import human as human
 from daxemu.sizes import parse_size
 
@@ -54,6 +55,40 @@ PATH, PATH_TEXT = UntouchedPath(path_type=Path), UntouchedPath()
 def json_option(command: F) -> F:
     """Adds ``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
+
+
+def as_owner_option(command: F) -> F:
+    """Adds ``--as-owner``; the verb gets no argument for it, and runs as the owner of its DEVICE."""
+
+    def become(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+        if wanted:
+            ctx.meta[AS_OWNER] = True
+
+    return click.option(
+        "--as-owner",
+        is_flag=True,
+        expose_value=False,
+        callback=become,
+        is_eager=True,
+        help="As root: become the user that owns DEVICE first, for good.",
+    )(command)
+
+
+class Device(click.ParamType[Path]):
+    """Path of a DEVICE directory, absolute. With ``--as-owner`` the process becomes its owner here."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """See click.ParamType.convert."""
+        path = Path(value).absolute()
+        if ctx is not None and ctx.meta.get(AS_OWNER):
+            become_owner(path)
+        return path
+
+
+DEVICE = Device()
+AS_OWNER = "daxemu.as_owner"
 
 
 Lines = str | Sequence[str]

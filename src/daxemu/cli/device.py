@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
 
-from daxemu.cli.common import SIZE, emit, human, json_option
+from daxemu.cli.common import DEVICE, SIZE, as_owner_option, emit, human, json_option
 from daxemu.errors import CorruptMetadata
 from daxemu.host.device_lock import wait_for_last_mount
 from daxemu.pmem.device_dir import DEFAULT_BASE_PFN, DeviceConfig, DeviceDir, altmap_bytes
 
 
 @click.command()
-@click.argument("device", type=click.Path(path_type=Path))
+@click.argument("device", type=DEVICE)
 @click.option(
     "--size", type=SIZE, required=True, help="Of the media, such as 6T; a sparse file takes what is used."
 )
@@ -40,7 +41,15 @@ from daxemu.pmem.device_dir import DEFAULT_BASE_PFN, DeviceConfig, DeviceDir, al
     show_default=True,
     help="Of extents: 2M places files so that they can be mapped by 2 MiB pages.",
 )
+@click.option(
+    "--mode",
+    metavar="OCTAL",
+    default="0700",
+    show_default=True,
+    help="Of the directory. 0755 lets every user read every byte of every file on the mount.",
+)
 @click.option("--force", is_flag=True, help="Replace an unmounted device that is there; all on it is lost.")
+@as_owner_option
 @json_option
 def mkfs(
     device: Path,
@@ -49,6 +58,7 @@ def mkfs(
     altmap: bool,
     pageless: bool,
     align: int,
+    mode: str,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -66,11 +76,13 @@ def mkfs(
         raise click.BadParameter(
             f"{base_pfn!r} is not a page frame number", param_hint="--base-pfn"
         ) from error
-    config = DeviceConfig(size=size, base_pfn=pfn, align=align, struct_pages=not pageless)
+    if not re.fullmatch("0?[0-7]{3}", mode):
+        raise click.BadParameter(f"{mode!r} is not an octal mode such as 0700", param_hint="--mode")
+    config = DeviceConfig(size=size, base_pfn=pfn, align=align, struct_pages=not pageless, mode=int(mode, 8))
     config.validate()
     if altmap:
         config = replace(config, altmap=altmap_bytes(size, align))
-    path = device.absolute()
+    path = device
     wait_for_last_mount(path)
     DeviceDir.create(path, config, force=force)
     last = config.base_pfn + config.size // 4096 - 1
@@ -82,6 +94,7 @@ def mkfs(
             "altmap": config.altmap,
             "align": align,
             "struct_pages": config.struct_pages,
+            "mode": f"{config.mode:04o}",
         },
         as_json,
         f"{path}: {human(size)}, pfns {pfn:#x}-{last:#x}"
@@ -91,8 +104,9 @@ def mkfs(
 
 
 @click.command()
-@click.argument("device", type=click.Path(path_type=Path))
+@click.argument("device", type=DEVICE)
 @click.option("--repair", is_flag=True, help="Heal poisoned metadata pages from their other copy.")
+@as_owner_option
 @json_option
 def fsck(device: Path, repair: bool, as_json: bool) -> None:
     """Check the filesystem of a DEVICE that is not mounted; exit status 9 if something is wrong.
@@ -105,8 +119,8 @@ def fsck(device: Path, repair: bool, as_json: bool) -> None:
     """
     from daxemu.fs.offline import check_device
 
-    wait_for_last_mount(device.absolute())
-    with DeviceDir.open(device.absolute()) as directory:
+    wait_for_last_mount(device)
+    with DeviceDir.open(device) as directory:
         report = check_device(directory, repair=repair)
     counts = f"{len(report.wrong)} problems, {len(report.damaged)} damaged ranges"
     summary = f"{device}: {report.inodes} inodes, {counts}"

@@ -14,9 +14,11 @@ from daxemu.cli.common import PATH, connect
 from daxemu.cli.output import complain, say, say_json
 from daxemu.client import Client
 from daxemu.client.connection import event_of, no_answer
-from daxemu.errors import DaxemuError, NotMounted
+from daxemu.errors import NotADevice, NotMounted
 from daxemu.events import Event, decode
 from daxemu.host.mountinfo import mount_of
+from daxemu.pmem.device_dir import DeviceDir
+from daxemu.pmem.event_files import events_of
 from daxemu.ratelimit import Ratelimit, suppressed_line
 
 BURST = 100
@@ -110,20 +112,16 @@ def lines_of(where: Path, follow: bool = False) -> Iterator[bytes]:
     try:
         mount_of(where)
     except NotMounted:
-        if not (where / "device.toml").is_file():
+        try:
+            device = DeviceDir.look(where.absolute())
+        except NotADevice:
+            if (where / "device.toml").exists():
+                raise
+            device = None
+        if device is None:
             raise
-        return _of_device(where)
+        return events_of(device)
     return _of_mount(where, follow)
-
-
-def _of_device(device: Path) -> Iterator[bytes]:
-    try:
-        with open(device / "events.jsonl", "rb") as file:
-            yield from (line.rstrip(b"\n") for line in file)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise DaxemuError(f"{device}/events.jsonl: {error.strerror}; read it as its owner") from error
 
 
 def _of_mount(mountpoint: Path, follow: bool) -> Iterator[bytes]:

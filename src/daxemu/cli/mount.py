@@ -11,7 +11,16 @@ from typing import Any
 
 import click
 
-from daxemu.cli.common import PATH, absolute_strategy, connect, emit, human, json_option
+from daxemu.cli.common import (
+    DEVICE,
+    PATH,
+    absolute_strategy,
+    as_owner_option,
+    connect,
+    emit,
+    human,
+    json_option,
+)
 from daxemu.cli.patience import PATIENCE as STATUS_PATIENCE
 from daxemu.cli.patience import PatientClient
 from daxemu.cli.progress import choose, describe, line
@@ -30,7 +39,7 @@ FORCE_PATIENCE, TERM_PATIENCE, KILL_PATIENCE = 6.5, 2.0, 1.0
 
 
 @click.command()
-@click.argument("device", type=PATH)
+@click.argument("device", type=DEVICE)
 @click.argument("mountpoint", type=PATH)
 @click.option("--foreground", is_flag=True, help="Stay and serve until unmounted; Ctrl-C unmounts.")
 @click.option(
@@ -52,6 +61,7 @@ FORCE_PATIENCE, TERM_PATIENCE, KILL_PATIENCE = 6.5, 2.0, 1.0
     envvar="DAXEMU_LAYOUTS",
     help="Answer reads and writes of healthy bytes in C, or all of them in Python: slower, same answers.",
 )
+@as_owner_option
 @json_option
 def mount(
     device: Path,
@@ -68,12 +78,12 @@ def mount(
     Example:
       daxemu mount /dev/shm/pmem0 /tmp/pmem
     """
-    device, mountpoint = device.absolute(), mountpoint.absolute()
+    mountpoint = mountpoint.absolute()
     try:
         options = MountOptions(absolute_strategy(repair), seconds(scrub_interval), layouts)
     except InvalidArgument as error:
         raise InvalidArgument(f"--scrub-interval {scrub_interval}: {error}") from error
-    DeviceDir.load(device)
+    DeviceDir.load(device).close()
     wait_for_last_mount(device)
 
     def say(pid: int) -> None:

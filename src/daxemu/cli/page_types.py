@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from daxemu.cli.common import emit, human, json_option, table
+from daxemu.cli.common import DEVICE, as_owner_option, emit, human, json_option, table
 from daxemu.cli.output import say, say_json
 from daxemu.errors import NotMounted, Unsupported
 from daxemu.mm.memmap import Memmap
@@ -34,10 +34,11 @@ def _letters(flags: int) -> str:
 
 
 @click.command()
-@click.argument("device", type=click.Path(path_type=Path))
+@click.argument("device", type=DEVICE)
 @click.option(
     "--list", "-l", "as_list", is_flag=True, help="Print each range of pfns, not how many there are."
 )
+@as_owner_option
 @json_option
 def page_types(device: Path, as_list: bool, as_json: bool) -> None:
     """Count the page frames of a mounted DEVICE by the flags of their struct pages.
@@ -49,12 +50,13 @@ def page_types(device: Path, as_list: bool, as_json: bool) -> None:
     Example:
       daxemu page-types /dev/shm/pmem0
     """
-    if not DeviceDir.load(device.absolute()).config.struct_pages:
+    directory = DeviceDir.look(device)
+    if not directory.config.struct_pages:
         raise Unsupported(
             f"{device} has no struct pages: page-types needs a device made without --no-struct-pages"
         )
     try:
-        memmap = Memmap.open(device.absolute() / "struct_page")
+        memmap = Memmap.open(directory.root / "struct_page")
     except FileNotFoundError as error:
         raise NotMounted(
             f"{device} has no struct pages as it is not mounted: daxemu mount {device} MOUNTPOINT"

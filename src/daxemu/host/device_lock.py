@@ -24,7 +24,7 @@ def wait_for_last_mount(device: Path) -> None:
 
     Whether the device is free then, its lock tells.
     """
-    holder = holder_of(device / "lock")
+    holder = holder_of(device)
     if holder is not None and (pins := pins_of_device(device)):
         raise Busy(
             f"{device} is still mounted as {named(pins)}: end that process, or daxemu umount --force {device}"
@@ -39,8 +39,7 @@ def end_holder(mount: Mount, term_patience: float, kill_patience: float) -> bool
     seconds later. Returns whether it has ended. Signals no process but one of the mount's owner that holds
     the lock.
     """
-    lock = mount.device / "lock"
-    if (pid := holder_of(lock)) is None:
+    if (pid := holder_of(mount.device)) is None:
         return True
     try:
         process = os.pidfd_open(pid)
@@ -48,7 +47,7 @@ def end_holder(mount: Mount, term_patience: float, kill_patience: float) -> bool
         return True
     try:
         # Looked at once more: only from pidfd_open(2) on is the pid certain to mean the same process.
-        if holder_of(lock) != pid or _uid_of(pid) != mount.owner:
+        if holder_of(mount.device) != pid or _uid_of(pid) != mount.owner:
             return False
         # SIGCONT: a supervisor that was stopped can save what no fsync had made durable.
         for signals, patience in (
@@ -91,12 +90,21 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
-def holder_of(lock: Path) -> int | None:
-    """The pid of who has flock(2)ed a file; None if nobody has, or nobody that this pid namespace sees."""
+def holder_of(device: Path) -> int | None:
+    """The pid that has flock(2)ed the device; None if none has, or none that this pid namespace sees.
+
+    Opens no file of the device, so root may ask about the device of another user.
+    """
     try:
-        found = lock.lstat()
+        root = os.open(device, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None  # whoever opens the device next says what is wrong
+    try:
+        found = os.stat("lock", dir_fd=root, follow_symlinks=False)
     except OSError:
         return None
+    finally:
+        os.close(root)
     wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     with open("/proc/locks") as lines:
         for line in lines:

@@ -24,7 +24,6 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +31,7 @@ import numpy as np
 from daxemu.errors import Busy, NoDevice, NoSpace
 from daxemu.mm.memmap_arrays import MAX_SPANS, PAGES_PER_SECTION, MemmapArrays, pages_of
 from daxemu.mm.pfn_kinds import Kind, Span, Use, kinds
+from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range
 from daxemu.uapi import Pfn
 
@@ -75,12 +75,12 @@ class Memmap:
         self.base, self.end = arrays.base, arrays.end
 
     @classmethod
-    def create(cls, directory: Path, pages: Range) -> Memmap:
+    def create(cls, directory: PrivatePath, pages: Range) -> Memmap:
         """An empty memmap with room for ``pages``, in the place of one that is there. Raises NoSpace."""
         return cls(MemmapArrays.create(directory, pages))
 
     @classmethod
-    def open(cls, directory: Path) -> Memmap:
+    def open(cls, directory: PrivatePath) -> Memmap:
         """Look at the memmap of a machine that is running. Raises FileNotFoundError when there is none."""
         return cls(MemmapArrays.open(directory))
 

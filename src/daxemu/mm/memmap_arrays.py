@@ -6,15 +6,17 @@ Three mmap_ninja arrays in one directory, mapped by the machine and by whoever w
 from __future__ import annotations
 
 import os
-import shutil
+import struct
 from contextlib import suppress
-from pathlib import Path
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 from mmap_ninja import numpy as ninja
 
-from daxemu.errors import NoSpace
+from daxemu.errors import NoSpace, NotADevice
+from daxemu.mm.pfn_kinds import Use
+from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range
 from daxemu.uapi import Pfn
 
@@ -25,16 +27,34 @@ SPAN_FIELDS = 5
 Array = np.ndarray[Any, Any]
 
 
-def _array(path: Path, dtype: str, shape: tuple[int, ...]) -> Array:
+def _array(at: PrivatePath, dtype: str, shape: tuple[int, ...]) -> Array:
     """A new array of zeros that takes no room. mmap_ninja's own public constructors write every element."""
-    array: Array = ninja._empty(path, dtype, shape, "C")
+    at.mkdir()
+    with at.reachable() as path:
+        array: Array = ninja._empty(path, dtype, shape, "C")
+    at.adopt()
     return array
 
 
-def _open(path: Path, mode: str) -> Array:
-    """An array as a plain one: np.memmap's own indexing costs ten times as much."""
-    array: Array = ninja.open_existing(path, mode=mode).view(np.ndarray)
+def _open(at: PrivatePath, mode: str, dtype: str, dimensions: int) -> Array:
+    """An array as a plain one: np.memmap's own indexing costs ten times as much. Raises FileNotFoundError,
+    NotADevice.
+    """
+    at.audit()
+    try:
+        with at.reachable() as path:
+            array: Array = ninja.open_existing(path, mode=mode).view(np.ndarray)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, TypeError, OverflowError, struct.error) as error:
+        raise _damaged(at) from error
+    if array.dtype != np.dtype(dtype) or array.ndim != dimensions:
+        raise _damaged(at)
     return array
+
+
+def _damaged(at: PrivatePath) -> NotADevice:
+    return NotADevice(f"{at} is damaged: unmount the device and mount it again, which makes it anew")
 
 
 def _reserve(fd: int, start: int, length: int) -> None:
@@ -48,26 +68,46 @@ class MemmapArrays:
     memory; it is stored to only where memory was reserved, because a store that finds none is a SIGBUS.
     """
 
-    def __init__(self, directory: Path, *, writable: bool) -> None:
+    def __init__(self, directory: PrivatePath, *, writable: bool) -> None:
         """Raises FileNotFoundError when there are none."""
         mode = "r+" if writable else "r"
         self._directory = directory
-        self.spans = _open(directory / "spans", mode)
-        self.sections = _open(directory / "sections", mode)
-        self.pages = _open(directory / "pages", mode)
+        self.spans = _open(directory / "spans", mode, "int64", 2)
+        self.sections = _open(directory / "sections", mode, "uint8", 1)
+        self.pages = _open(directory / "pages", mode, "uint8", 1)
+        self._check()
         self.base: Pfn = int(self.spans[MAX_SPANS, 0])
         self.end: Pfn = self.base + len(self.pages)
-        flags = os.O_RDWR if writable else os.O_RDONLY
-        self._fd = os.open(directory / "pages" / "data.ninja", flags | os.O_CLOEXEC)
+        self._fd = (directory / "pages" / "data.ninja").open(os.O_RDWR if writable else os.O_RDONLY)
+
+    def _check(self) -> None:
+        """Raises NotADevice unless each array has the values that a machine gives it."""
+        if self.spans.shape != (MAX_SPANS + 1, SPAN_FIELDS):
+            raise _damaged(self._directory / "spans")
+        if len(self.pages) != len(self.sections) * PAGES_PER_SECTION:
+            raise _damaged(self._directory / "pages")
+        base = int(self.spans[MAX_SPANS, 0])
+        end = base + len(self.pages)
+        if base < 0 or base % PAGES_PER_SECTION:
+            raise _damaged(self._directory / "spans")
+        at = base
+        for use, first, last, data, initialised in sorted(self.spans[:MAX_SPANS].tolist(), key=itemgetter(1)):
+            if use == Use.UNUSED:
+                continue
+            if use not in set(Use) or not at <= first <= last <= end:
+                raise _damaged(self._directory / "spans")
+            if use == Use.DEVICE and not first <= data <= initialised <= last:
+                raise _damaged(self._directory / "spans")
+            at = last
 
     @classmethod
-    def create(cls, directory: Path, pages: Range) -> MemmapArrays:
+    def create(cls, directory: PrivatePath, pages: Range) -> MemmapArrays:
         """Arrays of zeros with room for ``pages``, in the place of what is there. Raises NoSpace."""
         base = pages.start // PAGES_PER_SECTION
         sections = -(-pages.end // PAGES_PER_SECTION) - base
         scratch = directory.with_name(directory.name + ".new")
-        shutil.rmtree(scratch, ignore_errors=True)
         try:
+            scratch.rmtree()
             for name, dtype, shape in (
                 ("spans", "int64", (MAX_SPANS + 1, SPAN_FIELDS)),
                 ("sections", "uint8", (sections,)),
@@ -75,32 +115,36 @@ class MemmapArrays:
             ):
                 array = _array(scratch / name, dtype, shape)
                 if name != "pages":
-                    with open(scratch / name / "data.ninja", "r+b") as file:
-                        _reserve(file.fileno(), 0, array.nbytes)
+                    fd = (scratch / name / "data.ninja").open(os.O_RDWR)
+                    try:
+                        _reserve(fd, 0, array.nbytes)
+                    finally:
+                        os.close(fd)
                 if name == "spans":
                     array[MAX_SPANS, 0] = base * PAGES_PER_SECTION
             # Whoever has the old ones mapped keeps them, whole; these are other files.
-            shutil.rmtree(directory, ignore_errors=True)
-            scratch.rename(directory)
+            directory.rmtree()
+            scratch.rename(directory.name)
         except OSError as error:
-            shutil.rmtree(scratch, ignore_errors=True)
+            with suppress(OSError):
+                scratch.rmtree()
             raise NoSpace(
                 f"{directory}: no room for the struct pages ({error.strerror}); make room there"
             ) from error
         return cls(directory, writable=True)
 
     @classmethod
-    def open(cls, directory: Path) -> MemmapArrays:
+    def open(cls, directory: PrivatePath) -> MemmapArrays:
         """Those of a machine that is running, to look at. Raises FileNotFoundError when there are none."""
         while True:
-            found = directory.stat().st_ino
+            found = directory.lstat().st_ino
             with suppress(FileNotFoundError):
                 arrays = cls(directory, writable=False)
-                if directory.stat().st_ino == found:
+                if directory.lstat().st_ino == found:
                     return arrays
                 arrays.close()
-            if directory.stat().st_ino == found:
-                raise FileNotFoundError(directory)
+            if directory.lstat().st_ino == found:
+                raise FileNotFoundError(str(directory))
 
     def close(self) -> None:
         """Let go of the files."""
@@ -111,7 +155,8 @@ class MemmapArrays:
     def discard(self) -> None:
         """Remove the files; those who look at them now are not disturbed."""
         self.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        with suppress(OSError):
+            self._directory.rmtree()
 
     def read(self, part: Range) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """A copy of elements of ``pages``."""

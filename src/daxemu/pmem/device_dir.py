@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import tomllib
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from daxemu.errors import Busy, InvalidArgument, NoSpace, NotADevice, PermissionDenied
 from daxemu.pmem.media import Media, check_mappable
+from daxemu.private_path import PRIVATE, PrivatePath
 from daxemu.uapi import PAGE_SIZE, PMD_SIZE, Pfn
 
 FORMAT_VERSION = 1
@@ -21,7 +20,10 @@ MAX_SIZE = 1 << 50
 DEFAULT_BASE_PFN: Pfn = 0x100000  # 4 GiB: where a memmap=nn!4G namespace begins
 STRUCT_PAGE_SIZE = 64
 OWN_FILES = frozenset(
-    ("media", "poison", "poison.new", "device.toml", "events.jsonl", "control.sock", "supervisor.log", "lock")
+    (
+        *("media", "poison", "poison.new", "device.toml", "lock", "control.sock"),
+        *("events.jsonl", "events.jsonl.1", "supervisor.log", "supervisor.log.1"),
+    )
 )
 OWN_DIRECTORIES = frozenset(("struct_page", "struct_page.new", "sysfs", "repair"))
 """What a machine keeps of its running self, made anew at every mount; and what a repair strategy keeps."""
@@ -30,7 +32,8 @@ OWN_DIRECTORIES = frozenset(("struct_page", "struct_page.new", "sysfs", "repair"
 @dataclass(frozen=True)
 class DeviceConfig:
     """What ``device.toml`` holds. ``size`` and ``altmap`` are bytes; ``altmap`` is reserved at the media's
-    start. Without ``struct_pages`` the memory is a pfn address space, and no dev_pagemap.
+    start. Without ``struct_pages`` the memory is a pfn address space, and no dev_pagemap. ``mode``: of the
+    directory; its files get the same without the x bits.
     """
 
     size: int
@@ -38,6 +41,7 @@ class DeviceConfig:
     altmap: int = 0
     align: int = PAGE_SIZE
     struct_pages: bool = True
+    mode: int = PRIVATE
 
     def validate(self) -> None:
         """Raises InvalidArgument for sizes and alignments no device can have."""
@@ -62,6 +66,10 @@ class DeviceConfig:
             )
         if not 0 <= self.base_pfn < 1 << 52:
             raise InvalidArgument(f"base pfn {self.base_pfn:#x}: must be from 0 to {(1 << 52) - 1:#x}")
+        if self.mode & PRIVATE != PRIVATE or self.mode & ~0o755:
+            raise InvalidArgument(
+                f"mode {self.mode:04o}: must be from 0700 to 0755, and nothing for others to write"
+            )
 
 
 def altmap_bytes(size: int, align: int = PAGE_SIZE) -> int:
@@ -76,6 +84,10 @@ def _integer(table: dict[str, object], name: str) -> int:
     return value
 
 
+def _is_own(name: str) -> bool:
+    return name != "control.sock" and name in OWN_FILES | OWN_DIRECTORIES
+
+
 def _make_directories(path: Path, made: list[Path]) -> None:
     """Make ``path`` and what is missing above it; ``made`` says what was, outermost first, also when it
     fails.
@@ -84,7 +96,7 @@ def _make_directories(path: Path, made: list[Path]) -> None:
     while not missing[-1].parent.exists():
         missing.append(missing[-1].parent)
     for directory in reversed(missing):
-        directory.mkdir()
+        directory.mkdir(PRIVATE if directory == path else 0o777)
         made.append(directory)
 
 
@@ -93,9 +105,11 @@ class DeviceDir:
     death.
     """
 
-    def __init__(self, path: Path, config: DeviceConfig) -> None:
+    def __init__(self, root: PrivatePath, path: Path, config: DeviceConfig) -> None:
+        self.root = root
         self.path = path
         self.config = config
+        root.share(config.mode)
         self._lock: int | None = None
 
     @property
@@ -112,22 +126,25 @@ class DeviceDir:
         """
         config.validate()
         check_mappable(config.size)
-        device = cls(path, config)
-        if path.exists():
+        if os.path.lexists(path):
             if not force:
                 raise Busy(f"{path} exists already: give --force to make a new, empty device in its place")
             with cls.open(path) as old:
                 old.wipe()
         made: list[Path] = []
+        device: DeviceDir | None = None
         try:
             _make_directories(path, made)
-            Media.create(path, config.size)
-            (path / "device.toml").write_text(device._toml())
+            device = cls(PrivatePath.at(path), path, config)
+            device.root.chmod_new()
+            Media.create(device.root, config.size)
+            (device.root / "device.toml").write_bytes(device._toml().encode())
         except OSError as error:
-            if path in made:
+            if device is not None:
                 device.wipe()
-            for parent in reversed([parent for parent in made if parent != path]):
-                parent.rmdir()
+            for parent in reversed(made):
+                if device is None or parent != path:
+                    parent.rmdir()
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise NoSpace(f"{path}: no room for the device ({error.strerror})") from error
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -139,17 +156,37 @@ class DeviceDir:
 
     @classmethod
     def load(cls, path: Path) -> DeviceDir:
-        """Read ``device.toml`` without taking the lock. Raises NotADevice."""
+        """Read ``device.toml`` without taking the lock, and check every file of the device.
+
+        Raises NotADevice; PermissionDenied for a device, or a file in one, of another user.
+        """
+        return cls._read(path, reading=False)
+
+    @classmethod
+    def look(cls, path: Path) -> DeviceDir:
+        """The same, to look at: an ordinary user may do that to a shared device of another user."""
+        return cls._read(path, reading=True)
+
+    @classmethod
+    def _read(cls, path: Path, *, reading: bool) -> DeviceDir:
         try:
-            table = tomllib.loads((path / "device.toml").read_text())
+            root = PrivatePath.at(path, reading=reading)
+            table = tomllib.loads((root / "device.toml").read_bytes().decode())
+            device = cls(root, path, cls._config(path, table))
+            device.audit()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotADevice(
                 f"{path} is not a daxemu device: make one with: daxemu mkfs {path} --size 1G"
             ) from error
         except (OSError, ValueError, RecursionError) as error:
+            said = " ".join(str(error).split())
             raise NotADevice(
-                f"{path}/device.toml cannot be read: {error}; restore it, or make a new device elsewhere"
+                f"{path}/device.toml cannot be read: {said}; restore it, or make a new device elsewhere"
             ) from error
+        return device
+
+    @staticmethod
+    def _config(path: Path, table: dict[str, object]) -> DeviceConfig:
         if table.get("version") != FORMAT_VERSION:
             raise NotADevice(
                 f"{path} is of format version {table.get('version')!r}, this daxemu reads {FORMAT_VERSION}: "
@@ -162,20 +199,38 @@ class DeviceDir:
             config = DeviceConfig(
                 **{name: _integer(table, name) for name in ("size", "base_pfn", "altmap", "align")},
                 struct_pages=struct_pages,
+                mode=_integer({"mode": PRIVATE, **table}, "mode"),
             )
             config.validate()
         except InvalidArgument as error:
             raise NotADevice(
                 f"{path}/device.toml is damaged: {error}; mend that line, or make a new device elsewhere"
             ) from error
-        return cls(path, config)
+        return config
+
+    def audit(self) -> None:
+        """Check that each file of the device is what it should be. Raises NotADevice, PermissionDenied."""
+        for name in OWN_FILES - {"control.sock"}:
+            (self.root / name).audit_file()
+        (self.root / "control.sock").audit_socket()
+        for name in OWN_DIRECTORIES:
+            (self.root / name).audit_directory()
+
+    def tighten(self) -> int:
+        """Take from others what ``mode`` of device.toml does not give them; return from how many files.
+
+        Devices made before there was a mode were readable by everybody. Precondition: the lock is held.
+        """
+        changed = self.root.tighten()
+        self.audit()  # until now others may have had the directory open for writing
+        return changed + sum((self.root / name).tighten() for name in self.root.names() if _is_own(name))
 
     @classmethod
     def open(cls, path: Path) -> DeviceDir:
         """Read the device and take its lock. Raises NotADevice, or Busy if it is mounted."""
         device = cls.load(path)
         try:
-            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = (device.root / "lock").open(os.O_RDWR, create=True)
         except OSError as error:
             raise PermissionDenied(
                 f"{path}/lock: {error.strerror}; the device is its owner's: use it as that user"
@@ -193,6 +248,7 @@ class DeviceDir:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+        self.root.close()
 
     def __enter__(self) -> DeviceDir:
         return self
@@ -204,16 +260,15 @@ class DeviceDir:
         """Remove the device's own files and its directory. Raises Busy if it holds anything else; then all
         stays.
         """
-        strangers = {entry.name for entry in self.path.iterdir()} - OWN_FILES - OWN_DIRECTORIES
+        strangers = {*self.root.names()} - OWN_FILES - OWN_DIRECTORIES
         if strangers:
             raise Busy(
                 f"{self.path} holds {min(strangers)}, which is no file of a device: move it away first"
             )
         for name in OWN_FILES:
-            (self.path / name).unlink(missing_ok=True)
+            (self.root / name).unlink()
         for name in OWN_DIRECTORIES:
-            with suppress(FileNotFoundError):
-                shutil.rmtree(self.path / name)
+            (self.root / name).rmtree()
         self.path.rmdir()
 
     def _toml(self) -> str:
@@ -226,4 +281,6 @@ class DeviceDir:
             f"altmap = {config.altmap}\n"
             f"align = {config.align}\n"
             f"struct_pages = {str(config.struct_pages).lower()}\n"
+            "# Of this directory. More than 0o700 lets others read every byte of every file on the mount.\n"
+            f"mode = 0o{config.mode:o}\n"
         )

@@ -8,10 +8,10 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
-from daxemu.errors import MediaError, NoSpace, NotADevice, Unsupported
+from daxemu.errors import MediaError, NoSpace, NotADevice, PermissionDenied, Unsupported
+from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range, RangeSet
 from daxemu.sizes import human
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, SECTOR_SIZE
@@ -75,14 +75,14 @@ class Media:
     process.
     """
 
-    def __init__(self, directory: Path, size: int) -> None:
+    def __init__(self, directory: PrivatePath, size: int) -> None:
         """Raises NotADevice when the files are missing or are not what ``size`` says, Unsupported if there
         are too many bytes for this machine.
         """
         self.size = size
         self._poison_file = directory / "poison"
         try:
-            self._fd = os.open(directory / "media", os.O_RDWR | os.O_CLOEXEC)
+            self._fd = (directory / "media").open(os.O_RDWR)
         except OSError as error:
             raise NotADevice(
                 f"{directory}/media: {error.strerror}; "
@@ -113,10 +113,13 @@ class Media:
             raise _too_large(self.size) from error
 
     @staticmethod
-    def create(directory: Path, size: int) -> None:
+    def create(directory: PrivatePath, size: int) -> None:
         """Make the files of a new, healthy media."""
-        with open(directory / "media", "xb") as media:
-            media.truncate(size)
+        media = (directory / "media").make(os.O_RDWR)
+        try:
+            os.ftruncate(media, size)
+        finally:
+            os.close(media)
         (directory / "poison").write_bytes(b"\n" * _POISON_STEP)
 
     def close(self) -> None:
@@ -222,7 +225,7 @@ class Media:
     def _load_poison(self) -> Iterator[tuple[int, int]]:
         """The file holds "first-sector count" lines, the sysfs form of badblocks."""
         try:
-            for line in self._poison_file.read_text().split("\n"):
+            for line in self._poison_file.read_bytes().decode().split("\n"):
                 if not line:
                     continue
                 first, count = (int(word) for word in line.split())
@@ -241,16 +244,15 @@ class Media:
         text = "".join(f"{r.start} {r.length}\n" for r in poison)
         data = text.encode().ljust(-(-len(text) // _POISON_STEP) * _POISON_STEP or _POISON_STEP, b"\n")
         try:
-            if len(data) <= self._poison_file.stat().st_size:
+            if len(data) <= self._poison_file.lstat().st_size:
                 # Over what is there: a full disk must not keep poison from being cleared.
-                with open(self._poison_file, "r+b", buffering=0) as file:
+                with open(self._poison_file.open(os.O_RDWR), "r+b", buffering=0) as file:
                     file.write(data)
                     file.truncate()
             else:
-                scratch = self._poison_file.with_suffix(".new")
+                scratch = self._poison_file.with_name("poison.new")
                 scratch.write_bytes(data)
-                scratch.replace(self._poison_file)
-        except OSError as error:
-            raise NoSpace(
-                f"{self._poison_file} cannot be written: {error.strerror}; make room there"
-            ) from error
+                scratch.rename("poison")
+        except (OSError, NotADevice, PermissionDenied) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise NoSpace(f"{self._poison_file} cannot be written: {why}; make room there") from error

@@ -29,9 +29,9 @@ class Pmem:
         """Precondition: the device's lock is held. Raises NotADevice."""
         config = device.config
         self.name = device.name
-        self._path = device.path
+        self._root = device.root
         self._sysfs: Sysfs | None = None
-        self.media = Media(device.path, config.size)
+        self.media = Media(device.root, config.size)
         self.badblocks = Badblocks()
         altmap_pages = config.altmap // PAGE_SIZE
         self.dax = DaxDevice(
@@ -80,7 +80,7 @@ class Pmem:
             return
         from daxemu.mm.memmap import Memmap
 
-        memmap = Memmap.create(self._path / "struct_page", self.pages)
+        memmap = Memmap.create(self._root / "struct_page", self.pages)
         memmap.add_pages(self.pages, self.pgmap.altmap_pages)
         memmap.memmap_init_zone_device(self.pages)
         self.pgmap.memmap = memmap
@@ -88,7 +88,7 @@ class Pmem:
 
     def show_in_sysfs(self) -> Sysfs:
         """Keep ``DEVICE/sysfs`` from now on; the counters are the caller's to show. Raises NoSpace."""
-        sysfs = Sysfs(self._path / "sysfs")
+        sysfs = Sysfs(self._root / "sysfs")
         self._sysfs = sysfs
         self.badblocks.on_change = lambda: sysfs.show_badblocks(self.badblocks)
         sysfs.show_badblocks(self.badblocks)

@@ -11,27 +11,26 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 
 from daxemu.errors import NoSpace
 from daxemu.events import Outcome
 from daxemu.pmem.badblocks import Badblocks
+from daxemu.private_path import PrivatePath
 from daxemu.uapi import PAGE_SIZE
 
 
 class Sysfs:
     """The files of one device. Everything in them counts from this machine's start, as from a boot."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: PrivatePath) -> None:
         """Make them anew, all zero. Raises NoSpace."""
         self._shown: dict[str, bytes] = {}
         self._files: dict[str, int] = {}
         try:
-            shutil.rmtree(directory, ignore_errors=True)
-            (directory / "memory_failure").mkdir(parents=True)
+            directory.rmtree()
+            (directory / "memory_failure").mkdir()
             for name in ("total", *(outcome.value.lower() for outcome in Outcome)):
                 self._open(directory, f"memory_failure/{name}", b"0\n")
             self._open(directory, "badblocks", b"")
@@ -39,8 +38,8 @@ class Sysfs:
             self.close()
             raise NoSpace(f"{directory}: {error.strerror}; make room there") from error
 
-    def _open(self, directory: Path, name: str, text: bytes) -> None:
-        self._files[name] = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    def _open(self, directory: PrivatePath, name: str, text: bytes) -> None:
+        self._files[name] = (directory / name).make(os.O_RDWR)
         os.write(self._files[name], text)
         self._shown[name] = text
 

@@ -66,11 +66,14 @@ class _Hang:
 
     def _why(self) -> str:
         """What can be known without touching the mount."""
+        from daxemu.errors import DaxemuError
         from daxemu.events import decode
+        from daxemu.pmem.device_dir import DeviceDir
+        from daxemu.pmem.event_files import events_of
 
         lines = [f"the test hung: it took more than {self.limit:g} s (dax_timeout) on {self._mountpoint}"]
-        with suppress(OSError, IndexError):
-            last = (self._device / "events.jsonl").read_bytes().splitlines()[-1]
+        with suppress(OSError, IndexError, DaxemuError):
+            last = list(events_of(DeviceDir.look(self._device)))[-1]
             lines.append(f"last event: {decode(last).summary()}")
         return "\n".join(lines + self._users())
 

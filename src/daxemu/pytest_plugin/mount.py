@@ -20,6 +20,8 @@ from daxemu.events import Event, decode
 from daxemu.host.mountinfo import Mount, mount_at
 from daxemu.host.session import Session, abort_connection
 from daxemu.pmem.device_dir import DEFAULT_BASE_PFN, DeviceConfig, DeviceDir, altmap_bytes
+from daxemu.pmem.event_files import events_of
+from daxemu.private_path import PrivatePath
 from daxemu.protocol import Clear, Damaged, Inject, Injected, PowerFail, Remove, Removed, Set, Status
 
 PATIENCE = 60.0
@@ -89,8 +91,9 @@ class DaxMount:
 
     def mount(self) -> None:
         """Mount, again after ``umount`` or ``powerfail``. Raises what daxemu refuses with."""
-        log = self.device / "supervisor.log"
-        with open(log, "ab") as output:
+        root = PrivatePath.at(self.device)
+        log = root / "supervisor.log"
+        with open(log.open(os.O_WRONLY | os.O_APPEND, create=True), "ab") as output:
             self._supervisor = subprocess.Popen(
                 self.mount_command(),
                 stdin=subprocess.DEVNULL,
@@ -103,7 +106,7 @@ class DaxMount:
         ready, _, _ = select.select([self._supervisor.stdout], [], [], PATIENCE)
         if not ready or not self._supervisor.stdout.readline():
             self.end()
-            said = log.read_text(errors="replace").strip().splitlines()
+            said = log.read_bytes().decode(errors="replace").strip().splitlines()
             raise DaxemuError(said[-1] if said else f"daxemu mount {self.device} did not begin: see {log}")
         if self._settings:
             with self.client() as client:
@@ -168,8 +171,11 @@ class DaxMount:
 
     def events(self) -> list[Event]:
         """Every event of every time this device was mounted."""
-        with open(self.device / "events.jsonl", "rb") as lines:
-            return [decode(line) for line in lines]
+        device = DeviceDir.look(self.device)
+        try:
+            return [decode(line) for line in events_of(device)]
+        finally:
+            device.close()
 
     def story(self, most: int) -> list[tuple[str, str]]:
         """Sections for the report of a failed test. Whatever cannot be had, it says so."""

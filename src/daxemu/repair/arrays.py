@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
+import struct
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from mmap_ninja import numpy as ninja
 
 from daxemu.errors import NoSpace, NotADevice
 from daxemu.pmem.media import fallocate
+from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE
 
@@ -31,18 +32,22 @@ class SparseArray:
     memory was reserved, because a store that finds none is a SIGBUS.
     """
 
-    def __init__(self, path: Path, dtype: str, length: int) -> None:
+    def __init__(self, path: PrivatePath, dtype: str, length: int) -> None:
         """Open the array at ``path``, or make it. Raises NotADevice if it is another one, NoSpace."""
         try:
             if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
+                path.mkdir()
                 # Its public constructors write every element.
-                ninja._empty(path, dtype, (length,), "C")
-            self._array: Array = ninja.open_existing(path, mode="r+").view(np.ndarray)
-            self._fd = os.open(path / "data.ninja", os.O_RDWR | os.O_CLOEXEC)
+                with path.reachable() as by_fd:
+                    ninja._empty(by_fd, dtype, (length,), "C")
+                path.adopt()
+            path.audit()
+            with path.reachable() as by_fd:
+                self._array: Array = ninja.open_existing(by_fd, mode="r+").view(np.ndarray)
+            self._fd = (path / "data.ninja").open(os.O_RDWR)
         except OSError as error:
             raise NoSpace(f"{path}: {error.strerror}") from error
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, struct.error) as error:
             raise NotADevice(f"{path} is damaged ({error}): remove it, and it is made anew") from error
         if self._array.shape != (length,) or self._array.dtype != np.dtype(dtype):
             raise NotADevice(f"{path} is of another size: remove it, and it is made anew")
@@ -138,6 +143,7 @@ class Checksums:
         return crc32c(data) ^ self._zero == wanted
 
 
-def discard(directory: Path) -> None:
+def discard(directory: PrivatePath) -> None:
     """Remove all arrays below ``directory``."""
-    shutil.rmtree(directory, ignore_errors=True)
+    with suppress(OSError):
+        directory.rmtree()

@@ -4,7 +4,7 @@ files.
 
 from __future__ import annotations
 
-import shutil
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
@@ -15,6 +15,7 @@ import msgspec
 from daxemu.errors import InvalidArgument
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.reserved import ReservedFile
+from daxemu.private_path import PrivatePath
 from daxemu.repair.strategy import Options, Strategy
 
 GROUP = "daxemu.repair"
@@ -97,13 +98,14 @@ def parse(text: str) -> tuple[type[Strategy], Options]:
 
 
 def forget(
-    fs: Filesystem, root: Path, *, keep: Path | None = None, kind: type[Strategy] | None = None
+    fs: Filesystem, root: PrivatePath, *, keep: PrivatePath | None = None, kind: type[Strategy] | None = None
 ) -> None:
     """Remove what strategies kept, but for ``keep`` and what ``kind`` has on the device: they did not see
     what changed without them.
     """
-    for directory in root.iterdir() if root.exists() else ():
-        if directory != keep:
-            shutil.rmtree(directory, ignore_errors=True)
+    for name in root.names() if root.exists() else ():
+        if root / name != keep:
+            with suppress(OSError):
+                (root / name).remove()
     if keep is None or not keep.exists() or kind is None or not kind.has_copies:
         ReservedFile(fs).discard()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 from daxemu.events import CorruptionFound
 from daxemu.fs import heal
@@ -12,6 +11,7 @@ from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import RESERVED_INO
 from daxemu.fs.reserved import ReservedFile
 from daxemu.fs.rmap import METADATA_INO, Owner
+from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range, RangeSet, merged
 from daxemu.uapi import PAGE_SIZE
 
@@ -24,7 +24,7 @@ class Volume:
     def __init__(
         self,
         fs: Filesystem,
-        directory: Path,
+        directory: PrivatePath,
         atomically: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """``directory`` is where a strategy keeps what is not on the device; it need not exist."""

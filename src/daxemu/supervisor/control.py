@@ -11,7 +11,6 @@ import os
 import socket
 import struct
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import msgspec
 import trio
@@ -19,6 +18,7 @@ import trio
 from daxemu import protocol as p
 from daxemu.errors import DaxemuError, FsError, InvalidArgument, PermissionDenied
 from daxemu.host.unexpected import Unexpected, refused
+from daxemu.private_path import PrivatePath
 from daxemu.supervisor.descriptors import Connections, EmergencyDescriptor, Hangups
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.selection import selects
@@ -35,7 +35,7 @@ Answer = Callable[[p.AnyRequest], Awaitable[msgspec.Struct]]
 class ControlSocket:
     """Serves ``path``. ``answer`` does what is asked; it raises DaxemuError to refuse."""
 
-    def __init__(self, path: Path, log: EventLog, answer: Answer, unexpected: Unexpected) -> None:
+    def __init__(self, path: PrivatePath, log: EventLog, answer: Answer, unexpected: Unexpected) -> None:
         self._unexpected = unexpected
         self._connections = Connections()
         self._hangups = Hangups()
@@ -55,17 +55,16 @@ class ControlSocket:
         """Bind and listen; a socket file of a dead supervisor is replaced. Precondition: the device's lock is
         held.
         """
-        self._path.unlink(missing_ok=True)
+        self._path.unlink()
         sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        os.fchmod(sock.fileno(), 0o600)  # bind(2) makes the file with the mode of the socket
         # By way of the directory: sun_path has 108 bytes, and a device may lie deep.
-        directory = os.open(self._path.parent, os.O_PATH | os.O_CLOEXEC)
+        directory, path = self._path.bind_path()
         try:
-            raw = socket.socket(fileno=os.dup(sock.fileno()))
-            with raw:
-                raw.bind(f"/proc/self/fd/{directory}/{self._path.name}")
+            with socket.socket(fileno=os.dup(sock.fileno())) as raw:
+                raw.bind(path)
         finally:
             os.close(directory)
-        self._path.chmod(0o600)
         sock.listen(64)
         return trio.SocketListener(sock)
 
@@ -83,7 +82,7 @@ class ControlSocket:
         finally:
             self._emergency.give_up()
             self._hangups.close()
-            self._path.unlink(missing_ok=True)
+            self._path.unlink()
 
     async def _accept(self, listener: trio.SocketListener) -> trio.SocketStream:
         while True:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import trio
 
 from daxemu.errors import PermissionDenied
 from daxemu.events import Event, encode
+from daxemu.private_path import PrivatePath
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +23,11 @@ _BATCH = 256  # events handed to a follower at a time
 class EventLog:
     """The last ``KEPT`` events in memory, all of them in the file. ``emit`` never waits for a follower."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: PrivatePath) -> None:
         """Raises PermissionDenied when the file cannot be written to."""
         try:
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as this object
+            fd = path.open(os.O_WRONLY | os.O_APPEND, create=True)
+            self._file = os.fdopen(fd, "ab", buffering=0)
         except OSError as error:
             raise PermissionDenied(
                 f"{path}: {error.strerror}; mount it as the user who owns {path.parent}"

@@ -24,6 +24,7 @@ from daxemu.fs.rmap import Owner
 from daxemu.host.unexpected import Unexpected
 from daxemu.mm.memory_failure import Incident, Task
 from daxemu.pmem.pmem import Pmem
+from daxemu.private_path import PrivatePath
 from daxemu.protocol import Progress, RepairReport
 from daxemu.ranges import Range, RangeSet
 from daxemu.repair import registry
@@ -55,7 +56,7 @@ class Repairs:
     """The strategy of one machine. It is the filesystem's DataOps, too, on the strategy's behalf."""
 
     def __init__(
-        self, pmem: Pmem, fs: Filesystem, root: Path, emit: Emit, mountpoint: Path | None = None
+        self, pmem: Pmem, fs: Filesystem, root: PrivatePath, emit: Emit, mountpoint: Path | None = None
     ) -> None:
         """``root``: where strategies keep what is not on the device. ``mountpoint``: where it will be
         mounted.
@@ -104,7 +105,7 @@ class Repairs:
         strategy: Strategy | None = None
         try:
             if kind.watches and not directory.exists():
-                self._root.mkdir(parents=True, exist_ok=True)
+                self._root.mkdir()
                 (self._root / INCOMPLETE).touch()
             self._strategy = strategy = self._guard.call(BEGIN_LIMIT, kind, volume, options)
             self.text, self.broken = text, None
@@ -112,7 +113,7 @@ class Repairs:
                 self._fs.watch(self)
             pieces = self._guard.call(BEGIN_LIMIT, strategy.mounted, after_crash=after_crash)
             yield from self._see_to(strategy, pieces)
-            (self._root / INCOMPLETE).unlink(missing_ok=True)
+            (self._root / INCOMPLETE).unlink()
         except Exception as error:
             if self._strategy is strategy and not self.is_ending:
                 self._drop()
@@ -147,12 +148,12 @@ class Repairs:
             self.progress = None
             self._emit(RepairProgress(strategy=self.text, done_bytes=total, total_bytes=total))
 
-    def _forget(self, keep: Path | None = None, kind: type[Strategy] | None = None) -> None:
+    def _forget(self, keep: PrivatePath | None = None, kind: type[Strategy] | None = None) -> None:
         """Remove what strategies kept, but for what ``kind`` has in ``keep``, if that is complete."""
         incomplete = self._root / INCOMPLETE
         is_whole = not incomplete.exists()
         registry.forget(self._fs, self._root, keep=keep if is_whole else None, kind=kind)
-        incomplete.unlink(missing_ok=True)
+        incomplete.unlink()
 
     def _drop(self) -> None:
         strategy, self._strategy = self._strategy, None

@@ -20,7 +20,7 @@ import trio
 
 from daxemu import protocol as p
 from daxemu.errors import Busy, CorruptMetadata, DaxemuError, NotMounted, Unsupported
-from daxemu.events import Mounted, Unmounted
+from daxemu.events import DeviceTightened, Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host import supplement
 from daxemu.host.fuse_loop import FuseLoop
@@ -33,6 +33,7 @@ from daxemu.host.tracer_link import TracerLink
 from daxemu.host.watchdog import Watchdog
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.pmem.pmem import Pmem
+from daxemu.private_path import PrivatePath
 from daxemu.supervisor.control import ControlSocket
 from daxemu.supervisor.descriptors import raise_descriptor_limit
 from daxemu.supervisor.event_log import EventLog
@@ -69,7 +70,8 @@ def supervise(
     with ExitStack() as undo:
         check_mountpoint(mountpoint)
         directory = undo.enter_context(DeviceDir.open(device))
-        events = EventLog(directory.path / "events.jsonl")
+        tightened = directory.tighten()
+        events = EventLog(directory.root / "events.jsonl")
         undo.callback(events.close)
         pmem = Pmem(directory)
         undo.callback(pmem.close)
@@ -78,7 +80,7 @@ def supervise(
         except CorruptMetadata as error:
             raise CorruptMetadata(f"{error}: daxemu fsck {printable(device)} --repair") from error
         undo.callback(_save, fs)
-        repairs = Repairs(pmem, fs, directory.path / "repair", events.emit, mountpoint.resolve())
+        repairs = Repairs(pmem, fs, directory.root / "repair", events.emit, mountpoint.resolve())
         undo.callback(repairs.close)
         for seen in repairs.choose(options.repair, after_crash=fs.had_crashed):
             progress(seen)
@@ -95,8 +97,14 @@ def supervise(
             undo.callback(fs.layouts.hold, None)
         where = printable(session.mount.mountpoint)
         events.emit(Mounted(device=printable(device), mountpoint=where, size=pmem.dax.size))
+        if tightened:
+            events.emit(
+                DeviceTightened(
+                    device=printable(device), mode=f"{directory.config.mode:04o}", files=tightened
+                )
+            )
         try:
-            trio.run(_serve, machine, ready)
+            trio.run(_serve, machine, directory.root / "control.sock", ready)
         finally:
             events.emit(Unmounted(mountpoint=where))
 
@@ -188,10 +196,10 @@ async def _log_internals_on_signal(machine: Machine) -> None:
             log_internals(machine)
 
 
-async def _serve(machine: Machine, ready: Callable[[], None]) -> None:
+async def _serve(machine: Machine, socket: PrivatePath, ready: Callable[[], None]) -> None:
     watchdog = Watchdog(machine.session.mount, machine.log.emit)
     ending = _Ending(machine, watchdog)
-    control = ControlSocket(machine.session.mount.socket, machine.log, ending.answer, machine.unexpected)
+    control = ControlSocket(socket, machine.log, ending.answer, machine.unexpected)
     mappings = PageCacheMappings(
         machine.session,
         lambda: list(machine.operations.open_files),

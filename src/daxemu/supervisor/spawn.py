@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from daxemu.errors import ERRORS, Busy, DaxemuError, NotADevice
+from daxemu.private_path import PrivatePath
 from daxemu.supervisor.settings import PLAIN, MountOptions
 
 PATIENCE = 60.0
@@ -34,10 +35,11 @@ def spawn(
 
     Raises what the supervisor refused with, Busy if it says nothing for long; no process is left then.
     """
-    log = device / "supervisor.log"
+    root = PrivatePath.at(device)
+    log = root / "supervisor.log"
     ours, theirs = os.pipe()
     try:
-        with open(log, "ab") as output:
+        with open(log.open(os.O_WRONLY | os.O_APPEND, create=True), "ab") as output:
             arguments = [str(device), str(mountpoint), str(theirs), msgspec.json.encode(options).decode()]
             process = subprocess.Popen(
                 [sys.executable, "-m", "daxemu.supervisor", *arguments],
@@ -54,6 +56,7 @@ def spawn(
         ) from error
     finally:
         os.close(theirs)
+        root.close()
     try:
         reply = _read(ours, log, tell)
     except BaseException:
@@ -77,7 +80,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _read(fd: int, log: Path, tell: Tell) -> dict[str, Any]:
+def _read(fd: int, log: PrivatePath, tell: Tell) -> dict[str, Any]:
     """What the supervisor says when it is ready. Raises DaxemuError if it died before."""
     rest = b""
     while True:

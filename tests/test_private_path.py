@@ -1,0 +1,267 @@
+"""Paths below DEVICE: private whatever the umask, never through a link, and opened in one module alone."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from daxemu.errors import DaxemuError, InvalidArgument, NotADevice, PermissionDenied
+from daxemu.pmem.device_dir import (
+    MIN_SIZE,
+    OWN_DIRECTORIES,
+    OWN_FILES,
+    DeviceConfig,
+    DeviceDir,
+)
+from tests.support.elsewhere import daxemu_as_user
+from tests.support.mount import daxemu
+
+SECRET = "export PATH=/bin # first words of a secret\n"
+FILES = sorted(OWN_FILES)
+DIRECTORIES = sorted(OWN_DIRECTORIES)
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that another user could prepare: ``pmem`` is a device, ``victim`` a file outside."""
+    path = Path(tempfile.mkdtemp(prefix="daxemu-private-", dir="/dev/shm"))
+    path.chmod(0o755)
+    DeviceDir.create(path / "pmem", DeviceConfig(MIN_SIZE))
+    (path / "victim").write_text(SECRET)
+    (path / "outside").mkdir()
+    (path / "mnt").mkdir()
+    yield path
+    shutil.rmtree(path)
+
+
+def snapshot(place: Path) -> dict[str, tuple[int, int, int, bytes]]:
+    """Kind, owner, size and contents of everything."""
+    found = {}
+    for path in sorted(place.rglob("*")):
+        info = path.lstat()
+        data = path.read_bytes()[:4096] if stat.S_ISREG(info.st_mode) else b""
+        found[str(path.relative_to(place))] = (info.st_mode, info.st_uid, info.st_size, data)
+    return found
+
+
+def refused_by_each_verb(place: Path, status: int, matching: str) -> None:
+    """mount, fsck, mkfs --force and page-types end with one line and change nothing."""
+    before = snapshot(place)
+    pmem = place / "pmem"
+    for verb in (
+        ("mount", pmem, place / "mnt"),
+        ("mount", pmem, place / "mnt", "--foreground"),
+        ("fsck", pmem),
+        ("mkfs", pmem, "--size", "8M", "--force"),
+        ("page-types", pmem),
+        ("log", pmem),
+    ):
+        said = daxemu(*verb, status=status)
+        assert matching in said, said
+        assert said.count("\n") == 1, said
+        assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o777])
+def test_a_new_device_is_private_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    old = os.umask(umask)
+    try:
+        DeviceDir.create(tmp_path / "pmem", DeviceConfig(MIN_SIZE))
+        with DeviceDir.open(tmp_path / "pmem"):
+            modes = {path.name: stat.S_IMODE(path.lstat().st_mode) for path in (tmp_path / "pmem").iterdir()}
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "pmem").stat().st_mode) == 0o700
+    assert modes == dict.fromkeys(("media", "poison", "device.toml", "lock"), 0o600)
+
+
+def test_a_device_is_shared_on_request(tmp_path: Path) -> None:
+    daxemu("mkfs", tmp_path / "pmem", "--size", "8M", "--mode", "0750")
+    assert stat.S_IMODE((tmp_path / "pmem").stat().st_mode) == 0o750
+    assert stat.S_IMODE((tmp_path / "pmem" / "media").stat().st_mode) == 0o640
+    assert DeviceDir.load(tmp_path / "pmem").config.mode == 0o750
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o600, 0o1700, 0o4700])
+def test_a_device_that_others_may_write_to_is_refused(mode: int) -> None:
+    with pytest.raises(InvalidArgument, match="0700 to 0755"):
+        DeviceConfig(MIN_SIZE, mode=mode).validate()
+
+
+@pytest.mark.parametrize("name", FILES + DIRECTORIES)
+def test_a_link_in_a_device_is_refused(place: Path, name: str) -> None:
+    (place / "pmem" / name).unlink(missing_ok=True)
+    target = place / ("outside" if name in DIRECTORIES else "victim")
+    (place / "pmem" / name).symlink_to(target)
+    refused_by_each_verb(place, 3, "is a symbolic link")
+
+
+@pytest.mark.parametrize("name", FILES + DIRECTORIES)
+def test_a_fifo_in_a_device_is_refused(place: Path, name: str) -> None:
+    (place / "pmem" / name).unlink(missing_ok=True)
+    os.mkfifo(place / "pmem" / name)
+    refused_by_each_verb(place, 3, "is a FIFO")
+
+
+@pytest.mark.parametrize("name", sorted(OWN_FILES - {"control.sock", "device.toml"}))
+def test_a_hard_link_in_a_device_is_refused(place: Path, name: str) -> None:
+    (place / "pmem" / name).unlink(missing_ok=True)
+    (place / "pmem" / name).hardlink_to(place / "victim")
+    refused_by_each_verb(place, 3, "hard links")
+
+
+@pytest.mark.parametrize("directory", DIRECTORIES)
+def test_a_link_deeper_in_a_device_is_refused(place: Path, directory: str) -> None:
+    (place / "pmem" / directory / "inner").mkdir(parents=True)
+    (place / "pmem" / directory / "inner" / "data.ninja").symlink_to(place / "victim")
+    refused_by_each_verb(place, 3, "is a symbolic link")
+
+
+def test_a_device_that_is_a_link_is_refused(place: Path) -> None:
+    (place / "pmem").rename(place / "real")
+    (place / "pmem").symlink_to(place / "real")
+    refused_by_each_verb(place, 3, "is a symbolic link")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can have a device of another user")
+def test_root_refuses_the_device_of_another_user(place: Path) -> None:
+    os.chown(place / "pmem", 65534, 65534)
+    refused_by_each_verb(place, 5, "--as-owner")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can have a file of another user")
+def test_a_file_of_another_user_is_refused(place: Path) -> None:
+    os.chown(place / "pmem" / "poison", 65534, 65534)
+    refused_by_each_verb(place, 5, "belongs to uid 65534")
+
+
+def as_user(uid: int, work: Callable[[], None]) -> int:
+    """Run ``work`` in a process of another user; 0, or the exit status of a refusal."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            work()
+            os._exit(0)
+        except DaxemuError as error:
+            os._exit(error.exit_status)
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("name", ["media", "poison", "device.toml"])
+def test_another_user_reads_nothing(place: Path, name: str) -> None:
+    def read() -> None:
+        try:
+            (place / "pmem" / name).read_bytes()
+        except PermissionError as error:
+            raise PermissionDenied("as it should be") from error
+
+    assert as_user(65534, read) == PermissionDenied.exit_status
+    assert as_user(65534, lambda: DeviceDir.load(place / "pmem").close()) == PermissionDenied.exit_status
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_as_owner_becomes_that_user_before_anything_is_opened(place: Path) -> None:
+    """A user's link to a file of root's is refused as that user, and fsck of a good device works."""
+    (place / "pmem").rename(place / "root-s")
+    os.chown(place, 65534, 65534)
+    made = place / "pmem"
+    assert as_user(65534, lambda: DeviceDir.create(made, DeviceConfig(MIN_SIZE)).close()) == 0
+    command = [*daxemu_as_user(), "fsck", str(made)]
+    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 5
+    assert subprocess.run([*command, "--as-owner"]).returncode == 0
+    assert (made / "lock").stat().st_uid == 65534
+    (made / "lock").unlink()
+    (made / "lock").symlink_to(place / "new-file")
+    assert subprocess.run([*command, "--as-owner"]).returncode == 3
+    assert not (place / "new-file").exists()
+
+
+@pytest.mark.mount
+def test_an_old_device_is_tightened_at_mount(place: Path) -> None:
+    """Made by an earlier daxemu: readable by everybody, and no mode in device.toml."""
+    pmem = place / "pmem"
+    text = (pmem / "device.toml").read_text()
+    (pmem / "device.toml").write_text("".join(line for line in text.splitlines(True) if "mode" not in line))
+    (pmem / "sysfs" / "memory_failure").mkdir(parents=True)
+    (pmem / "events.jsonl").touch()
+    for path in [pmem, *pmem.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    daxemu("mount", pmem, place / "mnt")
+    try:
+        assert (pmem / "control.sock").is_socket()
+        modes = {stat.S_IMODE(path.lstat().st_mode) for path in [pmem, *pmem.rglob("*")]}
+        assert modes == {0o700, 0o600}
+    finally:
+        daxemu("umount", place / "mnt")
+    assert "others no longer have access" in daxemu("log", pmem)
+    daxemu("mount", pmem, place / "mnt")
+    daxemu("umount", place / "mnt")
+    assert daxemu("log", pmem).count("others no longer have access") == 1
+
+
+def test_links_that_come_later_are_not_followed(place: Path) -> None:
+    """After the check of the whole device, each opening looks once more."""
+    with DeviceDir.open(place / "pmem") as device:
+        (place / "pmem" / "repair").symlink_to(place / "outside")
+        (place / "pmem" / "events.jsonl").symlink_to(place / "victim")
+        with pytest.raises(NotADevice, match="symbolic link"):
+            (device.root / "events.jsonl").open(os.O_WRONLY | os.O_APPEND, create=True)
+        with pytest.raises(NotADevice, match="symbolic link"):
+            (device.root / "repair" / "mirror").mkdir()
+        with pytest.raises(OSError, match="symbolic link"):
+            (device.root / "repair").rmtree()
+    assert (place / "victim").read_text() == SECRET
+    assert list((place / "outside").iterdir()) == []
+
+
+NAMES = OWN_FILES | OWN_DIRECTORIES
+
+
+def paths_below_a_device(tree: ast.AST) -> list[int]:
+    """Lines that put the name of a device's file behind a path which is no PrivatePath by its name."""
+    found = []
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)):
+            continue
+        is_name = isinstance(node.right, ast.Constant) and node.right.value in NAMES
+        left = ast.unparse(node.left)
+        if is_name and not left.endswith(("root", "directory")) and "PrivatePath" not in left:
+            found.append(node.lineno)
+    return found
+
+
+ALLOWED = {
+    "cli/demo/__init__.py": "the path of the mountpoint, beside the device",
+    "host/mountinfo.py": "the path of the socket, for the client, which checks the peer",
+    "cli/log.py": "whether a path is a device at all; DeviceDir opens it",
+}
+
+
+def test_no_other_module_opens_a_path_below_a_device() -> None:
+    source = Path(__file__).parents[1] / "src" / "daxemu"
+    wrong = {}
+    for path in source.rglob("*.py"):
+        name = str(path.relative_to(source))
+        lines = paths_below_a_device(ast.parse(path.read_text()))
+        if lines and name not in ALLOWED:
+            wrong[name] = lines
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("line", ['open(device / "events.jsonl")', '(self.path / "lock").unlink()'])
+def test_the_rule_finds_a_breach(line: str) -> None:
+    assert paths_below_a_device(ast.parse(line)) == [1]
