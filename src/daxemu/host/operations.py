@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import trio
 
 from daxemu.errors import DaxemuError, MediaError
-from daxemu.fs import posix_acl
+from daxemu.fs import inode_flags, posix_acl
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import Credentials, Inode
 from daxemu.fs.listing import DOT, DOT_DOT
@@ -31,7 +31,14 @@ from daxemu.host import supplement
 from daxemu.host.freeze import Freeze
 from daxemu.host.invalidate_lock import InvalidateLock
 from daxemu.host.layouts import FOREVER
-from daxemu.host.supplement import Caller, kill_suidgid, may_store_through_mapping, pack, unpack
+from daxemu.host.supplement import (
+    Caller,
+    is_touch,
+    kill_suidgid,
+    may_store_through_mapping,
+    pack,
+    unpack,
+)
 from daxemu.host.tasks import capable, in_group_or_capable
 from daxemu.host.unexpected import Unexpected, refused
 from daxemu.uapi import CAP_FSETID, CAP_SYS_ADMIN, PAGE_SIZE, XATTR_NAME_CAPS, Ino
@@ -218,12 +225,16 @@ class Operations(pyfuse3.Operations):
         fh: pyfuse3.FileHandleT | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
+        removes_privs = (fields.update_size and kill_suidgid()) or (
+            not fields.update_mode and self._is_chown(fields)
+        )
+        self._may_setattr(self._names.get(inode), fields)
         if fields.update_mtime and self.mappable[inode] and self.write_back is not None:
             # Linux takes the time of a mapped store at its fault. Here the store gets its time when the page
             # is written back, so pages that are dirty now are written back before the time is set.
             await self.write_back(inode)
         found = self._names.get(inode)
-        if (fields.update_size and kill_suidgid()) or (not fields.update_mode and self._is_chown(fields)):
+        if removes_privs:
             self._names.file_remove_privs(found, functools.partial(in_group_or_capable, ctx.pid))
         node = self._fs.setattr(
             inode,
@@ -235,6 +246,17 @@ class Operations(pyfuse3.Operations):
             mtime=attr.st_mtime_ns if fields.update_mtime else None,
         )
         return self._attributes(node)
+
+    @staticmethod
+    def _may_setattr(inode: Inode, fields: pyfuse3.SetattrFields) -> None:
+        """``may_setattr()`` for inode flags. touch(1) counts as a write: append-only files allow it."""
+        times = fields.update_atime or fields.update_mtime
+        if fields.update_size or fields.update_mode or fields.update_uid or fields.update_gid:
+            inode_flags.may_change(inode)
+        elif times and is_touch():
+            inode_flags.may_write(inode)
+        elif times:
+            inode_flags.may_change(inode)
 
     @staticmethod
     def _is_chown(fields: pyfuse3.SetattrFields) -> bool:
@@ -395,6 +417,7 @@ class Operations(pyfuse3.Operations):
         self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileInfo:
         self._fs.check_alive()
+        inode_flags.may_open(self._names.get(inode), flags)
         if flags & os.O_TRUNC:
             if kill_suidgid():
                 self._file_remove_privs(inode, ctx.pid)
@@ -516,7 +539,7 @@ class Operations(pyfuse3.Operations):
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
     ) -> Sequence[pyfuse3.XAttrNameT]:
         self._fs.check_alive()
-        names = self._names.get(inode).xattrs
+        names = self._names.listxattr(inode)
         hides = any(name.startswith(TRUSTED) for name in names) and not capable(ctx.pid, CAP_SYS_ADMIN)
         return [pyfuse3.XAttrNameT(name) for name in names if not (hides and name.startswith(TRUSTED))]
 
