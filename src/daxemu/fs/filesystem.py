@@ -99,7 +99,8 @@ class Filesystem(SuperBlock):
         self.check_alive()
         if flags & ~inode_flags.SUPPORTED:
             raise FsError(errno.EOPNOTSUPP)
-        self._ensure_room(name_bytes=len(inode_flags.KEY) + len(inode_flags.encode(flags)) + ENTRY_COST)
+        if flags:  # else a full region could not get rid of what is immutable
+            self._ensure_room(name_bytes=len(inode_flags.KEY) + len(inode_flags.encode(flags)) + ENTRY_COST)
         self.names.set_flags(ino, flags)
 
     def removexattr(self, ino: Ino, name: bytes) -> None:

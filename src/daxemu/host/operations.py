@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import errno
 import functools
-import inspect
 import itertools
 import os
 import stat
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple
 
 import trio
 
@@ -29,18 +28,13 @@ from daxemu.fs.privs import is_sxid
 from daxemu.fs.xattr import TRUSTED
 from daxemu.host import supplement
 from daxemu.host.freeze import Freeze
+from daxemu.host.handlers import HANDLERS, contained, translated
 from daxemu.host.invalidate_lock import InvalidateLock
 from daxemu.host.layouts import FOREVER
-from daxemu.host.supplement import (
-    Caller,
-    is_touch,
-    kill_suidgid,
-    may_store_through_mapping,
-    pack,
-    unpack,
-)
+from daxemu.host.setattr import is_chown, may_setattr
+from daxemu.host.supplement import Caller, kill_suidgid, may_store_through_mapping, pack, unpack
 from daxemu.host.tasks import capable, in_group_or_capable
-from daxemu.host.unexpected import Unexpected, refused
+from daxemu.host.unexpected import Unexpected
 from daxemu.uapi import CAP_FSETID, CAP_SYS_ADMIN, PAGE_SIZE, XATTR_NAME_CAPS, Ino
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
@@ -66,26 +60,6 @@ LISTING_STEP = 2000
 """Names whose order is computed at once: 5 ms; other requests have their turn before the next."""
 TMPFILE = b"/"
 """Name of a file to be created that has none (host/killpriv.c, ``slash_name`` in fs/dcache.c)."""
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _translated(verb: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Our exceptions become the errno that the system call shows."""
-
-    @functools.wraps(verb)
-    async def translated(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return await verb(*args, **kwargs)
-        except DaxemuError as error:
-            raise pyfuse3.FUSEError(error.errno) from None
-
-    return translated
-
-
-HANDLERS = {name for name, verb in vars(pyfuse3.Operations).items() if inspect.iscoroutinefunction(verb)}
-"""What pyfuse3 may call."""
 
 
 class Operations(pyfuse3.Operations):
@@ -127,24 +101,7 @@ class Operations(pyfuse3.Operations):
     def contain(self, unexpected: Unexpected) -> None:
         """Answer a request EIO when its handler raises what no code expects, and report that."""
         for name in HANDLERS & vars(type(self)).keys():
-            setattr(self, name, self._contained(name, getattr(self, name), unexpected))
-
-    @staticmethod
-    def _contained(
-        name: str, verb: Callable[P, Coroutine[Any, Any, T]], unexpected: Unexpected
-    ) -> Callable[P, Coroutine[Any, Any, T]]:
-        async def contained(*args: P.args, **kwargs: P.kwargs) -> T:
-            try:
-                return await verb(*args, **kwargs)
-            except pyfuse3.FUSEError:
-                raise
-            except Exception as error:  # noqa: BLE001 - costs this request
-                if (refusal := refused(error)) is not None:
-                    raise pyfuse3.FUSEError(refusal.errno) from None
-                unexpected.report(f"FUSE {name}", error)
-                raise pyfuse3.FUSEError(errno.EIO) from None
-
-        return contained
+            setattr(self, name, contained(name, getattr(self, name), unexpected))
 
     # -- attributes
 
@@ -178,7 +135,7 @@ class Operations(pyfuse3.Operations):
         """
         self._fs.layouts.grant_attributes(self._names.get(ino))
 
-    @_translated
+    @translated
     async def lookup(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
@@ -210,13 +167,13 @@ class Operations(pyfuse3.Operations):
         """See ``layouts.Deeds``."""
         self._fs.grew(ino, size)
 
-    @_translated
+    @translated
     async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         found = self._names.get(inode)
         self._fs.layouts.grant_attributes(found)
         return self._attributes(found)
 
-    @_translated
+    @translated
     async def setattr(
         self,
         inode: pyfuse3.InodeT,
@@ -226,9 +183,9 @@ class Operations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         removes_privs = (fields.update_size and kill_suidgid()) or (
-            not fields.update_mode and self._is_chown(fields)
+            not fields.update_mode and is_chown(fields)
         )
-        self._may_setattr(self._names.get(inode), fields)
+        may_setattr(self._names.get(inode), fields)
         if fields.update_mtime and self.mappable[inode] and self.write_back is not None:
             # Linux takes the time of a mapped store at its fault. Here the store gets its time when the page
             # is written back, so pages that are dirty now are written back before the time is set.
@@ -247,23 +204,6 @@ class Operations(pyfuse3.Operations):
         )
         return self._attributes(node)
 
-    @staticmethod
-    def _may_setattr(inode: Inode, fields: pyfuse3.SetattrFields) -> None:
-        """``may_setattr()`` for inode flags. touch(1) counts as a write: append-only files allow it."""
-        times = fields.update_atime or fields.update_mtime
-        if fields.update_size or fields.update_mode or fields.update_uid or fields.update_gid:
-            inode_flags.may_change(inode)
-        elif times and is_touch():
-            inode_flags.may_write(inode)
-        elif times:
-            inode_flags.may_change(inode)
-
-    @staticmethod
-    def _is_chown(fields: pyfuse3.SetattrFields) -> bool:
-        """Of chown(-1, -1) nothing is left to say."""
-        others = (fields.update_size, fields.update_atime, fields.update_mtime)
-        return fields.update_uid or fields.update_gid or not any(others)
-
     def _file_remove_privs(self, ino: Ino, tid: int) -> None:
         """As ``Namespace.file_remove_privs``, and the kernel is told: it believes to know the mode."""
         if self._names.file_remove_privs(self._names.get(ino), functools.partial(in_group_or_capable, tid)):
@@ -274,7 +214,7 @@ class Operations(pyfuse3.Operations):
         if is_sxid(self._names.get(ino).mode) and not capable(tid, CAP_FSETID):
             self._file_remove_privs(ino, tid)
 
-    @_translated
+    @translated
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         usage = self._fs.statfs()
         data = pyfuse3.StatvfsData()
@@ -291,7 +231,7 @@ class Operations(pyfuse3.Operations):
     def _cred(ctx: pyfuse3.RequestContext) -> Credentials:
         return Credentials(ctx.uid, ctx.gid, ctx.umask)
 
-    @_translated
+    @translated
     async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileNameT:
         self._fs.check_alive()
         target = self._names.get(inode).target
@@ -299,7 +239,7 @@ class Operations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EINVAL)
         return pyfuse3.FileNameT(target)
 
-    @_translated
+    @translated
     async def mknod(
         self,
         parent_inode: pyfuse3.InodeT,
@@ -311,7 +251,7 @@ class Operations(pyfuse3.Operations):
         made = self._fs.mknod(parent_inode, name, mode, rdev, self._cred(ctx))
         return self._new_entry(parent_inode, made)
 
-    @_translated
+    @translated
     async def mkdir(
         self,
         parent_inode: pyfuse3.InodeT,
@@ -321,7 +261,7 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         return self._new_entry(parent_inode, self._fs.mkdir(parent_inode, name, mode, self._cred(ctx)))
 
-    @_translated
+    @translated
     async def symlink(
         self,
         parent_inode: pyfuse3.InodeT,
@@ -331,7 +271,7 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         return self._new_entry(parent_inode, self._fs.symlink(parent_inode, name, target, self._cred(ctx)))
 
-    @_translated
+    @translated
     async def link(
         self,
         inode: pyfuse3.InodeT,
@@ -341,21 +281,21 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         return self._entry(self._fs.link(inode, new_parent_inode, new_name))
 
-    @_translated
+    @translated
     async def unlink(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> None:
         self._fs.unlink(parent_inode, name)
         self._will_ask(parent_inode)
 
-    @_translated
+    @translated
     async def rmdir(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> None:
         self._fs.rmdir(parent_inode, name)
         self._will_ask(parent_inode)
 
-    @_translated
+    @translated
     async def rename(
         self,
         parent_inode_old: pyfuse3.InodeT,
@@ -370,7 +310,7 @@ class Operations(pyfuse3.Operations):
 
     # -- directories
 
-    @_translated
+    @translated
     async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
         self._fs.check_alive()
         self._names.directory(inode)
@@ -378,7 +318,7 @@ class Operations(pyfuse3.Operations):
         self._directories[handle] = inode
         return pyfuse3.FileHandleT(handle)
 
-    @_translated
+    @translated
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         directory = self._directories[fh]
         node, entries = self._names.directory(directory)
@@ -398,7 +338,7 @@ class Operations(pyfuse3.Operations):
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
         del self._directories[fh]
 
-    @_translated
+    @translated
     async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
         self._fs.fsync()
 
@@ -412,7 +352,7 @@ class Operations(pyfuse3.Operations):
         self.mappable[inode.ino] += may_store_through_mapping(fh)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=True)
 
-    @_translated
+    @translated
     async def open(
         self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileInfo:
@@ -424,7 +364,7 @@ class Operations(pyfuse3.Operations):
             self._fs.set_size(inode, 0)  # libfuse asks the kernel to leave that to us (ATOMIC_O_TRUNC)
         return self._opened(self._names.get(inode), flags)
 
-    @_translated
+    @translated
     async def create(
         self,
         parent_inode: pyfuse3.InodeT,
@@ -504,13 +444,13 @@ class Operations(pyfuse3.Operations):
                 # The kernel does not know that a page written back changes the times.
                 self._forget_attributes(caller.ino)
 
-    @_translated
+    @translated
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
         self._fs.fsync(datasync=datasync)
 
     # -- extended attributes
 
-    @_translated
+    @translated
     async def setxattr(
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:
@@ -525,7 +465,7 @@ class Operations(pyfuse3.Operations):
         )
         self._fs.setxattr(inode, name, value, 0, acl_kill_sgid=kill_sgid)
 
-    @_translated
+    @translated
     async def getxattr(
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
     ) -> bytes:
@@ -534,7 +474,7 @@ class Operations(pyfuse3.Operations):
             self._will_ask(inode)
         return self._names.getxattr(inode, name)
 
-    @_translated
+    @translated
     async def listxattr(
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
     ) -> Sequence[pyfuse3.XAttrNameT]:
@@ -543,7 +483,7 @@ class Operations(pyfuse3.Operations):
         hides = any(name.startswith(TRUSTED) for name in names) and not capable(ctx.pid, CAP_SYS_ADMIN)
         return [pyfuse3.XAttrNameT(name) for name in names if not (hides and name.startswith(TRUSTED))]
 
-    @_translated
+    @translated
     async def removexattr(
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
     ) -> None:
