@@ -13,6 +13,7 @@ import pytest
 from daxemu.fs import fsck
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import ROOT_INO, Inode
+from daxemu.fs.inode_flags import APPEND, IMMUTABLE
 from daxemu.fs.metadata_region import MetadataFile
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.uapi import PAGE_SIZE
@@ -68,6 +69,7 @@ def a_bit_of_everything(core: Core) -> None:
     core.fs.symlink(core.dir(b"d").ino, b"s", b"target\xfe", ROOT)
     core.fs.mknod(ROOT_INO, b"dev", 0o20600, 0x103, ROOT)
     core.fs.set_size(core.file(b"sparse"), 1 << 62)
+    core.fs.set_inode_flags(core.file(b"locked"), IMMUTABLE | APPEND)
 
 
 def test_everything_comes_back(core: Core) -> None:

@@ -6,11 +6,13 @@ import errno
 import fcntl
 import mmap
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from daxemu.fs.inode_flags import APPEND
 from daxemu.host.extra_operations import (
     CLONE_RANGE,
     DAXEMU_IOC_CLONE_RANGE,
@@ -18,6 +20,7 @@ from daxemu.host.extra_operations import (
     MAP_HEADER,
     MAP_ROOM,
 )
+from daxemu.host.fileattr import FS_IOC_GETFLAGS, FS_IOC_SETFLAGS
 from tests.support.files import Files, content, is_clone
 from tests.support.quick import QuickMount, quick_mount_at
 from tests.support.scene import PAGE, Scene
@@ -169,8 +172,26 @@ def test_other_ioctls(files: Files) -> None:
         ):
             with pytest.raises(OSError, match=os.strerror(errno.ENOTTY)):
                 fcntl.ioctl(fd, command, argument)
-        with pytest.raises(OSError, match=r"ioctl|directory|Invalid"):
-            fcntl.ioctl(directory, DAXEMU_IOC_MAP, bytearray(DAXEMU_IOC_MAP >> 16 & 0x3FFF))
+        with pytest.raises(OSError, match=os.strerror(errno.ENOTTY)):
+            fcntl.ioctl(directory, 0x5401, bytearray(64))
     finally:
         os.close(directory)
     assert content(fd) == b"A" * PAGE
+
+
+def test_an_ioctl_on_a_directory_is_about_the_directory(files: Files) -> None:
+    """A directory's handle is a small number that is also the inode number of some file."""
+    fds = [files.letters(f"f{number}", 1) for number in range(8)]
+    flags = struct.Struct("=I")
+    for fd in fds:
+        fcntl.ioctl(fd, FS_IOC_SETFLAGS, flags.pack(APPEND))
+    inos = {os.fstat(fd).st_ino for fd in fds}
+    directories = [files.open(".", os.O_RDONLY) for _ in range(2 * max(inos))]
+    for directory in directories:
+        with pytest.raises(OSError, match=os.strerror(errno.EISDIR)):
+            fcntl.ioctl(directory, DAXEMU_IOC_MAP, bytearray(DAXEMU_IOC_MAP >> 16 & 0x3FFF))
+        with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+            fcntl.ioctl(directory, DAXEMU_IOC_CLONE_RANGE, CLONE_RANGE.pack(fds[0], 0, 0, 0))
+        assert flags.unpack(fcntl.ioctl(directory, FS_IOC_GETFLAGS, bytes(4))) == (0,)
+    for fd in fds:
+        fcntl.ioctl(fd, FS_IOC_SETFLAGS, flags.pack(0))

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from daxemu.errors import FsError, MediaError, NoSpace, Shutdown
 from daxemu.events import PoisonCleared, StoreLost
-from daxemu.fs import posix_acl
+from daxemu.fs import inode_flags, posix_acl
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.file_data import Buffer, Stored
 from daxemu.fs.inode import ENTRY_COST, MAX_FILE_SIZE, SUPERUSER, Credentials, Inode
@@ -91,6 +91,17 @@ class Filesystem(SuperBlock):
         if size is not None:
             self.set_size(ino, size)
         return self.names.setattr(ino, mode=mode, uid=uid, gid=gid, atime=atime, mtime=mtime)
+
+    def set_inode_flags(self, ino: Ino, flags: int) -> None:
+        """``FS_IOC_SETFLAGS``. Raises FsError EOPNOTSUPP for flags other than immutable and append-only,
+        NoSpace when the metadata region is full.
+        """
+        self.check_alive()
+        if flags & ~inode_flags.SUPPORTED:
+            raise FsError(errno.EOPNOTSUPP)
+        if flags:  # else a full region could not get rid of what is immutable
+            self._ensure_room(name_bytes=len(inode_flags.KEY) + len(inode_flags.encode(flags)) + ENTRY_COST)
+        self.names.set_flags(ino, flags)
 
     def removexattr(self, ino: Ino, name: bytes) -> None:
         """See Namespace.removexattr."""
@@ -248,6 +259,7 @@ class Filesystem(SuperBlock):
         """
         self.check_alive()
         inode, extents = self.names.regular(ino)
+        inode_flags.may_change(inode)
         if size > MAX_FILE_SIZE:
             raise FsError(errno.EFBIG)
         if size < inode.size:
@@ -273,6 +285,7 @@ class Filesystem(SuperBlock):
         what = mode & ~FALLOC_FL_KEEP_SIZE
         if what not in (0, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE) or mode == FALLOC_FL_PUNCH_HOLE:
             raise FsError(errno.EOPNOTSUPP)
+        inode_flags.may_fallocate(inode, mode)
         first, last = offset // PAGE_SIZE, -(-end // PAGE_SIZE)
         if what == FALLOC_FL_PUNCH_HOLE:
             self._data.punch(extents, offset, end)
@@ -332,6 +345,7 @@ class Filesystem(SuperBlock):
         self.check_alive()
         source, src_extents = self.names.regular(src)
         target, dst_extents = self.names.regular(dst)
+        inode_flags.may_write(target)
         if length == 0:
             length = source.size - src_offset
         check_remap(source, src_offset, target, dst_offset, length)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from daxemu.errors import FsError
-from daxemu.fs import posix_acl
+from daxemu.fs import inode_flags, posix_acl
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.inode import (
     ENTRY_COST,
@@ -82,6 +82,7 @@ class Namespace(InodeTable):
             raise FsError(errno.EEXIST)
         if inode.nlink == 0:
             raise FsError(errno.ENOENT)
+        inode_flags.may_write(inode)
         return inode, entries
 
     def _new_inode(self, parent: Inode, mode: int, cred: Credentials) -> Inode:
@@ -132,7 +133,9 @@ class Namespace(InodeTable):
 
     def tmpfile(self, parent: Ino, mode: int, cred: Credentials) -> Inode:
         """Make a regular file without a name (``->tmpfile``). :meth:`link` can give the file one."""
-        inode = self._new_inode(self.directory(parent)[0], mode, cred)
+        directory = self.directory(parent)[0]
+        inode_flags.may_write(directory)
+        inode = self._new_inode(directory, mode, cred)
         inode.extents, inode.nlink = ExtentMap(inode.ino, self._rmap), 0
         self.linkable.add(inode.ino)
         return inode
@@ -169,6 +172,7 @@ class Namespace(InodeTable):
         if inode.nlink >= LINK_MAX:
             raise FsError(errno.EMLINK)
         directory, entries = self._room_for(parent, name)
+        inode_flags.may_change(inode)
         if inode.nlink == 0:
             self.linkable.remove(ino)
             self._rmap.mark_all(ino)  # commits passed over its extents until now
@@ -190,6 +194,7 @@ class Namespace(InodeTable):
         """``->unlink``. Returns the inode, which may have no links any more. Raises FsError EISDIR."""
         directory, entries = self.directory(parent)
         inode = self.lookup(parent, name)
+        inode_flags.may_delete(directory, inode)
         if inode.is_dir:
             raise FsError(errno.EISDIR)
         self._leave(directory, entries, name)
@@ -201,6 +206,7 @@ class Namespace(InodeTable):
         """``->rmdir``. Returns the directory, without links now. Raises FsError ENOTDIR, ENOTEMPTY."""
         directory, entries = self.directory(parent)
         inode = self.lookup(parent, name)
+        inode_flags.may_delete(directory, inode)
         if inode.entries is None:
             raise FsError(errno.ENOTDIR)
         if inode.entries:
@@ -242,6 +248,8 @@ class Namespace(InodeTable):
             raise FsError(errno.EEXIST)
         if moved.is_dir and self._is_inside(new_parent, moved.ino):
             raise FsError(errno.EINVAL)
+        if there is not moved:
+            self._may_rename(source_dir, moved, target_dir, there)
         if flags & RENAME_EXCHANGE and there is not None:
             if there.is_dir and self._is_inside(old_parent, there.ino):
                 raise FsError(errno.EINVAL)
@@ -262,6 +270,14 @@ class Namespace(InodeTable):
         if flags & RENAME_WHITEOUT:
             self._enter(source_dir, source_entries, old, self._new_inode(source_dir, stat.S_IFCHR, cred))
         return there
+
+    @staticmethod
+    def _may_rename(source_dir: Inode, moved: Inode, target_dir: Inode, there: Inode | None) -> None:
+        inode_flags.may_delete(source_dir, moved)
+        if there is None:
+            inode_flags.may_write(target_dir)
+        else:
+            inode_flags.may_delete(target_dir, there)
 
     @staticmethod
     def _replaceable(moved: Inode, there: Inode) -> None:
@@ -340,6 +356,17 @@ class Namespace(InodeTable):
             self.touch(inode, modified=False)
         return bool(drop)
 
+    def set_flags(self, ino: Ino, flags: int) -> None:
+        """Set the inode flags of a file or directory (FS_*_FL, fs/inode_flags.py)."""
+        inode = self.get(ino)
+        self.name_bytes -= self._own_bytes(inode)
+        if flags:
+            inode.xattrs[inode_flags.KEY] = inode_flags.encode(flags)
+        else:
+            inode.xattrs.pop(inode_flags.KEY, None)
+        self.name_bytes += self._own_bytes(inode)
+        self.touch(inode, modified=False)
+
     # -- extended attributes
 
     def setxattr(
@@ -350,6 +377,7 @@ class Namespace(InodeTable):
         Raises FsError EOPNOTSUPP or EINVAL as the name, EEXIST, ENODATA, E2BIG as flags and sizes say.
         """
         inode = self.get(ino)
+        inode_flags.may_change(inode)
         self._check_xattr(inode, name)
         if len(value) > XATTR_SIZE_MAX:
             raise FsError(errno.E2BIG)
@@ -388,7 +416,8 @@ class Namespace(InodeTable):
 
     @staticmethod
     def _check_xattr(inode: Inode, name: bytes) -> None:
-        if name not in inode.xattrs:  # a device may hold names that earlier releases took
+        # A device may hold names that earlier releases took.
+        if name not in inode.xattrs or name == inode_flags.KEY:
             check_name(name)
 
     def getxattr(self, ino: Ino, name: bytes) -> bytes:
@@ -400,9 +429,14 @@ class Namespace(InodeTable):
             raise FsError(errno.ENODATA)
         return value
 
+    def listxattr(self, ino: Ino) -> list[bytes]:
+        """``listxattr(2)``: names of all extended attributes, whoever may see them."""
+        return [name for name in self.get(ino).xattrs if name != inode_flags.KEY]
+
     def removexattr(self, ino: Ino, name: bytes) -> None:
         """``removexattr(2)``. Raises FsError ENODATA."""
         inode = self.get(ino)
+        inode_flags.may_change(inode)
         self._check_xattr(inode, name)
         if name not in inode.xattrs:
             raise FsError(errno.ENODATA)

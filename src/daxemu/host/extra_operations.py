@@ -20,6 +20,7 @@ import trio
 
 from daxemu.errors import DaxemuError, FsError
 from daxemu.fs.filesystem import Filesystem
+from daxemu.host import fileattr
 from daxemu.host.supplement import library, unpack
 from daxemu.host.tasks import capable
 from daxemu.host.unexpected import Nursery, Unexpected, refused, task_name
@@ -99,16 +100,20 @@ class ExtraOperations:
         clones: Clones,
         write_back: WriteBack,
         file_modified: Callable[[Ino, int], None],
+        forget_attributes: Callable[[Ino], None],
         open_files: Iterable[Ino],
         nursery: Nursery,
         unexpected: Unexpected,
     ) -> None:
-        """``dev`` is the mount's (major, minor); ``file_modified`` and ``open_files`` see Operations."""
+        """``dev`` is the mount's (major, minor); ``file_modified`` and ``open_files`` see Operations,
+        ``forget_attributes`` see Session.
+        """
         self._fs = fs
         self._dev = dev
         self._clones = clones
         self._write_back = write_back
         self._file_modified = file_modified
+        self._forget_attributes = forget_attributes
         self._open_files = open_files
         self._nursery = nursery
         self._unexpected = unexpected
@@ -210,6 +215,13 @@ class ExtraOperations:
         elif command == DAXEMU_IOC_MAP and len(data) >= MAP_HEADER.size:
             answer = self._map(ino, data)
             self._fuse.fuse_reply_ioctl(request.req, 0, answer, len(answer))
+        elif command in fileattr.GETTERS:
+            answer = fileattr.get(self._fs, ino, command)
+            self._fuse.fuse_reply_ioctl(request.req, 0, answer, len(answer))
+        elif command in fileattr.SETTERS:
+            fileattr.set_(self._fs, ino, command, data, request.tid)
+            self._forget_attributes(ino)  # the ctime
+            self._fuse.fuse_reply_ioctl(request.req, 0, None, 0)
         elif command == XFS_IOC_GOINGDOWN:
             if not capable(request.tid, CAP_SYS_ADMIN):
                 raise FsError(errno.EPERM)

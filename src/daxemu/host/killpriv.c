@@ -1,5 +1,5 @@
 /*
- * What libfuse keeps from us of the kernel's requests: set-id bits, and O_TMPFILE.
+ * What libfuse keeps from us of the kernel's requests: set-id bits, O_TMPFILE, and times set to now.
  *
  * Has the kernel leave set-id bits to us (FUSE_HANDLE_KILLPRIV_V2), which libfuse before 3.17 cannot ask for.
  *
@@ -17,6 +17,9 @@
 
 /* Whether the request that Python has now takes away set-id bits. Read by host/supplement.py. */
 int daxemu_kill_suidgid;
+
+/* Whether that request sets both times to now, as touch(1) does (ATTR_TOUCH). Read by host/supplement.py. */
+int daxemu_touch;
 
 static uint64_t init_unique;
 static int offered;
@@ -38,7 +41,7 @@ void daxemu_note_request(void *request, size_t size)
 	struct fuse_in_header *in = request;
 	const void *body = in + 1;
 
-	daxemu_kill_suidgid = 0;
+	daxemu_kill_suidgid = daxemu_touch = 0;
 	if (size < sizeof(*in))
 		return;
 	size -= sizeof(*in);
@@ -57,6 +60,7 @@ void daxemu_note_request(void *request, size_t size)
 		const struct fuse_setattr_in *attr = body;
 
 		daxemu_kill_suidgid = attr->valid & FATTR_KILL_SUIDGID;
+		daxemu_touch = attr->valid & FATTR_ATIME_NOW && attr->valid & FATTR_MTIME_NOW;
 	} else if (in->opcode == FUSE_OPEN && size >= sizeof(struct fuse_open_in)) {
 		const struct fuse_open_in *open = body;
 

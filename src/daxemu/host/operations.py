@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import errno
 import functools
-import inspect
 import itertools
 import os
 import stat
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple
 
 import trio
 
 from daxemu.errors import DaxemuError, MediaError
-from daxemu.fs import posix_acl
+from daxemu.fs import inode_flags, posix_acl
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import Credentials, Inode
 from daxemu.fs.listing import DOT, DOT_DOT
@@ -29,11 +28,13 @@ from daxemu.fs.privs import is_sxid
 from daxemu.fs.xattr import TRUSTED
 from daxemu.host import supplement
 from daxemu.host.freeze import Freeze
+from daxemu.host.handlers import HANDLERS, contained, translated
 from daxemu.host.invalidate_lock import InvalidateLock
 from daxemu.host.layouts import FOREVER
+from daxemu.host.setattr import is_chown, may_setattr
 from daxemu.host.supplement import Caller, kill_suidgid, may_store_through_mapping, pack, unpack
 from daxemu.host.tasks import capable, in_group_or_capable
-from daxemu.host.unexpected import Unexpected, refused
+from daxemu.host.unexpected import Unexpected
 from daxemu.uapi import CAP_FSETID, CAP_SYS_ADMIN, PAGE_SIZE, XATTR_NAME_CAPS, Ino
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
@@ -59,26 +60,6 @@ LISTING_STEP = 2000
 """Names whose order is computed at once: 5 ms; other requests have their turn before the next."""
 TMPFILE = b"/"
 """Name of a file to be created that has none (host/killpriv.c, ``slash_name`` in fs/dcache.c)."""
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _translated(verb: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Our exceptions become the errno that the system call shows."""
-
-    @functools.wraps(verb)
-    async def translated(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return await verb(*args, **kwargs)
-        except DaxemuError as error:
-            raise pyfuse3.FUSEError(error.errno) from None
-
-    return translated
-
-
-HANDLERS = {name for name, verb in vars(pyfuse3.Operations).items() if inspect.iscoroutinefunction(verb)}
-"""What pyfuse3 may call."""
 
 
 class Operations(pyfuse3.Operations):
@@ -120,24 +101,7 @@ class Operations(pyfuse3.Operations):
     def contain(self, unexpected: Unexpected) -> None:
         """Answer a request EIO when its handler raises what no code expects, and report that."""
         for name in HANDLERS & vars(type(self)).keys():
-            setattr(self, name, self._contained(name, getattr(self, name), unexpected))
-
-    @staticmethod
-    def _contained(
-        name: str, verb: Callable[P, Coroutine[Any, Any, T]], unexpected: Unexpected
-    ) -> Callable[P, Coroutine[Any, Any, T]]:
-        async def contained(*args: P.args, **kwargs: P.kwargs) -> T:
-            try:
-                return await verb(*args, **kwargs)
-            except pyfuse3.FUSEError:
-                raise
-            except Exception as error:  # noqa: BLE001 - costs this request
-                if (refusal := refused(error)) is not None:
-                    raise pyfuse3.FUSEError(refusal.errno) from None
-                unexpected.report(f"FUSE {name}", error)
-                raise pyfuse3.FUSEError(errno.EIO) from None
-
-        return contained
+            setattr(self, name, contained(name, getattr(self, name), unexpected))
 
     # -- attributes
 
@@ -171,7 +135,7 @@ class Operations(pyfuse3.Operations):
         """
         self._fs.layouts.grant_attributes(self._names.get(ino))
 
-    @_translated
+    @translated
     async def lookup(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
@@ -203,13 +167,13 @@ class Operations(pyfuse3.Operations):
         """See ``layouts.Deeds``."""
         self._fs.grew(ino, size)
 
-    @_translated
+    @translated
     async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
         found = self._names.get(inode)
         self._fs.layouts.grant_attributes(found)
         return self._attributes(found)
 
-    @_translated
+    @translated
     async def setattr(
         self,
         inode: pyfuse3.InodeT,
@@ -218,12 +182,16 @@ class Operations(pyfuse3.Operations):
         fh: pyfuse3.FileHandleT | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
+        removes_privs = (fields.update_size and kill_suidgid()) or (
+            not fields.update_mode and is_chown(fields)
+        )
+        may_setattr(self._names.get(inode), fields)
         if fields.update_mtime and self.mappable[inode] and self.write_back is not None:
             # Linux takes the time of a mapped store at its fault. Here the store gets its time when the page
             # is written back, so pages that are dirty now are written back before the time is set.
             await self.write_back(inode)
         found = self._names.get(inode)
-        if (fields.update_size and kill_suidgid()) or (not fields.update_mode and self._is_chown(fields)):
+        if removes_privs:
             self._names.file_remove_privs(found, functools.partial(in_group_or_capable, ctx.pid))
         node = self._fs.setattr(
             inode,
@@ -236,12 +204,6 @@ class Operations(pyfuse3.Operations):
         )
         return self._attributes(node)
 
-    @staticmethod
-    def _is_chown(fields: pyfuse3.SetattrFields) -> bool:
-        """Of chown(-1, -1) nothing is left to say."""
-        others = (fields.update_size, fields.update_atime, fields.update_mtime)
-        return fields.update_uid or fields.update_gid or not any(others)
-
     def _file_remove_privs(self, ino: Ino, tid: int) -> None:
         """As ``Namespace.file_remove_privs``, and the kernel is told: it believes to know the mode."""
         if self._names.file_remove_privs(self._names.get(ino), functools.partial(in_group_or_capable, tid)):
@@ -252,7 +214,7 @@ class Operations(pyfuse3.Operations):
         if is_sxid(self._names.get(ino).mode) and not capable(tid, CAP_FSETID):
             self._file_remove_privs(ino, tid)
 
-    @_translated
+    @translated
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         usage = self._fs.statfs()
         data = pyfuse3.StatvfsData()
@@ -269,7 +231,7 @@ class Operations(pyfuse3.Operations):
     def _cred(ctx: pyfuse3.RequestContext) -> Credentials:
         return Credentials(ctx.uid, ctx.gid, ctx.umask)
 
-    @_translated
+    @translated
     async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileNameT:
         self._fs.check_alive()
         target = self._names.get(inode).target
@@ -277,7 +239,7 @@ class Operations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EINVAL)
         return pyfuse3.FileNameT(target)
 
-    @_translated
+    @translated
     async def mknod(
         self,
         parent_inode: pyfuse3.InodeT,
@@ -289,7 +251,7 @@ class Operations(pyfuse3.Operations):
         made = self._fs.mknod(parent_inode, name, mode, rdev, self._cred(ctx))
         return self._new_entry(parent_inode, made)
 
-    @_translated
+    @translated
     async def mkdir(
         self,
         parent_inode: pyfuse3.InodeT,
@@ -299,7 +261,7 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         return self._new_entry(parent_inode, self._fs.mkdir(parent_inode, name, mode, self._cred(ctx)))
 
-    @_translated
+    @translated
     async def symlink(
         self,
         parent_inode: pyfuse3.InodeT,
@@ -309,7 +271,7 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         return self._new_entry(parent_inode, self._fs.symlink(parent_inode, name, target, self._cred(ctx)))
 
-    @_translated
+    @translated
     async def link(
         self,
         inode: pyfuse3.InodeT,
@@ -319,21 +281,21 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         return self._entry(self._fs.link(inode, new_parent_inode, new_name))
 
-    @_translated
+    @translated
     async def unlink(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> None:
         self._fs.unlink(parent_inode, name)
         self._will_ask(parent_inode)
 
-    @_translated
+    @translated
     async def rmdir(
         self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
     ) -> None:
         self._fs.rmdir(parent_inode, name)
         self._will_ask(parent_inode)
 
-    @_translated
+    @translated
     async def rename(
         self,
         parent_inode_old: pyfuse3.InodeT,
@@ -348,7 +310,7 @@ class Operations(pyfuse3.Operations):
 
     # -- directories
 
-    @_translated
+    @translated
     async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
         self._fs.check_alive()
         self._names.directory(inode)
@@ -356,7 +318,7 @@ class Operations(pyfuse3.Operations):
         self._directories[handle] = inode
         return pyfuse3.FileHandleT(handle)
 
-    @_translated
+    @translated
     async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         directory = self._directories[fh]
         node, entries = self._names.directory(directory)
@@ -376,7 +338,7 @@ class Operations(pyfuse3.Operations):
     async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
         del self._directories[fh]
 
-    @_translated
+    @translated
     async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
         self._fs.fsync()
 
@@ -390,18 +352,19 @@ class Operations(pyfuse3.Operations):
         self.mappable[inode.ino] += may_store_through_mapping(fh)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=True)
 
-    @_translated
+    @translated
     async def open(
         self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.FileInfo:
         self._fs.check_alive()
+        inode_flags.may_open(self._names.get(inode), flags)
         if flags & os.O_TRUNC:
             if kill_suidgid():
                 self._file_remove_privs(inode, ctx.pid)
             self._fs.set_size(inode, 0)  # libfuse asks the kernel to leave that to us (ATOMIC_O_TRUNC)
         return self._opened(self._names.get(inode), flags)
 
-    @_translated
+    @translated
     async def create(
         self,
         parent_inode: pyfuse3.InodeT,
@@ -481,13 +444,13 @@ class Operations(pyfuse3.Operations):
                 # The kernel does not know that a page written back changes the times.
                 self._forget_attributes(caller.ino)
 
-    @_translated
+    @translated
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
         self._fs.fsync(datasync=datasync)
 
     # -- extended attributes
 
-    @_translated
+    @translated
     async def setxattr(
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:
@@ -502,7 +465,7 @@ class Operations(pyfuse3.Operations):
         )
         self._fs.setxattr(inode, name, value, 0, acl_kill_sgid=kill_sgid)
 
-    @_translated
+    @translated
     async def getxattr(
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
     ) -> bytes:
@@ -511,16 +474,16 @@ class Operations(pyfuse3.Operations):
             self._will_ask(inode)
         return self._names.getxattr(inode, name)
 
-    @_translated
+    @translated
     async def listxattr(
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
     ) -> Sequence[pyfuse3.XAttrNameT]:
         self._fs.check_alive()
-        names = self._names.get(inode).xattrs
+        names = self._names.listxattr(inode)
         hides = any(name.startswith(TRUSTED) for name in names) and not capable(ctx.pid, CAP_SYS_ADMIN)
         return [pyfuse3.XAttrNameT(name) for name in names if not (hides and name.startswith(TRUSTED))]
 
-    @_translated
+    @translated
     async def removexattr(
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
     ) -> None:

@@ -39,7 +39,7 @@ struct daxemu_request {
 	uint64_t data_size, room;
 };
 
-const int daxemu_supplement_version = 4;
+const int daxemu_supplement_version = 5;
 
 /* Whether requests come through answers.c: libfuse lets others read them for it from 3.14 on. */
 #define READS (FUSE_VERSION >= FUSE_MAKE_VERSION(3, 14))

@@ -24,7 +24,7 @@ _WRITABLE = 1 << 39
 _TID_SHIFT = 40
 _TID_MASK = (1 << 23) - 1
 _WRITEPAGE = 1 << 63
-_VERSION = 4
+_VERSION = 5
 
 
 class Caller(NamedTuple):
@@ -97,6 +97,7 @@ MISSING: str | None = load()
 READS: bool = _library is not None and bool(ctypes.c_int.in_dll(_library, "daxemu_reads").value)
 """Whether requests come through host/answers.c: it takes libfuse 3.14."""
 
+_touch = ctypes.c_int() if _library is None else ctypes.c_int.in_dll(_library, "daxemu_touch")
 _kill_suidgid = ctypes.c_int() if _library is None else ctypes.c_int.in_dll(_library, "daxemu_kill_suidgid")
 
 
@@ -106,3 +107,11 @@ def kill_suidgid() -> bool:
     Without the supplement the kernel takes them away itself.
     """
     return bool(_kill_suidgid.value)
+
+
+def is_touch() -> bool:
+    """Whether the request whose handler begins now sets both times to now (ATTR_TOUCH).
+
+    False without the supplement.
+    """
+    return bool(_touch.value)

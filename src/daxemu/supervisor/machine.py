@@ -122,6 +122,7 @@ class Machine:
                 self.clones,
                 self.write_back,
                 self.operations.file_modified,
+                self.session.forget_attributes,
                 self.operations.open_files,
                 guarded,
                 self.unexpected,
