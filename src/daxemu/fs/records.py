@@ -27,7 +27,7 @@ _Row = tuple[
     Annotated[bytes, Meta(min_length=1, max_length=SYMLINK_MAX)] | None,
     bytes | None,
 ]
-_COLUMNS = ("ino", "mode", "uid", "gid", "nlink", "rdev", "size", "atime", "mtime", "ctime")
+_COLUMNS: tuple[str, ...] = ("ino", "mode", "uid", "gid", "nlink", "rdev", "size", "atime", "mtime", "ctime")
 _COLUMNS += ("target", "xattrs")
 _TYPES = frozenset(
     (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
