@@ -92,14 +92,17 @@ def _require_one_line(error: Exception) -> None:
     assert "\n" not in str(error)
 
 
-_directory: tempfile.TemporaryDirectory[str] | None = None
+scratch: Path | None = None
+"""Directory for the files of targets. If None, the first target makes one and Python removes it at exit."""
+_own: tempfile.TemporaryDirectory[str] | None = None
 
 
 def _scratch() -> Path:
-    global _directory
-    if _directory is None:
-        _directory = tempfile.TemporaryDirectory(prefix="daxemu-fuzz-", dir="/dev/shm")
-    return Path(_directory.name)
+    global scratch, _own
+    if scratch is None:
+        _own = tempfile.TemporaryDirectory(prefix="daxemu-fuzz-", dir="/dev/shm")
+        scratch = Path(_own.name)
+    return scratch
 
 
 TARGETS = {
