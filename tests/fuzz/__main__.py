@@ -28,7 +28,7 @@ def main(name: str, seconds: str = "60") -> None:
 def fuzz(name: str, seconds: str, scratch: Path) -> None:
     """Fuzz until ``seconds`` are over or an input breaks the target. Ends the process."""
     with atheris.instrument_imports(
-        include=["daxemu.protocol", "daxemu.evaluate.plan", "daxemu.pmem", "tomllib"]
+        include=["daxemu.protocol", "daxemu.evaluate.plan", "daxemu.fs", "daxemu.pmem", "tomllib"]
     ):
         from tests.fuzz import targets
     targets.scratch = scratch
