@@ -326,6 +326,8 @@ class Requests:
         """One request, half of them damaged; seldom a burst, whose notes Python hears of at once."""
         rng = self._rng
         if rng.random() < 0.05:
+            return self._full_notes()
+        if rng.random() < 0.05:
             return [self._small() for _ in range(rng.randint(2, 90))]
         made = self._any()
         if rng.random() < 0.5:
@@ -367,6 +369,20 @@ class Requests:
         data = b"".join(FORGET_ONE.pack(ino + number, number) for number in range(count))
         said = rng.choice((count, count, count + 1, 2**31, 2**32 - 1))
         return request(BATCH_FORGET, 0, BATCH_HEADER.pack(said, 0) + data)
+
+    def _full_notes(self) -> list[bytes]:
+        """A burst that fills the array of notes in answers.c (a power of two, 64 or more), then adds notes."""
+        rng = self._rng
+        count = 2 ** rng.randint(6, 11) - rng.randint(0, 1)
+        notes = b"".join(FORGET_ONE.pack(number, number) for number in range(count))
+        burst = [request(BATCH_FORGET, 0, BATCH_HEADER.pack(count, 0) + notes)]
+        runs = [(ino, run) for ino in self._model.runs for run in self._model.runs[ino] if run.may_write]
+        if runs and rng.random() < 0.7:
+            ino, run = rng.choice(runs)
+            size = run.end - run.start
+            return [*burst, request(WRITE, ino, write_body(run.start, size, rng.randbytes(size)))]
+        opcode, size = rng.choice(((RELEASE, RELEASE_IN), (FORGET, 8)))
+        return [*burst, request(opcode, self._ino(), bytes(size))]
 
     def _small(self) -> bytes:
         """A request that leaves notes."""
