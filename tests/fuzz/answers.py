@@ -194,7 +194,7 @@ class Model:
         self._told.clear()
 
     def _answer(self, asked: bytes, seen: Seen) -> bool:
-        """Whether C answers."""
+        """Add the answer of C to ``seen``. False: C leaves the request to Python."""
         if len(asked) < IN_HEADER.size:
             return False
         length, opcode, unique, ino, *_ = IN_HEADER.unpack_from(asked)
@@ -323,7 +323,7 @@ class Requests:
         self._model.grant(ino, size, run)
 
     def some(self) -> list[bytes]:
-        """One request, half of them damaged; seldom a burst, whose notes Python hears of at once."""
+        """Return one request, damaged in half of the calls, or sometimes a burst."""
         rng = self._rng
         if rng.random() < 0.05:
             return self._full_notes()
@@ -371,7 +371,7 @@ class Requests:
         return request(BATCH_FORGET, 0, BATCH_HEADER.pack(said, 0) + data)
 
     def _full_notes(self) -> list[bytes]:
-        """A burst that fills the array of notes in answers.c (a power of two, 64 or more), then adds notes."""
+        """A burst that fills the array of notes in answers.c (2^n places), then adds notes."""
         rng = self._rng
         count = 2 ** rng.randint(6, 11) - rng.randint(0, 1)
         notes = b"".join(FORGET_ONE.pack(number, number) for number in range(count))

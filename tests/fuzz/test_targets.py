@@ -36,7 +36,7 @@ def test_mutations(name: str) -> None:
 
 
 def test_libfuzzer_leaves_no_directory() -> None:
-    """It ends its process with _exit(2)."""
+    """LibFuzzer ends its process with _exit(2)."""
     pytest.importorskip("atheris")
     command = [sys.executable, "-m", "tests.fuzz", "poison", "1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
