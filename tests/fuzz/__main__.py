@@ -5,7 +5,10 @@ An input that breaks a target is written to build/fuzz/crash-*; add it to the se
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import atheris
@@ -14,11 +17,22 @@ BUILD = Path(__file__).resolve().parents[2] / "build" / "fuzz"
 
 
 def main(name: str, seconds: str = "60") -> None:
+    """Fuzz in a child process, because libFuzzer ends its process with _exit(2): this one cleans up."""
+    with tempfile.TemporaryDirectory(prefix=f"daxemu-fuzz-{os.getpid()}-", dir="/dev/shm") as scratch:
+        child = multiprocessing.Process(target=fuzz, args=(name, seconds, Path(scratch)))
+        child.start()
+        child.join()
+    sys.exit(child.exitcode != 0)
+
+
+def fuzz(name: str, seconds: str, scratch: Path) -> None:
+    """Fuzz until ``seconds`` are over or an input breaks the target. Ends the process."""
     with atheris.instrument_imports(
-        include=["daxemu.protocol", "daxemu.evaluate.plan", "daxemu.pmem", "tomllib"]
+        include=["daxemu.protocol", "daxemu.evaluate.plan", "daxemu.fs", "daxemu.pmem", "tomllib"]
     ):
-        from tests.fuzz.targets import TARGETS
-    target = TARGETS[name]
+        from tests.fuzz import targets
+    targets.scratch = scratch
+    target = targets.TARGETS[name]
     corpus = BUILD / name
     corpus.mkdir(parents=True, exist_ok=True)
     # Deep seeds take a second each under instrumentation; tests/fuzz/test_targets.py runs them.

@@ -22,6 +22,7 @@ from daxemu.private_path import PrivatePath
 from daxemu.protocol import decode_request
 from daxemu.uapi import SECTOR_SIZE
 from tests.evaluate.plans import SMALL
+from tests.fuzz import metadata
 
 SIZE = 16 << 20
 """Bytes of the device whose files are damaged."""
@@ -92,18 +93,26 @@ def poison(data: bytes) -> None:
         device.close()
 
 
+def superblock(data: bytes) -> None:
+    """The superblock's record, under a valid checksum."""
+    metadata.superblock(_scratch() / "metadata", data)
+
+
 def _require_one_line(error: Exception) -> None:
     assert "\n" not in str(error)
 
 
-_directory: tempfile.TemporaryDirectory[str] | None = None
+scratch: Path | None = None
+"""Directory for the files of targets. If None, the first target makes one and Python removes it at exit."""
+_own: tempfile.TemporaryDirectory[str] | None = None
 
 
 def _scratch() -> Path:
-    global _directory
-    if _directory is None:
-        _directory = tempfile.TemporaryDirectory(prefix="daxemu-fuzz-", dir="/dev/shm")
-    return Path(_directory.name)
+    global scratch, _own
+    if scratch is None:
+        _own = tempfile.TemporaryDirectory(prefix="daxemu-fuzz-", dir="/dev/shm")
+        scratch = Path(_own.name)
+    return scratch
 
 
 TARGETS = {
@@ -129,5 +138,10 @@ TARGETS = {
     ),
     "poison": Target(
         poison, (b"0 8\n16 8\n" + b"\n" * 100, b"32767 1\n", b"32767 2\n", b"9" * 5000 + b" 1\n")
+    ),
+    "inode_row": Target(metadata.inode_row, tuple(map(msgspec.msgpack.encode, metadata.ROWS))),
+    "superblock": Target(
+        superblock,
+        (*map(msgspec.msgpack.encode, metadata.SUPERBLOCKS), b"\x95\xa4dax\xe6\x03\x01\xcd\x08\x00\x90"),
     ),
 }

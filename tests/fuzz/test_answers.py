@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SECONDS = float(os.environ.get("DAXEMU_FUZZ_SECONDS", "0"))
-ROUNDS = 1500
+ROUNDS = 3000
 
 
 def _fuzz(seed: int) -> int:
@@ -29,7 +29,7 @@ def _fuzz(seed: int) -> int:
 
 
 def test_requests() -> None:
-    assert _fuzz(1) > ROUNDS // 20
+    assert _fuzz(1) > ROUNDS
 
 
 @pytest.mark.skipif(not SECONDS, reason="make fuzz: DAXEMU_FUZZ_SECONDS says for how long")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +33,14 @@ def test_mutations(name: str) -> None:
             run(data)
         except Exception as error:
             raise AssertionError(f"{name} of {data!r}") from error
+
+
+def test_libfuzzer_leaves_no_directory() -> None:
+    """LibFuzzer ends its process with _exit(2)."""
+    pytest.importorskip("atheris")
+    command = [sys.executable, "-m", "tests.fuzz", "poison", "1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        _, said = process.communicate()
+    assert process.returncode == 0, said
+    assert "DONE" in said
+    assert not list(Path("/dev/shm").glob(f"daxemu-fuzz-{process.pid}-*"))

@@ -63,6 +63,7 @@ def test_nobody_gets_pages_until_it_is_released() -> None:
         nursery.start_soon(finish, lock.before_read(8, 0, PAGE), done, "read of another")
         nursery.start_soon(finish, lock.before_write(7, 5 * PAGE, PAGE, from_cache=True), done, "write back")
         await trio.sleep(2 * invalidate_lock.PATIENCE)
+        await trio.testing.wait_all_tasks_blocked()
         assert sorted(done) == ["read beyond", "read of another", "write back"]
         assert lock.is_complete
         lock.release()

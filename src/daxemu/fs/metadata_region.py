@@ -208,7 +208,10 @@ class MetadataRegion:
         whole = self._dax.direct_access(blocks.start * PAGE_SIZE, _HEADER + length)
         if _checksum(whole[_HEADER:]) != bytes(whole[4:_HEADER]):
             raise CorruptMetadata("a superblock does not match its checksum")
-        return msgspec.msgpack.decode(whole[_HEADER:], type=Superblock)
+        try:
+            return msgspec.msgpack.decode(whole[_HEADER:], type=Superblock)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise CorruptMetadata("a superblock's record cannot be decoded") from error
 
     def _write_superblocks(self) -> None:
         self._generation += 1
