@@ -1,4 +1,4 @@
-"""Counts that users see: each says whether it counts processes or signals."""
+"""Counts for users name their unit: processes or signals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The supervisor opens files of its mount: those without a name, and those that are swapped for a FIFO."""
+"""Files of the mount that the supervisor opens: unlinked files, and paths swapped for a FIFO."""
 
 from __future__ import annotations
 
