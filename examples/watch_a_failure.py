@@ -18,7 +18,7 @@ def main(path: str) -> None:
             if event["event"] == "SignalSent":
                 print("{comm} (pid {pid}) was told at {address:#x}: {result}".format_map(event))
             if event["event"] == "MemoryFailureHandled":
-                print("pfn {pfn:#x}: {outcome}, {files} files, {told} told".format_map(event))
+                print("pfn {pfn:#x}: {outcome}, {files} files, {processes} processes".format_map(event))
                 break
 
 

@@ -142,7 +142,7 @@ def test_example_watch_a_failure(dax_mount: DaxMount) -> None:
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"pfn 0x[0-9a-f]+: Recovered, 1 files, 0 told\n", done.stdout)
+    assert re.fullmatch(r"pfn 0x[0-9a-f]+: Recovered, 1 files, 0 processes\n", done.stdout)
 
 
 def test_the_demo_keeps_its_promises() -> None:

@@ -30,6 +30,12 @@ class PageType(StrEnum):
     PFN_MAP = "non struct page pfn"
 
 
+def signalled(processes: int, signals: int) -> str:
+    """Return a count for people: processes, and signals in parentheses where the numbers differ."""
+    count = f"{processes} process{'' if processes == 1 else 'es'} signalled"
+    return count if signals == processes else f"{count} ({signals} signals)"
+
+
 class Event(msgspec.Struct, tag_field="event", kw_only=True):
     """One thing that happened. ``seq`` counts from 1 in each mount; ``time`` is seconds since the epoch."""
 
@@ -134,7 +140,11 @@ class MadviseInjected(Event):
 
 
 class MemoryFailureHandled(Event):
-    """The end of one memory_failure(): ``action_result()``."""
+    """The end of one memory_failure(): ``action_result()``.
+
+    ``signals``: SIGBUS sent for all parts of the failure, one for each mapping of each process that was
+    chosen. ``processes``: distinct processes among their receivers. ``told`` is the old name of ``signals``.
+    """
 
     pfn: int
     nr_pages: int
@@ -143,6 +153,8 @@ class MemoryFailureHandled(Event):
     told: int
     files: int
     error: str | None = None
+    signals: int = 0
+    processes: int = 0
 
     def dmesg(self) -> str:
         return f"Memory failure: {self.pfn:#x}: recovery action for {self.page_type}: {self.outcome.value}"
@@ -420,13 +432,15 @@ class DaxActiveAtRemove(Event):
 
 
 class DeviceRemoved(Event):
-    """The end of a surprise removal."""
+    """The end of a surprise removal. ``signals``, ``processes`` and ``told`` as in MemoryFailureHandled."""
 
     device: str
     told: int
+    signals: int = 0
+    processes: int = 0
 
     def summary(self) -> str:
-        return f"{self.device} was removed, {self.told} told"
+        return f"{self.device} was removed, {signalled(self.processes, self.signals)}"
 
 
 EVENT_TYPES: tuple[type[Event], ...] = (

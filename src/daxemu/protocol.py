@@ -17,7 +17,8 @@ R = TypeVar("R", bound=msgspec.Struct)
 
 class PoisonedRange(msgspec.Struct):
     """What one range of an injection did. Device bytes; ``pfn`` and ``nr_pages`` as memory_failure() saw
-    it.
+    it. ``signals``: SIGBUS sent, one for each mapping of each process that was chosen; ``processes``:
+    distinct processes among their receivers. ``told`` is the old name of ``signals``.
     """
 
     offset: int
@@ -26,6 +27,8 @@ class PoisonedRange(msgspec.Struct):
     nr_pages: int
     outcome: str
     told: int
+    signals: int
+    processes: int
 
 
 class Injected(msgspec.Struct):
@@ -90,8 +93,12 @@ class Shared(msgspec.Struct):
 
 
 class Removed(msgspec.Struct):
+    """``signals``, ``processes`` and ``told`` as in PoisonedRange. A removal sends each process one."""
+
     told: int
     was_idle: bool
+    signals: int
+    processes: int
 
 
 class Cell(msgspec.Struct):

@@ -97,14 +97,14 @@ def test_keys_zoom_poison_and_clear_at_the_cursor(mount: DaxMount) -> None:
         go_to(terminal, extent["device_offset"])
         terminal.wait_for("/clone")
         terminal.type("i")
-        terminal.wait_for("Recovered, 0 told")
+        terminal.wait_for("Recovered, 0 processes signalled")
         terminal.wait_for("X")
         lost = [(found["path"], found["offset"]) for found in mount.json("damaged", mount.path)["files"]]
         assert sorted(lost) == [("/clone", 0), ("/f", 0)]
         terminal.type("c")
         terminal.wait_for("cleared 4096 bytes")
         terminal.type("\x1b[CL")
-        terminal.wait_for("latent, 0 told")
+        terminal.wait_for("latent, 0 processes signalled")
         status = mount.json("status", mount.path)
         assert (status["poisoned_sectors"], status["badblocks"]) == (8, 0)
         terminal.type("-" * 8)

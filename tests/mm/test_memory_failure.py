@@ -286,7 +286,7 @@ def test_outcomes_are_counted_and_logged(machine: Machine) -> None:
         Outcome.RECOVERED: 2,
     }
     assert machine.events[0] == MemoryFailureHandled(
-        pfn=100, nr_pages=2, page_type="dax page", outcome=Outcome.RECOVERED, told=3, files=1
+        pfn=100, nr_pages=2, page_type="dax page", outcome=Outcome.RECOVERED, told=3, signals=3, files=1
     )
 
 

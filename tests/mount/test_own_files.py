@@ -1,9 +1,13 @@
-"""The supervisor opens files of its mount: those without a name, and those that are swapped for a FIFO."""
+"""Files of the mount that the supervisor opens: unlinked files, and paths swapped for a FIFO."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
+import stat
+import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,8 +17,10 @@ from daxemu import protocol as p
 from daxemu.host import own_files
 from daxemu.host.mountinfo import mount_of
 from tests.support.actor import Actor
-from tests.support.mount import DaxMount
+from tests.support.elsewhere import NOBODY, SYSTEM_PYTHON
+from tests.support.mount import PATIENCE, DaxMount
 from tests.support.scene import PAGE, Scene, ask, present, told
+from tests.support.syscalls import clone_range
 
 pytestmark = pytest.mark.mount
 HOLE_PAGES = 256
@@ -60,6 +66,48 @@ def test_poison_of_a_hole_that_was_stored_to(scene: Scene, has_name: bool, early
         assert [(s.get("code"), s.get("addr")) for s in told(actor)] == [
             ("BUS_MCEERR_AO" if early_kill else "BUS_MCEERR_AR", f"m0+{64 * PAGE:#x}")
         ]
+    assert told(actors[2]) == []
+
+
+@pytest.mark.parametrize("early_kill", [0, 1])
+@pytest.mark.parametrize("has_name", [True, False])
+@pytest.mark.parametrize("order", [(64, 192), (192, 64)], ids=["forward", "backward"])
+def test_poison_of_two_stores_in_either_order(
+    scene: Scene, order: tuple[int, int], has_name: bool, early_kill: int
+) -> None:
+    """The first injection writes both pages back; the second finds them present all the same."""
+    scene.set(early_kill=early_kill)
+    actors, ino = sparse(scene, "h", has_name=has_name)
+    for actor in reversed(actors[:2]):  # the reader of page 64 is the first to store to page 192
+        assert actor.cmd("tw 0 192 y").ok == "y"
+    code = "BUS_MCEERR_AO" if early_kill else "BUS_MCEERR_AR"
+    for page in order:
+        assert poison_hole(scene, ino, page) == ["Recovered"]
+        for actor in actors[:2]:
+            if not early_kill:
+                assert actor.cmd(f"tr 0 {page}").faulted
+            assert [(s.get("code"), s.get("addr")) for s in told(actor)] == [(code, f"m0+{page * PAGE:#x}")]
+    assert told(actors[2]) == []
+
+
+def test_a_clone_of_an_unlinked_file_takes_no_page_away(early: Scene) -> None:
+    """The clone has the stores that were not written back; the source's processes keep the page."""
+    actors, ino = sparse(early, "h", has_name=False)
+    source = os.open(f"/proc/{actors[2].pid}/fd/{_descriptor(actors[2], ino)}", os.O_RDONLY)
+    clone = os.open(early.mount.path / "clone", os.O_RDWR | os.O_CREAT)
+    try:
+        clone_range(clone, source)
+        assert os.pread(clone, PAGE, 64 * PAGE)[:1] == b"x"
+        assert os.fstat(clone).st_size == HOLE_PAGES * PAGE
+    finally:
+        os.close(clone)
+        os.close(source)
+    if os.geteuid() == 0:
+        assert all(present(actor, 0, 64) for actor in actors[:2])
+    (outcome,) = early.poison(64, file="clone")
+    assert (outcome["outcome"], outcome["processes"]) == ("Recovered", 2)
+    for actor in actors[:2]:
+        assert [(s["code"], s["addr"]) for s in told(actor)] == [("BUS_MCEERR_AO", f"m0+{64 * PAGE:#x}")]
     assert told(actors[2]) == []
 
 
@@ -140,3 +188,62 @@ def test_somebody_swaps_directories_all_the_while(dax_mount: DaxMount, tmp_path:
     finally:
         os.close(fd)
     dax_mount.umount()
+
+
+SWAP = f"""
+os.mkdir("d")
+with open("d/f", "wb") as file:
+    file.truncate({HOLE_PAGES * PAGE})
+print("ready", flush=True)
+swaps = 0
+os.set_blocking(0, False)
+while sys.stdin.buffer.read(1) is None:
+    os.rename("d", "e")
+    os.symlink(sys.argv[1], "d")
+    os.unlink("d")
+    os.rename("e", "d")
+    swaps += 1
+print(swaps)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_swaps_a_directory_for_a_link_to_their_fifo(dax_mount: DaxMount) -> None:
+    """The supervisor is root's, the directory, the link and the FIFO are another user's."""
+    outside = Path(tempfile.mkdtemp(prefix="daxemu-swap-", dir="/dev/shm"))
+    os.mkfifo(outside / "f")
+    home = dax_mount.path / "home"
+    home.mkdir()
+    for theirs in (outside, outside / "f", home):
+        os.chown(theirs, 65534, 65534)
+    command = [*NOBODY, SYSTEM_PYTHON, "-c", "import os, sys\n" + SWAP, str(outside)]
+    swapper = subprocess.Popen(command, cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert swapper.stdout is not None
+    try:
+        assert swapper.stdout.readline() == "ready\n"
+        fd = _open_while_swapped(home / "d" / "f")
+        try:
+            for _ in range(ROUNDS):
+                with pytest.raises(OSError, match=os.strerror(errno.ENXIO)):
+                    os.lseek(fd, 0, os.SEEK_DATA)
+        finally:
+            os.close(fd)
+        swaps = int(swapper.communicate("x", timeout=PATIENCE)[0])
+        assert swaps > 0
+        dax_mount.umount()
+    finally:
+        swapper.kill()
+        swapper.wait()
+        shutil.rmtree(outside)
+
+
+def _open_while_swapped(path: Path) -> int:
+    """Open a file whose directory is away now and then; its FIFO is opened, too, and closed again."""
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        os.close(fd)

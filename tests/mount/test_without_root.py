@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from daxemu.uapi import BUS_MCEERR_AO
 from tests.support.actor import compile_victim
-from tests.support.elsewhere import NOBODY, daxemu_as_user
+from tests.support.elsewhere import NOBODY, SYSTEM_PYTHON, daxemu_as_user
 from tests.support.mount import PATIENCE, clear_away
 from tests.support.own_node import fuse_for_everybody
 
@@ -133,6 +134,36 @@ def test_run(user: User) -> None:
     """His program's madvise(MADV_HWPOISON)."""
     said = user(*user.daxemu, "run", user.mnt, "--", compile_victim("poisoner"), "load", "mnt/f", "1")
     assert "main: code 4 page 1 lsb 12" in said
+
+
+STORE_TO_AN_UNLINKED_FILE = """
+import mmap, os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGBUS])
+fd = os.open("mnt/h", os.O_RDWR | os.O_CREAT)
+os.unlink("mnt/h")
+os.truncate(fd, 1 << 20)
+view = mmap.mmap(fd, 1 << 20)
+view[1 << 18] = 1
+assert os.lseek(fd, 0, os.SEEK_DATA) == 1 << 18
+print(fd, flush=True)
+print(signal.sigwaitinfo([signal.SIGBUS]).si_code)
+"""
+
+
+def test_who_stored_to_an_unlinked_file_is_remembered(user: User) -> None:
+    """Without root no file handle: the page is revoked to be written back, and the process signalled."""
+    user.dax("set", user.mnt, "early_kill=1")
+    command = [*NOBODY, SYSTEM_PYTHON, "-c", STORE_TO_AN_UNLINKED_FILE]
+    with subprocess.Popen(command, cwd=user.home, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            file = f"/proc/{process.pid}/fd/{int(process.stdout.readline())}"
+            where = ("--offset", str(1 << 18), "--length", "4K")
+            (outcome,) = user.json("inject", file, *where)["ranges"]
+            assert (outcome["outcome"], outcome["processes"], outcome["signals"]) == ("Recovered", 1, 1)
+            assert process.communicate(timeout=PATIENCE)[0] == f"{BUS_MCEERR_AO}\n"
+        finally:
+            process.kill()
 
 
 def test_removal(user: User) -> None:

@@ -160,7 +160,7 @@ def test_a_failure_after_a_removal_shows_what_is_known(pytester: pytest.Pytester
     )
     result.assert_outcomes(failed=2)
     result.stdout.fnmatch_lines(
-        ["* is removed*", "*was removed, 0 told", "not known: *not on a daxemu mount*"]
+        ["* is removed*", "*was removed, 0 processes signalled", "not known: *not on a daxemu mount*"]
     )
 
 

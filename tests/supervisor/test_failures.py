@@ -15,7 +15,7 @@ from daxemu.host.tracer_link import TracerLink
 from daxemu.mm.memory_failure import FileId, Incident, MappingRange, MemoryFailures, PfnMapping, Task
 from daxemu.mm.pfn_space import PfnAddressSpace
 from daxemu.ranges import Range
-from daxemu.supervisor.failures import Failures
+from daxemu.supervisor.failures import Failures, Signalled
 from tests.support.actor import Actor
 from tests.support.scene import PAGE, ao, ask, told
 
@@ -60,7 +60,7 @@ def test_whoever_maps_the_memory_of_another_driver_is_told(tmp_path: Path) -> No
     space = PfnAddressSpace("accelerator", Range(BASE, BASE + 8), Accelerator(tmp_path / "f"))
     mm.pfn_spaces.register(space)
 
-    async def fail() -> int:
+    async def fail() -> Signalled:
         async with TracerLink.open() as tracer, trio.open_nursery() as nursery:
             failures = Failures(mm, NoMount(), tracer, events.append, nursery)
             return (await failures.handle(mm.memory_failure(BASE + 1, 1, 0)))[1]
@@ -69,7 +69,7 @@ def test_whoever_maps_the_memory_of_another_driver_is_told(tmp_path: Path) -> No
         for actor, first in ((mapper, 0), (elsewhere, 2)):
             ask(actor, "open 0 f rw")
             ask(actor, f"mmap 0 0 {first} 2 shared")
-        assert trio.run(fail) == 1
+        assert trio.run(fail) == Signalled(signals=1, processes=1)
         assert told(mapper) == [ao(1)]
         assert told(elsewhere) == []
     (sent,) = [event for event in events if isinstance(event, SignalSent)]

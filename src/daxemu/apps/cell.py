@@ -27,6 +27,7 @@ from daxemu.apps.records import Finding
 from daxemu.apps.situations import BY_NAME, Situation
 from daxemu.errors import DaxemuError
 from daxemu.evaluate.machine import PATIENCE, TrialMachine, daxemu, directories, ending
+from daxemu.events import signalled
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SIZE
 
 SIZE = 1 << 30
@@ -181,7 +182,7 @@ class CellRun:
         return self._inject(self.app.spot(place, self.situation.part))
 
     def _inject(self, spot: Spot) -> int:
-        """How many were told."""
+        """Return how many processes were signalled."""
         silent = self.situation.harm == "silent"
         latent = self.situation.harm == "latent"
         offset, length = spot.offset, spot.length
@@ -201,17 +202,17 @@ class CellRun:
         if not done["ranges"] or done["holes"]:
             raise DaxemuError(f"there is nothing to hurt at {self.cell.hurt}")
         (found,) = done["ranges"]
-        self._say(f"   {found['outcome']}, {found['told']} told")
-        return int(found["told"])
+        self._say(f"   {found['outcome']}, {signalled(found['processes'], found['signals'])}")
+        return int(found["processes"])
 
     def _remove(self, process: Process) -> int:
         self._say(f"   $ daxemu remove {self.machine.mountpoint}")
         self.cell.hurt = "the whole device"
         with self.machine.client() as client:
             client.set_patience(PATIENCE)
-            told = int(client.request("remove")["told"])
-        self._say(f"   {told} told")
-        return told
+            found = client.request("remove")
+        self._say(f"   {signalled(found['processes'], found['signals'])}")
+        return int(found["processes"])
 
     def _life(self, place: Place, harm: Callable[[Process], int] | None) -> Life:
         """Start it, read everything, harm it if it is to be harmed and read everything again, end it."""

@@ -121,7 +121,7 @@ $ daxemu apps --only sqlite3-mmap --situation late
    $ sqlite3 -batch MOUNTPOINT/data/records.db
    2400 records right
 ...
-   Recovered, 0 told
+   Recovered, 0 processes signalled
 ...
 => SIGBUS AR
 -- sqlite3-mmap is started again

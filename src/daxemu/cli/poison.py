@@ -9,6 +9,7 @@ import click
 
 from daxemu.cli.common import PATH, PATH_TEXT, SIZE, Target, connect, emit, human, json_option, table, target
 from daxemu.errors import InvalidArgument
+from daxemu.events import signalled
 from daxemu.uapi import PAGE_SIZE
 
 
@@ -87,7 +88,7 @@ def _describe_injection(result: dict[str, Any]) -> list[str]:
     lines = [
         f"{'changed' if r['outcome'] == 'silent' else 'poisoned'} device {r['offset']:#x}+{r['length']:#x} "
         f"(pfn {r['pfn']:#x}, {r['nr_pages']} pages): "
-        f"{r['outcome']}, {r['told']} told"
+        f"{r['outcome']}, {signalled(r['processes'], r['signals'])}"
         for r in result["ranges"]
     ]
     if result["rounded"]:
@@ -184,4 +185,5 @@ def remove(mountpoint: Path, as_json: bool) -> None:
     with connect(mountpoint) as client:
         size = client.request("status")["size"]
         result = client.request("remove")
-    emit(result, as_json, f"removed {human(size)} in one call: {result['told']} processes told")
+    count = signalled(result["processes"], result["signals"])
+    emit(result, as_json, f"removed {human(size)} in one call: {count}")

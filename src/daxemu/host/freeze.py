@@ -35,7 +35,7 @@ class Freeze:
         """Requests that wait just now."""
 
     def admit(self, tasks: Iterable[Task]) -> None:
-        """Serve the requests of these processes from now on, those that wait first."""
+        """Serve all requests of these processes from now on, held requests first."""
         self._admitted = {task.pid for task in tasks}
         self._wake()
 

@@ -1,4 +1,4 @@
-"""How the supervisor opens files of its own mount: by file handle, or by a path beneath the mount.
+"""Open files of the supervisor's own mount: by file handle, or by a path beneath the mount.
 
 Users of the mount rename directories and make links and FIFOs as they like, and must not choose what a
 supervisor, which may be root's, opens. A file handle (open_by_handle_at(2), root only) names an inode

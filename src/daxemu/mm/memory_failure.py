@@ -214,10 +214,10 @@ class MemoryFailures:
                 action()
         return bool(actions)
 
-    def action_result(self, incident: Incident, told: int) -> Outcome:
+    def action_result(self, incident: Incident, signals: int, processes: int = 0) -> Outcome:
         """``action_result()``: count and log each part; returns the worst outcome.
 
-        ``told`` processes were sent a signal, for all parts together. Pages without struct pages are logged
+        ``signals`` were sent to ``processes`` for all parts together. Pages without struct pages are logged
         only: they belong to no node whose counters could count them.
         """
         if incident.pre_remove:
@@ -232,7 +232,9 @@ class MemoryFailures:
                     nr_pages=part.nr_pages,
                     page_type=part.page_type.value,
                     outcome=outcome,
-                    told=told,
+                    told=signals,
+                    signals=signals,
+                    processes=processes,
                     files=_files(incident, part),
                     error=str(part.error) if part.error else None,
                 )

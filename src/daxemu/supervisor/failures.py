@@ -19,6 +19,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import trio
 
@@ -47,6 +48,13 @@ HANDLER_PATIENCE = 1.0
 """Seconds a shutdown waits for the threads that were signalled to get a processor."""
 ARM_PATIENCE = 1.0
 """Seconds a thread that consumed poison is kept waiting for the tracer."""
+
+
+class Signalled(NamedTuple):
+    """Size of a failure's reach: SIGBUS sent, and distinct processes among their receivers."""
+
+    signals: int
+    processes: int
 
 
 @dataclass(eq=False)
@@ -125,8 +133,8 @@ class Failures:
         consumer: int | None = None,
         *,
         collected: Callable[[Sequence[Task]], None] | None = None,
-    ) -> tuple[Outcome, int]:
-        """See an incident through. Returns its outcome and how many threads were told.
+    ) -> tuple[Outcome, Signalled]:
+        """See an incident through. Returns its outcome, with counts of signals and processes.
 
         ``current``: the thread that is in memory_failure() itself, in a system call. It is told at the end of
         that, whatever its policy, and not waited for. ``consumer``: the process whose load found poison that
@@ -150,7 +158,8 @@ class Failures:
             # victim's load meets BUS_ADRERR before its signal.
             if self._mm.conclude(incident):
                 await self.revoke_everything()  # the filesystem was shut down: from now on all is EIO
-        return self._mm.action_result(incident, len(to_kill)), len(to_kill)
+        signalled = Signalled(len(to_kill), len({victim.task.pid for victim in to_kill}))
+        return self._mm.action_result(incident, *signalled), signalled
 
     def describe_turns(self) -> Iterator[str]:
         """The failures under way, for people."""

@@ -198,7 +198,7 @@ class Machine:
                 self.consumption.failing.append((bad, failure))
             self.consumption.forget(bad)
             done.append((bad, part, failure))
-        results = [p.PoisonedRange(0, 0, 0, 0, "", 0)] * len(done)
+        results = [p.PoisonedRange(0, 0, 0, 0, "", 0, 0, 0)] * len(done)
         async with trio.open_nursery() as nursery:
             for index, (bad, _, failure) in enumerate(done):
                 nursery.start_soon(self._fail, bad, failure, results, index)
@@ -220,14 +220,16 @@ class Machine:
         pfn, nr_pages = failed_pages(self.pmem, bad)
         if failure is None:
             await self._hide(bad)
-            outcome, told = "latent", 0
+            outcome, (signals, processes) = "latent", (0, 0)
         else:
             try:
-                result, told = await self.failures.handle(failure)
+                result, (signals, processes) = await self.failures.handle(failure)
             finally:
                 self.consumption.failing.remove((bad, failure))
             outcome = result.value
-        results[index] = p.PoisonedRange(bad.start, bad.length, pfn, nr_pages, outcome, told)
+        results[index] = p.PoisonedRange(
+            bad.start, bad.length, pfn, nr_pages, outcome, signals, signals, processes
+        )
 
     async def _corrupt(self, found: list[Range], holes: int, seed: int) -> p.Injected:
         """Change bytes on the media, and have whoever maps them see it."""
@@ -240,7 +242,7 @@ class Machine:
             self.log.emit(SilentlyCorrupted(offset=part.start, length=part.length))
             await self.failures.hide(incident)
             pfn, nr_pages = failed_pages(self.pmem, part)
-            results.append(p.PoisonedRange(part.start, part.length, pfn, nr_pages, "silent", 0))
+            results.append(p.PoisonedRange(part.start, part.length, pfn, nr_pages, "silent", 0, 0, 0))
         return p.Injected(results, False, holes)
 
     async def _hide(self, bad: Range) -> None:
@@ -370,11 +372,12 @@ class Machine:
         with self._frozen() as freeze:
             with self.mm.during(incident):
                 self.pmem.dax.pre_remove()
-            _, told = await self.failures.handle(incident, collected=freeze.admit)
+            _, (signals, processes) = await self.failures.handle(incident, collected=freeze.admit)
         self.pmem.dax.kill_dax()
         self.pmem.detach(self.mm)
-        self.log.emit(DeviceRemoved(device=self.pmem.name, told=told))
-        return p.Removed(told, was_idle)
+        device = self.pmem.name
+        self.log.emit(DeviceRemoved(device=device, told=signals, signals=signals, processes=processes))
+        return p.Removed(signals, was_idle, signals, processes)
 
     @contextmanager
     def _frozen(self) -> Iterator[Freeze]:

@@ -12,7 +12,7 @@ import msgspec
 
 from daxemu.client import Client
 from daxemu.errors import DaxemuError, NotMounted
-from daxemu.events import Event, MemoryFailureHandled, SignalSent
+from daxemu.events import Event, MemoryFailureHandled, SignalSent, signalled
 from daxemu.host.mountinfo import Mount, mount_of
 from daxemu.host.tasks import Mapped, mapped_files
 from daxemu.protocol import Clear, Damaged, DamagedRange, Inject, StatusReport, Survey, SurveyReport
@@ -153,7 +153,8 @@ class Model:
         except DaxemuError as error:
             self.message = str(error)
             return
-        self.message = f"poisoned device {done.offset:#x}+{done.length:#x}: {done.outcome}, {done.told} told"
+        count = signalled(done.processes, done.signals)
+        self.message = f"poisoned device {done.offset:#x}+{done.length:#x}: {done.outcome}, {count}"
 
     def clear(self) -> None:
         """Heal all that is at the cursor."""
