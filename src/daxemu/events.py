@@ -177,9 +177,9 @@ class OutsideKernelControl(Event):
 
 
 class SignalSent(Event):
-    """SIGBUS for one thread. ``result``: delivered, pending, ignored, gone, or inexact (``reason`` says
-    why). ``current``: it is action required because the thread itself was in memory_failure(), not by a page
-    fault.
+    """SIGBUS for one thread. ``result``: delivered, pending, merged (with a SIGBUS that the thread has
+    pending), ignored, gone, or inexact (``reason`` says why). ``current``: it is action required because the
+    thread itself was in memory_failure(), not by a page fault.
     """
 
     pid: int

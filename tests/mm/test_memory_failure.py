@@ -102,8 +102,8 @@ def test_a_signal_says_where_in_the_process_and_which_page() -> None:
     runs = (PresentRun(7, 5, 2, 0x1000, 12), PresentRun(7, 3, 1, 0x200000, 21))
     task = a_task(10, EARLY, runs=runs)
     assert collect_procs(an_incident(), [task], early_kill=False) == [
-        ToKill(task, 10, 0x1000, 12, 502),
         ToKill(task, 10, 0x200000, 21, 500),
+        ToKill(task, 10, 0x1000, 12, 502, merges=True),
     ]
 
 

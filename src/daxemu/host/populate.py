@@ -1,9 +1,9 @@
 """System calls that bring pages of a mapping in for the caller: ``__mm_populate()`` of mm/gup.c.
 
 Linux' filemap_fault() answers VM_FAULT_RETRY after a read that failed, and __mm_populate() begins anew each
-time: over a page that cannot be read, mmap(MAP_POPULATE) and mlock(2) never return. Of all signals only
-SIGKILL ends that, and no error that a FUSE filesystem can answer; a page does. This module tells that a
-thread is in such a call, which addresses it may get the page at, and when it has the page.
+time: over an unreadable page, mmap(MAP_POPULATE) and mlock(2) never return. SIGKILL is the only signal that
+ends the loop. No error from a FUSE filesystem ends the loop; a page does. This module tells whether a thread
+is in such a call, at which addresses the thread may get the page, and when the page is present.
 
 Addresses and lengths are bytes, page indices count pages of the file.
 """
@@ -61,13 +61,13 @@ class Call(NamedTuple):
 
 
 class Asleep(NamedTuple):
-    """Where a thread waits: ``call`` is None if it is in no system call that populates."""
+    """System call that a thread sleeps in: ``call`` is None unless the call populates."""
 
     call: Call | None
 
 
 def look(tid: int) -> Asleep | None:
-    """Where a thread waits; None while it runs, or if that cannot be seen."""
+    """Return the system call that a thread sleeps in; None for a running thread or an unreadable /proc."""
     try:
         word = read_whole(f"/proc/{tid}/syscall").split()[0]
     except (*_GONE, IndexError):
@@ -79,8 +79,8 @@ def look(tid: int) -> Asleep | None:
 
 
 class Area(NamedTuple):
-    """Addresses of a process that show ``page`` and those after it, and have none of them yet. ``copies``: a
-    private mapping for writing, which gets copies.
+    """Address range, in bytes, that maps consecutive pages of a file from ``page`` on, none of them present.
+    ``copies``: the mapping is private and writable, so a populating call copies pages.
     """
 
     address: int
@@ -90,7 +90,7 @@ class Area(NamedTuple):
 
 
 def areas_without(pid: int, dev: tuple[int, int], ino: Ino, pages: Range) -> list[Area]:
-    """Where a process maps ``pages`` of a file and has nothing in its page tables; nothing if it is gone."""
+    """Return where a process maps ``pages`` of a file with none present; empty for a dead process."""
     found: list[Area] = []
     try:
         with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
@@ -112,7 +112,7 @@ def areas_without(pid: int, dev: tuple[int, int], ino: Ino, pages: Range) -> lis
 
 
 def copied(pid: int, areas: Sequence[Area]) -> Iterator[tuple[int, FilePage, int]]:
-    """The private copies that a process has there: (address, page of the file, bytes)."""
+    """Yield the private copies of a process in ``areas``: (address, page of the file, bytes)."""
     try:
         with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
             for area in areas:
@@ -127,8 +127,8 @@ def copied(pid: int, areas: Sequence[Area]) -> Iterator[tuple[int, FilePage, int
 
 
 def wait_until_present(pid: int, areas: Sequence[Area], is_over: Callable[[], bool], patience: float) -> None:
-    """Wait until a process has all of one area in its page tables, or ``is_over``; ``patience`` seconds at
-    the most. Blocks.
+    """Block until a process has the last page of any area present, ``is_over`` is true or ``patience``
+    seconds are over.
     """
     deadline = time.monotonic() + patience
     looks = 0

@@ -222,13 +222,13 @@ class Tracer:
         self._nudge(thread)
 
     def _must_be_beside(self, request: Request) -> bool:
-        """Whether to hold the thread may sleep. What comes to a thread that is held goes on here."""
+        """Return whether to seize the thread may sleep. Requests for a held thread stay with this tracer."""
         if self._is_beside or request.tid in self._threads or not isinstance(request, SendAO):
             return False
         return ptrace.may_sleep(request.tid)
 
     def _relay(self, poller: select.poll) -> None:
-        """Pass on what the threads beside report, and end those that are done."""
+        """Forward the reports of the tracers beside, and close each idle tracer."""
         for tid, beside in list(self._beside.items()):
             self._outbox.extend(beside.receive())
             if beside.is_done:
@@ -428,7 +428,7 @@ class Tracer:
 
 
 class _Beside:
-    """A thread with a tracer of its own, for one victim: ptrace(2) may sleep there, and holds up nobody else.
+    """Thread with a tracer of its own, for one victim: a ptrace(2) that sleeps holds up no other victim.
 
     All methods belong to the main thread.
     """
@@ -441,7 +441,7 @@ class _Beside:
         self._tracer = Tracer(theirs, wakeup, is_beside=True)
         self._tid = tid
         self._open: dict[int, float] = {}
-        """When each request came that has no outcome yet; infinity once it is said to be asleep."""
+        """Arrival time of each request without an outcome; infinity once reported as Asleep."""
         self.thread = threading.Thread(target=self._run, args=(theirs, wakeup), daemon=True)
         self.thread.start()
 
@@ -454,21 +454,21 @@ class _Beside:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing is asked any more of the victim, which is let go."""
+        """Whether every request has its outcome and the victim is detached."""
         return not self._open and (self._tracer.is_idle or not self.thread.is_alive())
 
     def send(self, request: Request) -> None:
-        """Have it done there."""
+        """Send a request to the tracer beside."""
         self._open[request.id] = time.monotonic()
         self.sock.send(_ENCODER.encode([request]))
 
     def ring(self) -> None:
-        """A thread of somebody's has stopped: perhaps this one."""
+        """Wake the tracer beside: a tracee has stopped, perhaps the victim."""
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             os.write(self._bell, b"\0")
 
     def receive(self) -> list[Report]:
-        """What it reports by now."""
+        """Return the reports that have arrived. Never blocks."""
         reports: list[Report] = []
         with contextlib.suppress(BlockingIOError, ConnectionResetError):
             while packet := self.sock.recv(MAX_PACKET):
@@ -481,7 +481,7 @@ class _Beside:
         return reports
 
     def asleep(self, now: float) -> list[Asleep]:
-        """The requests that have waited for long."""
+        """Return an Asleep for each request without an outcome after ``_SWEEP`` seconds, once a request."""
         late = [id_ for id_, since in self._open.items() if now - since >= _SWEEP]
         self._open.update((id_, math.inf) for id_ in late)
         return [Asleep(id_) for id_ in late]

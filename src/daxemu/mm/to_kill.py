@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
-from daxemu.mm.incident import FileId, Incident, PfnMapping
+from daxemu.mm.incident import FileId, Incident, MappingRange, PfnMapping
 from daxemu.ranges import IntervalIndex, Range, RangeSet
 from daxemu.uapi import PAGE_SHIFT, PF_EXITING, PF_KTHREAD, PF_MCE_EARLY, PF_MCE_PROCESS, Ino, Pfn
 
@@ -59,7 +59,7 @@ class Task:
 @dataclass(frozen=True)
 class ToKill:
     """``struct to_kill``: which thread is told, and with what. ``file``: what it has mapped there, if that is
-    no file of the mount.
+    no file of the mount. ``merges``: the SIGBUS before this entry is for the same thread and still pending.
     """
 
     task: Task
@@ -68,6 +68,7 @@ class ToKill:
     shift: int
     pfn: Pfn
     file: FileId | None = None
+    merges: bool = False
 
 
 _Overlapping = Callable[[int, int], list[PresentRun]]
@@ -143,6 +144,9 @@ def collect_procs(
 ) -> list[ToKill]:
     """``collect_procs_fsdax()``: who is told of ``incident``, each at the address in its own space.
 
+    Entries are in the kernel's order. All entries of one thread for one file range merge with the first:
+    kill_procs() queues them at once, and a standard signal that is pending is not queued again.
+
     Only present pages count. On removal everybody is told through the group leader, policy or not, and once:
     the whole device is one range, and a second SIGBUS would only be merged with the first. Of memory without
     struct pages everybody is told, too: see :func:`collect_procs_pfn`.
@@ -161,8 +165,29 @@ def collect_procs(
             runs = task.present
         if thread is None:
             continue
-        to_kill += [ToKill(task, thread.tid, run.address, run.shift, _pfn_of(incident, run)) for run in runs]
+        to_kill += _of_task(incident, task, thread, runs)
     return to_kill
+
+
+def _of_task(incident: Incident, task: Task, thread: Thread, runs: Sequence[PresentRun]) -> list[ToKill]:
+    by_range: dict[MappingRange | None, list[PresentRun]] = {}
+    for run in sorted(runs, key=_in_rmap_order):
+        by_range.setdefault(_range_of(incident, run), []).append(run)
+    return [
+        ToKill(task, thread.tid, run.address, run.shift, _pfn_of(incident, hurt, run), merges=position > 0)
+        for hurt, alike in by_range.items()
+        for position, run in enumerate(alike)
+    ]
+
+
+def _in_rmap_order(run: PresentRun) -> tuple[Ino, int, int, int]:
+    """Sort key: mf_dax_kill_procs() goes page by page, and through ``i_mmap`` by the first page of a mapping.
+
+    Mappings from the same page on are in the order of their mmap(2). /proc does not show that order: mmap(2)
+    chooses addresses downwards, so the higher address counts as the earlier mapping.
+    """
+    first = run.index - ((run.address - run.vma.start) >> PAGE_SHIFT)
+    return run.mapping, run.index, first, -run.address
 
 
 def spare(incident: Incident, tasks: Sequence[Task], pfns: RangeSet) -> list[Task]:
@@ -196,11 +221,15 @@ def _first_alive(task: Task) -> Thread | None:
     return next((thread for thread in task.threads if not thread.flags & PF_EXITING), None)
 
 
-def _pfn_of(incident: Incident, run: PresentRun) -> Pfn:
+def _range_of(incident: Incident, run: PresentRun) -> MappingRange | None:
     for hurt in incident.mappings:
         if hurt.mapping == run.mapping and hurt.index <= run.index < hurt.index + hurt.count:
-            return hurt.pfn + (run.index - hurt.index)
-    return incident.pfn
+            return hurt
+    return None
+
+
+def _pfn_of(incident: Incident, hurt: MappingRange | None, run: PresentRun) -> Pfn:
+    return incident.pfn if hurt is None else hurt.pfn + (run.index - hurt.index)
 
 
 def collect_procs_pfn(hurt: PfnMapping, tasks: Sequence[Task], *, early_kill: bool) -> list[ToKill]:
@@ -215,7 +244,15 @@ def collect_procs_pfn(hurt: PfnMapping, tasks: Sequence[Task], *, early_kill: bo
         thread = task_early_kill(task, early_kill=early_kill) or _first_alive(task)
         if thread is not None:
             to_kill += [
-                ToKill(task, thread.tid, run.address, run.shift, hurt.pfn + run.index - hurt.index, hurt.file)
-                for run in task.present
+                ToKill(
+                    task,
+                    thread.tid,
+                    run.address,
+                    run.shift,
+                    hurt.pfn + run.index - hurt.index,
+                    hurt.file,
+                    merges=position > 0,
+                )
+                for position, run in enumerate(sorted(task.present, key=_in_rmap_order))
             ]
     return to_kill

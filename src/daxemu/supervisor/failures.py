@@ -49,6 +49,8 @@ HANDLER_PATIENCE = 1.0
 ARM_PATIENCE = 1.0
 """Seconds a thread that consumed poison is kept waiting for the tracer."""
 
+_MERGED = "merged with the SIGBUS that it has pending"
+
 
 class Signalled(NamedTuple):
     """Size of a failure's reach: SIGBUS sent, and distinct processes among their receivers."""
@@ -270,21 +272,37 @@ class Failures:
         an AO was delivered.
         """
         sent = []
-        for victim in to_kill:
-            if victim.tid == current:
-                await self._force(victim)
-                continue
-            pending = await self._tracer.send_ao(
-                victim.task.pid, victim.tid, victim.address, victim.shift, self._page_of(victim)
-            )
-            sent.append((victim, pending))
+        for victims in _merging(to_kill):
+            if victims[0].tid == current:
+                for victim in victims:
+                    await self._force(victim)
+            else:
+                sent.append((victims, await self._send_ao(victims[0])))
         since = trio.current_time()
-        for victim, pending in sent:
+        settled = [await self._settled(victims, pending, since) for victims, pending in sent]
+        return [tid for tid in settled if tid is not None]
+
+    async def _send_ao(self, victim: ToKill) -> Pending:
+        return await self._tracer.send_ao(
+            victim.task.pid, victim.tid, victim.address, victim.shift, self._page_of(victim)
+        )
+
+    async def _settled(self, victims: Sequence[ToKill], pending: Pending, since: float) -> int | None:
+        """Wait for the SIGBUS of ``victims[0]``, with which the others merge. Return the thread to which an
+        AO was delivered, or None. A thread that no longer has the page of the first gets the next.
+        """
+        for position, victim in enumerate(victims):
+            if position:
+                pending, since = await self._send_ao(victim), trio.current_time()
             outcome = await self._tracer.settled(pending, since, SIGNAL_PATIENCE)
             self._told(victim, outcome)
-            if outcome is None:
-                self._nursery.start_soon(self._await_late, victim, pending)
-        return [victim.tid for victim, pending in sent if isinstance(pending.outcome, Delivered)]
+            if not isinstance(outcome, Gone):
+                break
+        for other in victims[position + 1 :]:
+            self._sent(other, *(_explain(outcome) if isinstance(outcome, Ignored) else ("merged", _MERGED)))
+        if outcome is None:
+            self._nursery.start_soon(self._await_late, victims[position:], pending)
+        return victim.tid if isinstance(outcome, Delivered) else None
 
     def _page_of(self, victim: ToKill) -> FilePage | None:
         """What it had at the address: it may have unmapped that, or moved it, before it is told."""
@@ -304,7 +322,7 @@ class Failures:
     async def _force(self, victim: ToKill) -> None:
         """``force_sig_mceerr(BUS_MCEERR_AR)``: it has no second one pending, as no SIGBUS has."""
         if victim.tid in self._forced:
-            self._emit(_to_current(victim, "pending", "merged with the SIGBUS that it has pending"))
+            self._emit(_to_current(victim, "pending", _MERGED))
             return
         armed = await self._tracer.force_ar(victim.task.pid, victim.tid, victim.address, victim.shift)
         if isinstance(armed, Armed):
@@ -321,11 +339,19 @@ class Failures:
         if not isinstance(outcome, Delivered):
             self._emit(_to_current(victim, *_explain(outcome)))
 
-    async def _await_late(self, victim: ToKill, pending: Pending) -> None:
-        self._told(victim, await pending.wait())
+    async def _await_late(self, victims: Sequence[ToKill], pending: Pending) -> None:
+        for position, victim in enumerate(victims):
+            if position:
+                pending = await self._send_ao(victim)
+            outcome = await pending.wait()
+            self._told(victim, outcome)
+            if not isinstance(outcome, Gone):
+                return
 
     def _told(self, victim: ToKill, outcome: Delivery | None) -> None:
-        result, reason = _explain(outcome)
+        self._sent(victim, *_explain(outcome))
+
+    def _sent(self, victim: ToKill, result: str, reason: str | None) -> None:
         self._emit(
             SignalSent(
                 pid=victim.task.pid,
@@ -402,6 +428,17 @@ class Failures:
     def _inexact(self, read: PoisonedRead, pfn: Pfn, reason: str) -> None:
         pid = process_of(read.tid) if read.tid else 0
         self._emit(_ar(pid, read.tid, _comm(pid), 0, pfn, "inexact", f"SIGBUS stays BUS_ADRERR: {reason}"))
+
+
+def _merging(to_kill: Sequence[ToKill]) -> list[list[ToKill]]:
+    """Victims in groups: the SIGBUS of the first of each group arrives, those of the others merge with it."""
+    groups: list[list[ToKill]] = []
+    for victim in to_kill:
+        if victim.merges:
+            groups[-1].append(victim)
+        else:
+            groups.append([victim])
+    return groups
 
 
 def _comm(pid: int) -> str:

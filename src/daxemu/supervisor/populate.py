@@ -1,8 +1,8 @@
-"""Threads that populate or lock a mapping of bytes that cannot be read: their system call must return.
+"""Threads that populate or lock a mapping of unreadable bytes: the system call must return.
 
 On DAX the fault is final: mmap(MAP_POPULATE), MAP_LOCKED and mlockall(2) ignore it, mlock(2) says ENOMEM, and
 the next load is a SIGBUS. In the page cache the kernel asks for the page again and again instead
-(host/populate). So the thread is given a page of zeros, and everybody loses it as soon as the thread has it:
+(host/populate). So the thread gets a page of zeros, revoked everywhere as soon as the page is present:
 
     host: hold                  the thread will stop at the return of its system call
     answer                      zeros
@@ -10,7 +10,7 @@ the next load is a SIGBUS. In the page cache the kernel asks for the page again 
     host: revoke                } nobody has the page
     host: let_go                copies in private mappings dropped, mlock(2) says ENOMEM
 
-A thread that cannot be held would load the zeros: its process is killed. Belongs to the trio thread.
+A thread that the tracer cannot hold would load the zeros: the process is killed. Belongs to the trio thread.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _MOST_COUNTED = 1024  # threads
 
 @dataclass(eq=False)
 class _Populate:
-    """A system call in which a thread was given what cannot be read."""
+    """System call in which a thread got zeros for unreadable pages."""
 
     pid: int
     tid: int
@@ -58,7 +58,7 @@ class _Populate:
     refusal: str | None = None
     """Why the thread is not held."""
     fails: bool = False
-    """Whether on DAX a fault would have failed: latent poison is mapped without anybody reading it."""
+    """Whether a fault on DAX would have failed: DAX maps latent poison without a read."""
     pages: list[Range] = field(default_factory=list)
     areas: list[Area] = field(default_factory=list)
     revoking: int = 0
@@ -93,11 +93,10 @@ class Populating:
         """(inode, offset, how often) of the last failed request of each thread."""
 
     async def passes(self, read: PoisonedRead, *, is_latent: bool, discover: Callable[[], object]) -> bool:
-        """Whether a read that cannot be done is to be answered with zeros, because a system call that
-        populates would never return otherwise.
+        """Return whether to answer a failed read with zeros: a populating call would never return otherwise.
 
-        Precondition: no page of the request can be read, or it is of one page. ``discover`` makes latent
-        poison known: to make a private copy, the kernel itself reads it.
+        Precondition: no page of the request is readable, or the request is for one page. ``discover`` makes
+        latent poison known: for a private copy the kernel itself reads the poison.
         """
         if not read.tid or (call := await _call_of(read.tid)) is None:
             self._count(read)
@@ -142,7 +141,7 @@ class Populating:
         return now
 
     async def _take_back(self, now: _Populate, pages: Range, areas: list[Area]) -> None:
-        """Revoke what was let through, once the thread has it."""
+        """Revoke the pages of zeros once the thread has them present."""
 
         def work() -> None:
             populate.wait_until_present(now.pid, areas, lambda: now.is_over, _PATIENCE)
@@ -154,7 +153,7 @@ class Populating:
             now.all_revoked.set()
 
     async def _let_go(self, now: _Populate, armed: Armed) -> None:
-        """At the return of the system call: take its copies away and mend its result."""
+        """At the return of the system call: drop the private copies and set the result."""
         outcome = await armed.wait()
         while now.revoking:
             now.all_revoked = trio.Event()
@@ -176,7 +175,7 @@ class Populating:
             self._tell(now, "gone", None)
 
     def _kill(self, now: _Populate, pages: Range, why: str) -> None:
-        """SIGKILL: nothing else ends the call, or keeps the process from loading what was let through."""
+        """Send SIGKILL: no other signal ends the call or keeps the process from loading the zeros."""
         if not now.pages:
             now.pages.append(pages)
         try:
@@ -206,7 +205,7 @@ class Populating:
         )
 
     def _count(self, read: PoisonedRead) -> None:
-        """Say so when a thread asks for one page again and again."""
+        """Emit FaultRepeated when a thread requests one page ``_REPEATS`` times, and then each tenfold."""
         ino, offset, times = self._repeats.pop(read.tid, (read.ino, read.offset, 0))
         times = times + 1 if (ino, offset) == (read.ino, read.offset) else 1
         self._repeats[read.tid] = (read.ino, read.offset, times)
