@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import select
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -18,7 +19,10 @@ from daxemu.errors import Busy, InvalidArgument, NotMounted, PermissionDenied
 from daxemu.host.device_lock import PATIENCE, wait_for_last_mount
 from daxemu.host.mountinfo import Mount, mount_at, mounts
 from daxemu.pmem.device_dir import DeviceDir
-from daxemu.supervisor.settings import MountOptions, seconds
+from daxemu.supervisor import settings as limits
+from daxemu.supervisor.settings import LOG_SIZE, MountOptions, seconds
+
+Value = TypeVar("Value")
 
 STATUS_PATIENCE = 5.0
 """Seconds that one of several supervisors has to answer: none must keep the others from being shown."""
@@ -42,6 +46,13 @@ STATUS_PATIENCE = 5.0
     help="Look for latent poison every so often, as set scrub_interval does. 0, the default: never.",
 )
 @click.option(
+    "--log-size",
+    metavar="SIZE",
+    default=human(LOG_SIZE),
+    show_default=True,
+    help="Bytes that events.jsonl, and supervisor.log, may have, as set log_size does.",
+)
+@click.option(
     "--layouts/--no-layouts",
     default=True,
     envvar="DAXEMU_LAYOUTS",
@@ -55,6 +66,7 @@ def mount(
     foreground: bool,
     repair: str,
     scrub_interval: str,
+    log_size: str,
     layouts: bool,
     as_json: bool,
 ) -> None:
@@ -65,10 +77,12 @@ def mount(
       daxemu mount /dev/shm/pmem0 /tmp/pmem
     """
     mountpoint = mountpoint.absolute()
-    try:
-        options = MountOptions(absolute_strategy(repair), seconds(scrub_interval), layouts)
-    except InvalidArgument as error:
-        raise InvalidArgument(f"--scrub-interval {scrub_interval}: {error}") from error
+    options = MountOptions(
+        absolute_strategy(repair),
+        _option("--scrub-interval", seconds, scrub_interval),
+        layouts,
+        _option("--log-size", limits.log_size, log_size),
+    )
     DeviceDir.load(device).close()
     wait_for_last_mount(device)
 
@@ -95,6 +109,13 @@ def mount(
     with line(repair) as show:
         pid = spawn(device, mountpoint, options, show)
     say(pid)
+
+
+def _option(name: str, read: Callable[[str], Value], text: str) -> Value:
+    try:
+        return read(text)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{name} {text}: {error}") from error
 
 
 @click.command()
@@ -254,6 +275,7 @@ def set_setting(mountpoint: Path, settings: tuple[str, ...], as_json: bool) -> N
 
     \b
     early_kill=0|1         tell processes of poison they map at once (vm.memory_failure_early_kill)
+    log_size=SIZE          bytes that events.jsonl, and supervisor.log, may have; 1M to 1T
     lost_store=silent|eio  what fsync says of a mapped store lost to poison: nothing (DAX), or EIO once
     repair=NAME[:...]      what is done about data that goes bad: see daxemu repair --help
     scrub_interval=SECONDS look for latent poison in the background, as daxemu scrub does; 0: never
