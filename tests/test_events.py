@@ -16,6 +16,7 @@ from daxemu.events import (
     DeviceTightened,
     Event,
     EventsRepeated,
+    FaultRepeated,
     FileDamaged,
     FilesystemShutdown,
     LoopStalled,
@@ -28,6 +29,7 @@ from daxemu.events import (
     OutsideKernelControl,
     PoisonCleared,
     PoisonInjected,
+    PopulateFailed,
     RepairFinished,
     RepairProgress,
     RepairStrategyFailed,
@@ -77,6 +79,19 @@ SAMPLES: list[Event] = [
     a_failure(Outcome.FAILED),
     OutsideKernelControl(pfn=0x240200, nr_pages=1),
     a_signal(BUS_MCEERR_AO, "another tracer"),
+    PopulateFailed(
+        pid=7,
+        tid=8,
+        comm="p0",
+        call="mlock",
+        ino=2,
+        path="/f",
+        offset=0,
+        length=4096,
+        result="killed",
+        reason="another tracer",
+    ),
+    FaultRepeated(pid=7, tid=8, comm="p0", ino=2, path="/f", offset=4096, times=100),
     FileDamaged(ino=2, path='/a "quoted"\n\u00e9', offset=0, length=4096),
     StoreLost(ino=2, path="/f", offset=0, length=4096),
     CorruptionFound(offset=4096, length=512, by="scrub", repaired=True),
@@ -237,3 +252,11 @@ def test_an_inexact_signal_says_why() -> None:
 
 def test_outcomes_have_the_kernels_names() -> None:
     assert [outcome.value for outcome in Outcome] == ["Ignored", "Failed", "Delayed", "Recovered"]
+
+
+@pytest.mark.parametrize("result", ["gone", "inexact", "pending"])
+def test_a_fault_whose_signal_did_not_arrive_is_logged_as_no_killing(result: str) -> None:
+    sent = SignalSent(pid=1, tid=1, comm="p0", code=4, address=0, lsb=12, pfn=7, result=result)
+    assert sent.dmesg() is None
+    sent.result = "delivered"
+    assert sent.dmesg() == "MCE: Killing p0:1 due to hardware memory corruption fault at 0"

@@ -47,6 +47,10 @@ class NotMounted(DaxemuError):
     exit_status = 3
 
 
+class NotASupervisor(NotMounted):
+    """A mount that says it is daxemu's, and whose socket answers as no supervisor would."""
+
+
 class Busy(DaxemuError):
     """In use by somebody else."""
 

@@ -195,8 +195,10 @@ class SignalSent(Event):
     reason: str | None = None
     current: bool = False
 
-    def dmesg(self) -> str:
+    def dmesg(self) -> str | None:
         if self._in_a_fault:
+            if self.result != "delivered":
+                return None  # a thread that was killed meanwhile, or whose signal stayed the kernel's own
             victim = f"{self.comm}:{self.pid}"
             return f"MCE: Killing {victim} due to hardware memory corruption fault at {self.address:x}"
         return (

@@ -186,6 +186,25 @@ class StatusReport(msgspec.Struct):
     """How many requests were answered without the filesystem (fs/layouts.py), or "off"."""
 
 
+class Settled(msgspec.Struct):
+    """``seconds``: how long that took."""
+
+    seconds: float
+
+
+class InternalsReport(msgspec.Struct):
+    """For people, a line an entry; the text of entries may change. ``layouts``: files with a layout out."""
+
+    tasks: list[str]
+    turns: list[str]
+    """Failures under way."""
+    held: list[str]
+    """Requests that wait for the invalidate lock."""
+    armed: list[str]
+    """Threads that the tracer has a request for."""
+    layouts: int
+
+
 class Done(msgspec.Struct):
     """Nothing to tell but that it was done."""
 
@@ -241,6 +260,14 @@ class Clear(Request[Cleared], tag="clear"):
     ino: Ino | None = None
 
 
+class Settle(Request[Settled], tag="settle"):
+    """Answered once every failure so far was handled, and every signal of them is in an event: as delivered,
+    or as pending for a process that is stopped. Busy after ``patience`` seconds.
+    """
+
+    patience: float = 10.0
+
+
 class Scrub(Request[Cleared], tag="scrub"):
     """Look for latent poison; what is found is in badblocks then."""
 
@@ -275,6 +302,10 @@ class Remove(Request[Removed], tag="remove"):
 
 class Status(Request[StatusReport], tag="status"):
     """What this machine is and how it fares."""
+
+
+class Internals(Request[InternalsReport], tag="internals"):
+    """The supervisor's tasks and everything that waits; also written to supervisor.log on SIGUSR1."""
 
 
 class Survey(Request[SurveyReport], tag="survey"):
@@ -349,6 +380,7 @@ class Unmount(Request[Done], tag="unmount"):
 AnyRequest = (
     Inject
     | Madvise
+    | Settle
     | Clear
     | Scrub
     | GetBadblocks
@@ -357,6 +389,7 @@ AnyRequest = (
     | Reflink
     | Remove
     | Status
+    | Internals
     | Survey
     | Set
     | Repair

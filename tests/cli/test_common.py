@@ -88,17 +88,21 @@ def test_what_is_shown_can_be_typed(size: int) -> None:
 
 
 def test_a_table_aligns_names_left_and_numbers_right() -> None:
-    assert table([("a", "1"), ("long", "1000")], ("name", "size")) == ("name  size\na        1\nlong  1000")
+    assert table([("a", "1"), ("long", "1000")], ("name", "size")) == [
+        "name  size",
+        "a        1",
+        "long  1000",
+    ]
 
 
 def test_a_table_without_rows_is_its_header() -> None:
-    assert table([], ("name", "size")) == "name  size"
+    assert table([], ("name", "size")) == ["name  size"]
 
 
 def test_no_line_of_a_table_ends_in_blanks() -> None:
-    lines = table([("a", ""), ("bb", "x")], ("first", "second")).splitlines()
+    lines = table([("a", ""), ("bb", "x")], ("first", "second"))
     assert all(line == line.rstrip() for line in lines)
 
 
 def test_a_column_is_of_numbers_only_if_all_are() -> None:
-    assert table([("1", "-5"), ("x", "2.5")], ("a", "b")).splitlines() == ["a    b", "1   -5", "x  2.5"]
+    assert table([("1", "-5"), ("x", "2.5")], ("a", "b")) == ["a    b", "1   -5", "x  2.5"]

@@ -7,7 +7,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from daxemu import protocol as p
 from daxemu.client import AsyncClient, Client
 from daxemu.client.connection import follow_of
 from daxemu.errors import InvalidArgument, NotMounted
-from daxemu.events import DeviceRemoved, FileDamaged, MemoryFailureHandled, PoisonInjected
+from daxemu.events import DeviceRemoved, Event, FileDamaged, MemoryFailureHandled, PoisonInjected
 from tests.support.quick import QuickMount
 
 pytestmark = pytest.mark.mount
@@ -198,3 +198,37 @@ def test_async_a_supervisor_that_goes_away(quick_mount: QuickMount, run: Run) ->
     run(main)
     with pytest.raises(NotMounted):
         AsyncClient.at(quick_mount.path)
+
+
+def test_events_go_on_after_a_timeout(quick_mount: QuickMount) -> None:
+    with Client.at(quick_mount.path) as asking, Client.at(quick_mount.path) as listening:
+        seen = asking.ask(p.Status()).events
+        events = listening.events(seen)
+        listening.set_patience(0.001)
+        with pytest.raises(TimeoutError):
+            next(events)
+        listening.set_patience(20)
+        asking.ask(p.Inject([(1 << 28, 4096)]))
+        assert isinstance(next(events), PoisonInjected)
+
+
+async def _soon(run: Run, events: AsyncIterator[Event]) -> None:
+    if run is on_asyncio:
+        async with asyncio.timeout(0.01):
+            await anext(events)
+    else:
+        with trio.fail_after(0.01):
+            await anext(events)
+
+
+@loops
+def test_async_events_go_on_after_a_timeout(quick_mount: QuickMount, run: Run) -> None:
+    async def main() -> None:
+        async with AsyncClient.at(quick_mount.path) as asking, AsyncClient.at(quick_mount.path) as listening:
+            events = listening.events((await asking.ask(p.Status())).events)
+            with pytest.raises((TimeoutError, trio.TooSlowError)):
+                await _soon(run, events)
+            await asking.ask(p.Inject([(1 << 28, 4096)]))
+            assert isinstance(await anext(events), PoisonInjected)
+
+    run(main)

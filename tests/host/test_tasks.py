@@ -292,3 +292,18 @@ def test_copies_are_told_with_what_is_the_files_own(
     assert {run.copies for run in task.present if run.vma == private} == {(Range(9, 10),)}
     assert {run.copies for run in task.present if run.vma != private} == {()}
     assert {run.vma for run in task.present} == {private, Range(actor.addr(1), actor.addr(1, 64))}
+
+
+@pytest.mark.parametrize("name", ["x {dev} y", "x\n{dev} y", "x\r{dev} y", "{dev} (deleted)"])
+def test_a_file_name_is_taken_for_no_device(tmp_path: Path, name: str) -> None:
+    """/proc/PID/maps shows the name last: a device in it is not the mapping's."""
+    path = tmp_path / name.format(dev="00:63")
+    path.write_bytes(bytes(PAGE))
+    with path.open("r+b") as opened, mmap.mmap(opened.fileno(), PAGE) as view:
+        status = path.stat()
+        assert list(read_vmas(os.getpid(), (0, 0x63))) == []
+        here = (os.major(status.st_dev), os.minor(status.st_dev))
+        assert [vma.ino for vma in read_vmas(os.getpid(), here) if vma.ino == status.st_ino] == [
+            status.st_ino
+        ]
+        assert len(view) == PAGE

@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from daxemu.fs.filesystem import Filesystem
+from daxemu.fs.namespace import Namespace
 from daxemu.host.mappings import PageCacheMappings
 from daxemu.host.operations import Operations
 from daxemu.host.session import Session
+from daxemu.host.watchdog import Watchdog
 from daxemu.mm.incident import Incident
 from daxemu.pmem.dax_device import DaxDevice
+from daxemu.protocol import BadblockList
+from daxemu.supervisor.machine import Machine
 from daxemu.uapi import PAGE_SIZE
 
 
@@ -65,15 +69,15 @@ def stop_in_write_back(directory: str, name: str) -> None:
     """
     write_back, sync = Session.write_back, ctypes.CDLL(None).sync_file_range
 
-    def in_two(self: Session, path: bytes) -> None:
+    def in_two(self: Session, ino: int, path: bytes | None) -> bool:
         if path != os.fsencode(f"/{name}"):
-            write_back(self, path)
-            return
+            return write_back(self, ino, path)
         # Not closed: that would be a pass over all of them.
         fd = os.open(os.fsencode(self.mount.mountpoint) + path, os.O_RDONLY)
         sync(fd, ctypes.c_int64(0), ctypes.c_int64(PAGE_SIZE), 7)
         _stop(Path(directory))
         sync(fd, ctypes.c_int64(PAGE_SIZE), ctypes.c_int64(0), 7)
+        return True
 
     Session.write_back = in_two  # type: ignore[method-assign]
 
@@ -107,3 +111,34 @@ def _stop(directory: Path) -> None:
 def tell_stacks() -> None:
     """On SIGUSR1, write where each of its threads is to its log; for who finds it hanging."""
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+
+def fail_at_reading(prefix: str) -> None:
+    """Raise what no code expects in each lookup of a name that begins so and has a hyphen."""
+    lookup = Namespace.lookup
+
+    def cursed(self: Namespace, parent: int, name: bytes) -> Any:
+        if name.startswith(prefix.encode()) and b"-" in name:
+            raise ZeroDivisionError("sabotage")
+        return lookup(self, parent, name)
+
+    Namespace.lookup = cursed  # type: ignore[method-assign]
+
+
+def stand_still_in_badblocks(patience: float) -> None:
+    """Stand still in the request ``badblocks`` until the watchdog, with this patience, has named the step."""
+    named: list[Any] = []
+    name_step = Watchdog._name_step
+    Watchdog.__init__.__defaults__ = (patience,)
+
+    def naming(self: Watchdog, thread: int) -> Any:
+        named.append(name_step(self, thread))
+        return named[0]
+
+    def stand_still(self: Machine) -> Any:
+        while not named:
+            pass
+        return BadblockList([], 0)
+
+    Watchdog._name_step = naming  # type: ignore[method-assign]
+    Machine.badblocks = stand_still  # type: ignore[method-assign]

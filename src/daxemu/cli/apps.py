@@ -11,6 +11,7 @@ import click
 
 from daxemu.cli.common import json_option, table
 from daxemu.cli.long_work import INTERRUPTED, interruptible, progress
+from daxemu.cli.output import complain, say, say_json
 from daxemu.errors import DaxemuError, InvalidArgument, Unsupported
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def apps(
     cells = wanted(only, situation)
     chosen = list(dict.fromkeys(cell.application for cell in cells))
     if install:
-        installing.install((a.needs for a in chosen), lambda text: click.echo(text, err=True))
+        installing.install((a.needs for a in chosen), lambda text: complain(text))
         cells = wanted(only, situation)
     if listing:
         _list(cells, as_json)
@@ -85,12 +86,12 @@ def apps(
         )
         path.write_text(text.rstrip("\n") + "\n")
     if as_json:
-        click.echo(json.dumps(summary(cells, made)))
+        say_json(summary(cells, made))
     elif len(cells) > 1:
-        click.echo(_table(cells, made))
+        say(*_table(cells, made))
     failed = [cell for cell in made if cell.failed]
     for cell in failed:
-        click.echo(f"daxemu: not observed: {cell.application}, {cell.situation}: {cell.failed}", err=True)
+        complain(f"daxemu: not observed: {cell.application}, {cell.situation}: {cell.failed}")
     if failed:
         sys.exit(DaxemuError.exit_status)
 
@@ -103,8 +104,8 @@ def _make(cells: list[Wanted], limit: float, *, told: bool) -> list[Cell]:
         with interruptible():
             if told:
                 (cell,) = cells
-                made.append(make(cell, limit, lambda step: click.echo(step.text)))
-                click.echo(f"{made[0].application}, {made[0].situation}: {_outcomes(made[0])}")
+                made.append(make(cell, limit, lambda step: say(step.text)))
+                say(f"{made[0].application}, {made[0].situation}: {_outcomes(made[0])}")
                 return made
             with progress(len(cells), "cells") as done:
                 for cell in cells:
@@ -112,7 +113,7 @@ def _make(cells: list[Wanted], limit: float, *, told: bool) -> list[Cell]:
                     name = f"{cell.application.name} / {cell.situation.name}"
                     done(name, f": {_outcomes(made[-1])}, {made[-1].seconds:.1f} s")
     except KeyboardInterrupt:
-        click.echo(f"daxemu: stopped after {len(made)} of {len(cells)} cells", err=True)
+        complain(f"daxemu: stopped after {len(made)} of {len(cells)} cells")
         sys.exit(INTERRUPTED)
     return made
 
@@ -123,7 +124,7 @@ def _outcomes(cell: Cell) -> str:
     return f"{cell.first.outcome}, restarted: {cell.again.outcome}"
 
 
-def _table(cells: list[Wanted], made: list[Cell]) -> str:
+def _table(cells: list[Wanted], made: list[Cell]) -> list[str]:
     found = {(cell.application, cell.situation): _outcomes(cell) for cell in made}
     rows = [
         (a, s, found.get((a, s), cell.why_not))
@@ -152,14 +153,14 @@ def _list(cells: list[Wanted], as_json: bool) -> None:
             for a in programs
         ]
         columns = [{"name": s.name, "about": s.about} for s in situations]
-        click.echo(json.dumps({"programs": described, "situations": columns, "install": would_run}))
+        say_json({"programs": described, "situations": columns, "install": would_run})
         return
     rows = [
         (a.name, f"absent: {', '.join(lacking[a.name])}" if lacking[a.name] else "here", a.about)
         for a in programs
     ]
-    click.echo(table(rows, ("PROGRAM", "STATE", "WHAT RUNS")))
-    click.echo()
-    click.echo(table([(s.name, s.about) for s in situations], ("SITUATION", "WHAT HAPPENS")))
+    say(*table(rows, ("PROGRAM", "STATE", "WHAT RUNS")))
+    say("")
+    say(*table([(s.name, s.about) for s in situations], ("SITUATION", "WHAT HAPPENS")))
     if would_run:
-        click.echo("\n".join(["", "--install would run:", *(f"  {command}" for command in would_run)]))
+        say("", "--install would run:", *(f"  {command}" for command in would_run))

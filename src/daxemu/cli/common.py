@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -11,7 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import click
 
-from daxemu.client import Client
+from daxemu.cli.output import for_people, say, say_json
+from daxemu.cli.patience import PATIENCE, PatientClient
 from daxemu.errors import InvalidArgument
 from daxemu.host.mountinfo import mount_at
 from daxemu.private_path import become_owner
@@ -37,6 +37,19 @@ class Size(click.ParamType[int]):
 
 
 SIZE = Size()
+
+
+class UntouchedPath(click.Path):
+    """A path that parsing does not look at, as click.Path does: stat(2) waits for a mount that hangs."""
+
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        """See click.ParamType.convert."""
+        return self.coerce_path_result(value)
+
+
+PATH, PATH_TEXT = UntouchedPath(path_type=Path), UntouchedPath()
 
 
 def json_option(command: F) -> F:
@@ -78,14 +91,17 @@ DEVICE = Device()
 AS_OWNER = "daxemu.as_owner"
 
 
-def emit(result: dict[str, Any], as_json: bool, text: str | Callable[[], str]) -> None:
-    """Print a result, as JSON or as text for people."""
+Lines = str | Sequence[str]
+"""One line, or several."""
+
+
+def emit(result: Any, as_json: bool, text: Lines | Callable[[], Lines]) -> None:
+    """Print a result, as JSON or as lines for people: a string is one line, whatever is in it."""
     if as_json:
-        click.echo(json.dumps(result))
+        say_json(result)
         return
-    shown = text if isinstance(text, str) else text()
-    if shown:
-        click.echo(shown)
+    shown = text() if callable(text) else text
+    say(*([shown] if isinstance(shown, str) and shown else shown))
 
 
 def absolute_strategy(text: str) -> str:
@@ -96,10 +112,15 @@ def absolute_strategy(text: str) -> str:
     return (os.path.abspath(name) if name.endswith(".py") else name) + colon + rest
 
 
+def connect(path: str | os.PathLike[str]) -> PatientClient:
+    """The supervisor of the mount that ``path`` is on. Raises NotMounted."""
+    return PatientClient.at(path, patience=PATIENCE)
+
+
 class Target(NamedTuple):
     """What a PATH argument means: a file on a mount and its size, or with both None the device under it."""
 
-    client: Client
+    client: PatientClient
     ino: int | None
     size: int | None
 
@@ -108,7 +129,8 @@ def target(path: str) -> Target:
     """The file or, for a mountpoint, the device. Raises NotMounted, InvalidArgument for anything else on a
     mount.
     """
-    client = Client.at(path)
+    client = connect(path)
+    client.request("status")  # in limited time: looking at the path has no limit
     if mount_at(Path(os.path.realpath(path))) is not None:
         return Target(client, None, None)
     found = regular_file(path)
@@ -128,9 +150,9 @@ def regular_file(path: str) -> os.stat_result:
     return found
 
 
-def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
-    """Columns, aligned; numbers to the right."""
-    everything = [header, *rows]
+def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> list[str]:
+    """Columns, aligned; numbers to the right. One line each."""
+    everything = [header, *(tuple(map(for_people, row)) for row in rows)]
     widths = [max(len(row[i]) for row in everything) for i in range(len(header))]
     numeric = [
         bool(rows) and all(row[i].lstrip("-").replace(".", "")[:1].isdigit() for row in rows)
@@ -143,4 +165,4 @@ def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
         )
         for row in everything
     ]
-    return "\n".join(line.rstrip() for line in lines)
+    return [line.rstrip() for line in lines]

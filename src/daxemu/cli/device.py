@@ -88,7 +88,7 @@ def mkfs(
     last = config.base_pfn + config.size // 4096 - 1
     emit(
         {
-            "device": str(path),
+            "device": path,
             "size": size,
             "base_pfn": pfn,
             "altmap": config.altmap,
@@ -126,9 +126,9 @@ def fsck(device: Path, repair: bool, as_json: bool) -> None:
     summary = f"{device}: {report.inodes} inodes, {counts}"
     healed = [f"healed {report.healed} metadata pages from their other copy"] if report.healed else []
     emit(
-        {"device": str(device), **asdict(report)},
+        {"device": device, **asdict(report)},
         as_json,
-        "\n".join([*healed, *report.wrong, *report.damaged, summary]),
+        [*healed, *report.wrong, *report.damaged, summary],
     )
     if report.wrong:
         hint = " are left: save what can be read, then mkfs --force" if repair else "; try fsck --repair"

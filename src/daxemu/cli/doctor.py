@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from daxemu.cli.common import emit, json_option
+from daxemu.cli.common import json_option
+from daxemu.cli.output import say, say_json
 from daxemu.client import Client
 from daxemu.errors import Unsupported
 from daxemu.host.checkup import Finding, check_up
@@ -27,11 +28,11 @@ def doctor(as_json: bool) -> None:
       daxemu doctor
     """
     findings = list(check_up(_ask))
-    emit(
-        {"findings": [finding._asdict() for finding in findings]},
-        as_json,
-        lambda: "\n".join(map(_show, findings)),
-    )
+    if as_json:
+        say_json({"findings": [finding._asdict() for finding in findings]})
+    else:
+        for finding in findings:
+            _show(finding)
     missing = [finding.subject for finding in findings if finding.verdict == "missing"]
     if missing:
         raise Unsupported(f"nothing can be mounted here before this is mended: {', '.join(missing)}")
@@ -42,7 +43,8 @@ def _ask(mount: Mount) -> None:
         client.request("status")
 
 
-def _show(finding: Finding) -> str:
-    verdict = click.style(f"{finding.verdict:8}", fg=_COLORS[finding.verdict])
-    mend = f"\n{'':8}mend: {finding.mend}" if finding.mend else ""
-    return f"{verdict}{finding.subject}: {finding.found}{mend}"
+def _show(finding: Finding) -> None:
+    say(f"{finding.verdict:8}", fg=_COLORS[finding.verdict], end="")
+    say(f"{finding.subject}: {finding.found}")
+    if finding.mend:
+        say(f"{'':8}mend: {finding.mend}")

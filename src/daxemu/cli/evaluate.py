@@ -10,6 +10,7 @@ import click
 
 from daxemu.cli.common import emit, json_option
 from daxemu.cli.long_work import INTERRUPTED, interruptible, progress
+from daxemu.cli.output import complain
 from daxemu.errors import DaxemuError
 from daxemu.sizes import counted
 
@@ -62,17 +63,14 @@ def evaluate(plan: Path, output: Path, jobs: int | None, scheduler: str | None, 
                     campaign.run(made, lambda result: done(str(result.key), _how(result)))
             except KeyboardInterrupt:
                 kept = counted(len(campaign.good()), "trial")
-                click.echo(
-                    f"daxemu: stopped; {kept} kept in {outputs.trials}: the same command goes on",
-                    err=True,
-                )
+                complain(f"daxemu: stopped; {kept} kept in {outputs.trials}: the same command goes on")
                 sys.exit(INTERRUPTED)
         good, failed = campaign.good(), campaign.failed()
         if not good:
             raise DaxemuError(f"no trial succeeded: {failed[0].key}: {failed[0].failed}")
         write_reports(loaded, good, failed, outputs)
     for result in failed:
-        click.echo(f"daxemu: no result: {result.key}: {result.failed}", err=True)
+        complain(f"daxemu: no result: {result.key}: {result.failed}")
     emit(
         {"report": str(outputs.html), "trials": len(good), "failed": len(failed)},
         as_json,

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import click
 
-from daxemu.cli.common import SIZE, emit, json_option, regular_file, table
-from daxemu.client import Client
+from daxemu.cli.common import PATH_TEXT, SIZE, connect, emit, json_option, regular_file, table
 from daxemu.errors import InvalidArgument
 from daxemu.host.mountinfo import mount_of
 
 
 @click.command(name="map")
-@click.argument("file", type=click.Path())
+@click.argument("file", type=PATH_TEXT)
 @json_option
 def map(file: str, as_json: bool) -> None:
     """Show where a file's bytes are on the device, and how many links share each extent.
@@ -23,7 +22,8 @@ def map(file: str, as_json: bool) -> None:
     Example:
       daxemu map /tmp/pmem/db
     """
-    with Client.at(file) as client:
+    with connect(file) as client:
+        client.request("status")
         result = client.request("map", ino=regular_file(file).st_ino)
     rows = [
         (
@@ -41,8 +41,8 @@ def map(file: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("source", type=click.Path())
-@click.argument("destination", type=click.Path())
+@click.argument("source", type=PATH_TEXT)
+@click.argument("destination", type=PATH_TEXT)
 @click.option("--offset", type=SIZE, default=0, help="In the source; whole 4096-byte blocks.")
 @click.option("--length", type=SIZE, default=0, help="0: to the end of the source.")
 @click.option("--dest-offset", type=SIZE, default=0, help="In the destination; whole 4096-byte blocks.")
@@ -60,6 +60,8 @@ def reflink(source: str, destination: str, offset: int, length: int, dest_offset
         raise InvalidArgument(
             f"both files must be on one daxemu mount: {source} and {destination} are on two; use cp"
         )
+    with connect(source) as client:
+        client.request("status")
     src = regular_file(source).st_ino
     made = not os.path.lexists(destination)
     try:
@@ -69,7 +71,7 @@ def reflink(source: str, destination: str, offset: int, length: int, dest_offset
     except OSError as error:
         raise InvalidArgument(f"{destination}: {error.strerror}") from error
     try:
-        with Client.at(source) as client:
+        with connect(source) as client:
             result = client.request(
                 "reflink",
                 src=src,

@@ -183,7 +183,7 @@ def _compared(found: Comparison) -> dict[str, Any]:
     }
 
 
-def _comparison_table(found: Sequence[Comparison]) -> str:
+def _comparison_table(found: Sequence[Comparison]) -> list[str]:
     rows = [
         (
             c.faults,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 import click
 import msgspec
 
+from daxemu.cli.common import PATH, connect
+from daxemu.cli.output import complain, say, say_json
 from daxemu.client import Client
+from daxemu.client.connection import event_of, no_answer
 from daxemu.errors import NotADevice, NotMounted
 from daxemu.events import Event, decode
 from daxemu.host.mountinfo import mount_of
@@ -62,7 +66,7 @@ class Dmesg:
 
 
 @click.command()
-@click.argument("where", type=click.Path(path_type=Path), metavar="MOUNTPOINT|DEVICE")
+@click.argument("where", type=PATH, metavar="MOUNTPOINT|DEVICE")
 @click.option("-f", "--follow", is_flag=True, help="Go on with each new event until the mount ends.")
 @click.option(
     "--dmesg",
@@ -82,17 +86,17 @@ def log(where: Path, follow: bool, dmesg: bool, as_json: bool) -> None:
         try:
             event = decode(line)
         except msgspec.MsgspecError:
-            click.echo(f"daxemu: skipped a line that is no event: {line[:80]!r}", err=True)
+            complain(f"daxemu: skipped a line that is no event: {line[:80]!r}")
             continue
         if as_json:
-            click.echo(line.decode())
+            say_json(json.loads(line))
         elif dmesg:
             for text in kernel.lines(event):
-                click.echo(text)
+                say(text)
         else:
-            click.echo(_line(event))
+            say(_line(event))
     for text in kernel.rest():
-        click.echo(text)
+        say(text)
 
 
 def _line(event: Event) -> str:
@@ -121,11 +125,21 @@ def lines_of(where: Path, follow: bool = False) -> Iterator[bytes]:
 
 
 def _of_mount(mountpoint: Path, follow: bool) -> Iterator[bytes]:
-    with Client.at(mountpoint) as client:
+    with connect(mountpoint) as client:
         last = client.request("status")["events"]
         if not follow and not last:
             return
-        for line in client.follow_lines():
+        if follow:
+            client.set_patience(None)
+        lines = client.follow_lines()
+        while (line := _next(client, lines)) is not None:
             yield line
-            if not follow and decode(line).seq >= last:
+            if not follow and event_of(client.mount, line).seq >= last:
                 return
+
+
+def _next(client: Client, lines: Iterator[bytes]) -> bytes | None:
+    try:
+        return next(lines, None)
+    except TimeoutError as error:
+        raise no_answer(client.mount, client.pid) from error

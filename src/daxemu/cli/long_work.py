@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import click
+from daxemu.cli.output import complain, for_people
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
@@ -41,18 +41,23 @@ def progress(total: int, what: str) -> Iterator[Done]:
         def say(name: str, how: str) -> None:
             nonlocal count
             count += 1
-            click.echo(f"{count}/{total} {name}{how}", err=True)
+            complain(f"{count}/{total} {name}{how}")
 
         yield say
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True)) as shown:
         bar = shown.add_task(what, total=total)
 
         def advance(name: str, how: str) -> None:
-            shown.update(bar, advance=1, description=name)
+            shown.update(bar, advance=1, description=for_people(name))
 
         yield advance

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 import daxemu
+from daxemu.cli.output import complain
 from daxemu.errors import DaxemuError
 
 VERBS = {
@@ -25,6 +26,7 @@ VERBS = {
     "badblocks": "poison",
     "damaged": "poison",
     "repair": "repair",
+    "settle": "settle",
     "remove": "poison",
     "powerfail": "mount",
     "map": "files",
@@ -64,11 +66,11 @@ class Verbs(click.Group):
         try:
             return super().invoke(ctx)
         except DaxemuError as error:
-            click.echo(f"daxemu: {error}", err=True)
+            complain(f"daxemu: {error}")
             ctx.exit(error.exit_status)
         except click.UsageError as error:
             where = error.ctx.command_path if error.ctx else "daxemu"
-            click.echo(f"daxemu: {error.format_message()} See: {where} --help", err=True)
+            complain(f"daxemu: {error.format_message()} See: {where} --help")
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             ctx.exit(130)
@@ -78,7 +80,7 @@ class Verbs(click.Group):
             ctx.exit(0)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"daxemu: {where}{error.strerror or error}", err=True)
+            complain(f"daxemu: {where}{error.strerror or error}")
             ctx.exit(1)
 
 

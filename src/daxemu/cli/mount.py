@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import select
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from daxemu.cli.common import DEVICE, absolute_strategy, as_owner_option, emit, human, json_option
+from daxemu.cli.common import (
+    DEVICE,
+    PATH,
+    absolute_strategy,
+    as_owner_option,
+    connect,
+    emit,
+    human,
+    json_option,
+)
+from daxemu.cli.patience import PATIENCE as STATUS_PATIENCE
+from daxemu.cli.patience import PatientClient
 from daxemu.cli.progress import choose, describe, line
 from daxemu.client import Client
-from daxemu.errors import Busy, InvalidArgument, NotMounted, PermissionDenied
-from daxemu.host.device_lock import PATIENCE, wait_for_last_mount
+from daxemu.client.connection import no_answer, state_of
+from daxemu.errors import Busy, DaxemuError, InvalidArgument, NotASupervisor, NotMounted, PermissionDenied
+from daxemu.host.device_lock import PATIENCE, end_holder, wait_for_last_mount
 from daxemu.host.mountinfo import Mount, mount_at, mounts
+from daxemu.host.pins import copies, named, pins_of, pins_of_device
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.supervisor import settings as limits
 from daxemu.supervisor.settings import LOG_SIZE, MountOptions, seconds
+from daxemu.text import name_text
 
 Value = TypeVar("Value")
 
-STATUS_PATIENCE = 5.0
-"""Seconds that one of several supervisors has to answer: none must keep the others from being shown."""
+FORCE_PATIENCE, TERM_PATIENCE, KILL_PATIENCE = 6.5, 2.0, 1.0
+"""Seconds that ``umount --force`` waits for the supervisor, for its end by SIGTERM and then by SIGKILL."""
 
 
 @click.command()
 @click.argument("device", type=DEVICE)
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=PATH)
 @click.option("--foreground", is_flag=True, help="Stay and serve until unmounted; Ctrl-C unmounts.")
 @click.option(
     "--repair",
@@ -88,7 +102,7 @@ def mount(
 
     def say(pid: int) -> None:
         emit(
-            {"device": str(device), "mountpoint": str(mountpoint), "pid": pid},
+            {"device": device, "mountpoint": mountpoint, "pid": pid},
             as_json,
             f"{device} is mounted on {mountpoint} (supervisor {pid})",
         )
@@ -119,32 +133,38 @@ def _option(name: str, read: Callable[[str], Value], text: str) -> Value:
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=PATH)
 @click.option("--force", is_flag=True, help="Although files are open, or the supervisor is dead or hangs.")
 @json_option
 def umount(mountpoint: Path, force: bool, as_json: bool) -> None:
     """Unmount, and wait until everything is on the device.
 
+    Of a DEVICE that only other mount namespaces have mounted, give the DEVICE. With --force the mount is
+    gone in 10 seconds, even if the supervisor is stopped.
+
     \b
     Example:
       daxemu umount /tmp/pmem
     """
-    found = mount_at(Path(os.path.abspath(mountpoint)))
+    found = mount_at(Path(os.path.abspath(mountpoint))) or _mounted_elsewhere(mountpoint, force=force)
     if found is None:
         raise NotMounted(f"{mountpoint} is not a daxemu mountpoint: see daxemu status")
     try:
-        _ask_to_end(found, "unmount", force=force)
+        if force:
+            _ask_to_end(found, "unmount", patience=FORCE_PATIENCE, force=True)
+        else:
+            _ask_to_end(found, "unmount")
     except NotMounted:
-        _clear_away(found)
+        _clear_away(found, end=force)
     except Busy:
         if not force:
             raise
-        _clear_away(found)
-    emit({"mountpoint": str(mountpoint), "device": str(found.device)}, as_json, f"{mountpoint} is unmounted")
+        _clear_away(found, end=True)
+    emit({"mountpoint": mountpoint, "device": found.device}, as_json, f"{mountpoint} is unmounted")
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=PATH)
 @json_option
 def powerfail(mountpoint: Path, as_json: bool) -> None:
     """Lose power: every page-cache page and every store that was not synced is gone, and so is the mount.
@@ -166,75 +186,131 @@ def powerfail(mountpoint: Path, as_json: bool) -> None:
         plural = "s" if answer["dropped"] > 1 else ""
         age = f", the oldest {answer['oldest']:.1f} s old" if answer["oldest"] is not None else ""
         text += f"; dropped {answer['dropped']} change{plural}{age}"
-    emit({"mountpoint": str(mountpoint), "device": str(found.device), **answer}, as_json, text)
+    emit({"mountpoint": mountpoint, "device": found.device, **answer}, as_json, text)
 
 
-def _ask_to_end(found: Mount, op: str, **arguments: bool) -> dict[str, Any]:
-    with Client(found, patience=PATIENCE) as client:
-        pid = client.request("status")["pid"]
+def _mounted_elsewhere(device: Path, *, force: bool) -> Mount | None:
+    """The mount of a DEVICE that only other mount namespaces have left. Raises Busy that names them."""
+    pins = pins_of_device(device)
+    if pins and not force:
+        raise Busy(f"{device} is mounted as {named(pins)}: end that process, or use --force")
+    return pins[0].mount if pins else None
+
+
+def _ask_to_end(found: Mount, op: str, patience: float | None = None, **arguments: bool) -> dict[str, Any]:
+    """Have the supervisor end, and wait for its end. Raises Busy when it does not, by ``patience`` seconds if
+    that is given.
+    """
+    began = time.monotonic()
+    kind = PatientClient if patience is None else Client
+    with kind(found, patience=STATUS_PATIENCE if patience is None else patience) as client:
+        if patience is not None and state_of(client.pid) in ("T", "t"):
+            raise no_answer(found, client.pid)  # no patience helps
+        pid = client.pid or client.request("status")["pid"]
+        if patience is not None:
+            client.set_patience(max(0.1, began + patience - time.monotonic()))
         try:
             process = os.pidfd_open(pid)
         except ProcessLookupError:
             return {}
         try:
             answer = client.request(op, **arguments)
-            ended, _, _ = select.select([process], [], [], PATIENCE)
-            if not ended:
-                raise Busy(f"the supervisor (pid {pid}) does not end: see {found.device}/supervisor.log")
+            pinned_since: float | None = None
+            until = time.monotonic() + PATIENCE if patience is None else began + patience
+            while not select.select([process], [], [], min(1.0, max(0.0, until - time.monotonic())))[0]:
+                pinned_since = (pinned_since or time.monotonic()) if (pins := pins_of(found)) else None
+                if pinned_since is not None and time.monotonic() - pinned_since > STATUS_PATIENCE:
+                    raise Busy(
+                        f"{found.device} is still mounted as {named(pins)}: umount --force {found.device}"
+                    )
+                if time.monotonic() >= until:
+                    raise Busy(f"the supervisor (pid {pid}) does not end: see {found.device}/supervisor.log")
             return answer
         finally:
             os.close(process)
 
 
-def _clear_away(found: Mount) -> None:
-    """Nobody serves the mount any more; whoever waits for an answer is let go."""
+def _clear_away(found: Mount, *, end: bool) -> None:
+    """Cut the connection of a mount whose supervisor does not answer, and take the mount away; with ``end``
+    the supervisor too.
+    """
     from daxemu.host.session import Session, abort_connection
 
     abort_connection(found)
     still = mount_at(found.mountpoint)
-    if still is not None:
+    if still is not None and still.dev == found.dev:
         Session(-1, still).detach()
-    if mount_at(found.mountpoint) is not None:
+    if end and not end_holder(found, TERM_PATIENCE, KILL_PATIENCE):
+        raise Busy(f"the supervisor that holds {found.device}/lock does not end: see {found.device}")
+    left = mount_at(found.mountpoint)
+    if left is not None and left.dev == found.dev:
         raise Busy(f"{found.mountpoint} cannot be unmounted: try as root: umount -l {found.mountpoint}")
 
 
+_STATES: dict[type[DaxemuError], str] = {PermissionDenied: "not ours", NotASupervisor: "not a supervisor"}
+
+
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
+@click.argument("mountpoint", type=PATH, required=False)
+@click.option("--internals", is_flag=True, help="The supervisor's tasks, and what waits, of one mount.")
 @json_option
-def status(mountpoint: Path | None, as_json: bool) -> None:
-    """Show one mount, or all of them.
+def status(mountpoint: Path | None, internals: bool, as_json: bool) -> None:
+    """Show one mount, or all of them. A supervisor writes its --internals to supervisor.log on SIGUSR1.
 
     \b
     Example:
       daxemu status /tmp/pmem --json
     """
+    if internals:
+        if mountpoint is None:
+            raise InvalidArgument("--internals is of one mount: daxemu status MOUNTPOINT --internals")
+        with connect(mountpoint) as client:
+            shown = client.request("internals")
+        emit(shown, as_json, lambda: _describe_internals(shown))
+        return
     if mountpoint is not None:
-        with Client.at(mountpoint) as client:
+        with connect(mountpoint) as client:
             report = client.request("status")
         emit(report, as_json, lambda: _describe(report))
         return
     reports = []
     for found in mounts():
         try:
-            with Client(found, patience=STATUS_PATIENCE) as client:
+            with PatientClient(found, patience=STATUS_PATIENCE) as client:
                 reports.append(client.request("status"))
-        except (NotMounted, Busy, PermissionDenied) as error:
+        except DaxemuError as error:
             dead = {
-                "device": str(found.device),
-                "mountpoint": str(found.mountpoint),
-                "state": "not ours" if isinstance(error, PermissionDenied) else "dead",
+                "device": found.device,
+                "mountpoint": found.mountpoint,
+                "state": _STATES.get(type(error), "dead"),
                 "reason": str(error),
             }
             reports.append(dead)
-    if as_json:
-        click.echo(json.dumps(reports))
-    elif not reports:
-        click.echo("no daxemu mounts")
-    else:
-        click.echo("\n\n".join(_describe(report) for report in reports))
+    reports += _elsewhere()
+    emit(reports, as_json, lambda: _describe_all(reports) or "no daxemu mounts")
 
 
-def _describe(report: dict[str, Any]) -> str:
+def _elsewhere() -> list[dict[str, Any]]:
+    """Mounts that only other mount namespaces have."""
+    here = {found.dev for found in mounts()}
+    pins = {pin.mount.dev: pin for pin in copies() if pin.mount.dev not in here}
+    return [
+        {
+            "device": pin.mount.device,
+            "mountpoint": pin.mount.mountpoint,
+            "state": "elsewhere",
+            "reason": f"only {named([pin])}: daxemu umount --force {name_text(pin.mount.device)}",
+        }
+        for pin in pins.values()
+    ]
+
+
+def _describe_all(reports: list[dict[str, Any]]) -> list[str]:
+    lines = [line for report in reports for line in ("", *_describe(report))]
+    return lines[1:]
+
+
+def _describe(report: dict[str, Any]) -> list[str]:
     state = report["state"] + (f": {report['reason']}" if report.get("reason") else "")
     lines = [f"{report['mountpoint']}  ({report['device']})  {state}"]
     if "size" in report:
@@ -252,7 +328,14 @@ def _describe(report: dict[str, Any]) -> str:
             f"  supervisor  pid {report['pid']}, {report['events']} events, tracer {report['tracer']}",
             f"  supplement  {report['supplement']}, layouts {report.get('layouts', 'off')}",
         ]
-    return "\n".join(lines)
+    return lines
+
+
+def _describe_internals(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for title in ("tasks", "turns", "held", "armed"):
+        lines += [f"{title}: {len(found[title])}", *(f"  {entry}" for entry in found[title])]
+    return [*lines, f"layouts out: {found['layouts']} files"]
 
 
 def _describe_repair(repair: dict[str, Any] | None) -> str:
@@ -267,7 +350,7 @@ def _describe_repair(repair: dict[str, Any] | None) -> str:
 
 
 @click.command(name="set")
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=PATH)
 @click.argument("settings", nargs=-1, required=True, metavar="NAME=VALUE...")
 @json_option
 def set_setting(mountpoint: Path, settings: tuple[str, ...], as_json: bool) -> None:
@@ -289,6 +372,6 @@ def set_setting(mountpoint: Path, settings: tuple[str, ...], as_json: bool) -> N
         if not equals:
             raise InvalidArgument(f"{name!r}: give NAME=VALUE, such as early_kill=1")
     wanted = {name: absolute_strategy(value) if name == "repair" else value for name, _, value in pairs}
-    with Client.at(mountpoint) as client:
+    with connect(mountpoint) as client:
         choose(client, wanted.get("repair"), "set", settings=wanted)
     emit(wanted, as_json, "")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from daxemu.cli.common import DEVICE, as_owner_option, emit, human, json_option, table
+from daxemu.cli.output import say, say_json
 from daxemu.errors import NotMounted, Unsupported
 from daxemu.mm.memmap import Memmap
 from daxemu.mm.pfn_kinds import Kind
@@ -99,14 +100,15 @@ def _print_counts(memmap: Memmap, as_json: bool) -> None:
 def _print_ranges(memmap: Memmap, as_json: bool) -> None:
     for pages, kind, bad in memmap.walk():
         flags = kpageflags(kind, bad)
-        emit(
+        if not as_json:
+            say(f"{pages.start:#x}\t{pages.length:#x}\t{_letters(flags)}\t{kind}", tabs=True)
+            continue
+        say_json(
             {
                 "pfn": pages.start,
                 "pages": pages.length,
                 "flags": flags,
                 "kind": kind.value,
                 "names": _words(flags),
-            },
-            as_json,
-            f"{pages.start:#x}\t{pages.length:#x}\t{_letters(flags)}\t{kind}",
+            }
         )

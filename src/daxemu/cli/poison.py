@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from daxemu.cli.common import SIZE, Target, emit, human, json_option, table, target
-from daxemu.client import Client
+from daxemu.cli.common import PATH, PATH_TEXT, SIZE, Target, connect, emit, human, json_option, table, target
 from daxemu.errors import InvalidArgument
 from daxemu.uapi import PAGE_SIZE
 
@@ -45,7 +44,7 @@ def _range_options(command: Any) -> Any:
 
 
 @click.command()
-@click.argument("path", type=click.Path())
+@click.argument("path", type=PATH_TEXT)
 @_range_options
 @click.option("--latent", is_flag=True, help="Tell nobody: a load, a read or a scrub will find it.")
 @click.option("--silent", is_flag=True, help="Change the bytes; nothing goes bad that could be noticed.")
@@ -84,7 +83,7 @@ def inject(
     emit(result, as_json, lambda: _describe_injection(result))
 
 
-def _describe_injection(result: dict[str, Any]) -> str:
+def _describe_injection(result: dict[str, Any]) -> list[str]:
     lines = [
         f"{'changed' if r['outcome'] == 'silent' else 'poisoned'} device {r['offset']:#x}+{r['length']:#x} "
         f"(pfn {r['pfn']:#x}, {r['nr_pages']} pages): "
@@ -95,11 +94,11 @@ def _describe_injection(result: dict[str, Any]) -> str:
         lines.append("note: rounded out to whole 512-byte sectors")
     if result["holes"]:
         lines.append(f"note: {result['holes']} bytes are holes of the file, there is nothing to poison")
-    return "\n".join(lines)
+    return lines
 
 
 @click.command()
-@click.argument("path", type=click.Path())
+@click.argument("path", type=PATH_TEXT)
 @_range_options
 @json_option
 def clear(path: str, offsets: tuple[int, ...], lengths: tuple[int, ...], as_json: bool) -> None:
@@ -121,7 +120,7 @@ def _everything(found: Target) -> list[list[int]]:
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=PATH)
 @json_option
 def scrub(mountpoint: Path, as_json: bool) -> None:
     """Look for latent poison (an address range scrub): what is found is in badblocks then. Nobody is
@@ -131,7 +130,7 @@ def scrub(mountpoint: Path, as_json: bool) -> None:
     Example:
       daxemu scrub /tmp/pmem
     """
-    with Client.at(mountpoint) as client:
+    with connect(mountpoint) as client:
         result = client.request("scrub")
     emit(
         result,
@@ -141,7 +140,7 @@ def scrub(mountpoint: Path, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=PATH)
 @json_option
 def badblocks(mountpoint: Path, as_json: bool) -> None:
     """Print the bad sectors that are known, as sysfs does: first sector and count, a range a line.
@@ -150,13 +149,13 @@ def badblocks(mountpoint: Path, as_json: bool) -> None:
     Example:
       daxemu badblocks /tmp/pmem
     """
-    with Client.at(mountpoint) as client:
+    with connect(mountpoint) as client:
         result = client.request("badblocks")
-    emit(result, as_json, lambda: "\n".join(f"{first} {count}" for first, count in result["ranges"]))
+    emit(result, as_json, lambda: [f"{first} {count}" for first, count in result["ranges"]])
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=PATH)
 @json_option
 def damaged(mountpoint: Path, as_json: bool) -> None:
     """List the files that lost data, and which bytes of each.
@@ -165,14 +164,14 @@ def damaged(mountpoint: Path, as_json: bool) -> None:
     Example:
       daxemu damaged /tmp/pmem
     """
-    with Client.at(mountpoint) as client:
+    with connect(mountpoint) as client:
         result = client.request("damaged")
     rows = [(f["path"], f"{f['offset']:#x}", str(f["length"])) for f in result["files"]]
     emit(result, as_json, lambda: table(rows, ("FILE", "OFFSET", "LENGTH")) if rows else "no damaged files")
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=PATH)
 @json_option
 def remove(mountpoint: Path, as_json: bool) -> None:
     """Surprise removal: the device goes away under everybody who uses it. They are told; from then on all is
@@ -182,7 +181,7 @@ def remove(mountpoint: Path, as_json: bool) -> None:
     Example:
       daxemu remove /tmp/pmem
     """
-    with Client.at(mountpoint) as client:
+    with connect(mountpoint) as client:
         size = client.request("status")["size"]
         result = client.request("remove")
     emit(result, as_json, f"removed {human(size)} in one call: {result['told']} processes told")

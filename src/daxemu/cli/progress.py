@@ -8,15 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import click
-
 from daxemu.cli.common import human
+from daxemu.cli.output import complain, rewrite
 from daxemu.client import Client
 from daxemu.errors import DaxemuError
 
 INTERVAL = 0.5
 """Seconds between two looks."""
-_CLEAR = "\r\x1b[K"
 
 
 def describe(done_bytes: int, total_bytes: int) -> str:
@@ -43,13 +41,13 @@ class Line:
 
     def __call__(self, done: int, total: int) -> None:
         if sys.stderr.isatty():
-            click.echo(f"{_CLEAR}{self._strategy}: {describe(done, total)}", err=True, nl=False)
+            rewrite(f"{self._strategy}: {describe(done, total)}")
             self._there = True
 
     def clear(self) -> None:
         """Take it away."""
         if self._there:
-            click.echo(_CLEAR, err=True, nl=False)
+            rewrite("")
 
 
 def choose(client: Client, strategy: str | None, op: str, /, **arguments: Any) -> dict[str, Any]:
@@ -66,10 +64,9 @@ def choose(client: Client, strategy: str | None, op: str, /, **arguments: Any) -
         except KeyboardInterrupt:
             where = client.mount.mountpoint
             show.clear()
-            click.echo(
+            complain(
                 f"daxemu: the supervisor goes on with {strategy}: see daxemu status {where}; "
-                f"daxemu repair {where} --strategy none ends it",
-                err=True,
+                f"daxemu repair {where} --strategy none ends it"
             )
             raise
         finally:

@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from daxemu.cli.common import absolute_strategy, emit, json_option
+from daxemu.cli.common import PATH, absolute_strategy, connect, emit, json_option
 from daxemu.cli.progress import choose
-from daxemu.client import Client
+from daxemu.errors import DaxemuError
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=PATH)
 @click.option("--strategy", metavar="NAME[:KEY=VALUE,...]", help="Choose this one from now on.")
 @json_option
 def repair(mountpoint: Path, strategy: str | None, as_json: bool) -> None:
@@ -39,9 +39,15 @@ def repair(mountpoint: Path, strategy: str | None, as_json: bool) -> None:
       daxemu repair /tmp/pmem --strategy parity:slice=512,data=8
     """
     chosen = absolute_strategy(strategy) if strategy else None
-    with Client.at(mountpoint) as client:
+    with connect(mountpoint) as client:
         result = choose(client, chosen, "repair", strategy=chosen)
+        broken = client.request("status")["repair"]["broken"]
     emit(result, as_json, lambda: _describe(result))
+    if broken:
+        raise DaxemuError(
+            f"the strategy {result['strategy']} failed, and is asked nothing more: {broken}; "
+            f"choose another: daxemu repair {mountpoint} --strategy NAME"
+        )
 
 
 def _describe(result: dict[str, Any]) -> str:

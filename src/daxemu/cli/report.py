@@ -10,8 +10,9 @@ from pathlib import Path
 
 import click
 
-from daxemu.cli.common import emit, human, json_option
+from daxemu.cli.common import PATH, emit, human, json_option
 from daxemu.cli.log import lines_of
+from daxemu.cli.output import for_people
 from daxemu.cli.watch.model import Model, Seen
 from daxemu.cli.watch.view import LEGEND, glyph
 from daxemu.errors import DaxemuError, NotMounted
@@ -30,10 +31,8 @@ td { font-family: monospace } .map { line-height: 0 } rect { shape-rendering: cr
 
 
 @click.command()
-@click.argument("where", type=click.Path(path_type=Path), metavar="MOUNTPOINT|DEVICE")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default=Path("daxemu-report.html"), show_default=True
-)
+@click.argument("where", type=PATH, metavar="MOUNTPOINT|DEVICE")
+@click.option("-o", "--output", type=PATH, default=Path("daxemu-report.html"), show_default=True)
 @json_option
 def report(where: Path, output: Path, as_json: bool) -> None:
     """Write what happened on a mount, and how it is now, as one HTML file.
@@ -65,8 +64,10 @@ def _look(where: Path) -> tuple[Seen | None, str]:
 
 def page(title: str, events: Sequence[Event], seen: Seen | None) -> str:
     """The whole file."""
-    parts = [f"<!doctype html><html><head><meta charset=utf-8><title>daxemu: {escape(title)}</title>"]
-    parts += [f"<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>"]
+    parts = [
+        f"<!doctype html><html><head><meta charset=utf-8><title>daxemu: {escape(for_people(title))}</title>"
+    ]
+    parts += [f"<style>{_STYLE}</style></head><body><h1>{escape(for_people(title))}</h1>"]
     if seen is not None:
         parts += _state(seen)
     parts += _summary(events)
@@ -157,5 +158,5 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> Itera
     if any(header):
         yield "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>"
     for row in found:
-        yield "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>"
+        yield "<tr>" + "".join(f"<td>{escape(for_people(str(cell)))}</td>" for cell in row) + "</tr>"
     yield "</table>"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from daxemu.cli.common import PATH
+from daxemu.cli.output import complain
 from daxemu.client import Client
 from daxemu.host.mountinfo import mount_of
 from daxemu.host.runner import Piece, execute
@@ -26,9 +28,7 @@ class _Run(click.Command):
 
 
 @click.command(cls=_Run, options_metavar="[--simulated]")
-@click.argument(
-    "mountpoint", type=click.Path(path_type=Path), required=False, metavar="[MOUNTPOINT] -- COMMAND..."
-)
+@click.argument("mountpoint", type=PATH, required=False, metavar="[MOUNTPOINT] -- COMMAND...")
 @click.option("--simulated", is_flag=True, help="As the kernel does: signals, but the media stays good.")
 @click.pass_context
 def run(ctx: click.Context, mountpoint: Path | None, simulated: bool) -> None:
@@ -52,7 +52,7 @@ def run(ctx: click.Context, mountpoint: Path | None, simulated: bool) -> None:
     try:
         execute(command, only, partial(_advise, simulated))
     except OSError as error:
-        click.echo(f"daxemu: {command[0]}: {error.strerror or error}", err=True)
+        complain(f"daxemu: {command[0]}: {error.strerror or error}")
         ctx.exit(NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE)
 
 

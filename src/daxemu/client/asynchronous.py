@@ -11,11 +11,13 @@ import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from daxemu.client import connection as wire
 from daxemu.client.notices import Notice, notice_of
+from daxemu.errors import NotASupervisor
 from daxemu.host.mountinfo import Mount, mount_of
 
 if TYPE_CHECKING:
@@ -28,9 +30,6 @@ if TYPE_CHECKING:
     from daxemu.protocol import Request
 
     R = TypeVar("R", bound=msgspec.Struct)
-
-MAX_REPLY = 1 << 30
-"""Bytes of one answer: asyncio wants a limit, and a list of bad blocks may be long."""
 
 
 class _Lines(Protocol):
@@ -62,8 +61,8 @@ class AsyncClient:
         return cls(mount_of(Path(path)))
 
     async def __aenter__(self) -> Self:
-        # A Unix socket's connect() waits only while more than 64 others do.
-        self._lines = await _open(wire.connect(self.mount))
+        made = wire.connecting(self.mount, wire.CONNECT_PATIENCE)
+        self._lines = await (_open_asyncio if _runs_asyncio() else _open_trio)(self.mount, made)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -76,13 +75,13 @@ class AsyncClient:
 
     async def request(self, op: str, **arguments: Any) -> dict[str, Any]:
         """See Client.request. Time limits are the caller's: trio.fail_after, asyncio.timeout."""
-        return wire.result_of(await self._converse(wire.encode({"op": op, **arguments})))
+        return wire.result_of(self.mount, await self._converse(wire.encode({"op": op, **arguments})))
 
     async def ask(self, request: Request[R]) -> R:
         """See Client.ask."""
-        return wire.typed_result_of(request, await self._converse(wire.encode_typed(request)))
+        return wire.typed_result_of(self.mount, request, await self._converse(wire.encode_typed(request)))
 
-    async def events(
+    def events(
         self,
         after: int = 0,
         *,
@@ -91,25 +90,19 @@ class AsyncClient:
         ranges: Sequence[tuple[int, int]] | None = None,
         pids: Sequence[int] | None = None,
     ) -> AsyncIterator[Event]:
-        """See Client.events; the subscription holds from the first event asked for."""
-        from daxemu.events import decode
+        """See Client.events; the subscription holds from the first event asked for. After a timeout of the
+        caller's the iterator goes on.
+        """
+        return _Events(self, wire.encode_typed(wire.follow_of(after, kinds, files, ranges, pids)))
 
-        await self._send(wire.encode_typed(wire.follow_of(after, kinds, files, ranges, pids)))
-        while line := await self._connected.receive():
-            yield decode(line)
-
-    async def notices(self, *files: wire.File, after: int | None = None) -> AsyncIterator[Notice]:
+    def notices(self, *files: wire.File, after: int | None = None) -> AsyncIterator[Notice]:
         """See Client.notices; the subscription holds from the first notice asked for."""
-        since = (await self.request("status"))["events"] if after is None else after
-        async for event in self.events(since, files=files or None):
-            notice = notice_of(event, self.mount, only_mapped=not files)
-            if notice is not None:
-                yield notice
+        return _Notices(self, files, after)
 
     async def _converse(self, line: bytes) -> bytes:
         await self._send(line)
         answer = await self._connected.receive()
-        if not answer:
+        if not answer.endswith(b"\n"):
             raise wire.went_away(self.mount)
         return answer
 
@@ -119,13 +112,85 @@ class AsyncClient:
             await self._connected.send(line)
 
 
-async def _open(connected: socket.socket) -> _Lines:
-    if not _runs_asyncio():
-        return _TrioLines(connected)
+class _Events:
+    """A subscription. No generator: a generator ends when it is cancelled."""
+
+    def __init__(self, client: AsyncClient, subscribe: bytes) -> None:
+        self._client = client
+        self._subscribe: bytes | None = subscribe
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._subscribe is not None:
+            await self._client._send(self._subscribe)
+            self._subscribe = None
+        line = await self._client._connected.receive()
+        if not line.endswith(b"\n"):
+            raise StopAsyncIteration
+        return wire.event_of(self._client.mount, line)
+
+
+class _Notices:
+    """The events of a subscription that mean something to this process."""
+
+    def __init__(self, client: AsyncClient, files: Sequence[wire.File], after: int | None) -> None:
+        self._client = client
+        self._files = files
+        self._after = after
+        self._events: AsyncIterator[Event] | None = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Notice:
+        if self._events is None:
+            if self._after is None:
+                self._after = (await self._client.request("status"))["events"]
+            self._events = self._client.events(self._after, files=self._files or None)
+        async for event in self._events:
+            notice = notice_of(event, self._client.mount, only_mapped=not self._files)
+            if notice is not None:
+                return notice
+        raise StopAsyncIteration
+
+
+async def _open_trio(mount: Mount, made: Future[socket.socket]) -> _Lines:
+    import trio
+
+    ready, token = trio.Event(), trio.lowlevel.current_trio_token()
+
+    def wake(future: Future[socket.socket]) -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            token.run_sync_soon(ready.set)
+
+    made.add_done_callback(wake)
+    try:
+        with trio.move_on_after(wire.CONNECT_PATIENCE):
+            await ready.wait()
+        if not ready.is_set():
+            raise wire.no_answer(mount)
+    except BaseException:
+        wire.abandon(made)
+        raise
+    return _TrioLines(mount, made.result())
+
+
+async def _open_asyncio(mount: Mount, made: Future[socket.socket]) -> _Lines:
     import asyncio
 
-    reader, writer = await asyncio.open_unix_connection(sock=connected, limit=MAX_REPLY)
-    return _AsyncioLines(reader, writer)
+    try:
+        # Shielded: a cancelled waiter must not make the thread's result impossible to set.
+        connected = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(made)), wire.CONNECT_PATIENCE)
+    except TimeoutError as error:
+        wire.abandon(made)
+        raise wire.no_answer(mount) from error
+    except asyncio.CancelledError:
+        wire.abandon(made)
+        raise
+    reader, writer = await asyncio.open_unix_connection(sock=connected, limit=wire.MAX_REPLY)
+    return _AsyncioLines(mount, reader, writer)
 
 
 def _runs_asyncio() -> bool:
@@ -139,8 +204,13 @@ def _runs_asyncio() -> bool:
     return True
 
 
+def _too_long(mount: Mount) -> NotASupervisor:
+    return wire.nonsense(mount, f"a line of more than {wire.MAX_REPLY >> 20} MiB")
+
+
 class _AsyncioLines:
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, mount: Mount, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._mount = mount
         self._reader = reader
         self._writer = writer
 
@@ -153,6 +223,8 @@ class _AsyncioLines:
             return await self._reader.readline()
         except ConnectionError:
             return b""
+        except ValueError as error:  # longer than the limit
+            raise _too_long(self._mount) from error
 
     async def close(self) -> None:
         self._writer.close()
@@ -161,9 +233,10 @@ class _AsyncioLines:
 
 
 class _TrioLines:
-    def __init__(self, connected: socket.socket) -> None:
+    def __init__(self, mount: Mount, connected: socket.socket) -> None:
         import trio
 
+        self._mount = mount
         self._broken: type[Exception] = trio.BrokenResourceError
         self._stream: trio.SocketStream = trio.SocketStream(trio.socket.from_stdlib_socket(connected))
         self._buffer = bytearray()
@@ -178,6 +251,8 @@ class _TrioLines:
         searched = 0
         while (end := self._buffer.find(b"\n", searched)) < 0:
             searched = len(self._buffer)
+            if searched > wire.MAX_REPLY:
+                raise _too_long(self._mount)
             try:
                 chunk = await self._stream.receive_some()
             except self._broken:

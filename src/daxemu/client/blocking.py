@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from daxemu.client import connection as wire
 from daxemu.client.notices import Notice, notice_of
-from daxemu.errors import Busy
 from daxemu.host.mountinfo import Mount, mount_of
 
 if TYPE_CHECKING:
@@ -28,13 +28,19 @@ class Client:
     """One connection to one supervisor."""
 
     def __init__(self, mount: Mount, *, patience: float | None = None) -> None:
-        """``patience``: seconds to wait for each answer, for ever if None. Raises NotMounted when nobody
-        answers at the mount's socket.
+        """``patience``: seconds for each whole exchange, the first one with the connecting; without a limit
+        if None. Raises NotMounted when no process listens at the mount's socket, Busy if connecting takes
+        longer, NotASupervisor if the socket is not the mount owner's.
         """
         self.mount = mount
-        self._socket = wire.connect(mount)
-        self._socket.settimeout(patience)
-        self._lines = self._socket.makefile("rb")
+        self._patience = patience
+        self._buffer = bytearray()
+        self._searched = 0
+        began = time.monotonic()
+        self._socket = wire.connect(mount, wire.CONNECT_PATIENCE if patience is None else patience)
+        self._until = None if patience is None else began + patience
+        self.pid = wire.peer_of(self._socket)[0]
+        """The supervisor's process, as the kernel says; 0 if this pid namespace does not show that."""
 
     @classmethod
     def at(cls, path: str | os.PathLike[str], *, patience: float | None = None) -> Self:
@@ -54,36 +60,36 @@ class Client:
 
     def close(self) -> None:
         """Hang up."""
-        self._lines.close()
         self._socket.close()
 
     def set_patience(self, seconds: float | None) -> None:
-        """How long to wait for what comes from now on; an event that does not is a TimeoutError."""
-        self._socket.settimeout(seconds)
+        """How long to wait for each answer and each event from now on; an event that does not come is a
+        TimeoutError.
+        """
+        self._patience = seconds
+        self._renew()
 
     def request(self, op: str, **arguments: Any) -> dict[str, Any]:
         """Ask, and wait for the answer. Raises what the supervisor raised, NotMounted if it went away, Busy
-        if it does not answer in time.
+        if it does not answer in time, NotASupervisor if the answer is none.
         """
-        return wire.result_of(self._converse(wire.encode({"op": op, **arguments})))
+        return wire.result_of(self.mount, self._converse(wire.encode({"op": op, **arguments})))
 
     def ask(self, request: Request[R]) -> R:
         """The same with types: one of daxemu.protocol's requests, answered with what it is declared to."""
-        return wire.typed_result_of(request, self._converse(wire.encode_typed(request)))
+        return wire.typed_result_of(self.mount, request, self._converse(wire.encode_typed(request)))
 
     def follow(self, after: int = 0) -> Iterator[dict[str, Any]]:
         """The events of this mount with ``seq`` above ``after``, then each new one, until the mount ends.
 
-        From then on nothing else can be asked on this connection.
+        From then on nothing else can be asked on this connection. After a TimeoutError the iterator goes on.
         """
-        for line in self.follow_lines(after):
-            yield json.loads(line)
+        return map(partial(wire.event_dict_of, self.mount), self.follow_lines(after))
 
     def follow_lines(self, after: int = 0) -> Iterator[bytes]:
         """As :meth:`follow`, each event as its line of JSON."""
         self._send(wire.encode({"op": "follow", "after": after}))
-        for line in self._lines:
-            yield line.rstrip(b"\n")
+        return _Lines(self)
 
     def events(
         self,
@@ -99,13 +105,7 @@ class Client:
         The subscription holds once this returns. Raises InvalidArgument for a file that is not there.
         """
         self._send(wire.encode_typed(wire.follow_of(after, kinds, files, ranges, pids)))
-        return self._events()
-
-    def _events(self) -> Iterator[Event]:
-        from daxemu.events import decode
-
-        for line in self._lines:
-            yield decode(line)
+        return map(partial(wire.event_of, self.mount), _Lines(self))
 
     def notices(self, *files: wire.File, after: int | None = None) -> Iterator[Notice]:
         """What this process should know: bytes lost in ``files`` or, if none are named, in any file of the
@@ -116,21 +116,16 @@ class Client:
         """
         since = self.request("status")["events"] if after is None else after
         found = self.events(since, files=files or None)
-        return (
-            notice
-            for event in found
-            if (notice := notice_of(event, self.mount, only_mapped=not files)) is not None
-        )
+        return filter(None, map(partial(notice_of, mount=self.mount, only_mapped=not files), found))
 
     def _converse(self, line: bytes) -> bytes:
-        self._send(line)
         try:
-            answer = self._lines.readline()
+            self._send(line)
+            answer = self._read_line()
         except TimeoutError as error:
-            where = self.mount.mountpoint
-            raise Busy(f"the supervisor of {where} does not answer: daxemu umount --force {where}") from error
-        except ConnectionError:
-            answer = b""
+            raise wire.no_answer(self.mount, self.pid) from error
+        finally:
+            self._renew()
         if not answer:
             raise wire.went_away(self.mount)
         return answer
@@ -138,4 +133,56 @@ class Client:
     def _send(self, line: bytes) -> None:
         # Where it hung up, it may have said why before: whoever reads finds that, or the end.
         with contextlib.suppress(ConnectionError):
+            self._limit()
             self._socket.sendall(line)
+
+    def _read_line(self) -> bytes:
+        """The next line, without its newline; nothing at the end. Raises TimeoutError, after which the next
+        call goes on, and NotASupervisor for a line that is too long.
+        """
+        while (end := self._buffer.find(b"\n", self._searched)) < 0:
+            self._searched = len(self._buffer)
+            if self._searched > wire.MAX_REPLY:
+                raise wire.nonsense(self.mount, f"a line of more than {wire.MAX_REPLY >> 20} MiB")
+            self._limit()
+            try:
+                chunk = self._socket.recv(1 << 18)
+            except ConnectionError:
+                return b""
+            if not chunk:
+                return b""
+            self._buffer += chunk
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        self._searched = 0
+        return line
+
+    def _limit(self) -> None:
+        """Let the next system call on the socket wait no longer than the exchange may."""
+        left = None if self._until is None else self._until - time.monotonic()
+        if left is not None and left <= 0:
+            raise TimeoutError("timed out")
+        self._socket.settimeout(left)
+
+    def _renew(self) -> None:
+        """The next exchange, or event, has all the time again."""
+        self._until = None if self._patience is None else time.monotonic() + self._patience
+
+
+class _Lines:
+    """The events of a subscription, each as its line. No generator: a TimeoutError would end that."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            line = self._client._read_line()
+        finally:
+            self._client._renew()
+        if not line:
+            raise StopIteration
+        return line

@@ -1,4 +1,8 @@
-"""What both clients share: connecting, the lines of a request, and what a reply means."""
+"""Shared by both clients: connecting, the lines of a request, the meaning of a reply.
+
+The peer is not trusted: any user may mount a filesystem that says it is daxemu's. Whatever such a peer sends,
+or fails to send, ends in one exception of daxemu.errors.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,21 @@ import json
 import os
 import socket
 import struct
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from daxemu.errors import ERRORS, DaxemuError, InvalidArgument, NotMounted, PermissionDenied
+from daxemu.errors import (
+    ERRORS,
+    Busy,
+    DaxemuError,
+    InvalidArgument,
+    NotASupervisor,
+    NotMounted,
+    PermissionDenied,
+)
 from daxemu.host.mountinfo import Mount
 
 if TYPE_CHECKING:
@@ -21,28 +35,89 @@ if TYPE_CHECKING:
 
     R = TypeVar("R", bound=msgspec.Struct)
 
+MAX_REPLY = 256 << 20
+"""Bytes of one answer or event: the ranges of the longest injection take 60 MB."""
+CONNECT_PATIENCE = 5.0
+"""Seconds to make a connection where the caller sets no limit."""
 _UCRED = struct.Struct("=iII")
+_TIMEVAL = struct.Struct("@ll")
 File = str | os.PathLike[str] | tuple[str | os.PathLike[str], int, int]
 """A file on the mount, or (file, offset, length)."""
 
 
-def connect(mount: Mount) -> socket.socket:
-    """A connection to a mount's supervisor. Raises NotMounted when nobody answers there, PermissionDenied
-    when we may not ask.
+def connecting(mount: Mount, patience: float) -> Future[socket.socket]:
+    """A connection to a mount's supervisor, which a thread makes within ``patience`` seconds. See _connect
+    for the exceptions.
+
+    A thread, since no system call that walks another user's DEVICE has a limit: a directory of that path may
+    be on a FUSE filesystem that never answers. The thread is a daemon, and ends with the process.
+    """
+    made: Future[socket.socket] = Future()
+
+    def work() -> None:
+        try:
+            connected = _connect(mount, patience)
+        except Exception as error:  # noqa: BLE001 - raised again where the result is waited for
+            made.set_exception(error)
+        else:
+            made.set_result(connected)
+
+    threading.Thread(target=work, name="daxemu connect", daemon=True).start()
+    return made
+
+
+def abandon(made: Future[socket.socket]) -> None:
+    """Have a connection closed should it still come about."""
+
+    def close(future: Future[socket.socket]) -> None:
+        if future.exception() is None:
+            future.result().close()
+
+    made.add_done_callback(close)
+
+
+def connect(mount: Mount, patience: float) -> socket.socket:
+    """The same, waited for. Raises Busy after ``patience`` seconds too."""
+    made = connecting(mount, patience)
+    try:
+        return made.result(patience)
+    except TimeoutError as error:
+        abandon(made)
+        raise no_answer(mount) from error
+
+
+def _connect(mount: Mount, patience: float) -> socket.socket:
+    """Raises NotMounted when nothing listens, PermissionDenied when the caller may not ask, Busy if the
+    supervisor accepts no connection in time, NotASupervisor if the socket is not the mount owner's.
     """
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # connect(2) waits while the backlog is full, for as long as SO_SNDTIMEO says.
+        limit = max(patience, 0.001)
+        limits = _TIMEVAL.pack(int(limit), int(limit % 1 * 1e6))
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limits)
+        _connect_through_directory(connected, mount)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(0, 0))
+        _check_peer(connected, mount)
+    except BaseException:
+        connected.close()
+        raise
+    return connected
+
+
+def _connect_through_directory(connected: socket.socket, mount: Mount) -> None:
     directory = -1
     try:
         # By way of the directory: a socket's path has 108 bytes at most, a device's path may be longer.
         directory = os.open(mount.device, os.O_PATH | os.O_CLOEXEC)
         connected.connect(f"/proc/self/fd/{directory}/{mount.socket.name}")
+    except BlockingIOError as error:
+        raise no_answer(mount) from error
     except PermissionError as error:
-        connected.close()
         raise PermissionDenied(
-            f"{mount.mountpoint} is another user's: only he and root may ask; sudo daxemu ..."
+            f"{mount.mountpoint} is another user's: only its owner and root may ask; sudo daxemu ..."
         ) from error
     except OSError as error:
-        connected.close()
         raise NotMounted(
             f"no supervisor answers for {mount.mountpoint} ({error.strerror}): "
             f"daxemu umount --force {mount.mountpoint}"
@@ -50,23 +125,59 @@ def connect(mount: Mount) -> socket.socket:
     finally:
         if directory >= 0:
             os.close(directory)
-    if _is_dead(connected):
-        connected.close()
-        raise NotMounted(f"the supervisor of {mount.mountpoint} is dead: daxemu umount {mount.mountpoint}")
-    return connected
 
 
-def _is_dead(connection: socket.socket) -> bool:
-    """Whether the process that listens has ended, but for a thread that waits on its own mount and cannot be
-    killed: its sockets stay open, and nobody answers there any more.
+def peer_of(connected: socket.socket) -> tuple[int, int]:
+    """(pid, uid) of the process that listens: as it was when it began to. Pid 0: of another pid namespace."""
+    credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, _ = _UCRED.unpack(credentials)
+    return pid, uid
+
+
+def _check_peer(connected: socket.socket, mount: Mount) -> None:
+    """Any user may mount with a source of their choice. So before a byte is sent the kernel must name the
+    same owner for the mount and for the socket.
     """
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    pid, _, _ = _UCRED.unpack(credentials)
+    pid, uid = peer_of(connected)
+    if mount.owner is not None and uid != mount.owner:
+        raise NotASupervisor(
+            f"{mount.socket} is served by uid {uid}, but uid {mount.owner} mounted {mount.mountpoint}: "
+            f"not a daxemu supervisor; fusermount3 -u {mount.mountpoint} ends that mount"
+        )
+    if _is_dead(pid):
+        raise NotMounted(f"the supervisor of {mount.mountpoint} is dead: daxemu umount {mount.mountpoint}")
+
+
+def _is_dead(pid: int) -> bool:
+    """Whether the process that listens has ended, but for a thread that waits on its own mount and cannot be
+    killed: its sockets stay open, and no task answers any more. A process of another pid namespace counts as
+    alive.
+    """
+    return pid > 0 and state_of(pid) in ("", "Z", "X")
+
+
+def state_of(pid: int) -> str:
+    """The letter of a process's state in /proc/PID/stat; empty if the process is gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
-    except OSError:
-        return True
-    return fields[0] in (b"Z", b"X")
+        return chr(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2][0])
+    except (OSError, IndexError):
+        return ""
+
+
+def no_answer(mount: Mount, pid: int = 0) -> Busy:
+    """The time for an answer is over."""
+    where, stopped = mount.mountpoint, ""
+    if pid and state_of(pid) in ("T", "t"):
+        stopped = f", it is stopped: kill -CONT {pid}, or"
+    return Busy(f"the supervisor of {where} does not answer{stopped or ':'} daxemu umount --force {where}")
+
+
+def nonsense(mount: Mount, what: str) -> NotASupervisor:
+    """A reply that no supervisor would give."""
+    return NotASupervisor(
+        f"what answers for {mount.mountpoint} is not a daxemu supervisor: it sent {what}; "
+        f"fusermount3 -u {mount.mountpoint} ends that mount"
+    )
 
 
 def went_away(mount: Mount) -> NotMounted:
@@ -79,13 +190,20 @@ def encode(message: dict[str, Any]) -> bytes:
     return json.dumps(message).encode() + b"\n"
 
 
-def result_of(line: bytes) -> dict[str, Any]:
-    """The result that a reply's line carries. Raises what the supervisor raised."""
-    reply = json.loads(line)
-    if not reply["ok"]:
-        raise ERRORS.get(reply["error"], DaxemuError)(reply["message"])
-    result: dict[str, Any] = reply["result"]
-    return result
+def result_of(mount: Mount, line: bytes) -> dict[str, Any]:
+    """The result that a reply's line carries. Raises what the supervisor raised, NotASupervisor for a line
+    that is no reply.
+    """
+    try:
+        reply = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise nonsense(mount, "a line that is no JSON") from error
+    match reply:
+        case {"ok": True, "result": dict(result)}:
+            return result
+        case {"ok": False, "error": str(kind), "message": str(message)}:
+            raise ERRORS.get(kind, DaxemuError)(message)
+    raise nonsense(mount, "JSON that is no reply")
 
 
 def encode_typed(request: Request[R]) -> bytes:
@@ -95,13 +213,39 @@ def encode_typed(request: Request[R]) -> bytes:
     return msgspec.json.encode(request) + b"\n"
 
 
-def typed_result_of(request: Request[R], line: bytes) -> R:
+def typed_result_of(mount: Mount, request: Request[R], line: bytes) -> R:
     """The same, as the type that answers ``request``."""
     import msgspec
 
     from daxemu.protocol import reply_type
 
-    return msgspec.convert(result_of(line), reply_type(type(request)))
+    try:
+        return msgspec.convert(result_of(mount, line), reply_type(type(request)))
+    except msgspec.ValidationError as error:
+        raise nonsense(mount, "a reply of another type") from error
+
+
+def event_of(mount: Mount, line: bytes) -> Event:
+    """The event of a line. Raises NotASupervisor for any other line."""
+    import msgspec
+
+    from daxemu.events import decode
+
+    try:
+        return decode(line)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise nonsense(mount, "a line that is no event") from error
+
+
+def event_dict_of(mount: Mount, line: bytes) -> dict[str, Any]:
+    """The same, as plain JSON."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise nonsense(mount, "a line that is no JSON") from error
+    if not isinstance(event, dict):
+        raise nonsense(mount, "a line that is no event")
+    return event
 
 
 def follow_of(

@@ -15,6 +15,7 @@ from daxemu.fs.inode import ENTRY_COST, RESERVED_INO, ROOT_INO, Inode
 from daxemu.fs.listing import Listing, Listings
 from daxemu.fs.records import check_entry
 from daxemu.fs.rmap import Rmap
+from daxemu.text import name_text
 from daxemu.uapi import Ino
 
 
@@ -153,11 +154,11 @@ class InodeTable:
         self._next_ino = max(self._next_ino, below)
 
     def path_of(self, ino: Ino) -> str:
-        """A path of the inode from the root, for people: an unlinked file has none but its number, and bytes
-        that are no UTF-8 are shown as ``\\xff``.
+        """A path of the inode from the root, as daxemu.text.name_text has it. An unlinked file has only a
+        number.
         """
         path = self.path_bytes(ino)
-        return f"<inode {ino}, unlinked>" if path is None else path.decode(errors="backslashreplace")
+        return f"<inode {ino}, unlinked>" if path is None else name_text(path)
 
     def path_bytes(self, ino: Ino) -> bytes | None:
         """A path of the inode from the root, for the kernel; None if it is unlinked."""

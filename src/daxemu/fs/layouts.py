@@ -69,6 +69,11 @@ class Layouts:
         self._suspended = 0
         dax.before_poison = self.break_all
 
+    @property
+    def count(self) -> int:
+        """How many files have a layout out."""
+        return len(self._out)
+
     def hold(self, holder: LayoutOps | None) -> None:
         """Have somebody hold layouts from now on, or nobody."""
         self.break_all()

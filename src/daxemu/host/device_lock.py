@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 from pathlib import Path
 
-from daxemu.errors import DaxemuError
-from daxemu.host.mountinfo import mounts
-from daxemu.private_path import PrivatePath
+from daxemu.errors import Busy
+from daxemu.host.mountinfo import Mount, mounts
+from daxemu.host.pins import named, pins_of_device
 
 PATIENCE = 60.0
 """Seconds to wait for a supervisor to save and end."""
@@ -23,10 +24,54 @@ def wait_for_last_mount(device: Path) -> None:
 
     Whether the device is free then, its lock tells.
     """
-    holder = _holder(device)
+    holder = holder_of(device)
+    if holder is not None and (pins := pins_of_device(device)):
+        raise Busy(
+            f"{device} is still mounted as {named(pins)}: end that process, or daxemu umount --force {device}"
+        )
     if holder is None or any(_same(mount.device, device) for mount in mounts()):
         return
     _wait(holder)
+
+
+def end_holder(mount: Mount, term_patience: float, kill_patience: float) -> bool:
+    """End the supervisor that holds the lock of a mount's device: by SIGTERM, and SIGKILL ``term_patience``
+    seconds later. Returns whether it has ended. Signals no process but one of the mount's owner that holds
+    the lock.
+    """
+    if (pid := holder_of(mount.device)) is None:
+        return True
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        # Looked at once more: only from pidfd_open(2) on is the pid certain to mean the same process.
+        if holder_of(mount.device) != pid or _uid_of(pid) != mount.owner:
+            return False
+        # SIGCONT: a supervisor that was stopped can save what no fsync had made durable.
+        for signals, patience in (
+            ((signal.SIGTERM, signal.SIGCONT), term_patience),
+            ((signal.SIGKILL,), kill_patience),
+        ):
+            for number in signals:
+                signal.pidfd_send_signal(process, number)
+            if select.select([process], [], [], patience)[0]:
+                return True
+        return False
+    except ProcessLookupError:
+        return True
+    finally:
+        os.close(process)
+
+
+def _uid_of(pid: int) -> int | None:
+    """The effective uid of a process."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[2]) for line in lines if line.startswith("Uid:")), None)
 
 
 def _wait(pid: int) -> None:
@@ -45,14 +90,21 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
-def _holder(device: Path) -> int | None:
-    """The pid that has flock(2)ed the device; None if none has, or none that this pid namespace sees."""
+def holder_of(device: Path) -> int | None:
+    """The pid that has flock(2)ed the device; None if none has, or none that this pid namespace sees.
+
+    Opens no file of the device, so root may ask about the device of another user.
+    """
     try:
-        root = PrivatePath.at(device)
-        found = (root / "lock").lstat()
-        root.close()
-    except (OSError, DaxemuError):
+        root = os.open(device, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
         return None  # whoever opens the device next says what is wrong
+    try:
+        found = os.stat("lock", dir_fd=root, follow_symlinks=False)
+    except OSError:
+        return None
+    finally:
+        os.close(root)
     wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     with open("/proc/locks") as lines:
         for line in lines:

@@ -58,10 +58,10 @@ def find_page(pid: int, page: FilePage, address: int) -> int | None:
 def _mappings(pid: int) -> Iterator[_Mapping]:
     try:
         with open(f"/proc/{pid}/maps", "rb") as file:
-            lines = file.read().splitlines()
+            lines = file.read().rstrip(b"\n").split(b"\n")  # a name may hold "\r"
     except OSError:
         return
-    for line in lines:
+    for line in filter(None, lines):
         addresses, _, offset, dev, ino, *_ = line.split(None, 5)
         start, end = addresses.split(b"-")
         major, minor = (int(number, 16) for number in dev.split(b":"))

@@ -79,7 +79,7 @@ class InvalidateLock:
             self._todo[ino].remove(*pages)
             await self.while_held(ino, partial(revoke, ino, pages.start, pages.length))
 
-    async def while_held(self, ino: Ino, work: Callable[[], None]) -> None:
+    async def while_held(self, ino: Ino, work: Callable[[], object]) -> None:
         """Do what may wait for pages of ``ino`` that a request has locked which waits here."""
         self._under, self._since = ino, trio.current_time()
         try:
@@ -89,6 +89,12 @@ class InvalidateLock:
 
     def _left_to_do(self) -> Iterator[tuple[Ino, Range]]:
         return ((ino, pages) for ino, todo in self._todo.items() for pages in todo)
+
+    def describe_held(self) -> Iterator[str]:
+        """The requests that wait, for people."""
+        for held in self._held:
+            kind = "write" if held.is_write else "read"
+            yield f"{kind} of inode {held.ino}, bytes {held.pages.start:#x}+{held.pages.length:#x}"
 
     def release(self) -> None:
         """Let everybody go on."""

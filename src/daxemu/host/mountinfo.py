@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from daxemu.errors import NotMounted
+from daxemu.text import name_text
 
 FS_TYPE = "fuse.daxemu"
 SOURCE_PREFIX = "daxemu:"
@@ -18,11 +19,16 @@ _MAX_LINKS = 40  # as the kernel's MAXSYMLINKS
 
 
 class Mount(NamedTuple):
-    """One daxemu mount. ``dev`` is what st_dev and /proc/PID/maps show of its files: (major, minor)."""
+    """One daxemu mount. ``dev`` is what st_dev and /proc/PID/maps show of its files: (major, minor).
+    ``owner``: the uid that the kernel says has mounted (``user_id=``); None: not known.
+    """
 
     mountpoint: Path
     device: Path
     dev: tuple[int, int]
+    owner: int | None = None
+    id: int = 0
+    """The kernel's number of this one mount; each copy of the mount has another."""
 
     @property
     def socket(self) -> Path:
@@ -35,23 +41,32 @@ def _unescape(field: str) -> str:
 
 
 def printable(path: Path) -> str:
-    """A path for people and for JSON: bytes that are no UTF-8 are shown as ``\\xff``."""
-    return os.fsencode(path).decode(errors="backslashreplace")
+    """A path for JSON and for messages: see daxemu.text.name_text."""
+    return name_text(path)
 
 
-def mounts() -> list[Mount]:
-    """Every daxemu mount in this mount namespace, in the order they were made."""
-    found = []
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            fields = line.split()
-            tail = fields[fields.index("-") + 1 :]
-            source = _unescape(tail[1])
-            if tail[0] == FS_TYPE and source.startswith(SOURCE_PREFIX):
-                major, minor = (int(n) for n in fields[2].split(":"))
-                device = Path(source.removeprefix(SOURCE_PREFIX))
-                found.append(Mount(Path(_unescape(fields[4])), device, (major, minor)))
-    return found
+def mounts(process: int | str = "self") -> list[Mount]:
+    """Every daxemu mount in the mount namespace of ``process``, oldest first. Raises OSError if /proc does
+    not show that process.
+    """
+    with open(f"/proc/{process}/mountinfo", "rb") as lines:
+        return [mount for line in lines if (mount := _parse(line)) is not None]
+
+
+def _parse(line: bytes) -> Mount | None:
+    """One line of mountinfo. Split at single spaces: the kernel escapes those within a field, but no other
+    character that Python takes for a space.
+    """
+    fields = os.fsdecode(line).rstrip("\n").split(" ")
+    fs_type, escaped, options = fields[fields.index("-") + 1 :][:3]
+    source = _unescape(escaped)
+    if fs_type != FS_TYPE or not source.startswith(SOURCE_PREFIX):
+        return None
+    major, minor = (int(n) for n in fields[2].split(":"))
+    uids = [option.removeprefix("user_id=") for option in options.split(",") if option.startswith("user_id=")]
+    owner = int(uids[0]) if uids else None
+    device = Path(source.removeprefix(SOURCE_PREFIX))
+    return Mount(Path(_unescape(fields[4])), device, (major, minor), owner, int(fields[0]))
 
 
 def mount_at(mountpoint: Path) -> Mount | None:

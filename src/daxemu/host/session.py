@@ -14,9 +14,11 @@ import shutil
 import socket
 import struct
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 from daxemu.errors import Busy, InvalidArgument, PermissionDenied, Unsupported
+from daxemu.host import own_files
 from daxemu.host.mountinfo import FS_TYPE, SOURCE_PREFIX, Mount, mount_at
 from daxemu.uapi import Ino
 
@@ -100,25 +102,36 @@ class Session:
 
     # -- by way of our own mount: from a worker thread only
 
-    def write_back(self, path: bytes) -> None:
-        """Have the dirty pages of the file at ``path`` (from the root of the mount) written back to us, and
-        leave them mapped. Takes no lock of the inode, so it may serve a request during which the kernel holds
-        that.
+    def write_back(self, ino: Ino, path: bytes | None) -> bool:
+        """Have the dirty pages of a file written back to us, and leave them mapped. ``path``: see
+        ``own_files.open_inode``. Takes no lock of the inode, so it may serve a request during which the
+        kernel holds that. Return whether the file could be opened; if not, nothing is written back.
         """
         try:
-            fd = os.open(os.fsencode(self.mount.mountpoint) + path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return  # unlinked or renamed meanwhile: what is not written back yet is nowhere
+            fd = own_files.open_inode(self.mount, ino, path)
+        except OSError as error:
+            # The kernel has not got the inode: then no page of it, either.
+            return error.errno == errno.ESTALE and os.geteuid() == 0
         try:
             _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_AND_WAIT)
         finally:
             os.close(fd)
+        return True
+
+    def refresh_attributes(self, ino: Ino, path: bytes | None) -> None:
+        """Have the kernel ask for a file's size and times."""
+        with suppress(OSError):
+            fd = own_files.open_inode(self.mount, ino, path)
+            try:
+                os.fstat(fd)
+            finally:
+                os.close(fd)
 
     def tune_page_cache(self) -> bool:
         """Set PAGE_CACHE for this mount. Only root can; returns whether all of it is set."""
         settings = _BDI / "{}:{}".format(*self.mount.dev)
         try:
-            self.mount.mountpoint.stat()  # waits for the connection's first answer, which sets a limit
+            os.close(own_files.open_directory(self.mount))  # waits for FUSE_INIT, whose answer sets a limit
             for name, value in PAGE_CACHE.items():
                 (settings / name).write_text(value)
         except OSError:
@@ -129,7 +142,7 @@ class Session:
 
     def sync(self) -> None:
         """``syncfs(2)``: have everything dirty written back to us. From a worker thread only."""
-        fd = os.open(self.mount.mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = own_files.open_directory(self.mount)
         try:
             _libc.syncfs(fd)
         finally:

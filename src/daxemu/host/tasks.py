@@ -182,12 +182,13 @@ def _overlap(run: PresentRun, other: PresentRun) -> bool:
 def read_vmas(pid: int, dev: tuple[int, int]) -> Iterator[Vma]:
     """The mappings of files on ``dev`` in a process. Raises one of the errors of a vanished process."""
     text = read_whole(f"/proc/{pid}/maps")
-    mark = b" %02x:%02x " % dev
-    if mark not in text:
+    shown = b"%02x:%02x" % dev
+    if shown not in text:
         return
-    for line in text.splitlines():
-        if mark in line:
-            addresses, mode, offset, _, ino, *_ = line.split(None, 5)
+    for line in text.split(b"\n"):
+        # A file's name, which comes last, may hold anything but a newline.
+        if shown in line and (fields := line.split(None, 5))[3] == shown:
+            addresses, mode, offset, _, ino, *_ = fields
             start, end = addresses.split(b"-")
             pgoff = int(offset, 16) >> PAGE_SHIFT
             private = mode.endswith(b"p")

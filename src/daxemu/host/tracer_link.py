@@ -21,7 +21,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -155,6 +155,12 @@ class TracerLink:
     def pid(self) -> int | None:
         """The tracer's process id; None while there is none."""
         return self._session.process.pid if self._session is not None and self._session.is_alive else None
+
+    def describe_waiting(self) -> Iterator[str]:
+        """The requests to the tracer without an outcome yet, for people."""
+        waiting = self._session.waiting.values() if self._session is not None else ()
+        for pending in waiting:
+            yield f"{type(pending).__name__.lower()}: request {pending.id}, thread {pending.tid}"
 
     async def arm(
         self,

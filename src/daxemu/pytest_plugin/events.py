@@ -6,7 +6,8 @@ import time
 from typing import TYPE_CHECKING, TypeVar
 
 from daxemu.client import Client
-from daxemu.events import Event
+from daxemu.events import Event, SignalSent
+from daxemu.protocol import Settle
 
 if TYPE_CHECKING:
     from daxemu.pytest_plugin.mount import DaxMount
@@ -25,6 +26,25 @@ class Events:
     def __call__(self, kind: type[E] = Event) -> list[E]:  # type: ignore[assignment]
         """The events so far, of one kind or all."""
         return [event for event in self._mount.events() if isinstance(event, kind)]
+
+    def settle(self, *, timeout: float = PATIENCE) -> None:
+        """Wait until every failure so far was handled and every signal of them is an event. Raises Busy."""
+        if self._mount.where() is not None:
+            with Client.at(self._mount.path, patience=2 * timeout) as client:
+                client.ask(Settle(timeout))
+
+    def exactly(self, count: int, kind: type[E] = SignalSent) -> list[E]:  # type: ignore[assignment]
+        """Settle, and return the events of a kind. Raises AssertionError unless there are ``count``."""
+        self.settle()
+        found = self(kind)
+        if len(found) != count:
+            told = [f"{len(found)} events {kind.__name__}, expected {count}", *(e.summary() for e in found)]
+            raise AssertionError("\n".join(told))
+        return found
+
+    def none(self, kind: type[Event] = SignalSent) -> None:
+        """Settle. Raises AssertionError if an event of the kind, by default a signal, came."""
+        self.exactly(0, kind)
 
     def wait(self, kind: type[E], count: int = 1, *, timeout: float = PATIENCE) -> list[E]:
         """The first ``count`` events of a kind, since the mount was made, waited for. Raises TimeoutError."""

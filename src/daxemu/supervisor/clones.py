@@ -14,9 +14,8 @@ the clone without those before it. Where that does not come about they are taken
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -61,7 +60,8 @@ class Clones:
         async with self._machine.failures.mf_mutex:
             if shared := await self._share(share, source, target, *hurt):
                 self._machine.session.forget_attributes(dst)
-                await trio.to_thread.run_sync(self._stat, fs.names.path_bytes(dst))
+                refresh = self._machine.session.refresh_attributes
+                await trio.to_thread.run_sync(refresh, dst, fs.names.path_bytes(dst))
         return shared
 
     async def copy(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
@@ -99,10 +99,11 @@ class Clones:
         """Precondition: the mutex is held."""
         revoke = self._machine.session.revoke
         last_change = source.ctime  # the file's i_version: whatever is written back changes it
-        await self._machine.write_back(source.ino)
+        await self._machine.write_back(source.ino, has_mutex=True)
         with self._locked() as lock:
             await lock.invalidate(revoke, [(target.ino, replaced)])
             if not await self._settle(lock, source, last_change):
+                await self._machine.failures.remember(self._machine.whole_file(source.ino))
                 await lock.invalidate(revoke, [(source.ino, taken)])
             return share()
 
@@ -112,9 +113,8 @@ class Clones:
             if source.ctime == last_change and lock.is_complete:
                 return True
             last_change, path = source.ctime, self._machine.fs.names.path_bytes(source.ino)
-            if path is None:
-                return False
-            await lock.while_held(source.ino, partial(self._machine.session.write_back, path))
+            write_back = self._machine.session.write_back
+            await lock.while_held(source.ino, partial(write_back, source.ino, path))
         return source.ctime == last_change and lock.is_complete
 
     @contextmanager
@@ -126,12 +126,6 @@ class Clones:
             finally:
                 self._machine.operations.invalidating = None
                 lock.release()
-
-    def _stat(self, path: bytes | None) -> None:
-        """Have the kernel ask for a file's attributes. From a worker thread only."""
-        if path is not None:
-            with suppress(OSError):
-                os.lstat(os.fsencode(self._machine.session.mount.mountpoint) + path)
 
 
 def _pages(offset: int, length: int) -> Range:

@@ -18,6 +18,7 @@ from daxemu.host.tasks import process_of
 from daxemu.mm.memory_failure import Incident
 from daxemu.pmem.inject import failed_pages
 from daxemu.ranges import Range, RangeSet
+from daxemu.supervisor.under_way import Counted
 from daxemu.uapi import MF_ACTION_REQUIRED, PAGE_SIZE, SECTOR_SIZE
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class Consumption:
                 found = True
                 # Not awaited: it revokes the very page that this read has locked until it is answered.
                 for incident in self._incidents(part):
-                    machine.nursery.start_soon(machine.failures.handle, incident, None, consumer)
+                    tasks = Counted(machine.nursery, machine.under_way)
+                    tasks.start_soon(machine.failures.handle, incident, None, consumer)
         return found
 
     async def on_write(self, error: MediaError) -> bool:

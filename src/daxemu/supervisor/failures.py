@@ -16,7 +16,8 @@ that is stopped may take its time, and must not hold up the next failure.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import trio
@@ -151,11 +152,19 @@ class Failures:
                 await self.revoke_everything()  # the filesystem was shut down: from now on all is EIO
         return self._mm.action_result(incident, len(to_kill)), len(to_kill)
 
-    async def hide(self, incident: Incident) -> None:
+    def describe_turns(self) -> Iterator[str]:
+        """The failures under way, for people."""
+        for turn in self._turns:
+            state = "waits for mf_mutex" if turn in self._waiting else "tells processes"
+            incident = turn.incident
+            pages = f"pfn {incident.pfn:#x}+{incident.nr_pages}"
+            yield f"{'the whole device' if incident.whole_device else pages}: {state}"
+
+    async def hide(self, incident: Incident, *, has_mutex: bool = False) -> None:
         """Take away the pages of poison that nobody knows of, and remember who had them present.
 
         On hardware they would stay mapped until somebody's load meets the poison; only then are the others
-        told.
+        told. ``has_mutex``: the caller holds ``mf_mutex``.
         """
 
         def work() -> list[Task]:
@@ -164,8 +173,13 @@ class Failures:
             self._mappings.revoke(incident)
             return tasks
 
-        async with self.mf_mutex:
+        async with nullcontext() if has_mutex else self.mf_mutex:
             tasks = await trio.to_thread.run_sync(work)
+        self._hidden.add(tasks)
+
+    async def remember(self, incident: Incident) -> None:
+        """As :meth:`hide`, and the caller revokes the pages. Precondition: the caller holds ``mf_mutex``."""
+        (tasks,) = await trio.to_thread.run_sync(self._mappings.collect, [incident])
         self._hidden.add(tasks)
 
     def forget_hidden(self, incident: Incident) -> None:

@@ -33,12 +33,12 @@ from daxemu.host.freeze import Freeze
 from daxemu.host.layouts import LayoutTable
 from daxemu.host.mappings import Mappings
 from daxemu.host.mountinfo import printable
-from daxemu.host.operations import Operations
+from daxemu.host.operations import Answer, Operations, PoisonedRead
 from daxemu.host.session import Session
 from daxemu.host.tracer_link import TracerLink
 from daxemu.host.unexpected import GuardedNursery, Unexpected
 from daxemu.mm.memory_failure import Incident, MappingRange, MemoryFailures
-from daxemu.pmem.inject import check_range, corrupt, failed_pages, inject_all, scrub, uninject
+from daxemu.pmem.inject import check_range, corrupt_in_pieces, failed_pages, inject_all, scrub, uninject
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
 from daxemu.repair.strategy import Verdict
@@ -52,7 +52,11 @@ from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.scrub import Scrubber
 from daxemu.supervisor.settings import log_size, one_of, seconds, size_text
 from daxemu.supervisor.survey import survey
+from daxemu.supervisor.under_way import Counted, UnderWay
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Ino, page_align_down
+
+BATCH = 512
+"""Ranges of one request that are poisoned in one step."""
 
 
 class Machine:
@@ -77,9 +81,10 @@ class Machine:
         self.session = session
         self.log = log
         self.unexpected = Unexpected(log.emit)
+        self.under_way = UnderWay()
         self.consumption = Consumption(self)
         met = self.consumption
-        self.operations = Operations(fs, met.on_read, met.on_write, session.forget_attributes)
+        self.operations = Operations(fs, self._on_read, met.on_write, session.forget_attributes)
         self.operations.contain(self.unexpected)
         self.clones = Clones(self)
         self.scrubber = Scrubber(self._scrub_in_background)
@@ -92,12 +97,18 @@ class Machine:
         self._nursery: GuardedNursery | None = None
         self._mappings: Mappings | None = None
 
+    @property
+    def tracer(self) -> TracerLink | None:
+        """The tracer; None before ``start``."""
+        return self._tracer
+
     def start(self, mappings: Mappings, tracer: TracerLink, nursery: trio.Nursery) -> None:
         """Give it what needs a running event loop. Precondition of everything below."""
         self._mappings = mappings
         self._tracer = tracer
         self._nursery = guarded = self.unexpected.nursery(nursery)
-        self._failures = Failures(self.mm, mappings, tracer, self.log.emit, guarded, self.repairs.failed)
+        counted = Counted(guarded, self.under_way, but=("Failures._await_late",))
+        self._failures = Failures(self.mm, mappings, tracer, self.log.emit, counted, self.repairs.failed)
         self._populating = Populating(
             tracer, mappings.dev, self.session.revoke, self.fs.names.path_of, self.log.emit, guarded
         )
@@ -116,12 +127,16 @@ class Machine:
                 self.unexpected,
             )
 
+    async def _on_read(self, read: PoisonedRead) -> Answer:
+        with self.under_way.one("a load or read of poison"):
+            return await self.consumption.on_read(read)
+
     def _on_shutdown(self) -> None:
         """The page cache must not go on answering; but who had something mapped is told first."""
         if self.operations.freeze is not None:
             self.operations.freeze.thaw()
         if not self.mm.is_handling:
-            self.nursery.start_soon(self.failures.revoke_everything)
+            Counted(self.nursery, self.under_way).start_soon(self.failures.revoke_everything)
 
     @property
     def nursery(self) -> GuardedNursery:
@@ -144,12 +159,36 @@ class Machine:
     async def inject(self, request: p.Inject) -> p.Injected:
         """Poison each range, one memory failure each. Nothing is changed unless all ranges are good.
 
+        More than BATCH ranges are poisoned and handled in batches, each of them at one moment.
         Raises InvalidArgument, NoDevice.
         """
         self.check_present()
-        found, holes = await self._resolve(request.ino, request.ranges)
         if request.silent:
-            return await self._corrupt(found, holes, request.seed)
+            return await self._corrupt(*await self._resolve(request.ino, request.ranges), request.seed)
+        await self._check_ranges(request)
+        total = p.Injected([], False, 0)
+        for first in range(0, len(request.ranges) or 1, BATCH):
+            self.check_present()
+            done = await self._inject_batch(request, request.ranges[first : first + BATCH])
+            total.ranges += done.ranges
+            total.rounded |= done.rounded
+            total.holes += done.holes
+        return total
+
+    async def _check_ranges(self, request: p.Inject) -> None:
+        """Raise InvalidArgument for a range outside the file or device, where there are several batches."""
+        if len(request.ranges) <= BATCH:
+            return  # checked with the batch
+        ino = request.ino
+        size = self.pmem.dax.size if ino is None else self.fs.names.regular(ino)[0].size
+        what = "the device" if ino is None else self.fs.names.path_of(ino)
+        for number, (offset, length) in enumerate(request.ranges):
+            check_range(offset, length, size, what)
+            if number % BATCH == 0:
+                await trio.lowlevel.checkpoint()
+
+    async def _inject_batch(self, request: p.Inject, ranges: list[tuple[int, int]]) -> p.Injected:
+        found, holes = await self._resolve(request.ino, ranges, may_be_hole=len(request.ranges) > BATCH)
         done = []
         for bad, part in self._poison(found, latent=request.latent):
             self.log.emit(PoisonInjected(offset=bad.start, length=bad.length, latent=request.latent))
@@ -195,7 +234,8 @@ class Machine:
         for part in found:
             incident = self._unreported(part)
             await self.failures.hide(incident)  # what is dirty there is written back before, not after
-            corrupt(self.pmem, part.start, part.length, seed)
+            for _ in corrupt_in_pieces(self.pmem, part.start, part.length, seed):
+                await trio.lowlevel.checkpoint()
             self.log.emit(SilentlyCorrupted(offset=part.start, length=part.length))
             await self.failures.hide(incident)
             pfn, nr_pages = failed_pages(self.pmem, part)
@@ -260,7 +300,9 @@ class Machine:
                 await self.write_back(ino)
         return None
 
-    async def _resolve(self, ino: Ino | None, ranges: list[tuple[int, int]]) -> tuple[list[Range], int]:
+    async def _resolve(
+        self, ino: Ino | None, ranges: list[tuple[int, int]], *, may_be_hole: bool = False
+    ) -> tuple[list[Range], int]:
         """Device byte ranges of what was asked for, and how many bytes of it are holes. Raises
         InvalidArgument.
         """
@@ -280,7 +322,7 @@ class Machine:
             await self.write_back(ino)
             found = self._file_ranges(ino, ranges)
             holes = sum(length for _, length in ranges) - sum(r.length for r in found)
-        if not found:
+        if not found and not may_be_hole:
             raise InvalidArgument(
                 "the range is a hole, with no media behind it: write there first, or see daxemu map FILE"
             )
@@ -289,14 +331,21 @@ class Machine:
     def _file_ranges(self, ino: Ino, ranges: list[tuple[int, int]]) -> list[Range]:
         return [found for offset, length in ranges for found in self.fs.device_ranges(ino, offset, length)]
 
-    async def write_back(self, ino: Ino) -> None:
-        """Have a file's dirty pages written back to us, and leave them mapped."""
+    async def write_back(self, ino: Ino, *, has_mutex: bool = False) -> None:
+        """Have a file's dirty pages written back to us, and leave them mapped.
+
+        Where the file cannot be opened (one without a name, and no root) the pages are revoked, which writes
+        them back too; the processes that had them present are remembered. ``has_mutex``: the caller holds
+        ``mf_mutex``.
+        """
         path = self.fs.names.path_bytes(ino)
-        if path is None:
-            # Without a name nobody can open it again. Taking the pages away writes them back, too.
-            await trio.to_thread.run_sync(self.session.revoke, ino, 0, 0)
-        else:
-            await trio.to_thread.run_sync(self.session.write_back, path)
+        if not await trio.to_thread.run_sync(self.session.write_back, ino, path):
+            await self.failures.hide(self.whole_file(ino), has_mutex=has_mutex)
+
+    def whole_file(self, ino: Ino) -> Incident:
+        """All pages of a file, as if they failed: what to collect and to revoke."""
+        pages = -(-self.fs.names.get(ino).size // PAGE_SIZE)
+        return Incident(0, 0, 0, 0, mappings=[MappingRange(ino, 0, pages, 0)])
 
     def check_present(self) -> None:
         """Raises NoDevice after a removal."""
@@ -496,11 +545,15 @@ class Machine:
         """Do what a request asks. Raises DaxemuError."""
         match request:
             case p.Inject():
-                return await self.inject(request)
+                with self.under_way.one("an injection"):
+                    return await self.inject(request)
             case p.Madvise():
-                return await madvise_inject_error(self, request)
+                with self.under_way.one("a madvise(2)"):
+                    return await madvise_inject_error(self, request)
             case p.Clear():
                 return await self.clear(request)
+            case p.Settle():
+                return await self.under_way.settle(request.patience)
             case p.Scrub():
                 return await self.scrub()
             case p.Repair():
@@ -514,7 +567,8 @@ class Machine:
             case p.Reflink():
                 return await self.reflink(request)
             case p.Remove():
-                return await self.remove()
+                with self.under_way.one("the removal of the device"):
+                    return await self.remove()
             case p.Status():
                 return self.status()
             case p.Survey():

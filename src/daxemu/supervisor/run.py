@@ -12,14 +12,14 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
 import trio
 
 from daxemu import protocol as p
-from daxemu.errors import Busy, CorruptMetadata, DaxemuError, Unsupported
+from daxemu.errors import Busy, CorruptMetadata, DaxemuError, NotMounted, Unsupported
 from daxemu.events import DeviceTightened, Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host import supplement
@@ -27,6 +27,7 @@ from daxemu.host.fuse_loop import FuseLoop
 from daxemu.host.layouts import LayoutTable
 from daxemu.host.mappings import PageCacheMappings
 from daxemu.host.mountinfo import printable
+from daxemu.host.pins import pins_of
 from daxemu.host.session import Session, abort_file, check_mountpoint
 from daxemu.host.tracer_link import TracerLink
 from daxemu.host.watchdog import Watchdog
@@ -36,6 +37,7 @@ from daxemu.private_path import PrivatePath
 from daxemu.supervisor.control import ControlSocket
 from daxemu.supervisor.descriptors import raise_descriptor_limit
 from daxemu.supervisor.event_log import EventLog
+from daxemu.supervisor.internals import internals, log_internals
 from daxemu.supervisor.machine import Machine, open_core
 from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.settings import PLAIN, MountOptions
@@ -45,7 +47,7 @@ import pyfuse3  # isort: skip  (after host.supplement, which must be loaded firs
 
 log = logging.getLogger(__name__)
 
-SYNC_PATIENCE = 10.0
+SYNC_PATIENCE = 2.0
 """Seconds that those who still use the mount have for their stores to be written back, before it is cut."""
 COMMIT_INTERVAL = 5.0
 """Seconds between commits of what nobody synced (as ext4's and XFS's)."""
@@ -122,17 +124,23 @@ def _save(fs: Filesystem) -> None:
 class _Ending:
     """How the mount comes to its end, on request."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, watchdog: Watchdog) -> None:
         self._machine = machine
+        self._watchdog = watchdog
 
     async def answer(self, request: p.AnyRequest) -> msgspec.Struct:
         """All requests; unmounting is not the machine's own business."""
         if isinstance(request, p.Unmount):
             await self.unmount(force=request.force)
             return p.Done()
+        if isinstance(request, p.Internals):
+            return internals(self._machine)
         if isinstance(request, p.PowerFail):
             return await self.power_fail()
-        return await self._machine.answer(request)
+        answer = await self._machine.answer(request)
+        if self._watchdog.cut is not None:
+            raise NotMounted(f"{self._watchdog.cut}: see supervisor.log, then mount again")
+        return answer
 
     async def unmount(self, *, force: bool) -> None:
         """Unmount and save; ``force`` takes the mount away from those who use it.
@@ -140,18 +148,26 @@ class _Ending:
         Raises Busy, or NoSpace if the metadata could not be saved.
         """
         session = self._machine.session
-        try:
+        if force:
+            pins = await trio.to_thread.run_sync(pins_of, session.mount, abandon_on_cancel=True)
+            await self._unmount_by_force(pinned=bool(pins))
+        else:
             await trio.to_thread.run_sync(session.unmount, abandon_on_cancel=True)
-        except Busy:
-            if not force:
-                raise
-            with trio.move_on_after(SYNC_PATIENCE):
-                await trio.to_thread.run_sync(session.sync, abandon_on_cancel=True)
-            with trio.move_on_after(SYNC_PATIENCE):
-                await trio.to_thread.run_sync(session.detach, abandon_on_cancel=True)
-            if not session.abort():
-                pyfuse3.terminate()
         self._machine.fs.commit()
+
+    async def _unmount_by_force(self, *, pinned: bool) -> None:
+        """Unmount, and cut the connection where that does not end it. Takes 3 x SYNC_PATIENCE at most."""
+        session = self._machine.session
+        if not pinned:
+            with trio.move_on_after(SYNC_PATIENCE), suppress(Busy):
+                await trio.to_thread.run_sync(session.unmount, abandon_on_cancel=True)
+                return
+        with trio.move_on_after(SYNC_PATIENCE):
+            await trio.to_thread.run_sync(session.sync, abandon_on_cancel=True)
+        with trio.move_on_after(SYNC_PATIENCE):
+            await trio.to_thread.run_sync(session.detach, abandon_on_cancel=True)
+        if not session.abort():
+            pyfuse3.terminate()
 
     async def power_fail(self) -> p.PowerFailed:
         """Cut the connection first, so that nothing dirty is written back; then everything in memory is
@@ -178,8 +194,15 @@ class _Ending:
                     await self.unmount(force=True)
 
 
+async def _log_internals_on_signal(machine: Machine) -> None:
+    with trio.open_signal_receiver(signal.SIGUSR1) as signals:
+        async for _ in signals:
+            log_internals(machine)
+
+
 async def _serve(machine: Machine, socket: PrivatePath, ready: Callable[[], None]) -> None:
-    ending = _Ending(machine)
+    watchdog = Watchdog(machine.session.mount, machine.log.emit)
+    ending = _Ending(machine, watchdog)
     control = ControlSocket(socket, machine.log, ending.answer, machine.unexpected)
     mappings = PageCacheMappings(
         machine.session,
@@ -187,8 +210,9 @@ async def _serve(machine: Machine, socket: PrivatePath, ready: Callable[[], None
         pfn_map=machine.pmem.pgmap is None,
     )
     async with trio.open_nursery() as services:
-        services.start_soon(Watchdog(machine.session.mount).beat)
+        services.start_soon(watchdog.beat)
         services.start_soon(ending.on_signal)
+        services.start_soon(_log_internals_on_signal, machine)
         services.start_soon(_commit_now_and_then, machine)
         services.start_soon(machine.repairs.tick, machine.unexpected)
         services.start_soon(machine.scrubber.run)

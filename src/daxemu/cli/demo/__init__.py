@@ -5,7 +5,6 @@ told.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from typing import Any
 import click
 
 from daxemu.cli.demo.programs import Program, compile_program
+from daxemu.cli.output import say, say_json
 from daxemu.client import Client
 from daxemu.errors import DaxemuError, Unsupported
 from daxemu.host.mountinfo import mount_at, mount_of
@@ -44,18 +44,18 @@ class Tour:
     def chapter(self, title: str) -> None:
         """Begin a part."""
         if not self._quiet:
-            click.secho(f"\n== {title}", bold=True)
+            say("", f"== {title}", bold=True)
 
     def say(self, text: str) -> None:
         """Tell what is done or seen."""
         if not self._quiet:
-            click.echo(f"   {text}")
+            say(f"   {text}")
 
     def check(self, promise: str, kept: bool) -> None:
         """Note whether a promise was kept."""
         self.checks.append({"promise": promise, "kept": kept})
         if not self._quiet:
-            click.secho(f"   {'ok  ' if kept else 'NOT '} {promise}", fg="green" if kept else "red")
+            say(f"   {'ok  ' if kept else 'NOT '} {promise}", fg="green" if kept else "red")
 
     def request(self, op: str, **arguments: object) -> dict[str, object]:
         """Ask the supervisor."""
@@ -91,9 +91,9 @@ def demo(as_json: bool) -> None:
             chapter(tour)
         kept = all(check["kept"] for check in tour.checks)
         if as_json:
-            click.echo(json.dumps({"kept": kept, "checks": tour.checks}))
+            say_json({"kept": kept, "checks": tour.checks})
         else:
-            click.echo(f"\n{sum(bool(c['kept']) for c in tour.checks)} of {len(tour.checks)} promises kept")
+            say("", f"{sum(bool(c['kept']) for c in tour.checks)} of {len(tour.checks)} promises kept")
     if not kept:
         raise DaxemuError("the demo did not go as promised")
 

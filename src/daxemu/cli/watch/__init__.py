@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import sys
@@ -16,6 +17,8 @@ import click
 from rich.console import Console
 from rich.live import Live
 
+from daxemu.cli.common import PATH
+from daxemu.cli.output import say_json
 from daxemu.cli.watch.model import Model
 from daxemu.cli.watch.view import map_size, screen
 from daxemu.errors import InvalidArgument
@@ -26,7 +29,7 @@ _ARROWS = {b"\x1b[A": "k", b"\x1b[B": "j", b"\x1b[C": "l", b"\x1b[D": "h"}
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print what the screen would show, once, as JSON.")
 def watch(mountpoint: Path, as_json: bool) -> None:
     """Watch a mount: the device as a map, files on it, who maps them, events as they come.
@@ -43,7 +46,7 @@ def watch(mountpoint: Path, as_json: bool) -> None:
     with Model.of(mountpoint) as model:
         if as_json:
             model.look(cells=64)
-            click.echo(model.json())
+            say_json(json.loads(model.json()))
             return
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             raise InvalidArgument("watch needs a terminal: for a script use --json, daxemu status or log -f")

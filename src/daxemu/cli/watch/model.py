@@ -50,6 +50,7 @@ class Model:
         self.ended = False
         self.events: deque[Event] = deque(maxlen=KEPT)
         self.seen: Seen | None = None
+        self._confirmed: tuple[int, bool] | None = None
         self._names: dict[int, str] = {}
         self._surveyed: tuple[object, SurveyReport] | None = None
         self._client = Client(mount, patience=PATIENCE)
@@ -86,6 +87,8 @@ class Model:
         try:
             status = self._client.ask(StatusRequest())
             survey = self._survey(status, Survey(self.offset, self.length, cells, FILES))
+            if self.seen is None:
+                self.cursor = _first_without_metadata(survey)
             self.cursor = min(self.cursor, len(survey.cells) - 1)
             at, length = self._at_cursor(survey, status.size)
             here = self._client.ask(Survey(at, length, 1, FILES))
@@ -111,6 +114,7 @@ class Model:
 
     def move(self, cells: int) -> None:
         """Move the cursor, not off the map."""
+        self._confirmed = None
         target = self.cursor + cells
         if 0 <= target < len(self.now.survey.cells):
             self.cursor = target
@@ -133,8 +137,15 @@ class Model:
         self.look(len(survey.cells))
 
     def inject(self, *, latent: bool) -> None:
-        """Poison the page at the cursor: of the file that has most of what is there, or else its first."""
+        """Poison the page at the cursor: of the file that has most of the range, or else the first page. In a
+        range with metadata and no file, which would shut the filesystem down, only if asked twice in a row.
+        """
         at, _ = self._at_cursor(self.now.survey, self.now.status.size)
+        if self.now.here.cells[0].metadata and not self.now.here.files and self._confirmed != (at, latent):
+            self._confirmed = (at, latent)
+            self.message = "metadata: poison here shuts the filesystem down; the same key again does so"
+            return
+        self._confirmed = None
         if self.now.here.files:
             at = self.now.here.files[0].device_offset
         try:
@@ -178,3 +189,10 @@ class Model:
             "mapped": [m._asdict() for m in self.now.mapped],
         }
         return msgspec.json.encode(shown).decode()
+
+
+def _first_without_metadata(survey: SurveyReport) -> int:
+    """Where the cursor starts: the first cell with file data, or else the first that is free; else 0."""
+    data = (index for index, cell in enumerate(survey.cells) if cell.used > cell.metadata == 0)
+    free = (index for index, cell in enumerate(survey.cells) if not cell.metadata)
+    return next(data, next(free, 0))

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from daxemu.cli.common import human
+from daxemu.cli.output import for_people
 from daxemu.cli.watch.model import Model
 from daxemu.protocol import Cell
 
@@ -62,8 +63,12 @@ def screen(model: Model, width: int, height: int) -> Layout:
     return layout
 
 
+def _text(name: str, style: str = "") -> Text:
+    return Text(for_people(name), style=style, no_wrap=True, overflow="ellipsis")
+
+
 def _line(*parts: str, style: str = "") -> Text:
-    return Text("  ".join(parts), style=style, no_wrap=True, overflow="ellipsis")
+    return Text(for_people("  ".join(parts)), style=style, no_wrap=True, overflow="ellipsis")
 
 
 def _head(model: Model) -> Group:
@@ -114,7 +119,7 @@ def _files(model: Model, rows: int) -> Panel:
     for use in here.files[:rows]:
         style = "red" if use.ino in damaged else ""
         grid.add_row(
-            Text(use.path, style=style, no_wrap=True, overflow="ellipsis"),
+            _text(use.path, style),
             human(use.bytes),
             f"from {use.file_offset:#x}",
         )
@@ -129,9 +134,9 @@ def _mappings(model: Model, rows: int) -> Panel:
     grid = _grid()
     for each in mapped[:rows]:
         grid.add_row(
-            Text(f"{each.comm}:{each.pid}", no_wrap=True, overflow="ellipsis"),
+            _text(f"{each.comm}:{each.pid}"),
             human(each.length),
-            Text(model.path_of(each.ino), no_wrap=True, overflow="ellipsis"),
+            _text(model.path_of(each.ino)),
         )
     if not mapped:
         grid.add_row("nobody", "", "")

@@ -1,0 +1,101 @@
+"""The client of every verb: limited patience, a word about what is waited for, and checked replies."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from daxemu import protocol as p
+from daxemu.cli.output import complain
+from daxemu.client import Client
+from daxemu.client import connection as wire
+from daxemu.errors import Busy, DaxemuError
+
+PATIENCE = 5.0
+"""Seconds that a supervisor has for an answer, or to show that it still works on a long one."""
+SILENCE = 1.0
+"""Seconds until a verb says on a terminal what it waits for."""
+_REQUESTS: dict[str, Any] = {kind.__struct_config__.tag: kind for kind in p.AnyRequest.__args__}
+_ONCE_ABSENT = {"scrubs": 0, "repair": p.RepairReport("none", 0, 0, 0, 0, 0, None), "supplement": ""}
+"""Fields of a status that supervisors of earlier versions, which may still serve a mount, do not send."""
+_LONG = frozenset(
+    {"inject", "madvise", "clear", "scrub", "repair", "set", "reflink", "remove", "unmount", "survey"}
+)
+"""Requests that may work for minutes: their deadline is renewed as long as the supervisor answers others."""
+
+
+class PatientClient(Client):
+    """A client whose requests end: with an answer of the right type, or one of daxemu.errors."""
+
+    def request(self, op: str, **arguments: Any) -> dict[str, Any]:
+        """See Client.request. A long request has no limit of its own: the supervisor must answer a ``status``
+        every ``PATIENCE`` seconds meanwhile.
+        """
+        with _announced(self), _watched(self, op in _LONG):
+            result = super().request(op, **arguments)
+        try:
+            expected = {**_ONCE_ABSENT, **result} if op == "status" else result
+            msgspec.convert(expected, p.reply_type(_REQUESTS[op]))
+        except msgspec.ValidationError as error:
+            raise wire.nonsense(self.mount, "a reply of another type") from error
+        return result
+
+
+@contextmanager
+def _announced(client: Client) -> Iterator[None]:
+    """Say what is waited for, if that takes longer than SILENCE, and standard error is a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+
+    def say() -> None:
+        stopped = wire.state_of(client.pid) in ("T", "t")
+        how = f", which is stopped: kill -CONT {client.pid}" if stopped else ""
+        complain(f"daxemu: waiting for the supervisor of {client.mount.mountpoint} (pid {client.pid}){how}")
+
+    timer = threading.Timer(SILENCE, say)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+@contextmanager
+def _watched(client: Client, is_long: bool) -> Iterator[None]:
+    """Lift the limit of a long request, and hang up under it once the supervisor answers nothing else."""
+    if not is_long:
+        yield
+        return
+    ended, silent = threading.Event(), threading.Event()
+
+    def look() -> None:
+        while not ended.wait(PATIENCE):
+            try:
+                with Client(client.mount, patience=PATIENCE) as other:
+                    other.request("status")
+            except Busy:
+                silent.set()
+                client.hang_up()
+                return
+            except DaxemuError:
+                continue  # the end of the connection tells the same to the request
+
+    client.set_patience(None)
+    watching = threading.Thread(target=look, name="patience", daemon=True)
+    watching.start()
+    try:
+        yield
+    except DaxemuError as error:
+        if silent.is_set():
+            raise wire.no_answer(client.mount, client.pid) from error
+        raise
+    finally:
+        ended.set()
+        client.set_patience(PATIENCE)

@@ -1,0 +1,69 @@
+"""State of a running supervisor, for a person who asks why a program waits: SIGUSR1, status --internals."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from daxemu.protocol import InternalsReport
+
+if TYPE_CHECKING:
+    from daxemu.supervisor.machine import Machine
+
+log = logging.getLogger(__name__)
+
+MOST = 1000
+"""Entries of one list: the report is made within one step of the event loop."""
+
+
+def internals(machine: Machine) -> InternalsReport:
+    """The state of this moment. Precondition: runs in the trio thread."""
+    held = machine.operations.invalidating
+    return InternalsReport(
+        tasks=_limited(_tasks()),
+        turns=_limited(machine.failures.describe_turns()),
+        held=_limited(held.describe_held() if held is not None else iter(())),
+        armed=_limited(machine.tracer.describe_waiting() if machine.tracer is not None else iter(())),
+        layouts=machine.fs.layouts.count,
+    )
+
+
+def log_internals(machine: Machine) -> None:
+    """Write the state of this moment to supervisor.log."""
+    report = internals(machine)
+    for title in ("tasks", "turns", "held", "armed"):
+        entries: list[str] = getattr(report, title)
+        log.warning("internals: %s: %d", title, len(entries))
+        for entry in entries:
+            log.warning("internals:   %s", entry)
+    log.warning("internals: layouts out: %d files", report.layouts)
+
+
+def _limited(entries: Iterator[str]) -> list[str]:
+    kept = [entry for _, entry in zip(range(MOST), entries, strict=False)]
+    if next(entries, None) is not None:
+        kept.append(f"(more than {MOST})")
+    return kept
+
+
+def _tasks() -> Iterator[str]:
+    """Every task, indented below its parent, with the innermost place where it waits."""
+    root = trio.lowlevel.current_root_task()
+    stack = [(0, root)] if root is not None else []
+    while stack:
+        depth, task = stack.pop()
+        yield f"{'  ' * depth}{task.name} at {_place(task)}"
+        children = [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+        stack += [(depth + 1, child) for child in reversed(children)]
+
+
+def _place(task: trio.lowlevel.Task) -> str:
+    """The innermost frame of daxemu's own in which a task waits, or else the innermost of all."""
+    frames = [(frame.f_code.co_filename, number) for frame, number in task.iter_await_frames()]
+    own = [(name, number) for name, number in frames if "daxemu" in Path(name).parts]
+    name, number = (own or frames or [("(running)", 0)])[-1]
+    return f"{Path(name).name}:{number}"
