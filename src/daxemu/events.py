@@ -90,6 +90,20 @@ class SettingChanged(Event):
         return f"set {self.name}={self.value}"
 
 
+class EventsRepeated(Event):
+    """Only in the file: ``count`` events like the one before, ``first`` to ``seq``, since ``since``. ``what``
+    is a summary of each.
+    """
+
+    first: int
+    since: float
+    what: str
+    count: int = 0
+
+    def summary(self) -> str:
+        return f"{self.what}: {self.count} times more, events {self.first} to {self.seq}"
+
+
 class PoisonInjected(Event):
     """Media went bad. ``offset`` and ``length`` are device bytes, rounded out to sectors."""
 
@@ -448,6 +462,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     Unmounted,
     DeviceTightened,
     SettingChanged,
+    EventsRepeated,
     PoisonInjected,
     PoisonCleared,
     ScrubFound,
@@ -478,6 +493,7 @@ AnyEvent = (
     | Unmounted
     | DeviceTightened
     | SettingChanged
+    | EventsRepeated
     | PoisonInjected
     | PoisonCleared
     | ScrubFound

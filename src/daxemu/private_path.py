@@ -192,6 +192,10 @@ class PrivatePath:
         with self._directory(self._parts) as fd:
             yield Path(_by_fd(fd))
 
+    def as_path(self) -> Path:
+        """The same for code that keeps the path, while DEVICE is open in this process."""
+        return Path(_by_fd(self._root.fd)).joinpath(*self._parts)
+
     def lstat(self) -> os.stat_result:
         """``lstat(2)``."""
         with self._held() as directory:

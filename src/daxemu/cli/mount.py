@@ -6,8 +6,9 @@ import logging
 import os
 import select
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -31,8 +32,11 @@ from daxemu.host.device_lock import PATIENCE, end_holder, wait_for_last_mount
 from daxemu.host.mountinfo import Mount, mount_at, mounts
 from daxemu.host.pins import copies, named, pins_of, pins_of_device
 from daxemu.pmem.device_dir import DeviceDir
-from daxemu.supervisor.settings import MountOptions, seconds
+from daxemu.supervisor import settings as limits
+from daxemu.supervisor.settings import LOG_SIZE, MountOptions, seconds
 from daxemu.text import name_text
+
+Value = TypeVar("Value")
 
 FORCE_PATIENCE, TERM_PATIENCE, KILL_PATIENCE = 6.5, 2.0, 1.0
 """Seconds that ``umount --force`` waits for the supervisor, for its end by SIGTERM and then by SIGKILL."""
@@ -56,6 +60,13 @@ FORCE_PATIENCE, TERM_PATIENCE, KILL_PATIENCE = 6.5, 2.0, 1.0
     help="Look for latent poison every so often, as set scrub_interval does. 0, the default: never.",
 )
 @click.option(
+    "--log-size",
+    metavar="SIZE",
+    default=human(LOG_SIZE),
+    show_default=True,
+    help="Bytes that events.jsonl, and supervisor.log, may have, as set log_size does.",
+)
+@click.option(
     "--layouts/--no-layouts",
     default=True,
     envvar="DAXEMU_LAYOUTS",
@@ -69,6 +80,7 @@ def mount(
     foreground: bool,
     repair: str,
     scrub_interval: str,
+    log_size: str,
     layouts: bool,
     as_json: bool,
 ) -> None:
@@ -79,10 +91,12 @@ def mount(
       daxemu mount /dev/shm/pmem0 /tmp/pmem
     """
     mountpoint = mountpoint.absolute()
-    try:
-        options = MountOptions(absolute_strategy(repair), seconds(scrub_interval), layouts)
-    except InvalidArgument as error:
-        raise InvalidArgument(f"--scrub-interval {scrub_interval}: {error}") from error
+    options = MountOptions(
+        absolute_strategy(repair),
+        _option("--scrub-interval", seconds, scrub_interval),
+        layouts,
+        _option("--log-size", limits.log_size, log_size),
+    )
     DeviceDir.load(device).close()
     wait_for_last_mount(device)
 
@@ -109,6 +123,13 @@ def mount(
     with line(repair) as show:
         pid = spawn(device, mountpoint, options, show)
     say(pid)
+
+
+def _option(name: str, read: Callable[[str], Value], text: str) -> Value:
+    try:
+        return read(text)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{name} {text}: {error}") from error
 
 
 @click.command()
@@ -337,6 +358,7 @@ def set_setting(mountpoint: Path, settings: tuple[str, ...], as_json: bool) -> N
 
     \b
     early_kill=0|1         tell processes of poison they map at once (vm.memory_failure_early_kill)
+    log_size=SIZE          bytes that events.jsonl, and supervisor.log, may have; 1M to 1T
     lost_store=silent|eio  what fsync says of a mapped store lost to poison: nothing (DAX), or EIO once
     repair=NAME[:...]      what is done about data that goes bad: see daxemu repair --help
     scrub_interval=SECONDS look for latent poison in the background, as daxemu scrub does; 0: never

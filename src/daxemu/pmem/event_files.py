@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import BinaryIO
 
 from daxemu.errors import PermissionDenied
 from daxemu.pmem.device_dir import DeviceDir
@@ -13,13 +15,18 @@ NAME = "events.jsonl"
 
 def events_of(device: DeviceDir) -> Iterator[bytes]:
     """Lines of the events of all mounts of ``device``, oldest first. Raises PermissionDenied."""
-    for name in (f"{NAME}.1", NAME):
-        path = device.root / name
-        try:
-            fd = path.open(os.O_RDONLY)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise PermissionDenied(f"{path}: {error.strerror}; read it as its owner") from error
-        with open(fd, "rb") as file:
-            yield from (line.rstrip(b"\n") for line in file)
+    with ExitStack() as opened:
+        # The newer one first: a rotation in between brings the same file twice, not a gap.
+        files: list[BinaryIO] = []
+        for name in (NAME, f"{NAME}.1"):
+            path = device.root / name
+            try:
+                files.append(opened.enter_context(open(path.open(os.O_RDONLY), "rb")))
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise PermissionDenied(f"{path}: {error.strerror}; read it as its owner") from error
+        if len({os.fstat(file.fileno()).st_ino for file in files}) == 1:
+            del files[1:]
+        for file in reversed(files):
+            yield from (line.rstrip(b" \n") for line in file)

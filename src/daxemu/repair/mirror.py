@@ -52,11 +52,11 @@ class Mirror(ByBlock):
         super().__init__(volume, options)
         self._trust = options.mapped == "trust"
         self._copy = volume.reserved
-        self._stale = SparseArray(volume.directory / "stale", "uint8", volume.blocks)
+        self._stale = SparseArray(volume.kept / "stale", "uint8", volume.blocks)
         self._crc = Checksums(PAGE_SIZE)
         self._sums: SparseArray | None = None
         if options.checksum == "yes":
-            self._sums = SparseArray(volume.directory / "checksums", "uint32", volume.blocks)
+            self._sums = SparseArray(volume.kept / "checksums", "uint32", volume.blocks)
         self._placed = RangeSet()
         """Blocks whose copies are good, but in places that no commit knows of."""
         if not self._copy.exists:
@@ -85,7 +85,7 @@ class Mirror(ByBlock):
         """Give the copies back."""
         self._copy.discard()
         self.unmounting()
-        discard(self.volume.directory)
+        discard(self.volume.kept)
 
     def unmounting(self) -> None:
         """The marks stay, where there are any."""

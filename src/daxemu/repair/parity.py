@@ -65,9 +65,9 @@ class Parity(ByBlock):
         self._crc = Checksums(self._slice)
         slices = volume.blocks * PAGE_SIZE // self._slice
         stripes = -(-slices // self._data)
-        if not volume.directory.exists():
+        if not volume.kept.exists():
             self._seen = 0  # always a multiple of the stripe, or all
-        at = volume.directory
+        at = volume.kept
         self._sums = SparseArray(at / "checksums", "uint32", slices)
         self._parity = SparseArray(at / "parity", "uint8", stripes * self._slice)
         self._changing = SparseArray(at / "changing", "uint8", stripes)
@@ -113,7 +113,7 @@ class Parity(ByBlock):
     def discard(self) -> None:
         """Remove the arrays."""
         self._close()
-        discard(self.volume.directory)
+        discard(self.volume.kept)
 
     def _close(self) -> None:
         for array in (self._sums, self._parity, self._changing):

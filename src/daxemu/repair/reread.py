@@ -47,7 +47,7 @@ class Reread(ByBlock):
     def __init__(self, volume: Volume, options: Any) -> None:
         super().__init__(volume, options)
         self._path = Path(options.path)
-        self._changed = SparseArray(volume.directory / "changed", "uint8", volume.blocks)
+        self._changed = SparseArray(volume.kept / "changed", "uint8", volume.blocks)
 
     def unmounting(self) -> None:
         """What changed stays on record."""
@@ -56,7 +56,7 @@ class Reread(ByBlock):
     def discard(self) -> None:
         """Remove the record."""
         self._changed.close()
-        discard(self.volume.directory)
+        discard(self.volume.kept)
 
     def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
         """The backing files do not have this."""

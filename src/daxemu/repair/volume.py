@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 from daxemu.events import CorruptionFound
 from daxemu.fs import heal
@@ -30,10 +31,17 @@ class Volume:
         """``directory`` is where a strategy keeps what is not on the device; it need not exist."""
         self._fs = fs
         self._atomically = atomically
-        self.directory = directory
+        self.kept = directory
         self.reserved = ReservedFile(fs)
 
     # -- what is there
+
+    @property
+    def directory(self) -> Path:
+        """Where a strategy keeps what is not on the device, whatever becomes of DEVICE's own path: valid in
+        this process, while mounted. Audited at each mount: regular files and directories, no links.
+        """
+        return self.kept.as_path()
 
     @property
     def size(self) -> int:

@@ -1,9 +1,8 @@
-"""Every event of this mount: kept, appended to DEVICE/events.jsonl, and handed to whoever follows."""
+"""Every event of this mount: kept, written to DEVICE/events.jsonl, and handed to whoever follows."""
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -13,6 +12,8 @@ import trio
 from daxemu.errors import PermissionDenied
 from daxemu.events import Event, encode
 from daxemu.private_path import PrivatePath
+from daxemu.supervisor.event_file import EventFile
+from daxemu.supervisor.settings import LOG_SIZE
 
 log = logging.getLogger(__name__)
 
@@ -21,43 +22,42 @@ _BATCH = 256  # events handed to a follower at a time
 
 
 class EventLog:
-    """The last ``KEPT`` events in memory, all of them in the file. ``emit`` never waits for a follower."""
+    """The last ``KEPT`` events in memory, and in the file the last ``limit`` bytes. ``emit`` never waits for
+    a follower.
+    """
 
-    def __init__(self, path: PrivatePath) -> None:
+    def __init__(self, path: PrivatePath, limit: int = LOG_SIZE) -> None:
         """Raises PermissionDenied when the file cannot be written to."""
         try:
-            fd = path.open(os.O_WRONLY | os.O_APPEND, create=True)
-            self._file = os.fdopen(fd, "ab", buffering=0)
+            self._file = EventFile(path)
         except OSError as error:
             raise PermissionDenied(
                 f"{path}: {error.strerror}; mount it as the user who owns {path.parent}"
             ) from error
         self._lines: deque[bytes] = deque(maxlen=KEPT)
-        self._mend = b""
+        self.limit = limit
         self._emitted = 0
         self._more = trio.Event()
 
     def emit(self, event: Event) -> None:
         """Number it, date it, keep it."""
         self._emitted += 1
+        event.seq, event.time = 0, 0.0
+        key = encode(event)
         event.seq = self._emitted
         event.time = time.time()
         line = encode(event)
         self._lines.append(line)
-        self._append(line, event.seq)
+        self._append(event, key, line)
         self._more.set()
         self._more = trio.Event()
 
-    def _append(self, line: bytes, seq: int) -> None:
+    def _append(self, event: Event, key: bytes, line: bytes) -> None:
         """What happened happened: a full disk must not undo it. The file's gap shows in the numbers."""
-        data = self._mend + line + b"\n"
         try:
-            written = self._file.write(data)
+            self._file.add(event, key, line, self.limit)
         except OSError as error:
-            log.error("event %d is not in the file: %s", seq, error.strerror)
-        else:
-            # Half a line is ended before the next one, so that it spoils no other.
-            self._mend = b"" if written == len(data) else b"\n"
+            log.error("event %d is not in the file: %s", event.seq, error.strerror)
 
     @property
     def emitted(self) -> int:

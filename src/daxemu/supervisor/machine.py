@@ -50,7 +50,7 @@ from daxemu.supervisor.madvise import madvise_inject_error
 from daxemu.supervisor.populate import Populating
 from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.scrub import Scrubber
-from daxemu.supervisor.settings import one_of, seconds
+from daxemu.supervisor.settings import log_size, one_of, seconds, size_text
 from daxemu.supervisor.survey import survey
 from daxemu.supervisor.under_way import Counted, UnderWay
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Ino, page_align_down
@@ -468,6 +468,7 @@ class Machine:
         """
         settings: dict[str, Callable[[str], Callable[[], None]]] = {
             "early_kill": self._early_kill,
+            "log_size": self._log_size,
             "lost_store": self._lost_store,
             "scrub_interval": self._scrub_interval,
         }
@@ -495,6 +496,10 @@ class Machine:
     def _lost_store(self, text: str) -> Callable[[], None]:
         value = one_of(text, "silent", "eio") == "eio"
         return lambda: setattr(self.fs, "lost_store_is_eio", value)
+
+    def _log_size(self, text: str) -> Callable[[], None]:
+        value = log_size(text)
+        return lambda: setattr(self.log, "limit", value)
 
     def _scrub_interval(self, text: str) -> Callable[[], None]:
         return partial(self.scrubber.set, seconds(text))
@@ -527,6 +532,7 @@ class Machine:
             scrubs=self.scrubber.scrubs,
             settings={
                 "early_kill": "1" if self.mm.sysctl_early_kill else "0",
+                "log_size": size_text(self.log.limit),
                 "lost_store": "eio" if self.fs.lost_store_is_eio else "silent",
                 "repair": self.repairs.text,
                 "scrub_interval": f"{self.scrubber.interval:.12g}",

@@ -41,6 +41,7 @@ from daxemu.supervisor.internals import internals, log_internals
 from daxemu.supervisor.machine import Machine, open_core
 from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.settings import PLAIN, MountOptions
+from daxemu.supervisor.supervisor_log import SupervisorLog
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
 
@@ -71,8 +72,11 @@ def supervise(
         check_mountpoint(mountpoint)
         directory = undo.enter_context(DeviceDir.open(device))
         tightened = directory.tighten()
-        events = EventLog(directory.root / "events.jsonl")
+        events = EventLog(directory.root / "events.jsonl", options.log_size)
         undo.callback(events.close)
+        own_log = SupervisorLog(directory.root / "supervisor.log", lambda: events.limit)
+        own_log.attach()
+        undo.callback(own_log.detach)
         pmem = Pmem(directory)
         undo.callback(pmem.close)
         try:
