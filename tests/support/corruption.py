@@ -85,11 +85,12 @@ def tree(fs: Filesystem) -> Tree:
                 data = bytes(fs.read(ino, 0, min(inode.size, 1 << 20)))
             except MediaError:
                 data = None
-        fs.names.path_bytes(ino)
         times = (inode.atime, inode.mtime, inode.ctime)
         plain = (inode.mode, inode.uid, inode.gid, inode.nlink, inode.rdev, inode.size, times)
         found[path or b"/"] = (ino, *plain, inode.target, sorted(inode.xattrs.items()), inode.sectors, data)
         ahead += [(path + b"/" + name, child) for name, child in (inode.entries or {}).items()]
+    for inode in fs.names:
+        fs.names.path_bytes(inode.ino)  # a ring would have no end
     return found
 
 
