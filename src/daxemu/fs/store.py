@@ -132,10 +132,10 @@ class Store:
     def _execute(self, sql: str) -> list[tuple[apsw.SQLiteValue, ...]]:
         try:
             return list(self._connection().execute(sql))
-        except (apsw.Error, MediaError) as error:
+        except (apsw.Error, MediaError, UnicodeDecodeError) as error:
             raise self._translated(error) from error
 
-    def _translated(self, error: apsw.Error | MediaError) -> DaxemuError:
+    def _translated(self, error: apsw.Error | MediaError | UnicodeDecodeError) -> DaxemuError:
         failure, self._vfs.failure = self._vfs.failure, None
         if isinstance(failure, MediaError) or failure is None:
             # SQLite may quote what it read, over several lines.
@@ -320,7 +320,7 @@ class Store:
 
     def integrity_check(self) -> list[str]:
         """What SQLite says is wrong with the tables."""
-        found = [str(row[0]) for row in self._execute("PRAGMA integrity_check")]
+        found = [_words(row[0]) for row in self._execute("PRAGMA integrity_check")]
         return [] if found == ["ok"] else found
 
 
