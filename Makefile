@@ -100,6 +100,7 @@ ltp: setup
 
 # Thousands of crashes and races, an hour of mixed work: what CI has no time for.
 soak: setup
+	DAXEMU_CORRUPTION_IMAGES=100000 $(PY) -m pytest tests/corruption -n auto
 	DAXEMU_CRASH_ROUNDS=5000 $(PY) -m pytest tests/mount/test_crash_loop.py --timeout 7200
 	DAXEMU_RACE_SECONDS=600 $(PY) -m pytest tests/mount/test_races.py -s
 	DAXEMU_SOAK=3600 $(PY) -m pytest tests/mount/test_soak.py -s

@@ -70,8 +70,21 @@ def test_what_cannot_be_read_is_reported_and_not_repaired(core: Core) -> None:
     core.close(save=False)
     for repair in (False, True):
         report = check(core, repair=repair)
-        assert len(report.wrong) == 1
+        assert report.wrong == ["the first superblock is poisoned", "the second superblock is poisoned"]
         assert report.healed == 0
     core.open_pmem()
     assert core.pmem.badblocks.count > 0
     core.drop_pmem()
+
+
+def test_every_bad_value_is_named(core: Core) -> None:
+    a_bit_of_everything(core)
+    core.fs.commit()
+    for statement in ("UPDATE inode SET uid=-7 WHERE ino=2", "UPDATE inode SET size=-1480 WHERE ino=3"):
+        core.fs.store._execute(statement)
+    core.close(save=False)
+    name = core.pmem.name
+    assert check(core).wrong == [
+        f"{name}: inode 2: uid -7 is outside its range",
+        f"{name}: inode 3: size -1480 is outside its range",
+    ]

@@ -44,6 +44,8 @@ class InodeTable:
         self.linkable: set[Ino] = set()
         """Files made without a name that may get one (``I_LINKABLE``)."""
         self._listings = Listings()
+        self._names: dict[Ino, int] = {}
+        """While a store is read: how many names a file with several has had so far."""
 
     def __len__(self) -> int:
         return len(self._inodes)
@@ -122,22 +124,66 @@ class InodeTable:
     def adopt_entries(self, parent: Ino, rows: Iterable[tuple[Ino, bytes, Ino]]) -> None:
         """Put in entries of one directory that a store has read, as (parent, name, inode number).
 
-        Raises FsError if there is no such directory or inode.
+        Raises FsError if there is no such directory or inode, ValueError for a name or a link that no
+        directory can hold.
         """
-        entries = self.directory(parent)[1]
+        directory, entries = self.directory(parent)
+        subdirectories = 0
         for _, name, ino in rows:
             check_entry(parent, name)
             child = self.get(ino)
             entries[name] = child.ino
+            if child.entries is not None:
+                subdirectories += 1
+            if child.parent or ino in (ROOT_INO, RESERVED_INO):
+                self._another_name(child, parent)
             child.parent, child.name = parent, name
+        if directory.nlink != 2 + subdirectories:
+            raise ValueError(f"inode {parent}: link count {directory.nlink}, has {2 + subdirectories}")
         self.name_bytes += sum(map(len, entries)) + ENTRY_COST * len(entries)
 
+    def _another_name(self, inode: Inode, parent: Ino) -> None:
+        """Count a name beyond the first. Raises ValueError for an inode that has one name at most."""
+        if inode.is_dir or inode.ino == RESERVED_INO:
+            raise ValueError(
+                f"directory {parent}: a name leads to inode {inode.ino}, which has another place"
+            )
+        self._names[inode.ino] = self._names.get(inode.ino, 1) + 1
+
     def finish_loading(self) -> None:
-        """Everything a store has is here. Raises CorruptMetadata if that is no filesystem."""
+        """Everything a store has is here. Raises CorruptMetadata or ValueError if that is no filesystem."""
         root = self._inodes.get(ROOT_INO)
         if root is None or not root.is_dir:
             raise CorruptMetadata("there is no root directory")
         root.parent = ROOT_INO
+        reached = {ROOT_INO}
+        for inode in self._inodes.values():
+            if inode.entries is not None:
+                self._reach(inode, reached)
+                if not inode.entries and inode.nlink != 2:
+                    raise ValueError(f"inode {inode.ino}: link count {inode.nlink}, has 2")
+            elif inode.nlink != 1 or not inode.parent or inode.ino in self._names:
+                self._check_links(inode)
+        self._names.clear()
+
+    def _check_links(self, inode: Inode) -> None:
+        found = self._names.get(inode.ino, 1) if inode.parent or inode.ino == RESERVED_INO else 0
+        if inode.nlink != found:
+            raise ValueError(f"inode {inode.ino}: link count {inode.nlink}, has {found}")
+
+    def _reach(self, directory: Inode, reached: set[Ino]) -> None:
+        """Raises ValueError if ``directory`` is in a ring, or has no name. ``reached``: known to be below the
+        root.
+        """
+        way: set[Ino] = set()
+        ino = directory.ino
+        while ino not in reached:
+            inode = self._inodes.get(ino)
+            if inode is None or ino in way:
+                raise ValueError(f"directory {directory.ino}: cannot be reached from the root")
+            way.add(ino)
+            ino = inode.parent
+        reached |= way
 
     @staticmethod
     def _own_bytes(inode: Inode) -> int:

@@ -9,8 +9,10 @@ from daxemu.events import Event
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.fsck import fsck
-from daxemu.fs.metadata_region import MetadataRegion
+from daxemu.fs.metadata_page import CopyState
+from daxemu.fs.metadata_region import REPLICAS, MetadataRegion
 from daxemu.fs.rmap import METADATA_INO, Rmap
+from daxemu.fs.store import FSCK_HINT, Store
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.pmem.pmem import Pmem
@@ -38,10 +40,28 @@ def check_device(directory: DeviceDir, *, repair: bool) -> Report:
             report.healed = _heal(pmem)
         _check(pmem, report)
     except CorruptMetadata as error:
-        report.wrong.append(str(error))
+        report.wrong += _why_unreadable(pmem, error)
     finally:
         pmem.close()
     return report
+
+
+def _why_unreadable(pmem: Pmem, error: CorruptMetadata) -> list[str]:
+    """A line for each superblock or value that keeps the filesystem from being read; else what ``error``
+    says.
+    """
+    region = MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
+    store = Store(region, pmem.name)
+    try:
+        store.open(read_only=True)
+        found = store.bad_values()
+    except CorruptMetadata:
+        bad = region.damaged_superblocks(is_clean=True)
+        lost = [damage.line for damage in bad if not damage.line.endswith(CopyState.STALE)]
+        found = lost if len(lost) == REPLICAS else []
+    finally:
+        store.close()
+    return found or [str(error).removesuffix(FSCK_HINT)]
 
 
 def _heal(pmem: Pmem) -> int:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from daxemu.errors import FsError
+from daxemu.fs import posix_acl
 from daxemu.fs.inode import LINK_MAX, MAX_FILE_SIZE, RESERVED_INO, TIME_MAX, Inode
 from daxemu.uapi import NAME_MAX, SYMLINK_MAX, XATTR_SIZE_MAX
 
@@ -27,6 +29,8 @@ _Row = tuple[
     Annotated[bytes, Meta(min_length=1, max_length=SYMLINK_MAX)] | None,
     bytes | None,
 ]
+INO_LIMIT = RESERVED_INO >> 1
+"""Numbers from here on are never given out: that leaves room for all new inodes of a device's life."""
 _COLUMNS: tuple[str, ...] = ("ino", "mode", "uid", "gid", "nlink", "rdev", "size", "atime", "mtime", "ctime")
 _COLUMNS += ("target", "xattrs")
 _TYPES = frozenset(
@@ -47,6 +51,12 @@ def inode_of(row: tuple[Any, ...]) -> Inode:
         raise ValueError(f"inode {inode.ino}: mode {inode.mode:#o} is of no file type")
     if (inode.target is not None) != (kind == stat.S_IFLNK):
         raise ValueError(f"inode {inode.ino}: a symlink without a target, or a target without a symlink")
+    if inode.target is not None and (inode.size != len(inode.target) or b"\0" in inode.target):
+        raise ValueError(f"inode {inode.ino}: a symlink's size {inode.size} or its target is wrong")
+    if inode.ino == RESERVED_INO and kind != stat.S_IFREG:
+        raise ValueError(f"inode {inode.ino}: mode {inode.mode:#o}, expected a regular file")
+    if INO_LIMIT <= inode.ino < RESERVED_INO:
+        raise ValueError(f"inode {inode.ino}: its number is not below {INO_LIMIT}")
     if values[-1] is not None:
         inode.xattrs = _xattrs(inode.ino, values[-1])
     return inode
@@ -73,6 +83,11 @@ def _xattrs(ino: int, data: bytes) -> dict[bytes, bytes]:
     for name, value in found.items():
         if not 1 <= len(name) <= NAME_MAX or b"\0" in name or len(value) > XATTR_SIZE_MAX:
             raise ValueError(f"inode {ino}: an extended attribute has a bad name or size")
+        if name in (posix_acl.ACCESS, posix_acl.DEFAULT):
+            try:
+                posix_acl.decode(value)
+            except FsError as error:
+                raise ValueError(f"inode {ino}: its access list cannot be decoded") from error
     return found
 
 

@@ -21,12 +21,12 @@ import apsw
 import msgspec
 
 from daxemu.errors import CorruptMetadata, DaxemuError, MediaError, NoSpace
-from daxemu.fs.inode import Inode
+from daxemu.fs.inode import MAX_FILE_SIZE, Inode
 from daxemu.fs.metadata_page import PAYLOAD
 from daxemu.fs.metadata_region import MetadataFile, MetadataRegion
 from daxemu.fs.metadata_vfs import MetadataVfs
 from daxemu.fs.namespace import Namespace
-from daxemu.fs.records import inode_of
+from daxemu.fs.records import INO_LIMIT, check_entry, inode_of
 from daxemu.fs.rmap import METADATA_INO, Link, ReflinkProxy, Rmap
 from daxemu.ranges import RangeSet
 from daxemu.uapi import PAGE_SIZE, Block, Ino
@@ -39,6 +39,8 @@ INODE_BYTES, LINK_BYTES, NAME_FACTOR = 280, 110, 2.5
 BASE_PAGES = 48
 CHECKPOINT_PAGES = 64
 GROWTH_PAGES = 64
+FSCK_HINT = "; run: daxemu fsck"
+PROXY_LIMIT = 1 << 62
 
 SCHEMA = """
     CREATE TABLE inode(
@@ -91,6 +93,7 @@ class Store:
         if read_only:
             self._connection().config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         self._execute("PRAGMA journal_mode=WAL")
+        self._check_schema()
         self._room = self._region.size(MetadataFile.DB)
 
     def _open(self) -> None:
@@ -102,6 +105,12 @@ class Store:
             "PRAGMA locking_mode=EXCLUSIVE; PRAGMA synchronous=FULL; PRAGMA temp_store=MEMORY;"
             f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}; PRAGMA cache_size=-8192"
         )
+
+    def _check_schema(self) -> None:
+        """Raises CorruptMetadata unless the tables are those of SCHEMA, with no view or trigger besides."""
+        found = sorted(_words(row[0]) for row in self._execute("SELECT sql FROM sqlite_schema"))
+        if found != sorted(_words(sql) for sql in SCHEMA.split(";") if sql.strip()):
+            raise CorruptMetadata(f"{self._name}: the metadata's tables are not those of a filesystem")
 
     def close(self) -> None:
         """Close the tables; what was not committed is lost. What SQLite wants to write back then may fail,
@@ -123,15 +132,15 @@ class Store:
     def _execute(self, sql: str) -> list[tuple[apsw.SQLiteValue, ...]]:
         try:
             return list(self._connection().execute(sql))
-        except (apsw.Error, MediaError) as error:
+        except (apsw.Error, MediaError, UnicodeDecodeError) as error:
             raise self._translated(error) from error
 
-    def _translated(self, error: apsw.Error | MediaError) -> DaxemuError:
+    def _translated(self, error: apsw.Error | MediaError | UnicodeDecodeError) -> DaxemuError:
         failure, self._vfs.failure = self._vfs.failure, None
         if isinstance(failure, MediaError) or failure is None:
             # SQLite may quote what it read, over several lines.
             why = " ".join(str(failure or error).encode("ascii", "backslashreplace").decode().split())
-            return CorruptMetadata(f"{self._name}: metadata cannot be read ({why}); run: daxemu fsck")
+            return CorruptMetadata(f"{self._name}: metadata cannot be read ({why}){FSCK_HINT}")
         return failure
 
     # -- room
@@ -244,14 +253,40 @@ class Store:
                     names.adopt_entries(parent, group)
                 links = self._connection().execute("SELECT * FROM link ORDER BY ino, file_block")
                 self._adopt_links(links, names, rmap, total_blocks)
-            counters = dict(self._connection().execute("SELECT name, value FROM counter"))
-            names.reserve_inos(counters["next_ino"])
-            self.is_clean = bool(counters["clean"])
+            self._adopt_counters(names)
+            names.finish_loading()
         except apsw.Error as error:
             raise self._translated(error) from error
         except (TypeError, ValueError, KeyError, DaxemuError, msgspec.MsgspecError) as error:
             raise CorruptMetadata(f"{self._name}: the metadata makes no sense: {error}") from error
-        names.finish_loading()
+
+    def _adopt_counters(self, names: Namespace) -> None:
+        counters = dict(self._connection().execute("SELECT name, value FROM counter"))
+        next_ino, clean = counters.get("next_ino"), counters.get("clean")
+        if type(next_ino) is not int or not names.next_ino <= next_ino <= INO_LIMIT:
+            raise ValueError(f"the next inode's number is {next_ino}, expected {names.next_ino} or more")
+        if clean not in (0, 1):
+            raise ValueError(f"the counter clean is {clean}, expected 0 or 1")
+        names.reserve_inos(next_ino)
+        self.is_clean = bool(clean)
+
+    def bad_values(self) -> list[str]:
+        """A line for each row with a value outside its domain; :meth:`load` stops at the first."""
+        wrong = []
+        try:
+            for row in self._connection().execute("SELECT * FROM inode"):
+                try:
+                    inode_of(row)
+                except ValueError as error:
+                    wrong.append(f"{self._name}: {error}")
+            for parent, name in self._connection().execute("SELECT parent, name FROM entry"):
+                try:
+                    check_entry(parent, name)
+                except ValueError as error:
+                    wrong.append(f"{self._name}: {error}")
+        except apsw.Error as error:
+            wrong.append(str(self._translated(error)))
+        return wrong
 
     def _adopt_links(
         self, rows: Iterator[tuple[int, ...]], names: Namespace, rmap: Rmap, total_blocks: Block
@@ -268,8 +303,12 @@ class Store:
                 if file_block < end or length <= 0 or dev_block < 0 or dev_block + length > total_blocks:
                     raise ValueError(f"inode {ino}: blocks {dev_block}+{length} at {file_block}")
                 end = file_block + length
+                if end > MAX_FILE_SIZE // PAGE_SIZE:
+                    raise ValueError(f"inode {ino}: block {end} is beyond the largest file")
                 proxy = None
                 if number is not None:
+                    if not 0 < number < PROXY_LIMIT:
+                        raise ValueError(f"inode {ino}: proxy {number} is outside its range")
                     proxy = proxies.get(number)
                     if proxy is None:
                         proxy = proxies[number] = ReflinkProxy(number)
@@ -281,8 +320,12 @@ class Store:
 
     def integrity_check(self) -> list[str]:
         """What SQLite says is wrong with the tables."""
-        found = [str(row[0]) for row in self._execute("PRAGMA integrity_check")]
+        found = [_words(row[0]) for row in self._execute("PRAGMA integrity_check")]
         return [] if found == ["ok"] else found
+
+
+def _words(sql: object) -> str:
+    return " ".join(str(sql).split())
 
 
 def _link_row(link: Link) -> tuple[int | None, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from operator import attrgetter
 from typing import NamedTuple
 
 from daxemu.errors import Busy, CorruptMetadata, DaxemuError, NoSpace, Shutdown
@@ -25,6 +26,8 @@ from daxemu.ranges import merged
 from daxemu.uapi import (
     PAGE_SIZE,
 )
+
+_DEV_BLOCK = attrgetter("dev_block")
 
 
 class Uncommitted(NamedTuple):
@@ -132,8 +135,20 @@ class SuperBlock:
             self.shutdown_reason = "the power failed"
 
     def _claim_blocks(self) -> None:
-        """Take out of free space what files have; links share blocks, so each block once."""
-        claims = sorted((link.dev_block, link.dev_end) for link in self.rmap if link.ino != METADATA_INO)
+        """Take out of free space what files have; links share blocks, so each block once. Raises
+        CorruptMetadata for blocks of several files that no proxy stands for.
+        """
+        links = sorted((link for link in self.rmap if link.ino != METADATA_INO), key=_DEV_BLOCK)
+        claims: list[tuple[int, int]] = []
+        end, proxy = 0, None
+        for link in links:
+            claims.append((link.dev_block, link.dev_end))
+            if link.dev_block < end and (proxy is None or link.proxy is not proxy):
+                raise CorruptMetadata(
+                    f"{self.dax.name}: inode {link.ino} has block {link.dev_block} of another without a proxy"
+                )
+            if link.dev_end > end:
+                end, proxy = link.dev_end, link.proxy
         for run in merged(claims):
             try:
                 self.allocator.take(run)

@@ -7,7 +7,7 @@ import errno
 import mmap
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from daxemu.errors import MediaError, NoSpace, NotADevice, PermissionDenied, Unsupported
@@ -125,7 +125,8 @@ class Media:
     def close(self) -> None:
         """Unmap. Precondition: no view handed out by :meth:`view` is alive."""
         self._view.release()
-        self._map.close()
+        with suppress(BufferError):  # the traceback of what failed may hold views: unmapped with the last
+            self._map.close()
         os.close(self._fd)
 
     # -- bytes
