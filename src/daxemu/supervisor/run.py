@@ -48,7 +48,9 @@ import pyfuse3  # isort: skip  (after host.supplement, which must be loaded firs
 log = logging.getLogger(__name__)
 
 SYNC_PATIENCE = 2.0
-"""Seconds that those who still use the mount have for their stores to be written back, before it is cut."""
+"""Seconds that ``umount --force`` waits for client processes' stores to be written back, before it cuts."""
+SYNC_PATIENCE_ON_SIGNAL = 10.0
+"""The same, where the supervisor ends on a signal: no client waits for an answer within 10 s."""
 COMMIT_INTERVAL = 5.0
 """Seconds between commits of what nobody synced (as ext4's and XFS's)."""
 ANSWER_PATIENCE = 2.0
@@ -142,29 +144,30 @@ class _Ending:
             raise NotMounted(f"{self._watchdog.cut}: see supervisor.log, then mount again")
         return answer
 
-    async def unmount(self, *, force: bool) -> None:
-        """Unmount and save; ``force`` takes the mount away from those who use it.
+    async def unmount(self, *, force: bool, patience: float = SYNC_PATIENCE) -> None:
+        """Unmount and save; ``force`` takes the mount away from those who use it. Each of its steps has
+        ``patience`` seconds.
 
         Raises Busy, or NoSpace if the metadata could not be saved.
         """
         session = self._machine.session
         if force:
             pins = await trio.to_thread.run_sync(pins_of, session.mount, abandon_on_cancel=True)
-            await self._unmount_by_force(pinned=bool(pins))
+            await self._unmount_by_force(patience, pinned=bool(pins))
         else:
             await trio.to_thread.run_sync(session.unmount, abandon_on_cancel=True)
         self._machine.fs.commit()
 
-    async def _unmount_by_force(self, *, pinned: bool) -> None:
-        """Unmount, and cut the connection where that does not end it. Takes 3 x SYNC_PATIENCE at most."""
+    async def _unmount_by_force(self, patience: float, *, pinned: bool) -> None:
+        """Unmount, and cut the connection where that does not end it, in 3 x ``patience`` seconds at most."""
         session = self._machine.session
         if not pinned:
-            with trio.move_on_after(SYNC_PATIENCE), suppress(Busy):
+            with trio.move_on_after(patience), suppress(Busy):
                 await trio.to_thread.run_sync(session.unmount, abandon_on_cancel=True)
                 return
-        with trio.move_on_after(SYNC_PATIENCE):
+        with trio.move_on_after(patience):
             await trio.to_thread.run_sync(session.sync, abandon_on_cancel=True)
-        with trio.move_on_after(SYNC_PATIENCE):
+        with trio.move_on_after(patience):
             await trio.to_thread.run_sync(session.detach, abandon_on_cancel=True)
         if not session.abort():
             pyfuse3.terminate()
@@ -191,7 +194,7 @@ class _Ending:
             async for number in signals:
                 log.info("ending on signal %d", number)
                 with self._machine.unexpected.caught(f"ending on signal {number}"):
-                    await self.unmount(force=True)
+                    await self.unmount(force=True, patience=SYNC_PATIENCE_ON_SIGNAL)
 
 
 async def _log_internals_on_signal(machine: Machine) -> None:
