@@ -190,6 +190,10 @@ class OutsideKernelControl(Event):
         return "memory_failure"
 
 
+KILLED_BY_SIGBUS = "killed by SIGBUS, which the thread had blocked"
+"""Reason of a SignalSent that is gone: the kernel logs the killing although no stop showed the delivery."""
+
+
 class SignalSent(Event):
     """SIGBUS for one thread. ``result``: delivered, pending, merged (with a SIGBUS that the thread has
     pending), ignored, gone, or inexact (``reason`` says why). ``current``: it is action required because the
@@ -209,7 +213,7 @@ class SignalSent(Event):
 
     def dmesg(self) -> str | None:
         if self._in_a_fault:
-            if self.result != "delivered":
+            if self.result != "delivered" and self.reason != KILLED_BY_SIGBUS:
                 return None  # a thread that was killed meanwhile, or whose signal stayed the kernel's own
             victim = f"{self.comm}:{self.pid}"
             return f"MCE: Killing {victim} due to hardware memory corruption fault at {self.address:x}"

@@ -310,7 +310,7 @@ class Tracer:
         thread = self._threads.get(tid)
         try:
             if not os.WIFSTOPPED(status):
-                self._drop(tid)
+                self._drop(tid, os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0)
             elif status >> 16 == ptrace.EVENT_EXEC:
                 self._drop(tid)
                 self._drop(ptrace.event_message(tid))
@@ -418,11 +418,11 @@ class Tracer:
         if thread.tid in self._threads:
             self._due = min(self._due, thread.deadline(), time.monotonic() + _SWEEP)
 
-    def _drop(self, tid: int) -> None:
-        """Forget a thread that is no more."""
+    def _drop(self, tid: int, signal: int = 0) -> None:
+        """Forget a thread that is no more. ``signal`` ended it; 0 if none did, or none is known."""
         self._injections.pop(tid, None)
         if (thread := self._threads.pop(tid, None)) is not None:
-            self._outbox.extend(Gone(id_) for id_ in thread.ids())
+            self._outbox.extend(Gone(id_, signal) for id_ in thread.ids())
         elif self._deliveries is not None and tid in self._deliveries:
             self._outbox.append(Gone(self._deliveries.take_over(tid).request.id))
 

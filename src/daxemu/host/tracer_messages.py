@@ -118,7 +118,9 @@ class NotTaken(_Message, frozen=True):
 
 
 class Gone(_Message, frozen=True):
-    """The thread exited, called execve(2), or unmapped the page before."""
+    """The thread exited, called execve(2), or unmapped the page before. ``signal`` ended it; 0 if none is known."""
+
+    signal: int = 0
 
 
 class Ignored(_Message, frozen=True):

@@ -16,6 +16,7 @@ that is stopped may take its time, and must not hold up the next failure.
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import trio
 
 from daxemu.errors import DaxemuError
-from daxemu.events import Emit, Outcome, SignalSent
+from daxemu.events import KILLED_BY_SIGBUS, Emit, Outcome, SignalSent
 from daxemu.host import pfn_mappings
 from daxemu.host.mappings import Mappings
 from daxemu.host.operations import PoisonedRead
@@ -485,8 +486,8 @@ def _explain(outcome: Delivery | None) -> tuple[str, str | None]:
             return "delivered", None
         case Ignored():
             return "ignored", None
-        case Gone():
-            return "gone", None
+        case Gone(signal=number):
+            return "gone", KILLED_BY_SIGBUS if number == signal.SIGBUS else None
         case Refused(reason=reason):
             return "inexact", reason
         case NotTaken():
