@@ -118,7 +118,7 @@ class NotTaken(_Message, frozen=True):
 
 
 class Gone(_Message, frozen=True):
-    """The thread exited, called execve(2), or unmapped the page before. ``signal`` ended it; 0 if none is known."""
+    """The thread exited, called execve(2), or unmapped the page. ``signal`` ended it; 0 if unknown."""
 
     signal: int = 0
 
