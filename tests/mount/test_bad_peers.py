@@ -208,6 +208,7 @@ def test_another_user_cannot_connect(dax_mount: DaxMount) -> None:
 
 def test_another_user_is_refused_even_if_the_socket_lets_him(dax_mount: DaxMount) -> None:
     os.chmod(dax_mount.device / "control.sock", 0o666)  # noqa: PTH101
+    dax_mount.device.chmod(0o711)
     done = stranger(dax_mount)
     assert done.returncode == 0, done.stderr
     reply = json.loads(done.stdout)

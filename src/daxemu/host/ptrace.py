@@ -84,14 +84,20 @@ def seize(tid: int) -> None:
     _ptrace("SEIZE", _SEIZE, tid, data=OPTIONS)
 
 
+_STOPPED_IN = (b"refrigerator", b"freez", b"signal_stop")
+"""Parts of the names of kernel functions (wchan) in which a frozen thread sleeps."""
+
+
 def may_sleep(tid: int) -> bool:
     """Whether ``seize`` may sleep in the kernel: the thread is stopped (in a frozen cgroup of version 1 the
-    stop cannot become a traced one), asleep beyond signals, or in execve(2), which holds cred_guard_mutex.
+    stop cannot become a traced one), frozen, or in execve(2), which holds cred_guard_mutex.
     """
     try:
         state = read_whole(f"/proc/{tid}/stat").rpartition(b") ")[2][:1]
-        if state in (b"T", b"D"):
+        if state == b"T":
             return True
+        if state == b"D" and any(name in read_whole(f"/proc/{tid}/wchan") for name in _STOPPED_IN):
+            return True  # not D of a page fault: such a thread may be traced for an AR already
         return read_whole(f"/proc/{tid}/syscall").split(b" ", 1)[0] in _EXECVE
     except OSError:
         return False

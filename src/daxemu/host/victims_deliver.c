@@ -99,8 +99,18 @@ static int may_sleep(const struct daxemu_delivery *delivery)
 		return 1;
 	text[got] = 0;
 	const char *state = strrchr(text, ')');
-	if (!state || strlen(state) < 3 || state[2] == 'T' || state[2] == 'D')
+	if (!state || strlen(state) < 3 || state[2] == 'T')
 		return 1;
+	if (state[2] == 'D') { /* not of a page fault: such a thread may be traced for an AR already */
+		snprintf(name, sizeof name, "task/%d/wchan", delivery->tid);
+		file = daxemu_open(delivery->tgid, name);
+		got = file < 0 ? -1 : read(file, text, sizeof text - 1);
+		if (file >= 0)
+			close(file);
+		text[got > 0 ? got : 0] = 0;
+		if (strstr(text, "refrigerator") || strstr(text, "freez") || strstr(text, "signal_stop"))
+			return 1;
+	}
 	snprintf(name, sizeof name, "task/%d/syscall", delivery->tid);
 	file = daxemu_open(delivery->tgid, name);
 	got = file < 0 ? -1 : read(file, text, sizeof text - 1);
