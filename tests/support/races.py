@@ -108,7 +108,7 @@ class EventCheck:
             self.kinds[event["event"]] += 1
             if event["event"] == "SignalSent":
                 self.sent[event["pid"], event["code"], event["result"]] += 1
-                if event["result"] not in ("delivered", "gone", "pending"):
+                if event["result"] not in ("delivered", "gone", "pending", "merged"):
                     wrong.append(f"a signal was {event['result']}: {event}")
             if event["event"] == "MemoryFailureHandled" and event["outcome"] != "Recovered":
                 wrong.append(f"a failure was {event['outcome']}: {event}")

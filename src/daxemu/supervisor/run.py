@@ -166,7 +166,10 @@ class _Ending:
                 await trio.to_thread.run_sync(session.unmount, abandon_on_cancel=True)
                 return
         with trio.move_on_after(patience):
-            await trio.to_thread.run_sync(session.sync, abandon_on_cancel=True)
+            try:
+                await trio.to_thread.run_sync(session.sync, abandon_on_cancel=True)
+            except OSError as error:  # the mount may be in other mount namespaces alone: no way in from here
+                log.warning("stores of client processes were not written back before the cut: %s", error)
         with trio.move_on_after(patience):
             await trio.to_thread.run_sync(session.detach, abandon_on_cancel=True)
         if not session.abort():
