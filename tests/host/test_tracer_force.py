@@ -59,7 +59,7 @@ def test_it_dies_of_what_it_has_pending() -> None:
         armed = await link.force_ar(tracee.pid, tracee.pid, tracee.map)
         assert isinstance(armed, Armed)
         assert isinstance(await armed.wait(30), Gone)
-        assert await waiting.wait(30) == Gone(waiting.id)
+        assert await waiting.wait(30) == Gone(waiting.id, signal.SIGBUS)
         assert await tracee.process.wait() == -signal.SIGBUS
 
     scenario(play)
