@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Poison a file's first page, and print what that did to whom.
+"""Poison the first page of a file and print each event of the failure.
 
 examples/watch_a_failure.py /tmp/pmem/file
 """
@@ -14,11 +14,14 @@ def main(path: str) -> None:
     with Client.at(path) as control, Client.at(path) as listener:
         seen = control.request("status")["events"]
         control.request("inject", ino=Path(path).stat().st_ino, ranges=[[0, 4096]])
+        control.settle()
+        last = control.request("status")["events"]
         for event in listener.follow(after=seen):
             if event["event"] == "SignalSent":
-                print("{comm} (pid {pid}) was told at {address:#x}: {result}".format_map(event))
+                print("{comm} (pid {pid}) was signalled at {address:#x}: {result}".format_map(event))
             if event["event"] == "MemoryFailureHandled":
                 print("pfn {pfn:#x}: {outcome}, {files} files, {processes} processes".format_map(event))
+            if event["seq"] >= last:
                 break
 
 

@@ -7,8 +7,10 @@ import mmap
 import os
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,6 +68,43 @@ def test_a_typed_request_is_answered_in_its_type(quick_mount: QuickMount) -> Non
         assert client.ask(p.Damaged()).files == [p.DamagedRange(file.stat().st_ino, "/f", 4096, 4096)]
         assert client.ask(p.Status()).settings["early_kill"] == "0"
         assert client.ask(p.Set({"early_kill": "1"})) == p.Done()
+
+
+def test_settle_counts_each_failure_so_far(quick_mount: QuickMount) -> None:
+    file = quick_mount.make_file("f", 2)
+    with Client.at(file, patience=20.0) as client:
+        client.ask(p.Inject([(4096, 4096)], ino=file.stat().st_ino))
+        assert client.settle() >= 0
+        last = client.request("status")["events"]
+        handled = [
+            event.seq for event in _until(Client.at(file), last) if isinstance(event, MemoryFailureHandled)
+        ]
+        assert handled
+        with pytest.raises(InvalidArgument, match="0 or more"):
+            client.settle(-1)
+
+
+def _until(listening: Client, last: int) -> list[Event]:
+    with listening:
+        events = listening.events()
+        return [next(events) for _ in range(last)]
+
+
+def test_an_idle_client_has_its_patience_at_its_next_request(
+    quick_mount: QuickMount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic
+    with Client.at(quick_mount.path, patience=20.0) as client:
+        for later in (1000, 2000):
+            monkeypatch.setattr("daxemu.client.blocking.time", SimpleNamespace(monotonic=_later(now, later)))
+            assert client.request("status")["state"] == "mounted"
+        lines = client.follow_lines()
+        monkeypatch.setattr("daxemu.client.blocking.time", SimpleNamespace(monotonic=_later(now, 3000)))
+        assert b"Mounted" in next(lines)
+
+
+def _later(now: Callable[[], float], seconds: float) -> Callable[[], float]:
+    return lambda: now() + seconds
 
 
 def test_a_typed_request_raises_what_the_supervisor_raised(quick_mount: QuickMount) -> None:
@@ -150,6 +189,7 @@ def test_async_requests_and_refusals(quick_mount: QuickMount, run: Run) -> None:
         async with AsyncClient.at(file) as client:
             assert (await client.request("status"))["state"] == "mounted"
             assert (await client.ask(p.Inject([(0, 4096)], ino=file.stat().st_ino))).holes == 0
+            assert await client.settle() >= 0
             with pytest.raises(InvalidArgument, match="no setting"):
                 await client.request("set", settings={"nothing": "1"})
             assert (await client.ask(p.GetBadblocks())).sectors == 8

@@ -74,7 +74,7 @@ def test_a_stopped_supervisor_holds_up_no_verb(dax_mount: DaxMount) -> None:
         pid = client.pid
     os.kill(pid, signal.SIGSTOP)
     try:
-        for verb in (["status"], ["damaged"], ["inject"], ["umount"]):
+        for verb in (["status"], ["damaged"], ["inject"], ["settle"], ["umount"]):
             said = dax_mount.run(*verb, dax_mount.path, status=4)
             assert f"kill -CONT {pid}" in said
         states = {each["mountpoint"]: each["state"] for each in json.loads(_status())}

@@ -27,6 +27,7 @@ def test_settle_is_answered_on_a_quiet_mount(dax_mount: DaxMount) -> None:
     assert dax_mount.json("settle", dax_mount.path)["seconds"] < 10
     with dax_mount.client() as client:
         assert client.ask(Settle(5.0)).seconds >= 0
+        assert client.settle() >= 0
 
 
 def test_each_call_to_the_holder_is_an_event(dax_mount: DaxMount) -> None:
@@ -96,7 +97,7 @@ def test_the_event_of_a_deadly_signal_is_there_once_it_is_settled(dax_mount: Dax
             dax_mount.inject("f", (page * 4096, 4096))
             victim = subprocess.Popen([sys.executable, "-c", load, str(file), str(page * 4096)])
             assert victim.wait(PATIENCE) == -signal.SIGBUS
-            client.ask(Settle())
+            client.settle()
             told = [e["code"] for e in dax_mount.events("SignalSent") if e["pid"] == victim.pid]
             assert told == [BUS_MCEERR_AR]
 

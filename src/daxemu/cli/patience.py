@@ -24,7 +24,19 @@ _REQUESTS: dict[str, Any] = {kind.__struct_config__.tag: kind for kind in p.AnyR
 _ONCE_ABSENT = {"scrubs": 0, "repair": p.RepairReport("none", 0, 0, 0, 0, 0, None), "supplement": ""}
 """Fields of a status that supervisors of earlier versions, which may still serve a mount, do not send."""
 _LONG = frozenset(
-    {"inject", "madvise", "clear", "scrub", "repair", "set", "reflink", "remove", "unmount", "survey"}
+    {
+        "inject",
+        "madvise",
+        "clear",
+        "scrub",
+        "repair",
+        "set",
+        "settle",
+        "reflink",
+        "remove",
+        "unmount",
+        "survey",
+    }
 )
 """Requests that may work for minutes: their deadline is renewed as long as the supervisor answers others."""
 
@@ -32,12 +44,12 @@ _LONG = frozenset(
 class PatientClient(Client):
     """A client whose requests end: with an answer of the right type, or one of daxemu.errors."""
 
-    def request(self, op: str, **arguments: Any) -> dict[str, Any]:
+    def _request(self, op: str, arguments: dict[str, Any], more: float = 0.0) -> dict[str, Any]:
         """See Client.request. A long request has no limit of its own: the supervisor must answer a ``status``
         every ``PATIENCE`` seconds meanwhile.
         """
         with _announced(self), _watched(self, op in _LONG):
-            result = super().request(op, **arguments)
+            result = super()._request(op, arguments, more)
         try:
             expected = {**_ONCE_ABSENT, **result} if op == "status" else result
             msgspec.convert(expected, p.reply_type(_REQUESTS[op]))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from daxemu.cli.common import emit, json_option
-from daxemu.client import Client
+from daxemu.cli.common import PATH, connect, emit, json_option
+from daxemu.client.connection import SETTLE_PATIENCE
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
-@click.option("--timeout", type=float, default=10.0, show_default=True, help="Seconds to wait at most.")
+@click.argument("mountpoint", type=PATH)
+@click.option(
+    "--timeout", type=float, default=SETTLE_PATIENCE, show_default=True, help="Seconds to wait at most."
+)
 @json_option
 def settle(mountpoint: Path, timeout: float, as_json: bool) -> None:
     """Wait until every failure so far was handled and every signal of them is in the log.
@@ -24,6 +25,6 @@ def settle(mountpoint: Path, timeout: float, as_json: bool) -> None:
     Example:
       daxemu settle /tmp/pmem && daxemu log /tmp/pmem
     """
-    with Client.at(mountpoint) as client:
-        result: dict[str, Any] = client.request("settle", patience=timeout)
-    emit(result, as_json, f"settled after {result['seconds']:.3f} s")
+    with connect(mountpoint) as client:
+        seconds = client.settle(timeout)
+    emit({"seconds": seconds}, as_json, f"settled after {seconds:.3f} s")

@@ -77,6 +77,10 @@ class AsyncClient:
         """See Client.request. Time limits are the caller's: trio.fail_after, asyncio.timeout."""
         return wire.result_of(self.mount, await self._converse(wire.encode({"op": op, **arguments})))
 
+    async def settle(self, patience: float = wire.SETTLE_PATIENCE) -> float:
+        """See Client.settle."""
+        return wire.seconds_of(self.mount, await self.request("settle", patience=patience))
+
     async def ask(self, request: Request[R]) -> R:
         """See Client.ask."""
         return wire.typed_result_of(self.mount, request, await self._converse(wire.encode_typed(request)))

@@ -38,7 +38,8 @@ class Client:
         self._searched = 0
         began = time.monotonic()
         self._socket = wire.connect(mount, wire.CONNECT_PATIENCE if patience is None else patience)
-        self._until = None if patience is None else began + patience
+        self._spent = time.monotonic() - began
+        self._until: float | None = None
         self.pid = wire.peer_of(self._socket)[0]
         """The supervisor's process, as the kernel says; 0 if this pid namespace does not show that."""
 
@@ -67,13 +68,25 @@ class Client:
         TimeoutError.
         """
         self._patience = seconds
-        self._renew()
+        self._spent = 0.0
 
     def request(self, op: str, **arguments: Any) -> dict[str, Any]:
         """Ask, and wait for the answer. Raises what the supervisor raised, NotMounted if it went away, Busy
         if it does not answer in time, NotASupervisor if the answer is none.
         """
-        return wire.result_of(self.mount, self._converse(wire.encode({"op": op, **arguments})))
+        return self._request(op, arguments)
+
+    def _request(self, op: str, arguments: dict[str, Any], more: float = 0.0) -> dict[str, Any]:
+        """``more``: seconds that the supervisor may take beyond the client's patience."""
+        return wire.result_of(self.mount, self._converse(wire.encode({"op": op, **arguments}), more))
+
+    def settle(self, patience: float = wire.SETTLE_PATIENCE) -> float:
+        """Wait until every failure so far was handled and every signal of them is an event: as delivered, or
+        as pending for a process that is stopped. Return the seconds that took.
+
+        Raises Busy if it takes longer than ``patience`` seconds; the client's own patience comes on top.
+        """
+        return wire.seconds_of(self.mount, self._request("settle", {"patience": patience}, patience))
 
     def ask(self, request: Request[R]) -> R:
         """The same with types: one of daxemu.protocol's requests, answered with what it is declared to."""
@@ -88,6 +101,7 @@ class Client:
 
     def follow_lines(self, after: int = 0) -> Iterator[bytes]:
         """As :meth:`follow`, each event as its line of JSON."""
+        self._begin()
         self._send(wire.encode({"op": "follow", "after": after}))
         return _Lines(self)
 
@@ -104,7 +118,9 @@ class Client:
 
         The subscription holds once this returns. Raises InvalidArgument for a file that is not there.
         """
-        self._send(wire.encode_typed(wire.follow_of(after, kinds, files, ranges, pids)))
+        subscribe = wire.encode_typed(wire.follow_of(after, kinds, files, ranges, pids))
+        self._begin()
+        self._send(subscribe)
         return map(partial(wire.event_of, self.mount), _Lines(self))
 
     def notices(self, *files: wire.File, after: int | None = None) -> Iterator[Notice]:
@@ -118,14 +134,13 @@ class Client:
         found = self.events(since, files=files or None)
         return filter(None, map(partial(notice_of, mount=self.mount, only_mapped=not files), found))
 
-    def _converse(self, line: bytes) -> bytes:
+    def _converse(self, line: bytes, more: float = 0.0) -> bytes:
+        self._begin(more)
         try:
             self._send(line)
             answer = self._read_line()
         except TimeoutError as error:
             raise wire.no_answer(self.mount, self.pid) from error
-        finally:
-            self._renew()
         if not answer:
             raise wire.went_away(self.mount)
         return answer
@@ -164,9 +179,13 @@ class Client:
             raise TimeoutError("timed out")
         self._socket.settimeout(left)
 
-    def _renew(self) -> None:
-        """The next exchange, or event, has all the time again."""
-        self._until = None if self._patience is None else time.monotonic() + self._patience
+    def _begin(self, more: float = 0.0) -> None:
+        """Set the deadline of an exchange, or of one event, that begins now: the client's patience and
+        ``more`` seconds, less what the connecting took of the first.
+        """
+        left = None if self._patience is None else self._patience - self._spent + more
+        self._until = None if left is None else time.monotonic() + left
+        self._spent = 0.0
 
 
 class _Lines:
@@ -179,10 +198,8 @@ class _Lines:
         return self
 
     def __next__(self) -> bytes:
-        try:
-            line = self._client._read_line()
-        finally:
-            self._client._renew()
+        self._client._begin()
+        line = self._client._read_line()
         if not line:
             raise StopIteration
         return line

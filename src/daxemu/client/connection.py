@@ -39,6 +39,8 @@ MAX_REPLY = 256 << 20
 """Bytes of one answer or event: the ranges of the longest injection take 60 MB."""
 CONNECT_PATIENCE = 5.0
 """Seconds to make a connection where the caller sets no limit."""
+SETTLE_PATIENCE = 10.0
+"""Seconds that ``settle`` waits where the caller sets no limit."""
 _UCRED = struct.Struct("=iII")
 _TIMEVAL = struct.Struct("@ll")
 File = str | os.PathLike[str] | tuple[str | os.PathLike[str], int, int]
@@ -204,6 +206,14 @@ def result_of(mount: Mount, line: bytes) -> dict[str, Any]:
         case {"ok": False, "error": str(kind), "message": str(message)}:
             raise ERRORS.get(kind, DaxemuError)(message)
     raise nonsense(mount, "JSON that is no reply")
+
+
+def seconds_of(mount: Mount, result: dict[str, Any]) -> float:
+    """The field of a reply to ``settle``. Raises NotASupervisor if there is no such number."""
+    match result:
+        case {"seconds": float() | int() as seconds}:
+            return float(seconds)
+    raise nonsense(mount, "a reply of another type")
 
 
 def encode_typed(request: Request[R]) -> bytes:

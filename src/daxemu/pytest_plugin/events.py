@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from daxemu.client import Client
 from daxemu.events import Event, SignalSent
-from daxemu.protocol import Settle
 
 if TYPE_CHECKING:
     from daxemu.pytest_plugin.mount import DaxMount
@@ -30,8 +29,8 @@ class Events:
     def settle(self, *, timeout: float = PATIENCE) -> None:
         """Wait until every failure so far was handled and every signal of them is an event. Raises Busy."""
         if self._mount.where() is not None:
-            with Client.at(self._mount.path, patience=2 * timeout) as client:
-                client.ask(Settle(timeout))
+            with Client.at(self._mount.path, patience=timeout) as client:
+                client.settle(timeout)
 
     def exactly(self, count: int, kind: type[E] = SignalSent) -> list[E]:  # type: ignore[assignment]
         """Settle, and return the events of a kind. Raises AssertionError unless there are ``count``."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import trio
 
-from daxemu.errors import Busy
+from daxemu.errors import Busy, InvalidArgument
 from daxemu.host.unexpected import Nursery, task_name
 from daxemu.protocol import Settled
 
@@ -44,8 +44,11 @@ class UnderWay:
     async def settle(self, patience: float) -> Settled:
         """Wait until all that is under way now has ended, and all that began by the end of that.
 
-        Raises Busy, with the names of the rest, after ``patience`` seconds.
+        Raises Busy, with the names of the rest, after ``patience`` seconds; InvalidArgument for a negative
+        ``patience``.
         """
+        if not patience >= 0:
+            raise InvalidArgument(f"{patience:g} seconds of patience: give 0 or more")
         began = time.monotonic()
         with trio.move_on_after(patience):
             while self._events:
