@@ -21,8 +21,8 @@ from daxemu.ranges import Range
 from daxemu.uapi import MF_MEM_PRE_REMOVE, PAGE_SHIFT, PAGE_SIZE, U64_MAX
 
 
-class NotifyFailure:
-    """``struct dax_holder_operations`` of one filesystem."""
+class FilesystemHolder:
+    """One filesystem as the holder of its DAX device (``struct dax_holder_operations``)."""
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from daxemu.fs.layouts import Layouts
 from daxemu.fs.metadata_page import CopyState
 from daxemu.fs.metadata_region import MetadataRegion
 from daxemu.fs.namespace import Namespace
-from daxemu.fs.notify_failure import NotifyFailure
+from daxemu.fs.notify_failure import FilesystemHolder
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.fs.store import Store
 from daxemu.mm.memory_failure import MemoryFailures
@@ -93,7 +93,7 @@ class SuperBlock:
             self.store.close()
             raise
         self.rmap.on_change = self.names.on_change = self.layouts.break_layout
-        self._holder = NotifyFailure(dax, self.rmap, self.names, mm, emit, self.shutdown)
+        self._holder = FilesystemHolder(dax, self.rmap, self.names, mm, emit, self.shutdown)
         dax.hold(self._holder)
 
     def _on_bad_copy(self, file: str, page: int, copy: int, state: CopyState) -> None:

@@ -1,0 +1,53 @@
+"""What all events share: the base class, and the vocabulary of several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+
+import msgspec
+
+
+class Outcome(StrEnum):
+    """``enum mf_result`` of mm/memory-failure.c."""
+
+    IGNORED = "Ignored"
+    FAILED = "Failed"
+    DELAYED = "Delayed"
+    RECOVERED = "Recovered"
+
+
+class PageType(StrEnum):
+    """``enum mf_action_page_type`` of mm/memory-failure.c, those that apply to device memory."""
+
+    DAX = "dax page"
+    PFN_MAP = "non struct page pfn"
+
+
+def signalled(processes: int, signals: int) -> str:
+    """Return a count for people: processes, and signals in parentheses where the numbers differ."""
+    count = f"{processes} process{'' if processes == 1 else 'es'} signalled"
+    return count if signals == processes else f"{count} ({signals} signals)"
+
+
+class Event(msgspec.Struct, tag_field="event", kw_only=True):
+    """One thing that happened. ``seq`` counts from 1 in each mount; ``time`` is seconds since the epoch."""
+
+    seq: int = 0
+    time: float = 0.0
+
+    def dmesg(self) -> str | None:
+        """The line the kernel prints for this, without its timestamp; None if it prints none."""
+        return None
+
+    def printed_by(self) -> str:
+        """The kernel's function that prints that line. Precondition: there is one."""
+        raise NotImplementedError(f"{type(self).__name__} has no line")
+
+    def summary(self) -> str:
+        """One line for people."""
+        return self.dmesg() or type(self).__name__
+
+
+Emit = Callable[[Event], None]
+"""How a layer publishes: it hands the event up and thinks no more of it."""

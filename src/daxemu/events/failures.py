@@ -1,0 +1,172 @@
+"""Events of memory failures: the calls, the outcomes, the signals, the removal of a device."""
+
+from __future__ import annotations
+
+from daxemu.events.base import Event, Outcome, signalled
+from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR
+
+
+class NotifyFailure(Event):
+    """One call of the holder's ``->notify_failure``. ``offset`` and ``length`` are device bytes; ``flags``
+    are those of memory_failure(). The removal of a device is one call: 0, U64_MAX, MF_MEM_PRE_REMOVE.
+    """
+
+    offset: int
+    length: int
+    flags: int
+
+    def summary(self) -> str:
+        return f"notify_failure of device {self.offset:#x}+{self.length:#x}, flags {self.flags:#x}"
+
+
+class MemoryFailureHandled(Event):
+    """The end of one memory_failure(): ``action_result()``.
+
+    ``signals``: SIGBUS sent for all parts of the failure, one for each mapping of each process that was
+    chosen. ``processes``: distinct processes among their receivers. ``told`` is the old name of ``signals``.
+    """
+
+    pfn: int
+    nr_pages: int
+    page_type: str
+    outcome: Outcome
+    told: int
+    files: int
+    error: str | None = None
+    signals: int = 0
+    processes: int = 0
+
+    def dmesg(self) -> str:
+        return f"Memory failure: {self.pfn:#x}: recovery action for {self.page_type}: {self.outcome.value}"
+
+    def printed_by(self) -> str:
+        return "action_result"
+
+
+class OutsideKernelControl(Event):
+    """A failure of pages that no pagemap and no pfn address space has: nothing was done (-ENXIO)."""
+
+    pfn: int
+    nr_pages: int
+
+    def dmesg(self) -> str:
+        return f"Memory failure: {self.pfn:#x}: memory outside kernel control"
+
+    def printed_by(self) -> str:
+        return "memory_failure"
+
+
+KILLED_BY_SIGBUS = "killed by SIGBUS, which the thread had blocked"
+"""Reason of a SignalSent that is gone: the kernel logs the killing although no stop showed the delivery."""
+
+
+class SignalSent(Event):
+    """SIGBUS for one thread. ``result``: delivered, pending, merged (with a SIGBUS that the thread has
+    pending), ignored, gone, or inexact (``reason`` says why). ``current``: it is action required because the
+    thread itself was in memory_failure(), not by a page fault.
+    """
+
+    pid: int
+    tid: int
+    comm: str
+    code: int
+    address: int
+    lsb: int
+    pfn: int
+    result: str
+    reason: str | None = None
+    current: bool = False
+
+    def dmesg(self) -> str | None:
+        if self._in_a_fault:
+            if self.result != "delivered" and self.reason != KILLED_BY_SIGBUS:
+                return None  # a thread that was killed meanwhile, or whose signal stayed the kernel's own
+            victim = f"{self.comm}:{self.pid}"
+            return f"MCE: Killing {victim} due to hardware memory corruption fault at {self.address:x}"
+        return (
+            f"Memory failure: {self.pfn:#x}: Sending SIGBUS to {self.comm}:{self.pid} "
+            "due to hardware memory corruption"
+        )
+
+    def printed_by(self) -> str:
+        return "do_sigbus" if self._in_a_fault else "kill_proc"
+
+    @property
+    def _in_a_fault(self) -> bool:
+        return self.code == BUS_MCEERR_AR and not self.current
+
+    def summary(self) -> str:
+        name = {BUS_MCEERR_AO: "BUS_MCEERR_AO", BUS_MCEERR_AR: "BUS_MCEERR_AR"}.get(self.code, str(self.code))
+        why = f" ({self.reason})" if self.reason else ""
+        return (
+            f"SIGBUS {name} to {self.comm}:{self.pid} thread {self.tid} "
+            f"addr {self.address:#x} lsb {self.lsb}: {self.result}{why}"
+        )
+
+
+class PopulateFailed(Event):
+    """A thread populated or locked a mapping (system call ``call``) of bytes that cannot be read, among bytes
+    ``[offset, offset + length)`` of the file. ``result``: ENOMEM (the call returned it), ignored (the call
+    succeeded), killed (by SIGKILL: nothing else ends the call of a thread that cannot be held), endless
+    (SIGKILL is not permitted either), or gone (the thread died meanwhile). ``reason`` says why.
+    """
+
+    pid: int
+    tid: int
+    comm: str
+    call: str
+    ino: int
+    path: str
+    offset: int
+    length: int
+    result: str
+    reason: str | None = None
+
+    def summary(self) -> str:
+        why = f" ({self.reason})" if self.reason else ""
+        return (
+            f"{self.call} of {self.comm}:{self.pid} thread {self.tid} over unreadable bytes of {self.path} "
+            f"{self.offset:#x}+{self.length:#x}: {self.result}{why}"
+        )
+
+
+class FaultRepeated(Event):
+    """A thread has asked ``times`` times in a row for a page of a file that cannot be read."""
+
+    pid: int
+    tid: int
+    comm: str
+    ino: int
+    path: str
+    offset: int
+    times: int
+
+    def summary(self) -> str:
+        return (
+            f"{self.comm}:{self.pid} thread {self.tid} asked {self.times} times for the unreadable page "
+            f"at {self.offset:#x} of {self.path}"
+        )
+
+
+class DaxActiveAtRemove(Event):
+    """A surprise removal begins while somebody holds the device (proposed for the pmem driver in 2021)."""
+
+    device: str
+
+    def dmesg(self) -> str:
+        return f"nd_pmem {self.device}: DAX active at remove, trigger mass memory failure"
+
+    def printed_by(self) -> str:
+        return "pmem_pagemap_kill"
+
+
+class DeviceRemoved(Event):
+    """The end of a surprise removal. ``signals``, ``processes`` and ``told`` as in MemoryFailureHandled."""
+
+    device: str
+    told: int
+    signals: int = 0
+    processes: int = 0
+
+    def summary(self) -> str:
+        return f"{self.device} was removed, {signalled(self.processes, self.signals)}"

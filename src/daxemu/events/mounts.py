@@ -1,0 +1,109 @@
+"""Events of a mount and of its supervisor."""
+
+from __future__ import annotations
+
+from daxemu.events.base import Event
+
+
+class Mounted(Event):
+    device: str
+    mountpoint: str
+    size: int
+
+    def summary(self) -> str:
+        return f"mounted {self.device} on {self.mountpoint}"
+
+
+class Unmounted(Event):
+    mountpoint: str
+
+    def summary(self) -> str:
+        return f"unmounted {self.mountpoint}"
+
+
+class DeviceTightened(Event):
+    """Other users could open ``files`` files of DEVICE, against ``mode`` (octal) of device.toml."""
+
+    device: str
+    mode: str
+    files: int
+
+    def summary(self) -> str:
+        return f"{self.device}: others no longer have access to {self.files} of its files (mode {self.mode})"
+
+
+class SettingChanged(Event):
+    name: str
+    value: str
+
+    def summary(self) -> str:
+        return f"set {self.name}={self.value}"
+
+
+class EventsRepeated(Event):
+    """Only in the file: ``count`` events like the one before, ``first`` to ``seq``, since ``since``. ``what``
+    is a summary of each.
+    """
+
+    first: int
+    since: float
+    what: str
+    count: int = 0
+
+    def summary(self) -> str:
+        return f"{self.what}: {self.count} times more, events {self.first} to {self.seq}"
+
+
+class UnexpectedError(Event):
+    """An exception that no code expects, ``error``, ended a request or a round of a task (``where``). Its
+    traceback is in supervisor.log.
+    """
+
+    where: str
+    error: str
+
+    def summary(self) -> str:
+        return f"{self.where} failed inside the supervisor: {self.error}"
+
+
+class LoopStalled(Event):
+    """One step of the event loop took ``seconds``: no request was answered meanwhile. The watchdog cut the
+    mount. ``task`` is the task that ran, ``step`` the innermost function; the stack is in supervisor.log.
+    """
+
+    task: str
+    step: str
+    seconds: float
+
+    def summary(self) -> str:
+        return f"the mount was cut: {self.task} stood still for {self.seconds:.0f} s in {self.step}"
+
+
+class MetadataRewritten(Event):
+    """One copy of a page of the filesystem's records was bad and was rewritten from the other copy.
+
+    ``file``: db, wal or superblock. ``page``: the page's number in the file, or the superblock's first block
+    on the device. ``copy``: 1 or 2. ``reason``: "has a wrong checksum" or "is older than the other".
+    """
+
+    device: str
+    file: str
+    page: int
+    copy: int
+    reason: str
+
+    def summary(self) -> str:
+        where = "" if self.file == "superblock" else f"page {self.page} of "
+        found = f"metadata {where}{self.file}: copy {self.copy} {self.reason}"
+        return f"{found}; rewritten from the other copy"
+
+
+class FilesystemShutdown(Event):
+    device: str
+    reason: str
+
+    def dmesg(self) -> str:
+        return f"daxemu ({self.device}): {self.reason}"
+
+    def printed_by(self) -> str:
+        return "xfs_do_force_shutdown"
