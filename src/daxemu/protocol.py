@@ -211,6 +211,14 @@ class InternalsReport(msgspec.Struct):
     """Threads that the tracer has a request for."""
     layouts: int
 
+    def lines(self) -> list[str]:
+        """Return the report as text for people."""
+        lines = []
+        for title in ("tasks", "turns", "held", "armed"):
+            entries: list[str] = getattr(self, title)
+            lines += [f"{title}: {len(entries)}", *(f"  {entry}" for entry in entries)]
+        return [*lines, f"layouts out: {self.layouts} files"]
+
 
 class Done(msgspec.Struct):
     """Nothing to tell but that it was done."""

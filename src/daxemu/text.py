@@ -26,6 +26,11 @@ def for_people(text: str) -> str:
     return "".join(map(_shown, text))
 
 
+def lines_for_people(text: str) -> list[str]:
+    """The lines of a text that has several of its own, such as a traceback, each as for_people has it."""
+    return [for_people(line) for line in text.rstrip("\n").split("\n")]
+
+
 def _shown(char: str) -> str:
     if char not in _BIDI and unicodedata.category(char) not in _ESCAPED:
         return char

@@ -85,3 +85,24 @@ def test_thousands_in_flight_do_not_deadlock() -> None:
             assert await pending.wait(30) == Gone(pending.id)
 
     scenario(play)
+
+
+def test_what_the_tracer_writes_to_stderr_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Also the last words, as of a traceback, of a tracer that ends."""
+
+    def said() -> list[str]:
+        return [record.details for record in caplog.records if record.name == "daxemu.host.tracer_link"]  # type: ignore[attr-defined]
+
+    async def main() -> None:
+        with trio.fail_after(60):
+            async with TracerLink.open() as link:
+                stderr = os.open(f"/proc/{link.pid}/fd/2", os.O_WRONLY)
+                try:
+                    os.write(stderr, b"first\nwords \xff\n")
+                    await until(lambda: said() == ["first\nwords \udcff\n"])
+                    os.write(stderr, b"last words\n")
+                finally:
+                    os.close(stderr)
+
+    trio.run(main)
+    assert said()[1:] == ["last words\n"]

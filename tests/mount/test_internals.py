@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -34,4 +35,32 @@ def test_sigusr1_writes_it_into_the_log(dax_mount: DaxMount) -> None:
         log = dax_mount.device / "supervisor.log"
         while "layouts out" not in log.read_text():
             assert json.dumps(client.request("status"))
-    assert "internals: tasks: " in log.read_text()
+    assert "    tasks: " in log.read_text()
+
+
+def test_the_tracer_writes_to_the_new_log_after_a_rotation(dax_mount: DaxMount) -> None:
+    log, rotated = dax_mount.device / "supervisor.log", dax_mount.device / "supervisor.log.1"
+    dax_mount.run("set", dax_mount.path, "log_size=1M")
+    with log.open("ab") as file:
+        file.write(b"of before\n" * 60_000)
+    with dax_mount.client() as client:
+        os.kill(client.pid, signal.SIGUSR1)
+        while not rotated.exists() or not log.exists():
+            client.request("status")
+        stderr = os.open(f"/proc/{_tracer_of(client.pid)}/fd/2", os.O_WRONLY)
+        os.write(stderr, b"words of the tracer\n")
+        os.close(stderr)
+        while "words of the tracer" not in log.read_text():
+            client.request("status")
+    assert "words of the tracer" not in rotated.read_text()
+
+
+def _tracer_of(supervisor: int) -> int:
+    """The child process of a supervisor that is its tracer."""
+    children = [
+        int(pid)
+        for task in Path(f"/proc/{supervisor}/task").iterdir()
+        for pid in (task / "children").read_text().split()
+    ]
+    (found,) = [pid for pid in children if b"daxemu.host.tracer" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import msgspec
 
 from daxemu.cli.common import (
     DEVICE,
@@ -32,6 +33,7 @@ from daxemu.host.device_lock import PATIENCE, end_holder, wait_for_last_mount
 from daxemu.host.mountinfo import Mount, mount_at, mounts
 from daxemu.host.pins import copies, named, pins_of, pins_of_device
 from daxemu.pmem.device_dir import DeviceDir
+from daxemu.protocol import InternalsReport
 from daxemu.supervisor import settings as limits
 from daxemu.supervisor.settings import LOG_SIZE, MountOptions, seconds
 from daxemu.text import name_text
@@ -108,12 +110,10 @@ def mount(
         )
 
     if foreground:
-        from daxemu.supervisor.log_handler import RatelimitedHandler
+        from daxemu.supervisor.log_handler import log_to_stderr
         from daxemu.supervisor.run import supervise
 
-        logging.basicConfig(
-            level=logging.WARNING, format="daxemu: %(message)s", handlers=[RatelimitedHandler()]
-        )
+        log_to_stderr("daxemu: %(message)s", logging.WARNING)
         supervise(device, mountpoint, lambda: say(os.getpid()), options)
         return
     from daxemu.host.session import check_mountpoint
@@ -265,8 +265,8 @@ def status(mountpoint: Path | None, internals: bool, as_json: bool) -> None:
         if mountpoint is None:
             raise InvalidArgument("--internals is of one mount: daxemu status MOUNTPOINT --internals")
         with connect(mountpoint) as client:
-            shown = client.request("internals")
-        emit(shown, as_json, lambda: _describe_internals(shown))
+            inside = client.request("internals")
+        emit(inside, as_json, lambda: msgspec.convert(inside, InternalsReport).lines())
         return
     if mountpoint is not None:
         with connect(mountpoint) as client:
@@ -329,13 +329,6 @@ def _describe(report: dict[str, Any]) -> list[str]:
             f"  supplement  {report['supplement']}, layouts {report.get('layouts', 'off')}",
         ]
     return lines
-
-
-def _describe_internals(found: dict[str, Any]) -> list[str]:
-    lines = []
-    for title in ("tasks", "turns", "held", "armed"):
-        lines += [f"{title}: {len(found[title])}", *(f"  {entry}" for entry in found[title])]
-    return [*lines, f"layouts out: {found['layouts']} files"]
 
 
 def _describe_repair(repair: dict[str, Any] | None) -> str:

@@ -16,6 +16,7 @@ Invariants:
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import socket
@@ -48,10 +49,14 @@ from daxemu.host.tracer_messages import (
 )
 from daxemu.uapi import PAGE_SHIFT
 
+log = logging.getLogger(__name__)
+
 _DIED = "the tracer died"
 _CLOSED = "the tracer was told to stop"
 _EXIT_PATIENCE = 5.0  # seconds for the tracer to let its threads go, when the link closes
 _IDLE = 0.25  # seconds without a report: it has nothing to do that it can do
+_GATHER = 0.1  # seconds from the first words of the tracer on stderr to the message in our log
+_PIPE = 1 << 16  # bytes that a pipe holds
 _LONGEST_QUEUE = 30.0  # seconds that a request is waited for because others come before it
 
 
@@ -111,9 +116,10 @@ class Armed(Pending):
 class _Session:
     """One tracer process."""
 
-    def __init__(self, process: trio.Process, sock: trio.socket.SocketType) -> None:
+    def __init__(self, process: trio.Process, sock: trio.socket.SocketType, stderr: int) -> None:
         self.process = process
         self.sock = sock
+        self.stderr = stderr
         self.is_alive = True
         self.waiting: dict[int, Pending] = {}
         self.outgoing, self.queue = trio.open_memory_channel[Request](math.inf)
@@ -247,12 +253,16 @@ class TracerLink:
     async def _start(self) -> _Session:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock = trio.socket.from_stdlib_socket(ours)
+        said, stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             with theirs:
-                session = _Session(await _start_process(theirs.fileno(), self._abort), sock)
+                session = _Session(await _start_process(theirs.fileno(), stderr, self._abort), sock, said)
         except BaseException:
             sock.close()
+            os.close(said)
             raise
+        finally:
+            os.close(stderr)
         self._nursery.start_soon(self._serve, session)
         return session
 
@@ -261,6 +271,7 @@ class TracerLink:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_write, session)
+                nursery.start_soon(_relay, session.stderr)
                 await self._read(session)
                 reason = _DIED
                 nursery.cancel_scope.cancel()
@@ -270,6 +281,8 @@ class TracerLink:
             for id_ in list(session.waiting):
                 self._finish(session, Refused(id_, reason))
             await _stop_process(session.process)
+            _log_said(session.stderr)
+            os.close(session.stderr)
 
     async def _read(self, session: _Session) -> None:
         decoder = msgspec.json.Decoder(list[Report])
@@ -321,7 +334,29 @@ async def _write(session: _Session) -> None:
             return
 
 
-async def _start_process(fd: int, abort: Path | None) -> trio.Process:
+async def _relay(stderr: int) -> None:
+    """Log what the tracer writes to stderr: supervisor.log may be another file by then than when the tracer
+    began. The pipe takes no more than it holds, so that the tracer never waits for us.
+    """
+    while True:
+        await trio.lowlevel.wait_readable(stderr)
+        await trio.sleep(_GATHER)  # a traceback comes line by line
+        if not _log_said(stderr):
+            await trio.sleep_forever()  # its end: the socket tells the same
+
+
+def _log_said(stderr: int) -> bool:
+    """Log as one message what is in the pipe. Return False at the end of the pipe."""
+    try:
+        said = os.read(stderr, _PIPE)
+    except BlockingIOError:
+        return True
+    if said:
+        log.warning("the tracer said:", extra={"details": said.decode(errors="surrogateescape")})
+    return bool(said)
+
+
+async def _start_process(fd: int, stderr: int, abort: Path | None) -> trio.Process:
     # From "/", lest it keep a mount busy; -P, lest modules be taken from there.
     root = str(Path(daxemu.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -329,6 +364,7 @@ async def _start_process(fd: int, abort: Path | None) -> trio.Process:
         [sys.executable, "-P", "-m", "daxemu.host.tracer", str(fd), *([str(abort)] if abort else [])],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
+        stderr=stderr,
         pass_fds=[fd],
         start_new_session=True,
         cwd="/",

@@ -41,7 +41,7 @@ class Unexpected:
         """
         text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
         # As text: a traceback that is kept keeps views of the media, which then cannot be unmapped.
-        log.error("%s failed\n%s", where, "".join(traceback.format_exception(error)))
+        log.error("%s failed", where, extra={"details": "".join(traceback.format_exception(error))})
         self._emit(UnexpectedError(where=where, error=text))
         return f"{where} failed inside the supervisor ({text}): its traceback is in {_log_name()}; report it"
 

@@ -75,5 +75,5 @@ class Watchdog(trio.abc.Instrument):
         task = self._task.name if self._task is not None else "no task"
         event = LoopStalled(task=task, step=stack[-1].name, seconds=seconds)
         self.cut = event.summary()
-        log.error("%s\n%s", self.cut, "".join(stack.format()))
+        log.error("%s", self.cut, extra={"details": "".join(stack.format())})
         return event

@@ -17,7 +17,7 @@ import msgspec
 
 from daxemu.errors import DaxemuError
 from daxemu.protocol import Progress, Reply
-from daxemu.supervisor.log_handler import RatelimitedHandler
+from daxemu.supervisor.log_handler import log_to_stderr
 from daxemu.supervisor.settings import MountOptions
 
 SAY = 0.5
@@ -26,11 +26,7 @@ SAY = 0.5
 
 def main(device: str, mountpoint: str, ready_fd: int, options: str = "{}") -> int:
     """Run it. Returns the exit status."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        handlers=[RatelimitedHandler()],
-    )
+    log_to_stderr("%(asctime)s %(levelname)s %(name)s: %(message)s", logging.INFO)
 
     def say(what: Reply | Progress) -> None:
         try:

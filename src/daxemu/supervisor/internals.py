@@ -33,14 +33,8 @@ def internals(machine: Machine) -> InternalsReport:
 
 
 def log_internals(machine: Machine) -> None:
-    """Write the state of this moment to supervisor.log."""
-    report = internals(machine)
-    for title in ("tasks", "turns", "held", "armed"):
-        entries: list[str] = getattr(report, title)
-        log.warning("internals: %s: %d", title, len(entries))
-        for entry in entries:
-            log.warning("internals:   %s", entry)
-    log.warning("internals: layouts out: %d files", report.layouts)
+    """Write the state of this moment to supervisor.log, as one message: messages are rate limited."""
+    log.warning("internals:", extra={"details": "\n".join(internals(machine).lines())})
 
 
 def _limited(entries: Iterator[str]) -> list[str]:

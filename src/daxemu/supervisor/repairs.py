@@ -191,7 +191,7 @@ class Repairs:
         self._emit(RepairStrategyFailed(strategy=self.text, reason=self.broken))
         # As text: a traceback that is kept keeps views of the media, which then cannot be unmapped.
         said = "".join(traceback.format_exception(error))
-        log.error("the repair strategy %s failed in %s\n%s", self.text, where, said)
+        log.error("the repair strategy %s failed in %s", self.text, where, extra={"details": said})
 
     def _ask(self, verb: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Call the strategy; None if it failed. Raises what a strategy may: MediaError and NoSpace."""
