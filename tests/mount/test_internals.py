@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from daxemu.protocol import Inject, Internals, InternalsReport, Reflink
 from tests.support.mount import DaxMount
+from tests.support.quick import quick_mount_at
+from tests.support.zygote import Zygote
 
 pytestmark = pytest.mark.mount
 
@@ -36,6 +44,104 @@ def test_sigusr1_writes_it_into_the_log(dax_mount: DaxMount) -> None:
         while "layouts out" not in log.read_text():
             assert json.dumps(client.request("status"))
     assert "    tasks: " in log.read_text()
+
+
+@contextmanager
+def stopped_mapper(file: Path) -> Iterator[int]:
+    """A process in SIGSTOP that has the first page of a file present; its pid."""
+    code = (
+        "import mmap, os, signal, sys; f = open(sys.argv[1]); m = mmap.mmap(f.fileno(), 0, prot=1); m[0]; "
+        "os.kill(os.getpid(), signal.SIGSTOP)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, file], cwd="/")
+    try:
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+def look_until(mount: DaxMount, *titles: str) -> InternalsReport:
+    """The report, once each list of these has an entry."""
+    with mount.client() as client:
+        while True:
+            found = client.ask(Internals())
+            if all(getattr(found, title) for title in titles):
+                return found
+
+
+def logged(mount: DaxMount, report: InternalsReport) -> None:
+    """SIGUSR1 writes the same into the log, but for the places of tasks."""
+    wanted = report.lines()[1 + len(report.tasks) :]
+    with mount.client() as client:
+        os.kill(client.pid, signal.SIGUSR1)
+        log = mount.device / "supervisor.log"
+        while "layouts out" not in log.read_text():
+            client.request("status")
+    lines = log.read_text().splitlines()
+    assert f"    {report.lines()[0].partition(':')[0]}: " in "\n".join(lines)
+    assert [line.removeprefix("    ") for line in lines[-len(wanted) :]] == wanted
+
+
+def test_a_failure_under_way_a_pending_signal_and_a_layout(tmp_path: Path, zygote: Zygote) -> None:
+    signs = tmp_path / "signs"
+    signs.mkdir()
+    (signs / "stopped").touch()  # not at the first failure
+    with quick_mount_at(tmp_path, zygote, mount=False) as mount:
+        mount.mount("stop_in_failure", str(signs), "before")
+        mount.run("set", mount.path, "early_kill=1")
+        victim, file, other = (mount.make_file(name, 4) for name in ("victim", "f", "other"))
+        with stopped_mapper(victim) as pid, mount.client() as first, mount.client() as second:
+            first.ask(Inject([(0, 4096)], ino=victim.stat().st_ino))
+            (signs / "stopped").unlink()
+            ino = file.stat().st_ino
+            with ThreadPoolExecutor() as threads:
+                try:
+                    stopped = threads.submit(first.ask, Inject([(0, 4096)], ino=ino))
+                    look_until(mount, "turns")
+                    waiting = threads.submit(second.ask, Inject([(8192, 4096)], ino=ino))
+                    while len(found := look_until(mount, "turns", "armed").turns) < 2:
+                        pass
+                    other.read_bytes()
+                    report = look_until(mount, "turns", "armed")
+                    assert [turn.partition(": ")[2] for turn in found] == [
+                        "collects and unmaps",
+                        "waits for mf_mutex",
+                    ]
+                    assert report.armed[0].endswith(f"thread {pid}")
+                    assert report.layouts >= 1
+                    logged(mount, report)
+                finally:
+                    (signs / "go").touch()
+                stopped.result()
+                waiting.result()
+            assert first.settle() >= 0
+            report = first.ask(Internals())
+            assert report.turns == []
+
+
+def test_a_request_that_waits_for_a_clone(tmp_path: Path, zygote: Zygote) -> None:
+    signs = tmp_path / "signs"
+    signs.mkdir()
+    with quick_mount_at(tmp_path, zygote, mount=False) as mount:
+        mount.mount("wait_in_clone", str(signs))
+        source, target = mount.make_file("source", 4), mount.make_file("target", 4)
+        ino = target.stat().st_ino
+        with mount.client() as client, mount.client() as cloning, ThreadPoolExecutor() as threads:
+            try:
+                clone = threads.submit(cloning.ask, Reflink(source.stat().st_ino, ino))
+                while not (signs / "stopped").exists():
+                    client.request("status")
+                reading = threads.submit(target.read_bytes)
+                report = look_until(mount, "held")
+                assert report.held == [f"read of inode {ino}, bytes 0x0+0x4000"]
+                logged(mount, report)
+            finally:
+                (signs / "go").touch()
+            clone.result()
+            assert reading.result() == source.read_bytes()
+            assert client.ask(Internals()).held == []
 
 
 def test_the_tracer_writes_to_the_new_log_after_a_rotation(dax_mount: DaxMount) -> None:

@@ -13,8 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import trio
+
 from daxemu.fs.filesystem import Filesystem
+from daxemu.fs.inode import Inode
 from daxemu.fs.namespace import Namespace
+from daxemu.host.invalidate_lock import InvalidateLock
 from daxemu.host.mappings import PageCacheMappings
 from daxemu.host.operations import Operations
 from daxemu.host.session import Session
@@ -22,6 +26,7 @@ from daxemu.host.watchdog import Watchdog
 from daxemu.mm.incident import Incident
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.protocol import BadblockList
+from daxemu.supervisor.clones import Clones
 from daxemu.supervisor.machine import Machine
 from daxemu.uapi import PAGE_SIZE
 
@@ -142,3 +147,16 @@ def stand_still_in_badblocks(patience: float) -> None:
 
     Watchdog._name_step = naming  # type: ignore[method-assign]
     Machine.badblocks = stand_still  # type: ignore[method-assign]
+
+
+def wait_in_clone(directory: str) -> None:
+    """Before a clone has its source written back, say so by the file ``stopped``, and wait for the file
+    ``go``. The event loop goes on.
+    """
+    settle = Clones._settle
+
+    async def waiting(self: Clones, lock: InvalidateLock, source: Inode, last_change: int) -> bool:
+        await trio.to_thread.run_sync(_stop, Path(directory))
+        return await settle(self, lock, source, last_change)
+
+    Clones._settle = waiting  # type: ignore[method-assign]

@@ -73,6 +73,7 @@ class _Turn:
     tasks: list[Task] | None = None
     """Who had the pages present, known before they are taken away; those to whom they were hidden, too."""
     to_kill: list[ToKill] | None = None
+    stage: str = "waits for mf_mutex"  # for people
 
     def is_plain(self) -> bool:
         """Whether others may be seen to with it: removal, what a load found, and what is mapped by 2 MiB,
@@ -117,12 +118,12 @@ class Failures:
         self._emit = emit
         self._nursery = nursery
         self._hidden = Hidden()
-        self._turns: list[_Turn] = []
-        """The failures under way."""
+        self._turns: list[_Turn] = []  # the failures under way, until their pages are unmapped
+        self._signalling: list[_Turn] = []  # and those whose pages are
         self._latest_arm: dict[int, int] = {}
         """The last request of each thread that consumes poison just now."""
         self._finders: set[int] = set()
-        """Those of them whose load found it: a page fault asks more than once, and only the first is news."""
+        """Those of them whose load found it: a page fault asks more than once; the first is news."""
         self._forced: dict[int, int] = {}
         """Threads with a forced SIGBUS on its way."""
         self._waiting: list[_Turn] = []
@@ -145,8 +146,7 @@ class Failures:
         ``collected`` is called, in the trio thread, with the processes that were collected, before the first
         signal.
         """
-        # Once begun it ends, whoever asked for it: half a failure would leave poison that somebody can still
-        # read.
+        # Once begun it ends, whoever asked for it: half a failure would leave poison that can still be read.
         turn = _Turn(incident, current, consumer, collected)
         self._turns.append(turn)
         with trio.CancelScope(shield=True):
@@ -154,23 +154,27 @@ class Failures:
                 to_kill = await self._in_turn(turn)
             finally:
                 self._turns.remove(turn)
-            delivered = await self._kill_procs(to_kill, current)
-            if incident.after_kill:
-                await trio.to_thread.run_sync(wait_until_run, delivered, HANDLER_PATIENCE)
-            # The order of xfs_dax_notify_dev_failure(): kill first, then shut down. The other way round, a
-            # victim's load meets BUS_ADRERR before its signal.
-            if self._mm.conclude(incident):
-                await self.revoke_everything()  # the filesystem was shut down: from now on all is EIO
+            try:
+                turn.stage = "signals"
+                self._signalling.append(turn)
+                delivered = await self._kill_procs(to_kill, current)
+                if incident.after_kill:
+                    await trio.to_thread.run_sync(wait_until_run, delivered, HANDLER_PATIENCE)
+                # The order of xfs_dax_notify_dev_failure(): kill first, then shut down. The other way round,
+                # a victim's load meets BUS_ADRERR before its signal.
+                if self._mm.conclude(incident):
+                    await self.revoke_everything()  # the filesystem was shut down: from now on all is EIO
+            finally:
+                self._signalling.remove(turn)
         signalled = Signalled(len(to_kill), len({victim.task.pid for victim in to_kill}))
         return self._mm.action_result(incident, *signalled), signalled
 
     def describe_turns(self) -> Iterator[str]:
         """The failures under way, for people."""
-        for turn in self._turns:
-            state = "waits for mf_mutex" if turn in self._waiting else "tells processes"
+        for turn in (*self._turns, *self._signalling):
             incident = turn.incident
             pages = f"pfn {incident.pfn:#x}+{incident.nr_pages}"
-            yield f"{'the whole device' if incident.whole_device else pages}: {state}"
+            yield f"{'the whole device' if incident.whole_device else pages}: {turn.stage}"
 
     async def hide(self, incident: Incident, *, has_mutex: bool = False) -> None:
         """Take away the pages of poison that nobody knows of, and remember who had them present.
@@ -221,7 +225,7 @@ class Failures:
     async def _collect_and_revoke(self, batch: list[_Turn]) -> None:
         # What was hidden is known from now on, however that came about.
         for turn in batch:
-            turn.hidden = self._hidden.take(turn.incident)
+            turn.hidden, turn.stage = self._hidden.take(turn.incident), "collects and unmaps"
         early_kill = self._mm.sysctl_early_kill
 
         def work() -> list[tuple[list[Task], list[ToKill], list[ToKill]]]:
