@@ -190,6 +190,28 @@ def test_as_owner_becomes_that_user_before_anything_is_opened(place: Path) -> No
     assert not (place / "new-file").exists()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_every_verb_on_a_device_has_as_owner(place: Path) -> None:
+    """Each verb that opens a DEVICE refuses that of another user, and takes --as-owner."""
+    for name in ("mkfs", "fsck", "mount", "page-types", "log", "report"):
+        assert "--as-owner" in daxemu(name, "--help"), name
+    shutil.rmtree(place / "pmem")
+    os.chown(place, 65534, 65534)
+    made = place / "pmem"
+    assert as_user(65534, lambda: DeviceDir.create(made, DeviceConfig(MIN_SIZE)).close()) == 0
+    line = '{"event":"Unmounted","seq":1,"time":1.0,"mountpoint":"/of/before"}\n'
+    (made / "events.jsonl").write_text(line)
+    os.chown(made / "events.jsonl", 65534, 65534)
+    output = place / "report.html"
+    for verb in (["log", str(made)], ["report", str(made), "-o", str(output)]):
+        command = [*daxemu_as_user(), *verb]
+        refused = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (refused.returncode, refused.stderr.count("--as-owner")) == (5, 1)
+        subprocess.run([*command, "--as-owner"], stdout=subprocess.DEVNULL, check=True)
+    assert "/of/before" in output.read_text()
+    assert output.stat().st_uid == 65534
+
+
 @pytest.mark.mount
 def test_an_old_device_is_tightened_at_mount(place: Path) -> None:
     """Made by an earlier daxemu: readable by everybody, and no mode in device.toml."""

@@ -82,13 +82,19 @@ class Device(click.ParamType[Path]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """See click.ParamType.convert."""
         path = Path(value).absolute()
-        if ctx is not None and ctx.meta.get(AS_OWNER):
-            become_owner(path)
+        become_owner_if_asked(path)
         return path
 
 
 DEVICE = Device()
 AS_OWNER = "daxemu.as_owner"
+
+
+def become_owner_if_asked(device: Path) -> None:
+    """With ``--as-owner``, become the user that owns ``device``: see private_path.become_owner."""
+    ctx = click.get_current_context(silent=True)
+    if ctx is not None and ctx.meta.get(AS_OWNER):
+        become_owner(device)
 
 
 Lines = str | Sequence[str]

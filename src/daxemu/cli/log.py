@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from daxemu.cli.common import PATH, connect
+from daxemu.cli.common import PATH, as_owner_option, become_owner_if_asked, connect
 from daxemu.cli.output import complain, say, say_json
 from daxemu.client import Client
 from daxemu.client.connection import event_of, no_answer
@@ -73,6 +73,7 @@ class Dmesg:
     is_flag=True,
     help="The kernel's own lines, and nothing that the kernel would not log. In a storm not all of them.",
 )
+@as_owner_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def log(where: Path, follow: bool, dmesg: bool, as_json: bool) -> None:
     """Print the events of a mount: of this mount alone, or given a DEVICE of all its mounts.
@@ -112,6 +113,7 @@ def lines_of(where: Path, follow: bool = False) -> Iterator[bytes]:
     try:
         mount_of(where)
     except NotMounted:
+        become_owner_if_asked(where.absolute())
         try:
             device = DeviceDir.look(where.absolute())
         except NotADevice:

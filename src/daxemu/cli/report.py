@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from daxemu.cli.common import PATH, emit, human, json_option
+from daxemu.cli.common import PATH, as_owner_option, emit, human, json_option
 from daxemu.cli.log import lines_of
 from daxemu.cli.output import for_people
 from daxemu.cli.watch.model import Model, Seen
@@ -33,6 +33,7 @@ td { font-family: monospace } .map { line-height: 0 } rect { shape-rendering: cr
 @click.command()
 @click.argument("where", type=PATH, metavar="MOUNTPOINT|DEVICE")
 @click.option("-o", "--output", type=PATH, default=Path("daxemu-report.html"), show_default=True)
+@as_owner_option
 @json_option
 def report(where: Path, output: Path, as_json: bool) -> None:
     """Write what happened on a mount, and how it is now, as one HTML file.

@@ -19,13 +19,13 @@ from pathlib import Path
 
 from daxemu.errors import Busy, InvalidArgument, PermissionDenied, Unsupported
 from daxemu.host import own_files
-from daxemu.host.mountinfo import FS_TYPE, SOURCE_PREFIX, Mount, mount_at
+from daxemu.host.mountinfo import FS_TYPE, SOURCE_PREFIX, Mount, mount_at, mounts
 from daxemu.uapi import Ino
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 MS_NOSUID, MS_NODEV = 2, 4
-MNT_DETACH = 2
+MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 _SYNC_AND_WAIT = 1 | 2 | 4  # SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE, _WAIT_AFTER
 FUSE_NOTIFY_INVAL_INODE = 2
 PAGE_CACHE = {"read_ahead_kb": "1024", "strict_limit": "0"}
@@ -154,9 +154,8 @@ class Session:
         """
         mountpoint = self.mount.mountpoint
         if os.geteuid() == 0:
-            if _libc.umount2(os.fsencode(mountpoint), 0) == 0:
+            if (number := _umount(self.mount, 0)) == 0:
                 return
-            number = ctypes.get_errno()
         else:
             done = subprocess.run(["fusermount3", "-u", str(mountpoint)], capture_output=True, text=True)
             if done.returncode == 0:
@@ -174,12 +173,11 @@ class Session:
     def detach(self) -> None:
         """Take the mount out of the tree although it is in use; new users no longer find it."""
         mountpoint = self.mount.mountpoint
-        there = mount_at(mountpoint)
-        if there is None or there.dev != self.mount.dev:
-            return  # it is gone, and what is there now is somebody else's
         if os.geteuid() == 0:
-            _libc.umount2(os.fsencode(mountpoint), MNT_DETACH)
-        else:
+            _umount(self.mount, MNT_DETACH)
+            return
+        there = mount_at(mountpoint)
+        if there is not None and there.dev == self.mount.dev:  # else what is there is somebody else's
             subprocess.run(["fusermount3", "-u", "-z", str(mountpoint)], capture_output=True, check=False)
 
     def abort(self) -> bool:
@@ -187,6 +185,40 @@ class Session:
         worked.
         """
         return abort_connection(self.mount)
+
+
+def _umount(mount: Mount, flags: int) -> int:
+    """``umount2(2)`` of exactly this mount, wherever its mountpoint is by now. Returns 0 or the error number;
+    ESTALE if the mount is not found in this mount namespace.
+
+    No path is walked: another user may exchange a directory above the mountpoint for a link at any moment. A
+    descriptor of the directory above fixes the place, and the kernel's number of the mount there says that it
+    is the right one. A descriptor of the mount's root would do for MNT_DETACH alone: it keeps the mount busy.
+    """
+    for now in reversed(mounts()):
+        if now.id != mount.id and (now.mountpoint, now.dev) != (mount.mountpoint, mount.dev):
+            continue
+        with suppress(OSError):
+            above = os.open(now.mountpoint.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                if _mount_id(above, now.mountpoint.name) != now.id:
+                    continue
+                path = f"/proc/self/fd/{above}/".encode() + os.fsencode(now.mountpoint.name)
+                done = _libc.umount2(path, flags | UMOUNT_NOFOLLOW)
+                return ctypes.get_errno() if done else 0
+            finally:
+                os.close(above)
+    return errno.ESTALE
+
+
+def _mount_id(directory: int, name: str) -> int:
+    """The kernel's number of the mount that a name in a directory is on. Asks no filesystem for anything."""
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        fields = Path(f"/proc/self/fdinfo/{fd}").read_text().split()
+    finally:
+        os.close(fd)
+    return int(fields[fields.index("mnt_id:") + 1])
 
 
 def abort_file(mount: Mount) -> Path:

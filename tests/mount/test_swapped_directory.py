@@ -1,0 +1,82 @@
+"""Unmounting goes by the mount, not by a path: another user may exchange a directory above it for a link."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from daxemu.errors import DaxemuError
+from daxemu.host.mountinfo import mount_at
+from daxemu.host.session import Session
+from tests.support.mount import dax_mount_at
+
+pytestmark = [
+    pytest.mark.mount,
+    pytest.mark.skipif(os.geteuid() != 0, reason="fusermount3 unmounts for other users"),
+]
+
+
+@pytest.fixture
+def user(tmp_path: Path) -> Path:
+    """A directory whose owner may rename what is in it."""
+    directory = tmp_path / "user" / "inner"
+    directory.mkdir(parents=True)
+    return directory
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Iterator[Path]:
+    """Another filesystem, mounted on a directory ``mnt``."""
+    mountpoint = tmp_path / "victim" / "mnt"
+    mountpoint.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "victim", mountpoint], check=True)
+    yield mountpoint
+    subprocess.run(["umount", "-l", mountpoint], check=False)
+
+
+@pytest.mark.parametrize("method", ["unmount", "detach"])
+def test_a_directory_that_became_a_link_leads_to_no_other_mount(
+    user: Path, victim: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exchange comes after mountinfo was read."""
+    with dax_mount_at(user) as mount:
+        found = mount_at(mount.path)
+        assert found is not None
+        moved = user.with_name("moved")
+        user.rename(moved)
+        user.symlink_to(victim.parent)
+        monkeypatch.setattr("daxemu.host.session.mount_at", lambda path: found)
+        monkeypatch.setattr("daxemu.host.session.mounts", lambda: [found], raising=False)
+        try:
+            with suppress(DaxemuError):
+                getattr(Session(-1, found), method)()
+            assert victim.is_mount()
+            assert (moved / "mnt").is_mount()
+        finally:
+            monkeypatch.undo()
+            user.unlink()
+            moved.rename(user)
+
+
+@pytest.mark.parametrize("method", ["unmount", "detach"])
+def test_a_mount_whose_directory_was_renamed_is_still_unmounted(
+    user: Path, victim: Path, method: str
+) -> None:
+    with dax_mount_at(user) as mount:
+        found = mount_at(mount.path)
+        assert found is not None
+        moved = user.with_name("moved")
+        user.rename(moved)
+        user.symlink_to(victim.parent)
+        try:
+            getattr(Session(-1, found), method)()
+            assert not (moved / "mnt").is_mount()
+            assert victim.is_mount()
+        finally:
+            user.unlink()
+            moved.rename(user)
