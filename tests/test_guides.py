@@ -6,13 +6,20 @@ import importlib
 import inspect
 import re
 from functools import cache
+from typing import get_args, get_type_hints
 
 import pytest
 
+from daxemu.apps.situations import Harm
+from daxemu.events import Outcome, PageType
+from daxemu.host.tracer_messages import Delivered, Gone, Ignored, NotTaken, Refused
+from daxemu.protocol import StatusReport
+from daxemu.supervisor import failures, populate
 from tests.support.pages import TOP
 
+GLOSSARY = (TOP / "docs" / "glossary.md").read_text()
 CONCURRENCY = (TOP / "docs" / "concurrency.md").read_text()
-PACKAGES = "cli|client|fs|host|mm|pmem|repair|supervisor"
+PACKAGES = "apps|cli|client|evaluate|fs|host|mm|pmem|repair|supervisor"
 
 
 @cache
@@ -83,3 +90,64 @@ def test_the_paths_are_there_with_their_checkpoints(path: str) -> None:
     steps = text.partition("\n## ")[0].lower()
     assert steps.count("*checkpoint*") >= 3
     assert "crash" in steps
+
+
+# -- the glossary
+
+
+def terms(section: str = "") -> list[str]:
+    """The words that the glossary explains, in one of its sections or in all."""
+    _, _, text = GLOSSARY.partition(section)
+    text = text.partition("\n#")[0] if section else text
+    rows = re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE)
+    return [word.strip() for row in rows for word in row.split(", ") if word != "word"]
+
+
+def results_of_a_signal() -> set[str]:
+    """The results that ``SignalSent`` can have."""
+    outcomes = [None, Delivered(1, 2, 4, 0, 1), Ignored(1), Gone(1), Refused(1, "no", False), NotTaken(1)]
+    return {failures._explain(outcome)[0] for outcome in outcomes} | {"merged"}
+
+
+def results_of_a_populating_call() -> set[str]:
+    """The results that ``PopulateFailed`` can have: the words given to ``Populating._tell``."""
+    calls = re.findall(r"self\._tell\(now, (.*?)[,)]", inspect.getsource(populate.Populating))
+    return {word for call in calls for word in re.findall(r'"(\w+)"', call)}
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ("### Outcomes", {*Outcome, *PageType, "latent", "silent"}),
+        ("### Results of a signal", results_of_a_signal()),
+        ("### Results of a populating", results_of_a_populating_call()),
+        ("### States of a mount", {*get_args(get_type_hints(StatusReport)["state"])}),
+        ("## Repair", {"recovered", "lost", "cannot", "failed"}),
+    ],
+    ids=["outcomes", "signals", "populate", "states", "verdicts"],
+)
+def test_every_word_of_events_and_replies_is_explained(section: str, words: set[str]) -> None:
+    assert len(words) >= 3
+    assert {str(word) for word in words} - set(terms(section)) == set()
+
+
+def test_every_kind_of_harm_is_explained() -> None:
+    explained = terms("## Media")
+    assert [
+        kind
+        for kind in get_args(Harm)
+        if kind != "none" and not any(term.split()[0] == kind for term in explained)
+    ] == []
+
+
+def test_no_word_is_explained_twice_in_a_section() -> None:
+    sections = re.findall(r"^##+ .*$", GLOSSARY, re.MULTILINE)
+    assert len(sections) >= 9
+    for section in sections:
+        words = terms(section + "\n")
+        assert len(words) == len(set(words)), section
+
+
+@pytest.mark.parametrize("name", named(GLOSSARY, rf"({PACKAGES})(\.\w+)+"))
+def test_a_function_of_the_glossary_exists(name: str) -> None:
+    assert exists(name)
