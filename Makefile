@@ -1,8 +1,9 @@
 # make demo: set up what is missing, then the tour.   make test: linters, types, layers, every test.
+# make quick, make unit, make test: see CONTRIBUTING.md for which to run when.
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-no-layouts test-asan fuzz check unit bench bench-check bench-accept fidelity protocol man docs recording apps dist posix fstests ltp soak clean
+.PHONY: setup demo quick test test-no-layouts test-asan fuzz check unit bench bench-check bench-accept fidelity protocol man docs recording apps dist posix fstests ltp soak clean
 
 setup: $(STAMP)
 
@@ -21,8 +22,13 @@ check: setup
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
+# The core alone (mm, pmem, fs, ranges), without a mount: under 60 s on two processors.
+quick: setup
+	$(PY) -m pytest tests/mm tests/pmem tests/fs tests/test_ranges.py -n auto
+
+# Every test that mounts nothing, builds no package and starts no cluster.
 unit: setup
-	$(PY) -m pytest --ignore=tests/mount
+	$(PY) -m pytest -m "not mount and not slow" -n auto --dist loadfile -rs --durations=10
 
 # A file of tests for each processor at a time. Prints why tests were skipped, and the ten slowest.
 test: check

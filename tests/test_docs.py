@@ -17,11 +17,10 @@ from daxemu.cli.main import VERBS
 from tests.support.mount import DaxMount
 from tests.support.pages import BIN, TOP, matches, run_page, steps
 
-pytestmark = pytest.mark.mount
-
 PAGES = [TOP / "README.md", *sorted((TOP / "docs").rglob("*.md"))]
 
 
+@pytest.mark.mount
 @pytest.mark.parametrize("page", [p for p in PAGES if steps(p.read_text())], ids=lambda p: p.name)
 def test_a_page_prints_what_it_shows(page: Path, tmp_path: Path) -> None:
     if "socat" in page.read_text() and shutil.which("socat") is None:
@@ -145,6 +144,7 @@ def test_example_watch_a_failure(dax_mount: DaxMount) -> None:
     assert re.fullmatch(r"pfn 0x[0-9a-f]+: Recovered, 1 files, 0 processes\n", done.stdout)
 
 
+@pytest.mark.mount
 def test_the_demo_keeps_its_promises() -> None:
     done = subprocess.run([BIN / "daxemu", "demo"], capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,17 +106,23 @@ def check_report(directory: Path) -> None:
     assert good[0]["faults"] != good[1]["faults"], "each repetition has its own"
 
 
-@pytest.mark.timeout(180)
-def test_the_trials_of_a_cluster_are_those_of_this_machine(tmp_path: Path) -> None:
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """Start a Dask cluster of two workers. Returns the address of its scheduler."""
     distributed = pytest.importorskip("distributed")
-    plan = plan_file(tmp_path, SMALL)
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
-    ) as cluster:
-        done = run("evaluate", plan, "-o", tmp_path / "r", "--scheduler", cluster.scheduler_address)
-        assert done.stdout == f"{tmp_path}/r.html: 2 trials\n"
-        fleet = plan_file(tmp_path, SMALL.replace("expected = 30", "rate = 30.0"))
-        there = run("fleet", fleet, "--devices", "1200", "--scheduler", cluster.scheduler_address).stdout
+    ) as made:
+        yield made.scheduler_address
+
+
+@pytest.mark.timeout(180)
+def test_the_trials_of_a_cluster_are_those_of_this_machine(tmp_path: Path, cluster: str) -> None:
+    plan = plan_file(tmp_path, SMALL)
+    done = run("evaluate", plan, "-o", tmp_path / "r", "--scheduler", cluster)
+    assert done.stdout == f"{tmp_path}/r.html: 2 trials\n"
+    fleet = plan_file(tmp_path, SMALL.replace("expected = 30", "rate = 30.0"))
+    there = run("fleet", fleet, "--devices", "1200", "--scheduler", cluster).stdout
     assert run("fleet", fleet, "--devices", "1200").stdout == there
     drawn = [[fault["fault"]["time"] for fault in trial["faults"]] for trial in trials(tmp_path)]
     assert len(drawn) == 2

@@ -17,6 +17,7 @@ from typing import Any
 from daxemu.client import Client
 from daxemu.host.mountinfo import mount_at
 from daxemu.host.session import Session, abort_connection
+from tests.support import kinds
 
 DAXEMU = (sys.executable, "-m", "daxemu")
 PATIENCE = 30.0
@@ -55,6 +56,7 @@ class DaxMount:
 
     def mount(self) -> None:
         """Mount it (again)."""
+        kinds.require("mount")
         self.run("mount", self.device, self.path)
 
     def umount(self, *options: str) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.support import kinds
 from tests.support.mount import clear_away
 
 TOP = Path(__file__).parents[2]
@@ -73,6 +74,7 @@ def run_page(page: Path, scratch: Path) -> None:
 
     A line ``...`` of the output shown stands for any lines.
     """
+    kinds.require("mount")
     device = f"{DEVICES}-{os.getpid()}-"
     environment = {
         **os.environ,

@@ -19,6 +19,7 @@ from daxemu.fs.offline import Report, check_device
 from daxemu.host.mountinfo import mount_at
 from daxemu.pmem.device_dir import DeviceConfig, DeviceDir
 from daxemu.uapi import PAGE_SIZE
+from tests.support import kinds
 from tests.support.mount import DaxMount, clear_away
 from tests.support.zygote import Zygote, wait_for_end
 
@@ -46,6 +47,7 @@ class QuickMount(DaxMount):
 
     def mount(self, *sabotage: Any) -> None:
         """Mount it (again), perhaps with a supervisor that does something of tests/support/sabotage.py."""
+        kinds.require("mount")
         assert self.zygote is not None
         self.pid = self.zygote.supervise(self.device, self.path, sabotage, self.repair)
 

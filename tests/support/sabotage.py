@@ -101,6 +101,20 @@ def stop_in_failure(directory: str, when: str) -> None:
     PageCacheMappings.revoke = stopped  # type: ignore[method-assign]
 
 
+def stop_around_revoke(collected: str, revoked: str) -> None:
+    """Stand still twice in the first failure: after collect, before revoke; and after revoke, before any
+    signal. See _stop().
+    """
+    revoke = PageCacheMappings.revoke
+
+    def stopped(self: PageCacheMappings, incident: Incident) -> None:
+        _stop(Path(collected))
+        revoke(self, incident)
+        _stop(Path(revoked))
+
+    PageCacheMappings.revoke = stopped  # type: ignore[method-assign]
+
+
 def _stop(directory: Path) -> None:
     """Once: say so by the file ``stopped``, and wait for the file ``go``. For a while: the test may have
     failed.

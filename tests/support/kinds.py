@@ -1,0 +1,57 @@
+"""Kind of each test: unit, mount or slow. ``make unit`` runs the unit tests.
+
+- *mount*: the test mounts a device. Every test that uses a fixture of MOUNT_FIXTURES is marked by
+  :func:`mark`; a test that mounts in another way carries the marker itself. :func:`require` fails a test that
+  mounts without the marker.
+- *slow*: the test builds packages, starts a cluster or is a benchmark. Every test that uses a fixture of
+  SLOW_FIXTURES is marked by :func:`mark`.
+- *unit*: neither.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+
+MOUNT_FIXTURES = frozenset({"dax_mount", "quick_mount", "zygote"})
+"""Fixtures that mount. Fixtures made of these (``scene``, ``early``) count too."""
+SLOW_FIXTURES = frozenset({"archives", "cluster"})
+"""Fixtures that build packages or start a cluster."""
+
+_running: list[pytest.Item] = []
+
+
+def mark(item: pytest.Item) -> None:
+    """Mark a test by the fixtures that it uses, directly or through other fixtures."""
+    used = set(getattr(item, "fixturenames", ()))
+    if used & MOUNT_FIXTURES:
+        item.add_marker("mount")
+    if used & SLOW_FIXTURES or item.get_closest_marker("bench"):
+        item.add_marker("slow")
+
+
+def kind(item: pytest.Item) -> str:
+    """Return "slow", "mount" or "unit". A test with both markers is slow."""
+    return next((name for name in ("slow", "mount") if item.get_closest_marker(name)), "unit")
+
+
+def count(items: Iterable[pytest.Item]) -> dict[str, int]:
+    """Return the number of tests of each kind."""
+    found = Counter(map(kind, items))
+    return {name: found[name] for name in ("unit", "mount", "slow")}
+
+
+def begin(item: pytest.Item) -> None:
+    """Note the test that runs from now on in this process."""
+    _running[:] = [item]
+
+
+def require(marker: str) -> None:
+    """Fail the running test if the test is without ``marker``. Outside of a pytest run nothing happens.
+
+    Raises AssertionError.
+    """
+    for item in _running:
+        assert item.get_closest_marker(marker), f"{item.nodeid} needs @pytest.mark.{marker}"

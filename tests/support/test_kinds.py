@@ -1,0 +1,53 @@
+"""The kind of a test follows from its fixtures, and a test without its marker fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import kinds
+from tests.support.mount import DaxMount
+
+
+def uses_nothing() -> None:
+    pass
+
+
+def item(request: pytest.FixtureRequest, *fixtures: str) -> pytest.Item:
+    """A test that uses these fixtures."""
+    made = pytest.Function.from_parent(request.node.parent, name="made", callobj=uses_nothing)
+    made.fixturenames = [*fixtures]
+    kinds.mark(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("fixtures", "kind"),
+    [
+        ([], "unit"),
+        (["tmp_path", "core"], "unit"),
+        (["tmp_path", "dax_mount", "scene"], "mount"),
+        (["zygote", "quick_mount"], "mount"),
+        (["archives"], "slow"),
+        (["cluster", "dax_mount"], "slow"),
+    ],
+)
+def test_the_kind_follows_from_the_fixtures(
+    request: pytest.FixtureRequest, fixtures: list[str], kind: str
+) -> None:
+    made = item(request, *fixtures)
+    assert kinds.kind(made) == kind
+    assert kinds.count([made])[kind] == 1
+
+
+def test_a_benchmark_is_slow(request: pytest.FixtureRequest) -> None:
+    made = item(request)
+    made.add_marker("bench")
+    kinds.mark(made)
+    assert kinds.kind(made) == "slow"
+
+
+def test_a_mount_in_a_unit_test_fails_before_it_is_made(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"needs @pytest.mark.mount"):
+        DaxMount(tmp_path / "device", tmp_path).mount()

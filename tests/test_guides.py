@@ -1,0 +1,153 @@
+"""Pages for contributors name what exists: functions, files, make targets, terms."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from functools import cache
+from typing import get_args, get_type_hints
+
+import pytest
+
+from daxemu.apps.situations import Harm
+from daxemu.events import Outcome, PageType
+from daxemu.host.tracer_messages import Delivered, Gone, Ignored, NotTaken, Refused
+from daxemu.protocol import StatusReport
+from daxemu.supervisor import failures, populate
+from tests.support.pages import TOP
+
+GLOSSARY = (TOP / "docs" / "glossary.md").read_text()
+CONCURRENCY = (TOP / "docs" / "concurrency.md").read_text()
+PACKAGES = "apps|cli|client|evaluate|fs|host|mm|pmem|repair|supervisor"
+
+
+@cache
+def sources() -> str:
+    """Text of every source file, Python and C."""
+    files = [path for suffix in ("py", "c", "h") for path in (TOP / "src").rglob(f"*.{suffix}")]
+    return "\n".join(path.read_text() for path in files)
+
+
+def exists(name: str) -> bool:
+    """Whether ``package.module.Class.attribute`` is in daxemu. Attributes that ``__init__`` sets count."""
+    parts = name.split(".")
+    found: object = None
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(["daxemu", *parts[:end]]))
+        except ModuleNotFoundError:
+            continue
+        break
+    else:
+        return False
+    for attribute in parts[end:]:
+        if hasattr(found, attribute):
+            found = getattr(found, attribute)
+        elif inspect.isclass(found) and re.search(rf"\bself\.{attribute}\b", inspect.getsource(found)):
+            found = None
+        else:
+            return False
+    return True
+
+
+def named(page: str, pattern: str) -> list[str]:
+    """Everything in backticks that has the form of ``pattern``, each once, in order."""
+    words = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page)
+    return list(dict.fromkeys(word for word in words if re.fullmatch(pattern, word)))
+
+
+@pytest.mark.parametrize("name", named(CONCURRENCY, rf"({PACKAGES})(\.\w+)+"))
+def test_a_function_of_the_page_on_concurrency_exists(name: str) -> None:
+    assert exists(name)
+
+
+@pytest.mark.parametrize("name", named(CONCURRENCY, r"_?[a-z]\w*_\w+|[A-Z][a-z]\w+"))
+def test_a_short_name_of_the_page_on_concurrency_is_in_the_sources(name: str) -> None:
+    assert re.search(rf"\b{name}\b", sources())
+
+
+def test_a_name_that_is_gone_is_noticed() -> None:
+    assert exists("supervisor.failures.Failures.mf_mutex")
+    assert not exists("supervisor.failures.Failures.mutex_of_old")
+    assert not exists("supervisor.nothing.Failures")
+    assert not exists("host.session.revoke")
+
+
+def test_every_step_says_where_it_runs() -> None:
+    paths = re.split(r"^## ", CONCURRENCY, flags=re.MULTILINE)
+    for path in paths:
+        steps = re.split(r"^\d+\. ", path, flags=re.MULTILINE)[1:]
+        unmarked = [step for step in steps if not re.search(r"\[(loop|worker|tracer)[],]", step)]
+        assert [step for step in unmarked if not step.startswith(("The client", "The kernel"))] == []
+
+
+@pytest.mark.parametrize(
+    "path", ["Inject", "Load of latent", "Clone of", "Removal", "umount --force", "Populate over"]
+)
+def test_the_paths_are_there_with_their_checkpoints(path: str) -> None:
+    _, _, text = CONCURRENCY.partition(f"\n## {path}")
+    steps = text.partition("\n## ")[0].lower()
+    assert steps.count("*checkpoint*") >= 3
+    assert "crash" in steps
+
+
+# -- the glossary
+
+
+def terms(section: str = "") -> list[str]:
+    """The words that the glossary explains, in one of its sections or in all."""
+    _, _, text = GLOSSARY.partition(section)
+    text = text.partition("\n#")[0] if section else text
+    rows = re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE)
+    return [word.strip() for row in rows for word in row.split(", ") if word != "word"]
+
+
+def results_of_a_signal() -> set[str]:
+    """The results that ``SignalSent`` can have."""
+    outcomes = [None, Delivered(1, 2, 4, 0, 1), Ignored(1), Gone(1), Refused(1, "no", False), NotTaken(1)]
+    return {failures._explain(outcome)[0] for outcome in outcomes} | {"merged"}
+
+
+def results_of_a_populating_call() -> set[str]:
+    """The results that ``PopulateFailed`` can have: the words given to ``Populating._tell``."""
+    calls = re.findall(r"self\._tell\(now, (.*?)[,)]", inspect.getsource(populate.Populating))
+    return {word for call in calls for word in re.findall(r'"(\w+)"', call)}
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ("### Outcomes", {*Outcome, *PageType, "latent", "silent"}),
+        ("### Results of a signal", results_of_a_signal()),
+        ("### Results of a populating", results_of_a_populating_call()),
+        ("### States of a mount", {*get_args(get_type_hints(StatusReport)["state"])}),
+        ("## Repair", {"recovered", "lost", "cannot", "failed"}),
+    ],
+    ids=["outcomes", "signals", "populate", "states", "verdicts"],
+)
+def test_every_word_of_events_and_replies_is_explained(section: str, words: set[str]) -> None:
+    assert len(words) >= 3
+    assert {str(word) for word in words} - set(terms(section)) == set()
+
+
+def test_every_kind_of_harm_is_explained() -> None:
+    explained = terms("## Media")
+    assert [
+        kind
+        for kind in get_args(Harm)
+        if kind != "none" and not any(term.split()[0] == kind for term in explained)
+    ] == []
+
+
+def test_no_word_is_explained_twice_in_a_section() -> None:
+    sections = re.findall(r"^##+ .*$", GLOSSARY, re.MULTILINE)
+    assert len(sections) >= 9
+    for section in sections:
+        words = terms(section + "\n")
+        assert len(words) == len(set(words)), section
+
+
+@pytest.mark.parametrize("name", named(GLOSSARY, rf"({PACKAGES})(\.\w+)+"))
+def test_a_function_of_the_glossary_exists(name: str) -> None:
+    assert exists(name)
