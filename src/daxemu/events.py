@@ -426,6 +426,17 @@ class MetadataRewritten(Event):
         return f"{found}; rewritten from the other copy"
 
 
+class MetadataUpgraded(Event):
+    """The filesystem's records were rewritten in today's format; ``before`` and ``now`` are the formats."""
+
+    device: str
+    before: int
+    now: int
+
+    def summary(self) -> str:
+        return f"metadata upgraded from format {self.before} to format {self.now}"
+
+
 class FilesystemShutdown(Event):
     device: str
     reason: str
@@ -487,6 +498,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     UnexpectedError,
     LoopStalled,
     MetadataRewritten,
+    MetadataUpgraded,
     FilesystemShutdown,
     DaxActiveAtRemove,
     DeviceRemoved,
@@ -518,6 +530,7 @@ AnyEvent = (
     | UnexpectedError
     | LoopStalled
     | MetadataRewritten
+    | MetadataUpgraded
     | FilesystemShutdown
     | DaxActiveAtRemove
     | DeviceRemoved

@@ -109,9 +109,12 @@ class MetadataRegion:
                 return True
         return False
 
-    def prepare(self) -> None:
-        """Begin a new filesystem that no superblock names before :meth:`format`: a crash leaves none."""
+    def prepare(self, after: int) -> None:
+        """Begin a new filesystem that no superblock names before :meth:`format`: a crash leaves none.
+        ``after``: the generation of the filesystem that it replaces, or 0.
+        """
         self._is_published = False
+        self._generation = after
 
     def format(self) -> None:
         """Write the superblocks of a new filesystem, with the files that it has by now."""

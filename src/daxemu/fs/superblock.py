@@ -17,7 +17,8 @@ from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Block
 
 MAGIC = "daxemu-fs"
-VERSION = 3
+VERSION, FORMER_VERSION = 3, 2
+"""The format, and the one that a mount upgrades (fs/upgrade.py)."""
 SUPER_BLOCKS = 16
 _HEADER = 20
 _SIZE = SUPER_BLOCKS * PAGE_SIZE
@@ -82,9 +83,11 @@ def newest(dax: DaxDevice, *, version: int = VERSION) -> Superblock:
         raise CorruptMetadata(f"{dax.name}: neither superblock can be read ({', '.join(why)})")
     superblock = max(found, key=lambda superblock: superblock.generation)
     if superblock.magic != MAGIC or superblock.version != version:
+        hint = "copy its files off with the daxemu that made it, then mkfs --force"
+        if superblock.version == FORMER_VERSION:
+            hint = "a mount, or fsck --repair, upgrades it"
         raise CorruptMetadata(
-            f"{dax.name}: the filesystem has format {superblock.version}, this daxemu reads {version}: "
-            "copy its files off with the daxemu that made it, then mkfs --force"
+            f"{dax.name}: the filesystem has format {superblock.version}, this daxemu reads {version}: {hint}"
         )
     if superblock.total_blocks != total:
         raise CorruptMetadata(f"{dax.name}: the filesystem was made on a device of another size")
