@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from daxemu.pmem.device_dir import DeviceConfig
+from tests.support.core import Core
+from tests.support.metadata import metadata_pages, overwrite, poison, superblocks
 from tests.support.mount import DaxMount, daxemu
 
 
@@ -35,6 +38,28 @@ def _no_poison_list(device: Path) -> None:
 def _garbage(device: Path) -> None:
     _make(device)
     (device / "media").write_bytes(b"\xff" * (16 << 20))
+
+
+def _used(device: Path) -> None:
+    core = Core(device, DeviceConfig(16 << 20))
+    core.file(b"f", b"data")
+    core.close()
+
+
+def _one_superblock(device: Path) -> None:
+    _used(device)
+    overwrite(device, superblocks(device)[0], b"\xff" * 4096)
+
+
+def _poisoned_superblocks(device: Path) -> None:
+    _used(device)
+    poison(device, *superblocks(device))
+
+
+def _some_of_both(device: Path) -> None:
+    """One copy of a superblock, and both of a page that nothing is on."""
+    _one_superblock(device)
+    poison(device, *metadata_pages(device)[-1].offsets)
 
 
 @pytest.mark.parametrize(
@@ -73,9 +98,20 @@ def _garbage(device: Path) -> None:
             3,
             "D/poison: not a list of 'sector count' lines .*; mend it, .*",
         ),
-        (_garbage, "fsck D", 9, "D: 2 problems; try fsck --repair"),
+        (_garbage, "fsck D", 9, "D: 2 problems, which no repair can mend: save what can be read, .*"),
+        (_one_superblock, "fsck D", 9, "D: 1 problems; try fsck --repair"),
+        (_poisoned_superblocks, "fsck D", 9, "D: 2 problems, which no repair can mend: save what .*"),
+        (_poisoned_superblocks, "fsck D --repair", 9, "D: 2 problems are left: save what can be read, .*"),
+        (_poisoned_superblocks, "mount D MNT", 9, ".*the first is poisoned, the second is .*: daxemu fsck D"),
+        (
+            _some_of_both,
+            "fsck D",
+            9,
+            "D: 2 problems; fsck --repair mends 1 of them, for the rest save .*",
+        ),
+        (_some_of_both, "fsck D --repair", 9, "D: 1 problems are left: save what can be read, .*"),
         (_garbage, "fsck D --repair", 9, "D: 2 problems are left: save what can be read, .*"),
-        (_garbage, "mount D MNT", 9, ".*neither superblock can be read .*: daxemu fsck D --repair"),
+        (_garbage, "mount D MNT", 9, ".*neither superblock can be read .*; see: daxemu fsck D"),
     ],
 )
 def test_a_refusal(

@@ -6,7 +6,7 @@ import pytest
 
 from daxemu.evaluate.faults import draw
 from daxemu.evaluate.injector import Injector
-from daxemu.fs.metadata_region import SUPER_BLOCKS
+from daxemu.fs.superblock import SUPER_BLOCKS
 from tests.evaluate.plans import plan_with
 from tests.support.quick import QuickMount
 from tests.support.scene import PAGE

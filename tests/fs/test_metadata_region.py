@@ -6,11 +6,11 @@ import msgspec
 import pytest
 
 from daxemu.errors import CorruptMetadata, MediaError, NoSpace
-from daxemu.fs import metadata_region
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.metadata_page import PAYLOAD
-from daxemu.fs.metadata_region import SUPER_BLOCKS, VERSION, MetadataFile, MetadataRegion, Superblock
+from daxemu.fs.metadata_region import MetadataFile, MetadataRegion
 from daxemu.fs.rmap import METADATA_INO, Rmap
+from daxemu.fs.superblock import SUPER_BLOCKS, VERSION, Superblock, _checksum
 from daxemu.pmem.inject import inject
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE
@@ -67,7 +67,7 @@ def put(core: Core, offset: int, data: bytes) -> None:
 def put_superblocks(core: Core, superblock: object) -> None:
     """Both of them, with a right checksum."""
     record = msgspec.msgpack.encode(superblock)
-    sealed = len(record).to_bytes(4, "little") + metadata_region._checksum(record) + record
+    sealed = len(record).to_bytes(4, "little") + _checksum(record) + record
     for which in (FIRST, SECOND):
         put(core, place_of(core, which), sealed)
 
@@ -240,6 +240,34 @@ def test_a_page_in_the_place_of_another_is_corrupt(empty: Core) -> None:
         )
     with pytest.raises(MediaError, match="copy 1 has a wrong checksum, copy 2 has a wrong checksum"):
         region.read(DB, PAYLOAD, 1)
+
+
+def test_a_log_that_grows_in_a_page_makes_good_what_became_of_it(empty: Core) -> None:
+    """The page written last is written from memory, so a small commit checks no page twice."""
+    region = formatted(empty)
+    region.write(WAL, 0, b"first")
+    for copy in (0, 1):
+        flip(empty, copies(region, WAL, 0)[copy] + 2)
+    region.write(WAL, 5, b"second")
+    assert region.read(WAL, 0, PAYLOAD) == b"firstsecond" + b"B" * (PAYLOAD - 11)
+    inject(empty.pmem, copies(region, WAL, 0)[0], 1)
+    inject(empty.pmem, copies(region, WAL, 0)[1], 1)
+    with pytest.raises(MediaError):
+        region.write(WAL, 11, b"third")
+
+
+def test_pages_of_a_file_in_pieces_are_written_where_they_are(empty: Core) -> None:
+    rmap, allocator = Rmap(), Allocator(empty.pmem.dax)
+    region = MetadataRegion(empty.pmem.dax, rmap, allocator)
+    region.format()
+    for block in range(16, 60, 3):
+        allocator.take(Range(block, block + 1))
+    region.grow(DB, 20 * PAYLOAD)
+    data = bytes(range(256)) * 300
+    region.write(DB, 100, data)
+    for seen in (region, loaded(empty)):
+        assert seen.read(DB, 0, 20 * PAYLOAD) == bytes(100) + data + bytes(20 * PAYLOAD - 100 - len(data))
+    assert lines(region, is_clean=True) == []
 
 
 @pytest.mark.parametrize("good", [0, 1])

@@ -9,10 +9,11 @@ import msgspec
 
 from daxemu.errors import CorruptMetadata
 from daxemu.fs.allocator import Allocator
-from daxemu.fs.metadata_region import MAGIC, VERSION, MetadataFile, MetadataRegion, Superblock, _checksum
+from daxemu.fs.metadata_region import MetadataFile, MetadataRegion
 from daxemu.fs.records import inode_of
 from daxemu.fs.rmap import Rmap
 from daxemu.fs.store import _row
+from daxemu.fs.superblock import MAGIC, VERSION, Superblock, _checksum
 from daxemu.pmem.device_dir import DeviceConfig, DeviceDir
 from daxemu.pmem.pmem import Pmem
 from daxemu.uapi import PAGE_SIZE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +13,9 @@ from daxemu.cli.common import DEVICE, SIZE, as_owner_option, emit, human, json_o
 from daxemu.errors import CorruptMetadata
 from daxemu.host.device_lock import wait_for_last_mount
 from daxemu.pmem.device_dir import DEFAULT_BASE_PFN, DeviceConfig, DeviceDir, altmap_bytes
+
+if TYPE_CHECKING:
+    from daxemu.fs.offline import Report
 
 
 @click.command()
@@ -105,7 +109,11 @@ def mkfs(
 
 @click.command()
 @click.argument("device", type=DEVICE)
-@click.option("--repair", is_flag=True, help="Heal poisoned metadata pages from their other copy.")
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Rewrite bad copies of metadata pages from their other copy; upgrade metadata of format 2.",
+)
 @as_owner_option
 @json_option
 def fsck(device: Path, repair: bool, as_json: bool) -> None:
@@ -125,11 +133,24 @@ def fsck(device: Path, repair: bool, as_json: bool) -> None:
     counts = f"{len(report.wrong)} problems, {len(report.damaged)} damaged ranges"
     summary = f"{device}: {report.inodes} inodes, {counts}"
     healed = [f"healed {report.healed} metadata pages from their other copy"] if report.healed else []
+    if report.upgraded:
+        healed.append("upgraded the metadata to today's format, with checksums")
     emit(
         {"device": device, **asdict(report)},
         as_json,
         [*healed, *report.wrong, *report.damaged, summary],
     )
     if report.wrong:
-        hint = " are left: save what can be read, then mkfs --force" if repair else "; try fsck --repair"
-        raise CorruptMetadata(f"{device}: {len(report.wrong)} problems{hint}")
+        raise CorruptMetadata(f"{device}: {len(report.wrong)} problems{_hint(report, repair=repair)}")
+
+
+def _hint(report: Report, *, repair: bool) -> str:
+    """What to do about the problems that were found, or that a repair has left."""
+    by_hand = "save what can be read, then mkfs --force"
+    if repair:
+        return f" are left: {by_hand}"
+    if report.mendable == len(report.wrong):
+        return "; try fsck --repair"
+    if report.mendable:
+        return f"; fsck --repair mends {report.mendable} of them, for the rest {by_hand}"
+    return f", which no repair can mend: {by_hand}"

@@ -48,6 +48,7 @@ from daxemu.events.mounts import (
     FilesystemShutdown,
     LoopStalled,
     MetadataRewritten,
+    MetadataUpgraded,
     Mounted,
     SettingChanged,
     UnexpectedError,
@@ -77,6 +78,7 @@ __all__ = [
     "MadviseInjected",
     "MemoryFailureHandled",
     "MetadataRewritten",
+    "MetadataUpgraded",
     "Mounted",
     "NotifyFailure",
     "Outcome",
@@ -126,6 +128,7 @@ EVENT_TYPES: tuple[type[Event], ...] = (
     UnexpectedError,
     LoopStalled,
     MetadataRewritten,
+    MetadataUpgraded,
     FilesystemShutdown,
     DaxActiveAtRemove,
     DeviceRemoved,
@@ -157,6 +160,7 @@ AnyEvent = (
     | UnexpectedError
     | LoopStalled
     | MetadataRewritten
+    | MetadataUpgraded
     | FilesystemShutdown
     | DaxActiveAtRemove
     | DeviceRemoved

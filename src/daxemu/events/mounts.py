@@ -98,6 +98,17 @@ class MetadataRewritten(Event):
         return f"{found}; rewritten from the other copy"
 
 
+class MetadataUpgraded(Event):
+    """The filesystem's records were rewritten in today's format; ``before`` and ``now`` are the formats."""
+
+    device: str
+    before: int
+    now: int
+
+    def summary(self) -> str:
+        return f"metadata upgraded from format {self.before} to format {self.now}"
+
+
 class FilesystemShutdown(Event):
     device: str
     reason: str

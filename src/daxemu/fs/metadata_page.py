@@ -64,8 +64,3 @@ def generation_of(page: memoryview) -> int:
     """The generation in the trailer. Precondition: the page is intact."""
     generation: int = _TRAILER.unpack_from(page, PAYLOAD)[2]
     return generation
-
-
-def trailer_of(page: memoryview) -> bytes:
-    """The trailer and its checksum: equal in both copies if these are equal and intact."""
-    return bytes(page[PAYLOAD:])

@@ -18,7 +18,6 @@ Invariants:
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Callable, Iterator
 from enum import IntEnum
@@ -28,17 +27,23 @@ import msgspec
 from daxemu.errors import CorruptMetadata, DaxemuError, MediaError, NoSpace
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.extents import ExtentMap
-from daxemu.fs.metadata_page import PAYLOAD, Copy, CopyState, generation_of, is_intact, seal, trailer_of
+from daxemu.fs.metadata_page import PAYLOAD, Copy, CopyState, generation_of, is_intact, seal
 from daxemu.fs.rmap import METADATA_INO, Rmap
+from daxemu.fs.superblock import (
+    MAGIC,
+    SUPER_BLOCKS,
+    VERSION,
+    Superblock,
+    newest,
+    sealed,
+    super_blocks,
+    unsealed,
+)
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Block
 
-MAGIC = "daxemu-fs"
-VERSION = 3
-SUPER_BLOCKS = 16
 REPLICAS = 2
-_HEADER = 20  # bytes of a superblock before its record: length and checksum
 _SEALED_AT_ONCE = 256  # pages of a new extent that one store seals
 
 
@@ -47,18 +52,6 @@ class MetadataFile(IntEnum):
 
     DB = 0
     WAL = 1
-
-
-class Superblock(msgspec.Struct, array_like=True):
-    """``runs``: (file block, device block, blocks) of every extent of METADATA_INO but the superblocks
-    themselves.
-    """
-
-    magic: str
-    version: int
-    generation: int
-    total_blocks: int
-    runs: list[tuple[int, int, int]]
 
 
 class Damage(msgspec.Struct, frozen=True):
@@ -77,12 +70,11 @@ def _base(file: MetadataFile, replica: int) -> Block:
     return (1 + file * REPLICAS + replica) << 40
 
 
-def _checksum(data: bytes | memoryview) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
 class MetadataRegion:
     """The blocks of METADATA_INO. Sizes and offsets inside a file are bytes."""
+
+    version = VERSION
+    """The format that :meth:`load` accepts."""
 
     def __init__(self, dax: DaxDevice, rmap: Rmap, allocator: Allocator) -> None:
         """Claim the superblocks' own blocks. The caller then calls :meth:`format` or :meth:`load`."""
@@ -91,13 +83,15 @@ class MetadataRegion:
         self._rmap = rmap
         self._extents = ExtentMap(METADATA_INO, rmap)
         self._places = [[array("Q") for _ in range(REPLICAS)] for _ in MetadataFile]
+        self._ends = [[array("Q") for _ in range(REPLICAS)] for _ in MetadataFile]
+        """By file, replica and page: device offset in bytes of the page, and of the end of its run."""
+        self._last_written = (MetadataFile.DB, -1, memoryview(b""))
         self._generation = self._page_generation = 0
         self._is_published = True
         self.is_read_only = False
         """Whether reads leave a bad copy as it is."""
         self.on_bad_copy: OnBadCopy = lambda file, page, copy, state: None
-        total = allocator.total
-        self._super_blocks = (Range(0, SUPER_BLOCKS), Range(total // 2, total // 2 + SUPER_BLOCKS))
+        self._super_blocks = super_blocks(allocator.total)
         for index, blocks in enumerate(self._super_blocks):
             allocator.take(blocks)
             self._extents.insert(index * SUPER_BLOCKS, blocks.start, blocks.length)
@@ -115,9 +109,12 @@ class MetadataRegion:
                 return True
         return False
 
-    def prepare(self) -> None:
-        """Begin a new filesystem that no superblock names before :meth:`format`: a crash leaves none."""
+    def prepare(self, after: int) -> None:
+        """Begin a new filesystem that no superblock names before :meth:`format`: a crash leaves none.
+        ``after``: the generation of the filesystem that it replaces, or 0.
+        """
         self._is_published = False
+        self._generation = after
 
     def format(self) -> None:
         """Write the superblocks of a new filesystem, with the files that it has by now."""
@@ -128,10 +125,10 @@ class MetadataRegion:
 
     def load(self) -> None:
         """Claim the blocks that the newest readable superblock names. Raises CorruptMetadata."""
-        newest = self._read_superblock()
-        self._generation = newest.generation
-        self._page_generation = newest.generation << 32
-        for file_block, dev_block, length in newest.runs:
+        superblock = newest(self._dax, version=self.version)
+        self._generation = superblock.generation
+        self._page_generation = superblock.generation << 32
+        for file_block, dev_block, length in superblock.runs:
             self._claim(file_block, Range(dev_block, dev_block + length))
         for file in MetadataFile:
             sizes = {self._length(_base(file, replica)) for replica in range(REPLICAS)}
@@ -155,7 +152,9 @@ class MetadataRegion:
             base = _base(file, replica)
             for run in self._extents.runs(base + first, base + end):
                 start = run.dev_block * PAGE_SIZE
-                places.extend(range(start, start + run.length * PAGE_SIZE, PAGE_SIZE))
+                run_end = start + run.length * PAGE_SIZE
+                places.extend(range(start, run_end, PAGE_SIZE))
+                self._ends[file][replica].extend([run_end] * run.length)
 
     def _claim(self, file_block: Block, run: Range) -> None:
         if not run or run.start < 0 or run.end > self._allocator.total or not 1 <= file_block >> 40 <= 4:
@@ -176,57 +175,16 @@ class MetadataRegion:
             raise CorruptMetadata(f"{self._dax.name}: a replica has a hole")
         return sum(run.length for run in runs if run.link is not None)
 
-    def _read_superblock(self) -> Superblock:
-        found: list[Superblock] = []
-        why: list[str] = []
-        for name, blocks in zip(("first", "second"), self._super_blocks, strict=True):
-            try:
-                found.append(self._unseal(blocks))
-            except MediaError:
-                why.append(f"the {name} is poisoned")
-            except (CorruptMetadata, msgspec.MsgspecError):
-                why.append(f"the {name} has a wrong checksum")
-        if not found:
-            raise CorruptMetadata(f"{self._dax.name}: neither superblock can be read ({', '.join(why)})")
-        newest = max(found, key=lambda superblock: superblock.generation)
-        if newest.magic != MAGIC or newest.version != VERSION:
-            raise CorruptMetadata(
-                f"{self._dax.name}: the filesystem has format {newest.version}, this daxemu reads {VERSION}: "
-                "copy its files off with the daxemu that made it, then mkfs --force"
-            )
-        if newest.total_blocks != self._allocator.total:
-            raise CorruptMetadata(f"{self._dax.name}: the filesystem was made on a device of another size")
-        if not 0 < newest.generation < 1 << 31:
-            raise CorruptMetadata(f"{self._dax.name}: the superblock's generation is {newest.generation}")
-        return newest
-
-    def _unseal(self, blocks: Range) -> Superblock:
-        head = self._dax.direct_access(blocks.start * PAGE_SIZE, PAGE_SIZE)
-        length = int.from_bytes(head[:4], "little")
-        if not 0 < length <= SUPER_BLOCKS * PAGE_SIZE - _HEADER:
-            raise CorruptMetadata("a superblock has no sensible length")
-        whole = self._dax.direct_access(blocks.start * PAGE_SIZE, _HEADER + length)
-        if _checksum(whole[_HEADER:]) != bytes(whole[4:_HEADER]):
-            raise CorruptMetadata("a superblock does not match its checksum")
-        try:
-            return msgspec.msgpack.decode(whole[_HEADER:], type=Superblock)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise CorruptMetadata("a superblock's record cannot be decoded") from error
-
     def _write_superblocks(self) -> None:
         self._generation += 1
         runs = [(e.file_block, e.dev_block, e.length) for e in self._extents if e.file_block >> 40]
         superblock = Superblock(MAGIC, VERSION, self._generation, self._allocator.total, runs)
-        record = msgspec.msgpack.encode(superblock)
-        if len(record) > SUPER_BLOCKS * PAGE_SIZE - _HEADER:
-            raise NoSpace("the metadata is in too many pieces for the superblock")
-        sealed = len(record).to_bytes(4, "little") + _checksum(record) + record
-        sealed += bytes(-len(sealed) % PAGE_SIZE)
+        data = sealed(superblock)
         # A copy that is poisoned stays so, for fsck to find, as long as the other is good.
         offsets = [blocks.start * PAGE_SIZE for blocks in self._super_blocks]
-        good = [at for at in offsets if not self._dax.is_poisoned(at, len(sealed))]
+        good = [at for at in offsets if not self._dax.is_poisoned(at, len(data))]
         for offset in good or offsets:
-            self._dax.recovery_write(offset, sealed)
+            self._dax.recovery_write(offset, data)
 
     # -- the files
 
@@ -263,7 +221,7 @@ class MetadataRegion:
                 self._write_superblocks()
         except NoSpace:
             for replica in range(REPLICAS):
-                del self._places[file][replica][had:]
+                del self._places[file][replica][had:], self._ends[file][replica][had:]
                 start = _base(file, replica) + had
                 self._extents.remove(start, start + more)
             for run in (run for runs in taken for run in runs):
@@ -300,18 +258,15 @@ class MetadataRegion:
 
     def _good(self, file: MetadataFile, page: Block) -> memoryview:
         """The whole page, of the copy that is right. A copy that is not is rewritten."""
+        first, second = self._places[file]
         try:
-            first, second = (
-                self._dax.direct_access(places[page], PAGE_SIZE) for places in self._places[file]
-            )
+            one = self._dax.direct_access(first[page], PAGE_SIZE)
+            other = self._dax.direct_access(second[page], PAGE_SIZE)
         except MediaError:
             return self._good_of_two(file, page)
-        if (
-            trailer_of(first) == trailer_of(second)
-            and is_intact(first, file, page)
-            and is_intact(second, file, page)
-        ):
-            return first
+        # Of bytes: comparing memoryviews takes a hundred times as long.
+        if bytes(one) == bytes(other) and is_intact(one, file, page):
+            return one
         return self._good_of_two(file, page)
 
     def _good_of_two(self, file: MetadataFile, page: Block) -> memoryview:
@@ -354,28 +309,52 @@ class MetadataRegion:
         """
         if not data:
             return
-        view, done = memoryview(data), 0
-        pages = _pages(offset, len(view))
-        blocks = memoryview(bytearray(len(pages) * PAGE_SIZE))
+        view = memoryview(data)
+        first, at = divmod(offset, PAYLOAD)
+        count = -(-(at + len(view)) // PAYLOAD)
+        blocks = memoryview(bytearray(count * PAGE_SIZE))
+        if at:
+            blocks[:PAGE_SIZE] = self._good_to_write(file, first)
+        if (at + len(view)) % PAYLOAD and (count > 1 or not at):
+            blocks[-PAGE_SIZE:] = self._good_to_write(file, first + count - 1)
         self._page_generation += 1
-        for index, (page, start, end) in enumerate(pages):
-            block = blocks[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
-            if end - start < PAYLOAD:
-                block[:] = self._good(file, page)
-            block[start:end] = view[done : done + end - start]
-            done += end - start
+        done = 0
+        for page in range(first, first + count):
+            block = blocks[(page - first) * PAGE_SIZE :][:PAGE_SIZE]
+            part = view[done : done + PAYLOAD - at]
+            block[at : at + len(part)] = part
             seal(block, file, page, self._page_generation)
-        first = pages[0][0]
-        if any(self._is_poisoned(file, replica, first, len(pages)) for replica in range(REPLICAS)):
+            done, at = done + len(part), 0
+        self._last_written = (file, first + count - 1, blocks[-PAGE_SIZE:])
+        if self._dax.has_poison and any(self._is_poisoned(file, r, first, count) for r in range(REPLICAS)):
             self._write_over_poison(file, first, blocks)
-            return
-        for replica in range(REPLICAS):
-            self._store(file, replica, first, blocks)
+        else:
+            for replica in range(REPLICAS):
+                self._store(file, replica, first, blocks)
+
+    def _good_to_write(self, file: MetadataFile, page: Block) -> memoryview:
+        """The whole page, to write a part of. The page written last is not read and checked again: the log
+        grows within a page, and a read here would be a third of a small commit.
+        """
+        last_file, last_page, block = self._last_written
+        if (file, page) == (last_file, last_page) and not self._dax.has_poison:
+            return block
+        return self._good(file, page)
 
     def _is_poisoned(self, file: MetadataFile, replica: int, first: Block, count: int) -> bool:
-        base = _base(file, replica) + first
-        runs = self._extents.runs(base, base + count)
-        return any(self._dax.is_poisoned(run.dev_block * PAGE_SIZE, run.length * PAGE_SIZE) for run in runs)
+        runs = self._runs(file, replica, first, count)
+        return any(self._dax.is_poisoned(start, length) for start, length in runs)
+
+    def _runs(self, file: MetadataFile, replica: int, first: Block, count: int) -> Iterator[tuple[int, int]]:
+        """Device offset and length in bytes of each run of ``count`` pages."""
+        places, ends = self._places[file][replica], self._ends[file][replica]
+        left = count * PAGE_SIZE
+        while left:
+            start = places[first]
+            length = min(left, ends[first] - start)
+            yield start, length
+            first += length // PAGE_SIZE
+            left -= length
 
     def _write_over_poison(self, file: MetadataFile, first: Block, blocks: memoryview) -> None:
         """Write page by page, a poisoned copy first: the other is whole until that one is."""
@@ -387,17 +366,16 @@ class MetadataRegion:
 
     def _store(self, file: MetadataFile, replica: int, first: Block, blocks: memoryview) -> None:
         """Put sealed pages on the media, from page ``first`` of one replica on; clears poison there."""
-        base, done = _base(file, replica) + first, 0
-        for run in self._extents.runs(base, base + len(blocks) // PAGE_SIZE):
-            length = run.length * PAGE_SIZE
-            self._put(run.dev_block * PAGE_SIZE, blocks[done : done + length])
+        done = 0
+        for start, length in self._runs(file, replica, first, len(blocks) // PAGE_SIZE):
+            self._put(start, blocks[done : done + length])
             done += length
 
     def _put(self, offset: int, data: memoryview) -> None:
-        if self._dax.is_poisoned(offset, len(data)):
-            self._dax.recovery_write(offset, data)
-        else:
+        try:
             self._dax.direct_access(offset, len(data))[:] = data
+        except MediaError:
+            self._dax.recovery_write(offset, data)
 
     def _device_offset(self, file: MetadataFile, replica: int, page: Block) -> int:
         return self._places[file][replica][page]
@@ -440,9 +418,9 @@ class MetadataRegion:
                 states.append(CopyState.POISONED)
                 continue
             try:
-                is_current = self._unseal(blocks).generation == self._generation
+                is_current = unsealed(self._dax, blocks).generation == self._generation
                 states.append(CopyState.GOOD if is_current else CopyState.STALE)
-            except (DaxemuError, msgspec.MsgspecError):
+            except DaxemuError:
                 states.append(CopyState.CORRUPT)
         return states
 

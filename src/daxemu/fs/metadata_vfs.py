@@ -82,6 +82,8 @@ class _VfsFile:
         self._file = file
         # What is there is as long as it has room: SQLite knows from its header what of that counts.
         self._size = self._region.size(file) if _exists(self._region, file) else 0
+        self._room = 0
+        """Bytes the file has room for, at the least."""
         self._pending: list[bytes] = []
         self._pending_at = self._pending_end = 0
 
@@ -104,8 +106,9 @@ class _VfsFile:
         """Grows the file; the store has seen to it that there is room."""
         end = offset + len(data)
         try:
-            if end > self._region.size(self._file):
+            if end > self._room:
                 self._region.grow(self._file, end)
+                self._room = self._region.size(self._file)
             if not self._pending or offset != self._pending_end:
                 self.flush()
                 self._pending_at = offset

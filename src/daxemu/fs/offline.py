@@ -13,6 +13,7 @@ from daxemu.fs.metadata_page import CopyState
 from daxemu.fs.metadata_region import REPLICAS, MetadataRegion
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.fs.store import FSCK_HINT, Store
+from daxemu.fs.upgrade import is_former, upgrade
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.pmem.pmem import Pmem
@@ -20,10 +21,15 @@ from daxemu.pmem.pmem import Pmem
 
 @dataclass
 class Report:
-    """What was found. ``wrong`` is of the filesystem, ``damaged`` of the files' data; a line each."""
+    """What was found. ``wrong`` is of the filesystem, ``damaged`` of the files' data; a line each.
+    ``mendable``: how many lines of ``wrong`` a repair would mend. ``upgraded``: whether a repair rewrote the
+    records of a former format.
+    """
 
     inodes: int = 0
     healed: int = 0
+    mendable: int = 0
+    upgraded: bool = False
     wrong: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
 
@@ -37,10 +43,13 @@ def check_device(directory: DeviceDir, *, repair: bool) -> Report:
     pmem = Pmem(directory)
     try:
         if repair:
+            report.upgraded = _upgrade(pmem)
             report.healed = _heal(pmem)
         _check(pmem, report)
     except CorruptMetadata as error:
         report.wrong += _why_unreadable(pmem, error)
+        # What cannot be read has no good copy: a repair has nothing to take it from.
+        report.mendable = int(not repair and is_former(pmem.dax))
     finally:
         pmem.close()
     return report
@@ -64,6 +73,13 @@ def _why_unreadable(pmem: Pmem, error: CorruptMetadata) -> list[str]:
     return found or [str(error).removesuffix(FSCK_HINT)]
 
 
+def _upgrade(pmem: Pmem) -> bool:
+    if not is_former(pmem.dax):
+        return False
+    upgrade(pmem.dax)
+    return True
+
+
 def _heal(pmem: Pmem) -> int:
     region = MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
     if not region.is_formatted():
@@ -83,6 +99,9 @@ def _check(pmem: Pmem, report: Report) -> None:
     try:
         report.inodes = len(fs.names)
         report.wrong = fsck(fs)
+        if report.wrong:
+            damage = fs.region.damaged_pages(is_clean=fs.store.is_clean)
+            report.mendable = sum(found.mendable for found in damage)
         report.damaged = [
             f"{lost.path}: {lost.length} bytes at {lost.offset:#x} are poison"
             for lost in fs.damaged()

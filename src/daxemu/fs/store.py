@@ -70,10 +70,12 @@ class Store:
 
     # -- opening
 
-    def format(self, names: Namespace, rmap: Rmap) -> None:
-        """Make a new filesystem of ``names``. Raises NoSpace, CorruptMetadata."""
-        self._region.prepare()
-        self.ensure_room(1, 0, 0)
+    def format(self, names: Namespace, rmap: Rmap, *, after: int = 0) -> None:
+        """Make a new filesystem of ``names``, in the place of one whose superblock has the generation
+        ``after``. Raises NoSpace, CorruptMetadata.
+        """
+        self._region.prepare(after)
+        self.ensure_room(len(names), rmap.link_count, names.name_bytes)
         self._open()
         self._execute("PRAGMA journal_mode=MEMORY")
         self._execute("PRAGMA journal_mode=WAL")

@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from daxemu.errors import Busy, CorruptMetadata, DaxemuError, NoSpace, Shutdown
-from daxemu.events import Emit, FilesystemShutdown, MetadataRewritten
+from daxemu.events import Emit, FilesystemShutdown, MetadataRewritten, MetadataUpgraded
 from daxemu.fs.data_ops import DataOps
 from daxemu.fs.file_data import FileData
 from daxemu.fs.huge_allocator import allocator_for
@@ -20,6 +20,8 @@ from daxemu.fs.namespace import Namespace
 from daxemu.fs.notify_failure import FilesystemHolder
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.fs.store import Store
+from daxemu.fs.superblock import FORMER_VERSION, VERSION
+from daxemu.fs.upgrade import is_former, upgrade
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import merged
@@ -68,6 +70,9 @@ class SuperBlock:
         self._never_commit = read_only
         self.on_shutdown: Callable[[], None] = lambda: None
         """Told of a shutdown: the page cache must not go on answering for us."""
+        if not read_only and is_former(dax):
+            upgrade(dax)
+            emit(MetadataUpgraded(device=dax.name, before=FORMER_VERSION, now=VERSION))
         self.rmap = Rmap()
         self.allocator = allocator_for(dax)
         self._data = FileData(dax, self.rmap, self.allocator, self.ensure_links)

@@ -132,6 +132,11 @@ class DaxDevice:
         if self.is_poisoned(offset, length):
             raise MediaError(f"{self.name}: poison in {offset:#x}+{length:#x}", self.poisoned(offset, length))
 
+    @property
+    def has_poison(self) -> bool:
+        """Whether any byte of the media is poison, known or latent."""
+        return bool(self._media.poison)
+
     def is_poisoned(self, offset: int, length: int) -> bool:
         """Whether any byte of the range is poison, known or latent."""
         return self._media.is_poisoned(self._data_offset + offset, length)

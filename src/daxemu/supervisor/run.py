@@ -22,6 +22,7 @@ from daxemu import protocol as p
 from daxemu.errors import Busy, CorruptMetadata, DaxemuError, NotMounted, Unsupported
 from daxemu.events import DeviceTightened, Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
+from daxemu.fs.store import FSCK_HINT
 from daxemu.host import supplement
 from daxemu.host.fuse_loop import FuseLoop
 from daxemu.host.layouts import LayoutTable
@@ -84,7 +85,9 @@ def supervise(
         try:
             mm, fs = open_core(pmem, events, (os.geteuid(), os.getegid()))
         except CorruptMetadata as error:
-            raise CorruptMetadata(f"{error}: daxemu fsck {printable(device)} --repair") from error
+            # A mount reads good copies by itself. What it refuses, fsck knows whether a repair can help.
+            why = str(error).removesuffix(FSCK_HINT)
+            raise CorruptMetadata(f"{why}; see: daxemu fsck {printable(device)}") from error
         undo.callback(_save, fs)
         repairs = Repairs(pmem, fs, directory.root / "repair", events.emit, mountpoint.resolve())
         undo.callback(repairs.close)
