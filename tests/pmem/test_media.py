@@ -176,6 +176,44 @@ def test_poison_survives_the_process(directory: Path) -> None:
     assert (directory / "poison").read_text().split() == ["4", "1", "100", "1"]
 
 
+def test_much_poison_is_appended_and_read_back(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past _FEW ranges a change is recorded without writing the whole file."""
+    with opened(directory) as media:
+        many = [Range(sector, sector + 1) for sector in range(0, 1400, 2)]
+        media.add_poison(*many)
+
+        def whole(poison: RangeSet) -> None:
+            raise AssertionError("the whole file is written")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(media, "_save_poison", whole)
+            media.make_room(600)
+            size = (directory / "poison").stat().st_size
+            media.add_poison(Range(1500, 1502), Range(1600, 1610))
+            assert media.clear_poison(Range(0, 3)) == [Range(0, 1), Range(2, 3)]
+            with media.clearing([Range(1601, 1605)]):
+                media.clear_poison(Range(1601, 1605))
+            assert (directory / "poison").stat().st_size == size
+        expected = list(media.poison)
+    with opened(directory) as media:
+        assert list(media.poison) == expected
+        media.add_poison(Range(1700, 1701))
+    with opened(directory) as media:
+        assert list(media.poison) == sorted([*expected, Range(1700, 1701)])
+        media.clear_poison(Range(0, 1390))
+        assert len((directory / "poison").read_text().strip().split("\n")) == len(media.poison)
+
+
+def test_an_exception_while_much_is_cleared_leaves_the_file_right(directory: Path) -> None:
+    with opened(directory) as media:
+        media.add_poison(*(Range(sector, sector + 1) for sector in range(0, 1400, 2)))
+        expected = list(media.poison)
+        with pytest.raises(ZeroDivisionError), media.clearing([Range(0, 8)]):
+            raise ZeroDivisionError
+    with opened(directory) as media:
+        assert list(media.poison) == expected
+
+
 def test_a_device_without_the_file_has_no_poison(directory: Path) -> None:
     (directory / "poison").unlink()
     with opened(directory) as media:
@@ -250,6 +288,7 @@ def test_a_list_of_poison_that_has_no_room_to_grow_stays_what_it_was(directory: 
             sector += 3
             media.add_poison(Range(sector, sector + 1))
         media.clear_poison(Range(sector, sector + 1))
+        media._save_poison(media.poison)  # as short as possible
         before = list(media.poison)
         with files_cannot_grow(at=PAGE_SIZE), pytest.raises(DaxemuError):
             media.add_poison(Range(sector, sector + 1))

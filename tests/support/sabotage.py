@@ -174,3 +174,32 @@ def wait_in_clone(directory: str) -> None:
         return await settle(self, lock, source, last_change)
 
     Clones._settle = waiting  # type: ignore[method-assign]
+
+
+class _Steps(trio.abc.Instrument):
+    """The longest step of the event loop, and the task whose step that was, in a file."""
+
+    def __init__(self, report: Path) -> None:
+        self._report = report
+        self._began = 0.0
+        self._longest = 0.0
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self._began = time.perf_counter()
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        took = time.perf_counter() - self._began
+        if self._began and took > self._longest:
+            self._longest = took
+            self._report.write_text(f"{took * 1000:.0f} ms in {task.name}")
+
+
+def measure_steps(report: str) -> None:
+    """Write the longest step of the event loop so far to this file."""
+    beat = Watchdog.beat
+
+    async def measured(self: Watchdog) -> None:
+        trio.lowlevel.add_instrument(_Steps(Path(report)))
+        await beat(self)
+
+    Watchdog.beat = measured  # type: ignore[method-assign]

@@ -7,6 +7,7 @@ signalled because of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import SECTOR_SIZE, Sector
@@ -42,6 +43,16 @@ class Badblocks:
         if added:
             self.on_change()
         return added
+
+    @contextmanager
+    def one_change(self) -> Iterator[None]:
+        """Within, all changes are one: ``on_change`` is called at the end."""
+        on_change, self.on_change = self.on_change, lambda: None
+        try:
+            yield
+        finally:
+            self.on_change = on_change
+            on_change()
 
     def clear(self, sector: Sector, sectors: int) -> list[Range]:
         """Forget bad sectors (``badblocks_clear``); returns those that were known."""

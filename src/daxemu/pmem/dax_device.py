@@ -204,6 +204,10 @@ class DaxDevice:
         bad = (sectors_of(part.start, part.length) for part in ranges)
         return self._media.clearing(Range(sectors.start + shift, sectors.end + shift) for sectors in bad)
 
+    def make_room_for_poison(self, changes: int) -> None:
+        """See Media.make_room()."""
+        self._media.make_room(changes)
+
     def add_poison(self, *ranges: Range) -> list[Range]:
         """The hardware goes bad in these byte ranges; returns them rounded out to sectors. Nobody is told by
         this.

@@ -6,7 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
@@ -17,6 +17,9 @@ from daxemu.sizes import human
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, SECTOR_SIZE
 
 _POISON_STEP = 4096  # the file of poisoned sectors has whole pages, filled up with empty lines
+_FEW = 512
+"""Ranges of poison up to which the file is written anew at each change."""
+_CLEARED = "clear "
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -71,8 +74,8 @@ class Memory(NamedTuple):
 class Media:
     """The media of one device: ``size`` bytes of a sparse file, mapped shared, and their poison.
 
-    Poison is kept in sectors and written to the file ``poison`` at every change, so that it outlives this
-    process.
+    Poison is kept in sectors and written to the file ``poison`` at every change, so that poison outlives this
+    process. Changes of much poison are appended to the file: a change costs its own ranges.
     """
 
     def __init__(self, directory: PrivatePath, size: int) -> None:
@@ -94,8 +97,11 @@ class Media:
             raise NotADevice(
                 f"{directory}/media has {found} bytes, device.toml says {size}: restore the one that is wrong"
             )
+        self.poison = RangeSet()
+        self._poison_lines = self._poison_end = 0
+        """Lines of the file, and bytes up to the end of the last one."""
         try:
-            self.poison = RangeSet(self._load_poison())
+            self._load_poison()
             self._map = self._mapped()
         except BaseException:
             os.close(self._fd)
@@ -185,12 +191,18 @@ class Media:
         """Make sectors unreadable. Raises NoSpace if that cannot be recorded; then nothing has changed."""
         added = [part for sectors in ranges for part in self.poison.add(*sectors)]
         try:
-            if added:
-                self._save_poison(self.poison)
+            self._record(added)
         except NoSpace:
             for part in added:
                 self.poison.remove(*part)
             raise
+
+    def make_room(self, changes: int) -> None:
+        """Reserve room in the file ``poison`` for ``changes`` more ranges. Raises NoSpace."""
+        if len(self.poison) + changes > _FEW:
+            longest = len(f"{_CLEARED}{self.size // SECTOR_SIZE} {self.size // SECTOR_SIZE}\n")
+            with self._writing():
+                self._extend(self._poison_end + changes * longest)
 
     def clear_poison(self, sectors: Range) -> list[Range]:
         """Make the sectors readable; returns those that were not. Their bytes are whatever is written
@@ -198,8 +210,8 @@ class Media:
         """
         cleared = self.poison.remove(*sectors)
         try:
-            if cleared and not self._is_saved:
-                self._save_poison(self.poison)
+            if not self._is_saved:
+                self._record(cleared, _CLEARED)
         except NoSpace:
             for part in cleared:
                 self.poison.add(*part)
@@ -211,28 +223,30 @@ class Media:
         """Within, these sectors are cleared, in as many calls as it takes: they are recorded at once. Raises
         NoSpace if that cannot be; then nothing has changed.
         """
-        left = RangeSet(self.poison)
-        for sectors in ranges:
-            left.remove(*sectors)
-        self._save_poison(left)
+        clearing = list(ranges)
+        self._record(clearing, _CLEARED, but=clearing)
         self._is_saved = True
         try:
             yield
         finally:
             self._is_saved = False
-            if self.poison != left:
+            if any(self.poison.overlaps(*sectors) for sectors in clearing):
                 self._save_poison(self.poison)
 
-    def _load_poison(self) -> Iterator[tuple[int, int]]:
-        """The file holds "first-sector count" lines, the sysfs form of badblocks."""
+    def _load_poison(self) -> None:
+        """Follow the lines of the file: "first-sector count", the sysfs form of badblocks, is poison from
+        there on; "clear first-sector count" no longer is.
+        """
         try:
-            for line in self._poison_file.read_bytes().decode().split("\n"):
-                if not line:
-                    continue
-                first, count = (int(word) for word in line.split())
+            text = self._poison_file.read_bytes().decode().rstrip("\n")
+            for line in filter(None, text.split("\n")):
+                first, count = (int(word) for word in line.removeprefix(_CLEARED).split())
                 if first < 0 or count <= 0 or (first + count) * SECTOR_SIZE > self.size:
                     raise ValueError(line)
-                yield first, first + count
+                change = self.poison.remove if line.startswith(_CLEARED) else self.poison.add
+                change(first, first + count)
+                self._poison_lines += 1
+            self._poison_end = len(text) + 1 if text else 0
         except FileNotFoundError:
             return
         except ValueError as error:
@@ -241,19 +255,63 @@ class Media:
                 "mend it, or remove it to have no poison"
             ) from error
 
+    def _record(self, changed: Sequence[Range], prefix: str = "", *, but: Sequence[Range] = ()) -> None:
+        """Save what was added to the poison, or cleared. ``but``: not cleared yet. Raises NoSpace."""
+        lines = self._poison_lines + len(changed)
+        if changed and len(self.poison) > _FEW and lines < 4 * len(self.poison):
+            with suppress(NoSpace):  # the whole may be shorter
+                self._append_poison(changed, prefix)
+                return
+        if changed:
+            left = RangeSet(self.poison) if but else self.poison
+            for sectors in but:
+                left.remove(*sectors)
+            self._save_poison(left)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, NotADevice, PermissionDenied) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise NoSpace(f"{self._poison_file} cannot be written: {why}; make room there") from error
+
+    def _append_poison(self, changed: Sequence[Range], prefix: str) -> None:
+        data = "".join(f"{prefix}{r.start} {r.length}\n" for r in changed).encode()
+        with self._writing():
+            self._extend(self._poison_end + len(data))
+            with open(self._poison_file.open(os.O_RDWR), "r+b", buffering=0) as file:
+                # A file made by hand may lack the end of its last line.
+                file.seek(max(0, self._poison_end - 1))
+                file.write(b"\n" * bool(self._poison_end) + data)
+        self._poison_end += len(data)
+        self._poison_lines += len(changed)
+
+    def _extend(self, wanted: int) -> None:
+        """Make the file at least ``wanted`` bytes long, with empty lines. Raises OSError."""
+        wanted = -(-wanted // _POISON_STEP) * _POISON_STEP
+        with open(self._poison_file.open(os.O_RDWR, create=True), "r+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            missing = max(0, wanted - size)
+            try:
+                if missing and file.write(b"\n" * missing) != missing:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)
+                raise
+
     def _save_poison(self, poison: RangeSet) -> None:
         text = "".join(f"{r.start} {r.length}\n" for r in poison)
         data = text.encode().ljust(-(-len(text) // _POISON_STEP) * _POISON_STEP or _POISON_STEP, b"\n")
-        try:
-            if len(data) <= self._poison_file.lstat().st_size:
+        with self._writing():
+            found = self._poison_file.lstat().st_size if self._poison_file.exists() else 0
+            if len(data) <= found:
                 # Over what is there: a full disk must not keep poison from being cleared.
                 with open(self._poison_file.open(os.O_RDWR), "r+b", buffering=0) as file:
-                    file.write(data)
-                    file.truncate()
+                    file.write(data.ljust(found, b"\n"))
+                    file.truncate(len(data))
             else:
                 scratch = self._poison_file.with_name("poison.new")
                 scratch.write_bytes(data)
                 scratch.rename("poison")
-        except (OSError, NotADevice, PermissionDenied) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            raise NoSpace(f"{self._poison_file} cannot be written: {why}; make room there") from error
+        self._poison_end, self._poison_lines = len(text), len(poison)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Literal
@@ -55,7 +55,7 @@ from daxemu.supervisor.survey import survey
 from daxemu.supervisor.under_way import Counted, UnderWay
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Ino, page_align_down
 
-BATCH = 512
+BATCH = 128
 """Ranges of one request that are poisoned in one step."""
 
 
@@ -160,40 +160,27 @@ class Machine:
     async def inject(self, request: p.Inject) -> p.Injected:
         """Poison each range, one memory failure each. Nothing is changed unless all ranges are good.
 
-        More than BATCH ranges are poisoned and handled in batches, each of them at one moment.
-        Raises InvalidArgument, NoDevice.
+        More than BATCH ranges of the device are poisoned and handled in batches, each of them at one moment.
+        Raises InvalidArgument, NoDevice, NoSpace.
         """
         self.check_present()
+        found, holes = await self._resolve(request.ino, request.ranges)
         if request.silent:
-            return await self._corrupt(*await self._resolve(request.ino, request.ranges), request.seed)
-        await self._check_ranges(request)
-        total = p.Injected([], False, 0)
-        for first in range(0, len(request.ranges) or 1, BATCH):
+            return await self._corrupt(found, holes, request.seed)
+        self.pmem.dax.make_room_for_poison(len(found))
+        total = p.Injected([], False, holes)
+        for first in range(0, len(found), BATCH):
             self.check_present()
-            done = await self._inject_batch(request, request.ranges[first : first + BATCH])
-            total.ranges += done.ranges
-            total.rounded |= done.rounded
-            total.holes += done.holes
+            results, rounded = await self._inject_batch(found[first : first + BATCH], latent=request.latent)
+            total.ranges += results
+            total.rounded |= rounded
         return total
 
-    async def _check_ranges(self, request: p.Inject) -> None:
-        """Raise InvalidArgument for a range outside the file or device, where there are several batches."""
-        if len(request.ranges) <= BATCH:
-            return  # checked with the batch
-        ino = request.ino
-        size = self.pmem.dax.size if ino is None else self.fs.names.regular(ino)[0].size
-        what = "the device" if ino is None else self.fs.names.path_of(ino)
-        for number, (offset, length) in enumerate(request.ranges):
-            check_range(offset, length, size, what)
-            if number % BATCH == 0:
-                await trio.lowlevel.checkpoint()
-
-    async def _inject_batch(self, request: p.Inject, ranges: list[tuple[int, int]]) -> p.Injected:
-        found, holes = await self._resolve(request.ino, ranges, may_be_hole=len(request.ranges) > BATCH)
+    async def _inject_batch(self, found: list[Range], *, latent: bool) -> tuple[list[p.PoisonedRange], bool]:
         done = []
-        for bad, part in self._poison(found, latent=request.latent):
-            self.log.emit(PoisonInjected(offset=bad.start, length=bad.length, latent=request.latent))
-            failure = None if request.latent else self.mm.memory_failure(*failed_pages(self.pmem, bad), 0)
+        for bad, part in self._poison(found, latent=latent):
+            self.log.emit(PoisonInjected(offset=bad.start, length=bad.length, latent=latent))
+            failure = None if latent else self.mm.memory_failure(*failed_pages(self.pmem, bad), 0)
             if failure is not None:
                 self.consumption.failing.append((bad, failure))
             self.consumption.forget(bad)
@@ -202,7 +189,7 @@ class Machine:
         async with trio.open_nursery() as nursery:
             for index, (bad, _, failure) in enumerate(done):
                 nursery.start_soon(self._fail, bad, failure, results, index)
-        return p.Injected(results, any(bad != part for bad, part, _ in done), holes)
+        return results, any(bad != part for bad, part, _ in done)
 
     def _poison(self, found: list[Range], *, latent: bool) -> Iterator[tuple[Range, Range]]:
         """Make ranges bad; each as it is then, and as it was asked for.
@@ -266,8 +253,23 @@ class Machine:
         self.check_present()
         found, _ = await self._resolve(request.ino, request.ranges)
         cleared: list[Range] = []
-        with self.pmem.dax.clearing(found):
-            for part in found:
+        for first in range(0, len(found), BATCH):
+            self.check_present()
+            bad = [
+                each for part in found[first : first + BATCH] for each in self.pmem.dax.poisoned(*_span(part))
+            ]
+            for begin in range(0, len(bad), BATCH):
+                cleared += self._clear_batch(bad[begin : begin + BATCH])
+                if len(bad) > BATCH:
+                    await trio.lowlevel.checkpoint()
+            if len(found) > BATCH:
+                await trio.lowlevel.checkpoint()
+        return p.Cleared([(r.start, r.length) for r in cleared], sum(r.length for r in cleared))
+
+    def _clear_batch(self, bad: list[Range]) -> list[Range]:
+        cleared: list[Range] = []
+        with self.pmem.dax.clearing(bad), self.pmem.badblocks.one_change():
+            for part in bad:
                 blocks = [_blocks_of(*part)]
                 self.repairs.store_begins(blocks, Origin.SYSCALL)
                 for good in uninject(self.pmem, part.start, part.length):
@@ -276,7 +278,7 @@ class Machine:
                     cleared.append(good)
                 self.repairs.store_done(blocks, Origin.SYSCALL)
         self.fs.adopt_cleared(cleared)
-        return p.Cleared([(r.start, r.length) for r in cleared], sum(r.length for r in cleared))
+        return cleared
 
     async def scrub(self) -> p.Cleared:
         """Find latent poison: badblocks only, no signals; and have the repair strategy look at everything.
@@ -297,42 +299,44 @@ class Machine:
     async def device_page(self, ino: Ino, offset: int) -> int | None:
         """The device offset of the page of a file that holds byte ``offset``; None for a hole."""
         for attempt in range(2):
-            if found := self._file_ranges(ino, [(offset, 1)]):
+            if found := await self._file_ranges(ino, [(offset, 1)]):
                 return page_align_down(found[0].start)
             if attempt == 0:
                 await self.write_back(ino)
         return None
 
-    async def _resolve(
-        self, ino: Ino | None, ranges: list[tuple[int, int]], *, may_be_hole: bool = False
-    ) -> tuple[list[Range], int]:
+    async def _resolve(self, ino: Ino | None, ranges: list[tuple[int, int]]) -> tuple[list[Range], int]:
         """Device byte ranges of what was asked for, and how many bytes of it are holes. Raises
         InvalidArgument.
         """
         if not ranges:
             raise InvalidArgument("no range given: give at least one [offset, length]")
+        size = self.pmem.dax.size if ino is None else self.fs.names.regular(ino)[0].size
+        what = "the device" if ino is None else self.fs.names.path_of(ino)
+        async for part in _in_pieces(ranges):
+            for offset, length in part:
+                check_range(offset, length, size, what)
         if ino is None:
-            for offset, length in ranges:
-                check_range(offset, length, self.pmem.dax.size, "the device")
             return [Range(offset, offset + length) for offset, length in ranges], 0
-        size = self.fs.names.regular(ino)[0].size
-        for offset, length in ranges:
-            check_range(offset, length, size, self.fs.names.path_of(ino))
-        found = self._file_ranges(ino, ranges)
+        found = await self._file_ranges(ino, ranges)
         holes = sum(length for _, length in ranges) - sum(r.length for r in found)
         if holes:
             # What was stored through a mapping has no place on the media before it is written back.
             await self.write_back(ino)
-            found = self._file_ranges(ino, ranges)
+            found = await self._file_ranges(ino, ranges)
             holes = sum(length for _, length in ranges) - sum(r.length for r in found)
-        if not found and not may_be_hole:
+        if not found:
             raise InvalidArgument(
                 "the range is a hole, with no media behind it: write there first, or see daxemu map FILE"
             )
         return found, holes
 
-    def _file_ranges(self, ino: Ino, ranges: list[tuple[int, int]]) -> list[Range]:
-        return [found for offset, length in ranges for found in self.fs.device_ranges(ino, offset, length)]
+    async def _file_ranges(self, ino: Ino, ranges: list[tuple[int, int]]) -> list[Range]:
+        found: list[Range] = []
+        async for part in _in_pieces(ranges):
+            for offset, length in part:
+                found += self.fs.device_ranges(ino, offset, length)
+        return found
 
     async def write_back(self, ino: Ino, *, has_mutex: bool = False) -> None:
         """Have a file's dirty pages written back to us, and leave them mapped.
@@ -580,6 +584,18 @@ class Machine:
             case p.Set(settings=settings):
                 return await self.set(settings)
         raise InvalidArgument(f"cannot do {type(request).__name__} here")
+
+
+async def _in_pieces(ranges: list[tuple[int, int]]) -> AsyncIterator[list[tuple[int, int]]]:
+    """Yield BATCH ranges at a time; the tasks that wait have their turn in between."""
+    for first in range(0, len(ranges), BATCH):
+        if first:
+            await trio.lowlevel.checkpoint()
+        yield ranges[first : first + BATCH]
+
+
+def _span(part: Range) -> tuple[int, int]:
+    return part.start, part.length
 
 
 def _blocks_of(start: int, end: int) -> Range:
