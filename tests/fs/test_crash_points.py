@@ -158,7 +158,7 @@ def test_names_sizes_extents_attributes(crashes: Crashes) -> None:
     fs.symlink(ROOT_INO, b"s", b"target" * 50, ROOT)
     fs.setxattr(one, b"user.a", b"v" * 700, 0)
     crashes.commit()
-    fs.rename(ROOT_INO, b"two", directory, b"three", 0)
+    fs.rename((ROOT_INO, b"two"), (directory, b"three"), 0)
     fs.fallocate(one, 3, 2 * PAGE_SIZE, 3 * PAGE_SIZE)
     fs.set_size(two, 4 * PAGE_SIZE)
     fs.link(one, directory, b"link")

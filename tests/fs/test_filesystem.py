@@ -105,7 +105,7 @@ def test_an_unlinked_file_that_the_kernel_knows_keeps_its_inode_but_no_bytes(cor
 def test_a_file_that_a_rename_replaced_goes(core: Core) -> None:
     old = core.file(b"old", pages("A"))
     core.file(b"new", pages("B"))
-    core.fs.rename(ROOT_INO, b"new", ROOT_INO, b"old", 0)
+    core.fs.rename((ROOT_INO, b"new"), (ROOT_INO, b"old"), 0)
     assert refuses(errno.ESTALE, core.fs.names.get, old)
 
 
@@ -160,7 +160,7 @@ def test_after_a_shutdown_every_verb_is_eio(core: Core) -> None:
         lambda: core.fs.setxattr(ino, b"user.a", b"", 0),
         lambda: core.fs.unlink(ROOT_INO, b"f"),
         lambda: core.fs.rmdir(ROOT_INO, b"d"),
-        lambda: core.fs.rename(ROOT_INO, b"f", ROOT_INO, b"g", 0),
+        lambda: core.fs.rename((ROOT_INO, b"f"), (ROOT_INO, b"g"), 0),
         lambda: core.fs.remap_file_range(ino, 0, ino, PAGE_SIZE, 0),
     ]
     for verb in verbs:

@@ -96,7 +96,7 @@ class FilesystemAgainstModel(Invariants):
     @rule(index=which, new=st.sampled_from(NAMES))
     def rename(self, index: int, new: bytes) -> None:
         old = list(self.model.names)[index % len(self.model.names)]
-        self.core.fs.rename(ROOT_INO, old, ROOT_INO, new, 0)
+        self.core.fs.rename((ROOT_INO, old), (ROOT_INO, new), 0)
         self.model.rename(old, new)
 
     @precondition(lambda self: self.model.files)

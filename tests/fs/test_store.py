@@ -95,10 +95,10 @@ CHANGES: dict[str, Callable[[Core], object]] = {
     "unlink": lambda c: c.fs.unlink(1, b"clone"),
     "unlink one of two": lambda c: c.fs.unlink(1, b"f"),
     "link": lambda c: c.fs.link(c.fs.names.lookup(1, b"f").ino, 1, b"third"),
-    "rename": lambda c: c.fs.rename(1, b"f", c.fs.names.lookup(1, b"d").ino, b"g", 0),
-    "rename a directory": lambda c: c.fs.rename(1, b"d", c.dir(b"e").ino, b"dd", 0),
-    "rename over": lambda c: c.fs.rename(1, b"dev", 1, b"clone", 0),
-    "exchange": lambda c: c.fs.rename(1, b"f", 1, b"d", 2),
+    "rename": lambda c: c.fs.rename((1, b"f"), (c.fs.names.lookup(1, b"d").ino, b"g"), 0),
+    "rename a directory": lambda c: c.fs.rename((1, b"d"), (c.dir(b"e").ino, b"dd"), 0),
+    "rename over": lambda c: c.fs.rename((1, b"dev"), (1, b"clone"), 0),
+    "exchange": lambda c: c.fs.rename((1, b"f"), (1, b"d"), 2),
     "rmdir": lambda c: (c.fs.unlink(c.fs.names.lookup(1, b"d").ino, b"s"), c.fs.rmdir(1, b"d")),
     "setxattr": lambda c: c.fs.setxattr(ROOT_INO, b"user.a", b"1", 0),
     "removexattr": lambda c: c.fs.removexattr(c.fs.names.lookup(1, b"f").ino, b"user.\xff"),
@@ -190,7 +190,7 @@ def test_a_commit_is_all_or_nothing_wherever_it_is_cut_off(core: Core, torn: boo
     for number in range(8):
         for each in range(20):
             core.file(b"%0200d" % (number * 1000 + each))
-        core.fs.rename(ROOT_INO, b"%0200d" % (number * 1000), ROOT_INO, b"moved %d" % number, 0)
+        core.fs.rename((ROOT_INO, b"%0200d" % (number * 1000)), (ROOT_INO, b"moved %d" % number), 0)
         core.fs.commit()
         states.append(state(core.fs))
     region._store = store  # type: ignore[method-assign]

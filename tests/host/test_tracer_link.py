@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import trio
 
+from daxemu.host.tracer_beside import LIMIT
 from daxemu.host.tracer_link import Armed, TracerLink
 from daxemu.host.tracer_messages import Delivered, Gone, Refused
 from tests.host.tracee import Start, Tracee, consume, deliver, scenario, status_of, tracees, until
@@ -106,3 +108,33 @@ def test_what_the_tracer_writes_to_stderr_is_logged(caplog: pytest.LogCaptureFix
 
     trio.run(main)
     assert said()[1:] == ["last words\n"]
+
+
+def threads_of(link: TracerLink) -> int:
+    return len(list(Path(f"/proc/{link.pid}/task").iterdir()))
+
+
+def test_more_stuck_victims_than_threads_for_them() -> None:
+    """Victims beyond the limit are postponed; none of them holds up a running one."""
+    stuck = LIMIT + 4
+
+    async def play(link: TracerLink, start: Start) -> None:
+        tracees = [await start() for _ in range(stuck)]
+        running = await start()
+        for tracee in tracees:
+            os.kill(tracee.pid, signal.SIGSTOP)
+        await until(lambda: all(status_of(tracee.pid).state == "T" for tracee in tracees))
+        pending = [await link.send_ao(tracee.pid, tracee.pid, tracee.map) for tracee in tracees]
+        await until(lambda: all(each.is_asleep for each in pending))
+        assert sorted(each.limit or 0 for each in pending) == [0] * LIMIT + [LIMIT] * (stuck - LIMIT)
+        await deliver(link, running, running.map)
+        assert all(each.outcome is None for each in pending)
+        assert threads_of(link) == 1 + LIMIT
+        for tracee in reversed(tracees):
+            os.kill(tracee.pid, signal.SIGCONT)
+            assert await tracee.line() == f"BUS 5 {tracee.map:x} 12 {tracee.pid}"
+        for each in pending:
+            assert isinstance(await each.wait(30), Delivered)
+        await until(lambda: threads_of(link) == 1)
+
+    scenario(play)

@@ -265,3 +265,21 @@ def test_whole_block_write_makes_every_mapping_work_again(scene: Scene) -> None:
     consumes(p0, f"tr 0 {BAD}", ar(BAD))
     scene.mount.run("clear", scene.mount.path / "f", "--offset", BAD * PAGE)
     assert p0.cmd(f"tr 0 {BAD}").ok == "0"
+
+
+def test_a_fault_that_merges_with_a_blocked_sigbus_kills_at_the_faults_address(early: Scene) -> None:
+    """force_sig_info_to_task() unblocks SIGBUS; the pending AO is what ends the process."""
+    other = BAD + FAR
+    p0 = early.mapper(touch=[other], before=["sig block"])
+    address = p0.addr(0)
+    early.poison(other)
+    assert ask(p0, "sig pending") == 1
+    early.poison(BAD)
+    p0.send(f"tr 0 {BAD}")
+    assert p0.wait_death().signal is signal.SIGBUS
+    at = address + BAD * PAGE
+    early.mount.run("settle", early.mount.path)
+    told_of = [(e["code"], e["address"], e["result"]) for e in early.signal_events(p0)]
+    assert told_of == [(5, address + other * PAGE, "delivered"), (4, at, "gone")]
+    killing = f"MCE: Killing p0:{p0.pid} due to hardware memory corruption fault at {at:x}"
+    assert killing in early.mount.run("log", early.mount.path, "--dmesg")

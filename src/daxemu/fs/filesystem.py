@@ -31,6 +31,9 @@ from daxemu.uapi import (
     Ino,
 )
 
+Name = tuple[Ino, bytes]
+"""Directory and name in it."""
+
 MAX_PENDING = (64 << 20) // PAGE_SIZE
 """Blocks of files that are gone whose memory the host gets back at once, and not with the next commit."""
 
@@ -126,22 +129,14 @@ class Filesystem(SuperBlock):
         self.check_alive()
         return self._unless_unused(self.names.rmdir(parent, name))
 
-    def rename(
-        self,
-        old_parent: Ino,
-        old: bytes,
-        new_parent: Ino,
-        new: bytes,
-        flags: int,
-        cred: Credentials = SUPERUSER,
-    ) -> Inode | None:
+    def rename(self, old: Name, new: Name, flags: int, cred: Credentials = SUPERUSER) -> Inode | None:
         """``renameat2(2)``; a file that was replaced goes as by unlink. ``cred`` see Namespace.rename."""
         self.check_alive()
         if flags & RENAME_WHITEOUT:
-            self._ensure_room(inodes=1, name_bytes=len(new) + self._new_bytes(old_parent, old))
+            self._ensure_room(inodes=1, name_bytes=len(new[1]) + self._new_bytes(*old))
         else:
-            self._ensure_room(name_bytes=max(0, len(new) - len(old)))
-        replaced = self.names.rename(old_parent, old, new_parent, new, flags, cred)
+            self._ensure_room(name_bytes=max(0, len(new[1]) - len(old[1])))
+        replaced = self.names.rename(*old, *new, flags, cred)
         return self._unless_unused(replaced) if replaced is not None else None
 
     # -- lifetime

@@ -306,7 +306,7 @@ class Operations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> None:
         cred = self._cred(ctx)
-        self._fs.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags, cred)
+        self._fs.rename((parent_inode_old, name_old), (parent_inode_new, name_new), flags, cred)
 
     # -- directories
 

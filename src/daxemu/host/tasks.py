@@ -356,6 +356,14 @@ def read_comm(pid: int) -> str:
     return _as_name(read_whole(f"/proc/{pid}/comm"))
 
 
+def comm_of(pid: int) -> str:
+    """Return the process's name for an event; "?" if the process is gone or may not be read."""
+    try:
+        return read_comm(pid)
+    except OSError:
+        return "?"
+
+
 def _as_name(comm: bytes) -> str:
     return comm.decode(errors="replace").rstrip("\n")
 

@@ -38,6 +38,7 @@ import msgspec
 from daxemu.host import file_pages, injection, ptrace, siginfo, victims
 from daxemu.host.ptrace import Kind, Step, Stop
 from daxemu.host.siginfo import SIGBUS_BIT
+from daxemu.host.tracer_beside import Besides
 from daxemu.host.tracer_messages import (
     MAX_PACKET,
     MOST_IN_PACKET,
@@ -67,7 +68,6 @@ _MOURNING_INTERVAL = 1.0  # seconds between looks at the supervisor
 _BATCH = 256  # stops, or packets of requests, before the other side gets its turn
 _DECODER = msgspec.json.Decoder(list[Request])
 _ENCODER = msgspec.json.Encoder()
-_REPORTS = msgspec.json.Decoder(list[Report])
 
 
 class Tracer:
@@ -75,7 +75,7 @@ class Tracer:
 
     def __init__(self, sock: socket.socket, wakeup: int, *, is_beside: bool = False) -> None:
         self._is_beside = is_beside
-        self._beside: dict[int, _Beside] = {}
+        self._beside = Besides(lambda sock, wakeup: Tracer(sock, wakeup, is_beside=True))
         self._sock = sock
         self._wakeup = wakeup
         self._threads: dict[int, Thread] = {}
@@ -93,11 +93,10 @@ class Tracer:
         poller = select.poll()
         poller.register(self._wakeup, select.POLLIN)
         while self._farewell is None:
-            for beside in self._beside.values():
-                poller.register(beside.sock, select.POLLIN)
+            self._beside.register(poller)
             poller.register(self._sock, select.POLLIN | (select.POLLOUT if self._outbox else 0))
             self._turn(poller)
-            self._relay(poller)
+            self._outbox.extend(self._beside.receive(poller))
             self._receive()
             self._flush()
         poller.unregister(self._sock)
@@ -106,9 +105,8 @@ class Tracer:
             thread.retire()
             self._unpark(thread)
             self._nudge(thread)
-        for beside in self._beside.values():
-            beside.close()
-        while (self._threads or self._any_beside()) and time.monotonic() < self._farewell:
+        self._beside.close()
+        while (self._threads or self._beside.are_alive) and time.monotonic() < self._farewell:
             self._turn(poller)
 
     @property
@@ -116,16 +114,12 @@ class Tracer:
         """Whether no thread is held."""
         return not self._threads
 
-    def _any_beside(self) -> bool:
-        return any(beside.thread.is_alive() for beside in self._beside.values())
-
     def _turn(self, poller: select.poll) -> None:
         left = 0 if self._more else min(self._due, self._farewell or math.inf) - time.monotonic()
         poller.poll(None if left == math.inf else max(0, math.ceil(left * 1000)))
         with contextlib.suppress(BlockingIOError):  # nobody rang: it was the socket or the clock
             os.read(self._wakeup, 4096)
-            for beside in self._beside.values():
-                beside.ring()
+            self._beside.ring()
         self._reap()
         self._tick(time.monotonic())
 
@@ -200,12 +194,12 @@ class Tracer:
         self._stale_at = math.inf
 
     def _on_request(self, request: Request) -> None:
-        beside = self._beside.get(request.tid)
-        if beside is None and self._must_be_beside(request):
-            beside = self._beside[request.tid] = _Beside(request.tid)
+        reports = None
+        if not self._is_beside:
+            reports = self._beside.takes(request, is_held=request.tid in self._threads)
+        if reports is not None:
+            self._outbox.extend(reports)
             self._due = min(self._due, time.monotonic() + _SWEEP)
-        if beside is not None:
-            beside.send(request)
             return
         if isinstance(request, LetGo):
             self._let_go(request)
@@ -220,21 +214,6 @@ class Tracer:
         if isinstance(request, ArmAR | ForceAR | Hold):
             self._outbox.append(ArmedAck(request.id))  # leaves after the thread was interrupted
         self._nudge(thread)
-
-    def _must_be_beside(self, request: Request) -> bool:
-        """Return whether to seize the thread may sleep. Requests for a held thread stay with this tracer."""
-        if self._is_beside or request.tid in self._threads or not isinstance(request, SendAO):
-            return False
-        return ptrace.may_sleep(request.tid)
-
-    def _relay(self, poller: select.poll) -> None:
-        """Forward the reports of the tracers beside, and close each idle tracer."""
-        for tid, beside in list(self._beside.items()):
-            self._outbox.extend(beside.receive())
-            if beside.is_done:
-                poller.unregister(beside.sock)
-                beside.close()
-                del self._beside[tid]
 
     def _let_go(self, request: LetGo) -> None:
         thread = self._threads.get(request.tid)
@@ -327,8 +306,12 @@ class Tracer:
             self._drop(tid)
 
     def _on_stop(self, thread: Thread, stop: Stop) -> None:
-        if thread.arms and stop.info is not None and stop.info.is_bus_adrerr:
-            stop = stop._replace(page=file_pages.page_at(thread.tid, stop.info.addr))
+        if thread.arms and (info := stop.info) is not None:
+            if info.is_bus_adrerr:
+                stop = stop._replace(page=file_pages.page_at(thread.tid, info.addr))
+            elif (page := thread.arms[-1].page) is not None:
+                # force_sig_info_to_task() merges with a pending SIGBUS: the fault's own siginfo is lost.
+                thread.fault_at = file_pages.find_page(thread.tid, page, info.addr) or 0
         if thread.phase is Phase.EXIT:
             stop = stop._replace(result=self._injections[thread.tid].result())
         while True:
@@ -383,8 +366,10 @@ class Tracer:
         if now >= self._stale_at:
             self._take_all_over()
         self._due = now + _SWEEP if self._threads or self._beside else self._stale_at
-        for beside in self._beside.values():
-            self._outbox.extend(beside.asleep(now))
+        reports, ready = self._beside.tick(now)
+        self._outbox.extend(reports)
+        for request in ready:
+            self._on_request(request)
         for thread in list(self._threads.values()):
             thread.expire(now)
             status = siginfo.read_status(thread.tid)
@@ -422,77 +407,9 @@ class Tracer:
         """Forget a thread that is no more. ``signal`` ended it; 0 if none did, or none is known."""
         self._injections.pop(tid, None)
         if (thread := self._threads.pop(tid, None)) is not None:
-            self._outbox.extend(Gone(id_, signal) for id_ in thread.ids())
+            self._outbox.extend(Gone(id_, signal, thread.fault_at) for id_ in thread.ids())
         elif self._deliveries is not None and tid in self._deliveries:
             self._outbox.append(Gone(self._deliveries.take_over(tid).request.id))
-
-
-class _Beside:
-    """Thread with a tracer of its own, for one victim: a ptrace(2) that sleeps holds up no other victim.
-
-    All methods belong to the main thread.
-    """
-
-    def __init__(self, tid: int) -> None:
-        self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (self.sock, theirs):
-            end.setblocking(False)
-        wakeup, self._bell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._tracer = Tracer(theirs, wakeup, is_beside=True)
-        self._tid = tid
-        self._open: dict[int, float] = {}
-        """Arrival time of each request without an outcome; infinity once reported as Asleep."""
-        self.thread = threading.Thread(target=self._run, args=(theirs, wakeup), daemon=True)
-        self.thread.start()
-
-    def _run(self, theirs: socket.socket, wakeup: int) -> None:
-        try:
-            with theirs:
-                self._tracer.run()
-        finally:
-            os.close(wakeup)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether every request has its outcome and the victim is detached."""
-        return not self._open and (self._tracer.is_idle or not self.thread.is_alive())
-
-    def send(self, request: Request) -> None:
-        """Send a request to the tracer beside."""
-        self._open[request.id] = time.monotonic()
-        self.sock.send(_ENCODER.encode([request]))
-
-    def ring(self) -> None:
-        """Wake the tracer beside: a tracee has stopped, perhaps the victim."""
-        with contextlib.suppress(BlockingIOError, BrokenPipeError):
-            os.write(self._bell, b"\0")
-
-    def receive(self) -> list[Report]:
-        """Return the reports that have arrived. Never blocks."""
-        reports: list[Report] = []
-        with contextlib.suppress(BlockingIOError, ConnectionResetError):
-            while packet := self.sock.recv(MAX_PACKET):
-                reports += _REPORTS.decode(packet)
-        if not self.thread.is_alive():
-            reports += (Refused(id_, "the tracer's thread ended") for id_ in self._open)
-        for report in reports:
-            if not isinstance(report, ArmedAck | Asleep):
-                self._open.pop(report.id, None)
-        return reports
-
-    def asleep(self, now: float) -> list[Asleep]:
-        """Return an Asleep for each request without an outcome after ``_SWEEP`` seconds, once a request."""
-        late = [id_ for id_, since in self._open.items() if now - since >= _SWEEP]
-        self._open.update((id_, math.inf) for id_ in late)
-        return [Asleep(id_) for id_ in late]
-
-    def close(self) -> None:
-        """Let the victim go, and end."""
-        self.sock.close()
-        if self._bell >= 0:
-            self.ring()
-            os.close(self._bell)
-            self._bell = -1
 
 
 def _reap(most: int) -> tuple[int, list[Wait]]:

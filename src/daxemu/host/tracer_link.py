@@ -42,6 +42,7 @@ from daxemu.host.tracer_messages import (
     Hold,
     LetGo,
     Outcome,
+    Postponed,
     Refused,
     Report,
     Request,
@@ -69,6 +70,8 @@ class Pending:
         self.outcome: Outcome | None = None
         self.is_asleep = False
         """Whether the request waits for its thread, which is stopped or asleep in the kernel."""
+        self.limit: int | None = None
+        """Stuck victims at most that the tracer waits for at the same time, if this one is beyond that."""
         self._done = trio.Event()
 
     async def wait(self, timeout: float = math.inf) -> Outcome | None:  # noqa: ASYNC109
@@ -296,9 +299,10 @@ class TracerLink:
             for report in decoder.decode(packet):
                 if isinstance(report, ArmedAck):
                     session.waiting[report.id]._acknowledge()
-                elif isinstance(report, Asleep):
+                elif isinstance(report, Asleep | Postponed):
                     if (pending := session.waiting.get(report.id)) is not None:
                         pending.is_asleep = True
+                        pending.limit = report.limit if isinstance(report, Postponed) else None
                 else:
                     self._finish(session, report)
 

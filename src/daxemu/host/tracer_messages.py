@@ -4,7 +4,8 @@ Purpose: the vocabulary of the socket between ``tracer_link`` and ``tracer``. Ea
 messages: ``Request`` in, ``Report`` out.
 
 Invariants:
-- every request gets exactly one ``Outcome``, however late; ``ArmedAck`` may come before it, and is not one;
+- every request gets exactly one ``Outcome``, however late; ``ArmedAck``, ``Asleep`` and ``Postponed`` may
+  come before it, and are none;
 - a report's ``id`` is its request's; the link gives each id once, whichever tracer process serves it;
 - nothing here but data: both sides import it, and the tracer must stay light.
 """
@@ -118,9 +119,14 @@ class NotTaken(_Message, frozen=True):
 
 
 class Gone(_Message, frozen=True):
-    """The thread exited, called execve(2), or unmapped the page. ``signal`` ended it; 0 if unknown."""
+    """The thread exited, called execve(2), or unmapped the page. ``signal`` ended it; 0 if unknown.
+
+    ``addr``: where the process had the page whose fault merged with that signal, a virtual address in bytes;
+    0 if unknown.
+    """
 
     signal: int = 0
+    addr: int = 0
 
 
 class Ignored(_Message, frozen=True):
@@ -139,9 +145,17 @@ class Asleep(_Message, frozen=True):
     """Not final: the thread of this request is stopped or asleep in the kernel, and may be for long."""
 
 
+class Postponed(_Message, frozen=True):
+    """Not final: ``limit`` victims with a tracer thread each are stuck. The victim of this request, stopped
+    or asleep as well, is looked at once a second.
+    """
+
+    limit: int
+
+
 Request = ArmAR | SendAO | ForceAR | Hold | LetGo
 Outcome = Delivered | Refused | NotTaken | Gone | Ignored | Held | Resumed
-Report = ArmedAck | Asleep | Outcome
+Report = ArmedAck | Asleep | Postponed | Outcome
 
 MOST_IN_PACKET = 128
 """Messages: so many fit into MAX_PACKET."""

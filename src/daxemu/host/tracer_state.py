@@ -113,6 +113,7 @@ class Thread:
     arriving: bool = False  # a SIGBUS is about to stop it: an INTERRUPT now would come before, for ever
     retry_at: float | None = None  # blocked, and one is pending already: look again then
     holds: list[int] = field(default_factory=list)  # requests that wait for the return of its system call
+    fault_at: int = 0  # page of a fault whose SIGBUS merged with one that was pending: its address, in bytes
     parked: int | None = None  # the wait status of the stop in which it stays until it is let go
     returns: _Return | None = None  # it was let go, but has copies to drop yet
     asleep: set[int] = field(

@@ -30,7 +30,7 @@ from daxemu.host import pfn_mappings
 from daxemu.host.mappings import Mappings
 from daxemu.host.operations import PoisonedRead
 from daxemu.host.progress import wait_until_run
-from daxemu.host.tasks import in_page_fault, process_of, read_comm
+from daxemu.host.tasks import comm_of, in_page_fault, process_of
 from daxemu.host.tracer_link import Armed, Pending, TracerLink
 from daxemu.host.tracer_messages import Delivered, FilePage, Gone, Ignored, NotTaken, Refused
 from daxemu.host.tracer_messages import Outcome as Delivery
@@ -51,6 +51,7 @@ ARM_PATIENCE = 1.0
 """Seconds a thread that consumed poison is kept waiting for the tracer."""
 
 _MERGED = "merged with the SIGBUS that it has pending"
+_POSTPONED = "the process is stopped or asleep in the kernel, as {} others for which the tracer waits"
 
 
 class Signalled(NamedTuple):
@@ -300,7 +301,10 @@ class Failures:
             if position:
                 pending, since = await self._send_ao(victim), trio.current_time()
             outcome = await self._tracer.settled(pending, since, SIGNAL_PATIENCE)
-            self._told(victim, outcome)
+            if outcome is None and pending.limit is not None:
+                self._sent(victim, "pending", _POSTPONED.format(pending.limit))
+            else:
+                self._told(victim, outcome)
             if not isinstance(outcome, Gone):
                 break
         for other in victims[position + 1 :]:
@@ -405,7 +409,7 @@ class Failures:
         elif not isinstance(armed, Gone):
             # Who it is must be read while it waits: it may be dead before its signal is reported.
             pid = process_of(read.tid)
-            victim = _ar(pid, read.tid, _comm(pid), 0, pfn, "pending", None)
+            victim = _ar(pid, read.tid, comm_of(pid), 0, pfn, "pending", None)
             if found:
                 self._finders.add(read.tid)
             self._nursery.start_soon(self._await_ar, victim, armed)
@@ -427,12 +431,14 @@ class Failures:
             victim.address = outcome.addr
         elif not is_latest:
             return
+        elif isinstance(outcome, Gone):
+            victim.address = outcome.addr
         victim.result, victim.reason = _explain(outcome)
         self._emit(victim)
 
     def _inexact(self, read: PoisonedRead, pfn: Pfn, reason: str) -> None:
         pid = process_of(read.tid) if read.tid else 0
-        self._emit(_ar(pid, read.tid, _comm(pid), 0, pfn, "inexact", f"SIGBUS stays BUS_ADRERR: {reason}"))
+        self._emit(_ar(pid, read.tid, comm_of(pid), 0, pfn, "inexact", f"SIGBUS stays BUS_ADRERR: {reason}"))
 
 
 def _merging(to_kill: Sequence[ToKill]) -> list[list[ToKill]]:
@@ -444,13 +450,6 @@ def _merging(to_kill: Sequence[ToKill]) -> list[list[ToKill]]:
         else:
             groups.append([victim])
     return groups
-
-
-def _comm(pid: int) -> str:
-    try:
-        return read_comm(pid)
-    except OSError:
-        return "?"
 
 
 def _ar(pid: int, tid: int, comm: str, address: int, pfn: Pfn, result: str, reason: str | None) -> SignalSent:

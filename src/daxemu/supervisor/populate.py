@@ -27,7 +27,7 @@ from daxemu.events import Emit, FaultRepeated, PopulateFailed
 from daxemu.host import populate
 from daxemu.host.operations import PoisonedRead
 from daxemu.host.populate import Area, Call
-from daxemu.host.tasks import process_of, read_comm
+from daxemu.host.tasks import comm_of, process_of
 from daxemu.host.tracer_link import Armed, TracerLink
 from daxemu.host.tracer_messages import Gone, Held, Refused, Resumed
 from daxemu.host.unexpected import Nursery
@@ -125,7 +125,7 @@ class Populating:
         if now is not None and not now.is_over:
             await now.ready.wait()
             return now
-        now = self._calls[read.tid] = _Populate(pid, read.tid, _comm(pid), call, read.ino)
+        now = self._calls[read.tid] = _Populate(pid, read.tid, comm_of(pid), call, read.ino)
         try:
             armed = None
             with trio.move_on_after(_HOLD_PATIENCE):
@@ -217,7 +217,7 @@ class Populating:
                 FaultRepeated(
                     pid=pid,
                     tid=read.tid,
-                    comm=_comm(pid),
+                    comm=comm_of(pid),
                     ino=read.ino,
                     path=self._path_of(read.ino),
                     offset=read.offset,
@@ -244,10 +244,3 @@ async def _call_of(tid: int) -> Call | None:
             return asleep.call
         await trio.sleep(_LOOK_INTERVAL)
     return None
-
-
-def _comm(pid: int) -> str:
-    try:
-        return read_comm(pid)
-    except OSError:
-        return "?"
