@@ -15,6 +15,7 @@ from daxemu.errors import Busy
 from daxemu.host.deadline import Deadline
 from daxemu.host.mountinfo import Mount, mounts
 from daxemu.host.pins import named, pins_of_device
+from daxemu.host.procfs import read_fields
 
 PATIENCE = 60.0
 """Seconds to wait for a supervisor to save and end."""
@@ -66,10 +67,9 @@ def end_holder(mount: Mount, deadline: Deadline, kill_patience: float) -> bool:
 def _uid_of(pid: int) -> int | None:
     """The effective uid of a process."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
-    except OSError:
+        return int(read_fields(f"/proc/{pid}/status")["Uid"].split()[1])
+    except (OSError, KeyError):
         return None
-    return next((int(line.split()[2]) for line in lines if line.startswith("Uid:")), None)
 
 
 def _wait(pid: int) -> None:
