@@ -1,9 +1,9 @@
 """Paths below a DEVICE directory, opened so that nobody else chooses the file.
 
 The only module that opens, makes, renames or removes anything below DEVICE (tests/test_private_path.py
-checks the others). DEVICE is opened once; each path below is walked from that descriptor, one name at a time,
-with O_NOFOLLOW. A name is looked at through an O_PATH descriptor before the file behind it is opened: a FIFO
-does not block and a device node is not touched.
+follows such paths through the others). DEVICE is opened once; each path below is walked from that descriptor,
+one name at a time, with O_NOFOLLOW. A name is looked at through an O_PATH descriptor before the file behind
+it is opened: a FIFO does not block and a device node is not touched.
 
 A file must be regular, have one link and belong to the owner of DEVICE. A directory must belong to the owner
 of DEVICE. Everything else raises NotADevice or PermissionDenied.

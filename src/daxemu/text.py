@@ -1,4 +1,4 @@
-"""Text of others, made safe: for terminals, and for JSON. Standard library only.
+"""Text of others, made safe: for terminals, HTML and JSON. Standard library only.
 
 A file name is bytes that another user chose. In JSON a name is its UTF-8 text, with each backslash doubled
 and each byte that is no UTF-8 as ``\\xHH``: unambiguous, ``name_bytes`` is the inverse. On a terminal each
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from html import escape
 
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -29,6 +30,11 @@ def for_people(text: str) -> str:
 def lines_for_people(text: str) -> list[str]:
     """The lines of a text that has several of its own, such as a traceback, each as for_people has it."""
     return [for_people(line) for line in text.rstrip("\n").split("\n")]
+
+
+def for_html(text: str) -> str:
+    """Text of others for HTML: each line as for_people has it, and no character that HTML gives a meaning."""
+    return escape("\n".join(lines_for_people(text)))
 
 
 def _shown(char: str) -> str:

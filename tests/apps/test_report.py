@@ -58,7 +58,7 @@ def test_the_reading_is_counted_from_it() -> None:
 
 def test_what_a_program_says_cannot_break_the_page() -> None:
     (row,) = [line for line in as_markdown(WANTED, MADE).splitlines() if line.startswith("| journal |")]
-    assert row == "| journal | a file 0x0+0x1000 | reports: `a / b 'c' ?` | right |"
+    assert row == "| journal | a file 0x0+0x1000 | reports: `a / b 'c' \\x07` | right |"
 
 
 def test_all_of_it_is_json() -> None:

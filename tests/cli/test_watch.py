@@ -193,3 +193,36 @@ def test_a_report_that_cannot_be_made(tmp_path: Path) -> None:
     assert "give another file with -o" in daxemu("report", device, "-o", nowhere, status=1)
     daxemu("report", device, "-o", tmp_path / "empty.html")
     assert "none" in read(tmp_path / "empty.html").text
+
+
+@pytest.mark.mount
+def test_the_first_key_is_not_on_metadata(dax_mount: DaxMount) -> None:
+    """Metadata comes first on the device. ``i`` at once poisons a file, or free space: no shutdown."""
+    dax_mount.make_file("f", 64)
+    with watching(dax_mount, 80, 24) as terminal:
+        terminal.wait_for("at the cursor")
+        terminal.type("i")
+        terminal.wait_for("poisoned device")
+        terminal.type("q")
+        assert terminal.end() == 0
+    assert dax_mount.json("status", dax_mount.path)["state"] == "mounted"
+    assert (dax_mount.path / "f").stat().st_size == 64 * PAGE
+
+
+@pytest.mark.mount
+def test_poison_in_metadata_takes_the_key_twice(dax_mount: DaxMount) -> None:
+    dax_mount.sound = False
+    with watching(dax_mount, 80, 24) as terminal:
+        terminal.wait_for("at the cursor")
+        go_to(terminal, 0)
+        terminal.type("i")
+        terminal.wait_for("the same key again")
+        assert dax_mount.json("status", dax_mount.path)["state"] == "mounted"
+        terminal.type("lhi")
+        terminal.wait_for("the same key again")
+        assert dax_mount.json("status", dax_mount.path)["state"] == "mounted"
+        terminal.type("i")
+        terminal.wait_for("poisoned device")
+        terminal.type("q")
+        assert terminal.end() == 0
+    assert dax_mount.json("status", dax_mount.path)["state"] == "shut down"

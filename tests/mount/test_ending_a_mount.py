@@ -6,14 +6,25 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Self
 
 import pytest
+from click.testing import CliRunner
 
+from daxemu.cli.mount import FORCE_PATIENCE, umount
+from daxemu.client import Client
 from daxemu.client.connection import state_of
+from daxemu.errors import Busy, DaxemuError
+from daxemu.host.mountinfo import Mount
 from daxemu.host.pins import pins_of
 from tests.support.mount import DAXEMU, PATIENCE, DaxMount
+from tests.support.quick import quick_mount_at
+from tests.support.zygote import Zygote, wait_for_end
 
 pytestmark = [
     pytest.mark.mount,
@@ -86,6 +97,140 @@ def test_a_stopped_supervisor_holds_up_no_verb(dax_mount: DaxMount) -> None:
             os.kill(pid, signal.SIGCONT)
     dax_mount.mount()
     assert (dax_mount.path / "f").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize("how", ["C", "D"])
+def test_force_ends_a_supervisor_that_is_stuck(tmp_path: Path, zygote: Zygote, how: str) -> None:
+    with quick_mount_at(tmp_path, zygote, mount=False) as mount:
+        mount.mount("stick_in_badblocks", how)
+        with (mount.path / "f").open("wb") as file:
+            file.write(b"kept")
+            file.flush()
+            os.fsync(file.fileno())
+        with mount.client() as client, ThreadPoolExecutor() as threads:
+            asking = threads.submit(client.request, "badblocks")
+            while not _is_silent(mount):
+                pass
+            mount.run("umount", "--force", mount.path)
+            assert isinstance(asking.exception(), DaxemuError)
+        wait_for_end(mount.pid)
+        assert not mount.path.is_mount()
+        mount.mount()
+        assert (mount.path / "f").read_bytes() == b"kept"
+
+
+def _is_silent(mount: DaxMount) -> bool:
+    try:
+        with Client.at(mount.path, patience=1.0) as client:
+            client.request("status")
+    except Busy:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("use", ["its working directory", "thousands of open files"])
+def test_force_ends_a_mount_that_a_process_uses(dax_mount: DaxMount, use: str) -> None:
+    (dax_mount.path / "f").write_bytes(b"kept")
+    code = (
+        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096)); "
+        "files = [os.open(sys.argv[1], os.O_RDWR) for _ in range(int(sys.argv[2]))]; "
+        "print(flush=True); input()"
+    )
+    count, cwd = (3000, Path("/")) if "files" in use else (0, dax_mount.path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, dax_mount.path / "f", str(count)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=cwd,
+    )
+    assert process.stdout is not None
+    try:
+        process.stdout.readline()
+        assert "in use" in dax_mount.run("umount", dax_mount.path, status=4)
+        dax_mount.umount("--force")
+        assert not dax_mount.path.is_mount()
+        assert process.poll() is None
+        dax_mount.mount()
+        assert (dax_mount.path / "f").read_bytes() == b"kept"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+class FakeTime:
+    """A clock that only waiting moves: whatever waits, waits as long as it may."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def select(self, *arguments: Any) -> tuple[list[int], list[int], list[int]]:
+        self.now += arguments[3]
+        return [], [], []
+
+
+class SlowClient:
+    """A client of a supervisor that takes as long as it may for the steps in ``slow``, and fails in the one
+    ``fails``.
+    """
+
+    time: FakeTime
+    fails: str
+    slow: tuple[str, ...] = ("connect", "status", "unmount")
+
+    def __init__(self, mount: Mount, *, patience: float) -> None:
+        self.pid = 0
+        self.set_patience(patience)
+        self._step("connect")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def set_patience(self, seconds: float) -> None:
+        self._patience = seconds
+
+    def request(self, op: str, **arguments: Any) -> dict[str, Any]:
+        self._step(op)
+        return {"pid": os.getpid()}
+
+    def _step(self, name: str) -> None:
+        if name == self.fails:
+            self.time.now += self._patience
+            raise Busy(name)
+        self.time.now += self._patience / 2
+
+
+@pytest.mark.parametrize("fails", ["connect", "status", "unmount", "end"])
+def test_force_has_one_deadline_for_all_of_its_steps(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wait takes as long as it may: the last one ends at the deadline, not after."""
+    clock = FakeTime()
+    mount = Mount(Path("/mnt"), Path("/device"), (0, 999), os.geteuid())
+    sent: list[int] = []
+    client = type("Client", (SlowClient,), {"time": clock, "fails": fails})
+    for module in ("cli.mount", "host.deadline"):
+        monkeypatch.setattr(f"daxemu.{module}.time", clock)
+    for module in ("cli.mount", "host.device_lock"):
+        monkeypatch.setattr(f"daxemu.{module}.select", clock)
+    monkeypatch.setattr("daxemu.cli.mount.Client", client)
+    monkeypatch.setattr("daxemu.cli.mount.mount_at", lambda path: mount)
+    monkeypatch.setattr("daxemu.cli.mount.pins_of", lambda mount: [])
+    monkeypatch.setattr("daxemu.host.session.abort_connection", lambda mount: True)
+    monkeypatch.setattr("daxemu.host.session.Session.detach", lambda session: None)
+    monkeypatch.setattr("daxemu.host.device_lock.holder_of", lambda device: os.getpid())
+    monkeypatch.setattr(
+        "daxemu.host.device_lock.signal.pidfd_send_signal", lambda process, number: sent.append(number)
+    )
+    done = CliRunner().invoke(umount, ["/mnt", "--force"])
+    assert isinstance(done.exception, Busy)
+    assert "does not end" in str(done.exception)
+    assert sent == [signal.SIGTERM, signal.SIGCONT, signal.SIGKILL]
+    assert clock.now == pytest.approx(1000 + FORCE_PATIENCE)
+    assert FORCE_PATIENCE == 10
 
 
 def _status() -> bytes:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from daxemu.host.mountinfo import printable
+from daxemu.text import for_people, name_bytes
 from tests.support.mount import DAXEMU, PATIENCE
 from tests.support.quick import QuickMount
 from tests.support.scene import PAGE
@@ -24,6 +26,7 @@ NAMES = [
     b"'quote\" \\ $x",
     "ünï".encode(),
     b" -x",
+    b"<script>\xe2\x80\xae",
 ]
 
 
@@ -80,5 +83,101 @@ def test_as_device_and_mountpoint(tmp_path: Path, name: bytes) -> None:
         finally:
             daxemu("umount", mountpoint)
         daxemu("fsck", device)
+    finally:
+        subprocess.run(["rm", "-rf", b"--", device], check=True)
+
+
+HOSTILE = b"\x1b[31m\nforged \xff <script>\xe2\x80\xae\r\\"
+COMM = b"\x1b[31m\n\xff<b>\\\xc2\x9b"
+"""A process name: 15 bytes at most."""
+LOAD = (
+    "import mmap, os, sys; f = open(sys.argv[1], 'rb'); m = mmap.mmap(f.fileno(), 0, prot=1); m[0]; "
+    "fd = os.open('/proc/self/comm', os.O_WRONLY); os.write(fd, bytes.fromhex(sys.argv[2])); "
+    "print(flush=True); input(); m[0]"
+)
+
+
+def harmless(*arguments: str | bytes | Path, status: int = 0) -> str:
+    """Run it: whatever it prints, in lines of its own, acts on no terminal. What it printed on stdout."""
+    done = subprocess.run([*DAXEMU, *arguments], capture_output=True, timeout=PATIENCE, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    for text in (done.stdout.decode(), done.stderr.decode()):
+        assert for_people(text.replace("\n", "")) == text.replace("\n", ""), text
+        assert not [line for line in text.splitlines() if line.startswith("forged")]
+    return done.stdout.decode()
+
+
+def test_hostile_names_in_every_verb_that_prints_names(tmp_path: Path) -> None:
+    """Of DEVICE, mountpoint, file, process, setting: none acts on a terminal, forges a line or is HTML."""
+    device = b"/dev/shm/daxemu-odd-%d-" % os.getpid() + HOSTILE
+    mnt = os.fsencode(tmp_path) + b"/" + HOSTILE
+    file = mnt + b"/" + HOSTILE
+    Path(os.fsdecode(mnt)).mkdir()
+    harmless("mkfs", device, "--size", "16M")
+    try:
+        harmless("mkfs", device, "--size", "16M", status=4)
+        harmless("mount", device, mnt)
+        try:
+            Path(os.fsdecode(file)).write_bytes(b"x" * 4 * PAGE)
+            victim = subprocess.Popen(
+                [sys.executable, "-c", LOAD, file, COMM.hex()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            assert victim.stdout is not None
+            victim.stdout.readline()
+            harmless("set", mnt, "early_kill=1")
+            harmless("status")
+            harmless("status", mnt)
+            harmless("map", file)
+            harmless("reflink", file, file + b"2")
+            harmless("inject", file)
+            victim.wait(PATIENCE)
+            harmless("settle", mnt)
+            for verb in (
+                ["damaged", mnt],
+                ["log", mnt],
+                ["log", mnt, "--dmesg"],
+                ["watch", mnt, "--json"],
+                ["status", mnt, "--internals"],
+                ["scrub", mnt],
+                ["badblocks", mnt],
+                ["repair", mnt],
+                ["page-types", device],
+                ["doctor"],
+            ):
+                harmless(*verb)
+            refused: list[list[str | bytes]] = [
+                ["map", file + b"3"],
+                ["set", mnt, b"no=" + HOSTILE],
+                ["set", mnt, HOSTILE],
+                ["mount", device, mnt],
+                [HOSTILE],
+                ["status", b"--" + HOSTILE],
+            ]
+            for command in refused:
+                said = subprocess.run([*DAXEMU, *command], capture_output=True, timeout=PATIENCE, check=False)
+                harmless(*command, status=said.returncode)
+                assert said.returncode
+            (signal_sent,) = [
+                event
+                for event in map(json.loads, harmless("log", mnt, "--json").splitlines())
+                if event["event"] == "SignalSent"
+            ]
+            assert name_bytes(signal_sent["comm"]) == COMM
+            output = tmp_path / "report.html"
+            harmless("report", mnt, "-o", output)
+            shown = output.read_text(encoding="utf-8")
+            assert "&lt;script&gt;" in shown
+            assert "<script>" not in shown
+            assert not [char for char in "\x1b\x9b\u202e\r" if char in shown]
+            harmless("clear", file)
+        finally:
+            harmless("umount", mnt)
+        harmless("fsck", device)
+        harmless("log", device)
+        log = Path(os.fsdecode(device + b"/supervisor.log")).read_bytes().decode()
+        assert for_people(log.replace("\n", "")) == log.replace("\n", "")
     finally:
         subprocess.run(["rm", "-rf", b"--", device], check=True)

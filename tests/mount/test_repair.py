@@ -345,3 +345,30 @@ def test_a_dirty_mapping_that_was_synced_is_copied(repaired: Scene) -> None:
     repaired.poison(0)
     assert (repaired.mount.path / "f").read_bytes()[:5] == b"hello"
     assert verdicts(repaired.mount) == ["recovered"]
+
+
+BROKEN = """
+from daxemu.repair.strategy import Strategy
+
+class Broken(Strategy):
+    name = "broken"
+
+    def failed(self, failure):
+        raise ValueError("it cannot count")
+"""
+
+
+def test_repair_by_a_strategy_that_is_thrown_out_is_a_failure(dax_mount: DaxMount, tmp_path: Path) -> None:
+    strategy = tmp_path / "broken.py"
+    strategy.write_text(BROKEN)
+    dax_mount.make_file("f", 4)
+    dax_mount.inject("f", (PAGE, PAGE))
+    said = dax_mount.run("repair", dax_mount.path, "--strategy", strategy, status=1)
+    assert "failed, and is asked nothing more" in said
+    assert "it cannot count" in said
+    assert f"daxemu repair {dax_mount.path} --strategy NAME" in said
+    assert said.count("\n") == 1
+    assert (
+        dax_mount.run("repair", dax_mount.path, "--strategy", "none")
+        == "none: 0 blocks recovered, 0 lost, 1 left\n"
+    )

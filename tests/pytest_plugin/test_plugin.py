@@ -276,3 +276,71 @@ def test_the_example_project_passes(pytester: pytest.Pytester) -> None:
     shutil.copytree(TOP / "examples" / "ledger", pytester.path, dirs_exist_ok=True)
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider", timeout=LIMIT)
     result.assert_outcomes(passed=7)
+
+
+VICTIM = """
+        import os, subprocess, sys
+        import pytest
+        from daxemu.events import FileDamaged, SignalSent
+
+        LOAD = ("import mmap, os, sys; os.write(os.open('/proc/self/comm', os.O_WRONLY), b'\\\\x1b[31mred'); "
+                "f = open(sys.argv[1], 'rb'); mmap.mmap(f.fileno(), 0, prot=1)[0]")
+
+        @pytest.fixture
+        def file(dax_mount):
+            path = dax_mount / "f"
+            path.write_bytes(b"x" * 8192)
+            return path
+
+        def kill(file):
+            assert subprocess.run([sys.executable, "-c", LOAD, file]).returncode < 0
+"""
+
+
+def test_none_and_exactly_pass_where_they_should(pytester: pytest.Pytester) -> None:
+    code = """
+        def test_it(dax_mount, file, inject, dax_events):
+            dax_events.none()
+            inject(file, 0)
+            dax_events.none()
+            dax_events.none(SignalSent)
+            (damage,) = dax_events.exactly(1, FileDamaged)
+            assert damage.path == "/f"
+            for count in range(1, 6):
+                kill(file)
+                assert len(dax_events.exactly(count)) == count
+            dax_mount.umount()
+            assert len(dax_events.exactly(5)) == 5  # nothing is under way any more
+    """
+    run(pytester, VICTIM + code).assert_outcomes(passed=1)
+
+
+def test_none_and_exactly_say_what_came_instead(pytester: pytest.Pytester) -> None:
+    code = """
+        def test_none(file, inject, dax_events):
+            inject(file, 0)
+            kill(file)
+            dax_events.none()
+
+        def test_too_few(file, inject, dax_events):
+            inject(file, 0)
+            dax_events.exactly(1)
+
+        def test_too_many(file, inject, dax_events):
+            inject(file, 0)
+            inject(file, 4096)
+            dax_events.exactly(1, FileDamaged)
+    """
+    result = run(pytester, VICTIM + code)
+    result.assert_outcomes(failed=3)
+    result.stdout.fnmatch_lines(
+        [
+            "*AssertionError: 1 events SignalSent, expected 0",
+            "*SIGBUS BUS_MCEERR_AR to \\x1b[[]31mred:* thread * lsb 12: delivered",
+            "*AssertionError: 0 events SignalSent, expected 1",
+            "*AssertionError: 2 events FileDamaged, expected 1",
+            "*damaged: /f 0x0+0x1000",
+            "*damaged: /f 0x1000+0x1000",
+        ]
+    )
+    result.stdout.no_fnmatch_line("*\x1b*")

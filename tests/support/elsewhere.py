@@ -33,10 +33,12 @@ def start(
     code: str, *arguments: str | Path, cwd: Path = Path("/"), wrapper: tuple[str, ...] = ()
 ) -> subprocess.Popen[str]:
     """The same, not waited for; it can be spoken to."""
+    # Another user may not run our interpreter, least of all that of tests/asan.sh, which is a script.
+    executable = SYSTEM_PYTHON if wrapper and Path(SYSTEM_PYTHON).exists() else sys.executable
     indented = "".join(f"    {line}\n" for line in code.strip().splitlines())
     guarded = f"try:\n{indented}except OSError as error:\n    print(errno.errorcode[error.errno])\n"
     return subprocess.Popen(
-        [*wrapper, sys.executable, "-c", PRELUDE + guarded, *map(str, arguments)],
+        [*wrapper, executable, "-c", PRELUDE + guarded, *map(str, arguments)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -203,3 +203,18 @@ def measure_steps(report: str) -> None:
         await beat(self)
 
     Watchdog.beat = measured  # type: ignore[method-assign]
+
+
+def stick_in_badblocks(how: str) -> None:
+    """In the request ``badblocks``, end only when killed: "C" sleeps in a C call that keeps the GIL, "D"
+    waits for a request to its own mount.
+    """
+
+    def stuck(self: Machine) -> Any:
+        if how == "C":
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they would interrupt it
+            ctypes.PyDLL(None).sleep(3600)
+        os.listdir(self.session.mount.mountpoint)
+        return BadblockList([], 0)
+
+    Machine.badblocks = stuck  # type: ignore[method-assign]

@@ -109,7 +109,7 @@ class Place:
             raise Hung(f"{argv[0]}: nothing for {self.limit:g} s") from error
         finally:
             process.kill()
-        return process.returncode, output.decode(errors="replace").splitlines()
+        return process.returncode, output.decode(errors="backslashreplace").splitlines()
 
     def make(self, argv: Sequence[str | Path], given: str = "") -> list[str]:
         """The same of what must succeed. Raises DaxemuError."""

@@ -80,7 +80,7 @@ def make(cell: Wanted, limit: float, tell: Callable[[Step], None]) -> Cell:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()
-        errors = process.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
+        errors = process.stderr.read().decode(errors="backslashreplace").strip().rpartition("\n")[2]
         process.stderr.close()
         process.wait()
         clear_away(directory, device)

@@ -131,7 +131,7 @@ class Process:
                 whole += [rest] if rest else []
                 del self._rest[stream]
                 stream.close()
-            lines = [line.decode(errors="replace").rstrip("\r") for line in whole]
+            lines = [line.decode(errors="backslashreplace").rstrip("\r") for line in whole]
             self.output += lines
             if stream is self._process.stderr:
                 self.errors += lines

@@ -15,6 +15,7 @@ from daxemu.apps.cell import Cell, Life, Outcome
 from daxemu.apps.install import versions
 from daxemu.apps.matrix import Wanted
 from daxemu.apps.situations import BY_NAME, Situation
+from daxemu.text import for_people
 
 MEANING = {
     Outcome.RIGHT: "everything it gave back is what was written",
@@ -246,7 +247,7 @@ def _program(a: type[Application]) -> str:
 
 def _row(cell: Cell) -> str:
     if cell.failed:
-        return f"| {cell.situation} | {cell.hurt} | not observed: {_escape(cell.failed)} | |"
+        return f"| {cell.situation} | {cell.hurt} | not observed: `{_escape(cell.failed)}` | |"
     return f"| {cell.situation} | {cell.hurt} | {_told(cell.first)} | {_told(cell.again)} |"
 
 
@@ -257,5 +258,6 @@ def _told(life: Life | None) -> str:
 
 
 def _escape(text: str) -> str:
-    clean = "".join(c if c.isprintable() else "?" for c in text).replace("`", "'").replace("|", "/")
+    """For the inside of a code span in a table."""
+    clean = for_people(text).replace("`", "'").replace("|", "/")
     return clean[:160] + ("..." if len(clean) > 160 else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from typing import Any
 
 import click
@@ -81,6 +82,11 @@ class Verbs(click.Group):
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             complain(f"daxemu: {where}{error.strerror or error}")
+            ctx.exit(1)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except Exception as error:  # noqa: BLE001 - shown as Python would, but names of others are in it
+            complain(*"".join(traceback.format_exception(error)).rstrip().split("\n"))
             ctx.exit(1)
 
 

@@ -29,6 +29,7 @@ from daxemu.cli.progress import choose, describe, line
 from daxemu.client import Client
 from daxemu.client.connection import no_answer, state_of
 from daxemu.errors import Busy, DaxemuError, InvalidArgument, NotASupervisor, NotMounted, PermissionDenied
+from daxemu.host.deadline import Deadline
 from daxemu.host.device_lock import PATIENCE, end_holder, wait_for_last_mount
 from daxemu.host.mountinfo import Mount, mount_at, mounts
 from daxemu.host.pins import copies, named, pins_of, pins_of_device
@@ -40,8 +41,10 @@ from daxemu.text import name_text
 
 Value = TypeVar("Value")
 
-FORCE_PATIENCE, TERM_PATIENCE, KILL_PATIENCE = 6.5, 2.0, 1.0
-"""Seconds that ``umount --force`` waits for the supervisor, for its end by SIGTERM and then by SIGKILL."""
+FORCE_PATIENCE = 10.0
+"""Seconds that ``umount --force`` takes at most."""
+CUT_PATIENCE, KILL_PATIENCE = 4.0, 1.5
+"""Seconds of those that are left when it cuts the mount and sends SIGTERM, and when it sends SIGKILL."""
 
 
 @click.command()
@@ -146,20 +149,21 @@ def umount(mountpoint: Path, force: bool, as_json: bool) -> None:
     Example:
       daxemu umount /tmp/pmem
     """
+    deadline = Deadline(FORCE_PATIENCE)
     found = mount_at(Path(os.path.abspath(mountpoint))) or _mounted_elsewhere(mountpoint, force=force)
     if found is None:
         raise NotMounted(f"{mountpoint} is not a daxemu mountpoint: see daxemu status")
     try:
         if force:
-            _ask_to_end(found, "unmount", patience=FORCE_PATIENCE, force=True)
+            _ask_to_end(found, "unmount", deadline, force=True)
         else:
             _ask_to_end(found, "unmount")
     except NotMounted:
-        _clear_away(found, end=force)
+        _clear_away(found, deadline, end=force)
     except Busy:
         if not force:
             raise
-        _clear_away(found, end=True)
+        _clear_away(found, deadline, end=True)
     emit({"mountpoint": mountpoint, "device": found.device}, as_json, f"{mountpoint} is unmounted")
 
 
@@ -197,40 +201,47 @@ def _mounted_elsewhere(device: Path, *, force: bool) -> Mount | None:
     return pins[0].mount if pins else None
 
 
-def _ask_to_end(found: Mount, op: str, patience: float | None = None, **arguments: bool) -> dict[str, Any]:
-    """Have the supervisor end, and wait for its end. Raises Busy when it does not, by ``patience`` seconds if
-    that is given.
+def _ask_to_end(found: Mount, op: str, deadline: Deadline | None = None, **arguments: bool) -> dict[str, Any]:
+    """Have the supervisor end, and wait for its end. Raises Busy when it does not; with ``deadline`` (that of
+    --force) in time to cut the mount, and at once if another mount namespace pins the mount.
     """
-    began = time.monotonic()
-    kind = PatientClient if patience is None else Client
-    with kind(found, patience=STATUS_PATIENCE if patience is None else patience) as client:
-        if patience is not None and state_of(client.pid) in ("T", "t"):
+
+    def left() -> float:
+        return STATUS_PATIENCE if deadline is None else deadline.left(CUT_PATIENCE)
+
+    kind = PatientClient if deadline is None else Client
+    with kind(found, patience=left()) as client:
+        if deadline is not None and state_of(client.pid) in ("T", "t"):
             raise no_answer(found, client.pid)  # no patience helps
         pid = client.pid or client.request("status")["pid"]
-        if patience is not None:
-            client.set_patience(max(0.1, began + patience - time.monotonic()))
         try:
             process = os.pidfd_open(pid)
         except ProcessLookupError:
             return {}
         try:
+            client.set_patience(left())
             answer = client.request(op, **arguments)
-            pinned_since: float | None = None
-            until = time.monotonic() + PATIENCE if patience is None else began + patience
-            while not select.select([process], [], [], min(1.0, max(0.0, until - time.monotonic())))[0]:
-                pinned_since = (pinned_since or time.monotonic()) if (pins := pins_of(found)) else None
-                if pinned_since is not None and time.monotonic() - pinned_since > STATUS_PATIENCE:
-                    raise Busy(
-                        f"{found.device} is still mounted as {named(pins)}: umount --force {found.device}"
-                    )
-                if time.monotonic() >= until:
-                    raise Busy(f"the supervisor (pid {pid}) does not end: see {found.device}/supervisor.log")
+            _wait_for_end(found, pid, process, deadline)
             return answer
         finally:
             os.close(process)
 
 
-def _clear_away(found: Mount, *, end: bool) -> None:
+def _wait_for_end(found: Mount, pid: int, process: int, deadline: Deadline | None) -> None:
+    """Wait for the end of a supervisor that said that it ends. See _ask_to_end."""
+    until = Deadline(PATIENCE) if deadline is None else deadline
+    kept = 0.0 if deadline is None else CUT_PATIENCE
+    pinned_since: float | None = None
+    while not select.select([process], [], [], min(1.0, until.left(kept)))[0]:
+        pinned_since = (pinned_since or time.monotonic()) if (pins := pins_of(found)) else None
+        limit = STATUS_PATIENCE if deadline is None else 0.0
+        if pinned_since is not None and time.monotonic() - pinned_since >= limit:
+            raise Busy(f"{found.device} is still mounted as {named(pins)}: umount --force {found.device}")
+        if not until.left(kept):
+            raise Busy(f"the supervisor (pid {pid}) does not end: see {found.device}/supervisor.log")
+
+
+def _clear_away(found: Mount, deadline: Deadline, *, end: bool) -> None:
     """Cut the connection of a mount whose supervisor does not answer, and take the mount away; with ``end``
     the supervisor too.
     """
@@ -240,7 +251,7 @@ def _clear_away(found: Mount, *, end: bool) -> None:
     still = mount_at(found.mountpoint)
     if still is not None and still.dev == found.dev:
         Session(-1, still).detach()
-    if end and not end_holder(found, TERM_PATIENCE, KILL_PATIENCE):
+    if end and not end_holder(found, deadline, KILL_PATIENCE):
         raise Busy(f"the supervisor that holds {found.device}/lock does not end: see {found.device}")
     left = mount_at(found.mountpoint)
     if left is not None and left.dev == found.dev:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from html import escape
 from pathlib import Path
 
 import click
 
 from daxemu.cli.common import PATH, as_owner_option, emit, human, json_option
 from daxemu.cli.log import lines_of
-from daxemu.cli.output import for_people
 from daxemu.cli.watch.model import Model, Seen
 from daxemu.cli.watch.view import LEGEND, glyph
 from daxemu.errors import DaxemuError, NotMounted
 from daxemu.events import Event, MemoryFailureHandled, SignalSent, decode
 from daxemu.host.mountinfo import mount_of
+from daxemu.text import for_html
 
 COLUMNS, CELLS = 64, 1024
 BARS = 60
@@ -47,7 +46,7 @@ def report(where: Path, output: Path, as_json: bool) -> None:
     events = [decode(line) for line in lines_of(where)]
     seen, title = _look(where)
     try:
-        output.write_text(page(title, events, seen))
+        output.write_text(page(title, events, seen), encoding="utf-8")
     except OSError as error:
         raise DaxemuError(f"{output}: {error.strerror}; give another file with -o") from error
     emit({"output": str(output), "events": len(events)}, as_json, f"{output}: {len(events)} events")
@@ -65,10 +64,8 @@ def _look(where: Path) -> tuple[Seen | None, str]:
 
 def page(title: str, events: Sequence[Event], seen: Seen | None) -> str:
     """The whole file."""
-    parts = [
-        f"<!doctype html><html><head><meta charset=utf-8><title>daxemu: {escape(for_people(title))}</title>"
-    ]
-    parts += [f"<style>{_STYLE}</style></head><body><h1>{escape(for_people(title))}</h1>"]
+    parts = [f"<!doctype html><html><head><meta charset=utf-8><title>daxemu: {for_html(title)}</title>"]
+    parts += [f"<style>{_STYLE}</style></head><body><h1>{for_html(title)}</h1>"]
     if seen is not None:
         parts += _state(seen)
     parts += _summary(events)
@@ -89,7 +86,7 @@ def _state(seen: Seen) -> Iterator[str]:
     yield from _table(("", ""), rows)
     yield f"<h2>The device, {human(seen.survey.cell)} a cell</h2>"
     yield _map(seen)
-    yield f"<p>{escape('  '.join(f'{sign} {meaning}' for sign, meaning in LEGEND))}</p>"
+    yield f"<p>{for_html('  '.join(f'{sign} {meaning}' for sign, meaning in LEGEND))}</p>"
     yield "<h2>Damaged files</h2>"
     lost = [(each.path, f"{each.offset:#x}", str(each.length)) for each in seen.damaged]
     yield from _table(("file", "offset", "length"), lost)
@@ -157,7 +154,7 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> Itera
         return
     yield "<table>"
     if any(header):
-        yield "<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>"
+        yield "<tr>" + "".join(f"<th>{for_html(cell)}</th>" for cell in header) + "</tr>"
     for row in found:
-        yield "<tr>" + "".join(f"<td>{escape(for_people(str(cell)))}</td>" for cell in row) + "</tr>"
+        yield "<tr>" + "".join(f"<td>{for_html(str(cell))}</td>" for cell in row) + "</tr>"
     yield "</table>"

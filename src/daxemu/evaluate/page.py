@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from importlib.resources import files
 
 from daxemu.evaluate.plots import Colors
 from daxemu.evaluate.svg import Svg
+from daxemu.text import for_html
 
 
 def page(title: str, body: str) -> str:
@@ -16,15 +16,15 @@ def page(title: str, body: str) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{style}</style></head><body>{body}</body></html>\n"
+        f"<title>{for_html(title)}</title><style>{style}</style></head><body>{body}</body></html>\n"
     )
 
 
 def legend(by: Colors, workloads: Sequence[str]) -> str:
     """Which colour is which strategy, which shape which workload."""
-    items = [f'<span><i style="background:{color}"></i>{escape(name)}</span>' for name, color in by.items()]
+    items = [f'<span><i style="background:{color}"></i>{for_html(name)}</span>' for name, color in by.items()]
     for index, name in enumerate(sorted(workloads)):
         shape = Svg(16, 16, name)
         shape.mark(8, 8, index, "currentColor", name)
-        items.append(f"<span>{shape}{escape(name)}</span>")
+        items.append(f"<span>{shape}{for_html(name)}</span>")
     return f"<div class=legend>{''.join(items)}</div>"

@@ -6,7 +6,6 @@ import csv
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from daxemu.evaluate.plots import (
 from daxemu.evaluate.statistics import Estimate
 from daxemu.evaluate.trial import Result
 from daxemu.sizes import counted, human
+from daxemu.text import for_html
 
 LATENCIES = ("repair_median", "repair_p99", "handled_median", "handled_p99")
 
@@ -81,16 +81,16 @@ def html(plan: Plan, results: Sequence[Result], failed: Sequence[Result]) -> str
 def _opening(plan: Plan, results: Sequence[Result], failed: Sequence[Result]) -> str:
     versions = ", ".join(sorted({result.version for result in results}))
     text = (
-        f"<h1>{escape(plan.name)}</h1><p>Repair strategies: {len(plan.strategies)}, on "
+        f"<h1>{for_html(plan.name)}</h1><p>Repair strategies: {len(plan.strategies)}, on "
         f"{counted(len(plan.workload), 'workload')} under {counted(len(plan.faults), 'fault plan')}, in "
         f"{counted(len(results), 'trial')} of {plan.seconds:g} s, each on a fresh {human(plan.device)} "
         f"device. Every strategy met the same faults (seed {plan.seed}). The baseline is "
-        f"<b>{escape(plan.baseline)}</b>. Made with daxemu {escape(versions)}, an emulator: its times are "
-        "those of this machine, not of persistent memory.</p>"
+        f"<b>{for_html(plan.baseline)}</b>. Made with daxemu {for_html(versions)}, an emulator: its times "
+        "are those of this machine, not of persistent memory.</p>"
     )
     if failed:
         rows = "".join(
-            f"<li>{escape(str(result.key))}: {escape(result.failed or '')}</li>" for result in failed
+            f"<li>{for_html(str(result.key))}: {for_html(result.failed or '')}</li>" for result in failed
         )
         how_many = counted(len(failed), "trial")
         text += f"<p class=warning>{how_many} gave no result, and is in no figure:</p><ul>{rows}</ul>"
@@ -103,7 +103,7 @@ def _in_short(plan: Plan, found: Sequence[Cell], by: Colors) -> str:
     faulty = [f.name for f in plan.faults if f.process]
     quiet = next((f.name for f in plan.faults if not f.process), None)
     overheads = {f: _overheads(found, quiet or f) for f in faulty or [quiet or ""]}
-    head = "".join(f"<th colspan={len(names)}>{escape(name)}</th>" for name in faulty)
+    head = "".join(f"<th colspan={len(names)}>{for_html(name)}</th>" for name in faulty)
     second = "".join(f"<th>{METRICS[name].title}</th>" for name in names) * len(faulty)
     rows = []
     for strategy in plan.strategies:
@@ -120,7 +120,7 @@ def _in_short(plan: Plan, found: Sequence[Cell], by: Colors) -> str:
                 total = Estimate(sum(values), None, None, len(values)) if values else None
                 tds.append(_value(total, METRICS[name].unit))
         swatch = f'<i style="background:{by[strategy]}"></i>'
-        rows.append(f"<tr><th>{swatch}{escape(strategy)}</th>{''.join(tds)}</tr>")
+        rows.append(f"<tr><th>{swatch}{for_html(strategy)}</th>{''.join(tds)}</tr>")
     where = "without faults" if quiet else "under faults"
     return (
         f"<section><h2>In short</h2><p>Slowdown ({where}, against the baseline) and space are means over the "
@@ -165,7 +165,7 @@ def _section(
     mine = [result for result in results if result.key.faults == faults.name]
     workloads = [w.label for w in plan.workload]
     parts = [
-        f"<section><h2>Faults: {escape(faults.name)}</h2><p>{escape(_describe(plan, faults))}</p>",
+        f"<section><h2>Faults: {for_html(faults.name)}</h2><p>{for_html(_describe(plan, faults))}</p>",
         legend(by, workloads),
     ]
     quiet = next((f.name for f in plan.faults if not f.process), None)
@@ -173,12 +173,12 @@ def _section(
     if overhead and faults.process:
         where = f"without faults (plan {quiet!r})" if quiet else "under these faults"
         parts.append("<h3>Loss against overhead</h3>")
-        parts.append(f"<p>Down and to the left is better. Slowdown is measured {escape(where)}.</p>")
+        parts.append(f"<p>Down and to the left is better. Slowdown is measured {for_html(where)}.</p>")
         parts.append(f"<figure>{loss_against_overhead(here, overhead, by)}</figure>")
     for workload in workloads:
         rows = [cell for cell in here if cell.workload == workload]
         if rows:
-            parts.append(f"<h3>{escape(workload)}</h3>{_table(rows, by, quiet=not faults.process)}")
+            parts.append(f"<h3>{for_html(workload)}</h3>{_table(rows, by, quiet=not faults.process)}")
     parts.append(_latencies(mine, by))
     parts.append(_trials(plan, mine))
     return "".join(parts) + "</section>"
@@ -210,7 +210,7 @@ def _table(rows: Sequence[Cell], by: Colors, *, quiet: bool) -> str:
         "handled_p99": "Handled, 99 %",
     }
     head = "".join(
-        [f'<th title="{escape(METRICS[name].text)}">{METRICS[name].title}</th>' for name in shown]
+        [f'<th title="{for_html(METRICS[name].text)}">{METRICS[name].title}</th>' for name in shown]
         + [f"<th>{titles[name]}</th>" for name in shown_latencies]
     )
     body = []
@@ -218,7 +218,9 @@ def _table(rows: Sequence[Cell], by: Colors, *, quiet: bool) -> str:
         tds = [_value(_estimate(cell, name), METRICS[name].unit) for name in shown]
         tds += [_value(_estimate(cell, name), "s") for name in shown_latencies]
         swatch = f'<i style="background:{by[cell.strategy]}"></i>'
-        body.append(f"<tr><th>{swatch}{escape(cell.strategy)}</th><td>{cell.trials}</td>{''.join(tds)}</tr>")
+        body.append(
+            f"<tr><th>{swatch}{for_html(cell.strategy)}</th><td>{cell.trials}</td>{''.join(tds)}</tr>"
+        )
     return (
         f"<div class=wide><table><thead><tr><th>Strategy</th><th>Trials</th>{head}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div>"
@@ -275,21 +277,21 @@ def _trials(plan: Plan, mine: Sequence[Result]) -> str:
             opened = " open" if first and any(r.faults for r in group) else ""
             first = False
             timelines = "".join(
-                f"<h4>{escape(r.key.strategy)}: {escape(outcome(r))}</h4><figure>{timeline(r)}</figure>"
+                f"<h4>{for_html(r.key.strategy)}: {for_html(outcome(r))}</h4><figure>{timeline(r)}</figure>"
                 for r in group
             )
             maps = f"<h4>Map of the device</h4><figure>{device_map(group)}</figure>"
             if not any(r.faults for r in group):
                 maps = ""
             parts.append(
-                f"<details{opened}><summary>{escape(workload)}, repetition {repetition + 1}</summary>"
+                f"<details{opened}><summary>{for_html(workload)}, repetition {repetition + 1}</summary>"
                 f"{maps}{timelines}</details>"
             )
     return "".join(parts)
 
 
 def _how_to_read(plan: Plan) -> str:
-    rows = "".join(f"<dt>{metric.title}</dt><dd>{escape(metric.text)}</dd>" for metric in METRICS.values())
+    rows = "".join(f"<dt>{metric.title}</dt><dd>{for_html(metric.text)}</dd>" for metric in METRICS.values())
     return (
         "<section><h2>How to read this</h2><dl>" + rows + "</dl>"
         "<p>Below a value: its 95 % confidence interval, Student's t over trials for means, a bootstrap over "
@@ -298,7 +300,7 @@ def _how_to_read(plan: Plan) -> str:
         "other answer, <b class=faint>▮</b> nothing was there. A page-cache mapping stands for a DAX "
         "mapping, so what a store through it costs, and when a strategy sees it, is an upper bound of its "
         "protection.</p><h3>The plan</h3><details><summary>as it was read</summary>"
-        f"<pre>{escape(_plan_text(plan))}</pre></details></section>"
+        f"<pre>{for_html(_plan_text(plan))}</pre></details></section>"
     )
 
 

@@ -91,7 +91,7 @@ def make_here(task: Task, processes: _Processes) -> Result:
             finally:
                 clear_away(Path(here.directory), Path(here.device))
         if process.returncode or not output:
-            said = errors.decode(errors="replace").strip().rpartition("\n")[2]
+            said = errors.decode(errors="backslashreplace").strip().rpartition("\n")[2]
             failed.failed = said or f"the trial ended with status {process.returncode}"
             return failed
         return msgspec.json.decode(output, type=Result)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from html import escape
+
+from daxemu.text import for_html
 
 PALETTE = (
     "#4477aa", "#ee6677", "#228833", "#aa7700", "#aa3377", "#2299bb", "#777777", "#994455", "#5566cc",
@@ -37,7 +38,7 @@ class Svg:
 
     def rect(self, x: float, y: float, w: float, h: float, css: str, title: str = "") -> None:
         """A rectangle, filled by its class."""
-        inner = f"<title>{escape(title)}</title>" if title else ""
+        inner = f"<title>{for_html(title)}</title>" if title else ""
         self._parts.append(
             f'<rect class="{css}" x="{number(x)}" y="{number(y)}" width="{number(w)}" height="{number(h)}">'
             f"{inner}</rect>"
@@ -56,13 +57,13 @@ class Svg:
         spin = f' transform="rotate(-90 {number(x)} {number(y)})"' if turn else ""
         self._parts.append(
             f'<text class="{css}" x="{number(x)}" y="{number(y)}" text-anchor="{anchor}"{spin}>'
-            f"{escape(text)}</text>"
+            f"{for_html(text)}</text>"
         )
 
     def mark(self, x: float, y: float, shape: int, color: str, title: str) -> None:
         """A point: circle, square, triangle, diamond, cross, by number."""
         r = 5.0
-        inner = f"<title>{escape(title)}</title>"
+        inner = f"<title>{for_html(title)}</title>"
         shapes: list[Sequence[tuple[float, float]]] = [
             [(-r, -r), (r, -r), (r, r), (-r, r)],
             [(0, -r * 1.2), (r * 1.1, r), (-r * 1.1, r)],
@@ -81,7 +82,7 @@ class Svg:
     def __str__(self) -> str:
         return (
             f'<svg viewBox="0 0 {number(self.width)} {number(self.height)}" role="img" '
-            f'aria-label="{escape(self._label, quote=True)}">' + "".join(self._parts) + "</svg>"
+            f'aria-label="{for_html(self._label)}">' + "".join(self._parts) + "</svg>"
         )
 
 

@@ -112,7 +112,7 @@ class Tender(threading.Thread):
         life.status = process.wait()
         limit.cancel()
         life.end = time.time()
-        life.said = errors.read_text(errors="replace").strip()[-300:]
+        life.said = errors.read_text(errors="backslashreplace").strip()[-300:]
 
     def _note(self, said: dict[str, Any], before: tuple[float, int, int, int]) -> None:
         life = self.lives[-1]

@@ -12,8 +12,10 @@ import signal
 from pathlib import Path
 
 from daxemu.errors import Busy
+from daxemu.host.deadline import Deadline
 from daxemu.host.mountinfo import Mount, mounts
 from daxemu.host.pins import named, pins_of_device
+from daxemu.host.procfs import read_fields
 
 PATIENCE = 60.0
 """Seconds to wait for a supervisor to save and end."""
@@ -34,10 +36,10 @@ def wait_for_last_mount(device: Path) -> None:
     _wait(holder)
 
 
-def end_holder(mount: Mount, term_patience: float, kill_patience: float) -> bool:
-    """End the supervisor that holds the lock of a mount's device: by SIGTERM, and SIGKILL ``term_patience``
-    seconds later. Returns whether it has ended. Signals no process but one of the mount's owner that holds
-    the lock.
+def end_holder(mount: Mount, deadline: Deadline, kill_patience: float) -> bool:
+    """End the supervisor that holds the lock of a mount's device: by SIGTERM, and ``kill_patience`` seconds
+    before the deadline by SIGKILL. Returns whether it has ended. Signals no process but one of the mount's
+    owner that holds the lock.
     """
     if (pid := holder_of(mount.device)) is None:
         return True
@@ -50,13 +52,10 @@ def end_holder(mount: Mount, term_patience: float, kill_patience: float) -> bool
         if holder_of(mount.device) != pid or _uid_of(pid) != mount.owner:
             return False
         # SIGCONT: a supervisor that was stopped can save what no fsync had made durable.
-        for signals, patience in (
-            ((signal.SIGTERM, signal.SIGCONT), term_patience),
-            ((signal.SIGKILL,), kill_patience),
-        ):
+        for signals, kept in (((signal.SIGTERM, signal.SIGCONT), kill_patience), ((signal.SIGKILL,), 0.0)):
             for number in signals:
                 signal.pidfd_send_signal(process, number)
-            if select.select([process], [], [], patience)[0]:
+            if select.select([process], [], [], deadline.left(kept))[0]:
                 return True
         return False
     except ProcessLookupError:
@@ -68,10 +67,9 @@ def end_holder(mount: Mount, term_patience: float, kill_patience: float) -> bool
 def _uid_of(pid: int) -> int | None:
     """The effective uid of a process."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
-    except OSError:
+        return int(read_fields(f"/proc/{pid}/status")["Uid"].split()[1])
+    except (OSError, KeyError):
         return None
-    return next((int(line.split()[2]) for line in lines if line.startswith("Uid:")), None)
 
 
 def _wait(pid: int) -> None:

@@ -21,6 +21,7 @@ import trio
 from daxemu.errors import DaxemuError, FsError
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host import fileattr
+from daxemu.host.procfs import read_lines
 from daxemu.host.supplement import library, unpack
 from daxemu.host.tasks import capable
 from daxemu.host.unexpected import Nursery, Unexpected, refused, task_name
@@ -294,9 +295,8 @@ def _source_of(tid: int, fd: int, dev: tuple[int, int]) -> Ino:
     try:
         with open(f"/proc/{tid}/fdinfo/{fd}") as lines:
             facts = dict(line.split(":", 1) for line in lines if ":" in line)
-        # Anybody may have a mount at a path that is no UTF-8.
-        with open(f"/proc/{tid}/mountinfo", errors="replace") as lines:
-            devices = {fields[0]: fields[2] for fields in map(str.split, lines)}
+        known = read_lines(f"/proc/{tid}/mountinfo")
+        devices = {fields[0]: fields[2] for line in known if (fields := line.split(" ", 3))[2:]}
     except OSError as error:
         raise FsError(errno.EBADF if error.errno == errno.ENOENT else errno.EPERM) from error
     if "ino" not in facts:

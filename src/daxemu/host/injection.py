@@ -27,6 +27,7 @@ from signal import SIGBUS
 from typing import NamedTuple
 
 from daxemu.host import ptrace
+from daxemu.host.procfs import read_whole
 from daxemu.host.siginfo import Status, bus_error
 from daxemu.host.tracer_messages import ForceAR, Send
 from daxemu.uapi import PAGE_SIZE
@@ -239,9 +240,9 @@ def _find_syscall_insn(tid: int, regs: ctypes.Array[ctypes.c_uint64], memory: in
         found = _peek(memory, start, length).find(_SYSCALL_INSN)
         if found >= 0:
             return start + found
-    with open(f"/proc/{tid}/maps", errors="replace") as maps:
-        ranges = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) ..x", maps.read(), re.MULTILINE)
-    for low, high in ranges:
+    # The kernel escapes a newline in a path, and re.MULTILINE knows no other end of a line.
+    maps = read_whole(f"/proc/{tid}/maps")
+    for low, high in re.findall(rb"^([0-9a-f]+)-([0-9a-f]+) ..x", maps, re.MULTILINE):
         start = int(low, 16)
         found = _peek(memory, start, min(int(high, 16) - start, _SCAN_LIMIT)).find(_SYSCALL_INSN)
         if found >= 0:

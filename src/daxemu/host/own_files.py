@@ -16,6 +16,7 @@ import stat
 import struct
 
 from daxemu.host.mountinfo import Mount
+from daxemu.host.procfs import read_lines
 from daxemu.uapi import Ino
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -99,9 +100,9 @@ def _device_of(fd: int) -> tuple[int, int] | None:
     with open(f"/proc/self/fdinfo/{fd}") as lines:
         facts = dict(line.split(":", 1) for line in lines if ":" in line)
     wanted = facts["mnt_id"].strip()
-    with open("/proc/self/mountinfo", errors="replace") as lines:
-        for fields in map(str.split, lines):
-            if fields[0] == wanted:
-                major, minor = fields[2].split(":")
-                return int(major), int(minor)
+    for line in read_lines("/proc/self/mountinfo"):
+        fields = line.split(" ", 3)
+        if fields[0] == wanted:
+            major, minor = fields[2].split(":")
+            return int(major), int(minor)
     return None

@@ -35,7 +35,7 @@ def copies() -> Iterator[Pin]:
             continue
         try:
             found = mounts(pid)
-            comm = Path(f"/proc/{pid}/comm").read_bytes().rstrip(b"\n")
+            comm = Path(f"/proc/{pid}/comm").read_bytes().removesuffix(b"\n")
         except OSError:
             continue  # the process ended meanwhile
         if namespace:

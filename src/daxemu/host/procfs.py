@@ -18,3 +18,22 @@ def read_whole(path: str) -> bytes:
         return b"".join(pieces)
     finally:
         os.close(fd)
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a file. Only a newline ends one: names of other users' processes and paths may hold any
+    other character that Python takes for the end of a line. A byte that is no UTF-8 is a surrogate.
+    """
+    return os.fsdecode(read_whole(path)).split("\n")
+
+
+def read_fields(path: str) -> dict[str, str]:
+    """The lines ``Name: value`` of a file such as /proc/PID/status. Of equal names the first counts: the name
+    of the process comes before all that it could be taken for.
+    """
+    found: dict[str, str] = {}
+    for line in read_lines(path):
+        name, colon, value = line.partition(":")
+        if colon:
+            found.setdefault(name, value.strip())
+    return found

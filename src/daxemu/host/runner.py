@@ -33,6 +33,7 @@ from typing import NamedTuple, NoReturn
 from daxemu.errors import DaxemuError, NotMounted
 from daxemu.host import seccomp
 from daxemu.host.mountinfo import Mount, mounts
+from daxemu.host.procfs import read_fields
 from daxemu.host.seccomp import Call
 from daxemu.host.tasks import Vma, read_vmas
 from daxemu.uapi import (
@@ -228,7 +229,6 @@ def _files_own(tid: int, start: int, count: int) -> int:
 
 def _is_capable(tid: int, mount: Mount) -> bool:
     """``capable(CAP_SYS_ADMIN)``. In the emulated machine the mount's owner has it, too."""
-    with open(f"/proc/{tid}/status", errors="replace") as file:
-        field = dict(line.split(":", 1) for line in file if ":" in line)
+    field = read_fields(f"/proc/{tid}/status")
     euid = int(field["Uid"].split()[1])
     return euid in (0, mount.socket.stat().st_uid) or bool(int(field["CapEff"], 16) >> CAP_SYS_ADMIN & 1)

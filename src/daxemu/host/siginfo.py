@@ -111,7 +111,7 @@ def read_status(tid: int) -> Status | None:
     field: dict[bytes, bytes] = dict(_STATUS_FIELDS.findall(raw))
     return Status(
         tid=tid,
-        name=field[b"Name"].decode(errors="replace"),
+        name=field[b"Name"].decode(errors="backslashreplace"),
         state=field[b"State"][:1].decode(),
         tgid=int(field[b"Tgid"]),
         tracer=int(field[b"TracerPid"]),

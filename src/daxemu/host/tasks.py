@@ -19,9 +19,10 @@ from typing import NamedTuple
 
 from daxemu.host import victims, victims_collect
 from daxemu.host.mapcount import all_found
-from daxemu.host.procfs import read_whole
+from daxemu.host.procfs import read_fields, read_whole
 from daxemu.mm.memory_failure import PresentRun, Task, Thread
 from daxemu.ranges import Range, merged
+from daxemu.text import name_text
 from daxemu.uapi import CAP_FSETID, PAGE_SHIFT, PAGE_SIZE, Ino
 
 _GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
@@ -352,7 +353,7 @@ def read_threads(pid: int) -> Iterator[Thread]:
 
 
 def read_comm(pid: int) -> str:
-    """The process's name, as log lines show it."""
+    """The process's name, as daxemu.text.name_text has it: the bytes can be had back."""
     return _as_name(read_whole(f"/proc/{pid}/comm"))
 
 
@@ -365,7 +366,7 @@ def comm_of(pid: int) -> str:
 
 
 def _as_name(comm: bytes) -> str:
-    return comm.decode(errors="replace").rstrip("\n")
+    return name_text(comm.removesuffix(b"\n"))
 
 
 def in_page_fault(tid: int) -> bool | None:
@@ -415,7 +416,6 @@ def _is_capable(field: dict[str, str], capability: int) -> bool:
 def _status(tid: int) -> dict[str, str]:
     """/proc/TID/status; nothing if the thread is gone."""
     try:
-        with open(f"/proc/{tid}/status", errors="replace") as file:
-            return dict(line.split(":", 1) for line in file if ":" in line)
+        return read_fields(f"/proc/{tid}/status")
     except (FileNotFoundError, ProcessLookupError):
         return {}

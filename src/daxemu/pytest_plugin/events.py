@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from daxemu.client import Client
 from daxemu.events import Event, SignalSent
+from daxemu.text import for_people
 
 if TYPE_CHECKING:
     from daxemu.pytest_plugin.mount import DaxMount
@@ -37,7 +38,10 @@ class Events:
         self.settle()
         found = self(kind)
         if len(found) != count:
-            told = [f"{len(found)} events {kind.__name__}, expected {count}", *(e.summary() for e in found)]
+            told = [
+                f"{len(found)} events {kind.__name__}, expected {count}",
+                *(for_people(e.summary()) for e in found),
+            ]
             raise AssertionError("\n".join(told))
         return found
 

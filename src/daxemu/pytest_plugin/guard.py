@@ -70,12 +70,13 @@ class _Hang:
         from daxemu.events import decode
         from daxemu.pmem.device_dir import DeviceDir
         from daxemu.pmem.event_files import events_of
+        from daxemu.text import for_people
 
         lines = [f"the test hung: it took more than {self.limit:g} s (dax_timeout) on {self._mountpoint}"]
         with suppress(OSError, IndexError, DaxemuError):
             last = list(events_of(DeviceDir.look(self._device)))[-1]
             lines.append(f"last event: {decode(last).summary()}")
-        return "\n".join(lines + self._users())
+        return "\n".join(map(for_people, lines + self._users()))
 
     def _users(self) -> list[str]:
         from daxemu.host.mountinfo import mount_at

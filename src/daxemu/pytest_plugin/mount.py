@@ -23,6 +23,7 @@ from daxemu.pmem.device_dir import DEFAULT_BASE_PFN, DeviceConfig, DeviceDir, al
 from daxemu.pmem.event_files import events_of
 from daxemu.private_path import PrivatePath
 from daxemu.protocol import Clear, Damaged, Inject, Injected, PowerFail, Remove, Removed, Set, Status
+from daxemu.text import for_people
 
 PATIENCE = 60.0
 """Seconds that the supervisor has to mount, and to end."""
@@ -106,7 +107,7 @@ class DaxMount:
         ready, _, _ = select.select([self._supervisor.stdout], [], [], PATIENCE)
         if not ready or not self._supervisor.stdout.readline():
             self.end()
-            said = log.read_bytes().decode(errors="replace").strip().splitlines()
+            said = log.read_bytes().decode(errors="backslashreplace").strip().splitlines()
             raise DaxemuError(said[-1] if said else f"daxemu mount {self.device} did not begin: see {log}")
         if self._settings:
             with self.client() as client:
@@ -181,7 +182,7 @@ class DaxMount:
         """Sections for the report of a failed test. Whatever cannot be had, it says so."""
         events = self.events()
         left_out = [f"({len(events) - most} before these)"] if len(events) > most else []
-        told = [event.summary() for event in events[-most:]]
+        told = [for_people(event.summary()) for event in events[-most:]]
         return [
             ("daxemu damaged files", "\n".join(self._lost())),
             ("daxemu events", "\n".join([*left_out, *told])),
@@ -193,12 +194,13 @@ class DaxMount:
                 state = client.ask(Status())
                 lost = client.ask(Damaged()).files
         except DaxemuError as error:
-            return [f"not known: {error}"]
+            return [for_people(f"not known: {error}")]
         reason = f": {state.reason}" if state.reason else ""
-        return [
+        lines = [
             f"{state.mountpoint} is {state.state}{reason}",
             *(f"{found.path} {found.offset:#x}+{found.length:#x}" for found in lost),
         ]
+        return list(map(for_people, lines))
 
     def where(self) -> Mount | None:
         """The mount, if there is one."""

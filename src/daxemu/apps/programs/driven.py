@@ -95,7 +95,7 @@ class RocksDb(Driven):
 
     def log(self, place: Place, process: Process) -> list[str]:
         """See Application.log: a file where it was started."""
-        texts = [path.read_text(errors="replace") for path in place.scratch.glob("*_LOG")]
+        texts = [path.read_text(errors="backslashreplace") for path in place.scratch.glob("*_LOG")]
         lines = [line for text in texts for line in text.splitlines()]
         return [*process.output, *(line for line in lines if "[WARN]" in line or "[ERROR]" in line)]
 

@@ -67,7 +67,7 @@ class Program:
                 return ""
             self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
-        return line.decode(errors="replace")
+        return line.decode(errors="backslashreplace")
 
     def read_until(self, wanted: str) -> None:
         """Skip lines up to ``wanted``. Raises DaxemuError if it never comes."""

@@ -74,7 +74,7 @@ def _wait(keyboard: int, model: Model, columns: int) -> bool:
         return True
     for arrow, letter in _ARROWS.items():
         typed = typed.replace(arrow, letter.encode())
-    return any(not press(model, key, columns) for key in typed.decode(errors="replace"))
+    return any(not press(model, key, columns) for key in typed.decode(errors="ignore"))
 
 
 def press(model: Model, key: str, columns: int) -> bool:

@@ -64,6 +64,6 @@ class CommandRun(Workload):
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            errors="replace",
+            errors="backslashreplace",
             timeout=PATIENCE,
         )
