@@ -170,7 +170,11 @@ class Populating:
             if now.fails:
                 self._tell(now, "ENOMEM" if fails else "ignored", None)
         elif isinstance(done, Refused):
-            self._kill(now, now.pages[0], f"a private copy cannot be dropped: {done.reason}")
+            why = f"a private copy cannot be dropped: {done.reason}"
+            if done.killed:
+                self._tell(now, "killed", why)
+            else:
+                self._kill(now, now.pages[0], why)
         else:
             self._tell(now, "gone", None)
 
