@@ -36,7 +36,7 @@ def locker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if made.returncode:
         pytest.skip(f"gcc makes no 32-bit programs: {made.stderr.strip().splitlines()[-1]}")
     try:
-        zero = [binary, "/dev/zero", "0", "1", "populate", "private"]
+        zero: list[str | Path] = [binary, "/dev/zero", "0", "1", "populate", "private"]
         subprocess.run(
             zero, check=True, timeout=PATIENCE, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )

@@ -15,11 +15,13 @@ import platform
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from daxemu.host.procfs import read_whole
-from daxemu.host.tasks import present_in, read_vmas
+from daxemu.host.tasks import collect_tasks, mapped_runs, present_in, read_vmas
 from daxemu.host.tracer_messages import FilePage
+from daxemu.mm.to_kill import Task
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
 
@@ -136,6 +138,24 @@ def areas_without(pid: int, dev: tuple[int, int], ino: Ino, pages: Range) -> lis
                     found.append(Area(low, high - low, FilePage(*dev, ino, index), vma.copies))
     except _GONE:
         return []
+    return found
+
+
+def others_mapping(pid: int, dev: tuple[int, int], ino: Ino, pages: Range) -> list[Task]:
+    """Return the processes beside ``pid`` and the caller that map ``pages`` of a file, present or not."""
+    return collect_tasks(dev, {ino: [pages]}, frozenset({pid, os.getpid()}), mapped_runs)
+
+
+def having_present(tasks: Sequence[Task]) -> list[int]:
+    """Return which of the processes have any of their mapped pages present just now."""
+    found: list[int] = []
+    for task in tasks:
+        with suppress(*_GONE), open(f"/proc/{task.pid}/pagemap", "rb", buffering=0) as pagemap:
+            for run in task.present:
+                end = run.address + (run.nr_pages << PAGE_SHIFT)
+                if any(present_in(pagemap.fileno(), run.address, end)):
+                    found.append(task.pid)
+                    break
     return found
 
 
