@@ -91,6 +91,7 @@ SAMPLES: list[Event] = [
         length=4096,
         result="killed",
         reason="another tracer",
+        exposed=(9, 10),
     ),
     FaultRepeated(pid=7, tid=8, comm="p0", ino=2, path="/f", offset=4096, times=100),
     FileDamaged(ino=2, path='/a "quoted"\n\u00e9', offset=0, length=4096),

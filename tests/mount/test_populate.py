@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 
-from tests.support.actor import Actor
+from daxemu.host import populate
+from daxemu.ranges import Range
+from daxemu.uapi import Ino
+from tests.support.actor import TIMEOUT, Actor, compile_victim
 from tests.support.scene import PAGES, Scene, ar, consumes, letter, second_tracer, told
 
 pytestmark = pytest.mark.mount
@@ -151,3 +160,46 @@ def test_a_thread_that_asks_again_and_again_is_an_event(scene: Scene) -> None:
     for _ in range(110):
         assert p0.cmd(f"pread 0 {BAD * 4096} 4096").errno == "EIO"
     assert [e["times"] for e in scene.mount.events("FaultRepeated") if e["pid"] == p0.pid] == [100]
+
+
+@contextmanager
+def peeking(path: Path, page: int) -> Iterator[subprocess.Popen[str]]:
+    """tests/victims/peeker.c, in its loop."""
+    command: list[str | Path] = [compile_victim("peeker"), path, str(page)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peeker:
+        try:
+            assert peeker.stdout is not None
+            assert peeker.stdout.readline() == "ready\n"
+            yield peeker
+        finally:
+            peeker.kill()
+
+
+def test_a_parallel_loader_sees_zeros_within_a_call_at_most(scene: Scene) -> None:
+    """The named limit of docs/fidelity.md: one window a call, which ends before the call does."""
+    calls = 50
+    scene.poison(BAD)
+    p0 = scene.mapper()
+    with peeking(scene.mount.path / "f", BAD) as peeker:
+        for _ in range(calls):
+            assert p0.cmd(f"mlock 0 {BAD} 1").errno == "ENOMEM"
+        said = peeker.communicate(timeout=TIMEOUT)[0].split()
+    seen = dict(zip(said[::2], map(int, said[1::2]), strict=True))
+    print(seen)
+    assert seen["faults"] > 0
+    assert seen["spans"] <= calls
+    events = scene.mount.events("PopulateFailed")
+    assert len(events) == calls
+    assert {pid for event in events for pid in event["exposed"]} <= {peeker.pid}
+    consumes(p0, f"tr 0 {BAD}", ar(BAD))
+
+
+def test_who_could_see_zeros(scene: Scene) -> None:
+    status = (scene.mount.path / "f").stat()
+    p0, p1, p2 = scene.mapper("p0"), scene.mapper("p1", touch=[BAD]), scene.mapper("p2")
+    pages = Range(BAD, BAD + 1)
+    others = populate.others_mapping(
+        p0.pid, (os.major(status.st_dev), os.minor(status.st_dev)), Ino(status.st_ino), pages
+    )
+    assert {task.pid for task in others} == {p1.pid, p2.pid}
+    assert populate.having_present(others) == [p1.pid]

@@ -108,7 +108,9 @@ class PopulateFailed(Event):
     """A thread populated or locked a mapping (system call ``call``) of bytes that cannot be read, among bytes
     ``[offset, offset + length)`` of the file. ``result``: ENOMEM (the call returned it), ignored (the call
     succeeded), killed (by SIGKILL: nothing else ends the call of a thread that cannot be held), endless
-    (SIGKILL is not permitted either), or gone (the thread died meanwhile). ``reason`` says why.
+    (SIGKILL is not permitted either), or gone (the thread died meanwhile). ``reason`` says why. ``exposed``:
+    other processes that had such a page present while the thread got zeros for it; one of their loads may
+    have returned zeros.
     """
 
     pid: int
@@ -121,9 +123,12 @@ class PopulateFailed(Event):
     length: int
     result: str
     reason: str | None = None
+    exposed: tuple[int, ...] = ()
 
     def summary(self) -> str:
         why = f" ({self.reason})" if self.reason else ""
+        if self.exposed:
+            why += f" (zeros shown to processes {', '.join(map(str, self.exposed))})"
         return (
             f"{self.call} of {self.comm}:{self.pid} thread {self.tid} over unreadable bytes of {self.path} "
             f"{self.offset:#x}+{self.length:#x}: {self.result}{why}"

@@ -44,6 +44,9 @@ _MADV_DONTNEED_LOCKED = 24  # asm-generic/mman-common.h, since Linux 5.18
 # asm/user_64.h: indices into struct user_regs_struct
 _R10, _RAX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP, _CS, _RSP = 7, 10, 12, 13, 14, 15, 16, 17, 19
 _Regs = ctypes.c_uint64 * 27
+# struct user_regs_struct32, of a thread that runs 32-bit code
+_EAX, _ORIG_EAX = 6, 11
+_Regs32 = ctypes.c_uint32 * 17
 _USER_CS_64 = 0x33
 _SYSCALL_INSN = b"\x0f\x05"
 _MINUS_ONE = (1 << 64) - 1
@@ -131,7 +134,7 @@ class Injection:
             raise CannotInject(f"its SIGBUS is blocked, and there is no way around that on {_MACHINE}")
         regs = _get_regs(tid)
         if regs is None:
-            raise CannotInject("its SIGBUS is blocked, and it runs 32-bit code")
+            raise CannotInject("it runs 32-bit code")
         self._tid = tid
         self._regs = regs
         self._suspends_seccomp = status.seccomp != 0
@@ -180,9 +183,13 @@ def fail_call(tid: int, number: int, error: int) -> None:
     """Turn the success of system call ``number``, at whose return the thread is stopped, into ``-error``."""
     if _MACHINE != "x86_64":
         return
-    regs = _get_regs(tid)
-    if regs is not None and regs[_ORIG_RAX] == number and regs[_RAX] == 0:
-        regs[_RAX] = (-error) & _MINUS_ONE
+    regs = _Regs()
+    words: ctypes.Array[ctypes.c_uint64] | ctypes.Array[ctypes.c_uint32] = regs
+    call, result = _ORIG_RAX, _RAX
+    if ptrace.get_regs(tid, regs) == ctypes.sizeof(_Regs32):
+        words, call, result = _Regs32.from_buffer(regs), _ORIG_EAX, _EAX
+    if words[call] == number and words[result] == 0:
+        words[result] = -error  # ctypes cuts it to the register's size
         ptrace.set_regs(tid, regs)
 
 

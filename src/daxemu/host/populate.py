@@ -15,11 +15,13 @@ import platform
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from daxemu.host.procfs import read_whole
-from daxemu.host.tasks import present_in, read_vmas
+from daxemu.host.tasks import collect_tasks, mapped_runs, present_in, read_vmas
 from daxemu.host.tracer_messages import FilePage
+from daxemu.mm.to_kill import Task
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
 
@@ -43,6 +45,20 @@ _CALLS = {
         284: "mlock2",
     },
 }.get(_MACHINE, {})
+# asm/unistd_32.h; 90 is old_mmap(), 192 is mmap2()
+_CALLS_32 = {
+    "x86_64": {
+        90: "mmap",
+        150: "mlock",
+        152: "mlockall",
+        163: "mremap",
+        192: "mmap",
+        257: "remap_file_pages",
+        376: "mlock2",
+    },
+}.get(_MACHINE, {})
+_END_32 = 1 << 32  # bytes: a 32-bit thread has nothing beyond
+_EI_CLASS, _ELFCLASS64 = 4, 2  # uapi/linux/elf.h
 SAYS_ENOMEM = frozenset(("mlock", "mlock2"))
 """The calls that fail when a page cannot be had; the others ignore it."""
 
@@ -69,13 +85,27 @@ class Asleep(NamedTuple):
 def look(tid: int) -> Asleep | None:
     """Return the system call that a thread sleeps in; None for a running thread or an unreadable /proc."""
     try:
-        word = read_whole(f"/proc/{tid}/syscall").split()[0]
-    except (*_GONE, IndexError):
+        words = read_whole(f"/proc/{tid}/syscall").split()
+    except _GONE:
         return None
-    if not word.lstrip(b"-").isdigit():
+    if not words or not words[0].lstrip(b"-").isdigit():
         return None
-    number = int(word)
-    return Asleep(Call(number, _CALLS[number]) if number in _CALLS else None)
+    number = int(words[0])
+    calls = _CALLS_32 if number in _CALLS_32 and _is_32_bit(tid, words) else _CALLS
+    return Asleep(Call(number, calls[number]) if number in calls else None)
+
+
+def _is_32_bit(tid: int, words: Sequence[bytes]) -> bool:
+    """Return whether a thread made its system call as a 32-bit one. /proc/TID/syscall (``words``) says so by
+    nothing but stack pointer and program counter, which a 64-bit thread can have below 4 GiB, too.
+    """
+    if any(int(word, 16) >= _END_32 for word in words[-2:]):
+        return False
+    try:
+        with open(f"/proc/{tid}/exe", "rb") as program:
+            return program.read(_EI_CLASS + 1)[_EI_CLASS:] != bytes([_ELFCLASS64])
+    except OSError:
+        return True
 
 
 class Area(NamedTuple):
@@ -108,6 +138,24 @@ def areas_without(pid: int, dev: tuple[int, int], ino: Ino, pages: Range) -> lis
                     found.append(Area(low, high - low, FilePage(*dev, ino, index), vma.copies))
     except _GONE:
         return []
+    return found
+
+
+def others_mapping(pid: int, dev: tuple[int, int], ino: Ino, pages: Range) -> list[Task]:
+    """Return the processes beside ``pid`` and the caller that map ``pages`` of a file, present or not."""
+    return collect_tasks(dev, {ino: [pages]}, frozenset({pid, os.getpid()}), mapped_runs)
+
+
+def having_present(tasks: Sequence[Task]) -> list[int]:
+    """Return which of the processes have any of their mapped pages present just now."""
+    found: list[int] = []
+    for task in tasks:
+        with suppress(*_GONE), open(f"/proc/{task.pid}/pagemap", "rb", buffering=0) as pagemap:
+            for run in task.present:
+                end = run.address + (run.nr_pages << PAGE_SHIFT)
+                if any(present_in(pagemap.fileno(), run.address, end)):
+                    found.append(task.pid)
+                    break
     return found
 
 

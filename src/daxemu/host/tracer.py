@@ -325,8 +325,12 @@ class Tracer:
             if refusal is None:
                 break
             dropped = thread.drop_head()
-            signalled = isinstance(dropped, Send) and ptrace.send_plain(dropped.tgid, dropped.tid)
-            self._outbox.append(Refused(dropped.id, refusal, signalled))
+            if isinstance(dropped, Send):
+                signalled = ptrace.send_plain(dropped.tgid, dropped.tid)
+                self._outbox.append(Refused(dropped.id, refusal, signalled))
+            else:
+                os.kill(thread.tid, signal.SIGKILL)
+                self._outbox.append(Refused(dropped.id, refusal, killed=True))
             stop = stop._replace(pending=stop.pending or isinstance(dropped, Send))
         self._schedule(thread)
 
@@ -335,6 +339,8 @@ class Tracer:
         tid, step = thread.tid, verdict.step
         if verdict.undo:
             self._injections.pop(tid).undo()
+        if verdict.kill:
+            os.kill(tid, signal.SIGKILL)
         if kind is Kind.TRAP:
             injection.mend_eintr(tid)
         if verdict.info is not None:

@@ -94,10 +94,13 @@ class ArmedAck(_Message, frozen=True):
 
 
 class Refused(_Message, frozen=True):
-    """Not possible, for a reason to show. ``signalled``: it was sent a plain SIGBUS instead."""
+    """Not possible, for a reason to show. ``signalled``: it was sent a plain SIGBUS instead. ``killed``: it
+    was sent SIGKILL, before the thread could load from a copy that cannot be dropped.
+    """
 
     reason: str
     signalled: bool = False
+    killed: bool = False
 
 
 class Delivered(_Message, frozen=True):

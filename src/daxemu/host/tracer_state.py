@@ -62,7 +62,9 @@ Phase = Enum("Phase", ["NONE", "ENTER", "EXIT"])  # where an injection is
 
 
 class Verdict(NamedTuple):
-    """What to do in a stop, in this order: ``undo`` an injection, set ``info``, INTERRUPT, ``step``."""
+    """What to do in a stop, in this order: ``undo`` an injection, ``kill`` the process, set ``info``,
+    INTERRUPT, ``step``.
+    """
 
     step: Step
     sig: int = 0
@@ -70,6 +72,7 @@ class Verdict(NamedTuple):
     undo: bool = False
     interrupt: bool = False
     reports: tuple[Outcome, ...] = ()
+    kill: bool = False
 
 
 @dataclass
@@ -234,7 +237,7 @@ class Thread:
         self.phase, self.interrupting = Phase.NONE, True
         verdict = Verdict(Step.CONT, undo=True, interrupt=True)
         if self.returns is not None:
-            return verdict._replace(reports=self._discarded(stop.result))
+            return verdict._replace(reports=self._discarded(stop.result), kill=stop.result != 0)
         if not self.fifo:  # retired meanwhile
             return verdict
         if isinstance(self.fifo[0], ForceAR) and not stop.result:
@@ -252,7 +255,9 @@ class Thread:
         if not result and self.returns.discard:
             return ()
         done, self.returns = self.returns, None
-        return (Refused(done.id, f"kernel: {os.strerror(-result)}") if result else Resumed(done.id),)
+        if result:
+            return (Refused(done.id, f"kernel: {os.strerror(-result)}", killed=True),)
+        return (Resumed(done.id),)
 
     def _on_signal(self, stop: Stop) -> Verdict:
         info: bytes | None = None

@@ -7,6 +7,7 @@ the next load is a SIGBUS. In the page cache the kernel asks for the page again 
     host: hold                  the thread will stop at the return of its system call
     answer                      zeros
     host: wait_until_present    } worker thread
+    host: having_present        } which other processes may have loaded zeros
     host: revoke                } nobody has the page
     host: let_go                copies in private mappings dropped, mlock(2) says ENOMEM
 
@@ -31,6 +32,7 @@ from daxemu.host.tasks import comm_of, process_of
 from daxemu.host.tracer_link import Armed, TracerLink
 from daxemu.host.tracer_messages import Gone, Held, Refused, Resumed
 from daxemu.host.unexpected import Nursery
+from daxemu.mm.to_kill import Task
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
 
@@ -57,6 +59,8 @@ class _Populate:
     armed: Armed | None = None
     refusal: str | None = None
     """Why the thread is not held."""
+    exposed: set[int] = field(default_factory=set)
+    """Other processes that had a page of zeros present."""
     fails: bool = False
     """Whether a fault on DAX would have failed: DAX maps latent poison without a read."""
     pages: list[Range] = field(default_factory=list)
@@ -103,9 +107,13 @@ class Populating:
             return False
         pages = Range(read.offset, read.offset + read.length).outer(PAGE_SIZE)
         pid = process_of(read.tid)
-        areas = await trio.to_thread.run_sync(
-            populate.areas_without, pid, self._dev, read.ino, Range(*(at >> PAGE_SHIFT for at in pages))
-        )
+        indices = Range(*(at >> PAGE_SHIFT for at in pages))
+
+        def work() -> tuple[list[Area], list[Task]]:
+            areas = populate.areas_without(pid, self._dev, read.ino, indices)
+            return areas, populate.others_mapping(pid, self._dev, read.ino, indices)
+
+        areas, others = await trio.to_thread.run_sync(work)
         now = await self._held(read, pid, call)
         if now.refusal is not None:
             self._kill(now, pages, f"the thread cannot be held: {now.refusal}")
@@ -117,7 +125,7 @@ class Populating:
         now.pages.append(pages)
         now.areas += areas
         now.revoking += 1
-        self._nursery.start_soon(self._take_back, now, pages, areas)
+        self._nursery.start_soon(self._take_back, now, pages, areas, others)
         return True
 
     async def _held(self, read: PoisonedRead, pid: int, call: Call) -> _Populate:
@@ -140,14 +148,16 @@ class Populating:
             now.ready.set()
         return now
 
-    async def _take_back(self, now: _Populate, pages: Range, areas: list[Area]) -> None:
+    async def _take_back(self, now: _Populate, pages: Range, areas: list[Area], others: list[Task]) -> None:
         """Revoke the pages of zeros once the thread has them present."""
 
-        def work() -> None:
+        def work() -> list[int]:
             populate.wait_until_present(now.pid, areas, lambda: now.is_over, _PATIENCE)
+            exposed = populate.having_present(others)
             self._revoke(now.ino, pages.start, pages.length)
+            return exposed
 
-        await trio.to_thread.run_sync(work)
+        now.exposed.update(await trio.to_thread.run_sync(work))
         now.revoking -= 1
         if not now.revoking:
             now.all_revoked.set()
@@ -167,10 +177,14 @@ class Populating:
         fails = now.fails and now.call.name in populate.SAYS_ENOMEM
         done = await self._tracer.let_go(now.tid, copies, now.call.number, ENOMEM if fails else 0)
         if isinstance(done, Resumed):
-            if now.fails:
+            if now.fails or now.exposed:
                 self._tell(now, "ENOMEM" if fails else "ignored", None)
         elif isinstance(done, Refused):
-            self._kill(now, now.pages[0], f"a private copy cannot be dropped: {done.reason}")
+            why = f"a private copy cannot be dropped: {done.reason}"
+            if done.killed:
+                self._tell(now, "killed", why)
+            else:
+                self._kill(now, now.pages[0], why)
         else:
             self._tell(now, "gone", None)
 
@@ -201,6 +215,7 @@ class Populating:
                 length=max(pages.end for pages in now.pages) - first,
                 result=result,
                 reason=reason,
+                exposed=tuple(sorted(now.exposed)),
             )
         )
 
