@@ -9,7 +9,7 @@ import pytest
 from daxemu.errors import InvalidArgument, NoDevice
 from daxemu.events import Outcome
 from daxemu.mm.memory_failure import MappingRange
-from daxemu.mm.pfn_kinds import Kind
+from daxemu.mm.pfn_kinds import PfnKind
 from daxemu.pmem.inject import failed_pages, inject
 from daxemu.uapi import PAGE_SIZE
 from tests.support.core import Core, core_at, pages
@@ -49,7 +49,7 @@ def test_what_is_detached_is_nobodys(struct_pages: bool) -> None:
             core.mm.memory_failure(pfn, 1, 0)
         if core.pmem.pgmap is not None:
             assert core.pmem.pgmap.memmap is not None
-            assert core.pmem.pgmap.memmap.kind(pfn) is Kind.HOLE
+            assert core.pmem.pgmap.memmap.kind(pfn) is PfnKind.HOLE
         core.pmem.attach(core.mm)
         assert core.mm.memory_failure(pfn, 1, 0).parts != []
 
