@@ -77,9 +77,9 @@ def uninject(pmem: Pmem, offset: int, length: int) -> list[Range]:
 
 
 def scrub(pmem: Pmem) -> list[Range]:
-    """Address range scrub: add latent poison to badblocks. Return the byte ranges added."""
+    """An address range scrub: latent poison becomes known. Returns the byte ranges newly in badblocks."""
     if pmem.badblocks.count == pmem.media.poison.total:
-        return []  # badblocks is a subset of the poison, so equal sizes mean equal sets
+        return []  # known poison is poison: so all of it is known
     bad = pmem.dax.poisoned(0, pmem.dax.size)
     new = pmem.badblocks.populate(Range(r.start // SECTOR_SIZE, r.end // SECTOR_SIZE) for r in bad)
     return [Range(r.start * SECTOR_SIZE, r.end * SECTOR_SIZE) for r in new]

@@ -153,6 +153,6 @@ class Checksums:
 
 
 def discard(directory: PrivatePath) -> None:
-    """Remove ``directory`` with all its arrays. Errors are ignored."""
+    """Remove all arrays below ``directory``."""
     with suppress(OSError):
         directory.rmtree()

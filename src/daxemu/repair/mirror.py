@@ -85,7 +85,7 @@ class Mirror(ByBlock):
         return piece
 
     def discard(self) -> None:
-        """Free the blocks of the copies, and delete the arrays."""
+        """Give the copies back."""
         self._copy.discard()
         self.unmounting()
         discard(self.volume.kept)

@@ -116,7 +116,7 @@ class Parity(ByBlock):
         self._close()
 
     def discard(self) -> None:
-        """Delete the arrays."""
+        """Remove the arrays."""
         self._close()
         discard(self.volume.kept)
 

@@ -56,7 +56,7 @@ class Reread(ByBlock):
         self._changed.close()
 
     def discard(self) -> None:
-        """Delete the array ``changed``."""
+        """Remove the record."""
         self._changed.close()
         discard(self.volume.kept)
 
