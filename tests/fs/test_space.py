@@ -60,7 +60,7 @@ def test_punching_frees_whole_blocks_and_zeroes_the_edges(core: Core) -> None:
 
 
 @pytest.mark.parametrize(("offset", "length"), [(10, 20), (PAGE_SIZE - 5, 10), (PAGE_SIZE, 7), (4000, 96)])
-def test_punching_less_than_a_block_zeroes_it_in_place(core: Core, offset: int, length: int) -> None:
+def test_punching_less_than_a_block_zeroes_exactly_the_range(core: Core, offset: int, length: int) -> None:
     ino = core.file(data=pages("AB"))
     core.fs.fallocate(ino, PUNCH, offset, length)
     expected = bytearray(pages("AB"))

@@ -154,7 +154,7 @@ def test_one_that_cannot_begin_refuses_the_mount(
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("nope", "no repair strategy 'nope': there are async-parity, "),
+        ("nope", "no repair strategy 'nope'; known strategies: async-parity, "),
         ("zero:x=1", "its options are: none"),
         ("parity:slice", "not key=value"),
         ("parity:slice=1,slice=2", "given twice"),

@@ -134,7 +134,7 @@ class Allocator:
                 missing -= run.length
                 low = run.end
         if missing:
-            raise NoSpace("the device is full: what is free of it is bad; see daxemu badblocks, daxemu clear")
+            raise NoSpace("the device is full: all free blocks are bad; see daxemu badblocks, daxemu clear")
 
     def _take(self, taken: list[Range], run: Range) -> None:
         self._remove_free(run)

@@ -56,7 +56,7 @@ def find(name: str) -> type[Strategy]:
         except Exception as error:
             raise InvalidArgument(f"the repair strategy {name} cannot be loaded: {_named(error)}") from error
         return loaded
-    raise InvalidArgument(f"no repair strategy {name!r}: there are {', '.join(names())}")
+    raise InvalidArgument(f"no repair strategy {name!r}; known strategies: {', '.join(names())}")
 
 
 def _named(error: Exception) -> str:

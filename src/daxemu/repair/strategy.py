@@ -18,7 +18,7 @@ class Failure:
     """Blocks of the device with poison, all of them in use.
 
     ``unseen``: blocks of the failure to which a program may have stored through a mapping since the
-    filesystem last read or wrote them. On real DAX such a store reaches the media without any call to the
+    filesystem last saw the contents. On real DAX such a store reaches the media without any call to the
     filesystem, so a copy or a checksum made before the store is out of date. ``stale``: blocks with a store
     known to be lost. ``copies``: positions (in blocks) of the reserved file whose blocks failed.
     """

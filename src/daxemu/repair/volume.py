@@ -60,7 +60,7 @@ class Volume:
         return self._fs.allocator.total
 
     def in_use(self, blocks: Range | None = None) -> RangeSet:
-        """Return the blocks that belong to files; with ``blocks``, only those inside ``blocks``."""
+        """Return the blocks of files: all of them, or the blocks inside ``blocks``."""
         owners = self.owners(blocks or Range(0, self.blocks))
         return RangeSet(merged(sorted((o.dev_block, o.dev_block + o.length) for o in owners)))
 
