@@ -1,4 +1,4 @@
-"""The table of exception, errno and exit status: complete, and the same in every release."""
+"""The table from exception to errno and exit status: complete, and equal in every release."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ STABLE = {
 """Scripts depend on these: a number here never changes, a new error gets a line."""
 
 
-def test_the_table_is_what_scripts_depend_on() -> None:
+def test_errno_and_exit_status_of_each_error_are_fixed() -> None:
     assert {name: (kind.errno, kind.exit_status) for name, kind in ERRORS.items()} == STABLE
 
 
-def test_every_error_can_travel_but_the_one_that_carries_any_errno() -> None:
+def test_every_error_but_fs_error_can_be_sent_by_name() -> None:
     kinds = {
         kind
         for kind in vars(errors).values()
@@ -41,11 +41,11 @@ def test_every_error_can_travel_but_the_one_that_carries_any_errno() -> None:
 
 
 @pytest.mark.parametrize("kind", ERRORS.values(), ids=ERRORS.keys())
-def test_an_error_is_made_again_from_its_text(kind: type[DaxemuError]) -> None:
+def test_an_error_can_be_created_again_from_its_text(kind: type[DaxemuError]) -> None:
     assert str(kind("what was wrong")) == "what was wrong"
 
 
-def test_an_error_without_a_text_says_its_errno() -> None:
+def test_an_error_without_a_text_has_the_text_of_its_errno() -> None:
     assert str(ERRORS["NoSpace"]()) == "No space left on device"
     assert str(FsError(errno.ENOENT)) == "No such file or directory"
 
@@ -55,6 +55,6 @@ def test_an_fs_error_carries_any_errno() -> None:
     assert (error.errno, error.exit_status, str(error)) == (errno.EXDEV, 1, "not here")
 
 
-def test_a_media_error_says_where() -> None:
+def test_a_media_error_has_the_poisoned_ranges() -> None:
     assert MediaError("poison", [Range(0, 512)]).ranges == (Range(0, 512),)
     assert MediaError("poison").ranges == ()

@@ -106,7 +106,7 @@ SAMPLES: list[Event] = [
         transparent=False,
         seconds=0.01,
         lost=[(2, 0, 4096)],
-        reason="the copy is bad, too",
+        reason="the copy is damaged, too",
     ),
     RepairProgress(strategy="mirror", done_bytes=1 << 20, total_bytes=1 << 30),
     RepairStrategyFailed(strategy="mine", reason="failed: took more than 5 s"),

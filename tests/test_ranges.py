@@ -15,7 +15,9 @@ SPANS = st.tuples(st.integers(0, 60), st.integers(0, 20)).map(lambda p: (p[0], p
 
 
 @given(st.lists(st.tuples(st.booleans(), SPANS), max_size=40), SPANS)
-def test_range_set_is_a_set(steps: list[tuple[bool, tuple[int, int]]], probe: tuple[int, int]) -> None:
+def test_range_set_equals_a_plain_set(
+    steps: list[tuple[bool, tuple[int, int]]], probe: tuple[int, int]
+) -> None:
     ranges, model = RangeSet(), set[int]()
     for adding, (start, end) in steps:
         span = set(range(start, end))
@@ -66,7 +68,7 @@ def test_interval_index_finds_exactly_the_overlapping(
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 3))
-def test_interval_index_says_whether_an_item_may_change_in_place(old: int, new: int, trim: int) -> None:
+def test_an_item_changed_as_stays_allows_is_still_found(old: int, new: int, trim: int) -> None:
     index: IntervalIndex[Item] = IntervalIndex(lambda i: i.start, lambda i: i.length)
     item = Item(10, old)
     index.add(item)
@@ -81,7 +83,7 @@ def test_interval_index_says_whether_an_item_may_change_in_place(old: int, new: 
     index.discard(item)
 
 
-def test_interval_index_refuses_to_discard_a_stranger() -> None:
+def test_discarding_an_unknown_item_is_a_value_error() -> None:
     index: IntervalIndex[Item] = IntervalIndex(lambda i: i.start, lambda i: i.length)
     with pytest.raises(ValueError, match="not in the index"):
         index.discard(Item(0, 1))

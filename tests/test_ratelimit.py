@@ -1,4 +1,4 @@
-"""Ratelimit: a burst in each interval, and the number of those that were too many."""
+"""Ratelimit: a burst in each interval, and the number of suppressed messages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_few_are_never_limited() -> None:
     assert limit.release() == 0
 
 
-def test_what_was_not_said_yet_is_said_once() -> None:
+def test_the_number_suppressed_is_returned_once() -> None:
     limit = Ratelimit(burst=1)
     for _ in range(4):
         limit.ratelimit(0)
@@ -34,12 +34,12 @@ def test_what_was_not_said_yet_is_said_once() -> None:
     assert limit.ratelimit(100) == (True, 0)
 
 
-def test_a_clock_that_is_set_back_does_not_silence() -> None:
+def test_a_clock_set_back_begins_a_new_interval() -> None:
     limit = Ratelimit(burst=1)
     limit.ratelimit(1e9)
     assert limit.ratelimit(5) == (True, 0)
 
 
-def test_the_words() -> None:
-    """As recorded (6.1-tmpfs, e1-ignore-late)."""
+def test_suppressed_line_is_the_kernels() -> None:
+    """The line as recorded in scenario `e1-ignore-late` (6.1-tmpfs)."""
     assert suppressed_line("unpoison_memory", 7) == "unpoison_memory: 7 callbacks suppressed"

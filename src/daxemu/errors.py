@@ -1,8 +1,8 @@
-"""The exception tree, and the one table that ties exception, errno and exit status together.
+"""The exception tree, and the one table from exception to errno and exit status.
 
-Every error that daxemu raises on purpose is a :class:`DaxemuError`. Its ``errno`` is what a program on the
-mount, or the kernel function that is mirrored, would see; its ``exit_status`` is what the command line ends
-with; its text is one line that says what was wrong and what to do.
+Every error raised on purpose is a :class:`DaxemuError`. ``errno``: the errno for a program on the mount, and
+of the mirrored kernel function. ``exit_status``: the exit status of the command line. The text is one line:
+the fault found, and the way to correct it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class DaxemuError(Exception):
-    """Base of the tree."""
+    """Base class of all errors raised on purpose."""
 
     errno: int = errno.EIO
     exit_status: int = 1
@@ -27,54 +27,55 @@ class DaxemuError(Exception):
 
 
 class InvalidArgument(DaxemuError):
-    """A size, range, name or option that makes no sense."""
+    """A size, range, name or option out of range or malformed."""
 
     errno = errno.EINVAL
     exit_status = 2
 
 
 class NotADevice(DaxemuError):
-    """A DEVICE directory that is none, or whose contents cannot be trusted."""
+    """A path that is no DEVICE directory, or a DEVICE directory with damaged contents."""
 
     errno = errno.ENODEV
     exit_status = 3
 
 
 class NotMounted(DaxemuError):
-    """A path that leads to no daxemu mount."""
+    """A path outside every daxemu mount."""
 
     errno = errno.ENOTTY
     exit_status = 3
 
 
 class NotASupervisor(NotMounted):
-    """A mount that says it is daxemu's, and whose socket answers as no supervisor would."""
+    """A mount named as daxemu's, with a socket not served by a supervisor."""
 
 
 class Busy(DaxemuError):
-    """In use by somebody else."""
+    """A resource in use by another process."""
 
     errno = errno.EBUSY
     exit_status = 4
 
 
 class PermissionDenied(DaxemuError):
-    """Not the mount's owner, nor root."""
+    """The caller is neither the mount's owner nor root."""
 
     errno = errno.EPERM
     exit_status = 5
 
 
 class NoSpace(DaxemuError):
-    """The device, its metadata region or the memory behind it is full."""
+    """The device, the metadata region or the memory behind the media is full."""
 
     errno = errno.ENOSPC
     exit_status = 6
 
 
 class MediaError(DaxemuError):
-    """An access met poison: pmem's -EIO (and -EHWPOISON for direct access). ``ranges``: which device
-    bytes. ``good``: the bytes before them, of a read that has them.
+    """An access to poison: pmem's -EIO (and -EHWPOISON for direct access).
+
+    ``ranges``: the poisoned device bytes. ``good``: the bytes before the poison, where a read returns them.
     """
 
     errno = errno.EIO
@@ -87,41 +88,41 @@ class MediaError(DaxemuError):
 
 
 class PartialOverPoison(MediaError):
-    """A write of part of a poisoned page: pmem_recovery_write() refuses, and the iomap code says -EFAULT."""
+    """A write of part of a poisoned page: pmem_recovery_write() refuses, the iomap code returns -EFAULT."""
 
     errno = errno.EFAULT
 
 
 class Shutdown(DaxemuError):
-    """The filesystem was shut down (metadata hurt, or the device is gone)."""
+    """The filesystem is shut down: metadata is damaged, or the device was removed."""
 
     errno = errno.EIO
     exit_status = 7
 
 
 class NoDevice(DaxemuError):
-    """No such address: outside every device, or of a device that is gone (-ENXIO)."""
+    """An address outside every device, or of a removed device (-ENXIO)."""
 
     errno = errno.ENXIO
     exit_status = 7
 
 
 class Unsupported(DaxemuError):
-    """-EOPNOTSUPP: nobody below answers this call."""
+    """-EOPNOTSUPP: no lower layer implements the call."""
 
     errno = errno.EOPNOTSUPP
     exit_status = 8
 
 
 class CorruptMetadata(DaxemuError):
-    """The filesystem's own records are damaged (XFS: EFSCORRUPTED)."""
+    """Damaged records of the filesystem (XFS: EFSCORRUPTED)."""
 
     errno = errno.EUCLEAN
     exit_status = 9
 
 
 class FsError(DaxemuError):
-    """A POSIX refusal of a filesystem verb; carries any errno."""
+    """A POSIX refusal of a filesystem verb, with any errno."""
 
     def __init__(self, number: int, text: str | None = None) -> None:
         super().__init__(text or os.strerror(number))
@@ -145,4 +146,4 @@ ERRORS: dict[str, type[DaxemuError]] = {
         CorruptMetadata,
     )
 }
-"""By class name, as they travel over the control socket."""
+"""Errors by class name, as sent over the control socket."""

@@ -1,7 +1,7 @@
-"""Half-open integer ranges: sets of them, and an index of overlapping ones.
+"""Half-open integer ranges: sets of ranges, and an index of overlapping ranges.
 
-Everything in daxemu that counts pages, blocks or sectors does it in ranges, so these two structures carry the
-whole project's cost model: work is proportional to the number of *ranges*, never to what they hold.
+Pages, blocks and sectors are counted in ranges, so these two structures set the cost of the whole project:
+work is proportional to the number of *ranges*, never to the number of pages inside.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sortedcontainers import SortedKeyList, SortedList
 
 
 class Range(NamedTuple):
-    """``[start, end)``; the unit is the user's."""
+    """``[start, end)``, in the caller's unit."""
 
     start: int
     end: int
@@ -26,20 +26,20 @@ class Range(NamedTuple):
         return self.start < self.end
 
     def clip(self, start: int, end: int) -> Range:
-        """The part inside ``[start, end)``; false when there is none."""
+        """Return the part inside ``[start, end)``; empty (false) if none is."""
         return Range(max(self.start, start), min(self.end, end))
 
     def inner(self, unit: int) -> Range:
-        """The whole aligned units of this length inside; false when there is none."""
+        """Return the range of whole aligned units inside; empty (false) if none is."""
         return Range(-(-self.start // unit) * unit, self.end // unit * unit)
 
     def outer(self, unit: int) -> Range:
-        """The aligned units of this length that hold any of it."""
+        """Return the range of aligned units that overlap."""
         return Range(self.start // unit * unit, -(-self.end // unit) * unit)
 
 
 def merged(spans: Iterable[tuple[int, int]]) -> Iterator[Range]:
-    """Spans in order of their start, with those that touch or overlap made one."""
+    """Merge spans that touch or overlap. Precondition: ``spans`` are sorted by start."""
     current: Range | None = None
     for start, end in spans:
         if current is not None and start <= current.end:
@@ -53,7 +53,10 @@ def merged(spans: Iterable[tuple[int, int]]) -> Iterator[Range]:
 
 
 def paired(one: Iterable[Range], other: Iterable[Range]) -> Iterator[tuple[Range, Range]]:
-    """Both lists cut to pieces of the same lengths, in order. Precondition: they are of one total length."""
+    """Cut both lists into pieces of equal lengths, in order.
+
+    Precondition: both have the same total length.
+    """
     rest = iter(other)
     right = Range(0, 0)
     for left in one:
@@ -66,7 +69,10 @@ def paired(one: Iterable[Range], other: Iterable[Range]) -> Iterator[tuple[Range
 
 
 def gaps_between(ranges: Iterable[Range], start: int, end: int) -> Iterator[Range]:
-    """The parts of ``[start, end)`` that none of ``ranges`` has. They are in it, in order and disjoint."""
+    """Yield the parts of ``[start, end)`` outside ``ranges``.
+
+    Precondition: ``ranges`` are inside, sorted and disjoint.
+    """
     at = start
     for found in ranges:
         if at < found.start:
@@ -87,14 +93,14 @@ class RangeSet:
     def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
         self._starts = SortedList()
         self._ends: dict[int, int] = {}
-        """By start."""
+        """The end of each range, by start."""
         self._total = 0
         for start, end in ranges:
             self.add(start, end)
 
     @property
     def total(self) -> int:
-        """How many integers are in the set."""
+        """The number of integers in the set."""
         return self._total
 
     def __len__(self) -> int:
@@ -114,7 +120,7 @@ class RangeSet:
         return f"RangeSet({[tuple(r) for r in self]})"
 
     def _from(self, start: int) -> int:
-        """Index of the first stored range that ends after ``start``."""
+        """Return the index of the first stored range with an end after ``start``."""
         index: int = self._starts.bisect_right(start)
         if index and self._ends[self._starts[index - 1]] > start:
             return index - 1
@@ -134,7 +140,7 @@ class RangeSet:
         self._starts.remove(start)
 
     def overlapping(self, start: int, end: int) -> Iterator[Range]:
-        """The parts of ``[start, end)`` that are in the set, in order."""
+        """Yield the parts of ``[start, end)`` in the set, in order."""
         index = self._from(start)
         while start < end and index < len(self._starts):
             found = self._at(index)
@@ -144,22 +150,22 @@ class RangeSet:
             index += 1
 
     def gaps(self, start: int, end: int) -> Iterator[Range]:
-        """The parts of ``[start, end)`` that are not in the set, in order."""
+        """Yield the parts of ``[start, end)`` outside the set, in order."""
         return gaps_between(self.overlapping(start, end), start, end)
 
     def overlaps(self, start: int, end: int) -> bool:
-        """Whether any integer of ``[start, end)`` is in the set."""
+        """Return True if any integer of ``[start, end)`` is in the set."""
         if start >= end or not self._ends:
             return False
         index = self._from(start)
         return index < len(self._starts) and self._starts[index] < end
 
     def covers(self, start: int, end: int) -> bool:
-        """Whether every integer of ``[start, end)`` is in the set."""
+        """Return True if every integer of ``[start, end)`` is in the set."""
         return next(self.gaps(start, end), None) is None
 
     def first_from(self, start: int) -> Range | None:
-        """The first range at or after ``start``, cut to begin there; None when nothing lies after it."""
+        """Return the first range at or after ``start``, cut to begin there; None if no range follows."""
         index = self._from(start)
         if index == len(self._starts):
             return None
@@ -167,11 +173,11 @@ class RangeSet:
         return Range(max(found.start, start), found.end)
 
     def add(self, start: int, end: int) -> list[Range]:
-        """Put ``[start, end)`` into the set; returns the parts that were not in it before."""
+        """Add ``[start, end)`` to the set. Return the parts not in the set before."""
         if start >= end:
             return []
         added = []
-        # Swallow neighbours that touch, too, so that the stored ranges stay non-adjacent.
+        # Neighbours that only touch are merged, too, so that the stored ranges stay non-adjacent.
         index = self._from(start - 1)
         low, high, at = start, end, start
         while index < len(self._starts):
@@ -182,7 +188,7 @@ class RangeSet:
                 added.append(Range(at, found.start))
             at, high = max(at, found.end), max(high, found.end)
             if found.start <= low:
-                low = found.start  # its end is set below
+                low = found.start  # the end is set below
                 index += 1
             else:
                 self._forget(found.start)
@@ -193,7 +199,7 @@ class RangeSet:
         return added
 
     def remove(self, start: int, end: int) -> list[Range]:
-        """Take ``[start, end)`` out of the set; returns the parts that were in it."""
+        """Remove ``[start, end)`` from the set. Return the removed parts."""
         removed = list(self.overlapping(start, end))
         for part in removed:
             whole = self._at(self._from(part.start))
@@ -209,18 +215,20 @@ class RangeSet:
 
 T = TypeVar("T")
 
-_FEW = 4  # objects that are sooner looked through than searched
+_FEW = 4  # up to this number of objects, a linear search is faster than a binary search
 
 
 class IntervalIndex(Generic[T]):
-    """Objects with an interval each, which may overlap; finds those that overlap a given range.
+    """Index of objects with an interval each, which may overlap. Finds the objects that overlap a range.
 
-    The counterpart of the kernel's interval trees (``interval_tree_generic.h``). Objects are filed by the
-    power of two of their length; within one such class all lengths are alike to a factor of two, so a query
-    looks at a window of start positions at most one class-size wider than itself. With ``k`` classes in use
-    (at most 64) a query costs ``O(k log n)`` and the objects it finds, however unequal the lengths are.
+    Counterpart of the kernel's interval trees (``interval_tree_generic.h``). Objects are filed in classes by
+    the power of two of the length. Within one class all lengths are alike to a factor of two, so a query
+    looks at a window of start positions at most one class-size wider than the queried range. With ``k``
+    classes in use (at most 64), a query costs ``O(k log n)`` and the objects found, however unequal the
+    lengths are.
 
-    Precondition: an object's start and length do not change while it is in the index, unless it stays().
+    Precondition: start and length of an object do not change while the object is in the index, unless
+    :meth:`stays` returns True for the new interval.
     """
 
     __slots__ = ("_classes", "_length", "_start")
@@ -238,7 +246,7 @@ class IntervalIndex(Generic[T]):
             yield from members
 
     def add(self, item: T) -> None:
-        """File ``item`` under its present interval."""
+        """Add ``item`` with its present interval."""
         size_class = self._length(item).bit_length()
         members = self._classes.get(size_class)
         if members is None:
@@ -246,11 +254,11 @@ class IntervalIndex(Generic[T]):
         members.add(item)
 
     def stays(self, item: T, start: int, length: int) -> bool:
-        """Whether ``item`` would be filed in its present place with this interval: then it may have it."""
+        """Return True if the interval ``(start, length)`` keeps ``item`` in its place in the index."""
         return start == self._start(item) and length.bit_length() == self._length(item).bit_length()
 
     def update(self, items: list[T]) -> None:
-        """File many at once."""
+        """Add all ``items``; faster than one call for each."""
         by_class: dict[int, list[T]] = {}
         for item in items:
             by_class.setdefault(self._length(item).bit_length(), []).append(item)
@@ -260,7 +268,7 @@ class IntervalIndex(Generic[T]):
             self._classes[size_class].update(members)
 
     def discard(self, item: T) -> None:
-        """Take ``item`` out. Raises ValueError if it is not in the index."""
+        """Remove ``item``. Raises ValueError if ``item`` is not in the index."""
         size_class = self._length(item).bit_length()
         members = self._classes.get(size_class)
         if members is None:
@@ -270,7 +278,7 @@ class IntervalIndex(Generic[T]):
             del self._classes[size_class]
 
     def overlapping(self, start: int, end: int) -> list[T]:
-        """The objects whose interval has a part in ``[start, end)``, in no particular order."""
+        """Return the objects whose interval overlaps ``[start, end)``, in no particular order."""
         found: list[T] = []
         if start >= end:
             return found
@@ -279,8 +287,8 @@ class IntervalIndex(Generic[T]):
             if len(members) <= _FEW:
                 found += [m for m in members if begin(m) < end and begin(m) + length(m) > start]
                 continue
-            # Every length in this class is at least `least` and below twice that: what starts less than
-            # `least` before `start` reaches it, what starts twice as early cannot.
+            # Each length in this class is at least `least` and less than 2 * `least`. An interval that begins
+            # less than `least` before `start` overlaps; one that begins 2 * `least` before cannot.
             least = 1 << size_class >> 1
             found += members.irange_key(start - least + 1, end - 1)
             if least > 1:

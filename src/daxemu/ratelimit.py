@@ -1,18 +1,17 @@
-"""printk_ratelimit(): so many messages of a kind in an interval, and then how many more there were
-(lib/ratelimit.c).
+"""printk_ratelimit(): a limit on equal messages in an interval, and the number suppressed (lib/ratelimit.c).
 
-Who has the messages has the clock, too: seconds, from wherever they count.
+The caller passes the time: seconds from any origin.
 """
 
 from __future__ import annotations
 
 DEFAULT_INTERVAL = 5.0
 DEFAULT_BURST = 10
-"""As linux/ratelimit_types.h has them."""
+"""Defaults of linux/ratelimit_types.h, in seconds and messages."""
 
 
 class Ratelimit:
-    """``struct ratelimit_state``: not more than ``burst`` in every ``interval`` seconds."""
+    """``struct ratelimit_state``: at most ``burst`` messages in each ``interval`` of seconds."""
 
     def __init__(self, interval: float = DEFAULT_INTERVAL, burst: int = DEFAULT_BURST) -> None:
         self._interval = interval
@@ -22,13 +21,11 @@ class Ratelimit:
         self._missed = 0
 
     def ratelimit(self, now: float) -> tuple[bool, int]:
-        """``___ratelimit()``: whether to go ahead with a message, and how many were suppressed in an interval
-        that is over now.
-        """
+        """``___ratelimit()``: return (print the message?, number suppressed in the interval just ended)."""
         if self._begin is None:
             self._begin = now
         suppressed = 0
-        if not self._begin <= now <= self._begin + self._interval:  # a clock can be set back
+        if not self._begin <= now <= self._begin + self._interval:  # the clock may have been set back
             self._begin, self._left = now, self._burst
             suppressed = self.release()
         if self._left:
@@ -38,11 +35,11 @@ class Ratelimit:
         return False, suppressed
 
     def release(self) -> int:
-        """``ratelimit_state_exit()``: how many were suppressed that nobody was told of."""
+        """``ratelimit_state_exit()``: return the number of suppressed messages not reported yet."""
         missed, self._missed = self._missed, 0
         return missed
 
 
 def suppressed_line(func: str, missed: int) -> str:
-    """What the kernel says of them; ``func`` is where they come from."""
+    """Return the kernel's line about suppressed messages of the function ``func``."""
     return f"{func}: {missed} callbacks suppressed"

@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write and read them."""
+"""Sizes in bytes, as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ _SIZE = re.compile(r"([+-]?)(0x[0-9a-f]+|\d+(?:\.\d+)?)([BKMGTP]?)(?:i?B)?", re.
 
 
 def parse_size(text: str) -> int:
-    """Bytes: decimal, with K, M, G, T for powers of 1024, or hexadecimal. Raises InvalidArgument."""
+    """Return a size in bytes from text. Raises InvalidArgument.
+
+    The text is decimal, with K, M, G, T for powers of 1024, or hexadecimal.
+    """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise InvalidArgument(
@@ -28,7 +31,7 @@ def parse_size(text: str) -> int:
 
 
 def human(size: int) -> str:
-    """A size for people: 6T, 1.5G, 4K, 512."""
+    """Return a short text for a size in bytes: 6T, 1.5G, 4K, 512."""
     for unit in ("P", "T", "G", "M", "K"):
         scale = _UNITS[unit]
         if size >= scale:
@@ -37,5 +40,5 @@ def human(size: int) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """A number of things: 1 trial, 2 trials."""
+    """Return a number with its noun: 1 trial, 2 trials."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"

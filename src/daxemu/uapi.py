@@ -6,7 +6,7 @@ Units: a *pfn* counts 4096-byte pages of the physical address space, a *sector* 
 
 from __future__ import annotations
 
-# Unit types. Aliases, not NewTypes: they say what an int counts without making arithmetic a chore.
+# Unit types. Aliases instead of NewTypes: an alias documents the unit, and arithmetic needs no casts.
 Pfn = int
 Sector = int
 Block = int
@@ -90,10 +90,10 @@ FALLOC_FL_ZERO_RANGE = 0x10
 
 
 def page_align_down(offset: int) -> int:
-    """The start of the page that holds byte ``offset``."""
+    """Return the start of the page with byte ``offset``."""
     return offset & ~(PAGE_SIZE - 1)
 
 
 def page_align_up(offset: int) -> int:
-    """The first page boundary at or after byte ``offset``."""
+    """Return the first page boundary at or after byte ``offset``."""
     return (offset + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)

@@ -13,7 +13,7 @@ from daxemu.cli.main import main
 from daxemu.cli.page_types import kpageflags
 from daxemu.mm.memmap import Memmap
 from daxemu.mm.memmap_arrays import PAGES_PER_SECTION
-from daxemu.mm.pfn_kinds import Kind
+from daxemu.mm.pfn_kinds import PfnKind
 from daxemu.ranges import Range
 from tests.support.core import Core
 from tests.support.mount import DaxMount, daxemu
@@ -28,9 +28,9 @@ def counts(device: Path) -> dict[tuple[str, tuple[str, ...]], int]:
     return {(each["kind"], tuple(each["names"])): each["pages"] for each in found["types"]}
 
 
-@pytest.mark.parametrize("kind", list(Kind))
-def test_only_a_struct_page_that_may_be_looked_at_has_flags(kind: Kind) -> None:
-    if kind is Kind.ZONE_DEVICE:
+@pytest.mark.parametrize("kind", list(PfnKind))
+def test_only_a_struct_page_that_may_be_looked_at_has_flags(kind: PfnKind) -> None:
+    if kind is PfnKind.ZONE_DEVICE:
         assert kpageflags(kind, True) == 1 << 32 | 1 << 19
         assert kpageflags(kind, False) == 1 << 32
     else:

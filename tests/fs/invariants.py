@@ -1,4 +1,4 @@
-"""What must hold between a filesystem and the plain model of it; test_model.py looks after every step."""
+"""Invariants between a filesystem and its plain model. test_model.py checks them after every step."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ IN_MEMORY = (
 
 
 class Invariants(RuleBasedStateMachine):
-    """``proxies``: where each page of the model was after the step before, and its proxy. ``committed``: what
-    a mount after a crash would find; ``begun``: what it would if the filesystem committed now.
+    """Invariants checked after every rule.
+
+    ``proxies``: device block and proxy of each page of the model after the previous step. ``committed``: the
+    model of a mount after a crash now. ``begun``: the model of a mount after a commit at the start of the
+    current step and a crash.
     """
 
     core: Core
@@ -44,7 +47,7 @@ class Invariants(RuleBasedStateMachine):
         return self.core.fs.extents_of(ino).lookup(index, index + 1)[0].dev_block
 
     def placed(self) -> dict[Page, tuple[int, ReflinkProxy | None]]:
-        """Where each block of the model is on the device, and its proxy: the same for all its links."""
+        """Return device block and proxy of each block of the model. All links of a block must agree."""
         placed: dict[Page, tuple[int, ReflinkProxy | None]] = {}
         for file in self.model.files:
             extents = self.core.fs.extents_of(file.ino)
@@ -60,19 +63,22 @@ class Invariants(RuleBasedStateMachine):
 
     @invariant()
     def fsck_finds_nothing(self) -> None:
-        """All but the look at the tables and every page of them, which comes with each mount."""
+        """Run all checks but the check of the SQLite tables and pages, which runs at each mount."""
         assert [problem for check in IN_MEMORY for problem in check(self.core.fs)] == []
 
     @invariant()
     def layouts_are_true(self) -> None:
-        """Whoever holds one may believe it; the looks at the contents below have almost all granted."""
+        """Every granted layout is true. Reads of the contents invariant below have granted most of them."""
         assert self.holder.wrong() == []
         for file in self.model.files:
             self.core.fs.layouts.grant_attributes(self.core.fs.names.get(file.ino))
 
     @invariant()
     def contents_are_the_models(self) -> None:
-        """Every good page reads as it should, every bad one is EIO, and so is a range with a bad page."""
+        """Every page without poison has the model's contents.
+
+        A read of a poisoned page, or of a range with one, is EIO.
+        """
         fs = self.core.fs
         for file in self.model.files:
             assert fs.names.get(file.ino).size == file.size
@@ -91,7 +97,7 @@ class Invariants(RuleBasedStateMachine):
 
     @invariant()
     def blocks_keep_their_proxy(self) -> None:
-        """Same model page, same device block, same proxy as after the step before; a shared block has one."""
+        """A model page keeps device block and proxy since the previous step. A shared block has a proxy."""
         placed, counts = self.placed(), self.model.counts()
         assert len({block for block, _ in placed.values()}) == len(placed)
         for page, (block, proxy) in placed.items():
@@ -137,14 +143,17 @@ class Invariants(RuleBasedStateMachine):
         assert fs.statfs().free == len(free)
         assert fs.statfs().available == len(free - bad)
 
-    # -- what a crash leaves
+    # -- after a crash
 
     def begin(self) -> None:
-        """A verb begins. A commit in its midst, which makes room, comes before it changes any table."""
+        """Note the start of a verb.
+
+        A commit inside the verb, to make room, precedes every change of a table.
+        """
         self.begun = self.model.after_crash()
 
     def watch_commits(self) -> None:
-        """See every commit, whoever asks for it."""
+        """Record every commit, whatever the caller."""
         commit = self.core.fs.store.commit
 
         def watched(names: Namespace, rmap: Rmap, *, clean: bool = False) -> None:
@@ -156,7 +165,7 @@ class Invariants(RuleBasedStateMachine):
         self.begin()
 
     def mount_again(self, *, save: bool) -> None:
-        """Unmount or crash, and mount: what was committed is there, shared as it was then."""
+        """Unmount or crash, then mount. The committed state must be back, with the sharing of the commit."""
         before, eio = self.sharing(), self.core.fs.lost_store_is_eio
         self.core.close(save=save)
         self.core.open()
@@ -186,12 +195,12 @@ class Invariants(RuleBasedStateMachine):
 
     @rule()
     def crash(self) -> None:
-        if not any(page.bad for page in self.tails()):  # what is behind poison nobody can make zeros
+        if not any(page.bad for page in self.tails()):  # a mount cannot zero a tail with poison
             event("crash")
             self.mount_again(save=False)
 
     def tails(self) -> dict[Page, int]:
-        """The blocks that committed files have in part, or beyond their end, and how much of them."""
+        """Return the blocks at or beyond the end of committed files, with the number of bytes inside."""
         return {
             page: max(0, file.size - index * PAGE_SIZE)
             for file in self.committed.files
@@ -201,12 +210,12 @@ class Invariants(RuleBasedStateMachine):
 
     @rule()
     def crash_again(self) -> None:
-        """Twice as often as an unmount."""
+        """Crash twice as often as unmount."""
         self.crash()
 
     @invariant()
     def step_is_done(self) -> None:
-        """A commit within a step came before the step changed anything."""
+        """Note the end of a step. A commit within the step preceded every change."""
         counts = self.model.counts()
         given_up = {page for page, before in self.counted.items() if 0 < counts[page] < before}
         self.model.given_up = (
@@ -216,7 +225,7 @@ class Invariants(RuleBasedStateMachine):
         self.begin()
 
     def sharing(self) -> dict[Page, set[Page]]:
-        """For each block with a proxy the blocks that the same proxy stands for."""
+        """Return, for each block with a proxy, all blocks with the same proxy."""
         groups: dict[ReflinkProxy, set[Page]] = {}
         pages = self.placed()
         for page, (_, proxy) in pages.items():

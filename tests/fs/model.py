@@ -1,4 +1,4 @@
-"""The plain model for test_model.py: files are tables of page objects, shared by being the same object."""
+"""The plain model for test_model.py: files are tables of page objects, shared as the same object."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE, Ino
 
 @dataclass(eq=False)
 class Page:
-    """A block that is in use: its bytes, and which of its sectors are poison."""
+    """A used block: bytes, and the numbers of poisoned sectors."""
 
     data: bytearray = field(default_factory=lambda: bytearray(PAGE_SIZE))
     bad: set[int] = field(default_factory=set)
@@ -18,7 +18,7 @@ class Page:
 
 @dataclass(eq=False)
 class File:
-    """``pages`` holds no holes; a file lives as long as it has names or is open."""
+    """``pages`` has no holes. A file lives while it has a name or is open."""
 
     ino: Ino
     size: int = 0
@@ -27,33 +27,36 @@ class File:
 
 
 class Model:
-    """What a filesystem should hold. Every verb first says, by ``None`` or a word, what must happen."""
+    """The expected state of a filesystem. Verbs change the model; queries predict the outcome of a verb."""
 
     def __init__(self) -> None:
         self.names: dict[bytes, File] = {}
         self.open_files: list[File] = []
         self.given_up: set[Page] = set()
-        """Blocks that lost a user since the last commit, and have another: shared until the next."""
+        """Blocks that lost an owner since the last commit and have another. Shared until the next commit."""
 
     @property
     def files(self) -> list[File]:
-        """Every file that is there, once."""
+        """Every file, once."""
         return list(dict.fromkeys([*self.names.values(), *self.open_files]))
 
     def links_of(self, page: Page) -> int:
-        """How many places in files use this block."""
+        """Return the number of file pages backed by the block."""
         return sum(other is page for file in self.files for other in file.pages.values())
 
     def is_shared(self, page: Page) -> bool:
-        """Whether a store needs another block than this."""
+        """Return True if a store must go to a new block."""
         return self.links_of(page) > 1 or page in self.given_up
 
     def counts(self) -> Counter[Page]:
-        """The same for every block."""
+        """Return the number of file pages for every block."""
         return Counter(page for file in self.files for page in file.pages.values())
 
     def after_crash(self) -> Model:
-        """What a mount will find: names, sizes and places as they are now, bytes as they are by then."""
+        """Return the model of a mount after a crash.
+
+        Names, sizes and places are copied. Pages stay the same objects, so later changes of bytes show.
+        """
         then = Model()
         copies = {file: File(file.ino, file.size, dict(file.pages)) for file in self.names.values()}
         then.names = {name: copies[file] for name, file in self.names.items()}
@@ -62,21 +65,21 @@ class Model:
     # -- writing
 
     def needed(self, file: File, offset: int, length: int) -> int:
-        """How many new blocks a store takes: holes, and blocks that others use too."""
+        """Return the number of new blocks for a store: one for each hole and each shared block."""
         touched = (file.pages.get(i) for i in _indexes(offset, length))
         return sum(page is None or self.is_shared(page) for page in touched)
 
     def meets_poison(self, file: File, offset: int, length: int) -> bool:
-        """Whether an edge of the range cuts a page that is poison."""
+        """Return True if an edge of the range lies inside a poisoned page."""
         edges = [edge // PAGE_SIZE for edge in (offset, offset + length) if edge % PAGE_SIZE]
         return any(i in file.pages and file.pages[i].bad for i in edges)
 
     def write(
         self, file: File, offset: int, data: bytes, *, from_cache: bool = False, grow: bool = True
     ) -> list[int]:
-        """Store; returns the page indexes whose store was lost to poison."""
+        """Store ``data``. Return the indexes of pages whose store was lost to poison."""
         lost = []
-        counts = self.counts()  # as it was before: all blocks of one store are treated alike
+        counts = self.counts()  # before the store: all blocks of one store are handled alike
         for index in _indexes(offset, len(data)):
             low, high = max(offset, index * PAGE_SIZE), min(offset + len(data), (index + 1) * PAGE_SIZE)
             page = file.pages.get(index)
@@ -94,7 +97,7 @@ class Model:
         return lost
 
     def truncate(self, file: File, size: int) -> None:
-        """The end moves; what is cut off is gone, and reads as zeros if the file grows again."""
+        """Move the end. Bytes cut off read as zeros if the file grows again."""
         if size < file.size and size % PAGE_SIZE and size // PAGE_SIZE in file.pages:
             self.write(file, size, bytes(PAGE_SIZE - size % PAGE_SIZE), grow=False)
         if size < file.size:
@@ -102,12 +105,12 @@ class Model:
         file.size = size
 
     def preallocate(self, file: File, first: int, last: int) -> None:
-        """Holes become blocks of zeros."""
+        """Replace holes by blocks of zeros."""
         for i in range(first, last):
             file.pages.setdefault(i, Page())
 
     def punch(self, file: File, offset: int, length: int) -> None:
-        """Zeros: edges are written, whole blocks go."""
+        """Zero the range: edges are written, whole blocks removed."""
         end = offset + length
         for i in _indexes(offset, length):
             low, high = max(offset, i * PAGE_SIZE), min(end, (i + 1) * PAGE_SIZE)
@@ -120,7 +123,7 @@ class Model:
 
     @staticmethod
     def may_clone(src: File, src_offset: int, dst: File, dst_offset: int, length: int) -> bool:
-        """The rules of FICLONERANGE."""
+        """Return True if FICLONERANGE allows the range."""
         end = src_offset + length
         if src_offset % PAGE_SIZE or dst_offset % PAGE_SIZE or length <= 0 or end > src.size:
             return False
@@ -130,7 +133,7 @@ class Model:
 
     @staticmethod
     def clone(src: File, src_offset: int, dst: File, dst_offset: int, length: int) -> None:
-        """``dst`` gets ``src``'s very pages, and holes where it has holes."""
+        """Put ``src``'s page objects into ``dst``, and holes for holes."""
         for i in _indexes(0, length):
             page = src.pages.get(src_offset // PAGE_SIZE + i)
             dst.pages.pop(dst_offset // PAGE_SIZE + i, None)
@@ -141,11 +144,11 @@ class Model:
     # -- names
 
     def unlink(self, name: bytes) -> None:
-        """The name goes; the file may live on by others, or by being open."""
+        """Remove the name. The file lives on while it has other names or is open."""
         del self.names[name]
 
     def rename(self, old: bytes, new: bytes) -> None:
-        """``new`` is replaced, unless both are the same file."""
+        """Replace ``new`` by ``old``, unless both are the same file."""
         if self.names.get(new) is not self.names[old]:
             self.names[new] = self.names.pop(old)
 
@@ -153,13 +156,13 @@ class Model:
 
     @staticmethod
     def poison(file: File, offset: int, length: int) -> None:
-        """Sectors of every page in the range go bad; holes have no media."""
+        """Poison sectors of every page in the range. Holes have no media."""
         for page, sectors in _sectors(file, offset, length):
             page.bad |= sectors
 
     @staticmethod
     def clear(file: File, offset: int, length: int) -> None:
-        """Bad sectors of the range become good and zero."""
+        """Clear the poisoned sectors of the range, and zero them."""
         for page, sectors in _sectors(file, offset, length):
             for sector in sectors & page.bad:
                 page.data[sector * SECTOR_SIZE : (sector + 1) * SECTOR_SIZE] = bytes(SECTOR_SIZE)
@@ -169,7 +172,7 @@ class Model:
 
     @staticmethod
     def content(file: File) -> bytes:
-        """All bytes, poison or not."""
+        """Return all bytes, including poisoned bytes."""
         whole = bytearray(-(-file.size // PAGE_SIZE) * PAGE_SIZE)
         for i, page in file.pages.items():
             whole[i * PAGE_SIZE : (i + 1) * PAGE_SIZE] = page.data
@@ -177,7 +180,7 @@ class Model:
 
     @staticmethod
     def bad_pages(file: File) -> list[int]:
-        """Indexes of the pages that cannot be read, in order; what lies beyond the end is never read."""
+        """Return the indexes of unreadable pages, in order. Pages beyond the end are never read."""
         return sorted(i for i, page in file.pages.items() if page.bad and i * PAGE_SIZE < file.size)
 
 

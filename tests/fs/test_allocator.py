@@ -1,4 +1,4 @@
-"""Allocator: never a bad block, all or nothing, and memory for what it hands out."""
+"""Allocator: never a bad block, all or nothing, reserved memory."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def blocks(runs: list[Range]) -> list[int]:
 
 @pytest.fixture
 def allocator(core: Core) -> Allocator:
-    """An allocator of its own over the whole device: 2048 blocks, and no filesystem."""
+    """An allocator over the whole device: 2048 blocks, no filesystem."""
     core.without_filesystem()
     core.pmem.dax.discard(0, core.pmem.dax.size)
     return Allocator(core.pmem.dax)
 
 
-def test_one_run_when_there_is_one(allocator: Allocator) -> None:
+def test_allocation_is_one_run_if_possible(allocator: Allocator) -> None:
     assert allocator.allocate(10) == [Range(0, 10)]
     assert allocator.allocate(5) == [Range(10, 15)]
     assert allocator.free_blocks == 2048 - 15
 
 
-def test_the_goal_is_kept_if_it_is_free(allocator: Allocator) -> None:
+def test_allocation_begins_at_a_free_goal(allocator: Allocator) -> None:
     assert allocator.allocate(2, goal=700) == [Range(700, 702)]
     assert allocator.allocate(2, goal=700) == [Range(702, 704)]
 
@@ -48,7 +48,7 @@ def test_a_goal_at_the_end_wraps_around(allocator: Allocator, goal: int) -> None
     assert all(0 <= block < 2048 for block in blocks(got))
 
 
-def test_fragments_are_put_together(allocator: Allocator) -> None:
+def test_allocation_joins_fragments(allocator: Allocator) -> None:
     allocator.allocate(2048)
     allocator.free(Range(3, 5))
     allocator.free(Range(9, 10))
@@ -57,7 +57,7 @@ def test_fragments_are_put_together(allocator: Allocator) -> None:
     assert allocator.free_blocks == 0
 
 
-def test_new_blocks_read_as_zeros_also_after_they_were_used(core: Core, allocator: Allocator) -> None:
+def test_new_blocks_are_zero_even_after_earlier_use(core: Core, allocator: Allocator) -> None:
     (run,) = allocator.allocate(2)
     core.pmem.dax.direct_access(run.start * PAGE_SIZE, 2 * PAGE_SIZE)[:] = b"x" * (2 * PAGE_SIZE)
     allocator.free(run)
@@ -67,9 +67,7 @@ def test_new_blocks_read_as_zeros_also_after_they_were_used(core: Core, allocato
     assert bytes(core.pmem.dax.direct_access(run.start * PAGE_SIZE, 2 * PAGE_SIZE)) == bytes(2 * PAGE_SIZE)
 
 
-def test_what_is_handed_out_has_memory_behind_it_and_what_is_freed_has_not(
-    core: Core, allocator: Allocator
-) -> None:
+def test_allocated_blocks_have_memory_and_freed_blocks_have_none(core: Core, allocator: Allocator) -> None:
     (run,) = allocator.allocate(100, goal=1000)
     assert used_bytes(core) == 100 * PAGE_SIZE
     allocator.free(run)
@@ -78,10 +76,10 @@ def test_what_is_handed_out_has_memory_behind_it_and_what_is_freed_has_not(
     assert used_bytes(core) == 0
 
 
-def test_what_was_freed_keeps_its_bytes_and_is_not_used_until_the_commit(
+def test_freed_blocks_keep_their_bytes_and_are_not_used_before_the_commit(
     core: Core, allocator: Allocator
 ) -> None:
-    """A crash before it must find them in the old file."""
+    """After a crash before the commit, the old file must still have the bytes."""
     (run,) = allocator.allocate(1, goal=7)
     core.pmem.dax.direct_access(7 * PAGE_SIZE, 3)[:] = b"old"
     allocator.free(run)
@@ -92,7 +90,7 @@ def test_what_was_freed_keeps_its_bytes_and_is_not_used_until_the_commit(
         allocator.allocate(1)
 
 
-def test_a_commit_is_asked_for_when_only_pending_blocks_are_left(allocator: Allocator) -> None:
+def test_reclaim_is_called_when_only_pending_blocks_are_left(allocator: Allocator) -> None:
     asked = []
 
     def commit() -> None:
@@ -109,7 +107,7 @@ def test_a_commit_is_asked_for_when_only_pending_blocks_are_left(allocator: Allo
     assert asked == [[Range(5, 9)]]
 
 
-def test_known_bad_blocks_are_passed_over(core: Core, allocator: Allocator) -> None:
+def test_bad_blocks_are_skipped(core: Core, allocator: Allocator) -> None:
     inject(core.pmem, 3 * PAGE_SIZE + 512, 1)
     inject(core.pmem, 6 * PAGE_SIZE - 512, 1024)
     assert allocator.allocate(8) == [Range(0, 3), Range(4, 5), Range(7, 11)]
@@ -117,19 +115,19 @@ def test_known_bad_blocks_are_passed_over(core: Core, allocator: Allocator) -> N
     assert allocator.usable_blocks == 2048 - 8 - 3
 
 
-def test_a_bad_goal_is_passed_over(core: Core, allocator: Allocator) -> None:
+def test_a_bad_goal_is_skipped(core: Core, allocator: Allocator) -> None:
     inject(core.pmem, 50 * PAGE_SIZE, PAGE_SIZE)
     assert allocator.allocate(2, goal=50) == [Range(51, 53)]
 
 
-def test_latent_poison_is_nobodys_business_until_it_is_written_over(core: Core, allocator: Allocator) -> None:
+def test_allocation_over_latent_poison_clears_it(core: Core, allocator: Allocator) -> None:
     inject(core.pmem, 0, PAGE_SIZE, latent=True)
     assert allocator.allocate(1, goal=0) == [Range(0, 1)]
     assert bytes(core.pmem.dax.direct_access(0, PAGE_SIZE)) == bytes(PAGE_SIZE)
     assert scrub(core.pmem) == []
 
 
-def test_bad_blocks_come_back_when_they_are_cleared(core: Core, allocator: Allocator) -> None:
+def test_cleared_blocks_are_allocated_again(core: Core, allocator: Allocator) -> None:
     inject(core.pmem, 0, PAGE_SIZE)
     assert allocator.usable_blocks == 2047
     core.pmem.dax.clear_poison(0, PAGE_SIZE)
@@ -137,7 +135,7 @@ def test_bad_blocks_come_back_when_they_are_cleared(core: Core, allocator: Alloc
     assert allocator.allocate(1, goal=0) == [Range(0, 1)]
 
 
-def test_more_than_is_free_is_refused_and_nothing_changes(allocator: Allocator) -> None:
+def test_allocating_more_than_is_free_changes_nothing(allocator: Allocator) -> None:
     allocator.allocate(2000)
     before = allocator.free_ranges()
     with pytest.raises(NoSpace):
@@ -146,7 +144,7 @@ def test_more_than_is_free_is_refused_and_nothing_changes(allocator: Allocator) 
     assert len(blocks(allocator.allocate(48))) == 48
 
 
-def test_free_but_bad_is_full_and_nothing_changes(core: Core, allocator: Allocator) -> None:
+def test_allocating_with_only_bad_blocks_left_changes_nothing(core: Core, allocator: Allocator) -> None:
     inject(core.pmem, 5 * PAGE_SIZE, PAGE_SIZE)
     before = allocator.free_ranges()
     with pytest.raises(NoSpace):
@@ -156,8 +154,8 @@ def test_free_but_bad_is_full_and_nothing_changes(core: Core, allocator: Allocat
     assert 5 not in blocks(allocator.allocate(2047))
 
 
-def test_a_refused_reservation_takes_nothing() -> None:
-    """tmpfs refuses more than it can ever hold at once, so this is a full backing store for real."""
+def test_a_failed_reservation_allocates_nothing() -> None:
+    """tmpfs refuses more than its size limit at once, so the backing store is really full."""
     memory = os.statvfs(SHM)
     total = memory.f_blocks * memory.f_frsize // PAGE_SIZE
     if not total:
@@ -175,7 +173,7 @@ def test_a_refused_reservation_takes_nothing() -> None:
         core.sound = False  # blocks taken without a file
 
 
-def test_blocks_taken_twice_are_refused(allocator: Allocator) -> None:
+def test_taking_used_blocks_is_refused(allocator: Allocator) -> None:
     allocator.take(Range(5, 10))
     with pytest.raises(NoSpace):
         allocator.take(Range(9, 11))

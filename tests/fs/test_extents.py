@@ -1,4 +1,4 @@
-"""ExtentMap: lookups without gaps, links that grow only where they may, blocks given back exactly once."""
+"""ExtentMap: lookups without gaps, links growing only if not shared, blocks freed exactly once."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_lookup_names_holes_and_runs_in_order_without_gaps() -> None:
     ]
 
 
-def test_lookup_cuts_runs_to_the_question() -> None:
+def test_lookup_cuts_runs_to_the_range() -> None:
     extents = file_at((0, 100, 10))
     assert runs(extents.lookup(3, 5)) == [(3, 2, 103)]
 
@@ -66,7 +66,7 @@ def test_neighbours_on_the_device_that_are_apart_in_the_file_are_two_links() -> 
 
 
 def test_a_shared_link_does_not_grow() -> None:
-    """Its proxy would come to stand for blocks that were never shared."""
+    """The proxy of a grown shared link would stand for blocks that were never shared."""
     rmap = Rmap()
     one, two = ExtentMap(1, rmap), ExtentMap(2, rmap)
     one.insert(0, 100, 2)
@@ -104,7 +104,7 @@ def test_removing_a_hole_changes_nothing() -> None:
     assert links(extents) == [(0, 100, 2)]
 
 
-def test_blocks_that_another_file_shares_are_not_freed() -> None:
+def test_blocks_shared_with_another_file_are_not_freed() -> None:
     rmap = Rmap()
     one, two = ExtentMap(1, rmap), ExtentMap(2, rmap)
     one.insert(0, 100, 10)
@@ -149,8 +149,8 @@ SPAN = st.tuples(st.integers(0, 40), st.integers(1, 12))
 @given(
     st.lists(st.tuples(st.sampled_from(["insert", "remove", "clone"]), SPAN, st.integers(0, 40)), max_size=25)
 )
-def test_extents_are_a_table_of_blocks(steps: list[tuple[str, tuple[int, int], int]]) -> None:
-    """Against a plain dict: mapping, st_blocks, and what is freed."""
+def test_extent_map_equals_a_dict_of_blocks(steps: list[tuple[str, tuple[int, int], int]]) -> None:
+    """Compare with a plain dict: mapping, st_blocks, and freed blocks."""
     rmap = Rmap()
     extents = ExtentMap(7, rmap)
     table: dict[int, int] = {}

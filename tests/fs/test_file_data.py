@@ -1,4 +1,4 @@
-"""The bytes of files: copy on write, what each kind of store does to poison, and zeros beyond the end."""
+"""The bytes of files: copy on write, the effect of each kind of store on poison, and zeros beyond the end."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests.support.core import Core, pages
 
 
 def media_of(core: Core, ino: int, page: int = 0) -> bytes:
-    """What is on the media where the file's page is."""
+    """Return the media bytes of a page of a file."""
     (place,) = core.fs.device_ranges(ino, page * PAGE_SIZE, PAGE_SIZE)
     return bytes(core.pmem.dax.direct_access(place.start, PAGE_SIZE))
 
 
-def test_holes_read_as_zeros_and_take_nothing(core: Core) -> None:
+def test_holes_read_as_zeros_and_have_no_blocks(core: Core) -> None:
     ino = core.file()
     free = core.fs.statfs().free
     core.fs.write(ino, 10 * PAGE_SIZE, b"x")
@@ -70,20 +70,20 @@ def test_the_last_owner_writes_in_place(core: Core) -> None:
     one = core.file(b"1", pages("AB"))
     two = core.clone(one, b"2")
     core.fs.unlink(1, b"1")
-    core.fs.fsync()  # until then the store still says that they are shared
+    core.fs.fsync()  # before the commit the blocks are still shared in the store
     before = core.fs.device_ranges(two, 0, 2 * PAGE_SIZE)
     core.fs.write(two, 0, pages("xy"))
     assert core.fs.device_ranges(two, 0, 2 * PAGE_SIZE) == before
 
 
-def test_a_write_over_two_copies_of_one_block_in_one_file(core: Core) -> None:
+def test_a_write_over_one_block_twice_in_one_file_keeps_both_pages_right(core: Core) -> None:
     ino = core.file(data=pages("AB"))
     core.fs.remap_file_range(ino, 0, ino, 2 * PAGE_SIZE, 2 * PAGE_SIZE)
     core.fs.write(ino, 100, b"-" * (2 * PAGE_SIZE))
     assert core.read(ino) == b"A" * 100 + b"-" * 2 * PAGE_SIZE + b"A" * (PAGE_SIZE - 100) + pages("B")
 
 
-def test_one_bad_sector_makes_its_page_unreadable_and_only_that(core: Core) -> None:
+def test_one_bad_sector_makes_exactly_its_page_unreadable(core: Core) -> None:
     ino = core.file(data=pages("ABC"))
     (place,) = core.fs.device_ranges(ino, PAGE_SIZE, PAGE_SIZE)
     inject(core.pmem, place.start + 1024, 1)
@@ -128,7 +128,7 @@ def test_a_write_that_reaches_only_the_end_of_the_file_does_not_cover_its_last_b
     assert core.read(ino) == b"x" * PAGE_SIZE
 
 
-def test_a_whole_page_over_shared_poison_goes_elsewhere_and_leaves_it_to_the_others(core: Core) -> None:
+def test_a_whole_page_over_shared_poison_goes_to_a_new_block(core: Core) -> None:
     one = core.file(b"1", pages("AB"))
     two = core.clone(one, b"2")
     core.poison(one, 0)
@@ -151,7 +151,7 @@ def test_a_partial_write_to_shared_poison_fails(core: Core) -> None:
     assert core.fs.device_ranges(two, 0, PAGE_SIZE) == core.fs.device_ranges(one, 0, PAGE_SIZE)
 
 
-def test_a_store_from_the_cache_to_poison_is_lost_and_says_so(core: Core) -> None:
+def test_a_store_from_the_cache_to_poison_is_lost_and_reported(core: Core) -> None:
     ino = core.file(data=pages("ABC"))
     core.poison(ino, 1)
     assert core.fs.write(ino, 0, pages("xyz"), from_cache=True) == 3 * PAGE_SIZE
@@ -175,7 +175,7 @@ def test_a_lost_store_can_be_an_error_after_the_rest_was_written(core: Core) -> 
     core.fs.write(ino, PAGE_SIZE, pages("y"), from_cache=True)
 
 
-def test_a_write_that_has_no_room_changes_nothing(core: Core) -> None:
+def test_a_write_without_room_changes_nothing(core: Core) -> None:
     one = core.file(b"1", pages("AB"))
     two = core.clone(one, b"2")
     core.fs.write(core.file(b"filler"), 0, bytes((core.fs.statfs().free - 1) * PAGE_SIZE))
@@ -188,7 +188,7 @@ def test_a_write_that_has_no_room_changes_nothing(core: Core) -> None:
     core.fs.write(one, 0, pages("y"))  # the last owner of A
 
 
-def test_cut_and_grown_again_reads_zeros(core: Core) -> None:
+def test_a_file_cut_and_grown_again_reads_zeros(core: Core) -> None:
     ino = core.file(data=pages("AB"))
     core.fs.set_size(ino, 100)
     core.fs.set_size(ino, 2 * PAGE_SIZE)
@@ -196,7 +196,7 @@ def test_cut_and_grown_again_reads_zeros(core: Core) -> None:
     assert media_of(core, ino) == b"A" * 100 + bytes(PAGE_SIZE - 100)
 
 
-def test_cutting_a_shared_block_leaves_the_others_theirs(core: Core) -> None:
+def test_cutting_inside_a_shared_block_leaves_other_owners_unchanged(core: Core) -> None:
     one = core.file(b"1", pages("AB"))
     two = core.clone(one, b"2")
     core.fs.set_size(two, 5000)
@@ -205,7 +205,7 @@ def test_cutting_a_shared_block_leaves_the_others_theirs(core: Core) -> None:
     assert core.read(two)[5000:] == bytes(2 * PAGE_SIZE - 5000)
 
 
-def test_cutting_inside_poison_fails_and_changes_nothing_but_at_its_edge_it_works(core: Core) -> None:
+def test_cutting_inside_poison_changes_nothing_and_at_its_edge_works(core: Core) -> None:
     ino = core.file(data=pages("ABC"))
     core.poison(ino, 1)
     with pytest.raises(MediaError):
@@ -216,7 +216,7 @@ def test_cutting_inside_poison_fails_and_changes_nothing_but_at_its_edge_it_work
     assert core.read(ino) == pages("A")
 
 
-def test_bad_blocks_that_are_given_back_are_not_handed_out(core: Core) -> None:
+def test_freed_bad_blocks_are_not_allocated(core: Core) -> None:
     ino = core.file(data=pages("AB"))
     (place,) = core.fs.device_ranges(ino, 0, PAGE_SIZE)
     core.poison(ino, 0)

@@ -1,4 +1,4 @@
-"""fsck says so when an invariant is broken: each one is broken by hand, in an otherwise sound filesystem."""
+"""fsck reports each broken invariant. Each is broken by hand in an otherwise sound filesystem."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.core import Core, pages
 
 
 class Sample:
-    """/f of three blocks, /g that shares the first two, /h with a hole, /d/e a directory in a directory."""
+    """/f of three blocks, /g sharing the first two, /h with a hole, /d/e a directory in a directory."""
 
     def __init__(self, core: Core) -> None:
         self.core, self.fs = core, core.fs
@@ -155,7 +155,7 @@ def no_root(s: Sample) -> None:
 
 
 def directories_in_a_ring(s: Sample) -> None:
-    """Counts are all right, but nobody can get there."""
+    """All link counts are right, but the directories cannot be reached."""
     _, root = s.fs.names.directory(ROOT_INO)
     del root[b"d"]
     s.fs.names.get(ROOT_INO).nlink -= 1
@@ -195,12 +195,12 @@ BROKEN: list[Callable[[Sample], None]] = [
 ]
 
 
-def test_a_sound_filesystem_has_nothing_wrong(core: Core) -> None:
+def test_fsck_of_a_sound_filesystem_is_empty(core: Core) -> None:
     assert fsck(Sample(core).fs) == []
 
 
 @pytest.mark.parametrize("damage", BROKEN, ids=lambda damage: damage.__name__)
-def test_fsck_says_what_is_broken(core: Core, damage: Callable[[Sample], None]) -> None:
+def test_fsck_reports_each_broken_invariant(core: Core, damage: Callable[[Sample], None]) -> None:
     sample = Sample(core)
     damage(sample)
     wrong = fsck(sample.fs)

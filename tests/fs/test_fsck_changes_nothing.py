@@ -1,4 +1,4 @@
-"""fsck of a device that is not mounted looks, and changes nothing."""
+"""fsck of an unmounted device reads, and changes nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from daxemu.pmem.pmem import Pmem
 
 
 def ignore(event: Event) -> None:
-    """Nobody follows."""
+    """Drop an event."""
 
 
 def digest(device: Path) -> str:
@@ -24,13 +24,14 @@ def digest(device: Path) -> str:
 
 
 def used(device: Path) -> bytes:
-    """How much of the media is backed by memory, by du."""
+    """Return the allocated size of the media in KiB, by du."""
     return subprocess.run(["du", "-k", device / "media"], capture_output=True, check=True).stdout.split()[0]
 
 
 def with_files(path: Path) -> None:
-    """A device whose last supervisor died: records in the WAL, blocks that were written and never
-    committed.
+    """Create a device whose last supervisor died.
+
+    The WAL has records, and blocks were written but never committed.
     """
     DeviceDir.create(path, DeviceConfig(size=16 << 20))
     with DeviceDir.open(path) as directory:
@@ -56,7 +57,7 @@ def test_fsck_changes_nothing(tmp_path: Path) -> None:
     assert (digest(device), used(device)) == before
 
 
-def test_fsck_of_a_device_that_was_never_mounted(tmp_path: Path) -> None:
+def test_fsck_of_a_device_never_mounted_changes_nothing(tmp_path: Path) -> None:
     DeviceDir.create(tmp_path / "dev", DeviceConfig(size=16 << 20))
     before = digest(tmp_path / "dev")
     with DeviceDir.open(tmp_path / "dev") as directory:

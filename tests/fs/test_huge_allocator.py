@@ -1,4 +1,4 @@
-"""HugeAllocator: each 2 MiB of a file in 2 MiB of the device, as far in, as long as there are any."""
+"""HugeAllocator: each 2 MiB of a file in 2 MiB of the device at the same offset, while any are free."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ KEEP_SIZE = 1
 
 
 class File:
-    """A file of nothing but blocks: what the allocator sees of one."""
+    """A file of nothing but blocks, for the allocator."""
 
     def __init__(self, allocator: HugeAllocator, ino: int = 2, rmap: Rmap | None = None) -> None:
         self.allocator = allocator
         self.extents = ExtentMap(ino, rmap or Rmap())
 
     def write(self, start: int, end: int) -> None:
-        """Give the holes of ``[start, end)`` blocks."""
+        """Allocate blocks for the holes of ``[start, end)``."""
         holes = [
             Range(run.file_block, run.file_block + run.length)
             for run in self.extents.lookup(start, end)
@@ -57,7 +57,7 @@ class File:
             self.allocator.free(run)
 
     def in_place(self, unit: int) -> bool:
-        """Whether what is mapped of this 2 MiB of the file is in one 2 MiB of the device, as far in."""
+        """Return True if the 2 MiB of the file are in one 2 MiB of the device, at the same offset."""
         runs = self.extents.lookup(unit * HPAGE_PMD_NR, (unit + 1) * HPAGE_PMD_NR)
         places = {run.dev_block - run.file_block for run in runs if run.link is not None}
         return len(places) == 1 and places.pop() % HPAGE_PMD_NR == 0
@@ -85,18 +85,18 @@ def core() -> object:
 
 @pytest.fixture
 def allocator(core: Core) -> HugeAllocator:
-    """One over the whole device: 16 times 2 MiB."""
+    """An allocator over the whole device: 16 times 2 MiB."""
     return HugeAllocator(core.pmem.dax)
 
 
-def test_the_alignment_of_the_device_says_which_allocator(core: Core) -> None:
+def test_the_alignment_of_the_device_chooses_the_allocator(core: Core) -> None:
     assert isinstance(allocator_for(core.pmem.dax), HugeAllocator)
     with core_at() as other:
         assert type(other.fs.allocator) is Allocator
 
 
 @pytest.mark.parametrize("step", [1, 7, 32, 256, 512, 1300])
-def test_a_file_that_grows_is_in_place_all_over(allocator: HugeAllocator, step: int) -> None:
+def test_a_growing_file_is_in_place_everywhere(allocator: HugeAllocator, step: int) -> None:
     allocator.take(Range(0, 16))
     file = File(allocator)
     for start in range(0, 1300, step):
@@ -105,7 +105,7 @@ def test_a_file_that_grows_is_in_place_all_over(allocator: HugeAllocator, step: 
     assert len(file.extents) == 1
 
 
-def test_two_that_grow_in_turns_are_in_place_both(allocator: HugeAllocator) -> None:
+def test_two_files_growing_in_turns_are_both_in_place(allocator: HugeAllocator) -> None:
     rmap = Rmap()
     files = [File(allocator, ino, rmap) for ino in (2, 3)]
     for start in range(0, 1024, 32):
@@ -122,7 +122,7 @@ def test_blocks_written_in_any_order_join_their_2_mib(allocator: HugeAllocator) 
     assert file.in_place(1)
 
 
-def test_a_write_across_2_mib_of_which_one_is_begun(allocator: HugeAllocator) -> None:
+def test_a_write_across_partly_filled_2_mib_is_in_place(allocator: HugeAllocator) -> None:
     file = File(allocator)
     file.write(1500, 1501)
     file.write(3, 4)
@@ -130,7 +130,7 @@ def test_a_write_across_2_mib_of_which_one_is_begun(allocator: HugeAllocator) ->
     assert [file.in_place(unit) for unit in range(4)] == [True] * 4
 
 
-def test_2_mib_with_a_bad_block_are_passed_over(core: Core, allocator: HugeAllocator) -> None:
+def test_2_mib_with_a_bad_block_are_skipped(core: Core, allocator: HugeAllocator) -> None:
     inject(core.pmem, 5 * PAGE_SIZE, PAGE_SIZE)
     inject(core.pmem, PMD_SIZE, 1)
     file = File(allocator)
@@ -140,7 +140,7 @@ def test_2_mib_with_a_bad_block_are_passed_over(core: Core, allocator: HugeAlloc
     assert file.extents.lookup(0, 1)[0].dev_block == 2 * HPAGE_PMD_NR
 
 
-def test_without_whole_2_mib_blocks_come_as_they_are(allocator: HugeAllocator) -> None:
+def test_without_whole_2_mib_blocks_are_allocated_one_by_one(allocator: HugeAllocator) -> None:
     for unit in range(UNITS):
         allocator.take(Range(unit * HPAGE_PMD_NR + 100, unit * HPAGE_PMD_NR + 101))
     assert known_whole(allocator) == []
@@ -150,7 +150,7 @@ def test_without_whole_2_mib_blocks_come_as_they_are(allocator: HugeAllocator) -
     assert not file.in_place(0)
 
 
-def test_whole_2_mib_come_back_when_the_last_block_is_free(allocator: HugeAllocator) -> None:
+def test_whole_2_mib_are_free_again_with_the_last_block(allocator: HugeAllocator) -> None:
     file = File(allocator)
     file.write(0, 1024)
     file.punch(0, 700)
@@ -163,7 +163,7 @@ def test_whole_2_mib_come_back_when_the_last_block_is_free(allocator: HugeAlloca
     assert known_whole(allocator) == list(range(UNITS))
 
 
-def test_all_or_nothing(allocator: HugeAllocator) -> None:
+def test_allocation_is_all_or_nothing(allocator: HugeAllocator) -> None:
     file = File(allocator)
     file.write(0, (UNITS - 2) * HPAGE_PMD_NR)
     before = allocator.free_ranges(), known_whole(allocator)
@@ -174,14 +174,14 @@ def test_all_or_nothing(allocator: HugeAllocator) -> None:
     assert allocator.free_blocks == 0
 
 
-def test_free_but_bad_is_full_and_nothing_changes(core: Core, allocator: HugeAllocator) -> None:
+def test_allocating_with_only_bad_blocks_left_changes_nothing(core: Core, allocator: HugeAllocator) -> None:
     inject(core.pmem, 5 * PAGE_SIZE, PAGE_SIZE)
     with pytest.raises(NoSpace):
         File(allocator).write(0, UNITS * HPAGE_PMD_NR)
     assert known_whole(allocator) == wholly_free(allocator) == list(range(UNITS))
 
 
-def test_the_tail_of_a_device_that_is_no_whole_2_mib_is_used_too() -> None:
+def test_the_partial_2_mib_at_the_end_of_a_device_are_used() -> None:
     with core_at(size=8 * PMD_SIZE + 3 * PAGE_SIZE, align=PMD_SIZE) as core:
         core.without_filesystem()
         allocator = HugeAllocator(core.pmem.dax)
@@ -190,7 +190,7 @@ def test_the_tail_of_a_device_that_is_no_whole_2_mib_is_used_too() -> None:
 
 
 def test_metadata_leaves_files_in_place() -> None:
-    """It grows while they do, and has 2 MiB of its own."""
+    """Metadata grows while the files grow, and has 2 MiB of its own."""
     with core_at(size=64 * PMD_SIZE, align=PMD_SIZE) as core:
         ino = core.file()
         for start in range(0, 4 * PMD_SIZE, PMD_SIZE // 4):
@@ -218,7 +218,7 @@ steps = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(steps)
-def test_what_is_free_as_a_whole_is_known_and_first_blocks_are_in_place(
+def test_the_set_of_whole_2_mib_is_right_and_first_blocks_are_in_place(
     steps: list[tuple[str, int, int, int]],
 ) -> None:
     with core_at(size=UNITS * PMD_SIZE, align=PMD_SIZE) as core:

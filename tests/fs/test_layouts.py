@@ -1,4 +1,4 @@
-"""Layouts, verb by verb; tests/fs/test_model.py holds them against the truth in any sequence of these."""
+"""Layouts, verb by verb. tests/fs/test_model.py checks layouts after random sequences of verbs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def holder(core: Core) -> Holder:
 
 @pytest.fixture
 def ino(core: Core, holder: Holder) -> Ino:
-    """A file of four pages, of which all is granted."""
+    """A file of four pages, all granted."""
     made = core.file(b"f", pages("ABCD"))
     core.read(made)
     core.fs.layouts.grant_attributes(core.fs.names.get(made))
@@ -36,7 +36,7 @@ def ino(core: Core, holder: Holder) -> Ino:
 
 
 def covered(holder: Holder, ino: Ino) -> set[int]:
-    """The pages of a file that the holder has."""
+    """Return the pages of a file in the holder's layouts."""
     return {
         page
         for run in holder.runs.get(ino, [])
@@ -63,21 +63,19 @@ VERBS: dict[str, Callable[[Core, Ino], object]] = {
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_what_breaks_them(core: Core, holder: Holder, ino: Ino, verb: str) -> None:
+def test_each_verb_that_changes_a_layout_breaks_it(core: Core, holder: Holder, ino: Ino, verb: str) -> None:
     VERBS[verb](core, ino)
     assert covered(holder, ino) == set()
     assert ino not in holder.attributes
 
 
-def test_poison_anywhere_breaks_those_of_others(core: Core, holder: Holder, ino: Ino) -> None:
+def test_poison_anywhere_breaks_the_layouts_of_other_files(core: Core, holder: Holder, ino: Ino) -> None:
     other = core.file(b"other", pages("X"))
     core.poison(other, 0)
     assert holder.runs == {}
 
 
-def test_a_store_in_place_takes_back_what_stat_says_and_nothing_else(
-    core: Core, holder: Holder, ino: Ino
-) -> None:
+def test_a_store_in_place_revokes_the_attributes_only(core: Core, holder: Holder, ino: Ino) -> None:
     core.fs.write(ino, 10, b"x")
     assert covered(holder, ino) == {0, 1, 2, 3}
     assert ino not in holder.attributes
@@ -91,7 +89,7 @@ def test_pages_beside_poison_are_granted(core: Core, holder: Holder, ino: Ino) -
     assert holder.wrong() == []
 
 
-def test_what_is_shared_may_be_read_only(core: Core, holder: Holder, ino: Ino) -> None:
+def test_shared_blocks_are_granted_for_reading_only(core: Core, holder: Holder, ino: Ino) -> None:
     core.clone(ino, b"clone")
     core.read(ino)
     assert covered(holder, ino) == {0, 1, 2, 3}
@@ -99,18 +97,20 @@ def test_what_is_shared_may_be_read_only(core: Core, holder: Holder, ino: Ino) -
 
 
 @pytest.mark.parametrize("mode", [0o4755, 0o2644])
-def test_set_id_files_may_be_read_only(core: Core, holder: Holder, ino: Ino, mode: int) -> None:
+def test_files_with_set_id_bits_are_granted_for_reading_only(
+    core: Core, holder: Holder, ino: Ino, mode: int
+) -> None:
     core.fs.setattr(ino, mode=mode)
     core.read(ino)
     assert not any(run.may_write for run in holder.runs[ino])
 
 
-def test_stores_of_the_holder_count(core: Core, holder: Holder, ino: Ino) -> None:
+def test_stores_of_the_holder_change_bytes_times_and_size(core: Core, holder: Holder, ino: Ino) -> None:
     before = core.fs.names.get(ino).mtime
     assert holder.store(ino, PAGE_SIZE, b"held")
     assert core.read(ino)[PAGE_SIZE:][:4] == b"held"
     assert core.fs.names.get(ino).mtime > before
-    core.fs.write(ino, 4 * PAGE_SIZE, b"tail")  # the file ends within a block, which may be filled up
+    core.fs.write(ino, 4 * PAGE_SIZE, b"tail")  # the file ends inside a block, which the holder may fill
     assert holder.store(ino, 4 * PAGE_SIZE + 4, b", more")
     assert core.read(ino)[4 * PAGE_SIZE :] == b"tail, more"
     core.fs.fsync()
@@ -118,7 +118,7 @@ def test_stores_of_the_holder_count(core: Core, holder: Holder, ino: Ino) -> Non
     assert core.read(ino)[4 * PAGE_SIZE :] == b"tail, more"
 
 
-def test_while_suspended_there_are_none(core: Core, holder: Holder, ino: Ino) -> None:
+def test_no_layout_is_granted_while_suspended(core: Core, holder: Holder, ino: Ino) -> None:
     with core.fs.layouts.suspended():
         assert holder.runs == {}
         core.read(ino)
@@ -127,14 +127,16 @@ def test_while_suspended_there_are_none(core: Core, holder: Holder, ino: Ino) ->
     assert covered(holder, ino) == {0, 1, 2, 3}
 
 
-def test_nobody_holds_them_any_more(core: Core, holder: Holder, ino: Ino) -> None:
+def test_no_layout_is_granted_without_a_holder(core: Core, holder: Holder, ino: Ino) -> None:
     core.fs.layouts.hold(None)
     assert holder.runs == {}
     core.read(ino)
     assert holder.runs == {}
 
 
-def test_too_many_files(core: Core, holder: Holder, ino: Ino, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_max_files_have_layouts(
+    core: Core, holder: Holder, ino: Ino, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(layouts, "MAX_FILES", 3)
     others = [core.file(b"%d" % number, pages("X")) for number in range(4)]
     for other in others:

@@ -23,8 +23,10 @@ def listed(listing: Listing, cookie: int = DOT_DOT) -> list[bytes]:
 
 
 @given(st.sets(NAMES), st.lists(st.tuples(st.booleans(), NAMES)), st.integers(1, 5))
-def test_changes_while_it_is_built(names: set[bytes], changes: list[tuple[bool, bytes]], step: int) -> None:
-    """Each name that is there in the end is listed once."""
+def test_changes_during_a_build_are_listed(
+    names: set[bytes], changes: list[tuple[bool, bytes]], step: int
+) -> None:
+    """Each name present at the end is listed once."""
     listing = Listing(names)
     for is_new, name in changes:
         listing.build(step, names.__contains__)
@@ -36,8 +38,8 @@ def test_changes_while_it_is_built(names: set[bytes], changes: list[tuple[bool, 
 
 
 @given(st.sets(NAMES, min_size=2), st.data())
-def test_a_page_begins_behind_any_cookie(names: set[bytes], data: st.DataObject) -> None:
-    """Also behind that of a name that is gone."""
+def test_a_listing_continues_after_any_cookie(names: set[bytes], data: st.DataObject) -> None:
+    """The cookie of a removed name works, too."""
     listing = complete(list(names))
     order = listed(listing)
     place = data.draw(st.integers(0, len(order) - 1))
@@ -50,7 +52,7 @@ def test_cookies_fit_a_file_position() -> None:
     assert all(DOT_DOT < cookie_of(b"%d" % i) < (1 << 63) - 1 for i in range(1000))
 
 
-def test_names_with_one_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_with_the_same_hash_have_different_cookies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing_module, "cookie_of", lambda name: 64)
     names = [b"a", b"b", b"c"]
     listing = complete(names)
@@ -65,8 +67,8 @@ def test_names_with_one_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     assert listed(listing) == []
 
 
-def test_no_more_than_so_many_are_kept() -> None:
-    """What is being built stays: its builder goes on with it."""
+def test_at_most_max_listings_complete_listings_are_kept() -> None:
+    """An incomplete listing stays, because the reader continues with it."""
     listings = Listings()
     first = listings.of(0, [b"a"])
     for ino in range(1, MAX_LISTINGS + 5):

@@ -20,7 +20,7 @@ from tests.fs.model import File, Model
 from tests.support.core import core_at
 from tests.support.layouts import Holder
 
-pytestmark = pytest.mark.timeout(600)  # for a failure to be made small; else it takes 15 seconds
+pytestmark = pytest.mark.timeout(600)  # for shrinking a failing example; a passing run takes 15 s
 
 NAMES = [b"a", b"b", b"c", b"d"]
 NOISE = random.Random(1).randbytes(1 << 21)
@@ -37,7 +37,10 @@ blocks = st.integers(0, MAX_PAGES)
 
 
 class FilesystemAgainstModel(Invariants):
-    """Rules do the same to both; a rule that must fail sees that it fails, and that nothing changed by it."""
+    """Each rule does the same to both.
+
+    A rule with a predicted error checks the error, and the absence of changes.
+    """
 
     @initialize(prefill=st.integers(0, 7), eio=st.booleans(), align=st.sampled_from([PAGE_SIZE, PMD_SIZE]))
     def start(self, prefill: int, eio: bool, align: int) -> None:
@@ -60,7 +63,7 @@ class FilesystemAgainstModel(Invariants):
 
     def teardown(self) -> None:
         if hasattr(self, "core"):
-            self.core.sound = False  # looked at after the last step
+            self.core.sound = False  # the invariants were checked after the last step
             self._context.__exit__(None, None, None)
 
     def pick(self, index: int) -> File:
@@ -120,8 +123,9 @@ class FilesystemAgainstModel(Invariants):
     def store(
         self, file: File, offset: int, data: bytes, from_cache: bool, *, by_holder: bool = False
     ) -> bool:
-        """One write to both, with the outcome that the model says it must have; whether it was done.
-        ``by_holder``: without the filesystem, where a layout allows.
+        """Write to both, and check the outcome predicted by the model. Return True if the write succeeded.
+
+        ``by_holder``: without the filesystem, where a layout allows it.
         """
         fs, model = self.core.fs, self.model
         self.begin()
@@ -145,7 +149,7 @@ class FilesystemAgainstModel(Invariants):
                 fs.write(file.ino, offset, data, from_cache=from_cache)
             assert self.core.events[before:] == []
             return False
-        healed = sum(
+        cleared_sectors = sum(
             len(page.bad)
             for index, page in file.pages.items()
             if offset <= index * PAGE_SIZE
@@ -158,12 +162,14 @@ class FilesystemAgainstModel(Invariants):
                 fs.write(file.ino, offset, data, from_cache=True)
         else:
             assert fs.write(file.ino, offset, data, from_cache=from_cache) == len(data)
-        told = [e for e in self.core.events[before:] if isinstance(e, StoreLost)]
-        pages_told = [range(e.offset // PAGE_SIZE, -(-(e.offset + e.length) // PAGE_SIZE)) for e in told]
-        assert {i for pages in pages_told for i in pages} == set(lost)
+        reported = [e for e in self.core.events[before:] if isinstance(e, StoreLost)]
+        reported_pages = [
+            range(e.offset // PAGE_SIZE, -(-(e.offset + e.length) // PAGE_SIZE)) for e in reported
+        ]
+        assert {i for pages in reported_pages for i in pages} == set(lost)
         event("lost store" if lost else "store")
         cleared = [e for e in self.core.events[before:] if isinstance(e, PoisonCleared)]
-        assert sum(e.length for e in cleared) == (0 if from_cache else healed * SECTOR_SIZE)
+        assert sum(e.length for e in cleared) == (0 if from_cache else cleared_sectors * SECTOR_SIZE)
         return True
 
     @precondition(lambda self: self.model.files)
@@ -186,7 +192,7 @@ class FilesystemAgainstModel(Invariants):
     @precondition(lambda self: self.model.files)
     @rule(index=which, first=blocks, count=st.integers(1, 4), seed=st.integers(0, 9999))
     def write_back(self, index: int, first: int, count: int, seed: int) -> None:
-        """The page cache writes whole pages, cut off at the end of the file."""
+        """Write back whole pages from the page cache, cut off at the end of the file."""
         file = self.pick(index)
         length = min(file.size, (first + count) * PAGE_SIZE) - first * PAGE_SIZE
         if length > 0:
@@ -234,7 +240,7 @@ class FilesystemAgainstModel(Invariants):
         file, fs = self.pick(index), self.core.fs
         if whole:
             offset, length = offset // PAGE_SIZE * PAGE_SIZE, -(-length // PAGE_SIZE) * PAGE_SIZE
-        fs.commit()  # or it may commit for want of room between punching and allocating
+        fs.commit()  # otherwise a lack of room may cause a commit between punching and allocating
         self.model.given_up = set()
         if mode & ~1 and self.model.meets_poison(file, offset, length):
             return  # refused, but an edge before the poisoned one may be zeroed already
@@ -276,19 +282,19 @@ class FilesystemAgainstModel(Invariants):
     @precondition(lambda self: self.model.files)
     @rule(index=which, first=blocks, count=st.integers(1, 4))
     def memory_failure(self, index: int, first: int, count: int) -> None:
-        """Every place in every file that uses a failed page is named, at its own offset; nothing else is."""
+        """Exactly the file pages on a failed page are named, each at its own offset."""
         file = self.pick(index)
-        found, hurt = set(), set()
+        found, named = set(), set()
         for incident in self.core.fail(file.ino, first, count):
             assert incident.error is None
             for m in incident.mappings:
-                hurt |= {(m.mapping, m.index + i, m.pfn + i) for i in range(m.count)}
+                named |= {(m.mapping, m.index + i, m.pfn + i) for i in range(m.count)}
         self.model.poison(file, first * PAGE_SIZE, count * PAGE_SIZE)
         failed = {file.pages[i] for i in range(first, first + count) if i in file.pages}
         found = {(f.ino, i) for f in self.model.files for i, page in f.pages.items() if page in failed}
-        assert {(ino, i) for ino, i, _ in hurt} == found
+        assert {(ino, i) for ino, i, _ in named} == found
         base = self.core.pmem.dax.base_pfn
-        assert all(pfn == base + self.block_of(ino, i) for ino, i, pfn in hurt)
+        assert all(pfn == base + self.block_of(ino, i) for ino, i, pfn in named)
 
     @precondition(lambda self: self.model.files)
     @rule(index=which, offset=offsets, length=st.integers(1, 3 * PAGE_SIZE))

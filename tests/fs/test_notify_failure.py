@@ -1,4 +1,4 @@
-"""From a device range to the files it hurts; metadata means shutdown; removal is one call."""
+"""From a device range to the damaged files. Metadata means shutdown. Removal is one call."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_one_page_of_one_file(core: Core) -> None:
     assert core.of_type(FileDamaged) == [FileDamaged(ino=ino, path="/f", offset=PAGE_SIZE, length=PAGE_SIZE)]
 
 
-def test_every_sharer_is_named_at_its_own_offset(core: Core) -> None:
+def test_every_owner_is_named_at_its_own_offset(core: Core) -> None:
     one = core.file(b"1", pages("ABC"))
     two = core.clone(one, b"2")
     three = core.file(b"3", pages("xxxxx"))
@@ -53,7 +53,7 @@ def test_a_file_that_uses_the_block_twice_is_named_twice(core: Core) -> None:
     assert sorted(m.index for m in incident.mappings) == [0, 2]
 
 
-def test_a_range_is_one_mapping_range_however_long(core: Core) -> None:
+def test_a_range_of_any_length_is_one_mapping_range(core: Core) -> None:
     ino = core.file(data=bytes(600 * PAGE_SIZE))
     place = max(core.fs.device_ranges(ino, 0, 600 * PAGE_SIZE), key=lambda place: place.length)
     incident = notify(core, place.start, place.length)
@@ -61,7 +61,7 @@ def test_a_range_is_one_mapping_range_however_long(core: Core) -> None:
     assert place.length >= 300 * PAGE_SIZE
 
 
-def test_who_wrote_his_own_copy_is_not_hurt(core: Core) -> None:
+def test_a_file_with_its_own_copy_is_not_named(core: Core) -> None:
     one = core.file(b"1", pages("AB"))
     two = core.clone(one, b"2")
     core.fs.write(two, 0, b"mine")
@@ -69,7 +69,7 @@ def test_who_wrote_his_own_copy_is_not_hurt(core: Core) -> None:
     assert [m.mapping for m in incident.mappings] == [one]
 
 
-def test_free_blocks_are_nobodys_and_handled(core: Core) -> None:
+def test_a_failure_of_free_blocks_names_no_file(core: Core) -> None:
     incident = notify(core, 1000 * PAGE_SIZE, 10 * PAGE_SIZE)
     assert incident.mappings == []
     assert core.fs.shutdown_reason is None
@@ -84,7 +84,7 @@ def test_a_range_that_reaches_beyond_the_device_is_cut(core: Core) -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1, 2, -1])
-def test_metadata_hurt_is_a_shutdown_and_an_error(core: Core, which: int) -> None:
+def test_a_failure_of_metadata_is_a_shutdown_and_an_error(core: Core, which: int) -> None:
     ino = core.file(data=pages("A"))
     block = [owner.dev_block for owner in core.fs.rmap.owners(0, 1 << 40) if owner.ino == METADATA_INO][which]
     with pytest.raises(CorruptMetadata):
@@ -111,14 +111,14 @@ def test_removal_is_one_call_for_everything_and_a_shutdown(core: Core) -> None:
     assert core.fs.shutdown_reason == "Device is about to be removed!"
 
 
-def test_what_was_done_before_a_shutdown_is_kept(core: Core) -> None:
+def test_data_written_before_a_shutdown_is_kept(core: Core) -> None:
     ino = core.file(data=pages("ABC"))
     notify(core, 0, U64_MAX, MF_MEM_PRE_REMOVE)
     core.reopen()
     assert core.read(ino) == pages("ABC")
 
 
-def test_a_file_whose_name_is_not_utf8_can_be_told_of(core: Core) -> None:
+def test_the_event_of_a_file_with_a_name_that_is_not_utf8_can_be_encoded(core: Core) -> None:
     ino = core.file(b"\xff\xfe name", pages("A"))
     core.fail(ino, 0)
     (event,) = core.of_type(FileDamaged)

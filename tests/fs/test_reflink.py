@@ -1,4 +1,4 @@
-"""FICLONERANGE: what can be shared, what it costs, and that poison is shared too."""
+"""FICLONERANGE: allowed ranges, cost, and sharing of poison."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_clone_does_not_reach_beyond_the_largest_size(core: Core) -> None:
     assert core.fs.names.get(two).size == 0
 
 
-def test_what_a_clone_replaces_is_given_back(core: Core) -> None:
+def test_blocks_replaced_by_a_clone_are_freed(core: Core) -> None:
     one, two = core.file(b"1", pages("A")), core.file(b"2", pages("xyz"))
     free = core.fs.statfs().free
     core.fs.remap_file_range(one, 0, two, PAGE_SIZE, PAGE_SIZE)

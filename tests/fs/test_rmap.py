@@ -1,4 +1,4 @@
-"""The reverse map and the reflink proxy: one proxy for a shared extent, as long as any link to it lives."""
+"""The reverse map and the reflink proxy: one proxy for a shared extent, as long as any link lives."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_every_owner_of_a_shared_extent_is_found_at_its_own_offset() -> None:
     assert sorted(rmap.owners(103, 105)) == [Owner(1, 3, 103, 2), Owner(2, 51, 103, 2)]
 
 
-def test_owners_of_free_blocks_are_none() -> None:
+def test_free_blocks_have_no_owners() -> None:
     rmap = Rmap()
     a_file(rmap, 1)
     assert list(rmap.owners(110, 1 << 60)) == []
@@ -111,7 +111,7 @@ def test_owners_of_free_blocks_are_none() -> None:
     assert list(rmap.owners(105, 105)) == []
 
 
-def test_shared_parts_are_those_that_another_link_uses() -> None:
+def test_shared_parts_are_the_blocks_used_by_another_link() -> None:
     rmap = Rmap()
     one = a_file(rmap, 1)
     a_clone(rmap, 2, one, 2, 3)
@@ -121,13 +121,13 @@ def test_shared_parts_are_those_that_another_link_uses() -> None:
     assert list(rmap.shared_parts(link, 103, 104)) == [Range(103, 104)]
 
 
-def test_the_only_link_left_is_shared_until_the_store_knows_better() -> None:
+def test_the_only_link_left_is_shared_until_the_next_commit() -> None:
     rmap = Rmap()
     one = a_file(rmap, 1)
     a_clone(rmap, 2, one).remove(2, 10)
     (link,) = one
     assert list(rmap.shared_parts(link, 100, 110)) == [Range(100, 110)]
-    rmap.given_up = RangeSet()  # a commit
+    rmap.given_up = RangeSet()  # as after a commit
     assert list(rmap.shared_parts(link, 100, 110)) == [Range(100, 102)]
 
 
@@ -141,13 +141,13 @@ def test_a_block_that_one_file_uses_twice_is_shared() -> None:
     assert first.proxy is second.proxy
 
 
-def test_unreferenced_is_what_no_link_uses() -> None:
+def test_unreferenced_blocks_are_those_without_a_link() -> None:
     rmap = Rmap()
     a_file(rmap, 1)
     assert rmap.unreferenced(95, 115) == [Range(95, 100), Range(110, 115)]
 
 
-def test_lookup_among_thousands_of_small_links_and_one_long_one_is_what_brute_force_finds() -> None:
+def test_lookup_among_thousands_of_small_links_and_a_long_one_equals_brute_force() -> None:
     rmap = Rmap()
     whole = a_file(rmap, 1, dev_block=0, length=1 << 20)
     dice = random.Random(3)

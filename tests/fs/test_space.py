@@ -1,4 +1,4 @@
-"""Verbs about where bytes are: fallocate, lseek, copy_file_range, statfs, damaged, device_ranges."""
+"""Verbs about blocks of files: fallocate, lseek, copy_file_range, statfs, damaged, device_ranges."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 ZERO = FALLOC_FL_ZERO_RANGE
 
 
-def test_preallocated_blocks_read_as_zeros_and_are_the_files(core: Core) -> None:
+def test_preallocated_blocks_belong_to_the_file_and_read_as_zeros(core: Core) -> None:
     ino, free = core.file(), core.fs.statfs().free
     core.fs.fallocate(ino, 0, 100, 3 * PAGE_SIZE)
     assert core.read(ino) == bytes(100 + 3 * PAGE_SIZE)
@@ -35,7 +35,7 @@ def test_preallocation_fills_only_the_holes(core: Core) -> None:
     assert core.fs.statfs().free == free - 2
 
 
-def test_keep_size_allocates_beyond_the_end_and_truncate_gives_it_back(core: Core) -> None:
+def test_keep_size_allocates_beyond_the_end_and_truncate_frees(core: Core) -> None:
     ino, free = core.file(data=b"x"), core.fs.statfs().free
     core.fs.fallocate(ino, FALLOC_FL_KEEP_SIZE, 0, 10 * PAGE_SIZE)
     assert (core.fs.names.get(ino).size, core.fs.statfs().free) == (1, free - 9)
@@ -45,7 +45,7 @@ def test_keep_size_allocates_beyond_the_end_and_truncate_gives_it_back(core: Cor
     assert core.fs.statfs().free == free + 1
 
 
-def test_preallocating_more_than_there_is_changes_nothing(core: Core) -> None:
+def test_preallocating_more_than_is_free_changes_nothing(core: Core) -> None:
     ino, free = core.file(), core.fs.statfs().free
     with pytest.raises(NoSpace):
         core.fs.fallocate(ino, 0, 0, (free + 1) * PAGE_SIZE)
@@ -60,7 +60,7 @@ def test_punching_frees_whole_blocks_and_zeroes_the_edges(core: Core) -> None:
 
 
 @pytest.mark.parametrize(("offset", "length"), [(10, 20), (PAGE_SIZE - 5, 10), (PAGE_SIZE, 7), (4000, 96)])
-def test_punching_less_than_a_block(core: Core, offset: int, length: int) -> None:
+def test_punching_less_than_a_block_zeroes_exactly_the_range(core: Core, offset: int, length: int) -> None:
     ino = core.file(data=pages("AB"))
     core.fs.fallocate(ino, PUNCH, offset, length)
     expected = bytearray(pages("AB"))
@@ -68,7 +68,7 @@ def test_punching_less_than_a_block(core: Core, offset: int, length: int) -> Non
     assert core.read(ino) == expected
 
 
-def test_a_poisoned_block_is_got_rid_of_by_punching_or_zeroing_it_whole(core: Core) -> None:
+def test_punching_or_zeroing_a_whole_poisoned_block_replaces_it(core: Core) -> None:
     ino = core.file(data=pages("ABC"))
     for mode, page in ((PUNCH, 0), (ZERO, 1)):
         core.poison(ino, page)
@@ -78,7 +78,7 @@ def test_a_poisoned_block_is_got_rid_of_by_punching_or_zeroing_it_whole(core: Co
 
 
 @pytest.mark.parametrize("mode", [PUNCH, ZERO])
-def test_an_edge_in_poison_is_refused(core: Core, mode: int) -> None:
+def test_punching_with_an_edge_in_poison_is_refused(core: Core, mode: int) -> None:
     ino = core.file(data=pages("ABC"))
     core.poison(ino, 0)
     with pytest.raises(MediaError):
@@ -86,7 +86,7 @@ def test_an_edge_in_poison_is_refused(core: Core, mode: int) -> None:
     assert bytes(core.fs.read(ino, PAGE_SIZE, 2 * PAGE_SIZE)) == pages("BC")
 
 
-def test_punching_a_shared_block_leaves_it_to_the_others(core: Core) -> None:
+def test_punching_a_shared_block_leaves_other_owners_unchanged(core: Core) -> None:
     one = core.file(b"1", pages("ABC"))
     two = core.clone(one, b"2")
     core.fs.fallocate(two, PUNCH, 100, 2 * PAGE_SIZE)
@@ -106,7 +106,9 @@ def test_punching_a_shared_block_leaves_it_to_the_others(core: Core) -> None:
         (0x08, 0, 1, errno.EOPNOTSUPP),
     ],
 )
-def test_fallocate_refuses(core: Core, mode: int, offset: int, length: int, number: int) -> None:
+def test_fallocate_refuses_invalid_arguments(
+    core: Core, mode: int, offset: int, length: int, number: int
+) -> None:
     assert refuses(number, core.fs.fallocate, core.file(), mode, offset, length)
 
 
@@ -142,7 +144,7 @@ def test_copy_file_range_is_a_reflink_of_the_whole_blocks(core: Core) -> None:
 
 
 @pytest.mark.parametrize(("src", "dst", "length"), [(0, 0, 100), (1, 0, PAGE_SIZE), (0, 1, PAGE_SIZE)])
-def test_copy_file_range_leaves_to_the_kernel_what_cannot_be_shared(
+def test_copy_file_range_refuses_ranges_that_cannot_be_shared(
     core: Core, src: int, dst: int, length: int
 ) -> None:
     one, two = core.file(b"1", pages("ABC")), core.file(b"2", pages("xyz"))
@@ -169,7 +171,7 @@ def test_damaged_names_every_file_range_in_order(core: Core) -> None:
     (place,) = core.fs.device_ranges(one, 0, PAGE_SIZE)
     inject(core.pmem, place.start + 512, 600)
     inject(core.pmem, 3 * PAGE_SIZE, 512)
-    core.sound = False  # that was metadata
+    core.sound = False  # the block holds metadata
     inject(core.pmem, 2000 * PAGE_SIZE, PAGE_SIZE)
     assert core.fs.damaged() == [
         Damage(two, "/a", 0, PAGE_SIZE),
@@ -194,8 +196,8 @@ def test_device_ranges_leave_holes_out_and_cut_to_bytes(core: Core) -> None:
     assert core.fs.device_ranges(ino, PAGE_SIZE, PAGE_SIZE) == []
 
 
-def test_the_last_sharer_may_write_in_place_although_all_that_is_free_is_bad(core: Core) -> None:
-    """Whichever commit it is that says so, the one for want of blocks or its own."""
+def test_the_last_owner_writes_in_place_with_only_bad_blocks_free(core: Core) -> None:
+    """The write commits to make room, or an earlier commit ended the sharing."""
     one = core.file(b"one", b"1" * 2 * PAGE_SIZE)
     core.clone(one, b"two")
     other = core.file(b"other", b"o" * PAGE_SIZE)

@@ -1,4 +1,4 @@
-"""The memmap: what a pfn is before anybody looks at its struct page, and PG_hwpoison by range."""
+"""The memmap: the kind of each pfn, known without reading a struct page, and PG_hwpoison by range."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmap_ninja import numpy as ninja
 from daxemu.errors import Busy, NoDevice, NoSpace
 from daxemu.mm.memmap import Memmap
 from daxemu.mm.memmap_arrays import PAGES_PER_SECTION
-from daxemu.mm.pfn_kinds import Kind
+from daxemu.mm.pfn_kinds import PfnKind
 from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range, RangeSet
 
@@ -27,8 +27,8 @@ BASE = 32 * S
 SIX_T = (6 << 40) >> 12
 
 
-def room(directory: Path) -> int:
-    """Bytes that the files take."""
+def allocated(directory: Path) -> int:
+    """Return the allocated size of all files in ``directory``, in bytes."""
     return sum(p.stat().st_blocks * 512 for p in directory.rglob("*") if p.is_file())
 
 
@@ -50,12 +50,12 @@ def a_device(directory: Path, pages: int, altmap: int = 0, at: int = BASE) -> Me
     return memmap
 
 
-def walked(memmap: Memmap) -> list[tuple[int, int, Kind, bool]]:
+def walked(memmap: Memmap) -> list[tuple[int, int, PfnKind, bool]]:
     return [(*pages, kind, bad) for pages, kind, bad in memmap.walk()]
 
 
-def garbage(memmap: Memmap, directory: Path) -> None:
-    """Struct pages as they are before anybody initialises them (page_init_poison())."""
+def fill_with_garbage(memmap: Memmap, directory: Path) -> None:
+    """Fill the struct pages with the value of uninitialised struct pages (page_init_poison())."""
     ninja.open_existing(directory / "pages", mode="r+")[:] = 0xFF
 
 
@@ -64,9 +64,12 @@ def garbage(memmap: Memmap, directory: Path) -> None:
 
 @pytest.fixture
 def mixed(directory: Path) -> Memmap:
-    """One of each: hole, offline, and a device with an altmap that begins and ends inside sections."""
+    """Return a memmap with each kind of pfn: hole, offline, and a device with an altmap.
+
+    The device begins and ends inside sections.
+    """
     memmap = Memmap.create(private(directory), Range(BASE, BASE + 8 * S))
-    garbage(memmap, directory)
+    fill_with_garbage(memmap, directory)
     memmap.add_offline(Range(BASE, BASE + S))
     memmap.add_pages(Range(BASE + 2 * S + 100, BASE + 5 * S + 50), altmap_pages=64)
     memmap.memmap_init_zone_device(Range(BASE + 2 * S + 100, BASE + 4 * S + 7))
@@ -74,56 +77,56 @@ def mixed(directory: Path) -> Memmap:
 
 
 KINDS = [
-    (0, BASE, Kind.HOLE, False),
-    (BASE, BASE + S, Kind.OFFLINE, False),
-    (BASE + S, BASE + 2 * S, Kind.HOLE, False),
-    (BASE + 2 * S, BASE + 2 * S + 100, Kind.PARTIAL, False),
-    (BASE + 2 * S + 100, BASE + 2 * S + 164, Kind.RESERVED, False),
-    (BASE + 2 * S + 164, BASE + 4 * S + 7, Kind.ZONE_DEVICE, False),
-    (BASE + 4 * S + 7, BASE + 5 * S + 50, Kind.UNINITIALISED, False),
-    (BASE + 5 * S + 50, BASE + 6 * S, Kind.PARTIAL, False),
-    (BASE + 6 * S, BASE + 8 * S, Kind.HOLE, False),
+    (0, BASE, PfnKind.HOLE, False),
+    (BASE, BASE + S, PfnKind.OFFLINE, False),
+    (BASE + S, BASE + 2 * S, PfnKind.HOLE, False),
+    (BASE + 2 * S, BASE + 2 * S + 100, PfnKind.PARTIAL, False),
+    (BASE + 2 * S + 100, BASE + 2 * S + 164, PfnKind.RESERVED, False),
+    (BASE + 2 * S + 164, BASE + 4 * S + 7, PfnKind.ZONE_DEVICE, False),
+    (BASE + 4 * S + 7, BASE + 5 * S + 50, PfnKind.UNINITIALISED, False),
+    (BASE + 5 * S + 50, BASE + 6 * S, PfnKind.PARTIAL, False),
+    (BASE + 6 * S, BASE + 8 * S, PfnKind.HOLE, False),
 ]
 
 
-def test_a_walk_names_every_kind_and_looks_at_no_garbage(mixed: Memmap) -> None:
+def test_walk_names_every_kind_and_reads_no_garbage(mixed: Memmap) -> None:
     assert walked(mixed) == KINDS
 
 
-def test_each_pfn_alone_is_what_the_walk_says(mixed: Memmap) -> None:
+def test_kind_of_each_pfn_equals_the_walk(mixed: Memmap) -> None:
     for start, end, kind, _ in KINDS:
         for pfn in (start, (start + end) // 2, end - 1):
             assert mixed.kind(pfn) is kind
-            assert mixed.pfn_zone_device(pfn) == (kind is Kind.ZONE_DEVICE)
-            if kind is Kind.ZONE_DEVICE:
+            assert mixed.pfn_zone_device(pfn) == (kind is PfnKind.ZONE_DEVICE)
+            if kind is PfnKind.ZONE_DEVICE:
                 assert not mixed.page_hwpoison(pfn)
             else:
                 with pytest.raises(NoDevice, match=kind.value):
                     mixed.page_hwpoison(pfn)
 
 
-def test_the_counts_are_the_walks(mixed: Memmap) -> None:
-    totals: dict[tuple[Kind, bool], int] = {}
+def test_counts_equal_the_walk(mixed: Memmap) -> None:
+    totals: dict[tuple[PfnKind, bool], int] = {}
     for pages, kind, bad in mixed.walk():
         totals[kind, bad] = totals.get((kind, bad), 0) + pages.length
     assert mixed.count() == totals
     assert sum(totals.values()) == BASE + 8 * S
 
 
-def test_poison_of_everything_reaches_only_pages_that_may_be_looked_at(mixed: Memmap) -> None:
+def test_set_hwpoison_of_everything_marks_only_initialised_struct_pages(mixed: Memmap) -> None:
     mixed.set_hwpoison(Range(0, BASE + 8 * S))
     assert [each[:3] for each in walked(mixed)] == [each[:3] for each in KINDS]
-    assert [kind for _, _, kind, bad in walked(mixed) if bad] == [Kind.ZONE_DEVICE]
+    assert [kind for _, _, kind, bad in walked(mixed) if bad] == [PfnKind.ZONE_DEVICE]
 
 
-def test_initialising_on_wipes_garbage_and_keeps_poison(mixed: Memmap) -> None:
+def test_further_initialisation_clears_garbage_and_keeps_hwpoison(mixed: Memmap) -> None:
     mixed.set_hwpoison(Range(BASE + 4 * S, BASE + 4 * S + 3))
     mixed.memmap_init_zone_device(Range(BASE + 2 * S + 100, BASE + 5 * S + 50))
-    assert mixed.kind(BASE + 5 * S + 49) is Kind.ZONE_DEVICE
+    assert mixed.kind(BASE + 5 * S + 49) is PfnKind.ZONE_DEVICE
     assert [(s, e) for s, e, _, bad in walked(mixed) if bad] == [(BASE + 4 * S, BASE + 4 * S + 3)]
 
 
-def test_struct_pages_are_given_once(mixed: Memmap) -> None:
+def test_struct_pages_cannot_be_added_twice(mixed: Memmap) -> None:
     with pytest.raises(Busy):
         mixed.add_pages(Range(BASE + 3 * S, BASE + 7 * S))
     with pytest.raises(Busy):
@@ -133,7 +136,7 @@ def test_struct_pages_are_given_once(mixed: Memmap) -> None:
     assert walked(mixed) == KINDS
 
 
-def test_struct_pages_go_with_the_device_and_can_come_back(directory: Path) -> None:
+def test_struct_pages_are_removed_with_the_device_and_can_be_added_again(directory: Path) -> None:
     memmap = Memmap.create(private(directory), Range(0, 6 * S))
     memmap.add_pages(Range(10, 3 * S + 5))
     memmap.add_pages(Range(3 * S + 5, 4 * S + 1))
@@ -142,29 +145,29 @@ def test_struct_pages_go_with_the_device_and_can_come_back(directory: Path) -> N
     memmap.set_hwpoison(Range(0, 6 * S))
     memmap.remove_pages(Range(0, 3 * S + 5))
     assert walked(memmap) == [
-        (0, 3 * S, Kind.HOLE, False),
-        (3 * S, 3 * S + 5, Kind.PARTIAL, False),  # the section is the other device's, too
-        (3 * S + 5, 4 * S + 1, Kind.ZONE_DEVICE, True),
-        (4 * S + 1, 5 * S, Kind.PARTIAL, False),
-        (5 * S, 5 * S + 7, Kind.RESERVED, False),
-        (5 * S + 7, 6 * S, Kind.ZONE_DEVICE, True),
+        (0, 3 * S, PfnKind.HOLE, False),
+        (3 * S, 3 * S + 5, PfnKind.PARTIAL, False),  # the section is the other device's, too
+        (3 * S + 5, 4 * S + 1, PfnKind.ZONE_DEVICE, True),
+        (4 * S + 1, 5 * S, PfnKind.PARTIAL, False),
+        (5 * S, 5 * S + 7, PfnKind.RESERVED, False),
+        (5 * S + 7, 6 * S, PfnKind.ZONE_DEVICE, True),
     ]
     memmap.remove_pages(Range(3 * S, 5 * S))
-    memmap.remove_pages(Range(5 * S + 1, 6 * S))  # half a device does not go
-    assert walked(memmap)[0] == (0, 5 * S, Kind.HOLE, False)
-    assert memmap.count()[Kind.ZONE_DEVICE, True] == S - 7
+    memmap.remove_pages(Range(5 * S + 1, 6 * S))  # a part of a device cannot be removed
+    assert walked(memmap)[0] == (0, 5 * S, PfnKind.HOLE, False)
+    assert memmap.count()[PfnKind.ZONE_DEVICE, True] == S - 7
     memmap.add_pages(Range(10, 3 * S + 5))
     memmap.memmap_init_zone_device(Range(10, 3 * S + 5))
-    assert memmap.count()[Kind.ZONE_DEVICE, False] == 3 * S - 5
+    assert memmap.count()[PfnKind.ZONE_DEVICE, False] == 3 * S - 5
 
 
-def test_a_walker_meanwhile_sees_each_page_as_it_was_or_not_at_all(directory: Path) -> None:
+def test_a_concurrent_walker_sees_each_page_unchanged_or_as_a_hole(directory: Path) -> None:
     outside_looks = threading.Event()
-    counts: list[dict[tuple[Kind, bool], int]] = []
+    counts: list[dict[tuple[PfnKind, bool], int]] = []
 
     def look() -> None:
         outside = Memmap.open(private(directory))
-        while (Kind.HOLE, False) not in (counts[-1] if counts else {}):
+        while (PfnKind.HOLE, False) not in (counts[-1] if counts else {}):
             counts.append(outside.count())
             outside_looks.set()
         outside.close()
@@ -177,12 +180,12 @@ def test_a_walker_meanwhile_sees_each_page_as_it_was_or_not_at_all(directory: Pa
     memmap.remove_pages(Range(0, SIX_T))
     looker.join(10)
     assert not looker.is_alive()
-    kinds = {(Kind.ZONE_DEVICE, True), (Kind.ZONE_DEVICE, False), (Kind.HOLE, False)}
+    kinds = {(PfnKind.ZONE_DEVICE, True), (PfnKind.ZONE_DEVICE, False), (PfnKind.HOLE, False)}
     assert all(set(count) <= kinds and sum(count.values()) == SIX_T for count in counts)
-    assert memmap.count() == {(Kind.HOLE, False): SIX_T}
+    assert memmap.count() == {(PfnKind.HOLE, False): SIX_T}
 
 
-def test_there_are_not_endless_spans(directory: Path) -> None:
+def test_more_than_64_spans_are_refused(directory: Path) -> None:
     memmap = Memmap.create(private(directory), Range(0, S))
     for index in range(64):
         memmap.add_pages(Range(index * 2, index * 2 + 1))
@@ -193,7 +196,7 @@ def test_there_are_not_endless_spans(directory: Path) -> None:
 # -- PG_hwpoison
 
 
-def test_poison_is_what_a_set_of_ranges_would_say(directory: Path) -> None:
+def test_hwpoison_equals_a_set_of_ranges(directory: Path) -> None:
     chance = random.Random(4)
     memmap, model = a_device(directory, 5 * S + 77, altmap=10, at=BASE + 5), RangeSet()
     first, last = BASE + 15, BASE + 5 + 5 * S + 77
@@ -210,23 +213,23 @@ def test_poison_is_what_a_set_of_ranges_would_say(directory: Path) -> None:
             memmap.clear_hwpoison(Range(start, start + length))
             model.remove(*clipped)
         assert [Range(s, e) for s, e, _, bad in walked(memmap) if bad] == list(model)
-        assert memmap.count().get((Kind.ZONE_DEVICE, True), 0) == model.total
+        assert memmap.count().get((PfnKind.ZONE_DEVICE, True), 0) == model.total
         assert memmap.page_hwpoison(first) == (first in model)
 
 
-def test_6_tib_take_kilobytes_and_no_time(directory: Path) -> None:
+def test_6_tib_take_less_than_512_kib_and_2_seconds(directory: Path) -> None:
     memmap = a_device(directory, SIX_T)
-    empty = room(directory)
+    empty = allocated(directory)
     assert empty < 256 << 10
     assert (directory / "pages" / "data.ninja").stat().st_size >= SIX_T
     start = time.process_time()
     memmap.set_hwpoison(Range(BASE + 3, BASE + SIX_T - 3))
-    assert memmap.count()[Kind.ZONE_DEVICE, True] == SIX_T - 6
+    assert memmap.count()[PfnKind.ZONE_DEVICE, True] == SIX_T - 6
     memmap.clear_hwpoison(Range(BASE, BASE + SIX_T // 2 + 1))
     memmap.clear_hwpoison(Range(BASE, BASE + SIX_T))
-    assert (Kind.ZONE_DEVICE, True) not in memmap.count()
+    assert (PfnKind.ZONE_DEVICE, True) not in memmap.count()
     assert time.process_time() - start < 2
-    assert room(directory) < empty + (256 << 10)
+    assert allocated(directory) < empty + (256 << 10)
 
 
 def test_poison_in_every_section_is_walked_in_seconds(directory: Path) -> None:
@@ -234,14 +237,14 @@ def test_poison_in_every_section_is_walked_in_seconds(directory: Path) -> None:
     for section in range(0, SIX_T // S, 16):
         memmap.set_hwpoison(Range(BASE + section * S + 9, BASE + section * S + 10))
     start = time.process_time()
-    assert Memmap.open(private(directory)).count()[Kind.ZONE_DEVICE, True] == SIX_T // S // 16
+    assert Memmap.open(private(directory)).count()[PfnKind.ZONE_DEVICE, True] == SIX_T // S // 16
     assert time.process_time() - start < 5
 
 
 # -- seen from outside
 
 
-def test_another_process_sees_what_changes(directory: Path) -> None:
+def test_another_process_sees_changes(directory: Path) -> None:
     memmap = a_device(directory, 3 * S)
     outside = Memmap.open(private(directory))
     memmap.set_hwpoison(Range(BASE + 1, BASE + 2 * S))
@@ -251,7 +254,7 @@ def test_another_process_sees_what_changes(directory: Path) -> None:
         outside.set_hwpoison(Range(BASE, BASE + S))
 
 
-def test_a_walker_keeps_what_it_looks_at_when_the_machine_starts_anew(directory: Path) -> None:
+def test_a_walker_keeps_the_old_memmap_when_the_machine_is_created_again(directory: Path) -> None:
     a_device(directory, 3 * S).set_hwpoison(Range(BASE, BASE + 1))
     outside = Memmap.open(private(directory))
     fresh = a_device(directory, S)
@@ -260,10 +263,10 @@ def test_a_walker_keeps_what_it_looks_at_when_the_machine_starts_anew(directory:
     assert not Memmap.open(private(directory)).page_hwpoison(BASE)
     fresh.discard()
     assert not directory.exists()
-    assert outside.count()[Kind.ZONE_DEVICE, False] == 3 * S - 1
+    assert outside.count()[PfnKind.ZONE_DEVICE, False] == 3 * S - 1
 
 
-def test_without_a_machine_there_is_no_memmap(directory: Path) -> None:
+def test_open_without_a_machine_is_file_not_found(directory: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Memmap.open(private(directory))
     directory.mkdir()
@@ -271,18 +274,20 @@ def test_without_a_machine_there_is_no_memmap(directory: Path) -> None:
         Memmap.open(private(directory))
 
 
-def test_looking_takes_no_room(directory: Path) -> None:
+def test_walking_allocates_nothing(directory: Path) -> None:
     memmap = a_device(directory, 100 * S)
     for section in range(100):
         memmap.set_hwpoison(Range(BASE + section * S, BASE + section * S + 1))
-    before = room(directory)
+    before = allocated(directory)
     outside = Memmap.open(private(directory))
     assert sum(bad for _, _, bad in outside.walk()) == 100
-    assert outside.count()[Kind.ZONE_DEVICE, True] == 100
-    assert room(directory) == before
+    assert outside.count()[PfnKind.ZONE_DEVICE, True] == 100
+    assert allocated(directory) == before
 
 
-def test_without_memory_nothing_breaks(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_host_filesystem_leaves_hwpoison_unchanged(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memmap = a_device(directory, 3 * S)
     memmap.set_hwpoison(Range(BASE + S, BASE + 2 * S))
 
@@ -292,12 +297,12 @@ def test_without_memory_nothing_breaks(directory: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "posix_fallocate", full)
     memmap.set_hwpoison(Range(BASE, BASE + 1))
     memmap.clear_hwpoison(Range(BASE + S, BASE + S + 1))
-    assert memmap.count()[Kind.ZONE_DEVICE, True] == S
+    assert memmap.count()[PfnKind.ZONE_DEVICE, True] == S
     with pytest.raises(NoSpace):
         Memmap.create(private(directory.with_name("other")), Range(0, S))
     assert not directory.with_name("other.new").exists()
 
 
-def test_numpy_knows_the_arrays(directory: Path) -> None:
+def test_mmap_ninja_opens_the_sections_as_uint8(directory: Path) -> None:
     a_device(directory, S)
     assert ninja.open_existing(directory / "sections").dtype == np.uint8

@@ -1,4 +1,4 @@
-"""memory_failure(): one call to the owner for one range, the kernel's choice of threads, and how it ends."""
+"""memory_failure(): one call to the driver for a range, the kernel's choice of threads, the outcome."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from daxemu.uapi import (
 )
 
 NONE, LATE, EARLY = 0, PF_MCE_PROCESS, PF_MCE_PROCESS | PF_MCE_EARLY
-STRAY = PF_MCE_EARLY  # the early bit alone means nothing
+STRAY = PF_MCE_EARLY  # PF_MCE_EARLY has no effect without PF_MCE_PROCESS
 
 
-# -- who is told
+# -- victims
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ STRAY = PF_MCE_EARLY  # the early bit alone means nothing
     ],
 )
 def test_find_early_kill_thread(flags: list[int], by_policy: int | None, by_sysctl: int | None) -> None:
-    """The loop of the kernel: with a policy of its own a thread is asked, without one the sysctl is."""
+    """find_early_kill_thread(): the sysctl decides for threads without a policy, and for no other thread."""
     threads = [Thread(100 + i, flag) for i, flag in enumerate(flags)]
     for early_kill, wanted in ((False, by_policy), (True, by_sysctl)):
         found = find_early_kill_thread(threads, early_kill)
@@ -76,7 +76,7 @@ def an_incident(flags: int = 0) -> Incident:
     return Incident(1, 500, 4, flags, [MappingRange(7, 3, 4, 500)])
 
 
-def test_the_consumer_is_told_whatever_its_policy() -> None:
+def test_the_consumer_is_a_victim_whatever_its_policy() -> None:
     task = a_task(10, NONE, LATE)
     found = task_early_kill(task, early_kill=False, force_tid=11)
     assert found is not None
@@ -85,20 +85,20 @@ def test_the_consumer_is_told_whatever_its_policy() -> None:
     assert task_early_kill(task, early_kill=True, force_tid=99) == task.threads[0]
 
 
-def test_each_process_is_told_through_its_own_thread() -> None:
+def test_the_policy_chooses_the_thread_of_each_process() -> None:
     tasks = [a_task(10, NONE), a_task(20, LATE, EARLY), a_task(30, LATE)]
     assert [(k.task.pid, k.tid) for k in collect_procs(an_incident(), tasks, early_kill=False)] == [(20, 21)]
-    told = collect_procs(an_incident(), tasks, early_kill=True)
-    assert [(k.task.pid, k.tid) for k in told] == [(10, 10), (20, 21)]
+    victims = collect_procs(an_incident(), tasks, early_kill=True)
+    assert [(k.task.pid, k.tid) for k in victims] == [(10, 10), (20, 21)]
 
 
-def test_who_has_no_page_present_is_not_told() -> None:
+def test_a_process_without_a_present_page_is_no_victim() -> None:
     assert collect_procs(an_incident(), [a_task(10, EARLY, runs=())], early_kill=True) == []
     removal = an_incident(MF_MEM_PRE_REMOVE)
     assert collect_procs(removal, [a_task(10, EARLY, runs=())], early_kill=True) == []
 
 
-def test_a_signal_says_where_in_the_process_and_which_page() -> None:
+def test_a_signal_has_the_victims_address_the_shift_and_the_pfn() -> None:
     runs = (PresentRun(7, 5, 2, 0x1000, 12), PresentRun(7, 3, 1, 0x200000, 21))
     task = a_task(10, EARLY, runs=runs)
     assert collect_procs(an_incident(), [task], early_kill=False) == [
@@ -107,23 +107,23 @@ def test_a_signal_says_where_in_the_process_and_which_page() -> None:
     ]
 
 
-def test_two_files_that_share_the_page_each_know_its_pfn() -> None:
+def test_each_file_sharing_the_page_has_the_pfn() -> None:
     incident = Incident(1, 500, 1, 0, [MappingRange(7, 3, 1, 500), MappingRange(8, 90, 1, 500)])
     task = a_task(10, EARLY, runs=(PresentRun(8, 90, 1, 0x9000, 12),))
-    (told,) = collect_procs(incident, [task], early_kill=False)
-    assert (told.address, told.pfn) == (0x9000, 500)
+    (victim,) = collect_procs(incident, [task], early_kill=False)
+    assert (victim.address, victim.pfn) == (0x9000, 500)
 
 
-def test_on_removal_everybody_is_told_once_through_the_leader_policy_or_not() -> None:
+def test_removal_signals_each_process_once_through_the_leader_whatever_its_policy() -> None:
     runs = (PresentRun(7, 5, 2, 0x1000, 12), PresentRun(8, 0, 9, 0x8000, 12))
     tasks = [a_task(10, LATE, EARLY, runs=runs), a_task(20, NONE)]
-    told = collect_procs(an_incident(MF_MEM_PRE_REMOVE), tasks, early_kill=False)
-    assert [(k.tid, k.address) for k in told] == [(10, 0x1000), (20, 0x7F0000003000)]
+    victims = collect_procs(an_incident(MF_MEM_PRE_REMOVE), tasks, early_kill=False)
+    assert [(k.tid, k.address) for k in victims] == [(10, 0x1000), (20, 0x7F0000003000)]
 
 
 @pytest.mark.parametrize("flags", [0, MF_MEM_PRE_REMOVE])
-def test_a_process_whose_threads_are_gone_is_left_alone(flags: int) -> None:
-    """It died between being looked at and being chosen."""
+def test_a_process_without_threads_is_no_victim(flags: int) -> None:
+    """A process that exits between collect and the choice of a thread has no threads left."""
     assert collect_procs(an_incident(flags), [a_task(10)], early_kill=True) == []
 
 
@@ -132,7 +132,7 @@ def test_a_process_whose_threads_are_gone_is_left_alone(flags: int) -> None:
 
 @dataclass
 class Owner:
-    """A dev_pagemap's ops: remembers its calls, and answers with an error or by naming a file."""
+    """The ops of a dev_pagemap: record each call, then raise an error or name a file range."""
 
     mm: MemoryFailures
     error: Exception | None = None
@@ -155,8 +155,8 @@ class Machine:
         self.mm.memremap_pages(DevPagemap(f"pmem{start}", (Range(start, end),), owner, altmap))
         return owner
 
-    def fail(self, pfn: int, nr_pages: int, told: int = 0) -> Outcome:
-        return self.mm.action_result(self.mm.memory_failure(pfn, nr_pages, 0), told)
+    def fail(self, pfn: int, nr_pages: int, signals: int = 0) -> Outcome:
+        return self.mm.action_result(self.mm.memory_failure(pfn, nr_pages, 0), signals)
 
 
 @pytest.fixture
@@ -166,21 +166,21 @@ def machine() -> Machine:
 
 
 @pytest.mark.parametrize("nr_pages", [1, 512, 1_610_612_736])
-def test_one_call_whatever_the_size(machine: Machine, nr_pages: int) -> None:
+def test_one_call_for_a_range_of_any_size(machine: Machine, nr_pages: int) -> None:
     owner = machine.pagemap(1000, 1000 + (1 << 31))
     incident = machine.mm.memory_failure(1000, nr_pages, MF_ACTION_REQUIRED)
     assert owner.calls == [(1000, nr_pages, MF_ACTION_REQUIRED)]
     assert incident.mappings == [MappingRange(7, 0, nr_pages, 1000)]
 
 
-def test_each_owner_of_a_part_is_called_for_its_part(machine: Machine) -> None:
+def test_each_driver_is_called_for_its_part_of_the_range(machine: Machine) -> None:
     one, two = machine.pagemap(100, 200), machine.pagemap(300, 400, altmap=10)
     machine.mm.memory_failure(150, 1000, 0)
     assert one.calls == [(150, 50, 0)]
     assert two.calls == [(310, 90, 0)]
 
 
-def test_the_altmap_of_a_range_is_failed_and_its_data_is_not(machine: Machine) -> None:
+def test_outcome_is_failed_for_the_altmap_and_recovered_for_data(machine: Machine) -> None:
     owner = machine.pagemap(300, 400, altmap=10)
     incident = machine.mm.memory_failure(305, 10, 0)
     assert owner.calls == [(310, 5, 0)]
@@ -190,7 +190,7 @@ def test_the_altmap_of_a_range_is_failed_and_its_data_is_not(machine: Machine) -
     ] == [(305, 5, Outcome.FAILED), (310, 5, Outcome.RECOVERED)]
 
 
-def test_all_of_a_pagemap_is_one_call_a_range(machine: Machine) -> None:
+def test_dev_pagemap_failure_is_one_call_for_each_range(machine: Machine) -> None:
     owner = Owner(machine.mm)
     pgmap = DevPagemap("pmem0", (Range(100, 1 << 31), Range(1 << 32, 1 << 33)), owner, altmap_pages=10)
     machine.mm.memremap_pages(pgmap)
@@ -212,14 +212,14 @@ def test_a_failure_reaches_each_range_of_a_pagemap(machine: Machine) -> None:
 
 
 def test_poisoning_a_poisoned_page_is_handled_again(machine: Machine) -> None:
-    """memory_failure_dev_pagemap() does not look at PG_hwpoison."""
+    """memory_failure_dev_pagemap() does not test PG_hwpoison."""
     owner = machine.pagemap(100, 200)
     assert [machine.fail(150, 1), machine.fail(150, 1)] == [Outcome.RECOVERED] * 2
     assert len(owner.calls) == 2
     assert machine.mm.counters[Outcome.RECOVERED] == 2
 
 
-def test_whoever_shows_the_counters_hears_of_each_change(machine: Machine) -> None:
+def test_on_count_is_called_after_each_change(machine: Machine) -> None:
     machine.pagemap(100, 200)
     seen: list[int] = []
     machine.mm.on_count = lambda: seen.append(machine.mm.counters[Outcome.RECOVERED])
@@ -229,7 +229,7 @@ def test_whoever_shows_the_counters_hears_of_each_change(machine: Machine) -> No
 
 
 @pytest.mark.parametrize(("pfn", "nr_pages"), [(99, 1), (200, 10), (0, 100), (150, 0), (150, -1)])
-def test_nobodys_memory_is_enxio(machine: Machine, pfn: int, nr_pages: int) -> None:
+def test_memory_without_a_driver_is_enxio(machine: Machine, pfn: int, nr_pages: int) -> None:
     machine.pagemap(100, 200)
     with pytest.raises(NoDevice):
         machine.mm.memory_failure(pfn, nr_pages, 0)
@@ -237,7 +237,7 @@ def test_nobodys_memory_is_enxio(machine: Machine, pfn: int, nr_pages: int) -> N
 
 
 def test_unsupported_falls_back_on_a_handler_that_finds_no_mapping(machine: Machine) -> None:
-    """s0 on ext4-dax, whose holder has no notify_failure: a page that no process has is -EBUSY."""
+    """A holder without notify_failure (scenario `s0-metadata` on ext4-dax) is -EBUSY for an unmapped page."""
     machine.pagemap(100, 200, Unsupported("nobody holds it"))
     incident = machine.mm.memory_failure(150, 1, 0)
     assert isinstance(incident.error, Busy)
@@ -245,27 +245,27 @@ def test_unsupported_falls_back_on_a_handler_that_finds_no_mapping(machine: Mach
     assert machine.mm.action_result(incident, 0) is Outcome.FAILED
 
 
-def test_an_owner_without_ops_falls_back_too(machine: Machine) -> None:
+def test_a_pagemap_without_ops_is_failed(machine: Machine) -> None:
     machine.mm.memremap_pages(DevPagemap("pmem0", (Range(100, 200),), None))
     assert machine.fail(150, 1) is Outcome.FAILED
 
 
-def test_an_error_is_failed_and_is_told(machine: Machine) -> None:
-    machine.pagemap(100, 200, CorruptMetadata("the records are hurt"))
+def test_an_error_of_the_driver_is_failed_and_is_in_the_event(machine: Machine) -> None:
+    machine.pagemap(100, 200, CorruptMetadata("the records are damaged"))
     assert machine.fail(150, 1) is Outcome.FAILED
     (event,) = machine.events
     assert isinstance(event, MemoryFailureHandled)
-    assert event.error == "the records are hurt"
+    assert event.error == "the records are damaged"
 
 
-def test_one_bad_part_fails_the_whole_but_the_others_are_still_called(machine: Machine) -> None:
+def test_one_failed_part_fails_the_incident_and_the_other_drivers_are_still_called(machine: Machine) -> None:
     machine.pagemap(100, 200, CorruptMetadata("no"))
     other = machine.pagemap(200, 300)
     assert machine.fail(100, 200) is Outcome.FAILED
     assert other.calls == [(200, 100, 0)]
 
 
-def test_a_bug_of_an_owner_is_no_outcome(machine: Machine) -> None:
+def test_an_unexpected_exception_of_a_driver_propagates(machine: Machine) -> None:
     machine.pagemap(100, 200, ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
         machine.mm.memory_failure(150, 1, 0)
@@ -274,7 +274,7 @@ def test_a_bug_of_an_owner_is_no_outcome(machine: Machine) -> None:
 def test_outcomes_are_counted_and_logged(machine: Machine) -> None:
     machine.pagemap(100, 200)
     machine.pagemap(200, 300, CorruptMetadata("no"))
-    assert [machine.fail(100, 2, told=3), machine.fail(110, 1), machine.fail(250, 1)] == [
+    assert [machine.fail(100, 2, signals=3), machine.fail(110, 1), machine.fail(250, 1)] == [
         Outcome.RECOVERED,
         Outcome.RECOVERED,
         Outcome.FAILED,
@@ -290,7 +290,7 @@ def test_outcomes_are_counted_and_logged(machine: Machine) -> None:
     )
 
 
-def test_the_same_range_can_fail_again_before_the_first_ended(machine: Machine) -> None:
+def test_the_same_range_can_fail_again_before_the_first_outcome(machine: Machine) -> None:
     machine.pagemap(100, 200)
     first = machine.mm.memory_failure(100, 1, 0)
     second = machine.mm.memory_failure(100, 1, 0)
@@ -299,15 +299,15 @@ def test_the_same_range_can_fail_again_before_the_first_ended(machine: Machine) 
     assert [machine.mm.action_result(each, 0) for each in (second, first)] == [Outcome.RECOVERED] * 2
 
 
-# -- naming files
+# -- mf_dax_kill_procs()
 
 
-def test_a_file_can_only_be_named_during_a_failure(machine: Machine) -> None:
+def test_mf_dax_kill_procs_outside_a_failure_is_refused(machine: Machine) -> None:
     with pytest.raises(RuntimeError):
         machine.mm.mf_dax_kill_procs(7, 0, 1, 100, 0)
 
 
-def test_a_failure_within_a_failure_keeps_them_apart(machine: Machine) -> None:
+def test_nested_failures_record_into_their_own_incidents(machine: Machine) -> None:
     outer, inner = machine.mm.removal(100, 1), machine.mm.removal(200, 1)
     with machine.mm.during(outer):
         with machine.mm.during(inner):
@@ -319,7 +319,7 @@ def test_a_failure_within_a_failure_keeps_them_apart(machine: Machine) -> None:
         machine.mm.mf_dax_kill_procs(7, 0, 1, 100, 0)
 
 
-def test_everything_is_the_whole_device_not_a_range(machine: Machine) -> None:
+def test_a_count_of_u64_max_is_the_whole_device_not_a_range(machine: Machine) -> None:
     incident = machine.mm.removal(100, 50)
     with machine.mm.during(incident):
         machine.mm.mf_dax_kill_procs(0, 0, U64_MAX, 100, MF_MEM_PRE_REMOVE)
@@ -341,7 +341,7 @@ def test_overlapping_pagemaps_are_refused(machine: Machine, start: int, end: int
     assert len(owner.calls) == 1
 
 
-def test_a_pagemap_that_is_gone_is_nobodys(machine: Machine) -> None:
+def test_memory_of_an_unregistered_pagemap_is_refused(machine: Machine) -> None:
     pgmap = DevPagemap("pmem0", (Range(100, 200),), None)
     machine.mm.memremap_pages(pgmap)
     machine.mm.memunmap_pages(pgmap)

@@ -1,4 +1,4 @@
-"""Memory without struct pages: who may register it, and how its failures are told from all others."""
+"""Memory without struct pages: registration of drivers, and failures as opposed to those of struct pages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EARLY, LATE = PF_MCE_PROCESS | PF_MCE_EARLY, PF_MCE_PROCESS
 
 @dataclass
 class Driver:
-    """Remembers what failed; its memory is FILE from page 5 on."""
+    """A driver of memory mapped to FILE from page 5 on. Records the failed pages."""
 
     error: DaxemuError | None = None
     failed: list[tuple[int, int]] = field(default_factory=list)
@@ -70,11 +70,11 @@ def machine() -> Machine:
     return Machine()
 
 
-# -- registering
+# -- registration
 
 
 @pytest.mark.parametrize(("start", "end"), [(100, 200), (150, 160), (0, 101), (199, 300), (0, 1000)])
-def test_an_overlap_is_ebusy(machine: Machine, start: int, end: int) -> None:
+def test_registering_an_overlapping_range_is_ebusy(machine: Machine, start: int, end: int) -> None:
     machine.space(100, 200)
     with pytest.raises(Busy):
         machine.space(start, end)
@@ -84,17 +84,17 @@ def test_an_overlap_is_ebusy(machine: Machine, start: int, end: int) -> None:
 
 
 @pytest.mark.parametrize(("start", "end"), [(100, 100), (101, 100), (-1, 5)])
-def test_an_empty_range_is_einval(machine: Machine, start: int, end: int) -> None:
+def test_registering_an_empty_range_is_einval(machine: Machine, start: int, end: int) -> None:
     with pytest.raises(InvalidArgument):
         machine.space(start, end)
 
 
-def test_without_its_callbacks_is_einval() -> None:
+def test_registering_without_callbacks_is_einval() -> None:
     with pytest.raises(InvalidArgument):
         PfnAddressSpaces().register(PfnAddressSpace("mute", Range(0, 1), None))
 
 
-def test_what_was_unregistered_is_nobodys(machine: Machine) -> None:
+def test_memory_of_an_unregistered_space_is_enxio(machine: Machine) -> None:
     space = PfnAddressSpace("gone", Range(100, 200), Driver())
     machine.mm.pfn_spaces.register(space)
     machine.mm.pfn_spaces.unregister(space)
@@ -104,17 +104,17 @@ def test_what_was_unregistered_is_nobodys(machine: Machine) -> None:
     machine.mm.pfn_spaces.register(space)
 
 
-def test_unregistering_a_stranger_leaves_the_other(machine: Machine) -> None:
+def test_unregistering_an_unknown_space_has_no_effect(machine: Machine) -> None:
     machine.space(100, 200)
     machine.mm.pfn_spaces.unregister(PfnAddressSpace("stranger", Range(100, 200), Driver()))
     assert len(machine.mm.pfn_spaces) == 1
 
 
-# -- failing
+# -- failures
 
 
 @pytest.mark.parametrize("nr_pages", [1, 512, 1 << 30])
-def test_one_call_for_a_range(machine: Machine, nr_pages: int) -> None:
+def test_one_call_for_a_range_of_any_size(machine: Machine, nr_pages: int) -> None:
     driver = machine.space(1000, 1000 + (1 << 31))
     incident = machine.mm.memory_failure(1010, nr_pages, 0)
     assert driver.failed == [(1010, nr_pages)]
@@ -128,14 +128,14 @@ def test_one_call_for_a_range(machine: Machine, nr_pages: int) -> None:
     assert sum(machine.mm.counters.values()) == 0, "a pfn without a struct page is on no node"
 
 
-def test_an_error_of_the_driver_is_failed_and_its_users_are_still_named(machine: Machine) -> None:
+def test_an_error_of_the_driver_is_failed_and_its_mappings_are_still_recorded(machine: Machine) -> None:
     machine.space(100, 200, MediaError("it burns"))
     incident = machine.mm.memory_failure(100, 1, 0)
     assert incident.pfn_mappings
     assert machine.mm.action_result(incident, 0) is Outcome.FAILED
 
 
-def test_outside_everything_is_enxio_logged_and_not_counted(machine: Machine) -> None:
+def test_memory_without_a_driver_is_enxio_logged_and_not_counted(machine: Machine) -> None:
     driver = machine.space(100, 200)
     with pytest.raises(NoDevice, match="memory outside kernel control"):
         machine.mm.memory_failure(200, 3, 0)
@@ -144,13 +144,13 @@ def test_outside_everything_is_enxio_logged_and_not_counted(machine: Machine) ->
     assert sum(machine.mm.counters.values()) == 0
 
 
-def test_a_range_over_several_owners_is_split(machine: Machine) -> None:
+def test_a_range_over_several_drivers_is_split(machine: Machine) -> None:
     machine.mm.memremap_pages(DevPagemap("pmem0", (Range(0, 50),), None))
     machine.mm.memremap_pages(DevPagemap("pmem1", (Range(120, 150),), None))
     low, high = machine.space(60, 130, MediaError("no")), machine.space(140, 200)
     incident = machine.mm.memory_failure(40, 200, 0)
     assert machine.mm.action_result(incident, 0) is Outcome.FAILED
-    # Pages with struct pages are the pagemap's, whoever else registered them.
+    # A page with a struct page belongs to the pagemap, even if a pfn address space overlaps.
     assert low.failed == [(60, 60)]
     assert high.failed == [(150, 50)]
     assert machine.handled() == [
@@ -164,7 +164,7 @@ def test_a_range_over_several_owners_is_split(machine: Machine) -> None:
     assert machine.mm.counters[Outcome.RECOVERED] == 0
 
 
-def test_poison_again_is_a_failure_again(machine: Machine) -> None:
+def test_poisoning_a_poisoned_page_is_handled_again(machine: Machine) -> None:
     driver = machine.space(100, 200)
     for _ in range(2):
         machine.mm.action_result(machine.mm.memory_failure(100, 1, 0), 0)
@@ -172,11 +172,11 @@ def test_poison_again_is_a_failure_again(machine: Machine) -> None:
     assert machine.handled() == [("non struct page pfn", 100, 1, Outcome.RECOVERED)] * 2
 
 
-# -- who is told
+# -- victims
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "position"),
     [
         ([0], 0),
         ([LATE], 0),
@@ -185,16 +185,21 @@ def test_poison_again_is_a_failure_again(machine: Machine) -> None:
         ([PF_EXITING], None),
     ],
 )
-def test_everybody_who_maps_it_is_told_whatever_the_policy(flags: list[int], told: int | None) -> None:
+def test_each_process_that_maps_a_failed_page_is_a_victim(flags: list[int], position: int | None) -> None:
     threads = tuple(Thread(10 + index, each) for index, each in enumerate(flags))
     run = PresentRun(FILE.ino, 17, 2, 0x7000_2000, 12)
-    hurt = PfnMapping(FILE, 15, 4, 1010)
-    to_kill = collect_procs_pfn(hurt, [Task(10, "p0", threads, (run,))], early_kill=False)
-    if told is None:
+    failed = PfnMapping(FILE, 15, 4, 1010)
+    to_kill = collect_procs_pfn(failed, [Task(10, "p0", threads, (run,))], early_kill=False)
+    if position is None:
         assert to_kill == []
     else:
         (victim,) = to_kill
-        assert (victim.tid, victim.address, victim.shift, victim.pfn) == (10 + told, 0x7000_2000, 12, 1012)
+        assert (victim.tid, victim.address, victim.shift, victim.pfn) == (
+            10 + position,
+            0x7000_2000,
+            12,
+            1012,
+        )
 
 
 def test_an_incident_without_parts_has_no_error() -> None:

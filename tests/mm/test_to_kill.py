@@ -1,4 +1,4 @@
-"""Several failures at once, over one look at the machine: who has what of each."""
+"""shared_out(): the present pages of each process, divided among several failures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILES = (5, 6)
 
 
 def a_task(pid: int, runs: list[tuple[int, int, int]]) -> Task:
-    """``runs`` are (file, first page, pages); no two at the same addresses."""
+    """Return a task. ``runs`` are (file, first page, pages), each at addresses of its own."""
     present = tuple(
         PresentRun(ino, index, pages, (pid << 40) + (at << 30), 12)
         for at, (ino, index, pages) in enumerate(runs)
@@ -22,7 +22,7 @@ def a_task(pid: int, runs: list[tuple[int, int, int]]) -> Task:
 
 
 def pages_of(task: Task) -> list[tuple[int, int, int]]:
-    """Every page that a task has present: (address, file, index)."""
+    """Return every present page of a task as (address, file, index)."""
     return [
         (run.address + page * PAGE_SIZE, run.mapping, run.index + page)
         for run in task.present
@@ -30,7 +30,7 @@ def pages_of(task: Task) -> list[tuple[int, int, int]]:
     ]
 
 
-def test_each_failure_gets_the_tasks_that_have_some_of_it_with_just_that() -> None:
+def test_each_failure_gets_its_tasks_with_only_its_own_pages() -> None:
     one, two = a_task(1, [(5, 0, 10), (6, 0, 4)]), a_task(2, [(5, 8, 4)])
     shares = shared_out(
         [one, two], [[(5, Range(2, 4))], [(5, Range(9, 10)), (6, Range(3, 9))], [(7, Range(0, 9))]]
@@ -57,16 +57,16 @@ SPANS = st.lists(st.lists(RUN, max_size=4), max_size=4)
 
 
 @given(st.lists(RUNS, max_size=4), SPANS)
-def test_no_page_is_lost_and_none_is_told_twice(
+def test_each_present_failed_page_is_in_exactly_one_share(
     have: list[list[tuple[int, int, int]]], failures: list[list[tuple[int, int, int]]]
 ) -> None:
     tasks = [a_task(pid, runs) for pid, runs in enumerate(have, 1)]
     taken = {ino: RangeSet() for ino in FILES}
-    hurt = [
+    failed = [
         [(ino, part) for ino, start, length in spans for part in taken[ino].add(start, start + length)]
         for spans in failures
     ]
-    for share, ranges in zip(shared_out(tasks, hurt), hurt, strict=True):
+    for share, ranges in zip(shared_out(tasks, failed), failed, strict=True):
         pages = {(ino, page) for ino, part in ranges for page in range(*part)}
         expected = [page for task in tasks for page in pages_of(task) if page[1:] in pages]
         assert sorted(page for task in share for page in pages_of(task)) == sorted(expected)

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from daxemu.mm.memmap import Memmap
-from daxemu.mm.pfn_kinds import Kind
+from daxemu.mm.pfn_kinds import PfnKind
 from daxemu.private_path import PrivatePath
 from tests.support.actor import Actor
 from tests.support.mount import DaxMount, daxemu
@@ -187,10 +187,10 @@ def test_struct_pages_are_gone_with_the_device(scene: Scene) -> None:
     scene.poison(3)
     looking = Memmap.open(PrivatePath.at(device) / "struct_page")
     before = looking.count()
-    total = before[Kind.ZONE_DEVICE, False] + 1
+    total = before[PfnKind.ZONE_DEVICE, False] + 1
     remove(scene)
-    assert before[Kind.ZONE_DEVICE, True] == 1
-    assert set(looking.count()) == {(Kind.HOLE, False)}
+    assert before[PfnKind.ZONE_DEVICE, True] == 1
+    assert set(looking.count()) == {(PfnKind.HOLE, False)}
     shown = scene.mount.json("page-types", device)
     assert [(t["kind"], t["names"]) for t in shown["types"]] == [("hole", ["nopage"])]
     assert shown["types"][0]["pages"] == sum(before.values()) > total

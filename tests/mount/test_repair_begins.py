@@ -174,7 +174,7 @@ def test_what_fails_before_its_turn_is_lost_and_the_rest_is_not(
     assert result["left"] == 1
     (finished, again) = written.events("RepairFinished")
     assert (finished["verdict"], again["verdict"]) == ("cannot", "cannot")
-    assert "not come to it yet" in finished["reason"]
+    assert "not processed the block yet" in finished["reason"]
     _survives(written, "f", [3, 700], expected)
 
 

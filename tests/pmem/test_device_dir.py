@@ -1,4 +1,4 @@
-"""The DEVICE directory: what it is made of, who may have it, and what is refused with a clear line."""
+"""The DEVICE directory: contents, users, and refusals with a clear error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from daxemu.uapi import PAGE_SIZE
 GOOD = DeviceConfig(MIN_SIZE)
 
 
-def test_what_is_made_can_be_loaded(tmp_path: Path) -> None:
+def test_a_created_device_can_be_loaded(tmp_path: Path) -> None:
     config = DeviceConfig(16 << 20, base_pfn=0x240000, altmap=2 << 20, align=2 << 20)
     DeviceDir.create(tmp_path / "pmem0", config)
     loaded = DeviceDir.load(tmp_path / "pmem0")
@@ -25,7 +25,7 @@ def test_what_is_made_can_be_loaded(tmp_path: Path) -> None:
     assert loaded.name == "pmem0"
 
 
-def test_a_6_tib_device_takes_no_space(tmp_path: Path) -> None:
+def test_a_6_tib_device_allocates_no_space(tmp_path: Path) -> None:
     path = Path("/dev/shm") / f"daxemu-dir-{os.getpid()}"
     device = DeviceDir.create(path, DeviceConfig(6 << 40))
     try:
@@ -60,22 +60,22 @@ def test_altmap_is_64_bytes_a_page() -> None:
     ],
     ids=str,
 )
-def test_what_no_device_can_have_is_refused_and_nothing_made(tmp_path: Path, config: DeviceConfig) -> None:
+def test_an_invalid_config_is_refused_and_no_file_is_created(tmp_path: Path, config: DeviceConfig) -> None:
     with pytest.raises(InvalidArgument):
         DeviceDir.create(tmp_path / "pmem0", config)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_smallest_and_the_largest_are_sizes() -> None:
+def test_the_smallest_and_the_largest_size_are_valid() -> None:
     DeviceConfig(MIN_SIZE).validate()
     DeviceConfig(MAX_SIZE).validate()
     DeviceConfig(2 * MIN_SIZE, altmap=MIN_SIZE).validate()
 
 
-# -- making
+# -- creating
 
 
-def test_what_is_there_is_not_replaced(tmp_path: Path) -> None:
+def test_an_existing_device_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "pmem0").mkdir()
     (tmp_path / "pmem0" / "precious").write_text("x")
     with pytest.raises(Busy, match="--force"):
@@ -94,7 +94,7 @@ def test_force_replaces_an_unmounted_device(tmp_path: Path) -> None:
     assert (path / "poison").read_text().strip() == ""
 
 
-def test_force_does_not_replace_a_mounted_one(tmp_path: Path) -> None:
+def test_force_does_not_replace_a_mounted_device(tmp_path: Path) -> None:
     path = tmp_path / "pmem0"
     DeviceDir.create(path, GOOD)
     with DeviceDir.open(path), pytest.raises(Busy, match="mounted"):
@@ -102,7 +102,7 @@ def test_force_does_not_replace_a_mounted_one(tmp_path: Path) -> None:
     assert DeviceDir.load(path).config == GOOD
 
 
-def test_force_leaves_a_device_alone_that_holds_something_else(tmp_path: Path) -> None:
+def test_force_leaves_a_device_with_foreign_files_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "pmem0"
     DeviceDir.create(path, GOOD)
     (path / "precious").write_text("x")
@@ -112,7 +112,7 @@ def test_force_leaves_a_device_alone_that_holds_something_else(tmp_path: Path) -
     assert DeviceDir.load(path).config == GOOD
 
 
-def test_a_place_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_an_impossible_path_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(DaxemuError):
         DeviceDir.create(tmp_path / "file" / "pmem0", GOOD)
@@ -120,7 +120,7 @@ def test_a_place_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_device_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
-    """32 TiB is more than most filesystems let a file have; directories made on the way go too."""
+    """A file of 32 TiB is more than most filesystems allow. Created parent directories are removed, too."""
     large = 32 << 40
     try:
         os.truncate(os.open(tmp_path / "probe", os.O_CREAT | os.O_WRONLY), large)
@@ -136,7 +136,7 @@ def test_a_device_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> Non
 def test_a_device_that_cannot_be_mapped_here_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When it is made, with what was there untouched, and where it was made elsewhere."""
+    """create() leaves an existing device untouched; load() refuses a device created on another machine."""
     monkeypatch.setattr(media, "_is_mappable", lambda size: size <= 1 << 40)
     path = tmp_path / "pmem0"
     DeviceDir.create(path, GOOD)
@@ -145,8 +145,8 @@ def test_a_device_that_cannot_be_mapped_here_is_refused(
     assert DeviceDir.load(path).config == GOOD
 
 
-def test_the_media_of_a_device_that_cannot_be_mapped_here() -> None:
-    """Made where a process has more address space."""
+def test_media_too_large_to_be_mapped_are_refused() -> None:
+    """A device may have been created on a machine with a larger address space."""
     if media._is_mappable(1 << 47):
         pytest.skip("a process can map 128 TiB here")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
@@ -169,7 +169,7 @@ def test_one_opener_at_a_time(tmp_path: Path) -> None:
     DeviceDir.open(path).close()
 
 
-def test_what_is_no_device_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_path_without_a_device_is_refused_with_advice(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path, tmp_path / "nothing", tmp_path / "file"):
         with pytest.raises(NotADevice, match="mkfs"):
@@ -210,7 +210,7 @@ def test_a_damaged_device_toml_is_refused(tmp_path: Path, old: str, new: str) ->
     assert "\n" not in str(caught.value)
 
 
-def test_a_device_toml_of_bytes_is_refused(tmp_path: Path) -> None:
+def test_a_device_toml_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "pmem0"
     DeviceDir.create(path, GOOD)
     (path / "device.toml").write_bytes(b"\xff\xfe\x00")

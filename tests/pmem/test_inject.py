@@ -1,4 +1,4 @@
-"""Making media bad and good: rounding, latent poison and its scrub, and what clearing leaves."""
+"""inject, uninject and scrub: rounding, latent poison, and the bytes after clearing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ AT = 1000 * PAGE_SIZE
 
 @pytest.fixture
 def full(core: Core) -> Core:
-    """Four pages of letters from AT on, in free space."""
+    """Write four pages of letters from AT on, in free space."""
     core.sound = False
     core.pmem.dax.reserve(AT, 4 * PAGE_SIZE)
     core.pmem.dax.direct_access(AT, 4 * PAGE_SIZE)[:] = b"ABCD" * PAGE_SIZE
@@ -48,7 +48,7 @@ def test_poison_is_rounded_out_to_sectors(core: Core, offset: int, length: int, 
         (0, (8 << 20) + 1, "past the end"),
     ],
 )
-def test_a_range_outside_is_refused_and_changes_nothing(
+def test_a_range_outside_the_device_is_refused_and_changes_nothing(
     core: Core, offset: int, length: int, says: str
 ) -> None:
     for verb in (inject, uninject):
@@ -80,7 +80,9 @@ def test_latent_poison_is_found_by_a_scrub(core: Core) -> None:
     ("offset", "length"),
     [(0, 1), (100, 600), (0, PAGE_SIZE), (512, PAGE_SIZE), (3000, 9000), (0, 4 * PAGE_SIZE), (4000, 100)],
 )
-def test_cleared_sectors_are_zeros_and_the_rest_is_as_it_was(full: Core, offset: int, length: int) -> None:
+def test_cleared_sectors_are_zero_and_other_sectors_are_unchanged(
+    full: Core, offset: int, length: int
+) -> None:
     bad = inject(full.pmem, AT + offset, length)
     assert uninject(full.pmem, AT + offset, length) == [bad]
     full.pmem.dax.reserve(AT, 4 * PAGE_SIZE)
@@ -90,7 +92,7 @@ def test_cleared_sectors_are_zeros_and_the_rest_is_as_it_was(full: Core, offset:
     assert full.pmem.badblocks.count == 0
 
 
-def test_clearing_gives_back_what_was_poison_and_only_that(full: Core) -> None:
+def test_uninject_returns_exactly_the_poisoned_ranges(full: Core) -> None:
     inject(full.pmem, AT, 512)
     inject(full.pmem, AT + 2 * PAGE_SIZE, 512, latent=True)
     assert uninject(full.pmem, AT, 3 * PAGE_SIZE) == [
@@ -112,6 +114,8 @@ def test_a_part_of_a_poisoned_page_can_be_cleared(full: Core) -> None:
 @pytest.mark.parametrize(
     ("start", "end", "first", "count"), [(0, 512, 0, 1), (4095, 4097, 0, 2), (4096, 12288, 1, 2)]
 )
-def test_failed_pages_hold_every_bad_byte(core: Core, start: int, end: int, first: int, count: int) -> None:
+def test_failed_pages_hold_every_poisoned_byte(
+    core: Core, start: int, end: int, first: int, count: int
+) -> None:
     base = core.pmem.dax.base_pfn
     assert failed_pages(core.pmem, Range(start, end)) == (base + first, count)

@@ -1,4 +1,4 @@
-"""Pmem ties the parts together: probing finds poison, pfns and offsets agree, an altmap shifts both."""
+"""Pmem: probing finds poison, pfns and offsets agree, an altmap shifts both."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from daxemu.errors import InvalidArgument, NoDevice
 from daxemu.events import Outcome
 from daxemu.mm.memory_failure import MappingRange
-from daxemu.mm.pfn_kinds import Kind
+from daxemu.mm.pfn_kinds import PfnKind
 from daxemu.pmem.inject import failed_pages, inject
 from daxemu.uapi import PAGE_SIZE
 from tests.support.core import Core, core_at, pages
@@ -19,18 +19,18 @@ BASE, ALTMAP = 0x240000, 1 << 20
 
 @pytest.fixture
 def altmap_core() -> Iterator[Core]:
-    """A device that keeps its memmap in its own first MiB."""
+    """A device with the memmap in the first MiB of the device."""
     with core_at(size=16 << 20, base_pfn=BASE, altmap=ALTMAP) as core:
         yield core
 
 
-def test_pfns_and_offsets_are_each_others_inverse(core: Core) -> None:
+def test_pfn_of_and_offset_of_are_inverse(core: Core) -> None:
     for offset in (0, PAGE_SIZE, (8 << 20) - PAGE_SIZE):
         assert core.pmem.offset_of(core.pmem.pfn_of(offset)) == offset
     assert core.pmem.pfn_of(PAGE_SIZE + 5) == core.pmem.pfn_of(PAGE_SIZE)
 
 
-def test_probing_finds_all_poison_latent_too(core: Core) -> None:
+def test_probing_finds_all_poison_even_latent(core: Core) -> None:
     inject(core.pmem, 1000 * PAGE_SIZE, 512)
     inject(core.pmem, 1001 * PAGE_SIZE, 512, latent=True)
     core.reopen()
@@ -38,7 +38,7 @@ def test_probing_finds_all_poison_latent_too(core: Core) -> None:
 
 
 @pytest.mark.parametrize("struct_pages", [True, False])
-def test_what_is_detached_is_nobodys(struct_pages: bool) -> None:
+def test_memory_of_a_detached_device_is_enxio(struct_pages: bool) -> None:
     with core_at(struct_pages=struct_pages) as core:
         pfn = core.pmem.pfn_of(0)
         core.fail(core.file(data=pages("a")), 0)
@@ -49,7 +49,7 @@ def test_what_is_detached_is_nobodys(struct_pages: bool) -> None:
             core.mm.memory_failure(pfn, 1, 0)
         if core.pmem.pgmap is not None:
             assert core.pmem.pgmap.memmap is not None
-            assert core.pmem.pgmap.memmap.kind(pfn) is Kind.HOLE
+            assert core.pmem.pgmap.memmap.kind(pfn) is PfnKind.HOLE
         core.pmem.attach(core.mm)
         assert core.mm.memory_failure(pfn, 1, 0).parts != []
 
@@ -76,7 +76,7 @@ def test_poison_and_badblocks_count_from_the_first_data_byte(altmap_core: Core) 
     assert (altmap_core.path / "poison").read_text().strip() == ""
 
 
-def test_a_failure_reaches_the_file_through_the_altmaps_shift(altmap_core: Core) -> None:
+def test_a_failure_behind_an_altmap_reaches_the_file(altmap_core: Core) -> None:
     ino = altmap_core.file(data=pages("AB"))
     (incident,) = altmap_core.fail(ino, 1)
     (place,) = altmap_core.fs.device_ranges(ino, PAGE_SIZE, PAGE_SIZE)
@@ -86,7 +86,7 @@ def test_a_failure_reaches_the_file_through_the_altmaps_shift(altmap_core: Core)
 
 
 def test_a_failure_in_the_altmap_is_not_recoverable(altmap_core: Core) -> None:
-    """As memory_failure_dev_pagemap(): -ENXIO, logged and counted as "dax page: Failed"."""
+    """As in memory_failure_dev_pagemap(): -ENXIO, logged and counted as "dax page: Failed"."""
     incident = altmap_core.mm.memory_failure(BASE, ALTMAP // PAGE_SIZE, 0)
     assert isinstance(incident.error, NoDevice)
     assert incident.mappings == []
@@ -105,6 +105,6 @@ def test_the_whole_filesystem_works_behind_an_altmap(altmap_core: Core) -> None:
     assert altmap_core.read(ino) == pages("AxC")
 
 
-def test_failed_pages_start_at_the_data(altmap_core: Core) -> None:
+def test_failed_pages_count_from_the_first_data_page(altmap_core: Core) -> None:
     bad = inject(altmap_core.pmem, 2000 * PAGE_SIZE + 700, 1)
     assert failed_pages(altmap_core.pmem, bad) == (BASE + ALTMAP // PAGE_SIZE + 2000, 1)

@@ -1,4 +1,4 @@
-"""DEVICE/sysfs: the counters and badblocks as the kernel shows them."""
+"""DEVICE/sysfs: counters and badblocks in the format of the kernel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.core import Core
 
 @dataclass
 class OneFile:
-    """A holder with one file, which has every page."""
+    """A holder with one file, the owner of every page."""
 
     mm: MemoryFailures
     base_pfn: int
@@ -39,7 +39,7 @@ def sysfs(tmp_path: Path) -> Iterator[Sysfs]:
     made.close()
 
 
-def test_it_begins_with_nothing(sysfs: Sysfs, tmp_path: Path) -> None:
+def test_counters_begin_at_zero_and_badblocks_empty(sysfs: Sysfs, tmp_path: Path) -> None:
     shown = {str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
     assert shown.pop("sysfs/badblocks") == ""
     assert set(shown.values()) == {"0\n"}
@@ -47,7 +47,7 @@ def test_it_begins_with_nothing(sysfs: Sysfs, tmp_path: Path) -> None:
     assert names == {"total", "ignored", "failed", "delayed", "recovered"}
 
 
-def test_counters(sysfs: Sysfs, tmp_path: Path) -> None:
+def test_counters_are_one_number_a_file(sysfs: Sysfs, tmp_path: Path) -> None:
     sysfs.show_counters({Outcome.RECOVERED: 12, Outcome.FAILED: 3})
     read = {p.name: p.read_text() for p in (tmp_path / "sysfs" / "memory_failure").iterdir()}
     assert read == {
@@ -59,7 +59,7 @@ def test_counters(sysfs: Sysfs, tmp_path: Path) -> None:
     }
 
 
-def test_badblocks_are_a_page_of_whole_lines(sysfs: Sysfs, tmp_path: Path) -> None:
+def test_badblocks_is_at_most_a_page_of_whole_lines(sysfs: Sysfs, tmp_path: Path) -> None:
     badblocks = Badblocks()
     badblocks.on_change = lambda: sysfs.show_badblocks(badblocks)
     for sector in range(0, 200_000, 100):
@@ -72,7 +72,7 @@ def test_badblocks_are_a_page_of_whole_lines(sysfs: Sysfs, tmp_path: Path) -> No
     assert (tmp_path / "sysfs" / "badblocks").read_text() == "0 2\n"
 
 
-def test_a_full_disk_stops_nobody(sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_host_filesystem_stops_no_failure(sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
@@ -80,7 +80,7 @@ def test_a_full_disk_stops_nobody(sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch)
     sysfs.show_counters({Outcome.FAILED: 3})
 
 
-def test_the_device_shows_itself_and_can_be_made_anew(core: Core) -> None:
+def test_sysfs_follows_the_device_and_is_created_anew_at_the_next_mount(core: Core) -> None:
     core.without_filesystem()
     core.pmem.make_struct_pages()
     shown = core.pmem.show_in_sysfs()
@@ -92,7 +92,7 @@ def test_the_device_shows_itself_and_can_be_made_anew(core: Core) -> None:
     assert core.pmem.pgmap is not None
     memmap = core.pmem.pgmap.memmap
     assert memmap is not None
-    # Nobody holds the device: mf_generic_kill_procs() finds no mapping, and marks nothing.
+    # The device has no holder: mf_generic_kill_procs() finds no mapping, and marks no page.
     mm.action_result(mm.memory_failure(pfn, 3, 0), 0)
     assert [(counters / name).read_text() for name in ("total", "failed")] == ["1\n", "1\n"]
     assert not memmap.page_hwpoison(pfn)
@@ -102,7 +102,7 @@ def test_the_device_shows_itself_and_can_be_made_anew(core: Core) -> None:
     core.pmem.dax.release(holder)
     assert [(counters / name).read_text() for name in ("total", "recovered")] == ["2\n", "1\n"]
     assert [memmap.page_hwpoison(pfn + page) for page in range(4)] == [True, True, True, False]
-    # Two of the three pages are good again; what is left of the third's poison keeps it bad.
+    # Two of the three pages are clear. The third page still has a poisoned sector.
     core.pmem.dax.add_poison(Range(0, 3 * 4096))
     core.pmem.dax.clear_poison(0, 2 * 4096 + 512)
     assert [memmap.page_hwpoison(pfn + page) for page in range(4)] == [False, False, True, False]

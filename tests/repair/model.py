@@ -1,4 +1,4 @@
-"""A plain model beside a filesystem with a repair strategy; test_model.py gives each strategy its rules."""
+"""A plain model beside a filesystem with a repair strategy. test_model.py gives each strategy its rules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ lengths = st.one_of(st.integers(1, 4).map(lambda pages: pages * PAGE_SIZE), st.i
 
 
 class RepairModel(RuleBasedStateMachine):
-    """``files``: what was written. ``broken``: pages of which more than the strategy promises went bad."""
+    """``files``: the data written to each file.
+
+    ``broken``: pages with more damage than the strategy promises to repair.
+    """
 
     strategy = "none"
     finds_corruption = False
@@ -40,7 +43,7 @@ class RepairModel(RuleBasedStateMachine):
         """Pages written to since the strategy was chosen, by file."""
         self.broken: set[tuple[Ino, int]] = set()
         self.early: set[tuple[Ino, int]] = set()
-        """Pages that failed before the strategy had come to them."""
+        """Pages that failed before the strategy had processed the block."""
         self.names = 0
         for seed in range(3):
             self.create()
@@ -48,30 +51,30 @@ class RepairModel(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "stack"):
-            # What was changed silently beyond the end of a file may be there still.
+            # Silent corruption beyond the end of a file may remain.
             assert [wrong for wrong in fsck(self.core.fs) if "beyond its end" not in wrong] == []
             self.core.sound = False
             self.stack.close()
 
     @property
     def begins(self) -> bool:
-        """Whether the strategy has not seen to everything yet."""
+        """True while the strategy has not processed all blocks yet."""
         return self.made.repairs.progress is not None
 
-    # -- the filesystem's own verbs
+    # -- verbs of the filesystem
 
     def pick(self, index: int) -> Ino:
         return sorted(self.files)[index % len(self.files)]
 
     def touch(self, ino: Ino, at: int, length: int) -> None:
-        """These bytes are about to change."""
+        """Note a change of ``length`` bytes of the file from ``at`` on."""
         pages = range(at // PAGE_SIZE, -(-(at + length) // PAGE_SIZE))
         self.touched.setdefault(ino, set()).update(pages)
 
     @precondition(lambda self: self.files)
     @rule(index=which, first=st.integers(0, 20), pages=st.integers(1, 4))
     def preallocate(self, index: int, first: int, pages: int) -> None:
-        """Blocks that are zero without having been stored to."""
+        """Allocate zeroed blocks without a store."""
         ino, at = self.pick(index), first * PAGE_SIZE
         self.core.fs.fallocate(ino, FALLOC_FL_KEEP_SIZE, at, pages * PAGE_SIZE)
 
@@ -90,7 +93,7 @@ class RepairModel(RuleBasedStateMachine):
             self.core.fs.write(ino, at, data)
         except MediaError:
             touched = {(ino, page) for page in range(at // PAGE_SIZE, -(-(at + length) // PAGE_SIZE))}
-            assert touched & self.broken, "a write was refused over pages that nothing had happened to"
+            assert touched & self.broken, "a write was refused over undamaged pages"
             return
         old = self.files[ino].ljust(at, b"\0")
         self.files[ino] = old[:at] + data + old[at + length :]
@@ -99,7 +102,7 @@ class RepairModel(RuleBasedStateMachine):
     @precondition(lambda self: any(self.files.values()))
     @rule(index=which, page=st.integers(0, 20), seed=seeds)
     def write_back(self, index: int, page: int, seed: int) -> None:
-        """A page that was stored to through a mapping; over poison it is lost."""
+        """Write back a page stored to through a mapping. Over poison the store is lost."""
         ino = self.pick(index)
         at = page * PAGE_SIZE
         data = random.Random(seed).randbytes(min(PAGE_SIZE, max(0, len(self.files[ino]) - at)))
@@ -170,42 +173,42 @@ class RepairModel(RuleBasedStateMachine):
         first, last = offset // PAGE_SIZE, -(-(offset + length) // PAGE_SIZE)
         if any(owner.ino == METADATA_INO for owner in self.core.fs.rmap.owners(first, last)):
             return
-        hurt = self.pages_at(offset, length)
+        failed = self.pages_at(offset, length)
         is_late = not self.begins and not self.early & self.broken
         promised = is_late and self.is_promised(offset, length)
         finished = self.made.fail(offset, length)
         if self.strategy == "none":
             assert finished is None
-            self.broken |= hurt
+            self.broken |= failed
             return
         assert finished is not None
         event(f"{finished.verdict}, {'promised' if promised else 'beyond'}")
         assert finished.verdict != "failed", finished.reason
         if promised:
             assert finished.verdict == "recovered", finished.reason
-        self.after_failure(hurt, finished, offset, length)
+        self.after_failure(failed, finished, offset, length)
         if self.begins:
-            self.early |= hurt
+            self.early |= failed
 
     def after_failure(
-        self, hurt: set[tuple[Ino, int]], finished: RepairFinished, offset: int, length: int
+        self, failed: set[tuple[Ino, int]], finished: RepairFinished, offset: int, length: int
     ) -> None:
-        """What a strategy lost, it lost in the form it says."""
+        """Note the damage reported by the strategy."""
         for ino, at, size in finished.lost:
             self.broken |= {(ino, page) for page in range(at // PAGE_SIZE, (at + size) // PAGE_SIZE)}
 
     def put(self, ino: Ino, at: int, data: bytes) -> None:
-        """A file holds this now, as far as it goes."""
+        """Note the new contents ``data`` of the file, up to the file size."""
         old = self.files[ino]
         data = data[: max(0, len(old) - at)]
         self.files[ino] = old[:at] + data + old[at + len(data) :]
 
     def is_promised(self, offset: int, length: int) -> bool:
-        """Whether the strategy must recover from this."""
+        """Return True if the strategy must recover from the failure."""
         return False
 
     def pages_at(self, offset: int, length: int) -> set[tuple[Ino, int]]:
-        """The pages of files that are at device bytes."""
+        """Return the pages of files at a range of device bytes."""
         first, last = offset // PAGE_SIZE, -(-(offset + length) // PAGE_SIZE)
         return {
             (owner.ino, owner.file_block + page)
@@ -215,7 +218,7 @@ class RepairModel(RuleBasedStateMachine):
         }
 
     def is_good(self, block: int, start: int, length: int) -> bool:
-        """Whether bytes of a device block are what a file wrote there; true if it is no file's."""
+        """Return True if bytes of a device block are the bytes a file wrote there, or belong to no file."""
         at = block * PAGE_SIZE + start
         for ino, page in self.pages_at(at, 1):
             if self.core.pmem.dax.is_poisoned(at, length) or (ino, page) in self.broken:
@@ -225,10 +228,10 @@ class RepairModel(RuleBasedStateMachine):
             return there == written[start : start + length]
         return True
 
-    # -- what holds
+    # -- invariants
 
     @invariant()
-    def what_was_written_is_there(self) -> None:
+    def every_page_is_as_written_or_known_to_be_damaged(self) -> None:
         for ino, data in self.files.items():
             for page in range(-(-len(data) // PAGE_SIZE)):
                 wanted = data[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
@@ -241,7 +244,7 @@ class RepairModel(RuleBasedStateMachine):
                     continue
                 if found != wanted:
                     is_known = (ino, page) in self.broken and not self.finds_corruption
-                    assert is_known, f"inode {ino} page {page} is silently another"
+                    assert is_known, f"inode {ino} page {page} differs silently"
                 assert all(e.repaired for e in self.core.events[seen:] if isinstance(e, CorruptionFound))
 
     def may_be_unreadable(self, ino: Ino, page: int) -> bool:

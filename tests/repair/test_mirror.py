@@ -1,4 +1,4 @@
-"""A mirror with checksums: which of two copies is right."""
+"""A mirror with checksums: which of two different copies is right."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def scrub(made: Repairing) -> None:
         pass
 
 
-def test_a_block_that_changed_is_read_from_its_copy(checked: Repairing) -> None:
+def test_a_corrupt_block_is_read_from_its_copy(checked: Repairing) -> None:
     ino = checked.core.file(data=DATA)
     checked.corrupt(checked.at(ino, PAGE_SIZE), 100)
     assert checked.core.read(ino) == DATA
@@ -49,7 +49,7 @@ def test_a_block_that_changed_is_read_from_its_copy(checked: Repairing) -> None:
     assert len(found(checked)) == 1
 
 
-def test_a_copy_that_changed_is_found_by_a_scrub(checked: Repairing) -> None:
+def test_a_corrupt_copy_is_found_by_a_scrub(checked: Repairing) -> None:
     ino = checked.core.file(data=DATA)
     corrupt_copy(checked, ino, PAGE_SIZE)
     assert checked.core.read(ino) == DATA
@@ -63,19 +63,19 @@ def test_a_copy_that_changed_is_found_by_a_scrub(checked: Repairing) -> None:
     assert checked.core.read(ino) == DATA
 
 
-def test_a_copy_that_changed_is_not_put_in_the_place_of_anything(checked: Repairing) -> None:
+def test_a_corrupt_copy_is_not_used_for_a_repair(checked: Repairing) -> None:
     ino = checked.core.file(data=DATA)
     corrupt_copy(checked, ino, 0)
     finished = checked.fail(checked.at(ino, 0), 512)
     assert finished is not None
-    assert (finished.verdict, finished.reason) == ("cannot", "the copy is bad, too")
+    assert (finished.verdict, finished.reason) == ("cannot", "the copy is damaged, too")
 
 
-def test_both_changed(checked: Repairing) -> None:
+def test_a_block_is_eio_if_its_copy_is_corrupt_too(checked: Repairing) -> None:
     ino = checked.core.file(data=DATA)
     corrupt_copy(checked, ino, 0)
     checked.corrupt(checked.at(ino, 0), 100)
-    with pytest.raises(MediaError, match="nor is its copy"):
+    with pytest.raises(MediaError, match="and so has its copy"):
         checked.core.fs.read(ino, 0, PAGE_SIZE)
     scrub(checked)
     assert found(checked) == [("read", False), ("scrub", False)]
@@ -84,7 +84,7 @@ def test_both_changed(checked: Repairing) -> None:
 
 
 @pytest.mark.parametrize("crash", [False, True])
-def test_checksums_survive(checked: Repairing, crash: bool) -> None:
+def test_checksums_survive_a_remount(checked: Repairing, crash: bool) -> None:
     ino = checked.core.file(data=DATA)
     checked.core.fs.commit()
     checked.remount(crash=crash)
@@ -93,8 +93,8 @@ def test_checksums_survive(checked: Repairing, crash: bool) -> None:
     assert found(checked)[-1] == ("read", True)
 
 
-def test_other_options_are_another_mirror(checked: Repairing) -> None:
-    """What a mirror without checksums let pass must not be held against old ones."""
+def test_checksums_are_computed_anew_after_a_mirror_without(checked: Repairing) -> None:
+    """Blocks written without checksums are not compared with older checksums."""
     ino = checked.core.file(data=DATA)
     checked.choose("mirror")
     checked.core.fs.write(ino, 0, b"new" * 1000)

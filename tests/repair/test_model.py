@@ -1,7 +1,7 @@
-"""Every strategy beside a plain model: faults within its promise lose nothing, those beyond are reported.
+"""Every strategy beside a plain model: a failure within the promise loses nothing, one beyond it is reported.
 
-What a strategy says it recovered must be there; what it does not is either unreadable or of a form that its
-own description names. Nothing is ever silently something else.
+A block reported as recovered must hold the data last written. Every other block is either unreadable, or has
+the contents documented by the strategy. No block is silently different.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class ZeroModel(RepairModel):
     strategy = "zero"
 
     def after_failure(
-        self, hurt: set[tuple[Ino, int]], finished: RepairFinished, offset: int, length: int
+        self, failed: set[tuple[Ino, int]], finished: RepairFinished, offset: int, length: int
     ) -> None:
         assert finished.verdict == "lost"
-        assert {(ino, at // PAGE_SIZE) for ino, at, _ in finished.lost} <= hurt
-        for ino, page in hurt:
+        assert {(ino, at // PAGE_SIZE) for ino, at, _ in finished.lost} <= failed
+        for ino, page in failed:
             self.put(ino, page * PAGE_SIZE, bytes(PAGE_SIZE))
 
 
@@ -47,7 +47,7 @@ class QuarantineModel(RepairModel):
     strategy = "quarantine"
 
     def after_failure(
-        self, hurt: set[tuple[Ino, int]], finished: RepairFinished, offset: int, length: int
+        self, failed: set[tuple[Ino, int]], finished: RepairFinished, offset: int, length: int
     ) -> None:
         assert finished.verdict == "lost"
         first = offset // PAGE_SIZE * PAGE_SIZE
@@ -67,9 +67,9 @@ class FenceModel(RepairModel):
     strategy = "fence"
 
     def after_failure(
-        self, hurt: set[tuple[Ino, int]], finished: RepairFinished, offset: int, length: int
+        self, failed: set[tuple[Ino, int]], finished: RepairFinished, offset: int, length: int
     ) -> None:
-        """Nothing is read any more, so nothing wrong is."""
+        """After a fence every read fails, so no read returns wrong data."""
         assert self.core.fs.shutdown_reason is not None
         for ino in self.files:
             with pytest.raises(Shutdown):
@@ -80,7 +80,7 @@ class FenceModel(RepairModel):
 
 
 class RereadModel(RepairModel):
-    """``pristine``: pages that are what the backing directory has."""
+    """``pristine``: the contents of files in the backing directory."""
 
     strategy = "none"
 
@@ -96,9 +96,7 @@ class RereadModel(RepairModel):
         self.strategy = "reread"
 
     def is_promised(self, offset: int, length: int) -> bool:
-        """Some file that has the page has it, and the size, from the backing directory, and it did not
-        change.
-        """
+        """True if each block has an owner whose page and file size are as in the backing directory."""
         first, last = offset // PAGE_SIZE, -(-(offset + length) // PAGE_SIZE)
         return all(
             any(self.is_pristine(ino, page) for ino, page in self.pages_at(block * PAGE_SIZE, 1))
@@ -112,8 +110,9 @@ class RereadModel(RepairModel):
 
 
 class BegunModel(RepairModel):
-    """The strategy is chosen again now and then, and begins while files are used: what it has not come to is
-    not promised.
+    """The strategy is chosen again now and then, and begins while files are used.
+
+    A block that the strategy has not processed yet is not promised.
     """
 
     steps: Iterator[Progress] | None = None
@@ -124,7 +123,7 @@ class BegunModel(RepairModel):
         for module in (mirror, parity):
             self.stack.enter_context(mock.patch.object(module, "PIECE", 8))
 
-    # It takes what is there for what was written: corruption beyond its promise would not be found any more.
+    # A new strategy accepts the contents it finds as the data written: older corruption would pass unnoticed.
     @precondition(lambda self: not (self.broken and self.finds_corruption))
     @rule()
     def choose_again(self) -> None:
@@ -146,7 +145,7 @@ class BegunModel(RepairModel):
 
     @rule()
     def repair_now(self) -> None:
-        """What could not be had when it went bad."""
+        """Repair all poison that could not be repaired at the time of the failure."""
         bad = [part.outer(PAGE_SIZE) for part in self.core.pmem.dax.poisoned(0, self.core.pmem.dax.size)]
         for part in bad:
             blocks = Range(part.start // PAGE_SIZE, part.end // PAGE_SIZE)
@@ -154,24 +153,25 @@ class BegunModel(RepairModel):
 
     @rule(crash=st.booleans())
     def remount(self, crash: bool) -> None:
-        self.steps = None  # it begins anew at the mount
+        self.steps = None  # the strategy starts again at the mount
         super().remount(crash)
 
 
 class ChecksumModel(BegunModel):
-    """Silent corruption is found, and mended as far as a failure there would be. ``together``: device bytes
-    that one corruption more than is promised may cost.
+    """Silent corruption is found, and corrected within the promise for failures.
+
+    ``together``: device bytes that may be lost by one corruption beyond the promise.
     """
 
     finds_corruption = True
     together = PAGE_SIZE
 
-    # In a stripe that had poison when it was to be added up, nothing is known of the other slices.
+    # A stripe with poison at the time of adding up has no parity, so its other slices are unprotected.
     @precondition(lambda self: any(self.files.values()) and not self.begins)
     @precondition(lambda self: not self.early & self.broken)
     @rule(index=which, at=offsets, length=st.integers(1, 3000), seed=seeds)
     def corrupt(self, index: int, at: int, length: int, seed: int) -> None:
-        """Found by the next read, and never taken for what was written."""
+        """Corrupt bytes silently. The next read must find the corruption."""
         ino = self.pick(index)
         if at >= len(self.files[ino]) or not self.core.fs.device_ranges(ino, at, 1):
             return
@@ -193,7 +193,7 @@ class MirrorModel(BegunModel):
     strategy = "mirror"
 
     def is_promised(self, offset: int, length: int) -> bool:
-        """What is hit was whole, and its copies are not hit with it."""
+        """True if the blocks were intact, and the failure does not include a copy."""
         first, last = offset // PAGE_SIZE, -(-(offset + length) // PAGE_SIZE)
         owners = {owner.ino for owner in self.core.fs.rmap.owners(first, last)}
         return owners <= self.files.keys() and not self.pages_at(offset, length) & self.broken
@@ -209,7 +209,7 @@ class ParityModel(ChecksumModel):
     together = 8 * PAGE_SIZE
 
     def is_promised(self, offset: int, length: int) -> bool:
-        """One bad slice in any stripe."""
+        """True if no stripe has more than one damaged slice."""
         step, width = self.slice_size, self.slice_size * self.data
         hit = range(offset // step, -(-(offset + length) // step))
         for stripe in range(offset // width, -(-(offset + length) // width)):
@@ -224,11 +224,11 @@ class ParityModel(ChecksumModel):
         return True
 
     def after_failure(
-        self, hurt: set[tuple[Ino, int]], finished: RepairFinished, offset: int, length: int
+        self, failed: set[tuple[Ino, int]], finished: RepairFinished, offset: int, length: int
     ) -> None:
-        super().after_failure(hurt, finished, offset, length)
+        super().after_failure(failed, finished, offset, length)
         if finished.verdict != "recovered":
-            area = 8 * PAGE_SIZE  # what else was bad of the stripes, silently, is found by the next read
+            area = 8 * PAGE_SIZE  # other silent damage of the stripes is found by the next read
             first, last = offset // area * area, -(-(offset + length) // area) * area
             self.broken |= {
                 (ino, page)
@@ -247,7 +247,7 @@ class AsyncParityModel(ParityModel):
     strategy = "async-parity:window=60"
 
     def is_promised(self, offset: int, length: int) -> bool:
-        """After the window's end, as parity."""
+        """As parity, after the end of the window."""
         strategy = self.made.repairs._strategy
         assert strategy is not None
         strategy.tick()

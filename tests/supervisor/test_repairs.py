@@ -154,10 +154,10 @@ def test_one_that_cannot_begin_refuses_the_mount(
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("nope", "no repair strategy 'nope': there are async-parity, "),
+        ("nope", "no repair strategy 'nope'; known strategies: async-parity, "),
         ("zero:x=1", "its options are: none"),
         ("parity:slice", "not key=value"),
-        ("parity:slice=1,slice=2", "there twice"),
+        ("parity:slice=1,slice=2", "given twice"),
         ("parity:slice=1000", "must be 512, 1024, 2048 or 4096"),
         ("parity:data=1", "from 2 to 64"),
         ("parity:slice=x", "slice"),

@@ -10,7 +10,7 @@ from daxemu.cli.common import DEVICE, as_owner_option, emit, human, json_option,
 from daxemu.cli.output import say, say_json
 from daxemu.errors import NotMounted, Unsupported
 from daxemu.mm.memmap import Memmap
-from daxemu.mm.pfn_kinds import Kind
+from daxemu.mm.pfn_kinds import PfnKind
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.uapi import KPF_HWPOISON, KPF_NOPAGE, KPF_RESERVED, PAGE_SIZE
 
@@ -18,9 +18,9 @@ NAMES = {KPF_HWPOISON: ("X", "hwpoison"), KPF_NOPAGE: ("n", "nopage"), KPF_RESER
 """Of each bit of /proc/kpageflags that a device's page can have: page-types' letter and word."""
 
 
-def kpageflags(kind: Kind, hwpoison: bool) -> int:
+def kpageflags(kind: PfnKind, hwpoison: bool) -> int:
     """``stable_page_flags()``: for a pfn without a struct page that may be looked at, KPF_NOPAGE."""
-    if kind is not Kind.ZONE_DEVICE:
+    if kind is not PfnKind.ZONE_DEVICE:
         return 1 << KPF_NOPAGE
     return 1 << KPF_RESERVED | hwpoison << KPF_HWPOISON
 
@@ -70,7 +70,7 @@ def page_types(device: Path, as_list: bool, as_json: bool) -> None:
 
 def _print_counts(memmap: Memmap, as_json: bool) -> None:
     found = [(kpageflags(kind, bad), kind, pages) for (kind, bad), pages in memmap.count().items()]
-    found.sort(key=lambda each: (list(Kind).index(each[1]), each[0]))
+    found.sort(key=lambda each: (list(PfnKind).index(each[1]), each[0]))
     total = sum(pages for _, _, pages in found)
     rows = [
         (

@@ -1,6 +1,4 @@
-"""Free device blocks. Never hands out a bad one (fs/xfs/libxfs/xfs_alloc.c, and what pmem's badblocks are
-for).
-"""
+"""Free device blocks. A bad block is never allocated (fs/xfs/libxfs/xfs_alloc.c, with pmem's badblocks)."""
 
 from __future__ import annotations
 
@@ -39,7 +37,7 @@ class Allocator:
 
     @property
     def pending_blocks(self) -> int:
-        """Blocks that wait for a commit to be free."""
+        """Number of freed blocks, usable after the next commit."""
         return self._pending.total
 
     @property
@@ -66,7 +64,9 @@ class Allocator:
         return list(RangeSet([*self._free, *self._pending]))
 
     def used_from(self, at: Block) -> Range | None:
-        """The first run at or after ``at`` that is not free, cut to begin there; None if all is."""
+        """Return the first run of used blocks at or after ``at``, cut to begin there; None if there is
+        none.
+        """
         free = self._free.first_from(at)
         if free is not None and free.start <= at:
             at, free = free.end, self._free.first_from(free.end)
@@ -74,28 +74,29 @@ class Allocator:
         return Range(at, end) if at < end else None
 
     def used_in(self, blocks: Range) -> int:
-        """How many of these blocks are not free."""
+        """Return the number of used blocks in ``blocks``."""
         return blocks.length - sum(part.length for part in self._free.overlapping(*blocks))
 
     def allocate(self, length: int, goal: Block | None = None) -> list[Range]:
-        """``length`` blocks in as few runs as come by, the first at ``goal`` if that is free; reserved,
-        reading as zeros.
+        """Allocate ``length`` blocks in few runs, the first at ``goal`` if free.
 
-        Raises NoSpace, and then nothing has changed.
+        New blocks are reserved and zero. Raises NoSpace; then nothing has changed.
         """
         return self._or_reclaim(length, lambda taken: self._take_next(taken, length, goal), True)
 
     def allocate_for(
         self, extents: ExtentMap, pieces: Sequence[Range], goal: Block | None = None, *, reserve: bool = True
     ) -> list[Range]:
-        """As :meth:`allocate`, for the blocks ``pieces`` of a file that need new ones; the runs in their
-        order. Without ``reserve`` they have no memory yet: for who fills them whole by copy_from_iter().
+        """As :meth:`allocate`, for the blocks ``pieces`` of a file, in the order of the pieces.
+
+        Without ``reserve`` the blocks have no memory yet: for a caller that fills every block by
+        copy_from_iter().
         """
         length = sum(piece.length for piece in pieces)
         return self._or_reclaim(length, lambda taken: self._take_next(taken, length, goal), reserve)
 
     def max_runs(self, pieces: Sequence[Range]) -> int:
-        """How many runs :meth:`allocate_for` can return at the most."""
+        """Return the largest number of runs that :meth:`allocate_for` can return."""
         return min(sum(piece.length for piece in pieces), self.fragments)
 
     def _or_reclaim(self, length: int, take: Callable[[list[Range]], None], reserve: bool) -> list[Range]:
@@ -133,7 +134,7 @@ class Allocator:
                 missing -= run.length
                 low = run.end
         if missing:
-            raise NoSpace("the device is full: what is free of it is bad; see daxemu badblocks, daxemu clear")
+            raise NoSpace("the device is full: all free blocks are bad; see daxemu badblocks, daxemu clear")
 
     def _take(self, taken: list[Range], run: Range) -> None:
         self._remove_free(run)
@@ -142,13 +143,16 @@ class Allocator:
     def _prepare(self, run: Range, reserve: bool) -> None:
         if reserve:
             self._dax.reserve(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
-        # A new block is zeroed, and a write over poison that nobody knew of clears it.
+        # A new block is written with zeros, and a write clears latent poison.
         self._dax.clear_poison(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
         if self.watcher is not None:
             self.watcher.allocated(run)
 
     def _next_good(self, free: RangeSet, low: int, high: int, unit: int = PAGE_SIZE) -> Range | None:
-        """The first run of ``free`` in ``[low, high)`` without bad sectors; in units of ``unit`` bytes."""
+        """Return the first run of ``free`` in ``[low, high)`` without bad sectors.
+
+        ``unit``: bytes of one position.
+        """
         while (run := free.first_from(low)) and (run := run.clip(low, high)):
             bad = next(self._dax.badblocks.overlapping_bytes(run.start * unit, run.length * unit), None)
             if bad is None:
@@ -166,7 +170,7 @@ class Allocator:
         self._free.add(*run)
 
     def free(self, run: Range) -> None:
-        """Give blocks back once the next commit is done. Precondition: no link has any of them."""
+        """Free blocks after the next commit. Precondition: no link has any of the blocks."""
         self._pending.add(*run)
 
     def settle(self) -> None:
@@ -184,12 +188,12 @@ class Allocator:
         self._dax.discard(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
 
     def discard_free(self) -> None:
-        """Make everything free read as zeros: after a crash, blocks may be free that were written to."""
+        """Zero all free blocks: after a crash a free block may hold data."""
         for run in self._free:
             self._dax.discard(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
 
     def take(self, run: Range) -> None:
-        """Mark blocks as in use, as a store says. Raises NoSpace if one of them is in use already."""
+        """Mark blocks as used, for a record of the store. Raises NoSpace if any block is used already."""
         if not self._free.covers(*run):
             raise NoSpace(f"blocks {run.start}-{run.end} are in use twice")
         self._remove_free(run)

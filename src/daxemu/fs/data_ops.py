@@ -1,6 +1,7 @@
-"""What may watch over the bytes of files: declared here, implemented above (``repair``).
+"""Hooks on the bytes of files, for a repair strategy: declared here, implemented above (``repair``).
 
-Every call is made with the filesystem in a consistent state, and must leave it so. Blocks are the device's.
+Every call is made with the filesystem in a consistent state, and must leave the state consistent. Blocks are
+device blocks.
 """
 
 from __future__ import annotations
@@ -13,36 +14,39 @@ from daxemu.ranges import Range
 
 
 class Origin(enum.Enum):
-    """How a store came to the filesystem."""
+    """The path of a store to the filesystem."""
 
     SYSCALL = "syscall"
     MAPPED = "mapped"
-    """Through a mapping, and now written back. On real DAX it had reached the media unseen, long before."""
+    """A store through a mapping, written back now.
+
+    On real DAX the store had reached the media long before, unseen.
+    """
 
 
 class DataOps(Protocol):
-    """Told of everything that happens to blocks of files."""
+    """Notifications of every event on blocks of files."""
 
     def verify(self, blocks: Range) -> None:
-        """The blocks are about to be read. Raises MediaError if what is there is not what was written."""
+        """Check blocks before a read. Raises MediaError if the blocks do not hold the data last written."""
 
     def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
-        """The blocks, or parts of them, are about to change; they still have their old contents.
+        """Prepare for a change of the blocks, whole or in part. The blocks still have the old contents.
 
-        New blocks among them read as zeros. Raises NoSpace to refuse the store; nothing has changed then.
+        New blocks among them read as zeros. Raises NoSpace to refuse the store; then nothing has changed.
         """
 
     def store_done(self, blocks: Sequence[Range], origin: Origin) -> None:
-        """The blocks of the last store_begins() have their new contents, but for what is poison."""
+        """Process the new contents of the blocks of the last store_begins(). Poisoned blocks have none."""
 
     def store_lost(self, blocks: Range) -> None:
-        """A store through a mapping was lost to poison in these blocks."""
+        """Note a store through a mapping, lost to poison in the blocks."""
 
     def allocated(self, blocks: Range) -> None:
-        """Free blocks got an owner; they read as zeros."""
+        """Note the first owner of free blocks. The blocks are zero."""
 
     def freed(self, blocks: Range) -> None:
-        """The blocks have no owner any more. Their contents are still there, and vanish next."""
+        """Note the loss of the last owner of blocks. The contents are discarded after the call."""
 
     def committed(self) -> None:
-        """What was done up to now survives a crash."""
+        """Note that all changes up to now survive a crash."""

@@ -1,7 +1,6 @@
-"""File offset -> device extent: one file's block map (fs/xfs/libxfs/xfs_bmap.c), kept in step with the
-reverse map.
+"""File offset -> device extent: the block map of a file, kept in step with the reverse map (xfs_bmap.c).
 
-All positions and lengths are blocks.
+All positions and lengths are blocks. Counterpart in Linux: fs/xfs/libxfs/xfs_bmap.c.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _file_block, _length = attrgetter("file_block"), attrgetter("length")
 
 
 class Mapping(msgspec.Struct, frozen=True, gc=False):
-    """A run of a file, and where it is (``struct iomap``). A hole has no ``link``."""
+    """A run of a file and its device extent (``struct iomap``). A hole has no ``link``."""
 
     file_block: Block
     length: int
@@ -28,15 +27,16 @@ class Mapping(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def dev_block(self) -> Block:
-        """Where the run starts on the device. Precondition: not a hole."""
+        """The first device block of the run. Precondition: the run is not a hole."""
         assert self.link is not None
         inside = self.file_block - self.link.file_block
         return self.link.dev_block + inside if inside else self.link.dev_block
 
 
 class ExtentMap:
-    """The links of file ``ino``, in file order and disjoint. The only code that changes a link or the reverse
-    map.
+    """The links of file ``ino``, in file order and disjoint.
+
+    Only this class changes a link or the reverse map.
     """
 
     __slots__ = ("_links", "_rmap", "blocks", "ino")
@@ -44,7 +44,7 @@ class ExtentMap:
     def __init__(self, ino: Ino, rmap: Rmap) -> None:
         self.ino = ino
         self.blocks = 0
-        """Blocks mapped, holes not counted: what st_blocks is made of."""
+        """Number of mapped blocks, without holes: the source of st_blocks."""
         self._rmap = rmap
         self._links: list[Link] = []
 
@@ -55,18 +55,21 @@ class ExtentMap:
         return iter(self._links)
 
     def _index_after(self, block: Block) -> int:
-        """Index of the first link that ends after ``block``."""
+        """Return the index of the first link with an end after ``block``."""
         index = bisect_right(self._links, block, key=_file_block)
         if index and self._links[index - 1].file_end > block:
             return index - 1
         return index
 
     def lookup(self, start: Block, end: Block) -> list[Mapping]:
-        """``[start, end)`` of the file as mapped runs and holes, in order, without gaps."""
+        """Return ``[start, end)`` of the file as mapped runs and holes, in order, without gaps."""
         return list(self.runs(start, end))
 
     def runs(self, start: Block, end: Block) -> Iterator[Mapping]:
-        """As :meth:`lookup`, one by one. Precondition: nobody changes the map meanwhile."""
+        """As :meth:`lookup`, one run at a time.
+
+        Precondition: the map does not change during the iteration.
+        """
         at, index = start, self._index_after(start)
         while at < end:
             if index == len(self._links) or self._links[index].file_block >= end:
@@ -82,21 +85,23 @@ class ExtentMap:
             index += 1
 
     def goal(self, block: Block) -> Block | None:
-        """Where on the device what the file has before ``block`` goes on; None after a hole, or nothing."""
+        """Return the device block to continue the file contiguously at ``block``; None after a hole."""
         before = self.lookup(max(0, block - 1), block)
         return before[0].dev_block + 1 if before and before[0].link is not None else None
 
     def insert(self, file_block: Block, dev_block: Block, length: int) -> None:
-        """Map a hole of the file to blocks nobody else uses.
+        """Map a hole of the file to unused device blocks.
 
-        Preconditions: the file has a hole there; no link has any of the blocks.
+        Preconditions:
+        - The file has a hole at ``[file_block, file_block + length)``.
+        - No link has any of the device blocks.
         """
         index = self._index_after(file_block)
         self.blocks += length
         if index:
             before = self._links[index - 1]
-            # Growing keeps a sequentially written file at one link. A shared link does not grow: its proxy
-            # would come to stand for blocks that were never shared.
+            # Growing keeps a sequentially written file at one link. A shared link does not grow: the proxy
+            # would then stand for blocks that were never shared.
             if before.file_end == file_block and before.dev_end == dev_block and before.proxy is None:
                 self._rmap.reshape(before, length=before.length + length)
                 return
@@ -105,12 +110,12 @@ class ExtentMap:
         self._rmap.add([link])
 
     def fill(self, holes: Iterable[Range], fresh: Iterable[Range]) -> None:
-        """Map ``holes`` of the file to device blocks that nobody else uses, and that are as many."""
+        """Map ``holes`` of the file to the unused device blocks ``fresh``, of the same total length."""
         for hole, run in paired(holes, fresh):
             self.insert(hole.start, run.start, run.length)
 
     def remove(self, start: Block, end: Block) -> list[Range]:
-        """Make ``[start, end)`` of the file a hole. Returns the device blocks that nobody uses any more."""
+        """Make ``[start, end)`` of the file a hole. Return the device blocks left without a link."""
         first = self._index_after(start)
         last = max(first, bisect_left(self._links, end, key=_file_block))
         if start >= end or first == last:
@@ -135,7 +140,10 @@ class ExtentMap:
         return freed
 
     def _cut(self, first: int, last: int, start: Block, end: Block) -> None:
-        """Take file blocks ``[start, end)`` out of the links ``[first, last)``, each of which has some."""
+        """Remove file blocks ``[start, end)`` from the links ``[first, last)``.
+
+        Precondition: each link overlaps.
+        """
         head, tail = self._links[first], self._links[last - 1]
         if head.file_block < start:
             first += 1
@@ -152,15 +160,16 @@ class ExtentMap:
         del self._links[first:last]
 
     def clone_from(self, source: ExtentMap, src_start: Block, length: int, dst_start: Block) -> None:
-        """Share ``source``'s blocks ``[src_start, src_start + length)`` at ``dst_start`` here; holes stay
-        holes.
+        """Share ``length`` blocks of ``source`` from ``src_start`` on at ``dst_start``. Holes stay holes.
 
-        Precondition: there is a hole here, and the two ranges do not overlap if ``source`` is this very map.
+        Preconditions:
+        - This map has a hole at the destination.
+        - The two ranges do not overlap if ``source`` is this map.
         """
         runs = [(run, run.link) for run in source.runs(src_start, src_start + length) if run.link is not None]
         self._rmap.share([link for _, link in runs])
         delta = dst_start - src_start
-        # A clone of a whole file takes no new numbers: a hundred sharers are found a good deal faster so.
+        # A clone of a whole file reuses the int objects of the source: a hundred owners are found faster so.
         links = [
             Link(
                 self.ino,
@@ -177,8 +186,11 @@ class ExtentMap:
         self.blocks += sum(link.length for link in links)
 
     def adopt(self, links: list[Link]) -> None:
-        """Take over links read from a store, which gives them to the reverse map too. Precondition: this map
-        is empty, they are in order and disjoint.
+        """Take over links read from the store. The store adds the links to the reverse map.
+
+        Preconditions:
+        - This map is empty.
+        - The links are in order and disjoint.
         """
         self._links = links
         self.blocks = sum(map(_length, links))

@@ -1,8 +1,7 @@
-"""The bytes of files: reading, writing with copy on write, and what poison does to either (fs/dax.c,
-fs/xfs/xfs_reflink.c).
+"""The bytes of files: read, write with copy on write, and the effect of poison (fs/dax.c, xfs_reflink.c).
 
-Poison counts by page here, as in the kernel: one bad sector makes the block unreadable, and only a write of
-the whole block clears it.
+Poison counts by page, as in the kernel: one poisoned sector makes the block unreadable, and only a write of
+the whole block clears the poison.
 """
 
 from __future__ import annotations
@@ -24,16 +23,17 @@ Buffer = bytes | bytearray | memoryview
 
 
 class Stored(NamedTuple):
-    """What became of a store: device byte ranges made readable by it, file byte ranges that were lost to
-    poison.
-    """
+    """The result of a store: ``cleared`` device byte ranges, and file byte ranges ``lost`` to poison."""
 
     cleared: list[Range]
     lost: list[Range]
 
 
 class _Segment(NamedTuple):
-    """Blocks ``[start, end)`` of a file that a store treats alike. ``copy``: they need new blocks."""
+    """Blocks ``[start, end)`` of a file that a store handles alike.
+
+    ``copy``: the segment needs new blocks.
+    """
 
     start: Block
     end: Block
@@ -46,14 +46,15 @@ class _Segment(NamedTuple):
 
 
 class FileData:
-    """Moves bytes between files and the media. Offsets are bytes of the file; sizes and times are not its
-    business.
+    """Moves bytes between files and the media.
+
+    Offsets are bytes of the file. Sizes and times are the caller's task.
     """
 
     def __init__(
         self, dax: DaxDevice, rmap: Rmap, allocator: Allocator, ensure_links: Callable[[int], None]
     ) -> None:
-        """``ensure_links`` raises NoSpace where the metadata has no room for so many links more."""
+        """``ensure_links`` raises NoSpace if the metadata region has no room for so many additional links."""
         self._dax = dax
         self._rmap = rmap
         self._allocator = allocator
@@ -63,11 +64,10 @@ class FileData:
     # -- reading
 
     def read(self, extents: ExtentMap, offset: int, length: int) -> Buffer:
-        """The bytes ``[offset, offset + length)``; holes read as zeros. A view of the live media where one
-        run has all.
+        """Return the bytes ``[offset, offset + length)``; holes read as zeros.
 
-        Raises MediaError if any page of the range is poison: all or nothing, because a short answer would
-        mean the end of the file.
+        If one run has all bytes, the result is a view of the media. Raises MediaError if any page of the
+        range is poisoned: all or nothing, because a short answer would mean end of file.
         """
         end = offset + length
         first, last = offset // PAGE_SIZE, -(-end // PAGE_SIZE)
@@ -91,22 +91,21 @@ class FileData:
     def store(
         self, extents: ExtentMap, offset: int, data: Buffer, *, from_cache: bool, zeroing: bool = False
     ) -> Stored:
-        """Write ``data`` at ``offset``. Blocks that others share are copied first; poison covered whole is
-        cleared.
+        """Write ``data`` at ``offset``. Shared blocks are copied first.
 
-        ``from_cache``: the page cache writes back what was stored through a mapping. On persistent memory
-        that store had reached the media before it went bad, so it does not repair: it is lost.
+        A write of a whole page clears the poison of the page, unless ``from_cache``: the page cache writes
+        back stores made through a mapping. On persistent memory such a store had reached the media before the
+        failure. So the store is lost and does not clear poison.
 
-        Raises MediaError if an edge of the range lies inside a poisoned page (PartialOverPoison where that
-        is not shared, unless ``zeroing``), NoSpace if there are not enough
-        blocks; then nothing has changed.
+        Raises MediaError if an edge of the range lies inside a poisoned page (PartialOverPoison if the page
+        is not shared, unless ``zeroing``), NoSpace if there are not enough blocks. Then nothing has changed.
         """
         end = offset + len(data)
         first, last = offset // PAGE_SIZE, -(-end // PAGE_SIZE)
         segments = list(self._segments(extents, first, last))
         if not from_cache:
             self._refuse_partial(segments, offset, end, zeroing=zeroing)
-        # What is filled whole needs no memory before; a watcher wants to see zeros.
+        # Blocks written whole need no reservation before. A watcher expects new blocks to be zero.
         whole = offset % PAGE_SIZE == 0 and end % PAGE_SIZE == 0
         fresh = self._allocate(extents, segments, first, reserve=not whole or self.watcher is not None)
         view = memoryview(data)
@@ -116,7 +115,7 @@ class FileData:
         touched = self._store_begins(segments, fresh, origin) if self.watcher is not None else []
         try:
             placed = self._place(segments, offset, view, fresh)
-        except NoSpace:  # a commit may make room, and then memory must be had first
+        except NoSpace:  # the new allocation may commit to make room, so reserve the memory first
             fresh = self._allocate(extents, segments, first, reserve=True)
             placed = self._place(segments, offset, view, fresh)
         for segment in segments:
@@ -131,7 +130,10 @@ class FileData:
         return Stored(cleared, lost)
 
     def _store_begins(self, segments: list[_Segment], fresh: list[Range], origin: Origin) -> list[Range]:
-        """Tell the watcher which blocks a store will change; if it refuses, give ``fresh`` back."""
+        """Announce the blocks of a store to the watcher.
+
+        If the watcher refuses, free the ``fresh`` blocks.
+        """
         assert self.watcher is not None
         starts = [(s.dev_block(s.start), s.end - s.start) for s in segments if not s.copy]
         touched = [*(Range(start, start + length) for start, length in starts), *fresh]
@@ -172,7 +174,7 @@ class FileData:
                         self.watcher.verify(Range(segment.dev_block(block), segment.dev_block(block) + 1))
                     self._dax.direct_access(segment.dev_block(block) * PAGE_SIZE, PAGE_SIZE)
                 except MediaError as error:
-                    # To copy a shared block, or to zero a part, the kernel reads it first: that is an EIO.
+                    # The kernel reads a block before it copies or partly zeroes the block: the read is EIO.
                     if segment.copy or zeroing:
                         raise
                     raise PartialOverPoison(str(error), error.ranges) from error
@@ -183,7 +185,7 @@ class FileData:
         pieces = list(merged((s.start, s.end) for s in segments if s.copy))
         if not pieces:
             return []
-        # Each segment cuts a link in two at the most, and its blocks may come in pieces.
+        # Each segment cuts at most one link in two, and the new blocks may come in several runs.
         copies = sum(s.copy for s in segments)
         self._ensure_links(2 * copies + self._allocator.max_runs(pieces))
         return self._allocator.allocate_for(extents, pieces, extents.goal(first), reserve=reserve)
@@ -191,10 +193,9 @@ class FileData:
     def _place(
         self, segments: list[_Segment], offset: int, view: memoryview, fresh: list[Range]
     ) -> deque[tuple[Block, Range]]:
-        """Put what was written at ``offset`` into the new blocks, with the rest of edge blocks copied from
-        the shared ones, if any. Returns (file block, device blocks) in order; nothing is mapped yet.
+        """Fill new blocks with ``view``, and with the rest of shared edge blocks. Nothing is mapped yet.
 
-        Raises NoSpace; then ``fresh`` is free again.
+        Return (file block, device blocks) in order. Raises NoSpace; then the ``fresh`` blocks are freed.
         """
         pieces = [Range(segment.start, segment.end) for segment in segments if segment.copy]
         placed = deque((hole.start, run) for hole, run in paired(pieces, fresh))
@@ -209,7 +210,7 @@ class FileData:
         return placed
 
     def _map(self, extents: ExtentMap, segment: _Segment, placed: deque[tuple[Block, Range]]) -> None:
-        """Have a segment's new blocks in the place of its old ones, if any."""
+        """Map the new blocks of a segment in place of the old blocks."""
         freed = extents.remove(segment.start, segment.end) if segment.link is not None else []
         while placed and placed[0][0] < segment.end:
             block, run = placed.popleft()
@@ -218,16 +219,16 @@ class FileData:
             self._allocator.free(run)
 
     def _edges(self, segment: _Segment, start: int, stop: int) -> list[tuple[int, bytes]]:
-        """What the first and last block of a shared segment hold outside ``[start, stop)``, with its place in
-        the file.
+        """Return the bytes of the first and last block of a shared segment outside ``[start, stop)``.
+
+        Each comes with its offset in the file.
         """
         if segment.link is None:
             return []
         edges = []
         base = segment.dev_block(segment.start) * PAGE_SIZE - segment.start * PAGE_SIZE
         for low, high in ((segment.start * PAGE_SIZE, start), (stop, segment.end * PAGE_SIZE)):
-            # A store from the page cache ends at the file's end; what its block holds beyond is zero in any
-            # case.
+            # A store from the page cache ends at the end of the file. The rest of its last block is zero.
             if low < high and not self._dax.is_poisoned(base + low, high - low):
                 edges.append((low, bytes(self._dax.direct_access(base + low, high - low))))
         return edges
@@ -235,8 +236,9 @@ class FileData:
     def _put(
         self, blocks: Range, at: int, start: int, chunk: memoryview, edges: list[tuple[int, bytes]]
     ) -> None:
-        """Fill new ``blocks``, which are the file's bytes from ``at`` on, from ``chunk`` (at ``start``) and
-        ``edges``.
+        """Fill new ``blocks`` from ``chunk`` and ``edges``.
+
+        ``at``: offset of the blocks in the file. ``start``: offset of ``chunk`` in the file.
         """
         window = Range(at, at + blocks.length * PAGE_SIZE)
         pieces: list[tuple[int, Buffer]] = [*edges, (start, chunk)]
@@ -277,24 +279,28 @@ class FileData:
                     part.start, chunk[part.start - dev.start : part.end - dev.start]
                 )
 
-    # -- taking away
+    # -- removing
 
     def remove(self, extents: ExtentMap, start: Block, end: Block) -> None:
-        """Make blocks ``[start, end)`` a hole, and give back what nobody else uses, bad blocks included."""
+        """Make blocks ``[start, end)`` a hole.
+
+        Blocks without another owner are freed, even poisoned blocks.
+        """
         for run in extents.remove(start, end):
             self._allocator.free(run)
 
     def zero_tail(self, extents: ExtentMap, size: int) -> None:
-        """Make the rest of the block that holds byte ``size`` zero, so that a longer file reads zeros there.
+        """Zero the rest of the block with byte ``size``, so that a longer file reads zeros there.
 
-        Raises MediaError if the block is poison, NoSpace if it is shared and no other is free.
+        Raises MediaError if the block is poisoned, NoSpace if the block is shared and no other is free.
         """
         if size % PAGE_SIZE:
             self._zero_in_block(extents, size, -(-size // PAGE_SIZE) * PAGE_SIZE)
 
     def clear_beyond(self, extents: ExtentMap, size: int) -> None:
-        """Make what a file has mapped beyond byte ``size`` zero, on the media, whoever shares it. Poison
-        stays.
+        """Zero all mapped bytes of a file beyond byte ``size``, on the media, even in shared blocks.
+
+        Poison stays.
         """
         for run in extents.runs(size // PAGE_SIZE, 1 << 52):
             if run.link is None:
@@ -310,7 +316,8 @@ class FileData:
     def punch(self, extents: ExtentMap, start: int, end: int) -> None:
         """Make the bytes ``[start, end)`` zero: whole blocks become a hole, the edges are overwritten.
 
-        Raises MediaError if an edge lies in a poisoned block, NoSpace as zero_tail(); whole blocks stay then.
+        Raises MediaError if an edge lies in a poisoned block, NoSpace as zero_tail(). Then whole blocks are
+        unchanged.
         """
         whole = self._zero_edges(extents, start, end)
         if whole:
@@ -318,9 +325,9 @@ class FileData:
             self.remove(extents, *whole)
 
     def zero(self, extents: ExtentMap, start: int, end: int) -> None:
-        """Make the bytes ``[start, end)`` zero: whole blocks get new ones, so that bad ones are given back.
+        """Make the bytes ``[start, end)`` zero. Whole blocks are replaced, so poisoned blocks are freed.
 
-        Raises as punch(); then no whole block has changed.
+        Raises as punch(). Then no whole block has changed.
         """
         edges = {start // PAGE_SIZE, (end - 1) // PAGE_SIZE}
         cut = Range(-(-start // PAGE_SIZE), end // PAGE_SIZE)
@@ -328,7 +335,7 @@ class FileData:
             b for b in edges if not cut.start <= b < cut.end and extents.lookup(b, b + 1)[0].link is None
         ]
         targets = [*([cut] if cut else []), *(Range(block, block + 1) for block in holes)]
-        # Each edge may lie in a shared block, whose copy cuts a link in three.
+        # Each edge may lie in a shared block. A copy of that block cuts a link in three.
         self._ensure_links(5 + len(holes) + self._allocator.max_runs(targets))
         fresh = self._allocator.allocate_for(extents, targets)
         try:
@@ -341,7 +348,7 @@ class FileData:
         extents.fill(targets, fresh)
 
     def _zero_edges(self, extents: ExtentMap, start: int, end: int) -> Range:
-        """Overwrite what lies in blocks that the range covers in part; returns the blocks it covers whole."""
+        """Overwrite the parts of partly covered blocks with zeros. Return the blocks covered whole."""
         whole = Range(-(-start // PAGE_SIZE), end // PAGE_SIZE)
         if start // PAGE_SIZE == (end - 1) // PAGE_SIZE and not whole:
             self._zero_in_block(extents, start, end)

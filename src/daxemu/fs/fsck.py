@@ -1,5 +1,6 @@
-"""The filesystem's invariants, as code (what xfs_repair -n looks at). The command line and every test call
-it.
+"""The filesystem's invariants, as code (counterpart: xfs_repair -n).
+
+Called by the command line and the tests.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from daxemu.uapi import PAGE_SIZE
 
 
 def fsck(fs: Filesystem) -> list[str]:
-    """Everything that is wrong, one line each; empty when the filesystem is sound."""
+    """Return all problems, one line each; an empty list if the filesystem is sound."""
     checks = (_check_extents, _check_tails, _check_rmap, _check_free_space, _check_tree, _check_store)
     return [problem for check in checks for problem in check(fs)]
 
@@ -54,9 +55,9 @@ def _check_extents(fs: Filesystem) -> list[str]:
 
 
 def _check_tails(fs: Filesystem) -> list[str]:
-    """Bytes of a file's last block beyond its size are zero."""
+    """Check that bytes of a file's last block beyond the file size are zero."""
     if not fs.store.is_clean and fs.is_read_only:
-        return []  # the next mount clears them, after a crash
+        return []  # after a crash the next mount zeroes the tails
     wrong = []
     for inode in fs.names:
         tail = inode.size % PAGE_SIZE
@@ -97,7 +98,7 @@ def _check_rmap(fs: Filesystem) -> list[str]:
 
 
 def _check_sharing(links: list[Link]) -> list[str]:
-    """Links that overlap on the device hold one proxy; one without a proxy overlaps none."""
+    """Check that overlapping links hold one proxy, and links without a proxy do not overlap."""
     wrong = []
     active: list[Link] = []
     for link in sorted(links, key=lambda item: item.dev_block):
@@ -155,7 +156,10 @@ def _check_tree(fs: Filesystem) -> list[str]:
 
 
 def _check_reachable(inodes: dict[int, Inode]) -> list[str]:
-    """Every directory that has a name can be reached from the root: link counts are right in a ring, too."""
+    """Check that every directory with a name is reachable from the root.
+
+    A ring of directories has right link counts, but is not reachable.
+    """
     reached: set[int] = set()
     ahead = [ROOT_INO]
     while ahead:

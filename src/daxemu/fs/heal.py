@@ -1,7 +1,6 @@
-"""What can be done about bad blocks of files: put good bytes in their place, or somewhere else, or nothing.
+"""Changes of failed blocks for a repair strategy: rewrite in place, relocate, punch.
 
-Blocks are the device's. Each verb keeps the filesystem's invariants, and knows of every file that shares a
-block.
+Blocks are device blocks. Each function keeps the filesystem's invariants, and handles every owner of a block.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from daxemu.uapi import PAGE_SIZE, Block
 
 
 def rewrite(fs: Filesystem, offset: int, data: bytes | memoryview) -> None:
-    """Write ``data`` over the device's bytes from ``offset`` on; poison there is cleared, as by any write.
+    """Write ``data`` to the device at byte ``offset``. Poison there is cleared, as by any write.
 
     Raises InvalidArgument unless both ends are whole sectors.
     """
@@ -27,14 +26,13 @@ def rewrite(fs: Filesystem, offset: int, data: bytes | memoryview) -> None:
 
 
 def relocate(fs: Filesystem, blocks: Range, data: bytes | memoryview) -> None:
-    """Give whoever has ``blocks`` other ones, with ``data`` in them; sharers share those. The old ones are
-    free, and while they are bad nobody gets them.
+    """Move all owners of ``blocks`` to new blocks with ``data``. Sharing is kept.
 
-    Raises NoSpace, and then nothing has changed.
+    The old blocks are free, but not used while poisoned. Raises NoSpace; then nothing has changed.
     """
     owners = [owner for owner in fs.rmap.owners(*blocks) if owner.ino != METADATA_INO]
     edges = sorted({edge for o in owners for edge in (o.dev_block, o.dev_block + o.length)})
-    # Between two edges all owners there have all of it.
+    # Between two edges, every owner of a block owns all blocks.
     pieces = [Range(*pair) for pair in pairwise(edges) if any(_has(owner, pair[0]) for owner in owners)]
     wanted = sum(piece.length for piece in pieces)
     fs.ensure_links((2 + min(wanted, fs.allocator.fragments)) * len(owners))
@@ -50,7 +48,7 @@ def _has(owner: Owner, block: Block) -> bool:
 
 
 def _move(fs: Filesystem, owners: list[Owner], old: Range, new: Range) -> None:
-    """Have ``owners``, who all have all of ``old``, share ``new`` in its place."""
+    """Map ``new`` in place of ``old`` for all ``owners``. Precondition: each owner has all of ``old``."""
     first: tuple[ExtentMap, Block] | None = None
     for owner in owners:
         extents, at = fs.extents_of(owner.ino), owner.file_block + old.start - owner.dev_block
@@ -64,7 +62,7 @@ def _move(fs: Filesystem, owners: list[Owner], old: Range, new: Range) -> None:
 
 
 def punch(fs: Filesystem, blocks: Range) -> None:
-    """Make a hole of ``blocks`` in every file that has them. They are free; while bad, nobody gets them."""
+    """Punch a hole over ``blocks`` in every owner. The blocks are free, but not used while poisoned."""
     if blocks.start < 0 or blocks.end > fs.allocator.total:
         raise InvalidArgument(f"blocks {blocks.start}-{blocks.end} are outside the device")
     fs.ensure_links(sum(1 for _ in fs.rmap.owners(*blocks)))

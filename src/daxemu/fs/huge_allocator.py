@@ -1,8 +1,8 @@
-"""Free blocks of a device that is mapped by 2 MiB pages: files are placed so that it can be.
+"""Free blocks of a device with 2 MiB alignment: files are placed so that page faults can map 2 MiB.
 
-A fault maps 2 MiB at once only where they lie in one piece on the device, and as far into an aligned 2 MiB
-there as in the file. Counterpart in Linux: the extent size hint and stripe alignment that XFS is given for
-this (xfs_bmap_btalloc()).
+A fault maps 2 MiB at once only if the 2 MiB of the file are contiguous on the device, at the same offset from
+a 2 MiB boundary as in the file. Counterpart in Linux: the extent size hint and stripe alignment set for XFS
+(xfs_bmap_btalloc()).
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from daxemu.uapi import HPAGE_PMD_NR, PMD_SIZE, Block
 
 
 class HugeAllocator(Allocator):
-    """An allocator that gives each 2 MiB of a file, once any of it is written, 2 MiB of the device that are
-    free as a whole: the rest of them is where the rest of it goes.
+    """An allocator that places each 2 MiB of a file in 2 MiB of the device.
 
-    They are not kept for it: others get them when no 2 MiB is free as a whole any more. Then, and where a
-    part of such 2 MiB lies elsewhere already, blocks are given as they come by.
+    The first write to 2 MiB of a file takes a part of 2 MiB of the device that are free as a whole. Later
+    blocks of the same 2 MiB of the file go to the matching place in the rest. The rest is not reserved: other
+    files get the blocks once no 2 MiB are free as a whole. Then, and if another part of the 2 MiB of the file
+    is elsewhere already, blocks are allocated as in the base class.
     """
 
     def __init__(self, dax: DaxDevice) -> None:
         super().__init__(dax)
         self._whole = RangeSet([(0, self.total // HPAGE_PMD_NR)])
-        """What is free as a whole, in units of 2 MiB."""
+        """Runs that are free as a whole, in units of 2 MiB."""
 
     def allocate_for(
         self, extents: ExtentMap, pieces: Sequence[Range], goal: Block | None = None, *, reserve: bool = True
     ) -> list[Range]:
-        """See Allocator.allocate_for. ``goal`` is not looked at: the file's other blocks say where."""
+        """See Allocator.allocate_for. ``goal`` is ignored: the other blocks of the file decide the place."""
 
         def take(taken: list[Range]) -> None:
             for piece in pieces:
@@ -42,8 +43,10 @@ class HugeAllocator(Allocator):
         return self._or_reclaim(sum(piece.length for piece in pieces), take, reserve)
 
     def max_runs(self, pieces: Sequence[Range]) -> int:
-        """See Allocator.max_runs. A piece is placed in up to three parts, and a part that is taken out of the
-        middle of a free run makes two of that.
+        """See Allocator.max_runs.
+
+        A piece is placed in up to three parts, and a part taken from the middle of a free run makes two runs
+        of the rest.
         """
         return min(sum(piece.length for piece in pieces), 4 * (self.fragments + 5 * len(pieces)))
 
@@ -58,7 +61,7 @@ class HugeAllocator(Allocator):
                 if run is not None and run.start == place:
                     self._take(taken, run)
                     part = Range(part.start + run.length, part.end)
-                if part:  # these 2 MiB are in pieces already
+                if part:  # the 2 MiB of the file are not contiguous already
                     self._take_next(taken, part.length, place)
             goal = taken[-1].end
 
@@ -73,7 +76,7 @@ class HugeAllocator(Allocator):
             self._take_next(taken, part.end - at, goal)
 
     def _next_whole(self, at: Block, goal: Block | None) -> Range | None:
-        """Blocks free by whole 2 MiB: from ``goal`` on if the file goes on there at ``at``, or the first."""
+        """Return blocks free by whole 2 MiB: at ``goal`` if ``at`` can continue there, or the first run."""
         lows = [0]
         if goal is not None and (goal - at) % HPAGE_PMD_NR == 0:
             lows.insert(0, goal // HPAGE_PMD_NR)
@@ -99,16 +102,14 @@ class HugeAllocator(Allocator):
 
 
 def _by_units(piece: Range) -> list[Range]:
-    """``piece`` cut where its first and its last 2 MiB end and begin."""
+    """Cut ``piece`` at the end of the first and the start of the last 2 MiB of the piece."""
     cuts = {piece.start, piece.end}
     cuts |= {at for at in piece.inner(HPAGE_PMD_NR) if piece.start < at < piece.end}
     return [Range(*ends) for ends in pairwise(sorted(cuts))]
 
 
 def _beside(extents: ExtentMap, part: Range) -> Block | None:
-    """Where on the device ``part`` of a file would be in one piece with the rest of its 2 MiB; None if that
-    is a hole.
-    """
+    """Return the device block that makes ``part`` contiguous with its 2 MiB; None if the rest is a hole."""
     unit = part.outer(HPAGE_PMD_NR)
     if unit == part:
         return None
@@ -120,5 +121,5 @@ def _beside(extents: ExtentMap, part: Range) -> Block | None:
 
 
 def allocator_for(dax: DaxDevice) -> Allocator:
-    """The allocator of a device's alignment."""
+    """Return the allocator for the alignment of the device."""
     return HugeAllocator(dax) if dax.align == PMD_SIZE else Allocator(dax)

@@ -1,4 +1,4 @@
-"""One inode, and who may ask for what (``struct inode``, ``struct cred``)."""
+"""An inode, and the credentials of a caller (``struct inode``, ``struct cred``)."""
 
 from __future__ import annotations
 
@@ -11,29 +11,28 @@ from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE, Ino
 
 ROOT_INO: Ino = 1
 RESERVED_INO: Ino = 1 << 62
-"""The file of a repair strategy (fs/reserved.py). It has no name."""
+"""The file of a repair strategy (fs/reserved.py). The file has no name."""
 LINK_MAX = (1 << 31) - 1
 MAX_FILE_SIZE = (1 << 63) - PAGE_SIZE
 _SECOND = 10**9
 TIME_MAX = (1 << 63) // _SECOND * _SECOND
-"""Nanoseconds, in whole seconds, that the store has room for, before 1970 and after: from 1677 to 2262."""
+"""Largest time in the store, in nanoseconds before or after 1970, as whole seconds: years 1677 to 2262."""
 ENTRY_COST = 28
-"""Bytes a directory entry or an extended attribute takes in the store besides its name and value."""
+"""Bytes of a directory entry or an extended attribute in the store, besides name and value."""
 
 
 def timestamp_truncate(time: int) -> int:
-    """The nearest time that can be kept (fs/inode.c, s_time_min and s_time_max)."""
+    """Return the nearest storable time, in nanoseconds (fs/inode.c, s_time_min and s_time_max)."""
     return max(-TIME_MAX, min(time, TIME_MAX))
 
 
 class Inode(msgspec.Struct, eq=False, gc=False):
-    """One inode, its fields in the order of the store's columns first. Times are nanoseconds since the epoch,
-    ``size`` is bytes.
+    """An inode. The first fields are in the order of the store's columns. Times are nanoseconds since 1970.
 
-    ``entries`` is a directory's, ``extents`` a regular file's, ``target`` a symlink's; the others are None.
-    ``parent`` and ``name`` are one of its links: a directory's only one, for others a hint that ``path_of``
-    verifies. ``pins`` and ``opens`` count what keeps it alive besides its links: the kernel's lookups, and
-    open handles, which keep its bytes as well. Both are the host's to count.
+    ``size``: bytes. ``entries`` belongs to a directory, ``extents`` to a regular file, ``target`` to a
+    symlink; in other inodes each is None. ``parent`` and ``name`` are one name of the inode: the only name of
+    a directory, for other inodes a hint verified by ``path_of``. ``pins`` and ``opens`` keep an unlinked
+    inode: lookups of the kernel, and open handles, which keep the data as well. The host counts both.
     """
 
     ino: Ino
@@ -61,13 +60,13 @@ class Inode(msgspec.Struct, eq=False, gc=False):
 
     @property
     def sectors(self) -> int:
-        """``st_blocks``: what its bytes take up on the device."""
+        """``st_blocks``: 512-byte sectors used on the device."""
         return self.extents.blocks * (PAGE_SIZE // SECTOR_SIZE) if self.extents is not None else 0
 
 
 @dataclass(frozen=True)
 class Credentials:
-    """Who asks (``struct cred``, what of it matters here)."""
+    """The caller of an operation (the parts of ``struct cred`` that matter here)."""
 
     uid: int
     gid: int

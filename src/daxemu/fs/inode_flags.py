@@ -1,7 +1,7 @@
-"""Inode flags of chattr(1), immutable and append-only, with the checks of the VFS for them.
+"""Inode flags of chattr(1), immutable and append-only, with the checks of the VFS for both.
 
 The kernel's FUSE forwards the ioctls (``fuse_fileattr_get()`` in fs/fuse/ioctl.c), but never sets S_IMMUTABLE
-and S_APPEND in its own inode. So the filesystem makes these checks itself. As on Linux, an open file keeps
+and S_APPEND in the kernel's inode. So the filesystem makes the checks itself. As on Linux, an open file keeps
 the rights of its open(2): a descriptor from before ``chattr +i`` can still write(2).
 
 Every check raises FsError EPERM.
@@ -17,7 +17,7 @@ from daxemu.fs.inode import Inode
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE
 
 IMMUTABLE = 0x10
-"""FS_IMMUTABLE_FL: nothing of the inode changes. A directory's names neither."""
+"""FS_IMMUTABLE_FL: the inode does not change. Names of a directory do not change either."""
 APPEND = 0x20
 """FS_APPEND_FL: a file only grows. A directory only gets new names."""
 SUPPORTED = IMMUTABLE | APPEND
@@ -48,7 +48,7 @@ def may_write(inode: Inode) -> None:
 
 
 def may_open(inode: Inode, flags: int) -> None:
-    """Check ``may_open()``; ``flags`` are those of open(2)."""
+    """Check ``may_open()``; ``flags`` as for open(2)."""
     if flags & os.O_ACCMODE == os.O_RDONLY and not flags & os.O_TRUNC:
         return
     may_write(inode)
@@ -57,8 +57,9 @@ def may_open(inode: Inode, flags: int) -> None:
 
 
 def may_change(inode: Inode) -> None:
-    """Check for a new size, mode, owner, explicit time, hard link, or extended attribute (``may_setattr()``,
-    ``vfs_truncate()``, ``vfs_link()``, ``may_write_xattr()``).
+    """Check for a new size, mode, owner, explicit time, hard link, or extended attribute.
+
+    The check of ``may_setattr()``, ``vfs_truncate()``, ``vfs_link()`` and ``may_write_xattr()``.
     """
     _refuse(inode, IMMUTABLE | APPEND)
 

@@ -1,9 +1,9 @@
-"""Layouts: somebody else may read and write a file's healthy blocks without asking, until what a layout says
-changes (fs/xfs/xfs_pnfs.c).
+"""Layouts: grants to read and write healthy blocks of a file without a call to the filesystem (xfs_pnfs.c).
 
-The filesystem remains the authority. It grants a layout after it has served a file itself, and breaks it
-within the verb that changes anything of what it says: an extent, the size, who shares, poison anywhere. What
-the holder wrote it reports before the filesystem is asked for anything else (``Filesystem.wrote``).
+The filesystem remains the authority. After the filesystem itself has served a file, it grants a layout. A
+verb that changes the content of a layout breaks the layout: an extent, the size, sharing, poison anywhere.
+The holder reports writes before any other call to the filesystem (``Filesystem.wrote``). Counterpart in
+Linux: fs/xfs/xfs_pnfs.c.
 """
 
 from __future__ import annotations
@@ -20,13 +20,17 @@ from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Ino
 
 MAX_FILES = 4096
-"""Files that have layouts at the same time. One more, and all are broken; those in use get them anew."""
+"""Maximum of files with layouts at a time.
+
+At one more file all layouts are broken; used files get new ones.
+"""
 
 
 class Layout(NamedTuple):
-    """Bytes ``[start, end)`` of file ``ino``, which is ``size`` long, are at byte ``device`` of the device,
-    healthy. ``may_write``: a store there changes nothing but bytes and times, and the size if it ends beyond;
-    what is there beyond the end is zero.
+    """Bytes ``[start, end)`` of file ``ino`` are at byte ``device`` of the device, without poison.
+
+    ``size``: the file size in bytes. ``may_write``: a store there changes only bytes, times, and the size if
+    the store ends beyond; mapped bytes beyond the end are zero.
     """
 
     ino: Ino
@@ -38,28 +42,29 @@ class Layout(NamedTuple):
 
 
 class LayoutOps(Protocol):
-    """Who holds layouts."""
+    """The holder of layouts."""
 
     def grant(self, layout: Layout) -> None:
-        """Here is one, beside others of the same file."""
+        """Add a layout of a file. Other layouts of the same file stay valid."""
 
     def grant_attributes(self, inode: Inode) -> None:
-        """What stat(2) says of an inode holds until its layout is broken, or written to; that it has no
-        capabilities, until its layout is broken.
+        """Grant the answer of stat(2) for an inode, and the fact that the inode has no capabilities.
+
+        The answer holds until the layout is broken or written to, the other fact until the layout is broken.
         """
 
     def break_attributes(self, ino: Ino) -> None:
-        """What stat(2) says of an inode no longer holds; its layouts do."""
+        """Revoke the answer of stat(2) for an inode. Layouts of the inode stay valid."""
 
     def break_layout(self, ino: Ino) -> None:
-        """None of this file holds any more."""
+        """Revoke all layouts of a file."""
 
     def break_all(self) -> None:
-        """None holds any more."""
+        """Revoke all layouts."""
 
 
 class Layouts:
-    """The layouts of one filesystem that are out. Without a holder, none."""
+    """The granted layouts of one filesystem. Without a holder no layout is granted."""
 
     def __init__(self, dax: DaxDevice) -> None:
         self._dax = dax
@@ -71,22 +76,22 @@ class Layouts:
 
     @property
     def count(self) -> int:
-        """How many files have a layout out."""
+        """Number of files with a granted layout."""
         return len(self._out)
 
     def hold(self, holder: LayoutOps | None) -> None:
-        """Have somebody hold layouts from now on, or nobody."""
+        """Set the holder of layouts; None for no holder."""
         self.break_all()
         self._holder = holder
 
     def watch(self, is_watched: bool) -> None:
-        """Grant none while somebody must see each read and write."""
+        """Grant no layout while ``is_watched``: a repair strategy must see each read and write."""
         self.break_all()
         self._is_watched = is_watched
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Within, none is granted: all requests come to the filesystem."""
+        """Context without layouts: all requests come to the filesystem."""
         self.suspend()
         try:
             yield
@@ -94,12 +99,12 @@ class Layouts:
             self._suspended -= 1
 
     def suspend(self) -> None:
-        """From now on none is granted."""
+        """Break all layouts, and grant none from now on."""
         self.break_all()
         self._suspended += 1
 
     def _whom(self, inode: Inode) -> LayoutOps | None:
-        """Who is to be granted something of an inode; None if nobody may be."""
+        """Return the holder for a grant on ``inode``; None if no grant is allowed."""
         if self._is_watched or self._suspended or self._holder is None:
             return None
         if inode.ino not in self._out:
@@ -109,7 +114,7 @@ class Layouts:
         return self._holder
 
     def grant(self, inode: Inode, extents: ExtentMap, offset: int, length: int) -> None:
-        """Grant what a file has of the extents that were just read or written at ``offset``."""
+        """Grant the extents of the bytes just read or written at ``offset``."""
         if (holder := self._whom(inode)) is None:
             return
         may_write = not dentry_needs_remove_privs(inode)
@@ -124,29 +129,32 @@ class Layouts:
                     holder.grant(Layout(inode.ino, inode.size, start + delta, end + delta, start, alone))
 
     def grant_attributes(self, inode: Inode) -> None:
-        """Grant what stat(2) says of an inode."""
+        """Grant the answer of stat(2) for an inode."""
         if (holder := self._whom(inode)) is not None:
             holder.grant_attributes(inode)
 
     def _healthy(self, device: Range) -> Iterable[Range]:
-        """The pages of these device bytes without poison."""
+        """Return the pages of these device bytes without poison."""
         if not self._dax.is_poisoned(device.start, device.length):
             return [device]
         return self._dax.poisoned_pages(device).gaps(*device)
 
     def break_attributes(self, ino: Ino) -> None:
-        """What stat(2) says of an inode changed, and nothing else of what a layout says."""
+        """Revoke the answer of stat(2) for ``ino``. Called when only attributes change."""
         if self._holder is not None and ino in self._out:
             self._holder.break_attributes(ino)
 
     def break_layout(self, ino: Ino) -> None:
-        """``break_layout()``: what the layout of a file says is about to change."""
+        """``break_layout()``: revoke the layouts of ``ino``.
+
+        Called before the content of a layout changes.
+        """
         if self._holder is not None and ino in self._out:
             self._out.remove(ino)
             self._holder.break_layout(ino)
 
     def break_all(self) -> None:
-        """As :meth:`break_layout`, for every file."""
+        """Revoke the layouts of every file, as :meth:`break_layout`."""
         if self._holder is not None and self._out:
             self._out.clear()
             self._holder.break_all()

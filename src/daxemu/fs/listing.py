@@ -20,16 +20,19 @@ DOT, DOT_DOT = 1, 2
 _SLOTS = 16
 """Cookies for names with the same hash of 58 bits."""
 MAX_LISTINGS = 64
-"""Directories whose order is kept; of the others the next listing computes the order anew."""
+"""Number of directories whose order is kept.
+
+For other directories the next listing computes the order again.
+"""
 
 
 def cookie_of(name: bytes) -> int:
-    """First of the cookies that a name can have. Less than 2**62 + 16: a file position is signed."""
+    """Return the first possible cookie of a name. Less than 2**62 + 16, because a file position is signed."""
     return (int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 6) * _SLOTS + _SLOTS
 
 
 class Listing:
-    """Names of one directory by cookie. Complete once :meth:`build` has said so."""
+    """Names of one directory by cookie. Complete once :meth:`build` has returned True."""
 
     def __init__(self, names: Iterable[bytes]) -> None:
         self._by_cookie: SortedDict[int, bytes] = SortedDict()
@@ -40,7 +43,10 @@ class Listing:
         return self._left is None
 
     def build(self, count: int, is_there: Callable[[bytes], bool]) -> bool:
-        """Take in the next ``count`` names, but for those no longer there. Returns whether all are in."""
+        """Add the next ``count`` names, except names removed meanwhile.
+
+        Return True if all names are added.
+        """
         if self._left is not None:
             part = list(islice(self._left, count))
             for name in filter(is_there, part):
@@ -50,14 +56,14 @@ class Listing:
         return self.is_complete
 
     def add(self, name: bytes) -> None:
-        """Take in a name, if it is not in yet."""
+        """Add a name, unless present."""
         first = cookie_of(name)
         if self._cookie(first, name) is None:
             free = next(cookie for cookie in range(first, first + _SLOTS) if cookie not in self._by_cookie)
             self._by_cookie[free] = name
 
     def remove(self, name: bytes) -> None:
-        """Take out a name, if it is in."""
+        """Remove a name, if present."""
         if (cookie := self._cookie(cookie_of(name), name)) is not None:
             del self._by_cookie[cookie]
 
@@ -66,19 +72,22 @@ class Listing:
         return next((cookie for cookie in found if self._by_cookie[cookie] == name), None)
 
     def after(self, cookie: int) -> Iterator[tuple[int, bytes]]:
-        """Names behind a cookie, with theirs. Costs the logarithm of the number of names to begin with."""
+        """Yield the names after a cookie, with their cookies.
+
+        The start costs the logarithm of the number of names.
+        """
         for found in self._by_cookie.irange(cookie, inclusive=(False, True)):
             yield found, self._by_cookie[found]
 
 
 class Listings:
-    """Listings of the directories that were read last."""
+    """Listings of the most recently read directories."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Ino, Listing] = OrderedDict()
 
     def of(self, ino: Ino, names: Iterable[bytes]) -> Listing:
-        """Listing of a directory. ``names`` are the directory's, for a listing that begins now."""
+        """Return the listing of a directory. ``names`` are the directory's names, for a new listing."""
         listing = self._kept.get(ino)
         if listing is None:
             self._make_room()
@@ -87,8 +96,10 @@ class Listings:
         return listing
 
     def _make_room(self) -> None:
-        """Drop the listing that was not read for longest. One that is being built stays: builders of many
-        would drop each other's for ever.
+        """Drop the least recently read listing that is complete.
+
+        An incomplete listing stays: otherwise concurrent readers of many directories would drop each other's
+        listings for ever.
         """
         if len(self._kept) >= MAX_LISTINGS:
             complete = (ino for ino, listing in self._kept.items() if listing.is_complete)
@@ -96,15 +107,15 @@ class Listings:
                 del self._kept[oldest]
 
     def entered(self, ino: Ino, name: bytes) -> None:
-        """A directory got a name."""
+        """Add a new name of a directory."""
         if (listing := self._kept.get(ino)) is not None:
             listing.add(name)
 
     def left(self, ino: Ino, name: bytes) -> None:
-        """A directory lost a name."""
+        """Remove a name of a directory."""
         if (listing := self._kept.get(ino)) is not None:
             listing.remove(name)
 
     def drop(self, ino: Ino) -> None:
-        """A directory is gone."""
+        """Drop the listing of a removed directory."""
         self._kept.pop(ino, None)

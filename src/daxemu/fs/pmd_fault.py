@@ -1,4 +1,4 @@
-"""Which pages of a file a fault maps by 2 MiB: the file's side of dax_iomap_pmd_fault() in fs/dax.c."""
+"""Pages of a file mapped by 2 MiB in one fault: the file's side of dax_iomap_pmd_fault() in fs/dax.c."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from daxemu.uapi import HPAGE_PMD_NR, PAGE_SIZE, PMD_SIZE
 def pmd_ranges(
     dax: DaxDevice, rmap: Rmap, names: Namespace, owner: Owner, failing: Range
 ) -> tuple[Range, ...]:
-    """The whole 2 MiB of ``owner``'s file that hold any of its blocks and that a fault maps at once, as page
-    ranges.
+    """Return, as page ranges, the PMDs of a file that overlap ``owner`` and that one fault maps.
 
-    Each is in one piece on the device and aligned there, inside the file's size, shared by the same number of
-    links all over, and has no bad block. The device bytes ``failing`` do not count as bad: who has them
-    mapped did that before.
+    Conditions for each PMD (2 MiB):
+    - contiguous on the device and aligned on the device
+    - inside the file size
+    - shared by the same number of links everywhere
+    - without a bad block; the device bytes ``failing`` do not count, because mappings are older than the
+      failure
     """
     delta = owner.dev_block - owner.file_block
     if dax.align < PMD_SIZE or delta % HPAGE_PMD_NR:

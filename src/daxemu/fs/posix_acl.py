@@ -1,7 +1,7 @@
-"""POSIX access control lists, as their extended attributes hold them (fs/posix_acl.c).
+"""POSIX access control lists, in the format of the extended attributes (fs/posix_acl.c).
 
-The kernel checks permissions against them; what it leaves to the filesystem is here: mode bits follow the
-list, the list follows chmod(2), and what is made in a directory inherits the directory's default list.
+The kernel checks permissions against the lists. The filesystem does the rest: mode bits follow the list, the
+list follows chmod(2), and a new inode inherits the directory's default list.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ENTRY = struct.Struct("<HHI")
 
 
 class Entry(NamedTuple):
-    """Who (``tag``, and ``id`` for USER and GROUP) may do what (``perm``, rwx bits)."""
+    """Permissions (``perm``, rwx bits) of a class of users (``tag``; ``id`` for USER and GROUP)."""
 
     tag: int
     perm: int
@@ -33,7 +33,10 @@ Acl = list[Entry]
 
 
 def decode(value: bytes) -> Acl:
-    """Raises FsError EINVAL for what is no list, or one without the three entries that every list has."""
+    """Return the list in the value of an attribute. Raises FsError EINVAL for a malformed list.
+
+    Every list has exactly one entry each for the owner, the group and others.
+    """
     if len(value) < _HEADER.size or (len(value) - _HEADER.size) % _ENTRY.size:
         raise FsError(errno.EINVAL)
     if _HEADER.unpack_from(value) != (_VERSION,):
@@ -48,32 +51,30 @@ def decode(value: bytes) -> Acl:
 
 
 def encode(acl: Acl) -> bytes:
-    """The value of the extended attribute."""
+    """Return the value of the extended attribute."""
     return _HEADER.pack(_VERSION) + b"".join(_ENTRY.pack(*entry) for entry in acl)
 
 
 def is_only_mode(acl: Acl) -> bool:
-    """Whether the mode bits say all that the list says (``posix_acl_equiv_mode``)."""
+    """Return True if the list is equivalent to mode bits (``posix_acl_equiv_mode``)."""
     return all(entry.tag in (USER_OBJ, GROUP_OBJ, OTHER) for entry in acl)
 
 
 def mode_of(acl: Acl) -> int:
-    """The permission bits that go with a list; the group's are the mask, if there is one."""
+    """Return the permission bits for a list. The group bits are the mask, if the list has a mask."""
     perms = {entry.tag: entry.perm for entry in acl if entry.tag not in (USER, GROUP)}
     return perms[USER_OBJ] << 6 | perms.get(MASK, perms[GROUP_OBJ]) << 3 | perms[OTHER]
 
 
 def with_mode(acl: Acl, mode: int) -> Acl:
-    """The list after chmod(2) (``__posix_acl_chmod_masq``)."""
+    """Return the list after chmod(2) (``__posix_acl_chmod_masq``)."""
     group = MASK if any(entry.tag == MASK for entry in acl) else GROUP_OBJ
     wanted = {USER_OBJ: mode >> 6 & 7, group: mode >> 3 & 7, OTHER: mode & 7}
     return [entry._replace(perm=wanted.get(entry.tag, entry.perm)) for entry in acl]
 
 
 def inherited(default: Acl, mode: int) -> tuple[Acl, int]:
-    """List and mode of something made with ``mode`` under the list ``default``
-    (``posix_acl_create_masq``).
-    """
+    """Return list and mode of a new inode under the list ``default`` (``posix_acl_create_masq``)."""
     group = MASK if any(entry.tag == MASK for entry in default) else GROUP_OBJ
     shift = {USER_OBJ: 6, group: 3, OTHER: 0}
     acl = [

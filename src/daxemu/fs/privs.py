@@ -1,6 +1,6 @@
-"""What a file loses when it changes hands or contents: set-id bits (fs/attr.c, fs/inode.c).
+"""Set-id bits, removed when a file changes its owner or contents (fs/attr.c, fs/inode.c).
 
-Capabilities (security.capability) go too, but the kernel itself removes that attribute.
+Capabilities (security.capability) are removed, too, but by the kernel itself.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from daxemu.uapi import XATTR_NAME_CAPS
 
 
 def setattr_should_drop_suidgid(inode: Inode, in_group_or_capable: Callable[[int], bool]) -> int:
-    """The bits of the mode that a write by somebody without CAP_FSETID takes away, and a chown by anybody.
+    """Return the mode bits dropped by any chown, and by a write of a caller without CAP_FSETID.
 
-    Set-gid without the group's x bit once meant mandatory locking: it stays where ``in_group_or_capable``
-    says that the caller is of the file's group, or has the capability.
+    Set-gid without the group's x bit once meant mandatory locking. So the bit stays if
+    ``in_group_or_capable`` returns True: the caller is in the file's group, or has the capability.
     """
     if inode.is_dir:
         return 0
@@ -27,10 +27,10 @@ def setattr_should_drop_suidgid(inode: Inode, in_group_or_capable: Callable[[int
 
 
 def is_sxid(mode: int) -> bool:
-    """Whether a mode has set-id bits."""
+    """Return True if a mode has set-id bits."""
     return bool(mode & (stat.S_ISUID | stat.S_ISGID))
 
 
 def dentry_needs_remove_privs(inode: Inode) -> bool:
-    """Whether a write may have to take something away."""
+    """Return True if a write may have to remove set-id bits or capabilities."""
     return is_sxid(inode.mode) or XATTR_NAME_CAPS in inode.xattrs

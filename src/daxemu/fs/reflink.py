@@ -1,4 +1,4 @@
-"""Which ranges of files can share blocks (``generic_remap_file_range_prep`` in fs/remap_range.c)."""
+"""Checks for ranges of files to share blocks (``generic_remap_file_range_prep`` in fs/remap_range.c)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from daxemu.uapi import PAGE_SIZE
 
 
 def check_remap(source: Inode, src_offset: int, target: Inode, dst_offset: int, length: int) -> None:
-    """Raises FsError EINVAL unless the range is whole blocks inside ``source`` (but for the last one, which
-    may be cut off by both files' ends) and does not overlap its destination; EFBIG where that is beyond the
-    largest size.
+    """Check a range for sharing. Raises FsError EINVAL or, beyond the largest size, EFBIG.
+
+    - The range must be whole blocks inside ``source``. The last block may be cut off by the ends of both
+      files.
+    - The range must not overlap the destination in the same file.
     """
     end = src_offset + length
     whole = src_offset % PAGE_SIZE == dst_offset % PAGE_SIZE == 0 and (

@@ -1,6 +1,7 @@
-"""Blocks that hold copies of others: a file without a name, that nobody but a repair strategy reaches.
+"""The reserved file: a file without a name for copies of blocks, used only by a repair strategy.
 
-It has a number of its own, so the reverse map, the store, free space and fsck treat it as any other file.
+The file has an inode number of its own. So reverse map, store, free space and fsck handle the reserved file
+like any other file.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from daxemu.uapi import PAGE_SIZE
 
 
 class ReservedFile:
-    """The reserved file of a filesystem, made when it is first written to. Positions are its blocks."""
+    """The reserved file of a filesystem, created at the first write. Positions are blocks of the file."""
 
     def __init__(self, fs: Filesystem) -> None:
         self._fs = fs
 
     @property
     def blocks(self) -> int:
-        """Blocks of the device that it has."""
+        """Number of device blocks of the file."""
         extents = self._extents()
         return extents.blocks if extents is not None else 0
 
     @property
     def exists(self) -> bool:
-        """Whether there is one."""
+        """True if the file exists."""
         return self._fs.names.find(RESERVED_INO) is not None
 
     def create(self) -> None:
-        """Make it, empty, unless it is there."""
+        """Create the file, empty, unless the file exists."""
         if not self.exists:
             self._make()
 
@@ -42,7 +43,7 @@ class ReservedFile:
         return inode.extents if inode is not None else None
 
     def mapped(self, blocks: Range) -> list[Range]:
-        """The parts of ``blocks`` that are not holes."""
+        """Return the parts of ``blocks`` that are not holes."""
         extents = self._extents()
         if extents is None:
             return []
@@ -50,7 +51,7 @@ class ReservedFile:
         return [Range(r.file_block, r.file_block + r.length) for r in runs if r.link is not None]
 
     def map(self, blocks: Range) -> None:
-        """Give its holes in ``blocks`` blocks of the device. Raises NoSpace; then nothing has changed."""
+        """Allocate device blocks for the holes in ``blocks``. Raises NoSpace; then nothing has changed."""
         extents = self._extents()
         if extents is None:
             extents = self._make()
@@ -65,7 +66,7 @@ class ReservedFile:
 
     def _make(self) -> ExtentMap:
         fs = self._fs
-        # As large as it can be: beyond the end of a file everything is cleared after a crash.
+        # Of the largest size, because a mount after a crash zeroes all blocks beyond the end of a file.
         inode = Inode(RESERVED_INO, stat.S_IFREG | 0o600, 0, 0, size=fs.allocator.total * PAGE_SIZE)
         fs.names.adopt(inode)
         fs.names.touch(inode, modified=True)
@@ -73,13 +74,13 @@ class ReservedFile:
         return inode.extents
 
     def unmap(self, blocks: Range) -> None:
-        """Make ``blocks`` a hole, and give what it had there back."""
+        """Make ``blocks`` a hole, and free the device blocks."""
         if (extents := self._extents()) is not None:
             for run in extents.remove(*blocks):
                 self._fs.allocator.free(run)
 
     def read(self, blocks: Range) -> bytes:
-        """What is there, zeros in holes. Raises MediaError on poison."""
+        """Return the contents of ``blocks``, zeros in holes. Raises MediaError on poison."""
         extents, pieces = self._extents(), []
         if extents is None:
             return bytes(blocks.length * PAGE_SIZE)
@@ -92,7 +93,7 @@ class ReservedFile:
         return b"".join(pieces)
 
     def write(self, blocks: Range, data: bytes | memoryview) -> None:
-        """Put ``data`` there; poison that is in the way is cleared. Precondition: no holes."""
+        """Write ``data`` to ``blocks``. Poison there is cleared. Precondition: no holes."""
         extents = self._extents()
         assert extents is not None
         for run in extents.lookup(*blocks):
@@ -104,7 +105,7 @@ class ReservedFile:
                 self._fs.dax.recovery_write(run.dev_block * PAGE_SIZE, chunk)
 
     def positions(self, blocks: Range) -> list[Range]:
-        """Where in it device ``blocks`` are, as far as they are its own."""
+        """Return the positions in the file of the device ``blocks`` that belong to the file."""
         return [
             Range(owner.file_block, owner.file_block + owner.length)
             for owner in self._fs.rmap.owners(*blocks)

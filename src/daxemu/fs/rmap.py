@@ -1,10 +1,9 @@
-"""Device extent -> everything that uses it: the reverse map, and the reflink proxy
-(fs/xfs/libxfs/xfs_rmap.c).
+"""Reverse map: device extent -> owners, and the reflink proxy (fs/xfs/libxfs/xfs_rmap.c).
 
-A page has room to name one owner. A block that several files share by reflink has many, so it needs an object
-that stands for all of them: the *proxy*. It is made when an extent is first shared, every link to any part of
-that extent holds it, and it goes with the last of them. An extent that was never shared has no proxy, and its
-one link is its owner.
+A struct page has room for one owner. A block shared by reflink has many owners, so one object stands for all
+of them: the *proxy*. A proxy is created when an extent is first shared. Every link to any part of the extent
+holds the proxy, and the last link frees the proxy. An extent that was never shared has no proxy, and the only
+link is the owner.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from daxemu.ranges import IntervalIndex, Range, RangeSet, gaps_between, merged
 from daxemu.uapi import Block, Ino
 
 METADATA_INO: Ino = 0
-"""The owner of the blocks that hold the filesystem's own records; no file has this number."""
+"""Owner of the metadata blocks. No file has this number."""
 
 
 class ReflinkProxy(msgspec.Struct, eq=False, gc=False):
-    """Stands for all links of one shared device extent. ``refcount`` is how many there are.
+    """Stands for all links of one shared device extent. ``refcount``: number of links with the proxy.
 
-    ``number`` is its name in the store; no two of a filesystem have the same.
+    ``number``: name of the proxy in the store, unique in a filesystem.
     """
 
     number: int
@@ -34,11 +33,10 @@ class ReflinkProxy(msgspec.Struct, eq=False, gc=False):
 
 
 class Link(msgspec.Struct, eq=False, gc=False):
-    """File ``ino``'s claim on device blocks ``[dev_block, dev_block + length)`` for its blocks from
-    ``file_block`` on.
+    """Claim of a file on ``length`` device blocks from ``dev_block`` on, for its blocks from ``file_block``
+    on.
 
-    Mutable, but only :class:`~daxemu.fs.extents.ExtentMap` may: both indexes that hold a link depend on its
-    fields.
+    Mutable by :class:`~daxemu.fs.extents.ExtentMap` only: both indexes of links depend on the fields.
     """
 
     ino: Ino
@@ -61,7 +59,7 @@ class Link(msgspec.Struct, eq=False, gc=False):
 
 
 class Owner(msgspec.Struct, frozen=True, order=True, gc=False):
-    """One file's use of a part of a device range (``struct xfs_rmap_irec``); all in blocks."""
+    """An (inode, file range) that uses a part of a device range (``struct xfs_rmap_irec``). All in blocks."""
 
     ino: Ino
     file_block: Block
@@ -70,7 +68,7 @@ class Owner(msgspec.Struct, frozen=True, order=True, gc=False):
 
 
 class Rmap:
-    """All links of a filesystem, found by device blocks."""
+    """All links of a filesystem, by device blocks."""
 
     def __init__(self) -> None:
         self._links: IntervalIndex[Link] = IntervalIndex(attrgetter("dev_block"), attrgetter("length"))
@@ -78,12 +76,14 @@ class Rmap:
         self.dirty: dict[Ino, RangeSet] = {}
         """File blocks, by file, whose links the store does not have as they are."""
         self.given_up = RangeSet()
-        """Device blocks that lost a link since the last commit and still have another. The store still says
-        that they are shared, so until it says otherwise they are: a crash would bring the lost link back.
+        """Device blocks that lost a link since the last commit and still have another link.
+
+        In the store the blocks are still shared, so the blocks count as shared until the next commit: a crash
+        would restore the lost link.
         """
         self._next_proxy = 1
         self.on_change: Callable[[Ino], None] = lambda ino: None
-        """Told which file's links change."""
+        """Called with the inode number of each file whose links change."""
 
     def __iter__(self) -> Iterator[Link]:
         return iter(self._links)
@@ -91,13 +91,13 @@ class Rmap:
     # -- changes: for ExtentMap only, and `adopt` for a store
 
     def add(self, links: list[Link]) -> None:
-        """File new links of one file, in its order. Those with a proxy are a reference to it."""
+        """Add new links of one file, in file order. Each link with a proxy counts as a reference."""
         if links:
             self._mark(links[0].ino, links[0].file_block, links[-1].file_end)
             self.adopt(links)
 
     def discard(self, links: list[Link]) -> None:
-        """Take links of one file out, in its order; each proxy loses a reference for each."""
+        """Remove links of one file, in file order. Each proxy loses one reference per link."""
         if links:
             self._mark(links[0].ino, links[0].file_block, links[-1].file_end)
         for link in links:
@@ -107,8 +107,9 @@ class Rmap:
         self.link_count -= len(links)
 
     def reshape(self, link: Link, *, trim_front: int = 0, length: int) -> None:
-        """Cut ``trim_front`` blocks off the front of ``link`` and make it ``length`` long; it stays the same
-        link.
+        """Cut ``trim_front`` blocks off the front of ``link`` and set the length.
+
+        The link object stays the same.
         """
         self._mark(link.ino, link.file_block, max(link.file_end, link.file_block + trim_front + length))
         if self._links.stays(link, link.dev_block + trim_front, length):
@@ -121,7 +122,7 @@ class Rmap:
             self._links.add(link)
 
     def share(self, links: list[Link]) -> None:
-        """See that each of these links of one file, in its order, has a proxy."""
+        """Give a proxy to each of these links of one file, in file order, that has none."""
         alone = [link for link in links if link.proxy is None]
         for link in alone:
             link.proxy = ReflinkProxy(self._next_proxy, refcount=1)
@@ -130,12 +131,12 @@ class Rmap:
             self._mark(alone[0].ino, alone[0].file_block, alone[-1].file_end)
 
     def give_up(self, start: Block, end: Block, unused: list[Range]) -> None:
-        """A link to ``[start, end)`` is gone; all of it but ``unused`` has another."""
+        """Note the loss of a link to ``[start, end)``. All blocks but ``unused`` still have another link."""
         for part in gaps_between(unused, start, end):
             self.given_up.add(*part)
 
     def adopt(self, links: list[Link]) -> None:
-        """File links that the store has as they are."""
+        """Add links that the store already has."""
         self._links.update(links)
         self.link_count += len(links)
         for link in links:
@@ -143,13 +144,11 @@ class Rmap:
                 link.proxy.refcount += 1
 
     def reserve_proxies(self, below: int) -> None:
-        """Give no number below ``below`` to a new proxy."""
+        """Use only numbers from ``below`` on for new proxies."""
         self._next_proxy = max(self._next_proxy, below)
 
     def _mark(self, ino: Ino, start: Block, end: Block) -> None:
-        """Have the next commit write a file's links anew in ``[start, end)``; what has not changed may be
-        among them.
-        """
+        """Mark a file's links in ``[start, end)`` for the next commit. Unchanged links may be included."""
         self.on_change(ino)
         ranges = self.dirty.get(ino)
         if ranges is None:
@@ -157,17 +156,17 @@ class Rmap:
         ranges.add(start, end)
 
     def mark_all(self, ino: Ino) -> None:
-        """Have the next commit write all links of a file anew."""
+        """Mark all links of a file for the next commit."""
         self._mark(ino, 0, 1 << 52)
 
-    # -- questions
+    # -- queries
 
     def owners(self, start: Block, end: Block) -> list[Owner]:
-        """Every use of device blocks ``[start, end)``, cut to it, through every file that shares them."""
+        """Return every owner of device blocks ``[start, end)``, cut to the range."""
         owners: list[Owner] = []
         at = length = front = place = size = -1
         for link in self._links.overlapping(start, end):
-            # Those that share an extent are mostly alike.
+            # Links that share an extent mostly have the same device blocks.
             if link.dev_block != at or link.length != length:
                 at, length = link.dev_block, link.length
                 front = start - at if at < start else 0
@@ -177,8 +176,9 @@ class Rmap:
         return owners
 
     def sharing(self, start: Block, end: Block) -> list[tuple[Range, int]]:
-        """``[start, end)`` in runs that the same number of links use, with that number; 0 where it is
-        free.
+        """Split ``[start, end)`` into runs used by the same number of links.
+
+        Return each run with the number (0: free).
         """
         steps = SortedDict({start: 0, end: 0})
         for owner in self.owners(start, end):
@@ -195,13 +195,14 @@ class Rmap:
         return runs
 
     def unreferenced(self, start: Block, end: Block) -> list[Range]:
-        """The parts of ``[start, end)`` that no link uses."""
+        """Return the parts of ``[start, end)`` without a link."""
         used = sorted((owner.dev_block, owner.dev_block + owner.length) for owner in self.owners(start, end))
         return list(gaps_between(merged(used), start, end))
 
     def shared_parts(self, link: Link, start: Block, end: Block) -> RangeSet:
-        """The parts of device blocks ``[start, end)``, all of them ``link``'s, that another link uses as
-        well, or did when the store was last written.
+        """Return the parts of ``[start, end)`` that another link uses as well, or used at the last commit.
+
+        Precondition: all of the device blocks belong to ``link``.
         """
         shared = RangeSet()
         if link.proxy is None:
@@ -216,7 +217,7 @@ class Rmap:
         return shared
 
     def proxy_of(self, block: Block) -> ReflinkProxy | None:
-        """The proxy that stands for one device block; None if it is free or was never shared."""
+        """Return the proxy of one device block; None if the block is free or was never shared."""
         for link in self._links.overlapping(block, block + 1):
             return link.proxy
         return None

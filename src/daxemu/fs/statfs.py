@@ -1,4 +1,4 @@
-"""What a filesystem says of itself: how full it is, and what it lost."""
+"""Statistics of a filesystem: used and free blocks, and damaged files."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from daxemu.pmem.dax_device import DaxDevice
 from daxemu.uapi import PAGE_SIZE, Ino
 
 NAMELESS = {METADATA_INO: "<metadata>", RESERVED_INO: "<redundancy>"}
-"""What has blocks and no path."""
+"""Names, in place of a path, of inodes without a path."""
 
 
 class Damage(NamedTuple):
-    """Bytes ``[offset, offset + length)`` of a file that cannot be read."""
+    """Damaged bytes ``[offset, offset + length)`` of a file: they cannot be read."""
 
     ino: Ino
     path: str

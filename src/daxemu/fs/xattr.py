@@ -1,7 +1,7 @@
 """Names of extended attributes (xattr_resolve_name() in fs/xattr.c, with the handlers of ext4 and XFS).
 
-The kernel's FUSE has a single handler, without a prefix, and passes any name on. Checks by namespace that
-do not depend on the handlers (``xattr_permission()``) the kernel makes itself.
+The kernel's FUSE has a single handler without a prefix, and forwards any name. The kernel itself makes the
+checks of ``xattr_permission()``, which depend on the namespace but not on the handlers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _WHOLE = (posix_acl.ACCESS, posix_acl.DEFAULT)
 
 
 def check_name(name: bytes) -> None:
-    """Raises FsError EOPNOTSUPP for a namespace that nobody handles, EINVAL for a namespace and no more."""
+    """Raise FsError EOPNOTSUPP for a namespace without a handler, EINVAL for a prefix without a name."""
     if name in _PREFIXES:
         raise FsError(errno.EINVAL)
     if not name.startswith(_PREFIXES) and name not in _WHOLE:

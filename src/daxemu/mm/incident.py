@@ -1,4 +1,4 @@
-"""One memory failure as a value: which pages, who handled them, whom to collect, unmap and signal.
+"""A memory failure as a value: failed pages, drivers' answers, file ranges to unmap and signal.
 
 Counterpart in Linux: the local variables of memory_failure() and mf_dax_kill_procs() in mm/memory-failure.c.
 Indexes and counts are pages.
@@ -17,7 +17,7 @@ from daxemu.uapi import MF_MEM_PRE_REMOVE, Ino, Pfn
 
 
 class FileId(NamedTuple):
-    """A file anywhere on the host (``struct address_space``): its device (major, minor) and inode."""
+    """File of any filesystem of the host (``struct address_space``): device (major, minor) and inode."""
 
     dev: tuple[int, int]
     ino: int
@@ -25,7 +25,7 @@ class FileId(NamedTuple):
 
 @dataclass(frozen=True)
 class PfnMapping:
-    """Pages ``[index, index + count)`` of ``file`` show pages from ``pfn`` on that have no struct pages."""
+    """Pages ``[index, index + count)`` of ``file``, which map pfns from ``pfn`` on without struct pages."""
 
     file: FileId
     index: int
@@ -35,7 +35,7 @@ class PfnMapping:
 
 @dataclass
 class Part:
-    """The pages of a failure that one kind of owner handled, and what went wrong there."""
+    """Pages ``[pfn, pfn + nr_pages)`` of a failure that one driver handled, and the driver's error if any."""
 
     page_type: PageType
     pfn: Pfn
@@ -45,10 +45,10 @@ class Part:
 
 @dataclass(frozen=True)
 class MappingRange:
-    """Pages ``[index, index + count)`` of the file ``mapping`` (its inode number), backed by pages from
-    ``pfn`` on.
+    """Pages ``[index, index + count)`` of the file ``mapping`` (an inode number), backed from ``pfn`` on.
 
-    ``pmds``: the whole 2 MiB of the file that hold any of them and that a fault maps at once, as page ranges.
+    ``pmds``: page ranges of the file. Each consists of whole PMDs (2 MiB): each PMD holds a page of the
+    range, and one page fault maps all of the PMD.
     """
 
     mapping: Ino
@@ -58,16 +58,20 @@ class MappingRange:
     pmds: tuple[Range, ...] = ()
 
     def around(self) -> list[Range]:
-        """The pages that say, when present, that one of the range is: those of its PMDs, too."""
+        """Return the page ranges to look up in page tables.
+
+        A PMD with a failed page counts whole: if any page of the PMD is present, all pages are.
+        """
         own = Range(self.index, self.index + self.count)
         return list(RangeSet([own, *self.pmds])) if self.pmds else [own]
 
 
 @dataclass(eq=False)
 class Incident:
-    """One failure between its discovery and its outcome: what ``host`` has to collect, unmap and signal.
+    """A failure between discovery and outcome: the work for ``host``.
 
-    ``parts`` says who handled which of its pages; none of them are pages that nobody has.
+    ``mappings`` and ``pfn_mappings`` are the file ranges to collect, unmap and signal. ``parts`` holds the
+    pages handled by a driver. Pages of no driver are in no part.
     """
 
     serial: int
@@ -79,9 +83,9 @@ class Incident:
     whole_device: bool = False
     parts: list[Part] = field(default_factory=list)
     spared: RangeSet | None = None
-    """The pfns that a repair strategy made as good as before; None as long as none was asked."""
+    """The pfns whose data a repair strategy recovered; None before a strategy was called."""
     after_kill: list[Callable[[], None]] = field(default_factory=list)
-    """What the holder does once every victim is signalled; see ``MemoryFailures.after_kill``."""
+    """Actions of the holder to run once every victim is signalled; see ``MemoryFailures.after_kill``."""
 
     @property
     def pre_remove(self) -> bool:
@@ -89,10 +93,10 @@ class Incident:
 
     @property
     def has_pfn_map(self) -> bool:
-        """Whether any of its pages have no struct pages."""
+        """True if any page of the incident has no struct page."""
         return any(part.page_type is PageType.PFN_MAP for part in self.parts)
 
     @property
     def error(self) -> DaxemuError | None:
-        """What went wrong first; None if every part was handled."""
+        """The error of the first part that has one; None if every part was handled."""
         return next((part.error for part in self.parts if part.error is not None), None)

@@ -1,21 +1,25 @@
-"""The memmap: struct pages of device memory, and what a walker may know of a pfn before it looks at one.
+"""The memmap: struct pages of device memory, and the kind of each pfn, known without reading a struct page.
 
 Counterpart in Linux: mm/sparse.c (``mem_section``), ``memmap_init_zone_device()`` (mm/mm_init.c),
-PG_hwpoison; and ``pfn_zone_device()``, the check proposed in 2019 when /proc/kpageflags was found to read
-struct pages that nobody had initialised. The kinds of pfn which that discussion listed are :class:`Kind`.
+PG_hwpoison, and ``pfn_zone_device()``, the check proposed in 2019 when /proc/kpageflags was found to read
+uninitialised struct pages. :class:`PfnKind` has the kinds of pfn listed in the discussion of that patch.
 
 The arrays (``memmap_arrays``):
 
-- ``spans``: which pfns have struct pages, where their altmap ends, how far they are initialised. A few rows.
-- ``sections``: one byte for each 128 MiB, the kernel's section flags and two of ours: ``ALL_HWPOISON`` (of
-  every page of it) and ``SOME_HWPOISON`` (the array knows).
-- ``pages``: one byte of flags for each page; sparse, and looked at only where ``SOME_HWPOISON`` says so.
+- ``spans``: a few rows. Each row is a range of pfns with struct pages, the end of the altmap, and the end of
+  the initialised pages.
+- ``sections``: one byte for each section (128 MiB): the kernel's section flags and two flags of daxemu.
+  ``ALL_HWPOISON``: every page of the section is poisoned. ``SOME_HWPOISON``: ``pages`` has the flag of each
+  page.
+- ``pages``: one byte of flags for each page. The array is sparse, and read only where ``SOME_HWPOISON`` is
+  set.
 
-So poisoning 6 TiB writes 48 KiB of section flags, and poisoning a page one byte of ``pages``: no call costs
-time or memory for each pfn, only for each section, and for the two sections at the ends of a range.
+Poisoning 6 TiB writes 48 KiB of section flags. Poisoning one page writes one byte of ``pages``. The cost of a
+call grows with the number of sections, never with the number of pfns. Only the two sections at the ends of a
+range are changed page by page.
 
-Invariant, for walkers in other processes: at every moment between two stores each page reads as it was before
-the change under way or as it will be after it.
+Invariant, for walkers in other processes: between any two stores, each page reads either as before the change
+under way or as after the change.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ import numpy as np
 
 from daxemu.errors import Busy, NoDevice, NoSpace
 from daxemu.mm.memmap_arrays import MAX_SPANS, PAGES_PER_SECTION, MemmapArrays, pages_of
-from daxemu.mm.pfn_kinds import Kind, Span, Use, kinds
+from daxemu.mm.pfn_kinds import PfnKind, Span, Use, kinds
 from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range
 from daxemu.uapi import Pfn
@@ -40,9 +44,9 @@ _POISON = 1 << 6 | 1 << 7
 
 
 class Section:
-    """``mem_section->section_mem_map`` flags (linux/mmzone.h), and two of ours.
+    """``mem_section->section_mem_map`` flags (linux/mmzone.h), and two flags of daxemu (``*_HWPOISON``).
 
-    Plain integers: numpy takes enumerations for int64.
+    The flags are plain integers, because numpy converts enumerations to int64.
     """
 
     MARKED_PRESENT = 1 << 0
@@ -54,15 +58,18 @@ class Section:
 
 
 class Walked(NamedTuple):
-    """Consecutive pfns of one kind. ``hwpoison`` of those that may not be looked at is False."""
+    """Consecutive pfns of one kind. ``hwpoison`` is False for pfns whose struct page may not be read."""
 
     pages: Range
-    kind: Kind
+    kind: PfnKind
     hwpoison: bool
 
 
 def _ends(sections: slice) -> tuple[int, int]:
-    """The first and the last: spans are disjoint, so only these can have pages of several."""
+    """Return the first and the last section.
+
+    Spans are disjoint, so only these two sections can hold pages of two spans.
+    """
     return sections.start, sections.stop - 1
 
 
@@ -76,20 +83,20 @@ class Memmap:
 
     @classmethod
     def create(cls, directory: PrivatePath, pages: Range) -> Memmap:
-        """An empty memmap with room for ``pages``, in the place of one that is there. Raises NoSpace."""
+        """Create an empty memmap for the pfns ``pages``; replace an existing memmap. Raises NoSpace."""
         return cls(MemmapArrays.create(directory, pages))
 
     @classmethod
     def open(cls, directory: PrivatePath) -> Memmap:
-        """Look at the memmap of a machine that is running. Raises FileNotFoundError when there is none."""
+        """Open the memmap of a running machine read-only. Raises FileNotFoundError if no memmap exists."""
         return cls(MemmapArrays.open(directory))
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._arrays.close()
 
     def discard(self) -> None:
-        """Remove the files; those who look at them now are not disturbed."""
+        """Remove the files. A process that has the files open keeps reading the old content."""
         self._arrays.discard()
 
     # -- spans of struct pages
@@ -109,7 +116,7 @@ class Memmap:
         if not len(free):
             raise NoSpace(f"no room for more than {MAX_SPANS} ranges of struct pages")
         data = pages.start + altmap_pages
-        # The use last: until it is there, the row is none.
+        # ``use`` is stored last: a row with ``use`` UNUSED is ignored by walkers.
         self._spans[free[0], 1:] = (pages.start, pages.end, data, data)
         self._spans[free[0], 0] = use
         self._sections[self._sections_of(pages)] |= flags
@@ -119,21 +126,27 @@ class Memmap:
         return slice(first, -(-(pages.end - self.base) // PAGES_PER_SECTION))
 
     def add_offline(self, pages: Range) -> None:
-        """``add_memory()``: ordinary memory whose sections are there, but not online. Raises Busy."""
+        """``add_memory()``: add ordinary memory whose sections are present but not online.
+
+        Raises Busy, NoDevice and NoSpace as :meth:`add_pages`.
+        """
         self._add(Use.OFFLINE, pages, 0, Section.MARKED_PRESENT | Section.HAS_MEM_MAP)
 
     def add_pages(self, pages: Range, altmap_pages: int = 0) -> None:
-        """``arch_add_memory()`` of device memory: struct pages are there, none is initialised.
+        """``arch_add_memory()`` of device memory: add struct pages, none of them initialised.
 
-        The first ``altmap_pages`` are the driver's, and never will be. Raises Busy, NoDevice.
+        The first ``altmap_pages`` pages are reserved by the driver, and are never initialised. Raises Busy if
+        a page has a struct page already, NoDevice outside the memmap, NoSpace for more than ``MAX_SPANS``
+        spans.
         """
         flags = Section.MARKED_PRESENT | Section.HAS_MEM_MAP | Section.TAINT_ZONE_DEVICE
         self._add(Use.DEVICE, pages, altmap_pages, flags)
 
     def remove_pages(self, pages: Range) -> None:
-        """``arch_remove_memory()``: what has struct pages inside ``pages`` has none any more.
+        """``arch_remove_memory()``: remove the spans that lie inside ``pages`` whole, with the struct pages.
 
-        Sections first: without one nobody asks whose the pfn is. Those that others share stay.
+        Section flags are cleared before the span: a walker looks up no pfn of a section that is not present.
+        A section that another span shares keeps its flags.
         """
         rows = [Span(*map(int, row)) for row in self._spans[:MAX_SPANS]]
         gone = {i for i, span in enumerate(rows) if span.use and pages.clip(*span[1:3]) == span[1:3]}
@@ -154,30 +167,33 @@ class Memmap:
                 self._spans[index, 4] = max(span.initialised, part.end)
 
     def _forget(self, pages: Range) -> None:
-        """Garbage that was there goes; precondition: nobody may look at these yet."""
+        """Zero struct pages that hold garbage.
+
+        Precondition: the pages are not initialised, so no walker reads them.
+        """
         if pages:
             self._clear(pages)
 
-    # -- what a pfn is
+    # -- the kind of a pfn
 
     def pfn_present(self, pfn: Pfn) -> bool:
-        """Whether a section has this pfn."""
+        """Return True if the section of ``pfn`` is present."""
         if not self.base <= pfn < self.end:
             return False
         return bool(self._sections[(pfn - self.base) // PAGES_PER_SECTION] & Section.MARKED_PRESENT)
 
-    def kind(self, pfn: Pfn) -> Kind:
-        """What ``pfn`` is. Reads no struct page."""
+    def kind(self, pfn: Pfn) -> PfnKind:
+        """Return the kind of ``pfn``. Reads no struct page."""
         if not self.pfn_present(pfn):
-            return Kind.HOLE
+            return PfnKind.HOLE
         return next(kinds(Range(pfn, pfn + 1), self._rows()))[1]
 
     def pfn_zone_device(self, pfn: Pfn) -> bool:
-        """Whether ``pfn`` has a struct page of a device's that may be looked at."""
-        return self.kind(pfn) is Kind.ZONE_DEVICE
+        """Return True if ``pfn`` has an initialised struct page of a device."""
+        return self.kind(pfn) is PfnKind.ZONE_DEVICE
 
     def page_hwpoison(self, pfn: Pfn) -> bool:
-        """``PageHWPoison()``. Raises NoDevice for a pfn whose struct page may not be looked at."""
+        """``PageHWPoison()``. Raises NoDevice for a pfn whose struct page may not be read."""
         if not self.pfn_zone_device(pfn):
             raise NoDevice(f"pfn {pfn:#x} has no struct page ({self.kind(pfn)})")
         section = int(self._sections[(pfn - self.base) // PAGES_PER_SECTION])
@@ -196,7 +212,7 @@ class Memmap:
                     yield part
 
     def _split(self, pages: Range) -> tuple[slice, list[tuple[int, Range]]]:
-        """The sections that lie in ``pages`` whole, and the rest: each section's part."""
+        """Return the sections inside ``pages``, and the rest as (section, elements of ``pages``)."""
         low, high = pages.start - self.base, pages.end - self.base
         first, last = -(-low // PAGES_PER_SECTION), high // PAGES_PER_SECTION
         if first > last:  # inside one section
@@ -208,10 +224,10 @@ class Memmap:
         return slice(first, last), [(section, part) for section, part in ends if part]
 
     def set_hwpoison(self, *ranges: Range) -> None:
-        """``SetPageHWPoison()`` for the valid pages of the ranges.
+        """``SetPageHWPoison()`` for the valid pages of the ranges. Never fails.
 
-        On a full host file system a section may stay as it was: this must not fail, and a store into a page
-        that cannot be had would be a SIGBUS.
+        On a full host filesystem a section may stay unchanged: a store to a page that the host filesystem
+        cannot allocate would raise SIGBUS.
         """
         some: dict[int, list[Range]] = defaultdict(list)
         for valid in self._valid(ranges):
@@ -222,10 +238,10 @@ class Memmap:
                 some[section].append(part)
         for section, parts in some.items():
             span = Range(min(part.start for part in parts), max(part.end for part in parts))
-            if self._sections[section] & Section.ALL_HWPOISON or not self._arrays.have(span):
+            if self._sections[section] & Section.ALL_HWPOISON or not self._arrays.reserve(span):
                 continue
             if not self._sections[section] & Section.SOME_HWPOISON:
-                self._arrays.clear(pages_of(section))  # nobody said before that anything is there
+                self._arrays.clear(pages_of(section))  # without SOME_HWPOISON the elements may hold garbage
             for part in parts:
                 self._arrays.pages[part.start : part.end] |= PG_HWPOISON
             self._sections[section] |= Section.SOME_HWPOISON
@@ -243,7 +259,7 @@ class Memmap:
         for section, part in ends:
             every = pages_of(section)
             if self._sections[section] & Section.ALL_HWPOISON:
-                if not self._arrays.have(every):
+                if not self._arrays.reserve(every):
                     continue
                 self._arrays.pages[every.start : every.end] = PG_HWPOISON
                 self._sections[section] |= Section.SOME_HWPOISON
@@ -255,55 +271,55 @@ class Memmap:
 
     # -- walking
 
-    def _pieces(self) -> Iterator[tuple[Range, Kind, int]]:
-        """Every pfn from 0 on, in runs of one kind and one section flags."""
+    def _pieces(self) -> Iterator[tuple[Range, PfnKind, int]]:
+        """Yield every pfn from 0 to ``end``, in runs of one kind and equal section flags."""
         if self.base:
-            yield Range(0, self.base), Kind.HOLE, 0
+            yield Range(0, self.base), PfnKind.HOLE, 0
         rows, sections = self._rows(), np.array(self._sections)
         edges = [0, *(np.flatnonzero(np.diff(sections)) + 1).tolist(), len(sections)]
         for first, last in itertools.pairwise(edges):
             run = Range(self.base + first * PAGES_PER_SECTION, self.base + last * PAGES_PER_SECTION)
             flags = int(sections[first])
             if not flags & Section.MARKED_PRESENT:
-                yield run, Kind.HOLE, flags
+                yield run, PfnKind.HOLE, flags
                 continue
             for part, kind in kinds(run, rows):
                 yield part, kind, flags
 
     def walk(self) -> Iterator[Walked]:
-        """Every pfn from 0 on: ranges, in order, no two neighbours alike."""
+        """Yield every pfn from 0 to ``end`` as ranges, in order. Neighbours differ in kind or hwpoison."""
         for alike, group in itertools.groupby(self._runs(), key=lambda run: (run.kind, run.hwpoison)):
             first, *more = [run.pages for run in group]
             yield Walked(Range(first.start, (more or [first])[-1].end), *alike)
 
     def _runs(self) -> Iterator[Walked]:
         for run, kind, flags in self._pieces():
-            all_of_it = kind is Kind.ZONE_DEVICE and bool(flags & Section.ALL_HWPOISON)
-            if all_of_it or kind is not Kind.ZONE_DEVICE or not flags & Section.SOME_HWPOISON:
+            all_of_it = kind is PfnKind.ZONE_DEVICE and bool(flags & Section.ALL_HWPOISON)
+            if all_of_it or kind is not PfnKind.ZONE_DEVICE or not flags & Section.SOME_HWPOISON:
                 yield Walked(run, kind, all_of_it)
                 continue
-            for part, bad in self._looked_at(run):
+            for part, bad in self._hwpoison_flags(run):
                 edges = [0, *(np.flatnonzero(np.diff(bad)) + 1).tolist(), part.length]
                 for first, last in itertools.pairwise(edges):
                     yield Walked(Range(part.start + first, part.start + last), kind, bool(bad[first]))
 
-    def _looked_at(self, run: Range) -> Iterator[tuple[Range, np.ndarray[Any, np.dtype[np.uint8]]]]:
-        """The struct pages of a run, a section's worth at a time."""
+    def _hwpoison_flags(self, run: Range) -> Iterator[tuple[Range, np.ndarray[Any, np.dtype[np.uint8]]]]:
+        """Yield the PG_hwpoison flags of a run, at most one section (32768 pages) at a time."""
         for start in range(run.start, run.end, PAGES_PER_SECTION):
             part = Range(start, min(run.end, start + PAGES_PER_SECTION))
             pages = self._arrays.read(Range(part.start - self.base, part.end - self.base))
             yield part, pages & np.uint8(PG_HWPOISON)
 
-    def count(self) -> dict[tuple[Kind, bool], int]:
-        """How many pages of each kind there are, and with and without PG_hwpoison."""
-        counts: Counter[tuple[Kind, bool]] = Counter()
+    def count(self) -> dict[tuple[PfnKind, bool], int]:
+        """Return the number of pages for each (kind, hwpoison)."""
+        counts: Counter[tuple[PfnKind, bool]] = Counter()
         for run, kind, flags in self._pieces():
             bad = 0
-            if kind is Kind.ZONE_DEVICE:
+            if kind is PfnKind.ZONE_DEVICE:
                 if flags & Section.ALL_HWPOISON:
                     bad = run.length
                 elif flags & Section.SOME_HWPOISON:
-                    bad = sum(int(np.count_nonzero(pages)) for _, pages in self._looked_at(run))
+                    bad = sum(int(np.count_nonzero(pages)) for _, pages in self._hwpoison_flags(run))
             counts[kind, True] += bad
             counts[kind, False] += run.length - bad
         return {key: count for key, count in counts.items() if count}

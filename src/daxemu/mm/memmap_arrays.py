@@ -1,6 +1,7 @@
-"""The memmap's arrays on disk: made, found, read and backed with memory (mm/sparse-vmemmap.c's business).
+"""The memmap's arrays on disk: create, open, read and allocate (counterpart of mm/sparse-vmemmap.c).
 
-Three mmap_ninja arrays in one directory, mapped by the machine and by whoever walks them from outside.
+Three mmap_ninja arrays in one directory. The supervisor maps the arrays writable, walkers in other processes
+map them read-only.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Array = np.ndarray[Any, Any]
 
 
 def _array(at: PrivatePath, dtype: str, shape: tuple[int, ...]) -> Array:
-    """A new array of zeros that takes no room. mmap_ninja's own public constructors write every element."""
+    """Create a sparse array of zeros. The public constructors of mmap_ninja would write every element."""
     at.mkdir()
     with at.reachable() as path:
         array: Array = ninja._empty(path, dtype, shape, "C")
@@ -37,8 +38,9 @@ def _array(at: PrivatePath, dtype: str, shape: tuple[int, ...]) -> Array:
 
 
 def _open(at: PrivatePath, mode: str, dtype: str, dimensions: int) -> Array:
-    """An array as a plain one: np.memmap's own indexing costs ten times as much. Raises FileNotFoundError,
-    NotADevice.
+    """Open an array as a plain ndarray: indexing of np.memmap costs ten times as much.
+
+    Raises FileNotFoundError, and NotADevice for a damaged file.
     """
     at.audit()
     try:
@@ -54,7 +56,7 @@ def _open(at: PrivatePath, mode: str, dtype: str, dimensions: int) -> Array:
 
 
 def _damaged(at: PrivatePath) -> NotADevice:
-    return NotADevice(f"{at} is damaged: unmount the device and mount it again, which makes it anew")
+    return NotADevice(f"{at} is damaged: unmount the device and mount it again to create the file anew")
 
 
 def _reserve(fd: int, start: int, length: int) -> None:
@@ -62,14 +64,15 @@ def _reserve(fd: int, start: int, length: int) -> None:
 
 
 class MemmapArrays:
-    """The arrays of pfns ``[base, end)``, section boundaries both.
+    """The arrays of pfns ``[base, end)``; both are section boundaries.
 
-    ``pages`` is sparse. It is read with read(2), because a load from a hole of a mapped tmpfs file takes
-    memory; it is stored to only where memory was reserved, because a store that finds none is a SIGBUS.
+    ``pages`` is a sparse file. Elements are read with pread(2), because a load from a hole of a mapped tmpfs
+    file allocates memory. Elements are stored only after fallocate(2), because a store that finds the host
+    filesystem full raises SIGBUS.
     """
 
     def __init__(self, directory: PrivatePath, *, writable: bool) -> None:
-        """Raises FileNotFoundError when there are none."""
+        """Open the arrays in ``directory``. Raises FileNotFoundError, and NotADevice for a damaged file."""
         mode = "r+" if writable else "r"
         self._directory = directory
         self.spans = _open(directory / "spans", mode, "int64", 2)
@@ -81,7 +84,7 @@ class MemmapArrays:
         self._fd = (directory / "pages" / "data.ninja").open(os.O_RDWR if writable else os.O_RDONLY)
 
     def _check(self) -> None:
-        """Raises NotADevice unless each array has the values that a machine gives it."""
+        """Check shapes and values. Raises NotADevice for an array that no supervisor can have written."""
         if self.spans.shape != (MAX_SPANS + 1, SPAN_FIELDS):
             raise _damaged(self._directory / "spans")
         if len(self.pages) != len(self.sections) * PAGES_PER_SECTION:
@@ -102,7 +105,7 @@ class MemmapArrays:
 
     @classmethod
     def create(cls, directory: PrivatePath, pages: Range) -> MemmapArrays:
-        """Arrays of zeros with room for ``pages``, in the place of what is there. Raises NoSpace."""
+        """Create arrays of zeros for the pfns ``pages``; replace existing arrays. Raises NoSpace."""
         base = pages.start // PAGES_PER_SECTION
         sections = -(-pages.end // PAGES_PER_SECTION) - base
         scratch = directory.with_name(directory.name + ".new")
@@ -122,7 +125,7 @@ class MemmapArrays:
                         os.close(fd)
                 if name == "spans":
                     array[MAX_SPANS, 0] = base * PAGES_PER_SECTION
-            # Whoever has the old ones mapped keeps them, whole; these are other files.
+            # A walker that has the old arrays mapped keeps those files, unchanged.
             directory.rmtree()
             scratch.rename(directory.name)
         except OSError as error:
@@ -135,7 +138,10 @@ class MemmapArrays:
 
     @classmethod
     def open(cls, directory: PrivatePath) -> MemmapArrays:
-        """Those of a machine that is running, to look at. Raises FileNotFoundError when there are none."""
+        """Open the arrays of a running machine read-only.
+
+        Raises FileNotFoundError if no arrays exist, NotADevice for a damaged file.
+        """
         while True:
             found = directory.lstat().st_ino
             with suppress(FileNotFoundError):
@@ -147,23 +153,23 @@ class MemmapArrays:
                 raise FileNotFoundError(str(directory))
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the file descriptor."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     def discard(self) -> None:
-        """Remove the files; those who look at them now are not disturbed."""
+        """Remove the files. A process that has the files open keeps reading the old content."""
         self.close()
         with suppress(OSError):
             self._directory.rmtree()
 
     def read(self, part: Range) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """A copy of elements of ``pages``."""
+        """Return a copy of the elements ``part`` of ``pages``."""
         return np.frombuffer(os.pread(self._fd, part.length, part.start), np.uint8)
 
-    def have(self, part: Range) -> bool:
-        """Back elements of ``pages`` with memory before they are stored to; whether there is any."""
+    def reserve(self, part: Range) -> bool:
+        """Allocate the elements ``part`` of ``pages`` before a store. Return False if no memory is left."""
         try:
             _reserve(self._fd, part.start, part.length)
         except OSError:
@@ -171,12 +177,12 @@ class MemmapArrays:
         return True
 
     def clear(self, part: Range) -> None:
-        """Zero elements of ``pages``; touches only those that are not."""
+        """Zero the elements ``part`` of ``pages``. Stores only to elements that are not zero."""
         found = np.flatnonzero(self.read(part))
         if len(found):
             self.pages[found + part.start] = 0
 
 
 def pages_of(section: int) -> Range:
-    """The elements of ``pages`` that belong to a section."""
+    """Return the elements of ``pages`` that belong to ``section``."""
     return Range(section * PAGES_PER_SECTION, (section + 1) * PAGES_PER_SECTION)

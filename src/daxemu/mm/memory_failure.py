@@ -1,7 +1,7 @@
-"""memory_failure() for device memory: whose page it was, who is told, how it ended (mm/memory-failure.c).
+"""memory_failure() for device memory: driver of each page, victims, outcome (mm/memory-failure.c).
 
-All of it is decisions over values; nothing here reads /proc, unmaps or signals. Addresses and offsets are
-bytes, indexes and counts are pages.
+All of the module is decisions over values: no function reads /proc, unmaps or signals. Addresses and offsets
+are bytes, indexes and counts are pages.
 """
 
 from __future__ import annotations
@@ -43,14 +43,13 @@ __all__ = [
     "find_early_kill_thread",
     "task_early_kill",
 ]
-"""What mm/memory-failure.c is for its callers: the values (``incident``) and choices (``to_kill``), too."""
+"""The interface of mm/memory-failure.c: also the values of ``incident`` and the choices of ``to_kill``."""
 
 
 class MemoryFailures:
-    """The machine's memory-failure state: its pagemaps and pfn address spaces, its sysctl, its counters.
+    """The machine's memory-failure state: pagemaps, pfn address spaces, the sysctl, the counters.
 
-    One object stands for what are global variables in the kernel, so that one process can hold several
-    machines.
+    The kernel keeps this state in global variables. An object allows several machines in one process.
     """
 
     def __init__(self, emit: Emit) -> None:
@@ -58,9 +57,9 @@ class MemoryFailures:
         self.counters: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
         self._emit = emit
         self.on_count: Callable[[], None] = lambda: None
-        """Called when a counter changed."""
+        """Called after a counter changed."""
         self.is_hosted = False
-        """Whether a host carries out each incident and calls :meth:`conclude` after the signals."""
+        """True if a host executes each incident and calls :meth:`conclude` after the signals."""
         self.pfn_spaces = PfnAddressSpaces()
         self._pagemaps: list[DevPagemap] = []
         self._serial = itertools.count(1)
@@ -69,7 +68,7 @@ class MemoryFailures:
     # -- dev_pagemap
 
     def memremap_pages(self, pgmap: DevPagemap) -> None:
-        """Register a pagemap. Raises Busy (-EBUSY) if its ranges overlap one that is there."""
+        """Register a pagemap. Raises Busy (-EBUSY) if a range overlaps a registered pagemap."""
         for other in self._pagemaps:
             for mine, theirs in itertools.product(pgmap.ranges, other.ranges):
                 if mine.clip(*theirs):
@@ -77,11 +76,11 @@ class MemoryFailures:
         self._pagemaps.append(pgmap)
 
     def memunmap_pages(self, pgmap: DevPagemap) -> None:
-        """Forget a pagemap."""
+        """Unregister a pagemap."""
         self._pagemaps.remove(pgmap)
 
     def get_dev_pagemap(self, pfn: Pfn, nr_pages: int) -> Iterator[tuple[DevPagemap, Pfn, int]]:
-        """The pagemaps that hold data pages of the range, each with its part of it."""
+        """Yield each pagemap with data pages in the range, the first such pfn, and the number of pages."""
         for pgmap in self._pagemaps:
             for part in pgmap.pfn_valid(pfn, pfn + nr_pages):
                 yield pgmap, part.start, part.length
@@ -91,13 +90,15 @@ class MemoryFailures:
     def memory_failure(self, pfn: Pfn, nr_pages: int, flags: int) -> Incident:
         """``memory_failure()`` for a range, up to the point where processes must be looked at.
 
-        Each owner is called once for each part it has: pagemaps first, pfn address spaces for what has no
-        struct pages. The incident returned says what ``host`` has to do, and its parts what the owners
-        answered; it must be given to :meth:`action_result`. Pages that are nobody's are logged as such, and
-        belong to no part. Raises NoDevice (-ENXIO) if there are no others.
+        Each driver is called once for each of its parts of the range: pagemaps first, then pfn address spaces
+        for the pages without struct pages. The incident holds the work for ``host``. The parts of the
+        incident hold the answers of the drivers. The caller must pass the incident to :meth:`action_result`.
+        Pages of no driver are logged as outside kernel control, and belong to no part. Raises NoDevice
+        (-ENXIO) if no page of the range has a driver.
 
-        A page that is poisoned already is handled as if it were not: the kernel's "already poisoned page" is
-        for pages it manages itself, its ways for DAX and for pages without struct pages do not ask.
+        A poisoned page is handled like any other page. The kernel's "already poisoned page" is for pages of
+        the kernel's own allocator. The kernel's code for DAX and for pages without struct pages does not test
+        PG_hwpoison.
         """
         incident = Incident(next(self._serial), pfn, nr_pages, flags)
         with self.during(incident):
@@ -117,9 +118,9 @@ class MemoryFailures:
         return incident
 
     def dev_pagemap_failure(self, pgmap: DevPagemap, flags: int = 0) -> Incident:
-        """All of a pagemap fails: one call, and of its owner one for each of its ranges.
+        """Fail all data pages of a pagemap. The driver is called once for each range of the pagemap.
 
-        The counterpart of what was proposed as ``dev_pagemap_failure()`` (2021) for a device that goes away.
+        Counterpart of ``dev_pagemap_failure()``, proposed in 2021 for the removal of a device.
         """
         first, last = pgmap.ranges[0], pgmap.ranges[-1]
         incident = Incident(next(self._serial), first.start, sum(r.length for r in pgmap.ranges), flags)
@@ -130,7 +131,7 @@ class MemoryFailures:
     def _memory_failure_dev_pagemap(
         self, incident: Incident, pgmap: DevPagemap, pfn: Pfn, nr_pages: int, *, data: bool = False
     ) -> None:
-        """``memory_failure_dev_pagemap()``; ``data``: leave the device's metadata space alone."""
+        """``memory_failure_dev_pagemap()``. With ``data``, skip the device's metadata space (the altmap)."""
         if not data:
             for altmap in pgmap.altmap_overlapping(pfn, pfn + nr_pages):
                 error = NoDevice(f"{pgmap.name}: device metadata space is not recoverable")
@@ -143,15 +144,15 @@ class MemoryFailures:
                     raise Unsupported(f"{pgmap.name}: no ->memory_failure")
                 pgmap.ops.memory_failure(pgmap, span.start, span.length, incident.flags)
             except Unsupported as error:
-                # mf_generic_kill_procs() goes by the page's own mapping, which only the holder knows here: so
-                # dax_lock_folio() finds nothing to lock, and nothing is done.
+                # mf_generic_kill_procs() uses the page's own mapping. In daxemu only the holder knows
+                # mappings, so dax_lock_folio() finds nothing to lock, and no process is signalled.
                 part.error = Busy(f"{error}, and the generic handler knows of no mapping")
             except DaxemuError as error:
                 part.error = error
         if pgmap.memmap is not None and not incident.pre_remove:
-            # SetPageHWPoison() of mf_dax_kill_procs(): the pages of files, and of those each once.
-            hurt = {(each.pfn, each.pfn + each.count) for each in incident.mappings}
-            pgmap.memmap.set_hwpoison(*merged(sorted(hurt)))
+            # SetPageHWPoison() of mf_dax_kill_procs(): only pages of files, each page once.
+            failed = {(each.pfn, each.pfn + each.count) for each in incident.mappings}
+            pgmap.memmap.set_hwpoison(*merged(sorted(failed)))
 
     def _memory_failure_pfn(
         self, incident: Incident, space: PfnAddressSpace, pfn: Pfn, nr_pages: int
@@ -167,28 +168,27 @@ class MemoryFailures:
             part.error = error
 
     def removal(self, pfn: Pfn, nr_pages: int) -> Incident:
-        """The incident of a whole device that goes away; :meth:`mf_dax_kill_procs` then adds to it as
-        always.
-        """
+        """Create the incident of the removal of a whole device; mf_dax_kill_procs() adds to the incident."""
         part = Part(PageType.DAX, pfn, nr_pages)
         return Incident(next(self._serial), pfn, nr_pages, MF_MEM_PRE_REMOVE, parts=[part])
 
     @property
     def is_handling(self) -> bool:
-        """Whether an owner is being told of a failure just now: its incident is still to be seen through."""
+        """True while a driver's ``->memory_failure`` runs. The incident then is not executed yet."""
         return self._current is not None
 
     def during(self, incident: Incident) -> _Current:
-        """A context in which the holder's ``mf_dax_kill_procs`` calls belong to ``incident``."""
+        """Return a context: ``mf_dax_kill_procs`` calls of the holder add to ``incident``."""
         return _Current(self, incident)
 
     def mf_dax_kill_procs(
         self, mapping: Ino, index: int, count: int, pfn: Pfn, flags: int, pmds: tuple[Range, ...] = ()
     ) -> None:
-        """The filesystem names a file range that is hurt; called from within its ``->notify_failure``.
+        """Record a failed file range. Called by the filesystem from within ``->notify_failure``.
 
-        ``index`` and ``count`` are pages of the file, ``count`` up to U64_MAX (then every mapping of the
-        device); ``pmds`` as in MappingRange. Precondition: a failure is being handled.
+        ``index`` and ``count`` are pages of the file. A ``count`` of U64_MAX stands for every mapping of the
+        device. ``pmds`` as in MappingRange. Precondition: a failure is being handled. Raises RuntimeError
+        otherwise.
         """
         if self._current is None:
             raise RuntimeError("mf_dax_kill_procs() outside of a memory failure")
@@ -198,8 +198,10 @@ class MemoryFailures:
             self._current.mappings.append(MappingRange(mapping, index, count, pfn, pmds))
 
     def after_kill(self, action: Callable[[], None]) -> None:
-        """Run ``action`` after the victims of the failure under way are signalled, as the holder's
-        ``->notify_failure`` shuts the filesystem down after mf_dax_kill_procs(). Without a host: at once.
+        """Run ``action`` after the victims of the failure under way are signalled.
+
+        Without a host, or outside a failure, ``action`` runs at once. Counterpart in Linux: a
+        ``->notify_failure`` that shuts the filesystem down after mf_dax_kill_procs().
         """
         if self._current is None or not self.is_hosted:
             action()
@@ -207,7 +209,7 @@ class MemoryFailures:
             self._current.after_kill.append(action)
 
     def conclude(self, incident: Incident) -> bool:
-        """Run what the holder left for after the signals. Return whether there was any."""
+        """Run the actions deferred by :meth:`after_kill`. Return True if any ran."""
         actions, incident.after_kill = incident.after_kill, []
         with self.during(incident):
             for action in actions:
@@ -215,10 +217,10 @@ class MemoryFailures:
         return bool(actions)
 
     def action_result(self, incident: Incident, signals: int, processes: int = 0) -> Outcome:
-        """``action_result()``: count and log each part; returns the worst outcome.
+        """``action_result()``: count and log each part. Return the worst outcome.
 
-        ``signals`` were sent to ``processes`` for all parts together. Pages without struct pages are logged
-        only: they belong to no node whose counters could count them.
+        ``signals``: number of signals sent to ``processes`` processes, for all parts together. Pages without
+        struct pages are logged, not counted: no node has counters for such pages.
         """
         if incident.pre_remove:
             return Outcome.RECOVERED  # always, and neither counted nor logged: see mf_dax_kill_procs()
@@ -244,19 +246,19 @@ class MemoryFailures:
 
 
 def _files(incident: Incident, part: Part) -> int:
-    """How many files the part's pages were of."""
+    """Return the number of files with pages in ``part``."""
     pages = Range(part.pfn, part.pfn + part.nr_pages)
-    hurt: list[MappingRange | PfnMapping] = [*incident.mappings, *incident.pfn_mappings]
+    failed: list[MappingRange | PfnMapping] = [*incident.mappings, *incident.pfn_mappings]
     named = {
         each.mapping if isinstance(each, MappingRange) else each.file
-        for each in hurt
+        for each in failed
         if pages.clip(each.pfn, each.pfn + each.count)
     }
     return len(named)
 
 
 class _Current:
-    """Sets the incident that ``mf_dax_kill_procs`` adds to."""
+    """Context with ``incident`` as the target of ``mf_dax_kill_procs``."""
 
     def __init__(self, failures: MemoryFailures, incident: Incident) -> None:
         self._failures = failures

@@ -1,8 +1,8 @@
-"""What a pfn is to a walker, known without a look at its struct page.
+"""Kinds of pfn, as a walker of the memmap tells pfns apart before reading a struct page.
 
-The list is from the 2019 discussion of /proc/kpageflags and uninitialised struct pages, which led to
-``pfn_zone_device()``: the five things that a pfn of a present section that is not online can be. Only one of
-them may be looked at.
+A pfn of a present section that is not online is of one of five kinds. The list is from the 2019 discussion of
+/proc/kpageflags and uninitialised struct pages. The discussion led to ``pfn_zone_device()``. Only
+``ZONE_DEVICE`` pfns have a readable struct page.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from daxemu.ranges import Range
 from daxemu.uapi import Pfn
 
 
-class Kind(StrEnum):
-    """What a pfn is to a walker. Only a ``ZONE_DEVICE`` one has a struct page that may be looked at."""
+class PfnKind(StrEnum):
+    """The kind of a pfn. Only a ``ZONE_DEVICE`` pfn has a readable struct page."""
 
     HOLE = "hole"  # no section
-    OFFLINE = "offline"  # memory that was added but is not online yet: garbage
-    PARTIAL = "partial section"  # the device ends, or begins, inside the section
-    RESERVED = "altmap"  # reserved by the driver, for the memmap itself: never initialised
-    UNINITIALISED = "not initialised"  # memmap_init_zone_device() is still on its way
+    OFFLINE = "offline"  # memory that was added but is not online: its struct pages are garbage
+    PARTIAL = "partial section"  # a pfn beside a device that begins or ends inside the section
+    RESERVED = "altmap"  # reserved by the driver for the memmap itself; never initialised
+    UNINITIALISED = "not initialised"  # not yet reached by memmap_init_zone_device()
     ZONE_DEVICE = "zone device"
 
 
 class Use(IntEnum):
-    """Whose a span is."""
+    """The user of a span: ordinary memory or a device."""
 
     UNUSED = 0
     OFFLINE = 1
@@ -35,7 +35,11 @@ class Use(IntEnum):
 
 
 class Span(NamedTuple):
-    """Pfns with struct pages: whose, where the altmap ends, how far they are initialised."""
+    """Pfns ``[start, end)`` with struct pages.
+
+    ``use``: a :class:`Use`. ``data``: the end of the altmap. ``initialised``: the end of the initialised
+    pages.
+    """
 
     use: int
     start: Pfn
@@ -44,22 +48,25 @@ class Span(NamedTuple):
     initialised: Pfn
 
 
-def kinds(run: Range, rows: list[Span]) -> Iterator[tuple[Range, Kind]]:
-    """The pfns of ``run``, whose sections are present, by what ``rows`` say of them."""
+def kinds(run: Range, rows: list[Span]) -> Iterator[tuple[Range, PfnKind]]:
+    """Split ``run`` into ranges of one kind.
+
+    Preconditions: all its sections are present; ``rows`` are sorted.
+    """
     at = run.start
     for span in rows:
         inside = [
-            (Range(at, span.start), Kind.PARTIAL),
-            (Range(span.start, span.end), Kind.OFFLINE)
+            (Range(at, span.start), PfnKind.PARTIAL),
+            (Range(span.start, span.end), PfnKind.OFFLINE)
             if span.use == Use.OFFLINE
-            else (Range(span.start, span.data), Kind.RESERVED),
+            else (Range(span.start, span.data), PfnKind.RESERVED),
         ]
         if span.use == Use.DEVICE:
-            inside.append((Range(span.data, span.initialised), Kind.ZONE_DEVICE))
-            inside.append((Range(span.initialised, span.end), Kind.UNINITIALISED))
+            inside.append((Range(span.data, span.initialised), PfnKind.ZONE_DEVICE))
+            inside.append((Range(span.initialised, span.end), PfnKind.UNINITIALISED))
         for pages, kind in inside:
             if part := pages.clip(at, run.end):
                 yield part, kind
                 at = part.end
     if at < run.end:
-        yield Range(at, run.end), Kind.PARTIAL
+        yield Range(at, run.end), PfnKind.PARTIAL

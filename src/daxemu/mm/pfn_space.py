@@ -1,8 +1,8 @@
-"""Memory without struct pages: ranges of pfns that a driver maps to user space all the same.
+"""Memory without struct pages: ranges of pfns that a driver maps to user space.
 
 Counterpart in Linux: ``struct pfn_address_space`` (include/linux/memory-failure.h) and
-``register_pfn_address_space()`` (mm/memory-failure.c), 6.19 and later; the failure callback is of the series
-that led there ("mm: handle poisoning of pfn without struct pages", 2023). Unlike there, every call takes a
+``register_pfn_address_space()`` (mm/memory-failure.c), since 6.19. The ``failure`` callback is from the 2023
+series ("mm: handle poisoning of pfn without struct pages"). In the kernel a call takes one pfn; here, a
 range.
 """
 
@@ -19,23 +19,21 @@ from daxemu.uapi import Pfn
 
 
 class PfnAddressSpaceOps(Protocol):
-    """``struct pfn_address_space_ops``: what the driver of such memory answers."""
+    """``struct pfn_address_space_ops``: the callbacks of a driver of memory without struct pages."""
 
     def failure(self, space: PfnAddressSpace, pfn: Pfn, nr_pages: int) -> None:
-        """``nr_pages`` pages from ``pfn`` on, all inside ``space``, went bad: do not give them out any more.
+        """Stop mapping ``nr_pages`` failed pages from ``pfn`` on, all inside ``space``.
 
-        Raises a DaxemuError when that could not be done; the failure is then "Failed".
+        Raises a DaxemuError if the driver could not; the outcome is then Failed.
         """
 
     def pfn_to_pgoff(self, space: PfnAddressSpace, pfn: Pfn, nr_pages: int) -> Sequence[PfnMapping]:
-        """Which pages of which files show these pages (``pfn_to_vma_pgoff``); none for pages nobody can
-        map.
-        """
+        """Return the file ranges mapping the pages (``pfn_to_vma_pgoff``); empty if no file can map them."""
 
 
 @dataclass(eq=False)
 class PfnAddressSpace:
-    """One registered range ``[start, end)`` of pfns, and its driver."""
+    """A registered range ``[start, end)`` of pfns, and its driver."""
 
     name: str
     pages: Range
@@ -56,13 +54,13 @@ class PfnAddressSpaces:
     def register(self, space: PfnAddressSpace) -> None:
         """``register_pfn_address_space()``.
 
-        Raises InvalidArgument (-EINVAL) without ops or for an empty range, Busy (-EBUSY) if a part of it is
-        registered.
+        Raises InvalidArgument (-EINVAL) without ops or for an empty range, Busy (-EBUSY) if a part of the
+        range is registered.
         """
         if space.ops is None:
             raise InvalidArgument(f"{space.name}: a pfn address space needs its callbacks")
         if not space.pages or space.pages.start < 0:
-            raise InvalidArgument(f"{space.name}: pfns {space.pages.start}-{space.pages.end} are no range")
+            raise InvalidArgument(f"{space.name}: pfns {space.pages.start}-{space.pages.end} are not a range")
         for other in self._spaces.overlapping(*space.pages):
             raise Busy(
                 f"{space.name}: pfns {space.pages.start:#x}-{space.pages.end:#x} belong to {other.name}"
@@ -70,12 +68,12 @@ class PfnAddressSpaces:
         self._spaces.add(space)
 
     def unregister(self, space: PfnAddressSpace) -> None:
-        """``unregister_pfn_address_space()``; nothing happens if it is not registered, as in the kernel."""
+        """``unregister_pfn_address_space()``. Without effect on an unregistered space, as in the kernel."""
         if any(other is space for other in self._spaces.overlapping(*space.pages)):
             self._spaces.discard(space)
 
     def overlapping(self, start: Pfn, end: Pfn) -> Iterator[tuple[PfnAddressSpace, Range]]:
-        """The spaces that have any of the pfns, in order, each with its part of them."""
+        """Yield the spaces that overlap ``[start, end)``, in order, each with the overlap."""
         found = sorted(self._spaces.overlapping(start, end), key=lambda space: space.pages)
         for space in found:
             yield space, space.pages.clip(start, end)

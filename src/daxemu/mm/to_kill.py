@@ -1,6 +1,6 @@
-"""Who is told of a failure: the choice of processes and threads (mm/memory-failure.c, collect_procs and kin).
+"""The victims of a failure: which processes and threads to signal (collect_procs() in mm/memory-failure.c).
 
-Decisions over values that ``host`` read off /proc. Addresses are bytes, indexes and counts are pages.
+Decisions over values read from /proc by ``host``. Addresses are bytes, indexes and counts are pages.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from daxemu.ranges import IntervalIndex, Range, RangeSet
 from daxemu.uapi import PAGE_SHIFT, PF_EXITING, PF_KTHREAD, PF_MCE_EARLY, PF_MCE_PROCESS, Ino, Pfn
 
 _NOWHERE = Range(0, 0)
-_FEW = 8  # runs of pages that are sooner looked through than indexed
+_FEW = 8  # up to this number of runs, a linear search is faster than building an index
 
 
 @dataclass(frozen=True)
 class Thread:
-    """One thread as /proc shows it: its id and its ``task->flags``."""
+    """A thread as /proc shows it: tid and ``task->flags``."""
 
     tid: int
     flags: int
@@ -27,10 +27,10 @@ class Thread:
 
 @dataclass(frozen=True)
 class PresentRun:
-    """Consecutive pages of one mapping that a process has present: ``nr_pages`` from ``address`` on, in its
-    own space.
+    """Consecutive present pages of one mapping of a process: ``nr_pages`` pages from ``address`` on.
 
-    ``vma``: the addresses of that mapping; ``copies``: pages of the file that it shows its own copy of.
+    ``vma``: the addresses of the mapping. ``copies``: pages of the file that the mapping shows as private
+    copies. ``shift``: log2 of the size of page, in bytes.
     """
 
     mapping: Ino
@@ -41,14 +41,12 @@ class PresentRun:
     vma: Range = _NOWHERE
     copies: tuple[Range, ...] = ()
     writable: bool = False
-    """Stores through it reach the file."""
+    """True if stores through the mapping reach the file."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One process, with what it has present of an incident's ranges. ``threads`` in the kernel's order,
-    leader first.
-    """
+    """A process with its present pages of an incident. ``threads`` in the kernel's order, leader first."""
 
     pid: int
     comm: str
@@ -58,8 +56,10 @@ class Task:
 
 @dataclass(frozen=True)
 class ToKill:
-    """``struct to_kill``: which thread is told, and with what. ``file``: what it has mapped there, if that is
-    no file of the mount. ``merges``: the SIGBUS before this entry is for the same thread and still pending.
+    """``struct to_kill``: the victim thread and the contents of the signal.
+
+    ``file``: the mapped file, if outside the mount. ``merges``: a SIGBUS of an earlier entry is still pending
+    for the same thread, so the kernel does not queue this SIGBUS.
     """
 
     task: Task
@@ -74,9 +74,10 @@ class ToKill:
 _Overlapping = Callable[[int, int], list[PresentRun]]
 
 
-def shared_out(tasks: Sequence[Task], hurt: Sequence[Sequence[tuple[Ino, Range]]]) -> list[list[Task]]:
-    """For each failure, whose page ranges of files are in ``hurt``: the tasks that have some of them present,
-    with just those.
+def shared_out(tasks: Sequence[Task], failed: Sequence[Sequence[tuple[Ino, Range]]]) -> list[list[Task]]:
+    """Return, for each failure, the tasks with its pages present. Each task has only these pages.
+
+    ``failed``: for each failure, the page ranges of files.
     """
     present: list[tuple[Task, dict[Ino, _Overlapping]]] = []
     for task in tasks:
@@ -85,7 +86,7 @@ def shared_out(tasks: Sequence[Task], hurt: Sequence[Sequence[tuple[Ino, Range]]
             by_file.setdefault(run.mapping, []).append(run)
         present.append((task, {ino: _overlapping(runs) for ino, runs in by_file.items()}))
     shares: list[list[Task]] = []
-    for ranges in hurt:
+    for ranges in failed:
         shares.append([])
         for task, there in present:
             mine = [cut(run, pages) for ino, pages in ranges if ino in there for run in there[ino](*pages)]
@@ -96,7 +97,7 @@ def shared_out(tasks: Sequence[Task], hurt: Sequence[Sequence[tuple[Ino, Range]]
 
 
 def _overlapping(runs: list[PresentRun]) -> _Overlapping:
-    """Those of ``runs`` that overlap a range of pages, however many they are."""
+    """Return a function from a page range to the overlapping ``runs``. Many ``runs`` are indexed."""
     if len(runs) <= _FEW:
         return lambda start, end: [r for r in runs if r.index < end and start < r.index + r.nr_pages]
     index = IntervalIndex[PresentRun](attrgetter("index"), attrgetter("nr_pages"))
@@ -105,7 +106,7 @@ def _overlapping(runs: list[PresentRun]) -> _Overlapping:
 
 
 def cut(run: PresentRun, pages: Range) -> PresentRun:
-    """The part of a run that shows these pages of the file."""
+    """Return the part of a run that shows ``pages`` of the file."""
     if pages.start <= run.index and run.index + run.nr_pages <= pages.end:
         return run
     part = Range(run.index, run.index + run.nr_pages).clip(*pages)
@@ -114,8 +115,10 @@ def cut(run: PresentRun, pages: Range) -> PresentRun:
 
 
 def find_early_kill_thread(threads: Iterable[Thread], early_kill: bool) -> Thread | None:
-    """The thread that wants to be told early: one that chose so, or by the sysctl the first that chose
-    nothing.
+    """Return the first thread to signal early, or None.
+
+    - A thread with the early-kill policy of prctl(2) qualifies.
+    - With the sysctl ``early_kill``, a thread without a policy qualifies, too.
     """
     for thread in threads:
         if thread.flags & (PF_EXITING | PF_KTHREAD):
@@ -129,8 +132,9 @@ def find_early_kill_thread(threads: Iterable[Thread], early_kill: bool) -> Threa
 
 
 def task_early_kill(task: Task, *, early_kill: bool, force_tid: int | None = None) -> Thread | None:
-    """``task_early_kill()``: the thread of ``task`` to tell now; the consumer itself (``force_tid``) always
-    is.
+    """``task_early_kill()``: return the victim thread of ``task``, or None.
+
+    The consumer (``force_tid``) is a victim whatever its policy.
     """
     if force_tid is not None:
         for thread in task.threads:
@@ -142,14 +146,15 @@ def task_early_kill(task: Task, *, early_kill: bool, force_tid: int | None = Non
 def collect_procs(
     incident: Incident, tasks: Sequence[Task], *, early_kill: bool, force_tid: int | None = None
 ) -> list[ToKill]:
-    """``collect_procs_fsdax()``: who is told of ``incident``, each at the address in its own space.
+    """``collect_procs_fsdax()``: choose the victims of ``incident``, each with the address in its own space.
 
     Entries are in the kernel's order. All entries of one thread for one file range merge with the first:
-    kill_procs() queues them at once, and a standard signal that is pending is not queued again.
+    kill_procs() queues all at once, and the kernel does not queue a standard signal twice.
 
-    Only present pages count. On removal everybody is told through the group leader, policy or not, and once:
-    the whole device is one range, and a second SIGBUS would only be merged with the first. Of memory without
-    struct pages everybody is told, too: see :func:`collect_procs_pfn`.
+    Only present pages count. On removal every process with a present page is signalled once, through the
+    first living thread, whatever the policy: the whole device is one range, and a second SIGBUS would merge
+    with the first. Every process with a mapping of failed memory without struct pages is signalled, too: see
+    :func:`collect_procs_pfn`.
     """
     to_kill = []
     for task in tasks:
@@ -174,30 +179,31 @@ def _of_task(incident: Incident, task: Task, thread: Thread, runs: Sequence[Pres
     for run in sorted(runs, key=_in_rmap_order):
         by_range.setdefault(_range_of(incident, run), []).append(run)
     return [
-        ToKill(task, thread.tid, run.address, run.shift, _pfn_of(incident, hurt, run), merges=position > 0)
-        for hurt, alike in by_range.items()
+        ToKill(task, thread.tid, run.address, run.shift, _pfn_of(incident, failed, run), merges=position > 0)
+        for failed, alike in by_range.items()
         for position, run in enumerate(alike)
     ]
 
 
 def _in_rmap_order(run: PresentRun) -> tuple[Ino, int, int, int]:
-    """Sort key: mf_dax_kill_procs() goes page by page, and through ``i_mmap`` by the first page of a mapping.
+    """Return the sort key for the order in which mf_dax_kill_procs() signals.
 
-    Mappings from the same page on are in the order of their mmap(2). /proc does not show that order: mmap(2)
-    chooses addresses downwards, so the higher address counts as the earlier mapping.
+    The kernel goes page by page, and through ``i_mmap`` by the first page of a mapping. Mappings with the
+    same first page are in the order of mmap(2). /proc does not show this order: mmap(2) chooses addresses
+    downwards, so the higher address counts as the earlier mapping.
     """
     first = run.index - ((run.address - run.vma.start) >> PAGE_SHIFT)
     return run.mapping, run.index, first, -run.address
 
 
 def spare(incident: Incident, tasks: Sequence[Task], pfns: RangeSet) -> list[Task]:
-    """``tasks`` without what they have present of ``pfns``, which are as good as before."""
-    good: dict[Ino, RangeSet] = {}
-    for hurt in incident.mappings:
-        for part in pfns.overlapping(hurt.pfn, hurt.pfn + hurt.count):
-            start = hurt.index + part.start - hurt.pfn
-            good.setdefault(hurt.mapping, RangeSet()).add(start, start + part.length)
-    if not good:
+    """Return ``tasks`` without present pages of ``pfns``. The data of ``pfns`` was recovered."""
+    recovered: dict[Ino, RangeSet] = {}
+    for failed in incident.mappings:
+        for part in pfns.overlapping(failed.pfn, failed.pfn + failed.count):
+            start = failed.index + part.start - failed.pfn
+            recovered.setdefault(failed.mapping, RangeSet()).add(start, start + part.length)
+    if not recovered:
         return list(tasks)
     return [
         replace(
@@ -205,7 +211,7 @@ def spare(incident: Incident, tasks: Sequence[Task], pfns: RangeSet) -> list[Tas
             present=tuple(
                 left
                 for run in task.present
-                for left in (without(run, good[run.mapping]) if run.mapping in good else [run])
+                for left in (without(run, recovered[run.mapping]) if run.mapping in recovered else [run])
             ),
         )
         for task in tasks
@@ -213,7 +219,7 @@ def spare(incident: Incident, tasks: Sequence[Task], pfns: RangeSet) -> list[Tas
 
 
 def without(run: PresentRun, pages: RangeSet) -> list[PresentRun]:
-    """The parts of a run that show other pages of the file."""
+    """Return the parts of a run that show pages outside ``pages``."""
     return [cut(run, part) for part in pages.gaps(run.index, run.index + run.nr_pages)]
 
 
@@ -222,22 +228,23 @@ def _first_alive(task: Task) -> Thread | None:
 
 
 def _range_of(incident: Incident, run: PresentRun) -> MappingRange | None:
-    for hurt in incident.mappings:
-        if hurt.mapping == run.mapping and hurt.index <= run.index < hurt.index + hurt.count:
-            return hurt
+    for failed in incident.mappings:
+        if failed.mapping == run.mapping and failed.index <= run.index < failed.index + failed.count:
+            return failed
     return None
 
 
-def _pfn_of(incident: Incident, hurt: MappingRange | None, run: PresentRun) -> Pfn:
-    return incident.pfn if hurt is None else hurt.pfn + (run.index - hurt.index)
+def _pfn_of(incident: Incident, failed: MappingRange | None, run: PresentRun) -> Pfn:
+    return incident.pfn if failed is None else failed.pfn + (run.index - failed.index)
 
 
-def collect_procs_pfn(hurt: PfnMapping, tasks: Sequence[Task], *, early_kill: bool) -> list[ToKill]:
-    """``collect_procs_pfn()``: everybody who maps ``hurt``, at its first page in each mapping of theirs.
+def collect_procs_pfn(failed: PfnMapping, tasks: Sequence[Task], *, early_kill: bool) -> list[ToKill]:
+    """``collect_procs_pfn()``: signal every process with ``failed`` mapped.
 
-    Policy only chooses the thread here: nothing can be put in such a page's place, so whoever maps it cannot
-    do without knowing (``MF_MUST_KILL``). The kernel of 6.19 leaves late processes untold and lets the next
-    access kill them; where that access cannot be made to fail, they would never learn of it.
+    The address is the first failed page of each mapping. Policy only chooses the thread. The kernel cannot
+    replace a page without a struct page, so a victim must be signalled (``MF_MUST_KILL``). The kernel of 6.19
+    does not signal late-kill processes, and kills each at the next access. In daxemu the access cannot always
+    be made to fail, and the process would never learn of the failure.
     """
     to_kill = []
     for task in tasks:
@@ -249,8 +256,8 @@ def collect_procs_pfn(hurt: PfnMapping, tasks: Sequence[Task], *, early_kill: bo
                     thread.tid,
                     run.address,
                     run.shift,
-                    hurt.pfn + run.index - hurt.index,
-                    hurt.file,
+                    failed.pfn + run.index - failed.index,
+                    failed.file,
                     merges=position > 0,
                 )
                 for position, run in enumerate(sorted(task.present, key=_in_rmap_order))

@@ -1,4 +1,4 @@
-"""The directory that is a device: its ``device.toml``, and the lock that keeps a second mount away."""
+"""The directory of a device: ``device.toml``, and the lock against a second mount."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ OWN_FILES = frozenset(
     )
 )
 OWN_DIRECTORIES = frozenset(("struct_page", "struct_page.new", "sysfs", "repair"))
-"""What a machine keeps of its running self, made anew at every mount; and what a repair strategy keeps."""
+"""State of the running machine, created at every mount, and ``repair``, the data of a repair strategy."""
 
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """What ``device.toml`` holds. ``size`` and ``altmap`` are bytes; ``altmap`` is reserved at the media's
-    start. Without ``struct_pages`` the memory is a pfn address space, and no dev_pagemap. ``mode``: of the
-    directory; its files get the same without the x bits.
+    """The contents of ``device.toml``.
+
+    ``size``: bytes. ``altmap``: bytes reserved at the start of the media. ``align``: bytes, 4K or 2M.
+    ``struct_pages``: with False the memory is a pfn address space instead of a dev_pagemap. ``mode``: of the
+    directory; files get the same mode without the x bits.
     """
 
     size: int
@@ -44,7 +46,7 @@ class DeviceConfig:
     mode: int = PRIVATE
 
     def validate(self) -> None:
-        """Raises InvalidArgument for sizes and alignments no device can have."""
+        """Raise InvalidArgument for a size, alignment, pfn or mode out of range."""
         if self.size % PAGE_SIZE or not MIN_SIZE <= self.size <= MAX_SIZE:
             raise InvalidArgument(
                 f"size {self.size}: must be whole pages of 4K, from {MIN_SIZE >> 20}M to {MAX_SIZE >> 40}T"
@@ -73,7 +75,7 @@ class DeviceConfig:
 
 
 def altmap_bytes(size: int, align: int = PAGE_SIZE) -> int:
-    """How much a memmap kept on the device itself takes: one struct page for each of its pages."""
+    """Return the size in bytes of a memmap on the device itself: one struct page (64 bytes) for each page."""
     return -(-size // PAGE_SIZE * STRUCT_PAGE_SIZE // align) * align
 
 
@@ -89,8 +91,9 @@ def _is_own(name: str) -> bool:
 
 
 def _make_directories(path: Path, made: list[Path]) -> None:
-    """Make ``path`` and what is missing above it; ``made`` says what was, outermost first, also when it
-    fails.
+    """Create ``path`` and its missing parents.
+
+    The created directories are appended to ``made``, outermost first, even if a later one fails.
     """
     missing = [path]
     while not missing[-1].parent.exists():
@@ -101,9 +104,7 @@ def _make_directories(path: Path, made: list[Path]) -> None:
 
 
 class DeviceDir:
-    """One DEVICE directory. ``open()`` takes its lock, which the holder keeps until ``close()`` or its
-    death.
-    """
+    """A DEVICE directory. ``open()`` takes the lock, which the holder keeps until ``close()`` or death."""
 
     def __init__(self, root: PrivatePath, path: Path, config: DeviceConfig) -> None:
         self.root = root
@@ -114,15 +115,16 @@ class DeviceDir:
 
     @property
     def name(self) -> str:
-        """The device's name in log lines, as ``pmem0``."""
+        """The device's name in log lines, such as ``pmem0``."""
         return self.path.name
 
     @classmethod
     def create(cls, path: Path, config: DeviceConfig, *, force: bool = False) -> DeviceDir:
-        """Make a new device at ``path``. Nothing is left behind when it fails.
+        """Create a new device at ``path``. On failure no file is left behind.
 
-        Raises Busy if something is there (unless ``force`` and it is an unmounted device), InvalidArgument,
-        NoSpace, Unsupported if it is too large for this machine.
+        Raises Busy if ``path`` exists (unless with ``force`` and ``path`` is an unmounted device),
+        InvalidArgument, NoSpace, PermissionDenied, Unsupported if the device is too large to be mapped on
+        this machine.
         """
         config.validate()
         check_mappable(config.size)
@@ -164,7 +166,7 @@ class DeviceDir:
 
     @classmethod
     def look(cls, path: Path) -> DeviceDir:
-        """The same, to look at: an ordinary user may do that to a shared device of another user."""
+        """As :meth:`load`, for reading: an ordinary user may read a shared device of another user."""
         return cls._read(path, reading=True)
 
     @classmethod
@@ -204,12 +206,12 @@ class DeviceDir:
             config.validate()
         except InvalidArgument as error:
             raise NotADevice(
-                f"{path}/device.toml is damaged: {error}; mend that line, or make a new device elsewhere"
+                f"{path}/device.toml is damaged: {error}; correct that line, or make a new device elsewhere"
             ) from error
         return config
 
     def audit(self) -> None:
-        """Check that each file of the device is what it should be. Raises NotADevice, PermissionDenied."""
+        """Check the kind, owner and links of each file of the device. Raises NotADevice, PermissionDenied."""
         for name in OWN_FILES - {"control.sock"}:
             (self.root / name).audit_file()
         (self.root / "control.sock").audit_socket()
@@ -217,17 +219,20 @@ class DeviceDir:
             (self.root / name).audit_directory()
 
     def tighten(self) -> int:
-        """Take from others what ``mode`` of device.toml does not give them; return from how many files.
+        """Remove permissions beyond ``mode`` of device.toml. Return the number of changed files.
 
-        Devices made before there was a mode were readable by everybody. Precondition: the lock is held.
+        Devices of releases without a ``mode`` were readable by every user. Precondition: the lock is held.
         """
         changed = self.root.tighten()
-        self.audit()  # until now others may have had the directory open for writing
+        self.audit()  # before tighten() other users may have had the directory open for writing
         return changed + sum((self.root / name).tighten() for name in self.root.names() if _is_own(name))
 
     @classmethod
     def open(cls, path: Path) -> DeviceDir:
-        """Read the device and take its lock. Raises NotADevice, or Busy if it is mounted."""
+        """Read the device and take the lock.
+
+        Raises NotADevice, PermissionDenied, or Busy if the device is mounted.
+        """
         device = cls.load(path)
         try:
             lock = (device.root / "lock").open(os.O_RDWR, create=True)
@@ -257,8 +262,9 @@ class DeviceDir:
         self.close()
 
     def wipe(self) -> None:
-        """Remove the device's own files and its directory. Raises Busy if it holds anything else; then all
-        stays.
+        """Remove the device's own files and the directory.
+
+        Raises Busy if the directory holds any other file. Then no file is removed.
         """
         strangers = {*self.root.names()} - OWN_FILES - OWN_DIRECTORIES
         if strangers:
@@ -281,6 +287,6 @@ class DeviceDir:
             f"altmap = {config.altmap}\n"
             f"align = {config.align}\n"
             f"struct_pages = {str(config.struct_pages).lower()}\n"
-            "# Of this directory. More than 0o700 lets others read every byte of every file on the mount.\n"
+            "# The directory's mode. More than 0o700 lets others read every byte of every file there.\n"
             f"mode = 0o{config.mode:o}\n"
         )

@@ -1,4 +1,4 @@
-"""Reading DEVICE/events.jsonl, and the file that was rotated out of its place."""
+"""Reading DEVICE/events.jsonl and the rotated file DEVICE/events.jsonl.1."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ NAME = "events.jsonl"
 
 
 def events_of(device: DeviceDir) -> Iterator[bytes]:
-    """Lines of the events of all mounts of ``device``, oldest first. Raises PermissionDenied."""
+    """Yield the lines of the events of all mounts of ``device``, oldest first. Raises PermissionDenied."""
     with ExitStack() as opened:
-        # The newer one first: a rotation in between brings the same file twice, not a gap.
+        # The newer file is opened first: a rotation in between gives the same file twice, but no gap.
         files: list[BinaryIO] = []
         for name in (NAME, f"{NAME}.1"):
             path = device.root / name
@@ -25,7 +25,9 @@ def events_of(device: DeviceDir) -> Iterator[bytes]:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                raise PermissionDenied(f"{path}: {error.strerror}; read it as its owner") from error
+                raise PermissionDenied(
+                    f"{path}: {error.strerror}; read the log as the device's owner"
+                ) from error
         if len({os.fstat(file.fileno()).st_ino for file in files}) == 1:
             del files[1:]
         for file in reversed(files):

@@ -1,7 +1,7 @@
-"""Making media bad and good again, and looking for what is bad: what ``ndctl inject-error`` and an ARS do.
+"""Poison, clear and scrub the media: the counterpart of ``ndctl inject-error`` and of an address range scrub.
 
-Offsets and lengths are device bytes. Everything is rounded out to 512-byte sectors, and the result says to
-what.
+Offsets and lengths are device bytes. Every range is rounded out to 512-byte sectors; the result is the
+rounded range.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SHIFT, SECTOR_SIZE, page_align_down, page_align_up
 
 CORRUPT_PIECE = 1 << 20
-"""Bytes that are corrupted in one step: 4 ms. A multiple of the 4 bytes that ``random`` makes at once: the
-bytes of a seed do not depend on the pieces.
+"""Bytes corrupted in one step, which takes 4 ms.
+
+``random`` makes 4 bytes at once. The piece is a multiple of 4, so the bytes made from a seed do not depend on
+the pieces.
 """
 
 
 def check_range(offset: int, length: int, size: int, what: str) -> None:
-    """Raises InvalidArgument unless ``[offset, offset + length)`` is a range inside ``what``'s ``size``
-    bytes.
-    """
+    """Raise InvalidArgument unless ``[offset, offset + length)`` is inside the ``size`` bytes of ``what``."""
     if offset < 0:
         raise InvalidArgument(f"offset {offset} is negative: give an offset from 0 to {size - 1} of {what}")
     if length <= 0:
@@ -35,17 +35,16 @@ def check_range(offset: int, length: int, size: int, what: str) -> None:
 
 
 def inject(pmem: Pmem, offset: int, length: int, *, latent: bool = False) -> Range:
-    """As :func:`inject_all`, one range."""
+    """Poison one byte range, as :func:`inject_all`. Return the poisoned range."""
     (bad,) = inject_all(pmem, [Range(offset, offset + length)], latent=latent)
     return bad
 
 
 def inject_all(pmem: Pmem, ranges: Sequence[Range], *, latent: bool = False) -> list[Range]:
-    """Poison byte ranges. Unless ``latent`` the driver learns of it at once: they are in badblocks.
+    """Poison byte ranges. Return the poisoned range of each. Unless ``latent``, badblocks gets the sectors.
 
-    Returns what is bad now of each. Raises InvalidArgument for one outside the device, NoSpace if it cannot
-    be recorded; then nothing has changed. Nobody is signalled by this: :func:`failed_pages` says what to give
-    to memory_failure().
+    Raises InvalidArgument for a range outside the device, NoSpace if the poison cannot be recorded; then no
+    range has changed. No process is signalled: :func:`failed_pages` gives the arguments for memory_failure().
     """
     for start, end in ranges:
         check_range(start, end - start, pmem.dax.size, "the device")
@@ -56,11 +55,10 @@ def inject_all(pmem: Pmem, ranges: Sequence[Range], *, latent: bool = False) -> 
 
 
 def uninject(pmem: Pmem, offset: int, length: int) -> list[Range]:
-    """Make the range healthy again; returns the byte ranges that were poison. Their bytes are zeros from now
-    on.
+    """Clear the poison in a range. Return the byte ranges that were poisoned, and are zero now.
 
-    What was there is lost: hardware clears by writing, and nobody has anything to write. Whole pages are
-    given back to the host, so whoever uses them reserves them anew. Raises InvalidArgument for a range
+    The old data is lost: hardware clears poison by a write, and the only data to write is zeros. Whole pages
+    are given back to the host, and must be reserved again before use. Raises InvalidArgument for a range
     outside the device.
     """
     check_range(offset, length, pmem.dax.size, "the device")
@@ -88,7 +86,7 @@ def scrub(pmem: Pmem) -> list[Range]:
 
 
 def corrupt(pmem: Pmem, offset: int, length: int, seed: int) -> None:
-    """Change every byte of the range that is no poison, to what ``seed`` says. Nothing is made bad by it.
+    """Change every byte of the range, except poison, to other bytes made from ``seed``. No poison is added.
 
     Raises InvalidArgument for a range outside the device.
     """
@@ -97,7 +95,7 @@ def corrupt(pmem: Pmem, offset: int, length: int, seed: int) -> None:
 
 
 def corrupt_in_pieces(pmem: Pmem, offset: int, length: int, seed: int) -> Iterator[Range]:
-    """As :func:`corrupt`, and yield each piece of at most CORRUPT_PIECE bytes once it is changed."""
+    """As :func:`corrupt`, and yield each piece of at most CORRUPT_PIECE bytes after the change."""
     check_range(offset, length, pmem.dax.size, "the device")
     noise = random.Random(seed)
     for at in range(offset, offset + length, CORRUPT_PIECE):
@@ -114,11 +112,11 @@ def _span(part: Range) -> tuple[int, int]:
 
 
 def _flip(media: memoryview, flips: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
-    """Exclusive or, in place; no view of the media is left."""
+    """XOR ``flips`` into ``media`` in place. No view of the media outlives the call."""
     np.bitwise_xor(np.frombuffer(media, np.uint8), flips, out=np.frombuffer(media, np.uint8))
 
 
 def failed_pages(pmem: Pmem, bad: Range) -> tuple[int, int]:
-    """``(pfn, nr_pages)`` of the pages that hold any byte of ``bad``."""
+    """Return ``(pfn, nr_pages)`` of the pages that overlap the byte range ``bad``."""
     first = page_align_down(bad.start)
     return pmem.pfn_of(first), (page_align_up(bad.end) - first) >> PAGE_SHIFT

@@ -1,4 +1,4 @@
-"""One pmem device: media, badblocks, dax_device and pagemap tied together (drivers/nvdimm/pmem.c)."""
+"""A pmem device: media, badblocks, dax_device and pagemap tied together (drivers/nvdimm/pmem.c)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class Pmem:
-    """The driver's view of one DEVICE. Probing it finds all poison that is there (the first ARS at boot)."""
+    """The driver's view of one DEVICE.
+
+    The constructor adds all poison to badblocks, as the first ARS at boot.
+    """
 
     def __init__(self, device: DeviceDir) -> None:
         """Precondition: the device's lock is held. Raises NotADevice."""
@@ -52,9 +55,9 @@ class Pmem:
             self.badblocks.set(bad.start // SECTOR_SIZE, bad.length // SECTOR_SIZE)
 
     def attach(self, mm: MemoryFailures) -> None:
-        """``pmem_attach_disk()``: ``mm`` learns whose pfns these are. Raises Busy.
+        """``pmem_attach_disk()``: register the pfns with ``mm``. Raises Busy.
 
-        By memremap_pages(), or for memory without struct pages by register_pfn_address_space().
+        Registered by memremap_pages(), or by register_pfn_address_space() for memory without struct pages.
         """
         if self.pgmap is not None:
             mm.memremap_pages(self.pgmap)
@@ -62,8 +65,9 @@ class Pmem:
             mm.pfn_spaces.register(self._pfn_space)
 
     def detach(self, mm: MemoryFailures) -> None:
-        """``pmem_detach_disk()`` after kill_dax(): ``mm`` forgets these pfns, which from now on are outside
-        its control, and their struct pages are gone (memunmap_pages()).
+        """``pmem_detach_disk()`` after kill_dax(): unregister the pfns, and remove the struct pages.
+
+        From now on the pfns are outside the control of ``mm`` (memunmap_pages()).
         """
         if self.pgmap is None:
             mm.pfn_spaces.unregister(self._pfn_space)
@@ -73,8 +77,9 @@ class Pmem:
             self.pgmap.memmap.remove_pages(self.pages)
 
     def make_struct_pages(self) -> None:
-        """What devm_memremap_pages() does besides: the struct pages, if it is to have any, in
-        ``DEVICE/struct_page``. Raises NoSpace.
+        """Create the struct pages in ``DEVICE/struct_page``, the other half of devm_memremap_pages().
+
+        Without effect for memory without struct pages. Raises NoSpace.
         """
         if self.pgmap is None:
             return
@@ -87,7 +92,10 @@ class Pmem:
         self.dax.mkpage_present = partial(self._mkpage_present, memmap)
 
     def show_in_sysfs(self) -> Sysfs:
-        """Keep ``DEVICE/sysfs`` from now on; the counters are the caller's to show. Raises NoSpace."""
+        """Create ``DEVICE/sysfs`` and keep ``badblocks`` there up to date.
+
+        The caller shows the counters. Raises NoSpace.
+        """
         sysfs = Sysfs(self._root / "sysfs")
         self._sysfs = sysfs
         self.badblocks.on_change = lambda: sysfs.show_badblocks(self.badblocks)
@@ -95,7 +103,7 @@ class Pmem:
         return sysfs
 
     def _mkpage_present(self, memmap: Memmap, cleared: Range) -> None:
-        """``pmem_mkpage_present()``: device bytes are good again, so pages without poison are."""
+        """``pmem_mkpage_present()``: clear PG_hwpoison of the pages of ``cleared`` without poison."""
         start, end = page_align_down(cleared.start), page_align_up(cleared.end)
         bad = RangeSet(
             (page_align_down(r.start), page_align_up(r.end)) for r in self.dax.poisoned(start, end - start)
@@ -104,7 +112,7 @@ class Pmem:
         memmap.clear_hwpoison(*good)
 
     def close(self) -> None:
-        """Give the media and the struct pages back. Precondition: nobody holds the dax device."""
+        """Close the media and remove the struct pages. Precondition: the dax device has no holder."""
         if self.pgmap is not None and self.pgmap.memmap is not None:
             self.pgmap.memmap.discard()
             self.pgmap.memmap = None
@@ -114,24 +122,27 @@ class Pmem:
         self.media.close()
 
     def pfn_of(self, offset: int) -> Pfn:
-        """The page frame that holds device byte ``offset``."""
+        """Return the pfn of device byte ``offset``."""
         return self.dax.base_pfn + (offset >> PAGE_SHIFT)
 
     def offset_of(self, pfn: Pfn) -> int:
-        """The device byte at which page frame ``pfn`` starts; negative inside the altmap."""
+        """Return the first device byte of ``pfn``; negative inside the altmap."""
         return (pfn - self.dax.base_pfn) << PAGE_SHIFT
 
     def memory_failure(self, pgmap: DevPagemap, pfn: Pfn, nr_pages: int, flags: int) -> None:
-        """``pmem_pagemap_memory_failure()``: pfns become device bytes, and the holder is told."""
+        """``pmem_pagemap_memory_failure()``: convert pfns to device bytes and notify the holder."""
         offset = self.offset_of(pfn)
         if offset < 0:
-            raise InvalidArgument(f"pfn {pfn:#x} holds struct pages, no data")
+            raise InvalidArgument(f"pfn {pfn:#x} is in the altmap, which holds struct pages and no data")
         self.dax.notify_failure(offset, nr_pages << PAGE_SHIFT, flags)
 
     def failure(self, space: PfnAddressSpace, pfn: Pfn, nr_pages: int) -> None:
-        """``pfn_address_space_ops.failure``: as with struct pages, the holder is told."""
+        """``pfn_address_space_ops.failure``: notify the holder, as with struct pages."""
         self.dax.notify_failure(self.offset_of(pfn), nr_pages << PAGE_SHIFT, 0)
 
     def pfn_to_pgoff(self, space: PfnAddressSpace, pfn: Pfn, nr_pages: int) -> Sequence[PfnMapping]:
-        """None by the driver itself: it is the holder that names the files, by ``mf_dax_kill_procs()``."""
+        """Return no mapping: the driver knows no files.
+
+        The holder names the files by ``mf_dax_kill_procs()``.
+        """
         return ()

@@ -1,10 +1,10 @@
-"""What the kernel shows of a device and its failures in /sys, kept as files under ``DEVICE/sysfs``.
+"""The files of a device and its failures in the kernel's /sys, kept under ``DEVICE/sysfs``.
 
 ``memory_failure/{total,ignored,failed,delayed,recovered}``: as /sys/devices/system/node/node0/memory_failure.
-``badblocks``: as /sys/block/pmem0/badblocks, of which the kernel, too, shows no more than a page.
+``badblocks``: as /sys/block/pmem0/badblocks, where the kernel, too, shows no more than one page.
 
-Written when something changes, by whoever changes it; a file that cannot be written is left as it is, because
-no failure may fail for want of its being shown.
+The code that changes a value writes the file. An error of the write is ignored: a failure must be handled
+even if the host filesystem is full.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from daxemu.uapi import PAGE_SIZE
 
 
 class Sysfs:
-    """The files of one device. Everything in them counts from this machine's start, as from a boot."""
+    """The files of one device. All counters count from the start of the machine, as from a boot."""
 
     def __init__(self, directory: PrivatePath) -> None:
-        """Make them anew, all zero. Raises NoSpace."""
+        """Create the files anew, all counters 0. Raises NoSpace."""
         self._shown: dict[str, bytes] = {}
         self._files: dict[str, int] = {}
         try:
@@ -44,19 +44,19 @@ class Sysfs:
         self._shown[name] = text
 
     def close(self) -> None:
-        """Let go of the files; they stay, and say how it ended."""
+        """Close the files. The files stay, with the last values."""
         for fd in self._files.values():
             os.close(fd)
         self._files.clear()
 
     def show_counters(self, counters: Mapping[Outcome, int]) -> None:
-        """``update_per_node_mf_stats()``."""
+        """``update_per_node_mf_stats()``: write the counters."""
         for outcome, count in counters.items():
             self._show(f"memory_failure/{outcome.value.lower()}", b"%d\n" % count)
         self._show("memory_failure/total", b"%d\n" % sum(counters.values()))
 
     def show_badblocks(self, badblocks: Badblocks) -> None:
-        """``badblocks_show()``: whole lines, as many as a page holds."""
+        """``badblocks_show()``: write as many whole lines as one page holds."""
         text = b""
         for bad in itertools.islice(badblocks, PAGE_SIZE // len(b"0 1\n")):
             line = b"%d %d\n" % (bad.start, bad.length)

@@ -1,6 +1,6 @@
-"""Arrays of a strategy, beside the device: memory-mapped, sparse, and there after a kill -9.
+"""Sparse memory-mapped arrays of a strategy, beside the device. The arrays survive kill -9.
 
-What was never stored reads as zero and takes no room. Indexes and lengths are elements.
+Elements never stored read as zero and take no memory. Indexes and lengths are elements.
 """
 
 from __future__ import annotations
@@ -28,16 +28,20 @@ Array = np.ndarray[Any, Any]
 class SparseArray:
     """A mmap_ninja array of one dimension.
 
-    Read by read(2), because a load from a hole of a mapped tmpfs file takes memory; stored to only where
-    memory was reserved, because a store that finds none is a SIGBUS.
+    Elements are read with pread(2), because a load from a hole of a mapped tmpfs file allocates memory.
+    Elements are stored only after fallocate(2), because a store that finds the host filesystem full raises
+    SIGBUS.
     """
 
     def __init__(self, path: PrivatePath, dtype: str, length: int) -> None:
-        """Open the array at ``path``, or make it. Raises NotADevice if it is another one, NoSpace."""
+        """Open the array at ``path``, or create the array.
+
+        Raises NotADevice for a damaged or different array, NoSpace.
+        """
         try:
             if not path.exists():
                 path.mkdir()
-                # Its public constructors write every element.
+                # The public constructors of mmap_ninja would write every element.
                 with path.reachable() as by_fd:
                     ninja._empty(by_fd, dtype, (length,), "C")
                 path.adopt()
@@ -48,30 +52,32 @@ class SparseArray:
         except OSError as error:
             raise NoSpace(f"{path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, OverflowError, struct.error) as error:
-            raise NotADevice(f"{path} is damaged ({error}): remove it, and it is made anew") from error
+            raise NotADevice(
+                f"{path} is damaged ({error}): remove it and mount again to create it anew"
+            ) from error
         if self._array.shape != (length,) or self._array.dtype != np.dtype(dtype):
-            raise NotADevice(f"{path} is of another size: remove it, and it is made anew")
+            raise NotADevice(f"{path} has another size: remove it and mount again")
         self._item = self._array.dtype.itemsize
 
     def __len__(self) -> int:
         return len(self._array)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         os.close(self._fd)
 
     def get(self, part: Range) -> Array:
-        """A copy of these elements."""
+        """Return a copy of the elements ``part``."""
         found = os.pread(self._fd, part.length * self._item, part.start * self._item)
         return np.frombuffer(found, self._array.dtype).copy()
 
     def set(self, start: int, values: Array) -> None:
-        """Store ``values`` from element ``start`` on. Raises NoSpace; then nothing has changed."""
+        """Store ``values`` from element ``start`` on. Raises NoSpace; then no element has changed."""
         self._reserve(Range(start, start + len(values)))
         self._array[start : start + len(values)] = values
 
     def fill(self, part: Range, value: int) -> None:
-        """Store one value into all of ``part``. Raises NoSpace; then nothing has changed."""
+        """Store ``value`` into all elements of ``part``. Raises NoSpace; then no element has changed."""
         if value:
             self._reserve(part)
             self._array[part.start : part.end] = value
@@ -85,7 +91,7 @@ class SparseArray:
             raise NoSpace(f"no memory for the repair strategy's arrays: {error.strerror}") from error
 
     def _clear(self, part: Range) -> None:
-        """Zero ``part``: whole pages are given back, and elsewhere only what is not zero is stored to."""
+        """Zero ``part``: punch whole pages, and store only to elements that are not zero elsewhere."""
         start, end = part.start * self._item, part.end * self._item
         whole = Range(-(-start // PAGE_SIZE) * PAGE_SIZE, end // PAGE_SIZE * PAGE_SIZE)
         if whole:
@@ -98,7 +104,10 @@ class SparseArray:
                 self._array[edge.start // self._item : edge.end // self._item] = 0
 
     def stored(self) -> Iterator[Range]:
-        """The elements that may be other than zero, in runs. Costs what is stored, not the length."""
+        """Yield the runs of elements that may differ from zero.
+
+        The cost grows with the stored data, not the length.
+        """
         end = 0
         while True:
             try:
@@ -111,7 +120,7 @@ class SparseArray:
             yield Range(start // self._item, min(len(self), -(-end // self._item)))
 
     def nonzero(self) -> Iterator[Range]:
-        """The elements that are not zero, in runs."""
+        """Yield the runs of elements that are not zero."""
         for part in self.stored():
             for low in range(part.start, part.end, 1 << 20):
                 chunk = Range(low, min(part.end, low + (1 << 20)))
@@ -121,25 +130,25 @@ class SparseArray:
                     yield Range(first, last)
 
     def space_bytes(self) -> int:
-        """What it takes."""
+        """Return the allocated size in bytes."""
         return os.fstat(self._fd).st_blocks * 512
 
 
 class Checksums:
-    """CRC32C of pieces of ``unit`` bytes; 0 is that of zeros, so that nothing need be stored for them."""
+    """CRC32C of pieces of ``unit`` bytes. The checksum of zeros is 0, so zeros need no stored checksum."""
 
     def __init__(self, unit: int) -> None:
         self._unit = unit
         self._zero = crc32c(bytes(unit))
 
     def of(self, data: bytes | memoryview) -> Array:
-        """Of each piece of ``data``."""
+        """Return the checksum of each piece of ``data``."""
         view, step = memoryview(data), self._unit
         sums = [crc32c(view[at : at + step]) ^ self._zero for at in range(0, len(view), step)]
         return np.array(sums, np.uint32)
 
     def match(self, data: bytes | memoryview, wanted: int) -> bool:
-        """Whether one piece has this one."""
+        """Return True if the piece ``data`` has the checksum ``wanted``."""
         return crc32c(data) ^ self._zero == wanted
 
 

@@ -1,4 +1,4 @@
-"""Parity that is added up now and then, not at every store (Vilamb)."""
+"""Parity that is updated once in a time window instead of at every store (Vilamb)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from daxemu.repair.volume import Volume
 
 
 class AsyncParityOptions(ParityOptions, frozen=True):
-    """As parity's; ``window``: seconds for which a store may be unprotected."""
+    """Options of parity, and ``window``: seconds for which a store may be unprotected."""
 
     window: float = 1.0
 
     def validate(self) -> None:
-        """Raises InvalidArgument."""
+        """Raise InvalidArgument for an option out of range."""
         super().validate()
         if not 0 < self.window <= 3600:
             raise InvalidArgument(f"window={self.window}: must be more than 0 and at most 3600 seconds")
 
 
 class AsyncParity(Parity):
-    """A store only marks its stripes as changing, which costs next to nothing; until the window ends they
-    are unprotected, and what they hold is not verified.
+    """Parity with deferred updates.
+
+    A store only marks the stripes as changing, at almost no cost. Until the window ends, the stripes are
+    unprotected, and the contents are not verified.
     """
 
     name = "async-parity"
@@ -37,15 +39,15 @@ class AsyncParity(Parity):
         self.interval = options.window
 
     def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
-        """Mark the stripes."""
+        """Mark the stripes of ``blocks`` as changing."""
         for run in self._followed(blocks):
             self._changing.fill(self._stripes_of(self._slices_of(run)), CHANGING)
 
     def store_done(self, blocks: Sequence[Range], origin: Origin) -> None:
-        """All else waits for the end of the window."""
+        """Do nothing: parity is updated at the end of the window."""
 
     def freed(self, blocks: Range) -> None:
-        """A stripe that loses slices changes, too."""
+        """Mark the stripes that lose slices as changing."""
         for run in self._followed([blocks]):
             slices = self._slices_of(run)
             if self._known(slices):
@@ -55,11 +57,11 @@ class AsyncParity(Parity):
         return [part for part in self._sums.stored() if part.clip(*slices)]
 
     def tick(self) -> None:
-        """The end of a window."""
+        """Update the parity of all marked stripes, at the end of a window."""
         for stripes in list(self._changing.nonzero()):
             self._add_up(stripes)
 
     def unmounting(self) -> None:
-        """Nothing is left unprotected."""
+        """Update the parity of all marked stripes, then close the arrays."""
         self.tick()
         super().unmounting()

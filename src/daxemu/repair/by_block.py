@@ -1,4 +1,4 @@
-"""What strategies have in common that restore one block at a time."""
+"""Base class of the strategies that restore one block at a time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from daxemu.repair.volume import Volume
 
 
 class ByBlock(Strategy):
-    """For each bad block: is there a reason not to believe what is kept of it, and if not, put that back.
+    """Restore each failed block from stored repair data, unless the data may be out of date.
 
-    A strategy that begins goes over the device in order; of blocks from ``_seen`` on nothing is kept yet.
+    A new strategy builds its repair data in the order of the device. Blocks from ``_seen`` on have no data
+    yet.
     """
 
     def __init__(self, volume: Volume, options: Any) -> None:
@@ -22,11 +23,14 @@ class ByBlock(Strategy):
         self._seen = volume.blocks
 
     def _followed(self, blocks: Sequence[Range]) -> Iterator[Range]:
-        """The parts of which something is kept."""
+        """Yield the parts of ``blocks`` with repair data."""
         return (part for run in blocks if (part := run.clip(0, self._seen)))
 
     def failed(self, failure: Failure) -> Verdict:
-        """Restore what can be restored; the last reason why something could not is the verdict's."""
+        """Restore each block that can be restored.
+
+        The verdict's reason is the last reason against a block.
+        """
         verdict = Verdict()
         for blocks in failure.blocks:
             for block in range(*blocks):
@@ -38,12 +42,12 @@ class ByBlock(Strategy):
         return verdict
 
     def _why_not_yet(self, block: int) -> str | None:
-        return f"{self.name} has not come to it yet" if block >= self._seen else None
+        return f"{self.name} has not processed the block yet" if block >= self._seen else None
 
     @abstractmethod
     def why_not(self, block: int, failure: Failure) -> str | None:
-        """Why what is kept of the block may not be what was last written; None if it is."""
+        """Return why the repair data of ``block`` may be out of date; None if the data is up to date."""
 
     @abstractmethod
     def restore(self, block: int) -> str | None:
-        """Put it back; why that was not possible, None if it was."""
+        """Restore ``block`` from the repair data. Return the reason for a failure; None on success."""

@@ -1,4 +1,4 @@
-"""Give up the whole device at the first failure (what famfs does)."""
+"""Shut the whole device down at the first failure, as famfs does."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from daxemu.repair.strategy import Failure, Strategy, Verdict
 
 
 class Fence(Strategy):
-    """Shared memory that several hosts use cannot be repaired by one of them: all access ends."""
+    """End all access: memory shared by several hosts cannot be repaired by one of them."""
 
     name = "fence"
 
     def failed(self, failure: Failure) -> Verdict:
-        """Everything is EIO, and SIGBUS for whoever maps it."""
+        """Shut the filesystem down: every access is EIO, every load or store through a mapping SIGBUS."""
         self.volume.shutdown("Memory failure on a fenced device.  Shutting down filesystem.")
-        return Verdict(reason="the device was given up")
+        return Verdict(reason="the device was shut down")

@@ -18,13 +18,15 @@ from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE
 
 STALE = 1
 PIECE = 256
-"""Blocks copied, or looked at, in one go."""
+"""Number of blocks copied, or checked, at a time."""
 
 
 class MirrorOptions(Options, frozen=True):
-    """``mapped``: whether copies of pages that are mapped for writing are believed (``trust``, an upper
-    bound: the page cache shows us stores that real DAX hides) or not (``honest``). ``checksum``: keep a
-    CRC32C of each block, which says which of two copies is right.
+    """Options ``mapped`` and ``checksum``.
+
+    ``mapped``: use the copy of a page that is mapped for writing (``trust``), or not (``honest``). ``trust``
+    gives an upper bound: the page cache shows stores to the filesystem that real DAX hides. ``checksum``:
+    keep a CRC32C of each block, to know which of two different copies is right.
     """
 
     mapped: Literal["honest", "trust"] = "honest"
@@ -32,10 +34,11 @@ class MirrorOptions(Options, frozen=True):
 
 
 class Mirror(ByBlock):
-    """The copy of device block b is block b of the reserved file; a hole there says that b is zero.
+    """Copy of device block b in block b of the reserved file; a hole stands for a block of zeros.
 
-    ``stale`` marks the blocks whose copy cannot be relied on: while both are written, and until the commit
-    that makes a new copy's place known. A kill -9 in between leaves the mark, and the next mount copies anew.
+    The array ``stale`` marks blocks whose copy may be out of date: while block and copy are written, and
+    until the commit that records the place of a new copy. After a kill -9 in between, the mark is still set,
+    and the next mount copies the block again.
     """
 
     name = "mirror"
@@ -45,7 +48,7 @@ class Mirror(ByBlock):
 
     @classmethod
     def layout(cls, options: Any) -> str:
-        """What was not added up has no checksum."""
+        """Return another name with checksums: blocks written without checksums have none."""
         return f"{cls.name}-crc32c" if options.checksum == "yes" else cls.name
 
     def __init__(self, volume: Volume, options: Any) -> None:
@@ -58,12 +61,12 @@ class Mirror(ByBlock):
         if options.checksum == "yes":
             self._sums = SparseArray(volume.kept / "checksums", "uint32", volume.blocks)
         self._placed = RangeSet()
-        """Blocks whose copies are good, but in places that no commit knows of."""
+        """Blocks with an up-to-date copy whose place no commit has recorded."""
         if not self._copy.exists:
             self._seen = 0
 
     def mounted(self, *, after_crash: bool) -> Iterator[Range]:
-        """Copy what has no copy: after a crash what is marked; all of it if there was no mirror."""
+        """Copy each block without an up-to-date copy: the marked blocks, or all blocks of a new mirror."""
         for marked in list(self._stale.nonzero()):
             for low in range(marked.start, marked.end, PIECE):
                 yield self._duplicate(Range(low, min(low + PIECE, marked.end)))
@@ -75,7 +78,7 @@ class Mirror(ByBlock):
             self._seen = self.volume.blocks
 
     def _duplicate(self, piece: Range) -> Range:
-        """Copy what is in use of these blocks."""
+        """Copy the blocks of ``piece`` that belong to files. Return ``piece``."""
         for blocks in self.volume.in_use(piece):
             self.store_begins([blocks], Origin.SYSCALL)
             self.store_done([blocks], Origin.SYSCALL)
@@ -88,24 +91,24 @@ class Mirror(ByBlock):
         discard(self.volume.kept)
 
     def unmounting(self) -> None:
-        """The marks stay, where there are any."""
+        """Close the arrays. Marks stay set."""
         self._stale.close()
         if self._sums is not None:
             self._sums.close()
 
-    # -- keeping the copies
+    # -- copying
 
     def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
-        """See that there is room for the copies, and mark them."""
+        """Allocate blocks for the copies, and mark the copies as stale."""
         for run in self._followed(blocks):
             holes = list(RangeSet(self._copy.mapped(run)).gaps(*run))
-            self._copy.map(run)  # which may commit: the marks come after it
+            self._copy.map(run)  # may commit, and a commit clears marks: so mark afterwards
             self._stale.fill(run, STALE)
             for hole in holes:
                 self._placed.add(*hole)
 
     def store_done(self, blocks: Sequence[Range], origin: Origin) -> None:
-        """Copy. What is poison has no new contents, and keeps its mark."""
+        """Copy the stored blocks. A block that is still poisoned has no new contents, and stays marked."""
         for run in self._followed(blocks):
             copied = RangeSet(self._readable(run))
             for part in copied:
@@ -123,11 +126,11 @@ class Mirror(ByBlock):
         return bad.gaps(*run)
 
     def allocated(self, blocks: Range) -> None:
-        """They are zero: so is their copy."""
+        """Drop the copies: a hole stands for a block of zeros."""
         self._forget(blocks)
 
     def freed(self, blocks: Range) -> None:
-        """Nobody needs their copies."""
+        """Drop the copies of free blocks."""
         self._forget(blocks)
 
     def _forget(self, blocks: Range) -> None:
@@ -138,15 +141,15 @@ class Mirror(ByBlock):
             self._sums.fill(blocks, 0)
 
     def committed(self) -> None:
-        """The places of new copies are known."""
+        """Clear the marks of new copies, whose places are now recorded."""
         for blocks in self._placed:
             self._stale.fill(blocks, 0)
         self._placed = RangeSet()
 
-    # -- using them
+    # -- restoring
 
     def failed(self, failure: Failure) -> Verdict:
-        """Put the copy in the place of what is bad."""
+        """Restore failed blocks from the copies, and copy again each block with a failed copy."""
         verdict = super().failed(failure)
         for copies in failure.copies:
             for part in self._readable(copies):
@@ -166,15 +169,15 @@ class Mirror(ByBlock):
         return bool(self._stale.get(Range(block, block + 1))[0]) and block not in self._placed
 
     def restore(self, block: int) -> str | None:
-        """Put the copy in its place."""
+        """Restore ``block`` from its copy."""
         data = self._good_copy(block)
         if data is None:
-            return "the copy is bad, too"
+            return "the copy is damaged, too"
         self.volume.rewrite(block * PAGE_SIZE, data)
         return None
 
     def _good_copy(self, block: int) -> bytes | None:
-        """The copy of a block, unless it is known to be bad."""
+        """Return the copy of a block; None if the copy is poisoned or has a wrong checksum."""
         try:
             data = self._copy.read(Range(block, block + 1))
         except MediaError:
@@ -186,7 +189,10 @@ class Mirror(ByBlock):
         return self._crc.match(data, int(self._sums.get(Range(block, block + 1))[0]))
 
     def verify(self, blocks: Range) -> None:
-        """Raises MediaError for a block that is not what was written, nor is its copy. Needs checksums."""
+        """Raise MediaError for a block with a wrong checksum and no valid copy.
+
+        Without checksums nothing is checked.
+        """
         self._verify(blocks, "read")
 
     def _verify(self, blocks: Range, by: str) -> None:
@@ -195,21 +201,23 @@ class Mirror(ByBlock):
                 assert self._sums is not None
                 wrong = np.flatnonzero(self._crc.of(self.volume.read(part)) != self._sums.get(part))
                 for index in wrong.tolist():
-                    self._mend(part.start + index, by)
+                    self._correct(part.start + index, by)
 
-    def _mend(self, block: int, by: str) -> None:
+    def _correct(self, block: int, by: str) -> None:
         if self._is_marked(block):
-            return  # nobody knows what it should be
+            return  # no valid checksum to compare with
         at, data = block * PAGE_SIZE, self._good_copy(block)
         if data is not None:
             self.volume.rewrite(at, data)
         self.volume.corrupt(at, PAGE_SIZE, by, repaired=data is not None)
         if data is None and by == "read":
-            raise MediaError(f"device {at:#x}+{PAGE_SIZE:#x} is not what was written, nor is its copy")
+            raise MediaError(f"device {at:#x}+{PAGE_SIZE:#x} has a wrong checksum, and so has its copy")
 
     def scrub(self) -> Iterator[Range]:
-        """Make good what is bad of the copies; where the two differ, checksums say which is right, if there
-        are any.
+        """Correct corrupt copies and blocks.
+
+        Where block and copy differ, the checksum tells which is right. Without checksums only the difference
+        is reported.
         """
         for piece in self.volume.walk(PIECE):
             for blocks in self._followed(list(self.volume.in_use(piece))):
@@ -237,10 +245,10 @@ class Mirror(ByBlock):
         if is_right:
             self._copy.write(block, data)
         elif self._sums is not None:
-            return  # neither is, and that has been said
+            return  # both are wrong; _verify() has reported the block
         self.volume.corrupt(block.start * PAGE_SIZE, PAGE_SIZE, "scrub", repaired=is_right)
 
     def space_bytes(self) -> int:
-        """The copies, the marks, and the checksums."""
+        """Return the size of the copies, the marks and the checksums, in bytes."""
         arrays = [self._stale, *([self._sums] if self._sums is not None else [])]
         return self._copy.blocks * PAGE_SIZE + sum(array.space_bytes() for array in arrays)

@@ -1,4 +1,4 @@
-"""Tell and leave: what every kernel does."""
+"""Signal and leave the poison: the behaviour of every kernel."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from daxemu.repair.strategy import Failure, Strategy, Verdict
 
 
 class NoRepair(Strategy):
-    """The default."""
+    """No repair: the default strategy."""
 
     name = "none"
 
     def failed(self, failure: Failure) -> Verdict:
-        """Nothing is done."""
+        """Repair nothing."""
         return Verdict(reason="nothing is repaired")

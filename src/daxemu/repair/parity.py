@@ -1,4 +1,4 @@
-"""Checksums and parity: N slices of the device, and what they add up to."""
+"""Checksums and parity: stripes of N slices of the device, each with the XOR of its slices."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ from daxemu.repair.volume import Volume
 from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE
 
 CHANGING = 1
-"""Between store_begins() and store_done(); after a crash in between the stripe is added up anew."""
+"""Between store_begins() and store_done().
+
+After a crash in between, the next mount computes the stripe again.
+"""
 PIECE = 256
-"""Blocks added up, or looked at, in one go; or one stripe."""
+"""Number of blocks added up, or checked, at a time; at least one stripe."""
 
 
 class ParityOptions(Options, frozen=True):
-    """``slice`` bytes have a checksum; ``data`` slices make a stripe with one of parity. NOVA-Fortis is
-    ``slice=512,data=8``: the slices of one block. ``mapped`` as mirror's.
+    """``slice``: bytes with one checksum. ``data``: number of slices with one slice of parity (a stripe).
+
+    NOVA-Fortis is ``slice=512,data=8``: a stripe is the slices of one block. ``mapped`` as in MirrorOptions.
     """
 
     slice: int = PAGE_SIZE
@@ -32,7 +36,7 @@ class ParityOptions(Options, frozen=True):
     mapped: Literal["honest", "trust"] = "honest"
 
     def validate(self) -> None:
-        """Raises InvalidArgument."""
+        """Raise InvalidArgument for an option out of range."""
         if self.slice % SECTOR_SIZE or not SECTOR_SIZE <= self.slice <= PAGE_SIZE or PAGE_SIZE % self.slice:
             raise InvalidArgument(f"slice={self.slice}: must be 512, 1024, 2048 or 4096")
         if not 2 <= self.data <= 64:
@@ -42,9 +46,10 @@ class ParityOptions(Options, frozen=True):
 class Parity(ByBlock):
     """CRC32C of each slice and parity of each stripe, in arrays beside the device.
 
-    A checksum of 0 says that the slice is zero, or no file's; such a slice adds nothing to its stripe. So a
-    new device needs no arrays filled, and metadata in the same stripe does not matter. Invariant: the parity
-    of a stripe that is not CHANGING is the sum (XOR) of its slices with another checksum.
+    A checksum of 0 stands for a slice that is zero or belongs to no file. Such a slice adds nothing to the
+    parity, so a new device needs no stored arrays, and metadata in the same stripe does not matter.
+    Invariant: the parity of a stripe that is not CHANGING is the sum (XOR) of all slices with a checksum
+    other than 0.
     """
 
     name = "parity"
@@ -53,7 +58,7 @@ class Parity(ByBlock):
 
     @classmethod
     def layout(cls, options: Any) -> str:
-        """Another geometry is another name."""
+        """Return a name with slice size and stripe width: another geometry needs other arrays."""
         return f"{cls.name}-{options.slice}-{options.data}"
 
     def __init__(self, volume: Volume, options: Any) -> None:
@@ -66,16 +71,16 @@ class Parity(ByBlock):
         slices = volume.blocks * PAGE_SIZE // self._slice
         stripes = -(-slices // self._data)
         if not volume.kept.exists():
-            self._seen = 0  # always a multiple of the stripe, or all
+            self._seen = 0  # always a multiple of the stripe, or the number of blocks
         at = volume.kept
         self._sums = SparseArray(at / "checksums", "uint32", slices)
         self._parity = SparseArray(at / "parity", "uint8", stripes * self._slice)
         self._changing = SparseArray(at / "changing", "uint8", stripes)
-        self._undone = RangeSet()
-        """Stripes of the store under way whose old contents nobody knows."""
+        self._unknown = RangeSet()
+        """Stripes of the store under way whose old contents are unknown."""
 
     def mounted(self, *, after_crash: bool) -> Iterator[Range]:
-        """Add up what is not: stripes that were changing; on a filesystem that had no parity, everything."""
+        """Add up all stripes without valid parity: stripes marked CHANGING, or all of a new strategy."""
         if not self._seen:
             for piece in self.volume.walk(self._piece, self._data):
                 if self.volume.in_use(piece):
@@ -88,7 +93,7 @@ class Parity(ByBlock):
         if after_crash:
             in_use = self.volume.in_use()
             for slices in self._sums.nonzero():
-                # What is free was zeroed; its stripes still have it in their sum.
+                # After a crash free blocks were zeroed, but their old contents are still in the parity.
                 area = self._bytes_of(slices)
                 for free in in_use.gaps(area.start // PAGE_SIZE, -(-area.end // PAGE_SIZE)):
                     wrong.add(*self._stripes_of(self._slices_of(free)))
@@ -97,7 +102,7 @@ class Parity(ByBlock):
         yield from self._anew(list(wrong))
 
     def _anew(self, wrong: list[Range]) -> Iterator[Range]:
-        """Add up these stripes, a piece at a time."""
+        """Add up ``wrong`` stripes, a piece at a time. Yields the blocks of each piece."""
         most = max(1, PIECE * PAGE_SIZE // (self._slice * self._data))
         for stripes in wrong:
             for low in range(stripes.start, stripes.end, most):
@@ -107,7 +112,7 @@ class Parity(ByBlock):
                 yield Range(area.start // PAGE_SIZE, -(-area.end // PAGE_SIZE))
 
     def unmounting(self) -> None:
-        """All is up to date."""
+        """Close the arrays, which are up to date."""
         self._close()
 
     def discard(self) -> None:
@@ -133,8 +138,9 @@ class Parity(ByBlock):
     # -- adding up
 
     def _fold(self, first: int, data: bytes | memoryview | Array) -> None:
-        """Add slices, from ``first`` on, to the parity of their stripes; what is in it is taken out by
-        that.
+        """XOR slices, from slice ``first`` on, into the parity of their stripes.
+
+        A slice that is already part of the parity is removed by the same operation.
         """
         slices = np.frombuffer(data, np.uint64).reshape(-1, self._slice // 8)
         stripes = self._stripes_of(Range(first, first + len(slices)))
@@ -147,7 +153,10 @@ class Parity(ByBlock):
         self._parity.set(place.start, (old ^ change.ravel()).view(np.uint8))
 
     def _add_up(self, stripes: Range) -> None:
-        """Make parity and checksums from what files have there. A stripe with poison stays CHANGING."""
+        """Compute parity and checksums from the blocks that belong to files.
+
+        A stripe with poison stays CHANGING.
+        """
         self._changing.fill(stripes, CHANGING)
         slices = Range(stripes.start * self._data, min(stripes.end * self._data, len(self._sums)))
         self._parity.fill(self._bytes_of(stripes), 0)
@@ -160,8 +169,10 @@ class Parity(ByBlock):
                 whole = Range(-(-part.start // self._slice), part.end // self._slice)
                 if whole:
                     self._put(whole)
-        hurt = RangeSet(part.outer(self._slice * self._data) for part in bad)
-        for good in hurt.gaps(*self._bytes_of(Range(stripes.start * self._data, stripes.end * self._data))):
+        damaged = RangeSet(part.outer(self._slice * self._data) for part in bad)
+        for good in damaged.gaps(
+            *self._bytes_of(Range(stripes.start * self._data, stripes.end * self._data))
+        ):
             self._changing.fill(
                 self._stripes_of(Range(good.start // self._slice, good.end // self._slice)), 0
             )
@@ -177,36 +188,37 @@ class Parity(ByBlock):
     # -- following stores
 
     def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
-        """Take the old contents out of the sums."""
-        self._undone = RangeSet()
+        """Remove the old contents from the parity."""
+        self._unknown = RangeSet()
         for run in self._followed(blocks):
             self._take_out(self._slices_of(run))
 
     def store_done(self, blocks: Sequence[Range], origin: Origin) -> None:
-        """Add the new contents to the sums."""
+        """Add the new contents to the parity."""
         for run in self._followed(blocks):
-            if self._undone or self.volume.poison(run):
+            if self._unknown or self.volume.poison(run):
                 self._add_up(self._stripes_of(self._slices_of(run)))
             else:
                 self._put(self._slices_of(run))
                 self._changing.fill(self._stripes_of(self._slices_of(run)), 0)
 
     def _take_out(self, slices: Range) -> None:
-        """Slices are no part of their stripes any more; where that cannot be done, stripes are
-        ``_undone``.
+        """Remove slices from the parity of their stripes.
+
+        Stripes with unknown old contents go to ``_unknown``.
         """
         stripes = self._stripes_of(slices)
-        undone = self._changing.get(stripes).any()
-        data = None if undone else self._trusted(slices)
+        is_unknown = self._changing.get(stripes).any()
+        data = None if is_unknown else self._trusted(slices)
         if data is None:
-            self._undone.add(*stripes)
+            self._unknown.add(*stripes)
         self._changing.fill(stripes, CHANGING)
         if data is not None and data.any():
             self._fold(slices.start, data)
         self._sums.fill(slices, 0)
 
     def freed(self, blocks: Range) -> None:
-        """They are no part of their stripes; stripes of nothing else become nothing."""
+        """Remove the slices of ``blocks`` from their stripes. A stripe without any other slice is cleared."""
         for run in self._followed([blocks]):
             self._free(self._slices_of(run))
 
@@ -222,18 +234,18 @@ class Parity(ByBlock):
             edges = [slices]
         for edge in edges:
             if edge and self._sums.get(edge).any():
-                self._undone = RangeSet()
+                self._unknown = RangeSet()
                 self._take_out(edge)
                 stripes = self._stripes_of(edge)
-                if self._undone:
+                if self._unknown:
                     self._add_up(stripes)
                 else:
                     self._changing.fill(stripes, 0)
 
-    # -- what was written
+    # -- the data last written
 
     def _trusted(self, slices: Range) -> Array | None:
-        """What was written to ``slices``, read or made from the others; None if that cannot be said."""
+        """Return the data last written to ``slices``, read or reconstructed; None if that is impossible."""
         wanted = self._sums.get(slices)
         rows = np.zeros((slices.length, self._slice), np.uint8)
         if not wanted.any():
@@ -255,7 +267,7 @@ class Parity(ByBlock):
         return rows
 
     def _read(self, number: int, wanted: int) -> bytes | None:
-        """A slice as it is, if that is what was written."""
+        """Return the contents of a slice, if readable and with the checksum ``wanted``."""
         place = self._bytes_of(Range(number, number + 1))
         try:
             data = bytes(self.volume.read_bytes(place.start, place.length))
@@ -264,7 +276,10 @@ class Parity(ByBlock):
         return data if self._crc.match(data, wanted) else None
 
     def _reconstruct(self, number: int) -> bytes | None:
-        """A slice from the others of its stripe, if they and the parity add up to what was written."""
+        """Return a slice computed from parity and the other slices of the stripe.
+
+        None if another slice is unreadable or the result has a wrong checksum.
+        """
         stripe = number // self._data
         if self._changing.get(Range(stripe, stripe + 1))[0]:
             return None
@@ -283,10 +298,10 @@ class Parity(ByBlock):
         found = total.tobytes()
         return found if self._crc.match(found, wanted) else None
 
-    # -- finding and mending
+    # -- checking and restoring
 
     def verify(self, blocks: Range) -> None:
-        """Raises MediaError for bytes that are not what was written, and cannot be made so."""
+        """Raise MediaError for bytes that differ from the data last written and cannot be reconstructed."""
         self._verify(blocks, "read")
 
     def _verify(self, blocks: Range, by: str) -> None:
@@ -304,14 +319,14 @@ class Parity(ByBlock):
             number = slices.start + index
             stripe = Range(number // self._data, number // self._data + 1)
             if self._changing.get(stripe)[0]:
-                continue  # nobody knows what it should be
+                continue  # no valid checksum to compare with
             at = number * self._slice
             data = self._reconstruct(number)
             if data is not None:
                 self.volume.rewrite(at, data)
             self.volume.corrupt(at, self._slice, by, repaired=data is not None)
             if data is None and by == "read":
-                raise MediaError(f"device {at:#x}+{self._slice:#x} is not what was written")
+                raise MediaError(f"device {at:#x}+{self._slice:#x} has a wrong checksum")
 
     def why_not(self, block: int, failure: Failure) -> str | None:
         """See ByBlock."""
@@ -322,22 +337,22 @@ class Parity(ByBlock):
         return None
 
     def restore(self, block: int) -> str | None:
-        """Make each bad slice from the others of its stripe."""
+        """Restore each poisoned slice of ``block`` from the other slices of its stripe."""
         slices = self._slices_of(Range(block, block + 1))
-        hurt = [
+        poisoned = [
             (number, self._reconstruct(number))
             for number in range(*slices)
             if self.volume.poison_in(number * self._slice, self._slice)
         ]
-        for number, data in hurt:
+        for number, data in poisoned:
             if data is not None:
                 self.volume.rewrite(number * self._slice, data)
-        if any(data is None for _, data in hurt):
-            return "more of a stripe is bad than its parity makes good, or it was changing"
+        if any(data is None for _, data in poisoned):
+            return "more than one slice of a stripe is damaged, or the stripe was changing"
         return None
 
     def scrub(self) -> Iterator[Range]:
-        """Verify everything that has a checksum, and add up the stripes that poison had kept from it."""
+        """Verify every slice with a checksum, and add up the stripes left CHANGING by poison."""
         yield from self._anew(list(self._changing.nonzero()))
         for piece in self.volume.walk(PIECE):
             for blocks in self.volume.in_use(piece):
@@ -345,5 +360,5 @@ class Parity(ByBlock):
             yield piece
 
     def space_bytes(self) -> int:
-        """The arrays."""
+        """Return the size of the arrays in bytes."""
         return sum(array.space_bytes() for array in (self._sums, self._parity, self._changing))

@@ -1,4 +1,4 @@
-"""Take the bad blocks out of their files, and never use them again while they are bad."""
+"""Punch poisoned blocks out of files. The allocator does not use the blocks again while poisoned."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from daxemu.repair.strategy import Failure, Strategy, Verdict
 
 
 class Punch(Strategy):
-    """As zero, but the poison stays where it is, in free space: the allocator passes over badblocks."""
+    """Punch a hole in every owner. The poison stays, in free space: the allocator skips bad blocks."""
 
     name = "punch"
 
     def failed(self, failure: Failure) -> Verdict:
-        """The files have holes there, which read as zeros."""
+        """Punch the blocks. The holes read as zeros."""
         verdict = Verdict(reason="punched out")
         for blocks in failure.blocks:
             self.volume.punch(blocks)

@@ -1,4 +1,7 @@
-"""Move what can still be read to other blocks, and never use the bad ones again while they are bad."""
+"""Move the readable sectors to other blocks.
+
+The allocator does not use the old blocks again while poisoned.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,17 @@ from daxemu.repair.strategy import Failure, Strategy, Verdict
 
 
 class Quarantine(Strategy):
-    """Poison is a matter of sectors, a failure one of pages: most of a page is often still good.
+    """Keep the readable sectors of a failed page, and replace the poisoned sectors by zeros.
 
-    The sectors that are bad become zeros; all the others are kept.
+    Poison counts by 512-byte sectors, a failure by 4 KiB pages: most sectors of a failed page are often
+    readable.
     """
 
     name = "quarantine"
 
     def failed(self, failure: Failure) -> Verdict:
-        """A page that lost any sector is lost, however little of it that is."""
-        verdict = Verdict(transparent=False, reason="what could be read was moved")
+        """Relocate the blocks. A page with any unreadable sector is lost."""
+        verdict = Verdict(transparent=False, reason="the readable sectors were moved")
         for blocks in failure.blocks:
             data, bad = self.volume.salvage(blocks)
             try:

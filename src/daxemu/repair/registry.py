@@ -1,6 +1,4 @@
-"""Strategies by name: ours, those of other packages (entry point group ``daxemu.repair``), and Python
-files.
-"""
+"""Repair strategies by name: built-in, from entry points (group ``daxemu.repair``), or from Python files."""
 
 from __future__ import annotations
 
@@ -30,16 +28,22 @@ OWN = {
     "reread": "reread:Reread",
     "fence": "fence:Fence",
 }
-"""Where each is; imported when it is chosen, for some need numpy."""
+"""Module and class of each built-in strategy.
+
+The module is imported when the strategy is chosen, because some need numpy.
+"""
 
 
 def names() -> list[str]:
-    """All strategies there are."""
+    """Return the names of all strategies, built-in and of other packages."""
     return sorted({*OWN, *(point.name for point in entry_points(group=GROUP))})
 
 
 def find(name: str) -> type[Strategy]:
-    """The strategy of that name. Raises InvalidArgument if there is none, or it cannot be loaded."""
+    """Return the strategy called ``name``.
+
+    Raises InvalidArgument if no such strategy exists or can be loaded.
+    """
     if name.endswith(".py"):
         return _in_file(Path(name))
     if name in OWN:
@@ -50,13 +54,20 @@ def find(name: str) -> type[Strategy]:
         try:
             loaded: type[Strategy] = point.load()
         except Exception as error:
-            raise InvalidArgument(f"the repair strategy {name} cannot be loaded: {error!r}") from error
+            raise InvalidArgument(f"the repair strategy {name} cannot be loaded: {_named(error)}") from error
         return loaded
-    raise InvalidArgument(f"no repair strategy {name!r}: there are {', '.join(names())}")
+    raise InvalidArgument(f"no repair strategy {name!r}; known strategies: {', '.join(names())}")
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _in_file(path: Path) -> type[Strategy]:
-    """The one strategy that a Python file defines."""
+    """Return the strategy defined in a Python file.
+
+    Raises InvalidArgument unless the file defines exactly one.
+    """
     spec = spec_from_file_location(f"daxemu_strategy_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -64,21 +75,22 @@ def _in_file(path: Path) -> type[Strategy]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise InvalidArgument(f"the repair strategy {path} cannot be loaded: {error!r}") from error
+        raise InvalidArgument(f"the repair strategy {path} cannot be loaded: {_named(error)}") from error
     found = [
         each
         for each in vars(module).values()
         if isinstance(each, type) and Strategy in each.__mro__ and each.__module__ == module.__name__
     ]
     if len(found) != 1:
-        raise InvalidArgument(f"{path} defines {len(found)} repair strategies: it must be one")
+        raise InvalidArgument(f"{path} defines {len(found)} repair strategies; must be exactly one")
     strategy: type[Strategy] = found[0]
     return strategy
 
 
 def parse(text: str) -> tuple[type[Strategy], Options]:
-    """``NAME[:key=value,...]``, or with a file in the name's place, as strategy and options. Raises
-    InvalidArgument for what it does not know.
+    """Return strategy and options for ``NAME[:key=value,...]`` or ``FILE.py[:key=value,...]``.
+
+    Raises InvalidArgument for an unknown strategy or option, or a value out of range.
     """
     name, _, rest = text.partition(":")
     strategy = find(name)
@@ -86,7 +98,7 @@ def parse(text: str) -> tuple[type[Strategy], Options]:
     for word in rest.split(",") if rest else ():
         key, equals, value = word.partition("=")
         if not equals or key in wanted:
-            raise InvalidArgument(f"--repair {text}: {word!r} is not key=value, or there twice")
+            raise InvalidArgument(f"--repair {text}: {word!r} is not key=value, or is given twice")
         wanted[key] = value
     try:
         options = msgspec.convert(wanted, strategy.Options, strict=False)

@@ -1,4 +1,4 @@
-"""Read what was lost from where it came from: a backing directory, or another mount."""
+"""Read lost data again from its source: a backing directory, or another mount."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ class RereadOptions(Options, frozen=True):
     path: str = ""
 
     def validate(self) -> None:
-        """Raises InvalidArgument."""
+        """Raise InvalidArgument unless ``path`` is an absolute path of a directory."""
         if not Path(self.path).is_absolute() or not Path(self.path).is_dir():
-            raise InvalidArgument(f"reread:path={self.path}: must be an absolute path of a directory")
+            raise InvalidArgument(f"reread:path={self.path}: must be the absolute path of a directory")
 
     def paths(self) -> Sequence[str]:
-        """The directory."""
+        """Return the backing directory."""
         return (self.path,)
 
 
 class Reread(ByBlock):
-    """A block is read again only if it was never stored to since the strategy was chosen: the array
-    ``changed`` says which were. Before that, the two trees are taken to be the same.
+    """Restore a block from the backing directory if the block was never stored to.
+
+    The array ``changed`` has a flag for each block stored to since the strategy was chosen. At that time the
+    two trees are assumed to be equal.
     """
 
     name = "reread"
@@ -50,7 +52,7 @@ class Reread(ByBlock):
         self._changed = SparseArray(volume.kept / "changed", "uint8", volume.blocks)
 
     def unmounting(self) -> None:
-        """What changed stays on record."""
+        """Close the array ``changed``, which stays on disk."""
         self._changed.close()
 
     def discard(self) -> None:
@@ -59,16 +61,16 @@ class Reread(ByBlock):
         discard(self.volume.kept)
 
     def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
-        """The backing files do not have this."""
+        """Flag the blocks: the backing files do not have the new data."""
         for run in blocks:
             self._changed.fill(run, CHANGED)
 
     def allocated(self, blocks: Range) -> None:
-        """They are zero, whatever the backing file has there."""
+        """Flag the blocks: new blocks are zero, whatever the backing file holds."""
         self._changed.fill(blocks, CHANGED)
 
     def freed(self, blocks: Range) -> None:
-        """Nobody has them."""
+        """Clear the flags of blocks without an owner."""
         self._changed.fill(blocks, 0)
 
     def why_not(self, block: int, failure: Failure) -> str | None:
@@ -80,8 +82,8 @@ class Reread(ByBlock):
         return None
 
     def restore(self, block: int) -> str | None:
-        """Any file that shares the block will do."""
-        reason = "no file has it"
+        """Restore a block from the backing file of any owner."""
+        reason = "no file owns the block"
         for owner in self.volume.owners(Range(block, block + 1)):
             path = self._path / self.volume.path_of(owner).lstrip("/")
             try:
@@ -92,7 +94,7 @@ class Reread(ByBlock):
             if data is not None:
                 self.volume.rewrite(block * PAGE_SIZE, data)
                 return None
-            reason = f"{path} is of another size"
+            reason = f"{path} differs in size"
         return reason
 
     def _read(self, path: Path, owner: Owner) -> bytes | None:

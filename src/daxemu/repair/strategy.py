@@ -1,4 +1,4 @@
-"""What a repair strategy is: what it sees, and what it answers."""
+"""The interface of a repair strategy: calls from the supervisor, and the verdict on a failure."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from daxemu.repair.volume import Volume
 
 @dataclass(frozen=True)
 class Failure:
-    """Blocks of the device that hold poison, all of them in use.
+    """Blocks of the device with poison, all of them in use.
 
-    ``unseen``: those of them that a program may have stored to through a mapping since the filesystem last
-    saw their contents. On real DAX such a store goes to the media past everybody, so a copy or a checksum
-    made before it is stale. Where it is known that one was lost, they are in ``stale``. ``copies``: positions
-    in the reserved file whose blocks went bad.
+    ``unseen``: blocks of the failure to which a program may have stored through a mapping since the
+    filesystem last saw the contents. On real DAX such a store reaches the media without any call to the
+    filesystem, so a copy or a checksum made before the store is out of date. ``stale``: blocks with a store
+    known to be lost. ``copies``: positions (in blocks) of the reserved file whose blocks failed.
     """
 
     blocks: tuple[Range, ...]
@@ -31,10 +31,10 @@ class Failure:
 
 @dataclass
 class Verdict:
-    """What became of a failure's blocks. Those in neither set are as bad as before.
+    """The result of a repair, by block. A block in neither set is still poisoned.
 
-    ``recovered``: they read as what was last written. ``lost``: they can be read again, but hold something
-    else. With ``transparent`` whoever maps recovered pages need not know.
+    ``recovered``: blocks with the data last written. ``lost``: blocks that are readable again, with other
+    data. ``transparent``: processes with recovered pages mapped are not signalled.
     """
 
     recovered: RangeSet = field(default_factory=RangeSet)
@@ -43,7 +43,7 @@ class Verdict:
     reason: str | None = None
 
     def word(self, failure: Failure) -> Literal["recovered", "lost", "cannot"]:
-        """The worst of it in one word."""
+        """Return "recovered" if every block is, "cannot" if any block is in no set, "lost" otherwise."""
         if any(not self.recovered.covers(*blocks) for blocks in failure.blocks):
             both = RangeSet([*self.recovered, *self.lost])
             return "lost" if all(both.covers(*blocks) for blocks in failure.blocks) else "cannot"
@@ -51,22 +51,25 @@ class Verdict:
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The options of a strategy that has none; those of others derive from it."""
+    """The options of a strategy; this base class has none.
+
+    A strategy with options derives a class from it.
+    """
 
     def validate(self) -> None:
-        """Raises InvalidArgument for values that are of the right type and cannot be all the same."""
+        """Raise InvalidArgument for an option whose value is of the right type but out of range."""
 
     def paths(self) -> Sequence[str]:
-        """Directories that will be read from; none may be on the mount that is repaired."""
+        """Return the directories that the strategy reads. None may be on the repaired mount."""
         return ()
 
 
 class Strategy(Protocol):
-    """A repair strategy. Only :meth:`failed` must be written; the rest does nothing unless it is.
+    """A repair strategy. Only :meth:`failed` must be written; each other method does nothing by default.
 
-    Made at mount, with the options of ``--repair NAME:key=value``. ``watches``: it wants to be told of stores
-    and reads. ``has_copies``: it uses the reserved file. ``interval``: seconds between calls of :meth:`tick`,
-    or None.
+    Created at mount, with the options of ``--repair NAME:key=value``. ``watches``: the strategy is called for
+    stores and reads. ``has_copies``: the strategy uses the reserved file. ``interval``: seconds between calls
+    of :meth:`tick`, or None.
     """
 
     name: ClassVar[str]
@@ -78,62 +81,68 @@ class Strategy(Protocol):
 
     @classmethod
     def layout(cls, options: Any) -> str:
-        """What its arrays are called: other options that need other arrays have another name."""
+        """Return the name of the strategy's directory.
+
+        Options that need other arrays must give another name.
+        """
         return cls.name
 
     def __init__(self, volume: Volume, options: Any) -> None:
-        """``options`` is an ``Options``. Raises DaxemuError to refuse the mount."""
+        """Create the strategy. ``options`` is an ``Options``. Raises DaxemuError to refuse the mount."""
         self.volume = volume
 
     def mounted(self, *, after_crash: bool) -> Iterator[Range] | None:
-        """The filesystem is there, and whole; bring what is kept of it up to date. If that takes long, a
-        bounded piece at a time, yielding the blocks that were seen to.
+        """Bring the stored repair data up to date. The filesystem is mounted and consistent.
 
-        ``after_crash``: free blocks were zeroed, and what was not committed is gone. Raises DaxemuError
-        to refuse. Between two pieces files are used, and all else of this class is called, for blocks that
-        were not seen to as well. If it ends early, what was kept is thrown away, and it begins anew.
+        A long update is a generator: each piece of work is bounded, and yields the blocks that were
+        processed. Between two pieces, files are used, and all other methods are called, even for blocks not
+        processed yet. If the update ends early, the stored repair data is deleted, and the next mount starts
+        again.
+
+        ``after_crash``: free blocks were zeroed, and uncommitted changes are gone. Raises DaxemuError to
+        refuse the mount.
         """
         return None
 
     def unmounting(self) -> None:
-        """The last call before the final commit."""
+        """Prepare for unmount. The last call before the final commit."""
 
     def discard(self) -> None:
-        """Another strategy takes over: give all space back."""
+        """Free all space used by the strategy. Called when another strategy is chosen."""
 
     def failed(self, failure: Failure) -> Verdict:
-        """These blocks went bad; nobody has them mapped any more. What became of them?"""
+        """Repair the failed blocks, and return a verdict. No process has the blocks mapped any more."""
         ...
 
     # -- see fs/data_ops.py
 
     def verify(self, blocks: Range) -> None:
-        """The blocks are about to be read. Raises MediaError if they are not what was written."""
+        """Check blocks before a read. Raises MediaError if the blocks do not hold the data last written."""
 
     def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
-        """The blocks are about to change. Raises NoSpace to refuse the store."""
+        """Prepare for a change of ``blocks``. Raises NoSpace to refuse the store."""
 
     def store_done(self, blocks: Sequence[Range], origin: Origin) -> None:
-        """They have changed."""
+        """Process the new contents of ``blocks``."""
 
     def allocated(self, blocks: Range) -> None:
-        """The blocks are in use, and zero."""
+        """Note that ``blocks`` are in use now, and zero."""
 
     def freed(self, blocks: Range) -> None:
-        """The blocks are in use no more, and vanish next."""
+        """Note that ``blocks`` are about to become free."""
 
     def committed(self) -> None:
-        """What was done up to now survives a crash."""
+        """Note that all changes up to now survive a crash."""
 
     # -- in the background
 
     def scrub(self) -> Iterator[Range]:
-        """Look at everything, a bounded piece at a time; yields the blocks looked at, in any order."""
+        """Check all data, in bounded pieces. Yields the checked blocks, in any order."""
         return iter(())
 
     def tick(self) -> None:
-        """``interval`` seconds have gone by."""
+        """Do periodic work. Called every ``interval`` seconds."""
 
     def space_bytes(self) -> int:
-        """What is kept for repair, in bytes, on the device and beside it."""
+        """Return the size of the repair data in bytes, on the device and beside the device."""
         return 0

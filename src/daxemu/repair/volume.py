@@ -1,4 +1,7 @@
-"""What a strategy may see of the filesystem it repairs, and do to it. Blocks are the device's."""
+"""The filesystem as seen by its repair strategy: queries and changes.
+
+Blocks are 4 KiB blocks of the device.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,9 @@ from daxemu.uapi import PAGE_SIZE
 
 
 class Volume:
-    """One mounted filesystem, for its strategy. Every change is whole or not at all, even if the strategy is
-    stopped in the middle of it (``atomically``).
+    """A mounted filesystem, for its strategy.
+
+    Every change is done whole or not at all, even if the strategy is stopped in the middle (``atomically``).
     """
 
     def __init__(
@@ -28,39 +32,43 @@ class Volume:
         directory: PrivatePath,
         atomically: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """``directory`` is where a strategy keeps what is not on the device; it need not exist."""
+        """``directory``: place for the strategy's files beside the device. The directory need not exist."""
         self._fs = fs
         self._atomically = atomically
         self.kept = directory
         self.reserved = ReservedFile(fs)
 
-    # -- what is there
+    # -- queries
 
     @property
     def directory(self) -> Path:
-        """Where a strategy keeps what is not on the device, whatever becomes of DEVICE's own path: valid in
-        this process, while mounted. Audited at each mount: regular files and directories, no links.
+        """Directory for the strategy's files beside the device.
+
+        The path is valid in this process, while mounted, even if DEVICE is renamed. Each mount audits the
+        directory: only regular files and directories are allowed, no links.
         """
         return self.kept.as_path()
 
     @property
     def size(self) -> int:
-        """Bytes of the device."""
+        """Size of the device in bytes."""
         return self._fs.dax.size
 
     @property
     def blocks(self) -> int:
-        """Blocks of the device."""
+        """Number of blocks of the device."""
         return self._fs.allocator.total
 
     def in_use(self, blocks: Range | None = None) -> RangeSet:
-        """The blocks that files have, all or those in ``blocks``."""
+        """Return the blocks of files: all of them, or the blocks inside ``blocks``."""
         owners = self.owners(blocks or Range(0, self.blocks))
         return RangeSet(merged(sorted((o.dev_block, o.dev_block + o.length) for o in owners)))
 
     def walk(self, most: int, unit: int = 1) -> Iterator[Range]:
-        """Everything that is not free, in order, in pieces of ``most`` blocks that begin at a multiple of
-        ``unit``. Looks again at each step: what comes into use behind the last piece is not passed over.
+        """Yield all blocks that are not free, in order, in pieces of ``most`` blocks.
+
+        Each piece begins at a multiple of ``unit`` blocks. The allocator is asked again at each step, so
+        blocks allocated beyond the last piece during the walk are included.
         """
         at = 0
         while (run := self._fs.allocator.used_from(at)) is not None:
@@ -69,29 +77,34 @@ class Volume:
             yield Range(start, at)
 
     def owners(self, blocks: Range) -> Iterator[Owner]:
-        """Every file's use of ``blocks``. Neither metadata nor a strategy's own copies."""
+        """Yield the owners of ``blocks``, except metadata and the strategy's own copies."""
         for owner in self._fs.rmap.owners(*blocks):
             if owner.ino not in (METADATA_INO, RESERVED_INO):
                 yield owner
 
     def path_of(self, owner: Owner) -> str:
-        """Where the file is, from the root of the mount."""
+        """Return the path of the owner's file, from the root of the mount."""
         return self._fs.names.path_of(owner.ino)
 
     def size_of(self, owner: Owner) -> int:
-        """Bytes of the file."""
+        """Return the size of the owner's file, in bytes."""
         return self._fs.names.get(owner.ino).size
 
     def read(self, blocks: Range) -> memoryview:
-        """The live bytes of ``blocks``. Raises MediaError if any of them is poison."""
+        """Return a view of the media bytes of ``blocks``. Raises MediaError if any byte is poisoned."""
         return self._fs.dax.direct_access(blocks.start * PAGE_SIZE, blocks.length * PAGE_SIZE)
 
     def read_bytes(self, offset: int, length: int) -> memoryview:
-        """The live bytes of the device from ``offset`` on. Raises MediaError if any of them is poison."""
+        """Return a view of ``length`` media bytes from byte ``offset`` on.
+
+        Raises MediaError if any byte is poisoned.
+        """
         return self._fs.dax.direct_access(offset, length)
 
     def salvage(self, blocks: Range) -> tuple[bytes, RangeSet]:
-        """What can be read of ``blocks``, zeros elsewhere; and the device bytes that cannot."""
+        """Return the contents of ``blocks``, with zeros for unreadable bytes, and those bytes of the
+        device.
+        """
         at, data = blocks.start * PAGE_SIZE, bytearray(blocks.length * PAGE_SIZE)
         bad = self.poison(blocks)
         for good in bad.gaps(at, at + len(data)):
@@ -99,36 +112,42 @@ class Volume:
         return bytes(data), bad
 
     def poison(self, blocks: Range) -> RangeSet:
-        """The device bytes in ``blocks`` that cannot be read, in whole sectors."""
+        """Return the unreadable device bytes in ``blocks``, in whole sectors."""
         start, length = blocks.start * PAGE_SIZE, blocks.length * PAGE_SIZE
         return RangeSet(bad.clip(start, start + length) for bad in self._fs.dax.poisoned(start, length))
 
     def poison_in(self, offset: int, length: int) -> bool:
-        """Whether any of these bytes of the device cannot be read."""
+        """Return True if any of the ``length`` device bytes from ``offset`` on is unreadable."""
         return self._fs.dax.is_poisoned(offset, length)
 
-    # -- what can be done
+    # -- changes
 
     def rewrite(self, offset: int, data: bytes | memoryview) -> None:
-        """Put ``data`` (whole sectors) on the device at byte ``offset``; poison there is cleared."""
+        """Write ``data`` (whole sectors) to the device at byte ``offset``. Poison there is cleared."""
         with self._atomically():
             heal.rewrite(self._fs, offset, data)
 
     def relocate(self, blocks: Range, data: bytes | memoryview) -> None:
-        """Put ``data`` into other blocks, for all who have ``blocks``. Raises NoSpace."""
+        """Write ``data`` to newly allocated blocks, and remap all owners of ``blocks`` to the new blocks.
+
+        Raises NoSpace.
+        """
         with self._atomically():
             heal.relocate(self._fs, blocks, data)
 
     def punch(self, blocks: Range) -> None:
-        """Make a hole of ``blocks`` in every file that has them."""
+        """Punch a hole over ``blocks`` in every file that owns a block."""
         with self._atomically():
             heal.punch(self._fs, blocks)
 
     def shutdown(self, reason: str) -> None:
-        """Give the whole filesystem up: everything is EIO from now on."""
+        """Shut the whole filesystem down. Every later access is EIO."""
         with self._atomically():
             self._fs.shutdown(reason)
 
     def corrupt(self, offset: int, length: int, by: str, *, repaired: bool) -> None:
-        """Say that bytes of the device were not what was written, by a "read" or a "scrub"."""
+        """Emit CorruptionFound for device bytes that differ from the data last written.
+
+        ``by``: "read" or "scrub".
+        """
         self._fs.emit(CorruptionFound(offset=offset, length=length, by=by, repaired=repaired))

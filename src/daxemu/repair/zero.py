@@ -1,4 +1,4 @@
-"""Clear the poison: the pages are good again, and empty."""
+"""Clear the poison. The pages are readable, and zero."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from daxemu.uapi import PAGE_SIZE
 
 
 class Zero(Strategy):
-    """Every page that holds poison becomes zeros, in all files that share it."""
+    """Zero every failed page, in all files sharing the page."""
 
     name = "zero"
 
     def failed(self, failure: Failure) -> Verdict:
-        """All of it is lost, and can be used again."""
+        """Write zeros to the blocks. All data of the blocks is lost."""
         verdict = Verdict(reason="filled with zeros")
         for blocks in failure.blocks:
             self.volume.rewrite(blocks.start * PAGE_SIZE, bytes(blocks.length * PAGE_SIZE))

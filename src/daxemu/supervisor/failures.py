@@ -37,7 +37,7 @@ from daxemu.host.tracer_messages import Outcome as Delivery
 from daxemu.host.unexpected import Nursery
 from daxemu.mm.incident import Incident
 from daxemu.mm.memory_failure import MemoryFailures
-from daxemu.mm.pmd import hurt_as_mapped, to_unmap
+from daxemu.mm.pmd import present_as_mapped, to_unmap
 from daxemu.mm.to_kill import Task, ToKill, collect_procs, spare
 from daxemu.ranges import RangeSet
 from daxemu.supervisor.hidden import Hidden
@@ -186,7 +186,7 @@ class Failures:
 
         def work() -> list[Task]:
             (tasks,) = self._mappings.collect([incident])
-            tasks = hurt_as_mapped(incident, tasks)
+            tasks = present_as_mapped(incident, tasks)
             self._mappings.revoke(incident)
             return tasks
 
@@ -255,7 +255,7 @@ class Failures:
 
     def _victims(self, turn: _Turn, found: list[Task]) -> list[Task]:
         """Who had pages of the failure present: now, or when poison was hidden there; the consumer knows."""
-        tasks = hurt_as_mapped(turn.incident, found)
+        tasks = present_as_mapped(turn.incident, found)
         known = {task.pid for task in tasks} | {turn.consumer}
         tasks += [task for task in turn.hidden if task.pid not in known and self._mappings.still_mapped(task)]
         return [task for task in tasks if task.pid != turn.consumer]
