@@ -83,7 +83,7 @@ class RocksDb(Driven):
     )
     about = "RocksDB through librocksdb, no block cache; pread(2), a checksum for each block"
     needs = Needs(debian=("librocksdb-dev",), programs=("gcc",), build=COMPILER, headers=("rocksdb/c.h",))
-    journal = "its write-ahead log, of a process that was killed"
+    journal = "the write-ahead log of a killed process"
     source = "rocksdb.c"
     stamp = re.compile(r"[\d/:.-]+ [\da-f]+ ")
     libraries = ("rocksdb",)
@@ -108,7 +108,7 @@ class RocksDbMmap(RocksDb):
 
     name = "rocksdb-mmap"
     note = "As rocksdb; a load from a mapped table returns no error."
-    about = "the same with allow_mmap_reads: tables are mapped"
+    about = "as rocksdb, with allow_mmap_reads: tables are mapped"
     options = ("mmap",)
 
 
@@ -163,9 +163,9 @@ class DuckDb(Driven):
 
     name = "duckdb"
     note = "Blocks and log entries have checksums. DuckDB refuses to open a database with an incomplete log."
-    about = "DuckDB from Python, its cache emptied before it reads; pread(2), a checksum for each 256 KiB"
+    about = "DuckDB from Python, cache emptied before each read; pread(2), a checksum for each 256 KiB"
     needs = Needs(pypi=("duckdb",), modules=("duckdb",))
-    journal = "records.duckdb.wal, of a process that was killed"
+    journal = "records.duckdb.wal of a killed process"
     source = "duckdb_table.py"
     data_files = "records.duckdb"
     journal_files = "records.duckdb.wal"

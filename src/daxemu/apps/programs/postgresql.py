@@ -46,7 +46,7 @@ class PostgreSql(Application):
         programs=("postgres", "initdb", "psql"),
         version=("postgres", "--version"),
     )
-    journal = "pg_wal, of a server that was stopped at once"
+    journal = "pg_wal after an immediate shutdown (SIGQUIT)"
     user = "postgres"
     stamp = _STAMP
     initdb: ClassVar[tuple[str, ...]] = ()
@@ -106,5 +106,5 @@ class PostgreSqlChecksums(PostgreSql):
 
     name = "postgresql-checksums"
     note = "As postgresql, but a changed page of a table is found."
-    about = "the same with initdb --data-checksums"
+    about = "as postgresql, with initdb --data-checksums"
     initdb = ("--data-checksums",)

@@ -78,7 +78,7 @@ class RedisAof(_Redis):
 
     name = "redis-aof"
     note = "Redis goes on from memory and cannot be restarted. The file has no checksums."
-    about = "Redis, append-only file, appendfsync always; reads it at the start only"
+    about = "Redis, append-only file, appendfsync always; the file is read at the start only"
     journal = "the incremental append-only file"
     options = (
         *("--appendonly", "yes", "--appendfsync", "always", "--save", ""),
@@ -108,7 +108,7 @@ class RedisRdb(_Redis):
         "Redis goes on from memory, and the snapshot at its end replaces the damaged file. On a removed "
         "device the snapshot cannot be written, and SIGTERM does not end Redis. The snapshot has a CRC."
     )
-    about = "Redis, snapshots, no compression; reads dump.rdb at the start only, writes it anew at the end"
+    about = "Redis, snapshots, no compression; dump.rdb is read at the start only and written at the end"
     options = ("--appendonly", "no", "--save", "3600 1", "--rdbcompression", "no")
 
     def prepare(self, place: Place) -> None:

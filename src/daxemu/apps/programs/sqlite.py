@@ -64,7 +64,7 @@ class SqliteRollback(_Sqlite):
         "is written back over good data: the journal's checksum samples every 200th byte only."
     )
     about = "sqlite3 shell, rollback journal, a cache of 4 pages; read(2)"
-    journal = "records.db-journal, of a transaction that was killed half way"
+    journal = "records.db-journal of a transaction killed half way"
     journal_file = "records.db-journal"
     _in_transaction = False
 
