@@ -29,7 +29,10 @@ VOID = {"meta", "br"}
 
 
 class Checker(HTMLParser):
-    """Parser asserting that every opened element is closed, in order. ``fetched``: references to other files."""
+    """Parser asserting that every opened element is closed, in order.
+
+    ``fetched``: references to other files.
+    """
 
     def __init__(self) -> None:
         super().__init__()
