@@ -1,4 +1,4 @@
-"""Cells: programs that misbehave on purpose, and real programs."""
+"""Cells of misbehaving test programs, and of real programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Missing programs, and the commands to install them."""
+"""Missing programs, and installation commands."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tests.evaluate.results import PLAN, TEXT, result
 
 
 class Instead:
-    """Scheduler without machines: yields results made by hand; interrupted after ``after`` of them."""
+    """Scheduler without machines: yields results made by hand, interrupted after ``after`` results."""
 
     def __init__(self, after: int = 1000, failing: str = "") -> None:
         self.after = after

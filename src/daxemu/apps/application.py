@@ -51,7 +51,7 @@ class Spot(NamedTuple):
 
 
 class ReportedError(Exception):
-    """A program reported that its data is unusable. ``lines``: the program's messages."""
+    """A program reported unusable data. ``lines``: the program's messages."""
 
     def __init__(self, lines: Sequence[str]) -> None:
         super().__init__("; ".join(lines[-3:]))

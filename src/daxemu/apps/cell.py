@@ -207,7 +207,7 @@ class CellRun:
                 "inject", ino=ino, ranges=[[offset, length]], silent=silent, latent=latent, seed=1
             )
         if not done["ranges"] or done["holes"]:
-            raise DaxemuError(f"nothing to inject into at {self.cell.hurt}: the range is a hole")
+            raise DaxemuError(f"nothing to inject into at {self.cell.hurt}: the range has a hole")
         (found,) = done["ranges"]
         self._say(f"   {found['outcome']}, {signalled(found['processes'], found['signals'])}")
         return int(found["processes"])

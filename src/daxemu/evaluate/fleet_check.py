@@ -18,7 +18,7 @@ from daxemu.evaluate.models import measured
 from daxemu.evaluate.plan import Plan
 from daxemu.evaluate.statistics import Estimate
 
-STANDS_STILL = ("dataset",)
+CONSTANT_DATA = ("dataset",)
 DEVICES = 20_000
 """Number of simulated trials.
 
@@ -56,13 +56,13 @@ def compare(plan: Plan, text: str, report: dict[str, Any]) -> Iterator[Compariso
 
     Raises InvalidArgument without such a cell.
     """
-    cells = [c for c in report["cells"] if _stands_still(plan, c["workload"]) and c["trials"] > 1]
+    cells = [c for c in report["cells"] if _has_constant_data(plan, c["workload"]) and c["trials"] > 1]
     faulty = {faults.name for faults in plan.faults if faults.process}
     cells = [c for c in cells if c["faults"] in faulty and c["strategy"] in plan.strategies]
     if not cells:
         raise InvalidArgument(
             "nothing to compare: the report needs a workload of kind "
-            f"{' or '.join(STANDS_STILL)}, faults, and two repetitions or more"
+            f"{' or '.join(CONSTANT_DATA)}, faults, and two repetitions or more"
         )
     costs = {strategy: measured(report, strategy) for strategy in plan.strategies}
     for cell in cells:
@@ -74,8 +74,8 @@ def compare(plan: Plan, text: str, report: dict[str, Any]) -> Iterator[Compariso
         yield Comparison(strategy, cell["workload"], cell["faults"], simulated, _whole(cell))
 
 
-def _stands_still(plan: Plan, workload: str) -> bool:
-    return any(w.label == workload and w.kind in STANDS_STILL for w in plan.workload)
+def _has_constant_data(plan: Plan, workload: str) -> bool:
+    return any(w.label == workload and w.kind in CONSTANT_DATA for w in plan.workload)
 
 
 def _whole(cell: dict[str, Any]) -> Estimate:

@@ -87,7 +87,10 @@ class Tender(threading.Thread):
         return self.began + self.job.seconds
 
     def run(self) -> None:
-        """Run lives until the time is up, a life ends with status 0, or MAX_LIVES is reached."""
+        """Run lives until the time is up, a life ends with status 0, or MAX_LIVES is reached.
+
+        A workload that dies before its first operation is not started again.
+        """
         while len(self.lives) < MAX_LIVES and not self._stopping:
             self._live(len(self.lives))
             if not self.began or time.time() >= self.until or self.lives[-1].status == 0:

@@ -12,7 +12,8 @@ from daxemu.apps.situations import Part
 
 _HEADER = re.compile(r"blob (\d{6})")
 _COMPLAINT = re.compile(r"(error|fatal):.*|.* missing")
-_NOBODY = "nobody missing"
+_END = "end missing"
+"""git's answer to "end", a name without an object: marks the end of an answer."""
 
 
 def _name(number: int) -> str:
@@ -56,14 +57,14 @@ class Git(Application):
     def start(self, place: Place) -> Process:
         """See Application.start."""
         process = place.start([*self._git(place), "cat-file", "--batch=%(objecttype) %(rest)"])
-        process.send("nobody\n")
-        process.until(_NOBODY)
+        process.send("end\n")
+        process.until(_END)
         return process
 
     def read(self, place: Place, process: Process) -> ReadBack:
         """See Application.read."""
-        process.send("".join(f"{_name(number)} {number:06d}\n" for number in range(COUNT)) + "nobody\n")
-        output = iter(process.until(_NOBODY)[:-1])
+        process.send("".join(f"{_name(number)} {number:06d}\n" for number in range(COUNT)) + "end\n")
+        output = iter(process.until(_END)[:-1])
         lines = []
         for line in output:
             header = _HEADER.fullmatch(line)
