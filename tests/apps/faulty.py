@@ -1,7 +1,6 @@
-"""A program for the tests of what is seen: it has its records in memory, and does one thing wrong the second
-time that it is asked for them.
+"""Program for the tests of apps: keeps all records in memory, and misbehaves at the second "read".
 
-    faulty.py FILE HOW
+faulty.py FILE HOW
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is seen of a program: of ones that do a thing wrong on purpose, and of real ones."""
+"""Cells of misbehaving test programs, and of real programs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import pytest
 
 from daxemu.apps import programs
 from daxemu.apps.application import Application, Needs, Place, Spot, find_record
-from daxemu.apps.cell import Cell, CellRun, Outcome, Task
+from daxemu.apps.cell import Behaviour, CellRequest, CellRun, MatrixCell
 from daxemu.apps.process import Process
-from daxemu.apps.records import COUNT, Finding, compare_lines, lines
+from daxemu.apps.records import COUNT, ReadBack, compare_lines, lines
 from daxemu.apps.situations import Part
 from daxemu.host.mountinfo import mounts
 from tests.support.mount import DAXEMU, daxemu
@@ -32,11 +32,11 @@ PATIENCE = 60.0
 
 
 class Faulty(Application):
-    """tests/apps/faulty.py."""
+    """The program tests/apps/faulty.py."""
 
     name = "faulty"
     about = "a program of the tests"
-    note = "It does one thing wrong."
+    note = "Misbehaves in one way."
     needs = Needs(programs=("sh",))
     how: ClassVar[str]
 
@@ -53,24 +53,24 @@ class Faulty(Application):
         process.until("ready")
         return process
 
-    def read(self, place: Place, process: Process) -> Finding:
+    def read(self, place: Place, process: Process) -> ReadBack:
         process.send("read\n")
         return compare_lines(process.until("end"), re.compile("error.*"))
 
 
-def make(name: str, situation: str, tmp_path: Path, limit: float = 20.0) -> tuple[Cell, list[str]]:
-    """The cell, and what was told of it; nothing is left."""
+def make(name: str, situation: str, tmp_path: Path, limit: float = 20.0) -> tuple[MatrixCell, list[str]]:
+    """Run a cell; return the cell and its steps. Assert that no directory, device or mount is left."""
     unique = f"daxemu-apps-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    task = Task(name, situation, limit, str(tmp_path / unique), f"/dev/shm/{unique}")
-    told: list[str] = []
-    cell = CellRun(task, lambda step: told.append(step.text)).make()
+    task = CellRequest(name, situation, limit, str(tmp_path / unique), f"/dev/shm/{unique}")
+    steps: list[str] = []
+    cell = CellRun(task, lambda step: steps.append(step.text)).make()
     assert not Path(task.directory).exists()
     assert not Path(task.device).exists()
     assert [m for m in mounts() if str(m.device) == task.device] == []
-    return cell, told
+    return cell, steps
 
 
-def outcomes(cell: Cell) -> tuple[Outcome, Outcome]:
+def behaviours(cell: MatrixCell) -> tuple[Behaviour, Behaviour]:
     assert cell.failed is None
     assert cell.first is not None
     assert cell.again is not None
@@ -80,58 +80,58 @@ def outcomes(cell: Cell) -> tuple[Outcome, Outcome]:
 @pytest.mark.parametrize(
     ("how", "outcome", "said"),
     [
-        ("hangs", Outcome.HANGS, "nothing for 1 s"),
-        ("dies", Outcome.DIES, "killed by SIGSEGV"),
-        ("loses", Outcome.WRONG, "2399 records right, 1 missing"),
-        ("logs", Outcome.LOGGED, "its log: log: checksum mismatch"),
-        ("complains", Outcome.REPORTS, "error: input/output error"),
-        ("stays", Outcome.RIGHT, "does not end when it is asked to"),
+        ("hangs", Behaviour.HANGS, "no output for 1 s"),
+        ("dies", Behaviour.DIES, "killed by SIGSEGV"),
+        ("loses", Behaviour.WRONG, "2399 records right, 1 missing"),
+        ("logs", Behaviour.LOGGED, "log: log: checksum mismatch"),
+        ("complains", Behaviour.REPORTS, "error: input/output error"),
+        ("stays", Behaviour.RIGHT, "does not end when asked to"),
     ],
 )
-def test_what_a_program_does_is_what_is_seen(
-    how: str, outcome: Outcome, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_each_misbehaviour_is_classified(
+    how: str, outcome: Behaviour, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Faulty, "how", how, raising=False)
     monkeypatch.setattr(programs, "APPLICATIONS", (Faulty,))
     cell, _ = make("faulty", "late", tmp_path, limit=1.0)
-    # It has all in memory; started again it meets the poison.
-    assert outcomes(cell) == (outcome, Outcome.REPORTS)
+    # The first life has all records in memory; the restarted program consumes the poison.
+    assert behaviours(cell) == (outcome, Behaviour.REPORTS)
     assert cell.first is not None
     assert cell.again is not None
     assert said in cell.first.said
     assert "Input/output error" in cell.again.said
 
 
-def test_data_that_cannot_be_made_is_no_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_whose_data_cannot_be_made_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def prepare(self: Faulty, place: Place) -> None:
         place.make(["sh", "-c", "echo too bad; exit 3"])
 
     monkeypatch.setattr(Faulty, "prepare", prepare)
     monkeypatch.setattr(programs, "APPLICATIONS", (Faulty,))
-    cell, told = make("faulty", "late", tmp_path)
+    cell, steps = make("faulty", "late", tmp_path)
     assert cell.failed == "DaxemuError: sh ended with status 3: too bad"
     assert cell.first is None
-    assert cell.failed in told
+    assert cell.failed in steps
 
 
 @pytest.mark.skipif(shutil.which("sqlite3") is None, reason="no sqlite3 here: make setup installs it")
-def test_sqlite3_through_a_mapping_is_told_early_and_killed_when_it_touches(tmp_path: Path) -> None:
-    cell, told = make("sqlite3-mmap", "early", tmp_path)
-    assert outcomes(cell) == (Outcome.AO, Outcome.AR)
-    assert "   2400 records right" in told
-    assert any("SIGBUS BUS_MCEERR_AO to sqlite3:" in line and "lsb 12: delivered" in line for line in told)
+def test_mapped_sqlite3_dies_of_ao_under_early_kill_and_of_ar_after_a_restart(tmp_path: Path) -> None:
+    cell, steps = make("sqlite3-mmap", "early", tmp_path)
+    assert behaviours(cell) == (Behaviour.AO, Behaviour.AR)
+    assert "   2400 records right" in steps
+    assert any("SIGBUS BUS_MCEERR_AO to sqlite3:" in line and "lsb 12: delivered" in line for line in steps)
     assert cell.hurt.endswith("+0x1000 (record 1000)")
 
 
 @pytest.mark.skipif(shutil.which("sqlite3") is None, reason="no sqlite3 here: make setup installs it")
 def test_sqlite3_does_not_notice_a_changed_record(tmp_path: Path) -> None:
     cell, _ = make("sqlite3", "silent", tmp_path)
-    assert outcomes(cell) == (Outcome.WRONG, Outcome.WRONG)
+    assert behaviours(cell) == (Behaviour.WRONG, Behaviour.WRONG)
     assert cell.first is not None
     assert (cell.first.right, cell.first.wrong) == (COUNT - 1, 1)
 
 
-def test_numpy_meets_latent_poison(tmp_path: Path) -> None:
+def test_numpy_dies_of_ar_on_latent_poison(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     asked = ("--only", "numpy-memmap", "--situation", "latent", "--situation", "journal")
     shown = json.loads(daxemu("apps", *asked, "-o", page, "--json"))
@@ -143,9 +143,9 @@ def test_numpy_meets_latent_poison(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="no git here: make setup installs it")
-def test_git_is_told_of_a_removal_and_right_when_the_device_is_back(tmp_path: Path) -> None:
+def test_git_dies_of_ao_at_a_removal_and_is_right_when_the_device_is_back(tmp_path: Path) -> None:
     cell, _ = make("git", "remove", tmp_path)
-    assert outcomes(cell) == (Outcome.AO, Outcome.RIGHT)
+    assert behaviours(cell) == (Behaviour.AO, Behaviour.RIGHT)
     assert cell.hurt == "the whole device"
 
 
@@ -170,7 +170,7 @@ def test_an_interrupted_matrix_leaves_nothing(number: int) -> None:
     assert list(Path("/dev/shm").glob(f"{name}*")) == []
     deadline = time.monotonic() + PATIENCE
     while left := [cmdline for cmdline in _command_lines() if name.encode() in cmdline]:
-        assert time.monotonic() < deadline, left  # killed, they take a moment to die
+        assert time.monotonic() < deadline, left  # killed processes need a moment to die
         time.sleep(0.01)
 
 

@@ -1,4 +1,4 @@
-"""Programs that are absent, and what would be done about it."""
+"""Missing programs, and installation commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOWHERE = Needs(
 HERE = Needs(programs=("sh",), modules=("numpy",), pypi=("numpy",))
 
 
-def test_what_is_missing_is_named() -> None:
+def test_missing_names_programs_modules_and_headers() -> None:
     assert install.missing(HERE) == []
     assert install.missing(NOWHERE) == [
         "daxemu-no-such-program",
@@ -34,7 +34,7 @@ def test_what_is_missing_is_named() -> None:
     ]
 
 
-def test_only_what_is_missing_would_be_installed() -> None:
+def test_only_missing_packages_would_be_installed() -> None:
     assert install.commands([HERE]) == []
     update, get, pip = install.commands([HERE, NOWHERE, NOWHERE])
     assert update[:2] == ["apt-get", "update"]
@@ -44,7 +44,7 @@ def test_only_what_is_missing_would_be_installed() -> None:
     assert pip == [sys.executable, "-m", "pip", "install", "--quiet", "daxemu-no-such-distribution"]
 
 
-def test_installing_needs_root_and_says_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installing_without_root_is_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("apt-get") is None:
         pytest.skip("no apt-get here to be refused")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
@@ -52,13 +52,13 @@ def test_installing_needs_root_and_says_the_command(monkeypatch: pytest.MonkeyPa
         install.install([NOWHERE], print)
 
 
-def test_without_apt_get_the_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_apt_get_the_error_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(Unsupported, match=r"no apt-get here: .* daxemu-no-such-package"):
         install.install([NOWHERE], print)
 
 
-def test_what_is_here_has_its_version() -> None:
+def test_an_installed_package_has_a_version() -> None:
     assert install.versions(HERE)["numpy"]
     assert install.versions(NOWHERE).get("daxemu-no-such-package") is None
 
@@ -73,7 +73,7 @@ def test_an_absent_program_is_shown_as_absent(monkeypatch: pytest.MonkeyPatch) -
     assert said == "daxemu: sqlite3: absent: sqlite3; for what is absent: daxemu apps --install\n"
 
 
-def test_every_program_says_what_it_needs_and_is_told_apart() -> None:
+def test_every_program_has_a_unique_name_and_needs() -> None:
     assert len({each.name for each in APPLICATIONS}) == len(APPLICATIONS) >= 12
     for each in APPLICATIONS:
         assert each.needs.debian or each.needs.pypi
@@ -81,16 +81,16 @@ def test_every_program_says_what_it_needs_and_is_told_apart() -> None:
         assert application_called(each.name) is each
 
 
-def test_unknown_names_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(InvalidArgument, match="no program 'oracle': there are sqlite3, "):
+def test_an_unknown_name_is_refused_with_the_known_names() -> None:
+    with pytest.raises(InvalidArgument, match="no program 'oracle': known programs are sqlite3, "):
         wanted(["oracle"])
-    with pytest.raises(InvalidArgument, match="no situation 'flood': there are healthy, before, "):
+    with pytest.raises(InvalidArgument, match="no situation 'flood': known situations are healthy, before, "):
         wanted([], ["flood"])
     assert "ends in .md or .json" in daxemu("apps", "-o", "x.html", status=2)
     assert "make the directory /nowhere first" in daxemu("apps", "-o", "/nowhere/x.md", status=2)
 
 
-def test_no_journal_no_cell() -> None:
+def test_a_program_without_a_journal_has_no_journal_cells() -> None:
     reasons = {cell.situation.name: cell.why_not for cell in wanted(["numpy-memmap"])}
     assert reasons["journal"] == reasons["journal-live"] == reasons["journal-silent"] == "no journal"
     assert reasons["late"] == ""

@@ -1,11 +1,11 @@
-"""The page of the matrix."""
+"""Markdown page of the matrix."""
 
 from __future__ import annotations
 
 import json
 
 from daxemu.apps.application import Application
-from daxemu.apps.cell import Cell, Life, Outcome
+from daxemu.apps.cell import Behaviour, MatrixCell, ProgramLife
 from daxemu.apps.matrix import Wanted
 from daxemu.apps.programs import application_called
 from daxemu.apps.report import as_markdown, summary
@@ -19,8 +19,8 @@ def want(application: type[Application], situation: str, why_not: str = "") -> W
     return Wanted(application, BY_NAME[situation], why_not)
 
 
-def cell(name: str, situation: str, first: Life, again: Life) -> Cell:
-    return Cell(name, situation, hurt="a file 0x0+0x1000", first=first, again=again)
+def cell(name: str, situation: str, first: ProgramLife, again: ProgramLife) -> MatrixCell:
+    return MatrixCell(name, situation, hurt="a file 0x0+0x1000", first=first, again=again)
 
 
 WANTED = [
@@ -32,10 +32,14 @@ WANTED = [
     want(NUMPY, "remove"),
 ]
 MADE = [
-    cell("sqlite3", "silent", Life(Outcome.WRONG, "1 wrong"), Life(Outcome.WRONG, "1 wrong")),
-    cell("sqlite3", "journal", Life(Outcome.REPORTS, "a | b `c` \x07"), Life(Outcome.RIGHT)),
-    Cell("numpy-memmap", "silent", failed="DaxemuError: no space"),
-    cell("numpy-memmap", "remove", Life(Outcome.AO, stays=True), Life(Outcome.RIGHT)),
+    cell(
+        "sqlite3", "silent", ProgramLife(Behaviour.WRONG, "1 wrong"), ProgramLife(Behaviour.WRONG, "1 wrong")
+    ),
+    cell(
+        "sqlite3", "journal", ProgramLife(Behaviour.REPORTS, "a | b `c` \x07"), ProgramLife(Behaviour.RIGHT)
+    ),
+    MatrixCell("numpy-memmap", "silent", failed="DaxemuError: no space"),
+    cell("numpy-memmap", "remove", ProgramLife(Behaviour.AO, stays=True), ProgramLife(Behaviour.RIGHT)),
 ]
 
 
@@ -46,22 +50,22 @@ def test_the_matrix_has_every_program_and_situation() -> None:
     assert "| `numpy-memmap` | not observed | - | SIGBUS AO + / right |" in lines
 
 
-def test_the_reading_is_counted_from_it() -> None:
+def test_the_summary_counts_cells_of_the_matrix() -> None:
     page = as_markdown(WANTED, MADE)
-    assert "Of 3 cells in which something was hurt" in page
-    assert "- **Other bytes, and wrong data without an error**: 1: `sqlite3` (silent)." in page
-    assert "with the poison still there**: 1: `sqlite3` (journal)." in page
-    assert "- **Removed and put back, and all is right**: 1: `numpy-memmap` (remove)." in page
+    assert "Of 3 cells with an injection or a removal" in page
+    assert "- **Changed bytes: wrong data without an error**: 1: `sqlite3` (silent)." in page
+    assert "with the poison still present**: 1: `sqlite3` (journal)." in page
+    assert "- **Removed and put back: all data right**: 1: `numpy-memmap` (remove)." in page
     assert "- **No answer**: none." in page
-    assert "- **It did not end when it was asked to**: 1: `numpy-memmap` (remove)." in page
+    assert "- **Did not end when asked to**: 1: `numpy-memmap` (remove)." in page
 
 
-def test_what_a_program_says_cannot_break_the_page() -> None:
+def test_program_output_cannot_break_the_page() -> None:
     (row,) = [line for line in as_markdown(WANTED, MADE).splitlines() if line.startswith("| journal |")]
     assert row == "| journal | a file 0x0+0x1000 | reports: `a / b 'c' \\x07` | right |"
 
 
-def test_all_of_it_is_json() -> None:
+def test_the_summary_is_json() -> None:
     found = json.loads(json.dumps(summary(WANTED, MADE)))
     assert [c["situation"] for c in found["cells"]] == ["silent", "journal", "silent", "remove"]
     assert found["cells"][0]["first"]["outcome"] == "wrong"

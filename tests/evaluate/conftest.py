@@ -1,4 +1,4 @@
-"""Fixtures of these tests: the quick mounts of tests/mount."""
+"""Fixtures: the quick mounts of tests/mount."""
 
 from __future__ import annotations
 

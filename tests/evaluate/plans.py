@@ -1,4 +1,4 @@
-"""Plans for these tests."""
+"""Plans for the tests of evaluate."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ detect = "access"
 
 
 def plan_with(process: str, faults: str = "", top: str = "") -> Plan:
-    """A plan of one workload and one fault process; the arguments are lines of TOML."""
+    """Return a plan with one workload and one fault process. The arguments are lines of TOML."""
     return parse(text_with(process, faults, top))
 
 
 def text_with(process: str, faults: str = "", top: str = "") -> str:
-    """See :func:`plan_with`. ``process`` begins on line 8, after as many lines as ``top`` and ``faults``
-    have.
+    """Return the TOML text of :func:`plan_with`.
+
+    ``process`` begins on line 8, plus the lines of ``top`` and ``faults``.
     """
     return (
         f'name = "p"\nstrategies = ["none", "mirror"]\n{top}[[workload]]\nkind = "kvstore"\n'

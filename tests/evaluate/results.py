@@ -1,15 +1,15 @@
-"""Results as trials would give them, made by hand."""
+"""Results of trials, made by hand."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from daxemu.evaluate.faults import Fault
-from daxemu.evaluate.injector import Injected
+from daxemu.evaluate.injector import FaultRecord
 from daxemu.evaluate.plan import parse
-from daxemu.evaluate.tender import Life
+from daxemu.evaluate.tender import WorkloadLife
 from daxemu.evaluate.trial import Key, Result
-from daxemu.evaluate.workloads.base import Bad
+from daxemu.evaluate.workloads.base import Mismatch
 from tests.evaluate.plans import SMALL
 
 TEXT = SMALL.replace('["none"]', '["none", "mirror"]')
@@ -18,9 +18,7 @@ BASE_PFN = 0x100000
 
 
 def result(strategy: str = "none", repetition: int = 0, **changed: Any) -> Result:
-    """A trial of PLAN in which 100 operations were done, a file lost a page, and one process was told and
-    died.
-    """
+    """Return a result of PLAN: 100 operations, one lost page, one process killed by SIGBUS."""
     fault = Fault(0.1, "poison", "files", "page", 0.5, 4096, "reported", 0.1, 0, 1)
     made = Result(
         key=Key(strategy, "dataset", "pages", repetition),
@@ -28,9 +26,9 @@ def result(strategy: str = "none", repetition: int = 0, **changed: Any) -> Resul
         seconds=0.4,
         wall=2.0,
         samples=[(0.0, 1, 10, 0), (0.2, 60, 600, 0), (0.4, 100, 1000, 3)],
-        lives=[Life(-0.1, 0.2, status=-7), Life(0.2, 0.41)],
+        lives=[WorkloadLife(-0.1, 0.2, status=-7), WorkloadLife(0.2, 0.41)],
         down=0.05,
-        faults=[Injected(fault, "injected", 0.1, 8192, 4096, "Recovered", 1, "f")],
+        faults=[FaultRecord(fault, "injected", 0.1, 8192, 4096, "Recovered", 1, "f")],
         events=[
             {"event": "PoisonInjected", "time": 0.1, "offset": 8192, "length": 4096, "latent": False},
             {
@@ -48,7 +46,7 @@ def result(strategy: str = "none", repetition: int = 0, **changed: Any) -> Resul
         used=200_000,
         device=32 << 20,
         base_pfn=BASE_PFN,
-        bad=[Bad("f", 7, 4096, 4096, "unreadable")],
+        bad=[Mismatch("f", 7, 4096, 4096, "unreadable")],
         state="mounted",
     )
     for name, value in changed.items():

@@ -1,4 +1,4 @@
-"""Trials of a plan: which are left, what is kept, and going on from there."""
+"""Campaigns: remaining trials, kept results, continuation."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 from daxemu.errors import Busy
 from daxemu.evaluate.campaign import Campaign, keys
 from daxemu.evaluate.plan import parse
-from daxemu.evaluate.trial import Key, Result, Task
+from daxemu.evaluate.trial import Key, Result, TrialRequest
 from tests.evaluate.results import PLAN, TEXT, result
 
 
 class Instead:
-    """A scheduler that makes no machines: results by hand, and an interruption after ``after`` of them."""
+    """Scheduler without machines: yields results made by hand, interrupted after ``after`` results."""
 
     def __init__(self, after: int = 1000, failing: str = "") -> None:
         self.after = after
@@ -24,7 +24,7 @@ class Instead:
         self.made: list[Key] = []
         self.stops = 0
 
-    def results(self, tasks: Sequence[Task]) -> Iterator[Result]:
+    def results(self, tasks: Sequence[TrialRequest]) -> Iterator[Result]:
         for task in tasks:
             if len(self.made) == self.after:
                 raise KeyboardInterrupt
@@ -37,7 +37,7 @@ class Instead:
 
 
 def run(path: Path, scheduler: Instead, text: str = TEXT) -> tuple[int, int]:
-    """How many good and failed results there are then."""
+    """Run a campaign; return the number of good and of failed results."""
     with Campaign(parse(text), text, path) as campaign:
         try:
             campaign.run(scheduler, lambda result: None)
@@ -46,7 +46,7 @@ def run(path: Path, scheduler: Instead, text: str = TEXT) -> tuple[int, int]:
         return len(campaign.good()), len(campaign.failed())
 
 
-def test_every_combination_once_with_the_strategies_side_by_side() -> None:
+def test_keys_have_every_combination_once_with_strategies_adjacent() -> None:
     found = keys(PLAN)
     assert [(key.strategy, key.repetition) for key in found] == [
         ("none", 0),
@@ -56,7 +56,7 @@ def test_every_combination_once_with_the_strategies_side_by_side() -> None:
     ]
 
 
-def test_an_interrupted_campaign_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_campaign_continues(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     first = Instead(after=3)
     with pytest.raises(KeyboardInterrupt):
@@ -69,7 +69,7 @@ def test_an_interrupted_campaign_goes_on(tmp_path: Path) -> None:
     assert third.made == []
 
 
-def test_what_failed_is_tried_again(tmp_path: Path) -> None:
+def test_failed_trials_are_repeated(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     assert run(path, Instead(failing="mirror")) == (2, 2)
     again = Instead()
@@ -77,7 +77,7 @@ def test_what_failed_is_tried_again(tmp_path: Path) -> None:
     assert {key.strategy for key in again.made} == {"mirror"}
 
 
-def test_more_repetitions_keep_what_is_there_and_other_faults_do_not(tmp_path: Path) -> None:
+def test_more_repetitions_keep_results_and_other_faults_do_not(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     run(path, Instead())
     more = Instead()
@@ -91,7 +91,7 @@ def test_more_repetitions_keep_what_is_there_and_other_faults_do_not(tmp_path: P
     assert other.made == []
 
 
-def test_half_a_line_costs_one_trial(tmp_path: Path) -> None:
+def test_a_truncated_line_costs_one_trial(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     run(path, Instead())
     data = path.read_bytes()
@@ -102,11 +102,11 @@ def test_half_a_line_costs_one_trial(tmp_path: Path) -> None:
     assert run(path, Instead()) == (4, 0)
 
 
-def test_two_at_once_are_refused(tmp_path: Path) -> None:
+def test_a_second_campaign_on_the_same_file_is_refused(tmp_path: Path) -> None:
     with Campaign(PLAN, TEXT, tmp_path / "t.jsonl"), pytest.raises(Busy, match="another evaluation"):
         Campaign(PLAN, TEXT, tmp_path / "t.jsonl")
 
 
-def test_a_result_survives_its_line(tmp_path: Path) -> None:
+def test_a_result_survives_json(tmp_path: Path) -> None:
     made = result("mirror", 1)
     assert msgspec.json.decode(msgspec.json.encode(made), type=Result) == made

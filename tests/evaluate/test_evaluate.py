@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from daxemu.evaluate.metrics import figures
-from daxemu.evaluate.trial import Key, Result, Task, make_trial
+from daxemu.evaluate.trial import Key, Result, TrialRequest, make_trial
 from daxemu.host.mountinfo import mounts
 from tests.evaluate.plans import SMALL
 from tests.support.mount import DAXEMU
@@ -156,7 +156,9 @@ times = [0.1]
     ("faults", "state", "lost"), [("removal", "removed", True), ("metadata", "shut down", False)]
 )
 def test_what_takes_the_whole_filesystem(tmp_path: Path, faults: str, state: str, lost: bool) -> None:
-    task = Task(ODD, Key("none", "dataset", faults, 0), str(tmp_path / "trial"), str(tmp_path / "device"))
+    task = TrialRequest(
+        ODD, Key("none", "dataset", faults, 0), str(tmp_path / "trial"), str(tmp_path / "device")
+    )
     result = make_trial(task)
     assert result.failed is None
     assert result.state == state

@@ -1,4 +1,4 @@
-"""Fault generators: replayable, at their rates, in whole units."""
+"""Fault generators: repeatable draws, rates, whole units."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ def counts(process: str, trials: int = 400) -> list[int]:
 
 
 @pytest.mark.parametrize("mean", [0.5, 5.0, 40.0])
-def test_a_poisson_process_has_its_rate(mean: float) -> None:
+def test_a_poisson_process_has_the_given_rate(mean: float) -> None:
     found = np.array(counts(f"expected = {mean}"))
-    # Mean and variance of a Poisson distribution are one; five standard errors of each.
+    # Mean and variance of a Poisson distribution are equal. Tolerance: five standard errors of each.
     assert abs(found.mean() - mean) < 5 * math.sqrt(mean / len(found))
     assert abs(found.var() - mean) < 5 * mean * math.sqrt(2 / len(found)) + 5 * math.sqrt(mean / len(found))
 
 
-def test_storms_come_in_bursts_near_their_first() -> None:
+def test_faults_of_a_storm_are_close_in_time_and_place() -> None:
     plan = plan_with('arrival = "storm"\nexpected = 2\nburst = 6.0\nspread = "64K"\nwithin = 0.01')
     drawn = [draw(plan, plan.faults[0], i) for i in range(300)]
     total = sum(map(len, drawn)) / len(drawn)
-    # A few of a storm's faults come after the end of the trial and are dropped.
+    # Faults of a storm after the end of the trial are dropped.
     assert 12 * 0.8 < total < 12 * 1.2
     for faults in drawn:
         by_place: dict[float, list[Fault]] = {}
@@ -71,7 +71,7 @@ def test_storms_come_in_bursts_near_their_first() -> None:
             assert all(abs(fault.shift) <= 32 << 10 for fault in storm)
 
 
-def test_a_few_devices_have_most_faults_and_the_mean_stays() -> None:
+def test_pareto_gives_few_devices_most_faults_and_keeps_the_mean() -> None:
     factors = np.sort(pareto_factors(generator(1), 1.5, 200_000))
     assert factors.mean() == pytest.approx(1.0, rel=0.1)
     assert np.median(factors) < 0.6
@@ -81,7 +81,7 @@ def test_a_few_devices_have_most_faults_and_the_mean_stays() -> None:
     assert np.var(skewed) > 3 * np.var(plain)
 
 
-def test_detection() -> None:
+def test_detection_times_follow_detect() -> None:
     def one(process: str) -> Fault:
         plan = plan_with(process, faults="scrub_period = 0.5\n")
         return draw(plan, plan.faults[0], 0)[0]
@@ -105,7 +105,7 @@ def test_detection() -> None:
     spill=st.sampled_from([0, 4096, 65536]),
 )
 @settings(deadline=None)
-def test_a_span_is_a_whole_unit_around_its_place(at: int, unit: str, spill: int) -> None:
+def test_a_span_is_a_whole_unit_around_the_place(at: int, unit: str, spill: int) -> None:
     plan = plan_with(f"expected = 5\nunit = {{ {unit} = 1 }}\nspill = {spill}")
     fault = next(f for i in range(50) for f in draw(plan, plan.faults[0], i))
     offset, length = span(fault, at, plan.device)

@@ -1,4 +1,4 @@
-"""The fleet's simulation against what can be worked out on paper, and against itself."""
+"""Fleet simulation against results worked out on paper, and against itself."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def simulate(text: str, devices: int = 4000, costs: dict[str, Costs] | None = No
 
 
 def within(found: Estimate, expected: float) -> bool:
-    """Five standard errors, where an interval has two."""
+    """Return True if a value is within five standard errors; an interval has two."""
     assert found.low is not None
     assert found.high is not None
     return abs(found.value - expected) <= 2.5 * (found.high - found.low) / 2 + 1e-9
@@ -38,24 +38,24 @@ def within(found: Estimate, expected: float) -> bool:
 
 def test_without_redundancy_each_fault_costs_its_pages() -> None:
     found = simulate(fleet_text("rate = 3\nunit = { 512 = 0.5, row = 0.5 }"))
-    # 3 a year, 2 years, half of the bytes are data; a sector takes its page, but for what can save the rest
-    # of it.
+    # 3 faults a year, 2 years, half of the bytes are data. A failed sector costs its page, except under
+    # quarantine, which saves the other sectors.
     assert within(found["none"].mean_lost(), 6 * 0.5 * (4096 + 8192) / 2)
     assert within(found["quarantine"].mean_lost(), 6 * 0.5 * (512 + 8192) / 2)
     assert found["none"].traffic == 0
     assert found["mirror"].lost == found["reread"].lost == 0
-    expected_hurt = 1 - math.exp(-6 * (0.5 * 0.5 + 0.5 * 0.75))
-    assert found["none"].hurt / 4000 == pytest.approx(expected_hurt, abs=0.03)
+    expected_damaged = 1 - math.exp(-6 * (0.5 * 0.5 + 0.5 * 0.75))
+    assert found["none"].damaged / 4000 == pytest.approx(expected_damaged, abs=0.03)
 
 
-def test_a_mirror_loses_what_goes_bad_twice_in_one_window() -> None:
-    # Rows of 64 MiB in 1 GiB: eight places in each half, the window is half a year.
+def test_a_mirror_loses_data_when_both_copies_fail_in_one_window() -> None:
+    # Rows of 64 MiB in 1 GiB: eight places in each half. The window is half a year.
     text = fleet_text(
         "rate = 1.0\nunit = { row = 1 }", fleet=f"repair_seconds = {YEAR / 2}", faults='row = "64M"\n'
     ).replace("strategies", 'device = "4G"\nstrategies')
     found = simulate(text, devices=20_000)
-    # Ordered pairs (i, then j within the window) in T years: rate^2 (T w - w^2 / 2); j is in the other half
-    # with the same place with probability 1/16.
+    # Ordered pairs (i, then j within the window w) in T years: rate^2 (T w - w^2 / 2). j hits the mirror of i
+    # with probability 1/16.
     rate, years, window = 1.0, 2.0, 0.5
     pairs = rate**2 * (years * window - window**2 / 2)
     expected = pairs / 16 * 0.5 * (64 << 20)
@@ -64,18 +64,18 @@ def test_a_mirror_loses_what_goes_bad_twice_in_one_window() -> None:
     assert none == pytest.approx(2 * 0.5 * (64 << 20), rel=0.03)
 
 
-def test_a_fault_as_large_as_a_group_takes_it() -> None:
+def test_a_fault_as_large_as_a_group_loses_the_group() -> None:
     found = simulate(fleet_text("rate = 1\nunit = { device = 1 }"))
     assert found["mirror"].lost == pytest.approx(found["none"].lost)
     assert found["reread"].lost == 0
     removed = simulate(fleet_text('rate = 1\nkind = "removal"'))
-    hurt = (1 - math.exp(-2)) * (512 << 20)
+    expected = (1 - math.exp(-2)) * (512 << 20)
     for strategy in ("none", "mirror", "fence"):
-        assert removed[strategy].mean_lost().value == pytest.approx(hurt, rel=0.05)
+        assert removed[strategy].mean_lost().value == pytest.approx(expected, rel=0.05)
     assert removed["reread"].lost == 0
 
 
-def test_silent_corruption_is_silent_to_those_without_checksums() -> None:
+def test_only_checksums_find_silent_corruption() -> None:
     found = simulate(fleet_text('rate = 2\nkind = "silent"\ntarget = "device"'))
     assert found["mirror"].silent / 4000 == pytest.approx(2 * 2 * 0.5 * 4096, rel=0.1)
     assert found["parity"].silent == 0
@@ -85,7 +85,7 @@ def test_silent_corruption_is_silent_to_those_without_checksums() -> None:
     assert found["parity"].traffic > 0
 
 
-def test_what_is_exposed_is_lost_and_measurements_come_first() -> None:
+def test_exposed_data_is_lost_and_measured_costs_replace_promises() -> None:
     text = fleet_text("rate = 3")
     promised = simulate(text)
     none = promised["none"].lost
@@ -96,7 +96,7 @@ def test_what_is_exposed_is_lost_and_measurements_come_first() -> None:
     assert fenced == pytest.approx((1 - math.exp(-6)) * (512 << 20), rel=0.01)
 
 
-def test_traffic_is_what_a_rebuild_reads_and_writes() -> None:
+def test_traffic_counts_bytes_read_and_written_by_rebuilds() -> None:
     found = simulate(fleet_text("rate = 3"))
     repaired = 6 * 0.5 * 4096
     assert found["mirror"].traffic / 4000 == pytest.approx(2 * repaired, rel=0.05)
@@ -113,7 +113,7 @@ def test_the_same_seed_gives_the_same_fleet_and_more_devices_keep_the_first() ->
     assert few[0] == many[0]
 
 
-def test_a_trial_can_be_simulated_where_a_year_cannot() -> None:
+def test_a_plan_without_field_rates_simulates_trials_only() -> None:
     text = fleet_text("expected = 10\nunit = { page = 1 }")
     plan = parse(text)
     with pytest.raises(InvalidArgument, match="no rate or fit_per_mbit"):
@@ -123,17 +123,17 @@ def test_a_trial_can_be_simulated_where_a_year_cannot() -> None:
     assert found["none"].mean_lost().value == pytest.approx(10 * 4096, rel=0.05), "all in files"
 
 
-def test_a_strategy_that_nobody_knows_must_be_described() -> None:
+def test_an_unknown_strategy_needs_a_model() -> None:
     text = fleet_text("rate = 1").replace('"fence"', '"mine"')
     with pytest.raises(InvalidArgument, match=r"\[fleet.model.'mine'\]"):
         simulate(text)
     described = text + "[fleet.model.mine]\ngroup = 3\ntolerates = 1\n"
     assert simulate(described)["mine"].lost == 0
     plan = parse(fleet_text("rate = 1"))
-    assert model_of(plan, "parity:data=4", Costs()).group == 9, "options do not hide a name"
+    assert model_of(plan, "parity:data=4", Costs()).group == 9, "options of a strategy are ignored"
 
 
-def test_costs_come_from_a_report() -> None:
+def test_measured_costs_come_from_a_report() -> None:
     def cell(faults: str, relative: float, verdicts: dict[str, int]) -> dict[str, object]:
         return {
             "strategy": "mirror",
@@ -153,7 +153,7 @@ def test_costs_come_from_a_report() -> None:
     assert measured(report, "none") == Costs()
 
 
-def test_agreement_is_within_both_errors() -> None:
+def test_values_agree_within_both_errors() -> None:
     def comparison(value: float) -> Comparison:
         return Comparison(
             "none", "w", "f", Estimate(100, 97, 103, 9), Estimate(value, value - 4, value + 4, 3)

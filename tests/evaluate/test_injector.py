@@ -1,4 +1,4 @@
-"""Where the faults of a plan happen on a mount."""
+"""Injector: places of a plan's faults on a mount."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.support.scene import PAGE
 pytestmark = pytest.mark.mount
 
 
-def test_metadata_faults_reach_all_of_it(quick_mount: QuickMount) -> None:
-    """Both superblocks, both copies of the records, nothing else; the same for the same seed."""
+def test_metadata_faults_hit_superblocks_and_records_only(quick_mount: QuickMount) -> None:
+    """Faults hit both superblocks and both replicas of the records, nothing else; repeatable for a seed."""
     for name in ("a", "b", "c"):
         (quick_mount.path / name).write_bytes(b"x" * 999 * PAGE)
     plan = plan_with('expected = 60\ntarget = "metadata"\nunit = { 512 = 1 }')
@@ -40,7 +40,7 @@ def test_metadata_faults_reach_all_of_it(quick_mount: QuickMount) -> None:
     assert len({at // PAGE for at in others}) > 5
 
 
-def test_every_byte_of_it_has_a_place(quick_mount: QuickMount) -> None:
+def test_every_metadata_byte_has_a_place(quick_mount: QuickMount) -> None:
     with quick_mount.client() as client:
         size = client.request("status")["size"]
         injector = Injector(client, quick_mount.path, [], size)

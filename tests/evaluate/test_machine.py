@@ -1,4 +1,4 @@
-"""What a trial's machine does when it is told to end."""
+"""Machine of a trial: behaviour on a signal."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from daxemu.errors import DaxemuError
 from daxemu.evaluate.machine import Ending, daxemu
 
 
-def test_a_signal_ends_what_is_not_held() -> None:
+def test_a_signal_ends_the_process_outside_hold() -> None:
     with pytest.raises(SystemExit) as ended:
         Ending()(15, None)
     assert ended.value.code == 130
 
 
-def test_a_signal_waits_for_what_must_be_whole() -> None:
+def test_a_signal_is_deferred_to_the_end_of_hold() -> None:
     ending = Ending()
     done = []
 
@@ -31,6 +31,6 @@ def test_a_signal_waits_for_what_must_be_whole() -> None:
     assert done == ["inner", "outer"]
 
 
-def test_a_verb_that_fails_says_why() -> None:
+def test_a_failed_verb_raises_its_error_text() -> None:
     with pytest.raises(DaxemuError, match="/nowhere is not a daxemu device"):
         daxemu("fsck", "/nowhere")

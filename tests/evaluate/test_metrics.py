@@ -1,4 +1,4 @@
-"""What raw results mean."""
+"""Figures computed from raw results."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from daxemu.evaluate.metrics import cells, figures, losses, summary
-from daxemu.evaluate.tender import Life
-from daxemu.evaluate.workloads.base import Bad
+from daxemu.evaluate.tender import WorkloadLife
+from daxemu.evaluate.workloads.base import Mismatch
 from tests.evaluate.results import PLAN, corruption, finished, result, signal
 
 
-def test_a_trial_in_figures() -> None:
+def test_figures_of_a_trial() -> None:
     found = figures(result())
     assert found.values == {
         "bytes_lost": 4096,
@@ -33,29 +33,31 @@ def test_a_trial_in_figures() -> None:
     assert found.handled == pytest.approx([0.003])
 
 
-def test_what_somebody_told_of_is_lost_and_what_nobody_did_is_silent() -> None:
-    def sorted_out(*bad: Bad, **changed: Any) -> tuple[int, int]:
+def test_reported_ranges_are_lost_and_unreported_ones_silent() -> None:
+    def classified(*bad: Mismatch, **changed: Any) -> tuple[int, int]:
         lost, silent = losses(result(bad=list(bad), **changed))
         return sum(length for *_, length in lost), sum(length for *_, length in silent)
 
-    said, unsaid = Bad("f", 7, 5000, 10, "wrong"), Bad("f", 7, 9000, 20, "wrong")
-    assert sorted_out(said, unsaid) == (10, 20)
-    assert sorted_out(Bad("g", 8, 5000, 10, "wrong")) == (0, 10), "another file"
-    assert sorted_out(Bad("g", 8, 5000, 10, "unreadable")) == (10, 0), "the error tells"
-    assert sorted_out(Bad("f", 7, -1, 99, "wrong")) == (99, 0), "a row, somewhere in a damaged file"
-    assert sorted_out(Bad("g", 8, -1, 99, "wrong")) == (0, 99)
-    assert sorted_out(unsaid, state="shut down") == (20, 0), "the shutdown tells"
-    assert sorted_out(unsaid, events=[finished(0.2, "lost", 0.1, [[7, 8192, 4096]])]) == (20, 0)
+    said, unsaid = Mismatch("f", 7, 5000, 10, "wrong"), Mismatch("f", 7, 9000, 20, "wrong")
+    assert classified(said, unsaid) == (10, 20)
+    assert classified(Mismatch("g", 8, 5000, 10, "wrong")) == (0, 10), "another file"
+    assert classified(Mismatch("g", 8, 5000, 10, "unreadable")) == (10, 0), "a read error is a report"
+    assert classified(Mismatch("f", 7, -1, 99, "wrong")) == (99, 0), (
+        "a row at an unknown place in a damaged file"
+    )
+    assert classified(Mismatch("g", 8, -1, 99, "wrong")) == (0, 99)
+    assert classified(unsaid, state="shut down") == (20, 0), "a shutdown is a report"
+    assert classified(unsaid, events=[finished(0.2, "lost", 0.1, [[7, 8192, 4096]])]) == (20, 0)
     lost_store = {"event": "StoreLost", "time": 0.2, "ino": 7, "path": "f", "offset": 8192, "length": 4096}
-    assert sorted_out(unsaid, events=[lost_store]) == (20, 0)
+    assert classified(unsaid, events=[lost_store]) == (20, 0)
 
 
 @pytest.mark.parametrize("how", [{"state": "removed"}, {"unmountable": "metadata is gone"}])
-def test_a_device_that_is_gone_loses_everything(how: dict[str, Any]) -> None:
+def test_a_removed_or_unmountable_device_loses_everything(how: dict[str, Any]) -> None:
     assert figures(result(bad=[], **how)).values["bytes_lost"] == 100_000
 
 
-def test_repairs_and_space() -> None:
+def test_figures_of_repairs_and_space() -> None:
     assert figures(result(events=[corruption(0.1, repaired=True)])).values["found"] == 1
     events = [
         finished(0.1, "recovered", 0.01, []),
@@ -70,11 +72,16 @@ def test_repairs_and_space() -> None:
     assert found.values["told"] == 1, "one process, twice"
 
 
-def test_deaths_by_anything_else_are_not_killed_by_a_failure() -> None:
-    assert figures(result(lives=[Life(0, 0.1, status=-9), Life(0.1, 0.4, status=1)])).values["killed"] == 0
+def test_only_deaths_by_sigbus_count_as_killed() -> None:
+    assert (
+        figures(result(lives=[WorkloadLife(0, 0.1, status=-9), WorkloadLife(0.1, 0.4, status=1)])).values[
+            "killed"
+        ]
+        == 0
+    )
 
 
-def test_throughput_is_against_the_baseline_of_the_same_repetition() -> None:
+def test_throughput_is_relative_to_the_baseline_of_the_same_repetition() -> None:
     half = [(0.0, 1, 10, 0), (0.4, 50, 500, 0)]
     twice = [(0.0, 1, 10, 0), (0.4, 200, 2000, 0)]
     results = [
@@ -94,7 +101,7 @@ def test_throughput_is_against_the_baseline_of_the_same_repetition() -> None:
     assert alone.metrics["relative"] is None, "no baseline to compare with"
 
 
-def test_failed_trials_are_told_and_not_counted() -> None:
+def test_failed_trials_are_listed_and_not_counted() -> None:
     found = summary(PLAN, [result()], [result("mirror", failed="no such strategy")])
     assert found["failed"] == [{"trial": "mirror / dataset / pages / 0", "why": "no such strategy"}]
     assert [cell["strategy"] for cell in found["cells"]] == ["none"]

@@ -1,4 +1,4 @@
-"""The report: one file that needs nothing else, whole, and safe against odd names."""
+"""Report: one self-contained, complete HTML file, safe against odd names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ VOID = {"meta", "br"}
 
 
 class Checker(HTMLParser):
-    """Every element that is opened is closed, in order; what is fetched from elsewhere is noted."""
+    """Parser asserting that every opened element is closed, in order.
+
+    ``fetched``: references to other files.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +61,7 @@ def checked(text: str) -> Checker:
     return checker
 
 
-def test_the_page_is_whole_and_fetches_nothing() -> None:
+def test_the_page_is_complete_and_loads_nothing() -> None:
     text = html(PLAN, RESULTS, [])
     found = checked(text)
     assert found.fetched == []
@@ -69,11 +72,11 @@ def test_the_page_is_whole_and_fetches_nothing() -> None:
     assert found.seen["tr"] == (2 + 2) + (1 + 2)
 
 
-def test_what_a_checksum_found_is_in_the_timeline() -> None:
+def test_the_timeline_shows_corruption_found_by_a_checksum() -> None:
     assert "corruption found by scrub" in html(PLAN, RESULTS, [])
 
 
-def test_names_are_text() -> None:
+def test_names_are_escaped() -> None:
     plan = parse(TEXT.replace('"small"', '"<script>alert(1)</script> & Co"'))
     text = html(plan, RESULTS, [result("mirror", 1, failed="<b>why</b>")])
     assert "script" not in checked(text).seen
@@ -100,13 +103,13 @@ def test_json_and_csv_have_the_same_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nowhere/r.html", ".", "there"])
-def test_a_report_needs_a_place(tmp_path: Path, name: str) -> None:
+def test_an_invalid_report_path_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(InvalidArgument, match="give the name of a file"):
         Outputs(tmp_path / name)
 
 
-def test_axes() -> None:
+def test_axis_ticks_and_scales() -> None:
     assert round_ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert round_ticks(-3, 12) == [0, 5, 10]
     assert round_ticks(1, 1) == [1]

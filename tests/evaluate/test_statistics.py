@@ -1,4 +1,4 @@
-"""Confidence intervals that hold what they say."""
+"""Confidence intervals: coverage and edge cases."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_t_interval_covers_the_mean_in_95_of_100() -> None:
     assert 0.93 < hits / 2000 < 0.97
 
 
-def test_small_numbers_have_no_interval() -> None:
+def test_few_values_have_no_interval() -> None:
     assert mean([]) is None
     one = mean([3.0])
     assert one is not None
@@ -31,19 +31,19 @@ def test_small_numbers_have_no_interval() -> None:
     assert quantile([[], []], 0.5) is None
 
 
-def test_an_interval_stops_where_it_must() -> None:
+def test_an_interval_is_cut_off_at_least() -> None:
     found = mean([0.0, 0.0, 10.0], least=0.0)
     assert found is not None
     assert found.low == 0.0
 
 
-def test_t_goes_to_the_normal_quantile() -> None:
+def test_t_approaches_the_normal_quantile() -> None:
     assert [t95(n) for n in (1, 2, 30)] == [12.706, 4.303, 2.042]
     assert t95(100) == pytest.approx(1.984, abs=0.002)
     assert t95(10_000) == pytest.approx(1.960, abs=0.001)
 
 
-def test_a_quantile_and_its_interval() -> None:
+def test_a_quantile_has_a_repeatable_interval() -> None:
     rng = np.random.default_rng(2)
     groups = [list(rng.exponential(1.0, 200)) for _ in range(6)]
     found = quantile(groups, 0.5)

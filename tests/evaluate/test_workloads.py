@@ -1,6 +1,4 @@
-"""Workloads know their data: nothing is wrong when nothing happened, and what was changed behind their back
-is.
-"""
+"""Workloads: check() finds no mismatch in unchanged data, and each mismatch in changed data."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ import msgspec
 import pytest
 
 from daxemu.evaluate.worker import RUNS, Job, workload_of
-from daxemu.evaluate.workloads.base import Bad, Truth, Workload, pattern
+from daxemu.evaluate.workloads.base import Mismatch, Truth, Workload, pattern
 from daxemu.evaluate.workloads.specs import (
     AnyWorkload,
     AppendLog,
@@ -53,7 +51,7 @@ DATA = {
 
 @pytest.fixture
 def job(tmp_path: Path, request: pytest.FixtureRequest) -> Job:
-    """A workload's directories: on a plain filesystem, but for what needs reflinks."""
+    """Return a job on a plain filesystem; on a daxemu mount for workloads with reflinks."""
     kind = request.param
     root = tmp_path / "root"
     if kind == "snapshots":
@@ -84,12 +82,12 @@ with_bytes = pytest.mark.parametrize(
 )
 
 
-def test_every_kind_is_tried() -> None:
+def test_every_kind_has_a_spec_here() -> None:
     assert set(SPECS) == set(RUNS)
 
 
 @every
-def test_nothing_is_wrong_when_nothing_happened(job: Job) -> None:
+def test_unchanged_data_has_no_mismatch(job: Job) -> None:
     first = workload_of(job)
     first.prepare()
     assert list(first.check()) == []
@@ -102,7 +100,7 @@ def test_nothing_is_wrong_when_nothing_happened(job: Job) -> None:
 
 
 @with_bytes
-def test_a_byte_that_changed_is_found_where_it_is(job: Job) -> None:
+def test_a_changed_byte_is_found_at_its_offset(job: Job) -> None:
     workload = workload_of(job)
     workload.prepare()
     if job.spec.kind != "command":
@@ -121,7 +119,7 @@ def test_a_byte_that_changed_is_found_where_it_is(job: Job) -> None:
 
 
 @pytest.mark.parametrize("job", ["sqlite"], indirect=True)
-def test_a_row_that_changed_is_found(job: Job) -> None:
+def test_a_changed_row_is_found(job: Job) -> None:
     workload = workload_of(job)
     workload.prepare()
     database = Path(job.root) / "rows.db"
@@ -129,11 +127,11 @@ def test_a_row_that_changed_is_found(job: Job) -> None:
     content = pattern(7, 2, 11, 0, 1000)
     assert data.count(content) == 1
     database.write_bytes(data.replace(content, bytes(1000)))
-    assert list(workload_of(job).check()) == [Bad("rows.db", database.stat().st_ino, -1, 1000, "wrong")]
+    assert list(workload_of(job).check()) == [Mismatch("rows.db", database.stat().st_ino, -1, 1000, "wrong")]
 
 
 @pytest.mark.parametrize("job", ["kvstore", "fileserver", "dataset", "log"], indirect=True)
-def test_a_file_that_is_gone_or_short_is_found(job: Job) -> None:
+def test_a_missing_or_truncated_file_is_found(job: Job) -> None:
     workload = workload_of(job)
     workload.prepare()
     file = Path(job.root) / DATA[job.spec.kind]
@@ -146,7 +144,7 @@ def test_a_file_that_is_gone_or_short_is_found(job: Job) -> None:
 
 
 @pytest.mark.parametrize("job", ["kvstore"], indirect=True)
-def test_a_write_under_way_may_be_torn_and_no_more(job: Job) -> None:
+def test_an_unacknowledged_write_may_be_old_new_or_torn(job: Job) -> None:
     workload = workload_of(job)
     workload.prepare()
     workload.open()
@@ -161,7 +159,7 @@ def test_a_write_under_way_may_be_torn_and_no_more(job: Job) -> None:
 
 
 @pytest.mark.parametrize("job", ["kvstore"], indirect=True)
-def test_after_a_death_it_stays_away_from_what_cannot_be_read(job: Job) -> None:
+def test_after_a_death_an_unreadable_record_is_avoided(job: Job) -> None:
     workload = workload_of(job)
     workload.prepare()
     workload.open()
@@ -169,7 +167,7 @@ def test_after_a_death_it_stays_away_from_what_cannot_be_read(job: Job) -> None:
         raise ZeroDivisionError
     survivor = workload_of(job)
     survivor.begin_again()
-    assert survivor.avoid == set(), "it can be read"
+    assert survivor.avoid == set(), "record 5 can be read"
     with pytest.raises(ZeroDivisionError), survivor.touching(63):
         raise ZeroDivisionError
     os.truncate(Path(job.root) / "store", 64 * 700 - 1)
@@ -178,11 +176,11 @@ def test_after_a_death_it_stays_away_from_what_cannot_be_read(job: Job) -> None:
     assert survivor.avoid == {63}
     again = workload_of(job)
     again.begin_again()
-    assert again.avoid == {63}, "it is not forgotten"
+    assert again.avoid == {63}, "the record is remembered"
 
 
 @pytest.mark.parametrize("job", ["command"], indirect=True)
-def test_a_worker_tells_of_errors_and_time_without_service(job: Job) -> None:
+def test_a_worker_reports_errors_and_time_without_service(job: Job) -> None:
     job.spec = Command(command="test $(date +%N | cut -c1) -ge 5")
     job.seconds = 1.2
     done = subprocess.run(
@@ -199,11 +197,11 @@ def test_a_worker_tells_of_errors_and_time_without_service(job: Job) -> None:
     assert "exit 1" in last["error"]
 
 
-def test_patterns_differ() -> None:
+def test_patterns_of_different_keys_differ() -> None:
     made = {
         pattern(*key, 64) for key in [(1, 2, 3, 4), (2, 2, 3, 4), (1, 1, 3, 4), (1, 2, 4, 4), (1, 2, 3, 5)]
     }
     assert len(made) == 5
     assert pattern(1, 2, 3, 4, 4097)[:64] == pattern(1, 2, 3, 4, 64), (
-        "a longer version begins as a shorter one"
+        "a longer version begins with the shorter one"
     )

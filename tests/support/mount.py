@@ -1,4 +1,4 @@
-"""A daxemu mount for tests: made fresh, checked with fsck afterwards, and gone whatever happened."""
+"""Mounts for tests: made fresh, checked with fsck afterwards, removed in any case."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from tests.support import kinds
 
 DAXEMU = (sys.executable, "-m", "daxemu")
 PATIENCE = 30.0
-"""Seconds that any one command may take. A hang is a failure, not a wait."""
+"""Time limit of one command in seconds. A hang fails the test."""
 
 
 @dataclass
 class DaxMount:
-    """A mount at ``path`` of ``device``. ``sound``: whether fsck must find nothing wrong at the end."""
+    """Mount of ``device`` at ``path``. ``sound``: fsck at the end must find no problem."""
 
     device: Path
     path: Path
     sound: bool = True
 
     def run(self, *arguments: str | Path | int, status: int = 0) -> str:
-        """Run ``daxemu ARGUMENTS``; returns stdout, or stderr where a failure with ``status`` is expected."""
+        """Run ``daxemu ARGUMENTS``; return stdout, or stderr if ``status`` is not 0."""
         return daxemu(*arguments, status=status)
 
     def json(self, *arguments: str | Path | int) -> Any:
-        """Run ``daxemu ARGUMENTS --json``."""
+        """Run ``daxemu ARGUMENTS --json``; return the parsed answer."""
         return json.loads(self.run(*arguments, "--json"))
 
     def inject(self, name: str, *ranges: tuple[int, int], latent: bool = False) -> Any:
@@ -46,26 +46,27 @@ class DaxMount:
         return self.json("inject", self.path / name, *spans, *(["--latent"] if latent else []))
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """The events of this mount so far, of one kind or all."""
+        """Return the events of this mount so far: of one kind, or all."""
         lines = self.run("log", self.path, "--json").splitlines()
         return [e for e in map(json.loads, lines) if kind is None or e["event"] == kind]
 
     def client(self) -> Client:
-        """A connection to the supervisor."""
+        """Return a connection to the supervisor."""
         return Client.at(self.path)
 
     def mount(self) -> None:
-        """Mount it (again)."""
+        """Mount the device."""
         kinds.require("mount")
         self.run("mount", self.device, self.path)
 
     def umount(self, *options: str) -> None:
-        """Unmount it."""
+        """Unmount the device."""
         self.run("umount", *options, self.path)
 
     def make_file(self, name: str, pages: int, first: str = "A") -> Path:
-        """A file whose page i holds nothing but the letter ``first`` + i, on the media (as ``mkfile`` of the
-        recordings).
+        """Make a file on the media, as ``mkfile`` of the recordings does.
+
+        Every byte of page i is the letter ``first`` + i.
         """
         path = self.path / name
         letters = (chr(ord("A") + (ord(first) - ord("A") + i) % 26) for i in range(pages))
@@ -74,8 +75,9 @@ class DaxMount:
 
 
 def daxemu(*arguments: str | Path | int, status: int = 0) -> str:
-    """Run ``daxemu ARGUMENTS``, expecting exit ``status``; returns stdout, or stderr where a failure is
-    expected.
+    """Run ``daxemu ARGUMENTS`` and assert exit status ``status``.
+
+    Return stdout, or stderr if ``status`` is not 0.
     """
     done = subprocess.run([*DAXEMU, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == status, (
@@ -86,8 +88,9 @@ def daxemu(*arguments: str | Path | int, status: int = 0) -> str:
 
 @contextmanager
 def dax_mount_at(directory: Path, size: str = "1G", *options: str, mount: bool = True) -> Iterator[DaxMount]:
-    """A fresh device of ``size`` (and more of mkfs's ``options``) in shared memory, mounted below
-    ``directory``.
+    """Make a device of ``size`` in shared memory and mount it below ``directory``.
+
+    ``options``: more options of mkfs.
     """
     device = Path("/dev/shm") / f"daxemu-test-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     path = directory / "mnt"
@@ -108,7 +111,7 @@ def dax_mount_at(directory: Path, size: str = "1G", *options: str, mount: bool =
 
 
 def clear_away(path: Path) -> None:
-    """Take a mount away that may hang: first those who wait for it are let go."""
+    """Detach a mount that may hang. The connection is aborted first, to release blocked processes."""
     while (left := mount_at(path)) is not None:
         abort_connection(left)
         Session(-1, left).detach()

@@ -1,5 +1,6 @@
-"""A mount as tests/support/mount.py's, in a tenth of the time: no command line, and supervisors by fork (see
-zygote.py).
+"""Mounts like tests/support/mount.py's, made in a tenth of the time.
+
+No command line is run, and supervisors are forked (see zygote.py).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SHM = Path("/dev/shm")
 
 
 def sweep() -> None:
-    """Remove the devices of test runs that were killed."""
+    """Remove devices left by killed test runs."""
     for stale in SHM.glob("daxemu-quick-*"):
         if not Path("/proc", stale.name.split("-")[2]).exists():
             shutil.rmtree(stale, ignore_errors=True)
@@ -38,15 +39,18 @@ sweep()
 
 @dataclass
 class QuickMount(DaxMount):
-    """A mount whose supervisor is ``pid``."""
+    """Mount whose supervisor is process ``pid``."""
 
     zygote: Zygote | None = None
     pid: int = 0
     repair: str = "none"
-    """The repair strategy of the next mount."""
+    """Repair strategy of the next mount."""
 
     def mount(self, *sabotage: Any) -> None:
-        """Mount it (again), perhaps with a supervisor that does something of tests/support/sabotage.py."""
+        """Mount the device.
+
+        ``sabotage``: a function of tests/support/sabotage.py and its arguments, for the supervisor.
+        """
         kinds.require("mount")
         assert self.zygote is not None
         self.pid = self.zygote.supervise(self.device, self.path, sabotage, self.repair)
@@ -58,7 +62,7 @@ class QuickMount(DaxMount):
         wait_for_end(self.pid)
 
     def umount(self, *options: str) -> None:
-        """Unmount it."""
+        """Unmount the device."""
         try:
             self._end("unmount", force="--force" in options)
         except NotMounted:
@@ -70,37 +74,37 @@ class QuickMount(DaxMount):
         self.mount()
 
     def powerfail(self) -> None:
-        """As ``daxemu powerfail``: the mount is gone afterwards."""
+        """Emulate a loss of power, as ``daxemu powerfail`` does, and assert that the mount is gone."""
         self._end("powerfail")
         assert mount_at(self.path) is None
 
     def kill(self) -> None:
-        """kill -9 of the supervisor, and the dead mount cleared away."""
+        """Kill the supervisor with SIGKILL and detach the dead mount."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         self.bury()
 
     def bury(self) -> None:
-        """The supervisor is dead or dying: clear the mount away, and wait for the end.
+        """Detach the mount of a dead or dying supervisor, then wait for the supervisor's end.
 
-        In this order: a thread of it that waits on its own mount holds it until the connection is cut.
+        Order: a supervisor thread that waits on its own mount ends only after the connection is aborted.
         """
         clear_away(self.path)
         wait_for_end(self.pid)
 
     def crash(self, how: str) -> None:
-        """``kill`` or ``powerfail``, and mount again; the filesystem must be sound in between."""
+        """Kill or powerfail, check the filesystem, and mount again. ``how``: "kill" or "powerfail"."""
         {"kill": self.kill, "powerfail": self.powerfail}[how]()
         self.check()
         self.mount()
 
     def fsck(self, *, repair: bool = False) -> Report:
-        """Precondition: not mounted."""
+        """Run fsck. Precondition: not mounted."""
         with DeviceDir.open(self.device) as directory:
             return check_device(directory, repair=repair)
 
     def check(self) -> None:
-        """fsck must find nothing wrong. Precondition: not mounted."""
+        """Assert that fsck finds no problem. Precondition: not mounted."""
         wrong = self.fsck().wrong
         assert not wrong, wrong
 
@@ -109,7 +113,10 @@ class QuickMount(DaxMount):
 def quick_mount_at(
     directory: Path, zygote: Zygote, size: int = 1 << 30, *, align: int = PAGE_SIZE, mount: bool = True
 ) -> Iterator[QuickMount]:
-    """A fresh device of ``size`` bytes in shared memory, mounted below ``directory``; sound in the end."""
+    """Make a device of ``size`` bytes in shared memory and mount it below ``directory``.
+
+    The device is checked with fsck at the end, unless ``sound`` is False.
+    """
     device = SHM / f"daxemu-quick-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     path = directory / "mnt"
     path.mkdir()

@@ -1,7 +1,7 @@
-"""A mount with real processes on it: who maps what, who was told what. They are gone before the mount is.
+"""Scene: a mount with real processes on it. The processes end before the mount does.
 
-Fault-around makes up to 16 cached neighbours of a touched page present, an aligned 64 KiB: pages that must
-not be present because another one was touched are at least that far away (``FAR`` pages).
+Fault-around makes up to 16 cached neighbours of a touched page present, an aligned 64 KiB window. A page that
+must stay absent when another page is touched is at least ``FAR`` pages away.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tests.support.mount import DaxMount
 
 PAGE = 4096
 PAGES = 128
-"""Pages of the files and mappings that nothing is said of."""
+"""Default length of files and mappings, in pages."""
 FAR = 32
-"""A page and the one FAR pages on are never made present by the same fault."""
+"""Distance in pages: two pages FAR apart are never made present by the same fault."""
 
 _TRACER = """
 import ctypes, os, sys
@@ -41,7 +41,7 @@ while True:
 
 
 class Scene:
-    """A mount and its actors. A context manager: they do not outlive the block."""
+    """Mount and actors. A context manager: the actors end with the block."""
 
     def __init__(self, mount: DaxMount) -> None:
         self.mount = mount
@@ -54,7 +54,7 @@ class Scene:
         self._actors.close()
 
     def actor(self, name: str = "p0", wrapper: Sequence[str] = ()) -> Actor:
-        """A process in the root directory of the mount."""
+        """Start a process in the root directory of the mount."""
         return self._actors.enter_context(Actor.spawn(name, cwd=self.mount.path, wrapper=wrapper))
 
     def mapper(
@@ -68,9 +68,9 @@ class Scene:
         first: int = 0,
         before: Sequence[str] = (),
     ) -> Actor:
-        """A process with ``pages`` of ``file`` from page ``first`` on as mapping 0.
+        """Start a process with ``pages`` pages of ``file``, from page ``first`` on, as mapping 0.
 
-        It has read those in ``touch``. ``before``: commands to do first of all.
+        The process has read the pages in ``touch``. ``before``: commands to run before the mapping is made.
         """
         actor = self.actor(name)
         for command in (*before, f"open 0 {file} rw", f"mmap 0 0 {first} {pages} {kind}"):
@@ -81,36 +81,36 @@ class Scene:
         return actor
 
     def mappers(self, count: int, **how: Any) -> list[Actor]:
-        """Several alike, called p0, p1 and so on."""
+        """Start several processes with equal mappings, named p0, p1 and so on."""
         return [self.mapper(f"p{i}", **how) for i in range(count)]
 
     def poison(self, *pages: int, file: str = "f") -> list[dict[str, Any]]:
-        """Inject into whole pages of a file in one call; what came of each."""
+        """Poison whole pages of a file in one call; return the result of each range."""
         ranges = self.mount.inject(file, *((page * PAGE, PAGE) for page in pages))["ranges"]
         assert isinstance(ranges, list)
         return ranges
 
     def set(self, **settings: object) -> None:
-        """``daxemu set``."""
+        """Run ``daxemu set``."""
         self.mount.run("set", self.mount.path, *(f"{name}={value}" for name, value in settings.items()))
 
     def signal_events(self, actor: Actor) -> list[dict[str, Any]]:
-        """The SignalSent events for a process, in order."""
+        """Return the SignalSent events of a process, in order."""
         return [e for e in self.mount.events("SignalSent") if e["pid"] == actor.pid]
 
     def badblocks(self) -> list[list[int]]:
-        """The known bad sectors: [first, count]."""
+        """Return the bad blocks as [first sector, number of sectors]."""
         found = self.mount.json("badblocks", self.mount.path)["ranges"]
         assert isinstance(found, list)
         return found
 
     def damaged(self) -> list[tuple[str, int, int]]:
-        """(path, offset, length) of what files lost."""
+        """Return (path, offset, length) of each damaged range."""
         files = self.mount.json("damaged", self.mount.path)["files"]
         return [(f["path"], f["offset"], f["length"]) for f in files]
 
     def device_offset(self, file: str, page: int) -> int:
-        """Where on the device a page of a file is."""
+        """Return the device offset in bytes of a page of a file."""
         for extent in self.mount.json("map", self.mount.path / file)["extents"]:
             within = page * PAGE - int(extent["offset"])
             if 0 <= within < extent["length"]:
@@ -120,12 +120,12 @@ class Scene:
 
 
 def letter(page: int) -> str:
-    """What every byte of a page of a fresh file is (``DaxMount.make_file``)."""
+    """Return the letter filling a page of a fresh file (``DaxMount.make_file``)."""
     return chr(ord("A") + page % 26)
 
 
 def ask(actor: Actor, command: str) -> int:
-    """A system call that must succeed; its return value."""
+    """Run a system call that must succeed; return its result."""
     result = actor.cmd(command)
     assert result.ret is not None, f"{command}: {result}"
     assert result.errno == "0", f"{command}: {result}"
@@ -133,14 +133,14 @@ def ask(actor: Actor, command: str) -> int:
 
 
 def refused(actor: Actor, command: str) -> str | None:
-    """A system call that must fail; the name of its errno."""
+    """Run a system call that must fail; return the name of its errno."""
     result = actor.cmd(command)
     assert result.ret == -1, f"{command}: {result}"
     return result.errno
 
 
 def append_until_full(file: Path, byte: bytes) -> None:
-    """Append page after page of this byte, until there is no space for one more."""
+    """Append pages filled with ``byte`` until the device is full (ENOSPC)."""
     with file.open("ab", buffering=0) as growing:
         try:
             while True:
@@ -151,44 +151,50 @@ def append_until_full(file: Path, byte: bytes) -> None:
 
 
 def present(actor: Actor, mapping: int, page: int) -> bool:
-    """Whether the process has the page in its page tables."""
+    """Return True if the page is present in the page tables of the process."""
     return bool(actor.cmd(f"pagemap {mapping} {page}").res["present"])
 
 
 def told(actor: Actor) -> list[dict[str, Any]]:
-    """The signals since the last time, in the recordings' form. Whatever was sent by now has come."""
+    """Return the signals since the last call, in the form of the recordings.
+
+    Every signal sent so far has arrived.
+    """
     actor.barrier()
     return [signal.recorded() for signal in actor.signals()]
 
 
 def ao(page: int, *, mapping: int = 0, thread: int = 0, how: str = "async") -> dict[str, Any]:
-    """Action optional: poison mapped at this page."""
+    """Return the expected action optional signal of a mapped page."""
     addr = f"m{mapping}+{page * PAGE:#x}"
     return {"thread": thread, "sig": "SIGBUS", "code": "BUS_MCEERR_AO", "addr": addr, "lsb": 12, "how": how}
 
 
 def ar(page: int, *, mapping: int = 0, thread: int = 0) -> dict[str, Any]:
-    """Action required: poison consumed at this page, whose first byte the actor touches."""
+    """Return the expected action required signal of a consumed page.
+
+    The actor touches the first byte of the page.
+    """
     addr = f"m{mapping}+{page * PAGE:#x}"
     how = "during access"
     return {"thread": thread, "sig": "SIGBUS", "code": "BUS_MCEERR_AR", "addr": addr, "lsb": 12, "how": how}
 
 
 def consumes(actor: Actor, command: str, expected: dict[str, Any]) -> None:
-    """The access faults, with this signal and no other."""
+    """Assert that an access faults, with exactly the expected signal."""
     result = actor.cmd(command)
     assert result.faulted, f"{actor.name}: {command}: {result}"
     assert told(actor) == [expected]
 
 
 def is_plain_sigbus(signal: Signal) -> bool:
-    """Whether it is a SIGBUS as kill(2) sends it, without address."""
+    """Return True for a SIGBUS as sent by kill(2), without an address."""
     return signal.sig == "SIGBUS" and not signal.code.startswith("BUS_") and signal.raw == 0
 
 
 @contextmanager
 def second_tracer(pid: int) -> Iterator[None]:
-    """Another tracer holds the process: every signal goes through it, unchanged."""
+    """Have a second tracer hold the process. Every signal passes through that tracer unchanged."""
     tracer = subprocess.Popen(
         [sys.executable, "-c", _TRACER, str(pid)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -1,9 +1,9 @@
-"""Supervisors, and other processes of tests, by fork(2) of a process that has imported everything already:
-that takes a tenth of the time that starting Python does.
+"""Zygote: forks supervisors, and other test processes, from a process with all modules imported.
 
-    python -m tests.support.zygote      reads requests from stdin, a line of JSON each, answers on stdout
+    python -m tests.support.zygote      one JSON request a line on stdin, answers on stdout
 
-A supervisor made so is what ``python -m daxemu.supervisor`` is, less the execve(2).
+A fork takes a tenth of the time of a Python start. A forked supervisor equals ``python -m daxemu.supervisor``
+without the execve(2).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from daxemu.errors import ERRORS, DaxemuError
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 30.0
 LATE = ("daxemu.supervisor.run", "daxemu.mm.memmap")
-"""What a supervisor imports only when it begins, or later: the larger part of its start."""
+"""Modules that a supervisor imports late: the larger part of its start."""
 
 
 class Zygote:
-    """The process that forks. A context manager; what it forked lives on."""
+    """The forking process. A context manager; forked processes outlive it."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -59,10 +59,10 @@ class Zygote:
     def supervise(
         self, device: Path, mountpoint: Path, sabotage: Sequence[Any] = (), repair: str = "none"
     ) -> int:
-        """Mount, with a repair strategy; the supervisor's pid. Raises what it refused with.
+        """Mount with a repair strategy; return the supervisor's pid. Raises the error of a refused mount.
 
-        ``sabotage``: a function of tests/support/sabotage.py and its arguments, called in the supervisor
-        first.
+        ``sabotage``: a function of tests/support/sabotage.py and its arguments, called first in the
+        supervisor.
         """
         answer = self._ask(
             do="supervise",
@@ -77,12 +77,12 @@ class Zygote:
         return int(answer["pid"])
 
     def run(self, function: str, *arguments: Any) -> int:
-        """Call "module:function" with arguments that JSON can carry, in a process of its own; its pid."""
+        """Call "module:function" in a new process; return the pid. Arguments must be JSON-compatible."""
         return int(self._ask(do="run", function=function, arguments=arguments)["pid"])
 
 
 def wait_for_end(pid: int) -> None:
-    """Wait until a process that need not be our child is gone."""
+    """Wait for the end of a process, a child or not. Asserts after PATIENCE seconds."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -95,7 +95,7 @@ def wait_for_end(pid: int) -> None:
 
 
 def wait_for_death(*pids: int) -> None:
-    """Wait until one of these processes is gone, or its main thread is: others may linger in the kernel."""
+    """Wait until a process, or its main thread, is dead. Other threads may linger in the kernel."""
     deadline = time.monotonic() + PATIENCE
     while all(map(_is_alive, pids)):
         assert time.monotonic() < deadline, f"processes {pids} live on"
@@ -114,7 +114,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _serve() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children: their end is seen by pidfd
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no wait(2) for children: a pidfd shows their end
     import daxemu.supervisor.__main__ as supervisor
 
     for module in LATE:

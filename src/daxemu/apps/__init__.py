@@ -1,7 +1,11 @@
-"""What real programs do when memory goes bad: unmodified ones, with data of their own on a mount, in one
-situation after another.
+"""Behaviour of real programs under memory failure.
 
-No counterpart in Linux. Above evaluate, whose machines it uses. An outcome is what was seen of a program,
-which runs in processes of its own; nothing here knows beforehand what a program will do. Every wait has a
-limit, so that a hang is an outcome, too, and only processes of the program touch a mount that was hurt.
+Unmodified programs with data on a mount go through one situation after another. Layer: above evaluate, which
+makes the machines. No counterpart in Linux.
+
+Rules:
+
+- A behaviour is observed, never predicted. A program runs in processes of its own.
+- Every wait has a limit, so a hang is also a behaviour.
+- After an injection, only processes of the program access the mount.
 """

@@ -1,4 +1,4 @@
-"""What a program must bring to be put into situations, and the place where it runs."""
+"""Interface of a program under test, and the environment of its processes."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from importlib import resources
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from daxemu.apps.process import Hung, Process, no_core
-from daxemu.apps.records import HEAD, HURT, HURT_LATE, Finding, text
+from daxemu.apps.process import Process, TimedOut, no_core
+from daxemu.apps.records import DATA_TARGET, HEAD, JOURNAL_TARGET, ReadBack, text
 from daxemu.apps.situations import Part
 from daxemu.errors import DaxemuError
 
 COMPLAINT = re.compile(
     r"(?i).*\b(error|fatal|panic|exception|cannot|can't|could not|failed|malformed|corrupt\w*|invalid)\b"
 )
-"""A line by which a program tells of something wrong."""
+"""Line of output reporting an error."""
 
 
 class Needs(NamedTuple):
-    """What must be installed. ``programs``: found in PATH; ``modules``: of Python; ``headers``: C's;
-    ``build``: Debian packages of what a driver is compiled with; ``version``: a command that prints the
-    version, where that of the package does not.
+    """Packages and files a program needs.
+
+    ``programs``: found in PATH. ``modules``: Python modules. ``headers``: C headers. ``build``: Debian
+    packages to compile a driver with. ``version``: command printing the version, where the package version is
+    not enough.
     """
 
     debian: tuple[str, ...] = ()
@@ -40,7 +42,7 @@ class Needs(NamedTuple):
 
 
 class Spot(NamedTuple):
-    """Where to hurt: bytes of a file, of which ``what`` says what they are."""
+    """Target of an injection: bytes of a file. ``what``: description of the bytes."""
 
     path: Path
     offset: int
@@ -48,8 +50,8 @@ class Spot(NamedTuple):
     what: str
 
 
-class Refused(Exception):
-    """The program says that it cannot work with what it found. ``lines``: its words."""
+class ReportedError(Exception):
+    """A program reported unusable data. ``lines``: the program's messages."""
 
     def __init__(self, lines: Sequence[str]) -> None:
         super().__init__("; ".join(lines[-3:]))
@@ -57,8 +59,10 @@ class Refused(Exception):
 
 
 class Place:
-    """Where a program runs. ``root``: its directory on the mount; ``scratch``: one elsewhere; ``user``: as
-    whom, if we are root and it must not be.
+    """Environment of a program.
+
+    ``root``: directory on the mount. ``scratch``: directory off the mount. ``user``: user for the processes
+    if daxemu runs as root; None: no change of user.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class Place:
         self._become: list[str] = []
         if user is not None and os.geteuid() == 0:
             self._become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]
-            scratch.parent.chmod(0o755)  # whatever our umask is
+            scratch.parent.chmod(0o755)  # independent of the umask
             for directory in (root, scratch):
                 shutil.chown(directory, user, user)
 
@@ -92,7 +96,10 @@ class Place:
         return process
 
     def ask(self, argv: Sequence[str | Path], given: str = "") -> tuple[int, list[str]]:
-        """Run a command to its end: its status, and the lines that it printed. Raises Hung."""
+        """Run a command to its end with ``given`` as stdin.
+
+        Return exit status and output lines. Raises TimedOut.
+        """
         process = subprocess.Popen(
             self._command(argv),
             stdin=subprocess.PIPE,
@@ -106,20 +113,20 @@ class Place:
         try:
             output, _ = process.communicate(given.encode(), self.limit)
         except subprocess.TimeoutExpired as error:
-            raise Hung(f"{argv[0]}: nothing for {self.limit:g} s") from error
+            raise TimedOut(f"{argv[0]}: did not end within {self.limit:g} s") from error
         finally:
             process.kill()
         return process.returncode, output.decode(errors="backslashreplace").splitlines()
 
     def make(self, argv: Sequence[str | Path], given: str = "") -> list[str]:
-        """The same of what must succeed. Raises DaxemuError."""
+        """Run a command that must succeed; return output lines. Raises DaxemuError, TimedOut."""
         status, output = self.ask(argv, given)
         if status:
             raise DaxemuError(f"{Path(argv[0]).name} ended with status {status}: {' '.join(output[-3:])}")
         return output
 
     def compile(self, source: str, *libraries: str, options: Sequence[str] = ()) -> Path:
-        """A program of drivers/, compiled. Raises DaxemuError."""
+        """Compile a driver of drivers/ and return its path. Raises DaxemuError, TimedOut."""
         program = self.scratch / source.partition(".")[0]
         if not program.exists():
             linked = [f"-l{name}" for name in libraries]
@@ -127,77 +134,84 @@ class Place:
         return program
 
     def kill_all(self) -> bool:
-        """Kill what was started; whether all is gone."""
+        """Kill all started processes. Return False if a process is left."""
         self.started = [process for process in self.started if not process.kill()]
         return not self.started
 
 
 def driver(name: str) -> Path:
-    """A file of drivers/."""
+    """Return the path of a file in drivers/."""
     return Path(str(resources.files("daxemu.apps") / "drivers" / name))
 
 
 def python_driver(name: str) -> list[str | Path]:
-    """The command line that a driver in Python begins with."""
+    """Return the beginning of the command line of a Python driver."""
     return [sys.executable, driver(name)]
 
 
 class Application(abc.ABC):
-    """One program; an object lives as long as one cell. Methods that run it raise Ended, Hung, Refused."""
+    """Program under test. An object lives as long as one cell.
+
+    Methods that run the program raise Ended, TimedOut, ReportedError.
+    """
 
     name: ClassVar[str]
     about: ClassVar[str]
-    """One line: which program, how it is set up, how it gets at its data."""
+    """One line: program, configuration, access to the data."""
     note: ClassVar[str]
-    """What of its design explains what is seen of it: a sentence or two."""
+    """The design property explaining the observed behaviour: a sentence or two."""
     needs: ClassVar[Needs]
     journal: ClassVar[str] = ""
-    """What it has for a journal; empty if it has none."""
+    """Description of the journal; empty if the program has none."""
     user: ClassVar[str | None] = None
     stamp: ClassVar[re.Pattern[str]] = re.compile("")
-    """What each line of its log begins with and nobody needs."""
+    """Prefix of every log line (time, process), removed in reports."""
 
     @abc.abstractmethod
     def prepare(self, place: Place) -> None:
-        """Have the program make its data, and leave a journal with HURT_LATE if it has one that stays.
-        Raises DaxemuError.
+        """Have the program make its data.
+
+        A program with a lasting journal leaves record JOURNAL_TARGET in the journal. Raises DaxemuError.
         """
 
     def crash(self, place: Place) -> None:
-        """Before the journal is hurt: whatever it takes for a journal to be left."""
+        """Leave a journal behind. Called before an injection into the journal of a stopped program."""
         return
 
     @abc.abstractmethod
     def spot(self, place: Place, part: Part) -> Spot:
-        """What to hurt. Nothing was hurt yet."""
+        """Return the target of an injection. Called before the injection, while all data is readable."""
 
     @abc.abstractmethod
     def start(self, place: Place) -> Process:
-        """Start it; it has opened its data when this returns."""
+        """Start the program. Its data is open when start() returns."""
 
     @abc.abstractmethod
-    def read(self, place: Place, process: Process) -> Finding:
-        """Have it read everything."""
+    def read(self, place: Place, process: Process) -> ReadBack:
+        """Have the program read everything."""
 
-    def warm(self, place: Place, process: Process) -> Finding:
-        """Before it is hurt while it runs: have it touch all of its data."""
+    def warm(self, place: Place, process: Process) -> ReadBack:
+        """Have the program access all its data, before an injection into the running program."""
         return self.read(place, process)
 
     def dirty(self, place: Place, process: Process) -> None:
-        """Before the journal is hurt under it: whatever it takes for the journal to hold something again."""
+        """Have the program write to its journal again.
+
+        Called before an injection into the journal of the running program.
+        """
         return
 
     def log(self, place: Place, process: Process) -> list[str]:
-        """What it has written to its log so far."""
+        """Return the lines of the program's log so far."""
         return process.output
 
     def stop(self, place: Place, process: Process) -> int:
-        """End it as its manual says; how it ended."""
+        """End the program as its manual says. Return the exit status, or minus the signal."""
         return process.end()
 
 
 def find_record(number: int, files: Sequence[Path]) -> Spot:
-    """The place of a record's text in one of ``files``. Raises DaxemuError."""
+    """Return the place of a record's text in one of ``files``. Raises DaxemuError if the text is in none."""
     needle = text(number)[: HEAD + 40].encode()
     for path in files:
         at = path.read_bytes().find(needle)
@@ -207,5 +221,5 @@ def find_record(number: int, files: Sequence[Path]) -> Spot:
 
 
 def number_of(part: Part) -> int:
-    """Which record is hurt."""
-    return HURT_LATE if part == "journal" else HURT
+    """Return the number of the target record of a part."""
+    return JOURNAL_TARGET if part == "journal" else DATA_TARGET

@@ -1,9 +1,10 @@
-"""One cell of the matrix: one program in one situation, on a machine of its own, and once more afterwards.
+"""Cell of the matrix: one program in one situation, on a machine of its own.
 
-    python -m daxemu.apps.cell     reads a Task as JSON from stdin; one JSON object a line on stdout: each
-                                   Step as it happens, the Cell at the end
+    python -m daxemu.apps.cell     CellRequest as JSON on stdin; on stdout one JSON object a line:
+                                   each CellStep as it happens, the MatrixCell at the end
 
-A process of its own, as a trial is: told to end, it takes its machine away first.
+The program is observed under the harm, then observed again after a restart. A separate process, like a trial.
+On SIGTERM or SIGINT the process removes its machine before its end.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from typing import Any
 
 import msgspec
 
-from daxemu.apps.application import COMPLAINT, Application, Place, Refused, Spot
-from daxemu.apps.process import Ended, Hung, Process, describe
+from daxemu.apps.application import COMPLAINT, Application, Place, ReportedError, Spot
+from daxemu.apps.process import Ended, Process, TimedOut, describe
 from daxemu.apps.programs import application_called
-from daxemu.apps.records import Finding
+from daxemu.apps.records import ReadBack
 from daxemu.apps.situations import BY_NAME, Situation
 from daxemu.errors import DaxemuError
 from daxemu.evaluate.machine import PATIENCE, TrialMachine, daxemu, directories, ending
@@ -32,16 +33,16 @@ from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SIZE
 
 SIZE = 1 << 30
 DEATH_PATIENCE = 0.5
-"""Seconds that a process that was sent a signal has to die of it."""
+"""Seconds allowed for a signalled process to die."""
 LOGGED = re.compile(
     r"(?i).*(corrupt|checksum|could not read|i(nput)?/o(utput)? error|short read|truncat|bad file|mismatch)"
 )
-"""A line in a program's own log that tells of lost data."""
+"""Line in a program's log reporting lost data."""
 CODES = {BUS_MCEERR_AO: "BUS_MCEERR_AO", BUS_MCEERR_AR: "BUS_MCEERR_AR"}
 
 
-class Outcome(StrEnum):
-    """What became of one life of a program."""
+class Behaviour(StrEnum):
+    """Behaviour of a program during one life."""
 
     RIGHT = "right"
     REPORTS = "reports"
@@ -54,17 +55,17 @@ class Outcome(StrEnum):
     WRONG = "wrong"
 
 
-class Step(msgspec.Struct, tag="step"):
-    """One thing that happened; seconds from the start of the cell."""
+class CellStep(msgspec.Struct, tag="step"):
+    """A step of a cell. ``time``: seconds from the start of the cell."""
 
     time: float
     text: str
 
 
-class Life(msgspec.Struct):
-    """From a start of the program to its end. ``said``: its words, if it complained, or its log's."""
+class ProgramLife(msgspec.Struct):
+    """Life of the program: from a start to the end. ``said``: the program's message, or its log's."""
 
-    outcome: Outcome
+    outcome: Behaviour
     said: str = ""
     status: int | None = None
     right: int = 0
@@ -72,24 +73,30 @@ class Life(msgspec.Struct):
     missing: int = 0
     signals: list[str] = []
     stays: bool = False
-    """It did not end when it was asked to, and was killed."""
+    """True if the program did not end as asked, and was killed."""
 
 
-class Cell(msgspec.Struct, tag="cell"):
-    """What was seen. ``failed``: why nothing was; ``first``: under harm, ``again``: restarted after it."""
+class MatrixCell(msgspec.Struct, tag="cell"):
+    """Observations of one cell. ``first``: under the harm. ``again``: after the restart.
+
+    ``failed``: reason for missing observations. ``hurt``: the injected range.
+    """
 
     application: str
     situation: str
     failed: str | None = None
     hurt: str = ""
-    first: Life | None = None
-    again: Life | None = None
+    first: ProgramLife | None = None
+    again: ProgramLife | None = None
     seconds: float = 0.0
-    steps: list[Step] = []
+    steps: list[CellStep] = []
 
 
-class Task(msgspec.Struct):
-    """A cell to be made. ``directory`` and ``device``: where, and nothing is there yet."""
+class CellRequest(msgspec.Struct):
+    """Request for a cell. ``limit``: seconds of silence before the program counts as hung.
+
+    ``directory``, ``device``: paths for the machine; must not exist yet.
+    """
 
     application: str
     situation: str
@@ -99,13 +106,13 @@ class Task(msgspec.Struct):
 
 
 class CellRun:
-    """Makes one cell. ``tell``: is given each step."""
+    """Run of one cell. ``tell`` is called with each step."""
 
-    def __init__(self, task: Task, tell: Callable[[Step], None]) -> None:
+    def __init__(self, task: CellRequest, tell: Callable[[CellStep], None]) -> None:
         self.task = task
         self.app: Application = application_called(task.application)()
         self.situation: Situation = BY_NAME[task.situation]
-        self.cell = Cell(task.application, task.situation)
+        self.cell = MatrixCell(task.application, task.situation)
         self.machine = TrialMachine(Path(task.directory), Path(task.device), "none")
         self._tell = tell
         self._names = (
@@ -115,8 +122,8 @@ class CellRun:
         self._began = time.monotonic()
         self._events_seen = 0
 
-    def make(self) -> Cell:
-        """See Cell. Raises nothing that a cell can meet."""
+    def make(self) -> MatrixCell:
+        """Run the cell. A failure of the cell itself is returned in ``failed``, not raised."""
         try:
             with directories(Path(self.task.directory), Path(self.task.device)):
                 self._run()
@@ -127,12 +134,12 @@ class CellRun:
         return self.cell
 
     def _say(self, text: str) -> None:
-        step = Step(time.monotonic() - self._began, self._plain(text))
+        step = CellStep(time.monotonic() - self._began, self._plain(text))
         self.cell.steps.append(step)
         self._tell(step)
 
     def _plain(self, text: str) -> str:
-        """Without the names of this one run."""
+        """Replace the paths of this run by MOUNTPOINT and SCRATCH."""
         for path, name in self._names:
             text = text.replace(path, name)
         return text
@@ -151,8 +158,8 @@ class CellRun:
                 self.app.prepare(place)
                 if situation.part == "journal" and not situation.live:
                     self.app.crash(place)
-            except (Ended, Hung, Refused) as error:
-                raise DaxemuError(f"it cannot make its data: {error}") from error
+            except (Ended, TimedOut, ReportedError) as error:
+                raise DaxemuError(f"the program cannot make its data: {error}") from error
             place.kill_all()
             machine.again()
             if situation.early_kill:
@@ -164,7 +171,7 @@ class CellRun:
             elif situation.harm != "none" and not situation.live:
                 self._inject(self.app.spot(place, situation.part))
             elif situation.harm != "none":
-                harm = functools.partial(self._hurt_under, place)
+                harm = functools.partial(self._inject_live, place)
             self._say(f"-- {self.app.name} is started")
             self.cell.first = self._life(place, harm)
             if situation.harm == "removal":
@@ -176,13 +183,13 @@ class CellRun:
             if not place.kill_all():
                 self._cut_off(place)
 
-    def _hurt_under(self, place: Place, process: Process) -> int:
+    def _inject_live(self, place: Place, process: Process) -> int:
         if self.situation.part == "journal":
             self.app.dirty(place, process)
         return self._inject(self.app.spot(place, self.situation.part))
 
     def _inject(self, spot: Spot) -> int:
-        """Return how many processes were signalled."""
+        """Inject at ``spot``. Return the number of signalled processes."""
         silent = self.situation.harm == "silent"
         latent = self.situation.harm == "latent"
         offset, length = spot.offset, spot.length
@@ -200,7 +207,7 @@ class CellRun:
                 "inject", ino=ino, ranges=[[offset, length]], silent=silent, latent=latent, seed=1
             )
         if not done["ranges"] or done["holes"]:
-            raise DaxemuError(f"there is nothing to hurt at {self.cell.hurt}")
+            raise DaxemuError(f"nothing to inject into at {self.cell.hurt}: the range has a hole")
         (found,) = done["ranges"]
         self._say(f"   {found['outcome']}, {signalled(found['processes'], found['signals'])}")
         return int(found["processes"])
@@ -214,94 +221,97 @@ class CellRun:
         self._say(f"   {signalled(found['processes'], found['signals'])}")
         return int(found["processes"])
 
-    def _life(self, place: Place, harm: Callable[[Process], int] | None) -> Life:
-        """Start it, read everything, harm it if it is to be harmed and read everything again, end it."""
-        finding: Finding | None = None
+    def _life(self, place: Place, harm: Callable[[Process], int] | None) -> ProgramLife:
+        """Run one life: start the program, read everything, end the program.
+
+        With ``harm``, the program reads everything before and after the harm.
+        """
+        read_back: ReadBack | None = None
         problem: Exception | None = None
         try:
             process = self.app.start(place)
-            finding = (self.app.warm if harm else self.app.read)(place, process)
-            self._say(f"   {_count(finding)}")
+            read_back = (self.app.warm if harm else self.app.read)(place, process)
+            self._say(f"   {_count(read_back)}")
             if harm is not None:
-                if not finding.complete:
-                    raise DaxemuError(f"its data is not whole before the harm: {_count(finding)}")
-                told = harm(process)
-                finding = None
-                if told and process.ends_within(DEATH_PATIENCE):
+                if not read_back.complete:
+                    raise DaxemuError(f"the data is incomplete before the injection: {_count(read_back)}")
+                signalled_processes = harm(process)
+                read_back = None
+                if signalled_processes and process.ends_within(DEATH_PATIENCE):
                     raise Ended(process.wait())
-                finding = self.app.read(place, process)
-                self._say(f"   {_count(finding)}")
-        except (Ended, Hung, Refused) as error:
+                read_back = self.app.read(place, process)
+                self._say(f"   {_count(read_back)}")
+        except (Ended, TimedOut, ReportedError) as error:
             problem = error
         if not place.started:
-            raise DaxemuError(f"it cannot be started: {problem}")
-        life = self._judge(place, finding, problem)
+            raise DaxemuError(f"the program cannot be started: {problem}")
+        life = self._judge(place, read_back, problem)
         self._end(place, life)
         shown = f": {life.said}" if life.said else ""
         self._say(f"=> {life.outcome}{shown}")
         return life
 
-    def _judge(self, place: Place, finding: Finding | None, problem: Exception | None) -> Life:
+    def _judge(self, place: Place, read_back: ReadBack | None, problem: Exception | None) -> ProgramLife:
         process = place.started[-1]
-        if (finding is None or finding.complaints) and process.ends_within(DEATH_PATIENCE):
-            # A client's words about a server that is gone: the server's end is what happened.
+        if (read_back is None or read_back.complaints) and process.ends_within(DEATH_PATIENCE):
+            # A client reports that its server is gone: the end of the server decides.
             try:
                 status = process.wait()
-            except Hung as error:
+            except TimedOut as error:
                 problem = error
             else:
-                refused = isinstance(problem, Refused) and status >= 0
-                # What aborts by itself once it has told its client of the error has reported it.
-                gave_up = finding is not None and status == -signal.SIGABRT
+                refused = isinstance(problem, ReportedError) and status >= 0
+                # A program that aborts after an error message to its client has reported the error.
+                gave_up = read_back is not None and status == -signal.SIGABRT
                 if not refused and not gave_up:
                     problem = Ended(status)
         signals = self._signals()
         said = self._telling(process, problem)
-        life = Life(Outcome.RIGHT, status=process.status, signals=[text for _, _, text in signals])
-        if finding is not None:
-            life.right, life.wrong, life.missing = finding.right, finding.wrong, finding.missing
+        life = ProgramLife(Behaviour.RIGHT, status=process.status, signals=[text for _, _, text in signals])
+        if read_back is not None:
+            life.right, life.wrong, life.missing = read_back.right, read_back.wrong, read_back.missing
         if isinstance(problem, Ended) and problem.status == -signal.SIGBUS:
             codes = [code for pid, code, _ in signals if pid == process.pid]
-            life.outcome = {BUS_MCEERR_AO: Outcome.AO, BUS_MCEERR_AR: Outcome.AR}.get(
-                codes[-1] if codes else 0, Outcome.SIGBUS
+            life.outcome = {BUS_MCEERR_AO: Behaviour.AO, BUS_MCEERR_AR: Behaviour.AR}.get(
+                codes[-1] if codes else 0, Behaviour.SIGBUS
             )
         elif isinstance(problem, Ended) and problem.status < 0:
-            life.outcome, life.said = Outcome.DIES, f"{describe(problem.status)}: {said}"
-        elif isinstance(problem, Hung):
-            life.outcome, life.said = Outcome.HANGS, str(problem)
+            life.outcome, life.said = Behaviour.DIES, f"{describe(problem.status)}: {said}"
+        elif isinstance(problem, TimedOut):
+            life.outcome, life.said = Behaviour.HANGS, str(problem)
         elif problem is not None:
-            life.outcome, life.said = Outcome.REPORTS, said or str(problem)
-        elif finding is not None and finding.complaints:
-            life.outcome, life.said = Outcome.REPORTS, self._plain(finding.complaints[0])
-        elif finding is not None and not finding.complete:
+            life.outcome, life.said = Behaviour.REPORTS, said or str(problem)
+        elif read_back is not None and read_back.complaints:
+            life.outcome, life.said = Behaviour.REPORTS, self._plain(read_back.complaints[0])
+        elif read_back is not None and not read_back.complete:
             logged = [line for line in self.app.log(place, process) if LOGGED.match(line)]
-            life.outcome = Outcome.LOGGED if logged else Outcome.WRONG
-            life.said = _count(finding)
+            life.outcome = Behaviour.LOGGED if logged else Behaviour.WRONG
+            life.said = _count(read_back)
             if logged:
-                life.said += f"; its log: {self._plain(self.app.stamp.sub('', logged[-1], 1))}"
+                life.said += f"; log: {self._plain(self.app.stamp.sub('', logged[-1], 1))}"
         return life
 
-    def _end(self, place: Place, life: Life) -> None:
+    def _end(self, place: Place, life: ProgramLife) -> None:
         process = place.started[-1]
-        if life.outcome is not Outcome.HANGS and process.status is None:
+        if life.outcome is not Behaviour.HANGS and process.status is None:
             try:
                 status = self.app.stop(place, process)
-                self._say(f"   it ends: {describe(status)}")
-            except Hung as error:
-                self._say(f"   it does not end as asked: {error}")
+                self._say(f"   the program ends: {describe(status)}")
+            except TimedOut as error:
+                self._say(f"   the program does not end as asked: {error}")
                 life.stays = True
-                life.said = life.said or "does not end when it is asked to"
+                life.said = life.said or "does not end when asked to"
         life.status = process.status
         said = [line for line in process.output if COMPLAINT.match(line) or LOGGED.match(line)]
         for line in said[:20]:
-            self._say(f"   it says: {self.app.stamp.sub('', line, 1)[:300]}")
+            self._say(f"   output: {self.app.stamp.sub('', line, 1)[:300]}")
         if not place.kill_all():
-            self._say("   it cannot be killed: it waits on the mount")
+            self._say("   the program cannot be killed: a process is blocked on the mount")
             self._cut_off(place)
 
     def _telling(self, process: Process, problem: Exception | None) -> str:
-        """The line that says most about a problem: the last complaint, or the last line."""
-        lines = problem.lines if isinstance(problem, Refused) else process.output
+        """Return the most informative line of a program: the last complaint, or the last line."""
+        lines = problem.lines if isinstance(problem, ReportedError) else process.output
         complaints = [line for line in lines if COMPLAINT.match(line) or LOGGED.match(line)]
         telling = [line for line in complaints if not line.endswith("---")] or [
             line for line in lines if line
@@ -310,13 +320,16 @@ class CellRun:
         return self._plain(self.app.stamp.sub("", line, 1)).strip()[:300]
 
     def _cut_off(self, place: Place) -> None:
-        """Let go who waits on the mount for ever; the next life gets a new one."""
+        """Mount again, to release processes blocked on the old mount.
+
+        Raises DaxemuError if a process is left.
+        """
         self.machine.again()
         if not place.kill_all():
-            raise DaxemuError("a process is left that cannot be killed")
+            raise DaxemuError("a process of the program cannot be killed")
 
     def _signals(self) -> list[tuple[int, int, str]]:
-        """(pid, code, in words) of each signal since this was last asked."""
+        """Return (pid, code, text) of each signal since the last call."""
         events = self.machine.events()
         fresh, self._events_seen = events[self._events_seen :], len(events)
         found = []
@@ -332,12 +345,12 @@ class CellRun:
         return found
 
 
-def _count(finding: Finding) -> str:
-    parts = [f"{finding.right} records right"]
-    if finding.wrong:
-        parts.append(f"{finding.wrong} wrong ({finding.first_wrong})")
-    if finding.missing:
-        parts.append(f"{finding.missing} missing")
+def _count(read_back: ReadBack) -> str:
+    parts = [f"{read_back.right} records right"]
+    if read_back.wrong:
+        parts.append(f"{read_back.wrong} wrong ({read_back.first_wrong})")
+    if read_back.missing:
+        parts.append(f"{read_back.missing} missing")
     return ", ".join(parts)
 
 
@@ -350,7 +363,7 @@ def main() -> int:
         sys.stdout.buffer.write(msgspec.json.encode(what) + b"\n")
         sys.stdout.buffer.flush()
 
-    task = msgspec.json.decode(sys.stdin.buffer.read(), type=Task)
+    task = msgspec.json.decode(sys.stdin.buffer.read(), type=CellRequest)
     put(CellRun(task, put).make())
     return 0
 

@@ -1,4 +1,4 @@
-"""Which programs are there, and, when asked, getting those that are not."""
+"""Installed and missing programs, and the installation of missing ones."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from daxemu.apps.application import Needs
 from daxemu.errors import DaxemuError, PermissionDenied, Unsupported
 
 EXTRA_PATHS = ("/usr/lib/postgresql/*/bin",)
-"""Where Debian keeps programs that are not in PATH."""
+"""Directories of Debian with programs outside PATH."""
 INCLUDE = Path("/usr/include")
 
 
 def program(name: str) -> Path | None:
-    """Where a program is."""
+    """Return the path of a program; None if not installed."""
     found = shutil.which(name)
     if found is not None:
         return Path(found)
@@ -31,7 +31,7 @@ def program(name: str) -> Path | None:
 
 
 def missing(needs: Needs) -> list[str]:
-    """What of it is not here."""
+    """Return the names of missing programs, Python modules and C headers."""
     return [
         *(name for name in needs.programs if program(name) is None),
         *(name for name in needs.modules if importlib.util.find_spec(name) is None),
@@ -40,7 +40,7 @@ def missing(needs: Needs) -> list[str]:
 
 
 def versions(needs: Needs) -> dict[str, str]:
-    """The version of each package that is installed."""
+    """Return the version of each installed package."""
     found = {}
     if needs.version and (asked := program(needs.version[0])) is not None:
         said = subprocess.run([asked, *needs.version[1:]], capture_output=True, text=True).stdout
@@ -57,7 +57,7 @@ def versions(needs: Needs) -> dict[str, str]:
 
 
 def debian_version(package: str) -> str | None:
-    """Of an installed Debian package."""
+    """Return the version of an installed Debian package; None if not installed."""
     if shutil.which("dpkg-query") is None:
         return None
     asked = ["dpkg-query", "-W", "-f", "${Status}\t${Version}", package]
@@ -66,7 +66,7 @@ def debian_version(package: str) -> str | None:
 
 
 def commands(all_needs: Iterable[Needs]) -> list[list[str]]:
-    """The commands that would install what is missing; none if nothing is."""
+    """Return the commands to install everything missing; an empty list if nothing is."""
     lacking = [needs for needs in all_needs if missing(needs)]
     debian = sorted({p for needs in lacking for p in needs.debian + needs.build if debian_version(p) is None})
     pypi = sorted({p for needs in lacking for p in needs.pypi if p not in versions(needs)})
@@ -80,19 +80,22 @@ def commands(all_needs: Iterable[Needs]) -> list[list[str]]:
 
 
 def install(all_needs: Iterable[Needs], say: Callable[[str], None]) -> None:
-    """Install what is missing. Raises PermissionDenied, Unsupported, DaxemuError."""
+    """Install everything missing; ``say`` is called with each command.
+
+    Raises PermissionDenied without root, Unsupported without apt-get, DaxemuError if a command fails.
+    """
     wanted = commands(all_needs)
     for command in wanted:
         if command[:2] == ["apt-get", "install"]:
             packages = " ".join(command[5:])
             if shutil.which("apt-get") is None:
-                raise Unsupported(f"no apt-get here: install what Debian calls {packages}")
+                raise Unsupported(f"no apt-get here: install the packages that Debian calls {packages}")
             if os.geteuid() != 0:
                 raise PermissionDenied(f"please run as root: apt-get install {packages}")
     for command in wanted:
         say(f"$ {' '.join(command)}")
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        # Output to stderr: ours may be JSON.
+        # Output to stderr: daxemu's own stdout may be JSON.
         done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr)
         if done.returncode:
             raise DaxemuError(f"{' '.join(command[:3])} ended with status {done.returncode}: see above")

@@ -1,4 +1,4 @@
-"""The matrix: which cells there are, and making them one after another."""
+"""Matrix of programs and situations: selection of cells, and running them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import msgspec
 
 from daxemu.apps.application import Application
-from daxemu.apps.cell import Cell, Step, Task
+from daxemu.apps.cell import CellRequest, CellStep, MatrixCell
 from daxemu.apps.install import missing
 from daxemu.apps.programs import APPLICATIONS, application_called
 from daxemu.apps.situations import BY_NAME, SITUATIONS, Situation
@@ -22,13 +22,13 @@ from daxemu.errors import InvalidArgument
 from daxemu.evaluate.machine import clear_away, start_worker
 
 LIMIT = 30.0
-"""Seconds that a program may say nothing before it counts as hung."""
+"""Seconds of silence before a program counts as hung."""
 _SHM = Path("/dev/shm")
-_decode = msgspec.json.Decoder(Step | Cell).decode
+_decode = msgspec.json.Decoder(CellStep | MatrixCell).decode
 
 
 class Wanted(NamedTuple):
-    """A cell to be had. ``why_not``: why it cannot be, as ``absent: ...`` or ``no journal``."""
+    """Cell to run. ``why_not``: ``absent: ...`` or ``no journal``; empty if the cell can run."""
 
     application: type[Application]
     situation: Situation
@@ -36,12 +36,12 @@ class Wanted(NamedTuple):
 
 
 def wanted(only: Sequence[str] = (), situations: Sequence[str] = ()) -> list[Wanted]:
-    """The cells of some programs and situations, all if none are named. Raises InvalidArgument."""
+    """Return the cells of the named programs and situations (default: all). Raises InvalidArgument."""
     programs = [application_called(name) for name in only] or APPLICATIONS
     for name in situations:
         if name not in BY_NAME:
             known = ", ".join(BY_NAME)
-            raise InvalidArgument(f"no situation {name!r}: there are {known}")
+            raise InvalidArgument(f"no situation {name!r}: known situations are {known}")
     columns = [BY_NAME[name] for name in situations] or SITUATIONS
     found = []
     for application in programs:
@@ -56,23 +56,26 @@ def wanted(only: Sequence[str] = (), situations: Sequence[str] = ()) -> list[Wan
     return found
 
 
-def make(cell: Wanted, limit: float, tell: Callable[[Step], None]) -> Cell:
-    """Make one cell, in a process of its own; each step as it happens. Whatever ends this ends that."""
+def make(cell: Wanted, limit: float, tell: Callable[[CellStep], None]) -> MatrixCell:
+    """Run one cell in a separate process; ``tell`` is called with each step.
+
+    An exception here, KeyboardInterrupt included, ends the process too.
+    """
     name = f"daxemu-apps-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     directory = Path(tempfile.gettempdir()) / name
     device = (_SHM if os.access(_SHM, os.W_OK) else Path(tempfile.gettempdir())) / f"{name}.device"
-    task = Task(cell.application.name, cell.situation.name, limit, str(directory), str(device))
-    made: Cell | None = None
+    task = CellRequest(cell.application.name, cell.situation.name, limit, str(directory), str(device))
+    made: MatrixCell | None = None
     process = start_worker("daxemu.apps.cell")
     try:
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(task))
         process.stdin.close()
-        for told in _told(process):
-            if isinstance(told, Step):
-                tell(told)
+        for message in _messages(process):
+            if isinstance(message, CellStep):
+                tell(message)
             else:
-                made = told
+                made = message
     except BaseException:
         process.send_signal(signal.SIGTERM)
         raise
@@ -86,11 +89,11 @@ def make(cell: Wanted, limit: float, tell: Callable[[Step], None]) -> Cell:
         clear_away(directory, device)
     if made is None:
         why = f"the cell ended with status {process.returncode}: {errors}"
-        return Cell(task.application, task.situation, failed=why)
+        return MatrixCell(task.application, task.situation, failed=why)
     return made
 
 
-def _told(process: subprocess.Popen[bytes]) -> Iterator[Step | Cell]:
+def _messages(process: subprocess.Popen[bytes]) -> Iterator[CellStep | MatrixCell]:
     assert process.stdout is not None
     for line in process.stdout:
         yield _decode(line)

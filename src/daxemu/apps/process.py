@@ -1,4 +1,4 @@
-"""A program that runs: talked to by lines, never waited for without a limit."""
+"""Process of a program: input and output by lines; every wait has a time limit."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 KILL_PATIENCE = 3.0
-"""Seconds that a killed process has to go. One that waits on the mount goes when that is cut off."""
+"""Seconds to wait for a killed process. A process blocked on the mount ends only after the mount is cut."""
 
 
 class Ended(Exception):
-    """A program ended that was to go on. ``status``: its exit status, or minus the signal."""
+    """A program ended while it was expected to go on. ``status``: exit status, or minus the signal."""
 
     def __init__(self, status: int) -> None:
         super().__init__(describe(status))
         self.status = status
 
 
-class Hung(Exception):
-    """Nothing came within the limit."""
+class TimedOut(Exception):
+    """No output or no end within the limit."""
 
 
 def describe(status: int) -> str:
-    """An end in words."""
+    """Return an exit status as text."""
     return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
 
 def no_core() -> None:
-    """In a child: its death by SIGBUS leaves no core file."""
+    """Disable core files. Runs in the child: a death by SIGBUS leaves no core file."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 class Process:
-    """``limit``: seconds for whatever is waited for. ``output``: every line of its stdout and stderr so far,
-    ``errors`` those of stderr.
+    """Running process. ``limit``: seconds for each wait.
+
+    ``output``: all lines of stdout and stderr so far; ``errors``: lines of stderr alone.
     """
 
     def __init__(self, argv: Sequence[str], limit: float, cwd: Path, env: dict[str, str]) -> None:
@@ -62,17 +63,17 @@ class Process:
         assert self._process.stderr is not None
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)
-        # What it said of an error comes before what it printed after that.
+        # stderr first: an error message precedes the output printed after the error.
         self._rest = {self._process.stderr: b"", self._process.stdout: b""}
         self.pid = self._process.pid
 
     @property
     def status(self) -> int | None:
-        """How it ended, None as long as it runs."""
+        """Return the exit status, or minus the signal; None while the process runs."""
         return self._process.poll()
 
     def send(self, text: str) -> None:
-        """Give it lines, and take what it says meanwhile. Raises Ended, Hung."""
+        """Write lines to stdin, and collect output meanwhile. Raises Ended, TimedOut."""
         assert self._process.stdin is not None
         deadline = time.monotonic() + self.limit
         stdin = self._process.stdin.fileno()
@@ -81,7 +82,7 @@ class Process:
             left_seconds = max(deadline - time.monotonic(), 0.0)
             readable, writable, _ = select.select(list(self._rest), [stdin], [], left_seconds)
             if not readable and not writable:
-                raise Hung(f"takes nothing for {self.limit:g} s")
+                raise TimedOut(f"no input accepted for {self.limit:g} s")
             if readable:
                 self._read(deadline)
             if writable:
@@ -91,7 +92,10 @@ class Process:
                     raise Ended(self.wait()) from None
 
     def until(self, *wanted: str) -> list[str]:
-        """Its lines up to one that has any of ``wanted`` in it, which is the last. Raises Ended, Hung."""
+        """Return new lines up to and including the first with any of ``wanted`` in it.
+
+        Raises Ended, TimedOut.
+        """
         deadline = time.monotonic() + self.limit
         at = self._taken
         while True:
@@ -102,7 +106,7 @@ class Process:
             self._more(deadline)
 
     def lines(self, count: int) -> list[str]:
-        """Its next ``count`` lines. Raises Ended, Hung."""
+        """Return the next ``count`` lines. Raises Ended, TimedOut."""
         deadline = time.monotonic() + self.limit
         while len(self.output) < self._taken + count:
             self._more(deadline)
@@ -117,12 +121,12 @@ class Process:
             raise Ended(self.wait())
 
     def _read(self, deadline: float) -> bool:
-        """Take what there is; False at the end. Raises Hung."""
+        """Collect available output. Return False at the end of all output. Raises TimedOut."""
         if not self._rest:
             return False
         ready, _, _ = select.select(list(self._rest), [], [], max(deadline - time.monotonic(), 0.0))
         if not ready:
-            raise Hung(f"nothing for {self.limit:g} s")
+            raise TimedOut(f"no output for {self.limit:g} s")
         for stream in [each for each in self._rest if each in ready]:
             chunk = stream.read(1 << 18)
             *whole, rest = (self._rest[stream] + chunk).split(b"\n")
@@ -138,29 +142,35 @@ class Process:
         return bool(self._rest)
 
     def end(self) -> int:
-        """Its input ends, and so does it; how. Raises Hung."""
+        """Close stdin and wait for the end. Return the exit status, or minus the signal. Raises TimedOut."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         return self.wait()
 
     def ask_to_end(self, number: int = signal.SIGTERM) -> int:
-        """The same by a signal."""
+        """Send a signal, then wait for the end. Return the exit status, or minus a signal.
+
+        Raises TimedOut.
+        """
         if self.status is None:
             self._process.send_signal(number)
         return self.wait()
 
     def wait(self) -> int:
-        """How it ended, once all it says was read. Raises Hung."""
+        """Read all output, then wait for the end. Return the exit status, or minus a signal.
+
+        Raises TimedOut.
+        """
         deadline = time.monotonic() + self.limit
         while self._read(deadline):
             pass
         try:
             return self._process.wait(max(deadline - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired as error:
-            raise Hung(f"does not end within {self.limit:g} s") from error
+            raise TimedOut(f"does not end within {self.limit:g} s") from error
 
     def ends_within(self, seconds: float) -> bool:
-        """Whether it ends by itself in that time."""
+        """Return True if the process ends by itself within ``seconds``."""
         try:
             process = os.pidfd_open(self.pid)
         except ProcessLookupError:
@@ -172,7 +182,7 @@ class Process:
         return bool(ended)
 
     def kill(self) -> bool:
-        """Kill it and its children; whether all is gone. A process that waits on a mount may not be."""
+        """Kill the process and its descendants. Return False if the process remains after KILL_PATIENCE."""
         tree = [self.pid, *_descendants(self.pid)]
         for pid in tree:
             try:
@@ -209,5 +219,5 @@ def _parents() -> Iterator[tuple[int, int]]:
         try:
             fields = Path("/proc", name, "stat").read_bytes().rpartition(b") ")[2].split()
         except OSError:
-            continue  # it ended meanwhile
+            continue  # the process ended meanwhile
         yield int(name), int(fields[1])

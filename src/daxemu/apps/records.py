@@ -1,4 +1,4 @@
-"""The data that every program is given: numbered records of text, each known from its number alone."""
+"""Data of every program: numbered records of text. The number alone determines the content."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 BASE = 2000
-"""Records below are in the data file proper when a program is started."""
+"""Records below BASE are in the data file itself when a program is started."""
 COUNT = 2400
-"""Those from BASE on were acknowledged, and are in the journal of a program that has one."""
+"""Number of records. Records from BASE on were acknowledged, and are in the journal of a program with one."""
 LENGTH = 500
-HURT = BASE // 2
-"""The record in whose page the data file is hurt."""
-HURT_LATE = (BASE + COUNT) // 2
-"""The same of the journal."""
+DATA_TARGET = BASE // 2
+"""Record for injections into the data file: its page is poisoned, or its bytes are changed."""
+JOURNAL_TARGET = (BASE + COUNT) // 2
+"""Record for injections into the journal."""
 HEAD = len(f"record {0:06d} ")
 
 _LINE = re.compile(r"(\d{6}) (.*)")
 
 
 def text(number: int, version: int = 0) -> str:
-    """A record: LENGTH characters, which no compression makes much smaller than half."""
+    """Return a record of LENGTH characters. A compressed record has about half the size, or more."""
     head = f"record {number:06d} " if not version else f"change {number:06d} "
     body = hashlib.shake_256(f"{number} {version}".encode()).hexdigest(LENGTH // 2)
     return (head + body)[:LENGTH]
 
 
 def lines(numbers: Iterable[int]) -> str:
-    """Records as lines of text, for a program's input."""
+    """Return records as lines of text, for a program's input."""
     return "".join(f"{text(number)}\n" for number in numbers)
 
 
-class Finding(msgspec.Struct):
-    """What a program gave back when it was asked for everything. ``complaints``: what it said of errors to
-    whoever asked.
+class ReadBack(msgspec.Struct):
+    """Records returned by a program, counted against the written records.
+
+    ``complaints``: error messages of the program to its client.
     """
 
     right: int = 0
@@ -47,26 +48,29 @@ class Finding(msgspec.Struct):
 
     @property
     def complete(self) -> bool:
-        """Whether it was all there."""
+        """True if every record came back right."""
         return not self.wrong and not self.missing
 
 
-def compare(found: Mapping[int, object], expected: Mapping[int, object], complaints: list[str]) -> Finding:
-    """What was found, against what was written."""
-    finding = Finding(complaints=complaints)
+def compare(found: Mapping[int, object], expected: Mapping[int, object], complaints: list[str]) -> ReadBack:
+    """Compare the records found with the records written."""
+    read_back = ReadBack(complaints=complaints)
     for number, wanted in expected.items():
         if number not in found:
-            finding.missing += 1
+            read_back.missing += 1
         elif found[number] == wanted:
-            finding.right += 1
+            read_back.right += 1
         else:
-            finding.wrong += 1
-            finding.first_wrong = finding.first_wrong or f"record {number}"
-    return finding
+            read_back.wrong += 1
+            read_back.first_wrong = read_back.first_wrong or f"record {number}"
+    return read_back
 
 
-def compare_lines(output: Iterable[str], complaint: re.Pattern[str]) -> Finding:
-    """The same of lines ``NUMBER TEXT``; lines like ``complaint`` are errors that the program tells of."""
+def compare_lines(output: Iterable[str], complaint: re.Pattern[str]) -> ReadBack:
+    """Compare output lines ``NUMBER TEXT`` with all COUNT records.
+
+    Lines matching ``complaint`` are errors reported by the program.
+    """
     found, complaints = {}, []
     for line in output:
         if (match := _LINE.fullmatch(line)) is not None:

@@ -1,4 +1,4 @@
-"""The matrix as a page: what was seen, a reading of it, and how to see one cell again."""
+"""Report of the matrix as a Markdown page: observations, a summary, and instructions to repeat a cell."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import msgspec
 
 import daxemu
 from daxemu.apps.application import Application
-from daxemu.apps.cell import Cell, Life, Outcome
+from daxemu.apps.cell import Behaviour, MatrixCell, ProgramLife
 from daxemu.apps.install import versions
 from daxemu.apps.matrix import Wanted
 from daxemu.apps.situations import BY_NAME, Situation
 from daxemu.text import for_people
 
 MEANING = {
-    Outcome.RIGHT: "everything it gave back is what was written",
-    Outcome.REPORTS: "it says that something is wrong: an error, or it refuses to start",
-    Outcome.AO: "killed by SIGBUS, BUS_MCEERR_AO: told of poison that it maps",
-    Outcome.AR: "killed by SIGBUS, BUS_MCEERR_AR: it touched the poison",
-    Outcome.SIGBUS: "killed by SIGBUS, BUS_ADRERR",
-    Outcome.DIES: "ended by another signal",
-    Outcome.HANGS: "no answer within the limit",
-    Outcome.LOGGED: "what it gave back is wrong or not all, and only its log says something",
-    Outcome.WRONG: "what it gave back is wrong or not all, and nothing says so",
+    Behaviour.RIGHT: "all records came back as written",
+    Behaviour.REPORTS: "the program reports an error, or refuses to start",
+    Behaviour.AO: "killed by SIGBUS, BUS_MCEERR_AO: signalled because the poisoned page was mapped",
+    Behaviour.AR: "killed by SIGBUS, BUS_MCEERR_AR: the program consumed the poison",
+    Behaviour.SIGBUS: "killed by SIGBUS, BUS_ADRERR",
+    Behaviour.DIES: "ended by another signal",
+    Behaviour.HANGS: "no answer within the limit",
+    Behaviour.LOGGED: "records are wrong or missing, and only the log of the program reports an error",
+    Behaviour.WRONG: "records are wrong or missing, and nothing reports an error",
 }
-KILLED = (Outcome.AO, Outcome.AR, Outcome.SIGBUS, Outcome.DIES)
-LOSSES = (Outcome.WRONG, Outcome.LOGGED)
+KILLED = (Behaviour.AO, Behaviour.AR, Behaviour.SIGBUS, Behaviour.DIES)
+LOSSES = (Behaviour.WRONG, Behaviour.LOGGED)
 
 
-def summary(cells: Sequence[Wanted], made: Sequence[Cell]) -> dict[str, Any]:
-    """Everything, for machines."""
+def summary(cells: Sequence[Wanted], made: Sequence[MatrixCell]) -> dict[str, Any]:
+    """Return all observations as JSON-compatible builtins."""
     programs = list(dict.fromkeys(cell.application for cell in cells))
     return {
         "version": daxemu.__version__,
@@ -48,8 +48,8 @@ def summary(cells: Sequence[Wanted], made: Sequence[Cell]) -> dict[str, Any]:
     }
 
 
-def as_markdown(cells: Sequence[Wanted], made: Sequence[Cell]) -> str:
-    """The page."""
+def as_markdown(cells: Sequence[Wanted], made: Sequence[MatrixCell]) -> str:
+    """Return the page."""
     programs = list(dict.fromkeys(cell.application for cell in cells))
     situations = list(dict.fromkeys(cell.situation for cell in cells))
     found = {(cell.application, cell.situation): cell for cell in made}
@@ -59,8 +59,8 @@ def as_markdown(cells: Sequence[Wanted], made: Sequence[Cell]) -> str:
         _matrix(programs, situations, found, reasons),
         "",
         *(f"- **{outcome}**: {text}" for outcome, text in MEANING.items() if _occurs(made, outcome)),
-        *(["- **+**: it did not end when it was asked to, and was killed"] if _stays(made) else []),
-        "- **-**: it has no journal",
+        *(["- **+**: the program did not end when asked to, and was killed"] if _stays(made) else []),
+        "- **-**: the program has no journal",
         "",
         "The columns:",
         "",
@@ -78,7 +78,7 @@ def as_markdown(cells: Sequence[Wanted], made: Sequence[Cell]) -> str:
         "|---|---|---|---|",
         *(_program(a) for a in programs),
         "",
-        "Why it is so:",
+        "Reasons, by program:",
         "",
         *(f"- `{a.name}`: {a.note}" for a in programs),
         "",
@@ -87,20 +87,26 @@ def as_markdown(cells: Sequence[Wanted], made: Sequence[Cell]) -> str:
         _DETAIL,
     ]
     for name, group in groupby(made, lambda cell: cell.application):
-        parts += ["", f"### {name}", "", "| situation | hurt | under harm | restarted |", "|---|---|---|---|"]
+        parts += [
+            "",
+            f"### {name}",
+            "",
+            "| situation | injected at | first run | restarted |",
+            "|---|---|---|---|",
+        ]
         parts += [_row(cell) for cell in group]
     return "\n".join(parts) + "\n"
 
 
 _HEAD = """\
-# What real programs do when memory goes bad
+# Behaviour of real programs under memory failure
 
-Unmodified programs with data of their own on a daxemu mount, each cell on a fresh one: first what a program
-does under the harm, then what it does when it is started again, with the harm still there. Seen, not
-foretold: `daxemu apps` starts the program, hurts the page that holds a known record (or 16 bytes of it), has
-it read everything, and compares each of its 2400 records with what was written. What a mount does otherwise
-than DAX on hardware is in [fidelity](fidelity.md): of that, a read(2) of good pages and poison after them
-shows here, which is EIO there and the good bytes first here.
+Unmodified programs with data on a daxemu mount, one fresh mount for each cell. A cell shows the behaviour of
+the program under the harm, then its behaviour after a restart with the harm still in place. All behaviour is
+observed, none predicted: `daxemu apps` starts the program, poisons the page of a known record (or changes 16
+bytes of the record), has the program read everything, and compares each of the 2400 records with the record
+written. [Fidelity](fidelity.md) lists the differences between a mount and DAX on hardware. One of them shows
+here: a read(2) of good pages followed by poison returns EIO on hardware, and the good bytes first on a mount.
 
 Made by `make apps` with daxemu {version} on {system}.
 
@@ -108,11 +114,11 @@ Made by `make apps` with daxemu {version} on {system}.
 """
 
 _AGAIN = """\
-## One cell again
+## Repeat one cell
 
     daxemu apps --only PROGRAM --situation SITUATION
 
-tells step by step what is run, what is hurt, which signals come, and what the program says:
+prints each step: commands, the injected range, signals, and the messages of the program:
 
 ```console
 $ daxemu apps --only sqlite3-mmap --situation late
@@ -132,11 +138,11 @@ $ daxemu apps --only sqlite3-mmap --situation late
 sqlite3-mmap, late: SIGBUS AR, restarted: SIGBUS AR
 ```
 
-`daxemu apps --list` names the programs that are here; `--install` gets the others, from Debian with apt-get
-and from PyPI into the venv."""
+`daxemu apps --list` shows which programs are installed. `--install` installs the others, from Debian with
+apt-get and from PyPI into the venv."""
 
 _DETAIL = """\
-Where it was hurt, and what the program said (the last line that tells most)."""
+The injected range, and the message of the program (the last line with an error)."""
 
 
 def _system() -> str:
@@ -147,18 +153,18 @@ def _system() -> str:
     return ", ".join(filter(None, [f"Linux {platform.release()}", name, platform.machine()]))
 
 
-def _occurs(made: Sequence[Cell], outcome: Outcome) -> bool:
+def _occurs(made: Sequence[MatrixCell], outcome: Behaviour) -> bool:
     return any(life is not None and life.outcome is outcome for c in made for life in (c.first, c.again))
 
 
-def _stays(made: Sequence[Cell]) -> bool:
+def _stays(made: Sequence[MatrixCell]) -> bool:
     return any(life is not None and life.stays for c in made for life in (c.first, c.again))
 
 
 def _matrix(
     programs: Sequence[type[Application]],
     situations: Sequence[Situation],
-    found: dict[tuple[str, str], Cell],
+    found: dict[tuple[str, str], MatrixCell],
     reasons: dict[tuple[str, str], str],
 ) -> str:
     lines = [
@@ -175,7 +181,7 @@ def _matrix(
     return "\n".join(lines)
 
 
-def _short(cell: Cell) -> str:
+def _short(cell: MatrixCell) -> str:
     if cell.first is None or cell.again is None:
         return "not observed"
     return " / ".join(
@@ -185,49 +191,52 @@ def _short(cell: Cell) -> str:
     )
 
 
-def _reading(made: Sequence[Cell]) -> str:
-    """What can be said of the whole, counted from it."""
-    hurt = [c for c in made if BY_NAME[c.situation].harm != "none" and c.first and c.again]
-    poison = [c for c in hurt if BY_NAME[c.situation].harm in ("poison", "latent")]
-    silent = [c for c in hurt if BY_NAME[c.situation].harm == "silent"]
-    removal = [c for c in hurt if BY_NAME[c.situation].harm == "removal"]
+def _reading(made: Sequence[MatrixCell]) -> str:
+    """Return the summary of the matrix, with counts from the matrix itself."""
+    harmed = [c for c in made if BY_NAME[c.situation].harm != "none" and c.first and c.again]
+    poison = [c for c in harmed if BY_NAME[c.situation].harm in ("poison", "latent")]
+    silent = [c for c in harmed if BY_NAME[c.situation].harm == "silent"]
+    removal = [c for c in harmed if BY_NAME[c.situation].harm == "removal"]
 
-    def ends(cells: Sequence[Cell], *outcomes: Outcome) -> list[Cell]:
+    def ends(cells: Sequence[MatrixCell], *outcomes: Behaviour) -> list[MatrixCell]:
         return [c for c in cells if c.again is not None and c.again.outcome in outcomes]
 
-    def either(cells: Sequence[Cell], *outcomes: Outcome) -> list[Cell]:
+    def either(cells: Sequence[MatrixCell], *outcomes: Behaviour) -> list[MatrixCell]:
         return [c for c in cells if any(life and life.outcome in outcomes for life in (c.first, c.again))]
 
-    def begins(cells: Sequence[Cell], *outcomes: Outcome) -> list[Cell]:
+    def begins(cells: Sequence[MatrixCell], *outcomes: Behaviour) -> list[MatrixCell]:
         return [c for c in cells if c.first is not None and c.first.outcome in outcomes]
 
     entries = (
         (
-            "Poison in the data file, and wrong data without an error",
+            "Poison in the data file: wrong data without an error",
             either([c for c in poison if BY_NAME[c.situation].part == "data"], *LOSSES),
         ),
         (
-            "Poison in the journal, and acknowledged data is gone without an error",
+            "Poison in the journal: acknowledged data lost without an error",
             either([c for c in poison if BY_NAME[c.situation].part == "journal"], *LOSSES),
         ),
-        ("Other bytes, and wrong data without an error", either(silent, *LOSSES)),
-        ("Of these, its log says something once", begins(hurt, Outcome.LOGGED)),
-        ("Killed by a signal", begins(hurt, *KILLED)),
-        ("No answer", either(hurt, Outcome.HANGS)),
-        ("It did not end when it was asked to", [c for c in hurt if c.first is not None and c.first.stays]),
-        ("Poison, and all is right after a restart with the poison still there", ends(poison, Outcome.RIGHT)),
-        ("Removed and put back, and all is right", ends(removal, Outcome.RIGHT)),
+        ("Changed bytes: wrong data without an error", either(silent, *LOSSES)),
+        ("Of these, reported once in the program's log", begins(harmed, Behaviour.LOGGED)),
+        ("Killed by a signal", begins(harmed, *KILLED)),
+        ("No answer", either(harmed, Behaviour.HANGS)),
+        ("Did not end when asked to", [c for c in harmed if c.first is not None and c.first.stays]),
         (
-            "Removed and put back, and not all is right",
-            [c for c in removal if c not in ends(removal, Outcome.RIGHT)],
+            "Poison: all data right after a restart with the poison still present",
+            ends(poison, Behaviour.RIGHT),
+        ),
+        ("Removed and put back: all data right", ends(removal, Behaviour.RIGHT)),
+        (
+            "Removed and put back: not all data right",
+            [c for c in removal if c not in ends(removal, Behaviour.RIGHT)],
         ),
     )
-    lines = [f"Of {len(hurt)} cells in which something was hurt:", ""]
+    lines = [f"Of {len(harmed)} cells with an injection or a removal:", ""]
     return "\n".join(lines + [f"- **{title}**: {_named(cells)}." for title, cells in entries])
 
 
-def _named(cells: Sequence[Cell]) -> str:
-    """Which cells, programs with the same situations together."""
+def _named(cells: Sequence[MatrixCell]) -> str:
+    """Return the number of cells and their names. Programs with the same situations are joined."""
     if not cells:
         return "none"
     by_program: dict[str, list[str]] = {}
@@ -245,13 +254,13 @@ def _program(a: type[Application]) -> str:
     return f"| `{a.name}` | {a.about} | {a.journal or 'none'} | {found} |"
 
 
-def _row(cell: Cell) -> str:
+def _row(cell: MatrixCell) -> str:
     if cell.failed:
         return f"| {cell.situation} | {cell.hurt} | not observed: `{_escape(cell.failed)}` | |"
-    return f"| {cell.situation} | {cell.hurt} | {_told(cell.first)} | {_told(cell.again)} |"
+    return f"| {cell.situation} | {cell.hurt} | {_shown(cell.first)} | {_shown(cell.again)} |"
 
 
-def _told(life: Life | None) -> str:
+def _shown(life: ProgramLife | None) -> str:
     if life is None:
         return ""
     return f"{life.outcome}" + (f": `{_escape(life.said)}`" if life.said else "")

@@ -1,4 +1,4 @@
-"""What is done to a program's memory: the columns of the matrix."""
+"""Situations: the columns of the matrix. A situation says which memory of a program fails, and when."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ Harm = Literal["none", "poison", "latent", "silent", "removal"]
 
 
 class Situation(msgspec.Struct, frozen=True):
-    """``live``: the program runs, has opened its data and read it all once; otherwise it is started after
-    the harm.
+    """Situation of a program.
+
+    ``live``: the program runs, and has opened and read all its data, before the harm. Otherwise the program
+    is started after the harm.
     """
 
     name: str
@@ -25,17 +27,17 @@ class Situation(msgspec.Struct, frozen=True):
 
 
 SITUATIONS = (
-    Situation("healthy", "Nothing", "nothing is hurt: what the others are compared with", "none"),
+    Situation("healthy", "Nothing", "no injection: the reference for all other columns", "none"),
     Situation(
         "before",
         "Before open",
-        "a page of the data file is poison when the program opens it",
+        "a page of the data file is poisoned when the program opens the file",
         "poison",
     ),
     Situation(
         "early",
         "Live, early kill",
-        "a page of the data file goes bad under the running program, with early_kill=1",
+        "a page of the data file is poisoned under the running program, with early_kill=1",
         "poison",
         live=True,
         early_kill=True,
@@ -43,34 +45,34 @@ SITUATIONS = (
     Situation(
         "late",
         "Live, late kill",
-        "a page of the data file goes bad under the running program, with early_kill=0, the default",
+        "a page of the data file is poisoned under the running program, with early_kill=0, the default",
         "poison",
         live=True,
     ),
     Situation(
         "latent",
         "Latent",
-        "the same, and nobody knows of it until the program reads everything again",
+        "the same with latent poison: undetected until the program reads everything again",
         "latent",
         live=True,
     ),
     Situation(
         "silent",
         "Silent",
-        "16 bytes of one record in the data file are others when the program opens it: no error anywhere",
+        "16 bytes of one record in the data file are changed before the program opens it, without an error",
         "silent",
     ),
     Situation(
         "journal",
         "Journal",
-        "a page of the journal is poison when the program starts after it was killed",
+        "a page of the journal is poisoned when the program starts after a kill",
         "poison",
         part="journal",
     ),
     Situation(
         "journal-live",
         "Journal, live",
-        "a page of the journal goes bad under the running program",
+        "a page of the journal is poisoned under the running program",
         "poison",
         part="journal",
         live=True,
@@ -78,14 +80,14 @@ SITUATIONS = (
     Situation(
         "journal-silent",
         "Journal, silent",
-        "16 bytes of one record in the journal are others when the program starts after it was killed",
+        "16 bytes of one record in the journal are changed when the program starts after a kill",
         "silent",
         part="journal",
     ),
     Situation(
         "remove",
         "Removal",
-        "the device is removed under the running program; it is back, unhurt, before the restart",
+        "the device is removed under the running program, and put back undamaged before the restart",
         "removal",
         part="device",
         live=True,

@@ -15,7 +15,7 @@ from daxemu.cli.output import complain, say, say_json
 from daxemu.errors import DaxemuError, InvalidArgument, Unsupported
 
 if TYPE_CHECKING:
-    from daxemu.apps.cell import Cell
+    from daxemu.apps.cell import MatrixCell
     from daxemu.apps.matrix import Wanted
 
 
@@ -96,7 +96,7 @@ def apps(
         sys.exit(DaxemuError.exit_status)
 
 
-def _make(cells: list[Wanted], limit: float, *, told: bool) -> list[Cell]:
+def _make(cells: list[Wanted], limit: float, *, told: bool) -> list[MatrixCell]:
     from daxemu.apps.matrix import make
 
     made = []
@@ -118,13 +118,13 @@ def _make(cells: list[Wanted], limit: float, *, told: bool) -> list[Cell]:
     return made
 
 
-def _outcomes(cell: Cell) -> str:
+def _outcomes(cell: MatrixCell) -> str:
     if cell.first is None or cell.again is None:
         return "not observed"
     return f"{cell.first.outcome}, restarted: {cell.again.outcome}"
 
 
-def _table(cells: list[Wanted], made: list[Cell]) -> list[str]:
+def _table(cells: list[Wanted], made: list[MatrixCell]) -> list[str]:
     found = {(cell.application, cell.situation): _outcomes(cell) for cell in made}
     rows = [
         (a, s, found.get((a, s), cell.why_not))

@@ -143,7 +143,7 @@ def _figures(
         "lost": lost.value,
         "lost_low": lost.low,
         "lost_high": lost.high,
-        "hurt": totals.hurt / totals.devices,
+        "hurt": totals.damaged / totals.devices,
         "silent": totals.silent / totals.devices / years,
         "traffic": totals.traffic / totals.devices / years,
         "slower": slower,

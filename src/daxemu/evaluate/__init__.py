@@ -1,9 +1,13 @@
-"""Comparing repair strategies on the same faults: plans, fault generators, workloads, trials, reports,
-fleets.
+"""Comparison of repair strategies under the same faults.
 
-Above the client and the supervisor: a trial talks to its mount through the command line and daxemu.client, as
-any user's script would, and knows nothing of a strategy but its name. No counterpart in Linux.
+Parts: plans, fault generators, workloads, trials, reports, fleets.
 
-Invariants: a fault is a function of (plan seed, fault plan, repetition) and of nothing else; a finished trial
-is one line of JSON, never changed afterwards; a trial's machine is gone when the trial is.
+Layer: above the client and the supervisor. A trial uses its mount through the command line and daxemu.client
+only, as a user's script would. A trial knows a strategy by its name alone. No counterpart in Linux.
+
+Invariants:
+
+- The faults of a trial depend on (plan seed, fault plan, repetition) and on nothing else.
+- A finished trial is one line of JSON, never changed afterwards.
+- The device, the mount and the directories of a trial are removed when the trial ends.
 """

@@ -1,4 +1,4 @@
-"""All trials of a plan: which are still to be made, their raw results, and going on after an interruption."""
+"""Campaign: all trials of a plan, their raw results, and continuation after an interruption."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ import msgspec
 from daxemu.errors import Busy, InvalidArgument
 from daxemu.evaluate.plan import Plan
 from daxemu.evaluate.scheduler import Scheduler
-from daxemu.evaluate.trial import Key, Result, Task
+from daxemu.evaluate.trial import Key, Result, TrialRequest
 
 
 class Outputs:
-    """The files of a report, all beside each other: REPORT.html, .json, .csv, .trials.jsonl (the raw
-    results).
-    """
+    """Paths of a report, in one directory: REPORT.html, .json, .csv, .trials.jsonl (raw results)."""
 
     def __init__(self, report: Path) -> None:
-        """``report``: with or without .html. Raises InvalidArgument."""
+        """Derive all paths from ``report``, with or without .html.
+
+        Raises InvalidArgument if the name is empty or a directory, or if the parent directory does not exist.
+        """
         base = report.with_suffix("") if report.suffix == ".html" else report
         if not base.name or base.is_dir() or not base.absolute().parent.is_dir():
             raise InvalidArgument(f"{report}: give the name of a file in a directory that exists")
@@ -33,8 +34,10 @@ class Outputs:
 
 
 def keys(plan: Plan) -> list[Key]:
-    """Every trial of a plan. The strategies of one comparison come one after another, so that whatever else
-    the machine does meets them alike.
+    """Return the keys of all trials of a plan.
+
+    The strategies of one comparison follow one another directly, so other load on the machine affects all of
+    them alike.
     """
     return [
         Key(strategy, workload.label, faults.name, repetition)
@@ -45,10 +48,13 @@ def keys(plan: Plan) -> list[Key]:
 
 
 class Campaign:
-    """The trials of ``plan`` (``text`` is its TOML), kept in ``path`` as they end. A context manager."""
+    """Trials of ``plan``; results are appended to ``path`` as trials end. A context manager.
+
+    ``text``: the plan's TOML text.
+    """
 
     def __init__(self, plan: Plan, text: str, path: Path) -> None:
-        """Raises Busy when another evaluation writes there."""
+        """Open ``path`` and read earlier results. Raises Busy if another evaluation has ``path`` open."""
         self.plan = plan
         self._text = text
         self._file: IO[bytes] = open(path, "a+b")  # noqa: SIM115 - lives as long as this object
@@ -56,7 +62,7 @@ class Campaign:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._file.close()
-            raise Busy(f"{path} is being written to by another evaluation: give another -o") from error
+            raise Busy(f"another evaluation is writing to {path}: give another -o") from error
         self.results: dict[Key, Result] = {}
         self._read()
 
@@ -73,22 +79,25 @@ class Campaign:
             if wanted.get(result.key) == result.fingerprint:
                 self.results[result.key] = result
         if self._file.tell() and not self._ends_well():
-            self._file.write(b"\n")  # half a line: whoever wrote it was killed
+            self._file.write(b"\n")  # a truncated line: the writer was killed
 
     def _ends_well(self) -> bool:
         self._file.seek(-1, os.SEEK_END)
         return self._file.read(1) == b"\n"
 
-    def left(self) -> list[Task]:
-        """What is still to be made; what failed is tried again."""
+    def left(self) -> list[TrialRequest]:
+        """Return requests for all trials without a successful result. Failed trials are repeated."""
         return [
-            Task(self._text, key)
+            TrialRequest(self._text, key)
             for key in keys(self.plan)
             if (made := self.results.get(key)) is None or made.failed is not None
         ]
 
     def run(self, scheduler: Scheduler, done: Callable[[Result], None]) -> None:
-        """Make them all, telling ``done`` of each. When interrupted, what is done is kept."""
+        """Run all remaining trials; call ``done`` with each result.
+
+        An interruption keeps finished results.
+        """
         try:
             for result in scheduler.results(self.left()):
                 self._keep(result)
@@ -103,17 +112,17 @@ class Campaign:
         os.fsync(self._file.fileno())
 
     def good(self) -> list[Result]:
-        """Results, less the failed trials, in the order of the plan."""
+        """Return successful results in the plan's order."""
         made = (self.results.get(key) for key in keys(self.plan))
         return [result for result in made if result is not None and result.failed is None]
 
     def failed(self) -> list[Result]:
-        """Trials that gave no result."""
+        """Return trials without a result."""
         return [result for result in self.results.values() if result.failed is not None]
 
 
 def read_results(lines: Iterable[bytes]) -> Iterable[Result]:
-    """The results in raw lines; a line that is none, such as half of one, is passed over."""
+    """Parse raw result lines; skip lines which do not parse, such as a truncated one."""
     for line in lines:
         try:
             yield msgspec.json.decode(line, type=Result)

@@ -1,8 +1,8 @@
-"""Faults drawn from a plan: when, where, how much, and how they come to light.
+"""Faults drawn from a plan: time, place, size, detection.
 
-What is drawn depends on (plan seed, fault plan, repetition) alone, so that every strategy and every workload
-meets the same. A fault in "files" has a place as a fraction of the workload's bytes, one in "metadata" of the
-filesystem's own; trials look up which bytes of the device that is when it happens.
+The draw depends on (plan seed, fault plan, repetition) alone, so every strategy and every workload has the
+same faults. The place of a "files" fault is a fraction of the workload's bytes, of a "metadata" fault a
+fraction of the filesystem's own bytes. The injector resolves a place to device bytes when the fault is due.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from daxemu.uapi import SECTOR_SIZE
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """One event of a trial. Times are seconds from the start of its workload, sizes bytes.
+    """A fault of a trial. Times are seconds from the start of the workload, sizes are bytes.
 
-    ``place`` is in [0, 1) of the target's bytes. ``found``: when the hardware reports it by itself; None if
-    it does not.
+    ``place`` is in [0, 1) of the target's bytes. ``found``: time of the hardware's own report; None if the
+    hardware does not report the fault.
     """
 
     time: float
@@ -35,17 +35,17 @@ class Fault(msgspec.Struct, frozen=True):
     spill: int
     seed: int
     shift: int = 0
-    """Bytes from ``place``: of a storm's later faults."""
+    """Offset in bytes from ``place``, for all faults of a storm after the first."""
 
 
 def generator(*key: int | str) -> np.random.Generator:
-    """A stream of random numbers of its own for each key."""
+    """Return a random generator with an independent stream for each key."""
     words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
     return np.random.default_rng(np.random.SeedSequence(words))
 
 
 def draw(plan: Plan, faults: FaultPlan, repetition: int) -> list[Fault]:
-    """The faults of one trial, in the order of their time."""
+    """Draw the faults of one trial, sorted by time."""
     found: list[Fault] = []
     for index, process in enumerate(faults.process):
         rng = generator(plan.seed, faults.name, repetition, index)
@@ -54,7 +54,10 @@ def draw(plan: Plan, faults: FaultPlan, repetition: int) -> list[Fault]:
 
 
 def pareto_factors(rng: np.random.Generator, shape: float, count: int) -> np.ndarray:
-    """Factors of mean 1 on devices' rates, Pareto distributed."""
+    """Draw ``count`` Pareto distributed factors of mean 1 for the fault rates of devices.
+
+    ``shape`` must be above 1.
+    """
     scale = (shape - 1.0) / shape
     factors: np.ndarray = scale * (1.0 + rng.pareto(shape, count))
     return factors
@@ -95,7 +98,11 @@ def _draw_process(plan: Plan, faults: FaultPlan, p: FaultProcess, rng: np.random
 def _arrivals(
     plan: Plan, p: FaultProcess, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Times, distances in bytes from the place of the first of the same storm, and which one that is."""
+    """Return arrival times, byte shifts and parents.
+
+    The parent of a fault is the index of the first fault in the same storm. A shift is the distance from the
+    parent's place.
+    """
     if p.arrival == "at":
         times = np.sort(np.array(p.times, dtype=float))
         return times, np.zeros(len(times), dtype=np.int64), np.arange(len(times))
@@ -113,17 +120,18 @@ def _arrivals(
     after[first], shifts[first] = 0.0, 0
     spread_times = np.repeat(times, sizes) + after
     inside = spread_times < plan.seconds
-    # Those after the end of the trial are dropped; a first one never is, so parents stay in place.
+    # Faults after the end of the trial are dropped. The first fault of a storm is always before the end, so
+    # each parent index stays valid.
     kept = np.flatnonzero(inside)
     renumbered = np.cumsum(inside) - 1
     return spread_times[kept], shifts[kept], renumbered[parents[kept]]
 
 
 def span(fault: Fault, at: int, device: int) -> tuple[int, int]:
-    """Device bytes (offset, length) of a fault whose place is device byte ``at``: whole units, with its
-    spill.
+    """Return device bytes (offset, length) of a fault at device byte ``at``.
 
-    The media's grain is a sector: 256 bytes take the 512 around them.
+    The range has whole units, rounded out to ``spill``. The smallest unit of the media is a 512-byte sector:
+    a 256-byte fault takes the whole sector.
     """
     grain = max(fault.length, SECTOR_SIZE)
     start = at // grain * grain
@@ -135,7 +143,7 @@ def span(fault: Fault, at: int, device: int) -> tuple[int, int]:
 
 
 def scrubs(faults: FaultPlan, seconds: float) -> list[float]:
-    """When a trial scrubs."""
+    """Return the times of a trial's scrubs, in seconds."""
     if faults.scrub_period is None:
         return []
     count = int(seconds / faults.scrub_period)

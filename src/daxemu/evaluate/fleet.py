@@ -1,9 +1,8 @@
-"""A fleet of devices over years, by simulation: what each strategy would lose, and how many bytes it would
-move.
+"""Fleet simulation: bytes lost and moved by each strategy, on many devices over years.
 
-Monte Carlo, vectorised over all faults of many devices. Every strategy meets the same faults. A group's
-second failure counts when it comes before the first is found and repaired; a third at the same time is
-counted as two pairs, which is a little more than it costs.
+Monte Carlo, vectorised over all faults of many devices. The faults are the same for every strategy. A second
+failure in a group counts if the first is not yet found and repaired. A third failure in the same window
+counts as two pairs, a slight overestimate.
 """
 
 from __future__ import annotations
@@ -33,14 +32,17 @@ from daxemu.evaluate.statistics import Estimate
 from daxemu.uapi import PAGE_SIZE
 
 CHUNK = 500
-"""Devices simulated at a time; also what one Dask task does. Part of what the seed means."""
+"""Devices simulated at a time, also in one Dask task. Part of the seed: another value draws other faults."""
 
 POISON, SILENT, REMOVAL = range(3)
 KINDS = {"poison": POISON, "silent": SILENT, "removal": REMOVAL}
 
 
 class World(NamedTuple):
-    """How long, how large, how full. ``field``: rates per year and fleet times; otherwise a trial's."""
+    """Duration in seconds, device size in bytes, share of used bytes.
+
+    ``field``: rates per year and times of the fleet; otherwise rates and times of a trial.
+    """
 
     seconds: float
     size: int
@@ -49,7 +51,7 @@ class World(NamedTuple):
 
 
 class Faults(NamedTuple):
-    """All faults of a chunk, in order of device and time. Arrays of one length; seconds and device bytes."""
+    """All faults of a chunk, sorted by device and time: arrays of equal length; seconds and device bytes."""
 
     device: np.ndarray
     time: np.ndarray
@@ -57,31 +59,31 @@ class Faults(NamedTuple):
     length: np.ndarray
     kind: np.ndarray
     latency: np.ndarray
-    """Until it is found."""
+    """Seconds until the fault is found."""
     lucky: np.ndarray
-    """Uniform in [0, 1): whether this one meets unprotected data."""
+    """Uniform in [0, 1): compared with ``exposed`` to decide if the fault falls on unprotected data."""
     data: np.ndarray
-    """The part of its bytes that are data."""
+    """Share of the fault's bytes holding data."""
 
 
 class Totals(msgspec.Struct):
-    """Of one strategy over some devices: counts and sums over devices, which add up."""
+    """Totals of one strategy over some devices. Totals of different devices can be added."""
 
     devices: int = 0
     lost: float = 0.0
     lost_squared: float = 0.0
-    hurt: int = 0
-    """Devices that lost anything."""
+    damaged: int = 0
+    """Number of devices with any loss."""
     silent: float = 0.0
     traffic: float = 0.0
 
     def add(self, other: Totals) -> None:
-        """Add other devices'."""
+        """Add the totals of other devices."""
         for field in self.__struct_fields__:
             setattr(self, field, getattr(self, field) + getattr(other, field))
 
     def mean_lost(self, per: float = 1.0) -> Estimate:
-        """Bytes lost a device, divided by ``per``, with a normal 95 % interval."""
+        """Return mean bytes lost in a device, divided by ``per``, with a normal 95 % interval."""
         value = self.lost / self.devices
         spread = max(self.lost_squared / self.devices - value**2, 0.0)
         half = 1.96 * math.sqrt(spread / self.devices)
@@ -89,7 +91,7 @@ class Totals(msgspec.Struct):
 
 
 class Chunk(msgspec.Struct):
-    """Some devices to simulate; all that a worker elsewhere needs."""
+    """Devices to simulate, with everything a remote worker needs."""
 
     plan: str
     faults: str
@@ -101,7 +103,7 @@ class Chunk(msgspec.Struct):
 
 
 def field_world(plan: Plan) -> World:
-    """The fleet of the plan."""
+    """Return the world of the plan's fleet."""
     return World(plan.fleet.years * YEAR, int(plan.fleet.size), plan.fleet.used, True)
 
 
@@ -114,14 +116,15 @@ def chunks(
     devices: int,
     strategies: Sequence[str] | None = None,
 ) -> Iterator[Chunk]:
-    """The devices in chunks, for the plan's strategies or those given. Raises InvalidArgument where the plan
-    does not say what a year brings, or a strategy is unknown.
+    """Split the devices into chunks, for the given strategies (default: all of the plan).
+
+    Raises InvalidArgument if the fault plan gives no field rate, or for an unknown strategy.
     """
     chosen = list(plan.strategies if strategies is None else strategies)
     for process in plan.faults_called(faults).process:
         if world.field and per_year(process, world.size) is None:
             raise InvalidArgument(
-                f"fault plan {faults!r} has no rate or fit_per_mbit: a fleet needs faults a year, not a trial"
+                f"fault plan {faults!r} has no rate or fit_per_mbit: a fleet needs a rate per year"
             )
     for strategy in chosen:
         model_of(plan, strategy, costs.get(strategy, Costs()))
@@ -131,7 +134,7 @@ def chunks(
 
 
 def simulate(chunk: Chunk) -> dict[str, Totals]:
-    """One chunk, all strategies."""
+    """Simulate one chunk for all its strategies."""
     plan = parse(chunk.plan)
     drawn = draw_chunk(plan, plan.faults_called(chunk.faults), chunk)
     return {
@@ -143,7 +146,10 @@ def simulate(chunk: Chunk) -> dict[str, Totals]:
 def run(
     work: Iterable[Chunk], compute: Callable[[Sequence[Chunk]], Iterable[dict[str, Totals]]] | None = None
 ) -> dict[str, Totals]:
-    """All chunks, here or wherever ``compute`` does them."""
+    """Simulate all chunks and add up the totals.
+
+    ``compute`` runs the chunks elsewhere, for example on a cluster.
+    """
     todo = list(work)
     totals: dict[str, Totals] = {}
     for part in compute(todo) if compute is not None else map(simulate, todo):
@@ -153,7 +159,7 @@ def run(
 
 
 def draw_chunk(plan: Plan, faults: FaultPlan, chunk: Chunk) -> Faults:
-    """The faults of all devices of a chunk."""
+    """Draw the faults of all devices of a chunk."""
     parts = []
     for index, process in enumerate(faults.process):
         rng = generator(plan.seed, "fleet", faults.name, index, chunk.number)
@@ -200,7 +206,7 @@ def _draw_process(
     length = np.minimum(length, world.size - offset)
     used = 1.0 if p.target == "files" and not world.field else world.used
     if p.target == "metadata":
-        used = 0.0  # it is there twice: no file loses anything
+        used = 0.0  # metadata has two replicas: no file loses data
     return Faults(
         device,
         time,
@@ -216,7 +222,7 @@ def _draw_process(
 def _latencies(
     plan: Plan, faults: FaultPlan, p: FaultProcess, rng: np.random.Generator, count: int, world: World
 ) -> np.ndarray:
-    """Seconds until each fault is found."""
+    """Return seconds until each fault is found."""
     scrub = plan.fleet.scrub_period if world.field else (faults.scrub_period or world.seconds)
     if p.kind == "silent" or p.detect == "scrub":
         return rng.random(count) * scrub
@@ -229,7 +235,7 @@ def _latencies(
 
 
 def play(plan: Plan, faults: Faults, chunk: Chunk, strategy: str, costs: Costs) -> Totals:
-    """What one strategy makes of the faults."""
+    """Compute the totals of one strategy under the given faults."""
     model = model_of(plan, strategy, costs)
     world = chunk.world
     repair = costs.repair_seconds if costs.repair_seconds is not None else plan.fleet.repair_seconds
@@ -258,16 +264,16 @@ def play(plan: Plan, faults: Faults, chunk: Chunk, strategy: str, costs: Costs) 
         devices=chunk.devices,
         lost=float(per_device.sum()),
         lost_squared=float((per_device**2).sum()),
-        hurt=int((per_device > 0).sum()),
-        # Bits that flip make no more wrong than themselves: nothing is rounded out.
+        damaged=int((per_device > 0).sum()),
+        # A silent corruption is wrong in its own bytes only: not rounded out.
         silent=float((data * faults.length / np.maximum(length, 1))[unseen].sum()),
-        # To rebuild a unit all others of its group are read, and it is written.
+        # A rebuild reads all other units of the group and writes one unit.
         traffic=float(repaired.sum() * model.group) if model.tolerates else 0.0,
     )
 
 
 def _data_bytes(faults: Faults, length: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """How many bytes of each fault are data; pages are used or free as a whole."""
+    """Return the number of data bytes in each fault. A page is used or free as a whole."""
     pages = np.maximum(length // PAGE_SIZE, 1)
     found: np.ndarray = rng.binomial(pages, faults.data) * (length / pages)
     return found
@@ -283,21 +289,21 @@ def _lost_in_groups(
     seen: np.ndarray,
     repair: float,
 ) -> np.ndarray:
-    """Bytes lost by each fault where one bad unit of a group can be rebuilt."""
+    """Return bytes lost by each fault, where one failed unit of a group can be rebuilt."""
     lost = np.where(faults.lucky < model.exposed, data, 0.0)
     if model.outside:
         return lost
     spacing = int(model.spacing) if model.spacing is not None else world.size // model.group
-    # A fault as large as the distance to the next unit of its group takes both.
+    # A fault larger than the distance between units of a group takes both units.
     lost = np.where(length > spacing, data, lost)
     end = faults.time + faults.latency + repair
     stripe, inside = start // (spacing * model.group), start % spacing
     unit = start // spacing
-    # Of a mirrored pair one block of data is lost, of a stripe two, less where one of them is parity.
+    # A mirrored pair loses one block of data; a stripe loses two, or fewer if one of them is parity.
     weight = 1.0 if model.group == 2 else 2.0 * (model.group - 1) / model.group
     for lag in range(1, len(lost)):
         first, second = slice(None, -lag), slice(lag, None)
-        # Times of a device are in order, so when no pair is together at this lag, none is at a longer one.
+        # Faults of a device are sorted by time: no overlapping pair at this lag, none at longer lags.
         together = (faults.device[first] == faults.device[second]) & (faults.time[second] < end[first])
         if not together.any():
             break
@@ -311,7 +317,7 @@ def _lost_in_groups(
 
 
 def over_dask(client: Any) -> Callable[[Sequence[Chunk]], Iterator[dict[str, Totals]]]:
-    """Computes chunks on a Dask cluster."""
+    """Return a ``compute`` function for run(), running chunks on a Dask cluster."""
 
     def compute(todo: Sequence[Chunk]) -> Iterator[dict[str, Totals]]:
         for text in client.gather(
@@ -323,5 +329,5 @@ def over_dask(client: Any) -> Callable[[Sequence[Chunk]], Iterator[dict[str, Tot
 
 
 def simulate_json(chunk: bytes) -> bytes:
-    """A chunk on a Dask worker; JSON in, JSON out."""
+    """Simulate a chunk on a Dask worker. Argument and result are JSON."""
     return msgspec.json.encode(simulate(msgspec.json.decode(chunk, type=Chunk)))

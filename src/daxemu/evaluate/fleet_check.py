@@ -1,7 +1,7 @@
-"""Whether the fleet's simulation and the emulator agree: the same plan, both ways.
+"""Comparison of the fleet simulation with the emulator: the same plan, run both ways.
 
-Only for workloads whose data stands still: where it is rewritten, a write heals poison that nobody had met
-yet.
+Only workloads with constant data are compared. A workload that rewrites data clears latent poison before the
+poison is consumed, which the simulation does not model.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from daxemu.evaluate.models import measured
 from daxemu.evaluate.plan import Plan
 from daxemu.evaluate.statistics import Estimate
 
-STANDS_STILL = ("dataset",)
+CONSTANT_DATA = ("dataset",)
 DEVICES = 20_000
-"""Simulated trials: many more than emulated ones, so that nearly all of the error is theirs."""
+"""Number of simulated trials.
+
+Far above the number of emulated trials, so the emulated trials dominate the error.
+"""
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """Bytes lost in a trial, both ways. They agree when they differ by no more than both errors together."""
+    """Bytes lost in a trial, simulated and emulated."""
 
     strategy: str
     workload: str
@@ -34,7 +37,7 @@ class Comparison(msgspec.Struct, frozen=True):
 
     @property
     def error(self) -> float:
-        """How far apart they may be: both 95 % half intervals, in quadrature."""
+        """Return the allowed difference in bytes: both 95 % half intervals, added in quadrature."""
         halves = [
             (e.high - e.low) / 2
             for e in (self.simulated, self.emulated)
@@ -44,19 +47,22 @@ class Comparison(msgspec.Struct, frozen=True):
 
     @property
     def agree(self) -> bool:
-        """Whether they do."""
+        """True if the two values differ by at most ``error``."""
         return abs(self.simulated.value - self.emulated.value) <= self.error
 
 
 def compare(plan: Plan, text: str, report: dict[str, Any]) -> Iterator[Comparison]:
-    """Every cell of a report that can be simulated. Raises InvalidArgument if there is none."""
-    cells = [c for c in report["cells"] if _stands_still(plan, c["workload"]) and c["trials"] > 1]
+    """Yield a comparison for each report cell with constant data.
+
+    Raises InvalidArgument without such a cell.
+    """
+    cells = [c for c in report["cells"] if _has_constant_data(plan, c["workload"]) and c["trials"] > 1]
     faulty = {faults.name for faults in plan.faults if faults.process}
     cells = [c for c in cells if c["faults"] in faulty and c["strategy"] in plan.strategies]
     if not cells:
         raise InvalidArgument(
             "nothing to compare: the report needs a workload of kind "
-            f"{' or '.join(STANDS_STILL)}, faults, and two repetitions or more"
+            f"{' or '.join(CONSTANT_DATA)}, faults, and two repetitions or more"
         )
     costs = {strategy: measured(report, strategy) for strategy in plan.strategies}
     for cell in cells:
@@ -68,17 +74,17 @@ def compare(plan: Plan, text: str, report: dict[str, Any]) -> Iterator[Compariso
         yield Comparison(strategy, cell["workload"], cell["faults"], simulated, _whole(cell))
 
 
-def _stands_still(plan: Plan, workload: str) -> bool:
-    return any(w.label == workload and w.kind in STANDS_STILL for w in plan.workload)
+def _has_constant_data(plan: Plan, workload: str) -> bool:
+    return any(w.label == workload and w.kind in CONSTANT_DATA for w in plan.workload)
 
 
 def _whole(cell: dict[str, Any]) -> Estimate:
-    """The interval of a cell about its mean: a report cuts it off at 0."""
+    """Return the symmetric interval of a cell about its mean. A report cuts the lower bound off at 0."""
     found = cell["metrics"]["bytes_lost"]
     value, high = found["value"], found["high"]
     return Estimate(value, 2 * value - high, high, found["n"])
 
 
 def disagreements(found: Sequence[Comparison]) -> list[Comparison]:
-    """Those that do not agree."""
+    """Return the comparisons outside the allowed error."""
     return [comparison for comparison in found if not comparison.agree]

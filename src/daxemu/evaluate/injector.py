@@ -1,4 +1,4 @@
-"""Makes the faults of a trial happen at their times, on the mount that the trial runs on."""
+"""Injector: makes the faults of a trial happen at their times, on the mount of the trial."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from daxemu.protocol import Survey, SurveyReport
 from daxemu.uapi import PAGE_SIZE
 
 CELLS = 4096
-"""Parts of the device that are looked at in one go."""
+"""Number of survey cells in one request."""
 
 
-class Injected(msgspec.Struct):
-    """What became of a fault. ``result``: injected; missed (nothing is there any more); refused (``reason``).
+class FaultRecord(msgspec.Struct):
+    """Record of a drawn fault.
 
-    Device bytes; times are seconds from the start of the trial's workload.
+    ``result``: injected; missed (the file, or this part of the file, does not exist any more); refused
+    (``reason``). Offset and length are device bytes; times are seconds from the start of the workload.
+    ``told``: number of signals.
     """
 
     fault: Fault
@@ -38,13 +40,18 @@ class Injected(msgspec.Struct):
 
 
 def files_of(root: Path) -> list[tuple[str, int]]:
-    """The files under a directory, by path, with their sizes: what a fault in "files" is a place in."""
+    """Return (path, size in bytes) of all non-empty files below ``root``, sorted by path.
+
+    A "files" fault is a place in these files.
+    """
     found = ((path, path.stat()) for path in sorted(root.rglob("*")) if path.is_file())
     return [(str(path.relative_to(root)), stat.st_size) for path, stat in found if stat.st_size]
 
 
 class Injector:
-    """``root``: the workload's directory; ``files``: what was in it when it was ready; ``size``: of the
+    """Injector of one trial.
+
+    ``root``: directory of the workload. ``files``: files of the prepared workload. ``size``: bytes of the
     device.
     """
 
@@ -53,18 +60,22 @@ class Injector:
         self._root = root
         self._files = files
         self._size = size
-        self.injected: list[Injected] = []
+        self.injected: list[FaultRecord] = []
         self.scrubbed: list[dict[str, Any]] = []
 
     def run(self, faults: list[Fault], scrubs: list[float], start: float, until: float) -> None:
-        """Inject and scrub at their times, until ``until``; returns then. Times from ``start`` (epoch)."""
+        """Inject and scrub at the planned times; return at ``until``.
+
+        Planned times are seconds after ``start``. ``start`` and ``until`` are epoch times. Raises NotMounted
+        if the mount is gone; any other DaxemuError of a fault is recorded.
+        """
         agenda: list[tuple[float, int, Callable[[], None]]] = []
 
         def enter(at: float, act: Callable[[], None]) -> None:
             agenda.append((at, len(agenda), act))
 
         for fault in faults:
-            record = Injected(fault)
+            record = FaultRecord(fault)
             self.injected.append(record)
             enter(fault.time, partial(self._happen, record, start))
             if fault.found is not None and fault.found > fault.time:
@@ -78,7 +89,7 @@ class Injector:
             act()
         time.sleep(max(until - time.time(), 0.0))
 
-    def _happen(self, record: Injected, start: float) -> None:
+    def _happen(self, record: FaultRecord, start: float) -> None:
         fault = record.fault
         record.time = time.time() - start
         try:
@@ -102,14 +113,17 @@ class Injector:
         except DaxemuError as error:
             record.result, record.reason = "refused", str(error)
 
-    def _poison(self, record: Injected, *, latent: bool) -> None:
+    def _poison(self, record: FaultRecord, *, latent: bool) -> None:
         where = [[record.offset, record.length]]
         (done,) = self._client.request("inject", ranges=where, latent=latent)["ranges"]
         record.outcome, record.result = done["outcome"], "injected"
         record.told += done["told"]
 
-    def _report(self, record: Injected) -> None:
-        """The hardware finds latent poison by itself."""
+    def _report(self, record: FaultRecord) -> None:
+        """Report latent poison as the hardware would, without an access.
+
+        The same range is injected again, not latent.
+        """
         if record.result != "injected":
             return
         try:
@@ -131,8 +145,11 @@ class Injector:
             took = time.time() - began
             self.scrubbed.append({"time": began - start, "bytes": found["bytes"], "seconds": took})
 
-    def _place(self, record: Injected) -> int | None:
-        """The device byte of a fault; None if its file, or that part of it, is gone. Raises DaxemuError."""
+    def _place(self, record: FaultRecord) -> int | None:
+        """Resolve a fault to a device byte.
+
+        None if the file, or the part of the file, does not exist any more. Raises DaxemuError.
+        """
         fault = record.fault
         if fault.target == "files":
             at = self._in_files(record)
@@ -143,7 +160,10 @@ class Injector:
         return None if at is None else min(max(at + fault.shift, 0), self._size - 1)
 
     def _in_metadata(self, place: float) -> int:
-        """A place in what the filesystem has for itself, in the order of the device: both copies of all."""
+        """Resolve a fraction to a device byte among the filesystem's own bytes, in device order.
+
+        The space has both superblocks and both replicas of the records.
+        """
         whole = self._survey(0, self._size)
         at = int(place * sum(cell.metadata for cell in whole.cells))
         found = whole
@@ -160,7 +180,7 @@ class Injector:
     def _survey(self, offset: int, length: int) -> SurveyReport:
         return self._client.ask(Survey(offset, length, CELLS))
 
-    def _in_files(self, record: Injected) -> int | None:
+    def _in_files(self, record: FaultRecord) -> int | None:
         at = int(record.fault.place * sum(size for _, size in self._files))
         for path, size in self._files:
             if at < size:
@@ -170,7 +190,10 @@ class Injector:
         return None
 
     def _device_byte(self, path: Path, part: float) -> int | None:
-        """Of a place in a file as a part of its present size, which may have changed since."""
+        """Resolve a fraction of a file's present size to a device byte; None for a hole or a missing file.
+
+        The file may have changed its size since the workload was prepared.
+        """
         try:
             found = path.stat()
         except OSError:

@@ -1,6 +1,6 @@
-"""A fresh machine for one trial: device, mount and workload directory, and what can be done to them.
+"""Machine of one trial: a fresh device, mount and workload directory.
 
-By the command line and daxemu.client only, as a user's script would. What it leaves behind is nothing.
+Uses the command line and daxemu.client only, as a user's script would. Everything is removed afterwards.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ from daxemu.host.mountinfo import mount_at
 
 DAXEMU = (sys.executable, "-m", "daxemu")
 PATIENCE = 90.0
-"""Seconds for any one command."""
+"""Time limit of one command, in seconds."""
 NO_PROTECTION = "none"
 
 
 def daxemu(*arguments: str | Path | int) -> str:
-    """Run a verb; its stdout. Raises DaxemuError with the verb's own line."""
+    """Run a verb and return its stdout.
+
+    Raises DaxemuError on a timeout (PATIENCE) or on exit status != 0; the text is the last line of the verb's
+    stderr.
+    """
     try:
         done = subprocess.run(
             [*DAXEMU, *map(str, arguments)],
@@ -36,7 +40,7 @@ def daxemu(*arguments: str | Path | int) -> str:
             timeout=PATIENCE,
         )
     except subprocess.TimeoutExpired as error:
-        raise DaxemuError(f"daxemu {arguments[0]} took more than {PATIENCE:g} s") from error
+        raise DaxemuError(f"daxemu {arguments[0]} did not end within {PATIENCE:g} s") from error
     if done.returncode:
         said = done.stderr.strip().rpartition("\n")[2].removeprefix("daxemu: ")
         raise DaxemuError(said or f"daxemu {arguments[0]}: exit {done.returncode}")
@@ -44,8 +48,9 @@ def daxemu(*arguments: str | Path | int) -> str:
 
 
 def start_worker(module: str) -> subprocess.Popen[bytes]:
-    """A process of its own for one machine, told what to do on stdin. In a session of its own, so that the
-    terminal's Ctrl-C reaches us alone.
+    """Start a process for one machine; its request goes to stdin.
+
+    The process has its own session, so Ctrl-C on the terminal signals only the parent.
     """
     return subprocess.Popen(
         [sys.executable, "-m", module],
@@ -57,7 +62,7 @@ def start_worker(module: str) -> subprocess.Popen[bytes]:
 
 
 class Ending:
-    """A signal handler that ends the process, but not in the middle of something that must be whole."""
+    """Signal handler: ends the process with status 130, but not inside a ``hold()`` section."""
 
     def __init__(self) -> None:
         self._holds = 0
@@ -69,7 +74,7 @@ class Ending:
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """What is inside is finished first."""
+        """Defer the end of the process until the section is left. Sections nest."""
         self._holds += 1
         try:
             yield
@@ -84,11 +89,14 @@ class Ending:
 
 
 ending = Ending()
-"""Of a trial's process."""
+"""The handler of a trial's process."""
 
 
 class TrialMachine:
-    """``directory``: the trial's own. The device is ``device`` and the mount ``mountpoint``."""
+    """Device and mount of a trial.
+
+    ``directory`` belongs to the trial; the mount point is ``directory``/mnt.
+    """
 
     def __init__(self, directory: Path, device: Path, strategy: str) -> None:
         self.device = device
@@ -96,7 +104,7 @@ class TrialMachine:
         self.strategy = strategy
 
     def make(self, size: int, *, early_kill: bool) -> None:
-        """mkfs, mount. Raises DaxemuError."""
+        """Make the device with ``size`` bytes and mount it. Raises DaxemuError."""
         self.mountpoint.mkdir()
         daxemu("mkfs", self.device, "--size", size)
         self.mount()
@@ -104,26 +112,26 @@ class TrialMachine:
             daxemu("set", self.mountpoint, "early_kill=1")
 
     def mount(self) -> None:
-        """Mount with the trial's strategy. Raises DaxemuError."""
-        # Without the option for the default, so that plans with it alone run on every version.
+        """Mount the device with the trial's repair strategy. Raises DaxemuError."""
+        # The default strategy is not passed as an option: a plan with only the default runs on every version.
         repair = [] if self.strategy == NO_PROTECTION else ["--repair", self.strategy]
-        # A mount whose command is killed half way may come to be when everything was cleared away.
+        # A killed mount command may complete the mount after clear_away() ran.
         with ending.hold():
             daxemu("mount", self.device, self.mountpoint, *repair)
 
     def client(self) -> Client:
-        """A connection. Raises NotMounted."""
+        """Return a connection to the supervisor. Raises NotMounted."""
         return Client.at(self.mountpoint)
 
     def status(self) -> dict[str, Any]:
-        """``daxemu status``. Raises DaxemuError."""
+        """Return the answer of ``daxemu status``. Raises DaxemuError."""
         with self.client() as client:
             return client.request("status")
 
     def again(self) -> None:
-        """Unmount and mount, mending metadata if that was hurt: nothing is in the page cache then.
+        """Unmount and mount again: the page cache is empty afterwards.
 
-        Raises DaxemuError.
+        A filesystem that was shut down is repaired in between (``fsck --repair``). Raises DaxemuError.
         """
         shut_down = self.status()["state"] == "shut down"
         daxemu("umount", self.mountpoint, "--force")
@@ -132,12 +140,17 @@ class TrialMachine:
         self.mount()
 
     def events(self) -> list[dict[str, Any]]:
-        """What happened in all mounts of it."""
+        """Return the events of all mounts of the device, oldest first."""
         return [json.loads(line) for line in daxemu("log", self.device, "--json").splitlines()]
 
 
 def clear_away(directory: Path, device: Path) -> None:
-    """Take away what a trial may have left, without touching its mount. Raises DaxemuError if that stays."""
+    """Remove all leftovers of a trial: unmount, then delete ``directory`` and ``device``.
+
+    Accesses no file on the mount.
+
+    Raises DaxemuError if the mount stays.
+    """
     while mount_at(directory / "mnt") is not None:
         daxemu("umount", directory / "mnt", "--force")
     for left in (device, directory):
@@ -146,7 +159,7 @@ def clear_away(directory: Path, device: Path) -> None:
 
 @contextlib.contextmanager
 def directories(directory: Path, device: Path) -> Iterator[None]:
-    """Both exist inside, neither afterwards."""
+    """Make ``directory``; on exit unmount and remove both ``directory`` and ``device``."""
     directory.mkdir(parents=True)
     try:
         yield

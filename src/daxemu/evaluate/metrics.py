@@ -1,5 +1,6 @@
-"""What a trial's raw result means, and what the trials of one strategy on one workload and fault plan say
-together.
+"""Figures of one trial, computed from its raw result, and of all trials in a report cell.
+
+A report cell has the trials of one strategy on one workload under one fault plan.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SIGBUS = 7
 
 
 class Metric(msgspec.Struct, frozen=True):
-    """How a figure is called, and in what it is measured. ``good``: whether more is better; None neither."""
+    """Title, unit and explanation of a figure. ``more_is_better`` is None if neither direction is better."""
 
     title: str
     unit: str
@@ -30,36 +31,36 @@ class Metric(msgspec.Struct, frozen=True):
 
 
 METRICS: dict[str, Metric] = {
-    "bytes_lost": Metric("Bytes lost", "B", "unreadable, or reported as lost and not what was written"),
-    "files_lost": Metric("Files hurt", "", "files with lost bytes"),
-    "silent": Metric("Silent corruptions", "", "runs of bytes that differ from what was written, untold"),
-    "silent_bytes": Metric("Silent bytes", "B", "how many bytes those are"),
-    "told": Metric("Processes told", "", "distinct processes that got a SIGBUS"),
-    "killed": Metric("Killed", "", "times the workload died of SIGBUS and was started again"),
-    "errors": Metric("Failed operations", "", "operations that ended in an error"),
+    "bytes_lost": Metric("Bytes lost", "B", "bytes that are unreadable, or wrong and reported as lost"),
+    "files_lost": Metric("Damaged files", "", "files with lost bytes"),
+    "silent": Metric("Silent corruptions", "", "byte ranges with wrong content and no report"),
+    "silent_bytes": Metric("Silent bytes", "B", "bytes with wrong content and no report"),
+    "told": Metric("Processes signalled", "", "distinct processes sent SIGBUS"),
+    "killed": Metric("Killed", "", "deaths of the workload by SIGBUS"),
+    "errors": Metric("Failed operations", "", "operations that returned an error"),
     "unavailable": Metric("Unavailable", "s", "time in which no operation succeeded"),
-    "recovered": Metric("Recovered", "", "failures after which nothing was lost", more_is_better=True),
+    "recovered": Metric("Recovered", "", "failures without loss of data", more_is_better=True),
     "found": Metric("Corruptions found", "", "silent corruptions that a checksum found", more_is_better=True),
-    "throughput": Metric("Throughput", "op/s", "operations per second, faults and all", more_is_better=True),
+    "throughput": Metric("Throughput", "op/s", "operations per second, faults included", more_is_better=True),
     "relative": Metric(
         "Against baseline", "%", "throughput against the baseline in the same repetition", more_is_better=True
     ),
-    "space": Metric("Space", "%", "bytes the strategy keeps, of the bytes of data"),
+    "space": Metric("Space", "%", "bytes stored by the strategy, as a share of the data"),
 }
 
 
 class TrialFigures(msgspec.Struct, kw_only=True):
-    """One trial in figures; None where there is nothing to measure."""
+    """Figures of one trial; None for a figure that the trial could not measure."""
 
     values: dict[str, float | None]
     repairs: list[float]
-    """Seconds of each repair, as the strategy's own events say."""
+    """Seconds of each repair, as reported in RepairFinished events."""
     handled: list[float]
-    """Seconds from an injection to the end of its memory failure."""
+    """Seconds from each injection to the end of the memory failure."""
 
 
 def figures(result: Result) -> TrialFigures:
-    """What one trial says."""
+    """Compute the figures of one trial."""
     lost, silent = losses(result)
     finished = [e for e in result.events if e["event"] == "RepairFinished"]
     ops = result.samples[-1][1] if result.samples else 0
@@ -86,13 +87,15 @@ def figures(result: Result) -> TrialFigures:
 
 
 Lost = list[tuple[str, int, int]]
-"""(path, offset, length); offset -1 somewhere in the file."""
+"""List of (path, offset, length) in bytes. Offset -1: somewhere in the file."""
 
 
 def losses(result: Result) -> tuple[Lost, Lost]:
-    """What is lost, and what is silently wrong: nothing on the machine ever said so.
+    """Return (lost, silently corrupted) ranges of a trial.
 
-    A filesystem that was shut down has said so of every store that it did not take any more.
+    A range is lost if a read failed or an event reported the range. Otherwise the corruption is silent. After
+    a shutdown every mismatch counts as lost: the filesystem refused the stores with an error. On a removed or
+    unmountable device all data is lost.
     """
     if result.state == "removed" or result.unmountable is not None:
         return [("(everything)", 0, result.size)], []
@@ -102,17 +105,17 @@ def losses(result: Result) -> tuple[Lost, Lost]:
     for bad in result.bad:
         known = said.get(bad.ino)
         if bad.state == "unreadable" or result.state == "shut down":
-            told = True
+            known_lost = True
         elif bad.offset < 0:
-            told = known is not None
+            known_lost = known is not None
         else:
-            told = known is not None and known.overlaps(bad.offset, bad.offset + bad.length)
-        (lost if told else silent).append((bad.path, bad.offset, bad.length))
+            known_lost = known is not None and known.overlaps(bad.offset, bad.offset + bad.length)
+        (lost if known_lost else silent).append((bad.path, bad.offset, bad.length))
     return lost, silent
 
 
 def reported(result: Result) -> dict[int, RangeSet]:
-    """By inode, the pages that some event of the trial called damaged or lost."""
+    """Return, by inode, the pages which an event of the trial reported as damaged or lost."""
     said: dict[int, RangeSet] = defaultdict(RangeSet)
 
     def add(ino: int, offset: int, length: int) -> None:
@@ -129,7 +132,7 @@ def reported(result: Result) -> dict[int, RangeSet]:
 
 
 def _handled(result: Result) -> list[float]:
-    """Pairs each injection with the first end of a memory failure of its first page after it."""
+    """Return seconds from each injection to the next MemoryFailureHandled of the same first page."""
     ends: dict[int, list[float]] = defaultdict(list)
     for event in result.events:
         if event["event"] == "MemoryFailureHandled":
@@ -144,7 +147,7 @@ def _handled(result: Result) -> list[float]:
     return found
 
 
-class Cell(msgspec.Struct, kw_only=True):
+class ReportCell(msgspec.Struct, kw_only=True):
     """All repetitions of one strategy on one workload under one fault plan."""
 
     strategy: str
@@ -157,14 +160,14 @@ class Cell(msgspec.Struct, kw_only=True):
     handled_median: Estimate | None
     handled_p99: Estimate | None
     injected: float
-    """Mean number of faults that hit something, a trial."""
+    """Mean number of injected faults in a trial. Missed and refused faults do not count."""
     verdicts: dict[str, int]
     size: float
-    """Mean bytes of data."""
+    """Mean number of bytes of data."""
 
 
-def cells(plan: Plan, results: Sequence[Result]) -> list[Cell]:
-    """One cell for each combination that has trials, in the plan's order."""
+def cells(plan: Plan, results: Sequence[Result]) -> list[ReportCell]:
+    """Return one cell for each combination with at least one trial, in the plan's order."""
     by_key = {result.key: (result, figures(result)) for result in results}
     groups: dict[tuple[str, str, str], list[tuple[Result, TrialFigures]]] = defaultdict(list)
     for key, (result, found) in sorted(by_key.items()):
@@ -184,7 +187,7 @@ def cells(plan: Plan, results: Sequence[Result]) -> list[Cell]:
     ]
 
 
-def _cell(strategy: str, workload: str, faults: str, group: list[tuple[Result, TrialFigures]]) -> Cell:
+def _cell(strategy: str, workload: str, faults: str, group: list[tuple[Result, TrialFigures]]) -> ReportCell:
     metrics = {}
     for name in METRICS:
         values = [found.values[name] for _, found in group]
@@ -197,7 +200,7 @@ def _cell(strategy: str, workload: str, faults: str, group: list[tuple[Result, T
             if event["event"] == "RepairFinished":
                 verdicts[event["verdict"]] += 1
     hits = sum(sum(f.result == "injected" for f in result.faults) for result, _ in group)
-    return Cell(
+    return ReportCell(
         strategy=strategy,
         workload=workload,
         faults=faults,
@@ -214,7 +217,7 @@ def _cell(strategy: str, workload: str, faults: str, group: list[tuple[Result, T
 
 
 def summary(plan: Plan, results: Sequence[Result], failed: Sequence[Result]) -> dict[str, Any]:
-    """All of a report's figures, as JSON can carry them."""
+    """Return all figures of a report as JSON-compatible builtins."""
     return {
         "plan": msgspec.to_builtins(plan, enc_hook=int),
         "versions": sorted({result.version for result in results}),

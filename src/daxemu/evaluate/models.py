@@ -1,7 +1,7 @@
-"""What each known strategy promises, in the few numbers that a fleet's simulation needs.
+"""Models of known strategies: the few numbers that the fleet simulation needs.
 
-They are the strategies' promises, not measurements; a plan's [fleet.model.NAME] replaces one, and a report of
-``daxemu evaluate`` given as costs replaces ``exposed`` and the time of a repair by what was measured.
+The numbers are promises of the strategies, not measurements. [fleet.model.NAME] in a plan replaces a model. A
+report of ``daxemu evaluate`` given as costs replaces ``exposed`` and the repair time by measured values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MODELS: dict[str, StrategyModel] = {
     "punch": StrategyModel(),
     "quarantine": StrategyModel(grain=Bytes(512)),
     "mirror": StrategyModel(group=2, tolerates=1),
-    # Neighbouring pages make a stripe: a row that goes bad takes more of it than one.
+    # Neighbouring pages form a stripe: a failed row takes several pages of the same stripe.
     "parity": StrategyModel(group=9, tolerates=1, checksums=True, spacing=Bytes(4096)),
     "async-parity": StrategyModel(group=9, tolerates=1, checksums=True, exposed=0.05, spacing=Bytes(4096)),
     "reread": StrategyModel(group=2, tolerates=1, outside=True),
@@ -28,23 +28,26 @@ MODELS: dict[str, StrategyModel] = {
 
 
 class Costs(msgspec.Struct, frozen=True):
-    """What was measured of a strategy; None: not measured."""
+    """Measured costs of a strategy; None: not measured."""
 
     slower: float | None = None
-    """Per cent, against the baseline."""
+    """Slowdown against the baseline, in per cent."""
     space: float | None = None
-    """Per cent of the data."""
+    """Space for redundancy, in per cent of the data."""
     repair_seconds: float | None = None
     exposed: float | None = None
-    """The part of its failures that it did not recover from."""
+    """Share of failures without recovery, 0 to 1."""
 
 
 def model_of(plan: Plan, strategy: str, costs: Costs) -> StrategyModel:
-    """The model of a strategy with its options. Raises InvalidArgument for one that nobody described."""
+    """Return the model of a strategy; options in the name are ignored.
+
+    Raises InvalidArgument for an unknown strategy.
+    """
     found = plan.fleet.model.get(strategy) or MODELS.get(strategy.partition(":")[0])
     if found is None:
         raise InvalidArgument(
-            f"nothing is known of strategy {strategy!r}: describe it in [fleet.model.{strategy!r}]"
+            f"no model for strategy {strategy!r}: describe the strategy in [fleet.model.{strategy!r}]"
         )
     if costs.exposed is not None and found.tolerates and strategy not in plan.fleet.model:
         found = msgspec.structs.replace(found, exposed=costs.exposed)
@@ -52,7 +55,10 @@ def model_of(plan: Plan, strategy: str, costs: Costs) -> StrategyModel:
 
 
 def measured(report: dict[str, Any], strategy: str) -> Costs:
-    """What a report (REPORT.json of ``daxemu evaluate``) says of a strategy, over all its cells."""
+    """Return the costs of a strategy from a report, over all cells of the strategy.
+
+    ``report``: REPORT.json of ``daxemu evaluate``.
+    """
     cells = [cell for cell in report["cells"] if cell["strategy"] == strategy]
     quiet = {f["name"] for f in report["plan"]["faults"] if not f["process"]}
 

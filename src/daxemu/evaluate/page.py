@@ -1,4 +1,7 @@
-"""The frame of a report's page, its style and legend. Everything is inline; nothing is fetched."""
+"""HTML frame of a report: head, style, legend.
+
+Everything is inline; the page loads nothing from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from daxemu.text import for_html
 
 
 def page(title: str, body: str) -> str:
-    """A whole HTML document."""
+    """Return a complete HTML document. ``title`` is escaped here; ``body`` must be HTML already."""
     style = files("daxemu.evaluate").joinpath("report.css").read_text(encoding="utf-8")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -21,7 +24,7 @@ def page(title: str, body: str) -> str:
 
 
 def legend(by: Colors, workloads: Sequence[str]) -> str:
-    """Which colour is which strategy, which shape which workload."""
+    """Return the legend as HTML: one colour for each strategy, one marker shape for each workload."""
     items = [f'<span><i style="background:{color}"></i>{for_html(name)}</span>' for name, color in by.items()]
     for index, name in enumerate(sorted(workloads)):
         shape = Svg(16, 16, name)

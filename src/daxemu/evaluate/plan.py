@@ -1,7 +1,7 @@
-"""What to compare: a plan in TOML, strictly read.
+"""Plan of an evaluation, in TOML, strictly parsed.
 
-Unknown keys, contradictions and rates that cannot fit are refused with the line they are on. docs/evaluate.md
-lists the keys; the types here are that list's authority.
+Unknown keys, contradictions and impossible rates are refused with the line number. docs/evaluate.md lists the
+keys; the types below define them.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from daxemu.sizes import human, parse_size
 from daxemu.uapi import PAGE_SIZE
 
 YEAR = 365.25 * 86400.0
-"""Seconds."""
+"""Seconds in a year."""
 MAX_FAULTS_PER_SECOND = 200.0
-"""What one machine can be asked to inject; a failure with its signals takes milliseconds."""
+"""Maximum rate of injections on one machine. A failure with its signals takes milliseconds."""
 MIN_DEVICE = 16 << 20
 
 
 class Bytes(int):
-    """A size: a TOML integer, or a string such as "4K"."""
+    """Size in bytes: a TOML integer, or a string such as "4K"."""
 
 
 class FaultProcess(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """One source of faults. Of ``rate``, ``fit_per_mbit``, ``expected`` and ``times`` exactly one says how
-    many.
+    """Source of faults.
+
+    Exactly one of ``rate``, ``fit_per_mbit``, ``expected`` and ``times`` gives the number.
     """
 
     kind: Literal["poison", "silent", "removal"] = "poison"
@@ -43,83 +44,85 @@ class FaultProcess(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     fit_per_mbit: float | None = None
     """Faults (storms) per 10^9 hours and 2^20 bits."""
     expected: float | None = None
-    """Mean number of faults (storms) in one trial; says nothing of years."""
+    """Mean number of faults (storms) in one trial, independent of field time."""
     acceleration: float = 1.0
-    """How many times faster than in the field a trial ages its device."""
+    """Ratio of the fault rate in a trial to the rate in the field."""
     pareto: float | None = None
-    """Shape (> 1) of a Pareto factor, of mean 1, on each device's rate: few devices have most faults."""
+    """Shape (> 1) of a Pareto distributed factor, of mean 1, on a device's rate: few devices have most
+    faults.
+    """
     times: tuple[float, ...] = ()
-    """arrival = "at": seconds."""
+    """Seconds of each fault, for arrival = "at"."""
     burst: float = 8.0
     """Mean number of faults in a storm."""
     within: float = 0.1
-    """Seconds that a storm lasts."""
+    """Duration of a storm in seconds."""
     spread: Bytes = Bytes(1 << 20)
-    """Bytes around a storm's first fault that its others fall into."""
+    """Range in bytes around the first fault of a storm; all other faults of the storm lie inside."""
     unit: dict[str, float] = msgspec.field(default_factory=lambda: {"page": 1.0})
     """Weights of 256, 512, page, row, bank, device."""
     target: Literal["files", "device", "metadata"] = "files"
     detect: Literal["reported", "access", "delay", "scrub"] = "reported"
     delay: float | None = None
-    """detect = "delay": mean seconds (exponential) until the hardware reports it."""
+    """Mean seconds (exponential) until the hardware reports the poison, for detect = "delay"."""
     spill: Bytes = Bytes(0)
-    """A reported range is rounded out to this: good bytes beside the bad ones are given up, too."""
+    """Unit in bytes for rounding out a reported range: healthy bytes beside the poison are given up, too."""
 
 
 class FaultPlan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """A named set of sources. Rows and banks are runs of device bytes of these sizes."""
+    """Named set of fault sources. Rows and banks are runs of consecutive device bytes of the given sizes."""
 
     name: str
     process: tuple[FaultProcess, ...] = ()
     scrub_period: float | None = None
-    """Seconds between address range scrubs; none if not given."""
+    """Seconds between address range scrubs; None: no scrub."""
     row: Bytes = Bytes(8 << 10)
     bank: Bytes | None = None
-    """A sixteenth of the device if not given."""
+    """Bytes of a bank; None: a sixteenth of the device."""
 
 
 class StrategyModel(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """What ``daxemu fleet`` takes a strategy for; see evaluate/models.py for those it knows."""
+    """Model of a strategy in ``daxemu fleet``. evaluate/models.py has the models of known strategies."""
 
     group: int = 1
-    """Units that protect each other; 1: no redundancy."""
+    """Number of units protecting each other; 1: no redundancy."""
     tolerates: int = 0
-    """How many of a group may be bad at a time: 0, or 1."""
+    """Number of units in a group that may fail at the same time: 0 or 1."""
     spacing: Bytes | None = None
-    """Device bytes from one unit of a group to the next; device / group if not given."""
+    """Device bytes between neighbouring units of a group; None: device / group."""
     outside: bool = False
-    """The other units are not on this device: nothing that happens to it happens to them."""
+    """True if the other units are off this device: no fault of the device affects them."""
     grain: Bytes = Bytes(PAGE_SIZE)
-    """What is lost is rounded out to this."""
+    """Unit in bytes for rounding out losses."""
     exposed: float = 0.0
-    """The part of the data that is unprotected at any time."""
+    """Share of the data without protection at any time, 0 to 1."""
     checksums: bool = False
-    """Finds silent corruption, at the next scrub."""
+    """True if the next scrub finds silent corruption."""
     fences: bool = False
-    """Gives the whole device up."""
+    """True if the strategy gives up the whole device after a failure."""
 
 
 class FleetPlan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """The fleet that ``daxemu fleet`` simulates."""
+    """Fleet simulated by ``daxemu fleet``."""
 
     devices: int = 1000
     years: float = 5.0
     size: Bytes = Bytes(128 << 30)
     used: float = 0.5
-    """The part of each device that holds data."""
+    """Share of each device holding data."""
     repair_seconds: float = 60.0
-    """From a fault's detection to the end of its repair, where nothing was measured."""
+    """Seconds from detection of a fault to the end of the repair, unless measured."""
     scrub_period: float = 86400.0
-    """Seconds: what a trial's scrub period stands for in the field."""
+    """Seconds between scrubs in the field, in place of a trial's scrub period."""
     delay: float = 3600.0
-    """Mean seconds until the hardware reports poison by itself: what a trial's delay stands for."""
+    """Mean seconds until the hardware reports poison in the field, in place of a trial's delay."""
     access_period: float = 86400.0
-    """Mean seconds until latent poison is accessed."""
+    """Mean seconds until a program accesses latent poison."""
     model: dict[str, StrategyModel] = {}
 
 
 class Plan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """strategies x workloads x faults x repetitions."""
+    """Plan: strategies x workloads x faults x repetitions."""
 
     name: str
     strategies: tuple[str, ...]
@@ -128,15 +131,16 @@ class Plan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
     seed: int = 1
     repetitions: int = 3
     seconds: float = 3.0
-    """How long a trial's workload runs."""
+    """Seconds a trial's workload runs."""
     device: Bytes = Bytes(64 << 20)
     baseline: str = "none"
     early_kill: bool = False
     fleet: FleetPlan = FleetPlan()
 
     def fingerprint(self, workload: str, faults: str) -> str:
-        """Changes whenever the meaning of a trial of this workload and these faults might. A plan that gets
-        more repetitions, strategies or workloads keeps the trials it has.
+        """Return a hash of all options with an influence on a trial of this workload and these faults.
+
+        More repetitions, strategies or workloads in a plan keep the fingerprints of earlier trials.
         """
         meaning = (
             self.seed,
@@ -150,11 +154,11 @@ class Plan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
         return hashlib.blake2b(text, digest_size=8).hexdigest()
 
     def workload_called(self, label: str) -> AnyWorkload:
-        """The workload of that name."""
+        """Return the workload named ``label``."""
         return next(w for w in self.workload if w.label == label)
 
     def faults_called(self, name: str) -> FaultPlan:
-        """The fault plan of that name."""
+        """Return the fault plan named ``name``."""
         return next(f for f in self.faults if f.name == name)
 
 
@@ -162,7 +166,7 @@ UNITS = ("256", "512", "page", "row", "bank", "device")
 
 
 class _Refused(Exception):
-    """``path``: keys and indices down to what is wrong."""
+    """A plan value is invalid. ``path``: keys and indices from the root of the plan to the value."""
 
     def __init__(self, path: list[str | int], text: str) -> None:
         super().__init__(text)
@@ -170,7 +174,7 @@ class _Refused(Exception):
 
 
 def load(path: Path) -> Plan:
-    """Read a plan. Raises InvalidArgument, ``FILE:LINE: what is wrong``."""
+    """Read a plan from a file. Raises InvalidArgument with text ``FILE:LINE: reason``."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -180,7 +184,10 @@ def load(path: Path) -> Plan:
 
 
 def parse(text: str, name: str = "plan") -> Plan:
-    """See :func:`load`; ``name`` stands for the file."""
+    """Parse a plan from TOML text; ``name`` stands for the file name.
+
+    Raises InvalidArgument as :func:`load` does.
+    """
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -212,7 +219,7 @@ def _decode(kind: type, value: Any) -> Any:
 
 
 def _explain(message: str) -> tuple[list[str | int], str]:
-    """msgspec's ``What is wrong - at `$.faults[0].process[...]```, as a path and a text."""
+    """Convert a msgspec message (``Text - at `$.faults[0].process[...]```) to (path, reason)."""
     what, _, place = message.partition(" - at `")
     path: list[str | int] = [
         int(index) if index else key for key, index in re.findall(r"([A-Za-z_]\w*)|\[(\d+)\]", place)
@@ -229,7 +236,7 @@ def _explain(message: str) -> tuple[list[str | int], str]:
 
 def _check(plan: Plan) -> None:
     if plan.device < MIN_DEVICE or plan.device % PAGE_SIZE:
-        raise _Refused(["device"], f"a device has at least {human(MIN_DEVICE)}, and whole pages")
+        raise _Refused(["device"], f"a device has at least {human(MIN_DEVICE)}, in whole pages")
     if not 0 < plan.seconds <= 86400:
         raise _Refused(["seconds"], "a trial lasts more than 0 and at most 86400 seconds")
     if plan.repetitions < 1:
@@ -278,7 +285,7 @@ def _check_faults(plan: Plan, faults: FaultPlan, path: list[str | int]) -> None:
     if not faults.name:
         raise _Refused([*path, "name"], "a fault plan needs a name")
     if faults.scrub_period is not None and not faults.scrub_period >= 0.05:
-        raise _Refused([*path, "scrub_period"], "a scrub takes its time: at least 0.05 seconds between two")
+        raise _Refused([*path, "scrub_period"], "at least 0.05 seconds between scrubs: a scrub takes time")
     for index, process in enumerate(faults.process):
         _check_process(plan, faults, process, [*path, "process", index])
 
@@ -290,22 +297,22 @@ def _check_process(plan: Plan, faults: FaultPlan, p: FaultProcess, path: list[st
     given = [key for key in ("rate", "fit_per_mbit", "expected") if getattr(p, key) is not None]
     if p.arrival == "at":
         if given:
-            refuse(given[0], f'{given[0]} and arrival = "at": times say how many')
+            refuse(given[0], f'{given[0]} contradicts arrival = "at": times gives the number')
         if not p.times:
             refuse("arrival", 'arrival = "at" needs times')
         if any(not 0 <= t < plan.seconds for t in p.times):
             refuse("times", f"a time outside the trial: 0 to {plan.seconds:g} seconds")
     elif p.times:
-        refuse("times", 'times go with arrival = "at"')
+        refuse("times", 'times needs arrival = "at"')
     elif len(given) != 1:
         refuse(given[1] if given else "arrival", "give exactly one of rate, fit_per_mbit, expected")
     for key in (*given, "acceleration"):
         if not 0 < getattr(p, key) < float("inf"):
             refuse(key, f"{key} must be above 0")
     if p.acceleration != 1.0 and (p.expected is not None or p.arrival == "at"):
-        refuse("acceleration", "acceleration scales rate or fit_per_mbit: nothing here is in field time")
+        refuse("acceleration", "acceleration scales rate or fit_per_mbit: this process has neither")
     if p.pareto is not None and (p.pareto <= 1 or p.arrival == "at"):
-        refuse("pareto", "a Pareto shape is above 1 (there is no mean otherwise), and scales a rate")
+        refuse("pareto", "a Pareto shape is above 1 (no mean otherwise), and scales a rate")
     if p.detect == "scrub" and faults.scrub_period is None:
         refuse("detect", 'detect = "scrub" needs the fault plan\'s scrub_period')
     if (p.detect == "delay") != (p.delay is not None):
@@ -315,7 +322,7 @@ def _check_process(plan: Plan, faults: FaultPlan, p: FaultProcess, path: list[st
     if p.kind != "poison" and (p.detect != "reported" or p.spill):
         refuse(
             "detect" if p.detect != "reported" else "spill",
-            f"{p.kind} is not poison: nothing reports a range",
+            f"{p.kind} is not poison: no range is reported",
         )
     if p.kind == "removal" and p.target != "files":
         refuse("target", "removal takes the whole device")
@@ -333,23 +340,23 @@ def _check_process(plan: Plan, faults: FaultPlan, p: FaultProcess, path: list[st
 def _check_units(plan: Plan, faults: FaultPlan, p: FaultProcess, path: list[str | int]) -> None:
     for unit, weight in p.unit.items():
         if unit not in UNITS:
-            raise _Refused([*path, "unit"], f"no unit {unit!r}: there are {', '.join(UNITS)}")
+            raise _Refused([*path, "unit"], f"no unit {unit!r}: known units are {', '.join(UNITS)}")
         if not weight >= 0:
             raise _Refused([*path, "unit"], f"the weight of {unit} is negative")
         if p.target == "metadata" and unit in ("row", "bank", "device") and weight:
-            raise _Refused([*path, "unit"], f"a {unit} is more than metadata")
+            raise _Refused([*path, "unit"], f"a {unit} is larger than the metadata")
         size = unit_bytes(unit, plan.device, faults)
         if size > plan.device or size % 256 or (size > PAGE_SIZE and size % PAGE_SIZE):
             key = unit if unit in ("row", "bank") else "process"
-            raise _Refused([*path[:2], key], f"a {unit} of {human(size)} does not fit the device, or pages")
+            raise _Refused([*path[:2], key], f"a {unit} of {human(size)} must fit the device, in whole pages")
     if not sum(p.unit.values()) > 0:
-        raise _Refused([*path, "unit"], "the weights of the units add up to nothing")
+        raise _Refused([*path, "unit"], "the weights of the units add up to 0")
     if not 0 <= p.spill <= plan.device or p.spill % PAGE_SIZE:
-        raise _Refused([*path, "spill"], "spill is a number of pages, and no more than the device")
+        raise _Refused([*path, "spill"], "spill is a number of whole pages, at most the device")
 
 
 def unit_bytes(unit: str, device: int, faults: FaultPlan) -> int:
-    """How many bytes a unit has on a device of ``device`` bytes."""
+    """Return the size of a unit in bytes, on a device of ``device`` bytes."""
     sizes = {
         "256": 256,
         "512": 512,
@@ -362,7 +369,10 @@ def unit_bytes(unit: str, device: int, faults: FaultPlan) -> int:
 
 
 def per_year(p: FaultProcess, device: int) -> float | None:
-    """Arrivals (faults, or storms) per device and year in the field; None where the plan does not say."""
+    """Return arrivals (faults, or storms) per device and year in the field.
+
+    None if the plan gives no field rate.
+    """
     if p.rate is not None:
         return p.rate
     if p.fit_per_mbit is not None:
@@ -371,7 +381,7 @@ def per_year(p: FaultProcess, device: int) -> float | None:
 
 
 def mean_arrivals(plan: Plan, p: FaultProcess) -> float:
-    """Of faults, or of storms, in one trial."""
+    """Return the mean number of arrivals (faults, or storms) in one trial."""
     if p.arrival == "at":
         return float(len(p.times))
     if p.expected is not None:
@@ -382,5 +392,5 @@ def mean_arrivals(plan: Plan, p: FaultProcess) -> float:
 
 
 def mean_faults(plan: Plan, p: FaultProcess) -> float:
-    """Mean number of faults in one trial."""
+    """Return the mean number of faults in one trial."""
     return mean_arrivals(plan, p) * (p.burst if p.arrival == "storm" else 1.0)

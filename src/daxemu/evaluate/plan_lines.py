@@ -1,4 +1,4 @@
-"""On which line of a TOML text a key stands: tomllib does not say."""
+"""Line numbers of keys in a TOML text: tomllib does not report them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ _KEY = re.compile(r"""\s*("[^"]*"|'[^']*'|[\w-]+)((?:\s*\.\s*[\w"'-]+)*)\s*=""")
 
 
 def line_of(text: str, path: list[str | int]) -> int:
-    """The line (from 1) of the key or table at ``path``; of the nearest thing above it that stands in the
-    text.
+    """Return the line (from 1) of the key or table at ``path``, or of its nearest parent in the text.
 
-    Good to the line for tables, arrays of tables and keys at a line's start; what is inside an inline table
-    is on the line of its key.
+    Exact for tables, arrays of tables and keys at the beginning of a line. A key inside an inline table has
+    the line of the outer key.
     """
     found = _lines(text)
     wanted = tuple(path)
@@ -33,7 +32,7 @@ def _lines(text: str) -> dict[tuple[str | int, ...], int]:
             for name in names[:-1]:
                 here = (*here, name)
                 found.setdefault(here, number)
-                if here in counts:  # an array of tables: the last one made
+                if here in counts:  # an array of tables: the last element
                     here = (*here, counts[here])
             here = (*here, names[-1])
             if table[1] == "[[":

@@ -1,4 +1,4 @@
-"""The plots of a report: loss against overhead, latency distributions, timelines, device maps."""
+"""Plots of a report: loss against overhead, distributions of durations, timelines, device maps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from daxemu.evaluate.metrics import Cell, losses
+from daxemu.evaluate.metrics import ReportCell, losses
 from daxemu.evaluate.statistics import Estimate
 from daxemu.evaluate.svg import PALETTE, Scale, Svg, decade_ticks, doubling_ticks, round_ticks
 from daxemu.evaluate.trial import Result
@@ -15,18 +15,18 @@ from daxemu.sizes import counted, human
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE
 
 MAX_MARKS = 400
-"""In one lane of one timeline: more cannot be told apart."""
+"""Maximum number of marks in one lane of a timeline. More marks overlap."""
 
 Colors = Mapping[str, str]
 
 
 def colors(strategies: Sequence[str]) -> Colors:
-    """A colour for each strategy."""
+    """Return a colour for each strategy."""
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(strategies)}
 
 
 def seconds(value: float) -> str:
-    """A duration for people."""
+    """Return a duration as text: in s, ms or µs. ``value`` is in seconds."""
     for scale, unit in ((1.0, "s"), (1e-3, "ms")):
         if value >= scale:
             return f"{value / scale:.3g} {unit}"
@@ -34,11 +34,11 @@ def seconds(value: float) -> str:
 
 
 def loss_against_overhead(
-    cells: Sequence[Cell], overhead: Mapping[tuple[str, str], Estimate], by: Colors
+    cells: Sequence[ReportCell], overhead: Mapping[tuple[str, str], Estimate], by: Colors
 ) -> str:
-    """A point for each strategy and workload: bytes lost a trial, and how much slower than the baseline.
+    """Plot bytes lost in a trial against slowdown: one point for each strategy and workload.
 
-    ``overhead``: per cent, by (strategy, workload).
+    ``overhead``: slowdown to the baseline in per cent, by (strategy, workload).
     """
     shown = [c for c in cells if c.metrics["bytes_lost"] is not None and (c.strategy, c.workload) in overhead]
     drawing = Svg(760, 380, "bytes lost against slowdown, a point for each strategy and workload")
@@ -73,7 +73,10 @@ def loss_against_overhead(
 
 
 def distributions(values: Mapping[str, Sequence[float]], by: Colors, what: str) -> str:
-    """For each strategy the part of its durations that are below x; x is logarithmic."""
+    """Plot cumulative distributions of durations, one curve for each strategy. The x axis is logarithmic.
+
+    ``values``: seconds, by strategy; at least one strategy must have a value.
+    """
     shown = {name: np.sort(np.asarray(found)) for name, found in values.items() if len(found)}
     drawing = Svg(760, 300, f"distribution of {what}, by strategy")
     high = max(float(found[-1]) for found in shown.values()) * 1.05
@@ -95,7 +98,7 @@ def distributions(values: Mapping[str, Sequence[float]], by: Colors, what: str) 
 
 
 def timeline(result: Result) -> str:
-    """One trial: what was injected, who was told, what was repaired, when the workload ran, and how fast."""
+    """Plot one trial over time: faults, signals, repairs, lives of the workload, operations per second."""
     drawing = Svg(760, 152, f"timeline of {result.key}")
     x = Scale(0, result.seconds, 90, 750)
     for tick in round_ticks(0, result.seconds, 6):
@@ -107,10 +110,10 @@ def timeline(result: Result) -> str:
     for fault in result.faults[:MAX_MARKS]:
         drawn = fault.fault
         css = {"injected": "bad", "missed": "faint", "refused": "warn"}[fault.result]
-        told = f", {fault.outcome}" if fault.outcome else ""
+        outcome_text = f", {fault.outcome}" if fault.outcome else ""
         where = f" {fault.path}" if fault.path else ""
         what = f"{drawn.kind} {drawn.unit}{where} {human(fault.length)}"
-        title = f"{drawn.time:.3f} s: {what}: {fault.result}{told}"
+        title = f"{drawn.time:.3f} s: {what}: {fault.result}{outcome_text}"
         drawing.rect(x(drawn.time) - 1, lanes["faults"], 3, 16, css, title)
     for scrub in result.scrubs:
         drawing.rect(x(scrub["time"]), lanes["faults"] + 16, 6, 3, "scrub", f"scrub at {scrub['time']:.3f} s")
@@ -153,7 +156,10 @@ def _rate(drawing: Svg, result: Result, x: Scale, top: float) -> None:
 
 
 def device_map(results: Sequence[Result]) -> str:
-    """The device, or the part of it in use, a row for each strategy: where faults hit, at what cost."""
+    """Plot one row for each strategy: injected ranges on the device, coloured by verdict.
+
+    The map covers the part of the device up to the last fault or the last used byte.
+    """
     drawing = Svg(760, 18.0 + 22 * len(results) + 18, "map of the device, a row for each strategy")
     size = _part_of_interest(results)
     x = Scale(0, size, 130, 750)
@@ -162,16 +168,16 @@ def device_map(results: Sequence[Result]) -> str:
         drawing.text(124, top + 12, result.key.strategy, "end")
         drawing.rect(130, top, 620, 16, "media")
         verdicts = {e["pfn"]: e["verdict"] for e in result.events if e["event"] == "RepairFinished"}
-        hurt = {e["pfn"]: e["files"] for e in result.events if e["event"] == "MemoryFailureHandled"}
+        owners = {e["pfn"]: e["files"] for e in result.events if e["event"] == "MemoryFailureHandled"}
         for fault in result.faults[: MAX_MARKS * 2]:
             if fault.result != "injected":
                 continue
             pfn = result.base_pfn + (fault.offset >> PAGE_SHIFT)
             verdict = verdicts.get(pfn, "")
-            css = "good" if verdict == "recovered" else "faint" if hurt.get(pfn) == 0 else "bad"
+            css = "good" if verdict == "recovered" else "faint" if owners.get(pfn) == 0 else "bad"
             title = (
                 f"{human(fault.offset)} + {human(fault.length)}: {fault.fault.kind} {fault.fault.unit}"
-                f"{', ' + verdict if verdict else ''}{', nobody hurt' if css == 'faint' else ''}"
+                f"{', ' + verdict if verdict else ''}{', no file affected' if css == 'faint' else ''}"
             )
             width = max(x(fault.offset + fault.length) - x(fault.offset), 2.0)
             drawing.rect(x(fault.offset), top, width, 16, css, title)
@@ -184,7 +190,10 @@ def device_map(results: Sequence[Result]) -> str:
 
 
 def _part_of_interest(results: Sequence[Result]) -> int:
-    """The device, or its beginning where nothing happened beyond: halved as long as it holds all."""
+    """Return the number of device bytes to show.
+
+    The device size is halved as long as the map still holds every fault and the used bytes.
+    """
     size = max(max(result.device for result in results), PAGE_SIZE)
     needed = max(
         max((f.offset + f.length for r in results for f in r.faults if f.result == "injected"), default=0),
@@ -196,7 +205,7 @@ def _part_of_interest(results: Sequence[Result]) -> int:
 
 
 def outcome(result: Result) -> str:
-    """A trial in a few words."""
+    """Summarize a trial in a few words: bytes lost, silent corruptions, deaths, state of the mount."""
     lost, silent = losses(result)
     words = [f"{human(sum(length for *_, length in lost))} lost" if lost else "nothing lost"]
     if silent:

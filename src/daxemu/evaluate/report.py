@@ -1,4 +1,4 @@
-"""A report of an evaluation: one HTML file that needs nothing else, and the same figures as JSON and CSV."""
+"""Report of an evaluation: one self-contained HTML file, and the same figures as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from daxemu.evaluate.campaign import Outputs
-from daxemu.evaluate.metrics import METRICS, Cell, cells, figures, summary
+from daxemu.evaluate.metrics import METRICS, ReportCell, cells, figures, summary
 from daxemu.evaluate.page import legend, page
 from daxemu.evaluate.plan import FaultPlan, Plan, mean_faults
 from daxemu.evaluate.plots import (
@@ -32,7 +32,7 @@ LATENCIES = ("repair_median", "repair_p99", "handled_median", "handled_p99")
 
 
 def write_reports(plan: Plan, results: Sequence[Result], failed: Sequence[Result], outputs: Outputs) -> None:
-    """Write REPORT.html, .json and .csv, each whole or not at all."""
+    """Write REPORT.html, REPORT.json and REPORT.csv. Each file is replaced atomically (rename)."""
     _replace(outputs.json, json.dumps(summary(plan, results, failed), indent=1) + "\n")
     _write_csv(outputs.csv, cells(plan, results))
     _replace(outputs.html, html(plan, results, failed))
@@ -44,7 +44,7 @@ def _replace(path: Path, text: str) -> None:
     made.replace(path)
 
 
-def _write_csv(path: Path, found: Sequence[Cell]) -> None:
+def _write_csv(path: Path, found: Sequence[ReportCell]) -> None:
     columns = [*METRICS, *LATENCIES]
     made = path.with_name(path.name + ".new")
     with open(made, "w", newline="", encoding="utf-8") as file:
@@ -60,13 +60,13 @@ def _write_csv(path: Path, found: Sequence[Cell]) -> None:
     made.replace(path)
 
 
-def _estimate(cell: Cell, name: str) -> Estimate | None:
+def _estimate(cell: ReportCell, name: str) -> Estimate | None:
     found: Estimate | None = cell.metrics[name] if name in METRICS else getattr(cell, name)
     return found
 
 
 def html(plan: Plan, results: Sequence[Result], failed: Sequence[Result]) -> str:
-    """The page."""
+    """Return the report as one HTML document."""
     found = cells(plan, results)
     by = colors(plan.strategies)
     parts = [_opening(plan, results, failed), _in_short(plan, found, by)]
@@ -84,7 +84,7 @@ def _opening(plan: Plan, results: Sequence[Result], failed: Sequence[Result]) ->
         f"<h1>{for_html(plan.name)}</h1><p>Repair strategies: {len(plan.strategies)}, on "
         f"{counted(len(plan.workload), 'workload')} under {counted(len(plan.faults), 'fault plan')}, in "
         f"{counted(len(results), 'trial')} of {plan.seconds:g} s, each on a fresh {human(plan.device)} "
-        f"device. Every strategy met the same faults (seed {plan.seed}). The baseline is "
+        f"device. The faults were the same for every strategy (seed {plan.seed}). Baseline: "
         f"<b>{for_html(plan.baseline)}</b>. Made with daxemu {for_html(versions)}, an emulator: its times "
         "are those of this machine, not of persistent memory.</p>"
     )
@@ -93,12 +93,15 @@ def _opening(plan: Plan, results: Sequence[Result], failed: Sequence[Result]) ->
             f"<li>{for_html(str(result.key))}: {for_html(result.failed or '')}</li>" for result in failed
         )
         how_many = counted(len(failed), "trial")
-        text += f"<p class=warning>{how_many} gave no result, and is in no figure:</p><ul>{rows}</ul>"
+        text += f"<p class=warning>{how_many} without a result, in no figure:</p><ul>{rows}</ul>"
     return text
 
 
-def _in_short(plan: Plan, found: Sequence[Cell], by: Colors) -> str:
-    """A row for each strategy: sums over the workloads of what one trial of each loses, and mean costs."""
+def _in_short(plan: Plan, found: Sequence[ReportCell], by: Colors) -> str:
+    """Return the summary table: one row for each strategy.
+
+    Losses are sums over the workloads of the mean loss in one trial. Slowdown and space are means.
+    """
     names = ["bytes_lost", "silent", "killed", "unavailable"]
     faulty = [f.name for f in plan.faults if f.process]
     quiet = next((f.name for f in plan.faults if not f.process), None)
@@ -124,7 +127,7 @@ def _in_short(plan: Plan, found: Sequence[Cell], by: Colors) -> str:
     where = "without faults" if quiet else "under faults"
     return (
         f"<section><h2>In short</h2><p>Slowdown ({where}, against the baseline) and space are means over the "
-        "workloads; losses are sums over the workloads of what one trial of each loses on average.</p>"
+        "workloads. Losses are sums over the workloads of the mean loss in one trial.</p>"
         f"<div class=wide><table><thead><tr><th></th><th></th><th></th>{head}</tr>"
         f"<tr><th>Strategy</th><th>Slower</th><th>Space</th>{second}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div></section>"
@@ -138,7 +141,7 @@ def _average(values: Sequence[float]) -> str:
 
 def _describe(plan: Plan, faults: FaultPlan) -> str:
     if not faults.process:
-        return "No faults: what each strategy costs while nothing happens."
+        return "No faults: the cost of each strategy in normal operation."
     words = []
     for p in faults.process:
         units = ", ".join(unit for unit, weight in p.unit.items() if weight)
@@ -157,8 +160,8 @@ def _found(detect: str) -> str:
 def _section(
     plan: Plan,
     faults: FaultPlan,
-    here: Sequence[Cell],
-    everything: Sequence[Cell],
+    here: Sequence[ReportCell],
+    everything: Sequence[ReportCell],
     results: Sequence[Result],
     by: Colors,
 ) -> str:
@@ -184,7 +187,7 @@ def _section(
     return "".join(parts) + "</section>"
 
 
-def _overheads(everything: Sequence[Cell], faults: str) -> dict[tuple[str, str], Estimate]:
+def _overheads(everything: Sequence[ReportCell], faults: str) -> dict[tuple[str, str], Estimate]:
     found = {}
     for cell in everything:
         relative = cell.metrics["relative"]
@@ -195,8 +198,9 @@ def _overheads(everything: Sequence[Cell], faults: str) -> dict[tuple[str, str],
     return found
 
 
-def _table(rows: Sequence[Cell], by: Colors, *, quiet: bool) -> str:
-    telling = () if quiet else ("bytes_lost", "silent", "killed", "unavailable")  # even a column of zeros
+def _table(rows: Sequence[ReportCell], by: Colors, *, quiet: bool) -> str:
+    # Columns shown even if every value is zero.
+    telling = () if quiet else ("bytes_lost", "silent", "killed", "unavailable")
     shown = [
         name
         for name in METRICS
@@ -255,19 +259,17 @@ def _latencies(mine: Sequence[Result], by: Colors) -> str:
         handled[result.key.strategy] += found.handled
     parts = []
     if any(repairs.values()):
-        parts.append("<h3>How long repairs took</h3><figure>")
-        parts.append(distributions(repairs, by, "from the failure to the strategy's answer") + "</figure>")
+        parts.append("<h3>Duration of repairs</h3><figure>")
+        parts.append(distributions(repairs, by, "from the failure to the strategy's verdict") + "</figure>")
     if any(handled.values()):
-        parts.append("<h3>How long failures took</h3><figure>")
+        parts.append("<h3>Duration of memory failures</h3><figure>")
         parts.append(distributions(handled, by, "from the injection to the end of its memory failure"))
         parts.append("</figure>")
     return "".join(parts)
 
 
 def _trials(plan: Plan, mine: Sequence[Result]) -> str:
-    parts = [
-        "<h3>Each trial</h3><p>Hover over a mark for what it is. Open a line for its timelines and map.</p>"
-    ]
+    parts = ["<h3>Each trial</h3><p>Hover over a mark for details. Open a line for timelines and map.</p>"]
     first = True
     for workload in (w.label for w in plan.workload):
         for repetition in range(plan.repetitions):
@@ -297,9 +299,10 @@ def _how_to_read(plan: Plan) -> str:
         "<p>Below a value: its 95 % confidence interval, Student's t over trials for means, a bootstrap over "
         "trials and values for medians and 99th percentiles. No interval: too few observations. Timelines: "
         "<b class=bad>▮</b> fault or loss, <b class=good>▮</b> recovered, <b class=warn>▮</b> signal or "
-        "other answer, <b class=faint>▮</b> nothing was there. A page-cache mapping stands for a DAX "
-        "mapping, so what a store through it costs, and when a strategy sees it, is an upper bound of its "
-        "protection.</p><h3>The plan</h3><details><summary>as it was read</summary>"
+        "other result, <b class=faint>▮</b> no data was affected. A page-cache mapping stands for a DAX "
+        "mapping: a strategy sees a store through a mapping only when the page is written back. The measured "
+        "cost and protection of such stores are an upper bound.</p>"
+        "<h3>The plan</h3><details><summary>as read from the file</summary>"
         f"<pre>{for_html(_plan_text(plan))}</pre></details></section>"
     )
 

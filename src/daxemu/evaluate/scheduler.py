@@ -1,4 +1,4 @@
-"""Where trials are made: in processes of this machine, or on the workers of a Dask cluster."""
+"""Schedulers: run trials in processes of this machine, or on the workers of a Dask cluster."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ import msgspec
 from daxemu.errors import DaxemuError, InvalidArgument, Unsupported
 from daxemu.evaluate.machine import clear_away, start_worker
 from daxemu.evaluate.plan import parse
-from daxemu.evaluate.trial import Result, Task
+from daxemu.evaluate.trial import Result, TrialRequest
 
 OVERTIME = 420.0
-"""Seconds that a trial may take beside its workload's time: mkfs, mount, prepare, check, each with limits of
-its own.
+"""Seconds allowed for a trial beside its workload's time.
+
+mkfs, mount, prepare and check have their own limits.
 """
 SHM = Path("/dev/shm")
 
 
 class Scheduler(Protocol):
-    """Makes trials."""
+    """Runner of trials."""
 
-    def results(self, tasks: Sequence[Task]) -> Iterator[Result]:
-        """Each result as its trial ends, in any order."""
+    def results(self, tasks: Sequence[TrialRequest]) -> Iterator[Result]:
+        """Yield each result when its trial ends, in any order."""
 
     def stop(self) -> None:
-        """End the trials that run, and wait until their machines are gone. Safe to call twice."""
+        """End all running trials; return after their machines are removed. Safe to call twice."""
 
 
 class _Processes:
-    """The trial processes that run, so that they can be told to end."""
+    """Set of running trial processes, to signal all of them on stop()."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -50,10 +51,13 @@ class _Processes:
 
     @contextlib.contextmanager
     def one(self) -> Iterator[subprocess.Popen[bytes]]:
-        """A trial process."""
+        """Start a trial process; keep the process in the set until the context ends.
+
+        Raises DaxemuError after stop().
+        """
         with self._lock:
             if self.stopping:
-                raise DaxemuError("stopped before it began")
+                raise DaxemuError("stopped before the trial began")
             process = start_worker("daxemu.evaluate.trial")
             self._running.add(process)
         try:
@@ -69,8 +73,11 @@ class _Processes:
                 process.send_signal(signal.SIGTERM)
 
 
-def make_here(task: Task, processes: _Processes) -> Result:
-    """Make one trial on this machine, in a process of its own. Raises nothing that a trial can meet."""
+def make_here(task: TrialRequest, processes: _Processes) -> Result:
+    """Run one trial on this machine, in a separate process.
+
+    A failure of the trial is returned in ``failed``.
+    """
     name = f"daxemu-trial-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     here = msgspec.structs.replace(
         task,
@@ -86,7 +93,7 @@ def make_here(task: Task, processes: _Processes) -> Result:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.communicate()
-                failed.failed = "took too long, and was killed"
+                failed.failed = f"killed: did not end within {plan.seconds + OVERTIME:g} s"
                 return failed
             finally:
                 clear_away(Path(here.directory), Path(here.device))
@@ -101,13 +108,13 @@ def make_here(task: Task, processes: _Processes) -> Result:
 
 
 class LocalScheduler:
-    """``jobs`` trials at a time on this machine."""
+    """Scheduler for this machine; ``jobs`` trials at a time."""
 
     def __init__(self, jobs: int) -> None:
         self._pool = ThreadPoolExecutor(jobs)
         self._processes = _Processes()
 
-    def results(self, tasks: Sequence[Task]) -> Iterator[Result]:
+    def results(self, tasks: Sequence[TrialRequest]) -> Iterator[Result]:
         """See Scheduler.results."""
         for future in as_completed([self._pool.submit(make_here, task, self._processes) for task in tasks]):
             yield future.result()
@@ -119,30 +126,39 @@ class LocalScheduler:
 
 
 def default_jobs() -> int:
-    """A trial keeps two processors busy: its workload, and the supervisor that serves it."""
+    """Return half the number of usable processors, at least 1.
+
+    One trial keeps two processors busy: the workload and the supervisor.
+    """
     return max(len(os.sched_getaffinity(0)) // 2, 1)
 
 
 def make_remotely(task: bytes) -> bytes:
-    """A trial on a Dask worker; JSON in, JSON out, so that the cluster needs none of our types."""
-    return msgspec.json.encode(make_here(msgspec.json.decode(task, type=Task), _Processes()))
+    """Run one trial on a Dask worker.
+
+    Argument and result are JSON, so the cluster needs none of daxemu's types.
+    """
+    return msgspec.json.encode(make_here(msgspec.json.decode(task, type=TrialRequest), _Processes()))
 
 
 class DaskScheduler:
-    """Trials on a Dask cluster whose workers have daxemu installed and may mount."""
+    """Scheduler for a Dask cluster. Every worker needs daxemu installed and permission to mount."""
 
     def __init__(self, address: str) -> None:
-        """Raises Unsupported without distributed, InvalidArgument when nobody answers there."""
+        """Connect to ``address``.
+
+        Raises Unsupported without distributed, InvalidArgument without an answer.
+        """
         self._client = connect(address)
         self._futures: list[Any] = []
 
-    def results(self, tasks: Sequence[Task]) -> Iterator[Result]:
-        """See Scheduler.results. A trial whose worker died is a failed one."""
+    def results(self, tasks: Sequence[TrialRequest]) -> Iterator[Result]:
+        """See Scheduler.results. A trial whose worker died is returned as failed."""
         from distributed import as_completed as as_dask_completed
 
         by_future = {}
         for task in tasks:
-            # Never cached, never repeated: two trials alike are two trials.
+            # Never cached, never retried: every request is one trial.
             future = self._client.submit(make_remotely, msgspec.json.encode(task), pure=False, retries=0)
             by_future[future.key] = task
             self._futures.append(future)
@@ -156,22 +172,23 @@ class DaskScheduler:
             yield Result(key=task.key, fingerprint=fingerprint, failed=f"on the cluster: {why}")
 
     def stop(self) -> None:
-        """See Scheduler.stop: what has not begun never does; what runs ends by itself, and clears itself
-        away.
-        """
+        """Cancel all trials not yet started. Running trials end by themselves and remove their machines."""
         self._client.cancel(self._futures)
         self._client.close()
 
 
 def connect(address: str) -> Any:
-    """A Dask client. Raises Unsupported without distributed, InvalidArgument when nobody answers there."""
+    """Return a Dask client.
+
+    Raises Unsupported without distributed, InvalidArgument without an answer at ``address``.
+    """
     try:
         from distributed import Client as DaskClient
     except ImportError as error:
         raise Unsupported("--scheduler needs Dask: pip install 'daxemu[dask]'") from error
     try:
         if where := re.fullmatch(r"tcp://([^/]+):(\d+)", address):
-            # Dask asks again and again for its whole timeout where nobody listens.
+            # Without a listener, Dask retries for its whole timeout: check the port first.
             socket.create_connection((where[1], int(where[2])), timeout=10).close()
         return DaskClient(address, timeout=10)
     except (OSError, ValueError, TypeError) as error:

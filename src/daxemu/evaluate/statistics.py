@@ -17,8 +17,9 @@ RESAMPLES = 1000
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """``n`` observations; ``low`` and ``high`` bound the value with 95 % confidence, None where n is too
-    small.
+    """Estimate from ``n`` observations.
+
+    ``low`` and ``high``: bounds with 95 % confidence; None if ``n`` is too small.
     """
 
     value: float
@@ -28,12 +29,12 @@ class Estimate(msgspec.Struct, frozen=True):
 
 
 def t95(freedom: int) -> float:
-    """Student's t quantile."""
+    """Return the two-sided 95 % quantile of Student's t. ``freedom``: degrees of freedom, 1 or more."""
     return _T95[freedom - 1] if freedom <= len(_T95) else 1.96 + 2.4 / freedom
 
 
 def mean(values: Sequence[float], *, least: float = -math.inf) -> Estimate | None:
-    """Mean and t interval, not below ``least``; None without values."""
+    """Return the mean with its t interval, cut off below at ``least``; None without values."""
     if not values:
         return None
     array = np.asarray(values, dtype=float)
@@ -45,7 +46,11 @@ def mean(values: Sequence[float], *, least: float = -math.inf) -> Estimate | Non
 
 
 def quantile(groups: Sequence[Sequence[float]], at: float) -> Estimate | None:
-    """Quantile of all values, with a bootstrap interval: groups (trials) resampled, then their values."""
+    """Return a quantile of all values with a bootstrap interval; None without values.
+
+    Each resampling draws groups (trials), then values within the groups. Fewer than 5 values have no
+    interval.
+    """
     filled = [np.asarray(group, dtype=float) for group in groups if len(group)]
     if not filled:
         return None
@@ -53,7 +58,7 @@ def quantile(groups: Sequence[Sequence[float]], at: float) -> Estimate | None:
     value = float(np.quantile(pooled, at))
     if len(pooled) < 5:
         return Estimate(value, None, None, len(pooled))
-    # A fixed seed: the same results give the same report.
+    # A fixed seed: the same results must give the same report.
     rng = np.random.default_rng(12345)
     found = np.empty(RESAMPLES)
     for i in range(RESAMPLES):

@@ -1,4 +1,4 @@
-"""Just enough of SVG for plots that stand in an HTML page: they scale with it, and take its text colour."""
+"""Minimal SVG for plots inside an HTML page. Plots scale with the page and use the page's text colour."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ PALETTE = (
     "#4477aa", "#ee6677", "#228833", "#aa7700", "#aa3377", "#2299bb", "#777777", "#994455", "#5566cc",
     "#117755",
 )  # fmt: skip
-"""Told apart by most eyes, on white and on black."""
+"""Colours that most people can distinguish, on white and on black."""
 
 
 def number(value: float) -> str:
-    """A coordinate, without digits that nobody sees."""
+    """Format a coordinate with one decimal at most."""
     return f"{value:.1f}".rstrip("0").rstrip(".")
 
 
 class Svg:
-    """A drawing of ``width`` x ``height`` units. ``label``: what it shows, for those who cannot see it."""
+    """Drawing of ``width`` x ``height`` units. ``label``: text for screen readers."""
 
     def __init__(self, width: float, height: float, label: str) -> None:
         self.width = width
@@ -29,7 +29,7 @@ class Svg:
         self._parts: list[str] = []
 
     def line(self, x1: float, y1: float, x2: float, y2: float, css: str, color: str = "") -> None:
-        """A straight line; ``css`` names its class."""
+        """Add a straight line with CSS class ``css``."""
         style = f' stroke="{color}"' if color else ""
         self._parts.append(
             f'<line class="{css}"{style} x1="{number(x1)}" y1="{number(y1)}" '
@@ -37,7 +37,7 @@ class Svg:
         )
 
     def rect(self, x: float, y: float, w: float, h: float, css: str, title: str = "") -> None:
-        """A rectangle, filled by its class."""
+        """Add a rectangle, filled by CSS class ``css``."""
         inner = f"<title>{for_html(title)}</title>" if title else ""
         self._parts.append(
             f'<rect class="{css}" x="{number(x)}" y="{number(y)}" width="{number(w)}" height="{number(h)}">'
@@ -45,7 +45,7 @@ class Svg:
         )
 
     def path(self, points: Sequence[tuple[float, float]], css: str, color: str) -> None:
-        """A polyline."""
+        """Add a polyline. No points: nothing is added."""
         if points:
             text = "M" + "L".join(f"{number(x)} {number(y)}" for x, y in points)
             self._parts.append(f'<path class="{css}" stroke="{color}" d="{text}"/>')
@@ -53,7 +53,7 @@ class Svg:
     def text(
         self, x: float, y: float, text: str, anchor: str = "start", css: str = "", turn: bool = False
     ) -> None:
-        """Text; with ``turn`` it reads upwards."""
+        """Add text; rotated by 90 degrees, reading upwards, if ``turn``."""
         spin = f' transform="rotate(-90 {number(x)} {number(y)})"' if turn else ""
         self._parts.append(
             f'<text class="{css}" x="{number(x)}" y="{number(y)}" text-anchor="{anchor}"{spin}>'
@@ -61,7 +61,7 @@ class Svg:
         )
 
     def mark(self, x: float, y: float, shape: int, color: str, title: str) -> None:
-        """A point: circle, square, triangle, diamond, cross, by number."""
+        """Add a point marker. ``shape`` modulo 5: circle, square, triangle, diamond, rectangle."""
         r = 5.0
         inner = f"<title>{for_html(title)}</title>"
         shapes: list[Sequence[tuple[float, float]]] = [
@@ -87,7 +87,7 @@ class Svg:
 
 
 class Scale:
-    """From values to units of a drawing: linear, or with ``knee`` logarithmic above it, with a 0."""
+    """Map from values to drawing units: linear, or logarithmic above ``knee`` with a point for 0."""
 
     def __init__(
         self, low: float, high: float, start: float, end: float, *, knee: float | None = None
@@ -102,7 +102,7 @@ class Scale:
 
 
 def round_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers that divide a linear axis."""
+    """Return round numbers dividing a linear axis into about ``count`` parts."""
     if high <= low:
         return [low]
     rough = (high - low) / count
@@ -113,14 +113,17 @@ def round_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def doubling_ticks(high: float, first: float, count: int = 6) -> list[float]:
-    """0 and powers of two, for a logarithmic axis of bytes or seconds."""
+    """Return 0 and ``first`` times powers of two, for a logarithmic axis."""
     steps = max(math.ceil(math.log2(max(high, first) / first)), 1)
     stride = max(round(steps / count), 1)
     return [0.0, *(first * 2.0**i for i in range(0, steps + 1, stride) if first * 2.0**i <= high * 1.001)]
 
 
 def decade_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten, for a logarithmic axis; powers alone where that is many."""
+    """Return 1, 2 and 5 times powers of ten for a logarithmic axis.
+
+    An axis of more than three decades has powers of ten alone.
+    """
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     steps = (1, 2, 5) if last - first <= 3 else (1,)
     return [

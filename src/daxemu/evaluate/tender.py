@@ -1,4 +1,7 @@
-"""Keeps one workload going during a trial, as a service manager would: starts it again after each death."""
+"""Tender: keeps one workload running during a trial.
+
+After each death the tender starts a new life of the workload, as a service manager would.
+"""
 
 from __future__ import annotations
 
@@ -18,33 +21,37 @@ from daxemu.errors import DaxemuError
 from daxemu.evaluate.worker import Job
 
 PATIENCE = 120.0
-"""Seconds that a workload may take over its time before it counts as hung."""
+"""Seconds over the planned time until a workload counts as hung."""
 MAX_LIVES = 100
 
 
 def worker(phase: str, job: Job) -> list[str]:
-    """The command line of a worker."""
+    """Return the command line of a worker process."""
     return [sys.executable, "-m", "daxemu.evaluate.worker", phase, msgspec.json.encode(job).decode()]
 
 
 def ask_worker(phase: str, job: Job) -> list[dict[str, Any]]:
-    """Run ``prepare`` or ``check`` to its end; what it said. Raises DaxemuError."""
+    """Run phase ``prepare`` or ``check`` to the end; return the printed JSON objects.
+
+    Raises DaxemuError on a timeout (PATIENCE) or on exit status != 0.
+    """
     try:
         done = subprocess.run(
             worker(phase, job), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE
         )
     except subprocess.TimeoutExpired as error:
-        raise DaxemuError(f"{phase} of {job.spec.label} took more than {PATIENCE:g} s") from error
+        raise DaxemuError(f"{phase} of {job.spec.label} did not end within {PATIENCE:g} s") from error
     if done.returncode:
         why = done.stderr.strip().rpartition("\n")[2] or f"exit {done.returncode}"
         raise DaxemuError(f"{phase} of {job.spec.label}: {why}")
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-class Life(msgspec.Struct):
-    """From a start of the workload to its end. ``status``: exit status, negative a signal; -9 with ``hung``.
+class WorkloadLife(msgspec.Struct):
+    """Life of the workload: one process from start to end. Times are epoch seconds.
 
-    ``first``: when its first operation succeeded; ``down``: seconds after that in which none did.
+    ``status``: exit status, or minus the signal; -9 if ``hung``. ``first``: time of the first successful
+    operation. ``down``: seconds after ``first`` without a successful operation. ``said``: end of stderr.
     """
 
     start: float
@@ -57,15 +64,18 @@ class Life(msgspec.Struct):
 
 
 class Tender(threading.Thread):
-    """Runs a workload for its time. ``samples``: (time, operations, bytes, errors), cumulative."""
+    """Thread running a workload for its planned time.
+
+    ``samples``: (time, operations, bytes, errors), cumulative.
+    """
 
     def __init__(self, job: Job) -> None:
         super().__init__(daemon=True)
         self.job = job
         self.samples: list[tuple[float, int, int, int]] = []
-        self.lives: list[Life] = []
+        self.lives: list[WorkloadLife] = []
         self.running = threading.Event()
-        """Set with the first operation, or with the end of the first life."""
+        """Set after the first operation, or after the end of the first life."""
         self.began = 0.0
         self.last_error: str | None = None
         self._process: subprocess.Popen[str] | None = None
@@ -73,11 +83,14 @@ class Tender(threading.Thread):
 
     @property
     def until(self) -> float:
-        """When its time is up."""
+        """Return the epoch time of the planned end."""
         return self.began + self.job.seconds
 
     def run(self) -> None:
-        """See threading.Thread.run."""
+        """Run lives until the time is up, a life ends with status 0, or MAX_LIVES is reached.
+
+        A workload that dies before its first operation is not started again.
+        """
         while len(self.lives) < MAX_LIVES and not self._stopping:
             self._live(len(self.lives))
             if not self.began or time.time() >= self.until or self.lives[-1].status == 0:
@@ -85,7 +98,7 @@ class Tender(threading.Thread):
         self.running.set()
 
     def stop(self) -> None:
-        """Kill what runs, for good. Called from another thread."""
+        """Kill the running process; start no new life. Called from another thread."""
         self._stopping = True
         process = self._process
         if process is not None:
@@ -94,7 +107,7 @@ class Tender(threading.Thread):
 
     def _live(self, number: int) -> None:
         job = msgspec.structs.replace(self.job, life=number, until=self.until if number else 0.0)
-        life = Life(time.time())
+        life = WorkloadLife(time.time())
         self.lives.append(life)
         errors = Path(job.state) / f"stderr-{number}"
         with open(errors, "wb") as stderr:
@@ -127,7 +140,7 @@ class Tender(threading.Thread):
             self.running.set()
 
     def down(self) -> float:
-        """Seconds of its time in which no operation succeeded: failing, dead, or starting again."""
+        """Return seconds without a successful operation: failing, dead, or restarting."""
         total = sum(life.down for life in self.lives)
         out_since: float | None = None
         for life in self.lives:
@@ -141,6 +154,6 @@ class Tender(threading.Thread):
         return total
 
     @staticmethod
-    def _give_up(life: Life, process: subprocess.Popen[str]) -> None:
+    def _give_up(life: WorkloadLife, process: subprocess.Popen[str]) -> None:
         life.hung = True
         process.send_signal(signal.SIGKILL)

@@ -1,9 +1,8 @@
-"""One trial: a fresh machine, a workload on it, the faults of its plan, and what was left of the data.
+"""Trial: a fresh machine, a workload, the faults of the plan, and a check of the data afterwards.
 
-    python -m daxemu.evaluate.trial     reads a Task as JSON from stdin, writes a Result as JSON to stdout
+    python -m daxemu.evaluate.trial     TrialRequest as JSON on stdin, Result as JSON on stdout
 
-A process of its own, so that trials run beside each other, here or on another machine, and one that is killed
-takes nothing with it.
+A separate process: trials run in parallel, here or on other machines, and a killed trial affects no other.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ import msgspec
 import daxemu
 from daxemu.errors import DaxemuError
 from daxemu.evaluate.faults import draw, scrubs
-from daxemu.evaluate.injector import Injected, Injector, files_of
+from daxemu.evaluate.injector import FaultRecord, Injector, files_of
 from daxemu.evaluate.machine import TrialMachine, directories, ending
 from daxemu.evaluate.plan import FaultPlan, Plan, parse
-from daxemu.evaluate.tender import Life, Tender, ask_worker
+from daxemu.evaluate.tender import Tender, WorkloadLife, ask_worker
 from daxemu.evaluate.worker import Job
-from daxemu.evaluate.workloads.base import Bad
+from daxemu.evaluate.workloads.base import Mismatch
 from daxemu.uapi import PAGE_SIZE
 
 MAX_EVENTS = 20_000
@@ -32,7 +31,7 @@ MAX_BAD = 20_000
 
 
 class Key(msgspec.Struct, frozen=True, order=True):
-    """Which trial of a plan. ``workload`` and ``faults`` by name."""
+    """Key of a trial in a plan. ``workload`` and ``faults`` are names."""
 
     strategy: str
     workload: str
@@ -43,9 +42,10 @@ class Key(msgspec.Struct, frozen=True, order=True):
         return f"{self.strategy} / {self.workload} / {self.faults} / {self.repetition}"
 
 
-class Task(msgspec.Struct):
-    """A trial to be made. ``plan``: the TOML text; ``directory`` and ``device``: where, and nothing is there
-    yet.
+class TrialRequest(msgspec.Struct):
+    """Request for a trial.
+
+    ``plan``: TOML text. ``directory``, ``device``: paths for the trial; must not exist yet.
     """
 
     plan: str
@@ -55,42 +55,40 @@ class Task(msgspec.Struct):
 
 
 class Result(msgspec.Struct, kw_only=True):
-    """One line of the raw results. Times are seconds from the first operation of the workload."""
+    """Result of a trial, one line of the raw results. Times: seconds from the workload's first operation."""
 
     key: Key
     fingerprint: str
     version: str = daxemu.__version__
     failed: str | None = None
-    """Why there is no result: the machine could not be made, or the trial broke off."""
+    """Reason for a missing result: the machine could not be made, or the trial broke off."""
     wall: float = 0.0
-    """Seconds that the trial took, all told."""
+    """Duration of the whole trial in seconds."""
     seconds: float = 0.0
     samples: list[tuple[float, int, int, int]] = []
-    lives: list[Life] = []
+    lives: list[WorkloadLife] = []
     down: float = 0.0
     last_error: str | None = None
-    faults: list[Injected] = []
+    faults: list[FaultRecord] = []
     scrubs: list[dict[str, Any]] = []
     events: list[dict[str, Any]] = []
     events_left_off: int = 0
     size: int = 0
-    """Bytes of data there should be."""
+    """Bytes of expected data."""
     used: int = 0
     """Bytes of the device in use at the end, metadata included."""
     device: int = 0
     base_pfn: int = 0
-    bad: list[Bad] = []
+    bad: list[Mismatch] = []
     bad_left_off: int = 0
     unmountable: str | None = None
     repair: dict[str, Any] = {}
-    """``repair`` of ``daxemu status`` when the workload had ended."""
+    """``repair`` of ``daxemu status``, read when the workload had ended."""
     state: str = ""
 
 
-def make_trial(task: Task) -> Result:
-    """Make a trial; what went wrong with the trial itself is in ``failed``. Raises nothing that a trial can
-    meet.
-    """
+def make_trial(task: TrialRequest) -> Result:
+    """Run a trial. A failure of the trial itself is returned in ``failed``, not raised."""
     plan = parse(task.plan)
     result = Result(key=task.key, fingerprint=plan.fingerprint(task.key.workload, task.key.faults))
     began = time.time()
@@ -104,7 +102,7 @@ def make_trial(task: Task) -> Result:
 
 
 class _Trial:
-    def __init__(self, plan: Plan, task: Task, result: Result) -> None:
+    def __init__(self, plan: Plan, task: TrialRequest, result: Result) -> None:
         self.plan = plan
         self.result = result
         key = task.key
@@ -118,7 +116,7 @@ class _Trial:
             spec=plan.workload_called(key.workload),
             root=str(self.root),
             state=str(state),
-            # The workload's, too, is the same on every strategy.
+            # The workload's seed is the same for every strategy, too.
             seed=(plan.seed * 1_000_003 + key.repetition) & 0xFFFF_FFFF,
             seconds=plan.seconds,
         )
@@ -135,7 +133,7 @@ class _Trial:
                 tender.start()
                 tender.running.wait()
                 if not tender.began:
-                    raise DaxemuError(f"the workload ended at once: {tender.lives[-1].said or 'no word why'}")
+                    raise DaxemuError(f"the workload ended at once: {tender.lives[-1].said or 'no error'}")
                 faults = draw(plan, self.faults, result.key.repetition)
                 injector.run(faults, scrubs(self.faults, plan.seconds), tender.began, tender.until)
                 tender.join()
@@ -157,7 +155,7 @@ class _Trial:
         self._keep_events(tender.began)
 
     def _verify(self) -> None:
-        """Read everything back, past an empty page cache; from a device that is gone nothing can be."""
+        """Read all data back with an empty page cache. A removed device is not checked."""
         result = self.result
         status = self.machine.status()
         result.state = status["state"]
@@ -174,7 +172,7 @@ class _Trial:
             return
         *bad, end = ask_worker("check", self.job)
         result.size = end["size"]
-        result.bad = [Bad(**found) for found in bad[:MAX_BAD]]
+        result.bad = [Mismatch(**found) for found in bad[:MAX_BAD]]
         result.bad_left_off = len(bad) - len(result.bad)
 
     def _keep_events(self, began: float) -> None:
@@ -186,11 +184,11 @@ class _Trial:
 
 
 def main() -> int:
-    """See the module."""
-    # A trial that is told to end takes its machine away first.
+    """Run one trial from stdin to stdout."""
+    # SIGTERM and SIGINT: the trial removes its machine before the process ends.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ending)
-    task = msgspec.json.decode(sys.stdin.buffer.read(), type=Task)
+    task = msgspec.json.decode(sys.stdin.buffer.read(), type=TrialRequest)
     sys.stdout.buffer.write(msgspec.json.encode(make_trial(task)) + b"\n")
     return 0
 

@@ -1,9 +1,11 @@
-"""The process that runs one workload on one mount, apart from the trial because a SIGBUS may end it.
+"""Worker process: runs one workload on one mount.
+
+Separate from the trial, because a SIGBUS may kill the worker.
 
     python -m daxemu.evaluate.worker prepare|run|check JSON
 
-One JSON object a line on stdout: of ``run`` what was done so far (``ops``, ``bytes``, ``errors``, ``down``),
-of ``check`` each bad range, and then the size of all there should be.
+Output: one JSON object a line on stdout. ``run`` prints cumulative totals (``ops``, ``bytes``, ``errors``,
+``down``). ``check`` prints each mismatching range, then the size of all expected data in bytes.
 """
 
 from __future__ import annotations
@@ -32,12 +34,14 @@ RUNS = {
     "snapshots": ("snapshots", "SnapshotsRun"),
     "log": ("append_log", "AppendLogRun"),
 }
-"""Which module and class runs which kind: only the one that is used gets imported."""
+"""Module and class for each workload kind. Only the module of the requested kind is imported."""
 
 
 class Job(msgspec.Struct):
-    """What a worker is told. It runs for ``seconds``, or after a death (``life`` above 0) until the time
-    ``until``.
+    """Job of a worker process.
+
+    The first life of a workload (``life`` 0) runs for ``seconds``. A later life, after a death, runs until
+    the epoch time ``until``.
     """
 
     spec: AnyWorkload
@@ -50,7 +54,7 @@ class Job(msgspec.Struct):
 
 
 def workload_of(job: Job) -> Workload:
-    """The workload, not opened yet."""
+    """Return the workload of a job, not opened yet."""
     module, name = RUNS[job.spec.kind]
     made: Workload = getattr(importlib.import_module(f"daxemu.evaluate.workloads.{module}"), name)(
         job.spec, Path(job.root), Path(job.state), job.seed
@@ -64,8 +68,10 @@ def _say(**what: Any) -> None:
 
 
 def run(job: Job, workload: Workload) -> None:
-    """Operations until the time is up. ``down``: seconds from a failed operation to the next good one; in a
-    life after a death only from its ``first`` good one on.
+    """Run operations until the time is up, and print totals every SAMPLE_SECONDS.
+
+    ``down``: seconds from a failed operation to the next successful one. In a life after a death, ``down``
+    counts only from the first successful operation on.
     """
     if job.life:
         workload.begin_again()
@@ -86,7 +92,7 @@ def run(job: Job, workload: Workload) -> None:
             done["error"] = str(error)
             if failed_at is None and (done["first"] is not None or not job.life):
                 failed_at = now
-            # A program that is refused at once must not fill the processor with asking.
+            # An operation that fails at once must not become a busy loop.
             time.sleep(0.001)
         else:
             done["ops"] += 1
@@ -107,7 +113,7 @@ def run(job: Job, workload: Workload) -> None:
 
 
 def check(workload: Workload) -> None:
-    """Read everything back."""
+    """Read all data back; print each mismatch, then the totals."""
     bad_bytes = 0
     for bad in workload.check():
         bad_bytes += bad.length
@@ -116,7 +122,7 @@ def check(workload: Workload) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """See the module."""
+    """Run one phase: prepare, run or check. Return the exit status: 2 for an unknown phase."""
     phase, text = arguments
     job = msgspec.json.decode(text, type=Job)
     workload = workload_of(job)

@@ -1,4 +1,4 @@
-"""A table in DuckDB: see daxemu.apps.programs.driven."""
+"""DuckDB driver: records in a table. Interface: daxemu.apps.programs.driven."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ BASE = 2000
 def main(verb: str, directory: str) -> None:
     try:
         connection = duckdb.connect(Path(directory) / "records.duckdb")
-        # Nothing leaves the log by itself.
+        # No automatic checkpoint: records stay in the log.
         connection.execute("SET wal_autocheckpoint = '1TB'; PRAGMA disable_checkpoint_on_shutdown")
     except duckdb.Error as error:
         sys.exit(f"error: {error}")
@@ -39,7 +39,7 @@ def main(verb: str, directory: str) -> None:
                 connection.commit()
                 print("written", flush=True)
                 continue
-            # Out of its memory, so that it must read the file.
+            # Drop the buffer cache, so that the query reads the file.
             connection.execute("SET memory_limit = '400KB'; RESET memory_limit")
             for number, body in connection.execute("SELECT id, body FROM record ORDER BY id").fetchall():
                 print(f"{number:06d} {body}")

@@ -1,4 +1,4 @@
-/* A boot sector: for each line from the serial port, the sum of each record in memory, see programs/qemu.py. */
+/* Boot sector: print the checksum of each record in memory for each line from the serial port (programs/qemu.py). */
 #define COM1	0x3f8
 #define RECORDS	0x1000000
 #define COUNT	2400
@@ -60,7 +60,7 @@ word:
 	call say
 	jmp wait
 
-hex:				/* %eax, as eight digits */
+hex:				/* print %eax as eight hex digits */
 	movl $8, %ecx
 1:	roll $4, %eax
 	pushl %eax
@@ -74,7 +74,7 @@ hex:				/* %eax, as eight digits */
 	loop 1b
 	ret
 
-say:				/* the string at %esi */
+say:				/* print the string at %esi */
 	lodsb
 	testb %al, %al
 	jz 1f
@@ -82,7 +82,7 @@ say:				/* the string at %esi */
 	jmp say
 1:	ret
 
-put:				/* %al */
+put:				/* print the character in %al */
 	pushl %eax
 	movw $COM1 + 5, %dx
 1:	inb %dx, %al

@@ -1,4 +1,4 @@
-/* Records in LMDB: see daxemu.apps.programs.driven. */
+/* LMDB driver: records in a database. Interface: daxemu.apps.programs.driven. */
 #include <lmdb.h>
 #include <stdio.h>
 #include <stdlib.h>

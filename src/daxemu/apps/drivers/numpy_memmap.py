@@ -1,4 +1,4 @@
-"""A numpy.memmap of records: see daxemu.apps.programs.driven."""
+"""numpy driver: records in a numpy.memmap. Interface: daxemu.apps.programs.driven."""
 
 import sys
 from pathlib import Path

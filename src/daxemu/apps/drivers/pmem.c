@@ -1,4 +1,4 @@
-/* Records in a file mapped by libpmem: see daxemu.apps.programs.driven. */
+/* libpmem driver: records in a mapped file. Interface: daxemu.apps.programs.driven. */
 #include <libpmem.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,4 +1,4 @@
-/* Records in the root object of a libpmemobj pool: see daxemu.apps.programs.driven. */
+/* libpmemobj driver: records in the root object of a pool. Interface: daxemu.apps.programs.driven. */
 #include <libpmemobj.h>
 #include <stdio.h>
 #include <stdlib.h>

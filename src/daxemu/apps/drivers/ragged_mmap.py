@@ -1,4 +1,7 @@
-"""A RaggedMmap of samples, each a record and a tail: see daxemu.apps.programs.driven."""
+"""mmap_ninja driver: a RaggedMmap of samples, each a record and padding.
+
+Interface: daxemu.apps.programs.driven.
+"""
 
 import sys
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-/* Records in RocksDB: see daxemu.apps.programs.driven. */
+/* RocksDB driver: records in a database. Interface: daxemu.apps.programs.driven. */
 #include <rocksdb/c.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -88,7 +88,7 @@ int main(int argc, char **argv)
 	fflush(stdout);
 	while (fgets(line, sizeof(line), stdin)) {
 		if (!strcmp(line, "write\n")) {
-			put(BASE, COUNT); /* what was read before */
+			put(BASE, COUNT); /* write the records of the last read again */
 			puts("written");
 		} else {
 			read_all();

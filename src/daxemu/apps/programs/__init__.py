@@ -1,4 +1,4 @@
-"""The programs: one file for each, or for those that are driven alike."""
+"""Programs of the matrix: one module each, or one module for programs driven alike."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ APPLICATIONS: tuple[type[Application], ...] = (
     Fio,
     Qemu,
 )
-"""In the order of the matrix."""
+"""All programs, in the order of the matrix."""
 
 
 def application_called(name: str) -> type[Application]:
-    """Raises InvalidArgument."""
+    """Return the program named ``name``. Raises InvalidArgument."""
     for each in APPLICATIONS:
         if each.name == name:
             return each
     known = ", ".join(each.name for each in APPLICATIONS)
-    raise InvalidArgument(f"no program {name!r}: there are {known}")
+    raise InvalidArgument(f"no program {name!r}: known programs are {known}")

@@ -1,7 +1,9 @@
-"""Libraries, and the drivers (drivers/) that call them: small programs, all talked to alike.
+"""Libraries, and the small programs (drivers/) that call them. All drivers have the same interface.
 
-``DRIVER prepare DIR`` stores the records that it is given as lines; ``DRIVER open DIR`` says "ready", and for
-each line "read" gives back all as lines ``NUMBER TEXT`` and "end"; an error is a line "error: ...".
+- ``DRIVER prepare DIR`` stores the records given as lines on stdin.
+- ``DRIVER open DIR`` prints "ready". For each line "read" on stdin the driver prints all records as lines
+  ``NUMBER TEXT``, then "end".
+- An error is a line "error: ...".
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import ClassVar
 
 from daxemu.apps.application import Application, Needs, Place, Spot, find_record, number_of, python_driver
 from daxemu.apps.process import Process
-from daxemu.apps.records import COUNT, Finding, compare_lines, lines
+from daxemu.apps.records import COUNT, ReadBack, compare_lines, lines
 from daxemu.apps.situations import Part
 
 COMPILER = ("gcc", "libc6-dev")
@@ -21,9 +23,10 @@ _COMPLAINT = re.compile(r"error\b.*", re.IGNORECASE)
 
 
 class Driven(Application):
-    """``source``: its driver; ``libraries``: what one in C is linked with; ``options``: what it is told.
+    """Program made of a driver and a library.
 
-    ``data_files`` and ``journal_files``: patterns below its directory.
+    ``source``: file of the driver. ``libraries``: libraries to link a C driver with. ``options``: arguments
+    of the driver. ``data_files`` and ``journal_files``: file name patterns below ``root``.
     """
 
     source: ClassVar[str]
@@ -47,7 +50,7 @@ class Driven(Application):
         process.until("ready")
         return process
 
-    def read(self, place: Place, process: Process) -> Finding:
+    def read(self, place: Place, process: Process) -> ReadBack:
         """See Application.read."""
         process.send("read\n")
         return compare_lines(process.until("end"), _COMPLAINT)
@@ -59,10 +62,10 @@ class Driven(Application):
 
 
 class Lmdb(Driven):
-    """LMDB checks nothing that it loads."""
+    """LMDB: no checks of loaded data."""
 
     name = "lmdb"
-    note = "It hands out pointers into its mapping and checks nothing of what is there."
+    note = "LMDB returns pointers into its mapping and does not check the data."
     about = "LMDB through liblmdb: loads from a mapping, stores by write(2)"
     needs = Needs(debian=("liblmdb-dev",), programs=("gcc",), build=COMPILER, headers=("lmdb.h",))
     source = "lmdb.c"
@@ -71,16 +74,16 @@ class Lmdb(Driven):
 
 
 class RocksDb(Driven):
-    """Late records are in the log."""
+    """RocksDB with read(2). Records from BASE on are in the write-ahead log."""
 
     name = "rocksdb"
     note = (
         "Blocks of tables have checksums. A log record that cannot be read is refused; one whose checksum is "
-        "wrong ends the log (point-in-time recovery, the default), and only its LOG says so."
+        "wrong ends the log (point-in-time recovery, the default), reported only in the file LOG."
     )
     about = "RocksDB through librocksdb, no block cache; pread(2), a checksum for each block"
     needs = Needs(debian=("librocksdb-dev",), programs=("gcc",), build=COMPILER, headers=("rocksdb/c.h",))
-    journal = "its write-ahead log, of a process that was killed"
+    journal = "the write-ahead log of a killed process"
     source = "rocksdb.c"
     stamp = re.compile(r"[\d/:.-]+ [\da-f]+ ")
     libraries = ("rocksdb",)
@@ -94,26 +97,26 @@ class RocksDb(Driven):
         process.until("written")
 
     def log(self, place: Place, process: Process) -> list[str]:
-        """See Application.log: a file where it was started."""
+        """See Application.log. The log file is in the working directory."""
         texts = [path.read_text(errors="backslashreplace") for path in place.scratch.glob("*_LOG")]
         lines = [line for text in texts for line in text.splitlines()]
         return [*process.output, *(line for line in lines if "[WARN]" in line or "[ERROR]" in line)]
 
 
 class RocksDbMmap(RocksDb):
-    """The same, through mappings."""
+    """RocksDB with mapped tables."""
 
     name = "rocksdb-mmap"
-    note = "As above; with the tables mapped there is no error to return."
-    about = "the same with allow_mmap_reads: tables are mapped"
+    note = "As rocksdb; a load from a mapped table returns no error."
+    about = "as rocksdb, with allow_mmap_reads: tables are mapped"
     options = ("mmap",)
 
 
 class LibPmem(Driven):
-    """The simplest program of the PMDK."""
+    """libpmem: the simplest library of the PMDK."""
 
     name = "libpmem"
-    note = "Loads and stores, nothing else."
+    note = "Loads and stores, no checks."
     about = "PMDK's libpmem: pmem_map_file(), loads and stores"
     needs = Needs(debian=("libpmem-dev",), programs=("gcc",), build=COMPILER, headers=("libpmem.h",))
     source = "pmem.c"
@@ -122,10 +125,10 @@ class LibPmem(Driven):
 
 
 class LibPmemObj(Driven):
-    """A pool with a transaction log of its own."""
+    """libpmemobj: an object pool with its own transaction log."""
 
     name = "libpmemobj"
-    note = "Checksums guard its own metadata, not what is stored in objects."
+    note = "Checksums protect the pool's metadata, not the contents of objects."
     about = "PMDK's libpmemobj: a pool with its records in the root object, transactions"
     needs = Needs(debian=("libpmemobj-dev",), programs=("gcc",), build=COMPILER, headers=("libpmemobj.h",))
     source = "pmemobj.c"
@@ -134,10 +137,10 @@ class LibPmemObj(Driven):
 
 
 class NumpyMemmap(Driven):
-    """An array in a file."""
+    """numpy.memmap: an array in a file."""
 
     name = "numpy-memmap"
-    note = "Loads and stores, nothing else."
+    note = "Loads and stores, no checks."
     about = "numpy.memmap of 2400 rows: loads from a mapping"
     needs = Needs(pypi=("numpy",), modules=("numpy",))
     source = "numpy_memmap.py"
@@ -145,10 +148,10 @@ class NumpyMemmap(Driven):
 
 
 class RaggedTraining(Driven):
-    """Training data."""
+    """mmap_ninja: training samples of unequal length."""
 
     name = "mmap-ninja"
-    note = "Samples are views of one mapping; nothing is checked."
+    note = "Samples are views of one mapping, without checks."
     about = "mmap_ninja RaggedMmap of 2400 samples of unequal length: loads from a mapping"
     needs = Needs(pypi=("mmap-ninja",), modules=("mmap_ninja",))
     source = "ragged_mmap.py"
@@ -156,13 +159,13 @@ class RaggedTraining(Driven):
 
 
 class DuckDb(Driven):
-    """Late records are in the write-ahead log."""
+    """DuckDB. Records from BASE on are in the write-ahead log."""
 
     name = "duckdb"
-    note = "Blocks and log entries have checksums, and it refuses to open with a log that is not whole."
-    about = "DuckDB from Python, its cache emptied before it reads; pread(2), a checksum for each 256 KiB"
+    note = "Blocks and log entries have checksums. DuckDB refuses to open a database with an incomplete log."
+    about = "DuckDB from Python, cache emptied before each read; pread(2), a checksum for each 256 KiB"
     needs = Needs(pypi=("duckdb",), modules=("duckdb",))
-    journal = "records.duckdb.wal, of a process that was killed"
+    journal = "records.duckdb.wal of a killed process"
     source = "duckdb_table.py"
     data_files = "records.duckdb"
     journal_files = "records.duckdb.wal"

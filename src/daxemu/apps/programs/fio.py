@@ -1,12 +1,12 @@
-"""fio with its mmap engine: it verifies what it reads by itself."""
+"""fio with its mmap engine. fio itself verifies every block read."""
 
 from __future__ import annotations
 
 import time
 
-from daxemu.apps.application import Application, Needs, Place, Refused, Spot
-from daxemu.apps.process import Ended, Hung, Process
-from daxemu.apps.records import Finding
+from daxemu.apps.application import Application, Needs, Place, ReportedError, Spot
+from daxemu.apps.process import Ended, Process, TimedOut
+from daxemu.apps.records import ReadBack
 from daxemu.apps.situations import Part
 from daxemu.host.mountinfo import mount_of
 from daxemu.host.tasks import read_vmas
@@ -17,10 +17,10 @@ _JOB = ("--name=records", "--ioengine=mmap", "--thread", f"--bs={BLOCK}", "--ver
 
 
 class Fio(Application):
-    """Goes round and round for two seconds."""
+    """fio: reads and verifies for two seconds."""
 
     name = "fio"
-    note = "It checks a CRC of each block."
+    note = "fio checks a CRC of each block."
     about = "fio --ioengine=mmap --verify=crc32c, 4 MiB read again and again for 2 s: loads from a mapping"
     needs = Needs(debian=("fio",), programs=("fio",))
 
@@ -32,7 +32,7 @@ class Fio(Application):
     def spot(self, place: Place, part: Part) -> Spot:
         """See Application.spot."""
         block = BLOCKS // 2
-        # Past the header of the block, which has the checksum.
+        # Behind the block's header, which holds the checksum.
         return Spot(place.root / "records", block * BLOCK + 1024, 16, f"block {block}")
 
     def start(self, place: Place) -> Process:
@@ -42,27 +42,27 @@ class Fio(Application):
             ["fio", *_JOB, self._file(place), size, "--rw=read", "--time_based", "--runtime=2"]
         )
 
-    def warm(self, place: Place, process: Process) -> Finding:
-        """See Application.warm: it has the file mapped."""
+    def warm(self, place: Place, process: Process) -> ReadBack:
+        """See Application.warm: wait until fio has mapped the file."""
         dev = mount_of(place.root).dev
         deadline = time.monotonic() + process.limit
         while not self._maps(process.pid, dev):
             if process.status is not None:
                 raise Ended(process.wait())
             if time.monotonic() > deadline:
-                raise Hung("it maps nothing")
-            time.sleep(0.02)  # nothing tells of a mapping that is made
-        return Finding(right=BLOCKS)
+                raise TimedOut(f"the file is not mapped after {process.limit:g} s")
+            time.sleep(0.02)  # no event announces a new mapping
+        return ReadBack(right=BLOCKS)
 
-    def read(self, place: Place, process: Process) -> Finding:
-        """See Application.read: it ends, and says whether all was right."""
+    def read(self, place: Place, process: Process) -> ReadBack:
+        """See Application.read: wait for the end; the exit status says if all blocks were right."""
         status = process.wait()
         if status < 0:
             raise Ended(status)
         if status:
             verdict = [line for line in process.output if "verify failed" in line or "verify: bad" in line]
-            raise Refused(verdict or [line for line in process.output if "err=" in line])
-        return Finding(right=BLOCKS)
+            raise ReportedError(verdict or [line for line in process.output if "err=" in line])
+        return ReadBack(right=BLOCKS)
 
     @staticmethod
     def _maps(pid: int, dev: tuple[int, int]) -> bool:

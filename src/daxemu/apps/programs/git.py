@@ -1,4 +1,4 @@
-"""git: objects read from a pack, which it maps."""
+"""git: objects read from a mapped pack."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ import re
 
 from daxemu.apps.application import Application, Needs, Place, Spot, number_of
 from daxemu.apps.process import Process
-from daxemu.apps.records import COUNT, Finding, compare_lines, text
+from daxemu.apps.records import COUNT, ReadBack, compare_lines, text
 from daxemu.apps.situations import Part
 
 _HEADER = re.compile(r"blob (\d{6})")
 _COMPLAINT = re.compile(r"(error|fatal):.*|.* missing")
-_NOBODY = "nobody missing"
+_END = "end missing"
+"""git's answer to "end", a name without an object: marks the end of an answer."""
 
 
 def _name(number: int) -> str:
-    """The object's name that a record has as a blob."""
+    """Return the object name (SHA-1) of a record as a blob."""
     body = text(number).encode()
     return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
 
 
 class Git(Application):
-    """One long-lived ``git cat-file --batch``, as servers have it."""
+    """git: one long-running ``git cat-file --batch``, as on servers."""
 
     name = "git"
-    note = "It has no handler for SIGBUS; a changed object fails zlib's checksum or its own."
+    note = "git has no handler for SIGBUS. A changed object fails zlib's checksum or its own SHA-1."
     about = "git cat-file --batch on a repository with one pack: loads from a mapping, zlib, SHA-1"
     needs = Needs(debian=("git",), programs=("git",))
 
@@ -56,18 +57,18 @@ class Git(Application):
     def start(self, place: Place) -> Process:
         """See Application.start."""
         process = place.start([*self._git(place), "cat-file", "--batch=%(objecttype) %(rest)"])
-        process.send("nobody\n")
-        process.until(_NOBODY)
+        process.send("end\n")
+        process.until(_END)
         return process
 
-    def read(self, place: Place, process: Process) -> Finding:
+    def read(self, place: Place, process: Process) -> ReadBack:
         """See Application.read."""
-        process.send("".join(f"{_name(number)} {number:06d}\n" for number in range(COUNT)) + "nobody\n")
-        told = iter(process.until(_NOBODY)[:-1])
+        process.send("".join(f"{_name(number)} {number:06d}\n" for number in range(COUNT)) + "end\n")
+        output = iter(process.until(_END)[:-1])
         lines = []
-        for line in told:
+        for line in output:
             header = _HEADER.fullmatch(line)
-            lines.append(f"{header[1]} {next(told, '')}" if header else line)
+            lines.append(f"{header[1]} {next(output, '')}" if header else line)
         return compare_lines(lines, _COMPLAINT)
 
     @staticmethod

@@ -10,7 +10,7 @@ from typing import ClassVar
 from daxemu.apps.application import Application, Needs, Place, Spot, find_record, number_of
 from daxemu.apps.install import program
 from daxemu.apps.process import Process
-from daxemu.apps.records import BASE, COUNT, Finding, compare_lines, text
+from daxemu.apps.records import BASE, COUNT, ReadBack, compare_lines, text
 from daxemu.apps.situations import Part
 
 _SETTINGS = {
@@ -33,12 +33,12 @@ def _copy(numbers: range) -> str:
 
 
 class PostgreSql(Application):
-    """Late records are in the write-ahead log."""
+    """PostgreSQL without data checksums. Records from BASE on are in the write-ahead log."""
 
     name = "postgresql"
     note = (
-        "Recovery takes a log record that it cannot read or believe for the end of the log, and opens "
-        "without the commits after it; its log has a line of it, and only the first time."
+        "Recovery takes an unreadable or invalid log record for the end of the log, and the database opens "
+        "without the commits after that record. The server log has one line about it, at the first start."
     )
     about = "PostgreSQL, shared_buffers of 128 kB, no data checksums; pread(2)"
     needs = Needs(
@@ -46,7 +46,7 @@ class PostgreSql(Application):
         programs=("postgres", "initdb", "psql"),
         version=("postgres", "--version"),
     )
-    journal = "pg_wal, of a server that was stopped at once"
+    journal = "pg_wal after an immediate shutdown (SIGQUIT)"
     user = "postgres"
     stamp = _STAMP
     initdb: ClassVar[tuple[str, ...]] = ()
@@ -82,7 +82,7 @@ class PostgreSql(Application):
         process.until("database system is ready to accept connections")
         return process
 
-    def read(self, place: Place, process: Process) -> Finding:
+    def read(self, place: Place, process: Process) -> ReadBack:
         """See Application.read."""
         query = "SELECT to_char(id, 'FM000000') || ' ' || body FROM record ORDER BY id"
         _, output = place.ask(self._psql(place, query))
@@ -93,7 +93,7 @@ class PostgreSql(Application):
         place.ask(self._psql(place, f"UPDATE record SET body = body WHERE id >= {BASE}"))
 
     def stop(self, place: Place, process: Process) -> int:
-        """See Application.stop: "fast"."""
+        """See Application.stop: SIGINT, PostgreSQL's fast shutdown."""
         return process.ask_to_end(signal.SIGINT)
 
     @staticmethod
@@ -102,9 +102,9 @@ class PostgreSql(Application):
 
 
 class PostgreSqlChecksums(PostgreSql):
-    """The same as Debian's later versions set it up."""
+    """PostgreSQL with data checksums, the default of later Debian versions."""
 
     name = "postgresql-checksums"
-    note = "As above, but that a changed page of a table is found."
-    about = "the same with initdb --data-checksums"
+    note = "As postgresql, but a changed page of a table is found."
+    about = "as postgresql, with initdb --data-checksums"
     initdb = ("--data-checksums",)

@@ -7,12 +7,12 @@ import struct
 
 from daxemu.apps.application import Application, Needs, Place, Spot, find_record, number_of
 from daxemu.apps.process import Process
-from daxemu.apps.records import COUNT, Finding, compare, text
+from daxemu.apps.records import COUNT, ReadBack, compare, text
 from daxemu.apps.situations import Part
 
 MEMORY = 64 << 20
 AT = 16 << 20
-"""Where the guest (drivers/guest.S) has its records."""
+"""Guest address of the records (drivers/guest.S)."""
 WIDTH = 512
 _SUM = re.compile(r"([0-9a-f]{8}) ([0-9a-f]{8})")
 
@@ -25,12 +25,12 @@ def _checksum(number: int) -> int:
 
 
 class Qemu(Application):
-    """The guest sums up each record, and writes the sums to its serial port."""
+    """QEMU: the guest computes a checksum of each record, and prints all checksums on the serial port."""
 
     name = "qemu"
     note = (
-        "It asks for early kill by itself (PR_MCE_KILL), so that it is told whatever the sysctl is; its "
-        "handler is made for KVM, and without KVM an AO signal runs into an assertion."
+        "QEMU sets early kill for itself (PR_MCE_KILL), so AO arrives whatever the sysctl is. Its signal "
+        "handler is made for KVM; without KVM an AO signal fails an assertion."
     )
     about = (
         "QEMU (TCG), the guest's memory a memory-backend-file with share=on; the guest sums up its records"
@@ -74,7 +74,7 @@ class Qemu(Application):
         process.until("ready")
         return process
 
-    def read(self, place: Place, process: Process) -> Finding:
+    def read(self, place: Place, process: Process) -> ReadBack:
         """See Application.read."""
         process.send("read\n")
         found = {

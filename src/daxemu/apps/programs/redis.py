@@ -1,4 +1,7 @@
-"""Redis: all data in memory, read from the file at the start only. Append-only file, and snapshots."""
+"""Redis with an append-only file, and with snapshots.
+
+All data is in memory; files are read only at the start.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
-from daxemu.apps.application import Application, Needs, Place, Refused, Spot, find_record, number_of
+from daxemu.apps.application import Application, Needs, Place, ReportedError, Spot, find_record, number_of
 from daxemu.apps.process import Process
-from daxemu.apps.records import BASE, COUNT, Finding, compare_lines, text
+from daxemu.apps.records import BASE, COUNT, ReadBack, compare_lines, text
 from daxemu.apps.situations import Part
 
 _STAMP = re.compile(r"\d+:[A-Z] \d+ \w+ \d{4} [\d:.]+ [#*.-] ")
@@ -41,8 +44,8 @@ class _Redis(Application):
         process.until(_READY)
         return process
 
-    def read(self, place: Place, process: Process) -> Finding:
-        """See Application.read. A write, too: whether it is still taken."""
+    def read(self, place: Place, process: Process) -> ReadBack:
+        """See Application.read. Also writes one key, to see if writes still succeed."""
         keys = " ".join(f"record:{number}" for number in range(COUNT))
         replies = self._ask(place, [f"MGET {keys}", "SET probe 1"])
         found = [
@@ -56,10 +59,10 @@ class _Redis(Application):
         return process.ask_to_end(signal.SIGTERM)
 
     def store(self, place: Place, numbers: Iterable[int]) -> None:
-        """Store records. Raises Refused."""
+        """Store records. Raises ReportedError."""
         replies = self._ask(place, [f'SET record:{number} "{text(number)}"' for number in numbers])
         if bad := [line for line in replies if line != "OK"]:
-            raise Refused(bad)
+            raise ReportedError(bad)
 
     def _ask(self, place: Place, commands: list[str]) -> list[str]:
         client: list[str | Path] = ["redis-cli", "--no-raw", "-s", place.scratch / "redis.sock"]
@@ -68,11 +71,14 @@ class _Redis(Application):
 
 
 class RedisAof(_Redis):
-    """The base file was rewritten once; late records are in the incremental file."""
+    """Redis with an append-only file.
+
+    The base file was rewritten once; records from BASE on are in the incremental file.
+    """
 
     name = "redis-aof"
-    note = "It goes on from memory and cannot be started again. The file has no checksums."
-    about = "Redis, append-only file, appendfsync always; reads it at the start only"
+    note = "Redis goes on from memory and cannot be restarted. The file has no checksums."
+    about = "Redis, append-only file, appendfsync always; the file is read at the start only"
     journal = "the incremental append-only file"
     options = (
         *("--appendonly", "yes", "--appendfsync", "always", "--save", ""),
@@ -95,14 +101,14 @@ class RedisAof(_Redis):
 
 
 class RedisRdb(_Redis):
-    """Written anew at each clean end."""
+    """Redis with snapshots. A clean end writes a new snapshot."""
 
     name = "redis-rdb"
     note = (
-        "It goes on from memory, and the snapshot at its end replaces the hurt file. On a removed device "
-        "that cannot be written, and SIGTERM does not end it. The snapshot has a CRC."
+        "Redis goes on from memory, and the snapshot at its end replaces the damaged file. On a removed "
+        "device the snapshot cannot be written, and SIGTERM does not end Redis. The snapshot has a CRC."
     )
-    about = "Redis, snapshots, no compression; reads dump.rdb at the start only, writes it anew at the end"
+    about = "Redis, snapshots, no compression; dump.rdb is read at the start only and written at the end"
     options = ("--appendonly", "no", "--save", "3600 1", "--rdbcompression", "no")
 
     def prepare(self, place: Place) -> None:

@@ -1,4 +1,4 @@
-"""The sqlite3 shell, on one database: rollback journal, write-ahead log, memory-mapped."""
+"""sqlite3 shell on one database: rollback journal, write-ahead log, memory-mapped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from daxemu.apps.application import Application, Needs, Place, Spot, find_record, number_of
 from daxemu.apps.process import Process
-from daxemu.apps.records import BASE, COUNT, Finding, compare_lines, text
+from daxemu.apps.records import BASE, COUNT, ReadBack, compare_lines, text
 from daxemu.apps.situations import Part
 
 _COMPLAINT = re.compile(r"(Runtime error|Parse error|Error)\b.*")
@@ -32,7 +32,7 @@ class _Sqlite(Application):
         process.until("ready")
         return process
 
-    def read(self, place: Place, process: Process) -> Finding:
+    def read(self, place: Place, process: Process) -> ReadBack:
         """See Application.read."""
         process.send(_ALL)
         return compare_lines(process.until("end"), _COMPLAINT)
@@ -43,7 +43,7 @@ class _Sqlite(Application):
         return find_record(number_of(part), [place.root / name])
 
     def make(self, place: Place, script: str) -> None:
-        """Run a script, and kill the shell once it is done. Raises Ended, Hung."""
+        """Run a script, then kill the shell. Raises Ended, TimedOut."""
         process = place.start(["sqlite3", "-batch", "-bail", place.root / "records.db"])
         for part in script.splitlines(keepends=True):
             process.send(part)
@@ -53,15 +53,18 @@ class _Sqlite(Application):
 
 
 class SqliteRollback(_Sqlite):
-    """A killed transaction leaves a hot journal, which the next start rolls back."""
+    """sqlite3 with a rollback journal.
+
+    A killed transaction leaves a hot journal; the next start rolls the transaction back.
+    """
 
     name = "sqlite3"
     note = (
-        "Pages have no checksums. A hot journal that cannot be read keeps the database shut; one that was "
-        "changed is written back over good data, for its checksum samples every 200th byte."
+        "Pages have no checksums. With an unreadable hot journal the database does not open. A changed one "
+        "is written back over good data: the journal's checksum samples every 200th byte only."
     )
     about = "sqlite3 shell, rollback journal, a cache of 4 pages; read(2)"
-    journal = "records.db-journal, of a transaction that was killed half way"
+    journal = "records.db-journal of a transaction killed half way"
     journal_file = "records.db-journal"
     _in_transaction = False
 
@@ -80,7 +83,7 @@ class SqliteRollback(_Sqlite):
         process.until("dirty")
         self._in_transaction = True
 
-    def read(self, place: Place, process: Process) -> Finding:
+    def read(self, place: Place, process: Process) -> ReadBack:
         """See Application.read."""
         if self._in_transaction:
             process.send("ROLLBACK;\n")
@@ -89,7 +92,7 @@ class SqliteRollback(_Sqlite):
 
     @staticmethod
     def _change() -> str:
-        """A transaction that is not committed, and has spilled to the file."""
+        """Return a transaction that is never committed, large enough to spill to the database file."""
         return (
             "PRAGMA cache_size=4;\nBEGIN;\n"
             "UPDATE record SET body = substr(body, 1, 400) || printf('%.100c', 'x');\n"
@@ -97,21 +100,21 @@ class SqliteRollback(_Sqlite):
 
 
 class SqliteMmap(SqliteRollback):
-    """The same, through a mapping."""
+    """sqlite3 with a mapped database file."""
 
     name = "sqlite3-mmap"
-    note = "As above, but for the mapping: poison is met by a load."
+    note = "As sqlite3, but a load from the mapping consumes the poison."
     about = "sqlite3 shell, rollback journal, PRAGMA mmap_size=256M: loads from a mapping"
     pragmas = "PRAGMA mmap_size=268435456;\n"
 
 
 class SqliteWal(_Sqlite):
-    """Late records are in the write-ahead log."""
+    """sqlite3 with a write-ahead log. Records from BASE on are in the log."""
 
     name = "sqlite3-wal"
     note = (
-        "A frame whose checksum is wrong ends the log: the transactions from there on are gone, and that "
-        "is no error. Its -shm file is mapped, so a removal kills it."
+        "A frame with a wrong checksum ends the log: all later transactions are gone, without an error. "
+        "The -shm file is mapped, so a removal kills the shell."
     )
     about = "sqlite3 shell, write-ahead log, a cache of 4 pages; read(2)"
     journal = "records.db-wal, with transactions since the last checkpoint"

@@ -1,3 +1,3 @@
-"""What runs on a mount during a trial, and can say afterwards what of its data is gone or wrong. One file
-each.
+"""Workloads of a trial, one module each. After the trial, a workload reports lost and wrong bytes of its
+data.
 """

@@ -1,4 +1,4 @@
-"""An append log: records at the end, fsync now and then, an old one read back."""
+"""Append log workload: records appended, fsync(2) at intervals, old records read back."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from daxemu.evaluate.workloads.base import Bad, Workload, compare, pattern
+from daxemu.evaluate.workloads.base import Mismatch, Workload, compare, pattern
 
 NAME = "log"
 GENERATION, SETTLED, BEGUN = range(3)
 
 
 class AppendLogRun(Workload):
-    """See specs.AppendLog. A full log is replaced by an empty one, as a rotated log is."""
+    """Run of specs.AppendLog. A full log is replaced by an empty one, as log rotation does."""
 
     def prepare(self) -> None:
         half = self.spec.count // 2
@@ -51,15 +51,15 @@ class AppendLogRun(Workload):
     def _rotate(self) -> None:
         fresh = self.root / (NAME + ".new")
         made = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        # In this order a death in between leaves marks of an empty log over an old one: nothing is expected
-        # of it.
+        # Marks first: a death before the rename leaves marks of an empty log, so check() expects nothing of
+        # the old file.
         self._state[SETTLED] = self._state[BEGUN] = 0
         self._state[GENERATION] += 1
         fresh.rename(self.root / NAME)
         os.close(self._file)
         self._file = made
 
-    def check(self) -> Iterator[Bad]:
+    def check(self) -> Iterator[Mismatch]:
         marks = self._marks()
         records = (
             (index * self.spec.record, [self._content(int(marks[GENERATION]), index)])

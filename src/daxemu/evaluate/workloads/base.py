@@ -1,6 +1,6 @@
-"""What every workload has: records whose content is known by number, and a memory of which were written.
+"""Base of all workloads: numbered records with known content, and a log of written versions.
 
-The memory is kept off the mount, in mapped files, so that it outlives the workload's death by SIGBUS.
+The log of versions lies off the mount, in mapped files, and survives the workload's death by SIGBUS.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from daxemu.uapi import PAGE_SIZE
 NOTHING = -1
 
 
-class Bad(NamedTuple):
-    """Bytes of a file that are not what was written. ``unreadable``: an error says so; ``wrong``: nothing
-    does.
+class Mismatch(NamedTuple):
+    """Bytes of a file with other content than written.
 
-    ``offset`` -1: somewhere in the file (a row of a database).
+    ``state``: "unreadable" if a read returned an error, "wrong" if no read did. ``offset`` -1: somewhere in
+    the file (a row of a database).
     """
 
     path: str
@@ -38,7 +38,10 @@ class Bad(NamedTuple):
 
 
 def pattern(seed: int, stream: int, index: int, version: int, length: int) -> bytes:
-    """The content of a version of a record; no two are alike, and none is zeros."""
+    """Return the content of one version of a record, ``length`` bytes.
+
+    Contents of different records and versions differ; none is all zeros.
+    """
     digest = hashlib.blake2b(struct.pack("<4Q", seed, stream, index, version), digest_size=8).digest()
     words = np.arange(1, length // 8 + 2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     words ^= np.frombuffer(digest, dtype=np.uint64)[0]
@@ -48,38 +51,44 @@ def pattern(seed: int, stream: int, index: int, version: int, length: int) -> by
 
 
 class Truth:
-    """Versions of numbered records: begun before a write, settled when it was acknowledged."""
+    """Versions of numbered records.
+
+    A version is begun before its write and settled once the write is acknowledged.
+    """
 
     def __init__(self, path: Path, count: int) -> None:
         fresh = not path.exists()
         self._numbers = np.memmap(path, dtype=np.uint32, mode="w+" if fresh else "r+", shape=(2, count))
 
     def begin(self, index: int) -> int:
-        """The version to write next."""
+        """Return the version to write next, and record the version as begun."""
         version = int(self._numbers[:, index].max()) + 1
         self._numbers[1, index] = version
         return version
 
     def settle(self, index: int) -> None:
-        """The write was acknowledged."""
+        """Record the begun version as acknowledged."""
         self._numbers[0, index] = self._numbers[1, index]
 
     def possible(self, index: int) -> list[int]:
-        """What may be found: the acknowledged version, then those that were begun and failed."""
+        """Return the versions a read may find: the acknowledged one, then all begun later."""
         settled, begun = (int(n) for n in self._numbers[:, index])
         return list(range(settled, begun + 1))
 
     def versions(self) -> np.ndarray:
-        """The acknowledged versions now, as a copy."""
+        """Return a copy of all acknowledged versions."""
         copy: np.ndarray = self._numbers[0].copy()
         return copy
 
 
 class Workload(abc.ABC):
-    """One run of one workload on one mount. ``root``: its directory there; ``state``: one elsewhere."""
+    """A run of one workload on one mount.
+
+    ``root``: directory on the mount. ``state``: directory off the mount.
+    """
 
     failures: ClassVar[tuple[type[Exception], ...]] = (OSError,)
-    """What a step raises when its data cannot be had."""
+    """Exceptions raised by a step when data cannot be read or written."""
 
     def __init__(self, spec: Any, root: Path, state: Path, seed: int) -> None:
         self.spec = spec
@@ -93,28 +102,31 @@ class Workload(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self) -> None:
-        """Make the data. Called once, on an empty directory."""
+        """Make the data. Called once, with an empty ``root``."""
 
     @abc.abstractmethod
     def open(self) -> None:
-        """Get ready for steps: at the start, and again after every death."""
+        """Open the data for steps. Called at the start and after every death."""
 
     @abc.abstractmethod
     def step(self, rng: random.Random) -> int:
-        """One operation; the bytes it moved. Raises one of ``failures``."""
+        """Run one operation; return the number of bytes moved. Raises one of ``failures``."""
 
     @abc.abstractmethod
-    def check(self) -> Iterator[Bad]:
-        """Read everything back, with read(2), never through a mapping."""
+    def check(self) -> Iterator[Mismatch]:
+        """Read all data back with read(2), never through a mapping. Yield every mismatch."""
 
     @abc.abstractmethod
     def size(self) -> int:
-        """How many bytes of data should be there."""
+        """Return the number of bytes of expected data."""
 
     def begin_again(self) -> None:
-        """After a death: stay away from the record that was being touched, if it cannot be read any more.
+        """Skip the record in use at the death, if the record cannot be read any more.
 
-        A restarted program that walks into the same page for ever would measure the restarts alone.
+        Called after every death.
+
+        Without skipping, a restarted program would consume the same poison again and again, and the trial
+        would measure restarts only.
         """
         skipped = self.state / "avoid"
         if skipped.exists():
@@ -126,19 +138,22 @@ class Workload(abc.ABC):
         self._doing[0] = NOTHING
 
     def readable(self, index: int) -> bool:
-        """Whether record ``index`` can be read with read(2)."""
+        """Return True if record ``index`` can be read with read(2)."""
         return True
 
     @contextlib.contextmanager
     def touching(self, index: int) -> Iterator[None]:
-        """Around an access through a mapping, which may be the last thing this process does."""
+        """Mark record ``index`` as in use during an access through a mapping.
+
+        The access may kill the process.
+        """
         self._doing[0] = index
         yield
         self._doing[0] = NOTHING
 
 
 def can_read(path: Path, offset: int, length: int) -> bool:
-    """Whether all of a range can be read."""
+    """Return True if read(2) returns the whole range (offset and length in bytes)."""
     try:
         with open(path, "rb", buffering=0) as file:
             return len(os.pread(file.fileno(), length, offset)) == length
@@ -146,17 +161,21 @@ def can_read(path: Path, offset: int, length: int) -> bool:
         return False
 
 
-def compare(path: Path, name: str, records: Iterable[tuple[int, Sequence[bytes]]]) -> Iterator[Bad]:
-    """Look for records, each (offset, candidates): its bytes must be those of one of them, all of one length.
+def compare(path: Path, name: str, records: Iterable[tuple[int, Sequence[bytes]]]) -> Iterator[Mismatch]:
+    """Compare records with the file ``path``; yield mismatches, page by page.
 
-    More than one candidate: a write was under way, and may be torn.
+    Each record is (offset, candidates).
+
+    Each byte must equal the byte of a candidate. All candidates of a record have the same length. More than
+    one candidate: a write was in progress and may be torn. An unreadable file yields every record as
+    unreadable.
     """
     try:
-        file = open(path, "rb", buffering=0)  # noqa: SIM115 - an error here is an answer, one below is not
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 - only errors of open() are results
     except OSError:
         ino = ino_of(path)
         for offset, candidates in records:
-            yield Bad(name, ino, offset, len(candidates[0]), "unreadable")
+            yield Mismatch(name, ino, offset, len(candidates[0]), "unreadable")
         return
     with file:
         ino = os.fstat(file.fileno()).st_ino
@@ -165,14 +184,16 @@ def compare(path: Path, name: str, records: Iterable[tuple[int, Sequence[bytes]]
 
 
 def ino_of(path: Path) -> int:
-    """Its inode number; 0 if it is not there or cannot be asked for."""
+    """Return the inode number; 0 if stat(2) fails."""
     try:
         return path.stat().st_ino
     except OSError:
         return 0
 
 
-def _compare_open(fd: int, ino: int, name: str, start: int, candidates: Sequence[bytes]) -> Iterator[Bad]:
+def _compare_open(
+    fd: int, ino: int, name: str, start: int, candidates: Sequence[bytes]
+) -> Iterator[Mismatch]:
     arrays = [np.frombuffer(candidate, dtype=np.uint8) for candidate in candidates]
     end = start + len(arrays[0])
     at = start
@@ -183,7 +204,7 @@ def _compare_open(fd: int, ino: int, name: str, start: int, candidates: Sequence
         except OSError as error:
             if error.errno not in (errno.EIO, errno.ENXIO, errno.ENODEV):
                 raise
-            yield Bad(name, ino, at, until - at, "unreadable")
+            yield Mismatch(name, ino, at, until - at, "unreadable")
         else:
             data = np.zeros(until - at, dtype=np.uint8)
             data[: len(found)] = np.frombuffer(found, dtype=np.uint8)
@@ -193,5 +214,5 @@ def _compare_open(fd: int, ino: int, name: str, start: int, candidates: Sequence
             good[len(found) :] = False
             if not good.all():
                 wrong = np.flatnonzero(~good)
-                yield Bad(name, ino, at + int(wrong[0]), int(wrong[-1] - wrong[0]) + 1, "wrong")
+                yield Mismatch(name, ino, at + int(wrong[0]), int(wrong[-1] - wrong[0]) + 1, "wrong")
         at = until

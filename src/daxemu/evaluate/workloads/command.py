@@ -1,4 +1,4 @@
-"""Any command line as a workload; how good its data is, its ``verify`` command must say."""
+"""Command workload: any command line. The ``verify`` command judges the data."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import subprocess
 from collections.abc import Iterator
 from typing import Literal
 
-from daxemu.evaluate.workloads.base import Bad, Workload, ino_of
+from daxemu.evaluate.workloads.base import Mismatch, Workload, ino_of
 
 PATIENCE = 60.0
 
 
 class CommandFailed(Exception):
-    """The command ended with another status than 0."""
+    """A command ended with exit status != 0."""
 
 
 class CommandRun(Workload):
-    """See specs.Command. An operation is one run of the command."""
+    """Run of specs.Command. One operation is one run of the command."""
 
     failures = (OSError, CommandFailed, subprocess.TimeoutExpired)
 
@@ -29,7 +29,7 @@ class CommandRun(Workload):
                 raise CommandFailed(f"prepare: exit {done.returncode}: {done.stderr.strip()[-200:]}")
 
     def open(self) -> None:
-        """Nothing to open."""
+        """Do nothing: the command opens its own files."""
 
     def step(self, rng: random.Random) -> int:
         done = self._run(self.spec.command)
@@ -37,21 +37,21 @@ class CommandRun(Workload):
             raise CommandFailed(f"exit {done.returncode}: {done.stderr.strip()[-200:]}")
         return 0
 
-    def check(self) -> Iterator[Bad]:
+    def check(self) -> Iterator[Mismatch]:
         if not self.spec.verify:
             return
         done = self._run(self.spec.verify)
-        told = False
+        named = False
         for line in done.stdout.splitlines():
             word, _, rest = line.partition(" ")
             if word not in ("lost", "wrong"):
                 continue
             path, offset, length = rest.rsplit(None, 2)
             state: Literal["unreadable", "wrong"] = "unreadable" if word == "lost" else "wrong"
-            told = True
-            yield Bad(path, ino_of(self.root / path), int(offset), int(length), state)
-        if done.returncode and not told:
-            yield Bad("", 0, -1, 0, "wrong")
+            named = True
+            yield Mismatch(path, ino_of(self.root / path), int(offset), int(length), state)
+        if done.returncode and not named:
+            yield Mismatch("", 0, -1, 0, "wrong")
 
     def size(self) -> int:
         return sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())

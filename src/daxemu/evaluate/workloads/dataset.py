@@ -1,4 +1,4 @@
-"""A machine learning data set read in random batches through mmap_ninja; nothing is written."""
+"""Data set workload: machine learning samples read in random batches through mmap_ninja. Read-only."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from mmap_ninja.ragged import RaggedMmap
 
-from daxemu.evaluate.workloads.base import Bad, Workload, can_read, compare, pattern
+from daxemu.evaluate.workloads.base import Mismatch, Workload, can_read, compare, pattern
 
 NAME = "samples"
 
 
 class DatasetRun(Workload):
-    """See specs.Dataset. Samples are of uneven length, up to ``record`` bytes."""
+    """Run of specs.Dataset. Samples have unequal lengths, up to ``record`` bytes."""
 
     def prepare(self) -> None:
         samples = [np.frombuffer(self._content(i), dtype=np.uint8) for i in range(self.spec.count)]
@@ -38,7 +38,7 @@ class DatasetRun(Workload):
     def readable(self, index: int) -> bool:
         return can_read(self.root / NAME / "data.ninja", self._start(index), self._length(index))
 
-    def check(self) -> Iterator[Bad]:
+    def check(self) -> Iterator[Mismatch]:
         starts = itertools.accumulate((self._length(i) for i in range(self.spec.count)), initial=0)
         records = (
             (start, [self._content(i)]) for i, start in zip(range(self.spec.count), starts, strict=False)

@@ -1,4 +1,4 @@
-"""A file server's mix: whole files read, rewritten, appended to, deleted and made again."""
+"""File server workload: whole files read, rewritten, appended to, deleted and made again."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from daxemu.evaluate.workloads.base import Bad, Truth, Workload, compare, ino_of, pattern
+from daxemu.evaluate.workloads.base import Mismatch, Truth, Workload, compare, ino_of, pattern
 from daxemu.uapi import PAGE_SIZE
 
 
 class FileServerRun(Workload):
-    """See specs.FileServer. A file's version says its size too; an append makes a longer version.
+    """Run of specs.FileServer.
 
-    Content is by version, so an append writes the file's tail of the *same* version: versions count rewrites,
-    and ``tails`` the pages appended since.
+    The version of a file determines its size; an append makes the version longer.
+
+    Content depends on the version, so an append writes the tail of the *same* version. ``truth`` counts
+    rewrites; ``tails`` counts pages appended since the last rewrite.
     """
 
     def prepare(self) -> None:
@@ -71,7 +73,7 @@ class FileServerRun(Workload):
         return len(tail)
 
     def _tail(self, index: int) -> list[int]:
-        """How many pages may have been appended to the present version."""
+        """Return the possible numbers of pages appended to the present version."""
         note = self.state / f"tail-{index}"
         if not note.exists() or not note.read_text():
             return [0]
@@ -80,12 +82,12 @@ class FileServerRun(Workload):
             return [0]
         return [pages] if len(self._tails.possible(index)) == 1 else [pages - 1, pages]
 
-    def check(self) -> Iterator[Bad]:
+    def check(self) -> Iterator[Mismatch]:
         self._open_truth()
         for index in range(self.spec.count):
             yield from self._check_file(index)
 
-    def _check_file(self, index: int) -> Iterator[Bad]:
+    def _check_file(self, index: int) -> Iterator[Mismatch]:
         path = self._path(index)
         versions, tails = self._truth.possible(index), self._tail(index)
         contents = [self._content(index, versions[0], tail) for tail in tails]
@@ -94,17 +96,17 @@ class FileServerRun(Workload):
             size = path.stat().st_size
         except FileNotFoundError:
             if len(versions) == 1:
-                yield Bad(path.name, 0, 0, len(contents[0]), "wrong")
+                yield Mismatch(path.name, 0, 0, len(contents[0]), "wrong")
             return
         except OSError:
-            yield Bad(path.name, 0, 0, len(contents[0]), "unreadable")
+            yield Mismatch(path.name, 0, 0, len(contents[0]), "unreadable")
             return
         shortest = min(map(len, contents))
         if len(versions) > 1:
-            # Truncated and being written: whatever there is must be of one of them.
+            # A rewrite was in progress: the file may be shorter, with bytes of any possible version.
             shortest = min(shortest, size)
         if size < shortest:
-            yield Bad(path.name, ino_of(path), size, shortest - size, "wrong")
+            yield Mismatch(path.name, ino_of(path), size, shortest - size, "wrong")
         length = min(size, max(map(len, contents)))
         if length:
             padded = [content.ljust(length, b"\0")[:length] for content in contents]
@@ -122,7 +124,7 @@ class FileServerRun(Workload):
 
     def _length(self, index: int, version: int, tail: int) -> int:
         rng = np.random.default_rng([self.seed, index, version])
-        # Small files are many, large ones few: the logarithm is uniform.
+        # Many small files, few large ones: the logarithm of the size is uniform.
         exponent = rng.uniform(np.log2(512), np.log2(self.spec.largest))
         return min(int(2**exponent) + tail * PAGE_SIZE, int(self.spec.largest) + PAGE_SIZE)
 

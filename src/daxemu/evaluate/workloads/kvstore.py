@@ -1,4 +1,4 @@
-"""A memory-mapped key-value store: fixed slots in one file, loads and stores through the mapping."""
+"""Key-value store workload: fixed slots in one mapped file, loads and stores through the mapping."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import mmap
 import random
 from collections.abc import Iterator
 
-from daxemu.evaluate.workloads.base import Bad, Truth, Workload, can_read, compare, pattern
+from daxemu.evaluate.workloads.base import Mismatch, Truth, Workload, can_read, compare, pattern
 
 NAME = "store"
 
 
 class KvStoreRun(Workload):
-    """See specs.KvStore. A slot is one record; a put is acknowledged when it is stored, as on DAX."""
+    """Run of specs.KvStore. One slot is one record. A put is acknowledged after the store, as on DAX."""
 
     def prepare(self) -> None:
         spec = self.spec
@@ -47,7 +47,7 @@ class KvStoreRun(Workload):
     def readable(self, index: int) -> bool:
         return can_read(self.root / NAME, index * self.spec.record, self.spec.record)
 
-    def check(self) -> Iterator[Bad]:
+    def check(self) -> Iterator[Mismatch]:
         truth = Truth(self.state / "truth", self.spec.count)
         records = (
             (index * self.spec.record, [self._content(index, version) for version in truth.possible(index)])

@@ -1,4 +1,4 @@
-"""A live file, written record by record, and reflinked snapshots of it."""
+"""Snapshot workload: a live file written record by record, and reflinked snapshots of the file."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import numpy as np
 
 from daxemu.client import Client
 from daxemu.errors import DaxemuError
-from daxemu.evaluate.workloads.base import Bad, Truth, Workload, compare, pattern
+from daxemu.evaluate.workloads.base import Mismatch, Truth, Workload, compare, pattern
 
 LIVE = "live"
 
 
 class SnapshotsRun(Workload):
-    """See specs.Snapshots. Beside each snapshot stands what it holds: the versions when it was taken."""
+    """Run of specs.Snapshots.
+
+    The versions in each snapshot are saved off the mount when the snapshot is taken.
+    """
 
     failures = (OSError, DaxemuError)
 
@@ -57,7 +60,7 @@ class SnapshotsRun(Workload):
             )
         np.save(self.state / f"{number}.npy", self._truth.versions())
 
-    def check(self) -> Iterator[Bad]:
+    def check(self) -> Iterator[Mismatch]:
         truth = Truth(self.state / "truth", self.spec.count)
         possible = (truth.possible(index) for index in range(self.spec.count))
         yield from compare(self.root / LIVE, LIVE, self._records(possible))

@@ -1,4 +1,4 @@
-"""What a plan can say of each workload. Types only: reading a plan imports no workload."""
+"""Options of each workload in a plan. Types only: reading a plan imports no workload."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from daxemu.sizes import human
 
 
 class Spec(msgspec.Struct, tag_field="kind", forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """``name`` is the kind if not given; ``files`` and ``record`` are bytes, ``count`` a number."""
+    """Options common to all workloads.
+
+    ``name`` defaults to the kind. Sizes (``record``, ``largest``) are bytes; ``count`` is a number of records
+    or files.
+    """
 
     name: str = ""
 
@@ -18,30 +22,30 @@ class Spec(msgspec.Struct, tag_field="kind", forbid_unknown_fields=True, frozen=
 
     @property
     def label(self) -> str:
-        """What it is called in reports."""
+        """Return the name for reports."""
         return self.name or self.kind
 
     def room(self) -> int:
-        """Bytes on the device that it needs at most, roughly."""
+        """Return the space needed on the device in bytes, a rough upper bound."""
         return 0
 
     def wrong(self, device: int) -> tuple[str, str] | None:
-        """What cannot be, as (key, text)."""
+        """Return the first impossible option as (key, reason); None if all are valid. ``device``: bytes."""
         for key in self.__struct_fields__:
             value = getattr(self, key)
             if isinstance(value, int) and value < 1:
                 return key, f"{key} must be 1 or more"
         if self.room() > device // 4:
-            # A mirror halves the device, and metadata wants some.
+            # A mirror halves the device, and metadata needs space.
             return "kind", f"needs {human(self.room())}, more than a quarter of the {human(device)} device"
         return None
 
 
 class Command(Spec, tag="command", frozen=True):
-    """Any command line, run again and again in a directory on the mount (also $DAXEMU_DIR), through sh(1).
+    """Any command line, run repeatedly through sh(1) in a directory on the mount (also $DAXEMU_DIR).
 
-    ``prepare`` runs once before, ``verify`` once afterwards: it exits 0 if all is well, and may print lines
-    ``lost PATH OFFSET LENGTH`` or ``wrong PATH OFFSET LENGTH``.
+    ``prepare`` runs once before, ``verify`` once afterwards. ``verify`` exits with 0 if all data is right,
+    and may print lines ``lost PATH OFFSET LENGTH`` or ``wrong PATH OFFSET LENGTH``.
     """
 
     command: str
@@ -50,7 +54,7 @@ class Command(Spec, tag="command", frozen=True):
 
 
 class FileServer(Spec, tag="fileserver", frozen=True):
-    """Whole files read, rewritten, appended to, deleted and made again: 50, 20, 15, 15 of a hundred."""
+    """Whole files: 50 % reads, 20 % rewrites, 15 % appends, 15 % deleted and made again."""
 
     count: int = 64
     largest: int = 128 << 10
@@ -60,7 +64,7 @@ class FileServer(Spec, tag="fileserver", frozen=True):
 
 
 class KvStore(Spec, tag="kvstore", frozen=True):
-    """A hash table of fixed slots in one mapped file; ``reads`` of a hundred operations are gets."""
+    """Hash table of fixed slots in one mapped file; ``reads`` per cent of the operations are gets."""
 
     count: int = 4096
     record: int = 1024
@@ -72,7 +76,7 @@ class KvStore(Spec, tag="kvstore", frozen=True):
 
 
 class Sqlite(Spec, tag="sqlite", frozen=True):
-    """sqlite3: transactions that rewrite ``rows`` rows of ``record`` bytes, and reads of one."""
+    """sqlite3: transactions rewriting ``rows`` rows of ``record`` bytes each, and reads of single rows."""
 
     count: int = 1000
     record: int = 1000
@@ -83,7 +87,7 @@ class Sqlite(Spec, tag="sqlite", frozen=True):
 
 
 class Dataset(Spec, tag="dataset", frozen=True):
-    """A machine learning data set: ragged samples read in random batches through mmap_ninja."""
+    """Machine learning data set: ragged samples read in random batches through mmap_ninja."""
 
     count: int = 512
     record: int = 16 << 10
@@ -94,7 +98,10 @@ class Dataset(Spec, tag="dataset", frozen=True):
 
 
 class Snapshots(Spec, tag="snapshots", frozen=True):
-    """A live file written by record; a reflink of it every ``every`` writes, the last ``keep`` kept."""
+    """Live file written record by record, and a reflink every ``every`` writes.
+
+    The last ``keep`` reflinks are kept.
+    """
 
     count: int = 1024
     record: int = 4096
@@ -106,9 +113,7 @@ class Snapshots(Spec, tag="snapshots", frozen=True):
 
 
 class AppendLog(Spec, tag="log", frozen=True):
-    """Records appended, fsync(2) every ``sync_every``, and an old one read back now and then; begun anew when
-    full.
-    """
+    """Records appended, fsync(2) every ``sync_every`` records, old ones read back; a full log starts anew."""
 
     count: int = 8192
     record: int = 512

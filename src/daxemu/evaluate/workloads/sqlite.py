@@ -1,4 +1,4 @@
-"""sqlite3 transactions: rows rewritten a few at a time, and read one at a time."""
+"""sqlite3 workload: transactions rewriting a few rows, reads of single rows."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import random
 import sqlite3
 from collections.abc import Iterator
 
-from daxemu.evaluate.workloads.base import Bad, Truth, Workload, ino_of, pattern
+from daxemu.evaluate.workloads.base import Mismatch, Truth, Workload, ino_of, pattern
 
 NAME = "rows.db"
 ANYWHERE = -1
 
 
 class SqliteRun(Workload):
-    """See specs.Sqlite. A row is a record; a transaction is acknowledged when COMMIT returns."""
+    """Run of specs.Sqlite. One row is one record. A transaction is acknowledged when COMMIT returns."""
 
     failures = (OSError, sqlite3.Error)
 
@@ -39,7 +39,7 @@ class SqliteRun(Workload):
                 return self._read(self._connection, rng.randrange(self.spec.count))
             return self._write(self._connection, rng.sample(range(self.spec.count), self.spec.rows))
         except sqlite3.Error:
-            # After an I/O error SQLite may need a new look at its file.
+            # After an I/O error SQLite may hold stale state: open the file again.
             self._connection.close()
             self._connection = None
             raise
@@ -59,7 +59,7 @@ class SqliteRun(Workload):
             self._truth.settle(index)
         return sum(len(content) for content, _ in rows)
 
-    def check(self) -> Iterator[Bad]:
+    def check(self) -> Iterator[Mismatch]:
         truth = Truth(self.state / "truth", self.spec.count)
         path = self.root / NAME
         connection: sqlite3.Connection | None = None
@@ -69,13 +69,13 @@ class SqliteRun(Workload):
                 connection = connection or self._connect()
                 row = connection.execute("SELECT content FROM record WHERE id = ?", (index,)).fetchone()
             except sqlite3.Error:
-                yield Bad(NAME, ino_of(path), ANYWHERE, self.spec.record, "unreadable")
+                yield Mismatch(NAME, ino_of(path), ANYWHERE, self.spec.record, "unreadable")
                 if connection is not None:
                     connection.close()
                 connection = None
                 continue
             if row is None or row[0] not in candidates:
-                yield Bad(NAME, ino_of(path), ANYWHERE, self.spec.record, "wrong")
+                yield Mismatch(NAME, ino_of(path), ANYWHERE, self.spec.record, "wrong")
         if connection is not None:
             connection.close()
 
