@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import pytest
+if TYPE_CHECKING:
+    import pytest
 
 MOUNT_FIXTURES = frozenset({"dax_mount", "quick_mount", "zygote"})
 """Fixtures that mount. Fixtures made of these (``scene``, ``early``) count too."""
