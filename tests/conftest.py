@@ -36,7 +36,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    node.config.stash[COUNTS] = node.workeroutput["kinds"]
+    if counts := getattr(node, "workeroutput", {}).get("kinds"):  # a worker that crashed has none
+        node.config.stash[COUNTS] = counts
 
 
 def pytest_terminal_summary(

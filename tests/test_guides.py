@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import shutil
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -18,8 +22,11 @@ from daxemu.supervisor import failures, populate
 from tests.support.pages import TOP
 
 GLOSSARY = (TOP / "docs" / "glossary.md").read_text()
+CONTRIBUTING = (TOP / "CONTRIBUTING.md").read_text()
 CONCURRENCY = (TOP / "docs" / "concurrency.md").read_text()
 PACKAGES = "apps|cli|client|evaluate|fs|host|mm|pmem|repair|supervisor"
+FRAGMENT = r"\+[\w-]+\.(added|changed|fixed|removed)\.md"
+"""Name of a news fragment."""
 
 
 @cache
@@ -151,3 +158,61 @@ def test_no_word_is_explained_twice_in_a_section() -> None:
 @pytest.mark.parametrize("name", named(GLOSSARY, rf"({PACKAGES})(\.\w+)+"))
 def test_a_function_of_the_glossary_exists(name: str) -> None:
     assert exists(name)
+
+
+# -- how to contribute
+
+
+@pytest.mark.parametrize("path", named(CONTRIBUTING, r"(src|tests|docs|examples|tools|\.ci)/[\w./-]*"))
+def test_a_file_of_a_recipe_exists(path: str) -> None:
+    assert (TOP / path).exists()
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"\bmake ([a-z][a-z-]*)", CONTRIBUTING))))
+def test_a_make_target_that_is_named_exists(command: str) -> None:
+    assert re.search(rf"^{command}:", (TOP / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_each_recipe_is_in_the_table_of_files() -> None:
+    recipes = re.findall(r"^### (.*)$", CONTRIBUTING.partition("## Recipes")[2], re.MULTILINE)
+    table = (TOP / "docs" / "architecture.md").read_text().partition("## The number of files")[2]
+    rows = re.findall(r"^\| (an? .*?) \|", table, re.MULTILINE)
+    assert len(recipes) == 8
+    pairs = zip(rows, recipes, strict=True)
+    assert [pair for pair in pairs if not pair[0].lower().startswith(pair[1].lower()[:9])] == []
+
+
+@pytest.mark.parametrize("file", ["CONTRIBUTING.md", "README.md"])
+def test_a_link_leads_to_a_file(file: str) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (TOP / file).read_text())
+    assert len(links) >= 4
+    assert [link for link in links if not (TOP / link).exists()] == []
+
+
+def test_news_fragments_become_the_changelog(tmp_path: Path) -> None:
+    fragments = [path for path in (TOP / "changelog.d").iterdir() if path.name != ".gitignore"]
+    assert [path.name for path in fragments if not re.fullmatch(FRAGMENT, path.name)] == []
+    shutil.copytree(TOP / "changelog.d", tmp_path / "changelog.d")
+    for name in ("pyproject.toml", "CHANGELOG.md"):
+        shutil.copy(TOP / name, tmp_path)
+    (tmp_path / "changelog.d" / "+test.fixed.md").write_text("A line for a user.\n")
+    build = [
+        sys.executable,
+        "-m",
+        "towncrier",
+        "build",
+        "--yes",
+        "--version",
+        "9.9.9",
+        "--date",
+        "2030-01-02",
+    ]
+    subprocess.run(build, cwd=tmp_path, check=True, capture_output=True)
+    before, after = ((top / "CHANGELOG.md").read_text() for top in (TOP, tmp_path))
+    head, _, tail = before.partition("<!-- releases -->\n")
+    assert after.startswith(f"{head}<!-- releases -->\n\n## 9.9.9 (2030-01-02)\n")
+    assert after.endswith(tail)
+    section = after.removesuffix(tail)
+    assert "### Fixed\n\n- A line for a user.\n" in section
+    assert all(path.read_text().strip() in section for path in fragments)
+    assert [path.name for path in (tmp_path / "changelog.d").iterdir()] == [".gitignore"]

@@ -37,6 +37,7 @@ def seeds(chunk: int) -> range:
     return range(int(SEED), int(SEED) + 1) if SEED else range(chunk, IMAGES, CHUNKS)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(max(600, IMAGES // 4))
 @pytest.mark.parametrize("chunk", range(1 if SEED else CHUNKS))
 def test_damage_is_survived_and_never_hidden(pristine: Pristine, chunk: int) -> None:

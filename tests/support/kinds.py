@@ -3,8 +3,8 @@
 - *mount*: the test mounts a device. Every test that uses a fixture of MOUNT_FIXTURES is marked by
   :func:`mark`; a test that mounts in another way carries the marker itself. :func:`require` fails a test that
   mounts without the marker.
-- *slow*: the test builds packages, starts a cluster or is a benchmark. Every test that uses a fixture of
-  SLOW_FIXTURES is marked by :func:`mark`.
+- *slow*: the test builds packages, starts a cluster, damages thousands of images or is a benchmark. Every
+  test that uses a fixture of SLOW_FIXTURES is marked by :func:`mark`; the others carry the marker.
 - *unit*: neither.
 """
 
@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import pytest
+if TYPE_CHECKING:
+    import pytest
 
 MOUNT_FIXTURES = frozenset({"dax_mount", "quick_mount", "zygote"})
 """Fixtures that mount. Fixtures made of these (``scene``, ``early``) count too."""

@@ -10,6 +10,7 @@ import faulthandler
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from daxemu.host.operations import Operations
 from daxemu.host.session import Session
 from daxemu.host.watchdog import Watchdog
 from daxemu.mm.incident import Incident
+from daxemu.mm.to_kill import Task
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.protocol import BadblockList
 from daxemu.supervisor.clones import Clones
@@ -101,18 +103,31 @@ def stop_in_failure(directory: str, when: str) -> None:
     PageCacheMappings.revoke = stopped  # type: ignore[method-assign]
 
 
-def stop_around_revoke(collected: str, revoked: str) -> None:
-    """Stand still twice in the first failure: after collect, before revoke; and after revoke, before any
-    signal. See _stop().
+def stop_at_each_step(directory: str) -> None:
+    """Stand still three times in the first failure, see _stop(): in ``directory``/poison before collect, in
+    ``collect`` after it, in ``revoke`` before any signal. ``collect/tasks`` has a line for each process that
+    was collected: pid, inode, page of the file.
     """
-    revoke = PageCacheMappings.revoke
+    collect, revoke = PageCacheMappings.collect, PageCacheMappings.revoke
+    steps = Path(directory)
 
-    def stopped(self: PageCacheMappings, incident: Incident) -> None:
-        _stop(Path(collected))
+    def collected(self: PageCacheMappings, incidents: Sequence[Incident]) -> list[list[Task]]:
+        _stop(steps / "poison")
+        found = collect(self, incidents)
+        lines = [
+            f"{t.pid} {run.mapping} {run.index}\n" for tasks in found for t in tasks for run in t.present
+        ]
+        if not (steps / "collect" / "stopped").exists():
+            (steps / "collect" / "tasks").write_text("".join(lines))
+        _stop(steps / "collect")
+        return found
+
+    def revoked(self: PageCacheMappings, incident: Incident) -> None:
         revoke(self, incident)
-        _stop(Path(revoked))
+        _stop(steps / "revoke")
 
-    PageCacheMappings.revoke = stopped  # type: ignore[method-assign]
+    PageCacheMappings.collect = collected  # type: ignore[method-assign]
+    PageCacheMappings.revoke = revoked  # type: ignore[method-assign]
 
 
 def _stop(directory: Path) -> None:

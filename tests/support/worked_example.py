@@ -43,6 +43,8 @@ class Example:
         self.p1 = self._process(scene, "p1", "snap", "mcekill late")
         self._signals: dict[str, list[str]] = {"p0": [], "p1": []}
         self._pages: dict[int, str] = {}
+        self._collected = ""
+        """The processes that the failure under way has collected."""
 
     def _process(self, scene: Scene, name: str, file: str, policy: str) -> Actor:
         actor = scene.actor(name)
@@ -56,18 +58,22 @@ class Example:
         with self._mount.client() as client:
             maps = [client.request("map", ino=(self._mount.path / name).stat().st_ino) for name in FILES]
             sectors = client.request("badblocks")["sectors"]
+            turns = client.request("internals")["turns"]
+            damaged = [lost["path"].removeprefix("/") for lost in client.request("damaged")["files"]]
         extents = [found["extents"][0] for found in maps]
         for extent in extents:
             self._pages.setdefault(extent["device_offset"], chr(ord("A") + len(self._pages)))
         links = [self._link(name, extent) for name, extent in zip(FILES, extents, strict=True)]
         processes = [self._tables("p0", self.p0, "db"), self._tables("p1", self.p1, "snap")]
-        signals = [f"{name}: {', '.join(got) or 'none'}" for name, got in self._signals.items()]
+        signals = [f"{name}: {', '.join(got) or 'no signal'}" for name, got in self._signals.items()]
         lines = [
             f"media        {'   '.join(self._media(extents))}",
             f"badblocks    {sectors} sectors",
             *_aligned("links", links),
+            f"damaged      {', '.join(damaged) or 'none'}",
+            f"incident     {'under way' + self._collected if turns else 'none'}",
             f"page tables  {'   '.join(processes)}",
-            f"signals      {'   '.join(signals)}",
+            f"processes    {'   '.join(signals)}",
         ]
         return Drawing(event, "\n".join(lines) + "\n")
 
@@ -83,6 +89,14 @@ class Example:
     def _tables(self, name: str, actor: Actor, file: str) -> str:
         return f"{name}: {file} {'present' if present(actor, 0, 0) else 'not present'}"
 
+    def name_collected(self, tasks: Path) -> None:
+        """Read what collect found."""
+        names = {self.p0.pid: "p0", self.p1.pid: "p1"}
+        files = {(self._mount.path / name).stat().st_ino: name for name in FILES}
+        lines = [map(int, line.split()) for line in tasks.read_text().splitlines()]
+        found = sorted(f"{names[pid]} ({files[ino]}, page {index})" for pid, ino, index in lines)
+        self._collected = f", collected {', '.join(found)}"
+
     def take_signals(self) -> None:
         """Have each process report what its handler got since the last time."""
         for name, actor in (("p0", self.p0), ("p1", self.p1)):
@@ -97,21 +111,21 @@ def _aligned(title: str, lines: list[str]) -> list[str]:
 
 def play(directory: Path, zygote: Zygote) -> Iterator[Drawing]:
     """Do it on a mount below ``directory``; yield the state after each event."""
-    collected, revoked = directory / "collected", directory / "revoked"
-    for stop in (collected, revoked):
-        stop.mkdir()
+    steps = {name: directory / name for name in ("poison", "collect", "revoke")}
+    for step in steps.values():
+        step.mkdir()
     with quick_mount_at(directory, zygote, 1 << 26, mount=False) as mount:
-        mount.mount("stop_around_revoke", str(collected), str(revoked))
+        mount.mount("stop_at_each_step", str(directory))
         with Scene(mount) as scene, ThreadPoolExecutor(1) as pool:
             example = Example(mount, scene)
             yield example.draw("start")
             injecting = pool.submit(mount.inject, "db", (0, PAGE))
-            _wait_for(collected / "stopped")
-            yield example.draw("poison, collect")
-            (collected / "go").touch()
-            _wait_for(revoked / "stopped")
-            yield example.draw("revoke")
-            (revoked / "go").touch()
+            for name, step in steps.items():
+                _wait_for(step / "stopped")
+                if name == "collect":
+                    example.name_collected(step / "tasks")
+                yield example.draw(name)
+                (step / "go").touch()
             assert injecting.result(PATIENCE)["ranges"][0]["outcome"] == "Recovered"
             mount.run("settle", mount.path)
             example.take_signals()
@@ -123,7 +137,7 @@ def play(directory: Path, zygote: Zygote) -> Iterator[Drawing]:
             assert example.p0.cmd("tr 0 0").ok == "Z"
             yield example.draw("rewrite")
             mount.run("clear", mount.path / "snap")
-            assert example.p1.cmd("tr 0 0").ok is not None
+            assert example.p1.cmd("tr 0 0").ok == "0"
             example.take_signals()
             yield example.draw("clear")
 
