@@ -49,9 +49,9 @@ def fill(core: Core) -> None:
     fs.symlink(directory.ino, b"s", b"../f", ROOT)
     fs.mknod(inner.ino, b"null", stat.S_IFCHR | 0o600, 0x103, ROOT)
     fs.setxattr(first, b"user.x", b"value", 0)
-    for number in range(120):
+    for number in range(60):
         ino = core.file(b"file %d" % number, b"%d" % number if number % 3 else b"", inner.ino)
-        if number % 10 == 0:
+        if number % 5 == 0:
             fs.setxattr(ino, b"user.long", b"%d" % number * 40, 0)
 
 
@@ -59,7 +59,7 @@ def change(core: Core) -> None:
     """Change rows on most pages: a page as of before this is a stale one."""
     fs = core.fs
     inner = fs.names.lookup(fs.names.lookup(ROOT_INO, b"d").ino, b"inner")
-    for number in range(0, 120, 2):
+    for number in range(0, 60, 2):
         child = fs.names.lookup(inner.ino, b"file %d" % number)
         fs.write(child.ino, 0, b"changed %d" % number)
         if number % 4 == 0:
@@ -133,7 +133,7 @@ class Pristine:
         self.supers = superblocks(self.path)
         self.live = [page for page in self.pages if self._is_live(page)]
         parts = ((at, self.media[at : at + PAGE_SIZE]) for at in range(0, self.size, PAGE_SIZE))
-        self.parts = [(at, data) for at, data in parts if any(data)]
+        self.parts = runs_of([(at, data) for at, data in parts if any(data)])
 
     def _end(self, core: Core) -> None:
         core.pmem.make_struct_pages()
@@ -171,10 +171,22 @@ class Pristine:
         return not self.is_clean and self.media[at : at + payload] != self.old[at : at + payload]
 
 
+def runs_of(pages: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    """Offsets and bytes of pages, those in a row joined."""
+    runs: list[tuple[int, bytearray]] = []
+    for at, data in pages:
+        if runs and runs[-1][0] + len(runs[-1][1]) == at:
+            runs[-1][1].extend(data)
+        else:
+            runs.append((at, bytearray(data)))
+    return [(at, bytes(data)) for at, data in runs]
+
+
 class Image:
     """A copy of a pristine device at ``path``, with damage as ``seed`` says. ``kind`` names the damage.
 
     ``is_sealed``: checksums are right and values may be wrong. ``is_refused``: a mount must be refused.
+    ``is_running``: files besides media and poison are damaged, which page-types, log and a mount look at.
     """
 
     def __init__(self, pristines: list[Pristine], path: Path, seed: int) -> None:
@@ -183,7 +195,7 @@ class Image:
         self.path = path
         self.random = random.Random(seed)
         self.pristine = pristine = self.random.choice(pristines)
-        self.is_sealed = self.is_refused = False
+        self.is_sealed = self.is_refused = self.is_running = False
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(0o700)
         for name, data in pristine.files.items():
@@ -221,17 +233,17 @@ class Image:
         used = 20 + int.from_bytes(was[:4], "little")
         pieces = [[(at, PAGE_SIZE) for at in page.offsets] for page in self.pristine.pages]
         pieces.append([(at, used) for at in self.pristine.supers])
-        return [
-            sum(
-                now[at : at + length] != was[at : at + length]
-                or any(at < end and start < at + PAGE_SIZE for start, end in poisoned)
-                for at, length in copies
-            )
-            for copies in pieces
-        ]
+        if poisoned:
+            blot = bytearray(now)
+            for start, end in poisoned:
+                blot[start:end] = bytes(byte ^ 0xFF for byte in was[start:end])
+            now = bytes(blot)
+        return [sum(now[at : at + size] != was[at : at + size] for at, size in copies) for copies in pieces]
 
     def _poisoned(self) -> list[tuple[int, int]]:
         """Byte ranges that the file ``poison`` names, if it can be read."""
+        if not (self.path / "poison").is_file():
+            return []
         with suppress(OSError, ValueError):
             lines = [line.split() for line in (self.path / "poison").read_bytes().split(b"\n") if line]
             ranges = [(int(at) * 512, (int(at) + int(count)) * 512) for at, count in lines]
@@ -242,7 +254,8 @@ class Image:
 class Seen:
     """One mount of an image: events, what fsck says, the tree or the error."""
 
-    def __init__(self, path: Path, *, write: bool) -> None:
+    def __init__(self, path: Path, *, write: bool, running: bool = False) -> None:
+        """``running``: with struct pages and sysfs, as a machine has them."""
         self.events: list[Event] = []
         self.wrong: list[str] = []
         self.tree: Tree | None = None
@@ -252,10 +265,11 @@ class Seen:
             with DeviceDir.open(path) as directory, closing(Pmem(directory)) as pmem:
                 mm = MemoryFailures(self.events.append)
                 pmem.attach(mm)
-                pmem.make_struct_pages()
-                pmem.show_in_sysfs()
-                with closing(Memmap.open(directory.root / "struct_page")) as memmap:
-                    self.struct_pages = memmap.count()
+                if running:
+                    pmem.make_struct_pages()
+                    pmem.show_in_sysfs()
+                    with closing(Memmap.open(directory.root / "struct_page")) as memmap:
+                        self.struct_pages = memmap.count()
                 self._mount(Filesystem(pmem.dax, mm, self.events.append), write)
         except DaxemuError as error:
             self.wrong.append(str(error))
@@ -312,20 +326,20 @@ def check(image: Image) -> None:
         assert len(found) >= sum(image.bad), (
             f"fsck names {len(found)} of {sum(image.bad)} bad copies: {found[:3]}"
         )
-    said = [*found, *look_from_outside(image.path)]
+    said = [*found, *(look_from_outside(image.path) if image.is_running else [])]
     for repair in image.random.choice(((False, True), (True,))):
         if repair:
             found = _fsck(image, repair=True)
             said += found
             assert not is_mendable or not [line for line in found if " are poison" not in line], found[:3]
-        seen = Seen(image.path, write=repair)
+        seen = Seen(image.path, write=repair, running=image.is_running)
         said += seen.wrong
         assert not is_mendable or seen.tree is not None, (
             f"refused with a good copy of each page: {seen.wrong}"
         )
         assert not image.is_refused or seen.tree is None, "mounted"
         _check_tree(image, seen, said=bool(said or seen.said_something))
-        if seen.tree is not None:
+        if seen.struct_pages is not None:
             assert seen.struct_pages == image.pristine.struct_pages, "struct pages of another machine"
         if image.is_sealed and seen.tree is not None and repair and not said:
             after = Seen(image.path, write=False)

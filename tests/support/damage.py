@@ -168,13 +168,14 @@ def poison(image: Image) -> None:
     offsets = [draw.choice(page.offsets) for page in image.pages()]
     if draw.random() < 0.3:
         offsets = [*image.pages()[0].offsets, draw.choice(image.pristine.supers)]
-    offsets += [draw.choice(image.pristine.parts)[0]]
+    offsets += [draw.randrange(image.pristine.size)]
     text = b"".join(b"%d %d\n" % (at // 512, draw.choice((1, 8, 100))) for at in offsets)
     (image.path / "poison").write_bytes(noise(draw, text) if draw.random() < 0.3 else text)
 
 
 def config(image: Image) -> None:
     """A line of ``device.toml`` that says something else, or noise in it."""
+    image.is_running = True
     draw, toml = image.random, image.path / "device.toml"
     lines = toml.read_bytes().splitlines(keepends=True)
     at = draw.randrange(len(lines))
@@ -211,6 +212,7 @@ def media_size(image: Image) -> None:
 
 def running_files(image: Image) -> None:
     """Noise in what a running machine keeps: ``struct_page/``, ``sysfs/``, the events."""
+    image.is_running = True
     draw = image.random
     names = [name for name in image.pristine.files if name.name not in ("device.toml", "poison", "lock")]
     for name in draw.sample(names, draw.choice((1, 1, 3))):
@@ -226,6 +228,7 @@ def running_files(image: Image) -> None:
 
 def wrong_types(image: Image) -> None:
     """A file of the device that is something else: each is refused, or made anew."""
+    image.is_running = True
     draw = image.random
     names = ("device.toml", "poison", "media", "lock", "control.sock", "events.jsonl", "supervisor.log")
     path = image.path / draw.choice(
