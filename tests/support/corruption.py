@@ -183,25 +183,26 @@ def runs_of(pages: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
 
 
 class Image:
-    """A copy of a pristine device at ``path``, with damage as ``seed`` says. ``kind`` names the damage.
+    """A copy of a pristine device below ``scratch``, with damage as ``seed`` says. ``kind`` names the damage.
 
     ``is_sealed``: checksums are right and values may be wrong. ``is_refused``: a mount must be refused.
     ``is_running``: files besides media and poison are damaged, which page-types, log and a mount look at.
     """
 
-    def __init__(self, pristines: list[Pristine], path: Path, seed: int) -> None:
+    def __init__(self, pristines: list[Pristine], scratch: Path, seed: int) -> None:
         from tests.support.damage import DAMAGE
 
-        self.path = path
+        self.path = path = scratch / "device"
         self.random = random.Random(seed)
         self.pristine = pristine = self.random.choice(pristines)
         self.is_sealed = self.is_refused = self.is_running = False
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
         path.mkdir(0o700)
         for name, data in pristine.files.items():
             (path / name).parent.mkdir(exist_ok=True, parents=True, mode=0o700)
             (path / name).write_bytes(data)
-        self.outside = path.with_name(path.name + "-outside")
+        self.outside = scratch / "outside"
         self.outside.write_bytes(PRECIOUS)
         with (path / "media").open("wb") as media:
             for offset, data in pristine.parts:
