@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
 
@@ -40,7 +41,8 @@ class Event(msgspec.Struct, tag_field="event", kw_only=True):
     """One thing that happened. ``seq`` counts from 1 in each mount; ``time`` is seconds since the epoch."""
 
     seq: int = 0
-    time: float = 0.0
+    # A time that no clock shows (from a damaged file) is refused when decoded.
+    time: Annotated[float, msgspec.Meta(ge=0, lt=1 << 40)] = 0.0
 
     def dmesg(self) -> str | None:
         """The line the kernel prints for this, without its timestamp; None if it prints none."""
@@ -549,5 +551,8 @@ def encode(event: Event) -> bytes:
 
 def decode(line: bytes | str) -> Event:
     """The event of one line. Raises msgspec.ValidationError or msgspec.DecodeError for anything else."""
-    event: Event = _decoder.decode(line)
+    try:
+        event: Event = _decoder.decode(line)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
     return event

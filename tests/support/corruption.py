@@ -139,7 +139,7 @@ class Pristine:
         core.pmem.make_struct_pages()
         sysfs = core.pmem.show_in_sysfs()
         (self.path / "events.jsonl").write_bytes(
-            b'{"event":"unmounted","seq":1,"time":1.0,"mountpoint":"/m"}\n' * 9
+            b'{"event":"Unmounted","seq":1,"time":1.0,"mountpoint":"/m"}\n' * 9
         )
         core.fs.commit()
         memmap = core.pmem.pgmap.memmap if core.pmem.pgmap is not None else None
