@@ -15,8 +15,8 @@ from tests.support.zygote import Zygote
 
 pytestmark = pytest.mark.mount
 
-POINTS = (1, 2, 3, 5, 8, 20, 60, 150, 400, 800, 1200)
-"""Accesses to the media, of which a first mount makes some 800."""
+POINTS = (1, 2, 3, 5, 8, 20, 60, 150, 400, 800, 1000, 1060, 1400)
+"""Accesses to the media, of which a first mount makes some 1,070."""
 
 
 def first_mount(mount: QuickMount, point: int) -> bool:
