@@ -47,7 +47,7 @@ test-asan: setup
 SECONDS ?= 60
 fuzz: setup
 	mkdir -p build/fuzz
-	printf '%s\n' control plan device_toml poison inode_row superblock answers | \
+	printf '%s\n' control plan device_toml poison inode_row table_row sealed_page superblock answers | \
 		PY=$(PY) xargs -P 2 -I TARGET bash tests/fuzz/run.sh TARGET $(SECONDS)
 
 # Prints the figures with their ratios and which targets are missed, and what is worse than tests/bench/figures.json.

@@ -35,6 +35,8 @@ GRANULE = 512
 """Bytes that runs are multiples of: small, so that a request meets many runs. C knows no block size."""
 INODES = (2, 3, 4098)
 """Inodes that have layouts; the last shares its bucket of the table with the first."""
+PLACES = (64, 128, 256, 512, 1024, 2048)
+"""Sizes that the array of notes has one after the other, in a new process."""
 ROOM = DEVICE // len(INODES) // GRANULE
 """Granules of each file: no two files share device bytes."""
 _NOTED = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)
@@ -370,6 +372,21 @@ class Requests:
         said = rng.choice((count, count, count + 1, 2**31, 2**32 - 1))
         return request(BATCH_FORGET, 0, BATCH_HEADER.pack(said, 0) + data)
 
+    def to_the_last_note(self, places: int) -> list[bytes]:
+        """A burst that leaves one place of ``places`` in the array of notes, then a store that needs two."""
+        ino, size = INODES[0], 2 * GRANULE
+        self._answers.break_layout(ino)
+        self._model.break_layout(ino)
+        run = Run(0, size, 0, True)
+        self._answers.grant(ino, GRANULE, 0, size, 0, may_write=True)
+        self._answers.grant_attributes(ino)
+        self._model.grant(ino, GRANULE, run)
+        forgets = b"".join(FORGET_ONE.pack(number, number) for number in range(places - 1))
+        return [
+            request(BATCH_FORGET, 0, BATCH_HEADER.pack(places - 1, 0) + forgets),
+            request(WRITE, ino, write_body(0, size, self._rng.randbytes(size))),
+        ]
+
     def _full_notes(self) -> list[bytes]:
         """A burst that fills the array of notes in answers.c (2^n places), then adds notes."""
         rng = self._rng
@@ -424,9 +441,12 @@ def fuzz(seed: int, rounds: int) -> int:
         model = Model(answers.media[:])
         requests = Requests(rng, answers, model)
         for number in range(rounds):
-            if rng.random() < 0.2:
-                requests.change()
-            asked = requests.some()
+            if number < len(PLACES):
+                asked = requests.to_the_last_note(PLACES[number])
+            else:
+                if rng.random() < 0.2:
+                    requests.change()
+                asked = requests.some()
             expected, seen = model.ask(asked), answers.ask(asked)
             shown = f"seed {seed}, round {number}: {[each[:80].hex() for each in asked]}"
             assert seen.left == expected.left, f"{shown}: left to Python"

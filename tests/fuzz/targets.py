@@ -36,6 +36,8 @@ class Target(NamedTuple):
 
     run: Callable[[bytes], None]
     seeds: tuple[bytes, ...]
+    rounds: int = 2000
+    """Mutations that the tests run."""
 
 
 def control(data: bytes) -> None:
@@ -98,6 +100,16 @@ def superblock(data: bytes) -> None:
     metadata.superblock(_scratch() / "metadata", data)
 
 
+def table_row(data: bytes) -> None:
+    """A row of any table, loaded with the others."""
+    metadata.table_row(_scratch() / "rows", data)
+
+
+def sealed_page(data: bytes) -> None:
+    """Bytes of a page of the database, under a valid checksum."""
+    metadata.sealed_page(_scratch() / "pages", data)
+
+
 def _require_one_line(error: Exception) -> None:
     assert "\n" not in str(error)
 
@@ -140,6 +152,17 @@ TARGETS = {
         poison, (b"0 8\n16 8\n" + b"\n" * 100, b"32767 1\n", b"32767 2\n", b"9" * 5000 + b" 1\n")
     ),
     "inode_row": Target(metadata.inode_row, tuple(map(msgspec.msgpack.encode, metadata.ROWS))),
+    "table_row": Target(table_row, tuple(map(msgspec.msgpack.encode, metadata.TABLE_ROWS)), 200),
+    "sealed_page": Target(
+        sealed_page,
+        (
+            b"\0\x1c\0\0\0\0\x07",
+            b"\1\0\0\x0d\0\0\0\x03",
+            b"\2\x80\x0f" + bytes(60),
+            b"\4\0\0" + b"\x81" * 400,
+        ),
+        100,
+    ),
     "superblock": Target(
         superblock,
         (*map(msgspec.msgpack.encode, metadata.SUPERBLOCKS), b"\x95\xa4dax\xe6\x03\x01\xcd\x08\x00\x90"),

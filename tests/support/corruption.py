@@ -1,6 +1,7 @@
-"""Damage to a device, drawn from a seed, and what a filesystem on it must be after that.
+"""Damage to a device, drawn from a seed (tests/support/damage.py), and what a user of it may see then.
 
-An image is a copy of one prepared device in shared memory. :func:`check` says what a user of it would see.
+An image is a copy of one prepared device in shared memory. :func:`check` looks at it as ``fsck``, ``fsck
+--repair``, ``mount``, ``page-types`` and ``log`` do, without a mount.
 """
 
 from __future__ import annotations
@@ -8,56 +9,37 @@ from __future__ import annotations
 import random
 import shutil
 import stat
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Iterable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+from click.testing import CliRunner
+
+from daxemu.cli.main import main
 from daxemu.errors import DaxemuError, MediaError
 from daxemu.events import Event, MetadataRewritten
-from daxemu.fs.allocator import Allocator
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.fsck import fsck
 from daxemu.fs.inode import ROOT_INO
-from daxemu.fs.metadata_page import seal
-from daxemu.fs.metadata_region import MetadataRegion
+from daxemu.fs.metadata_region import MetadataFile
 from daxemu.fs.offline import check_device
-from daxemu.fs.records import _COLUMNS
-from daxemu.fs.rmap import Rmap
-from daxemu.fs.store import Store
+from daxemu.mm.memmap import Memmap
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.pmem.pmem import Pmem
 from daxemu.uapi import PAGE_SIZE
 from tests.support.core import ROOT, Core
-from tests.support.metadata import Page, metadata_pages, overwrite, superblocks
+from tests.support.metadata import Page, metadata_pages, superblocks
 
 Tree = dict[bytes, tuple[Any, ...]]
 """By path: everything that system calls show of a file; ``None`` for bytes that cannot be read."""
-
-COLUMNS = {
-    "inode": list(_COLUMNS),
-    "entry": ["parent", "name", "ino"],
-    "link": ["ino", "file_block", "dev_block", "length", "proxy"],
-    "counter": ["name", "value"],
-}
-SCHEMA_CHANGES = (
-    "CREATE TABLE more(a)",
-    "CREATE TRIGGER t AFTER INSERT ON entry BEGIN DELETE FROM inode; END",
-    "CREATE INDEX i ON inode(mode)",
-    "DROP TABLE link",
-    "ALTER TABLE inode RENAME COLUMN uid TO owner",
-    "DROP TABLE counter; CREATE VIEW counter AS WITH RECURSIVE c(name, value) AS "
-    "(SELECT 'clean', 1 UNION ALL SELECT name, value + 1 FROM c) SELECT * FROM c",
-    "DELETE FROM inode",
-    "DELETE FROM counter",
-    "INSERT INTO link SELECT ino + 1, file_block, dev_block, length, NULL FROM link",
-    "UPDATE entry SET parent = ino WHERE ino IN (SELECT ino FROM inode WHERE mode & 61440 = 16384)",
-)
+PRECIOUS = b"precious"
+"""Bytes of a file outside of the device, which nothing may change."""
 
 
 def fill(core: Core) -> None:
-    """A bit of everything that a filesystem can hold."""
+    """A bit of everything that a filesystem can hold, in rows on many pages."""
     fs = core.fs
     directory = core.dir(b"d")
     inner = core.dir(b"inner", directory.ino)
@@ -67,8 +49,21 @@ def fill(core: Core) -> None:
     fs.symlink(directory.ino, b"s", b"../f", ROOT)
     fs.mknod(inner.ino, b"null", stat.S_IFCHR | 0o600, 0x103, ROOT)
     fs.setxattr(first, b"user.x", b"value", 0)
-    for number in range(40):
-        core.file(b"file %d" % number, b"%d" % number, inner.ino)
+    for number in range(60):
+        ino = core.file(b"file %d" % number, b"%d" % number if number % 3 else b"", inner.ino)
+        if number % 5 == 0:
+            fs.setxattr(ino, b"user.long", b"%d" % number * 40, 0)
+
+
+def change(core: Core) -> None:
+    """Change rows on most pages: a page as of before this is a stale one."""
+    fs = core.fs
+    inner = fs.names.lookup(fs.names.lookup(ROOT_INO, b"d").ino, b"inner")
+    for number in range(0, 60, 2):
+        child = fs.names.lookup(inner.ino, b"file %d" % number)
+        fs.write(child.ino, 0, b"changed %d" % number)
+        if number % 4 == 0:
+            fs.setxattr(child.ino, b"user.new", b"new", 0)
 
 
 def tree(fs: Filesystem) -> Tree:
@@ -94,19 +89,121 @@ def tree(fs: Filesystem) -> Tree:
     return found
 
 
-class Image:
-    """A copy of the device at ``pristine``, with damage as ``seed`` says. ``kind`` names the damage; after
-    ``is_sealed`` damage checksums are right and values may be wrong.
+def outside_domains(found: Tree) -> list[str]:
+    """What no filesystem can show, and no constraint of a table keeps out."""
+    wrong: list[str] = []
+    kinds = {0o100000, 0o040000, 0o120000, 0o010000, 0o140000, 0o020000, 0o060000}
+    for path, (ino, mode, uid, gid, nlink, rdev, size, times, target, xattrs, sectors, _) in found.items():
+        name = path.rpartition(b"/")[2]
+        sound = {
+            "ino": 0 < ino < 1 << 63,
+            "mode": 0 <= mode < 1 << 16 and mode & 0o170000 in kinds,
+            "owner": 0 <= uid < (1 << 32) - 1 and 0 <= gid < (1 << 32) - 1,
+            "nlink": 0 < nlink < 1 << 31,
+            "rdev": 0 <= rdev < 1 << 32,
+            "size": 0 <= size <= (1 << 63) - 1 and (target is None or size == len(target)),
+            "times": all(-(1 << 63) <= time < 1 << 63 for time in times),
+            "target": (mode & 0o170000 == 0o120000) == (target is not None) and b"\0" not in (target or b""),
+            "xattrs": all(0 < len(key) < 256 and b"\0" not in key for key, _ in xattrs),
+            "sectors": 0 <= sectors < 1 << 62,
+            "name": path == b"/" or (0 < len(name) < 256 and b"\0" not in name and name not in (b".", b"..")),
+        }
+        wrong += [f"{path!r}: {what}" for what, is_sound in sound.items() if not is_sound]
+    return wrong
+
+
+class Pristine:
+    """A device that images are copies of, ended cleanly or ``is_clean`` False: killed after a commit, with
+    records in the log alone.
     """
 
-    def __init__(self, pristine: Pristine, path: Path, seed: int) -> None:
-        self.path, self.pristine = path, pristine
+    def __init__(self, core: Core, *, is_clean: bool) -> None:
+        self.path, self.size, self.is_clean = core.path, core.config.size, is_clean
+        core.reopen()
+        fill(core)
+        core.close()
+        self.old = (self.path / "media").read_bytes()
+        core.open()
+        change(core)
+        self._end(core)
+        (self.path / "media").write_bytes(self.media)
+        self.tree = Seen(self.path, write=False).tree or {}
+        (self.path / "media").write_bytes(self.media)
+        self.pages: list[Page] = metadata_pages(self.path)
+        self.supers = superblocks(self.path)
+        self.live = [page for page in self.pages if self._is_live(page)]
+        parts = ((at, self.media[at : at + PAGE_SIZE]) for at in range(0, self.size, PAGE_SIZE))
+        self.parts = runs_of([(at, data) for at, data in parts if any(data)])
+
+    def _end(self, core: Core) -> None:
+        core.pmem.make_struct_pages()
+        sysfs = core.pmem.show_in_sysfs()
+        (self.path / "events.jsonl").write_bytes(
+            b'{"event":"Unmounted","seq":1,"time":1.0,"mountpoint":"/m"}\n' * 9
+        )
+        core.fs.commit()
+        memmap = core.pmem.pgmap.memmap if core.pmem.pgmap is not None else None
+        assert memmap is not None
+        self.struct_pages = memmap.count()
+        self.files = {
+            file.relative_to(self.path): file.read_bytes()
+            for file in self.path.rglob("*")
+            if file.is_file() and file.name != "media"
+        }
+        if self.is_clean:
+            core.close()
+            self.media = (self.path / "media").read_bytes()
+        else:
+            self.media = (self.path / "media").read_bytes()
+            core.close()
+        sysfs.close()
+
+    def _is_live(self, page: Page) -> bool:
+        """Whether SQLite reads the page: of the database what its header counts, of the log what was written
+        since it began anew.
+        """
+        payload = PAGE_SIZE - 24
+        if page.file is MetadataFile.DB:
+            first = self.pages[0].offsets[0]
+            count = int.from_bytes(self.media[first + 28 : first + 32], "big")
+            return page.number * payload < count * 4096
+        at = page.offsets[0]
+        return not self.is_clean and self.media[at : at + payload] != self.old[at : at + payload]
+
+
+def runs_of(pages: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    """Offsets and bytes of pages, those in a row joined."""
+    runs: list[tuple[int, bytearray]] = []
+    for at, data in pages:
+        if runs and runs[-1][0] + len(runs[-1][1]) == at:
+            runs[-1][1].extend(data)
+        else:
+            runs.append((at, bytearray(data)))
+    return [(at, bytes(data)) for at, data in runs]
+
+
+class Image:
+    """A copy of a pristine device below ``scratch``, with damage as ``seed`` says. ``kind`` names the damage.
+
+    ``is_sealed``: checksums are right and values may be wrong. ``is_refused``: a mount must be refused.
+    ``is_running``: files besides media and poison are damaged, which page-types, log and a mount look at.
+    """
+
+    def __init__(self, pristines: list[Pristine], scratch: Path, seed: int) -> None:
+        from tests.support.damage import DAMAGE
+
+        self.path = path = scratch / "device"
         self.random = random.Random(seed)
-        self.is_sealed = False
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir()
-        for name in ("device.toml", "poison"):
-            shutil.copyfile(pristine.path / name, path / name)
+        self.pristine = pristine = self.random.choice(pristines)
+        self.is_sealed = self.is_refused = self.is_running = False
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        path.mkdir(0o700)
+        for name, data in pristine.files.items():
+            (path / name).parent.mkdir(exist_ok=True, parents=True, mode=0o700)
+            (path / name).write_bytes(data)
+        self.outside = scratch / "outside"
+        self.outside.write_bytes(PRECIOUS)
         with (path / "media").open("wb") as media:
             for offset, data in pristine.parts:
                 media.seek(offset)
@@ -115,199 +212,65 @@ class Image:
         damage = self.random.choice(DAMAGE)
         self.kind = damage.__name__
         damage(self)
-
-    def offsets(self) -> list[int]:
-        """Where a copy of a page, or a superblock, is."""
-        return [offset for page in self.pristine.pages for offset in page.offsets] + list(
-            self.pristine.supers
-        )
+        self.bad = self._bad_copies()
 
     def page(self, offset: int) -> bytes:
         """Bytes of one page of the pristine device."""
         return self.pristine.media[offset : offset + PAGE_SIZE]
 
-    def some(self, items: list[Any]) -> list[Any]:
-        """One or a few of them."""
-        return self.random.sample(items, min(len(items), self.random.choice((1, 1, 2, 5, 20))))
+    def pages(self) -> list[Page]:
+        """One page or a few, most of them in use."""
+        draw = self.random
+        among = self.pristine.live if draw.random() < 0.9 else self.pristine.pages
+        return draw.sample(among, min(len(among), draw.choice((1, 1, 2, 5, 20))))
 
-    def noise(self, data: bytes) -> bytes:
-        """``data`` with a few bytes or bits changed, or a run of them."""
-        changed, draw = bytearray(data), self.random
-        for _ in range(draw.choice((1, 1, 3, 30))):
-            at = draw.randrange(len(changed))
-            if draw.random() < 0.3:
-                end = min(len(changed), at + draw.randrange(1, 200))
-                changed[at:end] = draw.choice(
-                    (bytes(end - at), b"\xff" * (end - at), draw.randbytes(end - at))
-                )
-            else:
-                changed[at] = draw.choice(
-                    (0, 0xFF, changed[at] ^ 1 << draw.randrange(8), draw.randrange(256))
-                )
-        return bytes(changed)
+    def _bad_copies(self) -> list[int]:
+        """Of each page and of the superblock, how many copies are not as they were."""
+        media = self.path / "media"
+        if not media.is_file() or media.is_symlink() or media.stat().st_size != self.pristine.size:
+            return []
+        now, was = media.read_bytes(), self.pristine.media
+        poisoned = self._poisoned()
+        used = 20 + int.from_bytes(was[:4], "little")
+        pieces = [[(at, PAGE_SIZE) for at in page.offsets] for page in self.pristine.pages]
+        pieces.append([(at, used) for at in self.pristine.supers])
+        if poisoned:
+            blot = bytearray(now)
+            for start, end in poisoned:
+                blot[start:end] = bytes(byte ^ 0xFF for byte in was[start:end])
+            now = bytes(blot)
+        return [sum(now[at : at + size] != was[at : at + size] for at, size in copies) for copies in pieces]
 
-
-def bytes_of_pages(image: Image) -> None:
-    """Copies of pages and superblocks, one of a page or both."""
-    for offset in image.some(image.offsets()):
-        overwrite(image.path, offset, image.noise(image.page(offset)))
-
-
-def swapped_pages(image: Image) -> None:
-    """A page where another belongs, both intact."""
-    for offset in image.some(image.offsets()):
-        overwrite(image.path, offset, image.page(image.random.choice(image.offsets())))
-
-
-def lost_pages(image: Image) -> None:
-    """Copies that are zeros, or were never written."""
-    for offset in image.some(image.offsets()):
-        overwrite(image.path, offset, bytes(PAGE_SIZE))
-
-
-def stale_pages(image: Image) -> None:
-    """One copy of a page as of an earlier commit."""
-    for page in image.some(image.pristine.pages):
-        offset = image.random.choice(page.offsets)
-        overwrite(image.path, offset, image.pristine.old[offset : offset + PAGE_SIZE])
-
-
-def sealed_noise(image: Image) -> None:
-    """Both copies of a page changed alike, their checksum right."""
-    image.is_sealed = True
-    for page in image.some([page for page in image.pristine.pages if any(image.page(page.offsets[0])[:64])]):
-        data = bytearray(image.noise(image.page(page.offsets[0])))
-        seal(memoryview(data), page.file, page.number, 1 << 40)
-        for offset in page.offsets:
-            overwrite(image.path, offset, bytes(data))
-
-
-def values(image: Image) -> None:
-    """Any column of any row, through SQL."""
-    image.is_sealed = True
-    draw = image.random
-    numbers = [-1, 0, 1, 2, 3, 4, 5, 1 << 31, 1 << 40, 1 << 62, (1 << 63) - 1, -(1 << 63), 0o40755, 0o120777]
-    blobs = [b"", b"/", b"a\0b", b"..", b"x" * 300, b"\x80", b"\x81\xc4\x01a\xc4\x01b", b"f"]
-    statements: list[tuple[str, tuple[Any, ...]]] = []
-    for _ in range(draw.choice((1, 1, 1, 2, 4))):
-        table = draw.choice(list(COLUMNS))
-        column = draw.choice(COLUMNS[table])
-        value = draw.choice(
-            [*numbers, None] if column not in ("name", "target", "xattrs") else [*blobs, None]
-        )
-        if draw.random() < 0.3 and column in ("ino", "parent", "dev_block", "length", "size"):
-            value = draw.randrange(60)
-        where = f"(SELECT count(*) FROM {table})"
-        key = COLUMNS[table][: 1 if table in ("inode", "counter") else 2]
-        row = f"SELECT {', '.join(key)} FROM {table} LIMIT 1 OFFSET {draw.randrange(1 << 30)} % {where}"
-        if draw.random() < 0.2:
-            statements.append((f"DELETE FROM {table} WHERE ({', '.join(key)}) = ({row})", ()))
-        else:
-            set_it = f"UPDATE OR REPLACE {table} SET {column} = ? WHERE ({', '.join(key)}) = ({row})"
-            statements.append((set_it, (value,)))
-    run_sql(image.path, statements)
-
-
-def schema(image: Image) -> None:
-    """Other tables, triggers, views, whole tables changed."""
-    image.is_sealed = True
-    run_sql(image.path, [(image.random.choice(SCHEMA_CHANGES), ())])
-
-
-def poison(image: Image) -> None:
-    """The list of poisoned sectors, sensible or not."""
-    draw = image.random
-    lines = [
-        f"{draw.choice(image.offsets()) // 512} {draw.choice((1, 8, 100))}"
-        for _ in range(draw.randrange(1, 40))
-    ]
-    text = "\n".join(lines).encode() + b"\n"
-    if draw.random() < 0.3:
-        text = image.noise(text)
-    (image.path / "poison").write_bytes(text)
-
-
-def small_files(image: Image) -> None:
-    """``device.toml``, ``poison``, the length of the media, files of the running machine."""
-    draw = image.random
-    name = draw.choice(
-        ("device.toml", "device.toml", "media", "poison", "struct_page", "sysfs", "events.jsonl")
-    )
-    path = image.path / name
-    if name == "media":
-        with path.open("r+b") as media:
-            media.truncate(draw.choice((0, 4096, image.pristine.size - 4096, image.pristine.size + 4096)))
-    elif draw.random() < 0.15:
-        path.unlink(missing_ok=True)
-    else:
-        path.write_bytes(image.noise(path.read_bytes() if path.exists() else b"\0" * 4096))
-
-
-DAMAGE: list[Callable[[Image], None]] = [
-    bytes_of_pages,
-    swapped_pages,
-    lost_pages,
-    stale_pages,
-    sealed_noise,
-    values,
-    values,
-    schema,
-    poison,
-    small_files,
-]
-
-
-def run_sql(path: Path, statements: list[tuple[str, tuple[Any, ...]]]) -> None:
-    """Change the tables; a statement that a constraint refuses changes nothing."""
-    import apsw
-
-    with DeviceDir.open(path) as directory, closing(Pmem(directory)) as pmem:
-        store = Store(MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax)), "fuzz")
-        store.open(read_only=False)
-        try:
-            for statement, values_ in statements:
-                try:
-                    store._connection().execute(statement, values_)
-                except (apsw.ConstraintError, apsw.MismatchError):
-                    continue
-        finally:
-            store.close()
-
-
-class Pristine:
-    """The device that images are copies of: its bytes, the bytes of an earlier mount, its tree."""
-
-    def __init__(self, core: Core) -> None:
-        self.path, self.size = core.path, core.config.size
-        core.reopen()
-        core.file(b"early", b"x")
-        core.close()
-        self.old = (self.path / "media").read_bytes()
-        core.open()
-        fill(core)
-        core.close()
-        core.open()
-        self.tree = tree(core.fs)
-        core.close()
-        self.media = (self.path / "media").read_bytes()
-        self.pages: list[Page] = metadata_pages(self.path)
-        self.supers = superblocks(self.path)
-        parts = ((at, self.media[at : at + PAGE_SIZE]) for at in range(0, self.size, PAGE_SIZE))
-        self.parts = [(at, data) for at, data in parts if any(data)]
+    def _poisoned(self) -> list[tuple[int, int]]:
+        """Byte ranges that the file ``poison`` names, if it can be read."""
+        if not (self.path / "poison").is_file():
+            return []
+        with suppress(OSError, ValueError):
+            lines = [line.split() for line in (self.path / "poison").read_bytes().split(b"\n") if line]
+            ranges = [(int(at) * 512, (int(at) + int(count)) * 512) for at, count in lines]
+            return ranges if all(0 <= at < end <= self.pristine.size for at, end in ranges) else []
+        return []
 
 
 class Seen:
     """One mount of an image: events, what fsck says, the tree or the error."""
 
-    def __init__(self, path: Path, *, write: bool) -> None:
+    def __init__(self, path: Path, *, write: bool, running: bool = False) -> None:
+        """``running``: with struct pages and sysfs, as a machine has them."""
         self.events: list[Event] = []
         self.wrong: list[str] = []
         self.tree: Tree | None = None
         self.lost = 0
+        self.struct_pages: dict[Any, int] | None = None
         try:
             with DeviceDir.open(path) as directory, closing(Pmem(directory)) as pmem:
                 mm = MemoryFailures(self.events.append)
                 pmem.attach(mm)
+                if running:
+                    pmem.make_struct_pages()
+                    pmem.show_in_sysfs()
+                    with closing(Memmap.open(directory.root / "struct_page")) as memmap:
+                        self.struct_pages = memmap.count()
                 self._mount(Filesystem(pmem.dax, mm, self.events.append), write)
         except DaxemuError as error:
             self.wrong.append(str(error))
@@ -329,35 +292,77 @@ class Seen:
 
     @property
     def said_something(self) -> bool:
+        """Whether an event or a complaint names something."""
         return bool(self.wrong or self.lost or any(type(event) is MetadataRewritten for event in self.events))
 
 
+def look_from_outside(path: Path) -> list[str]:
+    """What page-types and log read of a device; returns their complaints."""
+    said: list[str] = []
+    for verb in (("page-types",), ("page-types", "--list"), ("log",)):
+        done = CliRunner().invoke(main, [*verb, str(path)])
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        assert done.exit_code in (0, 3, 5, 9), f"{verb}: exit status {done.exit_code}: {done.output}"
+        said += done.stderr.splitlines()
+    return said
+
+
+def _fsck(image: Image, *, repair: bool) -> list[str]:
+    try:
+        with DeviceDir.open(image.path) as directory:
+            report = check_device(directory, repair=repair)
+        return [*report.wrong, *report.damaged]
+    except DaxemuError as error:
+        return [str(error)]
+
+
 def check(image: Image) -> None:
-    """fsck, mount, walk, repair, mount again and write. An assertion fails where a mount showed something
-    wrong without a word.
+    """fsck, page-types, log, mount, walk, repair, mount again and write. An assertion fails where something
+    wrong is shown without a word, or a copy that is good was not used.
     """
-    found: list[str] = []
-    for repair in (False, True):
-        try:
-            with DeviceDir.open(image.path) as directory:
-                report = check_device(directory, repair=repair)
-            found += [*report.wrong, *report.damaged]
-        except DaxemuError as error:
-            found.append(str(error))
-        seen = Seen(image.path, write=repair)
-        said = bool(found or seen.said_something)
-        assert not any("\n" in line for line in (*found, *seen.wrong)), (
-            f"more than a line: {found} {seen.wrong}"
+    found = _fsck(image, repair=False)
+    is_mendable = not image.is_sealed and not image.is_refused and max(image.bad, default=0) == 1
+    if is_mendable and image.pristine.is_clean:
+        assert len(found) >= sum(image.bad), (
+            f"fsck names {len(found)} of {sum(image.bad)} bad copies: {found[:3]}"
         )
-        if not image.is_sealed and seen.tree is not None:
-            right = image.pristine.tree
-            wrong = {
-                path for path in right.keys() | seen.tree.keys() if right.get(path) != seen.tree.get(path)
-            }
-            lost = {path for path in wrong if (entry := seen.tree.get(path)) and entry[-1] is None}
-            assert wrong == lost, f"{image.kind}: wrong: {sorted(wrong - lost)[:5]}"
-            assert said or not wrong, f"{image.kind}: lost without a word: {sorted(wrong)[:5]}"
+    said = [*found, *(look_from_outside(image.path) if image.is_running else [])]
+    for repair in image.random.choice(((False, True), (True,))):
+        if repair:
+            found = _fsck(image, repair=True)
+            said += found
+            assert not is_mendable or not [line for line in found if " are poison" not in line], found[:3]
+        seen = Seen(image.path, write=repair, running=image.is_running)
+        said += seen.wrong
+        assert not is_mendable or seen.tree is not None, (
+            f"refused with a good copy of each page: {seen.wrong}"
+        )
+        assert not image.is_refused or seen.tree is None, "mounted"
+        _check_tree(image, seen, said=bool(said or seen.said_something))
+        if seen.struct_pages is not None:
+            assert seen.struct_pages == image.pristine.struct_pages, "struct pages of another machine"
         if image.is_sealed and seen.tree is not None and repair and not said:
             after = Seen(image.path, write=False)
-            assert after.tree is not None, f"{image.kind}: lost by a write: {after.wrong}"
-            assert not after.wrong, f"{image.kind}: sound before a write: {after.wrong}"
+            assert after.tree is not None, f"lost by a write: {after.wrong}"
+            assert not after.wrong, f"sound before a write: {after.wrong}"
+    assert not (many := [line for line in said if "\n" in line]), f"more than a line: {many[0]}"
+    assert image.outside.read_bytes() == PRECIOUS, "a file outside of the device was changed"
+
+
+def _check_tree(image: Image, seen: Seen, *, said: bool) -> None:
+    if seen.tree is None:
+        return
+    assert not (wrong := outside_domains(seen.tree)), wrong[:3]
+    if image.is_sealed:
+        return
+    right = image.pristine.tree
+    differ = {path for path in right.keys() | seen.tree.keys() if right.get(path) != seen.tree.get(path)}
+    lost = {path for path in differ if _is_lost(right.get(path), seen.tree.get(path))}
+    assert differ == lost, f"wrong: {sorted(differ - lost)[:5]}"
+    assert said or not differ, f"lost without a word: {sorted(differ)[:5]}"
+
+
+def _is_lost(was: Iterable[Any] | None, now: Iterable[Any] | None) -> bool:
+    """Whether nothing differs but that the bytes cannot be read."""
+    return was is not None and now is not None and [*was][:-1] == [*now][:-1] and [*now][-1] is None

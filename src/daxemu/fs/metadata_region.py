@@ -258,16 +258,19 @@ class MetadataRegion:
 
     def _good(self, file: MetadataFile, page: Block) -> memoryview:
         """The whole page, of the copy that is right. A copy that is not is rewritten."""
+        agreed = self._agreed(file, page)
+        return agreed if agreed is not None else self._good_of_two(file, page)
+
+    def _agreed(self, file: MetadataFile, page: Block) -> memoryview | None:
+        """The whole page, if both copies can be read, are equal and intact."""
         first, second = self._places[file]
         try:
             one = self._dax.direct_access(first[page], PAGE_SIZE)
             other = self._dax.direct_access(second[page], PAGE_SIZE)
         except MediaError:
-            return self._good_of_two(file, page)
+            return None
         # Of bytes: comparing memoryviews takes a hundred times as long.
-        if bytes(one) == bytes(other) and is_intact(one, file, page):
-            return one
-        return self._good_of_two(file, page)
+        return one if bytes(one) == bytes(other) and is_intact(one, file, page) else None
 
     def _good_of_two(self, file: MetadataFile, page: Block) -> memoryview:
         copies = self._copies(file, page)
@@ -427,6 +430,8 @@ class MetadataRegion:
     def _damaged(self) -> Iterator[tuple[MetadataFile, Block, list[Copy]]]:
         for file in MetadataFile:
             for page in range(self.pages(file)):
+                if self._agreed(file, page) is not None:
+                    continue
                 copies = self._copies(file, page)
                 if any(copy.state is not CopyState.GOOD for copy in copies):
                     yield file, page, copies

@@ -15,7 +15,7 @@ from daxemu.uapi import NAME_MAX, SYMLINK_MAX, XATTR_SIZE_MAX
 
 _Id = Annotated[int, Meta(ge=0, le=(1 << 32) - 2)]
 _Time = Annotated[int, Meta(ge=-TIME_MAX, le=TIME_MAX)]
-_Row = tuple[
+_KINDS: tuple[Any, ...] = (
     Annotated[int, Meta(ge=1, le=RESERVED_INO)],
     Annotated[int, Meta(ge=0, le=0o177777)],
     _Id,
@@ -28,11 +28,15 @@ _Row = tuple[
     _Time,
     Annotated[bytes, Meta(min_length=1, max_length=SYMLINK_MAX)] | None,
     bytes | None,
-]
+)
 INO_LIMIT = RESERVED_INO >> 1
 """Numbers from here on are never given out: that leaves room for all new inodes of a device's life."""
 _COLUMNS: tuple[str, ...] = ("ino", "mode", "uid", "gid", "nlink", "rdev", "size", "atime", "mtime", "ctime")
 _COLUMNS += ("target", "xattrs")
+_Row = msgspec.defstruct(
+    "_Row", list(zip(_COLUMNS, _KINDS, strict=True)), array_like=True, forbid_unknown_fields=True
+)
+"""A struct: converting to a tuple type takes thirty times as long."""
 _TYPES = frozenset(
     (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
 )
@@ -42,7 +46,7 @@ _decode_xattrs = msgspec.msgpack.Decoder(dict[bytes, bytes]).decode
 def inode_of(row: tuple[Any, ...]) -> Inode:
     """The inode of one row of table ``inode``. Raises ValueError for a value outside its domain."""
     try:
-        values: tuple[Any, ...] = msgspec.convert(row, _Row)
+        values = msgspec.structs.astuple(msgspec.convert(row, _Row))
     except msgspec.ValidationError as error:
         raise ValueError(f"inode {row[0]!r}: {_bad_column(row)}") from error
     inode = Inode(*values[:-1])
@@ -66,7 +70,7 @@ def _bad_column(row: tuple[Any, ...]) -> str:
     """Which value of a row is outside its domain."""
     if len(row) != len(_COLUMNS):
         return f"{len(row)} columns, expected {len(_COLUMNS)}"
-    for name, value, kind in zip(_COLUMNS, row, _Row.__args__, strict=True):  # type: ignore[attr-defined]
+    for name, value, kind in zip(_COLUMNS, row, _KINDS, strict=True):
         try:
             msgspec.convert(value, kind)
         except msgspec.ValidationError:

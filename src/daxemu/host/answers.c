@@ -163,8 +163,11 @@ static int room_for(size_t count)
 	return 1;
 }
 
+/* Precondition: room_for() has said yes. */
 static void note(uint64_t what, uint64_t which, int64_t value)
 {
+	if (noted_count == noted_room)
+		abort();
 	noted[noted_count++] = (struct noted){what, which, value};
 }
 

@@ -44,7 +44,8 @@ def _open(at: PrivatePath, mode: str, dtype: str, dimensions: int) -> Array:
     """
     at.audit()
     try:
-        with at.reachable() as path:
+        # A shape beyond all memory: numpy would warn, and then refuse.
+        with at.reachable() as path, np.errstate(over="ignore"):
             array: Array = ninja.open_existing(path, mode=mode).view(np.ndarray)
     except FileNotFoundError:
         raise
