@@ -162,6 +162,10 @@ class Rmap:
 
     # -- questions
 
+    def count(self, start: Block, end: Block) -> int:
+        """How many links have a part of ``[start, end)``."""
+        return len(self._links.overlapping(start, end))
+
     def owners(self, start: Block, end: Block) -> list[Owner]:
         """Every use of device blocks ``[start, end)``, cut to it, through every file that shares them."""
         owners: list[Owner] = []

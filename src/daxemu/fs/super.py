@@ -13,6 +13,7 @@ from daxemu.fs.data_ops import DataOps
 from daxemu.fs.file_data import FileData
 from daxemu.fs.huge_allocator import allocator_for
 from daxemu.fs.inode import MAX_FILE_SIZE
+from daxemu.fs.inodegc import InodeGc
 from daxemu.fs.layouts import Layouts
 from daxemu.fs.metadata_page import CopyState
 from daxemu.fs.metadata_region import MetadataRegion
@@ -72,6 +73,7 @@ class SuperBlock:
         self.allocator = allocator_for(dax)
         self._data = FileData(dax, self.rmap, self.allocator, self.ensure_links)
         self.layouts = Layouts(dax)
+        self.inodegc = InodeGc()
         self.region = MetadataRegion(dax, self.rmap, self.allocator)
         self.region.on_bad_copy = self._on_bad_copy
         self.store = Store(self.region, dax.name)
@@ -198,6 +200,11 @@ class SuperBlock:
         self.layouts.suspend()
         self.emit(FilesystemShutdown(device=self.dax.name, reason=self.shutdown_reason))
         self.on_shutdown()
+
+    @property
+    def changes(self) -> int:
+        """Inodes and names that changed since the last commit."""
+        return len(self.names.dirty_inodes) + len(self.names.dirty_entries)
 
     def uncommitted(self) -> Uncommitted:
         """Changes that the next mount would not have if this one ended now."""
