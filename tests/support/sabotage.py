@@ -26,7 +26,7 @@ from daxemu.pmem.dax_device import DaxDevice
 from daxemu.protocol import BadblockList
 from daxemu.supervisor.machine import Machine
 from daxemu.uapi import PAGE_SIZE
-from tests.support.steps import Steps
+from tests.support.steps import Steps, count_all
 
 
 def die_at_access(number: int) -> None:
@@ -147,12 +147,14 @@ def stand_still_in_badblocks(patience: float) -> None:
     Machine.badblocks = stand_still  # type: ignore[method-assign]
 
 
-def measure_steps(report: str, sample: bool = False) -> None:
+def measure_steps(report: str) -> None:
     """Write the longest step of the event loop so far, and the most work of one step, to this file."""
+    steps = Steps(Path(report))
+    count_all(steps)
     beat = Watchdog.beat
 
     async def measured(self: Watchdog) -> None:
-        trio.lowlevel.add_instrument(Steps(Path(report), sample=sample))
+        trio.lowlevel.add_instrument(steps)
         await beat(self)
 
     Watchdog.beat = measured  # type: ignore[method-assign]

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import sys
-import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,35 +16,31 @@ from typing import Any
 
 import trio
 
-SLOW = 0.03
-"""Seconds of CPU time after which the stacks of a step are sampled."""
+from daxemu.fs.inode_table import InodeTable
+from daxemu.fs.listing import Listing
+from daxemu.fs.rmap import Rmap
+from daxemu.fs.store import Store
+from daxemu.pmem.media import Media
+from daxemu.ranges import RangeSet
+from daxemu.supervisor.event_log import EventLog
 
 
 class Steps(trio.abc.Instrument):
     """Writes the longest step so far, and the most units of work in one step, to a file of JSON."""
 
-    def __init__(self, report: Path, *, sample: bool = False) -> None:
+    def __init__(self, report: Path) -> None:
         self._report = report
         self._units: Counter[str] = Counter()
         self._most: dict[str, int] = {}
         self._cpu = self._wall = 0.0
         self._longest: dict[str, Any] = {"cpu_ms": 0.0, "wall_ms": 0.0, "task": "none"}
-        self._stacks: Counter[str] = Counter()
-        self._worst: list[Any] = []
-        if sample:
-            watched = threading.get_ident()
-            threading.Thread(target=self._sample, args=(watched,), daemon=True).start()
 
     def count(self, unit: str, amount: int) -> None:
         """Count work of the step under way."""
         self._units[unit] += amount
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        if os.path.exists("/tmp/loopm/reset"):
-            os.unlink("/tmp/loopm/reset")
-            self._longest = {"cpu_ms": 0.0, "wall_ms": 0.0, "task": "none"}
         self._units.clear()
-        self._stacks.clear()
         self._cpu, self._wall = time.thread_time(), time.perf_counter()
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
@@ -65,7 +57,6 @@ class Steps(trio.abc.Instrument):
                 "wall_ms": wall * 1000,
                 "task": task.name,
                 "units": dict(self._units),
-                "stacks": self._stacks.most_common(3),
             }
             is_new = True
         if is_new:
@@ -73,17 +64,40 @@ class Steps(trio.abc.Instrument):
             scratch.write_text(json.dumps({"longest": self._longest, "most": self._most}))
             scratch.rename(self._report)
 
-    def _sample(self, watched: int) -> None:
-        while True:
-            time.sleep(0.01)
-            if time.perf_counter() - self._wall > SLOW:
-                frame = sys._current_frames().get(watched)
-                names = [f"{s.name}:{s.lineno}" for s in traceback.extract_stack(frame)]
-                self._stacks[" ".join(names[-8:])] += 1
+
+def _one(*args: Any, **kwargs: Any) -> int:
+    return 1
 
 
-def counted(steps: Steps, unit: str, cls: type, method: str, amount: Callable[..., int]) -> None:
-    """Have each call of a method count ``amount(*arguments)`` units of work."""
+def _length(offset: int, length: int) -> int:
+    return length
+
+
+COUNTED: tuple[tuple[str, type, str, Callable[..., int]], ...] = (
+    ("links", Rmap, "add", len),
+    ("links", Rmap, "discard", len),
+    ("bytes", Media, "reserve", _length),
+    ("bytes", Media, "release", _length),
+    ("events", EventLog, "emit", _one),
+    ("lookups", RangeSet, "overlaps", _one),
+    ("lookups", RangeSet, "add", _one),
+    ("lookups", RangeSet, "remove", _one),
+    ("lookups", Rmap, "owners", _one),
+    ("lookups", Rmap, "sharing", _one),
+    ("lookups", InodeTable, "path_of", _one),
+    ("names", Listing, "add", _one),
+    ("rows", Store, "commit", lambda names, rmap, clean=False: len(names.dirty_entries) + rmap.marks),
+)
+"""What is counted: unit, class, method, and how many units a call with these arguments stands for."""
+
+
+def count_all(steps: Steps) -> None:
+    """Have every method of COUNTED count."""
+    for unit, cls, method, amount in COUNTED:
+        _count(steps, unit, cls, method, amount)
+
+
+def _count(steps: Steps, unit: str, cls: type, method: str, amount: Callable[..., int]) -> None:
     original = vars(cls)[method]
 
     @functools.wraps(original)

@@ -298,7 +298,7 @@ class Filesystem(SuperBlock):
                 inode.size = min(inode.size, end)
                 self.names.touch(inode, modified=True)
                 yield
-                self.check_alive()
+                self.fsync_if_much()
         inode.size = size
         self.names.touch(inode, modified=True)
 
@@ -339,7 +339,7 @@ class Filesystem(SuperBlock):
             steps = pieces.preallocate(self._data, self.allocator, extents, first, last)
         for _ in steps:
             yield
-            self.check_alive()
+            self.fsync_if_much()
         if not mode & FALLOC_FL_KEEP_SIZE:
             inode.size = max(inode.size, end)
         self.names.touch(inode, modified=True)

@@ -77,6 +77,8 @@ class Rmap:
         self.link_count = 0
         self.dirty: dict[Ino, RangeSet] = {}
         """File blocks, by file, whose links the store does not have as they are."""
+        self.marks = 0
+        """Changes of links since the last commit."""
         self.given_up = RangeSet()
         """Device blocks that lost a link since the last commit and still have another. The store still says
         that they are shared, so until it says otherwise they are: a crash would bring the lost link back.
@@ -151,6 +153,7 @@ class Rmap:
         among them.
         """
         self.on_change(ino)
+        self.marks += 1
         ranges = self.dirty.get(ino)
         if ranges is None:
             ranges = self.dirty[ino] = RangeSet()

@@ -31,6 +31,10 @@ from daxemu.uapi import (
 _DEV_BLOCK = attrgetter("dev_block")
 
 
+MUCH = 2000
+"""Changes of inodes, names and links after which a commit is due: 25 ms."""
+
+
 class Uncommitted(NamedTuple):
     """Inodes and directory entries that changed since the last commit; seconds since the oldest change."""
 
@@ -185,6 +189,14 @@ class SuperBlock:
             self.shutdown(f"Log I/O error: {error}  Shutting down filesystem.")
             self.check_alive()
 
+    def fsync_if_much(self) -> None:
+        """Commit what a verb that is done in pieces has changed, before that is more than one step can
+        write. Raises Shutdown.
+        """
+        self.check_alive()
+        if self.changes >= MUCH:
+            self.fsync()
+
     def shutdown(self, reason: str, *, save: bool = True) -> None:
         """``xfs_force_shutdown()``: nothing is read or written any more; what was done until now is kept,
         without ``save`` only up to the last commit.
@@ -203,8 +215,8 @@ class SuperBlock:
 
     @property
     def changes(self) -> int:
-        """Inodes and names that changed since the last commit."""
-        return len(self.names.dirty_inodes) + len(self.names.dirty_entries)
+        """Changes of inodes, names and links since the last commit: what a commit costs."""
+        return len(self.names.dirty_inodes) + len(self.names.dirty_entries) + self.rmap.marks
 
     def uncommitted(self) -> Uncommitted:
         """Changes that the next mount would not have if this one ended now."""

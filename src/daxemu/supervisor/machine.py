@@ -269,8 +269,7 @@ class Machine:
                 for bad in _of_at_most(some, CLEARED):
                     self.check_present()
                     cleared += [(r.start, r.length) for r in self._clear_batch(bad)]
-                    if len(cleared) > 1:
-                        await trio.lowlevel.checkpoint()
+                    await trio.lowlevel.checkpoint()
         return p.Cleared(cleared, sum(length for _, length in cleared))
 
     def _clear_batch(self, bad: list[Range]) -> list[Range]:

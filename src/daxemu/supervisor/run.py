@@ -22,6 +22,7 @@ from daxemu import protocol as p
 from daxemu.errors import Busy, CorruptMetadata, DaxemuError, NotMounted, Unsupported
 from daxemu.events import DeviceTightened, Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
+from daxemu.fs.super import MUCH
 from daxemu.host import supplement
 from daxemu.host.fuse_loop import FuseLoop
 from daxemu.host.layouts import LayoutTable
@@ -54,10 +55,8 @@ SYNC_PATIENCE_ON_SIGNAL = 10.0
 """The same, where the supervisor ends on a signal: no client waits for an answer within 10 s."""
 COMMIT_INTERVAL = 5.0
 """Seconds between commits of what nobody synced (as ext4's and XFS's)."""
-COMMIT_CHANGES = 2000
-"""Inodes and names that changed after which a commit comes sooner: a commit of 2,000 takes 25 ms."""
 COMMIT_LOOK = 0.2
-"""Seconds between looks at how many have changed."""
+"""Seconds between looks whether so MUCH has changed that a commit comes sooner."""
 ANSWER_PATIENCE = 2.0
 """Seconds that requests under way have to be answered once the mount is gone."""
 
@@ -249,7 +248,7 @@ async def _commit_now_and_then(machine: Machine) -> None:
     last = trio.current_time()
     while True:
         await trio.sleep(COMMIT_LOOK)
-        if trio.current_time() < last + COMMIT_INTERVAL and machine.fs.changes < COMMIT_CHANGES:
+        if trio.current_time() < last + COMMIT_INTERVAL and machine.fs.changes < MUCH:
             continue
         last = trio.current_time()
         if machine.fs.shutdown_reason is None:
