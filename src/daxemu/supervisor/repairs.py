@@ -67,8 +67,8 @@ class Repairs:
         self._emit = emit
         self._guard = Guard()
         self._strategy: Strategy | None = None
-        self._choice = object()
-        """Changes with each call of :meth:`choose`."""
+        self._choice = [""]
+        """The text of the last call of :meth:`choose`; another object for each."""
         self._lost = RangeSet()
         """Blocks with a mapped store that was lost to poison, since they were last written."""
         self.text = "none"
@@ -102,12 +102,11 @@ class Repairs:
         directory = self._root / kind.layout(options)
         # What a strategy of this mount kept is not for the next: stores come in before that begins.
         keep = directory if self._strategy is None else None
-        self._choice = choice = object()
+        self._choice = choice = [text]
         self._drop()
         for _ in self._forget(keep, kind):
             yield Progress(0, 0)
-            if self._choice is not choice:
-                raise Busy(f"another repair strategy was chosen meanwhile, not {text}")
+            self._check_choice(choice)
             if self.is_ending:
                 raise NotMounted("the mount ends: at the next one the strategy begins anew")
         volume = Volume(self._fs, directory, self._guard.atomically)
@@ -121,7 +120,7 @@ class Repairs:
             if kind.watches:
                 self._fs.watch(self)
             pieces = self._guard.call(BEGIN_LIMIT, strategy.mounted, after_crash=after_crash)
-            yield from self._see_to(strategy, pieces)
+            yield from self._see_to(strategy, pieces, choice)
             (self._root / INCOMPLETE).unlink()
         except Exception as error:
             if self._strategy is strategy and not self.is_ending:
@@ -132,14 +131,19 @@ class Repairs:
                 raise
             raise DaxemuError(f"the repair strategy {text} cannot begin: {error!r}") from error
 
-    def _see_to(self, strategy: Strategy, pieces: Iterator[Range] | None) -> Iterator[Progress]:
+    def _check_choice(self, choice: list[str]) -> None:
+        if self._choice is not choice:
+            raise Busy(f"another repair strategy was chosen meanwhile: {self._choice[0]}")
+
+    def _see_to(
+        self, strategy: Strategy, pieces: Iterator[Range] | None, choice: list[str]
+    ) -> Iterator[Progress]:
         total = self._fs.allocator.used_in(Range(0, self._fs.allocator.total)) * PAGE_SIZE
         progress, said = Progress(0, total), time.monotonic()
         while pieces is not None:
-            if self._strategy is None:
-                raise DaxemuError(f"the repair strategy {self.text} failed: {self.broken}")
+            self._check_choice(choice)
             if self._strategy is not strategy:
-                raise Busy(f"another repair strategy was chosen meanwhile: {self.text}")
+                raise DaxemuError(f"the repair strategy {self.text} failed: {self.broken}")
             if self.is_ending:
                 raise NotMounted("the mount ends: at the next one the strategy begins anew")
             self._fs.check_alive()
