@@ -20,7 +20,6 @@ from tests.support.mount import PATIENCE, DaxMount, dax_mount_at
 pytestmark = pytest.mark.mount
 SILENT = 300 << 20
 ROUNDS = 5
-MANY = 30_000
 
 
 def test_settle_is_answered_on_a_quiet_mount(dax_mount: DaxMount) -> None:
@@ -100,22 +99,3 @@ def test_the_event_of_a_deadly_signal_is_there_once_it_is_settled(dax_mount: Dax
             client.settle()
             told = [e["code"] for e in dax_mount.events("SignalSent") if e["pid"] == victim.pid]
             assert told == [BUS_MCEERR_AR]
-
-
-def test_as_many_ranges_as_a_request_has_room_for_beside_a_reader(tmp_path: Path) -> None:
-    """MANY failures by one request: each is handled, and the reader is served meanwhile."""
-    with dax_mount_at(tmp_path, "4G") as mount:
-        reader = Reader(mount.make_file("small", 1))
-        first = 1 << 30
-        ranges = [[first + number * 8192, 512] for number in range(MANY)]
-        reader.start()
-        try:
-            with mount.client() as client:
-                done = client.request("inject", ranges=ranges)
-        finally:
-            reader.over.set()
-            reader.join()
-        print(f"{MANY} ranges: {reader.reads} reads, the longest {reader.worst * 1000:.0f} ms")
-        assert [each["offset"] for each in done["ranges"]] == [offset for offset, _ in ranges]
-        assert {each["outcome"] for each in done["ranges"]} == {"Recovered"}
-        assert mount.json("status", mount.path)["badblocks"] == MANY

@@ -129,6 +129,9 @@ class BegunModel(RepairModel):
     def choose_again(self) -> None:
         self.steps = self.made.repairs.choose(self.strategy)
         self.step()
+        # While what was kept is thrown away there is no strategy.
+        while self.steps is not None and not self.made.repairs.is_active:
+            self.step()
 
     @precondition(lambda self: self.steps is not None)
     @rule()

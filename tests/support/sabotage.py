@@ -31,6 +31,7 @@ from daxemu.protocol import BadblockList
 from daxemu.supervisor.clones import Clones
 from daxemu.supervisor.machine import Machine
 from daxemu.uapi import PAGE_SIZE
+from tests.support.steps import Steps, count_all
 
 
 def die_at_access(number: int) -> None:
@@ -169,7 +170,7 @@ def stand_still_in_badblocks(patience: float) -> None:
         named.append(name_step(self, thread))
         return named[0]
 
-    def stand_still(self: Machine) -> Any:
+    async def stand_still(self: Machine) -> Any:
         while not named:
             pass
         return BadblockList([], 0)
@@ -191,30 +192,14 @@ def wait_in_clone(directory: str) -> None:
     Clones._settle = waiting  # type: ignore[method-assign]
 
 
-class _Steps(trio.abc.Instrument):
-    """The longest step of the event loop, and the task whose step that was, in a file."""
-
-    def __init__(self, report: Path) -> None:
-        self._report = report
-        self._began = 0.0
-        self._longest = 0.0
-
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        self._began = time.perf_counter()
-
-    def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        took = time.perf_counter() - self._began
-        if self._began and took > self._longest:
-            self._longest = took
-            self._report.write_text(f"{took * 1000:.0f} ms in {task.name}")
-
-
 def measure_steps(report: str) -> None:
-    """Write the longest step of the event loop so far to this file."""
+    """Write the longest step of the event loop so far, and the most work of one step, to this file."""
+    steps = Steps(Path(report))
+    count_all(steps)
     beat = Watchdog.beat
 
     async def measured(self: Watchdog) -> None:
-        trio.lowlevel.add_instrument(_Steps(Path(report)))
+        trio.lowlevel.add_instrument(steps)
         await beat(self)
 
     Watchdog.beat = measured  # type: ignore[method-assign]

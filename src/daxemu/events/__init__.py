@@ -176,5 +176,8 @@ def encode(event: Event) -> bytes:
 
 def decode(line: bytes | str) -> Event:
     """The event of one line. Raises msgspec.ValidationError or msgspec.DecodeError for anything else."""
-    event: Event = _decoder.decode(line)
+    try:
+        event: Event = _decoder.decode(line)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
     return event

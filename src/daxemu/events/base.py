@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
 
@@ -34,7 +35,8 @@ class Event(msgspec.Struct, tag_field="event", kw_only=True):
     """One thing that happened. ``seq`` counts from 1 in each mount; ``time`` is seconds since the epoch."""
 
     seq: int = 0
-    time: float = 0.0
+    # A time that no clock shows (from a damaged file) is refused when decoded.
+    time: Annotated[float, msgspec.Meta(ge=0, lt=1 << 40)] = 0.0
 
     def dmesg(self) -> str | None:
         """The line the kernel prints for this, without its timestamp; None if it prints none."""

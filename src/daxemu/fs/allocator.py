@@ -9,7 +9,22 @@ from daxemu.fs.data_ops import DataOps
 from daxemu.fs.extents import ExtentMap
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range, RangeSet
-from daxemu.uapi import PAGE_SIZE, Block
+from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE, Block
+
+DRAIN_RUNS = 256
+"""Runs of settled blocks that become free in one step: 5 ms."""
+DRAIN_BLOCKS = (32 << 20) // PAGE_SIZE
+"""Settled blocks that become free in one step: the host takes 32 MiB of memory back in 5 ms."""
+
+
+def _blocks_of(sectors: Range) -> Range:
+    per_block = PAGE_SIZE // SECTOR_SIZE
+    return Range(sectors.start // per_block, -(-sectors.end // per_block))
+
+
+def _common(blocks: RangeSet, run: Range) -> int:
+    """How many integers of ``run`` are in the set."""
+    return sum(part.length for part in blocks.overlapping(*run)) if blocks else 0
 
 
 class Allocator:
@@ -17,8 +32,9 @@ class Allocator:
 
     A block over known bad sectors stays in the free set but is passed over until they are cleared. A block
     that is freed is *pending* until the metadata that no longer names it is on the device: were it used
-    before, a crash would show its new contents in its old file. ``reclaim`` is called when only pending
-    blocks are left; it commits.
+    before, a crash would show its new contents in its old file. Then the block is *settled*: its memory goes
+    back to the host next, and the block becomes free. ``reclaim`` is called when only pending blocks are
+    left; it commits.
     """
 
     def __init__(self, dax: DaxDevice) -> None:
@@ -26,14 +42,29 @@ class Allocator:
         self.total = dax.size // PAGE_SIZE
         self._free = RangeSet([(0, self.total)])
         self._pending = RangeSet()
+        self._settled = RangeSet()
+        self._bad = RangeSet()
+        """Blocks over known bad sectors, whether free or not."""
+        self._good: RangeSet | None = None
+        """Free blocks that are not bad; None while no block is bad."""
+        self._bad_later = 0
+        """Bad blocks among the pending and settled ones."""
         self._cursor = 0
+        self.on_settle: Callable[[], None] | None = None
+        """Called when blocks are settled; the host then calls :meth:`drain` until nothing is left. While
+        None, settled blocks become free at once.
+        """
+        dax.badblocks.on_set, dax.badblocks.on_clear = self._set_bad, self._clear_bad
+        self._set_bad(list(dax.badblocks))
         self.reclaim: Callable[[], None] | None = None
+        self.backlog: Callable[[], int] = lambda: 0
+        """Returns how many blocks unlinked files still have, which ``reclaim`` frees."""
         self.watcher: DataOps | None = None
 
     @property
     def free_blocks(self) -> int:
-        """Blocks without an owner, bad and pending ones included."""
-        return self._free.total + self._pending.total
+        """Blocks without an owner, bad, pending and settled ones included."""
+        return self._free.total + self._pending.total + self._settled.total
 
     @property
     def pending_blocks(self) -> int:
@@ -43,25 +74,48 @@ class Allocator:
     @property
     def usable_blocks(self) -> int:
         """Free blocks that could be handed out: what statfs says is available."""
-        return self.free_blocks - sum(bad.length for bad in self._bad_free())
+        return self._usable.total + self._pending.total + self._settled.total - self._bad_later
 
-    def _bad_free(self) -> RangeSet:
-        """The free blocks that hold a bad sector."""
-        bad = RangeSet()
-        for start, end in self._dax.badblocks.overlapping_bytes(0, self._dax.size):
-            blocks = Range(start // PAGE_SIZE, -(-end // PAGE_SIZE))
-            for part in (*self._free.overlapping(*blocks), *self._pending.overlapping(*blocks)):
-                bad.add(*part)
-        return bad
+    @property
+    def _usable(self) -> RangeSet:
+        """Free blocks that are not bad."""
+        return self._free if self._good is None else self._good
+
+    def _set_bad(self, sectors: list[Range]) -> None:
+        """The driver learned of bad sectors."""
+        for part in sectors:
+            for block in self._bad.add(*_blocks_of(part)):
+                if self._good is None:
+                    self._good = self._free.copy()
+                self._good.remove(*block)
+                self._bad_later += _common(self._pending, block) + _common(self._settled, block)
+
+    def _clear_bad(self, sectors: list[Range]) -> None:
+        """Bad sectors were cleared. A block is good once none of its sectors is bad."""
+        for part in sectors:
+            blocks = _blocks_of(part)
+            size = blocks.length * PAGE_SIZE
+            left = self._dax.badblocks.overlapping_bytes(blocks.start * PAGE_SIZE, size)
+            still = RangeSet(bad.outer(PAGE_SIZE) for bad in left)
+            for good in still.gaps(blocks.start * PAGE_SIZE, blocks.end * PAGE_SIZE):
+                run = Range(good.start // PAGE_SIZE, good.end // PAGE_SIZE)
+                for block in self._bad.remove(*run):
+                    self._bad_later -= _common(self._pending, block) + _common(self._settled, block)
+                    if self._good is not None:
+                        for free in list(self._free.overlapping(*block)):
+                            self._good.add(*free)
+        if not self._bad:
+            self._good = None
 
     @property
     def fragments(self) -> int:
         """How many runs free space is in: what an allocation can be split into at the most."""
-        return len(self._free) + len(self._pending) + len(self._dax.badblocks)
+        runs = len(self._free) + len(self._pending) + len(self._settled)
+        return runs + len(self._dax.badblocks)
 
     def free_ranges(self) -> list[Range]:
-        """What has no owner, in order, pending blocks included."""
-        return list(RangeSet([*self._free, *self._pending]))
+        """What has no owner, in order, pending and settled blocks included."""
+        return list(RangeSet([*self._free, *self._pending, *self._settled]))
 
     def used_from(self, at: Block) -> Range | None:
         """Return the first run of used blocks at or after ``at``, cut to begin there; None if there is
@@ -99,17 +153,24 @@ class Allocator:
         """Return the largest number of runs that :meth:`allocate_for` can return."""
         return min(sum(piece.length for piece in pieces), self.fragments)
 
-    def _or_reclaim(self, length: int, take: Callable[[list[Range]], None], reserve: bool) -> list[Range]:
-        """What ``take`` adds to its argument, all or nothing; called again once pending blocks are free."""
-        if length > self.free_blocks:
+    def check_free(self, length: int) -> None:
+        """Raises NoSpace unless so many blocks have no owner."""
+        if length > self.free_blocks + self.backlog():
             raise NoSpace("the device is full: remove files, or make a larger one")
-        try:
-            return self._all_of(take, reserve)
-        except NoSpace:
-            if not self._pending or self.reclaim is None:
-                raise
-            self.reclaim()
-            return self._all_of(take, reserve)
+
+    def _or_reclaim(self, length: int, take: Callable[[list[Range]], None], reserve: bool) -> list[Range]:
+        """What ``take`` adds to its argument, all or nothing; called again once more blocks are free."""
+        self.check_free(length)
+        while True:
+            try:
+                return self._all_of(take, reserve)
+            except NoSpace:
+                if self._settled:
+                    self.drain(DRAIN_RUNS, max(length, DRAIN_BLOCKS))
+                elif self.reclaim is not None and (self._pending or self.backlog()):
+                    self.reclaim()
+                else:
+                    raise
 
     def _all_of(self, take: Callable[[list[Range]], None], reserve: bool) -> list[Range]:
         taken: list[Range] = []
@@ -128,7 +189,7 @@ class Allocator:
         missing = length
         at = self._cursor if goal is None else goal
         for low, high in ((at, self.total), (0, at)):
-            while missing and (run := self._next_good(self._free, low, high)):
+            while missing and (run := self._next_usable(low, high)):
                 run = run.clip(run.start, run.start + missing)
                 self._take(taken, run)
                 missing -= run.length
@@ -148,6 +209,11 @@ class Allocator:
         if self.watcher is not None:
             self.watcher.allocated(run)
 
+    def _next_usable(self, low: Block, high: Block) -> Range | None:
+        """The first run of free blocks in ``[low, high)`` that are not bad."""
+        run = self._usable.first_from(low)
+        return (run.clip(low, high) or None) if run is not None else None
+
     def _next_good(self, free: RangeSet, low: int, high: int, unit: int = PAGE_SIZE) -> Range | None:
         """Return the first run of ``free`` in ``[low, high)`` without bad sectors.
 
@@ -165,21 +231,47 @@ class Allocator:
 
     def _remove_free(self, run: Range) -> None:
         self._free.remove(*run)
+        if self._good is not None:
+            self._good.remove(*run)
 
     def _add_free(self, run: Range) -> None:
         self._free.add(*run)
+        if self._good is not None:
+            for part in list(self._bad.gaps(*run)):
+                self._good.add(*part)
 
     def free(self, run: Range) -> None:
         """Free blocks after the next commit. Precondition: no link has any of the blocks."""
         self._pending.add(*run)
+        self._bad_later += _common(self._bad, run)
 
     def settle(self) -> None:
-        """A commit is done: what was freed before it may be used again, and its memory goes back to the
+        """A commit is done: what was freed before may be used again, and its memory goes back to the
         host.
         """
-        pending, self._pending = self._pending, RangeSet()
-        for run in pending:
+        if not self._settled:
+            self._settled, self._pending = self._pending, self._settled
+        else:  # few: the host drains faster than it commits
+            pending, self._pending = self._pending, RangeSet()
+            for run in pending:
+                self._settled.add(*run)
+        if self.on_settle is None:
+            while self.drain():
+                pass
+        elif self._settled:
+            self.on_settle()
+
+    def drain(self, runs: int = DRAIN_RUNS, blocks: int = DRAIN_BLOCKS) -> bool:
+        """Free up to ``blocks`` settled blocks in ``runs`` runs. Return whether any are left.
+
+        The others keep their memory and contents; nobody owns or gets them.
+        """
+        while self._settled and runs > 0 and blocks > 0:
+            run = self._settled.pop(blocks)
+            self._bad_later -= _common(self._bad, run)
             self._give_back(run)
+            runs, blocks = runs - 1, blocks - run.length
+        return bool(self._settled)
 
     def _give_back(self, run: Range) -> None:
         if self.watcher is not None:

@@ -84,6 +84,26 @@ class ExtentMap:
             at = run_end
             index += 1
 
+    def piece(self, start: Block, end: Block, links: int) -> Block:
+        """Return where the first piece of ``[start, end)`` ends. A piece has at most ``links`` links."""
+        last = self._index_after(start) + links - 1
+        return min(end, self._links[last].file_end) if last + 1 < len(self._links) else end
+
+    def last_piece(self, start: Block, links: int) -> Block:
+        """Return where the last piece of the file from block ``start`` on begins. A piece has at most
+        ``links`` links.
+        """
+        before = len(self._links) - links
+        return max(start, self._links[before].file_block) if before > 0 else start
+
+    def holes(self, start: Block, end: Block) -> list[Range]:
+        """Return the blocks of ``[start, end)`` that are holes."""
+        return [
+            Range(run.file_block, run.file_block + run.length)
+            for run in self.runs(start, end)
+            if run.link is None
+        ]
+
     def goal(self, block: Block) -> Block | None:
         """Return the device block to continue the file contiguously at ``block``; None after a hole."""
         before = self.lookup(max(0, block - 1), block)

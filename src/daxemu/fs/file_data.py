@@ -362,14 +362,19 @@ class FileData:
         if start < end and extents.lookup(block, block + 1)[0].link is not None:
             self.store(extents, start, bytes(end - start), from_cache=False, zeroing=True)
 
-    def preallocate(self, extents: ExtentMap, first: Block, last: Block) -> None:
-        """Give the holes of blocks ``[first, last)`` blocks that read as zeros. Raises NoSpace, with nothing
-        changed.
+    def check_edges(self, extents: ExtentMap, start: int, end: int) -> None:
+        """Raises MediaError if a block that the bytes ``[start, end)`` cover in part is poison."""
+        for edge in (start, end):
+            (run,) = extents.lookup(edge // PAGE_SIZE, edge // PAGE_SIZE + 1)
+            if edge % PAGE_SIZE and run.link is not None:
+                self._dax.check_readable(run.dev_block * PAGE_SIZE, PAGE_SIZE)
+
+    def preallocate(self, extents: ExtentMap, first: Block, last: Block) -> list[Range]:
+        """Give the holes of blocks ``[first, last)`` blocks that read as zeros. Return the holes. Raises
+        NoSpace, with nothing changed.
         """
-        holes = [
-            Range(run.file_block, run.file_block + run.length)
-            for run in extents.runs(first, last)
-            if run.link is None
-        ]
-        self._ensure_links(len(holes) + self._allocator.max_runs(holes))
-        extents.fill(holes, self._allocator.allocate_for(extents, holes))
+        holes = extents.holes(first, last)
+        if holes:
+            self._ensure_links(len(holes) + self._allocator.max_runs(holes))
+            extents.fill(holes, self._allocator.allocate_for(extents, holes))
+        return holes

@@ -9,16 +9,18 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from daxemu.errors import FsError, MediaError, NoSpace, Shutdown
 from daxemu.events import PoisonCleared, StoreLost
-from daxemu.fs import inode_flags, posix_acl
+from daxemu.fs import inode_flags, pieces, posix_acl
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.file_data import Buffer, Stored
 from daxemu.fs.inode import ENTRY_COST, MAX_FILE_SIZE, SUPERUSER, Credentials, Inode
+from daxemu.fs.pieces import PIECE_LINKS
 from daxemu.fs.reflink import check_remap
-from daxemu.fs.statfs import Damage, StatFs, damaged
+from daxemu.fs.statfs import Damage, StatFs, damaged, damaged_in_pieces
 from daxemu.fs.super import SuperBlock
 from daxemu.ranges import Range
 from daxemu.uapi import (
@@ -169,7 +171,7 @@ class Filesystem(SuperBlock):
         # The blocks go at once; the inode stays until the kernel forgets it, which it does when it likes.
         if inode.nlink == 0 and inode.opens == 0:
             self.names.linkable.discard(inode.ino)
-            if inode.extents is not None:
+            if inode.extents is not None and not self.inodegc.queue(inode, inode.extents):
                 self._data.remove(inode.extents, 0, MAX_FILE_SIZE // PAGE_SIZE)
             if inode.pins <= 0:
                 self.names.drop(inode)
@@ -177,6 +179,25 @@ class Filesystem(SuperBlock):
                 with suppress(Shutdown):
                     self.fsync()
         return inode
+
+    def inactivate(self) -> bool:
+        """Take PIECE_LINKS links from an unlinked file of many. Return whether any such file is left."""
+        if (done := self.inodegc.run(self._data, PIECE_LINKS)) is not None:
+            self.unpin(done)
+        return self.inodegc.is_busy
+
+    def unlink_in_pieces(self, on_queue: Callable[[], None]) -> None:
+        """Have unlinked files of many links go in pieces from now on: ``on_queue`` sees to it that
+        :meth:`inactivate` is called until it returns False.
+        """
+        self.inodegc.on_queue = on_queue
+        self.allocator.reclaim, self.allocator.backlog = self._reclaim, lambda: self.inodegc.blocks
+
+    def _reclaim(self) -> None:
+        """Free what unlinked files still have, and what waits for a commit."""
+        while self.inactivate():
+            pass
+        self.commit()
 
     # -- bytes
 
@@ -252,14 +273,27 @@ class Filesystem(SuperBlock):
         """``truncate(2)``. Raises MediaError if the block that the new end cuts is poison; then nothing has
         changed.
         """
+        for _ in self.set_size_in_pieces(ino, size):
+            pass
+
+    def set_size_in_pieces(self, ino: Ino, size: int) -> Iterator[None]:
+        """As :meth:`set_size`, and yield after each PIECE_LINKS links that a shorter file loses.
+
+        Between two pieces the file ends where the last piece began: a shorter file, longer than asked for
+        (xfs_itruncate_extents()). Precondition: nobody writes to the file meanwhile; the kernel holds the
+        inode's lock and FUSE_NOWRITE.
+        """
         self.check_alive()
         inode, extents = self.names.regular(ino)
         inode_flags.may_change(inode)
         if size > MAX_FILE_SIZE:
             raise FsError(errno.EFBIG)
         if size < inode.size:
-            self._data.zero_tail(extents, size)
-            self._data.remove(extents, -(-size // PAGE_SIZE), MAX_FILE_SIZE // PAGE_SIZE)
+            for end in pieces.shorten(self._data, extents, size):
+                inode.size = min(inode.size, end)
+                self.names.touch(inode, modified=True)
+                yield
+                self.fsync_if_much()
         inode.size = size
         self.names.touch(inode, modified=True)
 
@@ -269,6 +303,16 @@ class Filesystem(SuperBlock):
 
         Raises FsError EINVAL, EOPNOTSUPP or EFBIG, MediaError if an edge of the range lies in a poisoned
         block, NoSpace.
+        """
+        for _ in self.fallocate_in_pieces(ino, mode, offset, length):
+            pass
+
+    def fallocate_in_pieces(self, ino: Ino, mode: int, offset: int, length: int) -> Iterator[None]:
+        """As :meth:`fallocate`, and yield after each PIECE_BLOCKS blocks or PIECE_LINKS links.
+
+        Between two pieces a prefix of the range is as asked for, and the size is unchanged (as
+        xfs_free_file_space() and xfs_alloc_file_space(), which have a transaction for each extent).
+        Precondition: nobody writes to the file meanwhile; the kernel holds the inode's lock.
         """
         self.check_alive()
         inode, extents = self.names.regular(ino)
@@ -281,13 +325,16 @@ class Filesystem(SuperBlock):
         if what not in (0, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE) or mode == FALLOC_FL_PUNCH_HOLE:
             raise FsError(errno.EOPNOTSUPP)
         inode_flags.may_fallocate(inode, mode)
-        first, last = offset // PAGE_SIZE, -(-end // PAGE_SIZE)
         if what == FALLOC_FL_PUNCH_HOLE:
-            self._data.punch(extents, offset, end)
+            steps = pieces.punch(self._data, extents, offset, end)
         elif what == FALLOC_FL_ZERO_RANGE:
-            self._data.zero(extents, offset, end)
+            steps = pieces.zero(self._data, self.allocator, extents, offset, end)
         else:
-            self._data.preallocate(extents, first, last)
+            first, last = offset // PAGE_SIZE, -(-end // PAGE_SIZE)
+            steps = pieces.preallocate(self._data, self.allocator, extents, first, last)
+        for _ in steps:
+            yield
+            self.fsync_if_much()
         if not mode & FALLOC_FL_KEEP_SIZE:
             inode.size = max(inode.size, end)
         self.names.touch(inode, modified=True)
@@ -370,7 +417,7 @@ class Filesystem(SuperBlock):
     # -- questions
 
     def statfs(self) -> StatFs:
-        """How full it is."""
+        """How full it is. What an unlinked file of many links still has is in use: see :meth:`inactivate`."""
         return StatFs(
             self.allocator.total,
             self.allocator.free_blocks,
@@ -382,6 +429,10 @@ class Filesystem(SuperBlock):
     def damaged(self) -> list[Damage]:
         """What the badblocks cost: every file range that lost data, by path, in order of path and offset."""
         return damaged(self.dax, self.rmap, self.names)
+
+    def damaged_in_pieces(self) -> Iterator[list[Damage]]:
+        """As :meth:`damaged`, see statfs.damaged_in_pieces()."""
+        return damaged_in_pieces(self.dax, self.rmap, self.names)
 
     def device_ranges(self, ino: Ino, offset: int, length: int) -> list[Range]:
         """Where the bytes ``[offset, offset + length)`` of a file are, as device byte ranges; holes are

@@ -57,7 +57,7 @@ class HugeAllocator(Allocator):
             if place is None:
                 self._take_whole(taken, part, goal)
             else:
-                run = self._next_good(self._free, place, min(place + part.length, self.total))
+                run = self._next_usable(place, min(place + part.length, self.total))
                 if run is not None and run.start == place:
                     self._take(taken, run)
                     part = Range(part.start + run.length, part.end)

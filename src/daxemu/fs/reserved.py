@@ -7,11 +7,13 @@ like any other file.
 from __future__ import annotations
 
 import stat
+from collections.abc import Iterator
 
 from daxemu.errors import MediaError
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import RESERVED_INO, Inode
+from daxemu.fs.pieces import PIECE_LINKS
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE
 
@@ -112,10 +114,15 @@ class ReservedFile:
             if owner.ino == RESERVED_INO
         ]
 
-    def discard(self) -> None:
-        """Take it away, blocks and all."""
+    def discard_in_pieces(self) -> Iterator[None]:
+        """Take it away, blocks and all, PIECE_LINKS links in each step. Between two steps it is shorter."""
         inode = self._fs.names.find(RESERVED_INO)
         if inode is not None:
+            extents = self._extents()
+            assert extents is not None
+            while (at := extents.last_piece(0, PIECE_LINKS)) > 0:
+                self.unmap(Range(at, self._fs.allocator.total))
+                yield
             self.unmap(Range(0, self._fs.allocator.total))
             inode.nlink = 0
             self._fs.names.drop(inode)

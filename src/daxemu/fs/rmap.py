@@ -75,6 +75,8 @@ class Rmap:
         self.link_count = 0
         self.dirty: dict[Ino, RangeSet] = {}
         """File blocks, by file, whose links the store does not have as they are."""
+        self.marks = 0
+        """Changes of links since the last commit."""
         self.given_up = RangeSet()
         """Device blocks that lost a link since the last commit and still have another link.
 
@@ -150,6 +152,7 @@ class Rmap:
     def _mark(self, ino: Ino, start: Block, end: Block) -> None:
         """Mark a file's links in ``[start, end)`` for the next commit. Unchanged links may be included."""
         self.on_change(ino)
+        self.marks += 1
         ranges = self.dirty.get(ino)
         if ranges is None:
             ranges = self.dirty[ino] = RangeSet()
@@ -160,6 +163,10 @@ class Rmap:
         self._mark(ino, 0, 1 << 52)
 
     # -- queries
+
+    def count(self, start: Block, end: Block) -> int:
+        """How many links have a part of ``[start, end)``."""
+        return len(self._links.overlapping(start, end))
 
     def owners(self, start: Block, end: Block) -> list[Owner]:
         """Return every owner of device blocks ``[start, end)``, cut to the range."""

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from daxemu.fs.inode import RESERVED_INO
 from daxemu.fs.namespace import Namespace
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.pmem.dax_device import DaxDevice
-from daxemu.uapi import PAGE_SIZE, Ino
+from daxemu.ranges import Range
+from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE, Ino
 
 NAMELESS = {METADATA_INO: "<metadata>", RESERVED_INO: "<redundancy>"}
 """Names, in place of a path, of inodes without a path."""
+
+
+PIECE = 512
+"""Bad blocks, or lines, of one piece of the list: 10 ms."""
 
 
 class Damage(NamedTuple):
@@ -35,14 +43,39 @@ class StatFs(NamedTuple):
 
 def damaged(dax: DaxDevice, rmap: Rmap, names: Namespace) -> list[Damage]:
     """What the badblocks cost, in order of path and offset; one device range may be of several files."""
-    lost = []
-    for bad in dax.badblocks.overlapping_bytes(0, dax.size):
-        for owner in rmap.owners(bad.start // PAGE_SIZE, -(-bad.end // PAGE_SIZE)):
-            if owner.ino in NAMELESS:
-                lost.append(Damage(owner.ino, NAMELESS[owner.ino], bad.start, bad.length))
-                continue
-            base = owner.dev_block * PAGE_SIZE
-            part = bad.clip(base, base + owner.length * PAGE_SIZE)
-            at = owner.file_block * PAGE_SIZE + part.start - base
-            lost.append(Damage(owner.ino, names.path_of(owner.ino), at, part.length))
-    return sorted(lost, key=lambda damage: (damage.path, damage.offset))
+    return [damage for part in damaged_in_pieces(dax, rmap, names) for damage in part]
+
+
+def damaged_in_pieces(dax: DaxDevice, rmap: Rmap, names: Namespace) -> Iterator[list[Damage]]:
+    """As :func:`damaged`, a piece of the list at a time, and empty pieces before: each costs PIECE bad
+    blocks, or the owners of one. What changes between two pieces is seen as of the piece.
+    """
+    found: list[list[Damage]] = []
+    for sectors in dax.badblocks.in_pieces(PIECE):
+        lost: list[Damage] = []
+        for part in sectors:
+            lost += _damage(dax, rmap, names, Range(part.start * SECTOR_SIZE, part.end * SECTOR_SIZE))
+            if len(lost) >= PIECE:
+                found.append(sorted(lost, key=_order))
+                lost = []
+                yield []
+        found.append(sorted(lost, key=_order))
+        yield []
+    ordered = heapq.merge(*found, key=_order)
+    while some := list(islice(ordered, PIECE)):
+        yield some
+
+
+def _damage(dax: DaxDevice, rmap: Rmap, names: Namespace, bad: Range) -> Iterator[Damage]:
+    for owner in rmap.owners(bad.start // PAGE_SIZE, -(-bad.end // PAGE_SIZE)):
+        if owner.ino in NAMELESS:
+            yield Damage(owner.ino, NAMELESS[owner.ino], bad.start, bad.length)
+            continue
+        base = owner.dev_block * PAGE_SIZE
+        part = bad.clip(base, base + owner.length * PAGE_SIZE)
+        at = owner.file_block * PAGE_SIZE + part.start - base
+        yield Damage(owner.ino, names.path_of(owner.ino), at, part.length)
+
+
+def _order(damage: Damage) -> tuple[str, int]:
+    return damage.path, damage.offset

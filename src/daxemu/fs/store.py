@@ -193,7 +193,7 @@ class Store:
         except apsw.Error as error:
             raise self._translated(error) from error
         names.dirty_inodes, names.dirty_times = set(), set()
-        names.dirty_entries, rmap.dirty = set(), {}
+        names.dirty_entries, rmap.dirty, rmap.marks = set(), {}, 0
         names.dirty_since = 0
         rmap.given_up = RangeSet()
         self.is_clean = clean

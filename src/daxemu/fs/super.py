@@ -13,6 +13,7 @@ from daxemu.fs.data_ops import DataOps
 from daxemu.fs.file_data import FileData
 from daxemu.fs.huge_allocator import allocator_for
 from daxemu.fs.inode import MAX_FILE_SIZE
+from daxemu.fs.inodegc import InodeGc
 from daxemu.fs.layouts import Layouts
 from daxemu.fs.metadata_page import CopyState
 from daxemu.fs.metadata_region import MetadataRegion
@@ -30,6 +31,10 @@ from daxemu.uapi import (
 )
 
 _DEV_BLOCK = attrgetter("dev_block")
+
+
+MUCH = 2000
+"""Changes of inodes, names and links after which a commit is due: 25 ms."""
 
 
 class Uncommitted(NamedTuple):
@@ -77,6 +82,7 @@ class SuperBlock:
         self.allocator = allocator_for(dax)
         self._data = FileData(dax, self.rmap, self.allocator, self.ensure_links)
         self.layouts = Layouts(dax)
+        self.inodegc = InodeGc()
         self.region = MetadataRegion(dax, self.rmap, self.allocator)
         self.region.on_bad_copy = self._on_bad_copy
         self.store = Store(self.region, dax.name)
@@ -188,6 +194,14 @@ class SuperBlock:
             self.shutdown(f"Log I/O error: {error}  Shutting down filesystem.")
             self.check_alive()
 
+    def fsync_if_much(self) -> None:
+        """Commit what a verb that is done in pieces has changed, before that is more than one step can
+        write. Raises Shutdown.
+        """
+        self.check_alive()
+        if self.changes >= MUCH:
+            self.fsync()
+
     def shutdown(self, reason: str, *, save: bool = True) -> None:
         """``xfs_force_shutdown()``: nothing is read or written any more; what was done until now is kept,
         without ``save`` only up to the last commit.
@@ -203,6 +217,11 @@ class SuperBlock:
         self.layouts.suspend()
         self.emit(FilesystemShutdown(device=self.dax.name, reason=self.shutdown_reason))
         self.on_shutdown()
+
+    @property
+    def changes(self) -> int:
+        """Changes of inodes, names and links since the last commit: what a commit costs."""
+        return len(self.names.dirty_inodes) + len(self.names.dirty_entries) + self.rmap.marks
 
     def uncommitted(self) -> Uncommitted:
         """Changes that the next mount would not have if this one ended now."""

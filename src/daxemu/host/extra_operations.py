@@ -13,7 +13,7 @@ import errno
 import os
 import struct
 import sys
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Protocol
 
 import trio
@@ -21,6 +21,7 @@ import trio
 from daxemu.errors import DaxemuError, FsError
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host import fileattr
+from daxemu.host.handlers import in_pieces
 from daxemu.host.procfs import read_lines
 from daxemu.host.supplement import library, unpack
 from daxemu.host.tasks import capable
@@ -164,8 +165,11 @@ class ExtraOperations:
         ino = unpack(request.fh).ino
         if request.op == _FALLOCATE:
             self._file_modified(ino, request.tid)
-            self._fs.fallocate(ino, request.mode, request.offset, request.length)
-            self._fuse.fuse_reply_err(request.req, 0)
+            steps = self._fs.fallocate_in_pieces(ino, request.mode, request.offset, request.length)
+            if next(steps, self) is self:
+                self._fuse.fuse_reply_err(request.req, 0)
+            else:
+                self._start(self._fallocate_later, request.req, steps)
         elif request.op == _LSEEK:
             self._lseek(request, ino)
         elif request.op == _COPY_FILE_RANGE:
@@ -187,6 +191,11 @@ class ExtraOperations:
     ) -> None:
         copied = await self._clones.copy(src, src_offset, dst, dst_offset, length)
         self._fuse.fuse_reply_write(req, copied)
+
+    async def _fallocate_later(self, req: int, steps: Iterator[None]) -> None:
+        await trio.lowlevel.checkpoint()
+        await in_pieces(steps)
+        self._fuse.fuse_reply_err(req, 0)
 
     # -- lseek
 

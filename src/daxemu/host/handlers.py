@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, ParamSpec, TypeVar
+
+import trio
 
 from daxemu.errors import DaxemuError
 from daxemu.host import supplement  # noqa: F401 - before pyfuse3
@@ -51,3 +53,9 @@ def contained(
             raise pyfuse3.FUSEError(errno.EIO) from None
 
     return contained
+
+
+async def in_pieces(steps: Iterable[object]) -> None:
+    """Go through ``steps``; the tasks that wait have their turn in between."""
+    for _ in steps:
+        await trio.lowlevel.checkpoint()

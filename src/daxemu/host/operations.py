@@ -28,7 +28,7 @@ from daxemu.fs.privs import is_sxid
 from daxemu.fs.xattr import TRUSTED
 from daxemu.host import supplement
 from daxemu.host.freeze import Freeze
-from daxemu.host.handlers import HANDLERS, contained, translated
+from daxemu.host.handlers import HANDLERS, contained, in_pieces, translated
 from daxemu.host.invalidate_lock import InvalidateLock
 from daxemu.host.layouts import FOREVER
 from daxemu.host.setattr import is_chown, may_setattr
@@ -193,9 +193,10 @@ class Operations(pyfuse3.Operations):
         found = self._names.get(inode)
         if removes_privs:
             self._names.file_remove_privs(found, functools.partial(in_group_or_capable, ctx.pid))
+        if fields.update_size:
+            await in_pieces(self._fs.set_size_in_pieces(inode, attr.st_size))
         node = self._fs.setattr(
             inode,
-            size=attr.st_size if fields.update_size else None,
             mode=attr.st_mode if fields.update_mode else None,
             uid=attr.st_uid if fields.update_uid else None,
             gid=attr.st_gid if fields.update_gid else None,
@@ -216,6 +217,9 @@ class Operations(pyfuse3.Operations):
 
     @translated
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        # What was unlinked counts as free (xfs_fs_statfs() pushes xfs_inodegc, too).
+        while self._fs.inactivate():
+            await trio.lowlevel.checkpoint()
         usage = self._fs.statfs()
         data = pyfuse3.StatvfsData()
         data.f_bsize = data.f_frsize = PAGE_SIZE
@@ -361,7 +365,8 @@ class Operations(pyfuse3.Operations):
         if flags & os.O_TRUNC:
             if kill_suidgid():
                 self._file_remove_privs(inode, ctx.pid)
-            self._fs.set_size(inode, 0)  # libfuse asks the kernel to leave that to us (ATOMIC_O_TRUNC)
+            # libfuse asks the kernel to leave that to us (ATOMIC_O_TRUNC)
+            await in_pieces(self._fs.set_size_in_pieces(inode, 0))
         return self._opened(self._names.get(inode), flags)
 
     @translated

@@ -19,6 +19,10 @@ class Badblocks:
     def __init__(self) -> None:
         self._bad = RangeSet()
         self.on_change: Callable[[], None] = lambda: None
+        self.on_set: Callable[[list[Range]], None] = lambda sectors: None
+        """Told of sectors that were not known to be bad."""
+        self.on_clear: Callable[[list[Range]], None] = lambda sectors: None
+        """Told of sectors that are bad no more."""
 
     def __len__(self) -> int:
         return len(self._bad)
@@ -41,6 +45,7 @@ class Badblocks:
         """
         added = [new for bad in ranges for new in self._bad.add(*bad)]
         if added:
+            self.on_set(added)
             self.on_change()
         return added
 
@@ -58,6 +63,7 @@ class Badblocks:
         """Forget bad sectors (``badblocks_clear``); returns those that were known."""
         removed = self._bad.remove(sector, sector + sectors)
         if removed:
+            self.on_clear(removed)
             self.on_change()
         return removed
 
@@ -70,6 +76,18 @@ class Badblocks:
         first, last = offset // SECTOR_SIZE, -(-(offset + length) // SECTOR_SIZE)
         for bad in self._bad.overlapping(first, last):
             yield Range(bad.start * SECTOR_SIZE, bad.end * SECTOR_SIZE)
+
+    def in_pieces(self, count: int) -> Iterator[list[Range]]:
+        """All bad sectors, up to ``count`` ranges at a time; they may change between two pieces."""
+        return self._bad.in_pieces(0, 1 << 63, count)
+
+    def unknown(self, sectors: Range) -> Iterator[Range]:
+        """The parts of ``sectors`` that are not known to be bad."""
+        return self._bad.gaps(*sectors)
+
+    def known(self, sectors: Range) -> Iterator[Range]:
+        """The parts of ``sectors`` that are known to be bad."""
+        return self._bad.overlapping(*sectors)
 
     def sysfs_text(self) -> str:
         """As /sys/block/pmem0/badblocks prints it: "first-sector count" a line."""

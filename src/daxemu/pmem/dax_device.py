@@ -6,7 +6,7 @@ bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -145,6 +145,14 @@ class DaxDevice:
         """The poisoned device byte ranges (whole sectors) that meet the range, known or latent."""
         at = self._data_offset
         return [Range(r.start - at, r.end - at) for r in self._media.poisoned(at + offset, length)]
+
+    def poisoned_in_pieces(self, part: Range, count: int) -> Iterator[list[Range]]:
+        """As :meth:`poisoned`, up to ``count`` ranges at a time; the poison may change between two pieces."""
+        shift = self._data_offset // SECTOR_SIZE
+        sectors = sectors_of(part.start, part.length)
+        poison = self._media.poison.in_pieces(sectors.start + shift, sectors.end + shift, count)
+        for bad in poison:
+            yield [Range((r.start - shift) * SECTOR_SIZE, (r.end - shift) * SECTOR_SIZE) for r in bad]
 
     def poisoned_pages(self, part: Range) -> RangeSet:
         """The pages (as bytes) with poison among those that hold ``part``."""

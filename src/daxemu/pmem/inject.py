@@ -78,11 +78,16 @@ def uninject(pmem: Pmem, offset: int, length: int) -> list[Range]:
 
 def scrub(pmem: Pmem) -> list[Range]:
     """An address range scrub: latent poison becomes known. Returns the byte ranges newly in badblocks."""
+    return [new for part in scrub_in_pieces(pmem, 1024) for new in part]
+
+
+def scrub_in_pieces(pmem: Pmem, count: int) -> Iterator[list[Range]]:
+    """As :func:`scrub`, up to ``count`` ranges of poison at a time, in order of their offsets."""
     if pmem.badblocks.count == pmem.media.poison.total:
-        return []  # known poison is poison: so all of it is known
-    bad = pmem.dax.poisoned(0, pmem.dax.size)
-    new = pmem.badblocks.populate(Range(r.start // SECTOR_SIZE, r.end // SECTOR_SIZE) for r in bad)
-    return [Range(r.start * SECTOR_SIZE, r.end * SECTOR_SIZE) for r in new]
+        return  # known poison is poison: so all of it is known
+    for bad in pmem.dax.poisoned_in_pieces(Range(0, pmem.dax.size), count):
+        new = pmem.badblocks.populate(Range(r.start // SECTOR_SIZE, r.end // SECTOR_SIZE) for r in bad)
+        yield [Range(r.start * SECTOR_SIZE, r.end * SECTOR_SIZE) for r in new]
 
 
 def corrupt(pmem: Pmem, offset: int, length: int, seed: int) -> None:

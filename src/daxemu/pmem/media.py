@@ -263,7 +263,7 @@ class Media:
                 self._append_poison(changed, prefix)
                 return
         if changed:
-            left = RangeSet(self.poison) if but else self.poison
+            left = self.poison.copy() if but else self.poison
             for sectors in but:
                 left.remove(*sectors)
             self._save_poison(left)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,6 +24,8 @@ from daxemu.ranges import Range
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE
 
 Array = np.ndarray[Any, Any]
+DISCARDED = 32 << 20
+"""Bytes of memory that are given back to the host in one step: 5 ms."""
 
 
 class SparseArray:
@@ -152,7 +155,26 @@ class Checksums:
         return crc32c(data) ^ self._zero == wanted
 
 
-def discard(directory: PrivatePath) -> None:
-    """Remove all arrays below ``directory``."""
+def discard(path: PrivatePath) -> Iterator[None]:
+    """Remove a file, or all files below a directory; yield after each DISCARDED bytes."""
     with suppress(OSError):
-        directory.rmtree()
+        if stat.S_ISDIR(path.lstat().st_mode):
+            for name in path.names():
+                yield from discard(path / name)
+        else:
+            yield from _empty(path)
+        path.remove()
+        yield
+
+
+def _empty(path: PrivatePath) -> Iterator[None]:
+    fd = path.open(os.O_RDWR)
+    try:
+        at = os.fstat(fd).st_size
+        while at > 0 and (data := os.fstat(fd).st_blocks * 512) > DISCARDED:
+            # Of a sparse file, as much as would be DISCARDED bytes on the average.
+            at = max(0, at - max(PAGE_SIZE, at * DISCARDED // data))
+            os.ftruncate(fd, at)
+            yield
+    finally:
+        os.close(fd)

@@ -10,7 +10,7 @@ import numpy as np
 from daxemu.errors import MediaError
 from daxemu.fs.data_ops import Origin
 from daxemu.ranges import Range, RangeSet
-from daxemu.repair.arrays import Checksums, SparseArray, discard
+from daxemu.repair.arrays import Checksums, SparseArray
 from daxemu.repair.by_block import ByBlock
 from daxemu.repair.strategy import Failure, Options, Verdict
 from daxemu.repair.volume import Volume
@@ -85,10 +85,8 @@ class Mirror(ByBlock):
         return piece
 
     def discard(self) -> None:
-        """Give the copies back."""
-        self._copy.discard()
+        """Close the arrays. What is kept goes in pieces: see registry.forget()."""
         self.unmounting()
-        discard(self.volume.kept)
 
     def unmounting(self) -> None:
         """Close the arrays. Marks stay set."""

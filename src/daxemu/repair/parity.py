@@ -10,7 +10,7 @@ import numpy as np
 from daxemu.errors import InvalidArgument, MediaError
 from daxemu.fs.data_ops import Origin
 from daxemu.ranges import Range, RangeSet
-from daxemu.repair.arrays import Array, Checksums, SparseArray, discard
+from daxemu.repair.arrays import Array, Checksums, SparseArray
 from daxemu.repair.by_block import ByBlock
 from daxemu.repair.strategy import Failure, Options
 from daxemu.repair.volume import Volume
@@ -116,9 +116,8 @@ class Parity(ByBlock):
         self._close()
 
     def discard(self) -> None:
-        """Remove the arrays."""
+        """Close the arrays. They go in pieces: see registry.forget()."""
         self._close()
-        discard(self.volume.kept)
 
     def _close(self) -> None:
         for array in (self._sums, self._parity, self._changing):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
@@ -14,9 +14,12 @@ from daxemu.errors import InvalidArgument
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.reserved import ReservedFile
 from daxemu.private_path import PrivatePath
+from daxemu.repair.arrays import discard
 from daxemu.repair.strategy import Options, Strategy
 
 GROUP = "daxemu.repair"
+INCOMPLETE = "incomplete"
+"""The file that is there while what is kept for repair is not complete."""
 OWN = {
     "none": "none:NoRepair",
     "zero": "zero:Zero",
@@ -111,13 +114,12 @@ def parse(text: str) -> tuple[type[Strategy], Options]:
 
 def forget(
     fs: Filesystem, root: PrivatePath, *, keep: PrivatePath | None = None, kind: type[Strategy] | None = None
-) -> None:
+) -> Iterator[None]:
     """Remove what strategies kept, but for ``keep`` and what ``kind`` has on the device: they did not see
-    what changed without them.
+    what changed without them. Yields between two pieces.
     """
     for name in root.names() if root.exists() else ():
-        if root / name != keep:
-            with suppress(OSError):
-                (root / name).remove()
+        if root / name != keep and name != INCOMPLETE:
+            yield from discard(root / name)
     if keep is None or not keep.exists() or kind is None or not kind.has_copies:
-        ReservedFile(fs).discard()
+        yield from ReservedFile(fs).discard_in_pieces()

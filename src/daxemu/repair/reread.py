@@ -11,7 +11,7 @@ from daxemu.errors import InvalidArgument
 from daxemu.fs.data_ops import Origin
 from daxemu.fs.rmap import Owner
 from daxemu.ranges import Range
-from daxemu.repair.arrays import SparseArray, discard
+from daxemu.repair.arrays import SparseArray
 from daxemu.repair.by_block import ByBlock
 from daxemu.repair.strategy import Failure, Options
 from daxemu.repair.volume import Volume
@@ -56,9 +56,8 @@ class Reread(ByBlock):
         self._changed.close()
 
     def discard(self) -> None:
-        """Remove the record."""
+        """Close the record, which goes with all that is kept."""
         self._changed.close()
-        discard(self.volume.kept)
 
     def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
         """Flag the blocks: the backing files do not have the new data."""

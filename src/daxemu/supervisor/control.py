@@ -10,8 +10,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator
 
 import msgspec
 import trio
@@ -28,6 +27,8 @@ MAX_LINE = 4 << 20
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 _PIECE = 4096
 """Entries of a list that are encoded in one step: 2 ms."""
+_SENT = 64 << 10
+"""Bytes of a reply that are worth a send of their own."""
 _RETRY = 0.1
 """Seconds between two attempts to accept a connection where no descriptor is left."""
 _UCRED = struct.Struct("=iII")
@@ -160,32 +161,51 @@ class ControlSocket:
         try:
             try:
                 result = await self._answer(request)
-                line = await _encoded(result)
+                parts = await _encoded(result)
             except Exception as error:  # noqa: BLE001 - costs this request
                 refusal = refused(error)
                 if refusal is None:
                     op = type(request).__struct_config__.tag
                     refusal = DaxemuError(self._unexpected.report(f"the request {op}", error))
-                line = _refusal(refusal)
-            await stream.send_all(line)
+                parts = [_refusal(refusal)]
+            for part in parts:
+                await stream.send_all(part)
         finally:
             self._answering -= 1
             if not self._answering:
                 self._idle.set()
 
 
-async def _encoded(result: msgspec.Struct) -> bytes:
-    """Encode a reply. Long lists are encoded in pieces; the tasks that wait have their turn in between."""
+async def _encoded(result: msgspec.Struct) -> list[bytes]:
+    """Encode a reply, as parts of a line. Long lists are encoded in pieces; the tasks that wait have their
+    turn in between.
+    """
     encode = msgspec.json.encode
-    fields: dict[str, Any] = {name: getattr(result, name) for name in result.__struct_fields__}
-    for name, value in fields.items():
-        if isinstance(value, list) and len(value) > _PIECE:
-            pieces = []
-            for first in range(0, len(value), _PIECE):
-                pieces.append(encode(value[first : first + _PIECE])[1:-1])
-                await trio.lowlevel.checkpoint()
-            fields[name] = msgspec.Raw(b"[" + b",".join(pieces) + b"]")
-    return encode(p.Reply(True, result=msgspec.Raw(encode(fields)))) + b"\n"
+    before, after = encode(p.Reply(True, result=msgspec.Raw(b"\0"))).split(b"\0")
+    parts = [before]
+    for number, name in enumerate(result.__struct_fields__):
+        value = getattr(result, name)
+        parts.append(b"%c%b:" % (b"{,"[number > 0], encode(name)))
+        if not isinstance(value, list) or len(value) <= _PIECE:
+            parts.append(encode(value))
+            continue
+        for first in range(0, len(value), _PIECE):
+            parts.append(b"%c%b" % (b"[,"[first > 0], encode(value[first : first + _PIECE])[1:-1]))
+            await trio.lowlevel.checkpoint()
+        parts.append(b"]")
+    parts.append(b"}" if result.__struct_fields__ else b"{}")
+    return [*_joined(parts), after + b"\n"]
+
+
+def _joined(parts: list[bytes]) -> Iterator[bytes]:
+    """Short parts as one."""
+    some: list[bytes] = []
+    for part in parts:
+        some.append(part)
+        if len(part) > _SENT:
+            yield b"".join(some)
+            some = []
+    yield b"".join(some)
 
 
 async def _try_to_send(stream: trio.SocketStream, line: bytes) -> None:

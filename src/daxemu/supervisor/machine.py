@@ -38,10 +38,18 @@ from daxemu.host.session import Session
 from daxemu.host.tracer_link import TracerLink
 from daxemu.host.unexpected import GuardedNursery, Unexpected
 from daxemu.mm.memory_failure import Incident, MappingRange, MemoryFailures
-from daxemu.pmem.inject import check_range, corrupt_in_pieces, failed_pages, inject_all, scrub, uninject
+from daxemu.pmem.inject import (
+    check_range,
+    corrupt_in_pieces,
+    failed_pages,
+    inject_all,
+    scrub_in_pieces,
+    uninject,
+)
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
 from daxemu.repair.strategy import Verdict
+from daxemu.supervisor import questions
 from daxemu.supervisor.clones import Clones
 from daxemu.supervisor.consumption import Consumption
 from daxemu.supervisor.event_log import EventLog
@@ -51,12 +59,14 @@ from daxemu.supervisor.populate import Populating
 from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.scrub import Scrubber
 from daxemu.supervisor.settings import log_size, one_of, seconds, size_text
-from daxemu.supervisor.survey import survey
+from daxemu.supervisor.survey import survey_in_pieces
 from daxemu.supervisor.under_way import Counted, UnderWay
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Ino, page_align_down
 
 BATCH = 128
 """Ranges of one request that are poisoned in one step."""
+CLEARED = 16 << 20
+"""Bytes that are cleared in one step: the host takes them back and gives files zeros, 10 ms."""
 
 
 class Machine:
@@ -252,19 +262,15 @@ class Machine:
         """Make ranges healthy; their poisoned sectors read as zeros. Raises InvalidArgument, NoDevice."""
         self.check_present()
         found, _ = await self._resolve(request.ino, request.ranges)
-        cleared: list[Range] = []
-        for first in range(0, len(found), BATCH):
-            self.check_present()
-            bad = [
-                each for part in found[first : first + BATCH] for each in self.pmem.dax.poisoned(*_span(part))
-            ]
-            for begin in range(0, len(bad), BATCH):
-                cleared += self._clear_batch(bad[begin : begin + BATCH])
-                if len(bad) > BATCH:
+        cleared: list[tuple[int, int]] = []
+        for part in found:
+            # Between two batches sectors may go bad: those behind the last batch stay so.
+            for some in self.pmem.dax.poisoned_in_pieces(part, BATCH):
+                for bad in _of_at_most(some, CLEARED):
+                    self.check_present()
+                    cleared += [(r.start, r.length) for r in self._clear_batch(bad)]
                     await trio.lowlevel.checkpoint()
-            if len(found) > BATCH:
-                await trio.lowlevel.checkpoint()
-        return p.Cleared([(r.start, r.length) for r in cleared], sum(r.length for r in cleared))
+        return p.Cleared(cleared, sum(length for _, length in cleared))
 
     def _clear_batch(self, bad: list[Range]) -> list[Range]:
         cleared: list[Range] = []
@@ -285,12 +291,15 @@ class Machine:
         Raises NoDevice.
         """
         self.check_present()
-        found = scrub(self.pmem)
-        for new in found:
-            self.log.emit(ScrubFound(offset=new.start, length=new.length))
-            await self._repair_now(new)
+        found: list[tuple[int, int]] = []
+        for part in scrub_in_pieces(self.pmem, BATCH):
+            for new in part:
+                self.log.emit(ScrubFound(offset=new.start, length=new.length))
+                await self._repair_now(new)
+                found.append((new.start, new.length))
+            await trio.lowlevel.checkpoint()
         await self.repairs.scrub()
-        return p.Cleared([(r.start, r.length) for r in found], sum(r.length for r in found))
+        return p.Cleared(found, sum(length for _, length in found))
 
     async def _scrub_in_background(self) -> None:
         with self.unexpected.caught("the background scrub"):
@@ -313,11 +322,13 @@ class Machine:
             raise InvalidArgument("no range given: give at least one [offset, length]")
         size = self.pmem.dax.size if ino is None else self.fs.names.regular(ino)[0].size
         what = "the device" if ino is None else self.fs.names.path_of(ino)
+        asked: list[Range] = []
         async for part in _in_pieces(ranges):
             for offset, length in part:
                 check_range(offset, length, size, what)
+                asked.append(Range(offset, offset + length))
         if ino is None:
-            return [Range(offset, offset + length) for offset, length in ranges], 0
+            return asked, 0
         found = await self._file_ranges(ino, ranges)
         holes = sum(length for _, length in ranges) - sum(r.length for r in found)
         if holes:
@@ -332,10 +343,21 @@ class Machine:
         return found, holes
 
     async def _file_ranges(self, ino: Ino, ranges: list[tuple[int, int]]) -> list[Range]:
+        """Device byte ranges of ranges of a file. Up to BATCH ranges with up to BATCH extents each are
+        looked up at one moment; of more, each BATCH is where the file has it at its moment.
+        """
         found: list[Range] = []
         async for part in _in_pieces(ranges):
             for offset, length in part:
-                found += self.fs.device_ranges(ino, offset, length)
+                end = offset + length
+                while offset < end:
+                    extents = self.fs.extents_of(ino)
+                    last = extents.piece(offset // PAGE_SIZE, -(-end // PAGE_SIZE), BATCH)
+                    stop = min(end, last * PAGE_SIZE)
+                    found += self.fs.device_ranges(ino, offset, stop - offset)
+                    offset = stop
+                    if offset < end:
+                        await trio.lowlevel.checkpoint()
         return found
 
     async def write_back(self, ino: Ino, *, has_mutex: bool = False) -> None:
@@ -403,32 +425,9 @@ class Machine:
             )
         )
 
-    def map(self, ino: Ino) -> p.FileMap:
-        """The extents of a file, holes included. Raises InvalidArgument if it is no regular file."""
-        inode, extents = self.fs.names.regular(ino)
-        runs = extents.lookup(0, -(-inode.size // PAGE_SIZE)) if inode.size else []
-        found = []
-        for run in runs:
-            offset, length = run.file_block << PAGE_SHIFT, run.length << PAGE_SHIFT
-            if run.link is None:
-                found.append(p.Extent(offset, length, None, None, 0, False))
-                continue
-            base = offset - (run.dev_block << PAGE_SHIFT)
-            for part, shared_by in self.fs.rmap.sharing(run.dev_block, run.dev_block + run.length):
-                device, size = part.start << PAGE_SHIFT, part.length << PAGE_SHIFT
-                poisoned = self.pmem.dax.is_poisoned(device, size)
-                pfn = self.pmem.pfn_of(device)
-                found.append(p.Extent(base + device, size, device, pfn, shared_by, poisoned))
-        return p.FileMap(ino, self.fs.names.path_of(ino), inode.size, found)
-
-    def damaged(self) -> p.DamagedList:
-        """Files and ranges that lost data, by path."""
-        return p.DamagedList([p.DamagedRange(d.ino, d.path, d.offset, d.length) for d in self.fs.damaged()])
-
-    def badblocks(self) -> p.BadblockList:
-        """The known bad sectors."""
-        bad = self.pmem.badblocks
-        return p.BadblockList([(r.start, r.length) for r in bad], bad.count)
+    async def badblocks(self) -> p.BadblockList:
+        """See questions.badblocks()."""
+        return await questions.badblocks(self.pmem)
 
     # -- repair
 
@@ -442,13 +441,17 @@ class Machine:
             await self._choose(request.strategy)
             self.log.emit(SettingChanged(name="repair", value=request.strategy))
         total, reason = p.Repaired(self.repairs.text, 0, 0, 0, None), None
-        for bad in list(self.pmem.badblocks):
-            verdict = await self._repair_now(Range(bad.start * SECTOR_SIZE, bad.end * SECTOR_SIZE))
-            if verdict is not None:
-                total.recovered += verdict.recovered.total
-                total.lost += verdict.lost.total
-                reason = verdict.reason or reason
-        total.left = sum(_blocks_of(bad.offset, bad.offset + bad.length).length for bad in self.fs.damaged())
+        for part in self.pmem.badblocks.in_pieces(BATCH):
+            for bad in part:
+                verdict = await self._repair_now(Range(bad.start * SECTOR_SIZE, bad.end * SECTOR_SIZE))
+                if verdict is not None:
+                    total.recovered += verdict.recovered.total
+                    total.lost += verdict.lost.total
+                    reason = verdict.reason or reason
+            await trio.lowlevel.checkpoint()
+        for lost in self.fs.damaged_in_pieces():
+            total.left += sum(_blocks_of(bad.offset, bad.offset + bad.length).length for bad in lost)
+            await trio.lowlevel.checkpoint()
         total.reason = reason
         return total
 
@@ -567,11 +570,11 @@ class Machine:
             case p.Repair():
                 return await self.repair(request)
             case p.GetBadblocks():
-                return self.badblocks()
+                return await self.badblocks()
             case p.Damaged():
-                return self.damaged()
+                return await questions.damaged(self.fs)
             case p.Map(ino=ino):
-                return self.map(ino)
+                return await questions.file_map(self.pmem, self.fs, ino)
             case p.Reflink():
                 return await self.reflink(request)
             case p.Remove():
@@ -580,7 +583,7 @@ class Machine:
             case p.Status():
                 return self.status()
             case p.Survey():
-                return survey(self.pmem, self.fs, request)
+                return await questions.result_of(survey_in_pieces(self.pmem, self.fs, request))
             case p.Set(settings=settings):
                 return await self.set(settings)
         raise InvalidArgument(f"cannot do {type(request).__name__} here")
@@ -592,6 +595,21 @@ async def _in_pieces(ranges: list[tuple[int, int]]) -> AsyncIterator[list[tuple[
         if first:
             await trio.lowlevel.checkpoint()
         yield ranges[first : first + BATCH]
+
+
+def _of_at_most(ranges: list[Range], length: int) -> Iterator[list[Range]]:
+    """``ranges`` in lists of at most ``length`` bytes, each; a longer range in several."""
+    some: list[Range] = []
+    left = length
+    for part in ranges:
+        while part:
+            some.append(part.clip(part.start, part.start + left))
+            part, left = Range(some[-1].end, part.end), left - some[-1].length
+            if not left:
+                yield some
+                some, left = [], length
+    if some:
+        yield some
 
 
 def _span(part: Range) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from daxemu.private_path import PrivatePath
 from daxemu.protocol import Progress, RepairReport
 from daxemu.ranges import Range, RangeSet
 from daxemu.repair import registry
+from daxemu.repair.registry import INCOMPLETE
 from daxemu.repair.strategy import Failure, Options, Strategy, Verdict
 from daxemu.repair.volume import Volume
 from daxemu.supervisor.guard import Guard, Hung
@@ -43,8 +44,6 @@ watchdog waits.
 """
 SAY = 1.0
 """Seconds between two events that say how far it has come."""
-INCOMPLETE = "incomplete"
-"""The file that is there while what is kept for repair is not complete."""
 IDLE = 1.0
 """Seconds between looks whether the strategy wants to be ticked."""
 
@@ -68,6 +67,8 @@ class Repairs:
         self._emit = emit
         self._guard = Guard()
         self._strategy: Strategy | None = None
+        self._choice = [""]
+        """The text of the last call of :meth:`choose`; another object for each."""
         self._lost = RangeSet()
         """Blocks with a mapped store that was lost to poison, since they were last written."""
         self.text = "none"
@@ -98,9 +99,16 @@ class Repairs:
         then there is none. Busy if another one was chosen meanwhile: that stays.
         """
         kind, options = self.check(text)
-        self._drop()
         directory = self._root / kind.layout(options)
-        self._forget(directory, kind)
+        # What a strategy of this mount kept is not for the next: stores come in before that begins.
+        keep = directory if self._strategy is None else None
+        self._choice = choice = [text]
+        self._drop()
+        for _ in self._forget(keep, kind):
+            yield Progress(0, 0)
+            self._check_choice(choice)
+            if self.is_ending:
+                raise NotMounted("the mount ends: at the next one the strategy begins anew")
         volume = Volume(self._fs, directory, self._guard.atomically)
         strategy: Strategy | None = None
         try:
@@ -112,24 +120,30 @@ class Repairs:
             if kind.watches:
                 self._fs.watch(self)
             pieces = self._guard.call(BEGIN_LIMIT, strategy.mounted, after_crash=after_crash)
-            yield from self._see_to(strategy, pieces)
+            yield from self._see_to(strategy, pieces, choice)
             (self._root / INCOMPLETE).unlink()
         except Exception as error:
             if self._strategy is strategy and not self.is_ending:
                 self._drop()
-                self._forget()
+                for _ in self._forget():
+                    pass
             if isinstance(error, DaxemuError):
                 raise
             raise DaxemuError(f"the repair strategy {text} cannot begin: {error!r}") from error
 
-    def _see_to(self, strategy: Strategy, pieces: Iterator[Range] | None) -> Iterator[Progress]:
+    def _check_choice(self, choice: list[str]) -> None:
+        if self._choice is not choice:
+            raise Busy(f"another repair strategy was chosen meanwhile: {self._choice[0]}")
+
+    def _see_to(
+        self, strategy: Strategy, pieces: Iterator[Range] | None, choice: list[str]
+    ) -> Iterator[Progress]:
         total = self._fs.allocator.used_in(Range(0, self._fs.allocator.total)) * PAGE_SIZE
         progress, said = Progress(0, total), time.monotonic()
         while pieces is not None:
-            if self._strategy is None:
-                raise DaxemuError(f"the repair strategy {self.text} failed: {self.broken}")
+            self._check_choice(choice)
             if self._strategy is not strategy:
-                raise Busy(f"another repair strategy was chosen meanwhile: {self.text}")
+                raise DaxemuError(f"the repair strategy {self.text} failed: {self.broken}")
             if self.is_ending:
                 raise NotMounted("the mount ends: at the next one the strategy begins anew")
             self._fs.check_alive()
@@ -148,11 +162,13 @@ class Repairs:
             self.progress = None
             self._emit(RepairProgress(strategy=self.text, done_bytes=total, total_bytes=total))
 
-    def _forget(self, keep: PrivatePath | None = None, kind: type[Strategy] | None = None) -> None:
+    def _forget(self, keep: PrivatePath | None = None, kind: type[Strategy] | None = None) -> Iterator[None]:
         """Remove what strategies kept, but for what ``kind`` has in ``keep``, if that is complete."""
         incomplete = self._root / INCOMPLETE
         is_whole = not incomplete.exists()
-        registry.forget(self._fs, self._root, keep=keep if is_whole else None, kind=kind)
+        if self._root.exists():
+            incomplete.touch()  # a mount that ends meanwhile leaves a part
+        yield from registry.forget(self._fs, self._root, keep=keep if is_whole else None, kind=kind)
         incomplete.unlink()
 
     def _drop(self) -> None:

@@ -23,6 +23,7 @@ from daxemu.errors import Busy, CorruptMetadata, DaxemuError, NotMounted, Unsupp
 from daxemu.events import DeviceTightened, Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.store import FSCK_HINT
+from daxemu.fs.super import MUCH
 from daxemu.host import supplement
 from daxemu.host.fuse_loop import FuseLoop
 from daxemu.host.layouts import LayoutTable
@@ -40,6 +41,7 @@ from daxemu.supervisor.descriptors import raise_descriptor_limit
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.internals import internals, log_internals
 from daxemu.supervisor.machine import Machine, open_core
+from daxemu.supervisor.reclaim import Reclaim
 from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.settings import PLAIN, MountOptions
 from daxemu.supervisor.supervisor_log import SupervisorLog
@@ -54,6 +56,8 @@ SYNC_PATIENCE_ON_SIGNAL = 10.0
 """The same, where the supervisor ends on a signal: no client waits for an answer within 10 s."""
 COMMIT_INTERVAL = 5.0
 """Seconds between commits of what nobody synced (as ext4's and XFS's)."""
+COMMIT_LOOK = 0.2
+"""Seconds between looks whether so MUCH has changed that a commit comes sooner."""
 ANSWER_PATIENCE = 2.0
 """Seconds that requests under way have to be answered once the mount is gone."""
 
@@ -223,6 +227,7 @@ async def _serve(machine: Machine, socket: PrivatePath, ready: Callable[[], None
         services.start_soon(ending.on_signal)
         services.start_soon(_log_internals_on_signal, machine)
         services.start_soon(_commit_now_and_then, machine)
+        services.start_soon(Reclaim(machine.fs).run)
         services.start_soon(machine.repairs.tick, machine.unexpected)
         services.start_soon(machine.scrubber.run)
         async with (
@@ -243,8 +248,12 @@ async def _serve(machine: Machine, socket: PrivatePath, ready: Callable[[], None
 
 async def _commit_now_and_then(machine: Machine) -> None:
     """What nobody synced is durable after a while all the same."""
+    last = trio.current_time()
     while True:
-        await trio.sleep(COMMIT_INTERVAL)
+        await trio.sleep(COMMIT_LOOK)
+        if trio.current_time() < last + COMMIT_INTERVAL and machine.fs.changes < MUCH:
+            continue
+        last = trio.current_time()
         if machine.fs.shutdown_reason is None:
             try:
                 machine.fs.fsync()

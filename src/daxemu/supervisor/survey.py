@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+
+import numpy as np
 
 from daxemu.errors import InvalidArgument
 from daxemu.fs.filesystem import Filesystem
@@ -12,14 +14,30 @@ from daxemu.fs.rmap import METADATA_INO, Owner
 from daxemu.pmem.inject import check_range
 from daxemu.pmem.pmem import Pmem
 from daxemu.protocol import Cell, FileUse, Survey, SurveyReport
-from daxemu.ranges import Range, RangeSet
+from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Block, Ino, page_align_up
 
 MAX_CELLS = 1 << 16
+PIECE = 1024
+"""Links, or ranges of poison, of one step: 10 ms."""
+CELLS_PIECE = 8192
+_USED, _METADATA, _SHARED, _BAD, _LATENT = range(5)
+"""Fields of a Cell."""
 
 
 def survey(pmem: Pmem, fs: Filesystem, wanted: Survey) -> SurveyReport:
     """Costs what the range has of links and of poison, not its size. Raises InvalidArgument."""
+    steps = survey_in_pieces(pmem, fs, wanted)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            report: SurveyReport = end.value
+            return report
+
+
+def survey_in_pieces(pmem: Pmem, fs: Filesystem, wanted: Survey) -> Generator[None, None, SurveyReport]:
+    """As :func:`survey`, yielding between two parts of the range. Each part is as of its moment."""
     size = pmem.dax.size
     length = size - wanted.offset if wanted.length is None else wanted.length
     check_range(wanted.offset, length, size, "the device")
@@ -27,43 +45,85 @@ def survey(pmem: Pmem, fs: Filesystem, wanted: Survey) -> SurveyReport:
         raise InvalidArgument(f"{wanted.cells} cells: must be from 1 to {MAX_CELLS}")
     cell = page_align_up(-(-length // wanted.cells))
     whole = Range(wanted.offset, wanted.offset + length)
-    cells = [Cell() for _ in range(-(-length // cell))]
-    blocks = Range(whole.start // PAGE_SIZE, -(-whole.end // PAGE_SIZE))
-
-    def parts(start: int, end: int) -> Iterator[tuple[Cell, int]]:
-        """Each cell that has some of the bytes ``[start, end)``, and how many."""
-        part = Range(start, end).clip(*whole)
-        while part:
-            index = (part.start - whole.start) // cell
-            here = part.clip(part.start, whole.start + (index + 1) * cell)
-            yield cells[index], here.length
-            part = Range(here.end, part.end)
-
+    counts = _Counts(whole, cell)
     found: dict[Ino, FileUse] = {}
-    owners = list(fs.rmap.owners(*blocks))
-    for start, end, count in _sharing(owners):
-        for each, some in parts(start << PAGE_SHIFT, end << PAGE_SHIFT):
-            each.used += some
-            each.shared += some if count > 1 else 0
-    for owner in owners:
-        start = owner.dev_block << PAGE_SHIFT
-        if owner.ino == METADATA_INO:
-            for each, some in parts(start, start + (owner.length << PAGE_SHIFT)):
-                each.metadata += some
-        elif wanted.files > 0 and owner.ino >= ROOT_INO:
-            _count(found, owner.ino, Range(start, start + (owner.length << PAGE_SHIFT)), owner.file_block)
-    known = RangeSet(pmem.badblocks)
-    for sectors in pmem.media.poison.overlapping(whole.start // SECTOR_SIZE, -(-whole.end // SECTOR_SIZE)):
-        for bad in known.overlapping(*sectors):
-            for each, some in parts(bad.start * SECTOR_SIZE, bad.end * SECTOR_SIZE):
-                each.bad += some
-        for hidden in known.gaps(*sectors):
-            for each, some in parts(hidden.start * SECTOR_SIZE, hidden.end * SECTOR_SIZE):
-                each.latent += some
+    for blocks in _parts(fs, Range(whole.start // PAGE_SIZE, -(-whole.end // PAGE_SIZE))):
+        owners = fs.rmap.owners(*blocks)
+        for begin, end, count in _sharing(owners):
+            counts.add(_USED, begin << PAGE_SHIFT, end << PAGE_SHIFT)
+            if count > 1:
+                counts.add(_SHARED, begin << PAGE_SHIFT, end << PAGE_SHIFT)
+        for owner in owners:
+            start = owner.dev_block << PAGE_SHIFT
+            if owner.ino == METADATA_INO:
+                counts.add(_METADATA, start, start + (owner.length << PAGE_SHIFT))
+            elif wanted.files > 0 and owner.ino >= ROOT_INO:
+                part = Range(start, start + (owner.length << PAGE_SHIFT))
+                _count(found, owner.ino, part, owner.file_block)
+        yield
+    first, last = whole.start // SECTOR_SIZE, -(-whole.end // SECTOR_SIZE)
+    for poison in pmem.media.poison.in_pieces(first, last, PIECE):
+        for sectors in poison:
+            for bad in pmem.badblocks.known(sectors):
+                counts.add(_BAD, bad.start * SECTOR_SIZE, bad.end * SECTOR_SIZE)
+            for hidden in pmem.badblocks.unknown(sectors):
+                counts.add(_LATENT, hidden.start * SECTOR_SIZE, hidden.end * SECTOR_SIZE)
+        yield
     most = heapq.nlargest(max(0, wanted.files), found.values(), key=lambda use: use.bytes)
+    yield
     for use in most:
         use.path = fs.names.path_of(use.ino)
+    cells: list[Cell] = []
+    for low in range(0, counts.cells, CELLS_PIECE):
+        yield
+        cells += counts.cells_of(low, low + CELLS_PIECE)
     return SurveyReport(wanted.offset, cell, cells, most)
+
+
+def _parts(fs: Filesystem, blocks: Range) -> Iterator[Range]:
+    """``blocks`` in parts of about PIECE links, free space left out."""
+    at, length = blocks.start, PIECE
+    while at < blocks.end and (run := fs.allocator.used_from(at)) is not None:
+        part = Range(run.start, run.start + length).clip(*blocks)
+        if not part:
+            return
+        links = fs.rmap.count(*part)
+        if links > PIECE and length > 1:
+            length //= 2
+            continue
+        yield part
+        at = part.end
+        if links < PIECE // 4:
+            length *= 2
+
+
+class _Counts:
+    """Bytes of each kind in each cell of a range."""
+
+    def __init__(self, whole: Range, cell: int) -> None:
+        self._whole = whole
+        self._cell = cell
+        self.cells = -(-whole.length // cell)
+        self._bytes = np.zeros((len(Cell.__struct_fields__), self.cells), np.int64)
+
+    def add(self, kind: int, start: int, end: int) -> None:
+        """Count the bytes ``[start, end)`` in the cells that have some of them."""
+        part = Range(start, end).clip(*self._whole)
+        if not part:
+            return
+        begin, stop = part.start - self._whole.start, part.end - self._whole.start
+        first, last = begin // self._cell, (stop - 1) // self._cell
+        row = self._bytes[kind]
+        if first == last:
+            row[first] += stop - begin
+            return
+        row[first] += (first + 1) * self._cell - begin
+        row[first + 1 : last] += self._cell
+        row[last] += stop - last * self._cell
+
+    def cells_of(self, low: int, high: int) -> list[Cell]:
+        """The cells ``[low, high)``."""
+        return [Cell(*kinds) for kinds in self._bytes[:, low:high].T.tolist()]
 
 
 def _sharing(owners: list[Owner]) -> Iterator[tuple[Block, Block, int]]:

@@ -1,0 +1,93 @@
+"""Verbs on long ranges of a file in pieces, each a generator that yields between two pieces.
+
+At each yield the filesystem is consistent, and a prefix of the range is as asked for (of a file that is made
+shorter: a suffix is gone). XFS, too, has a transaction for each extent: xfs_itruncate_extents(),
+xfs_free_file_space(), xfs_alloc_file_space(). Positions are bytes where a verb takes bytes, else blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from daxemu.errors import NoSpace
+from daxemu.fs.allocator import Allocator
+from daxemu.fs.extents import ExtentMap
+from daxemu.fs.file_data import FileData
+from daxemu.fs.inode import MAX_FILE_SIZE
+from daxemu.ranges import Range
+from daxemu.uapi import PAGE_SIZE, Block
+
+PIECE_BLOCKS = (16 << 20) // PAGE_SIZE
+"""Blocks that one step allocates: 16 MiB of memory to zero, 5 ms."""
+PIECE_LINKS = 512
+"""Links that one step makes or removes: 10 ms."""
+
+
+def _next(extents: ExtentMap, start: Block, end: Block) -> Block:
+    return min(start + PIECE_BLOCKS, extents.piece(start, end, PIECE_LINKS))
+
+
+def shorten(data: FileData, extents: ExtentMap, size: int) -> Iterator[int]:
+    """Remove what a file has beyond byte ``size``, from its end on; yield where the file may end meanwhile.
+
+    Raises MediaError, with nothing changed, if the block that ``size`` cuts is poison.
+    """
+    end = -(-size // PAGE_SIZE)
+    data.check_edges(extents, size, size)
+    while (at := extents.last_piece(end, PIECE_LINKS)) > end:
+        data.remove(extents, at, MAX_FILE_SIZE // PAGE_SIZE)
+        yield at * PAGE_SIZE
+    data.zero_tail(extents, size)
+    data.remove(extents, end, MAX_FILE_SIZE // PAGE_SIZE)
+
+
+def punch(data: FileData, extents: ExtentMap, start: int, end: int) -> Iterator[None]:
+    """See FileData.punch. Raises MediaError, with nothing changed, if an edge lies in a poisoned block."""
+    data.check_edges(extents, start, end)
+    last = -(-end // PAGE_SIZE)
+    while (stop := extents.piece(start // PAGE_SIZE, last, PIECE_LINKS) * PAGE_SIZE) < end:
+        data.punch(extents, start, stop)
+        start = stop
+        yield
+    data.punch(extents, start, end)
+
+
+def zero(data: FileData, allocator: Allocator, extents: ExtentMap, start: int, end: int) -> Iterator[None]:
+    """See FileData.zero. Raises as :func:`punch`; NoSpace, with nothing changed if the device is full now."""
+    data.check_edges(extents, start, end)
+    last = -(-end // PAGE_SIZE)
+    allocator.check_free(last - start // PAGE_SIZE)
+    while (stop := _next(extents, start // PAGE_SIZE, last) * PAGE_SIZE) < end:
+        data.zero(extents, start, stop)
+        start = stop
+        yield
+    data.zero(extents, start, end)
+
+
+def preallocate(
+    data: FileData, allocator: Allocator, extents: ExtentMap, first: Block, last: Block
+) -> Iterator[None]:
+    """See FileData.preallocate. Raises NoSpace; then what were holes are holes again."""
+    wanted, at = 0, first
+    while at < last:
+        stop = extents.piece(at, last, PIECE_LINKS)
+        wanted += sum(hole.length for hole in extents.holes(at, stop))
+        at = stop
+        if at < last:
+            yield
+    allocator.check_free(wanted)
+    filled: list[Range] = []
+    at = first
+    try:
+        while at < last:
+            stop = _next(extents, at, last)
+            filled += data.preallocate(extents, at, stop)
+            at = stop
+            if at < last:
+                yield
+    except NoSpace:
+        for number, hole in enumerate(reversed(filled), 1):
+            data.remove(extents, *hole)
+            if number % PIECE_LINKS == 0:
+                yield
+        raise

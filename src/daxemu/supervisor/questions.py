@@ -1,0 +1,88 @@
+"""Requests that only look, at any size, a piece in each step of the event loop.
+
+A reply is as of several moments: files may change between two pieces. Each piece is right when it is looked
+at, and no part of a file or of the device is in two pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from typing import Any, TypeVar
+
+import trio
+
+from daxemu import protocol as p
+from daxemu.fs.extents import Mapping
+from daxemu.fs.filesystem import Filesystem
+from daxemu.pmem.pmem import Pmem
+from daxemu.ranges import Range
+from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
+
+PIECE = 2048
+"""Extents or bad blocks of one step: 10 ms."""
+
+T = TypeVar("T")
+
+
+async def result_of(steps: Generator[Any, None, T]) -> T:
+    """Go through a generator and return what it returns; the tasks that wait have their turn in between."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        await trio.lowlevel.checkpoint()
+
+
+async def file_map(pmem: Pmem, fs: Filesystem, ino: Ino) -> p.FileMap:
+    """The extents of a file, holes included. Raises InvalidArgument if it is no regular file, FsError ESTALE
+    if it goes meanwhile.
+    """
+    found: list[p.Extent] = []
+    at = 0
+    while True:
+        inode, extents = fs.names.regular(ino)
+        end = -(-inode.size // PAGE_SIZE)
+        if at >= end:
+            return p.FileMap(ino, fs.names.path_of(ino), inode.size, found)
+        stop = extents.piece(at, end, PIECE)
+        for run in extents.runs(at, stop):
+            found += _extents(pmem, fs, run)
+        at = stop
+        if at < end:
+            await trio.lowlevel.checkpoint()
+
+
+def _extents(pmem: Pmem, fs: Filesystem, run: Mapping) -> Iterator[p.Extent]:
+    offset, length = run.file_block << PAGE_SHIFT, run.length << PAGE_SHIFT
+    if run.link is None:
+        yield p.Extent(offset, length, None, None, 0, False)
+        return
+    base = offset - (run.dev_block << PAGE_SHIFT)
+    blocks = Range(run.dev_block, run.dev_block + run.length)
+    parts = [(blocks, 1)] if run.link.proxy is None else fs.rmap.sharing(*blocks)
+    for part, shared_by in parts:
+        device, size = part.start << PAGE_SHIFT, part.length << PAGE_SHIFT
+        poisoned = pmem.dax.is_poisoned(device, size)
+        yield p.Extent(base + device, size, device, pmem.pfn_of(device), shared_by, poisoned)
+
+
+async def damaged(fs: Filesystem) -> p.DamagedList:
+    """Files and ranges that lost data, by path."""
+    found: list[p.DamagedRange] = []
+    for part in fs.damaged_in_pieces():
+        found += [p.DamagedRange(d.ino, d.path, d.offset, d.length) for d in part]
+        await trio.lowlevel.checkpoint()
+    return p.DamagedList(found)
+
+
+async def badblocks(pmem: Pmem) -> p.BadblockList:
+    """The known bad sectors."""
+    found: list[tuple[int, int]] = []
+    sectors = 0
+    for part in pmem.badblocks.in_pieces(PIECE):
+        found += [(r.start, r.length) for r in part]
+        sectors += sum(r.length for r in part)
+        await trio.lowlevel.checkpoint()
+    return p.BadblockList(found, sectors)

@@ -1,0 +1,42 @@
+"""Gives back in the background, a piece in each step, what files no longer have: see fs/inodegc.py and
+Allocator.drain().
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import trio
+
+from daxemu.errors import Shutdown
+from daxemu.fs.filesystem import MAX_PENDING, Filesystem
+
+
+class Reclaim:
+    """Background task of one mounted filesystem."""
+
+    def __init__(self, fs: Filesystem) -> None:
+        self._fs = fs
+        self._wanted = trio.Event()
+
+    async def run(self) -> None:
+        """Give back until cancelled; from then on blocks go at once."""
+        fs = self._fs
+        fs.unlink_in_pieces(self._wake)
+        fs.allocator.on_settle = self._wake
+        try:
+            while True:
+                await self._wanted.wait()
+                self._wanted = trio.Event()
+                while fs.inactivate():
+                    await trio.lowlevel.checkpoint()
+                if fs.allocator.pending_blocks >= MAX_PENDING:
+                    with suppress(Shutdown):
+                        fs.fsync()
+                while fs.allocator.drain():
+                    await trio.lowlevel.checkpoint()
+        finally:
+            fs.inodegc.on_queue = fs.allocator.on_settle = None
+
+    def _wake(self) -> None:
+        self._wanted.set()
