@@ -1,6 +1,6 @@
 """Program for the tests of apps: keeps all records in memory, and misbehaves at the second "read".
 
-faulty.py FILE HOW
+Usage: faulty.py FILE HOW
 """
 
 from __future__ import annotations

@@ -61,12 +61,12 @@ class Faulty(Application):
 def make(name: str, situation: str, tmp_path: Path, limit: float = 20.0) -> tuple[MatrixCell, list[str]]:
     """Run a cell; return the cell and its steps. Assert that no directory, device or mount is left."""
     unique = f"daxemu-apps-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    task = CellRequest(name, situation, limit, str(tmp_path / unique), f"/dev/shm/{unique}")
+    request = CellRequest(name, situation, limit, str(tmp_path / unique), f"/dev/shm/{unique}")
     steps: list[str] = []
-    cell = CellRun(task, lambda step: steps.append(step.text)).make()
-    assert not Path(task.directory).exists()
-    assert not Path(task.device).exists()
-    assert [m for m in mounts() if str(m.device) == task.device] == []
+    cell = CellRun(request, lambda step: steps.append(step.text)).make()
+    assert not Path(request.directory).exists()
+    assert not Path(request.device).exists()
+    assert [m for m in mounts() if str(m.device) == request.device] == []
     return cell, steps
 
 

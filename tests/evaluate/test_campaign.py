@@ -24,13 +24,13 @@ class Instead:
         self.made: list[Key] = []
         self.stops = 0
 
-    def results(self, tasks: Sequence[TrialRequest]) -> Iterator[Result]:
-        for task in tasks:
+    def results(self, requests: Sequence[TrialRequest]) -> Iterator[Result]:
+        for request in requests:
             if len(self.made) == self.after:
                 raise KeyboardInterrupt
-            self.made.append(task.key)
-            why = "broke" if task.key.strategy == self.failing else None
-            yield result(task.key.strategy, task.key.repetition, failed=why)
+            self.made.append(request.key)
+            why = "broke" if request.key.strategy == self.failing else None
+            yield result(request.key.strategy, request.key.repetition, failed=why)
 
     def stop(self) -> None:
         self.stops += 1

@@ -80,6 +80,7 @@ class QuickMount(DaxMount):
 
     def kill(self) -> None:
         """Kill the supervisor with SIGKILL and detach the dead mount."""
+        assert self.pid, "no supervisor: kill(0) would end this process group"
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         self.bury()

@@ -188,7 +188,7 @@ class Application(abc.ABC):
 
     @abc.abstractmethod
     def read(self, place: Place, process: Process) -> ReadBack:
-        """Have the program read everything."""
+        """Have the program read everything. Return the comparison with the records written."""
 
     def warm(self, place: Place, process: Process) -> ReadBack:
         """Have the program access all its data, before an injection into the running program."""

@@ -93,7 +93,7 @@ class MatrixCell(msgspec.Struct, tag="cell"):
 
 
 class CellRequest(msgspec.Struct):
-    """Request for a cell. ``limit``: seconds of silence before the program counts as hung.
+    """Request for a cell. ``limit``: seconds for each wait; a longer wait counts as a hang.
 
     ``directory``, ``device``: paths for the machine; must not exist yet.
     """
@@ -108,12 +108,12 @@ class CellRequest(msgspec.Struct):
 class CellRun:
     """Run of one cell. ``tell`` is called with each step."""
 
-    def __init__(self, task: CellRequest, tell: Callable[[CellStep], None]) -> None:
-        self.task = task
-        self.app: Application = application_called(task.application)()
-        self.situation: Situation = BY_NAME[task.situation]
-        self.cell = MatrixCell(task.application, task.situation)
-        self.machine = TrialMachine(Path(task.directory), Path(task.device), "none")
+    def __init__(self, request: CellRequest, tell: Callable[[CellStep], None]) -> None:
+        self.request = request
+        self.app: Application = application_called(request.application)()
+        self.situation: Situation = BY_NAME[request.situation]
+        self.cell = MatrixCell(request.application, request.situation)
+        self.machine = TrialMachine(Path(request.directory), Path(request.device), "none")
         self._tell = tell
         self._names = (
             (str(self.machine.mountpoint), "MOUNTPOINT"),
@@ -125,7 +125,7 @@ class CellRun:
     def make(self) -> MatrixCell:
         """Run the cell. A failure of the cell itself is returned in ``failed``, not raised."""
         try:
-            with directories(Path(self.task.directory), Path(self.task.device)):
+            with directories(Path(self.request.directory), Path(self.request.device)):
                 self._run()
         except (DaxemuError, OSError) as error:
             self.cell.failed = f"{type(error).__name__}: {error}"
@@ -147,11 +147,11 @@ class CellRun:
     def _run(self) -> None:
         situation, machine = self.situation, self.machine
         machine.make(SIZE, early_kill=False)
-        scratch = Path(self.task.directory) / "scratch"
+        scratch = Path(self.request.directory) / "scratch"
         scratch.mkdir()
         root = machine.mountpoint / "data"
         root.mkdir()
-        place = Place(root, scratch, self.task.limit, self.app.user, self._say)
+        place = Place(root, scratch, self.request.limit, self.app.user, self._say)
         try:
             self._say(f"-- {self.app.name} makes its data")
             try:
@@ -363,8 +363,8 @@ def main() -> int:
         sys.stdout.buffer.write(msgspec.json.encode(what) + b"\n")
         sys.stdout.buffer.flush()
 
-    task = msgspec.json.decode(sys.stdin.buffer.read(), type=CellRequest)
-    put(CellRun(task, put).make())
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=CellRequest)
+    put(CellRun(request, put).make())
     return 0
 
 

@@ -22,7 +22,7 @@ from daxemu.errors import InvalidArgument
 from daxemu.evaluate.machine import clear_away, start_worker
 
 LIMIT = 30.0
-"""Seconds of silence before a program counts as hung."""
+"""Default seconds for each wait; a longer wait counts as a hang."""
 _SHM = Path("/dev/shm")
 _decode = msgspec.json.Decoder(CellStep | MatrixCell).decode
 
@@ -64,12 +64,12 @@ def make(cell: Wanted, limit: float, tell: Callable[[CellStep], None]) -> Matrix
     name = f"daxemu-apps-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     directory = Path(tempfile.gettempdir()) / name
     device = (_SHM if os.access(_SHM, os.W_OK) else Path(tempfile.gettempdir())) / f"{name}.device"
-    task = CellRequest(cell.application.name, cell.situation.name, limit, str(directory), str(device))
+    request = CellRequest(cell.application.name, cell.situation.name, limit, str(directory), str(device))
     made: MatrixCell | None = None
     process = start_worker("daxemu.apps.cell")
     try:
         assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(task))
+        process.stdin.write(msgspec.json.encode(request))
         process.stdin.close()
         for message in _messages(process):
             if isinstance(message, CellStep):
@@ -89,7 +89,7 @@ def make(cell: Wanted, limit: float, tell: Callable[[CellStep], None]) -> Matrix
         clear_away(directory, device)
     if made is None:
         why = f"the cell ended with status {process.returncode}: {errors}"
-        return MatrixCell(task.application, task.situation, failed=why)
+        return MatrixCell(request.application, request.situation, failed=why)
     return made
 
 

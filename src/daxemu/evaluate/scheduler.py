@@ -34,7 +34,7 @@ SHM = Path("/dev/shm")
 class Scheduler(Protocol):
     """Runner of trials."""
 
-    def results(self, tasks: Sequence[TrialRequest]) -> Iterator[Result]:
+    def results(self, requests: Sequence[TrialRequest]) -> Iterator[Result]:
         """Yield each result when its trial ends, in any order."""
 
     def stop(self) -> None:
@@ -73,19 +73,19 @@ class _Processes:
                 process.send_signal(signal.SIGTERM)
 
 
-def make_here(task: TrialRequest, processes: _Processes) -> Result:
+def make_here(request: TrialRequest, processes: _Processes) -> Result:
     """Run one trial on this machine, in a separate process.
 
     A failure of the trial is returned in ``failed``.
     """
     name = f"daxemu-trial-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     here = msgspec.structs.replace(
-        task,
+        request,
         directory=str(Path(tempfile.gettempdir()) / name),
         device=str((SHM if SHM.is_dir() else Path(tempfile.gettempdir())) / f"{name}.device"),
     )
-    plan = parse(task.plan)
-    failed = Result(key=task.key, fingerprint=plan.fingerprint(task.key.workload, task.key.faults))
+    plan = parse(request.plan)
+    failed = Result(key=request.key, fingerprint=plan.fingerprint(request.key.workload, request.key.faults))
     try:
         with processes.one() as process:
             try:
@@ -114,9 +114,11 @@ class LocalScheduler:
         self._pool = ThreadPoolExecutor(jobs)
         self._processes = _Processes()
 
-    def results(self, tasks: Sequence[TrialRequest]) -> Iterator[Result]:
+    def results(self, requests: Sequence[TrialRequest]) -> Iterator[Result]:
         """See Scheduler.results."""
-        for future in as_completed([self._pool.submit(make_here, task, self._processes) for task in tasks]):
+        for future in as_completed(
+            [self._pool.submit(make_here, request, self._processes) for request in requests]
+        ):
             yield future.result()
 
     def stop(self) -> None:
@@ -133,12 +135,12 @@ def default_jobs() -> int:
     return max(len(os.sched_getaffinity(0)) // 2, 1)
 
 
-def make_remotely(task: bytes) -> bytes:
+def make_remotely(request: bytes) -> bytes:
     """Run one trial on a Dask worker.
 
     Argument and result are JSON, so the cluster needs none of daxemu's types.
     """
-    return msgspec.json.encode(make_here(msgspec.json.decode(task, type=TrialRequest), _Processes()))
+    return msgspec.json.encode(make_here(msgspec.json.decode(request, type=TrialRequest), _Processes()))
 
 
 class DaskScheduler:
@@ -152,24 +154,24 @@ class DaskScheduler:
         self._client = connect(address)
         self._futures: list[Any] = []
 
-    def results(self, tasks: Sequence[TrialRequest]) -> Iterator[Result]:
+    def results(self, requests: Sequence[TrialRequest]) -> Iterator[Result]:
         """See Scheduler.results. A trial whose worker died is returned as failed."""
         from distributed import as_completed as as_dask_completed
 
         by_future = {}
-        for task in tasks:
+        for request in requests:
             # Never cached, never retried: every request is one trial.
-            future = self._client.submit(make_remotely, msgspec.json.encode(task), pure=False, retries=0)
-            by_future[future.key] = task
+            future = self._client.submit(make_remotely, msgspec.json.encode(request), pure=False, retries=0)
+            by_future[future.key] = request
             self._futures.append(future)
         for future in as_dask_completed(self._futures):
             if future.status == "finished":
                 yield msgspec.json.decode(future.result(), type=Result)
                 continue
-            task = by_future[future.key]
-            fingerprint = parse(task.plan).fingerprint(task.key.workload, task.key.faults)
+            request = by_future[future.key]
+            fingerprint = parse(request.plan).fingerprint(request.key.workload, request.key.faults)
             why = str(future.exception()) if future.status == "error" else future.status
-            yield Result(key=task.key, fingerprint=fingerprint, failed=f"on the cluster: {why}")
+            yield Result(key=request.key, fingerprint=fingerprint, failed=f"on the cluster: {why}")
 
     def stop(self) -> None:
         """Cancel all trials not yet started. Running trials end by themselves and remove their machines."""

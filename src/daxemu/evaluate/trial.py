@@ -87,14 +87,14 @@ class Result(msgspec.Struct, kw_only=True):
     state: str = ""
 
 
-def make_trial(task: TrialRequest) -> Result:
+def make_trial(request: TrialRequest) -> Result:
     """Run a trial. A failure of the trial itself is returned in ``failed``, not raised."""
-    plan = parse(task.plan)
-    result = Result(key=task.key, fingerprint=plan.fingerprint(task.key.workload, task.key.faults))
+    plan = parse(request.plan)
+    result = Result(key=request.key, fingerprint=plan.fingerprint(request.key.workload, request.key.faults))
     began = time.time()
     try:
-        with directories(Path(task.directory), Path(task.device)):
-            _Trial(plan, task, result).run()
+        with directories(Path(request.directory), Path(request.device)):
+            _Trial(plan, request, result).run()
     except (DaxemuError, OSError) as error:
         result.failed = f"{type(error).__name__}: {error}"
     result.wall = time.time() - began
@@ -102,13 +102,13 @@ def make_trial(task: TrialRequest) -> Result:
 
 
 class _Trial:
-    def __init__(self, plan: Plan, task: TrialRequest, result: Result) -> None:
+    def __init__(self, plan: Plan, request: TrialRequest, result: Result) -> None:
         self.plan = plan
         self.result = result
-        key = task.key
+        key = request.key
         self.faults: FaultPlan = plan.faults_called(key.faults)
-        directory = Path(task.directory)
-        self.machine = TrialMachine(directory, Path(task.device), key.strategy)
+        directory = Path(request.directory)
+        self.machine = TrialMachine(directory, Path(request.device), key.strategy)
         self.root = self.machine.mountpoint / "work"
         state = directory / "state"
         state.mkdir()
@@ -188,8 +188,8 @@ def main() -> int:
     # SIGTERM and SIGINT: the trial removes its machine before the process ends.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ending)
-    task = msgspec.json.decode(sys.stdin.buffer.read(), type=TrialRequest)
-    sys.stdout.buffer.write(msgspec.json.encode(make_trial(task)) + b"\n")
+    request = msgspec.json.decode(sys.stdin.buffer.read(), type=TrialRequest)
+    sys.stdout.buffer.write(msgspec.json.encode(make_trial(request)) + b"\n")
     return 0
 
 
