@@ -1,9 +1,9 @@
 """Layouts: grants to read and write healthy blocks of a file without a call to the filesystem (xfs_pnfs.c).
 
-The filesystem remains the authority. After the filesystem itself has served a file, it grants a layout. A
-verb that changes the content of a layout breaks the layout: an extent, the size, sharing, poison anywhere.
-The holder reports writes before any other call to the filesystem (``Filesystem.wrote``). Counterpart in
-Linux: fs/xfs/xfs_pnfs.c.
+The filesystem remains the authority. A layout is granted after the filesystem itself has served a request of
+the file. A verb that changes an extent, the size or the sharing breaks the layouts of the file. Poison
+anywhere breaks all layouts. The holder reports writes before any other call to the filesystem
+(``Filesystem.wrote``). Counterpart in Linux: fs/xfs/xfs_pnfs.c.
 """
 
 from __future__ import annotations

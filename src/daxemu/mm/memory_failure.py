@@ -178,7 +178,7 @@ class MemoryFailures:
         return self._current is not None
 
     def during(self, incident: Incident) -> _Current:
-        """Return a context: ``mf_dax_kill_procs`` calls of the holder add to ``incident``."""
+        """Return a context. Inside, ``mf_dax_kill_procs`` adds to ``incident``."""
         return _Current(self, incident)
 
     def mf_dax_kill_procs(

@@ -119,6 +119,7 @@ def find_early_kill_thread(threads: Iterable[Thread], early_kill: bool) -> Threa
 
     - A thread with the early-kill policy of prctl(2) qualifies.
     - With the sysctl ``early_kill``, a thread without a policy qualifies, too.
+    - Exiting threads and kernel threads never qualify.
     """
     for thread in threads:
         if thread.flags & (PF_EXITING | PF_KTHREAD):
