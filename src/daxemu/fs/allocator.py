@@ -23,18 +23,18 @@ def _blocks_of(sectors: Range) -> Range:
 
 
 def _common(blocks: RangeSet, run: Range) -> int:
-    """How many integers of ``run`` are in the set."""
+    """Return the number of integers of ``run`` in the set."""
     return sum(part.length for part in blocks.overlapping(*run)) if blocks else 0
 
 
 class Allocator:
-    """The free blocks of one device, all lengths in blocks.
+    """The free blocks of one device. All lengths are blocks.
 
-    A block over known bad sectors stays in the free set but is passed over until they are cleared. A block
-    that is freed is *pending* until the metadata that no longer names it is on the device: were it used
-    before, a crash would show its new contents in its old file. Then the block is *settled*: its memory goes
-    back to the host next, and the block becomes free. ``reclaim`` is called when only pending blocks are
-    left; it commits.
+    A block over bad sectors stays in the free set, but is skipped until the sectors are cleared. A freed
+    block is *pending* until the commit of the metadata without the block: if the block were used earlier, a
+    crash would show new contents in the old file. After the commit the block is *settled*: the host gets the
+    memory back, and then the block becomes free. ``reclaim`` is called when only pending blocks are left, and
+    commits.
     """
 
     def __init__(self, dax: DaxDevice) -> None:
@@ -44,26 +44,27 @@ class Allocator:
         self._pending = RangeSet()
         self._settled = RangeSet()
         self._bad = RangeSet()
-        """Blocks over known bad sectors, whether free or not."""
+        """Blocks over bad sectors, free or not."""
         self._good: RangeSet | None = None
-        """Free blocks that are not bad; None while no block is bad."""
+        """Free blocks without a bad sector; None while no block is bad."""
         self._bad_later = 0
-        """Bad blocks among the pending and settled ones."""
+        """Number of bad blocks among the pending and settled blocks."""
         self._cursor = 0
         self.on_settle: Callable[[], None] | None = None
-        """Called when blocks are settled; the host then calls :meth:`drain` until nothing is left. While
-        None, settled blocks become free at once.
+        """Called when blocks are settled. The host then calls :meth:`drain` until no block is left.
+
+        While None, settled blocks become free at once.
         """
         dax.badblocks.on_set, dax.badblocks.on_clear = self._set_bad, self._clear_bad
         self._set_bad(list(dax.badblocks))
         self.reclaim: Callable[[], None] | None = None
         self.backlog: Callable[[], int] = lambda: 0
-        """Returns how many blocks unlinked files still have, which ``reclaim`` frees."""
+        """Return the number of blocks of unlinked files. ``reclaim`` frees these blocks."""
         self.watcher: DataOps | None = None
 
     @property
     def free_blocks(self) -> int:
-        """Blocks without an owner, bad, pending and settled ones included."""
+        """Number of blocks without an owner, including bad, pending and settled blocks."""
         return self._free.total + self._pending.total + self._settled.total
 
     @property
@@ -73,16 +74,16 @@ class Allocator:
 
     @property
     def usable_blocks(self) -> int:
-        """Free blocks that could be handed out: what statfs says is available."""
+        """Number of free blocks that can be allocated: ``f_bavail`` of statfs(2)."""
         return self._usable.total + self._pending.total + self._settled.total - self._bad_later
 
     @property
     def _usable(self) -> RangeSet:
-        """Free blocks that are not bad."""
+        """Free blocks without a bad sector."""
         return self._free if self._good is None else self._good
 
     def _set_bad(self, sectors: list[Range]) -> None:
-        """The driver learned of bad sectors."""
+        """Note sectors added to badblocks."""
         for part in sectors:
             for block in self._bad.add(*_blocks_of(part)):
                 if self._good is None:
@@ -91,7 +92,10 @@ class Allocator:
                 self._bad_later += _common(self._pending, block) + _common(self._settled, block)
 
     def _clear_bad(self, sectors: list[Range]) -> None:
-        """Bad sectors were cleared. A block is good once none of its sectors is bad."""
+        """Note sectors removed from badblocks.
+
+        A block becomes usable with the last of its bad sectors cleared.
+        """
         for part in sectors:
             blocks = _blocks_of(part)
             size = blocks.length * PAGE_SIZE
@@ -109,17 +113,17 @@ class Allocator:
 
     @property
     def fragments(self) -> int:
-        """How many runs free space is in: what an allocation can be split into at the most."""
+        """Upper bound of the number of runs an allocation can be split into."""
         runs = len(self._free) + len(self._pending) + len(self._settled)
         return runs + len(self._dax.badblocks)
 
     def free_ranges(self) -> list[Range]:
-        """What has no owner, in order, pending and settled blocks included."""
+        """Return all blocks without an owner, in order, including pending and settled blocks."""
         return list(RangeSet([*self._free, *self._pending, *self._settled]))
 
     def used_from(self, at: Block) -> Range | None:
-        """Return the first run of used blocks at or after ``at``, cut to begin there; None if there is
-        none.
+        """Return the first run of used blocks at or after ``at``, cut to begin there; None if all are
+        free.
         """
         free = self._free.first_from(at)
         if free is not None and free.start <= at:
@@ -154,12 +158,15 @@ class Allocator:
         return min(sum(piece.length for piece in pieces), self.fragments)
 
     def check_free(self, length: int) -> None:
-        """Raises NoSpace unless so many blocks have no owner."""
+        """Raise NoSpace unless ``length`` blocks have no owner."""
         if length > self.free_blocks + self.backlog():
             raise NoSpace("the device is full: remove files, or make a larger one")
 
     def _or_reclaim(self, length: int, take: Callable[[list[Range]], None], reserve: bool) -> list[Range]:
-        """What ``take`` adds to its argument, all or nothing; called again once more blocks are free."""
+        """Return the runs that ``take`` appends, all or nothing.
+
+        After NoSpace reclaim, then call ``take`` again.
+        """
         self.check_free(length)
         while True:
             try:
@@ -246,12 +253,13 @@ class Allocator:
         self._bad_later += _common(self._bad, run)
 
     def settle(self) -> None:
-        """A commit is done: what was freed before may be used again, and its memory goes back to the
-        host.
+        """Settle the pending blocks, and start giving their memory back to the host.
+
+        Called after a commit.
         """
         if not self._settled:
             self._settled, self._pending = self._pending, self._settled
-        else:  # few: the host drains faster than it commits
+        else:  # few blocks are left, because the host drains faster than the filesystem commits
             pending, self._pending = self._pending, RangeSet()
             for run in pending:
                 self._settled.add(*run)
@@ -262,9 +270,9 @@ class Allocator:
             self.on_settle()
 
     def drain(self, runs: int = DRAIN_RUNS, blocks: int = DRAIN_BLOCKS) -> bool:
-        """Free up to ``blocks`` settled blocks in ``runs`` runs. Return whether any are left.
+        """Free up to ``blocks`` settled blocks in ``runs`` runs. Return True if any are left.
 
-        The others keep their memory and contents; nobody owns or gets them.
+        Blocks that are left keep memory and contents, and have no owner.
         """
         while self._settled and runs > 0 and blocks > 0:
             run = self._settled.pop(blocks)

@@ -363,15 +363,16 @@ class FileData:
             self.store(extents, start, bytes(end - start), from_cache=False, zeroing=True)
 
     def check_edges(self, extents: ExtentMap, start: int, end: int) -> None:
-        """Raises MediaError if a block that the bytes ``[start, end)`` cover in part is poison."""
+        """Raise MediaError if a block partly covered by the bytes ``[start, end)`` is poisoned."""
         for edge in (start, end):
             (run,) = extents.lookup(edge // PAGE_SIZE, edge // PAGE_SIZE + 1)
             if edge % PAGE_SIZE and run.link is not None:
                 self._dax.check_readable(run.dev_block * PAGE_SIZE, PAGE_SIZE)
 
     def preallocate(self, extents: ExtentMap, first: Block, last: Block) -> list[Range]:
-        """Give the holes of blocks ``[first, last)`` blocks that read as zeros. Return the holes. Raises
-        NoSpace, with nothing changed.
+        """Map the holes of blocks ``[first, last)`` to new zeroed blocks. Return the holes.
+
+        Raises NoSpace; then nothing has changed.
         """
         holes = extents.holes(first, last)
         if holes:

@@ -1,8 +1,8 @@
-"""Unlinked files of many links: their blocks are given back in pieces (xfs_inodegc of fs/xfs/xfs_icache.c).
+"""Unlinked files with many links: the blocks are freed in pieces (xfs_inodegc of fs/xfs/xfs_icache.c).
 
-A host sets ``on_queue`` and then calls Filesystem.inactivate() until nothing is left. Between two pieces the
-inode has no name, cannot be opened, and owns the blocks that are left. A crash forgets the file as a whole:
-the store has no unlinked file.
+A host sets ``on_queue``, and then calls Filesystem.inactivate() until no file is left. Between two pieces the
+inode has no name, cannot be opened, and owns the remaining blocks. A crash frees the file as a whole: the
+store has no unlinked files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from daxemu.fs.inode import MAX_FILE_SIZE, Inode
 from daxemu.uapi import PAGE_SIZE, Ino
 
 MANY = 512
-"""Links above which a file does not go at once."""
+"""A file with more links is freed in pieces."""
 
 
 class InodeGc:
@@ -24,20 +24,20 @@ class InodeGc:
     def __init__(self) -> None:
         self._queue: dict[Ino, ExtentMap] = {}
         self.on_queue: Callable[[], None] | None = None
-        """Called when an inode is queued. While None, every file goes at once."""
+        """Called when an inode is queued. While None, every file is freed at once."""
 
     @property
     def is_busy(self) -> bool:
-        """Whether files are left."""
+        """True while a file is queued."""
         return bool(self._queue)
 
     @property
     def blocks(self) -> int:
-        """Blocks that the queued files have, those that other files share included."""
+        """Number of blocks of the queued files, including shared blocks."""
         return sum(extents.blocks for extents in self._queue.values())
 
     def queue(self, inode: Inode, extents: ExtentMap) -> bool:
-        """Take over an inode that nobody has open. Return whether its blocks go later."""
+        """Queue an inode without open handles. Return True if the blocks are freed later."""
         if inode.ino in self._queue:
             return True
         if self.on_queue is None or len(extents) <= MANY:
@@ -48,7 +48,10 @@ class InodeGc:
         return True
 
     def run(self, data: FileData, links: int) -> Ino | None:
-        """Remove at most ``links`` links. Return the inode that has none left, to be unpinned."""
+        """Remove at most ``links`` links.
+
+        Return an inode without links, which the caller must unpin; None otherwise.
+        """
         for ino, extents in self._queue.items():
             data.remove(extents, extents.last_piece(0, links), MAX_FILE_SIZE // PAGE_SIZE)
             if len(extents):

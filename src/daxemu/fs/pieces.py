@@ -1,7 +1,7 @@
-"""Verbs on long ranges of a file in pieces, each a generator that yields between two pieces.
+"""Verbs on long ranges of a file in pieces. Each verb is a generator, and yields between two pieces.
 
-At each yield the filesystem is consistent, and a prefix of the range is as asked for (of a file that is made
-shorter: a suffix is gone). XFS, too, has a transaction for each extent: xfs_itruncate_extents(),
+At each yield the filesystem is consistent, and the verb is done for a prefix of the range (when a file is
+shortened: for a suffix). XFS also has one transaction for each extent: xfs_itruncate_extents(),
 xfs_free_file_space(), xfs_alloc_file_space(). Positions are bytes where a verb takes bytes, else blocks.
 """
 
@@ -18,9 +18,9 @@ from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Block
 
 PIECE_BLOCKS = (16 << 20) // PAGE_SIZE
-"""Blocks that one step allocates: 16 MiB of memory to zero, 5 ms."""
+"""Number of blocks allocated in one step: 16 MiB of memory to zero, 5 ms."""
 PIECE_LINKS = 512
-"""Links that one step makes or removes: 10 ms."""
+"""Number of links made or removed in one step: 10 ms."""
 
 
 def _next(extents: ExtentMap, start: Block, end: Block) -> Block:
@@ -28,9 +28,10 @@ def _next(extents: ExtentMap, start: Block, end: Block) -> Block:
 
 
 def shorten(data: FileData, extents: ExtentMap, size: int) -> Iterator[int]:
-    """Remove what a file has beyond byte ``size``, from its end on; yield where the file may end meanwhile.
+    """Remove all bytes of a file beyond byte ``size``, from the end on. Yields the size that the file may
+    have meanwhile.
 
-    Raises MediaError, with nothing changed, if the block that ``size`` cuts is poison.
+    Raises MediaError, with nothing changed, if the block with byte ``size`` is poisoned.
     """
     end = -(-size // PAGE_SIZE)
     data.check_edges(extents, size, size)
@@ -67,7 +68,7 @@ def zero(data: FileData, allocator: Allocator, extents: ExtentMap, start: int, e
 def preallocate(
     data: FileData, allocator: Allocator, extents: ExtentMap, first: Block, last: Block
 ) -> Iterator[None]:
-    """See FileData.preallocate. Raises NoSpace; then what were holes are holes again."""
+    """See FileData.preallocate. Raises NoSpace; then all filled holes are holes again."""
     wanted, at = 0, first
     while at < last:
         stop = extents.piece(at, last, PIECE_LINKS)

@@ -115,7 +115,10 @@ class ReservedFile:
         ]
 
     def discard_in_pieces(self) -> Iterator[None]:
-        """Take it away, blocks and all, PIECE_LINKS links in each step. Between two steps it is shorter."""
+        """Remove the file and free all blocks, PIECE_LINKS links in each step.
+
+        After each step the file is shorter.
+        """
         inode = self._fs.names.find(RESERVED_INO)
         if inode is not None:
             extents = self._extents()

@@ -74,7 +74,7 @@ class Rmap:
         self._links: IntervalIndex[Link] = IntervalIndex(attrgetter("dev_block"), attrgetter("length"))
         self.link_count = 0
         self.dirty: dict[Ino, RangeSet] = {}
-        """File blocks, by file, whose links the store does not have as they are."""
+        """File blocks, by inode, whose links differ from the store."""
         self.marks = 0
         """Changes of links since the last commit."""
         self.given_up = RangeSet()
@@ -165,7 +165,7 @@ class Rmap:
     # -- queries
 
     def count(self, start: Block, end: Block) -> int:
-        """How many links have a part of ``[start, end)``."""
+        """Return the number of links that overlap ``[start, end)``."""
         return len(self._links.overlapping(start, end))
 
     def owners(self, start: Block, end: Block) -> list[Owner]:

@@ -42,13 +42,15 @@ class StatFs(NamedTuple):
 
 
 def damaged(dax: DaxDevice, rmap: Rmap, names: Namespace) -> list[Damage]:
-    """What the badblocks cost, in order of path and offset; one device range may be of several files."""
+    """Return the damage of all bad blocks, in order of path and offset. A bad block counts for each owner."""
     return [damage for part in damaged_in_pieces(dax, rmap, names) for damage in part]
 
 
 def damaged_in_pieces(dax: DaxDevice, rmap: Rmap, names: Namespace) -> Iterator[list[Damage]]:
-    """As :func:`damaged`, a piece of the list at a time, and empty pieces before: each costs PIECE bad
-    blocks, or the owners of one. What changes between two pieces is seen as of the piece.
+    """Yield the list of :func:`damaged` in pieces, after a number of empty pieces.
+
+    Each step costs PIECE bad blocks, or the owners of one bad block. A change between two steps shows from
+    the next step on.
     """
     found: list[list[Damage]] = []
     for sectors in dax.badblocks.in_pieces(PIECE):

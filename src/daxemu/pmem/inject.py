@@ -77,14 +77,14 @@ def uninject(pmem: Pmem, offset: int, length: int) -> list[Range]:
 
 
 def scrub(pmem: Pmem) -> list[Range]:
-    """An address range scrub: latent poison becomes known. Returns the byte ranges newly in badblocks."""
+    """Address range scrub: add latent poison to badblocks. Return the byte ranges added."""
     return [new for part in scrub_in_pieces(pmem, 1024) for new in part]
 
 
 def scrub_in_pieces(pmem: Pmem, count: int) -> Iterator[list[Range]]:
-    """As :func:`scrub`, up to ``count`` ranges of poison at a time, in order of their offsets."""
+    """As :func:`scrub`, at most ``count`` ranges of poison at a time, in order of the offsets."""
     if pmem.badblocks.count == pmem.media.poison.total:
-        return  # known poison is poison: so all of it is known
+        return  # badblocks is a subset of the poison, so equal sizes mean equal sets
     for bad in pmem.dax.poisoned_in_pieces(Range(0, pmem.dax.size), count):
         new = pmem.badblocks.populate(Range(r.start // SECTOR_SIZE, r.end // SECTOR_SIZE) for r in bad)
         yield [Range(r.start * SECTOR_SIZE, r.end * SECTOR_SIZE) for r in new]

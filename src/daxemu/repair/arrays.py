@@ -156,7 +156,7 @@ class Checksums:
 
 
 def discard(path: PrivatePath) -> Iterator[None]:
-    """Remove a file, or all files below a directory; yield after each DISCARDED bytes."""
+    """Remove a file, or all files below a directory. Yields after each DISCARDED bytes."""
     with suppress(OSError):
         if stat.S_ISDIR(path.lstat().st_mode):
             for name in path.names():

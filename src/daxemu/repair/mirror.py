@@ -85,7 +85,7 @@ class Mirror(ByBlock):
         return piece
 
     def discard(self) -> None:
-        """Close the arrays. What is kept goes in pieces: see registry.forget()."""
+        """Close the arrays. registry.forget() deletes the repair data in pieces."""
         self.unmounting()
 
     def unmounting(self) -> None:

@@ -116,7 +116,7 @@ class Parity(ByBlock):
         self._close()
 
     def discard(self) -> None:
-        """Close the arrays. They go in pieces: see registry.forget()."""
+        """Close the arrays. registry.forget() deletes the arrays in pieces."""
         self._close()
 
     def _close(self) -> None:

@@ -115,8 +115,10 @@ def parse(text: str) -> tuple[type[Strategy], Options]:
 def forget(
     fs: Filesystem, root: PrivatePath, *, keep: PrivatePath | None = None, kind: type[Strategy] | None = None
 ) -> Iterator[None]:
-    """Remove what strategies kept, but for ``keep`` and what ``kind`` has on the device: they did not see
-    what changed without them. Yields between two pieces.
+    """Delete stale repair data. Data stored by a strategy that was not attached is out of date.
+
+    ``keep``: a directory to keep. The reserved file stays if ``keep`` exists and ``kind`` uses the reserved
+    file. Yields between two pieces.
     """
     for name in root.names() if root.exists() else ():
         if root / name != keep and name != INCOMPLETE:

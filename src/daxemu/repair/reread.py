@@ -56,7 +56,7 @@ class Reread(ByBlock):
         self._changed.close()
 
     def discard(self) -> None:
-        """Close the record, which goes with all that is kept."""
+        """Close the array ``changed``. registry.forget() deletes the array."""
         self._changed.close()
 
     def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
