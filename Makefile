@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard src/daxemu/host/*.[ch]) .ci/system-packages
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard src/daxemu/host/*/*.[ch]) .ci/system-packages
 	bash .ci/system-packages
 	test -x $(PY) || python3 -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -43,7 +43,7 @@ test-asan: setup
 	PY=$(PY) bash tests/asan.sh $(or $(TESTS),tests/host tests/mount tests/fuzz)
 
 # Every parser for so many seconds, two at a time: those in Python with coverage feedback (atheris), that of FUSE requests
-# (host/answers.c) under AddressSanitizer. What breaks one is left in build/fuzz/crash-*.
+# (host/fuse/answers.c) under AddressSanitizer. What breaks one is left in build/fuzz/crash-*.
 SECONDS ?= 60
 fuzz: setup
 	mkdir -p build/fuzz

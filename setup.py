@@ -1,4 +1,4 @@
-"""Builds the C of the project: host/supplement.c with those beside it, and host/victims_*.c.
+"""Builds the C of the project: host/fuse/supplement.c with those beside it, and host/victims/*.c.
 
 Everything else is in pyproject.toml.
 
@@ -23,19 +23,19 @@ def pkg_config(flag: str) -> list[str]:
 setup(
     ext_modules=[
         Extension(
-            "daxemu.host._supplement",
+            "daxemu.host.fuse._supplement",
             sources=[
-                f"src/daxemu/host/{name}.c" for name in ("supplement", "answers", "layouts", "killpriv")
+                f"src/daxemu/host/fuse/{name}.c" for name in ("supplement", "answers", "layouts", "killpriv")
             ],
-            depends=["src/daxemu/host/supplement.h", "src/daxemu/host/layouts.h"],
+            depends=["src/daxemu/host/fuse/supplement.h", "src/daxemu/host/fuse/layouts.h"],
             extra_compile_args=[*pkg_config("--cflags"), "-O2", "-Wall", "-Wextra"],
             extra_link_args=pkg_config("--libs"),
             optional=True,
         ),
         Extension(
-            "daxemu.host._victims",
-            sources=[f"src/daxemu/host/victims_{part}.c" for part in ("collect", "deliver", "proc")],
-            depends=["src/daxemu/host/victims.h"],
+            "daxemu.host.victims._victims",
+            sources=[f"src/daxemu/host/victims/{part}.c" for part in ("collect", "deliver", "proc")],
+            depends=["src/daxemu/host/victims/victims.h"],
             extra_compile_args=["-O2", "-Wall", "-Wextra"],
             optional=True,
         ),

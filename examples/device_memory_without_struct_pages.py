@@ -20,7 +20,7 @@ import trio
 from daxemu.errors import NoDevice
 from daxemu.events import Event
 from daxemu.host.pfn_mappings import collect
-from daxemu.host.tracer_link import TracerLink
+from daxemu.host.tracer.link import TracerLink
 from daxemu.mm.memory_failure import FileId, MemoryFailures, PfnMapping
 from daxemu.mm.pfn_space import PfnAddressSpace
 from daxemu.ranges import Range, RangeSet

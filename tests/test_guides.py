@@ -16,7 +16,7 @@ import pytest
 
 from daxemu.apps.situations import Harm
 from daxemu.events import Outcome, PageType
-from daxemu.host.tracer_messages import Delivered, Gone, Ignored, NotTaken, Refused
+from daxemu.host.tracer.messages import Delivered, Gone, Ignored, NotTaken, Refused
 from daxemu.protocol import StatusReport
 from daxemu.supervisor import failures, populate
 from tests.support.pages import TOP

@@ -23,7 +23,7 @@ from daxemu.apps.cell import Behaviour, CellRequest, CellRun, MatrixCell
 from daxemu.apps.process import Process
 from daxemu.apps.records import COUNT, ReadBack, compare_lines, lines
 from daxemu.apps.situations import Part
-from daxemu.host.mountinfo import mounts
+from daxemu.host.proc.mountinfo import mounts
 from tests.support.mount import DAXEMU, daxemu
 
 pytestmark = pytest.mark.mount

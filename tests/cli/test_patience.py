@@ -14,7 +14,7 @@ import pytest
 from daxemu.cli import patience
 from daxemu.cli.patience import PatientClient
 from daxemu.errors import Busy
-from daxemu.host.mountinfo import Mount
+from daxemu.host.proc.mountinfo import Mount
 
 LOOKS = 3
 """Times that the supervisor is looked at before it answers the long request."""

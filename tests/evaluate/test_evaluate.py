@@ -17,7 +17,7 @@ import pytest
 
 from daxemu.evaluate.metrics import figures
 from daxemu.evaluate.trial import Key, Result, TrialRequest, make_trial
-from daxemu.host.mountinfo import mounts
+from daxemu.host.proc.mountinfo import mounts
 from tests.evaluate.plans import SMALL
 from tests.support.mount import DAXEMU
 

@@ -1,4 +1,4 @@
-"""Differential fuzzer of host/answers.c: FUSE requests go to the C code and to a model in Python.
+"""Differential fuzzer of host/fuse/answers.c: FUSE requests go to the C code and to a model in Python.
 
 The C code and the model must give the same messages, notes for Python and device bytes, and must leave the
 same requests to Python. answers.c reads a request and writes its answer on one descriptor, as with /dev/fuse:
@@ -17,7 +17,7 @@ import struct
 import tempfile
 from typing import NamedTuple, Self
 
-from daxemu.host.supplement import library, quick_library
+from daxemu.host.fuse.supplement import library, quick_library
 from tests.fuzz.mutate import INTERESTING, mutated
 
 IN_HEADER, OUT_HEADER = struct.Struct("=IIQQIIIHH"), struct.Struct("=IiQ")

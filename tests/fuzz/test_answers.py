@@ -1,4 +1,4 @@
-"""FUSE requests of every kind, well-formed and damaged, into host/answers.c."""
+"""FUSE requests of every kind, well-formed and damaged, into host/fuse/answers.c."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from daxemu.host import supplement
+from daxemu.host.fuse import supplement
 
 pytestmark = pytest.mark.skipif(
     not supplement.READS, reason="libfuse before 3.14: answers.c reads no requests"

@@ -15,7 +15,7 @@ import pytest
 from daxemu.errors import Busy, NotMounted
 from daxemu.host import checkup
 from daxemu.host.checkup import Finding
-from daxemu.host.mountinfo import Mount
+from daxemu.host.proc.mountinfo import Mount
 from tests.support.elsewhere import NOBODY, daxemu_as_user
 from tests.support.mount import DaxMount, daxemu
 
@@ -157,7 +157,7 @@ def test_what_cannot_be_imported_or_run(monkeypatch: Patch) -> None:
 
 
 def test_no_supplement(monkeypatch: Patch) -> None:
-    monkeypatch.setattr("daxemu.host.supplement.MISSING", "it was not built")
+    monkeypatch.setattr("daxemu.host.fuse.supplement.MISSING", "it was not built")
     assert found(checkup._supplement)[1].startswith("it was not built: ")
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from daxemu.host import file_pages
-from daxemu.host.file_pages import find_page, page_at
-from daxemu.host.tracer_link import Armed, TracerLink
-from daxemu.host.tracer_messages import Delivered, FilePage, Gone, NotTaken
+from daxemu.host.proc import file_pages
+from daxemu.host.proc.file_pages import FilePage, find_page, page_at
+from daxemu.host.tracer.link import Armed, TracerLink
+from daxemu.host.tracer.messages import Delivered, Gone, NotTaken
 from daxemu.uapi import BUS_ADRERR, BUS_MCEERR_AO, BUS_MCEERR_AR
 from tests.host.tracee import Start, Tracee, scenario
 from tests.support.actor import Actor

@@ -10,8 +10,8 @@ import pytest
 import trio
 import trio.testing
 
-from daxemu.host import fuse_loop
-from daxemu.host.fuse_loop import FuseLoop, ReadLock
+from daxemu.host.fuse import loop as fuse_loop
+from daxemu.host.fuse.loop import FuseLoop, ReadLock
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from daxemu.host import tasks
-from daxemu.host.mapcount import MAX_PAGES, Mms, all_found
-from daxemu.host.tasks import collect_tasks
+from daxemu.host.proc import tasks
+from daxemu.host.proc.mapcount import MAX_PAGES, Mms, all_found
+from daxemu.host.proc.tasks import collect_tasks
 from daxemu.mm.memory_failure import Task
 from daxemu.ranges import Range
 from tests.host.conftest import without_c

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from daxemu.errors import NotMounted
-from daxemu.host import mountinfo
-from daxemu.host.mountinfo import Mount, mount_of, printable
+from daxemu.host.proc import mountinfo
+from daxemu.host.proc.mountinfo import Mount, mount_of, printable
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import errno
 
 import pytest
 
-from daxemu.host import ptrace
+from daxemu.host.tracer import ptrace
 
 
 def test_errors_carry_errno() -> None:

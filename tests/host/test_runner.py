@@ -24,8 +24,8 @@ PATIENCE = 20.0
 START = """
 import json, os, sys
 from pathlib import Path
-from daxemu.host.mountinfo import Mount
-from daxemu.host.runner import execute
+from daxemu.host.proc.mountinfo import Mount
+from daxemu.host.run.runner import execute
 here, result, *command = sys.argv[1:]
 number = os.stat(here).st_dev
 log = os.open(f"{here}/log", os.O_CREAT | os.O_APPEND | os.O_RDWR)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from daxemu.host import tasks, victims
-from daxemu.host.tasks import (
+from daxemu.host import victims
+from daxemu.host.proc import tasks
+from daxemu.host.proc.tasks import (
     collect_tasks,
     in_page_fault,
     present_runs,

@@ -8,8 +8,8 @@ import signal
 import pytest
 import trio
 
-from daxemu.host.tracer_link import TracerLink
-from daxemu.host.tracer_messages import Delivered, Ignored, Refused
+from daxemu.host.tracer.link import TracerLink
+from daxemu.host.tracer.messages import Delivered, Ignored, Refused
 from tests.host.tracee import Start, deliver, scenario, status_of, until
 
 pytestmark = pytest.mark.usefixtures("way")

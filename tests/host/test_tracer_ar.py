@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from daxemu.host.tracer_link import Armed, TracerLink
-from daxemu.host.tracer_messages import Delivered, NotTaken
+from daxemu.host.tracer.link import Armed, TracerLink
+from daxemu.host.tracer.messages import Delivered, NotTaken
 from daxemu.uapi import BUS_ADRERR, BUS_MCEERR_AR
 from tests.host.tracee import Start, Tracee, consume, deliver, scenario, status_of, until
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 import trio
 
-from daxemu.host.tracer_link import Armed, TracerLink
-from daxemu.host.tracer_messages import Gone, Refused
+from daxemu.host.tracer.link import Armed, TracerLink
+from daxemu.host.tracer.messages import Gone, Refused
 from tests.host.tracee import Start, scenario
 
 pytestmark = pytest.mark.usefixtures("way")
@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("way")
 def test_already_traced() -> None:
     async def play(link: TracerLink, start: Start) -> None:
         tracee = await start()
-        code = f"from daxemu.host import ptrace; ptrace.seize({tracee.pid}); print(flush=True); input()"
+        code = (
+            f"from daxemu.host.tracer import ptrace; ptrace.seize({tracee.pid}); print(flush=True); input()"
+        )
         other = await trio.lowlevel.open_process(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )

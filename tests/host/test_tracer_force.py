@@ -6,11 +6,11 @@ import signal
 
 import pytest
 
-from daxemu.host import siginfo
-from daxemu.host.ptrace import Kind, Step, Stop
-from daxemu.host.tracer_link import Armed, TracerLink
-from daxemu.host.tracer_messages import Delivered, ForceAR, Gone, Ignored, Refused, SendAO
-from daxemu.host.tracer_state import Thread
+from daxemu.host.tracer import siginfo
+from daxemu.host.tracer.held_thread import Thread
+from daxemu.host.tracer.link import Armed, TracerLink
+from daxemu.host.tracer.messages import Delivered, ForceAR, Gone, Ignored, Refused, SendAO
+from daxemu.host.tracer.ptrace import Kind, Step, Stop
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR
 from tests.host.tracee import Start, deliver, scenario
 

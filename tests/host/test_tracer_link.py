@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from daxemu.host.tracer_beside import LIMIT
-from daxemu.host.tracer_link import Armed, TracerLink
-from daxemu.host.tracer_messages import Delivered, Gone, Refused
+from daxemu.host.tracer.beside import LIMIT
+from daxemu.host.tracer.link import Armed, TracerLink
+from daxemu.host.tracer.messages import Delivered, Gone, Refused
 from tests.host.tracee import Start, Tracee, consume, deliver, scenario, status_of, tracees, until
 
 pytestmark = pytest.mark.usefixtures("way")
@@ -93,7 +93,7 @@ def test_what_the_tracer_writes_to_stderr_is_logged(caplog: pytest.LogCaptureFix
     """Also the last words, as of a traceback, of a tracer that ends."""
 
     def said() -> list[str]:
-        return [record.details for record in caplog.records if record.name == "daxemu.host.tracer_link"]  # type: ignore[attr-defined]
+        return [record.details for record in caplog.records if record.name == "daxemu.host.tracer.link"]  # type: ignore[attr-defined]
 
     async def main() -> None:
         with trio.fail_after(60):

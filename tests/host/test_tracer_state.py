@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import signal
 
-from daxemu.host import siginfo
-from daxemu.host.ptrace import Kind, Step, Stop
-from daxemu.host.tracer_messages import Delivered, SendAO
-from daxemu.host.tracer_state import Thread, Verdict
+from daxemu.host.tracer import siginfo
+from daxemu.host.tracer.held_thread import Thread, Verdict
+from daxemu.host.tracer.messages import Delivered, SendAO
+from daxemu.host.tracer.ptrace import Kind, Step, Stop
 from daxemu.uapi import BUS_ADRERR, BUS_MCEERR_AO, BUS_MCEERR_AR
 
 

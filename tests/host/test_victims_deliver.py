@@ -8,8 +8,9 @@ import pytest
 import trio
 
 from daxemu.host import victims
-from daxemu.host.tracer_link import TracerLink
-from daxemu.host.tracer_messages import Delivered, FilePage, Gone
+from daxemu.host.proc.file_pages import FilePage
+from daxemu.host.tracer.link import TracerLink
+from daxemu.host.tracer.messages import Delivered, Gone
 from daxemu.uapi import BUS_MCEERR_AO
 from tests.host.tracee import Start, Tracee, scenario, tracees
 
@@ -18,9 +19,10 @@ pytestmark = pytest.mark.skipif(victims.MISSING is not None, reason=f"{victims.M
 # Delivers to each process given, and says of each how that ended. Threads that are handed back are let go.
 SCRIPT = """
 import sys, time
-from daxemu.host import ptrace
-from daxemu.host.tracer_messages import SendAO
-from daxemu.host.victims_deliver import Deliveries
+from daxemu.host.tracer import ptrace
+from daxemu.host.proc.file_pages import FilePage
+from daxemu.host.tracer.messages import SendAO
+from daxemu.host.tracer.deliver_in_c import Deliveries
 pids = [int(word) for word in sys.argv[1:]]
 deliveries = Deliveries()
 requests = [(SendAO(n, pid, pid, 0x5000 + n, 12), 1000 + n) for n, pid in enumerate(pids)]

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import trio
 
-from daxemu.host import siginfo
-from daxemu.host.tracer_link import Armed, TracerLink
-from daxemu.host.tracer_messages import Delivered
+from daxemu.host.tracer import siginfo
+from daxemu.host.tracer.link import Armed, TracerLink
+from daxemu.host.tracer.messages import Delivered
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR
 from tests.support.actor import compile_victim
 

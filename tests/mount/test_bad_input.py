@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from daxemu.host.mountinfo import mount_at
+from daxemu.host.proc.mountinfo import mount_at
 from tests.support.mount import DaxMount, daxemu
 from tests.support.scene import PAGE, PAGES, Scene, ask, letter, told
 

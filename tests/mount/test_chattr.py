@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from daxemu.fs.inode_flags import APPEND, IMMUTABLE, KEY
-from daxemu.host.fileattr import (
+from daxemu.host.fuse.fileattr import (
     FLAGS,
     FS_IOC_FSGETXATTR,
     FS_IOC_FSSETXATTR,

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from daxemu.host.mountinfo import mount_of
-from daxemu.host.session import abort_file
+from daxemu.host.fuse.session import abort_file
+from daxemu.host.proc.mountinfo import mount_of
 from tests.support.actor import Result
 from tests.support.files import Files, content, is_clone
 from tests.support.quick import QuickMount

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from daxemu.errors import DaxemuError
-from daxemu.host.mountinfo import mount_at
+from daxemu.host.proc.mountinfo import mount_at
 from tests.support.metadata import metadata_pages, overwrite, restore, superblocks
 from tests.support.mount import PATIENCE, daxemu
 from tests.support.quick import QuickMount

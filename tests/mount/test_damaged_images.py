@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from daxemu.host.mountinfo import mount_at
+from daxemu.host.proc.mountinfo import mount_at
 from tests.support.core import core_at
 from tests.support.corruption import Image, Pristine
 from tests.support.mount import DAXEMU, PATIENCE, clear_away

@@ -20,8 +20,8 @@ from daxemu.cli.mount import FORCE_PATIENCE, umount
 from daxemu.client import Client
 from daxemu.client.connection import state_of
 from daxemu.errors import Busy, DaxemuError
-from daxemu.host.mountinfo import Mount
-from daxemu.host.pins import pins_of
+from daxemu.host.proc.mountinfo import Mount
+from daxemu.host.proc.pins import pins_of
 from tests.support.mount import DAXEMU, PATIENCE, DaxMount
 from tests.support.quick import quick_mount_at
 from tests.support.zygote import Zygote, wait_for_end
@@ -219,11 +219,11 @@ def test_force_has_one_deadline_for_all_of_its_steps(fails: str, monkeypatch: py
     monkeypatch.setattr("daxemu.cli.mount.Client", client)
     monkeypatch.setattr("daxemu.cli.mount.mount_at", lambda path: mount)
     monkeypatch.setattr("daxemu.cli.mount.pins_of", lambda mount: [])
-    monkeypatch.setattr("daxemu.host.session.abort_connection", lambda mount: True)
-    monkeypatch.setattr("daxemu.host.session.Session.detach", lambda session: None)
-    monkeypatch.setattr("daxemu.host.device_lock.holder_of", lambda device: os.getpid())
+    monkeypatch.setattr("daxemu.host.fuse.session.abort_connection", lambda mount: True)
+    monkeypatch.setattr("daxemu.host.fuse.session.Session.detach", lambda session: None)
+    monkeypatch.setattr("daxemu.host.proc.device_lock.holder_of", lambda device: os.getpid())
     monkeypatch.setattr(
-        "daxemu.host.device_lock.signal.pidfd_send_signal", lambda process, number: sent.append(number)
+        "daxemu.host.proc.device_lock.signal.pidfd_send_signal", lambda process, number: sent.append(number)
     )
     done = CliRunner().invoke(umount, ["/mnt", "--force"])
     assert isinstance(done.exception, Busy)

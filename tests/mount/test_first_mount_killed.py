@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from daxemu.errors import DaxemuError
-from daxemu.host.device_lock import wait_for_last_mount
+from daxemu.host.proc.device_lock import wait_for_last_mount
 from tests.support.mount import clear_away
 from tests.support.quick import QuickMount, quick_mount_at
 from tests.support.zygote import Zygote

@@ -9,7 +9,7 @@ import struct
 
 import pytest
 
-from daxemu.host.extra_operations import XFS_IOC_GOINGDOWN
+from daxemu.host.fuse.extra_operations import XFS_IOC_GOINGDOWN
 from tests.support.elsewhere import NOBODY, python
 from tests.support.quick import QuickMount
 

@@ -27,7 +27,7 @@ def test_status_internals_names_tasks_and_layouts(dax_mount: DaxMount) -> None:
     assert file.read_bytes()
     found = dax_mount.json("status", dax_mount.path, "--internals")
     names = "\n".join(found["tasks"])
-    for task in ("daxemu.host.watchdog.Watchdog.beat", "ControlSocket"):
+    for task in ("daxemu.host.fuse.watchdog.Watchdog.beat", "ControlSocket"):
         assert task in names
     assert (found["turns"], found["held"], found["armed"]) == ([], [], [])
     assert found["layouts"] >= 1
@@ -168,5 +168,7 @@ def _tracer_of(supervisor: int) -> int:
         for task in Path(f"/proc/{supervisor}/task").iterdir()
         for pid in (task / "children").read_text().split()
     ]
-    (found,) = [pid for pid in children if b"daxemu.host.tracer" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    (found,) = [
+        pid for pid in children if b"daxemu.host.tracer.process" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
     return found

@@ -23,8 +23,8 @@ import daxemu as package
 from daxemu.cli import mount as mount_verbs
 from daxemu.cli.main import main
 from daxemu.errors import Busy
-from daxemu.host import device_lock
-from daxemu.host.mountinfo import mount_at
+from daxemu.host.proc import device_lock
+from daxemu.host.proc.mountinfo import mount_at
 from tests.support.actor import Actor
 from tests.support.mount import DAXEMU, PATIENCE, DaxMount, clear_away, dax_mount_at, daxemu
 from tests.support.own_node import fuse_for_everybody

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from daxemu.host.mountinfo import printable
+from daxemu.host.proc.mountinfo import printable
 from daxemu.text import for_people, name_bytes
 from tests.support.mount import DAXEMU, PATIENCE
 from tests.support.quick import QuickMount

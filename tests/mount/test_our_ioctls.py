@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from daxemu.fs.inode_flags import APPEND
-from daxemu.host.extra_operations import (
+from daxemu.host.fuse.extra_operations import (
     CLONE_RANGE,
     DAXEMU_IOC_CLONE_RANGE,
     DAXEMU_IOC_MAP,
     MAP_HEADER,
     MAP_ROOM,
 )
-from daxemu.host.fileattr import FS_IOC_GETFLAGS, FS_IOC_SETFLAGS
+from daxemu.host.fuse.fileattr import FS_IOC_GETFLAGS, FS_IOC_SETFLAGS
 from tests.support.files import Files, content, is_clone
 from tests.support.quick import QuickMount, quick_mount_at
 from tests.support.scene import PAGE, Scene

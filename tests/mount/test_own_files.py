@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from daxemu import protocol as p
-from daxemu.host import own_files
-from daxemu.host.mountinfo import mount_of
+from daxemu.host.fuse import own_files
+from daxemu.host.proc.mountinfo import mount_of
 from tests.support.actor import Actor
 from tests.support.elsewhere import NOBODY, SYSTEM_PYTHON
 from tests.support.mount import PATIENCE, DaxMount

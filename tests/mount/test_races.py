@@ -21,7 +21,7 @@ import pytest
 
 from daxemu.client import Client
 from daxemu.errors import Busy, DaxemuError, NotMounted
-from daxemu.host.mountinfo import mount_of
+from daxemu.host.proc.mountinfo import mount_of
 from daxemu.uapi import BUS_ADRERR, BUS_MCEERR_AR, PAGE_SHIFT
 from tests.support.actor import ActorTimeout
 from tests.support.holders import Holders

@@ -19,7 +19,7 @@ import pytest
 
 from daxemu.client import Client
 from daxemu.errors import Busy, DaxemuError
-from daxemu.host.mountinfo import mount_at
+from daxemu.host.proc.mountinfo import mount_at
 from daxemu.supervisor import spawn as spawning
 from daxemu.supervisor.settings import MountOptions
 from daxemu.supervisor.spawn import spawn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from daxemu.client import Client
-from daxemu.host.mountinfo import mount_of
+from daxemu.host.proc.mountinfo import mount_of
 from tests.support.mount import PATIENCE, DaxMount
 from tests.support.scene import PAGE, Scene, ar, consumes, told
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from daxemu.errors import DaxemuError
-from daxemu.host.mountinfo import mount_at
-from daxemu.host.session import Session
+from daxemu.host.fuse.session import Session
+from daxemu.host.proc.mountinfo import mount_at
 from tests.support.mount import dax_mount_at
 
 pytestmark = [
@@ -50,8 +50,8 @@ def test_a_directory_that_became_a_link_leads_to_no_other_mount(
         moved = user.with_name("moved")
         user.rename(moved)
         user.symlink_to(victim.parent)
-        monkeypatch.setattr("daxemu.host.session.mount_at", lambda path: found)
-        monkeypatch.setattr("daxemu.host.session.mounts", lambda: [found], raising=False)
+        monkeypatch.setattr("daxemu.host.fuse.session.mount_at", lambda path: found)
+        monkeypatch.setattr("daxemu.host.fuse.session.mounts", lambda: [found], raising=False)
         try:
             with suppress(DaxemuError):
                 getattr(Session(-1, found), method)()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from daxemu.host import supplement
+from daxemu.host.fuse import supplement
 from tests.support.quick import QuickMount
 from tests.support.scene import PAGE
 from tests.support.syscalls import link_open_file

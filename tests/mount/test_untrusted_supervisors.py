@@ -18,8 +18,8 @@ import trio
 
 from daxemu.client import AsyncClient, Client
 from daxemu.errors import Busy, DaxemuError, NotASupervisor
-from daxemu.host.mountinfo import FS_TYPE, SOURCE_PREFIX, mount_at
-from daxemu.host.session import MNT_DETACH
+from daxemu.host.fuse.session import MNT_DETACH
+from daxemu.host.proc.mountinfo import FS_TYPE, SOURCE_PREFIX, mount_at
 from tests.support.mount import DAXEMU, PATIENCE
 from tests.support.quick import QuickMount
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from daxemu.host.mountinfo import mounts
+from daxemu.host.proc.mountinfo import mounts
 from daxemu.pytest_plugin.mount import DaxMount
 from tests.support.pages import TOP
 

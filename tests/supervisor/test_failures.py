@@ -11,7 +11,7 @@ import trio.testing
 
 from daxemu.events import Event, MemoryFailureHandled, SignalSent
 from daxemu.host.mappings import Mappings
-from daxemu.host.tracer_link import TracerLink
+from daxemu.host.tracer.link import TracerLink
 from daxemu.mm.memory_failure import FileId, Incident, MappingRange, MemoryFailures, PfnMapping, Task
 from daxemu.mm.pfn_space import PfnAddressSpace
 from daxemu.ranges import Range

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Self
 
 from daxemu.client import Client
-from daxemu.host.mountinfo import mount_of
+from daxemu.host.proc.mountinfo import mount_of
 from tests.support.actor import Actor
 from tests.support.quick import QuickMount
 from tests.support.racer import PATIENCE

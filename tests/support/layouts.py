@@ -1,4 +1,4 @@
-"""A holder of layouts, which does with them what host/answers.c does, and can say whether they are true."""
+"""A holder of layouts that uses them as host/fuse/answers.c does, and checks that each is true."""
 
 from __future__ import annotations
 

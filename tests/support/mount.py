@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from daxemu.client import Client
-from daxemu.host.mountinfo import mount_at
-from daxemu.host.session import Session, abort_connection
+from daxemu.host.fuse.session import Session, abort_connection
+from daxemu.host.proc.mountinfo import mount_at
 from tests.support import kinds
 
 DAXEMU = (sys.executable, "-m", "daxemu")

@@ -17,7 +17,7 @@ from typing import Any
 
 from daxemu.errors import NotMounted
 from daxemu.fs.offline import Report, check_device
-from daxemu.host.mountinfo import mount_at
+from daxemu.host.proc.mountinfo import mount_at
 from daxemu.pmem.device_dir import DeviceConfig, DeviceDir
 from daxemu.uapi import PAGE_SIZE
 from tests.support import kinds

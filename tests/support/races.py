@@ -22,8 +22,8 @@ from typing import Self
 
 from daxemu.client import Client
 from daxemu.errors import InvalidArgument
-from daxemu.host.mountinfo import mount_of
-from daxemu.host.tasks import present_in, read_vmas
+from daxemu.host.proc.mountinfo import mount_of
+from daxemu.host.proc.tasks import present_in, read_vmas
 from daxemu.uapi import BUS_ADRERR, BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT
 from tests.support.mount import clear_away
 from tests.support.quick import QuickMount

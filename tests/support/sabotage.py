@@ -19,11 +19,11 @@ import trio
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import Inode
 from daxemu.fs.namespace import Namespace
-from daxemu.host.invalidate_lock import InvalidateLock
+from daxemu.host.fuse.invalidate_lock import InvalidateLock
+from daxemu.host.fuse.operations import Operations
+from daxemu.host.fuse.session import Session
+from daxemu.host.fuse.watchdog import Watchdog
 from daxemu.host.mappings import PageCacheMappings
-from daxemu.host.operations import Operations
-from daxemu.host.session import Session
-from daxemu.host.watchdog import Watchdog
 from daxemu.mm.incident import Incident
 from daxemu.mm.to_kill import Task
 from daxemu.pmem.dax_device import DaxDevice

@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 from typing import NamedTuple
 
-from daxemu.host.extra_operations import (
+from daxemu.host.fuse.extra_operations import (
     CLONE_RANGE,
     DAXEMU_IOC_CLONE_RANGE,
     DAXEMU_IOC_MAP,

@@ -41,7 +41,7 @@
 #define PAGES 16
 #define COMMON 32
 #define WINDOWS 48
-#define CLONE_RANGE 0x4020da0d /* host/extra_operations.py */
+#define CLONE_RANGE 0x4020da0d /* host/fuse/extra_operations.py */
 
 /* One mapping of a file, now (live) or lately. */
 struct window {

@@ -13,7 +13,7 @@ import click
 from daxemu.cli.output import for_people, say, say_json
 from daxemu.cli.patience import PATIENCE, PatientClient
 from daxemu.errors import InvalidArgument
-from daxemu.host.mountinfo import mount_at
+from daxemu.host.proc.mountinfo import mount_at
 from daxemu.private_path import become_owner
 from daxemu.sizes import human as human
 from daxemu.sizes import parse_size

@@ -11,7 +11,7 @@ import click
 
 from daxemu.cli.common import DEVICE, SIZE, as_owner_option, emit, human, json_option
 from daxemu.errors import CorruptMetadata
-from daxemu.host.device_lock import wait_for_last_mount
+from daxemu.host.proc.device_lock import wait_for_last_mount
 from daxemu.pmem.device_dir import DEFAULT_BASE_PFN, DeviceConfig, DeviceDir, altmap_bytes
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from daxemu.cli.output import say, say_json
 from daxemu.client import Client
 from daxemu.errors import Unsupported
 from daxemu.host.checkup import Finding, check_up
-from daxemu.host.mountinfo import Mount
+from daxemu.host.proc.mountinfo import Mount
 
 PATIENCE = 5.0
 """Seconds that each supervisor has to answer."""

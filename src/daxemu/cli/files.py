@@ -9,7 +9,7 @@ import click
 
 from daxemu.cli.common import PATH_TEXT, SIZE, connect, emit, json_option, regular_file, table
 from daxemu.errors import InvalidArgument
-from daxemu.host.mountinfo import mount_of
+from daxemu.host.proc.mountinfo import mount_of
 
 
 @click.command(name="map")

@@ -16,7 +16,7 @@ from daxemu.client import Client
 from daxemu.client.connection import event_of, no_answer
 from daxemu.errors import NotADevice, NotMounted
 from daxemu.events import Event, decode
-from daxemu.host.mountinfo import mount_of
+from daxemu.host.proc.mountinfo import mount_of
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.pmem.event_files import events_of
 from daxemu.ratelimit import Ratelimit, suppressed_line

@@ -30,9 +30,9 @@ from daxemu.client import Client
 from daxemu.client.connection import no_answer, state_of
 from daxemu.errors import Busy, DaxemuError, InvalidArgument, NotASupervisor, NotMounted, PermissionDenied
 from daxemu.host.deadline import Deadline
-from daxemu.host.device_lock import PATIENCE, end_holder, wait_for_last_mount
-from daxemu.host.mountinfo import Mount, mount_at, mounts
-from daxemu.host.pins import copies, named, pins_of, pins_of_device
+from daxemu.host.proc.device_lock import PATIENCE, end_holder, wait_for_last_mount
+from daxemu.host.proc.mountinfo import Mount, mount_at, mounts
+from daxemu.host.proc.pins import copies, named, pins_of, pins_of_device
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.protocol import InternalsReport
 from daxemu.supervisor import settings as limits
@@ -119,7 +119,7 @@ def mount(
         log_to_stderr("daxemu: %(message)s", logging.WARNING)
         supervise(device, mountpoint, lambda: say(os.getpid()), options)
         return
-    from daxemu.host.session import check_mountpoint
+    from daxemu.host.fuse.session import check_mountpoint
     from daxemu.supervisor.spawn import spawn
 
     check_mountpoint(mountpoint)
@@ -245,7 +245,7 @@ def _clear_away(found: Mount, deadline: Deadline, *, end: bool) -> None:
     """Cut the connection of a mount whose supervisor does not answer, and take the mount away; with ``end``
     the supervisor too.
     """
-    from daxemu.host.session import Session, abort_connection
+    from daxemu.host.fuse.session import Session, abort_connection
 
     abort_connection(found)
     still = mount_at(found.mountpoint)

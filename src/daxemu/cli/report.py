@@ -15,7 +15,7 @@ from daxemu.cli.watch.model import Model, Seen
 from daxemu.cli.watch.view import LEGEND, glyph
 from daxemu.errors import DaxemuError, NotMounted
 from daxemu.events import Event, MemoryFailureHandled, SignalSent, decode
-from daxemu.host.mountinfo import mount_of
+from daxemu.host.proc.mountinfo import mount_of
 from daxemu.text import for_html
 
 COLUMNS, CELLS = 64, 1024

@@ -10,8 +10,8 @@ import click
 from daxemu.cli.common import PATH
 from daxemu.cli.output import complain
 from daxemu.client import Client
-from daxemu.host.mountinfo import mount_of
-from daxemu.host.runner import Piece, execute
+from daxemu.host.proc.mountinfo import mount_of
+from daxemu.host.run.runner import Piece, execute
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 """Exit statuses, as a shell's."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 from daxemu.client import connection as wire
 from daxemu.client.notices import Notice, notice_of
 from daxemu.errors import NotASupervisor
-from daxemu.host.mountinfo import Mount, mount_of
+from daxemu.host.proc.mountinfo import Mount, mount_of
 
 if TYPE_CHECKING:
     import asyncio

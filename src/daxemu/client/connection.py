@@ -25,7 +25,7 @@ from daxemu.errors import (
     NotMounted,
     PermissionDenied,
 )
-from daxemu.host.mountinfo import Mount
+from daxemu.host.proc.mountinfo import Mount
 
 if TYPE_CHECKING:
     import msgspec

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from daxemu.host.mountinfo import Mount
+from daxemu.host.proc.mountinfo import Mount
 
 if TYPE_CHECKING:
     from daxemu.events import Event, FileDamaged, StoreLost
@@ -40,7 +40,7 @@ def notice_of(event: Event, mount: Mount, *, only_mapped: bool) -> Notice | None
 
 
 def _own_addresses(event: FileDamaged | StoreLost, mount: Mount) -> list[tuple[int, int]]:
-    from daxemu.host.tasks import read_vmas
+    from daxemu.host.proc.tasks import read_vmas
     from daxemu.ranges import Range
     from daxemu.uapi import PAGE_SHIFT
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from daxemu.client import Client
 from daxemu.errors import DaxemuError
-from daxemu.host.mountinfo import mount_at
+from daxemu.host.proc.mountinfo import mount_at
 
 DAXEMU = (sys.executable, "-m", "daxemu")
 PATIENCE = 90.0

@@ -1,8 +1,8 @@
 """The filesystem: inodes with names, files as extents of device blocks, reflinks, and the reverse map.
 
 Counterpart in Linux: fs/xfs (``xfs_rmap``, ``xfs_reflink``, ``xfs_notify_failure.c``). The package does not
-import pyfuse3; ``host/operations`` translates. Blocks are 4096 bytes. Device blocks count from the first data
-byte of the dax device.
+import pyfuse3; ``host/fuse/operations`` translates. Blocks are 4096 bytes. Device blocks count from the first
+data byte of the dax device.
 
 Invariants (``fsck`` checks each but the reservation)
 - A :class:`~daxemu.fs.extents.Link` is one file's claim on one run of device blocks. A link is either in the

@@ -1,8 +1,14 @@
 """The only code that touches the real kernel: the FUSE mount, /proc, ptrace.
 
-Counterpart in Linux: what lies below a filesystem and beside it - the VFS (``operations``), the page cache
-and its rmap walks (``mappings``, ``tasks``), signal delivery (``tracer``). It carries out what the core
-decided.
+Counterpart in Linux: the VFS (``fuse``), the page cache and its rmap walks (``mappings``, ``proc``), signal
+delivery (``tracer``). The package carries out what the core decided.
+
+``fuse``      the mount: session, requests, notifications, layouts in C, the watchdog
+``proc``      /proc as typed values: mounts, processes, threads, who has a page present
+``tracer``    exact SIGBUS by ptrace(2), in a process of its own
+``victims``   the hot loops of collecting and signalling in C
+``run``       ``daxemu run``: seccomp(2) user notification
+``mappings``  the one seam for mappings: collect, revoke
 
 Rules, each learned from a deadlock
 - A range is revoked from a worker thread only. The kernel writes dirty pages back to us while we wait for it.

@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple
 
 from daxemu.errors import Busy, NotMounted, PermissionDenied
 from daxemu.host import victims
-from daxemu.host.mountinfo import Mount, mounts, printable
-from daxemu.host.tasks import pagemap_scan_works
+from daxemu.host.proc.mountinfo import Mount, mounts, printable
+from daxemu.host.proc.tasks import pagemap_scan_works
 
 FUSE = Path("/dev/fuse")
 CONNECTIONS = Path("/sys/fs/fuse/connections")
@@ -120,7 +120,7 @@ def _pyfuse3() -> Finding:
 
 
 def _supplement() -> Finding:
-    from daxemu.host import supplement
+    from daxemu.host.fuse import supplement
 
     if supplement.MISSING is not None:
         return Finding(
@@ -219,7 +219,7 @@ def _presence() -> Finding:
 
 
 def _seccomp() -> Finding:
-    code = "from daxemu.host.seccomp import install; install()"
+    code = "from daxemu.host.run.seccomp import install; install()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
         found = (done.stderr.strip().splitlines() or ["killed"])[-1]

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from daxemu.errors import DaxemuError
 from daxemu.events import Emit, UnexpectedError
-from daxemu.host.mountinfo import printable
+from daxemu.host.proc.mountinfo import printable
 
 log = logging.getLogger(__name__)
 

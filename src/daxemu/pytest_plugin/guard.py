@@ -53,8 +53,8 @@ class _Hang:
             client.request("clear", ranges=[[0, client.request("status")["size"]]])
 
     def _cut(self) -> None:
-        from daxemu.host.mountinfo import mount_at
-        from daxemu.host.session import abort_connection
+        from daxemu.host.fuse.session import abort_connection
+        from daxemu.host.proc.mountinfo import mount_at
 
         if (there := mount_at(self._mountpoint)) is not None:
             abort_connection(there)
@@ -79,8 +79,8 @@ class _Hang:
         return "\n".join(map(for_people, lines + self._users()))
 
     def _users(self) -> list[str]:
-        from daxemu.host.mountinfo import mount_at
-        from daxemu.host.tasks import collect_tasks, mapped_runs
+        from daxemu.host.proc.mountinfo import mount_at
+        from daxemu.host.proc.tasks import collect_tasks, mapped_runs
 
         if (there := mount_at(self._mountpoint)) is None:
             return ["nothing is mounted there any more"]

@@ -17,8 +17,8 @@ from daxemu.cli.common import SIZE
 from daxemu.client import Client
 from daxemu.errors import DaxemuError, NotMounted
 from daxemu.events import Event, decode
-from daxemu.host.mountinfo import Mount, mount_at
-from daxemu.host.session import Session, abort_connection
+from daxemu.host.fuse.session import Session, abort_connection
+from daxemu.host.proc.mountinfo import Mount, mount_at
 from daxemu.pmem.device_dir import DEFAULT_BASE_PFN, DeviceConfig, DeviceDir, altmap_bytes
 from daxemu.pmem.event_files import events_of
 from daxemu.private_path import PrivatePath

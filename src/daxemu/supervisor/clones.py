@@ -24,7 +24,7 @@ import trio
 from daxemu.errors import FsError
 from daxemu.fs.inode import MAX_FILE_SIZE, Inode
 from daxemu.fs.reflink import check_remap
-from daxemu.host.invalidate_lock import InvalidateLock
+from daxemu.host.fuse.invalidate_lock import InvalidateLock
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Ino
 

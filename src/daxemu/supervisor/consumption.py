@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import trio
 
 from daxemu.errors import MediaError
-from daxemu.host.operations import Answer, PoisonedRead
-from daxemu.host.tasks import process_of
+from daxemu.host.fuse.operations import Answer, PoisonedRead
+from daxemu.host.proc.tasks import process_of
 from daxemu.mm.memory_failure import Incident
 from daxemu.pmem.inject import failed_pages
 from daxemu.ranges import Range, RangeSet

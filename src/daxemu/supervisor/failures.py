@@ -27,13 +27,14 @@ import trio
 from daxemu.errors import DaxemuError
 from daxemu.events import KILLED_BY_SIGBUS, Emit, Outcome, SignalSent
 from daxemu.host import pfn_mappings
+from daxemu.host.fuse.operations import PoisonedRead
 from daxemu.host.mappings import Mappings
-from daxemu.host.operations import PoisonedRead
-from daxemu.host.progress import wait_until_run
-from daxemu.host.tasks import comm_of, in_page_fault, process_of
-from daxemu.host.tracer_link import Armed, Pending, TracerLink
-from daxemu.host.tracer_messages import Delivered, FilePage, Gone, Ignored, NotTaken, Refused
-from daxemu.host.tracer_messages import Outcome as Delivery
+from daxemu.host.proc.file_pages import FilePage
+from daxemu.host.proc.progress import wait_until_run
+from daxemu.host.proc.tasks import comm_of, in_page_fault, process_of
+from daxemu.host.tracer.link import Armed, Pending, TracerLink
+from daxemu.host.tracer.messages import Delivered, Gone, Ignored, NotTaken, Refused
+from daxemu.host.tracer.messages import Outcome as Delivery
 from daxemu.host.unexpected import Nursery
 from daxemu.mm.incident import Incident
 from daxemu.mm.memory_failure import MemoryFailures

@@ -28,14 +28,14 @@ from daxemu.fs.data_ops import Origin
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import ROOT_INO
 from daxemu.fs.pmd_fault import pmd_ranges
-from daxemu.host.extra_operations import ExtraOperations
-from daxemu.host.freeze import Freeze
-from daxemu.host.layouts import LayoutTable
+from daxemu.host.fuse.extra_operations import ExtraOperations
+from daxemu.host.fuse.freeze import Freeze
+from daxemu.host.fuse.layouts import LayoutTable
+from daxemu.host.fuse.operations import Answer, Operations, PoisonedRead
+from daxemu.host.fuse.session import Session
 from daxemu.host.mappings import Mappings
-from daxemu.host.mountinfo import printable
-from daxemu.host.operations import Answer, Operations, PoisonedRead
-from daxemu.host.session import Session
-from daxemu.host.tracer_link import TracerLink
+from daxemu.host.proc.mountinfo import printable
+from daxemu.host.tracer.link import TracerLink
 from daxemu.host.unexpected import GuardedNursery, Unexpected
 from daxemu.mm.memory_failure import Incident, MappingRange, MemoryFailures
 from daxemu.pmem.inject import (

@@ -1,6 +1,6 @@
 """madvise(2) with MADV_HWPOISON or MADV_SOFT_OFFLINE, asked for by ``daxemu run``: mm/madvise.c.
 
-The thread waits in the system call meanwhile. Its pages were found, and faulted in, by ``host/runner``. The
+The thread waits in the system call meanwhile. ``host/run/runner`` found its pages and faulted them in. The
 kernel's injection is always simulated (MF_SW_SIMULATED): the bytes stay readable. Here the media goes bad,
 unless that is asked for.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from daxemu import protocol as p
 from daxemu.events import MadviseInjected, PoisonInjected
-from daxemu.host.tasks import process_of
+from daxemu.host.proc.tasks import process_of
 from daxemu.pmem.inject import inject
 from daxemu.uapi import MF_ACTION_REQUIRED, MF_SW_SIMULATED, PAGE_SIZE
 

@@ -2,7 +2,7 @@
 
 On DAX the fault is final: mmap(MAP_POPULATE), MAP_LOCKED and mlockall(2) ignore it, mlock(2) says ENOMEM, and
 the next load is a SIGBUS. In the page cache the kernel asks for the page again and again instead
-(host/populate). So the thread gets a page of zeros, revoked everywhere as soon as the page is present:
+(host/proc/populate). So the thread gets a page of zeros, revoked everywhere as soon as the page is present:
 
     host: hold                  the thread will stop at the return of its system call
     answer                      zeros
@@ -25,12 +25,12 @@ from errno import ENOMEM
 import trio
 
 from daxemu.events import Emit, FaultRepeated, PopulateFailed
-from daxemu.host import populate
-from daxemu.host.operations import PoisonedRead
-from daxemu.host.populate import Area, Call
-from daxemu.host.tasks import comm_of, process_of
-from daxemu.host.tracer_link import Armed, TracerLink
-from daxemu.host.tracer_messages import Gone, Held, Refused, Resumed
+from daxemu.host.fuse.operations import PoisonedRead
+from daxemu.host.proc import populate
+from daxemu.host.proc.populate import Area, Call
+from daxemu.host.proc.tasks import comm_of, process_of
+from daxemu.host.tracer.link import Armed, TracerLink
+from daxemu.host.tracer.messages import Gone, Held, Refused, Resumed
 from daxemu.host.unexpected import Nursery
 from daxemu.mm.to_kill import Task
 from daxemu.ranges import Range

@@ -24,15 +24,15 @@ from daxemu.events import DeviceTightened, Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.store import FSCK_HINT
 from daxemu.fs.super import MUCH
-from daxemu.host import supplement
-from daxemu.host.fuse_loop import FuseLoop
-from daxemu.host.layouts import LayoutTable
+from daxemu.host.fuse import supplement
+from daxemu.host.fuse.layouts import LayoutTable
+from daxemu.host.fuse.loop import FuseLoop
+from daxemu.host.fuse.session import Session, abort_file, check_mountpoint
+from daxemu.host.fuse.watchdog import Watchdog
 from daxemu.host.mappings import PageCacheMappings
-from daxemu.host.mountinfo import printable
-from daxemu.host.pins import pins_of
-from daxemu.host.session import Session, abort_file, check_mountpoint
-from daxemu.host.tracer_link import TracerLink
-from daxemu.host.watchdog import Watchdog
+from daxemu.host.proc.mountinfo import printable
+from daxemu.host.proc.pins import pins_of
+from daxemu.host.tracer.link import TracerLink
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.pmem.pmem import Pmem
 from daxemu.private_path import PrivatePath

@@ -8,8 +8,8 @@ from daxemu.apps.application import Application, Needs, Place, ReportedError, Sp
 from daxemu.apps.process import Ended, Process, TimedOut
 from daxemu.apps.records import ReadBack
 from daxemu.apps.situations import Part
-from daxemu.host.mountinfo import mount_of
-from daxemu.host.tasks import read_vmas
+from daxemu.host.proc.mountinfo import mount_of
+from daxemu.host.proc.tasks import read_vmas
 
 BLOCK = 4096
 BLOCKS = 1024

@@ -22,8 +22,8 @@ from daxemu.cli.demo.programs import Program, compile_program
 from daxemu.cli.output import say, say_json
 from daxemu.client import Client
 from daxemu.errors import DaxemuError, Unsupported
-from daxemu.host.mountinfo import mount_at, mount_of
-from daxemu.host.session import Session, abort_connection
+from daxemu.host.fuse.session import Session, abort_connection
+from daxemu.host.proc.mountinfo import mount_at, mount_of
 from daxemu.pmem.device_dir import DeviceConfig, DeviceDir
 from daxemu.supervisor.spawn import spawn
 

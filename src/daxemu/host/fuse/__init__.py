@@ -1,0 +1,1 @@
+"""The mount: one FUSE session, its requests and notifications."""

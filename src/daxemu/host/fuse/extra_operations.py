@@ -1,0 +1,318 @@
+"""The FUSE operations that pyfuse3 has no handlers for, over the filesystem's verbs: fallocate, lseek,
+copy_file_range, ioctl.
+
+Requests come from host/fuse/supplement.c through one callback, inside pyfuse3's own call into libfuse, so in
+the event loop's thread. A quick request is answered at once. A request that waits (a clone, which writes
+pages back) is answered later, by a task.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from typing import Protocol
+
+import trio
+
+from daxemu.errors import DaxemuError, FsError
+from daxemu.fs.filesystem import Filesystem
+from daxemu.host.fuse import fileattr
+from daxemu.host.fuse.handlers import in_pieces
+from daxemu.host.fuse.supplement import library, unpack
+from daxemu.host.proc.procfs import read_lines
+from daxemu.host.proc.tasks import capable
+from daxemu.host.unexpected import Nursery, Unexpected, refused, task_name
+from daxemu.uapi import CAP_SYS_ADMIN, PAGE_SHIFT, PAGE_SIZE, Ino
+
+
+class Clones(Protocol):
+    """How blocks are shared: source inode, offset, target inode, offset, length; the bytes shared."""
+
+    async def clone(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
+        """``FICLONERANGE``."""
+        ...
+
+    async def copy(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
+        """``copy_file_range(2)``."""
+        ...
+
+    def is_quick(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int) -> bool:
+        """Whether Filesystem.copy_file_range() alone will do."""
+        ...
+
+
+WriteBack = Callable[[Ino], Awaitable[None]]
+"""Has a file's dirty pages written back, without the inode's lock, which the kernel holds meanwhile."""
+
+
+class _Request(ctypes.Structure):
+    """``struct daxemu_request`` of supplement.c."""
+
+    _fields_ = (
+        ("req", ctypes.c_void_p),
+        ("op", ctypes.c_uint64),
+        ("tid", ctypes.c_uint64),
+        ("ino", ctypes.c_uint64),
+        ("fh", ctypes.c_uint64),
+        ("offset", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("mode", ctypes.c_int64),
+        ("target_ino", ctypes.c_uint64),
+        ("target_fh", ctypes.c_uint64),
+        ("target_offset", ctypes.c_int64),
+        ("data", ctypes.c_void_p),
+        ("data_size", ctypes.c_uint64),
+        ("room", ctypes.c_uint64),
+    )
+
+
+_HANDLER = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Request))
+_FALLOCATE, _LSEEK, _COPY_FILE_RANGE, _IOCTL = 1, 2, 3, 4
+_NAMES = {_FALLOCATE: "fallocate", _LSEEK: "lseek", _COPY_FILE_RANGE: "copy_file_range", _IOCTL: "ioctl"}
+
+# Our ioctls: type 0xDA. The kernel keeps FICLONERANGE and FIEMAP to itself, so they have numbers of their
+# own.
+CLONE_RANGE = struct.Struct(
+    "=qQQQ"
+)  # as struct file_clone_range: src_fd, src_offset, src_length, dest_offset
+MAP_HEADER = struct.Struct("=QQII")  # start, length in; how many extents out; 0
+MAP_EXTENT = struct.Struct("=QQQII")  # file offset, device offset, length; links that share it; 1 if poisoned
+MAP_ROOM = 64
+DAXEMU_IOC_CLONE_RANGE = 1 << 30 | CLONE_RANGE.size << 16 | 0xDA << 8 | 13
+DAXEMU_IOC_MAP = 3 << 30 | (MAP_HEADER.size + MAP_ROOM * MAP_EXTENT.size) << 16 | 0xDA << 8 | 11
+
+# fs/xfs/libxfs/xfs_fs.h; EXT4_IOC_SHUTDOWN is the same.
+XFS_IOC_GOINGDOWN = 2 << 30 | 4 << 16 | ord("X") << 8 | 125
+_GOING_DEFAULT, _GOING_LOGFLUSH, _GOING_NOLOGFLUSH = 0, 1, 2
+
+
+class ExtraOperations:
+    """Answers those requests. Takes effect at construction; one at a time, as there is one session in a
+    process.
+    """
+
+    def __init__(
+        self,
+        fs: Filesystem,
+        dev: tuple[int, int],
+        clones: Clones,
+        write_back: WriteBack,
+        file_modified: Callable[[Ino, int], None],
+        forget_attributes: Callable[[Ino], None],
+        open_files: Iterable[Ino],
+        nursery: Nursery,
+        unexpected: Unexpected,
+    ) -> None:
+        """``dev`` is the mount's (major, minor); ``file_modified`` and ``open_files`` see Operations,
+        ``forget_attributes`` see Session.
+        """
+        self._fs = fs
+        self._dev = dev
+        self._clones = clones
+        self._write_back = write_back
+        self._file_modified = file_modified
+        self._forget_attributes = forget_attributes
+        self._open_files = open_files
+        self._nursery = nursery
+        self._unexpected = unexpected
+        self._fuse = ctypes.CDLL("libfuse3.so.3")
+        self._fuse.fuse_reply_err.argtypes = (ctypes.c_void_p, ctypes.c_int)
+        self._fuse.fuse_reply_lseek.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+        self._fuse.fuse_reply_write.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+        self._fuse.fuse_reply_ioctl.argtypes = (
+            ctypes.c_void_p,
+            ctypes.c_int,
+            ctypes.c_char_p,
+            ctypes.c_size_t,
+        )
+        self._callback = _HANDLER(self._handle)  # kept: C holds no reference to it
+        self._slot = ctypes.c_void_p.in_dll(library(), "daxemu_handler")
+        self._slot.value = ctypes.cast(self._callback, ctypes.c_void_p).value
+
+    def close(self) -> None:
+        """From now on such requests get ENOSYS."""
+        self._slot.value = None
+
+    def _handle(self, pointer: ctypes._Pointer[_Request]) -> None:
+        request = pointer.contents
+        try:
+            self._dispatch(request)
+        except DaxemuError as error:
+            self._fuse.fuse_reply_err(request.req, error.errno)
+        except Exception as error:  # noqa: BLE001 - the caller is C, and the request must be answered
+            self._unexpected.report(f"FUSE {_NAMES.get(request.op, request.op)}", error)
+            self._fuse.fuse_reply_err(request.req, errno.EIO)
+
+    def _start(self, verb: Callable[..., Awaitable[None]], req: int, *arguments: object) -> None:
+        """Have a task answer ``req``."""
+        self._nursery.start_soon(self._answer, verb, req, *arguments)
+
+    async def _answer(self, verb: Callable[..., Awaitable[None]], req: int, *arguments: object) -> None:
+        """Answer ``req`` by ``verb``, which raises what the request is refused with."""
+        try:
+            await verb(req, *arguments)
+        except Exception as error:  # noqa: BLE001 - the request must be answered
+            refusal = refused(error)
+            if refusal is None:
+                self._unexpected.report(f"FUSE {task_name(verb)}", error)
+            self._fuse.fuse_reply_err(req, errno.EIO if refusal is None else refusal.errno)
+
+    def _dispatch(self, request: _Request) -> None:
+        ino = unpack(request.fh).ino
+        if request.op == _FALLOCATE:
+            self._file_modified(ino, request.tid)
+            steps = self._fs.fallocate_in_pieces(ino, request.mode, request.offset, request.length)
+            if next(steps, self) is self:
+                self._fuse.fuse_reply_err(request.req, 0)
+            else:
+                self._start(self._fallocate_later, request.req, steps)
+        elif request.op == _LSEEK:
+            self._lseek(request, ino)
+        elif request.op == _COPY_FILE_RANGE:
+            target = unpack(request.target_fh).ino
+            self._file_modified(target, request.tid)
+            copied = ino, request.offset, target, request.target_offset
+            if self._clones.is_quick(*copied):
+                done = self._fs.copy_file_range(*copied, request.length)
+                self._fuse.fuse_reply_write(request.req, done)
+            else:
+                self._start(self._copy_later, request.req, *copied, request.length)
+        elif request.op == _IOCTL:
+            self._ioctl(request, request.ino)  # of a directory the handle is no inode number
+        else:
+            raise FsError(errno.ENOSYS)
+
+    async def _copy_later(
+        self, req: int, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int
+    ) -> None:
+        copied = await self._clones.copy(src, src_offset, dst, dst_offset, length)
+        self._fuse.fuse_reply_write(req, copied)
+
+    async def _fallocate_later(self, req: int, steps: Iterator[None]) -> None:
+        await trio.lowlevel.checkpoint()
+        await in_pieces(steps)
+        self._fuse.fuse_reply_err(req, 0)
+
+    # -- lseek
+
+    def _lseek(self, request: _Request, ino: Ino) -> None:
+        inode, extents = self._fs.names.regular(ino)
+        if extents.blocks * PAGE_SIZE >= inode.size:
+            self._fuse.fuse_reply_lseek(request.req, self._fs.seek(ino, request.offset, request.mode))
+        else:
+            # What was stored into a hole through a mapping is data, but is only known once it is written
+            # back.
+            self._start(self._lseek_later, request.req, ino, request.offset, request.mode)
+
+    async def _lseek_later(self, req: int, ino: Ino, offset: int, whence: int) -> None:
+        await self._write_back(ino)
+        found = self._fs.seek(ino, offset, whence)
+        self._fuse.fuse_reply_lseek(req, found)
+
+    # -- ioctl
+
+    def _ioctl(self, request: _Request, ino: Ino) -> None:
+        command = request.mode & 0xFFFFFFFF
+        data = ctypes.string_at(request.data, request.data_size) if request.data_size else b""
+        if command == DAXEMU_IOC_CLONE_RANGE and len(data) == CLONE_RANGE.size:
+            if not unpack(request.fh).writable:
+                raise FsError(errno.EBADF)
+            self._start(self._ioctl_clone, request.req, request.tid, ino, data)
+        elif command == DAXEMU_IOC_MAP and len(data) >= MAP_HEADER.size:
+            answer = self._map(ino, data)
+            self._fuse.fuse_reply_ioctl(request.req, 0, answer, len(answer))
+        elif command in fileattr.GETTERS:
+            answer = fileattr.get(self._fs, ino, command)
+            self._fuse.fuse_reply_ioctl(request.req, 0, answer, len(answer))
+        elif command in fileattr.SETTERS:
+            fileattr.set_(self._fs, ino, command, data, request.tid)
+            self._forget_attributes(ino)  # the ctime
+            self._fuse.fuse_reply_ioctl(request.req, 0, None, 0)
+        elif command == XFS_IOC_GOINGDOWN:
+            if not capable(request.tid, CAP_SYS_ADMIN):
+                raise FsError(errno.EPERM)
+            self._nursery.start_soon(self._ioctl_goingdown, request.req, request.tid, request.offset)
+        else:
+            raise FsError(errno.ENOTTY)
+
+    async def _ioctl_clone(self, req: int, tid: int, target: Ino, data: bytes) -> None:
+        fd, offset, length, target_offset = CLONE_RANGE.unpack(data)
+        source = await trio.to_thread.run_sync(_source_of, tid, fd, self._dev)
+        self._file_modified(target, tid)
+        await self._clones.clone(source, offset, target, target_offset, length)
+        self._fuse.fuse_reply_ioctl(req, 0, None, 0)
+
+    async def _ioctl_goingdown(self, req: int, tid: int, address: int) -> None:
+        """``xfs_fs_goingdown()``. The ioctl's number says that the argument is only written to, so the
+        kernel does not bring the argument along.
+        """
+        try:
+            how = await trio.to_thread.run_sync(_word_of, tid, address)
+            if how not in (_GOING_DEFAULT, _GOING_LOGFLUSH, _GOING_NOLOGFLUSH):
+                raise FsError(errno.EINVAL)
+            if how == _GOING_DEFAULT:
+                for ino in list(self._open_files):
+                    await self._write_back(ino)
+        except DaxemuError as error:
+            self._fuse.fuse_reply_err(req, error.errno)
+            return
+        reason = "User initiated shutdown received.  Shutting down filesystem."
+        self._fs.shutdown(reason, save=how != _GOING_NOLOGFLUSH)
+        self._fuse.fuse_reply_ioctl(req, 0, None, 0)
+
+    def _map(self, ino: Ino, data: bytes) -> bytes:
+        start, length, _, _ = MAP_HEADER.unpack_from(data)
+        extents = self._fs.extents_of(ino)
+        found: list[bytes] = []
+        for run in extents.runs(
+            start >> PAGE_SHIFT, -(-(start + length) // PAGE_SIZE) if length else 1 << 52
+        ):
+            if run.link is None:
+                continue
+            base = (run.file_block - run.dev_block) << PAGE_SHIFT
+            for part, shared_by in self._fs.rmap.sharing(run.dev_block, run.dev_block + run.length):
+                device, size = part.start << PAGE_SHIFT, part.length << PAGE_SHIFT
+                bad = self._fs.dax.is_poisoned(device, size)
+                found.append(MAP_EXTENT.pack(base + device, device, size, shared_by, bad))
+            if len(found) >= MAP_ROOM:
+                break
+        del found[MAP_ROOM:]
+        room = MAP_HEADER.size + MAP_ROOM * MAP_EXTENT.size
+        return (MAP_HEADER.pack(start, length, len(found), 0) + b"".join(found)).ljust(room, b"\0")
+
+
+def _word_of(tid: int, address: int) -> int:
+    """The 32-bit word at an address of a thread. Raises FsError EFAULT. From a worker thread only: the
+    address may be in a mapping of ours.
+    """
+    try:
+        with open(f"/proc/{tid}/mem", "rb", buffering=0) as memory:
+            return int.from_bytes(os.pread(memory.fileno(), 4, address), sys.byteorder)
+    except (OSError, OverflowError) as error:
+        raise FsError(errno.EFAULT) from error
+
+
+def _source_of(tid: int, fd: int, dev: tuple[int, int]) -> Ino:
+    """The file of ours that descriptor ``fd`` of a thread is open on for reading.
+
+    /proc says so without asking the filesystem, which is us. Raises FsError EBADF, EXDEV, EPERM, EOPNOTSUPP.
+    """
+    try:
+        with open(f"/proc/{tid}/fdinfo/{fd}") as lines:
+            facts = dict(line.split(":", 1) for line in lines if ":" in line)
+        known = read_lines(f"/proc/{tid}/mountinfo")
+        devices = {fields[0]: fields[2] for line in known if (fields := line.split(" ", 3))[2:]}
+    except OSError as error:
+        raise FsError(errno.EBADF if error.errno == errno.ENOENT else errno.EPERM) from error
+    if "ino" not in facts:
+        raise FsError(errno.EOPNOTSUPP, "/proc/PID/fdinfo names no inode: that needs Linux 5.14")
+    if devices.get(facts["mnt_id"].strip()) != "{}:{}".format(*dev):
+        raise FsError(errno.EXDEV)
+    flags = int(facts["flags"], 8)
+    if flags & os.O_ACCMODE == os.O_WRONLY or flags & os.O_PATH:
+        raise FsError(errno.EBADF)
+    return int(facts["ino"])

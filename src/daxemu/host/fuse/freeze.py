@@ -1,0 +1,62 @@
+"""Freeze: holds accesses to the mount back while its device is removed (freeze_super() in
+xfs_dax_notify_failure_freeze()).
+
+Between the collection of victims and the shutdown of the filesystem, a process that was not collected must
+gain no page, and a process that was collected must lose none. So requests of the latter are served from the
+media; a victim that waits in its page fault could not take its signal. All other requests wait for the thaw.
+
+A request that waits has its folio locked, and may have its process's mmap_lock. The collection can wait for
+either. So each request is served after PATIENCE, whatever became of the removal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import trio
+
+from daxemu.host.proc.tasks import process_of
+from daxemu.mm.to_kill import Task
+
+PATIENCE = 1.0
+"""Seconds that a request is held at the most."""
+MOST_HELD = 32
+"""Requests that are held at the same time; pyfuse3 has tasks for 99. Any others are served at once."""
+
+
+class Freeze:
+    """One removal's freeze. Belongs to the trio thread."""
+
+    def __init__(self) -> None:
+        self._admitted: set[int] = set()
+        self._is_thawed = False
+        self._changed = trio.Event()
+        self.held = 0
+        """Requests that wait just now."""
+
+    def admit(self, tasks: Iterable[Task]) -> None:
+        """Serve all requests of these processes from now on, held requests first."""
+        self._admitted = {task.pid for task in tasks}
+        self._wake()
+
+    def thaw(self) -> None:
+        """Let every request go on."""
+        self._is_thawed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def wait(self, tid: int) -> None:
+        """Wait until a request of thread ``tid`` may be answered; 0 is an unknown thread."""
+        if self.held >= MOST_HELD:
+            return
+        pid = process_of(tid) if tid else 0
+        self.held += 1
+        try:
+            with trio.move_on_after(PATIENCE):
+                while not self._is_thawed and pid not in self._admitted:
+                    await self._changed.wait()
+        finally:
+            self.held -= 1

@@ -1,0 +1,61 @@
+"""Wrappers of the handlers that pyfuse3 calls: each exception becomes the errno of an answer."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import inspect
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, ParamSpec, TypeVar
+
+import trio
+
+from daxemu.errors import DaxemuError
+from daxemu.host.fuse import supplement  # noqa: F401 - before pyfuse3
+from daxemu.host.unexpected import Unexpected, refused
+
+import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+HANDLERS = {name for name, verb in vars(pyfuse3.Operations).items() if inspect.iscoroutinefunction(verb)}
+"""Names of the handlers that pyfuse3 may call."""
+
+
+def translated(verb: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Answer a DaxemuError with the errno that the system call shows."""
+
+    @functools.wraps(verb)
+    async def translated(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await verb(*args, **kwargs)
+        except DaxemuError as error:
+            raise pyfuse3.FUSEError(error.errno) from None
+
+    return translated
+
+
+def contained(
+    name: str, verb: Callable[P, Coroutine[Any, Any, T]], unexpected: Unexpected
+) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Answer EIO when handler ``name`` raises an exception that no code expects, and report the exception."""
+
+    async def contained(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await verb(*args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except Exception as error:  # noqa: BLE001 - costs this request
+            if (refusal := refused(error)) is not None:
+                raise pyfuse3.FUSEError(refusal.errno) from None
+            unexpected.report(f"FUSE {name}", error)
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    return contained
+
+
+async def in_pieces(steps: Iterable[object]) -> None:
+    """Go through ``steps``; the tasks that wait have their turn in between."""
+    for _ in steps:
+        await trio.lowlevel.checkpoint()

@@ -1,0 +1,132 @@
+"""Layouts held by C: host/fuse/layouts.c keeps the grants, host/fuse/answers.c answers requests from them.
+
+It works within pyfuse3's reading of requests, so in the event loop's thread; see there. There is one session
+in a process, and so one of these.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import struct
+from typing import Protocol
+
+from daxemu.fs.inode import Inode
+from daxemu.fs.layouts import Layout
+from daxemu.host.fuse.supplement import quick_library
+from daxemu.pmem.media import Memory
+from daxemu.uapi import PAGE_SIZE, XATTR_NAME_CAPS, Ino
+
+log = logging.getLogger(__name__)
+
+
+class _Noted(ctypes.Structure):
+    """``struct noted`` of answers.c."""
+
+    _fields_ = (("what", ctypes.c_uint64), ("which", ctypes.c_uint64), ("value", ctypes.c_int64))
+
+
+_ON_NOTED = ctypes.PYFUNCTYPE(None, ctypes.POINTER(_Noted), ctypes.c_size_t)
+_WRITTEN, _GROWN, _RELEASED, _FORGOTTEN = 1, 2, 3, 4
+# struct fuse_attr_out: how long it is valid, then struct fuse_attr.
+_ATTRIBUTES = struct.Struct("=QIIQQQQQQIIIIIIIIII")
+_SECOND, _U32, _U64 = 10**9, (1 << 32) - 1, (1 << 64) - 1
+FOREVER = 1_000_000
+"""Seconds. We are the only writer of the filesystem, and invalidate what changes behind the kernel's back."""
+
+
+class Deeds(Protocol):
+    """Who is told what was done for him."""
+
+    def wrote(self, ino: Ino, time_ns: int) -> None:
+        """A file was written to, last at that time since the epoch."""
+
+    def grew(self, ino: Ino, size: int) -> None:
+        """A file that was written to is that long now."""
+
+    def released(self, fh: int) -> None:
+        """A file handle was closed."""
+
+    def forgot(self, ino: Ino, count: int) -> None:
+        """The kernel forgot an inode that it had looked up so often."""
+
+
+class LayoutTable:
+    """The layouts that C has (``fs.layouts.LayoutOps``)."""
+
+    def __init__(self, memory: Memory, deeds: Deeds) -> None:
+        """Precondition: all layouts are broken before ``memory``, the device's, goes."""
+        calls = quick_library()
+        self._grant = calls.daxemu_layout_grant
+        self._grant.argtypes = (*(ctypes.c_uint64,) * 5, ctypes.c_int)
+        self._grant.restype = None
+        self._break = calls.daxemu_layout_break
+        self._break.argtypes, self._break.restype = (ctypes.c_uint64,), None
+        self._break_all = calls.daxemu_layout_break_all
+        self._attributes = calls.daxemu_layout_attributes
+        self._attributes.argtypes = (ctypes.c_uint64, ctypes.c_char_p, ctypes.c_int)
+        self._attributes.restype = None
+        self._break_attributes = calls.daxemu_layout_break_attributes
+        self._break_attributes.argtypes, self._break_attributes.restype = (ctypes.c_uint64,), None
+        self._answered = ctypes.c_uint64.in_dll(calls, "daxemu_answered")
+        self._deeds = deeds
+        self._keep = _ON_NOTED(self._on_noted)
+        slot = ctypes.c_void_p.in_dll(calls, "daxemu_noted")
+        slot.value = ctypes.cast(self._keep, ctypes.c_void_p).value
+        place = calls.daxemu_layouts_device
+        place.argtypes, place.restype = (ctypes.c_int, ctypes.c_int64, ctypes.c_void_p), None
+        place(*memory)
+
+    @property
+    def answered(self) -> int:
+        """How many requests were answered without Python."""
+        return self._answered.value
+
+    def _on_noted(self, notes: ctypes.Array[_Noted], count: int) -> None:
+        for index in range(count):
+            note = notes[index]
+            try:
+                if note.what == _WRITTEN:
+                    self._deeds.wrote(note.which, note.value)
+                elif note.what == _GROWN:
+                    self._deeds.grew(note.which, note.value)
+                elif note.what == _RELEASED:
+                    self._deeds.released(note.which)
+                else:
+                    self._deeds.forgot(note.which, note.value)
+            except Exception:
+                # A C caller: nobody above would see it, and what follows must be done all the same.
+                log.exception("note %d of %d was not taken", note.what, note.which)
+
+    # -- LayoutOps
+
+    def grant(self, layout: Layout) -> None:
+        """See LayoutOps."""
+        ino, size, start, end, device, may_write = layout
+        self._grant(ino, size, start, end, device, may_write)
+
+    def grant_attributes(self, inode: Inode) -> None:
+        """See LayoutOps."""
+        self._attributes(inode.ino, _attr_out(inode), XATTR_NAME_CAPS not in inode.xattrs)
+
+    def break_attributes(self, ino: Ino) -> None:
+        """See LayoutOps."""
+        self._break_attributes(ino)
+
+    def break_layout(self, ino: Ino) -> None:
+        """See LayoutOps."""
+        self._break(ino)
+
+    def break_all(self) -> None:
+        """See LayoutOps."""
+        self._break_all()
+
+
+def _attr_out(inode: Inode) -> bytes:
+    """``struct fuse_attr_out``, as Operations and libfuse would answer."""
+    atime, atimensec = divmod(inode.atime, _SECOND)
+    mtime, mtimensec = divmod(inode.mtime, _SECOND)
+    ctime, ctimensec = divmod(inode.ctime, _SECOND)
+    times = (atime & _U64, mtime & _U64, ctime & _U64, atimensec, mtimensec, ctimensec)
+    owner = (inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev & _U32)
+    return _ATTRIBUTES.pack(FOREVER, 0, 0, inode.ino, inode.size, inode.sectors, *times, *owner, PAGE_SIZE, 0)

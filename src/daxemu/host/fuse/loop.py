@@ -1,0 +1,102 @@
+"""pyfuse3's main loop without a turn through trio's for every request.
+
+To trio, each request is a wait for /dev/fuse and a lock taken, both of which run everybody else first: twice
+what it costs to answer most. So pyfuse3 is given a lock and a wait of ours. While requests follow one another
+they are answered in a row; other tasks have their turn every BURST, or once nothing comes for LINGER.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import time
+from types import SimpleNamespace, TracebackType
+
+import trio
+
+from daxemu.host.fuse.supplement import READS, library
+
+import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
+
+BURST = 1_000_000
+"""Nanoseconds of requests after which other tasks have their turn."""
+LINGER = 100_000
+"""Nanoseconds that the event loop waits for the next request alone."""
+SPIN = 20_000
+"""Nanoseconds of which it does not sleep, where there is another processor for who will ask."""
+FD_SETSIZE = 1024
+"""select(2) takes descriptors below this."""
+
+
+class ReadLock:
+    """A lock that is free at once for who has just released it: no handing over, no turn of the loop."""
+
+    def __init__(self) -> None:
+        self._held = False
+        self._lot = trio.lowlevel.ParkingLot()
+        self.waiting = 0
+        """Tasks that wait for it: one of them goes on reading when this one has to wait while it answers."""
+
+    async def __aenter__(self) -> None:
+        self.waiting += 1
+        try:
+            while self._held:
+                await self._lot.park()
+        finally:
+            self.waiting -= 1
+        self._held = True
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held = False
+        self._lot.unpark()
+
+
+class FuseLoop:
+    """What pyfuse3's session needs of trio."""
+
+    def __init__(self) -> None:
+        self.lock = ReadLock()
+        # Shared with answers.c, which reads on by itself after a request that it has answered.
+        if READS:
+            self._burst_ends = ctypes.c_int64.in_dll(library(), "daxemu_burst_ends")
+            self._is_idle = ctypes.c_int.in_dll(library(), "daxemu_is_idle")
+            ctypes.c_int64.in_dll(library(), "daxemu_linger").value = LINGER
+            several = len(os.sched_getaffinity(0)) > 1
+            ctypes.c_int64.in_dll(library(), "daxemu_spin").value = SPIN if several else 0
+        else:
+            self._burst_ends, self._is_idle = ctypes.c_int64(), ctypes.c_int()
+        self._burst_ends.value = 0
+
+    def _begin_burst(self) -> None:
+        self._burst_ends.value = time.monotonic_ns() + BURST
+
+    async def wait_readable(self, fd: int) -> None:
+        """``trio.lowlevel.wait_readable``, but a request that is there or comes soon is no reason to wait."""
+        # With nobody to go on reading while this task waits for something else, let one come.
+        if not self.lock.waiting or time.monotonic_ns() >= self._burst_ends.value:
+            await trio.lowlevel.checkpoint()
+            self._begin_burst()
+        if self._is_idle.value or not self._comes_soon(fd):
+            self._is_idle.value = 0
+            await trio.lowlevel.wait_readable(fd)
+            self._begin_burst()
+
+    def _comes_soon(self, fd: int) -> bool:
+        """Whether to go on reading: answers.c waits by itself, and says when it was for nothing."""
+        if READS:
+            return True
+        return fd < FD_SETSIZE and bool(select.select((fd,), (), (), LINGER / 1e9)[0])
+
+    async def main(self) -> None:
+        """``pyfuse3.main()``."""
+        lowlevel = SimpleNamespace(**{**vars(trio.lowlevel), "wait_readable": self.wait_readable})
+        vars(pyfuse3)["trio"] = SimpleNamespace(
+            **{**vars(trio), "Lock": lambda: self.lock, "lowlevel": lowlevel}
+        )
+        try:
+            await pyfuse3.main()
+        finally:
+            vars(pyfuse3)["trio"] = trio

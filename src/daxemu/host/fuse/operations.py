@@ -1,0 +1,495 @@
+"""pyfuse3.Operations over the filesystem's verbs: translates, decides nothing.
+
+File handles are inode numbers (below 2**38; the bits above are explained in host/fuse/supplement.py).
+Directories are listed in the order of fs/listing.py: a reader sees each entry that stays once, whatever
+happens meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import os
+import stat
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from enum import Enum
+from typing import NamedTuple
+
+import trio
+
+from daxemu.errors import DaxemuError, MediaError
+from daxemu.fs import inode_flags, posix_acl
+from daxemu.fs.filesystem import Filesystem
+from daxemu.fs.inode import Credentials, Inode
+from daxemu.fs.listing import DOT, DOT_DOT
+from daxemu.fs.privs import is_sxid
+from daxemu.fs.xattr import TRUSTED
+from daxemu.host.fuse import supplement
+from daxemu.host.fuse.freeze import Freeze
+from daxemu.host.fuse.handlers import HANDLERS, contained, in_pieces, translated
+from daxemu.host.fuse.invalidate_lock import InvalidateLock
+from daxemu.host.fuse.layouts import FOREVER
+from daxemu.host.fuse.setattr import is_chown, may_setattr
+from daxemu.host.fuse.supplement import Caller, kill_suidgid, may_store_through_mapping, pack, unpack
+from daxemu.host.proc.tasks import capable, in_group_or_capable
+from daxemu.host.unexpected import Unexpected
+from daxemu.uapi import CAP_FSETID, CAP_SYS_ADMIN, PAGE_SIZE, XATTR_NAME_CAPS, Ino
+
+import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
+
+
+class PoisonedRead(NamedTuple):
+    """A FUSE_READ that cannot be done: ``error`` is MediaError, or what there is after a removal or a
+    shutdown. ``tid`` is who waits for it, 0 if unknown.
+    """
+
+    ino: Ino
+    offset: int
+    length: int
+    tid: int
+    error: DaxemuError
+
+
+Answer = Enum("Answer", ["ERROR", "AGAIN", "ZEROS"])
+"""What becomes of a read that cannot be done: it fails, it is tried again, or it gets zeros."""
+
+
+LISTING_STEP = 2000
+"""Names whose order is computed at once: 5 ms; other requests have their turn before the next."""
+TMPFILE = b"/"
+"""Name of a file to be created that has none (host/fuse/killpriv.c, ``slash_name`` in fs/dcache.c)."""
+
+
+class Operations(pyfuse3.Operations):
+    """Answers the kernel. ``on_poison`` is awaited before a read is answered EIO; ``heal``, before a write
+    that met poison is, returns whether to try again.
+    """
+
+    supports_dot_lookup = True
+    enable_acl = True
+
+    def __init__(
+        self,
+        fs: Filesystem,
+        on_poison: Callable[[PoisonedRead], Awaitable[Answer]],
+        heal: Callable[[MediaError], Awaitable[bool]],
+        forget_attributes: Callable[[Ino], None],
+    ) -> None:
+        super().__init__()
+        self._fs = fs
+        self._names = fs.names
+        self._on_poison = on_poison
+        self._heal = heal
+        self._forget_attributes = forget_attributes
+        self._directories: dict[int, Ino] = {}
+        self._directory_handles = itertools.count(1)
+        self.open_files: Counter[Ino] = Counter()
+        """How many handles each inode has open: what is mapped is among these."""
+        self.writers: Counter[Ino] = Counter()
+        """How many of them are open for writing."""
+        self.mappable: Counter[Ino] = Counter()
+        """Handles of each inode through which a mapping can be stored to."""
+        self.write_back: Callable[[Ino], Awaitable[None]] | None = None
+        """Writes a file's dirty pages back without the inode's lock, which the kernel holds meanwhile."""
+        self.invalidating: InvalidateLock | None = None
+        """What keeps pages out of the cache just now."""
+        self.freeze: Freeze | None = None
+        """Holds reads and writes back while the device is removed."""
+
+    def contain(self, unexpected: Unexpected) -> None:
+        """Answer a request EIO when its handler raises what no code expects, and report that."""
+        for name in HANDLERS & vars(type(self)).keys():
+            setattr(self, name, contained(name, getattr(self, name), unexpected))
+
+    # -- attributes
+
+    def _attributes(self, inode: Inode) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = pyfuse3.InodeT(inode.ino)
+        entry.generation = 0
+        entry.entry_timeout = entry.attr_timeout = FOREVER
+        entry.st_mode = pyfuse3.ModeT(inode.mode)
+        entry.st_nlink = inode.nlink
+        entry.st_uid, entry.st_gid, entry.st_rdev = inode.uid, inode.gid, inode.rdev
+        entry.st_size = inode.size
+        entry.st_blksize = PAGE_SIZE
+        entry.st_blocks = inode.sectors
+        entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = inode.atime, inode.mtime, inode.ctime
+        return entry
+
+    def _entry(self, inode: Inode) -> pyfuse3.EntryAttributes:
+        """Attributes for an answer that makes the kernel know the inode: it will forget() it one day."""
+        self._fs.pin(inode)
+        return self._attributes(inode)
+
+    def _new_entry(self, parent: Ino, inode: Inode) -> pyfuse3.EntryAttributes:
+        """As :meth:`_entry`, of what was just made in a directory."""
+        self._will_ask(parent)
+        return self._entry(inode)
+
+    def _will_ask(self, ino: Ino) -> None:
+        """The kernel forgets a directory's attributes when it changes, and asks for them before the next
+        change; a file's capabilities it asks for before it writes.
+        """
+        self._fs.layouts.grant_attributes(self._names.get(ino))
+
+    @translated
+    async def lookup(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        self._fs.check_alive()
+        try:
+            return self._entry(self._names.lookup(parent_inode, name))
+        except DaxemuError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            # A negative entry: the kernel need not ask again until somebody makes the name.
+            missing = pyfuse3.EntryAttributes()
+            missing.st_ino = pyfuse3.InodeT(0)
+            missing.entry_timeout = FOREVER
+            return missing
+
+    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
+        for ino, count in inode_list:
+            self.forgot(ino, count)
+
+    def forgot(self, ino: Ino, count: int) -> None:
+        """See ``layouts.Deeds``."""
+        self._fs.unpin(ino, count)
+
+    def wrote(self, ino: Ino, time_ns: int) -> None:
+        """See ``layouts.Deeds``."""
+        self._fs.wrote(ino, time_ns)
+
+    def grew(self, ino: Ino, size: int) -> None:
+        """See ``layouts.Deeds``."""
+        self._fs.grew(ino, size)
+
+    @translated
+    async def getattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        found = self._names.get(inode)
+        self._fs.layouts.grant_attributes(found)
+        return self._attributes(found)
+
+    @translated
+    async def setattr(
+        self,
+        inode: pyfuse3.InodeT,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: pyfuse3.FileHandleT | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        removes_privs = (fields.update_size and kill_suidgid()) or (
+            not fields.update_mode and is_chown(fields)
+        )
+        may_setattr(self._names.get(inode), fields)
+        if fields.update_mtime and self.mappable[inode] and self.write_back is not None:
+            # Linux takes the time of a mapped store at its fault. Here the store gets its time when the page
+            # is written back, so pages that are dirty now are written back before the time is set.
+            await self.write_back(inode)
+        found = self._names.get(inode)
+        if removes_privs:
+            self._names.file_remove_privs(found, functools.partial(in_group_or_capable, ctx.pid))
+        if fields.update_size:
+            await in_pieces(self._fs.set_size_in_pieces(inode, attr.st_size))
+        node = self._fs.setattr(
+            inode,
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            atime=attr.st_atime_ns if fields.update_atime else None,
+            mtime=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        return self._attributes(node)
+
+    def _file_remove_privs(self, ino: Ino, tid: int) -> None:
+        """As ``Namespace.file_remove_privs``, and the kernel is told: it believes to know the mode."""
+        if self._names.file_remove_privs(self._names.get(ino), functools.partial(in_group_or_capable, tid)):
+            self._forget_attributes(ino)
+
+    def file_modified(self, ino: Ino, tid: int) -> None:
+        """``file_modified()``, for a change of which the kernel does not say whether it takes bits away."""
+        if is_sxid(self._names.get(ino).mode) and not capable(tid, CAP_FSETID):
+            self._file_remove_privs(ino, tid)
+
+    @translated
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        # What was unlinked counts as free (xfs_fs_statfs() pushes xfs_inodegc, too).
+        while self._fs.inactivate():
+            await trio.lowlevel.checkpoint()
+        usage = self._fs.statfs()
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = PAGE_SIZE
+        data.f_blocks, data.f_bfree, data.f_bavail = usage.blocks, usage.free, usage.available
+        data.f_files = usage.files + usage.available
+        data.f_ffree = data.f_favail = usage.available
+        data.f_namemax = usage.name_max
+        return data
+
+    # -- names
+
+    @staticmethod
+    def _cred(ctx: pyfuse3.RequestContext) -> Credentials:
+        return Credentials(ctx.uid, ctx.gid, ctx.umask)
+
+    @translated
+    async def readlink(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileNameT:
+        self._fs.check_alive()
+        target = self._names.get(inode).target
+        if target is None:
+            raise pyfuse3.FUSEError(errno.EINVAL)
+        return pyfuse3.FileNameT(target)
+
+    @translated
+    async def mknod(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        mode: pyfuse3.ModeT,
+        rdev: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        made = self._fs.mknod(parent_inode, name, mode, rdev, self._cred(ctx))
+        return self._new_entry(parent_inode, made)
+
+    @translated
+    async def mkdir(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        mode: pyfuse3.ModeT,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        return self._new_entry(parent_inode, self._fs.mkdir(parent_inode, name, mode, self._cred(ctx)))
+
+    @translated
+    async def symlink(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        target: pyfuse3.FileNameT,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        return self._new_entry(parent_inode, self._fs.symlink(parent_inode, name, target, self._cred(ctx)))
+
+    @translated
+    async def link(
+        self,
+        inode: pyfuse3.InodeT,
+        new_parent_inode: pyfuse3.InodeT,
+        new_name: pyfuse3.FileNameT,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        return self._entry(self._fs.link(inode, new_parent_inode, new_name))
+
+    @translated
+    async def unlink(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> None:
+        self._fs.unlink(parent_inode, name)
+        self._will_ask(parent_inode)
+
+    @translated
+    async def rmdir(
+        self, parent_inode: pyfuse3.InodeT, name: pyfuse3.FileNameT, ctx: pyfuse3.RequestContext
+    ) -> None:
+        self._fs.rmdir(parent_inode, name)
+        self._will_ask(parent_inode)
+
+    @translated
+    async def rename(
+        self,
+        parent_inode_old: pyfuse3.InodeT,
+        name_old: pyfuse3.FileNameT,
+        parent_inode_new: pyfuse3.InodeT,
+        name_new: pyfuse3.FileNameT,
+        flags: pyfuse3.FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        cred = self._cred(ctx)
+        self._fs.rename((parent_inode_old, name_old), (parent_inode_new, name_new), flags, cred)
+
+    # -- directories
+
+    @translated
+    async def opendir(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
+        self._fs.check_alive()
+        self._names.directory(inode)
+        handle = next(self._directory_handles)
+        self._directories[handle] = inode
+        return pyfuse3.FileHandleT(handle)
+
+    @translated
+    async def readdir(self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        directory = self._directories[fh]
+        node, entries = self._names.directory(directory)
+        while not self._names.listing(directory).build(LISTING_STEP, entries.__contains__):
+            await trio.lowlevel.checkpoint()
+        self._fs.check_alive()
+        dots = ((DOT, b".", node.ino), (DOT_DOT, b"..", node.parent))
+        listed = self._names.listing(directory).after(max(start_id, DOT_DOT))
+        rest = ((cookie, name, entries[name]) for cookie, name in listed)
+        for cookie, name, ino in itertools.chain((dot for dot in dots if dot[0] > start_id), rest):
+            inode = self._names.get(ino)
+            if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), self._attributes(inode), cookie):
+                return
+            if cookie > DOT_DOT:
+                self._fs.pin(inode)
+
+    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
+        del self._directories[fh]
+
+    @translated
+    async def fsyncdir(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        self._fs.fsync()
+
+    # -- files
+
+    def _opened(self, inode: Inode, flags: int) -> pyfuse3.FileInfo:
+        self._fs.open(inode)
+        fh = pack(inode.ino, flags)
+        self.open_files[inode.ino] += 1
+        self.writers[inode.ino] += unpack(fh).writable
+        self.mappable[inode.ino] += may_store_through_mapping(fh)
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=True)
+
+    @translated
+    async def open(
+        self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileInfo:
+        self._fs.check_alive()
+        inode_flags.may_open(self._names.get(inode), flags)
+        if flags & os.O_TRUNC:
+            if kill_suidgid():
+                self._file_remove_privs(inode, ctx.pid)
+            # libfuse asks the kernel to leave that to us (ATOMIC_O_TRUNC)
+            await in_pieces(self._fs.set_size_in_pieces(inode, 0))
+        return self._opened(self._names.get(inode), flags)
+
+    @translated
+    async def create(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        mode: pyfuse3.ModeT,
+        flags: pyfuse3.FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        mode = pyfuse3.ModeT(stat.S_IFREG | stat.S_IMODE(mode))
+        if name == TMPFILE:
+            inode = self._fs.tmpfile(parent_inode, mode, self._cred(ctx))
+        else:
+            inode = self._fs.mknod(parent_inode, name, mode, 0, self._cred(ctx))
+        entry = self._new_entry(parent_inode, inode)
+        self._will_ask(inode.ino)
+        return self._opened(inode, flags), entry
+
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        self.released(fh)
+
+    def released(self, fh: int) -> None:
+        """See ``layouts.Deeds``."""
+        ino, writable = unpack(fh)[:2]
+        self.open_files[ino] -= 1
+        self.writers[ino] -= writable
+        self.mappable[ino] -= may_store_through_mapping(fh)
+        if not self.open_files[ino]:
+            del self.open_files[ino], self.writers[ino], self.mappable[ino]
+        self._fs.release(ino)
+
+    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
+        caller = unpack(fh)
+        if self.freeze is not None:
+            await self.freeze.wait(caller.tid)
+        if self.invalidating is not None:
+            await self.invalidating.before_read(caller.ino, off, size)
+        try:
+            # Any buffer will do for pyfuse3: a view of the media goes to the kernel without a copy of ours.
+            return self._fs.read(caller.ino, off, size)  # type: ignore[return-value]
+        except DaxemuError as error:
+            answer = Answer.ERROR
+            if error.errno == errno.EIO:
+                answer = await self._on_poison(PoisonedRead(caller.ino, off, size, caller.tid, error))
+            if answer is Answer.ZEROS:
+                return bytes(size)
+            if answer is Answer.ERROR:
+                raise pyfuse3.FUSEError(error.errno) from None
+        try:
+            return self._fs.read(caller.ino, off, size)  # type: ignore[return-value]
+        except DaxemuError as error:
+            raise pyfuse3.FUSEError(error.errno) from None
+
+    async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
+        caller = unpack(fh)
+        if kill_suidgid():
+            self._file_remove_privs(caller.ino, caller.tid)
+        return await self._write(caller, off, buf)
+
+    async def _write(self, caller: Caller, off: int, buf: bytes) -> int:
+        if self.freeze is not None and not caller.from_cache and supplement.MISSING is None:
+            await self.freeze.wait(caller.tid)
+        if self.invalidating is not None:
+            unknown = supplement.MISSING is not None  # then it may be the cache's
+            await self.invalidating.before_write(
+                caller.ino, off, len(buf), from_cache=caller.from_cache or unknown
+            )
+        try:
+            return self._fs.write(caller.ino, off, buf, from_cache=caller.from_cache)
+        except MediaError as error:
+            if not await self._heal(error):
+                raise pyfuse3.FUSEError(error.errno) from None
+            return await self._write(caller, off, buf)
+        except DaxemuError as error:
+            raise pyfuse3.FUSEError(error.errno) from None
+        finally:
+            if caller.from_cache:
+                # The kernel does not know that a page written back changes the times.
+                self._forget_attributes(caller.ino)
+
+    @translated
+    async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        self._fs.fsync(datasync=datasync)
+
+    # -- extended attributes
+
+    @translated
+    async def setxattr(
+        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, value: bytes, ctx: pyfuse3.RequestContext
+    ) -> None:
+        # pyfuse3 itself sees to XATTR_CREATE and XATTR_REPLACE.
+        self._fs.check_alive()
+        found = self._names.get(inode)
+        # The kernel would tell (FUSE_SETXATTR_ACL_KILL_SGID), but not through libfuse.
+        kill_sgid = (
+            name == posix_acl.ACCESS
+            and bool(found.mode & stat.S_ISGID)
+            and not in_group_or_capable(ctx.pid, found.gid)
+        )
+        self._fs.setxattr(inode, name, value, 0, acl_kill_sgid=kill_sgid)
+
+    @translated
+    async def getxattr(
+        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
+    ) -> bytes:
+        self._fs.check_alive()
+        if name == XATTR_NAME_CAPS:
+            self._will_ask(inode)
+        return self._names.getxattr(inode, name)
+
+    @translated
+    async def listxattr(
+        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
+    ) -> Sequence[pyfuse3.XAttrNameT]:
+        self._fs.check_alive()
+        names = self._names.listxattr(inode)
+        hides = any(name.startswith(TRUSTED) for name in names) and not capable(ctx.pid, CAP_SYS_ADMIN)
+        return [pyfuse3.XAttrNameT(name) for name in names if not (hides and name.startswith(TRUSTED))]
+
+    @translated
+    async def removexattr(
+        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
+    ) -> None:
+        self._fs.removexattr(inode, name)

@@ -1,0 +1,117 @@
+"""Loads the C supplement in front of pyfuse3, and reads what it writes into file handles.
+
+Layout of a file handle as ``Operations`` sees it: bits 0-37 the inode number, bit 38 whether it was opened
+for reading and writing, bit 39 whether for writing (all from ``open``), bits 40-62 the
+thread id of the caller (pid_max is at most 2**22), bit 63 set when the page cache writes back. Without the
+supplement the upper bits are zero: no thread is known, and no write is known to be the cache's.
+
+Import this module before anything imports pyfuse3.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from daxemu.uapi import Ino
+
+_INO_MASK = (1 << 38) - 1
+_MAPPABLE = 1 << 38
+_WRITABLE = 1 << 39
+_TID_SHIFT = 40
+_TID_MASK = (1 << 23) - 1
+_WRITEPAGE = 1 << 63
+_VERSION = 5
+
+
+class Caller(NamedTuple):
+    """What a handler of an open file is given. ``tid`` is 0 if unknown."""
+
+    ino: Ino
+    writable: bool
+    tid: int
+    from_cache: bool
+
+
+def pack(ino: Ino, flags: int) -> int:
+    """The file handle of an open file; ``flags`` are those of open(2)."""
+    access = flags & os.O_ACCMODE
+    return ino | (_WRITABLE if access != os.O_RDONLY else 0) | (_MAPPABLE if access == os.O_RDWR else 0)
+
+
+def may_store_through_mapping(fh: int) -> bool:
+    """Whether mmap(2) takes the handle for MAP_SHARED and PROT_WRITE."""
+    return bool(fh & _MAPPABLE)
+
+
+def unpack(fh: int) -> Caller:
+    """Take a file handle apart."""
+    return Caller(fh & _INO_MASK, bool(fh & _WRITABLE), fh >> _TID_SHIFT & _TID_MASK, bool(fh & _WRITEPAGE))
+
+
+def _find() -> Path | None:
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_supplement{suffix}")
+        if path.exists():
+            return path
+    return None
+
+
+_library: ctypes.CDLL | None = None
+
+
+def library() -> ctypes.CDLL:
+    """The loaded supplement. Precondition: it is not MISSING."""
+    assert _library is not None
+    return _library
+
+
+def quick_library() -> ctypes.PyDLL:
+    """The same, for calls that are over at once: other threads do not run meanwhile."""
+    return ctypes.PyDLL(library()._name)
+
+
+def load() -> str | None:
+    """Put the supplement in front of libfuse. Returns None, or why it is missing."""
+    global _library
+    path = _find()
+    if path is None:
+        return "supplement.c was not built: install libfuse3-dev, pkg-config and gcc, then daxemu again"
+    try:
+        loaded = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        version = ctypes.c_int.in_dll(loaded, "daxemu_supplement_version").value
+    except (OSError, ValueError) as error:
+        return f"{path.name} cannot be loaded: {error}"
+    if version != _VERSION:
+        return f"{path.name} is of version {version}, not {_VERSION}: install daxemu again"
+    _library = loaded
+    return None
+
+
+MISSING: str | None = load()
+"""Why the supplement is not there; None when it is."""
+
+READS: bool = _library is not None and bool(ctypes.c_int.in_dll(_library, "daxemu_reads").value)
+"""Whether requests come through host/fuse/answers.c: it takes libfuse 3.14."""
+
+_touch = ctypes.c_int() if _library is None else ctypes.c_int.in_dll(_library, "daxemu_touch")
+_kill_suidgid = ctypes.c_int() if _library is None else ctypes.c_int.in_dll(_library, "daxemu_kill_suidgid")
+
+
+def kill_suidgid() -> bool:
+    """Whether the request whose handler begins now takes away set-id bits (FUSE_HANDLE_KILLPRIV_V2).
+
+    Without the supplement the kernel takes them away itself.
+    """
+    return bool(_kill_suidgid.value)
+
+
+def is_touch() -> bool:
+    """Whether the request whose handler begins now sets both times to now (ATTR_TOUCH).
+
+    False without the supplement.
+    """
+    return bool(_touch.value)

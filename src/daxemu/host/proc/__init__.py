@@ -1,0 +1,1 @@
+"""/proc: mounts, processes, threads and page tables, as typed values."""

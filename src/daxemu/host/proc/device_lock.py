@@ -1,0 +1,112 @@
+"""Which process holds a device's lock: /proc/locks.
+
+umount(8) returns before the supervisor has saved. Whoever wants the device next waits for it here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from pathlib import Path
+
+from daxemu.errors import Busy
+from daxemu.host.deadline import Deadline
+from daxemu.host.proc.mountinfo import Mount, mounts
+from daxemu.host.proc.pins import named, pins_of_device
+from daxemu.host.proc.procfs import read_fields
+
+PATIENCE = 60.0
+"""Seconds to wait for a supervisor to save and end."""
+
+
+def wait_for_last_mount(device: Path) -> None:
+    """Wait until a supervisor whose mount is gone has let go of ``device``; not while it is mounted.
+
+    Whether the device is free then, its lock tells.
+    """
+    holder = holder_of(device)
+    if holder is not None and (pins := pins_of_device(device)):
+        raise Busy(
+            f"{device} is still mounted as {named(pins)}: end that process, or daxemu umount --force {device}"
+        )
+    if holder is None or any(_same(mount.device, device) for mount in mounts()):
+        return
+    _wait(holder)
+
+
+def end_holder(mount: Mount, deadline: Deadline, kill_patience: float) -> bool:
+    """End the supervisor that holds the lock of a mount's device: by SIGTERM, and ``kill_patience`` seconds
+    before the deadline by SIGKILL. Returns whether it has ended. Signals no process but one of the mount's
+    owner that holds the lock.
+    """
+    if (pid := holder_of(mount.device)) is None:
+        return True
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        # Looked at once more: only from pidfd_open(2) on is the pid certain to mean the same process.
+        if holder_of(mount.device) != pid or _uid_of(pid) != mount.owner:
+            return False
+        # SIGCONT: a supervisor that was stopped can save what no fsync had made durable.
+        for signals, kept in (((signal.SIGTERM, signal.SIGCONT), kill_patience), ((signal.SIGKILL,), 0.0)):
+            for number in signals:
+                signal.pidfd_send_signal(process, number)
+            if select.select([process], [], [], deadline.left(kept))[0]:
+                return True
+        return False
+    except ProcessLookupError:
+        return True
+    finally:
+        os.close(process)
+
+
+def _uid_of(pid: int) -> int | None:
+    """The effective uid of a process."""
+    try:
+        return int(read_fields(f"/proc/{pid}/status")["Uid"].split()[1])
+    except (OSError, KeyError):
+        return None
+
+
+def _wait(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process = os.pidfd_open(pid)
+        try:
+            select.select([process], [], [], PATIENCE)
+        finally:
+            os.close(process)
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def holder_of(device: Path) -> int | None:
+    """The pid that has flock(2)ed the device; None if none has, or none that this pid namespace sees.
+
+    Opens no file of the device, so root may ask about the device of another user.
+    """
+    try:
+        root = os.open(device, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None  # whoever opens the device next says what is wrong
+    try:
+        found = os.stat("lock", dir_fd=root, follow_symlinks=False)
+    except OSError:
+        return None
+    finally:
+        os.close(root)
+    wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    with open("/proc/locks") as lines:
+        for line in lines:
+            fields = line.split()
+            if fields[1] == "FLOCK" and fields[5] == wanted and int(fields[4]) > 0:
+                return int(fields[4])
+    return None

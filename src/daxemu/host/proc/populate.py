@@ -1,0 +1,196 @@
+"""System calls that bring pages of a mapping in for the caller: ``__mm_populate()`` of mm/gup.c.
+
+Linux' filemap_fault() answers VM_FAULT_RETRY after a read that failed, and __mm_populate() begins anew each
+time: over an unreadable page, mmap(MAP_POPULATE) and mlock(2) never return. SIGKILL is the only signal that
+ends the loop. No error from a FUSE filesystem ends the loop; a page does. This module tells whether a thread
+is in such a call, at which addresses the thread may get the page, and when the page is present.
+
+Addresses and lengths are bytes, page indices count pages of the file.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+from daxemu.host.proc.file_pages import FilePage
+from daxemu.host.proc.procfs import read_whole
+from daxemu.host.proc.tasks import collect_tasks, mapped_runs, present_in, read_vmas
+from daxemu.mm.to_kill import Task
+from daxemu.ranges import Range, RangeSet
+from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
+
+# asm/unistd.h
+_MACHINE = platform.machine()
+_CALLS = {
+    "x86_64": {
+        9: "mmap",
+        25: "mremap",
+        149: "mlock",
+        151: "mlockall",
+        216: "remap_file_pages",
+        325: "mlock2",
+    },
+    "aarch64": {
+        216: "mremap",
+        222: "mmap",
+        228: "mlock",
+        230: "mlockall",
+        234: "remap_file_pages",
+        284: "mlock2",
+    },
+}.get(_MACHINE, {})
+# asm/unistd_32.h; 90 is old_mmap(), 192 is mmap2()
+_CALLS_32 = {
+    "x86_64": {
+        90: "mmap",
+        150: "mlock",
+        152: "mlockall",
+        163: "mremap",
+        192: "mmap",
+        257: "remap_file_pages",
+        376: "mlock2",
+    },
+}.get(_MACHINE, {})
+_END_32 = 1 << 32  # bytes: a 32-bit thread has nothing beyond
+_EI_CLASS, _ELFCLASS64 = 4, 2  # uapi/linux/elf.h
+SAYS_ENOMEM = frozenset(("mlock", "mlock2"))
+"""The calls that fail when a page cannot be had; the others ignore it."""
+
+_GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
+_PRESENT_OR_SWAPPED = 3 << 62  # bits of a word of /proc/PID/pagemap
+_WORD = struct.Struct("=Q")
+_SPINS = 100  # looks without a sleep: the thread needs some 20 microseconds from our answer to its page
+_NAP = 0.0005  # seconds between later looks
+
+
+class Call(NamedTuple):
+    """A system call that populates."""
+
+    number: int
+    name: str
+
+
+class Sleeping(NamedTuple):
+    """System call that a thread sleeps in: ``call`` is None unless the call populates."""
+
+    call: Call | None
+
+
+def look(tid: int) -> Sleeping | None:
+    """Return the system call that a thread sleeps in; None for a running thread or an unreadable /proc."""
+    try:
+        words = read_whole(f"/proc/{tid}/syscall").split()
+    except _GONE:
+        return None
+    if not words or not words[0].lstrip(b"-").isdigit():
+        return None
+    number = int(words[0])
+    calls = _CALLS_32 if number in _CALLS_32 and _is_32_bit(tid, words) else _CALLS
+    return Sleeping(Call(number, calls[number]) if number in calls else None)
+
+
+def _is_32_bit(tid: int, words: Sequence[bytes]) -> bool:
+    """Return whether a thread made its system call as a 32-bit one. /proc/TID/syscall (``words``) says so by
+    nothing but stack pointer and program counter, which a 64-bit thread can have below 4 GiB, too.
+    """
+    if any(int(word, 16) >= _END_32 for word in words[-2:]):
+        return False
+    try:
+        with open(f"/proc/{tid}/exe", "rb") as program:
+            return program.read(_EI_CLASS + 1)[_EI_CLASS:] != bytes([_ELFCLASS64])
+    except OSError:
+        return True
+
+
+class Area(NamedTuple):
+    """Address range, in bytes, that maps consecutive pages of a file from ``page`` on, none of them present.
+    ``copies``: the mapping is private and writable, so a populating call copies pages.
+    """
+
+    address: int
+    length: int
+    page: FilePage
+    copies: bool
+
+
+def areas_without(pid: int, dev: tuple[int, int], ino: Ino, pages: Range) -> list[Area]:
+    """Return where a process maps ``pages`` of a file with none present; empty for a dead process."""
+    found: list[Area] = []
+    try:
+        with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+            for vma in read_vmas(pid, dev):
+                part = pages.clip(vma.pgoff, vma.pgoff + (vma.area.length >> PAGE_SHIFT))
+                if vma.ino != ino or not part:
+                    continue
+                start = vma.start + ((part.start - vma.pgoff) << PAGE_SHIFT)
+                end = start + (part.length << PAGE_SHIFT)
+                taken = RangeSet(present_in(pagemap.fileno(), start, end))
+                for copy in present_in(pagemap.fileno(), start, end, copies=True):
+                    taken.add(*copy)
+                for low, high in taken.gaps(start, end):
+                    index = vma.pgoff + ((low - vma.start) >> PAGE_SHIFT)
+                    found.append(Area(low, high - low, FilePage(*dev, ino, index), vma.copies))
+    except _GONE:
+        return []
+    return found
+
+
+def others_mapping(pid: int, dev: tuple[int, int], ino: Ino, pages: Range) -> list[Task]:
+    """Return the processes beside ``pid`` and the caller that map ``pages`` of a file, present or not."""
+    return collect_tasks(dev, {ino: [pages]}, frozenset({pid, os.getpid()}), mapped_runs)
+
+
+def having_present(tasks: Sequence[Task]) -> list[int]:
+    """Return which of the processes have any of their mapped pages present just now."""
+    found: list[int] = []
+    for task in tasks:
+        with suppress(*_GONE), open(f"/proc/{task.pid}/pagemap", "rb", buffering=0) as pagemap:
+            for run in task.present:
+                end = run.address + (run.nr_pages << PAGE_SHIFT)
+                if any(present_in(pagemap.fileno(), run.address, end)):
+                    found.append(task.pid)
+                    break
+    return found
+
+
+def copied(pid: int, areas: Sequence[Area]) -> Iterator[tuple[int, FilePage, int]]:
+    """Yield the private copies of a process in ``areas``: (address, page of the file, bytes)."""
+    try:
+        with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+            for area in areas:
+                if not area.copies:
+                    continue
+                end = area.address + area.length
+                for low, high in present_in(pagemap.fileno(), area.address, end, copies=True):
+                    index = area.page.pgoff + ((low - area.address) >> PAGE_SHIFT)
+                    yield low, area.page._replace(pgoff=index), high - low
+    except _GONE:
+        return
+
+
+def wait_until_present(pid: int, areas: Sequence[Area], is_over: Callable[[], bool], patience: float) -> None:
+    """Block until a process has the last page of any area present, ``is_over`` is true or ``patience``
+    seconds are over.
+    """
+    deadline = time.monotonic() + patience
+    looks = 0
+    try:
+        with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+            while not is_over() and time.monotonic() < deadline:
+                if any(_has(pagemap.fileno(), area.address + area.length - PAGE_SIZE) for area in areas):
+                    return
+                looks += 1
+                time.sleep(0 if looks < _SPINS else _NAP)
+    except _GONE:
+        return
+
+
+def _has(pagemap: int, address: int) -> bool:
+    word = os.pread(pagemap, _WORD.size, (address >> PAGE_SHIFT) * _WORD.size)
+    return len(word) == _WORD.size and bool(_WORD.unpack(word)[0] & _PRESENT_OR_SWAPPED)

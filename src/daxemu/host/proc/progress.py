@@ -1,0 +1,39 @@
+"""Whether threads have run since a moment: a delivered signal is not handled before its thread runs.
+
+Counterpart in Linux: none. memory_failure() goes on as soon as a signal is queued, and has long work before
+the holder's shutdown. Here the shutdown follows within microseconds, and the victim may still wait for a
+processor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from daxemu.host.proc.procfs import read_whole
+
+_INTERVAL = 0.001  # seconds; a running thread's time is brought up to date once a tick
+
+
+def wait_until_run(tids: Iterable[int], patience: float) -> list[int]:
+    """Wait until each thread has run or is asleep, at most ``patience`` seconds. Return the threads that have
+    not. Precondition: the signals were delivered before. Blocks: from a worker thread only.
+    """
+    waiting = {tid: since for tid in tids if (since := _runtime(tid)) is not None}
+    deadline = time.monotonic() + patience
+    while waiting and time.monotonic() < deadline:
+        time.sleep(_INTERVAL)
+        waiting = {tid: since for tid, since in waiting.items() if _runtime(tid) == since}
+    return list(waiting)
+
+
+def _runtime(tid: int) -> bytes | None:
+    """Nanoseconds on a processor of a thread that is running or waits for one; None of any other thread, and
+    where the kernel does not count (no CONFIG_SCHED_INFO).
+    """
+    try:
+        if read_whole(f"/proc/{tid}/stat").rpartition(b") ")[2][:1] not in b"Rt":
+            return None
+        return read_whole(f"/proc/{tid}/schedstat").split()[0]
+    except (OSError, IndexError):
+        return None

@@ -1,0 +1,1 @@
+"""`daxemu run`: madvise(2) of a command answered by the supervisor."""

@@ -1,0 +1,234 @@
+"""Programs whose madvise(MADV_HWPOISON) and madvise(MADV_SOFT_OFFLINE) on files of a daxemu mount work.
+
+Counterpart in Linux: do_madvise() and the page table walk of madvise_inject_error() in mm/madvise.c; what
+memory_failure() does then is the supervisor's.
+
+The program is not traced. It runs in the very process that asked for it, under a seccomp filter that gives
+these calls to a *helper* process (``seccomp``): process id, parent, terminal, signals, stops and exit status
+are its own. A debugger can have it, and so can the supervisor's tracer, for exact signals.
+
+States of the helper: answering -> the last process under the filter is gone -> it ends.
+
+Invariants:
+- it is nobody's child, in a session of its own, and has nothing open that the program was given;
+- each call gets one answer, from a thread of its own: a failure waits for the signals of others, who may
+  themselves be in such a call;
+- a range that touches a daxemu mapping is never given to the real kernel, which might poison real memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import select
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn
+
+from daxemu.errors import DaxemuError, NotMounted
+from daxemu.host.proc.mountinfo import Mount, mounts
+from daxemu.host.proc.procfs import read_fields
+from daxemu.host.proc.tasks import Vma, read_vmas
+from daxemu.host.run import seccomp
+from daxemu.host.run.seccomp import Call
+from daxemu.uapi import (
+    CAP_SYS_ADMIN,
+    MADV_SOFT_OFFLINE,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    U64_MAX,
+    page_align_up,
+)
+
+_BATCH = 1024  # pages probed by one call: IOV_MAX of uapi/linux/uio.h
+_PM_PRESENT, _PM_FILE = 1 << 63, 1 << 61  # admin-guide/mm/pagemap.rst
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.process_vm_readv.restype = ctypes.c_ssize_t
+
+
+class Piece(NamedTuple):
+    """Pages of a process that are a file's: ``length`` bytes from ``address``, from ``offset`` on in it."""
+
+    mount: Mount
+    address: int
+    ino: int
+    offset: int
+    length: int
+
+
+Advise = Callable[[int, Piece, bool], int]
+"""Have a piece fail, or go offline softly, in the name of a thread; returns the system call's errno or 0.
+Called in any thread; may raise DaxemuError.
+"""
+
+
+def execute(command: list[str], only: Mount | None, advise: Advise) -> NoReturn:
+    """Become ``command``, with the calls above answered for ``only``, or all mounts there will be.
+
+    Precondition: no other threads. Raises what the filter raises, OSError if there is no such program.
+    """
+    ours, theirs = socket.socketpair()
+    first = os.fork()
+    if first == 0:
+        # The helper's parent must not be the program, which may wait for children that it knows.
+        if os.fork() == 0:
+            ours.close()
+            _help(theirs, only, advise)
+        os._exit(0)
+    theirs.close()
+    with contextlib.suppress(ChildProcessError):  # SIGCHLD is ignored: the kernel has reaped it
+        os.waitpid(first, 0)
+    listener = seccomp.install()
+    with ours:
+        socket.send_fds(ours, [b"x"], [listener])
+    os.close(listener)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # that Python ignores for itself
+        signal.signal(number, signal.SIG_DFL)
+    os.execvp(command[0], command)
+
+
+def _help(sock: socket.socket, only: Mount | None, advise: Advise) -> NoReturn:
+    """What the helper does, until nobody is left."""
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP):
+            signal.signal(number, signal.SIG_IGN)  # the program's end is our end
+        os.setsid()
+        os.chdir("/")
+        _close_all_but(sock.fileno())
+        _, fds, _, _ = socket.recv_fds(sock, 1, 1)
+        sock.close()
+        if fds:
+            serve(fds[0], only, advise)
+    finally:
+        os._exit(0)
+
+
+def _close_all_but(kept: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2 and int(name) != kept:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(int(name))
+
+
+def serve(listener: int, only: Mount | None, advise: Advise) -> None:
+    """Answer calls until the last process under the filter is gone."""
+    poller = select.poll()
+    poller.register(listener, select.POLLIN)
+    while True:
+        for _, events in poller.poll():
+            if events & select.POLLIN:
+                if (call := seccomp.receive(listener)) is not None:
+                    threading.Thread(target=_answer, args=(listener, call, only, advise), daemon=True).start()
+            elif events:
+                return
+
+
+def _answer(listener: int, call: Call, only: Mount | None, advise: Advise) -> None:
+    result: int | None = errno.EIO  # for whatever goes wrong with us: no supervisor, not permitted to look
+    try:
+        with contextlib.suppress(OSError, NotMounted):
+            result = _do_madvise(listener, call, only, advise)
+    except DaxemuError as error:
+        result = error.errno
+    finally:
+        seccomp.answer(listener, call, result)
+
+
+def _do_madvise(listener: int, call: Call, only: Mount | None, advise: Advise) -> int | None:
+    """``do_madvise()`` and ``madvise_inject_error()``: an errno or 0; None where it is the kernel's."""
+    if call.start % PAGE_SIZE:
+        return errno.EINVAL
+    end = call.start + page_align_up(call.length)
+    if end > U64_MAX:
+        return errno.EINVAL
+    here = [only] if only is not None else mounts()
+    vmas = sorted(
+        (vma, mount)
+        for mount in {mount.dev: mount for mount in here}.values()
+        for vma in read_vmas(call.tid, mount.dev)
+        if vma.start < end and vma.end > call.start
+    )
+    if not vmas:
+        return None
+    if not all(_is_capable(call.tid, mount) for mount in {mount for _, mount in vmas}):
+        return errno.EPERM
+    pieces, error = _walk(call.tid, call.start, end, vmas)
+    if not seccomp.is_waiting(listener, call):
+        return errno.EINTR  # it is dead
+    soft = call.advice == MADV_SOFT_OFFLINE
+    for piece in pieces:
+        if failed := advise(call.tid, piece, soft):
+            return failed
+    return error
+
+
+def _walk(tid: int, start: int, end: int, vmas: list[tuple[Vma, Mount]]) -> tuple[list[Piece], int]:
+    """``get_user_pages_fast()`` for each page: the pieces before the first that is not to be had, and why.
+
+    EFAULT as there, when a page cannot be read; EINVAL where the mapping is not of a daxemu file.
+    """
+    pieces = []
+    for vma, mount in vmas:
+        if vma.start > start:
+            break
+        stop = min(end, vma.end)
+        good = start + (_fault_in(tid, start, (stop - start) >> PAGE_SHIFT) << PAGE_SHIFT)
+        ours = start + (_files_own(tid, start, (good - start) >> PAGE_SHIFT) << PAGE_SHIFT)
+        if ours > start:
+            offset = (vma.pgoff << PAGE_SHIFT) + start - vma.start
+            pieces.append(Piece(mount, start, vma.ino, offset, ours - start))
+        if ours < good:
+            return pieces, errno.EINVAL
+        if good < stop:
+            return pieces, errno.EFAULT
+        start = stop
+    if start == end:
+        return pieces, 0
+    return pieces, errno.EINVAL if _fault_in(tid, start, 1) else errno.EFAULT
+
+
+def _fault_in(tid: int, start: int, count: int) -> int:
+    """Have pages present by reading a byte of each; returns how many there are before the first that cannot
+    be read.
+    """
+    for done in range(0, count, _BATCH):
+        batch = min(_BATCH, count - done)
+        buffer = ctypes.create_string_buffer(batch)
+        first = start + (done << PAGE_SHIFT)
+        remote = b"".join(struct.pack("=QQ", first + page * PAGE_SIZE, 1) for page in range(batch))
+        local = struct.pack("=QQ", ctypes.addressof(buffer), batch)
+        got = _libc.process_vm_readv(tid, local, 1, remote, batch, 0)
+        if got < 0:
+            number = ctypes.get_errno()
+            if number != errno.EFAULT:
+                raise OSError(number, f"process_vm_readv {tid}: {os.strerror(number)}")
+            got = 0
+        if got < batch:
+            return done + int(got)
+    return count
+
+
+def _files_own(tid: int, start: int, count: int) -> int:
+    """How many of the pages, from the first on, are the file's and no private copy (CoW) of the process."""
+    with open(f"/proc/{tid}/pagemap", "rb", buffering=0) as pagemap:
+        raw = os.pread(pagemap.fileno(), count << 3, start >> PAGE_SHIFT << 3)
+    for index, (entry,) in enumerate(struct.iter_unpack("=Q", raw)):
+        if entry & _PM_PRESENT and not entry & _PM_FILE:
+            return index
+    return count
+
+
+def _is_capable(tid: int, mount: Mount) -> bool:
+    """``capable(CAP_SYS_ADMIN)``. In the emulated machine the mount's owner has it, too."""
+    field = read_fields(f"/proc/{tid}/status")
+    euid = int(field["Uid"].split()[1])
+    return euid in (0, mount.socket.stat().st_uid) or bool(int(field["CapEff"], 16) >> CAP_SYS_ADMIN & 1)

@@ -1,0 +1,1 @@
+"""Exact SIGBUS into unmodified processes by ptrace(2)."""

@@ -1,0 +1,331 @@
+"""One held thread of the tracer: what is wanted of it, and what to do in each of its stops.
+
+Purpose: the decisions, without I/O and without a clock. A stop goes in with ``Thread.decide``, one
+``Verdict`` comes out; ``tracer`` carries it out.
+
+How a signal gets its siginfo:
+- **AR**: the supervisor has the thread seized, then fails its page fault. The kernel forces BUS_ADRERR; in
+  the signal-delivery-stop code and lsb are replaced, the address is already right.
+- **AO**: seize, interrupt. In the event stop mask and pending set cannot change under us (and
+  rt_sigtimedwait(2) has put back the mask it lifts while it sleeps, which /proc shows lifted). SIGBUS not
+  blocked: queue one with a cookie, replace the siginfo in its signal-delivery-stop. Blocked: nothing will
+  ever stop for it, so the thread is made to queue it to itself (``injection``). SIGBUS is a legacy signal, a
+  second one is dropped while one is pending: hence a FIFO per thread.
+- **Forced AR** (``ForceAR``): the same for a thread in a system call, and first in the FIFO. Blocked or
+  ignored: the thread is made to take the default action, its mask is lifted, and it dies, as
+  force_sig_info_to_task() has it.
+- **Hold**: no signal. The first stop after the system call is kept (``parked``) until ``LetGo``; then its
+  private copies are dropped by madvise(2) of its own (``injection``), and it runs.
+
+States of a ``Thread``: running, LISTENing in a group-stop (``listening``), or between the stops of an
+injection (``phase``).
+
+Invariants:
+- a signal that is not ours goes on unchanged, in the very stop that reported it; so does a group-stop;
+- any stop may swallow an INTERRUPT, so every stop decides anew whether one is wanted;
+- a cookie that is neither pending nor seen again was dropped in favour of a foreign SIGBUS: it is sent again;
+- one SIGBUS settles all open arms for its page, or one AO, or nothing;
+- ``DETACH`` is only decided when nothing is wanted any more (``idle``).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from daxemu.host.proc.file_pages import FilePage
+from daxemu.host.tracer import siginfo
+from daxemu.host.tracer.messages import (
+    Delivered,
+    ForceAR,
+    Held,
+    Hold,
+    Ignored,
+    LetGo,
+    NotTaken,
+    Outcome,
+    Refused,
+    Resumed,
+    Send,
+    SendAO,
+)
+from daxemu.host.tracer.ptrace import Kind, Step, Stop
+from daxemu.host.tracer.siginfo import SigInfo
+from daxemu.uapi import BUS_MCEERR_AR, PAGE_SHIFT
+
+Phase = Enum("Phase", ["NONE", "ENTER", "EXIT"])  # where an injection is
+
+
+class Verdict(NamedTuple):
+    """What to do in a stop, in this order: ``undo`` an injection, ``kill`` the process, set ``info``,
+    INTERRUPT, ``step``.
+    """
+
+    step: Step
+    sig: int = 0
+    info: bytes | None = None
+    undo: bool = False
+    interrupt: bool = False
+    reports: tuple[Outcome, ...] = ()
+    kill: bool = False
+
+
+@dataclass
+class _Arm:
+    id: int
+    deadline: float
+    page: FilePage | None = None
+    expired: bool = False
+
+    def is_for(self, page: FilePage | None) -> bool:
+        return self.page == page or None in (self.page, page)
+
+
+class Discard(NamedTuple):
+    """Private copies that a thread must drop: ``length`` bytes from ``address`` on."""
+
+    address: int
+    length: int
+
+
+@dataclass
+class _Return:
+    """What becomes of a held thread before it runs."""
+
+    id: int
+    discard: deque[Discard]
+
+
+@dataclass
+class Thread:
+    """One held thread: what is wanted of it, and the decisions. Pure: no I/O, no clock."""
+
+    tid: int
+    arms: list[_Arm] = field(default_factory=list)
+    fifo: deque[Send] = field(default_factory=deque)
+    cookie: int = 0  # of the SIGBUS under way, for the head of the FIFO
+    phase: Phase = Phase.NONE
+    is_default: bool = False  # SIGBUS has its default action, by our doing, for the head of the FIFO
+    interrupting: bool = False
+    listening: bool = False
+    arriving: bool = False  # a SIGBUS is about to stop it: an INTERRUPT now would come before, for ever
+    retry_at: float | None = None  # blocked, and one is pending already: look again then
+    holds: list[int] = field(default_factory=list)  # requests that wait for the return of its system call
+    fault_at: int = 0  # page of a fault whose SIGBUS merged with one that was pending: its address, in bytes
+    parked: int | None = None  # the wait status of the stop in which it stays until it is let go
+    returns: _Return | None = None  # it was let go, but has copies to drop yet
+    asleep: set[int] = field(
+        default_factory=set
+    )  # requests of which it was said that they wait for the thread
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is wanted, so that it must be let go."""
+        return not (self.arms or self.fifo or self.holds or self.returns or self.parked is not None)
+
+    @property
+    def wants_interrupt(self) -> bool:
+        """Whether only an event stop gets us on."""
+        if self.interrupting or self.arriving or self.phase is not Phase.NONE or self.parked is not None:
+            return False
+        if self.idle or self.holds or any(arm.expired for arm in self.arms):
+            return True
+        if self.returns is not None:
+            return not self.listening
+        return bool(self.fifo) and not self.cookie and not self.listening and self.retry_at is None
+
+    def arm(self, id_: int, deadline: float, page: FilePage | None = None) -> None:
+        """Take the next BUS_ADRERR for ``page`` until ``deadline`` for consumed poison."""
+        self.arms.append(_Arm(id_, deadline, page))
+
+    def send(self, request: Send) -> None:
+        """Have it told. What is forced comes before what is queued, but after what is under way."""
+        if not isinstance(request, ForceAR):
+            self.fifo.append(request)
+            return
+        under_way = bool(self.cookie) or self.phase is not Phase.NONE
+        self.fifo.insert(int(under_way), request)
+        self.retry_at = None
+
+    def hold(self, request: Hold) -> None:
+        """Stop at the next chance, and stay."""
+        self.holds.append(request.id)
+
+    def park(self, status: int) -> tuple[Outcome, ...]:
+        """Stay in the stop of this wait status. Precondition: there are ``holds``, and no injection."""
+        self.parked, self.interrupting, holds = status, False, self.holds
+        self.holds = []
+        return tuple(Held(id_) for id_ in holds)
+
+    def let_go(self, request: LetGo, discard: list[Discard]) -> Outcome | None:
+        """Run again, once ``discard`` is dropped: then the outcome comes with a later verdict. The stop in
+        which the thread is parked must be decided next.
+        """
+        self.parked = None
+        if not discard:
+            return Resumed(request.id)
+        self.returns = _Return(request.id, deque(discard))
+        return None
+
+    @property
+    def to_inject(self) -> Discard | Send:
+        """What the thread must do itself next. Precondition: INJECT was decided."""
+        return self.returns.discard[0] if self.returns is not None else self.fifo[0]
+
+    def decide(self, stop: Stop, new_cookie: int) -> Verdict:
+        """A stop in, what to do out. ``new_cookie`` marks the SIGBUS, if one is to be queued."""
+        self.interrupting = self.listening = self.arriving = False
+        if stop.kind is Kind.SYSCALL:
+            return self._on_syscall(stop)
+        undo = self.phase is not Phase.NONE  # something came before the injected call: undone, tried again
+        self.phase = Phase.NONE
+        verdict = self._on_signal(stop) if stop.kind is Kind.SIGNAL else self._on_event(stop, new_cookie)
+        self.interrupting = verdict.step in (Step.CONT, Step.LISTEN) and self.wants_interrupt
+        return verdict._replace(undo=undo, interrupt=self.interrupting)
+
+    def expire(self, now: float) -> None:
+        """Mark the arms whose time has passed; the next event stop settles them."""
+        for arm in self.arms:
+            arm.expired = arm.expired or arm.deadline <= now
+
+    def drop_head(self) -> Send | _Return:
+        """Forget what could not be done next; the stop must be decided again."""
+        self.phase = Phase.NONE
+        if (returns := self.returns) is not None:
+            self.returns = None
+            return returns
+        self.cookie, self.is_default = 0, False
+        return self.fifo.popleft()
+
+    def retire(self) -> None:
+        """Want nothing any more, except to give a SIGBUS that is under way its siginfo."""
+        self.arms, self.fifo = [], deque(list(self.fifo)[:1] if self.cookie else [])
+        self.holds, self.returns = [], None
+
+    def ids(self) -> list[int]:
+        """The requests that are open."""
+        returns = [self.returns.id] if self.returns is not None else []
+        return [arm.id for arm in self.arms] + [ao.id for ao in self.fifo] + self.holds + returns
+
+    def sleeps(self, state: str) -> list[int]:
+        """The requests that wait for the thread, if it is asleep now, each one once. ``state``: its letter
+        in /proc/TID/stat.
+        """
+        if state in "Rt" and not self.listening:
+            return []
+        new = [request.id for request in self.fifo if request.id not in self.asleep]
+        self.asleep.update(new)
+        return new
+
+    def deadline(self) -> float:
+        """When somebody must look at it again, stop or no stop."""
+        times = [arm.deadline for arm in self.arms if not arm.expired]
+        if self.retry_at is not None:
+            times.append(self.retry_at)
+        return min(times, default=math.inf)
+
+    def _on_syscall(self, stop: Stop) -> Verdict:
+        if self.phase is Phase.ENTER:
+            self.phase = Phase.EXIT
+            return Verdict(Step.SYSCALL)
+        # What was interrupted is restarted only on the way through signal handling: INTERRUPT leads there.
+        self.phase, self.interrupting = Phase.NONE, True
+        verdict = Verdict(Step.CONT, undo=True, interrupt=True)
+        if self.returns is not None:
+            return verdict._replace(reports=self._discarded(stop.result), kill=stop.result != 0)
+        if not self.fifo:  # retired meanwhile
+            return verdict
+        if isinstance(self.fifo[0], ForceAR) and not stop.result:
+            self.is_default = True
+            return verdict
+        ao = self.fifo.popleft()
+        if stop.result:
+            return verdict._replace(reports=(Refused(ao.id, f"kernel: {os.strerror(-stop.result)}"),))
+        return verdict._replace(reports=(self._delivered(ao),))
+
+    def _discarded(self, result: int) -> tuple[Outcome, ...]:
+        """The result of one madvise(2)."""
+        assert self.returns is not None
+        self.returns.discard.popleft()
+        if not result and self.returns.discard:
+            return ()
+        done, self.returns = self.returns, None
+        if result:
+            return (Refused(done.id, f"kernel: {os.strerror(-result)}", killed=True),)
+        return (Resumed(done.id),)
+
+    def _on_signal(self, stop: Stop) -> Verdict:
+        info: bytes | None = None
+        reports: tuple[Outcome, ...] = ()
+        if stop.info is not None and stop.sig == signal.SIGBUS:
+            info, reports = self._on_sigbus(stop.info, stop.page)
+            self.retry_at = None
+        if self.cookie and not stop.pending:
+            self.cookie = 0
+        return Verdict(Step.DETACH if self.idle else Step.CONT, stop.sig, info, reports=reports)
+
+    def _on_sigbus(self, info: SigInfo, page: FilePage | None) -> tuple[bytes | None, tuple[Outcome, ...]]:
+        arms = [arm for arm in self.arms if arm.is_for(page)] if info.is_bus_adrerr else []
+        if arms:
+            # All arms for a page are for the same fault: it may ask for its page more than once.
+            serial = arms[-1].id
+            reports = tuple(Delivered(arm.id, self.tid, BUS_MCEERR_AR, info.addr, serial) for arm in arms)
+            self.arms = [arm for arm in self.arms if arm not in arms]
+            return siginfo.bus_error(BUS_MCEERR_AR, info.addr, PAGE_SHIFT), reports
+        if self.cookie and info.is_queued_with(self.cookie):
+            self.cookie, self.is_default = 0, False
+            sent = self.fifo.popleft()
+            return siginfo.bus_error(sent.code, sent.addr, sent.lsb), (self._delivered(sent),)
+        return None, ()
+
+    def _delivered(self, sent: Send) -> Delivered:
+        return Delivered(sent.id, self.tid, sent.code, sent.addr, serial=sent.id)
+
+    def _on_event(self, stop: Stop, new_cookie: int) -> Verdict:
+        if self.cookie and not stop.pending:
+            self.cookie = 0
+        self.arriving = stop.pending and not stop.blocked
+        reports: list[Outcome] = []
+        if not self.arriving:
+            reports += (NotTaken(arm.id) for arm in self.arms if arm.expired)
+            self.arms = [arm for arm in self.arms if not arm.expired]
+        if stop.kind is Kind.GROUP:
+            self.listening = not self.idle
+            step = Step.LISTEN if self.listening else Step.DETACH
+        else:
+            step = self._next(stop, new_cookie, reports)
+        return Verdict(step, reports=tuple(reports))
+
+    def _next(self, stop: Stop, new_cookie: int, reports: list[Outcome]) -> Step:
+        if not self.cookie and stop.ignored and not stop.blocked:
+            reports += (Ignored(ao.id) for ao in self.fifo if isinstance(ao, SendAO))
+            self.fifo = deque(forced for forced in self.fifo if isinstance(forced, ForceAR))
+        if self.idle:
+            return Step.DETACH
+        if self.returns is not None and not self.arriving:
+            self.phase = Phase.ENTER
+            return Step.INJECT
+        if not self.fifo or self.cookie or self.arriving:
+            return Step.CONT
+        if isinstance(self.fifo[0], ForceAR) and (stop.blocked or stop.ignored):
+            return self._force(new_cookie)
+        if not stop.blocked:
+            self.cookie = new_cookie
+            return Step.QUEUE
+        if stop.pending:
+            self.retry_at = 0.0  # the next tick sets the time
+            return Step.CONT
+        self.phase = Phase.ENTER
+        return Step.INJECT
+
+    def _force(self, new_cookie: int) -> Step:
+        if self.is_default:
+            self.cookie = new_cookie
+            return Step.FORCE
+        self.phase = Phase.ENTER
+        return Step.INJECT

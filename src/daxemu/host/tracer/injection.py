@@ -1,0 +1,274 @@
+"""A system call made in the name of another thread, which knows nothing of it. Only x86_64.
+
+Purpose: to queue a siginfo with si_code > 0 to a thread that blocks its signal, and to give a signal its
+default action back. Beside it ``mend_eintr``, for the system calls that our stops interrupt: these are what
+needs registers. Counterpart in Linux: send_sig_mceerr() of kernel/signal.c for such a thread, and what
+force_sig_info_to_task() does to one.
+
+States of an ``Injection``: prepared -> at the call's entry -> at its exit -> undone; whoever steps the thread
+keeps count (``tracer.held_thread.Phase``).
+
+Invariants:
+- registers and up to SIGINFO_SIZE bytes of stack are changed, and ``undo`` puts back exactly those;
+- it may be undone at any ptrace stop, whether the system call was made or not, and is undone once;
+- what cannot be done raises ``CannotInject`` and leaves the thread as it was.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import re
+import struct
+from io import FileIO
+from signal import SIGBUS
+from typing import NamedTuple
+
+from daxemu.host.proc.procfs import read_whole
+from daxemu.host.tracer import ptrace
+from daxemu.host.tracer.messages import ForceAR, Send
+from daxemu.host.tracer.siginfo import Status, bus_error
+from daxemu.uapi import PAGE_SIZE
+
+_MACHINE = platform.machine()
+_AT_SYSINFO_EHDR = 33  # uapi/linux/auxvec.h
+_RED_ZONE = 128  # bytes below the stack pointer that the ABI lets a function use
+_SCAN_LIMIT = 1 << 20  # bytes of each mapping that are searched for an instruction
+
+_NR_RT_SIGACTION = 13  # asm/unistd_64.h
+_NR_MADVISE = 28
+_MADV_DONTNEED_LOCKED = 24  # asm-generic/mman-common.h, since Linux 5.18
+
+# asm/user_64.h: indices into struct user_regs_struct
+_R10, _RAX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP, _CS, _RSP = 7, 10, 12, 13, 14, 15, 16, 17, 19
+_Regs = ctypes.c_uint64 * 27
+# struct user_regs_struct32, of a thread that runs 32-bit code
+_EAX, _ORIG_EAX = 6, 11
+_Regs32 = ctypes.c_uint32 * 17
+_USER_CS_64 = 0x33
+_SYSCALL_INSN = b"\x0f\x05"
+_MINUS_ONE = (1 << 64) - 1
+
+# linux/errno.h: restart the system call unless a handler runs; then EINTR
+_ERESTARTNOHAND = 514
+
+# signal(7), "Interruption of system calls by stop signals": these say EINTR for a mere PTRACE_INTERRUPT,
+# though nothing was delivered. rt_sigtimedwait, semop, semtimedop, io_getevents, io_pgetevents, epoll_wait,
+# epoll_pwait, epoll_pwait2, and with a socket timeout recvfrom, recvmsg, recvmmsg, accept, accept4, sendto,
+# sendmsg. All did nothing yet when they say so.
+SAYS_EINTR = frozenset((128, 65, 220, 208, 333, 232, 281, 441, 45, 47, 299, 43, 288, 44, 46))
+
+# What /proc/TID/mem says of an address with no memory behind it
+_UNMAPPED = (errno.EIO, errno.EFAULT)
+
+
+class CannotInject(Exception):
+    """This thread cannot be made to call; the message says why, for a user to read."""
+
+
+def _get_regs(tid: int) -> ctypes.Array[ctypes.c_uint64] | None:
+    """The registers of a stopped 64-bit thread; None if it runs 32-bit code."""
+    regs = _Regs()
+    if ptrace.get_regs(tid, regs) != ctypes.sizeof(regs) or regs[_CS] != _USER_CS_64:
+        return None
+    return regs
+
+
+def mend_eintr(tid: int) -> None:
+    """At an EVENT_STOP: have the interrupted system call restarted if the kernel would not do so by itself.
+
+    A relative timeout begins anew (epoll_wait, sigtimedwait), which beats an EINTR that no signal explains.
+    """
+    if _MACHINE != "x86_64":
+        return
+    regs = _get_regs(tid)
+    if regs is None or regs[_ORIG_RAX] not in SAYS_EINTR:
+        return
+    if regs[_RAX] == (-errno.EINTR) & _MINUS_ONE:
+        regs[_RAX] = (-_ERESTARTNOHAND) & _MINUS_ONE
+        ptrace.set_regs(tid, regs)
+
+
+class Call(NamedTuple):
+    """A system call: up to four arguments, of which ``PAYLOAD`` stands for the address of ``payload``."""
+
+    number: int
+    arguments: tuple[int, ...]
+    payload: bytes
+
+
+PAYLOAD = -1
+
+
+def queue_to_itself(status: Status, sig: int, info: bytes) -> Call:
+    """rt_tgsigqueueinfo(2) by the thread to itself.
+
+    Only a thread itself may queue a siginfo with si_code > 0, and only a queued one is found by
+    sigtimedwait(2), signalfd(2) or a later unblocking.
+    """
+    return Call(ptrace.NR_RT_TGSIGQUEUEINFO, (status.ns_tgid, status.ns_tid, sig, PAYLOAD), info)
+
+
+def default_action(sig: int) -> Call:
+    """rt_sigaction(2) with SIG_DFL: a ``struct sigaction`` of zeros, its mask 8 bytes."""
+    return Call(_NR_RT_SIGACTION, (sig, PAYLOAD, 0, 8), bytes(32))
+
+
+def discard(address: int, length: int) -> Call:
+    """madvise(2): drop the private copies of these bytes, locked or not."""
+    return Call(_NR_MADVISE, (address, length, _MADV_DONTNEED_LOCKED, 0), b"")
+
+
+class Injection:
+    """A system call made by a stopped thread that knows nothing of it.
+
+    After construction the caller lets the thread run to the entry of the call and then to its exit
+    (``cont_to_syscall``), reads ``result``, calls ``undo``. Syscall stops instead of single steps: a step's
+    SIGTRAP is a forced signal, which would reset a blocked or ignored SIGTRAP's disposition.
+    """
+
+    def __init__(self, tid: int, status: Status, call: Call) -> None:
+        if _MACHINE != "x86_64":
+            raise CannotInject(f"its SIGBUS is blocked, and there is no way around that on {_MACHINE}")
+        regs = _get_regs(tid)
+        if regs is None:
+            raise CannotInject("it runs 32-bit code")
+        self._tid = tid
+        self._regs = regs
+        self._suspends_seccomp = status.seccomp != 0
+        self._memory = _open_memory(tid)  # closed with this object
+        insn = _find_syscall_insn(tid, regs, self._memory.fileno())
+        self._where, self._saved = _write_scratch(self._memory.fileno(), regs[_RSP], call.payload)
+        try:
+            if self._suspends_seccomp:
+                _suspend_seccomp(tid)
+            ptrace.set_regs(tid, self._prepared(insn, call))
+        except (OSError, CannotInject):
+            self._restore_memory()
+            raise
+
+    def _prepared(self, insn: int, call: Call) -> ctypes.Array[ctypes.c_uint64]:
+        regs = _Regs(*self._regs)
+        regs[_RIP] = insn
+        regs[_RAX] = call.number
+        regs[_ORIG_RAX] = _MINUS_ONE  # or the kernel would restart the interrupted system call here
+        for register, value in zip((_RDI, _RSI, _RDX, _R10), call.arguments, strict=False):
+            regs[register] = self._where if value == PAYLOAD else value
+        return regs
+
+    def result(self) -> int:
+        """At the exit of the call: what it returned, 0 or a negated errno."""
+        regs = _Regs()
+        ptrace.get_regs(self._tid, regs)
+        return ctypes.c_int64(regs[_RAX]).value
+
+    def undo(self) -> None:
+        """Put registers and stack back."""
+        ptrace.set_regs(self._tid, self._regs)
+        if self._suspends_seccomp:
+            ptrace.suspend_seccomp(self._tid, False)
+        self._restore_memory()
+
+    def _restore_memory(self) -> None:
+        try:
+            os.pwrite(self._memory.fileno(), self._saved, self._where)
+        except OSError as error:
+            if error.errno not in _UNMAPPED:  # by another thread meanwhile: nothing is left to restore
+                raise
+
+
+def fail_call(tid: int, number: int, error: int) -> None:
+    """Turn the success of system call ``number``, at whose return the thread is stopped, into ``-error``."""
+    if _MACHINE != "x86_64":
+        return
+    regs = _Regs()
+    words: ctypes.Array[ctypes.c_uint64] | ctypes.Array[ctypes.c_uint32] = regs
+    call, result = _ORIG_RAX, _RAX
+    if ptrace.get_regs(tid, regs) == ctypes.sizeof(_Regs32):
+        words, call, result = _Regs32.from_buffer(regs), _ORIG_EAX, _EAX
+    if words[call] == number and words[result] == 0:
+        words[result] = -error  # ctypes cuts it to the register's size
+        ptrace.set_regs(tid, regs)
+
+
+def begin(tid: int, request: Send | tuple[int, int]) -> Injection:
+    """What a stopped thread must do itself: drop (address, bytes), queue its AO, or take the default action
+    for what is forced.
+    """
+    status = ptrace.status_of_held(tid)
+    if isinstance(request, tuple):
+        return Injection(tid, status, discard(*request))
+    if isinstance(request, ForceAR):
+        return Injection(tid, status, default_action(SIGBUS))
+    info = bus_error(request.code, request.addr, request.lsb)
+    return Injection(tid, status, queue_to_itself(status, SIGBUS, info))
+
+
+def _open_memory(tid: int) -> FileIO:
+    try:
+        return FileIO(f"/proc/{tid}/mem", "r+")
+    except PermissionError as error:
+        raise CannotInject("its SIGBUS is blocked, and its memory is not accessible") from error
+
+
+def _suspend_seccomp(tid: int) -> None:
+    """A filter might kill the process for a system call it never makes itself."""
+    try:
+        ptrace.suspend_seccomp(tid, True)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EINVAL):
+            raise
+        raise CannotInject("its SIGBUS is blocked, and a seccomp filter watches its system calls") from error
+
+
+def _write_scratch(memory: int, stack: int, info: bytes) -> tuple[int, bytes]:
+    """Put ``info`` below the red zone or, where nothing is mapped, over live stack (put back before use)."""
+    for where in ((stack - _RED_ZONE - len(info)) & ~15, stack):
+        try:
+            saved = os.pread(memory, len(info), where)
+            if len(saved) == len(info) == os.pwrite(memory, info, where):
+                return where, saved
+        except OverflowError:
+            break
+        except OSError as error:
+            if error.errno not in _UNMAPPED:
+                raise
+    raise CannotInject("its SIGBUS is blocked, and its stack pointer points to no memory")
+
+
+def _find_syscall_insn(tid: int, regs: ctypes.Array[ctypes.c_uint64], memory: int) -> int:
+    """The address of a ``syscall`` instruction: the one it has just used, one in the vDSO, or any other."""
+    if regs[_ORIG_RAX] < _MINUS_ONE and _peek(memory, regs[_RIP] - 2, 2) == _SYSCALL_INSN:
+        return regs[_RIP] - 2
+    vdso = _vdso_base(tid)
+    for start, length in [(vdso, 2 * PAGE_SIZE), (vdso, PAGE_SIZE)] if vdso else []:
+        found = _peek(memory, start, length).find(_SYSCALL_INSN)
+        if found >= 0:
+            return start + found
+    # The kernel escapes a newline in a path, and re.MULTILINE knows no other end of a line.
+    maps = read_whole(f"/proc/{tid}/maps")
+    for low, high in re.findall(rb"^([0-9a-f]+)-([0-9a-f]+) ..x", maps, re.MULTILINE):
+        start = int(low, 16)
+        found = _peek(memory, start, min(int(high, 16) - start, _SCAN_LIMIT)).find(_SYSCALL_INSN)
+        if found >= 0:
+            return start + found
+    raise CannotInject("its SIGBUS is blocked, and it has no system call instruction mapped")
+
+
+def _peek(memory: int, where: int, length: int) -> bytes:
+    """Bytes of a thread's memory; none if they are not mapped."""
+    try:
+        return os.pread(memory, length, where)
+    except (OSError, OverflowError):  # OverflowError: [vsyscall] lies beyond any off_t
+        return b""
+
+
+def _vdso_base(tid: int) -> int:
+    with open(f"/proc/{tid}/auxv", "rb") as file:
+        raw = file.read()
+    for key, value in struct.iter_unpack("=QQ", raw[: len(raw) // 16 * 16]):
+        if key == _AT_SYSINFO_EHDR:
+            return int(value)
+    return 0

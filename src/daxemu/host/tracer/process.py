@@ -1,0 +1,486 @@
+"""The tracer: makes unmodified processes receive SIGBUS with exactly the siginfo memory_failure() would give.
+
+Counterpart in Linux: kill_proc() of mm/memory-failure.c, force_sig_mceerr() and send_sig_mceerr() of
+kernel/signal.c. Only a ptrace tracer can give another process si_code > 0. ptrace is bound to a thread, so
+the tracer is a process: ``python -m daxemu.host.tracer.process FD``. FD is a SOCK_SEQPACKET socket, with the
+messages of ``tracer.messages``. The supervisor's side is ``tracer.link``.
+
+Purpose: the event loop, and all I/O (socket, waitpid, ptrace, clock). What to do in a stop is decided by
+``tracer.held_thread.Thread``, unless all goes as usual: that is ``tracer.deliver_in_c``'s, in C. The process
+imports little, because each mount has a tracer.
+
+States: serving; then, when the socket's other end has closed, letting every thread go, for a limited time.
+
+Invariants:
+- a thread is held exactly as long as a request for it is open; detaching happens only in a stop;
+- neither stops nor requests starve the others: at most _BATCH of each in a turn;
+- every request gets exactly one final report (``ArmedAck`` is not final), however late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import secrets
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import Counter, deque
+from pathlib import Path
+
+import msgspec
+
+from daxemu.host import victims
+from daxemu.host.proc import file_pages
+from daxemu.host.tracer import injection, ptrace, siginfo
+from daxemu.host.tracer.beside import Besides
+from daxemu.host.tracer.deliver_in_c import Deliveries, Taken, Wait
+from daxemu.host.tracer.held_thread import Discard, Phase, Thread, Verdict
+from daxemu.host.tracer.messages import (
+    MAX_PACKET,
+    MOST_IN_PACKET,
+    ArmAR,
+    ArmedAck,
+    Asleep,
+    Delivered,
+    ForceAR,
+    Gone,
+    Hold,
+    Ignored,
+    LetGo,
+    Outcome,
+    Refused,
+    Report,
+    Request,
+    Send,
+    SendAO,
+)
+from daxemu.host.tracer.ptrace import Kind, Step, Stop
+from daxemu.host.tracer.siginfo import SIGBUS_BIT
+
+_RETRY = 0.02  # seconds between looks at a pending SIGBUS: nothing tells when signalfd(2) takes it
+_SWEEP = 1.0  # seconds
+_FAREWELL = 2.0  # seconds to let go of everything at the end
+_MOURNING_INTERVAL = 1.0  # seconds between looks at the supervisor
+_BATCH = 256  # stops, or packets of requests, before the other side gets its turn
+_DECODER = msgspec.json.Decoder(list[Request])
+_ENCODER = msgspec.json.Encoder()
+
+
+class Tracer:
+    """The I/O around ``Thread``: socket, waitpid, ptrace, clock. ``is_beside``: for one victim alone."""
+
+    def __init__(self, sock: socket.socket, wakeup: int, *, is_beside: bool = False) -> None:
+        self._is_beside = is_beside
+        self._beside = Besides(lambda sock, wakeup: Tracer(sock, wakeup, is_beside=True))
+        self._sock = sock
+        self._wakeup = wakeup
+        self._threads: dict[int, Thread] = {}
+        self._injections: dict[int, injection.Injection] = {}
+        self._outbox: deque[Report] = deque()
+        self._cookies = itertools.count(secrets.randbits(62) + 1)
+        self._deliveries = None if is_beside or victims.MISSING is not None else Deliveries()
+        self._stale_at = math.inf  # when those become threads of ours
+        self._due = math.inf  # when ``_tick`` must look at all threads
+        self._more = False  # there may be more stops: come back at once, after a look at the socket
+        self._farewell: float | None = None  # set when the socket is closed: stop at that time at the latest
+
+    def run(self) -> None:
+        """Serve until the socket's other end closes, then let every thread go."""
+        poller = select.poll()
+        poller.register(self._wakeup, select.POLLIN)
+        while self._farewell is None:
+            self._beside.register(poller)
+            poller.register(self._sock, select.POLLIN | (select.POLLOUT if self._outbox else 0))
+            self._turn(poller)
+            self._outbox.extend(self._beside.receive(poller))
+            self._receive()
+            self._flush()
+        poller.unregister(self._sock)
+        self._take_all_over()
+        for thread in list(self._threads.values()):
+            thread.retire()
+            self._unpark(thread)
+            self._nudge(thread)
+        self._beside.close()
+        while (self._threads or self._beside.are_alive) and time.monotonic() < self._farewell:
+            self._turn(poller)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no thread is held."""
+        return not self._threads
+
+    def _turn(self, poller: select.poll) -> None:
+        left = 0 if self._more else min(self._due, self._farewell or math.inf) - time.monotonic()
+        poller.poll(None if left == math.inf else max(0, math.ceil(left * 1000)))
+        with contextlib.suppress(BlockingIOError):  # nobody rang: it was the socket or the clock
+            os.read(self._wakeup, 4096)
+            self._beside.ring()
+        self._reap()
+        self._tick(time.monotonic())
+
+    def _receive(self) -> None:
+        for _ in range(_BATCH):
+            try:
+                packet = self._sock.recv(MAX_PACKET)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:  # closed with our reports unread
+                packet = b""
+            if not packet:
+                self._farewell = time.monotonic() + _FAREWELL
+                return
+            for request in self._begin(_DECODER.decode(packet)):
+                self._on_request(request)
+
+    def _flush(self) -> None:
+        """Send what the socket takes. Never waits: the peer may be waiting for us to read."""
+        while self._outbox:
+            packet = list(itertools.islice(self._outbox, MOST_IN_PACKET))
+            try:
+                self._sock.send(_ENCODER.encode(packet))
+            except BlockingIOError:
+                return
+            except (BrokenPipeError, ConnectionResetError):  # the next recv() sees the end
+                self._outbox.clear()
+                return
+            for _ in packet:
+                self._outbox.popleft()
+
+    def _begin(self, requests: list[Request]) -> list[Request]:
+        """Begin what may go as usual; returns the other requests, in their order."""
+        if self._deliveries is None:
+            return requests
+        times = Counter(request.tid for request in requests)
+        begun: list[tuple[SendAO, int]] = []
+        left: list[Request] = []
+        for request in requests:
+            held = (
+                request.tid in self._threads or request.tid in self._deliveries or request.tid in self._beside
+            )
+            may = times[request.tid] == 1 and not held and len(begun) < self._deliveries.room
+            if may and isinstance(request, SendAO):
+                begun.append((request, next(self._cookies)))
+            else:
+                left.append(request)
+        if begun and not self._deliveries:
+            self._stale_at = time.monotonic() + _SWEEP
+            self._due = min(self._due, self._stale_at)
+        while begun:
+            count = self._deliveries.begin(begun)
+            left += (request for request, _ in begun[count : count + 1])
+            begun = begun[count + 1 :]
+        return left
+
+    def _take_over(self, taken: Taken) -> None:
+        """Go on with a delivery that turned out unusual."""
+        request = taken.request
+        thread = self._threads[request.tid] = Thread(request.tid, interrupting=not taken.cookie)
+        thread.cookie = taken.cookie
+        if taken.cookie:
+            thread.send(request)
+        else:
+            status = siginfo.read_status(request.tid)
+            self._want(thread, request, status is not None and status.tgid == request.tgid)
+        self._schedule(thread)
+
+    def _take_all_over(self) -> None:
+        for taken in self._deliveries.take_all() if self._deliveries is not None else ():
+            self._take_over(taken)
+        self._stale_at = math.inf
+
+    def _on_request(self, request: Request) -> None:
+        reports = None
+        if not self._is_beside:
+            reports = self._beside.takes(request, is_held=request.tid in self._threads)
+        if reports is not None:
+            self._outbox.extend(reports)
+            self._due = min(self._due, time.monotonic() + _SWEEP)
+            return
+        if isinstance(request, LetGo):
+            self._let_go(request)
+            return
+        if self._deliveries is not None and request.tid in self._deliveries:
+            self._take_over(self._deliveries.take_over(request.tid))
+        if request.tid not in self._threads and (refused := self._hold(request)) is not None:
+            self._outbox.append(refused)
+            return
+        thread = self._threads.setdefault(request.tid, Thread(request.tid))
+        self._want(thread, request)
+        if isinstance(request, ArmAR | ForceAR | Hold):
+            self._outbox.append(ArmedAck(request.id))  # leaves after the thread was interrupted
+        self._nudge(thread)
+
+    def _let_go(self, request: LetGo) -> None:
+        thread = self._threads.get(request.tid)
+        if thread is None or thread.parked is None:
+            self._outbox.append(Gone(request.id))
+            return
+        tid = request.tid
+        try:
+            if request.error:
+                injection.fail_call(tid, request.number, request.error)
+        except OSError as error:
+            if not ptrace.is_vanished(error):
+                raise
+        # Another thread may have mapped something else there.
+        still = [
+            Discard(*area)
+            for area, page in zip(request.discard, request.pages, strict=True)
+            if file_pages.page_at(tid, area[0]) == page
+        ]
+        status = thread.parked
+        if (outcome := thread.let_go(request, still)) is not None:
+            self._outbox.append(outcome)
+        self._on_wait(tid, status)
+
+    def _unpark(self, thread: Thread) -> None:
+        """Let a held thread go for which nobody asks any more."""
+        if thread.parked is not None:
+            status, thread.parked = thread.parked, None
+            self._on_wait(thread.tid, status)
+
+    def _want(self, thread: Thread, request: ArmAR | Send | Hold, is_its: bool = True) -> None:
+        """Have a held thread get what is asked for; ``is_its``: it is the thread that was meant."""
+        if isinstance(request, ArmAR):
+            thread.arm(request.id, time.monotonic() + request.timeout, request.page)
+        elif isinstance(request, Hold):
+            thread.hold(request)
+        elif is_its and (current := _as_mapped_now(request)) is not None:
+            thread.send(current)
+        else:
+            self._outbox.append(Gone(request.id))
+
+    def _hold(self, request: ArmAR | Send | Hold) -> Outcome | None:
+        """Seize the thread; or the final report, if that is not to be."""
+        status = siginfo.read_status(request.tid)
+        if status is None or status.is_dead:
+            return Gone(request.id)
+        if isinstance(request, Send | Hold) and status.tgid != request.tgid:
+            return Gone(request.id)
+        if isinstance(request, SendAO) and siginfo.is_ignored(status):
+            return Ignored(request.id)
+        try:
+            ptrace.seize(request.tid)
+        except OSError as error:
+            if (reason := ptrace.refusal(request.tid, error)) is None:
+                return Gone(request.id)
+            signalled = isinstance(request, Send) and ptrace.send_plain(request.tgid, request.tid)
+            return Refused(request.id, reason, signalled)
+        return None
+
+    def _reap(self) -> None:
+        stops, waits = self._deliveries.reap(_BATCH) if self._deliveries is not None else _reap(_BATCH)
+        for wait in waits:
+            if wait.sent is not None:
+                sent = wait.sent
+                self._outbox.append(Delivered(sent.id, sent.tid, sent.code, sent.addr, serial=sent.id))
+                continue
+            if wait.taken is not None:
+                self._take_over(wait.taken)
+            self._on_wait(wait.tid, wait.status)
+        self._more = stops == _BATCH
+
+    def _on_wait(self, tid: int, status: int) -> None:
+        thread = self._threads.get(tid)
+        try:
+            if not os.WIFSTOPPED(status):
+                self._drop(tid, os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0)
+            elif status >> 16 == ptrace.EVENT_EXEC:
+                self._drop(tid)
+                self._drop(ptrace.event_message(tid))
+                ptrace.detach(tid)
+            elif thread is None:
+                ptrace.detach(tid, ptrace.classify(status)[1])
+            elif thread.holds and thread.phase is Phase.NONE:
+                self._outbox.extend(thread.park(status))
+            else:
+                self._on_stop(thread, ptrace.look(tid, status, thread.cookie))
+        except OSError as error:
+            if not ptrace.is_vanished(error):
+                raise
+            self._drop(tid)
+
+    def _on_stop(self, thread: Thread, stop: Stop) -> None:
+        if thread.arms and (info := stop.info) is not None:
+            if info.is_bus_adrerr:
+                stop = stop._replace(page=file_pages.page_at(thread.tid, info.addr))
+            elif (page := thread.arms[-1].page) is not None:
+                # force_sig_info_to_task() merges with a pending SIGBUS: the fault's own siginfo is lost.
+                thread.fault_at = file_pages.find_page(thread.tid, page, info.addr) or 0
+        if thread.phase is Phase.EXIT:
+            stop = stop._replace(result=self._injections[thread.tid].result())
+        while True:
+            verdict = thread.decide(stop, next(self._cookies))
+            try:
+                refusal = self._carry_out(thread, verdict, stop.kind)
+            except OSError:
+                self._outbox.extend(Gone(report.id) for report in verdict.reports)
+                raise
+            self._outbox.extend(verdict.reports)
+            if refusal is None:
+                break
+            dropped = thread.drop_head()
+            if isinstance(dropped, Send):
+                signalled = ptrace.send_plain(dropped.tgid, dropped.tid)
+                self._outbox.append(Refused(dropped.id, refusal, signalled))
+            else:
+                os.kill(thread.tid, signal.SIGKILL)
+                self._outbox.append(Refused(dropped.id, refusal, killed=True))
+            stop = stop._replace(pending=stop.pending or isinstance(dropped, Send))
+        self._schedule(thread)
+
+    def _carry_out(self, thread: Thread, verdict: Verdict, kind: Kind) -> str | None:
+        """Do it; or the reason why the signal cannot be sent, with the thread still stopped."""
+        tid, step = thread.tid, verdict.step
+        if verdict.undo:
+            self._injections.pop(tid).undo()
+        if verdict.kill:
+            os.kill(tid, signal.SIGKILL)
+        if kind is Kind.TRAP:
+            injection.mend_eintr(tid)
+        if verdict.info is not None:
+            ptrace.set_siginfo(tid, verdict.info)
+        if step is Step.INJECT:
+            try:
+                self._injections[tid] = injection.begin(tid, thread.to_inject)
+            except injection.CannotInject as why:
+                return str(why)
+        if step is Step.FORCE:
+            ptrace.unblock(tid, signal.SIGBUS)
+        if step in (Step.QUEUE, Step.FORCE):
+            mark = siginfo.queued(signal.SIGBUS, thread.cookie)
+            try:
+                ptrace.tgsigqueue(thread.fifo[0].tgid, tid, signal.SIGBUS, mark)
+            except PermissionError:  # CAP_SYS_PTRACE without CAP_KILL
+                return "not permitted to signal it"
+        if verdict.interrupt:
+            ptrace.interrupt(tid)
+        ptrace.resume(tid, step, verdict.sig)
+        if step is Step.DETACH:
+            del self._threads[tid]
+        return None
+
+    def _tick(self, now: float) -> None:
+        """Deadlines, and what no event tells of."""
+        if now < self._due:
+            return
+        if now >= self._stale_at:
+            self._take_all_over()
+        self._due = now + _SWEEP if self._threads or self._beside else self._stale_at
+        reports, ready = self._beside.tick(now)
+        self._outbox.extend(reports)
+        for request in ready:
+            self._on_request(request)
+        for thread in list(self._threads.values()):
+            thread.expire(now)
+            status = siginfo.read_status(thread.tid)
+            # A leader vanishes without a wait status when another thread of its process calls execve(2).
+            if status is None or status.is_dead or status.tracer != threading.get_native_id():
+                self._drop(thread.tid)
+                continue
+            self._outbox.extend(Asleep(id_) for id_ in thread.sleeps(status.state))
+            pending = bool(status.pending & SIGBUS_BIT)
+            if thread.retry_at is not None and thread.retry_at <= now:
+                thread.retry_at = now + _RETRY if pending else None
+            if thread.cookie and not pending and status.state != "t" and not thread.interrupting:
+                self._interrupt(thread)  # lost: the event stop finds that out
+            self._nudge(thread)
+
+    def _nudge(self, thread: Thread) -> None:
+        if thread.wants_interrupt:
+            self._interrupt(thread)
+        self._schedule(thread)
+
+    def _interrupt(self, thread: Thread) -> None:
+        thread.interrupting = True
+        try:
+            ptrace.interrupt(thread.tid)
+        except OSError as error:
+            if not ptrace.is_vanished(error):
+                raise
+            self._drop(thread.tid)
+
+    def _schedule(self, thread: Thread) -> None:
+        if thread.tid in self._threads:
+            self._due = min(self._due, thread.deadline(), time.monotonic() + _SWEEP)
+
+    def _drop(self, tid: int, signal: int = 0) -> None:
+        """Forget a thread that is no more. ``signal`` ended it; 0 if none did, or none is known."""
+        self._injections.pop(tid, None)
+        if (thread := self._threads.pop(tid, None)) is not None:
+            self._outbox.extend(Gone(id_, signal, thread.fault_at) for id_ in thread.ids())
+        elif self._deliveries is not None and tid in self._deliveries:
+            self._outbox.append(Gone(self._deliveries.take_over(tid).request.id))
+
+
+def _reap(most: int) -> tuple[int, list[Wait]]:
+    """What waitpid(2) has to say by now, ``most`` of it at the most; and how much that is."""
+    waits: list[Wait] = []
+    while len(waits) < most:
+        try:
+            tid, status = os.waitpid(-1, os.WNOHANG | ptrace.WALL | ptrace.WNOTHREAD)
+        except ChildProcessError:
+            break
+        if tid == 0:
+            break
+        waits.append(Wait(tid, status))
+    return len(waits), waits
+
+
+def _as_mapped_now(request: Send) -> Send | None:
+    """The request with the address that its page has now; None if it is mapped no more.
+
+    Precondition: the thread is held, so that an execve(2) after this does not go unnoticed.
+    """
+    if not isinstance(request, SendAO) or request.page is None:
+        return request
+    address = file_pages.find_page(request.tgid, request.page, request.addr)
+    return msgspec.structs.replace(request, addr=address) if address is not None else None
+
+
+def _mourn(supervisor: int, abort: str) -> None:
+    """Cut the mount's connection (by the file ``abort``) once the supervisor has been killed.
+
+    A killed process normally takes its connection with it. Not where one of its threads waits on its own
+    mount: that thread cannot die before it is answered, and the process lingers as a zombie that keeps
+    everybody waiting.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # the other thread's
+    while True:
+        time.sleep(_MOURNING_INTERVAL)
+        try:
+            stat = Path(f"/proc/{supervisor}/stat").read_bytes()
+        except OSError:
+            return
+        if stat.rpartition(b") ")[2].startswith(b"Z"):
+            with contextlib.suppress(OSError):  # cut already, or not ours to cut
+                Path(abort).write_text("1")
+            return
+
+
+def main(argv: list[str]) -> None:
+    """Serve the socket whose number is ``argv[1]``; ``argv[2]``, if there, is the file that cuts the mount's
+    connection.
+    """
+    if len(argv) > 2:
+        threading.Thread(target=_mourn, args=(os.getppid(), argv[2]), daemon=True).start()
+    # The socket's end is our end; dying in the middle of an injection would hurt the victim.
+    for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sig, signal.SIG_IGN)
+    ours, theirs = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda _sig, _frame: None)  # without a handler the pipe stays silent
+    with socket.socket(fileno=int(argv[1])) as sock:
+        sock.setblocking(False)
+        Tracer(sock, ours).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv)

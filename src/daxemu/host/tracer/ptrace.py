@@ -1,0 +1,303 @@
+"""ptrace(2) and what its stops mean: typed access to the kernel, one function a request.
+
+Purpose: no policy. ``tracer.held_thread`` decides what to do with a stopped thread, ``tracer.injection``
+makes system calls in the name of the thread. Every failure is an OSError with the kernel's errno; ESRCH from
+a request means "not stopped any more": the thread is being killed.
+
+Invariants: nothing here waits, but for the kernel's own short locks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+from enum import Enum, auto
+from pathlib import Path
+from signal import SIGBUS, SIGTRAP
+from typing import NamedTuple
+
+from daxemu.host.proc.file_pages import FilePage
+from daxemu.host.proc.procfs import read_whole
+from daxemu.host.tracer.siginfo import SIGBUS_BIT, SIGINFO_SIZE, SigInfo, Status, parse, read_status
+
+# uapi/linux/ptrace.h
+_CONT = 7
+_SYSCALL = 24
+_SETOPTIONS = 0x4200
+_GETEVENTMSG = 0x4201
+_GETSIGINFO = 0x4202
+_SETSIGINFO = 0x4203
+_GETREGSET = 0x4204
+_SETREGSET = 0x4205
+_SEIZE = 0x4206
+_INTERRUPT = 0x4207
+_LISTEN = 0x4208
+_GETSIGMASK = 0x420A
+_SETSIGMASK = 0x420B
+_DETACH = 17
+_O_TRACESYSGOOD = 0x00000001
+_O_TRACEEXEC = 0x00000010
+_O_SUSPEND_SECCOMP = 0x00200000
+EVENT_EXEC = 4
+EVENT_STOP = 128
+SYSCALL_STOP = SIGTRAP | 0x80
+
+# uapi/linux/wait.h: threads and processes alike, whoever's children they are
+WALL = 0x40000000
+# only tracees of this very thread
+WNOTHREAD = 0x20000000
+
+# TRACEEXEC: a thread that calls execve(2) takes its leader's id; without that stop it would vanish silently.
+OPTIONS = _O_TRACESYSGOOD | _O_TRACEEXEC
+_NT_PRSTATUS = 1
+
+# asm/unistd.h: (tgkill, rt_tgsigqueueinfo)
+_NR_TGKILL, NR_RT_TGSIGQUEUEINFO = {"aarch64": (131, 240)}.get(platform.machine(), (234, 297))
+
+# asm/unistd.h: execve, execveat
+_EXECVE = {"aarch64": (b"221", b"281")}.get(platform.machine(), (b"59", b"322"))
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+_libc.ptrace.restype = ctypes.c_long
+_libc.syscall.restype = ctypes.c_long
+
+
+class _IoVec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("len", ctypes.c_size_t))
+
+
+def _fail(what: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def _ptrace(name: str, request: int, tid: int, addr: int = 0, data: int = 0) -> None:
+    if _libc.ptrace(request, tid, addr, data) == -1:
+        raise _fail(f"PTRACE_{name} {tid}")
+
+
+def seize(tid: int) -> None:
+    """Become the tracer of a thread without stopping it; it outlives the tracer. EPERM: see ``refusal``."""
+    _ptrace("SEIZE", _SEIZE, tid, data=OPTIONS)
+
+
+_STOPPED_IN = (b"refrigerator", b"freez", b"signal_stop")
+"""Parts of the names of kernel functions (wchan) in which a frozen thread sleeps."""
+
+
+def may_sleep(tid: int) -> bool:
+    """Whether ``seize`` may sleep in the kernel: the thread is stopped (in a frozen cgroup of version 1 the
+    stop cannot become a traced one), frozen, or in execve(2), which holds cred_guard_mutex.
+    """
+    try:
+        state = read_whole(f"/proc/{tid}/stat").rpartition(b") ")[2][:1]
+        if state == b"T":
+            return True
+        if state == b"D" and any(name in read_whole(f"/proc/{tid}/wchan") for name in _STOPPED_IN):
+            return True  # not D of a page fault: such a thread may be traced for an AR already
+        return read_whole(f"/proc/{tid}/syscall").split(b" ", 1)[0] in _EXECVE
+    except OSError:
+        return False
+
+
+def interrupt(tid: int) -> None:
+    """Ask for an EVENT_STOP. Any other stop that comes first may swallow the request."""
+    _ptrace("INTERRUPT", _INTERRUPT, tid)
+
+
+def cont(tid: int, sig: int = 0) -> None:
+    """Let a stopped thread run; at a signal-delivery-stop ``sig`` is what it gets."""
+    _ptrace("CONT", _CONT, tid, data=sig)
+
+
+def cont_to_syscall(tid: int) -> None:
+    """Let a stopped thread run until it enters or leaves a system call."""
+    _ptrace("SYSCALL", _SYSCALL, tid)
+
+
+def listen(tid: int) -> None:
+    """Leave a thread in its group-stop, but hear of its end."""
+    _ptrace("LISTEN", _LISTEN, tid)
+
+
+def detach(tid: int, sig: int = 0) -> None:
+    """Let a stopped thread go for good, with ``sig`` as in ``cont``."""
+    _ptrace("DETACH", _DETACH, tid, data=sig)
+
+
+def event_message(tid: int) -> int:
+    """PTRACE_GETEVENTMSG; at EVENT_EXEC the id the thread had before."""
+    message = ctypes.c_ulong()
+    _ptrace("GETEVENTMSG", _GETEVENTMSG, tid, data=ctypes.addressof(message))
+    return message.value
+
+
+def get_siginfo(tid: int) -> bytes:
+    """The siginfo_t of the signal a thread is stopped for."""
+    raw = ctypes.create_string_buffer(SIGINFO_SIZE)
+    _ptrace("GETSIGINFO", _GETSIGINFO, tid, data=ctypes.addressof(raw))
+    return raw.raw
+
+
+def set_siginfo(tid: int, info: bytes) -> None:
+    """Replace the siginfo_t of the signal a thread is stopped for. Any si_code is allowed."""
+    raw = ctypes.create_string_buffer(info, SIGINFO_SIZE)
+    _ptrace("SETSIGINFO", _SETSIGINFO, tid, data=ctypes.addressof(raw))
+
+
+def unblock(tid: int, sig: int) -> None:
+    """Take a signal out of a stopped thread's mask."""
+    mask = ctypes.c_uint64()
+    _ptrace("GETSIGMASK", _GETSIGMASK, tid, ctypes.sizeof(mask), ctypes.addressof(mask))
+    mask.value &= ~(1 << (sig - 1))
+    _ptrace("SETSIGMASK", _SETSIGMASK, tid, ctypes.sizeof(mask), ctypes.addressof(mask))
+
+
+def suspend_seccomp(tid: int, suspend: bool) -> None:
+    """Put a stopped thread's seccomp filters to sleep, or wake them. EPERM, EINVAL: not on this system."""
+    _ptrace("SETOPTIONS", _SETOPTIONS, tid, data=OPTIONS | (_O_SUSPEND_SECCOMP if suspend else 0))
+
+
+def get_regs(tid: int, regs: ctypes.Array[ctypes.c_uint64]) -> int:
+    """Read a stopped thread's general registers; returns how many bytes they are, which tells the ABI."""
+    return _regset("GETREGSET", _GETREGSET, tid, regs)
+
+
+def set_regs(tid: int, regs: ctypes.Array[ctypes.c_uint64]) -> None:
+    """Write a stopped thread's general registers."""
+    _regset("SETREGSET", _SETREGSET, tid, regs)
+
+
+def _regset(name: str, request: int, tid: int, regs: ctypes.Array[ctypes.c_uint64]) -> int:
+    vec = _IoVec(ctypes.addressof(regs), ctypes.sizeof(regs))
+    _ptrace(name, request, tid, _NT_PRSTATUS, ctypes.addressof(vec))
+    return int(vec.len)
+
+
+def tgkill(tgid: int, tid: int, sig: int) -> None:
+    """tgkill(2)."""
+    if _libc.syscall(_NR_TGKILL, tgid, tid, sig) == -1:
+        raise _fail(f"tgkill {tid}")
+
+
+def tgsigqueue(tgid: int, tid: int, sig: int, info: bytes) -> None:
+    """rt_tgsigqueueinfo(2). The kernel wants si_code < 0 unless the thread is the caller itself."""
+    raw = ctypes.create_string_buffer(info, SIGINFO_SIZE)
+    if _libc.syscall(NR_RT_TGSIGQUEUEINFO, tgid, tid, sig, raw) == -1:
+        raise _fail(f"rt_tgsigqueueinfo {tid}")
+
+
+class Kind(Enum):
+    """What a thread stopped for."""
+
+    SIGNAL = auto()  # signal-delivery-stop
+    TRAP = auto()  # PTRACE_EVENT_STOP of a running process
+    GROUP = auto()  # PTRACE_EVENT_STOP of a stopped one
+    SYSCALL = auto()  # entry or exit of an injected system call
+
+
+class Stop(NamedTuple):
+    """A stop, and what is known of SIGBUS in it."""
+
+    kind: Kind
+    sig: int = 0
+    info: SigInfo | None = None
+    blocked: bool = False
+    ignored: bool = False
+    pending: bool = False  # for this thread, not the process: only that makes the kernel drop another
+    result: int = 0  # of the injected system call
+    page: FilePage | None = None  # what is mapped where it faulted; None: nothing, or not looked at
+
+
+def classify(status: int) -> tuple[Kind, int]:
+    """The kind of stop, and the signal, of a waitpid(2) status (not of an EVENT_EXEC)."""
+    sig = os.WSTOPSIG(status)
+    if status >> 16 == EVENT_STOP:
+        return (Kind.TRAP if sig == SIGTRAP else Kind.GROUP), 0
+    if sig == SYSCALL_STOP:
+        return Kind.SYSCALL, 0
+    return Kind.SIGNAL, sig
+
+
+class Step(Enum):
+    """How a stopped thread goes on."""
+
+    CONT = auto()
+    LISTEN = auto()
+    DETACH = auto()
+    QUEUE = auto()  # send the signal with our cookie, then CONT
+    FORCE = auto()  # unblock the signal, then QUEUE
+    INJECT = auto()  # prepare an injection, then SYSCALL
+    SYSCALL = auto()
+
+
+def resume(tid: int, step: Step, sig: int) -> None:
+    """Let a stopped thread go on; ``sig`` as in ``cont``."""
+    if step is Step.DETACH:
+        detach(tid, sig)
+    elif step is Step.LISTEN:
+        listen(tid)
+    elif step in (Step.INJECT, Step.SYSCALL):
+        cont_to_syscall(tid)
+    else:
+        cont(tid, sig)
+
+
+def status_of_held(tid: int) -> Status:
+    """The status of a thread that should exist; ESRCH if it does not."""
+    status = read_status(tid)
+    if status is None:
+        raise ProcessLookupError(errno.ESRCH, f"thread {tid} is gone")
+    return status
+
+
+def look(tid: int, wait_status: int, cookie: int) -> Stop:
+    """What a waitpid(2) status means. The masks in a signal-delivery-stop, which cost a look at /proc, only
+    tell whether the SIGBUS with ``cookie`` is still to come.
+    """
+    kind, sig = classify(wait_status)
+    info = parse(get_siginfo(tid)) if sig == SIGBUS else None
+    arrived = info is not None and info.is_queued_with(cookie)
+    if kind is Kind.SYSCALL or (kind is Kind.SIGNAL and (arrived or not cookie)):
+        return Stop(kind, sig, info)
+    status = status_of_held(tid)
+    blocked, ignored, pending = (
+        bool(mask & SIGBUS_BIT) for mask in (status.blocked, status.ignored, status.pending)
+    )
+    return Stop(kind, sig, info, blocked, ignored, pending)
+
+
+def send_plain(tgid: int, tid: int) -> bool:
+    """A SIGBUS without particulars, better than none. Whether it could be sent."""
+    try:
+        tgkill(tgid, tid, SIGBUS)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ESRCH):
+            raise
+        return False
+    return True
+
+
+def refusal(tid: int, error: OSError) -> str | None:
+    """Why PTRACE_SEIZE was refused; None if the thread is gone."""
+    status = read_status(tid)
+    if status is None or status.is_dead or error.errno == errno.ESRCH:
+        return None
+    if error.errno != errno.EPERM:
+        return str(error)
+    if status.tracer:
+        tracer = read_status(status.tracer)
+        if tracer is not None and tracer.tgid == os.getpid():
+            return "already traced by daxemu"
+        return f"already traced by PID {status.tracer} ({tracer.name if tracer else 'gone'})"
+    if Path(f"/proc/{tid}").stat().st_uid != os.geteuid():
+        return "not permitted (another user's process)"
+    return "not permitted (the system forbids tracing it: see ptrace(2), kernel.yama.ptrace_scope)"
+
+
+def is_vanished(error: OSError) -> bool:
+    """ESRCH of ptrace(2), ENOENT of /proc: the thread is dead, or being killed and so not stopped."""
+    return error.errno in (errno.ESRCH, errno.ENOENT)

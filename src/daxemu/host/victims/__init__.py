@@ -1,0 +1,48 @@
+"""The hot loops of a failure in C: victims/collect.c looks at many processes in one call, victims/deliver.c
+signals many threads.
+
+Each answers for what is ordinary, and leaves everything else to Python, which can do all of it: without the C
+nothing is missing but speed. DAXEMU_VICTIMS=python in the environment leaves it aside.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import os
+from pathlib import Path
+
+_VERSION = 1
+_SWITCH = "DAXEMU_VICTIMS"
+
+
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    if os.environ.get(_SWITCH) == "python":
+        return None, f"{_SWITCH}=python"
+    paths = (Path(__file__).with_name(f"_victims{end}") for end in importlib.machinery.EXTENSION_SUFFIXES)
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return None, "host/victims_*.c were not built: install gcc, then daxemu again"
+    try:
+        loaded = ctypes.CDLL(str(path), use_errno=True)
+        version = ctypes.c_int.in_dll(loaded, "daxemu_victims_version").value
+    except (OSError, ValueError) as error:
+        return None, f"{path.name} cannot be loaded: {error}"
+    if version != _VERSION:
+        return None, f"{path.name} is of version {version}, not {_VERSION}: install daxemu again"
+    return loaded, None
+
+
+_library, MISSING = _load()
+"""MISSING: why the C is not there; None when it is."""
+
+
+def library() -> ctypes.CDLL:
+    """What was loaded. Precondition: it is not MISSING."""
+    assert _library is not None
+    return _library
+
+
+def as_argument(data: bytearray) -> ctypes.Array[ctypes.c_char]:
+    """``data`` for C to write to; to be kept as long as C uses it."""
+    return (ctypes.c_char * len(data)).from_buffer(data)
