@@ -51,6 +51,25 @@ def test_one_superblock_overwritten(quick_mount: QuickMount, device: Path, what:
     assert quick_mount.fsck(repair=True).wrong == []
 
 
+def _set_altmap(device: Path, altmap: int) -> None:
+    config = device / "device.toml"
+    lines = [f"altmap = {altmap}" if "altmap =" in line else line for line in config.read_text().splitlines()]
+    config.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("altmap", [4 << 10, 64 << 10, 1 << 20, 4 << 20, 6 << 20, 8 << 20])
+def test_a_changed_altmap_makes_no_new_filesystem(quick_mount: QuickMount, device: Path, altmap: int) -> None:
+    """Both superblocks may then be read from zeros. The files are all there once the altmap is right."""
+    _set_altmap(device, altmap)
+    assert refusal(quick_mount)
+    assert quick_mount.fsck().wrong
+    _set_altmap(device, 0)
+    quick_mount.mount()
+    assert len(os.listdir(quick_mount.path)) == 20
+    quick_mount.umount()
+    assert quick_mount.fsck().wrong == []
+
+
 @pytest.mark.parametrize("replica", [0, 1])
 def test_one_copy_of_a_page_overwritten(quick_mount: QuickMount, device: Path, replica: int) -> None:
     """The mount takes the other copy, rewrites this one, and says so; fsck finds it and repairs it."""

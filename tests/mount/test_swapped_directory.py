@@ -14,6 +14,7 @@ from daxemu.errors import DaxemuError
 from daxemu.host.fuse.session import Session
 from daxemu.host.proc.mountinfo import mount_at
 from tests.support.mount import dax_mount_at
+from tests.support.quick import SHM, QuickMount
 
 pytestmark = [
     pytest.mark.mount,
@@ -80,3 +81,28 @@ def test_a_mount_whose_directory_was_renamed_is_still_unmounted(
         finally:
             user.unlink()
             moved.rename(user)
+
+
+def test_a_mount_that_got_a_freed_number_stays(quick_mount: QuickMount) -> None:
+    """The kernel gives the numbers of an ended mount (mount and device) to the next mount anywhere."""
+    there = mount_at(quick_mount.path)
+    assert there is not None
+    for ended in (
+        there._replace(device=SHM / "another", mountpoint=quick_mount.path.parent),
+        there._replace(device=SHM / "another"),
+    ):
+        Session(-1, ended).detach()
+        assert mount_at(quick_mount.path) == there
+
+
+def test_a_dead_connection_cuts_no_other(quick_mount: QuickMount, tmp_path: Path) -> None:
+    """The next mount gets the device number of an ended mount, and its file in /sys/fs/fuse/connections."""
+    (tmp_path / "ended").mkdir()
+    session = Session.open(tmp_path / "no device", tmp_path / "ended")
+    try:
+        session.detach()
+        session.mount = session.mount._replace(dev=mount_at(quick_mount.path).dev)  # type: ignore[union-attr]
+        assert session.abort()
+        quick_mount.make_file("f", 1)
+    finally:
+        os.close(session.fd)

@@ -245,16 +245,16 @@ def _clear_away(found: Mount, deadline: Deadline, *, end: bool) -> None:
     """Cut the connection of a mount whose supervisor does not answer, and take the mount away; with ``end``
     the supervisor too.
     """
-    from daxemu.host.fuse.session import Session, abort_connection
+    from daxemu.host.fuse.session import Session, abort_connection, is_same
 
     abort_connection(found)
     still = mount_at(found.mountpoint)
-    if still is not None and still.dev == found.dev:
+    if still is not None and is_same(still, found):
         Session(-1, still).detach()
     if end and not end_holder(found, deadline, KILL_PATIENCE):
         raise Busy(f"the supervisor that holds {found.device}/lock does not end: see {found.device}")
     left = mount_at(found.mountpoint)
-    if left is not None and left.dev == found.dev:
+    if left is not None and is_same(left, found):
         raise Busy(f"{found.mountpoint} cannot be unmounted: try as root: umount -l {found.mountpoint}")
 
 

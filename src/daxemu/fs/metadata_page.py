@@ -60,6 +60,12 @@ def is_intact(page: memoryview, file: int, number: int) -> bool:
     return bool(magic == _MAGIC | file and found == number)
 
 
+def is_published(page: memoryview) -> bool:
+    """Whether ``page`` is an intact page of any file of a filesystem that had a superblock."""
+    magic, number, generation = _TRAILER.unpack_from(page, PAYLOAD)
+    return bool(magic & ~0xFF == _MAGIC and generation >> 32) and is_intact(page, magic & 0xFF, number)
+
+
 def generation_of(page: memoryview) -> int:
     """The generation in the trailer. Precondition: the page is intact."""
     generation: int = _TRAILER.unpack_from(page, PAYLOAD)[2]

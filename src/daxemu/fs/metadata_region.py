@@ -27,13 +27,14 @@ import msgspec
 from daxemu.errors import CorruptMetadata, DaxemuError, MediaError, NoSpace
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.extents import ExtentMap
-from daxemu.fs.metadata_page import PAYLOAD, Copy, CopyState, generation_of, is_intact, seal
+from daxemu.fs.metadata_page import PAYLOAD, Copy, CopyState, generation_of, is_intact, is_published, seal
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.fs.superblock import (
     MAGIC,
     SUPER_BLOCKS,
     VERSION,
     Superblock,
+    names_filesystem,
     newest,
     sealed,
     super_blocks,
@@ -108,6 +109,21 @@ class MetadataRegion:
             if self._dax.is_poisoned(offset, PAGE_SIZE) or any(self._dax.direct_access(offset, PAGE_SIZE)):
                 return True
         return False
+
+    def check_blank(self) -> None:
+        """Raise CorruptMetadata where the media holds metadata of a filesystem that was in use.
+
+        Precondition: both superblocks are zeros. A new filesystem would silently replace the one whose
+        superblocks were lost, or lie elsewhere since ``altmap`` in device.toml was changed.
+        """
+        for written in self._dax.written():
+            for start in range(0, len(written), PAGE_SIZE):
+                page = written[start : start + PAGE_SIZE]
+                if names_filesystem(page) or is_published(page):
+                    raise CorruptMetadata(
+                        f"{self._dax.name}: both superblocks are zeros, but the device holds a filesystem's "
+                        "metadata: restore a superblock or device.toml, or mkfs --force"
+                    )
 
     def prepare(self, after: int) -> None:
         """Begin a new filesystem that no superblock names before :meth:`format`: a crash leaves none.
@@ -214,8 +230,6 @@ class MetadataRegion:
                     at += run.length
             self._place(file, had, had + more)
             # Sealed while no superblock names these blocks: after a crash they are free, and made zero.
-            if not self._is_published:
-                self._check_unused(file, had, had + more)
             self._seal_new(file, had, had + more)
             if self._is_published:
                 self._write_superblocks()
@@ -227,18 +241,6 @@ class MetadataRegion:
             for run in (run for runs in taken for run in runs):
                 self._allocator.free(run)
             raise
-
-    def _check_unused(self, file: MetadataFile, first: Block, end: Block) -> None:
-        """Raises CorruptMetadata where a new filesystem would overwrite pages of one that was in use: their
-        generation is of a published superblock.
-        """
-        for page in range(first, end):
-            for copy in self._copies(file, page):
-                if copy.generation >> 32:
-                    raise CorruptMetadata(
-                        f"{self._dax.name}: both superblocks are zeros, but the device holds a filesystem's "
-                        "metadata: restore a superblock, or mkfs --force"
-                    )
 
     def _seal_new(self, file: MetadataFile, first: Block, end: Block) -> None:
         self._page_generation += 1

@@ -94,6 +94,7 @@ def _check(pmem: Pmem, report: Report) -> None:
 
     region = MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
     if not region.is_formatted():
+        region.check_blank()
         return  # the first mount makes the filesystem
     fs = Filesystem(pmem.dax, MemoryFailures(ignore), ignore, read_only=True)
     try:

@@ -93,6 +93,7 @@ class SuperBlock:
                 self.store.load(self.names, self.rmap, self.allocator.total)
                 self._claim_blocks()
             else:
+                self.region.check_blank()
                 self.names = Namespace.new(self.rmap, *owner)
                 self.store.format(self.names, self.rmap)
             self.allocator.reclaim = self.commit

@@ -65,6 +65,11 @@ def unsealed(dax: DaxDevice, blocks: Range) -> Superblock:
         raise CorruptMetadata("a superblock's record cannot be decoded") from error
 
 
+def names_filesystem(page: memoryview) -> bool:
+    """Whether ``page`` begins as a superblock, of any version, intact or not."""
+    return MAGIC.encode() in bytes(page[_HEADER : 2 * _HEADER + len(MAGIC)])
+
+
 def newest(dax: DaxDevice, *, version: int = VERSION) -> Superblock:
     """The superblock that counts: the readable one of the higher generation. Raises CorruptMetadata, also for
     a format other than ``version``.

@@ -167,6 +167,10 @@ class DaxDevice:
         self.check_readable(offset, length)
         return self._media.view(self._data_offset + offset, length)
 
+    def written(self) -> Iterator[memoryview]:
+        """Yield each run of the whole media that has data, the altmap and poisoned bytes included."""
+        return self._media.written()
+
     def memory(self) -> Memory:
         """Where device byte 0 is and what follows it, for code that is not Python."""
         return self._media.memory(self._data_offset)

@@ -172,6 +172,19 @@ class Media:
         """Give the range's memory back; it reads as zeros when it is reserved again."""
         fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
 
+    def written(self) -> Iterator[memoryview]:
+        """Yield the bytes of each run that the backing file has data for, whole pages, poisoned ones too."""
+        end = 0
+        while True:
+            try:
+                start = os.lseek(self._fd, end, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # no data behind ``end``
+                    return
+                raise
+            end = os.lseek(self._fd, start, os.SEEK_HOLE)
+            yield self._view[start:end]
+
     def memory(self, offset: int) -> Memory:
         """Where the bytes from ``offset`` on are, until :meth:`close`."""
         return Memory(self._fd, offset, ctypes.addressof(ctypes.c_char.from_buffer(self._map)) + offset)

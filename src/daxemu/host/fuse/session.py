@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import select
 import shutil
 import socket
 import struct
@@ -177,14 +178,17 @@ class Session:
             _umount(self.mount, MNT_DETACH)
             return
         there = mount_at(mountpoint)
-        if there is not None and there.dev == self.mount.dev:  # else what is there is somebody else's
+        if there is not None and is_same(there, self.mount):
             subprocess.run(["fusermount3", "-u", "-z", str(mountpoint)], capture_output=True, check=False)
 
     def abort(self) -> bool:
-        """Cut the connection: everything that waits for us gets ENOTCONN. The last resort. Returns whether it
-        worked.
+        """Cut the connection: every waiting request gets ENOTCONN. The last resort. Return whether the
+        connection is cut.
         """
-        return abort_connection(self.mount)
+        poll = select.poll()
+        poll.register(self.fd, 0)
+        # A dead connection has given its device number back: the number may name another mount by now.
+        return bool(poll.poll(0)) or abort_connection(self.mount)
 
 
 def _umount(mount: Mount, flags: int) -> int:
@@ -196,7 +200,7 @@ def _umount(mount: Mount, flags: int) -> int:
     is the right one. A descriptor of the mount's root would do for MNT_DETACH alone: it keeps the mount busy.
     """
     for now in reversed(mounts()):
-        if now.id != mount.id and (now.mountpoint, now.dev) != (mount.mountpoint, mount.dev):
+        if not is_same(now, mount):
             continue
         with suppress(OSError):
             above = os.open(now.mountpoint.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -209,6 +213,17 @@ def _umount(mount: Mount, flags: int) -> int:
             finally:
                 os.close(above)
     return errno.ESTALE
+
+
+def is_same(now: Mount, mount: Mount) -> bool:
+    """Whether ``now``, read from mountinfo, is ``mount``, perhaps moved to another path.
+
+    The kernel gives the number of a mount, and the device number, to the next mount once they are free. The
+    source cannot be reused: the supervisor holds the lock of its DEVICE.
+    """
+    if now.device != mount.device:
+        return False
+    return now.id == mount.id or (now.mountpoint, now.dev) == (mount.mountpoint, mount.dev)
 
 
 def _mount_id(directory: int, name: str) -> int:
