@@ -28,11 +28,11 @@ quick: setup
 
 # Every test that mounts nothing, builds no package and starts no cluster.
 unit: setup
-	$(PY) -m pytest -m "not mount and not slow" -n auto --dist loadfile -rs --durations=10
+	$(PY) -m pytest -m "not mount and not slow" -n auto --dist loadfile -rsfE --durations=10
 
 # A file of tests for each processor at a time. Prints why tests were skipped, and the ten slowest.
 test: check
-	$(PY) -m pytest -n auto --dist loadfile -rs --durations=10
+	$(PY) -m pytest -n auto --dist loadfile -rsfE --durations=10
 
 # The tests on mounts once more, with every request answered in Python.
 test-no-layouts: setup
