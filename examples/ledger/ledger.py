@@ -47,9 +47,7 @@ class Ledger:
             raise LostRecord(f"record {index}: pages {copies[0]} and {copies[1]} are bad")
         for number, page in zip(copies, pages, strict=True):
             if page is None:
-                os.pwrite(
-                    self._fd, good, number * PAGE
-                )  # of the whole page: a whole-page write clears poison
+                os.pwrite(self._fd, good, number * PAGE)  # a write of the whole page clears poison
         length, _ = _HEADER.unpack_from(good)
         return good[_HEADER.size : _HEADER.size + length]
 
