@@ -18,10 +18,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-PRONOUNS = frozenset(
-    ("it", "its", "they", "them", "their", "that", "those", "this", "these")
-    + ("who", "whom", "whose", "whoever", "somebody", "nobody", "what", "there")
-)
+_PRONOUNS = "it its they them their that those this these who whom whose whoever somebody nobody what there"
+PRONOUNS = frozenset(_PRONOUNS.split())
 
 LIMIT = 4.0
 """Pronouns per 100 docstring words that a package may have."""
