@@ -21,6 +21,7 @@ check: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	$(PY) -m tools.check_language
 
 # The core alone (mm, pmem, fs, ranges), without a mount: under 60 s on two processors.
 quick: setup

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Device memory without struct pages: a driver registers its pfns, they fail, whoever maps them is told.
+"""Device memory without struct pages: a driver registers its pfns, pfns fail, and every process that maps
+them is signalled.
 
-examples/device_memory_without_struct_pages.py
+    examples/device_memory_without_struct_pages.py
 
-What nvgrace-gpu does in Linux 6.19: the memory of an accelerator is mapped into programs, but the kernel has
-no struct pages for it. Here the memory is a file in shared memory, the driver is the class below, and the
-program that maps it is a child of this one: plain Python, which knows nothing of daxemu.
+This is the case of nvgrace-gpu in Linux 6.19: programs map the memory of an accelerator, but the kernel has
+no struct pages for that memory. Here the memory is a file in shared memory, the driver is the class below,
+and the program that maps the file is a child of this process: plain Python that knows nothing of daxemu.
 """
 
 import os
@@ -43,7 +44,7 @@ print("the program got signal", info.si_signo, "code", info.si_code, flush=True)
 
 
 class Accelerator:
-    """The driver: its memory is ``path``, page for page from BASE_PFN on."""
+    """Driver whose memory is the file ``path``, page for page from BASE_PFN on."""
 
     def __init__(self, path: Path) -> None:
         with open(path, "wb") as file:
@@ -53,11 +54,11 @@ class Accelerator:
         self.retired = RangeSet()
 
     def failure(self, space: PfnAddressSpace, pfn: int, nr_pages: int) -> None:
-        """Never give these pages to anybody again."""
+        """Never hand these pages out again."""
         self.retired.add(pfn, pfn + nr_pages)
 
     def pfn_to_pgoff(self, space: PfnAddressSpace, pfn: int, nr_pages: int) -> Sequence[PfnMapping]:
-        """Where in the file they are."""
+        """Return the page offset of a pfn in the file."""
         return [PfnMapping(self.file, pfn - space.pages.start, nr_pages, pfn)]
 
 
@@ -86,7 +87,7 @@ def main() -> None:
 
 
 async def fail(mm: MemoryFailures) -> None:
-    """memory_failure(), and what it says is to be done."""
+    """Call memory_failure(), and carry out the actions that it returns."""
     incident = mm.memory_failure(BAD.start, BAD.length, 0)
     async with TracerLink.open() as tracer:
         to_kill = await trio.to_thread.run_sync(

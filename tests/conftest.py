@@ -55,8 +55,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture
 def dax_mount(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[DaxMount]:
-    """A fresh mount; ``@pytest.mark.parametrize("dax_mount", ["6T --altmap"], indirect=True)`` for what else
-    mkfs can make.
+    """A fresh mount; ``@pytest.mark.parametrize("dax_mount", ["6T --altmap"], indirect=True)`` for other
+    options of mkfs.
     """
     with dax_mount_at(tmp_path, *getattr(request, "param", "1G").split()) as made:
         yield made

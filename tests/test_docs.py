@@ -1,4 +1,4 @@
-"""What the README and the examples say is run as it stands, and must print what they say it prints."""
+"""Commands of the README and the examples run as written, and must print the output shown."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def test_a_page_prints_what_it_shows(page: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_no_command_of_a_page_escapes(page: Path) -> None:
-    """A block is run (console, python), shown by what was run (text), or tested by its file (c, ini ...)."""
+    """Every block is run (console, python), output of a run block (text), or tested as a file (c, ini
+    ...).
+    """
     languages = set(re.findall(r"^```(\w*)$", page.read_text(), re.MULTILINE)) - {""}
     assert languages <= {"console", "python", "text", "c", "toml", "dockerfile"}
 

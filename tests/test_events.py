@@ -1,4 +1,4 @@
-"""Events: each comes back from its JSON as it was, and says what the kernel says, to the letter."""
+"""Events: each survives a round trip through JSON, and has the kernel's message, to the letter."""
 
 from __future__ import annotations
 

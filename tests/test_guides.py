@@ -1,4 +1,4 @@
-"""Pages for contributors name what exists: functions, files, make targets, terms."""
+"""Pages for contributors name existing functions, files, make targets and terms."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def sources() -> str:
 
 
 def exists(name: str) -> bool:
-    """Whether ``package.module.Class.attribute`` is in daxemu. Attributes that ``__init__`` sets count."""
+    """Return True if ``package.module.Class.attribute`` is in daxemu. Attributes set by ``__init__``
+    count.
+    """
     parts = name.split(".")
     found: object = None
     for end in range(len(parts), 0, -1):
@@ -59,7 +61,7 @@ def exists(name: str) -> bool:
 
 
 def named(page: str, pattern: str) -> list[str]:
-    """Everything in backticks that has the form of ``pattern``, each once, in order."""
+    """Return every text in backticks of the form ``pattern``, each once, in order."""
     words = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page)
     return list(dict.fromkeys(word for word in words if re.fullmatch(pattern, word)))
 
@@ -103,7 +105,7 @@ def test_the_paths_are_there_with_their_checkpoints(path: str) -> None:
 
 
 def terms(section: str = "") -> list[str]:
-    """The words that the glossary explains, in one of its sections or in all."""
+    """Return the words that the glossary explains, in one of its sections or in all."""
     _, _, text = GLOSSARY.partition(section)
     text = text.partition("\n#")[0] if section else text
     rows = re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The archives: built here, installed into venvs that have nothing else, and used there."""
+"""Archives: built here, installed into otherwise empty venvs, and used from the venvs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLEAN = {name: value for name, value in os.environ.items() if not name.startswit
 
 
 def run(*command: str | Path, cwd: Path, shell: bool = False) -> str:
-    """What it printed; it must succeed."""
+    """Run a command that must succeed; return its output."""
     done = subprocess.run(
         str(command[0]) if shell else [*map(str, command)],
         shell=shell,

@@ -44,7 +44,7 @@ def place() -> Iterator[Path]:
 
 
 def snapshot(place: Path) -> dict[str, tuple[int, int, int, bytes]]:
-    """Kind, owner, size and contents of everything."""
+    """Kind, owner, size and contents of every file."""
     found = {}
     for path in sorted(place.rglob("*")):
         info = path.lstat()
@@ -193,7 +193,7 @@ def test_as_owner_becomes_that_user_before_anything_is_opened(place: Path) -> No
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_every_verb_on_a_device_has_as_owner(place: Path) -> None:
-    """Each verb that opens a DEVICE refuses that of another user, and takes --as-owner."""
+    """Each verb that opens a DEVICE refuses the device of another user, and takes --as-owner."""
     for name in ("mkfs", "fsck", "mount", "page-types", "log", "report"):
         assert "--as-owner" in daxemu(name, "--help"), name
     shutil.rmtree(place / "pmem")

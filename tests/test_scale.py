@@ -1,4 +1,4 @@
-"""A 6 TiB device costs what a 6 GiB one costs: counted in calls, not in time."""
+"""A 6 TiB device costs the same as a 6 GiB device: counted in calls, not in time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def largest_free(core: Core) -> Range:
 
 
 def a_huge_file(core: Core) -> Ino:
-    """A file of nearly half the device; no machine has memory for it, so its blocks are not reserved."""
+    """A file of nearly half the device, without reserved blocks, because no machine has memory for them."""
     ino = core.file(b"huge")
     run = largest_free(core)
     run = Range(run.start, run.end - 1000)

@@ -1,4 +1,4 @@
-"""Text of others: nothing of it acts on a terminal, and a name in JSON gives its bytes back."""
+"""Foreign text does not act on a terminal, and a name in JSON gives its bytes back."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_what_people_see(text: str, shown: str) -> None:
 
 
 def test_the_command_line_prints_in_one_place_only() -> None:
-    """click.echo and its like outside of output.py would print names of others as they are."""
+    """click.echo and similar functions outside of output.py would print foreign names unescaped."""
     found = []
     for path in CLI.rglob("*.py"):
         if path == CLI / "output.py":

@@ -1,4 +1,4 @@
-"""Records in a file, each kept twice, a page a copy: one bad page loses nothing and is healed."""
+"""Records in a file, each stored twice, a page a copy: one poisoned page loses no record and is rewritten."""
 
 import os
 import struct
@@ -30,7 +30,7 @@ class Ledger:
         return self._count
 
     def append(self, record):
-        """Durable when it returns."""
+        """Append a record, which is durable on return."""
         if len(record) > MAX_RECORD:
             raise ValueError(f"a record of {len(record)} bytes: at most {MAX_RECORD}")
         page = (_HEADER.pack(len(record), zlib.crc32(record)) + record).ljust(PAGE, b"\0")
@@ -47,7 +47,7 @@ class Ledger:
             raise LostRecord(f"record {index}: pages {copies[0]} and {copies[1]} are bad")
         for number, page in zip(copies, pages, strict=True):
             if page is None:
-                os.pwrite(self._fd, good, number * PAGE)  # of the whole page: that clears the poison
+                os.pwrite(self._fd, good, number * PAGE)  # a write of the whole page clears poison
         length, _ = _HEADER.unpack_from(good)
         return good[_HEADER.size : _HEADER.size + length]
 

@@ -1,4 +1,4 @@
-"""What the ledger promises when memory goes bad, tested on a mount where it does."""
+"""Promises of the ledger when memory fails, tested on a mount where memory does fail."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The filesystems that are compared, all mounted at the same time, and how a line is measured on them."""
+"""Filesystems under comparison, all mounted at the same time, and the measurement of one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PASSTHROUGH_MODES = (
     ("always -s", "cache=always"),
     ("writeback -s", "cache=always,writeback"),
 )
-"""What is tried for each line; ``-s`` is one thread. libfuse splices its requests by default."""
+"""Options to try for each line; ``-s`` is one thread. libfuse splices its requests by default."""
 PATIENCE = 10.0
 PROGRAM_PATIENCE = 300.0
 
@@ -47,7 +47,7 @@ def compiled(source: Path, directory: Path, *flags: str) -> Path:
 
 @dataclass
 class Contender:
-    """A filesystem at ``path``. ``mode``: how it was set up, where there are several ways."""
+    """Filesystem at ``path``. ``mode``: name of the set-up, where several are possible."""
 
     name: str
     path: Path
@@ -56,9 +56,9 @@ class Contender:
 
 @dataclass
 class Work:
-    """A line of the table. ``measure`` is called with a directory of the contender's, and returns a figure in
-    ``unit``; ``prepare`` is called once for each, before. ``target`` is the least ratio to ``against``.
-    ``maps``: it needs shared mappings, which files have not where nothing is cached.
+    """Line of the table. ``measure`` is called with a directory of the contender, and returns a figure in
+    ``unit``; ``prepare`` is called once for each contender before. ``target`` is the least ratio to
+    ``against``. ``maps``: the line needs shared mappings, which a mount without a cache does not offer.
     """
 
     name: str
@@ -73,16 +73,17 @@ class Work:
 
 
 class Contest:
-    """What all lines need: the contenders, and the program that loads them."""
+    """Resources of all lines: the contenders, and the program that puts load on them."""
 
     def __init__(self, load: Path, contenders: list[Contender]) -> None:
         self._load = load
         self._contenders = contenders
 
     def race(self, work: Work, *others: Contender, notes: dict[str, str] | None = None) -> None:
-        """Measure a line, and record it; ``others`` take the place of those that the contest has beside ours.
+        """Measure a line, and record the figures; ``others`` replaces the contest's contenders other than
+        daxemu.
 
-        Of several modes, one trial tells which is the best; that one takes part.
+        Of several modes of a contender, one trial selects the best mode for the line.
         """
         rivals = list(others) if others or notes else self._contenders[1:]
         by_name: dict[str, list[tuple[Contender, Path]]] = {}
@@ -114,7 +115,7 @@ class Contest:
                 shutil.rmtree(directory)
 
     def load(self, verb: str, *arguments: str | Path | int) -> float:
-        """Seconds that tests/bench/load.c says a piece of work took."""
+        """Return the seconds that tests/bench/load.c reports for a piece of work."""
         done = subprocess.run(
             [self._load, verb, *map(str, arguments)],
             capture_output=True,
@@ -127,7 +128,7 @@ class Contest:
 
 @contextmanager
 def contest() -> Iterator[Contest]:
-    """All of them, mounted; nothing is left behind."""
+    """All contenders, mounted; unmounted and deleted afterwards."""
     with ExitStack() as stack:
         scratch = Path(tempfile.mkdtemp(prefix="daxemu-bench-", dir=SHM))
         stack.callback(shutil.rmtree, scratch)

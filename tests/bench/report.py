@@ -1,9 +1,9 @@
-"""Figures of the benchmarks: medians of interleaved rounds, ratios, targets, and what became worse.
+"""Figures of the benchmarks: medians of interleaved rounds, ratios, targets, and regressions.
 
 ``record`` keeps each line in latest.json, where the next run of that line replaces it. ``python -m
-tests.bench.report`` then does one of: ``show`` the tables; ``check``, as show, with exit status 1 if anything
-is worse than the committed figures.json; ``accept`` latest.json as figures.json and make
-docs/performance-table.md from it.
+tests.bench.report`` then does one of: ``show`` the tables; ``check``, as show, with exit status 1 for any
+regression against the committed figures.json; ``accept`` latest.json as figures.json and make
+docs/performance-table.md.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ a limit.
 class Line(msgspec.Struct, frozen=True):
     """One line of a table.
 
-    ``figures`` are medians by side; the first is the one that is judged. With ``against``, the side to
-    compare with, ``target`` is the least ratio; without, a limit in ``unit``. ``notes`` are by side: how it
-    was set up, or why it has no figure.
+    ``figures`` are medians by side; the first side is judged. With ``against``, the side to compare with,
+    ``target`` is the least ratio; without, a limit in ``unit``. ``notes`` by side: the set-up, or the reason
+    for a missing figure.
     """
 
     section: str
@@ -58,7 +58,7 @@ class Line(msgspec.Struct, frozen=True):
 
     @property
     def ratio(self) -> float | None:
-        """How many times as good the first side is as the one it is compared with."""
+        """Return by which factor the first side is better than the side ``against``."""
         if self.against is None or self.against not in self.figures:
             return None
         other = self.figures[self.against]
@@ -66,7 +66,7 @@ class Line(msgspec.Struct, frozen=True):
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is met; None without one, or without the other side."""
+        """Return True if the target is met; None without a target, or without the other side."""
         if self.target is None:
             return None
         if self.against is not None:
@@ -79,14 +79,14 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct):
-    """All lines, and what they were measured on."""
+    """All lines, and a description of the machine."""
 
     machine: str
     lines: list[Line]
 
 
 def interleaved(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of what each side returns over the rounds. In each round every side has its turn, in
+    """Return the median of each side's results over the rounds. In each round every side runs once, in
     another order.
     """
     names = list(sides)
@@ -103,7 +103,7 @@ def machine() -> str:
 
 
 def load(path: Path) -> Report:
-    """The report at ``path``; an empty one if there is none."""
+    """Return the report at ``path``; an empty report if the file does not exist."""
     if not path.exists():
         return Report(machine(), [])
     return msgspec.json.decode(path.read_bytes(), type=Report)
@@ -120,14 +120,14 @@ def save(path: Path, report: Report) -> None:
 
 
 def merged(old: Report, new: Iterable[Line]) -> Report:
-    """``old`` with the lines of ``new`` in the place of those of the same name, or at the end."""
+    """``old`` with the lines of ``new`` in the place of lines of the same name, or at the end."""
     lines = {(line.section, line.name): line for line in old.lines}
     lines.update({(line.section, line.name): line for line in new})
     return Report(machine(), list(lines.values()))
 
 
 def record(line: Line) -> None:
-    """Print a line and keep it."""
+    """Print and store a line."""
     print("\n" + plain(line))
     save(LATEST, merged(load(LATEST), [line]))
 
@@ -156,7 +156,7 @@ def target(line: Line) -> str:
 
 
 def tables(report: Report) -> str:
-    """Markdown: a table for each section, a column for each side that it has."""
+    """Return Markdown: a table for each section, a column for each side of the section."""
     parts = []
     for section in dict.fromkeys(line.section for line in report.lines):
         lines = [line for line in report.lines if line.section == section]
@@ -178,8 +178,8 @@ def tables(report: Report) -> str:
 
 
 def regressions(old: Report, new: Report) -> list[str]:
-    """What became worse: a ratio by more than a quarter, or a limit that is no longer kept. Absolute figures
-    are not compared: they are the machine's.
+    """Return the regressions: a ratio worse by more than a quarter, or a limit that is exceeded. Absolute
+    figures are not compared, because they depend on the machine.
     """
     before = {(line.section, line.name): line for line in old.lines}
     found = []

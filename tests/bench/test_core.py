@@ -1,4 +1,6 @@
-"""What does not depend on processes: the reverse map, mounting, making a device. All but mkfs is CPU time."""
+"""Costs that do not depend on processes: the reverse map, mounting, making a device. All but mkfs in CPU
+time.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ GAP = 3  # blocks from one extent to the next; each has two
 
 
 def spent(action: Callable[[], object]) -> float:
-    """Seconds of CPU time that ``action`` takes."""
+    """Return the seconds of CPU time of ``action``."""
     began = time.process_time()
     action()
     return time.process_time() - began
@@ -43,7 +45,7 @@ def resident() -> int:
 
 @pytest.fixture(scope="module")
 def rmap() -> Iterator[tuple[Rmap, list[ExtentMap], float]]:
-    """A million extents in a hundred files, and the bytes each takes. 100 files share a thousand of them."""
+    """A million extents in a hundred files, and the bytes per extent. 100 files share a thousand extents."""
     before = resident()
     rmap = Rmap()
     maps = [ExtentMap(ino, rmap) for ino in range(2, 2 + FILES)]
@@ -109,7 +111,7 @@ def fill(core: Core, files: int) -> None:
 
 @pytest.mark.parametrize(("files", "limit"), [(100_000, 2.0), (1_000_000, 10.0)])
 def test_mount(files: int, limit: float) -> None:
-    """Loading all files of a device, which is what a mount waits for."""
+    """Loading all files of a device, the longest part of a mount."""
     with core_at(size=64 << 30) as core:
         core.sound = False
         fill(core, files)

@@ -1,4 +1,4 @@
-"""What a failure costs, and what everything that is not its victim adds to that."""
+"""Cost of a failure, and the cost that processes other than the victim add."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAGE = 4096
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Milliseconds that ``action`` takes."""
+    """Return the milliseconds of ``action``."""
     began = time.perf_counter()
     action()
     return (time.perf_counter() - began) * 1e3
@@ -58,12 +58,12 @@ class Crowd:
         assert self._process.stdout.readline() == "ready\n"
 
     def members(self) -> list[str]:
-        """Their process ids."""
+        """Return the process ids."""
         pid = self._process.pid
         return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
     def touch(self) -> None:
-        """Have every victim touch its page again."""
+        """Make every victim touch its page again."""
         assert self._process.stdin is not None
         self._process.stdin.write("touch\n")
         self._process.stdin.flush()
@@ -72,7 +72,7 @@ class Crowd:
 
 @contextmanager
 def crowds(made: DaxMount, **counts: int) -> Iterator[list[Crowd]]:
-    """``victim`` and ``idle``: how many there are of each."""
+    """``victim`` and ``idle``: the number of processes of each kind."""
     with ExitStack() as stack:
         yield [
             stack.enter_context(Crowd(made.path / "f", count, kind))
@@ -82,8 +82,8 @@ def crowds(made: DaxMount, **counts: int) -> Iterator[list[Crowd]]:
 
 
 def inject_and_clear(made: DaxMount, client: Client, victims: int) -> float:
-    """Milliseconds inside the supervisor, from the poison to the last of ``victims`` signals: between its
-    events.
+    """Return the milliseconds in the supervisor, from the poison to the last of ``victims`` signals, by the
+    times of the events.
     """
     ino = (made.path / "f").stat().st_ino
     before = client.request("status")["events"]
@@ -256,7 +256,7 @@ def test_sustained_injections_with_a_reader_of_the_events(tmp_path: Path, victim
 
 
 def resident(client: Client, *, shared: bool = False) -> float:
-    """The supervisor's memory in kB, with or without what it shares with other processes."""
+    """Return the supervisor's memory in kB, with or without memory shared with other processes."""
     pid = client.request("status")["pid"]
     _, everything, of_files, *_ = map(int, Path(f"/proc/{pid}/statm").read_text().split())
     return (everything if shared else everything - of_files) * PAGE / 1e3

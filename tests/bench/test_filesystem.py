@@ -1,4 +1,6 @@
-"""What work on files costs, against C libfuse's passthrough_ll, tmpfs and the simplest pyfuse3 filesystem."""
+"""Cost of work on files, compared with C libfuse's passthrough_ll, tmpfs and the simplest pyfuse3
+filesystem.
+"""
 
 from __future__ import annotations
 
@@ -211,7 +213,7 @@ def test_mapped_load_and_store(field: Contest) -> None:
 def test_copy_by_reflink(field: Contest) -> None:
     def prepare(at: Path) -> None:
         field.load("write", at / "f", MIB, SMALL_MIB)
-        field.load("copy", at / "f", at / "first")  # writes back what is dirty
+        field.load("copy", at / "f", at / "first")  # writes dirty pages back
 
     def measure(at: Path) -> float:
         (at / "copy").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What protection costs: each strategy beside no protection, on mounts of their own, in one run."""
+"""Cost of protection: each strategy compared with no protection, on mounts of their own, in one run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STRATEGIES = {
 
 @pytest.fixture(scope="module")
 def mounts() -> Iterator[dict[str, DaxMount]]:
-    """A mount with each strategy, and a file of random bytes on it."""
+    """A mount with each strategy, with a file of random bytes."""
     data = os.urandom(FILE_MIB * MIB)
     with ExitStack() as stack:
         made = {}

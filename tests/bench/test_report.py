@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmarks' report, and that the committed page is made of the committed figures."""
+"""Arithmetic of the benchmarks' report; the committed page is made of the committed figures."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Judges a step: what the kernel did, turned by each reason in turn into what is right here, must be what
-daxemu did.
+"""Judge a step: the kernel's outcome, changed by each rule in turn into the right outcome, must equal
+daxemu's outcome.
 
-The reasons are those of docs/fidelity.md. Each rule of rules.py applies one of them, and only where the world
-says that it holds: a page is poison, a block is shared, an earlier difference left other bytes. What is left
-over is UNEXPLAINED; so is an outcome equal to the kernel's where the media would not have let it through.
+The reasons are those of docs/fidelity.md. Each rule of rules.py applies one reason, and only where the world
+shows the condition: a page is poison, a block is shared, an earlier difference left other bytes. A remaining
+difference is UNEXPLAINED; so is an outcome equal to the kernel's where the media would not have allowed it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OTHER = "not the reference"
 UNEXPLAINED = "UNEXPLAINED"
 
 NOISE = re.compile(
-    r"Injecting memory failure|mce: |Soft offlining"  # what made the failure, not what came of it
+    r"Injecting memory failure|mce: |Soft offlining"  # the cause of the failure, not its effect
     r"|FS: (Please unmount|User initiated|Metadata I/O Error)"  # XFS's own words for being shut down
 )
 COUNTED = ("total", "ignored", "failed", "delayed", "recovered")
@@ -29,7 +29,7 @@ COUNTED = ("total", "ignored", "failed", "delayed", "recovered")
 
 @dataclass(frozen=True)
 class Difference:
-    """One step that did not end as in the kernel. ``right`` is what the rules expect here."""
+    """Step whose outcome differs from the kernel's. ``right`` is the outcome that the rules expect."""
 
     index: int
     step: Step
@@ -50,7 +50,7 @@ class Difference:
 
 
 def judge(index: int, step: Step, ours: Outcome, world: World) -> Difference | None:
-    """Compare a step with the reference kernel's, then let the world know what happened. None: the same."""
+    """Compare a step with the reference kernel's, then update the world. None: no difference."""
     difference = None
     reason = None
     if step.expected is not None:
@@ -73,7 +73,7 @@ def judge(index: int, step: Step, ours: Outcome, world: World) -> Difference | N
 def judge_other(
     index: int, step: Step, other: Outcome, ours: Outcome, found: Difference | None
 ) -> Difference | None:
-    """Compare the same step with a kernel that is not the reference; ``found`` is what ``judge`` said."""
+    """Compare the same step with a kernel other than the reference; ``found`` is the result of ``judge``."""
     assert step.expected is not None
     kernel, reference, here = normal(other), normal(step.expected), normal(ours)
     if not counted(other):
@@ -87,7 +87,9 @@ def judge_other(
 
 
 def _right(step: Step, kernel: Outcome, world: World) -> tuple[Outcome, tuple[str, ...]]:
-    """What the rules make of the kernel's outcome, and the reasons of those that changed it."""
+    """Apply the rules to the kernel's outcome; return the right outcome, and the reasons of the rules that
+    changed it.
+    """
     right = kernel
     reasons: list[str] = []
     for rule in RULES:
@@ -100,12 +102,12 @@ def _right(step: Step, kernel: Outcome, world: World) -> tuple[Outcome, tuple[st
 
 
 def counted(outcome: Outcome) -> bool:
-    """Whether the kernel has the counters at all: 6.1 has not."""
+    """Return True if the kernel has the counters at all: 6.1 does not."""
     return not outcome.counters or any(name in COUNTED for name in outcome.counters)
 
 
 def normal(outcome: Outcome) -> Outcome:
-    """Without what two runs of one kernel differ in, either."""
+    """Drop differences between two runs of one kernel, too."""
     return Outcome(
         _normal_res(outcome.res),
         tuple(sorted(outcome.signals, key=repr_sorted)),

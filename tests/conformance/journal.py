@@ -1,5 +1,5 @@
-"""What a mount says of a step: its log lines, counters and bad blocks, in the recordings' form; and what
-makes it as like DAX as can be.
+"""Log lines, counters and bad blocks of a mount after a step, in the recordings' form; and settings that make
+the mount as similar to DAX as possible.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SETTLE = 2.0
 
 
 class Journal:
-    """Reads the events of one device as they come."""
+    """Reader of the events of one device."""
 
     def __init__(self, device: Path, client: Client) -> None:
         self._path = device / "events.jsonl"
@@ -32,7 +32,9 @@ class Journal:
         self._before = self._counters()
 
     def lines(self, consumed: int) -> tuple[str, ...]:
-        """The log since the last time, once it has told of the ``consumed`` BUS_MCEERR_AR seen meanwhile."""
+        """Return the new log lines, once the log reports the ``consumed`` BUS_MCEERR_AR signals seen
+        meanwhile.
+        """
         self._owed += consumed
         until(self._paid)
         self._owed = 0
@@ -57,11 +59,11 @@ class Journal:
         return {"total": sum(counters.values()), **counters}
 
     def failures(self) -> int:
-        """How many there were."""
+        """Return the number of failures."""
         return self._counters()["total"]
 
     def counted(self) -> dict[str, str]:
-        """How the counters have grown since the last time."""
+        """Return the increase of the counters since the last call."""
         before, self._before = self._before, self._counters()
         grown = {name: count - before[name] for name, count in self._before.items()}
         return {name: f"{more:+}" for name, more in grown.items() if more}
@@ -78,14 +80,14 @@ class Journal:
 
 
 def _anonymous(line: str) -> str:
-    """PFN, VA, and names without pids, as the recordings have it."""
+    """PFN, VA, and names without pids, as in the recordings."""
     line = re.sub(r"Memory failure: 0x[0-9a-f]+", "Memory failure: PFN", line)
     line = re.sub(r"\b(p\d):\d+", r"\1", line)
     return re.sub(r"fault at [0-9a-f]+", "fault at VA", line)
 
 
 def drop_cache(path: Path) -> None:
-    """On DAX nothing is present that was not touched: so nothing may be cached."""
+    """Drop the page cache: on DAX no page is present before a touch, so no page may be cached."""
     fd = os.open(path, os.O_RDWR)
     try:
         os.fsync(fd)
@@ -95,8 +97,8 @@ def drop_cache(path: Path) -> None:
 
 
 def no_read_ahead(mountpoint: Path) -> None:
-    """A page that is touched brings in no neighbours, which fault-around would map with the next. Needs
-    root.
+    """Switch read-ahead off: otherwise a touch caches neighbours, which fault-around would map with the next
+    touch. Needs root.
     """
     device = mountpoint.stat().st_dev
     setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
@@ -104,7 +106,7 @@ def no_read_ahead(mountpoint: Path) -> None:
 
 
 def until(done: Callable[[], bool]) -> None:
-    """Wait for it a little while."""
+    """Wait a short time for a condition."""
     deadline = time.monotonic() + SETTLE
     while not done() and time.monotonic() < deadline:
         time.sleep(0.002)

@@ -1,4 +1,4 @@
-"""What a process of a scenario has open and mapped, and how it wants to be told."""
+"""Descriptors, mappings and kill policy of a process in a scenario."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The recordings of real kernels beside this file (from shared/kernel, whose README tells how they were made)
-and the script of each scenario: what to do, step by step, with what the kernel did at each.
+"""Recordings of real kernels beside this file (from shared/kernel, whose README describes how they were
+made), and the script of each scenario: the steps, with the kernel's outcome of each.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Records = tuple[dict[str, Any], ...]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one step, in the recordings' form."""
+    """Outcome of one step, in the recordings' form."""
 
     res: Any = None
     signals: Records = ()
@@ -47,7 +47,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Step:
-    """One command. ``expected`` is what the reference kernel did; None for set-up that was not recorded."""
+    """One command. ``expected`` is the reference kernel's outcome; None for set-up that was not recorded."""
 
     who: str
     do: str
@@ -76,7 +76,7 @@ def canonical(who: str, do: str) -> tuple[str, str]:
 
 
 def last_touched(steps: Sequence[Step]) -> int:
-    """A machine check is "on that page": the page of ``f`` that was touched last in ``steps``."""
+    """Return the page of ``f`` that ``steps`` touched last: a machine check is "on that page"."""
     mapped: dict[tuple[str, str], int] = {}
     page = 0
     for step in steps:
@@ -89,7 +89,7 @@ def last_touched(steps: Sequence[Step]) -> int:
 
 
 def reference_of(scenario: str) -> str:
-    """The newest kernel, but for removal: that of 7.2 never returns, 6.12 shows what was meant."""
+    """Return the newest kernel. Exception: removal on 7.2 never returns, so 6.12 is the reference."""
     return "6.12" if scenario.startswith("n") else KERNELS[-1]
 
 
@@ -102,13 +102,15 @@ def load(kernel: str, config: str = CONFIG) -> dict[str, dict[str, Any]]:
 
 @cache
 def scenarios() -> dict[str, Scenario]:
-    """All of them: every command of the script, each with what the reference kernel did."""
+    """Return all scenarios: every command of the script, each with the reference kernel's outcome."""
     scripts = json.loads((RECORDINGS / "scripts.json").read_text())
     return {name: _scenario(name, script) for name, script in scripts.items()}
 
 
 def _scenario(name: str, script: dict[str, Any]) -> Scenario:
-    """The script's commands and the recording's, in order: a script lacks what not all kernels survived."""
+    """Merge the script's commands and the recording's, in order: a script lacks the steps that not all
+    kernels survived.
+    """
     reference = reference_of(name)
     left = [Step(s["who"], s["do"]) for s in script["steps"]]
     steps: list[Step] = []
@@ -125,12 +127,14 @@ def _scenario(name: str, script: dict[str, Any]) -> Scenario:
 
 
 def played(step: Step) -> bool:
-    """Whether it does anything here: notes, stacks and what cleans the kernel up do not."""
+    """Return True if the step has an effect here: notes, stacks and clean-up of the kernel have none."""
     return not _NOT_PLAYED.search(step.do)
 
 
 def outcomes(scenario: Scenario, kernel: str, config: str = CONFIG) -> dict[int, Outcome]:
-    """What another kernel did at each step of ``scenario``, by index; without the steps it was not asked."""
+    """Return another kernel's outcomes of ``scenario``, by index of the step; steps not recorded there are
+    left out.
+    """
     recorded = load(kernel, config).get(scenario.id)
     if recorded is None:
         return {}

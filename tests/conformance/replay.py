@@ -1,9 +1,9 @@
-"""Plays a scenario's steps with real processes on a real mount, and notes what came of each in the
+"""Play a scenario's steps with real processes on a real mount, and note the outcome of each in the
 recordings' form.
 
-Three things make the mount as like DAX as can be, so that what is compared is the failure: files are made and
-their cached pages dropped, read-ahead is off (a touched page brings in no neighbours), and FICLONE, which the
-kernel does not forward to FUSE, becomes copy_file_range(2), which shares blocks.
+Three measures make the mount as similar to DAX as possible, so that only failures are compared: files are
+made and their cached pages dropped; read-ahead is off (a touched page caches no neighbours); FICLONE, which
+the kernel does not forward to FUSE, becomes copy_file_range(2), which shares blocks.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ POISON_FILE = re.compile(r"poison page (\d+)(?: of (\S+))?")
 
 
 class NotYet(Exception):
-    """The scenario needs something that daxemu does not have yet; says what."""
+    """The scenario needs a feature that daxemu lacks; the message names the feature."""
 
 
 def needs_run(scenario: Scenario) -> bool:
-    """Whether its programs call for poison themselves."""
+    """Return True if the programs of the scenario inject poison themselves."""
     return any(re.match(r"madvise .* (hwpoison|soft)$", step.do) for step in scenario.steps)
 
 
 def by_pmd(scenario: Scenario) -> bool:
-    """Whether the kernel mapped by 2 MiB: it told of the whole of it."""
+    """Return True if the kernel mapped by 2 MiB: the signal covers all 2 MiB."""
     signals = (s for step in scenario.steps if step.expected for s in step.expected.signals)
     return any(signal.get("lsb") == PMD_SHIFT for signal in signals)
 
 
 def not_yet(scenario: Scenario) -> str | None:
-    """What a scenario needs that is not there, or None."""
+    """Return the missing feature that a scenario needs, or None."""
     if needs_run(scenario) and "run" not in VERBS:
         return "madvise(MADV_HWPOISON, MADV_SOFT_OFFLINE) needs `daxemu run` (issue 4, 8)"
     return None
 
 
 class Player:
-    """The actors of one scenario on one fresh mount. A context manager: they end with it."""
+    """Actors of one scenario on one fresh mount. A context manager: the actors end with the block."""
 
     def __init__(self, mount: DaxMount, scenario: Scenario) -> None:
         self._mount = mount
@@ -76,12 +76,12 @@ class Player:
         self._stack.close()
 
     def play(self) -> Iterator[tuple[int, Step, Outcome]]:
-        """Every step with its index and its outcome here."""
+        """Yield every step with its index and its outcome here."""
         for index, step in enumerate(self._scenario.steps):
             res = self._do(index, step)
             signals, deaths = self._news()
             consumed = sum(s["code"] == "BUS_MCEERR_AR" for s in signals)
-            consumed += sum(d["who"] == step.who for d in deaths)  # forced on it, its own doing
+            consumed += sum(d["who"] == step.who for d in deaths)  # forced on the thread that caused it
             dmesg = self._journal.lines(consumed)
             yield index, step, Outcome(res, signals, deaths, dmesg, self._journal.counted())
 
@@ -142,12 +142,14 @@ class Player:
             return self._gave_up_on(actor)
 
     def _gave_up_on(self, actor: Actor) -> str:
-        """It has been killed."""
+        """The actor has been killed."""
         self._stuck.add(actor.name)
         return "no answer"
 
     def _fill(self, actor: Actor, mapping: str, page: str, letter: str) -> None:
-        """The recordings' actor stores to the whole page, ours to its first byte: the rest is done for it."""
+        """The recordings' actor stores to the whole page, daxemu's actor to the first byte: store the rest
+        here.
+        """
         try:
             with open(f"/proc/{actor.pid}/mem", "r+b", buffering=0) as memory:
                 memory.seek(actor.addr(int(mapping), int(page)))
@@ -162,7 +164,7 @@ class Player:
         return {"ret": 0, "errno": "0"} if res["ret"] == int(length) else res
 
     def _size(self, actor: Actor, fd: str) -> int:
-        """Of a file that is open: FICLONE clones all of it."""
+        """Return the size of an open file: FICLONE clones the whole file."""
         opened = [
             s.do.split() for s in self._scenario.steps if s.who == actor.name and s.do.startswith("open")
         ]
@@ -188,7 +190,9 @@ class Player:
         raise NotYet(f"cannot make the failure: {step.do}")
 
     def _machine_check(self, index: int, kind: str) -> Any:
-        """Kind "ao": found by nobody who runs; "ar": the spinner consumes it; "ao64": names one line."""
+        """Kind "ao": found by no running thread; "ar": the spinner consumes the poison; "ao64": names one
+        cache line.
+        """
         offset, length = last_touched(self._scenario.steps[:index]) * PAGE, PAGE
         if kind == "ao64":
             offset, length = offset + 1024, 64
@@ -221,10 +225,10 @@ class Player:
             return {"ret": 0, "errno": "0"}
         return {"ret": -1, "errno": {"Failed": "EUCLEAN", "Ignored": "EBUSY"}[outcome]}
 
-    # -- what came of it
+    # -- outcomes
 
     def _news(self) -> tuple[Records, Records]:
-        """Who was told what, and who died, since the last time; all that was sent has come."""
+        """Return the signals and deaths since the last call, after all signals sent have arrived."""
         signals: list[dict[str, Any]] = []
         deaths: list[dict[str, Any]] = []
         for name, actor in self._actors.items():

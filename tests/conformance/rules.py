@@ -1,6 +1,6 @@
-"""The rules of compare.py: each turns what the kernel did into what is right here, for one reason.
+"""Rules of compare.py: each changes the kernel's outcome into the right outcome here, for one reason.
 
-A rule says None where it does not apply. Its reason may be two, joined by " + ".
+A rule returns None where it does not apply. A rule may return two reasons, joined by " + ".
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _error(errno: str, pages: str | None = None) -> dict[str, Any]:
 
 
 def letters(world: World, file: str, offset: int, length: int) -> str:
-    """What the recordings call ``pages``: a letter for each 4 KiB of the buffer."""
+    """Return the content of ``pages`` as the recordings write it: a letter for each 4 KiB of the buffer."""
     said = ""
     for at in range(offset, offset + length, PAGE):
         end = min(at + PAGE, offset + length)
@@ -54,7 +54,7 @@ def letters(world: World, file: str, offset: int, length: int) -> str:
     return said
 
 
-# -- those who are dead here only
+# -- processes that died here only
 
 
 def dead(step: Step, kernel: Outcome, world: World) -> Turned | None:
@@ -72,11 +72,12 @@ def dax_warning(step: Step, kernel: Outcome, world: World) -> Turned | None:
 
 
 def told(step: Step, kernel: Outcome, world: World) -> Turned | None:
-    """6.12 and later lose those who map a shared block through another file or process, and 7.2 tells the
-    owner of a private copy: told are those who have the page present, with an early policy.
+    """Since 6.12 the kernel misses processes that map a shared block through another file or process, and 7.2
+    signals the owner of a private copy. Here processes with the page present and an early policy are
+    signalled.
     """
     if step.who != "inj" and not step.do.startswith("machine check ao"):
-        return None  # where somebody consumes it, it is he who counts, whatever his policy
+        return None  # where a thread consumes the poison, that thread counts, whatever its policy
     failing = world.failing(step)
     if not failing:
         return None
@@ -114,7 +115,7 @@ def _sending(who: str) -> str:
 
 
 def neighbours_told(step: Step, right: Outcome, ours: Outcome, world: World) -> Outcome:
-    """``ours`` without those who were told because fault-around had made the page present for them."""
+    """Return ``ours`` without signals to processes for which fault-around had made the page present."""
     places = [p for block in world.failing(step) for p in world.maybe_at(block)]
     places = [p for p in places if world.process(p[0]).early(world.sysctl)]
     signals, deaths, lines = list(ours.signals), list(ours.deaths), list(ours.dmesg)
@@ -148,7 +149,7 @@ def access(step: Step, kernel: Outcome, world: World) -> Turned | None:
     else:
         right = Outcome("died", (), ({"who": step.who, "signal": "SIGBUS"},), (line,))
     if isinstance(kernel.res, dict) and kernel.res.get("faulted"):
-        # A store to a shared block is BUS_ADRERR: it copies first. Here it is copied when it is written back.
+        # A store to a shared block is BUS_ADRERR: the kernel copies first. Here write-back copies.
         block = world.block_at(place)
         assert block is not None
         reason = CACHE if world.shared(block) else world.diverged.get(block)
@@ -157,7 +158,9 @@ def access(step: Step, kernel: Outcome, world: World) -> Turned | None:
 
 
 def read(step: Step, kernel: Outcome, world: World) -> Turned | None:
-    """read(2) meets poison: EIO; the page cache gives the good pages before it first, O_DIRECT does not."""
+    """read(2) of poison: EIO. The page cache returns the good pages before the poison first, O_DIRECT does
+    not.
+    """
     if not step.do.startswith("pread "):
         return None
     fd, offset, length = _numbers(step)
@@ -173,7 +176,9 @@ def read(step: Step, kernel: Outcome, world: World) -> Turned | None:
 
 
 def write(step: Step, kernel: Outcome, world: World) -> Turned | None:
-    """write(2) of whole pages clears them; of part of one it is EFAULT, EIO where it would have to copy."""
+    """write(2) of whole pages clears poison; of part of a page EFAULT, EIO where the write would have to
+    copy.
+    """
     if not step.do.startswith("pwrite "):
         return None
     fd, offset, length = _numbers(step)[:3]
@@ -193,7 +198,7 @@ def write(step: Step, kernel: Outcome, world: World) -> Turned | None:
 
 
 def buffer(step: Step, kernel: Outcome, world: World) -> Turned | None:
-    """Poison as a system call's buffer: EFAULT, or a short count up to it."""
+    """Poison as a system call's buffer: EFAULT, or a short count up to the poison."""
     verb = step.do.split()[0]
     if verb not in ("kread", "kwrite", "pvmread", "pvmwrite"):
         return None
@@ -208,7 +213,9 @@ def buffer(step: Step, kernel: Outcome, world: World) -> Turned | None:
 
 
 def pagemap(step: Step, kernel: Outcome, world: World) -> Turned | None:
-    """Nobody told: the kernel leaves it mapped. Here it is unmapped, so that the next load is found."""
+    """Without a signal the kernel leaves the page mapped. Here the page is unmapped, so that the next load
+    finds the poison.
+    """
     if not step.do.startswith("pagemap ") or not world.bad(world.block_at(_place(step))):
         return None
     return replace(kernel, res={"present": 0}), CACHE
@@ -220,7 +227,7 @@ def badblocks(step: Step, kernel: Outcome, world: World) -> Turned | None:
     return replace(kernel, res="0 range(s), 0 bad 512-byte sectors in all"), CANNOT_CLEAR
 
 
-# -- what was asked for, and kernels lack
+# -- features that kernels lack
 
 
 def warned(step: Step, kernel: Outcome, world: World) -> Turned | None:
@@ -235,7 +242,7 @@ def warned(step: Step, kernel: Outcome, world: World) -> Turned | None:
 
 
 def other_bytes(step: Step, kernel: Outcome, world: World) -> Turned | None:
-    """The outcome follows from the world, its reason from the difference that made it so."""
+    """The outcome follows from the world, its reason from the difference that changed the world."""
     verb = step.do.split()[0]
     if verb in ("tr", "tw"):
         block = world.block_at(_place(step))
@@ -256,7 +263,9 @@ def other_bytes(step: Step, kernel: Outcome, world: World) -> Turned | None:
 
 
 def unmapped_at_shutdown(step: Step, kernel: Outcome, world: World) -> Turned | None:
-    """The kernel leaves mappings of a filesystem that shut down; here its cached pages go with it."""
+    """The kernel keeps mappings of a filesystem that shut down; here the cached pages go with the
+    filesystem.
+    """
     kept = isinstance(kernel.res, dict) and "ok" in kernel.res
     if not world.down or not step.do.startswith(("tr ", "tw ")) or not kept or _place(step) in world.copies:
         return None

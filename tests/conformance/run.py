@@ -23,7 +23,7 @@ COLUMNS: tuple[Column, ...] = (
 
 @dataclass
 class Verdict:
-    """How a scenario ended, against each recording."""
+    """Result of a scenario, against each recording."""
 
     scenario: Scenario
     differences: list[Difference] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Verdict:
 
 
 def run(scenario: Scenario, zygote: Zygote, directory: Path) -> Verdict:
-    """Play it. A hang, or anything an actor cannot do, is an exception."""
+    """Play a scenario. A hang, or a command that an actor cannot carry out, is an exception."""
     verdict = Verdict(scenario)
     verdict.not_yet = not_yet(scenario)
     if verdict.not_yet is not None:

@@ -1,4 +1,6 @@
-"""The comparison lets nothing pass: each of these outcomes is wrong, though some are the kernel's."""
+"""The comparison accepts no wrong outcome: each of these outcomes is wrong, although some are the
+kernel's.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ LINE = "MCE: Killing p0 due to hardware memory corruption fault at VA"
 
 
 def world_before(scenario: Scenario, index: int) -> World:
-    """What is after all steps before ``index`` ended as in the kernel."""
+    """Return the world after all steps before ``index`` ended as in the kernel."""
     world = World()
     for step in scenario.steps[:index]:
         world.after(step, step.expected or Outcome({"ret": 0, "ok": "?"}), None)
@@ -89,7 +91,7 @@ def test_a_stranger_who_is_told_is_unexplained() -> None:
 
 
 def test_fault_around_makes_neighbours_present() -> None:
-    """p2 touched page 5 when page 3 was cached."""
+    """Process p2 touched page 5 while page 3 was cached."""
     index, step, world = find("m2-mce-ar-early", "machine check ar on that page (QEMU monitor)")
     assert step.expected is not None
     line = "Memory failure: PFN: Sending SIGBUS to {} due to hardware memory corruption"

@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def zygote() -> Iterator[Zygote]:
-    """What forks supervisors."""
+    """Process that forks supervisors."""
     with Zygote() as made:
         yield made
 

@@ -1,9 +1,9 @@
-"""What a scenario's commands mean: which blocks a file has, who maps and shares them, which are poison, what
-they hold.
+"""Effects of a scenario's commands: the blocks of each file, the processes that map and share blocks, poison,
+and contents.
 
-A second opinion on the device, kept beside it: whether daxemu's outcome is right, where it differs from the
-recorded one, is judged by this and not by what daxemu says of itself. Pages of files are blocks, numbers that
-mean nothing else.
+The world is a second opinion on the device: where daxemu's outcome differs from the recorded one, the world
+decides which outcome is right, independently of daxemu's own state. Pages of files are blocks, numbers
+without a further meaning.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Place = tuple[str, int, int]
 class World:
     files: dict[str, list[Block | None]] = field(default_factory=dict)
     content: dict[Block, str] = field(default_factory=dict)
-    """What every byte of it is; "?" mixed."""
+    """Value of all bytes of the block; "?" mixed."""
     poison: set[Block] = field(default_factory=set)
     cleared: bool = False  # or freed: the kernel's device cannot
     done: list[Step] = field(default_factory=list)
@@ -37,12 +37,12 @@ class World:
     present: set[Place] = field(default_factory=set)
     cached: set[tuple[str, int]] = field(default_factory=set)  # pages that the page cache may hold
     around: set[Place] = field(default_factory=set)
-    """What fault-around may have made present: cached neighbours of a page that was touched."""
+    """Pages that fault-around may have made present: cached neighbours of a touched page."""
     copies: dict[Place, str] = field(default_factory=dict)  # private ones
     diverged: dict[Block, str] = field(default_factory=dict)
-    """Blocks that are not as in the kernel any more, and the reason of the difference that did it."""
+    """Blocks that differ from the kernel's, and the reason of the difference that caused this."""
     dead: dict[str, str] = field(default_factory=dict)
-    """Who died here only, and the reason of that."""
+    """Processes that died here only, with the reason."""
     sysctl: bool = False
     _last: Block = 0
 
@@ -56,7 +56,7 @@ class World:
         return blocks[page] if page < len(blocks) else None
 
     def block_at(self, place: Place) -> Block | None:
-        """What a page of a mapping shows; None for a hole, a private copy, or no mapping."""
+        """Return the block that a page of a mapping shows; None for a hole, a private copy, or no mapping."""
         who, number, page = place
         mapping = self.process(who).maps.get(number)
         if mapping is None or place in self.copies:
@@ -76,21 +76,21 @@ class World:
         return block in self.poison
 
     def mapped_at(self, block: Block) -> Iterator[Place]:
-        """Everywhere it is present, private copies aside."""
+        """Return every place where the block is present, private copies excepted."""
         return (place for place in sorted(self.present) if self.block_at(place) == block)
 
     def maybe_at(self, block: Block) -> Iterator[Place]:
-        """Everywhere it is present only if fault-around has made it so."""
+        """Return every place where the block is present only if fault-around made it so."""
         return (place for place in sorted(self.around - self.present) if self.block_at(place) == block)
 
     def copied_from(self, block: Block) -> Iterator[Place]:
-        """Private copies whose original it is."""
+        """Return the private copies of the block."""
         for who, number, page in self.copies:
             mapping = self.process(who).maps[number]
             if self.block(mapping.file, mapping.first + page) == block:
                 yield who, number, page
 
-    # -- what steps do; only what succeeded here is said to them
+    # -- effects of steps; only commands that succeeded here are recorded
 
     def new_block(self, holding: str) -> Block:
         self._last += 1
@@ -98,7 +98,7 @@ class World:
         return self._last
 
     def failing(self, step: Step) -> list[Block]:
-        """The blocks of files that a step makes bad."""
+        """Return the blocks of files that a step poisons."""
         pages: list[tuple[str, int]] = []
         if step.who == "host" and step.do.startswith("machine check"):
             pages = [("f", last_touched(self.done))]
@@ -112,7 +112,9 @@ class World:
         return [block for block in blocks if block is not None]
 
     def after(self, step: Step, ours: Outcome, reason: str | None) -> None:
-        """What a step did, failures too; ``reason``: why its outcome differs from the kernel's."""
+        """Record the effect of a step, failures included; ``reason``: cause of a difference from the
+        kernel.
+        """
         for block in self.failing(step):
             self.poison.add(block)
             self.around -= set(self.maybe_at(block))
@@ -136,7 +138,7 @@ class World:
             self._note(step.who, words, reason)
 
     def _note(self, who: str, words: list[str], reason: str) -> None:
-        """A store that the kernel did and that was refused here."""
+        """Record a store that the kernel did and daxemu refused."""
         if words[0] in ("pwrite", "kwrite"):
             fd, offset, length = (int(w) for w in (words[1:4] if words[0] == "pwrite" else words[3:6]))
             for block, _ in self.span(who, fd, offset, length):
@@ -148,7 +150,7 @@ class World:
                 self.diverged[block] = reason
 
     def span(self, who: str, fd: int, offset: int, length: int) -> Iterator[tuple[Block | None, bool]]:
-        """The blocks of a range of a file, and whether it covers each whole."""
+        """Return the blocks of a range of a file, and for each whether the range covers the whole block."""
         file, _ = self.process(who).fds.get(fd, ("", False))
         for page in range(offset // PAGE, -(-(offset + length) // PAGE)):
             whole = offset <= page * PAGE and (page + 1) * PAGE <= offset + length

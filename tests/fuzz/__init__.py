@@ -1,1 +1,1 @@
-"""Fuzz targets: one for each parser of bytes that others wrote."""
+"""Fuzz targets: one for each parser of foreign bytes."""

@@ -17,7 +17,7 @@ BUILD = Path(__file__).resolve().parents[2] / "build" / "fuzz"
 
 
 def main(name: str, seconds: str = "60") -> None:
-    """Fuzz in a child process, because libFuzzer ends its process with _exit(2): this one cleans up."""
+    """Fuzz in a child process, because libFuzzer ends its process with _exit(2); the parent cleans up."""
     with tempfile.TemporaryDirectory(prefix=f"daxemu-fuzz-{os.getpid()}-", dir="/dev/shm") as scratch:
         child = multiprocessing.Process(target=fuzz, args=(name, seconds, Path(scratch)))
         child.start()

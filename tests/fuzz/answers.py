@@ -146,7 +146,7 @@ def read_body(offset: int, size: int) -> bytes:
 
 
 def write_body(offset: int, size: int, data: bytes, flags: int = 0) -> bytes:
-    """``size`` is the length that the request states, which need not be that of ``data``."""
+    """``size`` is the length that the request states, which may differ from the length of ``data``."""
     return READ_WRITE.pack(0, offset, size, flags, 0, 0, 0) + data
 
 
@@ -373,7 +373,9 @@ class Requests:
         return request(BATCH_FORGET, 0, BATCH_HEADER.pack(said, 0) + data)
 
     def to_the_last_note(self, places: int) -> list[bytes]:
-        """A burst that leaves one place of ``places`` in the array of notes, then a store that needs two."""
+        """A burst that leaves one free place of ``places`` in the array of notes, then a store that needs
+        two.
+        """
         ino, size = INODES[0], 2 * GRANULE
         self._answers.break_layout(ino)
         self._model.break_layout(ino)

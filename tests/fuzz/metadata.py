@@ -81,15 +81,15 @@ def _restored(path: Path) -> list[Page]:
 
 
 def _is_storable(value: object) -> bool:
-    """Whether SQLite has a type for it."""
+    """Return True if SQLite has a type for the value."""
     if type(value) is int:
         return -(1 << 63) <= value < 1 << 63
     return value is None or isinstance(value, str | bytes | float)
 
 
 def table_row(path: Path, data: bytes) -> None:
-    """(table, row) as MessagePack, stored in a device's tables: it mounts with values in their domains, or is
-    refused.
+    """(table, row) as MessagePack, stored in a device's tables: the device mounts with values in their
+    domains, or is refused.
     """
     try:
         table, row = msgspec.msgpack.decode(data, type=tuple[str, tuple[Any, ...]])
@@ -104,7 +104,7 @@ def table_row(path: Path, data: bytes) -> None:
 
 
 def sealed_page(path: Path, data: bytes) -> None:
-    """Page number, offset, and bytes that both copies of that page have there, under a valid seal."""
+    """Page number, offset, and bytes that both copies of the page hold there, under a valid seal."""
     if len(data) < 4:
         return
     pages = _restored(path)

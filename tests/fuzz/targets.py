@@ -1,6 +1,6 @@
 """Fuzz targets of the parsers in Python. Each takes bytes and raises if a parser breaks its promise.
 
-A parser either returns a value that its own form reproduces, or raises the error that its docstring names.
+A parser either returns a value that serializes to the same bytes, or raises the error named in its docstring.
 The C parser of FUSE requests has a target of its own, tests/fuzz/answers.py.
 """
 

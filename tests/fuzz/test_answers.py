@@ -21,7 +21,9 @@ ROUNDS = 3000
 
 
 def _fuzz(seed: int) -> int:
-    """In a process of its own: what ends C ends no test run. Returns how many requests C answered."""
+    """Fuzz in a separate process: a crash of C does not end the test run. Return the number of requests that
+    C answered.
+    """
     code = f"from tests.fuzz.answers import fuzz; print(fuzz({seed}, {ROUNDS}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, f"seed {seed}: exit {done.returncode}\n{done.stderr}"

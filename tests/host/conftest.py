@@ -1,4 +1,4 @@
-"""Both ways of what is quicker in C."""
+"""Both implementations of the parts that exist in C and in Python."""
 
 from __future__ import annotations
 

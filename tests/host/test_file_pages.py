@@ -1,4 +1,4 @@
-"""Which page of which file a process shows where; and that signals are only for that."""
+"""Pages of files that a process shows at each address; signals are sent only for these pages."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_pages_of_mappings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quer
     assert find_page(actor.pid, page_of(file, 9), address) is None
 
 
-def test_ao_is_told_where_the_page_is_now() -> None:
+def test_ao_carries_the_present_address_of_the_page() -> None:
     async def play(link: TracerLink, start: Start) -> None:
         tracee = await start()
         address = tracee.map + 3 * PAGE
@@ -57,13 +57,13 @@ def test_ao_is_told_where_the_page_is_now() -> None:
     scenario(play)
 
 
-def test_no_ao_for_who_does_not_map_the_page_any_more() -> None:
-    """As after execve(2), of a program that knows nothing of the signal."""
+def test_a_process_that_unmapped_the_page_gets_no_ao() -> None:
+    """As after execve(2), of a program that does not expect the signal."""
 
     async def play(link: TracerLink, start: Start) -> None:
         tracee = await start()
         gone = page_of(tracee.file, 1 << 20)
-        for _ in range(2):  # the second finds it held
+        for _ in range(2):  # the second request finds the thread held
             pending = await link.send_ao(tracee.pid, tracee.pid, tracee.map, page=gone)
             assert await pending.wait(30) == Gone(pending.id)
         await tracee.free()

@@ -1,4 +1,4 @@
-"""The lock and the wait that pyfuse3's main loop is given: who has a turn, and when."""
+"""Lock and wait that pyfuse3's main loop is given: which task runs, and when."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_who_released_it_can_have_it_again_without_a_turn_of_the_loop() -> None:
             for _ in range(3):
                 async with lock:
                     assert not taken.is_set()
-            await taken.wait()  # but it is not forgotten
+            await taken.wait()  # but the wake-up is not lost
             release.set()
 
     trio.run(main)
@@ -77,15 +77,15 @@ def test_a_cancelled_wait_leaves_the_lock_usable() -> None:
 
 
 async def count_turns(turns: list[float]) -> None:
-    """Note each turn of the event loop."""
+    """Count the iterations of the event loop."""
     while True:
         await trio.lowlevel.checkpoint()
         turns.append(time.monotonic())
 
 
 def turns_during(pipe: tuple[int, int], waits: int, *, reader: bool) -> int:
-    """How many turns another task has while something readable is waited for that often. ``reader``: somebody
-    else would go on reading.
+    """Return how often another task runs during ``waits`` waits for something readable. ``reader``: another
+    reader would go on reading.
     """
     read_end, write_end = pipe
     os.write(write_end, b"x")
@@ -132,7 +132,7 @@ def test_what_comes_later_is_waited_for(
     monkeypatch.setattr(fuse_loop, "FD_SETSIZE", set_size)
     read_end, write_end = pipe
     loop = FuseLoop()
-    loop._is_idle.value = 1  # as answers.c says once it has waited in vain
+    loop._is_idle.value = 1  # as answers.c sets it after a wait in vain
 
     async def write() -> None:
         await trio.testing.wait_all_tasks_blocked()

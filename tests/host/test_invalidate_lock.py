@@ -1,4 +1,4 @@
-"""Who waits while pages of a file are taken away, and who must not."""
+"""Tasks that wait while pages of a file are revoked, and tasks that must not wait."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_request_that_is_in_the_way_is_let_through_and_its_pages_go_again() ->
 
 
 def test_too_many_wait() -> None:
-    """The next ones go on: somebody must be left to answer what is written back."""
+    """Further requests go on: a task must be left to answer write-back."""
 
     async def test(lock: InvalidateLock, cache: Cache, nursery: trio.Nursery, done: list[str]) -> None:
         cache.free.set()
@@ -104,7 +104,7 @@ def test_too_many_wait() -> None:
         assert not lock.is_complete
         await lock.invalidate(cache.revoke)
         assert cache.taken == [(7, 0, 8), (7, 0, 1)]
-        assert done == ["read"] * (MOST_HELD + 1)  # they had the page locked
+        assert done == ["read"] * (MOST_HELD + 1)  # the requests had the page locked
 
     run(test)
 

@@ -1,4 +1,6 @@
-"""Who need not be looked at, because the kernel has counted: real processes, a plain shared-memory file."""
+"""Processes that need no look because the kernel's mapcount is reached: real processes, a plain shared-memory
+file.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ pytestmark = pytest.mark.skipif(
     not os.access("/proc/kpagecount", os.R_OK), reason="/proc/kpagecount is root's, and not in every kernel"
 )
 
-# It maps the file, then lends all of its memory to a child by vfork(2), and waits there for the child's end.
+# The process maps the file, lends its memory to a child by vfork(2), and waits for the child's end.
 LENDER = """
 import ctypes, mmap, os, sys, time
 shown = mmap.mmap(os.open(sys.argv[1], os.O_RDWR), 4096)
@@ -50,7 +52,7 @@ def file() -> Iterator[Path]:
 
 @pytest.fixture
 def spawn(file: Path) -> Iterator[Callable[[], Actor]]:
-    """A process that has pages 0 and 32 of the file present."""
+    """Start a process that has pages 0 and 32 of the file present."""
     with ExitStack() as stack:
 
         def make() -> Actor:
@@ -74,7 +76,7 @@ def found(file: Path, *ranges: Range, likely: frozenset[int] = frozenset()) -> l
 
 @pytest.fixture
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The processes whose mappings are read, one at a time."""
+    """Return the processes whose mappings are read, one at a time."""
     without_c(monkeypatch)
     pids: list[int] = []
     read_vmas = tasks.read_vmas

@@ -1,4 +1,4 @@
-"""Which mount a path is on, without touching it."""
+"""Mount of a path, found without a touch of the path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from daxemu.host.proc.mountinfo import Mount, mount_of, printable
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Mount]:
-    """Three mounts that are not there: one inside another, and one on top of that."""
+    """Three mounts that do not exist: one inside another, and one on top of the inner mount."""
     outer, inner = tmp_path / "outer", tmp_path / "outer" / "inner"
     inner.mkdir(parents=True)
     made = [

@@ -1,6 +1,6 @@
-"""daxemu run without a mount: a command takes its place, and is let go of.
+"""daxemu run without a mount: the command replaces the process, and is released from it.
 
-Files in shared memory stand for a mount's, a fake supervisor writes down what it is asked.
+Files in shared memory stand for files of a mount; a fake supervisor records the requests.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ if not sys.argv[2:]:
 
 
 def test_a_signal_meanwhile_waits(here: Path) -> None:
-    """The call was received: it is made once, whatever comes."""
+    """A received call is made once, whatever signal arrives."""
     script = """
 got = []
 signal.signal(signal.SIGALRM, lambda *_: got.append(1))
@@ -160,7 +160,7 @@ def test_signals_reach_the_command(here: Path, number: signal.Signals) -> None:
 
 
 def test_a_terminals_interrupt(here: Path) -> None:
-    """It goes to the process group, and the helper is in none of the terminal's."""
+    """Ctrl-C signals the terminal's process group, and the helper belongs to no such group."""
     with started(here, "print(flush=True); time.sleep(60)", start_new_session=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -266,7 +266,7 @@ def test_a_pipeline() -> None:
 
 
 def test_without_root() -> None:
-    """no_new_privs, then: a set-user-ID program gains nothing."""
+    """Without root, no_new_privs is set: a set-user-ID program gains no privilege."""
     done = command("--", "grep", "-E", "NoNewPrivs|Seccomp_filters", "/proc/self/status")
     assert done.stdout.split() == ["NoNewPrivs:", "0", "Seccomp_filters:", "1"]
     if os.geteuid() == 0:

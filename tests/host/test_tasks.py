@@ -1,4 +1,4 @@
-"""Who maps what: real processes, on a plain shared-memory file."""
+"""Mappings of real processes, on a plain shared-memory file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def identity(file: Path) -> tuple[tuple[int, int], int]:
 
 
 def present_pages(file: Path, actor: Actor, *ranges: Range) -> list[tuple[int, int, int]]:
-    """(first page, pages, address in mapping 0) of each run that the actor is found to have present."""
+    """Return (first page, pages, address in mapping 0) of each run that the actor has present."""
     dev, ino = identity(file)
     found = [task for task in collect_tasks(dev, {ino: list(ranges)}) if task.pid == actor.pid]
     return [(r.index, r.nr_pages, r.address - actor.addr(0)) for task in found for r in task.present]
@@ -94,7 +94,7 @@ def test_everything_on_the_device_reports_one_run_a_process(file: Path, actor: A
 
 
 def everybody(file: Path) -> list[Task]:
-    """Who has any page of the file."""
+    """Return the processes with any page of the file present."""
     dev, ino = identity(file)
     return collect_tasks(dev, {ino: [Range(0, 1 << 40)]})
 
@@ -140,7 +140,9 @@ def test_many_mappings_and_many_runs(file: Path, mappings: int, pages: int) -> N
 
 
 def meanwhile(monkeypatch: pytest.MonkeyPatch, *changes: Callable[[], None]) -> None:
-    """Have these things happen, before the first look at the page tables, after it, before the second..."""
+    """Run these functions before the first look at the page tables, after the first look, before the second,
+    and so on.
+    """
     real, todo = tasks.present_in, [*changes]
     without_c(monkeypatch)
 
@@ -234,7 +236,7 @@ def test_threads_come_with_their_policy(actor: Actor) -> None:
     assert policies == [0, PF_MCE_PROCESS | PF_MCE_EARLY, PF_MCE_PROCESS]
     assert {process_of(t.tid) for t in threads} == {actor.pid}
     while Path(f"/proc/{actor.pid}/syscall").read_text() == "running\n":
-        pass  # it has answered, and is on its way
+        pass  # the actor has answered, and is about to begin
     assert in_page_fault(actor.pid) is False, "it waits in read(2)"
 
 
@@ -297,7 +299,7 @@ def test_copies_are_told_with_what_is_the_files_own(
 
 @pytest.mark.parametrize("name", ["x {dev} y", "x\n{dev} y", "x\r{dev} y", "{dev} (deleted)"])
 def test_a_file_name_is_taken_for_no_device(tmp_path: Path, name: str) -> None:
-    """/proc/PID/maps shows the name last: a device in it is not the mapping's."""
+    """/proc/PID/maps shows the name last: a device number in the name is not the mapping's."""
     path = tmp_path / name.format(dev="00:63")
     path.write_bytes(bytes(PAGE))
     with path.open("r+b") as opened, mmap.mmap(opened.fileno(), PAGE) as view:

@@ -1,4 +1,4 @@
-"""The tracer on real processes: BUS_MCEERR_AO, whatever the thread is doing and however it takes signals."""
+"""The tracer on real processes: BUS_MCEERR_AO in any state of the thread, with any disposition of SIGBUS."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_ao_to_a_stopped_process_waits_for_sigcont() -> None:
         await until(lambda: status_of(tracee.pid).state == "T")
         pending = await link.send_ao(tracee.pid, tracee.pid, tracee.map)
         await until(lambda: status_of(tracee.pid).tracer != 0)
-        await link.arm(os.getpid() ^ 0x3FFFFF)  # a round trip: the tracer has done all it could
+        await link.arm(os.getpid() ^ 0x3FFFFF)  # a round trip: the tracer has handled all requests before
         assert pending.outcome is None
         await until(lambda: status_of(tracee.pid).state in "Tt")
         os.kill(tracee.pid, signal.SIGCONT)

@@ -53,7 +53,7 @@ def test_ar_not_taken_lets_go() -> None:
         assert isinstance(armed, Armed)
         assert await armed.wait(30) == NotTaken(armed.id)
         await tracee.free()
-        await deliver(link, tracee, tracee.map)  # it still waits
+        await deliver(link, tracee, tracee.map)  # the request still waits
         assert await tracee.line() == f"TOOK 7 5 {tracee.map:x} 12"
 
     scenario(play)
@@ -76,7 +76,7 @@ def test_ar_in_a_stopped_process_not_taken_stays_stopped() -> None:
 
 
 async def consume_armed(link: TracerLink, tracee: Tracee, arms: int) -> list[Delivered]:
-    """One fault for which the tracer was asked several times; the reports of all of them."""
+    """Send several requests for one fault; return all reports."""
     armed = [await link.arm(tracee.pid, 30) for _ in range(arms)]
     assert await tracee.ask("touch 0") == f"BUS 4 {tracee.map:x} 12 {tracee.pid}"
     reports = []
@@ -129,7 +129,7 @@ def test_ao_and_ar_on_one_thread() -> None:
             assert isinstance(armed, Armed)
             sent = [await link.send_ao(tracee.pid, tracee.pid, tracee.map + 4096 * k) for k in range(3)]
             await tracee.tell(f"touch {n}")
-            seen = [await tracee.line() for _ in range(4)]  # the handler returns from AO into the touch
+            seen = [await tracee.line() for _ in range(4)]  # the handler of the AO returns into the touch
             for pending in sent:
                 assert isinstance(await pending.wait(30), Delivered)
             assert isinstance(await armed.wait(30), Delivered)

@@ -79,7 +79,7 @@ def test_exec_in_an_unheld_thread_ends_the_held_leader() -> None:
         armed = await link.arm(tracee.pid, 1000)
         assert isinstance(armed, Armed)
         await tracee.tell("")
-        assert await armed.wait(30) == Gone(armed.id)  # the kernel does not say so: the sweep finds it
+        assert await armed.wait(30) == Gone(armed.id)  # the kernel does not report this: the sweep finds it
         assert (await tracee.line()).startswith("ready")
 
     scenario(play)

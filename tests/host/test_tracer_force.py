@@ -48,8 +48,10 @@ def test_it_dies_where_it_does_not_listen(words: list[str]) -> None:
     scenario(play)
 
 
-def test_it_dies_of_what_it_has_pending() -> None:
-    """SIGBUS is a legacy signal: a second is merged with the first, and unblocked that is deadly, too."""
+def test_a_pending_sigbus_kills_once_it_is_unblocked() -> None:
+    """SIGBUS is a legacy signal: a second SIGBUS merges with the first, and the unblocked SIGBUS
+    kills, too.
+    """
 
     async def play(link: TracerLink, start: Start) -> None:
         tracee = await start()

@@ -90,7 +90,7 @@ def test_thousands_in_flight_do_not_deadlock() -> None:
 
 
 def test_what_the_tracer_writes_to_stderr_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Also the last words, as of a traceback, of a tracer that ends."""
+    """The last output of a tracer that ends is logged, too, such as a traceback."""
 
     def said() -> list[str]:
         return [record.details for record in caplog.records if record.name == "daxemu.host.tracer.link"]  # type: ignore[attr-defined]
@@ -115,7 +115,7 @@ def threads_of(link: TracerLink) -> int:
 
 
 def test_more_stuck_victims_than_threads_for_them() -> None:
-    """Victims beyond the limit are postponed; none of them holds up a running one."""
+    """Victims beyond the limit are postponed; none of them delays a running victim."""
     stuck = LIMIT + 4
 
     async def play(link: TracerLink, start: Start) -> None:

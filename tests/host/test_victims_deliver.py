@@ -1,4 +1,4 @@
-"""What C does of a delivery, and what it hands back: real processes, with a script for a tracer."""
+"""Deliveries that C completes, and deliveries handed back: real processes, with a script for a tracer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.host.tracee import Start, Tracee, scenario, tracees
 
 pytestmark = pytest.mark.skipif(victims.MISSING is not None, reason=f"{victims.MISSING}")
 
-# Delivers to each process given, and says of each how that ended. Threads that are handed back are let go.
+# Delivers to each process given, and prints the end of each delivery. Threads handed back are let go.
 SCRIPT = """
 import sys, time
 from daxemu.host.tracer import ptrace
@@ -44,7 +44,7 @@ async def ends(*running: Tracee) -> list[str]:
     return sorted(done.stdout.decode().splitlines())
 
 
-def test_what_goes_as_usual_is_never_handed_back() -> None:
+def test_ordinary_deliveries_are_never_handed_back() -> None:
     async def main() -> None:
         with trio.fail_after(60):
             async with tracees() as start:
@@ -58,7 +58,7 @@ def test_what_goes_as_usual_is_never_handed_back() -> None:
 
 
 @pytest.mark.parametrize("how", ["block", "ignore"])
-def test_what_is_unusual_is_handed_back_with_nothing_sent(how: str) -> None:
+def test_other_deliveries_are_handed_back_without_a_signal(how: str) -> None:
     async def main() -> None:
         with trio.fail_after(60):
             async with tracees() as start:
@@ -105,7 +105,7 @@ def test_another_processs_thread_is_not_told() -> None:
 
 
 def test_a_second_request_waits_for_the_first() -> None:
-    """They come in two packets, the second while the first is under way in C."""
+    """The requests come in two packets, the second while the first is under way in C."""
 
     async def play(link: TracerLink, start: Start) -> None:
         crowd = [await start() for _ in range(30)]

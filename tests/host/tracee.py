@@ -1,4 +1,4 @@
-"""Drives tests/victims/tracee.c: what an unmodified program sees of the tracer's signals, to the byte.
+"""Driver of tests/victims/tracee.c: the tracer's signals as an unmodified program sees them, to the byte.
 
 A file on /dev/shm that is mapped and then truncated gives real SIGBUS/BUS_ADRERR on touch, so AR needs no
 FUSE here.
@@ -22,7 +22,7 @@ from tests.support.actor import compile_victim
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """For what the kernel has no event for."""
+    """Poll for a condition without a kernel event."""
     while not condition():  # noqa: ASYNC110
         await trio.sleep(0.001)
 
@@ -58,11 +58,11 @@ class Tracee:
         return await self.line()
 
     async def asleep_in(self, *calls: int) -> None:
-        """Until the main thread sleeps in one of these system calls: there is no event for that."""
+        """Wait until the main thread sleeps in one of these system calls; no event reports the sleep."""
         await until(lambda: syscall_of(self.pid) in calls)
 
     async def free(self, tid: int = 0) -> None:
-        """Until nobody traces it: letting go follows the report of a delivery by an instant."""
+        """Wait until the process is not traced: detaching follows the report of a delivery by an instant."""
         await until(lambda: status_of(tid or self.pid).tracer == 0)
 
 
@@ -82,7 +82,7 @@ Start = Callable[[], Awaitable[Tracee]]
 
 @asynccontextmanager
 async def tracees() -> AsyncIterator[Start]:
-    """A function that starts tracees; all are ended at the end."""
+    """Function that starts tracees; all tracees end with the test."""
     program = compile_victim("tracee")
     running: list[Tracee] = []
 
@@ -119,13 +119,13 @@ def scenario(play: Callable[[TracerLink, Start], Awaitable[None]]) -> None:
 
 
 async def deliver(link: TracerLink, tracee: Tracee, addr: int, lsb: int = 12, tid: int = 0) -> None:
-    """One AO from the request to its report; it is the caller's to ask the tracee about it."""
+    """Run one AO from the request to the report; the caller asks the tracee about the signal."""
     pending = await link.send_ao(tracee.pid, tid or tracee.pid, addr, lsb)
     assert await pending.wait(30) == Delivered(pending.id, tid or tracee.pid, BUS_MCEERR_AO, addr, pending.id)
 
 
 async def consume(link: TracerLink, tracee: Tracee, offset: int) -> None:
-    """One AR, from the request to what the tracee saw. Its file must be truncated."""
+    """Run one AR, from the request to the signal in the tracee. The file must be truncated."""
     armed = await link.arm(tracee.pid, 30)
     assert isinstance(armed, Armed)
     addr = tracee.map + offset

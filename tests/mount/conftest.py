@@ -15,21 +15,25 @@ from tests.support.zygote import Zygote
 
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
-    """What forks supervisors."""
+    """Process that forks supervisors."""
     with Zygote() as made:
         yield made
 
 
 @pytest.fixture
 def quick_mount(tmp_path: Path, zygote: Zygote, request: pytest.FixtureRequest) -> Iterator[QuickMount]:
-    """A fresh mount, as ``dax_mount`` but quicker; indirect parameters are its size in bytes."""
+    """A fresh mount, as ``dax_mount`` but quicker. The indirect parameters are the size of the device in
+    bytes.
+    """
     with quick_mount_at(tmp_path, zygote, getattr(request, "param", 1 << 30)) as made:
         yield made
 
 
 @pytest.fixture
 def scene(dax_mount: DaxMount) -> Iterator[Scene]:
-    """A mount with the file ``f``, whose page i holds letter i; the test's actors end before it."""
+    """A mount with the file ``f``, whose page i holds letter i. The actors of the test end before the mount
+    does.
+    """
     with Scene(dax_mount) as made:
         dax_mount.make_file("f", PAGES)
         yield made

@@ -1,4 +1,6 @@
-"""POSIX access control lists through setfacl and getfacl, and what the kernel makes of them."""
+"""POSIX access control lists through setfacl and getfacl, and the mode bits that the kernel derives from an
+ACL.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ pytestmark = [
 
 
 def acl(path: Path) -> set[str]:
-    """What getfacl says, comments left out."""
+    """Return the output of getfacl without its comments."""
     shown = subprocess.run(["getfacl", "-pcn", path], capture_output=True, text=True, check=True).stdout
     return set(shown.split())
 
@@ -32,7 +34,7 @@ def setfacl(*arguments: str | Path) -> None:
 
 
 def may_read(uid: int, path: Path) -> bool:
-    # By its name alone: the way to the mount is closed to others.
+    # By its name alone: other users cannot walk the path to the mount.
     command = ["setpriv", f"--reuid={uid}", "--regid=4000", "--clear-groups", "cat", path.name]
     return subprocess.run(command, capture_output=True, cwd=path.parent).returncode == 0
 

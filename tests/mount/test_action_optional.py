@@ -1,4 +1,4 @@
-"""AO: poison is mapped, not consumed. Who is told, which thread, with what, and who is not."""
+"""AO: poison is mapped, not consumed. Which processes and threads are signalled, and with which siginfo."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.scene import (
 pytestmark = pytest.mark.mount
 
 BAD = 1
-"""The page that goes bad."""
+"""Page to poison."""
 
 
 # -- policy
@@ -203,7 +203,9 @@ def test_a_file_that_does_not_share_the_page(early: Scene) -> None:
 
 
 def test_a_fork_without_the_page(early: Scene) -> None:
-    """j0: a child gets no page tables of a shared mapping; it has to touch for itself."""
+    """The child of fork(2) gets no page tables of a shared mapping: it has the page present only after a
+    touch (`j0-fork-late`, `j0-fork-early`).
+    """
     p0 = early.mapper(touch=[BAD])
     p1 = p0.fork("p1")
     early.poison(BAD)
@@ -213,7 +215,7 @@ def test_a_fork_without_the_page(early: Scene) -> None:
 
 
 def test_a_fork_that_touched(early: Scene) -> None:
-    """j3."""
+    """A child that touched the page after fork(2) is a victim, too (`j3-fork-child-touched`)."""
     p0 = early.mapper(touch=[BAD])
     p1 = p0.fork("p1")
     assert p1.cmd(f"tr 0 {BAD}").ok == letter(BAD)
@@ -223,7 +225,9 @@ def test_a_fork_that_touched(early: Scene) -> None:
 
 
 def test_private_mappings(early: Scene) -> None:
-    """i0: one that only read has the file's page, one that stored has its own."""
+    """A private mapping that was only read has the file's page present; after a store it has a copy
+    (`i0-private-late`).
+    """
     reader = early.mapper("p0", touch=[BAD], kind="private")
     copier = early.mapper("p1", touch=[BAD], kind="private")
     sharer = early.mapper("p2", touch=[BAD])
@@ -237,11 +241,11 @@ def test_private_mappings(early: Scene) -> None:
     consumes(reader, f"tr 0 {BAD}", ar(BAD))
 
 
-# -- what the victim does with SIGBUS
+# -- the victim's disposition of SIGBUS
 
 
-def test_blocked(early: Scene) -> None:
-    """e0: it is pending, with all that belongs to it."""
+def test_a_blocked_sigbus_is_pending_with_its_siginfo(early: Scene) -> None:
+    """A blocked SIGBUS stays pending with its exact siginfo (`e0-block-early`)."""
     p0 = early.mapper(touch=[BAD], before=["sig block"])
     early.poison(BAD)
     assert ask(p0, "sig pending") == 1
@@ -257,8 +261,8 @@ def test_blocked_and_late(scene: Scene) -> None:
     assert ask(p0, "sig pending") == 0
 
 
-def test_ignored(early: Scene) -> None:
-    """e1."""
+def test_a_process_that_ignores_sigbus_gets_no_signal(early: Scene) -> None:
+    """A process that ignores SIGBUS gets no AO (`e1-ignore-early`)."""
     p0 = early.mapper(touch=[BAD], before=["sig ignore"])
     early.poison(BAD)
     assert told(p0) == []
@@ -266,8 +270,8 @@ def test_ignored(early: Scene) -> None:
     assert [event["result"] for event in early.signal_events(p0)] == ["ignored"]
 
 
-def test_default_dies(early: Scene) -> None:
-    """e2; a late one lives on."""
+def test_the_default_action_kills_the_process(early: Scene) -> None:
+    """A process with the default action dies of the AO; a late killer lives on (`e2-default-early`)."""
     p0 = early.mapper("p0", touch=[BAD], before=["sig default"])
     p1 = early.mapper("p1", touch=[BAD], before=["sig default", "mcekill late"])
     early.poison(BAD)
@@ -276,11 +280,11 @@ def test_default_dies(early: Scene) -> None:
     assert [event["result"] for event in early.signal_events(p0)] == ["delivered"]
 
 
-# -- what stands in the way
+# -- obstacles to delivery
 
 
-def test_traced_by_somebody_else(early: Scene) -> None:
-    """ptrace is refused: it still gets a SIGBUS, and the event says that it was not exact, and why."""
+def test_a_victim_traced_by_another_process_gets_a_plain_sigbus(early: Scene) -> None:
+    """PTRACE_SEIZE is refused: the victim gets a plain SIGBUS, and the event says so with the reason."""
     p0, p1 = early.mapper("p0", touch=[BAD]), early.mapper("p1", touch=[BAD])
     with second_tracer(p0.pid):
         (outcome,) = early.poison(BAD)

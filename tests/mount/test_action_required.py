@@ -1,4 +1,4 @@
-"""AR: poison is consumed. Whoever touches it dies or handles it, whatever his policy, every time."""
+"""AR: poison is consumed. Every touch kills the process or is handled, whatever the kill policy."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from tests.support.scene import (
 pytestmark = pytest.mark.mount
 
 BAD = 1
-"""The page that goes bad."""
+"""Page to poison."""
 
 
-# -- the touch
+# -- the access that consumes
 
 
 @pytest.mark.parametrize("access", [f"tr 0 {BAD}", f"tw 0 {BAD} x"], ids=["read", "write"])
@@ -67,8 +67,8 @@ def test_dirty_page(scene: Scene) -> None:
     consumes(p0, f"tw 0 {BAD} y", ar(BAD))
 
 
-def test_one_bad_sector_is_a_bad_page(scene: Scene) -> None:
-    """m5: nothing is mapped in less than pages."""
+def test_one_bad_sector_poisons_its_page(scene: Scene) -> None:
+    """One bad block poisons a whole page: a mapping consists of whole pages (`m5-mce-cacheline`)."""
     p0 = scene.mapper(touch=[BAD])
     scene.mount.inject("f", (BAD * PAGE + 1024, 64))
     assert sum(count for _, count in scene.badblocks()) == 1
@@ -90,8 +90,8 @@ def test_neighbours_are_untouched(scene: Scene) -> None:
     assert told(p0) == []
 
 
-def test_load_that_goes_on_when_the_page_goes_bad(scene: Scene) -> None:
-    """m2: it was reading all the time."""
+def test_a_loop_of_loads_ends_with_ar_when_the_page_fails(scene: Scene) -> None:
+    """A thread that loads in a loop gets AR when the page fails (`m2-mce-ar-late`)."""
     p0 = scene.mapper(touch=[BAD])
     p0.start_spin(0, BAD)
     scene.poison(BAD)
@@ -99,7 +99,7 @@ def test_load_that_goes_on_when_the_page_goes_bad(scene: Scene) -> None:
     assert told(p0) == [ar(BAD)]
 
 
-# -- who gets it
+# -- the thread that is signalled
 
 
 def test_early_process_gets_both(early: Scene) -> None:
@@ -159,7 +159,7 @@ def test_started_after_the_poison(scene: Scene) -> None:
 
 
 def test_mapped_anew_after_the_poison(scene: Scene) -> None:
-    """g7."""
+    """A mapping made after the injection gets AR at the first touch (`g7-new-mapping-clean`)."""
     p0 = scene.mapper(touch=[BAD])
     scene.poison(BAD)
     ask(p0, "mmap 1 0 0 8 private")
@@ -226,8 +226,10 @@ def test_through_every_reflink(scene: Scene) -> None:
     assert p1.cmd(f"tr 0 {BAD + 3}").ok == letter(BAD + 1)
 
 
-def test_a_sharer_that_overwrote_its_page_is_rid_of_it(scene: Scene) -> None:
-    """Copy on write gives it another block; the bad one stays with the other until he overwrites it."""
+def test_an_owner_that_overwrote_its_page_has_another_block(scene: Scene) -> None:
+    """Copy on write gives the file another block. The poisoned block stays with the other owner until that
+    owner overwrites the page.
+    """
     path = scene.mount.path
     scene.mount.run("reflink", path / "f", path / "g")
     p0, p1 = scene.mapper("p0", touch=[BAD]), scene.mapper("p1", "g", touch=[BAD])
@@ -239,7 +241,7 @@ def test_a_sharer_that_overwrote_its_page_is_rid_of_it(scene: Scene) -> None:
     assert refused(p0, f"pread 0 {BAD * PAGE} {PAGE}") == "EIO"
     assert scene.badblocks() == bad
     assert scene.damaged() == [("/f", BAD * PAGE, PAGE)]
-    assert ask(p1, "fsync 0") == 0  # until then a crash could bring its link to the bad block back
+    assert ask(p1, "fsync 0") == 0  # until then a crash could restore its link to the poisoned block
     assert ask(p0, f"pwrite 0 {BAD * PAGE} {PAGE} m") == PAGE
     assert p0.cmd(f"tr 0 {BAD}").ok == "m"
     assert p1.cmd(f"tr 0 {BAD}").ok == "n"
@@ -268,7 +270,7 @@ def test_whole_block_write_makes_every_mapping_work_again(scene: Scene) -> None:
 
 
 def test_a_fault_that_merges_with_a_blocked_sigbus_kills_at_the_faults_address(early: Scene) -> None:
-    """force_sig_info_to_task() unblocks SIGBUS; the pending AO is what ends the process."""
+    """force_sig_info_to_task() unblocks SIGBUS; the pending AO then ends the process."""
     other = BAD + FAR
     p0 = early.mapper(touch=[other], before=["sig block"])
     address = p0.addr(0)

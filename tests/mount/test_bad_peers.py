@@ -1,4 +1,6 @@
-"""The control socket: what a peer does wrong costs its own connection, nothing more."""
+"""Control socket: a peer that breaks the protocol loses its own connection, and no other connection
+suffers.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ def peer(mount: DaxMount) -> Iterator[socket.socket]:
 
 
 def answer(connected: socket.socket) -> dict[str, object]:
-    """The next line of the supervisor; nothing but a reply may be in it."""
+    """Return the next line of the supervisor, which must be a reply."""
     with connected.makefile("rb") as lines:
         reply = json.loads(lines.readline())
     assert isinstance(reply, dict)
@@ -47,7 +49,7 @@ def answer(connected: socket.socket) -> dict[str, object]:
 
 
 def works(mount: DaxMount) -> None:
-    """The mount and its control socket serve on, and nothing has happened to it."""
+    """Check that the mount and its control socket serve on, and that the device has not changed."""
     assert mount.json("status", mount.path)["state"] == "mounted"
     assert [e["event"] for e in mount.events()] == ["Mounted"]
     file = mount.path / "probe"
@@ -57,7 +59,7 @@ def works(mount: DaxMount) -> None:
 
 
 def drained(connected: socket.socket) -> bytes:
-    """All it says until it hangs up."""
+    """Return all bytes that the supervisor sends before it hangs up."""
     said = b""
     try:
         while chunk := connected.recv(1 << 16):
@@ -105,7 +107,7 @@ def drained(connected: socket.socket) -> bytes:
     ],
 )
 def test_a_line_that_is_no_request(dax_mount: DaxMount, line: bytes) -> None:
-    """It gets a refusal, and the connection goes on."""
+    """A line that is no request is refused, and the connection goes on."""
     with peer(dax_mount) as connected:
         for _ in range(2):
             connected.sendall(line + b"\n")
@@ -136,7 +138,7 @@ def test_a_line_without_end(dax_mount: DaxMount) -> None:
             for _ in range(8):
                 connected.sendall(b"x" * (1 << 20))
         except (BrokenPipeError, ConnectionResetError):
-            pass  # it has had enough
+            pass  # the supervisor has hung up
         said = drained(connected)
     if said:
         assert json.loads(said)["error"] == "InvalidArgument"
@@ -144,7 +146,7 @@ def test_a_line_without_end(dax_mount: DaxMount) -> None:
 
 
 def test_a_peer_that_hangs(dax_mount: DaxMount) -> None:
-    """Any number of them: silent, in the middle of a line, not reading what they asked for."""
+    """Any number of peers may hang: silent, in the middle of a line, or without reading replies."""
     with peer(dax_mount), peer(dax_mount) as half, peer(dax_mount) as deaf:
         half.sendall(b'{"op": "sta')
         deaf.setblocking(False)

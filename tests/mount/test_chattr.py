@@ -1,4 +1,6 @@
-"""Immutable and append-only inodes: chattr(1), lsattr(1), their ioctls, and what the flags refuse."""
+"""Immutable and append-only inodes: chattr(1), lsattr(1), their ioctls, and the operations that the flags
+refuse.
+"""
 
 from __future__ import annotations
 
@@ -196,7 +198,7 @@ def test_what_a_directory_refuses(top: Path, flag: int) -> None:
 
 
 def test_flags_as_fsxattr(top: Path) -> None:
-    """As xfs_io(8) sets and reads them."""
+    """xfs_io(8) sets and reads the flags as fsxattr."""
     f = top / "f"
     ioctl(f, FS_IOC_FSSETXATTR, FSXATTR.pack(XFLAG_APPEND, 0, 0, 0, 0))
     assert flags_of(f) == APPEND
@@ -215,8 +217,10 @@ def test_other_flags_are_refused(top: Path) -> None:
     assert flags_of(f) == 0
 
 
-def test_who_may_set_flags(top: Path) -> None:
-    """The file's owner with CAP_LINUX_IMMUTABLE. Setting the flags that are set needs no capability."""
+def test_setting_flags_needs_the_owner_and_a_capability(top: Path) -> None:
+    """Only the file's owner with CAP_LINUX_IMMUTABLE may change a flag. A call that changes no flag needs no
+    capability.
+    """
     f, other = top / "f", top / "other"
     os.chown(f, 65534, 65534)
     code = "fd = os.open(sys.argv[1], os.O_RDONLY); "

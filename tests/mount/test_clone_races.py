@@ -1,7 +1,7 @@
-"""Stores through mappings while their file is cloned, or cloned over: it is as if the clone happened at one
-moment.
+"""Stores through mappings while their file is cloned, or cloned over: the result is as if the clone happened
+at one moment.
 
-DAXEMU_RACE_SECONDS says how long the last tests last.
+DAXEMU_RACE_SECONDS is the duration of the last tests in seconds.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _until(what: Callable[[], bool]) -> None:
 
 
 def _waiting(mount: QuickMount) -> int:
-    """How many requests the supervisor has not answered."""
+    """Return the number of requests that the supervisor has not answered."""
     return int((abort_file(mount_of(mount.path)).parent / "waiting").read_text())
 
 
@@ -67,7 +67,9 @@ def _waiting(mount: QuickMount) -> int:
 def test_a_store_to_the_target_meanwhile(
     files: Files, tmp_path: Path, verb: Callable[[int, int], None]
 ) -> None:
-    """Stored at the moment of the clone, and written back by somebody: the old page must not come back."""
+    """A store at the moment of the clone is written back by another process: the old page must not
+    come back.
+    """
     mount = files.mount
     assert isinstance(mount, QuickMount)
     mount.umount()
@@ -91,13 +93,13 @@ def test_a_store_to_the_target_meanwhile(
     got, expected = content(target), content(source)
     assert got[PAGE + 1 :] == expected[PAGE + 1 :]
     assert got[:PAGE] == expected[:PAGE]
-    # The kernel drops the target's pages when a copy_file_range() is answered, this store among them.
+    # The kernel drops the target's pages, with this store, when a copy_file_range() is answered.
     assert got[PAGE : PAGE + 1] in (b"z", b"B" if verb is _copy else b"z")
     assert content(source) == b"".join(bytes([65 + i]) * PAGE for i in range(8))
 
 
 def test_stores_to_the_source_meanwhile(files: Files, tmp_path: Path) -> None:
-    """A clone that has a store has those before it."""
+    """A clone that contains a store contains every earlier store."""
     mount = files.mount
     assert isinstance(mount, QuickMount)
     mount.umount()
@@ -123,8 +125,8 @@ def test_stores_to_the_source_meanwhile(files: Files, tmp_path: Path) -> None:
 
 
 def store_for_ever(path: str, pages: int) -> None:
-    """Numbers, counted up, to each page of a mapping in turn: the first word of the first page is never less
-    than that of the second, and so on. Ends with the test.
+    """Store increasing numbers to each page of a mapping in turn, until the test ends: the first word of the
+    first page is never less than the first word of the second page, and so on.
     """
     run, fd = Path(path + ".run"), os.open(path, os.O_RDWR)
     with mmap.mmap(fd, pages * PAGE) as view:
@@ -137,7 +139,7 @@ def store_for_ever(path: str, pages: int) -> None:
 
 
 def read_for_ever(path: str, pages: int) -> None:
-    """Pages of a mapping, as they come; and the file by read(2). Ends with the test."""
+    """Read pages of a mapping in turn, and the file by read(2), until the test ends."""
     run, fd = Path(path + ".run"), os.open(path, os.O_RDONLY)
     with mmap.mmap(fd, pages * PAGE, prot=mmap.PROT_READ) as view:
         while run.exists():
@@ -147,14 +149,14 @@ def read_for_ever(path: str, pages: int) -> None:
 
 
 def write_for_ever(path: str, page: int) -> None:
-    """One page by write(2). Ends with the test."""
+    """Write one page by write(2) until the test ends."""
     run, fd = Path(path + ".run"), os.open(path, os.O_RDWR)
     while run.exists():
         os.pwrite(fd, b"write(2)" * (PAGE // WORD), page * PAGE)
 
 
 class _Busy:
-    """Processes that use a file for as long as the block lasts."""
+    """Processes that use a file until the end of the block."""
 
     def __init__(self, zygote: Zygote, path: Path) -> None:
         self._zygote, self._path = zygote, path
@@ -210,7 +212,7 @@ def test_the_source_is_stored_to_all_the_time(
 def test_the_target_is_used_all_the_time(
     files: Files, zygote: Zygote, verb: Callable[[int, int], None]
 ) -> None:
-    """What is in the target afterwards is the clone, with nothing of what it had before but whole stores."""
+    """After the clone the target has the cloned bytes; of its old content only whole stores remain."""
     pages, written, rounds = 8, 6, 0
     sources = [files.letters(name, pages, first) for name, first in (("one", "A"), ("two", "P"))]
     target = files.letters("g", pages, "A")

@@ -1,4 +1,6 @@
-"""copy_file_range(2) and cp on a real mount: what is shared, what is copied, what is refused."""
+"""copy_file_range(2) and cp on a real mount: which blocks are shared, which bytes are copied, which calls are
+refused.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def test_an_unaligned_copy_has_the_right_bytes(files: Files, source: int, target
 
 
 def test_the_partial_last_block(files: Files) -> None:
-    """Shared where it becomes the target's end, copied where the target goes on behind it."""
+    """A partial last block is shared where the block becomes the target's end, and copied where the target
+    goes on.
+    """
     one, two, long = files.open("one"), files.open("two"), files.letters("long", 4, "M")
     os.write(one, b"x" * (PAGE + 100))
     assert os.copy_file_range(one, two, 1 << 30, 0, 0) == PAGE + 100
@@ -95,7 +99,7 @@ def test_the_end_and_bad_descriptors(files: Files) -> None:
 
 
 def test_dirty_pages_of_both_files(files: Files) -> None:
-    """What was stored through a mapping of the source is copied, a stale page of the target goes away."""
+    """Stores through a mapping of the source are copied; stale pages of the target are revoked."""
     one, two = files.letters("one", 4), files.letters("two", 4, "M")
     with mmap.mmap(one, 4 * PAGE) as source, mmap.mmap(two, 4 * PAGE) as target:
         source[PAGE], target[PAGE], target[3 * PAGE] = ord("s"), ord("t"), ord("u")
@@ -112,7 +116,7 @@ def test_dirty_pages_of_both_files(files: Files) -> None:
 
 
 def test_over_poison(scene: Scene) -> None:
-    """A clone shares the poison; bytes that must be copied cannot be read."""
+    """A clone shares poison. A copy of poisoned bytes fails."""
     scene.poison(BAD)
     path = scene.mount.path
     with (path / "f").open("rb") as source, (path / "g").open("w+b", buffering=0) as target:

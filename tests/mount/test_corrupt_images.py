@@ -1,4 +1,4 @@
-"""Devices whose media is not what it should be: a clear refusal, and nobody hangs."""
+"""Devices with corrupt media: a mount is refused in one clear line, and no process hangs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.mount, pytest.mark.parametrize("quick_mount", [16 << 2
 
 @pytest.fixture
 def device(quick_mount: QuickMount) -> Path:
-    """Of a mount that is gone, with some files."""
+    """Device of an ended mount, with some files."""
     for i in range(20):
         quick_mount.make_file(f"f{i}", 3)
     quick_mount.umount()
@@ -31,7 +31,7 @@ def device(quick_mount: QuickMount) -> Path:
 
 
 def refusal(mount: QuickMount) -> str:
-    """What ``daxemu mount`` says."""
+    """Return the error of ``daxemu mount``."""
     said = daxemu("mount", mount.device, mount.path, status=9)
     assert said.startswith("daxemu: ")
     assert said.count("\n") == 1
@@ -72,7 +72,9 @@ def test_a_changed_altmap_makes_no_new_filesystem(quick_mount: QuickMount, devic
 
 @pytest.mark.parametrize("replica", [0, 1])
 def test_one_copy_of_a_page_overwritten(quick_mount: QuickMount, device: Path, replica: int) -> None:
-    """The mount takes the other copy, rewrites this one, and says so; fsck finds it and repairs it."""
+    """The mount reads the other copy, rewrites the corrupt one, and reports the rewrite; fsck finds and
+    repairs it.
+    """
     page = metadata_pages(device)[0]
     for repair in (False, True):
         overwrite(device, page.offsets[replica] + 1000, b"\xa5" * 64)
@@ -97,7 +99,7 @@ def test_both_superblocks_overwritten(quick_mount: QuickMount, device: Path, wha
 
 
 def test_both_superblocks_zeroed(quick_mount: QuickMount, device: Path) -> None:
-    """It must not be taken for a device that was never used: its files would be gone for good."""
+    """A mount must not take the device for a new one: all files would be lost."""
     for place in superblocks(device):
         overwrite(device, place, bytes(PAGE))
     with pytest.raises(DaxemuError):
@@ -142,8 +144,8 @@ def _refused(mount: QuickMount) -> str | None:
 
 
 def test_the_media_shrinks_during_a_mount(quick_mount: QuickMount) -> None:
-    """Whoever touches what is gone gets a SIGBUS, and that is the supervisor: its mount is dead, and says
-    so.
+    """A load beyond the end of the media raises SIGBUS in the supervisor: the mount is dead, and its log and
+    status say so.
     """
     quick_mount.sound = False
     path = quick_mount.make_file("f", 1000)

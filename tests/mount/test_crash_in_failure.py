@@ -1,4 +1,4 @@
-"""What a SIGKILL of the supervisor in the midst of a failure leaves behind, as docs/concurrency.md says."""
+"""State that a SIGKILL of the supervisor in the midst of a failure leaves, as docs/concurrency.md states."""
 
 from __future__ import annotations
 

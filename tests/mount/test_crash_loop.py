@@ -1,7 +1,9 @@
-"""Crashes at random moments of a random workload: always sound, always what fsync promised, nothing else.
+"""Crashes at random moments of a random workload: the device is always sound, and all data that fsync
+promised is present.
 
-DAXEMU_CRASH_ROUNDS says how many (``make soak``: thousands), DAXEMU_CRASH_SEED which; a failure names the
-seed of its round, which DAXEMU_CRASH_SEED with DAXEMU_CRASH_ROUNDS=1 runs again, if at another moment.
+DAXEMU_CRASH_ROUNDS is the number of rounds (``make soak``: thousands), DAXEMU_CRASH_SEED their seed. A
+failure prints the seed of its round: with that seed and DAXEMU_CRASH_ROUNDS=1 the round runs again, but
+crashes at another moment.
 """
 
 from __future__ import annotations
@@ -25,15 +27,15 @@ SEED = int(os.environ.get("DAXEMU_CRASH_SEED", "1"))
 LENGTH = 160
 """Operations of one round: about 100 ms."""
 KEPT = 2
-"""How many earlier rounds' trees must stay as they were found."""
+"""Number of earlier rounds whose trees must not change."""
 MOST_ACCESSES = 1200
-"""A mount and a whole round take hold of media bytes about so often."""
+"""Approximate number of media accesses of a mount and a whole round."""
 
 pytestmark = [pytest.mark.mount, pytest.mark.timeout(60 + 2 * ROUNDS)]
 
 
 class Loop:
-    """One mount that is crashed again and again. ``earlier``: what the last rounds left, by directory."""
+    """One mount that is crashed again and again. ``earlier``: the trees of the last rounds, by directory."""
 
     def __init__(self, mount: QuickMount, counters: Path) -> None:
         self.mount = mount
@@ -42,7 +44,7 @@ class Loop:
         self.begun = self.crashes = 0
 
     def round(self, seed: int) -> str | None:
-        """Crash in the midst of one workload; what is wrong then."""
+        """Crash in the midst of one workload; return the violations found afterwards."""
         rng = random.Random(seed)
         how = rng.choice(["kill", "powerfail", "access"])
         sabotage = ("die_at_access", rng.randrange(1, MOST_ACCESSES)) if how == "access" else ()
@@ -70,7 +72,7 @@ class Loop:
         return self._why_not_sound() or self._why_not_promised(top, seed)
 
     def _mount(self, *sabotage: object) -> bool:
-        """Whether it came to be mounted; it may die before."""
+        """Mount; return False if the supervisor died first."""
         try:
             self.mount.mount(*sabotage)
         except DaxemuError:
@@ -81,7 +83,9 @@ class Loop:
         return True
 
     def _make_room(self, top: Path) -> None:
-        """An empty directory that is on the device; the oldest trees go, which nobody syncs."""
+        """Return an empty directory whose creation is durable. The oldest trees are deleted, without
+        a sync.
+        """
         top.mkdir()
         fd = os.open(self.mount.path, os.O_RDONLY)
         try:

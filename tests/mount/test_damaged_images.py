@@ -28,7 +28,7 @@ def pristines() -> Iterator[list[Pristine]]:
 
 
 def run(*arguments: str | Path) -> str | None:
-    """None if the verb was done; else its complaint, of one line."""
+    """Run a verb. Return None if the verb succeeds; otherwise its error, one line."""
     done = subprocess.run([*DAXEMU, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
     if done.returncode == 0:
         return None
@@ -39,7 +39,7 @@ def run(*arguments: str | Path) -> str | None:
 
 
 def walked(top: Path) -> dict[bytes, tuple[Any, ...]]:
-    """By path, what stat(2), readlink(2) and read(2) say; None for bytes that cannot be read."""
+    """Return by path the results of stat(2), readlink(2) and read(2); None for bytes that cannot be read."""
     found: dict[bytes, tuple[Any, ...]] = {}
     for path in (top, *top.rglob("*")):
         stat = path.lstat()
@@ -57,7 +57,7 @@ def walked(top: Path) -> dict[bytes, tuple[Any, ...]]:
 
 
 def expected(pristine: Pristine) -> dict[bytes, tuple[Any, ...]]:
-    """What :func:`walked` finds on a healthy image."""
+    """Return the result of :func:`walked` on a healthy image."""
     return {
         path: (mode, uid, gid, nlink, size, times[1], target if target is not None else data)
         for path, (_, mode, uid, gid, nlink, _, size, times, target, _, _, data) in pristine.tree.items()
@@ -83,7 +83,7 @@ def test_mount_walk_write_repair(pristines: list[Pristine], tmp_path: Path, seed
             found = walked(mnt)
             if not image.is_sealed:
                 right = expected(image.pristine)
-                # Of what is poisoned the bytes are missing, and fsck has said so.
+                # Poisoned bytes are missing, and fsck has reported the loss.
                 differ = {path for path in right.keys() | found.keys() if right.get(path) != found.get(path)}
                 assert all(path in found and found[path][-1] is None for path in differ), sorted(differ)
             (mnt / "new").write_bytes(b"new" * 5000)

@@ -1,5 +1,5 @@
 """Databases whose supervisor is killed, or whose power fails, in the midst of transactions: each opens by its
-own recovery, finds itself consistent, and has every commit that it had acknowledged.
+own recovery, passes its own consistency check, and has every acknowledged commit.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ int main(int argc, char **argv)
 
 
 def crash_in_the_midst(mount: QuickMount, how: str, writer: list[str | Path], commits: int) -> int:
-    """Crash after so many acknowledged commits; the last that was acknowledged, at whatever moment."""
+    """Crash after a number of acknowledged commits; return the last acknowledged commit at the moment of the
+    crash.
+    """
     process = subprocess.Popen([str(a) for a in writer], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

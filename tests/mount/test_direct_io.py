@@ -56,7 +56,7 @@ class AsyncWriter:
 
 @contextmanager
 def reader(path: os.PathLike[str]) -> Iterator[None]:
-    """A process that reads the file through the page cache, again and again."""
+    """Process that reads the file through the page cache, again and again."""
     code = f"import os, sys\nfd = os.open(sys.argv[1], 0)\nprint()\nwhile os.pread(fd, {SIZE}, 0): pass"
     process = subprocess.Popen([sys.executable, "-u", "-c", code, path], stdout=subprocess.PIPE)
     try:
@@ -70,8 +70,8 @@ def reader(path: os.PathLike[str]) -> Iterator[None]:
 
 
 @pytest.mark.skipif(platform.machine() not in CALLS, reason="knows io_submit of x86_64 and aarch64 only")
-def test_an_asynchronous_write_is_seen_by_who_reads_after_it(quick_mount: QuickMount) -> None:
-    """Whoever reads meanwhile must not bring the old bytes back into the page cache for good."""
+def test_an_asynchronous_write_is_seen_by_every_later_read(quick_mount: QuickMount) -> None:
+    """A read during the write must not leave the old bytes in the page cache."""
     path = quick_mount.path / "aio"
     path.write_bytes(b"." * SIZE)
     fd = os.open(path, os.O_RDWR | os.O_DIRECT)

@@ -1,5 +1,5 @@
-"""What fsync promised is there after kill -9 of the supervisor and after a power failure; the rest may be
-gone, and no more than that happens.
+"""Data that fsync promised survives kill -9 of the supervisor and a power failure; other data may be lost,
+and no more.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def close(fd: int) -> None:
 
 
 def tree(path: Path) -> dict[str, object]:
-    """All that is below, with what stat(2) says of it and what is in it."""
+    """Return every path below a directory, with the result of stat(2) and the content."""
     found: dict[str, object] = {}
     for directory, _, files in os.walk(path):
         for name in [".", *files]:
@@ -107,7 +107,7 @@ def test_stored_through_a_mapping(quick_mount: QuickMount, how: str, flush: str)
 
 
 def test_a_clone_and_its_source(quick_mount: QuickMount, how: str) -> None:
-    """Shared as before; what either got of its own since is its own."""
+    """Shared blocks stay shared; bytes that either file got after the clone stay its own."""
     with Files(quick_mount) as files:
         one, two = files.letters("one", 64), files.open("two")
         clone_range(two, one)

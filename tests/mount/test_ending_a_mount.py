@@ -1,4 +1,6 @@
-"""A mount can always be ended: whoever pins it is named, and --force needs no help of the supervisor."""
+"""A mount can always be ended: the processes that pin the mount are named, and --force needs no help of the
+supervisor.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ pytestmark = [
 
 @contextmanager
 def namespace_with_a_copy() -> Iterator[int]:
-    """A process in a mount namespace of its own, with a copy of every mount; its pid."""
+    """Start a process in a mount namespace of its own, with a copy of every mount; return its pid."""
     ready = "echo; exec cat"
     process = subprocess.Popen(
         ["unshare", "-m", "--propagation", "private", "sh", "-c", ready],
@@ -158,7 +160,7 @@ def test_force_ends_a_mount_that_a_process_uses(dax_mount: DaxMount, use: str) -
 
 
 class FakeTime:
-    """A clock that only waiting moves: whatever waits, waits as long as it may."""
+    """Clock that only waiting moves: every wait takes its full timeout."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -172,7 +174,7 @@ class FakeTime:
 
 
 class SlowClient:
-    """A client of a supervisor that takes as long as it may for the steps in ``slow``, and fails in the one
+    """Client of a supervisor that uses the full time limit of the steps in ``slow``, and fails in the step
     ``fails``.
     """
 
@@ -207,7 +209,7 @@ class SlowClient:
 
 @pytest.mark.parametrize("fails", ["connect", "status", "unmount", "end"])
 def test_force_has_one_deadline_for_all_of_its_steps(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each wait takes as long as it may: the last one ends at the deadline, not after."""
+    """Each wait takes its full time limit: the last wait ends at the deadline, not after."""
     clock = FakeTime()
     mount = Mount(Path("/mnt"), Path("/device"), (0, 999), os.geteuid())
     sent: list[int] = []

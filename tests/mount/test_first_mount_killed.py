@@ -1,4 +1,4 @@
-"""kill -9 at each point of a device's first mount: the next mount works, and what it made is sound."""
+"""kill -9 at each point of a device's first mount: the next mount works, and the device is sound."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.support.zygote import Zygote
 pytestmark = pytest.mark.mount
 
 POINTS = (1, 2, 3, 5, 8, 20, 60, 150, 400, 800, 1000, 1060, 1400)
-"""Accesses to the media, of which a first mount makes some 1,070."""
+"""Accesses to the media at which to kill; a first mount makes some 1,070."""
 
 
 def first_mount(mount: QuickMount, point: int) -> bool:
-    """Mount, killed at its ``point``-th access; whether it was killed before it could be used."""
+    """Mount, with a kill at the ``point``-th access; return True if the mount was killed before use."""
     try:
         mount.mount("die_at_access", point)
     except DaxemuError:

@@ -1,4 +1,4 @@
-"""The first signal of a process that loads all the time is the memory failure's, never a plain BUS_ADRERR."""
+"""The first signal of a process that loads in a loop is an exact memory failure, never a plain BUS_ADRERR."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AO = "5 12"  # BUS_MCEERR_AO, si_addr_lsb
 
 @contextmanager
 def loaders(path: Path, processes: int, threads: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes that load from every page of ``path``, each with so many threads."""
+    """Start processes that load from every page of ``path``, with several threads each."""
     binary = compile_victim("loader")
     with ExitStack() as ends:
         made = []
@@ -43,7 +43,7 @@ def first_signals(made: list[subprocess.Popen[str]]) -> list[str]:
 
 @pytest.mark.parametrize("again", range(3))
 @pytest.mark.parametrize(("processes", "threads"), [(1, 8), (4, 1), (2, 4)])
-def test_removal_is_told_before_any_access_fails(
+def test_removal_is_signalled_before_any_access_fails(
     dax_mount: DaxMount, processes: int, threads: int, again: int
 ) -> None:
     path = dax_mount.make_file("f", PAGES)
@@ -52,8 +52,10 @@ def test_removal_is_told_before_any_access_fails(
         assert first_signals(made) == [AO] * processes
 
 
-def test_metadata_poison_is_told_before_any_access_fails(dax_mount: DaxMount) -> None:
-    """One range holds metadata and a file: the file's mappers get AO, then comes the shutdown."""
+def test_metadata_poison_is_signalled_before_any_access_fails(dax_mount: DaxMount) -> None:
+    """One range holds metadata and a file: the processes that map the file get AO, then the filesystem shuts
+    down.
+    """
     dax_mount.sound = False
     dax_mount.run("set", dax_mount.path, "early_kill=1")
     path = dax_mount.make_file("f", PAGES)

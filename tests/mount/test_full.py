@@ -1,4 +1,6 @@
-"""Full devices, and devices whose backing store is full: ENOSPC to the program, and nothing else."""
+"""Full devices, and devices whose backing store is full: the program gets ENOSPC, and no other harm
+is done.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ MIB = 1 << 20
 
 
 def fill(directory: Path, most: int) -> list[Path]:
-    """Files of a mebibyte until there is no space, and one that takes the rest; those that are whole."""
+    """Write files of a mebibyte until ENOSPC, then one that takes the rest; return the files that are
+    complete.
+    """
     made: list[Path] = []
     for i in range(most):
         file = directory / f"fill{i}"
@@ -74,7 +78,7 @@ def test_full_device(dax_mount: DaxMount) -> None:
 
 @pytest.mark.parametrize("dax_mount", ["8M"], indirect=True)
 def test_copy_on_write_on_a_full_device(dax_mount: DaxMount) -> None:
-    """Nothing is written of a store that needs new blocks; the sharers keep what they have."""
+    """A store that needs new blocks is refused whole; the other owners keep their data."""
     path = dax_mount.path
     dax_mount.make_file("f", 8)
     dax_mount.run("reflink", path / "f", path / "g")
@@ -134,7 +138,7 @@ def test_full_backing_store(small_store: DaxMount) -> None:
 
 
 def test_unmount_and_mount_with_a_full_backing_store(small_store: DaxMount) -> None:
-    """What could be written is there again, although there was no room for anything any more."""
+    """All data that was written is present again, although no space was left for records."""
     path = small_store.path
     large = fill(path, 100)
     small_store.umount()
@@ -143,7 +147,7 @@ def test_unmount_and_mount_with_a_full_backing_store(small_store: DaxMount) -> N
 
 
 def test_poison_and_repair_with_a_full_backing_store(small_store: DaxMount) -> None:
-    """There is room to write down what is poison, and that it is no longer."""
+    """The record of poison can be written, and the record of its clearing."""
     path = small_store.path
     file = small_store.make_file("f", 8)
     small_store.inject("f", (PAGE, PAGE))

@@ -31,7 +31,7 @@ def go_down(mount: QuickMount, how: int) -> None:
 
 @pytest.mark.parametrize("how", [DEFAULT, LOGFLUSH, NOLOGFLUSH])
 def test_nothing_works_until_the_next_mount(quick_mount: QuickMount, how: int) -> None:
-    """What was synced is there then, and the rest too unless the log was not flushed."""
+    """After the next mount synced data is present; other data is, too, unless the log was not flushed."""
     with (quick_mount.path / "synced").open("w") as file:
         os.fsync(file.fileno())
     (quick_mount.path / "later").touch()

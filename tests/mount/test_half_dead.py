@@ -1,7 +1,8 @@
-"""A supervisor that was killed while one of its own threads waited on its own mount.
+"""Supervisor that was killed while one of its own threads waited on its own mount.
 
-That thread cannot die before the connection is cut, and with it the whole process lingers, its descriptors
-open: /dev/fuse, so that the kernel waits for answers for ever, and the control socket, so that clients do.
+The thread cannot die before the connection is cut. Until then the whole process lingers with its descriptors
+open: /dev/fuse, so that the kernel waits for answers for ever, and the control socket, so that clients wait,
+too.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ pytestmark = [
 
 
 def content(mount: Path, handle: bytes) -> bytes:
-    """Of the file that a handle means."""
+    """Return the content of the file that a handle names."""
     top = os.open(mount, os.O_RDONLY)
     try:
         with open(open_by_handle(top, handle, os.O_RDONLY), "rb") as file:
@@ -27,8 +27,8 @@ def content(mount: Path, handle: bytes) -> bytes:
         os.close(top)
 
 
-def test_they_outlive_the_mount(dax_mount: DaxMount) -> None:
-    """Then the kernel has forgotten the file and asks for it by its number."""
+def test_handles_outlive_the_mount(dax_mount: DaxMount) -> None:
+    """The kernel has forgotten the file after a remount and asks for the file by inode number."""
     (dax_mount.path / "d").mkdir()
     (dax_mount.path / "d" / "f").write_bytes(b"data")
     handle = name_to_handle(dax_mount.path / "d" / "f")

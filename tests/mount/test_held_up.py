@@ -1,4 +1,4 @@
-"""A victim that cannot take its signal holds up itself alone."""
+"""A victim that cannot take its signal delays no other victim."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def stopped(actor: Actor) -> Iterator[None]:
 
 @contextmanager
 def stopped_and_frozen(actor: Actor) -> Iterator[None]:
-    """Where ptrace(PTRACE_SEIZE) sleeps until the thaw."""
+    """Stop and freeze a process: PTRACE_SEIZE sleeps until the thaw."""
     os.kill(actor.pid, signal.SIGSTOP)
     until(lambda: state(actor) in "Tt")
     with frozen_v1(actor):
@@ -115,7 +115,7 @@ def test_the_others_are_signalled_exactly(
 
 @contextmanager
 def started(program: str, path: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A program of tests/victims that says "ready", and goes on until its stdin ends."""
+    """Start a program of tests/victims, wait for its "ready"; the program runs until its stdin ends."""
     command: list[str | Path] = [compile_victim(program), path, *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -145,7 +145,9 @@ def test_beside_a_storm_of_faults(
 
 
 def test_a_victim_in_vfork(early: Scene) -> None:
-    """It takes its signal when the child has ended; the child, which shares its mm, and others at once."""
+    """A victim in vfork(2) takes the signal when the child has ended. The child, which shares its mm, and
+    other victims take the signal at once.
+    """
     path = early.mount.path / "f"
     with started("waiter", path, str(BAD), "vfork") as stuck:
         until(lambda: state(stuck) == "D")
@@ -168,7 +170,7 @@ def test_a_victim_whose_leader_has_ended(early: Scene) -> None:
 
 
 def test_a_victim_stopped_by_a_debugger(early: Scene) -> None:
-    """SIGBUS is queued without its siginfo, and the event says so; nobody waits."""
+    """SIGBUS is queued without its siginfo, and the event says so; no other victim waits."""
     traced, other = early.mapper("p0", touch=[BAD]), early.mapper("p1", touch=[BAD])
     with second_tracer(traced.pid):
         os.kill(traced.pid, signal.SIGSTOP)

@@ -1,5 +1,5 @@
-"""Files that DAX maps by 2 MiB (``mkfs --align 2M``): who is told of poison there, with what, and what is
-unmapped.
+"""Files that DAX maps by 2 MiB (``mkfs --align 2M``): which processes are signalled for poison in such a
+file, with which siginfo, and which pages are unmapped.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tests.support.zygote import Zygote
 pytestmark = pytest.mark.mount
 
 BAD = NR + 3
-"""The page that goes bad: in the second 2 MiB."""
+"""Page to poison, in the second 2 MiB."""
 NEAR = BAD + 2 * FAR
-"""A page in the same 2 MiB that no fault makes present together with it."""
+"""Page in the same 2 MiB that no fault makes present together with the poisoned page."""
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def scene(tmp_path: Path, zygote: Zygote) -> Iterator[Scene]:
 
 
 def ao21(page: int, **how: Any) -> dict[str, Any]:
-    """Action optional: all of the 2 MiB that hold this page."""
+    """Return the AO for the whole 2 MiB that hold this page."""
     return ao(page, **how) | {"lsb": 21}
 
 
@@ -44,7 +44,7 @@ def mapper(scene: Scene, name: str = "p0", **how: Any) -> Any:
     return scene.mapper(name, **{"pages": 3 * NR, **how})
 
 
-def test_told_with_lsb_21_at_the_page_and_touched_with_12(scene: Scene) -> None:
+def test_ao_has_lsb_21_at_the_page_and_ar_has_12(scene: Scene) -> None:
     p0 = mapper(scene, touch=[BAD, NEAR, 5, 2 * NR])
     (outcome,) = scene.poison(BAD)
     assert (outcome["outcome"], outcome["told"]) == ("Recovered", 1)
@@ -61,7 +61,7 @@ def test_told_with_lsb_21_at_the_page_and_touched_with_12(scene: Scene) -> None:
     assert p0.cmd(f"tr 0 {BAD - 1}").ok == letter(BAD - 1)
 
 
-def test_who_touched_any_page_of_the_2_mib_has_the_bad_one_present(scene: Scene) -> None:
+def test_a_touch_of_any_page_of_the_2_mib_makes_the_failed_page_present(scene: Scene) -> None:
     near = mapper(scene, "p0", touch=[NEAR])
     elsewhere = mapper(scene, "p1", touch=[BAD - NR, BAD + NR])
     assert not present(near, 0, BAD)
@@ -95,7 +95,7 @@ def test_a_known_bad_block_keeps_its_2_mib_mapped_by_pages(scene: Scene) -> None
     assert present(p0, 0, NEAR + FAR)
 
 
-def test_late_nobody_is_told_and_only_the_bad_page_is_unmapped(scene: Scene) -> None:
+def test_late_no_process_is_signalled_and_only_the_failed_page_is_unmapped(scene: Scene) -> None:
     p0 = mapper(scene, touch=[BAD, NEAR], before=["mcekill late"])
     (outcome,) = scene.poison(BAD)
     assert outcome["told"] == 0
@@ -193,7 +193,7 @@ def test_two_pages_of_the_same_2_mib_in_one_call(scene: Scene) -> None:
     assert told(p0) == [ao21(BAD)]
 
 
-def test_found_latent_poison_is_told_to_all_who_have_the_2_mib(scene: Scene) -> None:
+def test_found_latent_poison_is_signalled_to_all_with_the_2_mib_present(scene: Scene) -> None:
     finder = mapper(scene, "p0", touch=[BAD])
     bad = mapper(scene, "p1", touch=[BAD])
     near = mapper(scene, "p2", touch=[NEAR])
@@ -207,7 +207,7 @@ def test_found_latent_poison_is_told_to_all_who_have_the_2_mib(scene: Scene) -> 
     assert not present(near, 0, NEAR)
 
 
-def test_madvise_is_told_with_lsb_21(scene: Scene) -> None:
+def test_madvise_gets_lsb_21(scene: Scene) -> None:
     p0 = scene.actor(wrapper=(*DAXEMU, "run", str(scene.mount.path), "--"))
     for command in ("open 0 f rw", f"mmap 0 0 0 {3 * NR} shared", f"tr 0 {NEAR}"):
         p0.cmd(command)

@@ -9,7 +9,7 @@ from tests.support.scene import PAGE, Scene, ao, ar, ask, consumes, letter, pres
 pytestmark = pytest.mark.mount
 
 BAD = 3
-"""The page that goes bad."""
+"""Page to poison."""
 AT = BAD * PAGE
 
 
@@ -106,7 +106,7 @@ def test_a_hole_cannot_be_poisoned(scene: Scene) -> None:
 
 
 def test_store_into_a_hole_that_is_not_written_back_yet(early: Scene) -> None:
-    """It has no place on the media before it is flushed: that happens first."""
+    """A page in a hole has no block before the page is written back: injection writes the page back first."""
     p0 = early.actor()
     ask(p0, "open 0 sparse creat")
     ask(p0, f"trunc 0 {16 * PAGE}")
@@ -123,7 +123,7 @@ def test_store_into_a_hole_that_is_not_written_back_yet(early: Scene) -> None:
 
 
 def test_lost_store_is_silent_on_dax(scene: Scene) -> None:
-    """g5-dirty."""
+    """A dirty page lost to poison raises no error of fsync(2) on DAX (`g5-fsync-dirty`)."""
     p0 = scene.mapper(touch=[BAD])
     ask(p0, "open 1 f rw")
     assert p0.cmd(f"tw 0 {BAD} w").ok == "w"
@@ -141,7 +141,7 @@ def test_lost_store_is_silent_on_dax(scene: Scene) -> None:
 
 
 def test_lost_store_as_an_error_of_fsync(scene: Scene) -> None:
-    """lost_store=eio: once for each descriptor that was open, as the page cache does."""
+    """lost_store=eio: fsync(2) fails once for each descriptor that was open, as in the page cache."""
     scene.set(lost_store="eio")
     p0, p1 = scene.mapper("p0", touch=[BAD]), scene.mapper("p1", touch=[BAD])
     ask(p0, "open 1 f rw")
@@ -185,7 +185,7 @@ def test_nothing_is_lost_of_a_clean_page(scene: Scene, lost_store: str) -> None:
 
 
 def test_reflink_of_a_poisoned_file_shares_the_poison(scene: Scene) -> None:
-    """g11, m7."""
+    """A reflink of a poisoned file shares the poisoned block (`g11-ficlone-clean`, `m7-mce-reflink`)."""
     scene.poison(BAD)
     path = scene.mount.path
     scene.mount.run("reflink", path / "f", path / "clone")

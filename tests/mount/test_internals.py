@@ -1,4 +1,4 @@
-"""The state of a supervisor: on request, and in its log on SIGUSR1."""
+"""Internal state of a supervisor: on request, and in its log on SIGUSR1."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_status_internals_names_tasks_and_layouts(dax_mount: DaxMount) -> None:
 def test_sigusr1_writes_it_into_the_log(dax_mount: DaxMount) -> None:
     with dax_mount.client() as client:
         os.kill(client.pid, signal.SIGUSR1)
-        # The signal is handled by a task of the event loop: a request later that is done, or soon will be.
+        # A task of the event loop handles the signal: after a further request the report is written soon.
         log = dax_mount.device / "supervisor.log"
         while "layouts out" not in log.read_text():
             assert json.dumps(client.request("status"))
@@ -48,7 +48,7 @@ def test_sigusr1_writes_it_into_the_log(dax_mount: DaxMount) -> None:
 
 @contextmanager
 def stopped_mapper(file: Path) -> Iterator[int]:
-    """A process in SIGSTOP that has the first page of a file present; its pid."""
+    """Start a process in SIGSTOP that has the first page of a file present; return its pid."""
     code = (
         "import mmap, os, signal, sys; f = open(sys.argv[1]); m = mmap.mmap(f.fileno(), 0, prot=1); m[0]; "
         "os.kill(os.getpid(), signal.SIGSTOP)"
@@ -63,7 +63,7 @@ def stopped_mapper(file: Path) -> Iterator[int]:
 
 
 def look_until(mount: DaxMount, *titles: str) -> InternalsReport:
-    """The report, once each list of these has an entry."""
+    """Return the report, once each of the named lists has an entry."""
     with mount.client() as client:
         while True:
             found = client.ask(Internals())
@@ -162,7 +162,7 @@ def test_the_tracer_writes_to_the_new_log_after_a_rotation(dax_mount: DaxMount) 
 
 
 def _tracer_of(supervisor: int) -> int:
-    """The child process of a supervisor that is its tracer."""
+    """Return the tracer among the child processes of a supervisor."""
     children = [
         int(pid)
         for task in Path(f"/proc/{supervisor}/task").iterdir()

@@ -15,7 +15,9 @@ pytestmark = pytest.mark.mount
 
 
 def test_a_directory_of_20000_entries(quick_mount: QuickMount) -> None:
-    """Whoever lists it while others add and remove sees each name that was there all the time, once."""
+    """A listing, while other processes add and remove names, has each name that was present all the time
+    once.
+    """
     directory = quick_mount.path / "d"
     directory.mkdir()
     for i in range(20_000):
@@ -47,7 +49,7 @@ def test_a_directory_of_20000_entries(quick_mount: QuickMount) -> None:
 
 
 def test_renamed_while_it_is_listed(quick_mount: QuickMount) -> None:
-    """A name that is gone is not listed, nor brought back by it."""
+    """A removed name is not listed, and listing does not bring the name back."""
     directory = quick_mount.path / "renamed"
     directory.mkdir()
     for i in range(5_000):

@@ -1,4 +1,4 @@
-"""Latent poison: nobody knows of it until a load, a read or a scrub finds it."""
+"""Latent poison: undetected until a load, a read or a scrub finds the poison."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ def hide(scene: Scene) -> None:
     assert scene.badblocks() == []
 
 
-def test_a_load_finds_it_and_the_others_are_told_by_their_policy(scene: Scene) -> None:
-    """m2: the consumer AR; early killers who had it present AO, blocked SIGBUS or not; late ones nothing."""
+def test_a_load_finds_latent_poison_and_other_processes_are_signalled_by_policy(scene: Scene) -> None:
+    """The consumer gets AR. Early killers with the page present get AO, SIGBUS blocked or not; late killers
+    get no signal (`m2-mce-ar-late`, `m2-mce-ar-early`).
+    """
     actors = {name: scene.mapper(name, touch=[BAD]) for name in ("p0", "p1", "p2", "p3")}
     for name in ("p1", "p3"):
         actors[name].cmd("mcekill early")
@@ -58,8 +60,8 @@ def test_read_finds_it(scene: Scene) -> None:
     assert p0.wait_signal().recorded() == ao(BAD)
 
 
-def test_an_injection_over_it_tells_those_who_had_it(scene: Scene) -> None:
-    """As in the kernel, where poison that nobody knows of unmaps nothing."""
+def test_an_injection_over_latent_poison_signals_processes_with_the_page_present(scene: Scene) -> None:
+    """As in the kernel, where latent poison unmaps no page."""
     p0, p1 = scene.mapper("p0", touch=[BAD]), scene.mapper("p1", touch=[BAD])
     p0.cmd("mcekill early")
     hide(scene)
@@ -70,12 +72,14 @@ def test_an_injection_over_it_tells_those_who_had_it(scene: Scene) -> None:
         consumes(actor, f"tr 0 {BAD}", ar(BAD))
 
 
-def test_more_over_it_forgets_nobody(scene: Scene) -> None:
-    """Hidden again, of more pages, and found page by page: whoever had one present is told of each."""
+def test_a_second_latent_injection_forgets_no_process(scene: Scene) -> None:
+    """Latent poison is injected again over more pages, and found page by page: each process that had a page
+    present is signalled for that page.
+    """
     p0, late = scene.mapper("p0", touch=[BAD]), scene.mapper("late", touch=[BAD])
     p0.cmd("mcekill early")
     hide(scene)
-    scene.mount.inject("f", (BAD * PAGE, 3 * PAGE), latent=True)  # a touch maps the neighbours, too
+    scene.mount.inject("f", (BAD * PAGE, 3 * PAGE), latent=True)  # a touch makes the neighbours present, too
     reader = scene.actor("reader")
     reader.cmd("open 0 f direct")
     for page in (BAD, BAD + 1, BAD + 2):

@@ -1,4 +1,4 @@
-"""Healthy bytes are read and written without Python, and nobody can tell."""
+"""Healthy bytes are read and written without Python, with the same results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAGES = 64
 
 @pytest.fixture
 def file(quick_mount: QuickMount) -> Iterator[int]:
-    """A file of ours that C answers for: page n is full of byte n."""
+    """File of the test's own that C answers for: page n is full of byte n."""
     fd = os.open(quick_mount.path / "f", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         os.write(fd, b"".join(bytes([n]) * PAGE for n in range(PAGES)))
@@ -45,7 +45,7 @@ def file(quick_mount: QuickMount) -> Iterator[int]:
 
 
 def answered(mount: QuickMount) -> int:
-    """How many requests did not go to Python so far."""
+    """Return the number of requests that did not go to Python so far."""
     with mount.client() as client:
         said = client.request("status")["layouts"]
     found = re.fullmatch(r"(\d+) requests answered", said)
@@ -54,7 +54,7 @@ def answered(mount: QuickMount) -> int:
 
 
 def cold_read(fd: int, page: int, length: int = PAGE) -> bytes:
-    """Bytes that the kernel does not have."""
+    """Read bytes that the kernel has not cached."""
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     return os.pread(fd, length, page * PAGE)
 
@@ -183,7 +183,7 @@ def test_the_space_of_a_removed_file_is_there_again(quick_mount: QuickMount) -> 
 @pytest.mark.parametrize("how", ["write", "truncate", "open", "fallocate", "copy"])
 @pytest.mark.parametrize("who", ["root", "nobody"])
 def test_set_id_bits(quick_mount: QuickMount, how: str, who: str) -> None:
-    """Whoever has not CAP_FSETID loses them by changing the file, as on any filesystem."""
+    """A write without CAP_FSETID clears the set-id bits, as on any filesystem."""
     path = quick_mount.path / "f"
     quick_mount.path.chmod(0o777)
     path.write_bytes(b"x" * 2 * PAGE)
@@ -208,7 +208,7 @@ def test_set_id_bits(quick_mount: QuickMount, how: str, who: str) -> None:
 
 
 def test_capabilities_go_with_the_first_write(quick_mount: QuickMount) -> None:
-    """The kernel asks whether there are any before each write(2), and is mostly answered without Python."""
+    """The kernel asks for security.capability before each write(2); C answers most of these requests."""
     path, name = quick_mount.path / "f", "security.capability"
     capability = struct.pack("<IIIII", 0x0200_0001, 1 << 13, 0, 0, 0)  # VFS_CAP_REVISION_2, CAP_NET_RAW
     with path.open("wb", buffering=0) as file:

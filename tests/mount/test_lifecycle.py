@@ -86,7 +86,7 @@ def test_umount_8_saves_too(dax_mount: DaxMount) -> None:
 def test_after_umount_8_the_device_is_waited_for(
     dax_mount: DaxMount, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It returns before the supervisor has saved: here before that has even begun."""
+    """umount(8) returns before the supervisor has saved: here before saving has even begun."""
     dax_mount.make_file("f", 2)
     pid = dax_mount.json("status", dax_mount.path)["pid"]
     os.kill(pid, signal.SIGSTOP)
@@ -119,7 +119,7 @@ def test_umount_of_a_mount_in_use(dax_mount: DaxMount) -> None:
         assert opened.read() == b"A" * 4096
         dax_mount.umount("--force")
         with pytest.raises(OSError, match=r"not connected|abort"):
-            os.fsync(opened.fileno())  # what is cached could still be read
+            os.fsync(opened.fileno())  # cached pages could still be read
     assert mount_at(dax_mount.path) is None
     dax_mount.mount()
     assert file.read_bytes() == b"A" * 4096
@@ -223,7 +223,9 @@ def test_without_root(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def test_a_supervisor_that_hangs_hangs_nobody(dax_mount: DaxMount, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped, it answers nobody: status shows the others, umount --force ends it."""
+    """A stopped supervisor answers no request: status shows the other mounts, umount --force ends the stopped
+    one.
+    """
     monkeypatch.setattr(mount_verbs, "STATUS_PATIENCE", 0.2)
     monkeypatch.setattr(mount_verbs, "PATIENCE", 0.5)
     pid = dax_mount.json("status", dax_mount.path)["pid"]

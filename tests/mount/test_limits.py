@@ -26,9 +26,9 @@ from tests.support.zygote import Zygote
 pytestmark = pytest.mark.mount
 GIB = 1 << 30
 MANY = 4000
-"""Ranges, extents or names: eight times what one step sees to. A request has room for 190,000."""
+"""Ranges, extents or names: eight times the work of one step. A request holds up to 190,000."""
 BAD = 1500
-"""Ranges of one injection: 12 times what one step sees to."""
+"""Ranges of one injection: 12 times the work of one step."""
 MOST = {
     "links": 1200,
     "bytes": 40 << 20,
@@ -125,7 +125,7 @@ def inject_latent_and_scrub(client: Client, mount: QuickMount) -> None:
 
 
 def inject_into_many_extents(client: Client, mount: QuickMount) -> None:
-    """One range that many extents hold, then the list of what is damaged."""
+    """Inject into one range with many extents, then list the damaged file ranges."""
     path = _of_many_extents(mount)
     done = client.request("inject", ino=_ino(path), ranges=[[0, BAD * 2 * PAGE_SIZE]])
     assert len(done["ranges"]) == BAD
@@ -134,7 +134,7 @@ def inject_into_many_extents(client: Client, mount: QuickMount) -> None:
 
 
 def list_and_clear_many(client: Client, mount: QuickMount) -> None:
-    """The list of many bad blocks, statfs(2) beside them, and one range that clears all."""
+    """List many bad blocks, with statfs(2) meanwhile, then clear all by one range."""
     client.request("inject", ranges=_ranges())
     assert len(client.request("badblocks")["ranges"]) == BAD
     usage = os.statvfs(mount.path)
@@ -205,7 +205,7 @@ def punch_and_fill_many_extents(client: Client, mount: QuickMount) -> None:
 
 
 def zero_a_gib(client: Client, mount: QuickMount) -> None:
-    """An fallocate(2) that zeroes 1 GiB."""
+    """Zero 1 GiB by fallocate(2)."""
     path = _of_a_gib(mount)
     with path.open("r+b") as file:
         file.write(b"y" * 10)
@@ -217,7 +217,7 @@ def zero_a_gib(client: Client, mount: QuickMount) -> None:
 
 
 def allocate_and_give_back(client: Client, mount: QuickMount) -> None:
-    """An fallocate(2) of 1 GiB, and a file of that length deleted."""
+    """Allocate 1 GiB by fallocate(2), and delete a file of that length."""
     before = _free(mount)
     _of_a_gib(mount).unlink()
     assert _free(mount) >= before - 64
@@ -265,7 +265,7 @@ def make_many_names(client: Client, mount: QuickMount) -> None:
 
 
 def follow_from_the_first(client: Client, mount: QuickMount) -> None:
-    """All events so far, by one who follows from the first."""
+    """Receive all events so far, as a follower from the first event on."""
     client.request("inject", ranges=_ranges(), latent=True)
     with mount.client() as follower:
         found = 0

@@ -37,7 +37,7 @@ def test_each_page_on_a_handle_of_its_own(directory: Path) -> None:
 
 
 def test_changes_between_pages(directory: Path) -> None:
-    """What was there all the time is listed once."""
+    """A name that was present all the time is listed once."""
     rng = random.Random(11)
     stay = set(rng.sample(sorted(NAMES), 100))
     go = sorted(NAMES - stay)

@@ -22,7 +22,7 @@ TREES = 12
 
 
 class Damaged:
-    """A device with some files, and a pristine copy of it to begin from anew."""
+    """Device with some files, and a pristine copy to restore the device from."""
 
     def __init__(self, mount: QuickMount, scratch: Path) -> None:
         self.mount = mount
@@ -53,7 +53,9 @@ class Damaged:
         restore(self.pristine, self.device)
 
     def mounts(self) -> str | None:
-        """None if it mounts, all files are as they were, and it can be written to; else the refusal."""
+        """Mount. Return None if the mount works, all files are unchanged, and writes succeed; otherwise the
+        refusal.
+        """
         try:
             self.mount.mount()
             assert self.look() == self.expected
@@ -68,25 +70,25 @@ class Damaged:
 
 
 def is_clear(refusal: str) -> bool:
-    """One line that says what to do."""
+    """Return True for one line that says how to go on."""
     return "\n" not in refusal and "daxemu fsck" in refusal
 
 
 @pytest.fixture
 def damaged(quick_mount: QuickMount, tmp_path: Path) -> Damaged:
-    quick_mount.sound = False  # each test looks for itself
+    quick_mount.sound = False  # each test checks on its own
     return Damaged(quick_mount, tmp_path)
 
 
 def _some(pages: list[Page]) -> list[Page]:
-    """Those at the beginning of each file, and every 16th of the rest."""
+    """Return the pages at the beginning of each file, and every 16th of the rest."""
     return [page for page in pages if page.number < 6 or page.number % 16 == 0]
 
 
 @pytest.mark.parametrize("replica", [0, 1])
 @pytest.mark.parametrize("quick_mount", [32 << 20], indirect=True)
 def test_one_copy_of_a_page(damaged: Damaged, replica: int) -> None:
-    """The other copy serves; fsck finds it, and heals it."""
+    """The other copy serves; fsck finds the poisoned copy, and rewrites it."""
     for page in damaged.pages:
         poison(damaged.device, page.offsets[replica])
         line = f"metadata page {page.number} of {page.file.name.lower()} is poisoned: one copy is lost"
@@ -99,7 +101,7 @@ def test_one_copy_of_a_page(damaged: Damaged, replica: int) -> None:
 
 @pytest.mark.parametrize("quick_mount", [32 << 20], indirect=True)
 def test_both_copies_of_a_page(damaged: Damaged) -> None:
-    """Refused in one line, unless nothing is on the page; then all files are there."""
+    """The mount is refused in one line, unless the page is unused; then all files are present."""
     refused = 0
     for page in damaged.pages:
         damaged.reset()
@@ -155,7 +157,7 @@ def test_superblocks(damaged: Damaged) -> None:
 
 @pytest.mark.parametrize("quick_mount", [32 << 20], indirect=True)
 def test_the_command_line_of_fsck(damaged: Damaged) -> None:
-    """Exit status 9 when something is wrong; --repair makes it 0."""
+    """The exit status is 9 for an inconsistent device; after --repair 0."""
     page = damaged.pages[0]
     poison(damaged.device, page.offsets[1])
     said = daxemu("fsck", damaged.device, status=9)
@@ -179,7 +181,7 @@ def test_the_command_line_of_fsck(damaged: Damaged) -> None:
 @pytest.mark.parametrize("quick_mount", [32 << 20], indirect=True)
 @pytest.mark.parametrize("where", ["db", "wal", "superblock"])
 def test_during_a_mount(damaged: Damaged, where: str) -> None:
-    """Shutdown; what was synced is there after a repair."""
+    """The filesystem shuts down; synced data is present after a repair."""
     mount = damaged.mount
     offset = superblocks(damaged.device)[0]
     if where != "superblock":
@@ -213,7 +215,9 @@ def test_during_a_mount(damaged: Damaged, where: str) -> None:
 
 @pytest.mark.parametrize("quick_mount", [32 << 20], indirect=True)
 def test_latent_poison_in_the_metadata(damaged: Damaged) -> None:
-    """Nobody knows of it until it is read or written: one copy is no matter, of both a commit shuts down."""
+    """Latent poison is found by a read or a write: in one copy it does no harm, in both copies a commit shuts
+    the filesystem down.
+    """
     mount = damaged.mount
     one, two = damaged.pages[0].offsets
     mount.mount()

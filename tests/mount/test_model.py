@@ -1,7 +1,8 @@
-"""A real mount and a plain model of it side by side: the same steps, the same tree and bytes after each.
+"""A real mount and a plain model side by side: the same steps, the same tree and bytes after each step.
 
-After a crash the mount may be as the model was at any moment since the last fsync, files stored to through a
-mapping excepted, whose bytes are only promised by their own fsync; and from there on both go on together.
+After a crash the mount may match the model at any moment since the last fsync. Exception: the bytes of a file
+stored to through a mapping, which only an fsync of that file promises. From there on mount and model go on
+together.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tests.support.workload import DIRECTORY, MOST, PAGE, Op, State, after, do
 from tests.support.zygote import Zygote
 
 PHASES = [Phase.explicit, Phase.generate, *([Phase.shrink] if os.environ.get("DAXEMU_SHRINK") else [])]
-"""Shrinking takes minutes: for whoever looks into a failure."""
+"""Shrinking takes minutes: only for the investigation of a failure."""
 EXAMPLES = int(os.environ.get("DAXEMU_MODEL_EXAMPLES", "15"))
 NAMES = ["a", "b", "c", "d", "dir/a", "dir/b"]
 pytestmark = [pytest.mark.mount, pytest.mark.timeout(200 + 15 * EXAMPLES)]
@@ -47,8 +48,8 @@ lengths = st.one_of(st.integers(1, 3).map(lambda pages: pages * PAGE), st.intege
 
 
 class MountAgainstModel(RuleBasedStateMachine):
-    """``states``: the model at each moment a crash may lead back to, now last. ``older``: what bytes of files
-    may be besides. ``handles``: descriptors and the numbers of their files.
+    """``states``: the model at each moment that a crash may lead back to, the present one last. ``older``:
+    other allowed bytes of files. ``handles``: descriptors and the inode numbers of their files.
     """
 
     @initialize()
@@ -83,7 +84,7 @@ class MountAgainstModel(RuleBasedStateMachine):
         return sorted(name for name, number in self.state.names.items() if number is not DIRECTORY)
 
     def step(self, op: Op) -> None:
-        """Do it to both."""
+        """Apply a step to both."""
         event(op.verb)
         then = after(self.state, op, self.done)
         self.done += 1
@@ -98,7 +99,9 @@ class MountAgainstModel(RuleBasedStateMachine):
             self.promised(number)
 
     def keep_dirty(self, op: Op) -> None:
-        """Store through a mapping that stays: closing any descriptor of the file would write it back."""
+        """Store through a mapping that stays open: closing any descriptor of the file would write the page
+        back.
+        """
         fd = os.open(self.mount.path / op.name, os.O_RDWR)
         view = mmap.mmap(fd, 0)
         self.views.append((fd, view))
@@ -106,7 +109,7 @@ class MountAgainstModel(RuleBasedStateMachine):
         view[op.b : op.b + len(data)] = data
 
     def promised(self, number: int | None = None) -> None:
-        """Names and sizes as they are now, and the bytes of this file; others keep their older versions."""
+        """Names and sizes as of now, and the bytes of this file; other files may keep older versions."""
         for other, versions in self.older.items():
             versions += [state.files[other] for state in self.states if other in state.files]
         if number is not None:
@@ -187,7 +190,7 @@ class MountAgainstModel(RuleBasedStateMachine):
         give_up=st.sampled_from(["unlink", "truncate", "write"]),
     )
     def snapshot(self, index: int, other: int, stored: bool, give_up: str) -> None:
-        """A synced clone that is given up again, while its source is written to."""
+        """Make and delete a synced clone, while its source is written to."""
         one, two = self.pick(index), self.pick(other)
         if self.state.names[one] == self.state.names[two]:
             return
@@ -255,7 +258,7 @@ class MountAgainstModel(RuleBasedStateMachine):
         self.adopt(found)
 
     def adopt(self, found: Tree) -> None:
-        """What a crash has left is the model now, and nothing else can come of it."""
+        """Take the tree that a crash has left for the model's only state."""
         state = next(state for state in reversed(self.states) if state.shape() == found.shape).copy()
         for name, data in found.data.items():
             number = state.names[name]

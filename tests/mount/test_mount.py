@@ -1,4 +1,4 @@
-"""Mounting, unmounting, and what survives it."""
+"""Mounting, unmounting, and the data that survives both."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_the_clone_ioctl_shares_poison(scene: Scene) -> None:
 def test_the_clone_ioctl_beside_a_mount_with_an_odd_name(
     files: Files, tmp_path: Path, zygote: Zygote
 ) -> None:
-    """What others call their mountpoints is none of our business."""
+    """The name of a foreign mountpoint does not matter to daxemu."""
     odd = tmp_path / os.fsdecode(b"\xff")
     odd.mkdir()
     one, two = files.letters("one", 2), files.letters("two", 2, "M")
@@ -106,7 +106,7 @@ def test_what_the_clone_ioctl_refuses(files: Files) -> None:
 
 
 def test_the_clone_ioctl_respects_how_files_were_opened(files: Files) -> None:
-    """A target open for reading only stays as it is, a source open for writing only is not read."""
+    """A target open for reading only stays unchanged, a source open for writing only is not read."""
     one, two = files.letters("one", 8), files.letters("two", 8, "M")
     reader, writer = files.open("one", os.O_RDONLY), files.open("two", os.O_WRONLY)
     assert _errno_of_clone(reader, two, 0, 0, 0) == errno.EBADF
@@ -118,7 +118,9 @@ def test_the_clone_ioctl_respects_how_files_were_opened(files: Files) -> None:
 def test_the_clone_ioctl_takes_no_descriptor_of_another_filesystem(
     files: Files, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Although its inode number is one of ours: it would be a file that the caller may not even open."""
+    """A foreign inode number may equal one of the mount: the ioctl would name a file that the caller may not
+    even open.
+    """
     files.letters("secret", 8)
     target = files.open("target")
     with (

@@ -1,5 +1,5 @@
-"""Each outcome that device memory can have, on a real mount: answer, log line, counters, DEVICE/sysfs
-(docs/fidelity.md, "Page states and outcomes").
+"""Each outcome of device memory on a real mount: answer, log line, counters, DEVICE/sysfs (docs/fidelity.md,
+"Page states and outcomes").
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FREE = (1 << 30) - 64 * PAGE
 
 
 def counters(mount: DaxMount) -> dict[str, int]:
-    """Those that grew, as ``status`` and as DEVICE/sysfs have them."""
+    """Return the counters that grew, as ``status`` and as DEVICE/sysfs show them."""
     shown = {name: n for name, n in mount.json("status", mount.path)["counters"].items() if n}
     sysfs = mount.device / "sysfs" / "memory_failure"
     files = {path.name: int(path.read_text()) for path in sysfs.iterdir()}
@@ -30,13 +30,13 @@ def counters(mount: DaxMount) -> dict[str, int]:
 
 
 def outcome(mount: DaxMount, name: str, offset: int) -> str:
-    """What a failure of one page ends in."""
+    """Return the outcome of a failure of one page."""
     (result,) = mount.inject(name, (offset, PAGE))["ranges"]
     return str(result["outcome"])
 
 
 def recovery_actions(mount: DaxMount) -> list[str]:
-    """What the log says of each failure."""
+    """Return the log line of each failure."""
     lines = mount.run("log", mount.path, "--dmesg").splitlines()
     return [line.partition("recovery action for ")[2] for line in lines if "recovery action" in line]
 
@@ -55,7 +55,7 @@ def test_recovered(scene: Scene) -> None:
 
 
 def test_failed(scene: Scene) -> None:
-    """The filesystem's own records; what it was about to say of a file no longer matters after that."""
+    """Poison in the filesystem's own records: Failed, also where the range holds a file."""
     scene.mount.sound = False
     assert outcome(scene.mount, "f", BAD * PAGE) == "Recovered"
     assert outcome(scene.mount, "", 0) == "Failed"

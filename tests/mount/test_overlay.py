@@ -1,4 +1,4 @@
-"""overlayfs with its upper directory on a mount, as container engines have it."""
+"""overlayfs with the upper directory on a mount, as container engines use it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MNT_DETACH = 2
 
 
 class Overlay(NamedTuple):
-    """The merged tree at ``top``, whose changes are in ``upper``."""
+    """Merged tree at ``top``; its changes are in ``upper``."""
 
     top: Path
     upper: Path

@@ -29,14 +29,16 @@ ROUNDS = 200
 
 
 def poison_hole(scene: Scene, ino: int, page: int) -> list[str]:
-    """Poison one page of a file by its inode number; the outcomes."""
+    """Poison one page of a file by its inode number; return the outcomes."""
     with scene.mount.client() as client:
         request = p.Inject(ino=ino, ranges=[(page * PAGE, PAGE)])
         return [r.outcome for r in client.ask(request).ranges]
 
 
 def sparse(scene: Scene, name: str, *, has_name: bool) -> tuple[list[Actor], int]:
-    """Three processes that map a sparse file; the first has stored to page 64. And its inode number."""
+    """Three processes that map a sparse file, the first of which has stored to page 64; and the file's inode
+    number.
+    """
     path = scene.mount.path / name
     path.touch()
     os.truncate(path, HOLE_PAGES * PAGE)
@@ -75,7 +77,7 @@ def test_poison_of_a_hole_that_was_stored_to(scene: Scene, has_name: bool, early
 def test_poison_of_two_stores_in_either_order(
     scene: Scene, order: tuple[int, int], has_name: bool, early_kill: int
 ) -> None:
-    """The first injection writes both pages back; the second finds them present all the same."""
+    """The first injection writes both pages back; the second still finds them present."""
     scene.set(early_kill=early_kill)
     actors, ino = sparse(scene, "h", has_name=has_name)
     for actor in reversed(actors[:2]):  # the reader of page 64 is the first to store to page 192
@@ -90,8 +92,8 @@ def test_poison_of_two_stores_in_either_order(
     assert told(actors[2]) == []
 
 
-def test_a_clone_of_an_unlinked_file_takes_no_page_away(early: Scene) -> None:
-    """The clone has the stores that were not written back; the source's processes keep the page."""
+def test_a_clone_of_an_unlinked_file_revokes_no_page(early: Scene) -> None:
+    """The clone has the stores that were not written back; the source's processes keep the page present."""
     actors, ino = sparse(early, "h", has_name=False)
     source = os.open(f"/proc/{actors[2].pid}/fd/{_descriptor(actors[2], ino)}", os.O_RDONLY)
     clone = os.open(early.mount.path / "clone", os.O_RDWR | os.O_CREAT)
@@ -238,7 +240,9 @@ def test_another_user_swaps_a_directory_for_a_link_to_their_fifo(dax_mount: DaxM
 
 
 def _open_while_swapped(path: Path) -> int:
-    """Open a file whose directory is away now and then; its FIFO is opened, too, and closed again."""
+    """Open a file whose directory is replaced now and then; the FIFO in its place is opened, too, and closed
+    again.
+    """
     while True:
         try:
             fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)

@@ -19,8 +19,10 @@ pytestmark = [
 BAD = 1
 
 
-def test_everybody_who_maps_it_is_told(scene: Scene) -> None:
-    """Early or late, touched or not; not who maps other pages, or has the file open only."""
+def test_every_process_that_maps_the_page_is_signalled(scene: Scene) -> None:
+    """Every process that maps the page is signalled, early or late, touched or not. A process that maps other
+    pages, or only has the file open, is not.
+    """
     early = scene.mapper("p0", touch=[BAD], before=["mcekill early"])
     late = scene.mapper("p1", touch=[BAD], before=["mcekill late"])
     untouched = scene.mapper("p2", touch=[BAD + FAR])

@@ -1,4 +1,4 @@
-"""System calls on poisoned files: what they say, and what is on the media afterwards."""
+"""System calls on poisoned files: their results, and the media afterwards."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from tests.support.scene import (
 pytestmark = pytest.mark.mount
 
 BAD = 3
-"""The page that goes bad."""
+"""Page to poison."""
 AT = BAD * PAGE
 
 
 def reads(actor: Actor, fd: int, offset: int, length: int, expected: str) -> None:
-    """All of the range can be read, and is this."""
+    """Check that the whole range can be read, with these bytes."""
     result = actor.cmd(f"pread {fd} {offset} {length}")
     assert (result.ret, result.pages) == (length, expected), result
 
 
 def reads_up_to_poison(actor: Actor, fd: int, offset: int, length: int, bad: int = BAD) -> None:
-    """EIO, or the good bytes before the poison and EIO there."""
+    """Check for EIO, or for the good bytes before the poison and EIO there."""
     result = actor.cmd(f"pread {fd} {offset} {length}")
     if result.ret == -1:
         assert result.errno == "EIO"
@@ -51,7 +51,9 @@ def reads_up_to_poison(actor: Actor, fd: int, offset: int, length: int, bad: int
 
 
 def test_read(scene: Scene) -> None:
-    """g0, m0: at the poison, across it, and around it."""
+    """A read fails at the poison and across the poison, and succeeds around it (`g0-read-clean`,
+    `m0-mce-ao`).
+    """
     p0 = scene.mapper(touch=[BAD])
     scene.poison(BAD)
     for offset, length in ((AT, PAGE), (AT, 1), (AT + 100, 5), (AT + PAGE - 1, 2)):
@@ -66,7 +68,7 @@ def test_read(scene: Scene) -> None:
 
 
 def test_read_of_one_bad_sector(scene: Scene) -> None:
-    """m5: the whole page cannot be read."""
+    """One bad sector makes the whole page unreadable (`m5-mce-cacheline`)."""
     p0 = scene.mapper(pages=8)
     scene.mount.inject("f", (AT + 1024, 64))
     for offset in (AT, AT + 1024, AT + 1536, AT + 3584):
@@ -123,7 +125,9 @@ def test_poison_survives_a_remount(scene: Scene) -> None:
     ],
 )
 def test_partial_write(scene: Scene, offset: int, length: int) -> None:
-    """g2, m0: it fails, and nothing at all has been written, as every way to look says."""
+    """A partial write to a poisoned page fails and changes no byte, by any way to read
+    (`g2-write-partial-clean`, `m0-mce-ao`).
+    """
     p0 = scene.mapper(touch=[BAD - 1, BAD + 1])
     scene.poison(BAD)
     assert refused(p0, f"pwrite 0 {offset} {length} n") == "EFAULT"
@@ -149,7 +153,9 @@ def test_partial_write(scene: Scene, offset: int, length: int) -> None:
     ],
 )
 def test_write_that_covers_the_page(scene: Scene, fd: int, offset: int, length: int) -> None:
-    """g1, g4: poison and badblocks are cleared."""
+    """A write of the whole page clears poison and badblocks (`g1-write-full-clean`,
+    `g4-write-direct-clean`).
+    """
     p0 = scene.mapper(touch=[BAD])
     ask(p0, "open 3 f direct")
     scene.poison(BAD)
@@ -176,7 +182,7 @@ def test_write_over_several_bad_pages(scene: Scene) -> None:
 
 
 def test_partial_write_to_a_shared_page(scene: Scene) -> None:
-    """m7: the copy reads it first."""
+    """A partial write must read the shared block for its copy, and fails (`m7-mce-reflink`)."""
     scene.mount.run("reflink", scene.mount.path / "f", scene.mount.path / "g")
     p0 = scene.mapper(touch=[])
     scene.poison(BAD)
@@ -196,7 +202,9 @@ def test_append_to_a_bad_last_page(scene: Scene) -> None:
 
 
 def test_buffer_in_the_poisoned_page(scene: Scene, tmp_path: Path) -> None:
-    """q0, with the bad block: EFAULT or a short count, and no signal, whatever file it is for."""
+    """A buffer in the poisoned page: EFAULT or a short count, and no signal, for any file
+    (`q0-kernel-access-clean`, with the bad block).
+    """
     scene.mount.make_file("other", 8)
     (tmp_path / "outside").write_bytes(b"o" * 8 * PAGE)
     p0 = scene.mapper(touch=[BAD])
@@ -225,11 +233,11 @@ def test_buffer_of_another_process(scene: Scene) -> None:
     assert told(p1) == []
 
 
-# -- taking the file, or its end, away
+# -- removing the file, or its end
 
 
 def test_truncate_and_regrow(scene: Scene) -> None:
-    """g8: the block is another one."""
+    """After truncation and growth the page has another block (`g8-truncate-clean`)."""
     p0 = scene.mapper(touch=[BAD])
     scene.poison(BAD)
     bad = scene.badblocks()
@@ -247,7 +255,9 @@ def test_truncate_and_regrow(scene: Scene) -> None:
 
 @pytest.mark.parametrize("verb", ["punch", "zero"])
 def test_punch_hole_and_zero_range(scene: Scene, verb: str) -> None:
-    """g9, g10, m1: a usable page of zeros again; the block is another one, or has been cleared."""
+    """The page is usable and zero again, with another block or a cleared one (`g9-punch-clean`,
+    `g10-zero-range-clean`, `m1-mce-ao-nobody`).
+    """
     p0, p1 = scene.mapper("p0", touch=[BAD]), scene.mapper("p1", touch=[BAD])
     scene.poison(BAD)
     consumes(p0, f"tr 0 {BAD}", ar(BAD))
@@ -263,7 +273,7 @@ def test_punch_hole_and_zero_range(scene: Scene, verb: str) -> None:
 
 
 def test_truncate_inside_the_page(scene: Scene) -> None:
-    """The rest of its block cannot be zeroed."""
+    """Truncation fails: the rest of the page's block cannot be zeroed."""
     p0 = scene.mapper()
     scene.poison(BAD)
     assert refused(p0, f"trunc 0 {AT + 100}") == "EIO"

@@ -1,4 +1,6 @@
-"""System calls that bring pages in by themselves, over bytes that cannot be read: each returns, as on DAX."""
+"""System calls that make pages present by themselves, over bytes that cannot be read: each returns, as on
+DAX.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,11 @@ CALLS = {
     "mlockall": ("mlockall current", "0"),
     "future": ("mmap 0 0 0 {n} {kind}", "0"),
 }
-"""The call, and the errno that it ends with."""
+"""The call, and its expected errno."""
 
 
 def call(actor: Actor, name: str, kind: str) -> str | None:
-    """Have the call made over mapping 0 of the whole file; its errno."""
+    """Make the call over mapping 0 of the whole file; return its errno."""
     text, _ = CALLS[name]
     assert actor.cmd("open 0 f rw").ret == 0
     if name.startswith("mlock"):
@@ -164,7 +166,7 @@ def test_a_thread_that_asks_again_and_again_is_an_event(scene: Scene) -> None:
 
 @contextmanager
 def peeking(path: Path, page: int) -> Iterator[subprocess.Popen[str]]:
-    """tests/victims/peeker.c, in its loop."""
+    """Run tests/victims/peeker.c in its loop."""
     command: list[str | Path] = [compile_victim("peeker"), path, str(page)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peeker:
         try:

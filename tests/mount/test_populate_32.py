@@ -1,4 +1,4 @@
-"""32-bit processes that populate or lock a mapping of unreadable bytes: their system calls return."""
+"""32-bit processes that populate or lock a mapping of unreadable bytes: the system calls return."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAILS = {"mlock", "mlock2"}
 
 @pytest.fixture(scope="module")
 def locker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program, if this machine makes and runs 32-bit ones."""
+    """Path of the program, if this machine compiles and runs 32-bit programs."""
     binary = tmp_path_factory.mktemp("locker") / "locker32"
     made = subprocess.run(
         ["gcc", *FLAGS, "-fno-stack-protector", "-o", binary, VICTIMS / "locker32.c"],
@@ -46,8 +46,8 @@ def locker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(locker: Path, scene: Scene, call: str, kind: str, before: Callable[[], object] = lambda: None) -> int:
-    """The exit status: the errno of the call, or minus the signal that ended the process. ``before`` is
-    called when the process has the file open, before its system call.
+    """Run the program. Return its exit status: the errno of the call, or minus the signal that ended the
+    process. ``before`` is called once the process has the file open, before the system call.
     """
     command: list[str | Path] = [locker, scene.mount.path / "f", "0", str(PAGES), call, kind]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

@@ -1,4 +1,4 @@
-"""What POSIX and Linux say of names, attributes and permissions, as far as pjdfstest does not look."""
+"""Rules of POSIX and Linux for names, attributes and permissions that pjdfstest does not check."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def top(quick_mount: QuickMount) -> Path:
 
 
 def refused(number: int) -> pytest.RaisesExc[OSError]:
-    """The block must end in this errno."""
+    """Check that the block ends in this errno."""
     return pytest.raises(OSError, match=rf"\[Errno {number}\]")
 
 
@@ -160,8 +160,8 @@ def test_times_that_cannot_be_kept(quick_mount: QuickMount, asked: int, kept: in
     assert (quick_mount.path / "other").read_bytes() == b"data"
 
 
-def test_what_changes_ctime_and_mtime(top: Path) -> None:
-    """As POSIX says, for the file and for the directory it is in."""
+def test_each_operation_changes_ctime_and_mtime_as_in_posix(top: Path) -> None:
+    """Times change as POSIX states, for the file and for its directory."""
     path = top / "d" / "f"
     (top / "d").mkdir()
     path.write_bytes(b"x" * 100)
@@ -249,7 +249,7 @@ def test_permissions_are_checked(top: Path) -> None:
     ],
 )
 def test_names_of_xattrs(quick_mount: QuickMount, name: str, number: int) -> None:
-    """As ext4 and XFS answer, for whoever asks."""
+    """Names are accepted and refused as on ext4 and XFS, for every user."""
     path = quick_mount.path / "f"
     path.touch()
     with pytest.raises(OSError, match=os.strerror(number)):

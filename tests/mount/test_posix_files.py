@@ -1,4 +1,4 @@
-"""What POSIX and Linux say of open files, locks and mappings, as far as pjdfstest does not look."""
+"""Rules of POSIX and Linux for open files, locks and mappings that pjdfstest does not check."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_running_program_cannot_be_written(top: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["flock", "lockf"])
 def test_locks_between_processes(top: Path, kind: str) -> None:
-    """A lock keeps others away, and goes with its process however that ends."""
+    """A lock excludes other processes, and is released when its process ends in any way."""
     path = top / "f"
     path.write_bytes(b"x" * 100)
     hold = f"""
@@ -118,7 +118,7 @@ sys.stdin.readline()
             if kind == "lockf":
                 assert "EAGAIN" in python("fcntl.lockf(os.open(sys.argv[1], 2), 6, 10, 50)", path)
             holder.kill()
-            lock(file, fcntl.LOCK_EX)  # waits until it is gone
+            lock(file, fcntl.LOCK_EX)  # waits until the lock is gone
             if kind == "lockf":
                 fcntl.lockf(file, fcntl.LOCK_UN, 10, 50)
                 assert python("fcntl.lockf(os.open(sys.argv[1], 2), 6, 10, 50)", path) == ""
@@ -157,7 +157,7 @@ def test_sparse_files(quick_mount: QuickMount, size: int) -> None:
 
 
 def test_holes_that_a_write_leaves_are_zero(top: Path) -> None:
-    """Also in the block that the old end was in, whatever had been beyond it."""
+    """Holes read as zeros, also in the block with the old end, whatever bytes were beyond the end."""
     path = top / "f"
     path.write_bytes(b"x" * 3 * PAGE)
     os.truncate(path, 100)
@@ -171,7 +171,9 @@ def test_holes_that_a_write_leaves_are_zero(top: Path) -> None:
 
 
 def test_a_mapped_file_is_truncated(quick_mount: QuickMount) -> None:
-    """Beyond the end SIGBUS BUS_ADRERR, in the block of the end zeros; zeros again when it has grown."""
+    """Pages beyond the end raise SIGBUS BUS_ADRERR, the rest of the last block reads as zeros; growth reads
+    as zeros again.
+    """
     quick_mount.make_file("f", 8)
     with Actor.spawn("p0", cwd=quick_mount.path) as p0:
         for command in ("open 0 f rw", "mmap 0 0 0 8 shared"):
@@ -268,7 +270,7 @@ def test_unlinked_but_open(quick_mount: QuickMount) -> None:
 
 
 def test_sync_1(top: Path) -> None:
-    """It brings what was stored through a mapping to us."""
+    """sync(1) writes stores through a mapping to the media."""
     path = top / "f"
     path.write_bytes(bytes(PAGE))
     with path.open("r+b") as file, mmap.mmap(file.fileno(), PAGE) as view:

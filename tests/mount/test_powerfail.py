@@ -1,4 +1,4 @@
-"""What a power failure says that it dropped."""
+"""Report of the data that a power failure dropped."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.support.mount import DaxMount
 pytestmark = pytest.mark.mount
 
 
-def test_it_says_what_was_dropped(dax_mount: DaxMount) -> None:
-    """sync(2) makes nothing durable here; fsync(2) does. What the timer commits is not dropped."""
+def test_powerfail_reports_the_dropped_data(dax_mount: DaxMount) -> None:
+    """sync(2) makes no data durable here; fsync(2) does. Data that the timer commits is not dropped."""
     top = os.open(dax_mount.path, os.O_RDONLY)
     os.fsync(top)
     for name in "abc":

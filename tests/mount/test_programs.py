@@ -15,7 +15,7 @@ pytestmark = pytest.mark.mount
 
 
 def run(*argv: str | Path, cwd: Path | None = None, stdin: str = "") -> str:
-    """Run a program that must succeed; its output."""
+    """Run a program that must succeed; return its output."""
     if shutil.which(str(argv[0])) is None:
         pytest.skip(f"{argv[0]} is not installed: make setup installs it")
     done = subprocess.run(
@@ -141,7 +141,7 @@ def test_fio_verifies(dax_mount: DaxMount, engine: str) -> None:
         "--fsync=64",
         "--do_verify=1",
         "--output=/dev/null",
-        cwd=dax_mount.path,  # it leaves its state file where it runs
+        cwd=dax_mount.path,  # fio writes its state file to the working directory
     )
 
 

@@ -1,8 +1,8 @@
-"""Memory failures against everything that can happen to a mapping at the same time: nothing hangs, nobody
-goes on reading poison, and no signal gets somebody it is not for.
+"""Memory failures against every change of a mapping at the same time: no process hangs, no process goes on
+reading poison, and no signal reaches a process that it was not meant for.
 
-DAXEMU_RACE_SECONDS says how long each test lasts (``make soak``: ten minutes), DAXEMU_RACE_SEED with what
-dice; a race is never the same twice all the same.
+DAXEMU_RACE_SECONDS is the duration of each test in seconds (``make soak``: ten minutes), DAXEMU_RACE_SEED the
+seed. A race with the same seed still takes another course each time.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ SECONDS = float(os.environ.get("DAXEMU_RACE_SECONDS", "4"))
 SEED = int(os.environ.get("DAXEMU_RACE_SEED", "1"))
 BURST = min(5.0, SECONDS / 3)
 ENOUGH = 1000 if SECONDS >= 600 else 1
-"""Races of each kind that there must be; a slow machine may take three times as long."""
+"""Least number of races of each kind; a slow machine may take three times as long."""
 LONGEST = 0.15
 """Seconds that a mount of the second test has before its end comes."""
 
 GIVES_UP = (Hang, ActorTimeout, Busy, NotMounted)
-"""What a supervisor that hangs, or is dead, makes of a test."""
+"""Errors of a test whose supervisor hangs, or is dead."""
 Signals = Callable[[], list[dict[str, Any]]]
 
 pytestmark = [pytest.mark.mount, pytest.mark.timeout(120 + 4 * SECONDS)]
@@ -102,7 +102,7 @@ def test_the_end_comes_meanwhile(quick_mount: QuickMount, tmp_path: Path, how: s
 
 
 def _end(mount: QuickMount, directory: Path, rng: random.Random, how: str, racers: list[Racer]) -> list[str]:
-    """One mount's life; what went wrong at its end."""
+    """End a mount in one of several ways; return the violations found."""
     with Client.at(mount.path) as client:
         client.request("clear", ranges=[[0, client.request("status")["size"]]])
     for left in mount.path.iterdir():
@@ -116,12 +116,12 @@ def _end(mount: QuickMount, directory: Path, rng: random.Random, how: str, racer
                 stack.enter_context(Racer(kind, rng.randrange(1 << 30), mount.path, signals, lenient=True))
             )
         holder = stack.enter_context(Scene(mount)).mapper(file="common", pages=COMMON)
-        assert holder.cmd("tr 0 0").ok == "a"  # page 0 never goes bad
+        assert holder.cmd("tr 0 0").ok == "a"  # page 0 never fails
         with ThreadPoolExecutor(1) as pool:
             for racer in racers:
                 racer.say("run")
             injecting = pool.submit(_inject, Injector(mount.path, rng.randrange(1 << 30)), stop)
-            time.sleep(rng.random() * LONGEST)  # at any moment, that is what is tested
+            time.sleep(rng.random() * LONGEST)  # at any moment: the property under test
             try:
                 wrong = {"remove": _remove, "umount": _umount}[how](mount, racers, lambda: told(holder))
             finally:
@@ -155,7 +155,7 @@ def _remove(mount: QuickMount, racers: list[Racer], signals: Signals) -> list[st
         racer.say("park")
         racer.parked()
         for page in racer.verify():
-            # Poison of the last second may have left its arm there: asked for twice, cleared in between.
+            # Poison of the last second may have left an open arm: requested twice, cleared in between.
             was_armed = page.page in BAD and page.fault == (BUS_MCEERR_AR, PAGE_SHIFT, page.address)
             if page.fault != (BUS_ADRERR, 0, page.address) and not was_armed:
                 wrong.append(f"{racer.kind}: the device is gone: {page}")

@@ -1,4 +1,6 @@
-"""Surprise removal, and the loss of what the filesystem itself keeps: whoever is told, then all is EIO."""
+"""Surprise removal, and the loss of the filesystem's own records: the processes concerned are signalled, then
+every access ends in EIO.
+"""
 
 from __future__ import annotations
 
@@ -46,14 +48,14 @@ def faults_plainly(actor: Actor, command: str, addr: str) -> None:
     assert [(s["sig"], s["code"], s["addr"]) for s in got] == [("SIGBUS", "BUS_ADRERR", addr)]
 
 
-def is_told_once(actor: Actor, pages: set[int]) -> None:
-    """One AO, at one of the pages that it had present."""
+def is_signalled_once(actor: Actor, pages: set[int]) -> None:
+    """Check for one AO, at one of the pages that the process had present."""
     (got,) = told(actor)
     assert (got["code"], got["lsb"], got["thread"], got["how"]) == ("BUS_MCEERR_AO", 12, 0, "async")
     assert got["addr"] in {f"m0+{page * PAGE:#x}" for page in pages}
 
 
-# -- who is told
+# -- processes that are signalled
 
 
 def test_everybody_with_a_page_present_whatever_the_policy(scene: Scene) -> None:
@@ -68,9 +70,9 @@ def test_everybody_with_a_page_present_whatever_the_policy(scene: Scene) -> None
     stranger = scene.actor("p6")
     around = {p for p in range(PAGES) if present(late, 0, p)}
     assert remove(scene) == 4
-    is_told_once(late, around)
+    is_signalled_once(late, around)
     for actor in (default, early, other):
-        is_told_once(actor, set(range(PAGES)))
+        is_signalled_once(actor, set(range(PAGES)))
     for actor in (untouched, opener, stranger):
         assert told(actor) == []
     for actor in (default, late, early, other):
@@ -78,10 +80,10 @@ def test_everybody_with_a_page_present_whatever_the_policy(scene: Scene) -> None
 
 
 def test_the_first_page_present_is_named(scene: Scene) -> None:
-    """One page alone: the mapping is no larger, so no neighbour can be present."""
+    """The mapping is one page, so no neighbour can be present."""
     p0 = scene.mapper(touch=[0], first=17, pages=1)
     assert remove(scene) == 1
-    is_told_once(p0, {0})
+    is_signalled_once(p0, {0})
 
 
 def test_default_disposition_dies_and_ignoring_lives(scene: Scene) -> None:
@@ -108,7 +110,7 @@ def test_events_and_log(scene: Scene) -> None:
     assert f"Sending SIGBUS to p0:{p0.pid} due to hardware memory corruption" in lines
 
 
-# -- what is left of it
+# -- state after the removal
 
 
 def test_everything_is_eio_and_faults_are_bus_adrerr(scene: Scene) -> None:
@@ -144,8 +146,8 @@ def test_dirty_pages_do_not_hold_it_up(scene: Scene) -> None:
     for page in range(0, PAGES, 3):
         assert p0.cmd(f"tw 0 {page} x").ok == "x"
     assert remove(scene) == 2
-    is_told_once(p0, set(range(PAGES)))
-    is_told_once(p1, set(range(PAGES)))
+    is_signalled_once(p0, set(range(PAGES)))
+    is_signalled_once(p1, set(range(PAGES)))
     faults_plainly(p0, "tr 0 0", "m0+0x0")
     assert refused(p0, "fsync 0") == "EIO"
 
@@ -162,7 +164,7 @@ def test_removed_twice(scene: Scene) -> None:
 
 
 def test_unmount_and_mount_again(scene: Scene) -> None:
-    """What was on the device is there when it comes back, and sound."""
+    """All data of the device is present and sound when the device comes back."""
     path = scene.mount.path
     (path / "d").mkdir()
     (path / "d" / "note").write_bytes(b"kept")
@@ -182,7 +184,9 @@ def test_unmount_and_mount_again(scene: Scene) -> None:
 
 
 def test_struct_pages_are_gone_with_the_device(scene: Scene) -> None:
-    """A walker finds no page of it, poisoned or not; one that looks on finds what was there, or nothing."""
+    """A new walker finds no struct page of the device, poisoned or not; a running walker finds the old ones,
+    or none.
+    """
     device = scene.mount.device
     scene.poison(3)
     looking = Memmap.open(PrivatePath.at(device) / "struct_page")
@@ -204,11 +208,11 @@ def test_struct_pages_are_gone_with_the_device(scene: Scene) -> None:
 
 @pytest.mark.parametrize("dax_mount", ["6T"], indirect=True)
 def test_six_tebibytes(scene: Scene) -> None:
-    """One call for all of it, whatever the size; poison before does not matter."""
+    """One call covers the whole device, of any size; earlier poison makes no difference."""
     scene.mount.inject("", (5 << 40, 1 << 40))
     p0 = scene.mapper(touch=[1, 100])
     assert remove(scene) == 1
-    is_told_once(p0, set(range(PAGES)))
+    is_signalled_once(p0, set(range(PAGES)))
     faults_plainly(p0, "tr 0 100", f"m0+{100 * PAGE:#x}")
     assert len(scene.mount.events("MemoryFailureHandled")) == 1  # a removal is none
 
@@ -224,7 +228,9 @@ def test_traced_by_somebody_else(scene: Scene) -> None:
 
 
 def test_damaged_metadata_shuts_the_filesystem_down(scene: Scene) -> None:
-    """s0: Failed, EUCLEAN in the log, EIO from then on; nobody is signalled, nobody has lost a page."""
+    """Failed, EUCLEAN in the log, EIO from then on; no process is signalled, no page is unmapped
+    (`s0-metadata`).
+    """
     scene.mount.sound = False
     p0 = scene.mapper(touch=[1], before=["mcekill early"])
     (outcome,) = scene.mount.inject("", (0, PAGE))["ranges"]
@@ -245,8 +251,8 @@ def test_damaged_metadata_shuts_the_filesystem_down(scene: Scene) -> None:
     assert "recovery action for dax page: Failed" in lines
 
 
-def test_a_free_range_is_nobodys(early: Scene) -> None:
-    """s0: Recovered, nobody told, and all goes on."""
+def test_poison_in_free_blocks_signals_no_process(early: Scene) -> None:
+    """Poison in free blocks: Recovered, no signal, and the filesystem goes on (`s0-metadata`)."""
     p0 = early.mapper(touch=[1])
     (outcome,) = early.mount.inject("", ((1 << 30) - 64 * PAGE, 64 * PAGE))["ranges"]
     assert (outcome["outcome"], outcome["told"]) == ("Recovered", 0)
@@ -259,7 +265,7 @@ def test_a_free_range_is_nobodys(early: Scene) -> None:
 
 
 def test_a_damaged_file_and_damaged_metadata_in_one_range(early: Scene) -> None:
-    """The whole device at once, without its removal."""
+    """The failure covers the whole device in one call, without a removal."""
     early.mount.sound = False
     p0 = early.mapper(touch=[1])
     (outcome,) = early.mount.inject("", (0, 1 << 30))["ranges"]

@@ -1,4 +1,4 @@
-"""Repair strategies under real programs: who learns of a failure, and who need not."""
+"""Repair strategies under real programs: which processes learn of a failure, and which do not."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def repaired(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
 
 
 def verdicts(mount: DaxMount) -> list[str]:
-    """What became of each failure so far."""
+    """Return the verdict of each failure so far."""
     return [event["verdict"] for event in mount.events("RepairFinished")]
 
 
@@ -90,8 +90,8 @@ def test_a_partial_write_over_latent_poison_goes_through(repaired: Scene) -> Non
 
 
 @pytest.mark.parametrize("repaired", ["mirror"], indirect=True)
-def test_a_strategy_that_cannot_mend_latent_poison_is_asked_once(repaired: Scene) -> None:
-    """However often a part of it is written to; then by a read, which all learn of."""
+def test_a_strategy_that_cannot_repair_latent_poison_is_asked_once(repaired: Scene) -> None:
+    """The strategy is asked once, however many partial writes follow; then a read signals every victim."""
     repaired.mapper("p0", touch=[BAD])
     repaired.mount.inject("f", (BAD * PAGE, 2 * PAGE), latent=True)
     with (repaired.mount.path / "f").open("r+b", buffering=0) as file:
@@ -114,7 +114,7 @@ def test_a_strategy_that_cannot_mend_latent_poison_is_asked_once(repaired: Scene
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_read_amid_its_failure(quick_mount: QuickMount, tmp_path: Path, when: str) -> None:
-    """It has the data at once; the file is damaged once, and the strategy asked once."""
+    """The read gets the data at once; the file is damaged once, and the strategy is asked once."""
     quick_mount.umount()
     quick_mount.repair = "parity"
     quick_mount.mount("stop_in_failure", str(tmp_path), when)
@@ -134,10 +134,8 @@ def test_a_read_amid_its_failure(quick_mount: QuickMount, tmp_path: Path, when: 
     assert verdicts(quick_mount) == ["recovered"]
 
 
-def test_a_touch_of_what_was_just_taken_away_believes_no_copy(
-    quick_mount: QuickMount, tmp_path: Path
-) -> None:
-    """It was mapped for writing a moment ago."""
+def test_a_touch_of_a_page_just_revoked_believes_no_copy(quick_mount: QuickMount, tmp_path: Path) -> None:
+    """The page was mapped for writing a moment ago."""
     quick_mount.umount()
     quick_mount.repair = "mirror"
     quick_mount.mount("stop_in_failure", str(tmp_path), "after")
@@ -289,7 +287,7 @@ def test_reread_from_where_it_came(tmp_path: Path) -> None:
 
 
 def test_a_strategy_in_one_file(tmp_path: Path) -> None:
-    """The example, as docs/repair.md tells to use it."""
+    """Run the example of docs/repair.md."""
     example = Path(__file__).parents[2] / "examples" / "compressed_copies.py"
     with dax_mount_at(tmp_path, "64M", mount=False) as made:
         made.run("mount", made.device, made.path, "--repair", f"{example}:level=1")
@@ -326,7 +324,7 @@ def test_a_crash_leaves_it_able_to_repair(quick_mount: QuickMount, strategy: str
     fd = os.open(top, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
-    (top / "late").write_bytes(os.urandom(70_000))  # not synced: it may be there or not
+    (top / "late").write_bytes(os.urandom(70_000))  # not synced: may be present or not
     quick_mount.crash(how)
     with quick_mount.client() as client:
         for name, data in synced.items():

@@ -1,4 +1,4 @@
-"""A strategy that is chosen where there is data already: it copies that while the mount goes on."""
+"""A strategy that is chosen on a device with data copies the data while the mount goes on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.mount, pytest.mark.timeout(120)]
 
 PATIENCE = 20.0
 PAGES = 2048
-"""Of the file that is there before."""
+"""Pages of the file that exists before."""
 SLOW = """
 import time
 from pathlib import Path
@@ -53,7 +53,9 @@ class Slow({base}):
 
 @dataclass
 class Gate:
-    """Holds a strategy at ``strategy`` after two pieces of at least eight, until the test lets it pass."""
+    """Gate that stops a strategy at ``strategy`` after two pieces of at least eight, until the test lets the
+    strategy pass.
+    """
 
     strategy: Path
     kind: str
@@ -64,7 +66,7 @@ class Gate:
         self.take(0)
 
     def take(self, pause: float) -> None:
-        """Have each piece take this many seconds."""
+        """Make each piece take ``seconds`` seconds."""
         code = SLOW.format(module=self.kind, base=self.kind.capitalize(), pause=pause, gate=str(self._file))
         self.strategy.write_text(code)
 
@@ -97,7 +99,7 @@ def gate(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Gate]:
 
 @pytest.fixture
 def slow(gate: Gate) -> Path:
-    """The strategy that ``gate`` holds."""
+    """The strategy that ``gate`` stops."""
     return gate.strategy
 
 
@@ -114,7 +116,7 @@ def _progress(client: Client) -> int | None:
 
 
 def _survives(mount: QuickMount, name: str, pages: list[int], expected: bytes) -> None:
-    """These pages go bad, and nobody notices."""
+    """Poison these pages, and check that no process notices."""
     mount.inject(name, *((page * PAGE, PAGE) for page in pages))
     with (mount.path / name).open("rb", buffering=0) as file:
         for page in pages:
@@ -123,7 +125,9 @@ def _survives(mount: QuickMount, name: str, pages: list[int], expected: bytes) -
 
 
 def test_files_are_used_meanwhile(written: QuickMount, gate: Gate, slow: Path) -> None:
-    """What is there, what changes, what comes and what goes: all of it is protected in the end."""
+    """Files present at the start, changed, created and deleted during the copy are all protected in
+    the end.
+    """
     rng = random.Random(2)
     expected = bytearray((written.path / "f").read_bytes())
     others: dict[str, bytes] = {}
@@ -233,7 +237,7 @@ def test_one_that_finds_no_room(quick_mount: QuickMount) -> None:
 
 
 def test_the_command_is_interrupted(written: QuickMount, gate: Gate, slow: Path) -> None:
-    """It says how far it is; interrupted, the supervisor goes on."""
+    """The command shows its progress; when it is interrupted, the supervisor goes on."""
     command = [sys.executable, "-m", "daxemu", "repair", str(written.path), "--strategy", str(slow)]
     with Terminal(command, 100, 10) as terminal, Client.at(written.path) as looking:
         terminal.wait_for("%")

@@ -19,7 +19,7 @@ SIGBUS_DEATH = Death(signal=signal.SIGBUS)
 
 
 def poisoner(scene: Scene, *arguments: str | int) -> list[str]:
-    """What the C program says."""
+    """Run the C program; return its output."""
     return run(scene, compile_victim("poisoner"), *map(str, arguments)).splitlines()
 
 
@@ -40,7 +40,7 @@ RECOVERED = "Memory failure: PFN: recovery action for dax page: Recovered"
 
 @pytest.mark.parametrize("policy", ["late", "early", "default"])
 def test_whatever_its_policy(scene: Scene, policy: str) -> None:
-    """k0."""
+    """The caller gets AR whatever its kill policy (`k0-madvise-self-late`, `k0-madvise-self-early`)."""
     p0 = under_run(scene)
     ask(p0, f"mcekill {policy}")
     assert ask(p0, f"madvise 0 {BAD} 1 hwpoison") == 0
@@ -51,7 +51,7 @@ def test_whatever_its_policy(scene: Scene, policy: str) -> None:
 
 
 def test_two_pages_one_signal(scene: Scene) -> None:
-    """k2."""
+    """An madvise(2) over two pages fails both pages; the caller sees one signal (`k2-madvise-2pages`)."""
     p0 = under_run(scene)
     assert ask(p0, f"madvise 0 {BAD} 2 hwpoison") == 0
     assert told(p0) == [at_return(BAD)]
@@ -61,7 +61,7 @@ def test_two_pages_one_signal(scene: Scene) -> None:
 
 
 def test_soft_offline_is_refused(scene: Scene) -> None:
-    """l0."""
+    """MADV_SOFT_OFFLINE fails with EIO, without a signal or a bad block (`l0-soft-offline`)."""
     p0 = under_run(scene)
     assert refused(p0, f"madvise 0 {BAD} 1 soft") == "EIO"
     assert p0.cmd(f"tr 0 {BAD}").ok == "B"
@@ -71,7 +71,9 @@ def test_soft_offline_is_refused(scene: Scene) -> None:
 
 
 def test_simulated_the_media_stays_good(scene: Scene) -> None:
-    """k0, what comes afterwards; so does fstests' program count on it."""
+    """Simulated poison leaves the media readable afterwards, as the program of fstests expects
+    (`k0-madvise-self-late`).
+    """
     p0 = under_run(scene, "--simulated")
     assert p0.cmd(f"tw 0 {BAD} x").ok == "x"
     for _ in range(2):
@@ -84,7 +86,7 @@ def test_simulated_the_media_stays_good(scene: Scene) -> None:
     assert scene.badblocks() == []
 
 
-# -- who else is told
+# -- other processes that are signalled
 
 
 def test_others_by_their_policy(scene: Scene) -> None:
@@ -168,7 +170,7 @@ def test_plain_file_two_processes(scene: Scene) -> None:
 
 @pytest.mark.parametrize(("read", "poison"), [("f", "g"), ("g", "f")])
 def test_reflinked_file(scene: Scene, read: str, poison: str) -> None:
-    """xfs/551: every file that shares the block."""
+    """xfs/551: the failure reaches every file that shares the block."""
     scene.mount.run("reflink", scene.mount.path / "f", scene.mount.path / "g")
     assert sorted(poisoner(scene, "sharers", read, 2, poison, 2)) == [
         "child: code 4 page 2 lsb 12 caller",
@@ -179,7 +181,7 @@ def test_reflinked_file(scene: Scene, read: str, poison: str) -> None:
 
 
 def test_partly_reflinked_file(scene: Scene) -> None:
-    """xfs/552: at its own offset in each; and a page that is not shared is nobody else's."""
+    """xfs/552: each owner is signalled at its own offset; a page that is not shared has one owner."""
     g = scene.mount.make_file("g", 64, "a")
     with g.open("r+b") as target, (scene.mount.path / "f").open("rb") as source:
         clone_range(target.fileno(), source.fileno(), 3 * PAGE, PAGE, 5 * PAGE)
@@ -216,7 +218,9 @@ def test_one_after_another(scene: Scene) -> None:
 
 
 def test_many_at_once(early: Scene) -> None:
-    """They have each other's pages mapped: each is told of its own, and of the others' as those say."""
+    """The processes map each other's pages: each gets AR for its own page, and AO for the others by its
+    policy.
+    """
     actors = [under_run(early, name=f"p{i}") for i in range(6)]
     for actor in actors:
         for page in range(6):

@@ -1,4 +1,4 @@
-"""daxemu run: what madvise(2) returns to a program, and for which memory."""
+"""daxemu run: results of madvise(2) for each kind of memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ m = libc.mmap(None, 8 * P, RW, SHARED, f, 0)
 
 
 def calls(scene: Scene, script: str, options: Sequence[str | Path] = ()) -> list[str]:
-    """What the madvise(2) calls of a Python script return, that handles no SIGBUS."""
+    """Return the results of the madvise(2) calls of a Python script without a SIGBUS handler."""
     return run(scene, sys.executable, "-c", CALL + script, options=options).split()
 
 
@@ -65,8 +65,12 @@ advise(anon, P, 12345)
     ],
     ids=["unmapped", "foreign", "no-access", "past-the-end", "hole", "private", "copied"],
 )
-def test_up_to_what_is_not_to_be_had(scene: Scene, script: str, result: str, damaged: int) -> None:
-    """The pages before have failed, with their signal. Here a handler that does nothing."""
+def test_the_pages_before_an_unavailable_page_fail(
+    scene: Scene, script: str, result: str, damaged: int
+) -> None:
+    """The pages before the first unavailable page have failed, with their signal, which a handler ignores
+    here.
+    """
     quiet = (
         "libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p); on = ctypes.CFUNCTYPE(None, ctypes.c_int)"
     )
@@ -86,7 +90,7 @@ def test_what_was_stored_into_a_hole_is_poisoned(scene: Scene) -> None:
 
 
 def test_poison_cannot_be_poisoned_again(scene: Scene) -> None:
-    """It cannot be mapped: hardware poison."""
+    """A poisoned page cannot be faulted in: EFAULT."""
     p0 = under_run(scene)
     ask(p0, "madvise 0 1 1 hwpoison")
     assert refused(p0, "madvise 0 1 1 hwpoison") == "EFAULT"

@@ -1,4 +1,4 @@
-"""The background scrub on a real mount: it finds latent poison, and tells no process."""
+"""The background scrub on a real mount finds latent poison, and signals no process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OFTEN = 0.02
 
 
 def wait_for(mount: DaxMount, kind: str, count: int) -> list[dict[str, object]]:
-    """The first ``count`` events of this kind, as soon as there are so many."""
+    """Return the first ``count`` events of this kind, once that many have arrived."""
     found: list[dict[str, object]] = []
     with Client(mount_of(mount.path), patience=PATIENCE) as client:
         for event in client.follow():
@@ -38,7 +38,7 @@ def test_it_finds_what_is_latent_and_tells_nobody(scene: Scene) -> None:
     assert told(p0) == []
     assert scene.mount.events("MemoryFailureHandled") == []
     consumes(p0, f"tr 0 {BAD}", ar(BAD))
-    # It goes on, and says everything once.
+    # The scrub goes on, and reports each page once.
     scene.mount.inject("f", (100 * PAGE, 512), latent=True)
     assert [e["length"] for e in wait_for(scene.mount, "ScrubFound", 2)] == [PAGE, 512]
     status = scene.mount.json("status", scene.mount.path)
@@ -47,7 +47,7 @@ def test_it_finds_what_is_latent_and_tells_nobody(scene: Scene) -> None:
 
 
 def test_off_by_default_and_on_from_the_start(scene: Scene) -> None:
-    """What was latent at unmount is found by probing; so it must be injected after."""
+    """Probing at mount finds poison that was latent at unmount, so the test injects after the mount."""
     status = scene.mount.json("status", scene.mount.path)
     assert (status["settings"]["scrub_interval"], status["scrubs"]) == ("0", 0)
     scene.mount.umount()

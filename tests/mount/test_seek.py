@@ -24,7 +24,7 @@ def dax_mount(quick_mount: QuickMount) -> QuickMount:
 
 
 def data_ranges(path: Path) -> list[tuple[int, int]]:
-    """The file's data as ``cp --sparse`` would find it."""
+    """Return the file's data ranges as ``cp --sparse`` would find them."""
     fd, found, at = os.open(path, os.O_RDONLY), [], 0
     try:
         while True:
@@ -98,7 +98,7 @@ def test_an_empty_file(dax_mount: DaxMount) -> None:
     assert data_ranges(path) == []
 
 
-def test_what_was_stored_through_a_mapping_is_data(dax_mount: DaxMount) -> None:
+def test_a_store_through_a_mapping_is_data(dax_mount: DaxMount) -> None:
     """The kernel writes dirty pages back before it asks for a hole."""
     path = dax_mount.path / "f"
     with path.open("w+b") as file:

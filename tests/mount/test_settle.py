@@ -88,7 +88,9 @@ def test_silent_corruption_of_300_mib_beside_a_reader(dax_mount: DaxMount) -> No
 
 
 def test_the_event_of_a_deadly_signal_is_there_once_it_is_settled(dax_mount: DaxMount) -> None:
-    """A process of its own, many times: its event comes after its death, and settle waits for it."""
+    """A new process each time, many times: the event follows the death of the process, and settle waits for
+    the event.
+    """
     file = dax_mount.make_file("f", ROUNDS)
     load = "import mmap, sys; f = open(sys.argv[1], 'rb'); mmap.mmap(f.fileno(), 0, prot=1)[int(sys.argv[2])]"
     with dax_mount.client() as client:

@@ -1,4 +1,4 @@
-"""AO through reflinks: every file that shares the block is told of, each at its own offset, and no other."""
+"""AO through reflinks: every owner of the block is signalled at its own offset, and no other file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.scene import PAGE, Scene, ao, ask, letter, told
 pytestmark = pytest.mark.mount
 
 BAD = 1
-"""The page that goes bad."""
+"""Page to poison."""
 
 
 def reflink(scene: Scene, source: str, clone: str, *options: str) -> Path:
@@ -20,8 +20,10 @@ def reflink(scene: Scene, source: str, clone: str, *options: str) -> Path:
     return path / clone
 
 
-def test_every_sharer_is_told_at_its_own_offset(early: Scene) -> None:
-    """d0, d3: page i + 2 of the clone is page i of the file; p2 maps both."""
+def test_every_owner_is_signalled_at_its_own_offset(early: Scene) -> None:
+    """Page i + 2 of the clone is page i of the file; p2 maps both (`d0-reflink-late`,
+    `d3-reflink-one-each-late`).
+    """
     reflink(early, "f", "clone", "--dest-offset", "8K")
     p0 = early.mapper("p0", touch=[BAD])
     p1 = early.actor("p1")
@@ -53,7 +55,9 @@ def test_poison_found_through_a_clone(early: Scene) -> None:
 
 
 def test_a_file_with_a_block_of_its_own_again(early: Scene) -> None:
-    """d1: overwritten after the clone, the page has a new block; the old one is the clone's alone."""
+    """A page overwritten after the clone has a new block; the old block belongs to the clone alone
+    (`d1-reflink-cowed`).
+    """
     reflink(early, "f", "clone")
     p0, p1 = early.mapper("p0"), early.mapper("p1", "clone", touch=[BAD])
     ask(p0, f"pwrite 0 {BAD * PAGE} {PAGE} c")

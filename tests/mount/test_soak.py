@@ -19,14 +19,14 @@ from tests.support.mount import DaxMount, dax_mount_at
 SECONDS = float(os.environ.get("DAXEMU_SOAK", "5"))
 PAGE, PAGES, NAMES = 4096, 64, 200
 MAPPERS = 3
-EVENT_BYTES = 600  # of one kept in memory, at the most
+EVENT_BYTES = 600  # bytes of one event in memory, at most
 SLACK = 8 << 20  # bytes
 
 pytestmark = [pytest.mark.mount, pytest.mark.timeout(SECONDS * 2 + 120)]
 
 
 class Work:
-    """One step after another, each chosen at random, on files that come and go."""
+    """Random steps, one after another, on files that come and go."""
 
     def __init__(self, mount: DaxMount, client: Client, mappers: list[Actor]) -> None:
         self._mount, self._client, self._mappers = mount, client, mappers
@@ -37,7 +37,7 @@ class Work:
         return self._mount.path / f"f{self._rng.randrange(NAMES)}"
 
     def step(self) -> None:
-        """What may fail of it, for a poisoned page or a name that is not there, fails."""
+        """Do one step; an error that a poisoned page or a missing name explains is accepted."""
         self.steps += 1
         verb = self._rng.choice(
             (self.write, self.write, self.read, self.rename, self.unlink, self.clone, self.fail, self.map)
@@ -89,7 +89,7 @@ class Work:
             mapper.cmd(self._rng.choice((f"tr 0 {page}", f"tw 0 {page} x")))
 
     def footprint(self) -> tuple[int, int]:
-        """Bytes of the supervisor that are its own, and how many events it has kept."""
+        """Return the private bytes of the supervisor, and the number of its events in memory."""
         status = self._client.request("status")
         _, resident, of_files, *_ = map(int, Path(f"/proc/{status['pid']}/statm").read_text().split())
         return (resident - of_files) * PAGE, min(KEPT, status["events"])

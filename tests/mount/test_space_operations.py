@@ -53,7 +53,7 @@ def mapped(fd: int, length: int) -> Iterator[mmap.mmap]:
 
 
 def blocks(fd: int) -> int:
-    """How many 4 KiB blocks stat(2) says the file has."""
+    """Return the file's number of 4 KiB blocks as of stat(2)."""
     sectors = os.fstat(fd).st_blocks
     assert sectors % 8 == 0
     return sectors // 8
@@ -183,7 +183,9 @@ def test_what_is_punched_is_free_after_a_sync(dax_mount: DaxMount) -> None:
 
 @pytest.mark.parametrize("mode", [PUNCH, ZERO_RANGE])
 def test_mapped_pages_of_the_range_read_zeros(fd: int, mode: int) -> None:
-    """Clean or dirty, in whoever maps them; the dirty neighbours keep what was stored."""
+    """Pages of the range read as zeros in every mapping, clean or dirty; dirty neighbours keep their
+    stores.
+    """
     with mapped(fd, 8 * PAGE) as one, mapped(fd, 8 * PAGE) as other:
         assert one[:] == other[:] == letters("ABCDEFGH")
         for page in (1, 2, 3, 4):
@@ -233,7 +235,9 @@ def test_descriptors_that_cannot_be_allocated_to(dax_mount: DaxMount, fd: int) -
 @pytest.mark.parametrize("mode", [PUNCH, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE])
 @pytest.mark.parametrize("dirty", [False, True])
 def test_over_poison_the_page_is_usable_again(scene: Scene, mode: int, dirty: bool) -> None:
-    """g9, g10, m1."""
+    """A punched or zeroed page over poison is usable again (`g9-punch-clean`, `g10-zero-range-clean`,
+    `m1-mce-ao-nobody`).
+    """
     p0 = scene.mapper(touch=[BAD])
     if dirty:
         assert p0.cmd(f"tw 0 {BAD} d").ok == "d"
@@ -262,7 +266,9 @@ def _usable_again(scene: Scene, p0: Actor, fd: int, bad_device: int) -> None:
 
 @pytest.mark.parametrize("mode", [PUNCH, ZERO_RANGE])
 def test_a_poisoned_line_of_a_page(scene: Scene, mode: int) -> None:
-    """m5: one bad sector; an edge of the range inside its page cannot be zeroed, the whole page can."""
+    """One bad sector: a range with an edge inside the page cannot be zeroed, the whole page can
+    (`m5-mce-cacheline`).
+    """
     p0 = scene.mapper()
     scene.mount.inject("f", (BAD * PAGE + 1024, 512))
     with opened(scene.mount.path / "f") as fd:

@@ -1,4 +1,4 @@
-"""Many failures, many victims, all at once: nothing hangs, nobody is missed."""
+"""Many failures, many victims, all at once: no process hangs, no victim is missed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ ROUNDS = 100
 
 
 class Background:
-    """Jobs that run at the same time as the block; all of them are done, and went well, at its end."""
+    """Jobs that run at the same time as the block; at its end all jobs must have finished without an
+    error.
+    """
 
     def __init__(self, *jobs: Callable[[], object]) -> None:
         self._pool = ThreadPoolExecutor(len(jobs))
@@ -57,7 +59,9 @@ def addresses(signals: list[dict[str, object]]) -> list[object]:
 
 
 def accounts_for_all(mount: DaxMount, func: str, text: str, count: int) -> None:
-    """The kernel's lines in a storm: so many, and how many more there were; no more than a screen or two."""
+    """Check the kernel's log lines in a storm: lines and suppressed count add up, in no more than a screen or
+    two.
+    """
     lines = mount.run("log", mount.path, "--dmesg").splitlines()
     printed = sum(text in line for line in lines)
     suppressed = [int(line.split()[2]) for line in lines if f" {func}: " in line and "suppressed" in line]
@@ -70,7 +74,9 @@ def accounts_for_all(mount: DaxMount, func: str, text: str, count: int) -> None:
 
 
 def test_a_hundred_ranges_and_twenty_processes(early: Scene) -> None:
-    """Every other page of the file; each process is told of each of them, once, at the right address."""
+    """Every other page of the file fails; each process is signalled once for each page, at the right
+    address.
+    """
     early.mount.make_file("big", 2 * RANGES)
     actors = early.mappers(VICTIMS, file="big", pages=2 * RANGES)
     touch_all(actors, 2 * RANGES)
@@ -104,7 +110,7 @@ def test_a_hundred_ranges_one_after_the_other(early: Scene) -> None:
 
 
 def test_blocked_and_stormed(early: Scene) -> None:
-    """Only one SIGBUS can be pending: the others wait their turn, none is lost."""
+    """Only one SIGBUS can be pending: further signals are queued, and none is lost."""
     p0 = early.mapper(touch=range(0, 128, 16), before=["sig block"])
     bad = list(range(0, 128, 16))
     early.poison(*bad)
@@ -117,8 +123,8 @@ def test_blocked_and_stormed(early: Scene) -> None:
     assert ask(p0, "sig pending") == 0
 
 
-def test_many_touch_at_once_what_is_going_bad(scene: Scene) -> None:
-    """All spin on one page or another when all of them are poisoned."""
+def test_many_processes_touch_pages_that_are_being_poisoned(scene: Scene) -> None:
+    """All processes touch one page or another in a loop while all pages are poisoned."""
     actors = scene.mappers(8)
     pages = [16 * i for i in range(8)]
     for actor, page in zip(actors, pages, strict=True):
@@ -133,7 +139,7 @@ def test_many_touch_at_once_what_is_going_bad(scene: Scene) -> None:
 
 
 def test_two_clients_inject_at_once(early: Scene) -> None:
-    """Each into its own pages, and both into the same."""
+    """Each client injects into its own pages, and both into the same pages."""
     actors = early.mappers(4)
     touch_all(actors, 128)
     halves = list(range(60)), list(range(64, 124))
@@ -148,7 +154,7 @@ def test_two_clients_inject_at_once(early: Scene) -> None:
 
 
 def test_victims_that_die_meanwhile(early: Scene) -> None:
-    """Half of them are killed while they are told; the other half hears of everything."""
+    """Half of the victims are killed during delivery; the other half gets every signal."""
     early.mount.make_file("big", RANGES)
     actors = early.mappers(VICTIMS, file="big", pages=RANGES)
     touch_all(actors, RANGES)
@@ -176,7 +182,7 @@ def test_victims_that_die_of_it(early: Scene) -> None:
 
 
 def still_learns(actor: Actor, page: int) -> None:
-    """It was told of the page, or is at its next touch of it."""
+    """Check that the process was signalled for the page, or is at the next touch of the page."""
     if ao(page) in told(actor):
         return
     result = actor.cmd(f"tr 0 {page}")
@@ -209,7 +215,9 @@ def poison_inode(mount: DaxMount, ino: int, page: int) -> None:
 
 
 def test_files_that_are_truncated_meanwhile(early: Scene) -> None:
-    """The poisoned page is cut off, or is not: then it is poison; a page cut off is a fault of its own."""
+    """The poisoned page is cut off, or still present: then a touch is AR; a touch of a page cut off is a
+    fault of its own.
+    """
     p0 = early.actor()
     for round_ in range(ROUNDS):
         file = early.mount.make_file("cut", 16)
@@ -247,7 +255,9 @@ def try_poison(mount: DaxMount, ino: int, *pages: int) -> None:
 
 
 def test_files_that_are_cloned_meanwhile(early: Scene) -> None:
-    """Whether the clone was there when it happened or not: who maps it learns of the poison it shares."""
+    """Every process that maps the clone learns of shared poison, whether the clone was made before or after
+    the failure.
+    """
     p0, p1 = early.actor("p0"), early.actor("p1")
     path = early.mount.path
     for round_ in range(ROUNDS // 2):

@@ -1,4 +1,4 @@
-"""Unmounting goes by the mount, not by a path: another user may exchange a directory above it for a link."""
+"""Unmounting goes by the mount, not by a path: another user may replace a directory of the path by a link."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture
 def user(tmp_path: Path) -> Path:
-    """A directory whose owner may rename what is in it."""
+    """A directory whose owner may rename its entries."""
     directory = tmp_path / "user" / "inner"
     directory.mkdir(parents=True)
     return directory

@@ -25,7 +25,7 @@ def file(quick_mount: QuickMount) -> Path:
 
 @pytest.mark.parametrize("way", ["path", "descriptor", "other name"])
 def test_a_time_that_was_set_stays(file: Path, way: str) -> None:
-    """As cp -p, rsync -t and tar set it over a file that somebody maps: stores before are not newer."""
+    """As cp -p, rsync -t and tar set times over a mapped file: earlier stores do not make the file newer."""
     target: Path | int = file
     with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as view:
         if way == "descriptor":

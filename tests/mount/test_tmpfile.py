@@ -1,4 +1,4 @@
-"""O_TMPFILE: files without a name, and the name that they are given."""
+"""O_TMPFILE: files without a name, and linkat(2) that names them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def make(top: Path, flags: int = 0) -> int:
 
 
 def test_the_name_comes_with_all_bytes(quick_mount: QuickMount) -> None:
-    """Also with those that a commit has passed over before, through a mapping and not, and for ever."""
+    """The named file also has the bytes that a commit passed over before, stored through a mapping or not,
+    and keeps them.
+    """
     fd = make(quick_mount.path)
     assert (os.fstat(fd).st_nlink, os.fstat(fd).st_mode & 0o777) == (0, 0o640)
     assert os.listdir(quick_mount.path) == []

@@ -1,4 +1,4 @@
-"""An exception that no code expects costs a FUSE request EIO; a step that stands still is named."""
+"""An unexpected exception costs a FUSE request EIO; a step that does not end is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mounts that say they are daxemu's, with a socket that is not: no client hangs, crashes or believes it."""
+"""Mounts that claim to be daxemu's, with a foreign socket: no client hangs, crashes or believes the mount."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def claimed_mount(directory: Path, uid: int) -> Iterator[Path]:
 
 @contextmanager
 def listening(directory: Path, peer: Peer) -> Iterator[list[bytes]]:
-    """A control socket that serves each connection with ``peer``; what was received first on each."""
+    """Control socket that serves each connection with ``peer``; yields the first bytes received on each
+    connection.
+    """
     received: list[bytes] = []
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(directory / "control.sock"))
@@ -129,7 +131,7 @@ def test_an_exchange_has_one_deadline_and_a_limit(
     monkeypatch.setattr("daxemu.client.connection.MAX_REPLY", 64 << 20)
     with claimed_mount(tmp_path, 0) as mountpoint, listening(tmp_path, peer):
         expected = NotASupervisor if peer is _flood else Busy
-        # The flood ends at its limit: its patience is longer than any machine takes for 64 MiB.
+        # The flood ends at its limit: the patience is longer than any machine needs for 64 MiB.
         with (
             pytest.raises(expected),
             Client.at(mountpoint, patience=PATIENCE if peer is _flood else 1.0) as client,

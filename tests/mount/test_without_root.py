@@ -1,4 +1,4 @@
-"""Everything that FUSE allows an ordinary user, as one: nobody, by way of fusermount3."""
+"""Every operation that FUSE allows an ordinary user, as user nobody with fusermount3."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ pytestmark = pytest.mark.mount
 
 @dataclass
 class User:
-    """What another user does below ``home``, which is his. ``mnt`` is his mount of ``device``."""
+    """Another user with files below ``home``, which belongs to that user, and with ``device`` mounted at
+    ``mnt``.
+    """
 
     daxemu: tuple[str, ...]
     home: Path
@@ -39,7 +41,7 @@ class User:
         return self.home / "pmem"
 
     def __call__(self, *command: str | Path, status: int = 0) -> str:
-        """Run a command as he; all it says."""
+        """Run a command as the user; return its output."""
         done = subprocess.run(
             [*NOBODY, *map(str, command)],
             cwd=self.home,
@@ -181,7 +183,7 @@ def test_power_failure(user: User) -> None:
 
 
 def test_others_stay_out(user: User) -> None:
-    """Even root does, of the files: there is no allow_other. He may ask the supervisor."""
+    """Without allow_other even root cannot open the files, but may ask the supervisor."""
     with pytest.raises(PermissionError):
         os.listdir(user.mnt)
     stranger = ("setpriv", "--reuid=65533", "--regid=65533", "--clear-groups")

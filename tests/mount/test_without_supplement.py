@@ -1,4 +1,4 @@
-"""A daxemu without host/fuse/supplement.c: all works but the operations that pyfuse3 lacks."""
+"""A daxemu without host/fuse/supplement.c: only the operations that pyfuse3 lacks do not work."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_status_says_what_is_missing(bare: BareMount) -> None:
 
 
 def test_the_operations_that_are_missing(bare: BareMount) -> None:
-    """The kernel says EOPNOTSUPP for them, as where there are none; lseek sees one run of data."""
+    """The kernel answers EOPNOTSUPP, as for any filesystem without them; lseek sees one run of data."""
     path = bare.make_file("f", 4)
     with path.open("r+b") as file, (bare.path / "g").open("w+b") as other:
         fd = file.fileno()
@@ -110,9 +110,11 @@ def test_everything_else(bare: BareMount) -> None:
 
 
 def test_poison(bare: BareMount) -> None:
-    """AO as always. Who consumes is unknown to us: an untraced process gets the kernel's own BUS_ADRERR."""
+    """AO works as always. The consumer is unknown without the supplement: an untraced process gets the
+    kernel's own BUS_ADRERR.
+    """
     path = bare.make_file("f", 64)
-    path.stat()  # at a new mtime the kernel drops the file's pages: only the supplement keeps it from that
+    path.stat()  # at a new mtime the kernel drops the file's pages: only the supplement prevents that
     bare.run("set", bare.path, "early_kill=1")
     with Actor.spawn("p0", cwd=bare.path) as p0:
         for command in ("open 0 f rw", "mmap 0 0 0 64 shared", "tr 0 40"):

@@ -1,4 +1,4 @@
-"""docs/worked-example.md shows what happens on a real mount."""
+"""docs/worked-example.md shows the events of a real mount."""
 
 from __future__ import annotations
 

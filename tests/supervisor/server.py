@@ -1,4 +1,4 @@
-"""A real control socket for tests, that answers what the test says."""
+"""Real control socket for tests, with answers from the test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from daxemu.supervisor.event_log import EventLog
 
 
 class Server:
-    """A control socket with an ``answer`` of its own."""
+    """Control socket with an ``answer`` of its own."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "control.sock"
@@ -64,7 +64,7 @@ async def reply(stream: trio.SocketStream) -> dict[str, Any]:
 
 
 def serve(directory: Path, scenario: Callable[[Server], Awaitable[None]]) -> None:
-    """Run ``scenario`` against a server; afterwards that must still answer, whatever was done to it."""
+    """Run ``scenario`` against a server; afterwards the server must still answer."""
 
     async def main() -> None:
         server = Server(directory)

@@ -1,4 +1,4 @@
-"""The control socket, over a real one: what a peer does wrong costs its own connection, nothing more."""
+"""Control socket, over a real socket: a peer that breaks the protocol loses its own connection only."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_a_line_without_end_is_refused_and_hung_up_on(tmp_path: Path) -> None:
             while chunk := await stream.receive_some():
                 received += chunk
         except trio.BrokenResourceError:
-            pass  # it hung up with our bytes unread
+            pass  # the peer hung up with bytes unread
         assert not received or b"InvalidArgument" in received
 
     serve(tmp_path, scenario)
@@ -297,7 +297,7 @@ def test_a_follower_that_does_not_read_stops_nobody(tmp_path: Path) -> None:
 
 
 class Stranger:
-    """Reads every peer's credentials as user 1234's, of whom there is none here to ask."""
+    """Reads every peer's credentials as user 1234's, because this machine has no second user to ask."""
 
     size = struct.calcsize("=iII")
 

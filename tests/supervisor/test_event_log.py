@@ -136,7 +136,7 @@ def test_the_file_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
 
 
 def test_half_a_line_does_not_spoil_the_next(tmp_path: Path) -> None:
-    """A disk that fills up in the middle of a line takes a part of it."""
+    """A disk that fills up in the middle of a line stores a part of the line."""
     path = tmp_path / "events.jsonl"
     log = EventLog(PrivatePath.at(tmp_path) / "events.jsonl")
     log.emit(a_setting(1))

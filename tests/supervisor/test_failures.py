@@ -23,7 +23,7 @@ BASE = 0x8000000
 
 
 class Accelerator:
-    """Its memory is a file, page for page."""
+    """Driver whose memory is a file, page for page."""
 
     def __init__(self, path: Path) -> None:
         found = path.stat()
@@ -37,7 +37,7 @@ class Accelerator:
 
 
 class NoMount(Mappings):
-    """A machine with nothing on a mount that could be hurt."""
+    """Machine without mappings on a mount."""
 
     @property
     def dev(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The supervisor's own log: what is said over and over is counted, and everything else is there."""
+"""The supervisor's own log: repeated messages are counted, and every other message is written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def stream() -> io.StringIO:
 
 @pytest.fixture
 def handler(stream: io.StringIO) -> Iterator[RatelimitedHandler]:
-    """What handles the messages of event_log."""
+    """Handler of the messages of event_log."""
     made = RatelimitedHandler(stream)
     made.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     event_log.log.addHandler(made)

@@ -1,4 +1,4 @@
-"""events.jsonl and supervisor.log: within their limit in any storm, and every event is accounted for."""
+"""events.jsonl and supervisor.log stay within their limit in any storm, and every event is accounted for."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def kept(directory: Path) -> list[Event]:
 
 
 def numbers(events: list[Event]) -> list[int]:
-    """The number of each event that the lines speak of."""
+    """Return the number of each event that the lines stand for."""
     return [
         seq
         for event in events
@@ -181,7 +181,7 @@ def test_half_a_line_of_a_dead_supervisor_is_ended(tmp_path: Path) -> None:
 
 
 def test_a_storm_on_a_full_disk(tmp_path: Path) -> None:
-    """The line of the storm has room to grow: what was written stays right."""
+    """The line of the storm has space to grow: the lines before stay correct."""
     log = a_log(tmp_path)
     for _ in range(STORM + 1):
         log.emit(a_setting("again"))

@@ -1,4 +1,4 @@
-"""Strategies that misbehave: each is an outcome, and never takes the filesystem with it."""
+"""Strategies that misbehave: each is a verdict, and no misbehaviour harms the filesystem."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.repairing import Repairing, repairing
 
 
 class Bad(Strategy):
-    """Does what the test says when it is asked."""
+    """Strategy that does as the test says on each call."""
 
     name = "bad"
     watches = True
@@ -178,7 +178,7 @@ def test_what_there_is_not_is_refused(made: Repairing, text: str, complaint: str
 
 
 def test_another_strategy_takes_nothing_over(made: Repairing) -> None:
-    """What the mirror did not see would be restored wrongly."""
+    """Blocks written without the mirror would be restored wrongly."""
     made.choose("mirror")
     ino = made.core.file(data=b"a" * PAGE_SIZE)
     made.choose("none")

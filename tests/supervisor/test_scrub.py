@@ -1,4 +1,4 @@
-"""The background scrub: when it happens. The clock is trio's own, so nobody waits."""
+"""Times of the background scrub. The clock is trio's own, so no test waits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Scenario = Callable[[Scrubber, list[float]], Awaitable[None]]
 
 
 def noting(times: list[float], start: float = 0.0) -> Callable[[], Awaitable[None]]:
-    """A scrub that notes when it was."""
+    """A scrub that notes the time of each call."""
 
     async def scrub() -> None:
         times.append(trio.current_time() - start)
@@ -25,7 +25,7 @@ def noting(times: list[float], start: float = 0.0) -> Callable[[], Awaitable[Non
 
 
 def play(scenario: Scenario) -> None:
-    """A scrubber at time 0, and the times of its scrubs."""
+    """Run a scrubber from time 0; return the times of its scrubs."""
 
     async def scene() -> None:
         times: list[float] = []
@@ -87,7 +87,7 @@ def test_stopped_it_ends_whatever_is_set() -> None:
 
 
 def test_stopped_at_the_moment_that_it_would_begin() -> None:
-    """Whoever has the first turn then: after stop() there is nothing left to scrub."""
+    """Either task may run first: after stop() no scrub may begin."""
 
     async def scene() -> None:
         times: list[float] = []

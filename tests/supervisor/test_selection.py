@@ -1,4 +1,4 @@
-"""Which events a follower is sent."""
+"""Selection of the events that a follower receives."""
 
 from __future__ import annotations
 

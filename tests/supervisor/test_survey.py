@@ -1,4 +1,4 @@
-"""What is where on the device."""
+"""Survey of the device: the use of each extent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def look(
 
 
 def place(core: Core, ino: Ino) -> int:
-    """Where a file begins on the device."""
+    """Return the device offset at which a file begins."""
     return core.fs.device_ranges(ino, 0, 1)[0].start
 
 

@@ -1,4 +1,4 @@
-"""Drives tests/victims/actor.c: real processes that open, map, touch and die as a test tells them.
+"""Driver of tests/victims/actor.c: real processes that open, map, touch and die at the test's command.
 
     with Actor.spawn("p0", cwd=mountpoint) as p0:
         p0.cmd("open 0 f rw")
@@ -64,7 +64,7 @@ def compile_actor(build: Path = BUILD) -> Path:
 
 @dataclass(frozen=True)
 class Result:
-    """How a command ended: `res` is what the recordings call so."""
+    """Result of a command: `res` as in the recordings."""
 
     res: dict[str, Any]
 
@@ -105,7 +105,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Signal:
-    """A signal as the process saw it. `addr` is "m0+0x1000", or hex outside of all its mappings."""
+    """Signal as the process saw it. `addr` is "m0+0x1000", or hex outside of all mappings."""
 
     thread: int
     sig: str
@@ -116,7 +116,7 @@ class Signal:
     lsb: int | None = None
 
     def recorded(self) -> dict[str, Any]:
-        """The recordings' form, less `who`."""
+        """Return the recordings' form, less `who`."""
         lsb = {} if self.lsb is None else {"lsb": self.lsb}
         told = {"thread": self.thread, "sig": self.sig, "code": self.code, "addr": self.addr}
         return {**told, **lsb, "how": self.how}
@@ -124,7 +124,7 @@ class Signal:
 
 @dataclass(frozen=True)
 class Death:
-    """How a process ended: by a signal, with an exit status, or (neither) nobody can tell any more."""
+    """End of a process: by a signal, with an exit status, or (neither) unknown."""
 
     signal: signal.Signals | None = None
     exit: int | None = None
@@ -143,7 +143,7 @@ class Death:
 
 
 class ActorError(Exception):
-    """Something is wrong with an actor; the message ends with all that was said to it and by it."""
+    """An actor misbehaves; the message ends with the transcript."""
 
     def __init__(self, actor: Actor, what: str) -> None:
         super().__init__(f"{actor.name} (pid {actor.pid}): {what}\n{actor.transcript}")
@@ -154,7 +154,7 @@ class ActorTimeout(ActorError):
 
 
 class ActorDied(ActorError):
-    """It died instead of answering, or before it was asked."""
+    """The actor died instead of answering, or before a command."""
 
     def __init__(self, actor: Actor, death: Death, what: str) -> None:
         super().__init__(actor, what)
@@ -186,8 +186,10 @@ class Actor:
     def spawn(
         cls, name: str = "p0", cwd: str | os.PathLike[str] | None = None, wrapper: Sequence[str] = ()
     ) -> Actor:
-        """Start one; `wrapper` is an argv that runs what follows it, such as ["setpriv", "--reuid=1000"]."""
-        # A "parent", to the kernel, is the thread that spawned it; only the main one lives long enough.
+        """Start an actor; `wrapper` is an argv that runs the command after it, such as ["setpriv",
+        "--reuid=1000"].
+        """
+        # For the kernel the parent is the thread that spawned it; only the main thread lives long enough.
         main_thread = threading.current_thread() is threading.main_thread()
         option = ["die-with-parent"] if main_thread else []
         argv = [*wrapper, str(compile_actor()), name, *option]
@@ -215,34 +217,36 @@ class Actor:
     # Commands
 
     def cmd(self, command: str, timeout: float = TIMEOUT) -> Result:
-        """Do it and say how it ended."""
+        """Run a command and return its result."""
         self.send(command)
         return self.reply(timeout)
 
     def send(self, command: str) -> None:
-        """Begin a command; `reply` says how it ended."""
+        """Begin a command; `reply` returns the result."""
         self._spoken.append(f"> {command}")
         if self._death is not None:
             raise ActorDied(self, self._death, f"dead already ({self._death})")
-        with contextlib.suppress(BrokenPipeError):  # it is dying: the reply will say so
+        with contextlib.suppress(BrokenPipeError):  # the actor is dying: the reply reports the death
             os.write(self._to, command.encode() + b"\n")
 
     def reply(self, timeout: float = TIMEOUT) -> Result:
-        """The outcome of the command that was sent."""
+        """Return the result of the command sent last."""
         said = self._wait(self._next_result, timeout)
         if "error" in said:
             raise ActorError(self, f"bad command: {said['error']}")
         return Result(said["res"])
 
     def start_spin(self, mapping: int, page: int) -> None:
-        """Read the page again and again, until it faults: that is the `reply`. Returns after one load."""
+        """Read the page in a loop until a fault, which is the `reply`. Returns after one load."""
         self.send(f"spin {mapping} {page}")
         self._wait(lambda: self._results[0] if self._results else None, TIMEOUT)
         if "spinning" in self._results[0]:
             self._results.popleft()
 
     def fork(self, name: str) -> Actor:
-        """fork(2): the child is an actor too, with the same descriptors and mappings; it ends with us."""
+        """fork(2): the child is an actor, too, with the same descriptors and mappings; it ends with its
+        parent.
+        """
         with tempfile.TemporaryDirectory() as fifos:
             Path(fifos).chmod(0o711)
             ends = []
@@ -259,11 +263,11 @@ class Actor:
         return child
 
     def exec(self) -> Result:
-        """Be executed anew: mappings, descriptors and threads are gone, the way to talk stays."""
+        """execve(2) of the actor: mappings, descriptors and threads are gone, the connection stays."""
         return self.cmd("exec")
 
     def pvm(self, verb: str, other: Actor, mapping: int, page: int, length: int) -> Result:
-        """`verb` is pvmread or pvmwrite, the memory that of `other`, beginning at a page of its mapping."""
+        """`verb` is pvmread or pvmwrite, the memory belongs to `other`, from a page of its mapping on."""
         return self.cmd(f"{verb} {other.pid} {other.addr(mapping, page):#x} {length}")
 
     def addr(self, mapping: int, page: int = 0) -> int:
@@ -282,7 +286,7 @@ class Actor:
     # Signals
 
     def signals(self) -> list[Signal]:
-        """Those that have come since they were last asked for, in order."""
+        """Return the signals that arrived since the last call, in order."""
         self._drain()
         got = list(self._signals)
         self._signals.clear()
@@ -293,11 +297,11 @@ class Actor:
         return self._wait(lambda: self._signals.popleft() if self._signals else None, timeout)
 
     def barrier(self) -> None:
-        """Afterwards every signal sent to any of its threads before is among `signals`."""
+        """Wait until every signal sent to any thread before is among `signals`."""
         self.cmd("barrier")
 
     def expect_no_signal(self) -> None:
-        """No signal was sent since they were last asked for."""
+        """Assert that no signal was sent since the last look."""
         self.barrier()
         got = self.signals()
         assert not got, f"{self.name} got {got}\n{self.transcript}"
@@ -310,7 +314,7 @@ class Actor:
         return self._death is None
 
     def wait_death(self, timeout: float = TIMEOUT) -> Death:
-        """Wait until it dies of its own accord, or of others'."""
+        """Wait until the actor dies, by itself or killed by another process."""
         deadline = time.monotonic() + timeout
         while self._death is None:
             if not self._advance(deadline):
@@ -329,7 +333,7 @@ class Actor:
                 return
 
     def close(self) -> None:
-        """End it and all that it forked. Harmless when done twice."""
+        """End the actor and all its children. A second call does no harm."""
         if self._closed:
             return
         for child in self._forks:
@@ -346,13 +350,15 @@ class Actor:
 
     @property
     def transcript(self) -> str:
-        """All that was said to it and by it."""
+        """Return all commands and answers so far."""
         return "\n".join(self._spoken)
 
     # Underneath
 
     def _greet(self) -> None:
-        """Its first line carries its pid, which under a wrapper may not be that of what was started."""
+        """Read the first line, which carries the pid: under a wrapper it may differ from the started
+        process's.
+        """
         pid = self._wait(self._next_result, TIMEOUT)["hello"]
         if pid != self.pid:
             os.close(self._pidfd)
@@ -362,7 +368,7 @@ class Actor:
         return self._results.popleft() if self._results else None
 
     def _wait(self, ready: Callable[[], T | None], timeout: float) -> T:
-        """The first thing `ready` returns; the process is killed if that takes too long."""
+        """Return the first result of `ready`; kill the process after the time limit."""
         deadline = time.monotonic() + timeout
         while (got := ready()) is None:
             if self._death is not None:
@@ -373,14 +379,14 @@ class Actor:
         return got
 
     def _advance(self, deadline: float) -> bool:
-        """Wait for output or death and note it; False when the deadline is over."""
+        """Wait for output or death and note either; False after the deadline."""
         if self._death is not None:
             return True
         poll = select.poll()
         poll.register(self._answers, select.POLLIN)
         poll.register(self._pidfd, select.POLLIN)
         events = dict(poll.poll(max(deadline - time.monotonic(), 0) * 1000))
-        self._drain()  # all it ever said is there before its death is seen
+        self._drain()  # all output arrives before the death is seen
         if self._pidfd in events:
             self._death = self._exit_status()
             self._spoken.append(f"died: {self._death}")
@@ -389,7 +395,7 @@ class Actor:
         return self._death is not None or time.monotonic() < deadline
 
     def _drain(self) -> None:
-        """Read and sort all output there is."""
+        """Read and sort all available output."""
         if self._closed:
             return
         with contextlib.suppress(BlockingIOError):
@@ -408,14 +414,14 @@ class Actor:
 
     def _exit_status(self) -> Death:
         if self._popen is not None and self._popen.pid == self.pid:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a tracer has yet to let go of it
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a tracer has not released the process yet
                 status = self._popen.wait(2)
                 return Death(signal=signal.Signals(-status)) if status < 0 else Death(exit=status)
         return _exit_status_of_stranger(self.pid, self._pidfd)
 
 
 def _exit_status_of_stranger(pid: int, pidfd: int) -> Death:
-    """How a dead process that is not our child ended; its parent may or may not have reaped it."""
+    """Return the end of a process that is no child; its parent may or may not have reaped it."""
     for _ in range(200):
         status = _zombie_status(pid)
         if status is None:
@@ -437,7 +443,7 @@ def _zombie_status(pid: int) -> int | None:
 
 
 def _reaped_status(pidfd: int) -> int | None:
-    """The pidfd remembers it after reaping, on kernels since 6.15."""
+    """Return the status after reaping, from the pidfd, on kernels since 6.15."""
     info = bytearray(struct.pack("=Q", PIDFD_INFO_EXIT).ljust(64, b"\0"))
     try:
         fcntl.ioctl(pidfd, PIDFD_GET_INFO, info)

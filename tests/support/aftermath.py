@@ -1,4 +1,4 @@
-"""What is there after a crash, and whether that can be."""
+"""Tree after a crash, and the check that a crash can have left it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.workload import DIRECTORY, Shape, State, shape
 
 @dataclass
 class Tree:
-    """A tree as it was found. ``data``: of every name its bytes, None for a directory."""
+    """Tree as found. ``data``: the bytes of every name, None for a directory."""
 
     data: dict[str, bytes | None] = field(default_factory=dict)
     shape: Shape = field(default_factory=dict)
@@ -32,10 +32,11 @@ def look(top: Path) -> Tree:
 
 
 def why_not(found: Tree, states: list[State], older: Mapping[int, Sequence[bytes]] = {}) -> str | None:
-    """None if ``found`` can be what a crash within this piece of history left; else what speaks against it.
+    """Return None if a crash within this piece of history can have left ``found``; otherwise the first
+    contradiction.
 
     Names, links and sizes must be those of one state. A byte that was overwritten in place may be as in any
-    of them, or as in ``older`` versions of the same file.
+    state, or as in ``older`` versions of the same file.
     """
     possible = [state for state in states if state.shape() == found.shape]
     if not possible:

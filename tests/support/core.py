@@ -38,7 +38,7 @@ sweep()
 
 
 class Core:
-    """One device and its filesystem, tied together. ``sound``: fsck must find nothing in the end."""
+    """One device with its filesystem. ``sound``: fsck must find no problem at the end."""
 
     def __init__(self, path: Path, config: DeviceConfig) -> None:
         self.path = path
@@ -87,7 +87,7 @@ class Core:
         self.open()
 
     def without_filesystem(self) -> None:
-        """Let go of the device, for a test of what is below."""
+        """Release the device, for a test of the layers below."""
         self.sound = False
         self.fs.close()
         self.fs.shutdown_reason = "not in this test"
@@ -95,7 +95,7 @@ class Core:
     # -- short cuts
 
     def file(self, name: bytes = b"f", data: bytes = b"", parent: Ino = ROOT_INO) -> Ino:
-        """A new file that holds ``data``."""
+        """Make a file with the content ``data``."""
         ino = self.fs.mknod(parent, name, stat.S_IFREG | 0o644, 0, ROOT).ino
         if data:
             self.fs.write(ino, 0, data)
@@ -106,7 +106,7 @@ class Core:
         return self.fs.mkdir(parent, name, 0o755, ROOT)
 
     def clone(self, src: Ino, name: bytes) -> Ino:
-        """A new file that shares all of ``src``."""
+        """Make a file that shares all blocks of ``src``."""
         ino = self.file(name)
         self.fs.remap_file_range(src, 0, ino, 0, 0)
         return ino
@@ -116,7 +116,7 @@ class Core:
         return bytes(self.fs.read(ino, 0, self.fs.names.get(ino).size))
 
     def poison(self, ino: Ino, page: int, *, latent: bool = False, pages: int = 1) -> None:
-        """Poison pages of a file on the media; nobody is told."""
+        """Poison pages of a file on the media, latent."""
         for part in self.fs.device_ranges(ino, page * PAGE_SIZE, pages * PAGE_SIZE):
             inject.inject(self.pmem, part.start, part.length, latent=latent)
 
@@ -135,7 +135,7 @@ class Core:
 
 @contextmanager
 def core_at(path: Path | None = None, size: int = 8 << 20, **config: Any) -> Iterator[Core]:
-    """A fresh core on ``path`` or in shared memory; nothing of it is left afterwards."""
+    """A fresh core on ``path`` or in shared memory, deleted afterwards."""
     path = path or SHM / f"daxemu-core-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
         core = Core(path, DeviceConfig(size, **config))

@@ -1,7 +1,7 @@
-"""Damage to a device, drawn from a seed (tests/support/damage.py), and what a user of it may see then.
+"""Damage to a device, drawn from a seed (tests/support/damage.py), and the results that a user may see then.
 
-An image is a copy of one prepared device in shared memory. :func:`check` looks at it as ``fsck``, ``fsck
---repair``, ``mount``, ``page-types`` and ``log`` do, without a mount.
+An image is a copy of one prepared device in shared memory. :func:`check` examines an image as ``fsck``,
+``fsck --repair``, ``mount``, ``page-types`` and ``log`` do, without a mount.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from tests.support.metadata import Page, metadata_pages, superblocks
 Tree = dict[bytes, tuple[Any, ...]]
 """By path: everything that system calls show of a file; ``None`` for bytes that cannot be read."""
 PRECIOUS = b"precious"
-"""Bytes of a file outside of the device, which nothing may change."""
+"""Bytes of a file outside of the device, which no verb may change."""
 
 
 def fill(core: Core) -> None:
-    """A bit of everything that a filesystem can hold, in rows on many pages."""
+    """Create an example of every kind of content, in rows on many pages."""
     fs = core.fs
     directory = core.dir(b"d")
     inner = core.dir(b"inner", directory.ino)
@@ -56,7 +56,7 @@ def fill(core: Core) -> None:
 
 
 def change(core: Core) -> None:
-    """Change rows on most pages: a page as of before this is a stale one."""
+    """Change rows on most pages: an earlier copy of a page is then stale."""
     fs = core.fs
     inner = fs.names.lookup(fs.names.lookup(ROOT_INO, b"d").ino, b"inner")
     for number in range(0, 60, 2):
@@ -67,7 +67,7 @@ def change(core: Core) -> None:
 
 
 def tree(fs: Filesystem) -> Tree:
-    """Walk everything from the root, by names alone, and read it."""
+    """Walk the tree from the root, by names alone, and read every file."""
     found: Tree = {}
     ahead = [(b"", ROOT_INO)]
     while ahead:
@@ -76,7 +76,7 @@ def tree(fs: Filesystem) -> Tree:
         data: bytes | None = b""
         if inode.extents is not None:
             try:
-                # Of a huge file the beginning: all of its blocks are there.
+                # The beginning of a huge file: all of its blocks exist.
                 data = bytes(fs.read(ino, 0, min(inode.size, 1 << 20)))
             except MediaError:
                 data = None
@@ -90,7 +90,7 @@ def tree(fs: Filesystem) -> Tree:
 
 
 def outside_domains(found: Tree) -> list[str]:
-    """What no filesystem can show, and no constraint of a table keeps out."""
+    """Return values that no filesystem can show, although no constraint of a table excludes them."""
     wrong: list[str] = []
     kinds = {0o100000, 0o040000, 0o120000, 0o010000, 0o140000, 0o020000, 0o060000}
     for path, (ino, mode, uid, gid, nlink, rdev, size, times, target, xattrs, sectors, _) in found.items():
@@ -113,7 +113,7 @@ def outside_domains(found: Tree) -> list[str]:
 
 
 class Pristine:
-    """A device that images are copies of, ended cleanly or ``is_clean`` False: killed after a commit, with
+    """Device from which images are copied, ended cleanly or (``is_clean`` False) killed after a commit, with
     records in the log alone.
     """
 
@@ -159,8 +159,8 @@ class Pristine:
         sysfs.close()
 
     def _is_live(self, page: Page) -> bool:
-        """Whether SQLite reads the page: of the database what its header counts, of the log what was written
-        since it began anew.
+        """Return True if SQLite reads the page: in the database the pages that its header counts, in the log
+        the pages written since the last restart.
         """
         payload = PAGE_SIZE - 24
         if page.file is MetadataFile.DB:
@@ -172,7 +172,7 @@ class Pristine:
 
 
 def runs_of(pages: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
-    """Offsets and bytes of pages, those in a row joined."""
+    """Return offsets and bytes of pages, adjacent pages joined."""
     runs: list[tuple[int, bytearray]] = []
     for at, data in pages:
         if runs and runs[-1][0] + len(runs[-1][1]) == at:
@@ -225,7 +225,7 @@ class Image:
         return draw.sample(among, min(len(among), draw.choice((1, 1, 2, 5, 20))))
 
     def _bad_copies(self) -> list[int]:
-        """Of each page and of the superblock, how many copies are not as they were."""
+        """Return the number of damaged copies of each page and of the superblock."""
         media = self.path / "media"
         if not media.is_file() or media.is_symlink() or media.stat().st_size != self.pristine.size:
             return []
@@ -242,7 +242,7 @@ class Image:
         return [sum(now[at : at + size] != was[at : at + size] for at, size in copies) for copies in pieces]
 
     def _poisoned(self) -> list[tuple[int, int]]:
-        """Byte ranges that the file ``poison`` names, if it can be read."""
+        """Return the byte ranges that the file ``poison`` names, if the file can be read."""
         if not (self.path / "poison").is_file():
             return []
         with suppress(OSError, ValueError):
@@ -253,7 +253,7 @@ class Image:
 
 
 class Seen:
-    """One mount of an image: events, what fsck says, the tree or the error."""
+    """One mount of an image: events, fsck's report, the tree or the error."""
 
     def __init__(self, path: Path, *, write: bool, running: bool = False) -> None:
         """``running``: with struct pages and sysfs, as a machine has them."""
@@ -297,7 +297,7 @@ class Seen:
 
 
 def look_from_outside(path: Path) -> list[str]:
-    """What page-types and log read of a device; returns their complaints."""
+    """Run page-types and log on a device; return their errors."""
     said: list[str] = []
     for verb in (("page-types",), ("page-types", "--list"), ("log",)):
         done = CliRunner().invoke(main, [*verb, str(path)])
@@ -318,8 +318,8 @@ def _fsck(image: Image, *, repair: bool) -> list[str]:
 
 
 def check(image: Image) -> None:
-    """fsck, page-types, log, mount, walk, repair, mount again and write. An assertion fails where something
-    wrong is shown without a word, or a copy that is good was not used.
+    """Run fsck, page-types, log, mount, walk, repair, mount again and write. Fail where wrong data is shown
+    without a report, or a good copy was not used.
     """
     found = _fsck(image, repair=False)
     is_mendable = not image.is_sealed and not image.is_refused and max(image.bad, default=0) == 1
@@ -365,5 +365,5 @@ def _check_tree(image: Image, seen: Seen, *, said: bool) -> None:
 
 
 def _is_lost(was: Iterable[Any] | None, now: Iterable[Any] | None) -> bool:
-    """Whether nothing differs but that the bytes cannot be read."""
+    """Return True if the only difference is bytes that cannot be read."""
     return was is not None and now is not None and [*was][:-1] == [*now][:-1] and [*now][-1] is None

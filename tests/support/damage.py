@@ -46,7 +46,7 @@ SCHEMA_CHANGES = (
 
 
 def noise(draw: random.Random, data: bytes) -> bytes:
-    """``data`` with a few bytes or bits changed, or a run of them."""
+    """Return ``data`` with a few bytes or bits changed, or a run of bytes."""
     changed = bytearray(data or b"\0")
     for _ in range(draw.choice((1, 1, 3, 30))):
         at = draw.randrange(len(changed))
@@ -59,7 +59,7 @@ def noise(draw: random.Random, data: bytes) -> bytes:
 
 
 def one_byte(image: Image) -> None:
-    """A byte that counts, in one copy of each of some pages."""
+    """Change a byte in use, in one copy of each of some pages."""
     draw = image.random
     for page in image.pages():
         offset = draw.choice(page.offsets)
@@ -94,7 +94,7 @@ def swapped_pages(image: Image) -> None:
 
 
 def lost_pages(image: Image) -> None:
-    """Copies that are zeros."""
+    """Copies of zeros."""
     draw = image.random
     for page in image.pages():
         for offset in page.offsets if draw.random() < 0.2 else draw.sample(page.offsets, 1):
@@ -102,7 +102,7 @@ def lost_pages(image: Image) -> None:
 
 
 def stale_pages(image: Image) -> None:
-    """One copy of a page as of an earlier commit, its checksum right."""
+    """One copy of a page as of an earlier commit, with a right checksum."""
     for page in image.pages():
         offset = image.random.choice(page.offsets)
         overwrite(image.path, offset, image.pristine.old[offset : offset + PAGE_SIZE])
@@ -121,7 +121,7 @@ def bad_superblocks(image: Image) -> None:
 
 
 def sealed_noise(image: Image) -> None:
-    """Both copies of a page changed alike, their checksum right."""
+    """Both copies of a page changed alike, with right checksums."""
     image.is_sealed = True
     for page in image.pages():
         data = bytearray(noise(image.random, image.page(page.offsets[0])))
@@ -174,7 +174,7 @@ def poison(image: Image) -> None:
 
 
 def config(image: Image) -> None:
-    """A line of ``device.toml`` that says something else, or noise in it."""
+    """Another value in a line of ``device.toml``, or noise in the file."""
     image.is_running = True
     draw, toml = image.random, image.path / "device.toml"
     lines = toml.read_bytes().splitlines(keepends=True)
@@ -202,7 +202,7 @@ def config(image: Image) -> None:
 
 
 def media_size(image: Image) -> None:
-    """Media that is cut off, or longer than it should be."""
+    """Media shorter, or longer, than the superblock states."""
     size = image.pristine.size
     os.truncate(
         image.path / "media", image.random.choice((0, 4096, size - 4096, size - 1, size + 1, size * 2))
@@ -211,7 +211,7 @@ def media_size(image: Image) -> None:
 
 
 def running_files(image: Image) -> None:
-    """Noise in what a running machine keeps: ``struct_page/``, ``sysfs/``, the events."""
+    """Noise in files of a running machine: ``struct_page/``, ``sysfs/``, the events."""
     image.is_running = True
     draw = image.random
     names = [name for name in image.pristine.files if name.name not in ("device.toml", "poison", "lock")]
@@ -227,7 +227,7 @@ def running_files(image: Image) -> None:
 
 
 def wrong_types(image: Image) -> None:
-    """A file of the device that is something else: each is refused, or made anew."""
+    """A file of the device replaced by another type: refused, or made anew."""
     image.is_running = True
     draw = image.random
     names = ("device.toml", "poison", "media", "lock", "control.sock", "events.jsonl", "supervisor.log")
@@ -276,7 +276,7 @@ DAMAGE: list[Callable[[Image], None]] = [
 
 
 def run_sql(path: Path, statements: list[tuple[str, tuple[Any, ...]]]) -> None:
-    """Change the tables; a statement that a constraint refuses changes nothing."""
+    """Change the tables; a statement refused by a constraint changes no row."""
     with DeviceDir.open(path) as directory, closing(Pmem(directory)) as pmem:
         store = Store(MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax)), "fuzz")
         store.open(read_only=False)

@@ -1,8 +1,8 @@
-"""Rule: which code touches a path that is derived from the path of a DEVICE.
+"""Rule: code that touches a path derived from the path of a DEVICE.
 
-A value is derived if its name, or its attribute, is ``device``; if a path operation made it of a derived
-value; if a derived value was assigned to it, or passed for it by a call of a function of the project. A touch
-is a call that has the kernel walk the path: open(), most of os and shutil, the methods of Path that do I/O.
+A value is derived if its name, or its attribute, is ``device``; if a path operation made the value of a
+derived value; if a derived value was assigned, or passed to a parameter of a function of the project. A touch
+is a call in which the kernel walks the path: open(), most of os and shutil, the methods of Path that do I/O.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PURE_CALLS = {
     "dirname",
 }
 OPENERS = {"DeviceDir.open", "DeviceDir.look", "DeviceDir.load", "DeviceDir.create", "PrivatePath.at"}
-"""What is given to these is the path of a DEVICE."""
+"""Functions whose argument is the path of a DEVICE."""
 TOUCHING_METHODS = {
     "open",
     "read_text",
@@ -93,7 +93,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Touch(NamedTuple):
-    """A call that touches a derived path: in ``function`` (with its class, if it has one) of ``module``."""
+    """Call that touches a derived path, in ``function`` (with the class of a method) of ``module``."""
 
     module: str
     function: str
@@ -112,7 +112,7 @@ class _Unit:
         self.derived = {name for name in parameters if name in SOURCES}
 
     def nodes(self) -> Iterator[ast.AST]:
-        """All nodes, without those of functions inside."""
+        """Return all nodes, without nodes of inner functions."""
         stack: list[ast.AST] = list(self.body)
         while stack:
             node = stack.pop()
@@ -122,7 +122,7 @@ class _Unit:
             stack += ast.iter_child_nodes(node)
 
     def is_derived(self, node: ast.AST) -> bool:
-        """Whether a value is a path derived from that of a DEVICE."""
+        """Return True for a path derived from the path of a DEVICE."""
         match node:
             case ast.Name(id=name):
                 return name in self.derived or name in SOURCES
@@ -131,7 +131,7 @@ class _Unit:
             case ast.BinOp(op=ast.Div() | ast.Add(), left=left, right=right):
                 return self.is_derived(left) or self.is_derived(right)
             case ast.JoinedStr(values=values):
-                # Beside other text that is a message, or the source of a mount: only a path begins so.
+                # Other text beside it makes a message, or the source of a mount: only a path begins so.
                 return (
                     isinstance(values[0], ast.FormattedValue)
                     and self.is_derived(values[0].value)
@@ -157,7 +157,7 @@ class _Unit:
         return False
 
     def spread(self) -> bool:
-        """Follow assignments. Return whether that made a name derived which was not."""
+        """Follow assignments. Return True if another name became derived."""
         before = len(self.derived)
         for node in self.nodes():
             match node:
@@ -176,7 +176,7 @@ class _Unit:
         return len(self.derived) > before
 
     def touches(self) -> Iterator[Touch]:
-        """The calls that touch a derived path."""
+        """Return the calls that touch a derived path."""
         for node in self.nodes():
             if isinstance(node, ast.Call) and self._is_touch(node):
                 yield Touch(self.module, self.name, node.lineno, ast.unparse(node))
@@ -188,7 +188,7 @@ class _Unit:
                 return any(map(self.is_derived, given))
             case ast.Attribute(value=value, attr=attr):
                 if attr in TOUCHING_METHODS and self.is_derived(value):
-                    return (attr, len(call.args)) != ("replace", 2)  # that of str and bytes
+                    return (attr, len(call.args)) != ("replace", 2)  # the method of str and bytes
                 where = ast.unparse(value)
                 if where == "os.path":
                     return attr in TOUCHING_PATH_CALLS and any(map(self.is_derived, given))
@@ -217,8 +217,8 @@ def _units(module: str, tree: ast.Module) -> Iterator[_Unit]:
 
 
 def _called(func: ast.expr, unit: _Unit, by_name: dict[str, list[_Unit]]) -> _Unit | None:
-    """The function of the project that a call is of; None if that is not certain, as of a method whose name
-    several classes have.
+    """Return the function of the project that a call calls; None if ambiguous, as for a method name of
+    several classes.
     """
     found = by_name.get(_last(func), [])
     same = [each for each in found if each.name == ast.unparse(func)]

@@ -1,4 +1,4 @@
-"""Small jobs in another process: of another user, or just somebody else."""
+"""Small jobs in another process, as another user or as the same one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.support.mount import PATIENCE
 
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 SYSTEM_PYTHON = "/usr/bin/python3"
-"""The one that other users may run: ours may lie where they cannot go."""
+"""Python that other users may run: the interpreter of the tests may lie in a private directory."""
 PRELUDE = "import errno, fcntl, mmap, os, sys\n"
 
 
 def python(code: str, *arguments: str | Path, cwd: Path = Path("/"), wrapper: tuple[str, ...] = ()) -> str:
-    """Run Python code; what it printed, or the name of the errno that it ended with.
+    """Run Python code; return the output, or the name of the errno that ended the code.
 
-    Another user reaches by ``cwd`` what he may not walk to.
+    ``cwd`` gives another user a directory that the user may not walk to.
     """
     done = start(code, *arguments, cwd=cwd, wrapper=wrapper)
     said, error = done.communicate(timeout=PATIENCE)
@@ -32,8 +32,8 @@ def python(code: str, *arguments: str | Path, cwd: Path = Path("/"), wrapper: tu
 def start(
     code: str, *arguments: str | Path, cwd: Path = Path("/"), wrapper: tuple[str, ...] = ()
 ) -> subprocess.Popen[str]:
-    """The same, not waited for; it can be spoken to."""
-    # Another user may not run our interpreter, least of all that of tests/asan.sh, which is a script.
+    """Start Python code without waiting; the caller can send input."""
+    # Another user may not run the interpreter of the tests; with tests/asan.sh it is a script.
     executable = SYSTEM_PYTHON if wrapper and Path(SYSTEM_PYTHON).exists() else sys.executable
     indented = "".join(f"    {line}\n" for line in code.strip().splitlines())
     guarded = f"try:\n{indented}except OSError as error:\n    print(errno.errorcode[error.errno])\n"
@@ -48,8 +48,8 @@ def start(
 
 
 def daxemu_as_user() -> tuple[str, ...]:
-    """``daxemu`` for an ordinary user, to be put behind NOBODY. Skips the test where that cannot be: the
-    packages that we run on must fit the system's Python, and be readable.
+    """``daxemu`` for an ordinary user, to be put behind NOBODY. Skips the test on a machine where ordinary
+    users cannot run it: the packages of this Python must fit the system's Python, and be readable.
     """
     paths = [str(Path(__file__).parents[2] / "src"), sysconfig.get_path("purelib")]
     environment = ("env", f"PYTHONPATH={os.pathsep.join(paths)}", "PYTHONDONTWRITEBYTECODE=1", "HOME=/")

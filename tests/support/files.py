@@ -12,7 +12,7 @@ from tests.support.syscalls import extent_map
 
 
 class Files:
-    """Opens files of a mount, for reading and writing. A context manager: they are closed with it."""
+    """Open files of a mount, for reading and writing. A context manager that closes the files."""
 
     def __init__(self, mount: DaxMount) -> None:
         self.mount = mount
@@ -32,7 +32,7 @@ class Files:
         return fd
 
     def close(self, name: str) -> None:
-        """Close what was opened last by this name."""
+        """Close the file opened last by this name."""
         os.close(self._names.pop(name))
 
     def letters(self, name: str, pages: int, first: str = "A") -> int:
@@ -46,16 +46,16 @@ class Files:
 
 
 def _close(fd: int) -> None:
-    with suppress(OSError):  # closed already, or its mount is gone
+    with suppress(OSError):  # closed already, or the mount is gone
         os.close(fd)
 
 
 def content(fd: int) -> bytes:
-    """All of a small file."""
+    """Return all bytes of a small file."""
     return os.pread(fd, 1 << 20, 0)
 
 
 def is_clone(one: int, other: int) -> bool:
-    """Whether both files have the same blocks, and all of them."""
+    """Return True if both files have the same blocks."""
     places = [[(e.offset, e.device_offset, e.length) for e in extent_map(fd)] for fd in (one, other)]
     return places[0] == places[1] != []

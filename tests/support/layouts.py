@@ -1,4 +1,4 @@
-"""A holder of layouts that uses them as host/fuse/answers.c does, and checks that each is true."""
+"""Holder of layouts that uses them as host/fuse/answers.c does, and checks each layout against the file."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Holder:
         self.runs.clear()
         self.attributes.clear()
 
-    # -- what it does with them
+    # -- use of the layouts
 
     def store(self, ino: Ino, offset: int, data: bytes) -> bool:
-        """Store without asking, if a run allows; whether it did."""
+        """Store without a request, if a run allows the store; return False otherwise."""
         for run in self.runs.get(ino, []):
             end = offset + len(data)
             if run.may_write and run.start <= offset and end <= run.end:
@@ -57,7 +57,7 @@ class Holder:
         return False
 
     def wrong(self) -> list[str]:
-        """What it holds that is not so."""
+        """Return the layouts held that are not true."""
         return [
             *(f"{run}: {why}" for runs in self.runs.values() for run in runs for why in self._wrong(run)),
             *(

@@ -1,4 +1,4 @@
-"""Where a device's metadata is, and doing harm to it while it is not mounted."""
+"""Places of a device's metadata, and damage to metadata while the device is not mounted."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Page(NamedTuple):
 
 @contextmanager
 def probed(device: Path) -> Iterator[Pmem]:
-    """A device that is not mounted."""
+    """Probe a device that is not mounted."""
     with DeviceDir.open(device) as directory, closing(Pmem(directory)) as pmem:
         yield pmem
 
 
 def metadata_pages(device: Path) -> list[Page]:
-    """All of them, and none of the superblocks'."""
+    """Return all metadata pages, without the superblocks."""
     with probed(device) as pmem:
         region = MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
         region.load()
@@ -58,7 +58,7 @@ def superblocks(device: Path) -> tuple[int, int]:
 
 
 def poison(device: Path, *offsets: int, length: int = PAGE_SIZE) -> None:
-    """Make device bytes unreadable; nobody is told."""
+    """Make device bytes unreadable; latent for a later mount."""
     with probed(device) as pmem:
         for offset in offsets:
             inject(pmem, offset, length)
@@ -72,13 +72,13 @@ def overwrite(device: Path, offset: int, data: bytes) -> None:
 
 
 def restore(pristine: Path, device: Path) -> None:
-    """Make ``device`` what ``pristine``, a copy of it, is."""
+    """Restore ``device`` from ``pristine``, an earlier copy."""
     shutil.rmtree(device, ignore_errors=True)
     subprocess.run(["cp", "-a", "--sparse=always", pristine, device], check=True, timeout=30)
 
 
 def in_pages(offset: int, data: bytes | memoryview) -> Iterator[tuple[int, memoryview]]:
-    """A write in pieces of a page, each with its offset: where a crash may cut it."""
+    """Split a write into pieces of a page, each with its offset: a crash may cut the write between pieces."""
     view = memoryview(data)
     for start in range(0, len(view), PAGE_SIZE):
         yield offset + start, view[start : start + PAGE_SIZE]

@@ -1,4 +1,4 @@
-"""A mount namespace in which every user may open /dev/fuse, whatever its mode on this machine."""
+"""Mount namespace in which every user may open /dev/fuse, whatever the mode of the machine's node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages of the documentation as something that can be run: what they show is what must happen."""
+"""Runnable pages of the documentation: a run must print the output that the page shows."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.support.mount import clear_away
 TOP = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 DEVICES = "/dev/shm/pmem"
-"""What pages call their devices: with a number after it."""
+"""Name of devices in pages, before a number."""
 
 
 class Step(NamedTuple):
-    """``code`` for ``program``, and what it prints."""
+    """``code`` for ``program``, and the expected output."""
 
     program: str
     code: str
@@ -28,8 +28,8 @@ class Step(NamedTuple):
 
 
 def steps(text: str) -> list[Step]:
-    """The ``$ command`` lines of console blocks, each with the output shown below it, and the python blocks,
-    each with the text block that follows at once, if any.
+    """Return the ``$ command`` lines of console blocks, each with the output shown below, and the python
+    blocks, each with the text block directly after, if any.
     """
     found: list[Step] = []
     blocks = re.finditer(r"```(console|python)\n(.*?)```(?:\n+```text\n(.*?)```)?", text, re.DOTALL)
@@ -52,8 +52,8 @@ def _ends_heredoc(command: str) -> bool:
 
 
 def anonymous(text: str) -> str:
-    """Output without what differs from run to run: times, process ids, addresses of mappings, and which
-    blocks were free.
+    """Replace output that differs from run to run: times, process ids, addresses of mappings, and the choice
+    of free blocks.
     """
     text = re.sub(r"device 0x[0-9a-f]+\+", "device WHERE+", text)
     text = re.sub(r"0x10[0-9a-f]{4}\b", "PFN", text)
@@ -65,12 +65,13 @@ def anonymous(text: str) -> str:
     text = re.sub(r"fault at [0-9a-f]+", "fault at ADDRESS", text)
     text = re.sub(r"addr 0x[0-9a-f]+", "addr ADDRESS", text)
     text = re.sub(r"in \d+\.\d+s", "in TIME", text)
-    # A shell that runs commands from a file says more than one at a terminal.
+    # A shell that runs commands from a file prints more than a shell at a terminal.
     return re.sub(r".*Bus error.*", "Bus error", text)
 
 
 def run_page(page: Path, scratch: Path) -> None:
-    """Run every step of a page, in a mount and on a device of its own where it says /tmp/ and /dev/shm/pmem0.
+    """Run every step of a page, in a mount and on a device of its own where the page has /tmp/ and
+    /dev/shm/pmem0.
 
     A line ``...`` of the output shown stands for any lines.
     """
@@ -89,7 +90,7 @@ def run_page(page: Path, scratch: Path) -> None:
 
     try:
         for step in steps(page.read_text()):
-            # In a shell of its own that outlives the command, so that it is the shell that reports a death.
+            # In a shell of its own that outlives the command, so that the shell reports a death.
             script = here(step.code if step.program != "bash" else f"ulimit -c 0\n{step.code}\ntrue\n")
             done = subprocess.run(
                 [step.program],
@@ -110,6 +111,6 @@ def run_page(page: Path, scratch: Path) -> None:
 
 
 def matches(shown: str, printed: str) -> bool:
-    """Whether ``printed`` is what a page shows."""
+    """Return True if ``printed`` equals the output that a page shows."""
     parts = [re.escape(part) for part in re.split(r"^\.\.\.\n", anonymous(shown), flags=re.MULTILINE)]
     return re.fullmatch("(?s:.*)".join(parts), anonymous(printed)) is not None

@@ -1,4 +1,6 @@
-"""Drives tests/victims/racer.c: processes that race against memory failures, and what these did to them."""
+"""Driver of tests/victims/racer.c: processes that race against memory failures, and their record of
+signals.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ class Hang(AssertionError):
 
 
 class Place(NamedTuple):
-    """What an address shows or showed in a racer. ``touched``: some page of that mapping was."""
+    """Present or past content of an address in a racer. ``touched``: some page of the mapping was touched."""
 
     file: str
     page: int
@@ -34,7 +36,7 @@ class Place(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """A signal as the racer saw it. ``sync``: it came of the access that the thread was just at."""
+    """Signal as the racer saw it. ``sync``: raised by an access of the thread itself."""
 
     pid: int
     tid: int
@@ -47,8 +49,8 @@ class Seen(NamedTuple):
 
 
 class PageRead(NamedTuple):
-    """What a parked racer found in a page that it has mapped: a byte, or the code, lsb and address of the
-    fault.
+    """Content that a parked racer read from a mapped page: a byte, or the code, lsb and address of
+    the fault.
     """
 
     file: str
@@ -60,7 +62,7 @@ class PageRead(NamedTuple):
 
 
 class Racer:
-    """One racer. A context manager: it does not outlive the block."""
+    """One racer. A context manager: the racer does not outlive the block."""
 
     def __init__(self, kind: str, seed: int, cwd: Path, signals: Path, *, lenient: bool = False) -> None:
         self.kind = kind
@@ -99,18 +101,18 @@ class Racer:
         self._process.stdin.write(word.encode() + b"\n")
 
     def parked(self) -> None:
-        """After ``say("park")``: wait until its round is over."""
+        """After ``say("park")``: wait until the racer's round is over."""
         (_, rounds), _ = self._answer("parked")
         self.rounds = int(rounds)
 
     def verify(self) -> list[PageRead]:
-        """Precondition: parked. Read every page of all its mappings."""
+        """Read every page of all mappings. Precondition: parked."""
         self.say("verify")
         _, before = self._answer("verified")
         return [_page_read(words) for words in before]
 
     def end(self) -> int:
-        """Let it end; its exit status."""
+        """End the racer; return its exit status."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -119,7 +121,7 @@ class Racer:
             raise Hang(f"{self.kind} (pid {self.pid}) does not end") from error
 
     def seen(self) -> Iterator[Seen]:
-        """The signals that it and its children got since the last time."""
+        """Return the signals that the racer and its children got since the last call."""
         if not self._signals.exists():
             return
         with self._signals.open("rb") as file:
@@ -130,7 +132,7 @@ class Racer:
             yield _seen(line.decode().split())
 
     def _answer(self, last: str) -> tuple[list[str], list[list[str]]]:
-        """The words of the line that begins with ``last``, and of those before it."""
+        """Return the words of the line that begins with ``last``, and of the lines before."""
         deadline = time.monotonic() + PATIENCE
         before: list[list[str]] = []
         while True:

@@ -1,8 +1,8 @@
-"""Racers against memory failures on one mount: bursts of everything at once, and in between, when all hold
-still, what must be true.
+"""Racers against memory failures on one mount: bursts of all at once, and checks in between, while all hold
+still.
 
-Of each file only the pages in BAD ever go bad, of those whose names begin with "healthy" none. Files that
-begin with "still" are left to the holders.
+Only the pages in BAD of each file ever fail, and no page of files whose names begin with "healthy". Files
+whose names begin with "still" belong to the holders.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ AT_ONCE = 5
 SHORT = ("truncate",)
 """Files that have an end within what is mapped of them: there BUS_ADRERR is no poison."""
 MOST_DESCRIPTORS = 24
-"""How many more descriptors, or threads, than at first a supervisor may have in the midst of its work."""
+"""Number of descriptors, or threads, that a working supervisor may have beyond those at its start."""
 
 
 def letter(page: int) -> str:
@@ -46,7 +46,7 @@ def letter(page: int) -> str:
 
 
 class Injector:
-    """Poisons and heals pages of whatever files there are, until told to stop."""
+    """Poisons and clears pages of any existing files, until told to stop."""
 
     def __init__(self, path: Path, seed: int) -> None:
         self._path = path
@@ -76,7 +76,7 @@ class Injector:
             ranges += ranges  # each range is a failure of its own, and all of a request go on at once
         try:
             client.request("clear" if verb == "clear" else "inject", ino=ino, ranges=ranges)
-        except InvalidArgument:  # it has no such page just now, or is gone
+        except InvalidArgument:  # the file has no such page now, or is gone
             self.count["refused"] += 1
         else:
             self.count[verb] += 1
@@ -93,7 +93,7 @@ class EventCheck:
         """SignalSent by process, code and result."""
 
     def update(self) -> list[str]:
-        """Read what is new; what is wrong with it."""
+        """Read new events; return the errors found."""
         wrong = []
         with self._path.open("rb") as file:
             file.seek(self._read)
@@ -116,7 +116,7 @@ class EventCheck:
 
 
 class Races:
-    """All racers on one mount. A context manager: they are gone before the mount is."""
+    """All racers on one mount. A context manager: the racers end before the mount does."""
 
     def __init__(self, mount: QuickMount, directory: Path, seed: int) -> None:
         self.mount = mount
@@ -144,15 +144,15 @@ class Races:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many of each race there were."""
+        """Return the number of races of each kind."""
         done: Counter[str] = sum((injector.count for injector in self._injectors), Counter())
         return {**{racer.kind: racer.rounds for racer in self.racers}, **{verb: done[verb] for verb in VERBS}}
 
     # -- bursts
 
     def burst(self, seconds: float, meanwhile: Callable[[], object]) -> None:
-        """Some of the racers, each in its turn, and the injectors for so long, ``meanwhile`` again and again;
-        then all hold still. Raises Hang.
+        """Run some of the racers, each in turn, and the injectors for a time, with ``meanwhile`` again and
+        again; then all hold still. Raises Hang.
         """
         stop = threading.Event()
         deadline = time.monotonic() + seconds
@@ -173,10 +173,10 @@ class Races:
             for each in running:
                 each.result(PATIENCE)
 
-    # -- what must be true when all hold still
+    # -- conditions while all hold still
 
     def why_not(self) -> list[str]:
-        """What is wrong. Precondition: a burst has ended."""
+        """Return the errors found. Precondition: a burst has ended."""
         with Client(mount_of(self.mount.path), patience=PATIENCE) as client:
             books = Books(client)
             wrong = [text for racer in self.racers for text in self._why_present(racer, books)]
@@ -191,7 +191,7 @@ class Races:
         return wrong
 
     def _why_present(self, racer: Racer, books: Books) -> list[str]:
-        """Poison that it could still read without a fault."""
+        """Return poison that a racer could still read without a fault."""
         wrong = []
         with open(f"/proc/{racer.pid}/pagemap", "rb", buffering=0) as pagemap:
             for vma in read_vmas(racer.pid, mount_of(self.mount.path).dev):
@@ -213,7 +213,7 @@ class Races:
         return wrong
 
     def _why_not_accounted(self) -> list[str]:
-        """The log says of each racer's signals what it got; a report may take a moment."""
+        """Compare each racer's signals with the log; a report may take a moment."""
         deadline = time.monotonic() + PATIENCE
         wrong = self._events.update()
         while differing := list(self._differing()):
@@ -238,8 +238,8 @@ class Races:
         return []
 
     def failures(self) -> tuple[int, int, int]:
-        """How many there were, latent ones that were found among them; how many have ended, by the event log;
-        how many of these well, by the counters.
+        """Return the number of failures, found latent ones included; the number that ended, by the event log;
+        and the number that ended well, by the counters.
         """
         with Client(mount_of(self.mount.path), patience=PATIENCE) as client:
             counters = client.request("status")["counters"]
@@ -248,7 +248,7 @@ class Races:
 
 
 class Books:
-    """What the supervisor says is poison."""
+    """Poison as the supervisor reports it."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -257,7 +257,7 @@ class Books:
         self._files: dict[int, tuple[int, dict[int, int]]] = {}
 
     def _file(self, ino: int) -> tuple[int, dict[int, int]]:
-        """Its size, and where on the device each of its pages is."""
+        """Return the size of a file, and the device offset of each page."""
         if ino not in self._files:
             found = self._client.request("map", ino=ino)
             pages = {}
@@ -291,7 +291,9 @@ def _why_not_page(read: PageRead, books: Books) -> str | None:
 
 
 def why_not_signal(seen: Seen) -> str | None:
-    """Whether this signal may have come: for poison that this process mapped, and had touched some of."""
+    """Check that the signal was possible: for poison in a mapping of the process, of which it had touched a
+    page.
+    """
     if seen.signo != signal.SIGBUS or seen.code not in (BUS_ADRERR, BUS_MCEERR_AR, BUS_MCEERR_AO):
         return "no signal of a memory failure"
     if not seen.places:
@@ -308,14 +310,14 @@ def why_not_signal(seen: Seen) -> str | None:
 
 
 def why_not_last_signal(seen: Seen) -> str | None:
-    """The same where the mount ends meanwhile: any page may fail then, and everybody is told."""
+    """The same at the end of the mount: any page may fail then, and every process is signalled."""
     if seen.signo != signal.SIGBUS or seen.code not in (BUS_ADRERR, BUS_MCEERR_AR, BUS_MCEERR_AO):
         return "no signal of a memory failure"
     return None if any(place.touched for place in seen.places) else "nothing that it ever touched"
 
 
 def why_not_log(mount: QuickMount) -> list[str]:
-    """What the supervisor, or the tracer, did not expect."""
+    """Return unexpected messages of the supervisor, or of the tracer."""
     text = (mount.device / "supervisor.log").read_text()
     return [text[-4000:]] if "Traceback" in text else []
 
@@ -330,10 +332,10 @@ def fill(path: Path, pages: int) -> Path:
 
 
 def report_hang(error: Exception, mount: QuickMount, pids: Sequence[int]) -> str:
-    """Where everybody is who may have to do with it; then those who wait are let go."""
+    """Report the state of every process involved; then release the waiting processes."""
     with suppress(ProcessLookupError):
         os.kill(mount.pid, signal.SIGUSR1)
-        time.sleep(0.5)  # it writes when it can, if it can
+        time.sleep(0.5)  # the log is written later, or not at all
     lines = [str(error), (mount.device / "supervisor.log").read_text()[-20000:]]
     for pid in (mount.pid, *pids):
         with suppress(OSError):

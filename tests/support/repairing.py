@@ -1,4 +1,4 @@
-"""A core with a repair strategy, as a machine has it, without a mount."""
+"""Core with a repair strategy, as in a machine, without a mount."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Repairing:
     def remount(self, *, crash: bool = False) -> None:
         """Unmount or, with ``crash``, die; and mount again."""
         if crash:
-            self.core.fs.watch(None)  # as a dead process's would, its strategy hears nothing any more
+            self.core.fs.watch(None)  # the strategy gets no further calls, as in a dead process
         else:
             self.repairs.close()
         self.core.close(save=not crash)
@@ -44,7 +44,7 @@ class Repairing:
         self.attach(after_crash=self.core.fs.had_crashed)
 
     def fail(self, offset: int, length: int) -> RepairFinished | None:
-        """The device goes bad there; what the strategy made of it, None if nobody had it."""
+        """Fail device bytes; return the strategy's verdict, None if no file owned the bytes."""
         seen = len(self.core.events)
         bad = inject(self.core.pmem, offset, length)
         incident = self.core.mm.memory_failure(*failed_pages(self.core.pmem, bad), 0)
@@ -58,7 +58,7 @@ class Repairing:
         corrupt(self.core.pmem, offset, length, seed)
 
     def at(self, ino: Ino, offset: int) -> int:
-        """Where on the device a byte of a file is."""
+        """Return the device offset of a byte of a file."""
         return self.core.fs.device_ranges(ino, offset, 1)[0].start
 
 

@@ -1,4 +1,4 @@
-"""System calls that Python's ``os`` does not have, and our ioctls."""
+"""System calls that Python's ``os`` lacks, and daxemu's ioctls."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _libc.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.
 
 
 class Extent(NamedTuple):
-    """One extent as DAXEMU_IOC_MAP answers it."""
+    """One extent as DAXEMU_IOC_MAP returns it."""
 
     offset: int
     device_offset: int
@@ -81,7 +81,7 @@ _libc.seekdir.argtypes = (ctypes.c_void_p, ctypes.c_long)
 
 
 def page_of(directory: Path, cookie: int, count: int) -> list[tuple[str, int]]:
-    """Up to ``count`` entries behind a cookie, with theirs, on a handle of their own."""
+    """Return up to ``count`` entries behind a cookie, with the cookie of each, on a new handle."""
     handle = _libc.opendir(os.fsencode(directory))
     if not handle:
         _check(-1)
@@ -98,12 +98,12 @@ def page_of(directory: Path, cookie: int, count: int) -> list[tuple[str, int]]:
 
 
 def clone_range(target: int, source: int, offset: int = 0, length: int = 0, target_offset: int = 0) -> None:
-    """Our FICLONERANGE."""
+    """daxemu's FICLONERANGE."""
     fcntl.ioctl(target, DAXEMU_IOC_CLONE_RANGE, CLONE_RANGE.pack(source, offset, length, target_offset))
 
 
 def extent_map(fd: int, start: int = 0, length: int = 0) -> list[Extent]:
-    """Our FIEMAP: at most MAP_ROOM extents of the range."""
+    """daxemu's FIEMAP: at most MAP_ROOM extents of the range."""
     buffer = bytearray(MAP_HEADER.size + MAP_ROOM * MAP_EXTENT.size)
     MAP_HEADER.pack_into(buffer, 0, start, length, 0, 0)
     fcntl.ioctl(fd, DAXEMU_IOC_MAP, buffer)
@@ -123,7 +123,7 @@ def name_to_handle(path: Path) -> bytes:
 
 
 def open_by_handle(mount: int, handle: bytes, flags: int) -> int:
-    """``open_by_handle_at(2)``, for root; ``mount`` is a descriptor of anything there."""
+    """``open_by_handle_at(2)``, for root; ``mount`` is a descriptor of any file of the mount."""
     fd: int = _libc.open_by_handle_at(mount, handle, flags)
     if fd < 0:
         _check(fd)

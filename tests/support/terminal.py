@@ -1,4 +1,4 @@
-"""A program on a terminal of a given size, which is read as a person would."""
+"""Program on a terminal of a given size; tests read the screen as a person would."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATIENCE = 30.0
 
 
 class Terminal:
-    """A context manager around a program; it must end by itself."""
+    """A context manager around a program, which must end by itself."""
 
     def __init__(self, command: Sequence[str], columns: int, rows: int) -> None:
         self._ours, theirs = pty.openpty()
@@ -42,7 +42,7 @@ class Terminal:
 
     @property
     def lines(self) -> list[str]:
-        """What is on the screen."""
+        """Return the lines on the screen."""
         return list(self._screen.display)
 
     def type(self, keys: str) -> None:
@@ -64,7 +64,7 @@ class Terminal:
             assert going_on or done(), f"{what} did not come\n" + "\n".join(self.lines)
 
     def end(self) -> int:
-        """Read on until it ends; its exit status."""
+        """Read until the program ends; return its exit status."""
         deadline = time.monotonic() + PATIENCE
         while self._read(deadline):
             pass
@@ -76,5 +76,5 @@ class Terminal:
         try:
             self._stream.feed(os.read(self._ours, 1 << 16))
         except OSError:
-            return False  # EIO: nobody has the other end any more
+            return False  # EIO: the other end is closed
         return True

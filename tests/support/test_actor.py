@@ -1,4 +1,4 @@
-"""The actor itself, on plain files in memory: what it reports is what the kernel did to it."""
+"""The actor itself, on plain files in memory: its report must match the kernel's action."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class TestMemory:
 
 
 class TestFaults:
-    """A page beyond the end of a file that somebody cut: a real BUS_ADRERR."""
+    """A page beyond the end of a truncated file: a real BUS_ADRERR."""
 
     def test_a_load_reports_the_signal_and_goes_on(self, mapped: Actor, here: Path) -> None:
         mapped.cmd("tr 0 1")

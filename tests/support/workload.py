@@ -1,7 +1,7 @@
-"""A seeded workload of single system calls, and what a tree looks like after each of them.
+"""Seeded workload of single system calls, and the tree after each call.
 
-Everything follows from the seed: the crash loop computes the history, another process executes it and counts,
-in a file outside of the mount, how far it has come and what fsync has promised.
+Everything follows from the seed. The crash loop computes the history; another process executes the history
+and counts, in a file outside of the mount, the calls made and the calls that fsync has promised.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from tests.support.syscalls import (
 
 PAGE = 4096
 MOST = 24 * PAGE
-"""No file is larger."""
+"""Largest size of a file, in bytes."""
 COUNTERS = struct.Struct("=QQ")
-"""How many operations were begun; how many there had been at the last fsync that returned."""
+"""Number of operations begun; the number at the last fsync that returned."""
 DIRECTORY = None
 Shape = dict[str, tuple[str, int] | None]
 """Of each name: the first of all names of the same file, and its size; None for a directory."""
@@ -40,11 +40,11 @@ VERBS = {
     "allocate": 3, "clone": 6, "copy": 3, "rename": 4, "exchange": 2, "link": 3, "unlink": 4, "mkdir": 1,
     "fsync": 9, "fsyncdir": 2,
 }  # fmt: skip
-"""How often each is chosen. There is one more, "stored" (through a mapping), which others do."""
+"""Weight of each operation. A further one, "stored" (through a mapping), is done by other processes."""
 
 
 class Op(NamedTuple):
-    """One system call, or one and the fsync of it. ``b`` and ``c`` are what it needs."""
+    """One system call, or a system call with the fsync after it. ``b`` and ``c`` are its arguments."""
 
     verb: str
     name: str
@@ -54,7 +54,7 @@ class Op(NamedTuple):
     seed: int = 0
 
     def data(self) -> bytes:
-        """What it writes."""
+        """Return the bytes to write."""
         return random.Random(self.seed).randbytes(self.c)
 
 
@@ -66,18 +66,20 @@ class State:
     files: dict[int, bytes] = field(default_factory=dict)
 
     def copy(self) -> State:
-        """Another one that changes by itself; the bytes are never changed in place."""
+        """Return a copy that changes independently; bytes are never changed in place."""
         return State(dict(self.names), dict(self.files))
 
     def shape(self) -> Shape:
-        """What a look at the tree shows without reading files."""
+        """Return the part of the tree that is visible without reading files."""
         return shape(
             self.names, {name: len(self.files[n]) for name, n in self.names.items() if n is not DIRECTORY}
         )
 
 
 def shape(numbers: Mapping[str, int | None], sizes: Mapping[str, int]) -> Shape:
-    """The shape of a tree whose names stand for the files with these ``numbers``, whatever these are."""
+    """Return the shape of a tree whose names stand for the files with these ``numbers``, which may be any
+    numbers.
+    """
     first: dict[int, str] = {}
     for name, number in sorted(numbers.items()):
         if number is not DIRECTORY:
@@ -195,7 +197,7 @@ def _opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
 
 
 def do(top: Path, op: Op) -> bool:
-    """Do it; whether everything up to now is promised by it."""
+    """Apply an operation; return True if the operation promises everything before."""
     path, other = top / op.name, top / op.other
     match op.verb:
         case "mkdir":
@@ -253,7 +255,7 @@ def _do_open(fd: int, other: Path, op: Op) -> bool:
 
 
 class _Unsharable(Exception):
-    """The source's end is inside a block, the target goes on behind it."""
+    """The source ends inside a block, and the target goes on behind that block."""
 
 
 def _clone(fd: int, source: int) -> None:

@@ -1,11 +1,11 @@
 /*
- * Answers READ, WRITE, GETATTR and GETXATTR from layouts, without Python, and takes down RELEASE and FORGET for it.
+ * Answers READ, WRITE, GETATTR and GETXATTR from layouts, without Python, and notes RELEASE and FORGET for Python.
  *
  * Python remains the authority: the filesystem grants a layout (layouts.h) after it has answered for the file itself, and
- * breaks it when anything of what it says changes. What no layout covers goes to Python.
+ * breaks the layout when any part of it changes. Requests that no layout covers go to Python.
  *
- * This runs where libfuse reads its requests, so in the event loop's own thread, and Python looks at nothing before it was
- * told what was done here (daxemu_noted): neither sees the other halfway. The GIL is let go of meanwhile.
+ * The code runs where libfuse reads its requests, so in the event loop's own thread. Python learns of everything done here
+ * (daxemu_noted) before it looks at any state: neither side sees the other halfway. The GIL is released meanwhile.
  */
 #define PY_SSIZE_T_CLEAN
 #define _GNU_SOURCE
@@ -26,38 +26,38 @@
 #define CAPS "security.capability"
 #define SECOND 1000000000LL
 
-/* From this many bytes on a store goes by pwrite(2): memory that is not mapped yet need not be faulted in for it. */
+/* Stores of this many bytes or more use pwrite(2), which does not fault in memory that is not mapped yet. */
 #define PWRITE_FROM 16384
 
-/* After how many waits in vain to sleep at once, and how often to try again all the same. */
+/* Waits in vain after which to sleep at once, and the number of waits after which to spin again all the same. */
 #define TRUST 4
 #define RETRY 64
 
 enum { WRITTEN = 1, GROWN, RELEASED, FORGOTTEN };
 
-/* What Python must be told. The layout is host/fuse/layouts.py's too. */
+/* One change to report to Python. host/fuse/layouts.py repeats the layout. */
 struct noted {
 	uint64_t what;
 	uint64_t which; /* the inode; of RELEASED the file handle */
-	int64_t value;	/* of WRITTEN when, in ns since the epoch; of GROWN its size; of FORGOTTEN how many lookups */
+	int64_t value;	/* of WRITTEN the time, in ns since the epoch; of GROWN the size; of FORGOTTEN the number of lookups */
 };
 
 static struct noted *noted;
 static size_t noted_count, noted_room;
-static char *device; /* its bytes, mapped */
+static char *device; /* bytes of the device, mapped */
 static int media_fd = -1;
-static off_t media_start; /* where in the media file they begin */
+static off_t media_start; /* offset in the media file at which the device begins */
 
-/* Set by host/fuse/layouts.py: called with the GIL held, before Python looks at anything. Without it all goes to Python. */
+/* Set by host/fuse/layouts.py: called with the GIL held, before Python runs. NULL: all requests go to Python. */
 void (*daxemu_noted)(const struct noted *noted, size_t count);
 
-/* In ns of CLOCK_MONOTONIC: when other tasks of the event loop have their turn. Set by host/fuse/loop.py. */
+/* Time in ns of CLOCK_MONOTONIC at which other tasks of the event loop must run. Set by host/fuse/loop.py. */
 int64_t daxemu_burst_ends;
-/* How long the event loop waits for the next request alone, in ns: first awake, then asleep. */
+/* Time in ns for which the event loop waits for the next request alone: first awake, then asleep. */
 int64_t daxemu_spin, daxemu_linger;
-/* Nothing came for that long. */
+/* True after a wait of that time without a request. */
 int daxemu_is_idle;
-/* How many requests did not go to Python. */
+/* Number of requests that did not go to Python. */
 uint64_t daxemu_answered;
 
 static int64_t now(clockid_t clock)
@@ -68,7 +68,7 @@ static int64_t now(clockid_t clock)
 	return t.tv_sec * SECOND + t.tv_nsec;
 }
 
-/* Where the device's bytes are: in a file from `start` on, and mapped at `base`. */
+/* Sets the place of the device's bytes: in a file from `start` on, and mapped at `base`. */
 void daxemu_layouts_device(int fd, off_t start, char *base)
 {
 	media_fd = fd;
@@ -78,7 +78,7 @@ void daxemu_layouts_device(int fd, off_t start, char *base)
 
 /* ---- answers ---- */
 
-/* Where the bytes [start, end) of a file are, in order; 0 if not all of them are in the layout (for writing). */
+/* Lists the memory of the file's bytes [start, end), in order; 0 if the layout does not cover all (for writing). */
 static int pieces_of(const struct layout *layout, uint64_t start, uint64_t end, int write, struct iovec *pieces)
 {
 	size_t next = daxemu_run_after(layout, start);
@@ -97,7 +97,7 @@ static int pieces_of(const struct layout *layout, uint64_t start, uint64_t end, 
 	return count;
 }
 
-/* Returns whether the kernel took it, or no longer wants it: false, and somebody else must answer. */
+/* Sends a reply. True if the kernel took the reply, or wants none any more; if false, Python must answer. */
 static int reply(int fd, uint64_t unique, struct iovec *pieces, int count, size_t size)
 {
 	struct fuse_out_header out = {.len = sizeof(out) + size, .unique = unique};
@@ -135,18 +135,18 @@ static int store(const struct iovec *piece, const char *data)
 	return 1;
 }
 
-/* The kernel does not know that a page written back changes the times. */
+/* Makes the kernel drop the file's attributes: it does not know that a page written back changes the times. */
 static void tell_kernel(int fd, struct layout *layout)
 {
 	struct fuse_notify_inval_inode_out body = {.ino = layout->ino, .off = -1};
 	struct fuse_out_header out = {.len = sizeof(out) + sizeof(body), .error = FUSE_NOTIFY_INVAL_INODE};
 	struct iovec pieces[] = {{&out, sizeof(out)}, {&body, sizeof(body)}};
 
-	/* ENOENT: it has forgotten the file, and keeps nothing that could be old. */
+	/* ENOENT: the kernel has forgotten the file, and caches no old attributes. */
 	layout->told_kernel = writev(fd, pieces, 2) >= 0 || errno == ENOENT;
 }
 
-/* Whether there is memory for so many notes more. */
+/* True if memory for `count` further notes is available. */
 static int room_for(size_t count)
 {
 	size_t room = noted_room ? noted_room : 64;
@@ -163,7 +163,7 @@ static int room_for(size_t count)
 	return 1;
 }
 
-/* Precondition: room_for() has said yes. */
+/* Precondition: room_for() returned true. */
 static void note(uint64_t what, uint64_t which, int64_t value)
 {
 	if (noted_count == noted_room)
@@ -171,7 +171,7 @@ static void note(uint64_t what, uint64_t which, int64_t value)
 	noted[noted_count++] = (struct noted){what, which, value};
 }
 
-/* Precondition: there is room for two notes. */
+/* Precondition: room_for(2) returned true. */
 static void note_written(struct layout *layout, uint64_t end)
 {
 	if (!layout->written) {
@@ -196,13 +196,13 @@ static int answer_write(int fd, const struct fuse_in_header *in, const struct fu
 
 	if (!layout || what->size > room)
 		return 0;
-	/* It may go beyond the end as far as the last block does: what that holds there is zero. */
+	/* A write may pass the end of file within the last block: the rest of that block is zero. */
 	count = pieces_of(layout, what->offset, what->offset + what->size, 1, pieces);
 	if (!count || !room_for(2))
 		return 0;
 	for (int i = 0; i < count; data += pieces[i++].iov_len)
 		if (!store(&pieces[i], data))
-			return 0; /* Python stores all of it anew, and knows what to say if it cannot */
+			return 0; /* Python stores all bytes anew, and reports an error if it cannot */
 	note_written(layout, what->offset + what->size);
 	if (what->write_flags & FUSE_WRITE_CACHE && !layout->told_kernel)
 		tell_kernel(fd, layout);
@@ -221,7 +221,7 @@ static int answer_getattr(int fd, const struct fuse_in_header *in)
 	return reply(fd, in->unique, pieces, 1, sizeof(layout->attributes));
 }
 
-/* Before a write(2) the kernel asks for this one, again and again. */
+/* The kernel asks for security.capability before every write(2). */
 static int answer_getxattr(int fd, const struct fuse_in_header *in, const char *name, size_t room)
 {
 	struct fuse_out_header out = {.len = sizeof(out), .error = -ENODATA, .unique = in->unique};
@@ -232,7 +232,7 @@ static int answer_getxattr(int fd, const struct fuse_in_header *in, const char *
 	return write(fd, &out, sizeof(out)) >= 0 || errno == ENOENT;
 }
 
-/* Nobody waits for what comes of it. */
+/* The closing process does not wait for the result. */
 static int answer_release(int fd, const struct fuse_in_header *in, const struct fuse_release_in *what)
 {
 	struct iovec pieces[1];
@@ -291,8 +291,8 @@ static int answer(int fd, const void *request, size_t size)
 /* ---- reading requests ---- */
 
 /*
- * Whoever has just had an answer often asks again at once. To be awake then saves the time that it takes to wake up; but
- * where he waits for our processor, it costs him that time. So the wait is awake as long as that was of use lately.
+ * A process that has just got an answer often sends the next request at once. Spinning then saves the time of a wake-up;
+ * but where the process waits for this processor, spinning delays it. So the wait spins as long as spinning helped lately.
  */
 static ssize_t read_awake(int fd, void *buf, size_t size)
 {
@@ -310,7 +310,7 @@ static ssize_t read_awake(int fd, void *buf, size_t size)
 	return got;
 }
 
-/* The next request that comes soon; otherwise -1 and EINTR, which pyfuse3 takes for: wait once more. */
+/* Returns the next request if it comes soon; otherwise -1 and EINTR, on which pyfuse3 waits once more. */
 static ssize_t next_request(int fd, void *buf, size_t size)
 {
 	struct pollfd wanted = {.fd = fd, .events = POLLIN};

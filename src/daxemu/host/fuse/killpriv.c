@@ -1,10 +1,10 @@
 /*
- * What libfuse keeps from us of the kernel's requests: set-id bits, O_TMPFILE, and times set to now.
+ * Parts of the kernel's requests that libfuse does not pass on: set-id bits, O_TMPFILE, and times set to now.
  *
- * Has the kernel leave set-id bits to us (FUSE_HANDLE_KILLPRIV_V2), which libfuse before 3.17 cannot ask for.
+ * Makes the kernel leave set-id bits to daxemu (FUSE_HANDLE_KILLPRIV_V2), which libfuse before 3.17 cannot ask for.
  *
- * Otherwise it asks for security.capability before each write(2). With it, it remembers that there is none, and says with each
- * request whether the caller's write takes the bits away; libfuse does not pass that on.
+ * Without the flag the kernel asks for security.capability before each write(2). With the flag the kernel remembers that a
+ * file has no security.capability, and flags each request whose write clears the set-id bits; libfuse drops the flag.
  */
 #include <linux/fuse.h>
 #include <stdint.h>
@@ -15,18 +15,19 @@
 
 #define TMPFILE 51 /* FUSE_TMPFILE, which older headers lack */
 
-/* Whether the request that Python has now takes away set-id bits. Read by host/fuse/supplement.py. */
+/* True if the request that Python handles now clears set-id bits. Read by host/fuse/supplement.py. */
 int daxemu_kill_suidgid;
 
-/* Whether that request sets both times to now, as touch(1) does (ATTR_TOUCH). Read by host/fuse/supplement.py. */
+/* True if that request sets both times to now, as touch(1) does (ATTR_TOUCH). Read by host/fuse/supplement.py. */
 int daxemu_touch;
 
 static uint64_t init_unique;
 static int offered;
 
 /*
- * libfuse before 3.17 does not know FUSE_TMPFILE (since v6.1). It is FUSE_CREATE in all but its number, with the name "/"
- * (vfs_tmpfile()), which no file can have. Operations.create() knows it by that name; with any other it stays unknown.
+ * libfuse before 3.17 does not know FUSE_TMPFILE (since v6.1). The request is a FUSE_CREATE in all but its number, with the
+ * name "/" (vfs_tmpfile()), which no file can have. Operations.create() recognizes the request by that name; a request with
+ * any other name stays unknown to libfuse.
  */
 static void make_tmpfile_a_create(struct fuse_in_header *in, size_t size)
 {

@@ -1,6 +1,6 @@
 /*
- * The table of layouts: where on the media a file's healthy blocks are, how long the file is, and what its attributes are
- * (fs/layouts.py). host/fuse/layouts.py fills it, answers.c looks into it; both in the event loop's thread.
+ * Table of layouts: for each file the place of its healthy blocks on the media, its size, and its attributes
+ * (fs/layouts.py). host/fuse/layouts.py fills the table, answers.c reads it; both in the event loop's thread.
  */
 #include "layouts.h"
 
@@ -68,7 +68,7 @@ static struct layout *found_or_made(uint64_t ino)
 	return *place;
 }
 
-/* What the kernel may be told of a file, and whether it has no security.capability. */
+/* Stores the attributes with which C may answer GETATTR; has_no_caps: the file has no security.capability. */
 void daxemu_layout_attributes(uint64_t ino, const struct fuse_attr_out *attributes, int has_no_caps)
 {
 	struct layout *layout = found_or_made(ino);
@@ -80,7 +80,7 @@ void daxemu_layout_attributes(uint64_t ino, const struct fuse_attr_out *attribut
 	layout->has_no_caps = has_no_caps;
 }
 
-/* Its attributes the kernel must ask Python for. */
+/* Forgets the attributes of a file: the next GETATTR goes to Python. */
 void daxemu_layout_break_attributes(uint64_t ino)
 {
 	struct layout *layout = daxemu_layout_of(ino);
@@ -89,7 +89,7 @@ void daxemu_layout_break_attributes(uint64_t ino)
 		layout->has_attributes = 0;
 }
 
-/* One run more of a file, in the place of what was known of its bytes. Without memory for it there is none more. */
+/* Adds a run to a file's layout; the run replaces all runs that it overlaps. Without memory no run is added. */
 void daxemu_layout_grant(uint64_t ino, uint64_t size, uint64_t start, uint64_t end, uint64_t at, int may_write)
 {
 	struct layout *layout = found_or_made(ino);

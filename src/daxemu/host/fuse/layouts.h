@@ -1,4 +1,4 @@
-/* What C knows of files: the layouts that the filesystem granted (fs/layouts.py). */
+/* Layouts of files that the filesystem granted to C (fs/layouts.py). */
 #ifndef DAXEMU_LAYOUTS_H
 #define DAXEMU_LAYOUTS_H
 
@@ -12,18 +12,18 @@ struct run {
 	int may_write;
 };
 
-/* What is known of a file: runs in order and disjoint. */
+/* Layout of one file: runs in order and disjoint. */
 struct layout {
 	struct layout *next;
 	uint64_t ino, size;
-	size_t written; /* its place in `noted`, and 1; 0 if it was not written since Python was told */
+	size_t written; /* index in `noted` plus 1; 0 if the file was not written since the last daxemu_noted */
 	int told_kernel, has_attributes, has_no_caps;
 	struct fuse_attr_out attributes;
 	size_t count, room;
 	struct run *runs;
 };
 
-/* What is known of a file; NULL if nothing is. */
+/* Returns the layout of a file; NULL if it has none. */
 struct layout *daxemu_layout_of(uint64_t ino);
 
 /* Index of the first run that ends after a byte of the file. */

@@ -1,9 +1,9 @@
 /*
- * What pyfuse3 lacks: which thread asks, whether a write is the page cache's, the operations it has no handlers for, and what
- * to ask of the kernel at the start.
+ * Features that pyfuse3 lacks: the id of the calling thread, the mark of a write by the page cache, operations without a
+ * handler in pyfuse3, and the capabilities to ask the kernel for at the start.
  *
- * Loaded RTLD_GLOBAL before pyfuse3, so that pyfuse3's fuse_session_new() is this one. It wraps the init, read and
- * write handlers: the caller's thread id and the writepage flag ride in the upper bits of the file handle, which daxemu's
+ * Loaded RTLD_GLOBAL before pyfuse3, so that pyfuse3 calls the fuse_session_new() of this file, which wraps the init, read
+ * and write handlers: the caller's thread id and the writepage flag ride in the upper bits of the file handle, which daxemu's
  * handles leave free (see host/fuse/supplement.py for the layout). The other operations go to one callback, which answers the
  * request with libfuse's own fuse_reply_*() now or later. Then libfuse's own fuse_session_new() does the work.
  *
@@ -26,7 +26,7 @@
 
 enum { OP_FALLOCATE = 1, OP_LSEEK, OP_COPY_FILE_RANGE, OP_IOCTL };
 
-/* One request for Python. The layout is supplement.py's too: change both, and the version. */
+/* One request for Python. supplement.py repeats the layout: change both, and the version. */
 struct daxemu_request {
 	fuse_req_t req;
 	uint64_t op, tid;
@@ -41,7 +41,7 @@ struct daxemu_request {
 
 const int daxemu_supplement_version = 5;
 
-/* Whether requests come through answers.c: libfuse lets others read them for it from 3.14 on. */
+/* True if requests come through answers.c: since 3.14 libfuse accepts a read function (fuse_session_custom_io()). */
 #define READS (FUSE_VERSION >= FUSE_MAKE_VERSION(3, 14))
 const int daxemu_reads = READS;
 
@@ -114,19 +114,19 @@ static struct fuse_file_info tagged(fuse_req_t req, const struct fuse_file_info 
 }
 
 /*
- * The kernel drops a file's whole page cache when it sees a new mtime or size, unless it is told that we see to it: then
- * nobody would have a page present after a mere stat(2). We are the only writer, and revoke what changes by range.
+ * The kernel drops a file's whole page cache when it sees a new mtime or size, unless the filesystem declares that it
+ * invalidates explicitly: a mere stat(2) would unmap every page. daxemu is the only writer, and revokes changed ranges.
  */
 static void supplement_init(void *userdata, struct fuse_conn_info *conn)
 {
 	if (wrapped.init)
 		wrapped.init(userdata, conn);
 	conn->want &= ~FUSE_CAP_AUTO_INVAL_DATA;
-	/* The kernel drops cached pages behind a direct write only if it waited for it. */
+	/* The kernel drops cached pages behind a direct write only if it waited for the write. */
 	conn->want &= ~FUSE_CAP_ASYNC_DIO;
 	if (conn->capable & FUSE_CAP_EXPLICIT_INVAL_DATA)
 		conn->want |= FUSE_CAP_EXPLICIT_INVAL_DATA;
-	/* A default ACL stands in for the umask, so only the filesystem can apply that. */
+	/* A default ACL replaces the umask, so only the filesystem can apply the umask. */
 	if (conn->capable & FUSE_CAP_DONT_MASK)
 		conn->want |= FUSE_CAP_DONT_MASK;
 }
@@ -146,7 +146,7 @@ static void supplement_write(fuse_req_t req, fuse_ino_t ino, const char *buf, si
 	wrapped.write(req, ino, buf, size, off, &copy);
 }
 
-/* libfuse prefers this one where it is there, and pyfuse3 has it. */
+/* libfuse prefers write_buf to write, and pyfuse3 has both. */
 static void supplement_write_buf(fuse_req_t req, fuse_ino_t ino, struct fuse_bufvec *bufv, off_t off,
 				 struct fuse_file_info *fi)
 {
@@ -185,7 +185,7 @@ struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_
 #if READS
 	const struct fuse_custom_io io = {.read = daxemu_read_request, .writev = daxemu_writev};
 
-	/* Mounting puts the right descriptor in the place of this one. */
+	/* Mounting replaces this descriptor by the right one. */
 	if (session && fuse_session_custom_io(session, &io, 0)) {
 		fuse_session_destroy(session);
 		return NULL;

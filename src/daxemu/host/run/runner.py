@@ -1,19 +1,21 @@
 """Programs whose madvise(MADV_HWPOISON) and madvise(MADV_SOFT_OFFLINE) on files of a daxemu mount work.
 
-Counterpart in Linux: do_madvise() and the page table walk of madvise_inject_error() in mm/madvise.c; what
-memory_failure() does then is the supervisor's.
+Counterpart in Linux: do_madvise() and the page table walk of madvise_inject_error() in mm/madvise.c. The
+supervisor does the work of memory_failure().
 
-The program is not traced. It runs in the very process that asked for it, under a seccomp filter that gives
-these calls to a *helper* process (``seccomp``): process id, parent, terminal, signals, stops and exit status
-are its own. A debugger can have it, and so can the supervisor's tracer, for exact signals.
+The program is not traced. The program runs in the very process that called ``daxemu run``, under a seccomp
+filter that gives these calls to a *helper* process (``seccomp``): process id, parent, terminal, signals,
+stops and exit status stay the program's own. A debugger can trace the program, and so can the supervisor's
+tracer, for exact signals.
 
-States of the helper: answering -> the last process under the filter is gone -> it ends.
+States of the helper: answering -> the last process under the filter is gone -> the helper ends.
 
 Invariants:
-- it is nobody's child, in a session of its own, and has nothing open that the program was given;
-- each call gets one answer, from a thread of its own: a failure waits for the signals of others, who may
-  themselves be in such a call;
-- a range that touches a daxemu mapping is never given to the real kernel, which might poison real memory.
+- the helper is no child of the program, has a session of its own, and has no file open that the program was
+  given;
+- each call gets one answer, from a thread of its own: a failure waits for the signals of other processes,
+  which may be in such a call, too;
+- a range that overlaps a daxemu mapping is never given to the real kernel, which might poison real memory.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ _libc.process_vm_readv.restype = ctypes.c_ssize_t
 
 
 class Piece(NamedTuple):
-    """Pages of a process that are a file's: ``length`` bytes from ``address``, from ``offset`` on in it."""
+    """Pages of a process that map a file: ``length`` bytes from ``address``, file offset ``offset`` on."""
 
     mount: Mount
     address: int
@@ -63,20 +65,21 @@ class Piece(NamedTuple):
 
 
 Advise = Callable[[int, Piece, bool], int]
-"""Have a piece fail, or go offline softly, in the name of a thread; returns the system call's errno or 0.
+"""Make a piece fail, or go offline softly, in the name of a thread; returns the system call's errno or 0.
 Called in any thread; may raise DaxemuError.
 """
 
 
 def execute(command: list[str], only: Mount | None, advise: Advise) -> NoReturn:
-    """Become ``command``, with the calls above answered for ``only``, or all mounts there will be.
+    """Become ``command``, with the calls above answered for ``only``, or for all mounts, later ones included.
 
-    Precondition: no other threads. Raises what the filter raises, OSError if there is no such program.
+    Precondition: no other threads. Raises the exceptions of ``seccomp.install``; OSError if the program does
+    not exist.
     """
     ours, theirs = socket.socketpair()
     first = os.fork()
     if first == 0:
-        # The helper's parent must not be the program, which may wait for children that it knows.
+        # The helper's parent must not be the program, which may wait for its own children.
         if os.fork() == 0:
             ours.close()
             _help(theirs, only, advise)
@@ -88,16 +91,16 @@ def execute(command: list[str], only: Mount | None, advise: Advise) -> NoReturn:
     with ours:
         socket.send_fds(ours, [b"x"], [listener])
     os.close(listener)
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # that Python ignores for itself
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these two for itself
         signal.signal(number, signal.SIG_DFL)
     os.execvp(command[0], command)
 
 
 def _help(sock: socket.socket, only: Mount | None, advise: Advise) -> NoReturn:
-    """What the helper does, until nobody is left."""
+    """Run the helper until the last process under the filter has ended."""
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP):
-            signal.signal(number, signal.SIG_IGN)  # the program's end is our end
+            signal.signal(number, signal.SIG_IGN)  # the helper ends with the program
         os.setsid()
         os.chdir("/")
         _close_all_but(sock.fileno())
@@ -115,7 +118,7 @@ def _close_all_but(kept: int) -> None:
         os.dup2(null, fd)
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2 and int(name) != kept:
-            with contextlib.suppress(OSError):  # the listing's own
+            with contextlib.suppress(OSError):  # descriptor of the listing
                 os.close(int(name))
 
 
@@ -133,7 +136,7 @@ def serve(listener: int, only: Mount | None, advise: Advise) -> None:
 
 
 def _answer(listener: int, call: Call, only: Mount | None, advise: Advise) -> None:
-    result: int | None = errno.EIO  # for whatever goes wrong with us: no supervisor, not permitted to look
+    result: int | None = errno.EIO  # for failures of the helper: no supervisor, not permitted to read /proc
     try:
         with contextlib.suppress(OSError, NotMounted):
             result = _do_madvise(listener, call, only, advise)
@@ -144,7 +147,7 @@ def _answer(listener: int, call: Call, only: Mount | None, advise: Advise) -> No
 
 
 def _do_madvise(listener: int, call: Call, only: Mount | None, advise: Advise) -> int | None:
-    """``do_madvise()`` and ``madvise_inject_error()``: an errno or 0; None where it is the kernel's."""
+    """``do_madvise()`` and ``madvise_inject_error()``: an errno or 0; None if the kernel must answer."""
     if call.start % PAGE_SIZE:
         return errno.EINVAL
     end = call.start + page_align_up(call.length)
@@ -163,7 +166,7 @@ def _do_madvise(listener: int, call: Call, only: Mount | None, advise: Advise) -
         return errno.EPERM
     pieces, error = _walk(call.tid, call.start, end, vmas)
     if not seccomp.is_waiting(listener, call):
-        return errno.EINTR  # it is dead
+        return errno.EINTR  # the caller is dead
     soft = call.advice == MADV_SOFT_OFFLINE
     for piece in pieces:
         if failed := advise(call.tid, piece, soft):
@@ -172,9 +175,10 @@ def _do_madvise(listener: int, call: Call, only: Mount | None, advise: Advise) -
 
 
 def _walk(tid: int, start: int, end: int, vmas: list[tuple[Vma, Mount]]) -> tuple[list[Piece], int]:
-    """``get_user_pages_fast()`` for each page: the pieces before the first that is not to be had, and why.
+    """``get_user_pages_fast()`` for each page: return the pieces before the first page that is not available,
+    and its errno.
 
-    EFAULT as there, when a page cannot be read; EINVAL where the mapping is not of a daxemu file.
+    EFAULT, as in the kernel, when a page cannot be read; EINVAL where the mapping is not of a daxemu file.
     """
     pieces = []
     for vma, mount in vmas:
@@ -197,7 +201,7 @@ def _walk(tid: int, start: int, end: int, vmas: list[tuple[Vma, Mount]]) -> tupl
 
 
 def _fault_in(tid: int, start: int, count: int) -> int:
-    """Have pages present by reading a byte of each; returns how many there are before the first that cannot
+    """Make pages present by reading a byte of each. Return the number of pages before the first that cannot
     be read.
     """
     for done in range(0, count, _BATCH):
@@ -218,7 +222,9 @@ def _fault_in(tid: int, start: int, count: int) -> int:
 
 
 def _files_own(tid: int, start: int, count: int) -> int:
-    """How many of the pages, from the first on, are the file's and no private copy (CoW) of the process."""
+    """Return the number of pages, from the first on, that belong to the file and are no private copy (CoW) of
+    the process.
+    """
     with open(f"/proc/{tid}/pagemap", "rb", buffering=0) as pagemap:
         raw = os.pread(pagemap.fileno(), count << 3, start >> PAGE_SHIFT << 3)
     for index, (entry,) in enumerate(struct.iter_unpack("=Q", raw)):
@@ -228,7 +234,7 @@ def _files_own(tid: int, start: int, count: int) -> int:
 
 
 def _is_capable(tid: int, mount: Mount) -> bool:
-    """``capable(CAP_SYS_ADMIN)``. In the emulated machine the mount's owner has it, too."""
+    """``capable(CAP_SYS_ADMIN)``. In the emulated machine the mount's owner has the capability, too."""
     field = read_fields(f"/proc/{tid}/status")
     euid = int(field["Uid"].split()[1])
     return euid in (0, mount.socket.stat().st_uid) or bool(int(field["CapEff"], 16) >> CAP_SYS_ADMIN & 1)

@@ -1,14 +1,14 @@
-"""seccomp(2) user notification: one system call of a program is answered by another process, the others are
-the kernel's.
+"""seccomp(2) user notification: another process answers one system call of a program, the kernel answers the
+others.
 
 Purpose: the filter that picks madvise(2) with MADV_HWPOISON or MADV_SOFT_OFFLINE, and typed access to its
-listener. A filter is inherited by children, threads and execs, and so they have the same listener.
-Counterpart in Linux: Documentation/userspace-api/seccomp_filter.rst, "Userspace Notification".
+listener. Children, threads and execs inherit a filter, and so have the same listener. Counterpart in Linux:
+Documentation/userspace-api/seccomp_filter.rst, "Userspace Notification".
 
 Invariants:
 - other system calls are allowed by number alone, which the kernel remembers (``seccomp_cache_check_allow``);
-- a call that was received is waited for as the kernel waits in memory_failure(): only SIGKILL ends it
-  (SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, Linux 5.19); it is never restarted and so never done twice.
+- the caller of a received call waits as in memory_failure(): only SIGKILL ends the wait
+  (SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, Linux 5.19); a call is never restarted and so never done twice.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _Program(ctypes.Structure):
 
 
 class Call(NamedTuple):
-    """One madvise(2) that waits for an answer. ``tid`` 0: a thread that this pid namespace does not see."""
+    """An madvise(2) that waits for an answer. ``tid`` 0: a thread outside this pid namespace."""
 
     id: int
     tid: int
@@ -85,10 +85,11 @@ def _filter(madvise: int, arch: int) -> bytes:
 
 
 def install() -> int:
-    """Put this process, and all that will come from it, under the filter; returns the listener.
+    """Put this process, and all its later children, under the filter; returns the listener.
 
-    There is no way back. Without CAP_SYS_ADMIN it sets no_new_privs: set-user-ID programs gain nothing then.
-    Raises Busy if there is a listener already, Unsupported where the kernel or the machine lacks this.
+    The filter cannot be removed. Without CAP_SYS_ADMIN the function sets no_new_privs: set-user-ID programs
+    gain no privilege then. Raises Busy if the process has a listener already, Unsupported where the kernel or
+    the machine lacks user notification.
     """
     try:
         seccomp, madvise, arch = _ABI[platform.machine()]
@@ -116,7 +117,9 @@ def install() -> int:
 
 
 def receive(listener: int) -> Call | None:
-    """The next call; None if it was withdrawn meanwhile (a signal came first, or the thread died)."""
+    """Return the next call; None if the call was withdrawn meanwhile (a signal came first, or the thread
+    died).
+    """
     raw = bytearray(_NOTIF.size)
     try:
         fcntl.ioctl(listener, _IOC_RECV, raw, True)
@@ -129,7 +132,7 @@ def receive(listener: int) -> Call | None:
 
 
 def is_waiting(listener: int, call: Call) -> bool:
-    """Whether the thread still waits, so that what was read of /proc/TID before is its own."""
+    """Return True if the thread still waits: data read of /proc/TID before is then the thread's own."""
     try:
         fcntl.ioctl(listener, _IOC_ID_VALID, _ID.pack(call.id))
     except FileNotFoundError:
@@ -138,7 +141,7 @@ def is_waiting(listener: int, call: Call) -> bool:
 
 
 def answer(listener: int, call: Call, error: int | None) -> None:
-    """Let the call return: 0, or -1 with ``error``; None has the kernel do it as if nobody had asked."""
+    """Let the call return: 0, or -1 with ``error``; with None the kernel carries the call out."""
     response = bytearray(_RESPONSE.pack(call.id, 0, -(error or 0), _FLAG_CONTINUE if error is None else 0))
     try:
         fcntl.ioctl(listener, _IOC_SEND, response, True)

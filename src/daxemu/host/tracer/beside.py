@@ -2,11 +2,11 @@
 
 ptrace(2) sleeps in the kernel for a stopped victim in a frozen cgroup of version 1, and for a victim in
 execve(2). A thread of its own for such a victim leaves the other victims to the main thread. At most
-``LIMIT`` victims have one. A request for any further victim is postponed: once a second the main thread looks
-whether the victim can be seized without a sleep, or whether a thread has ended. The supervisor is told so
-(``Postponed``).
+``LIMIT`` victims have a thread. A request for any further victim is postponed, with a report to the
+supervisor (``Postponed``): once a second the main thread checks whether the victim can be seized without a
+sleep, or whether a thread has ended.
 
-All methods belong to the main thread of the tracer, but for ``Beside._run``. Times are seconds of
+All methods belong to the main thread of the tracer, except ``Beside._run``. Times are seconds of
 time.monotonic().
 """
 
@@ -49,7 +49,7 @@ class Serving(Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no thread is held."""
+        """Return True if no thread is held."""
 
     def run(self) -> None:
         """Serve until the socket's other end closes."""
@@ -82,7 +82,7 @@ class Beside:
 
     @property
     def is_done(self) -> bool:
-        """Whether every request has its outcome and the victim is detached."""
+        """Return True if every request has its outcome and the victim is detached."""
         return not self._open and (self._tracer.is_idle or not self.thread.is_alive())
 
     def send(self, request: Request) -> None:
@@ -140,13 +140,13 @@ class Besides:
 
     @property
     def are_alive(self) -> bool:
-        """Whether any thread runs or sleeps in the kernel."""
+        """Return True if any thread runs or sleeps in the kernel."""
         return any(beside.thread.is_alive() for beside in self._by_tid.values())
 
     def takes(self, request: Request, *, is_held: bool) -> list[Report] | None:
-        """Take a request for a victim that must not be seized by the main thread. Return the reports that are
-        due at once; None if the main thread must serve the request. ``is_held``: the main thread has seized
-        the victim.
+        """Take a request for a victim that must not be seized by the main thread. Return the reports to send
+        at once; None if the main thread must serve the request. ``is_held``: the main thread has seized the
+        victim.
         """
         tid = request.tid
         if (beside := self._by_tid.get(tid)) is not None:
@@ -168,7 +168,7 @@ class Besides:
             beside.send(request)
 
     def tick(self, now: float) -> tuple[list[Report], list[Request]]:
-        """Return what is due: reports, and the postponed requests that the main thread may serve by now."""
+        """Return the reports to send, and the postponed requests that the main thread may serve by now."""
         reports: list[Report] = [late for beside in self._by_tid.values() for late in beside.asleep(now)]
         ready: list[Request] = []
         for tid in list(self._postponed):

@@ -1,7 +1,7 @@
-"""AO to many threads at once, as far as all goes as usual (victims/deliver.c).
+"""AO signals to many threads at once, in C (victims/deliver.c), while every stop is the expected one.
 
-States of a delivery: seized and interrupted -> its mark is queued -> done; or, at any time, Python's again.
-Belongs to the thread that traces.
+States of a delivery: seized and interrupted -> its mark is queued -> done. In any state Python may take the
+delivery over. Everything here belongs to the thread that traces.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _WAIT = struct.Struct("=3i")
 _COUNT = struct.Struct("=I")
 _OTHER, _DELIVERED, _INTERRUPTED, _QUEUED = range(4)
 _NO_PAGE = (0, 0, 0, 0)
-_MOST = 4096  # in victims/deliver.c, too
+_MOST = 4096  # MOST of victims/deliver.c
 
 
 class Taken(NamedTuple):
-    """A delivery that is Python's again. Its thread has its mark (``cookie``) queued; 0: it was only
+    """Delivery that Python took over. ``cookie``: the mark queued to the thread; 0 if the thread was only
     interrupted.
     """
 
@@ -35,7 +35,9 @@ class Taken(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """What waitpid(2) said of a thread. ``sent``: what it was given; ``taken``: what is Python's again."""
+    """Status of a thread as returned by waitpid(2). ``sent``: the request that was delivered; ``taken``: the
+    delivery that Python takes over.
+    """
 
     tid: int
     status: int
@@ -44,7 +46,7 @@ class Wait(NamedTuple):
 
 
 class Deliveries:
-    """Those under way. Precondition: the C is not MISSING."""
+    """Deliveries under way in C. Precondition: the C library is not MISSING."""
 
     def __init__(self) -> None:
         self._requests: dict[int, Taken] = {}
@@ -56,15 +58,19 @@ class Deliveries:
 
     @property
     def room(self) -> int:
-        """How many more there can be."""
+        """Number of further deliveries that fit."""
         return _MOST - len(self)
 
     def __contains__(self, tid: int) -> bool:
         return tid in self._requests
 
     def begin(self, requests: Sequence[tuple[SendAO, int]]) -> int:
-        """Seize and interrupt the thread of each request, with its cookie. Returns how many: the one after
-        these cannot be. Precondition: no thread has two, and there is room.
+        """Seize and interrupt the thread of each request, which comes with its cookie. Return the number of
+        requests begun, from the first on; the next request cannot be begun.
+
+        Preconditions:
+        - no thread has two requests;
+        - ``room`` covers all requests.
         """
         packed = b"".join(
             _DELIVERY.pack(
@@ -82,8 +88,8 @@ class Deliveries:
         return begun
 
     def reap(self, most: int) -> tuple[int, list[Wait]]:
-        """Serve the stops that there are by now, ``most`` at the most. Returns how many there were, and those
-        that are not just a step of a delivery.
+        """Serve at most ``most`` stops that have been reported by now. Return the number of stops, and each
+        wait that is more than a step of a delivery.
         """
         waits, told = bytearray(_WAIT.size * most), bytearray(_COUNT.size)
         stops: int = library().daxemu_reap(as_argument(waits), most, as_argument(told))
@@ -99,11 +105,11 @@ class Deliveries:
                 yield Wait(tid, status, taken=self._as_taken(tid, what))
 
     def take_over(self, tid: int) -> Taken:
-        """Take a delivery over between two stops of its thread."""
+        """Take a delivery over from C between two stops of its thread."""
         return self._as_taken(tid, library().daxemu_take_over(tid))
 
     def take_all(self) -> list[Taken]:
-        """Take over all of them."""
+        """Take all deliveries over from C."""
         return [self.take_over(tid) for tid in list(self._requests)]
 
     def _as_taken(self, tid: int, stage: int) -> Taken:

@@ -1,31 +1,31 @@
-"""One held thread of the tracer: what is wanted of it, and what to do in each of its stops.
+"""Held thread of the tracer: the open requests, and the decision for each stop.
 
-Purpose: the decisions, without I/O and without a clock. A stop goes in with ``Thread.decide``, one
-``Verdict`` comes out; ``tracer`` carries it out.
+Purpose: the decisions, without I/O and without a clock. A stop goes in with ``Thread.decide``, a ``Verdict``
+comes out; ``tracer.process`` carries the verdict out.
 
 How a signal gets its siginfo:
-- **AR**: the supervisor has the thread seized, then fails its page fault. The kernel forces BUS_ADRERR; in
-  the signal-delivery-stop code and lsb are replaced, the address is already right.
-- **AO**: seize, interrupt. In the event stop mask and pending set cannot change under us (and
-  rt_sigtimedwait(2) has put back the mask it lifts while it sleeps, which /proc shows lifted). SIGBUS not
-  blocked: queue one with a cookie, replace the siginfo in its signal-delivery-stop. Blocked: nothing will
-  ever stop for it, so the thread is made to queue it to itself (``injection``). SIGBUS is a legacy signal, a
-  second one is dropped while one is pending: hence a FIFO per thread.
-- **Forced AR** (``ForceAR``): the same for a thread in a system call, and first in the FIFO. Blocked or
-  ignored: the thread is made to take the default action, its mask is lifted, and it dies, as
-  force_sig_info_to_task() has it.
-- **Hold**: no signal. The first stop after the system call is kept (``parked``) until ``LetGo``; then its
-  private copies are dropped by madvise(2) of its own (``injection``), and it runs.
+- **AR**: the supervisor has the thread seized, then fails the thread's page fault. The kernel forces
+  BUS_ADRERR. In the signal-delivery-stop the tracer replaces code and lsb; the address is already right.
+- **AO**: seize, interrupt. In the event stop neither the signal mask nor the pending set can change, and
+  rt_sigtimedwait(2) has put back the mask lifted during its sleep (/proc shows the lifted mask). SIGBUS not
+  blocked: queue a SIGBUS with a cookie, replace the siginfo in the signal-delivery-stop. SIGBUS blocked: no
+  stop will follow, so the thread is made to queue the SIGBUS to itself (``injection``). SIGBUS is a legacy
+  signal: the kernel drops a second SIGBUS while one is pending, hence a FIFO per thread.
+- **Forced AR** (``ForceAR``): the same for a thread in a system call, and first in the FIFO. SIGBUS blocked
+  or ignored: the thread is made to set the default action, the mask is lifted, and the thread dies, as in
+  force_sig_info_to_task().
+- **Hold**: no signal. The thread stays in the first stop after the system call (``parked``) until ``LetGo``.
+  Then the thread drops private copies by an injected madvise(2) (``injection``), and runs.
 
 States of a ``Thread``: running, LISTENing in a group-stop (``listening``), or between the stops of an
 injection (``phase``).
 
 Invariants:
-- a signal that is not ours goes on unchanged, in the very stop that reported it; so does a group-stop;
-- any stop may swallow an INTERRUPT, so every stop decides anew whether one is wanted;
-- a cookie that is neither pending nor seen again was dropped in favour of a foreign SIGBUS: it is sent again;
-- one SIGBUS settles all open arms for its page, or one AO, or nothing;
-- ``DETACH`` is only decided when nothing is wanted any more (``idle``).
+- a foreign signal goes on unchanged, in the very stop that reported it; so does a group-stop;
+- any stop may swallow an INTERRUPT, so every stop decides anew whether an INTERRUPT is wanted;
+- a cookie neither pending nor seen again was dropped in favour of a foreign SIGBUS, and is sent again;
+- one SIGBUS settles all open arms for one page, or one AO, or no request;
+- ``DETACH`` is only decided when no request is open any more (``idle``).
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ from daxemu.host.tracer.ptrace import Kind, Step, Stop
 from daxemu.host.tracer.siginfo import SigInfo
 from daxemu.uapi import BUS_MCEERR_AR, PAGE_SHIFT
 
-Phase = Enum("Phase", ["NONE", "ENTER", "EXIT"])  # where an injection is
+Phase = Enum("Phase", ["NONE", "ENTER", "EXIT"])  # progress of an injection
 
 
 class Verdict(NamedTuple):
-    """What to do in a stop, in this order: ``undo`` an injection, ``kill`` the process, set ``info``,
+    """Actions in one stop, in this order: ``undo`` an injection, ``kill`` the process, set ``info``,
     INTERRUPT, ``step``.
     """
 
@@ -87,7 +87,7 @@ class _Arm:
 
 
 class Discard(NamedTuple):
-    """Private copies that a thread must drop: ``length`` bytes from ``address`` on."""
+    """Private copies that a thread must drop: ``length`` bytes from virtual address ``address`` on."""
 
     address: int
     length: int
@@ -95,7 +95,7 @@ class Discard(NamedTuple):
 
 @dataclass
 class _Return:
-    """What becomes of a held thread before it runs."""
+    """Work for a held thread (``Hold``) after LetGo: the private copies still to drop."""
 
     id: int
     discard: deque[Discard]
@@ -103,34 +103,32 @@ class _Return:
 
 @dataclass
 class Thread:
-    """One held thread: what is wanted of it, and the decisions. Pure: no I/O, no clock."""
+    """Held thread: open requests and decisions. Pure: no I/O, no clock."""
 
     tid: int
     arms: list[_Arm] = field(default_factory=list)
     fifo: deque[Send] = field(default_factory=deque)
     cookie: int = 0  # of the SIGBUS under way, for the head of the FIFO
     phase: Phase = Phase.NONE
-    is_default: bool = False  # SIGBUS has its default action, by our doing, for the head of the FIFO
+    is_default: bool = False  # the tracer gave SIGBUS its default action, for the head of the FIFO
     interrupting: bool = False
     listening: bool = False
-    arriving: bool = False  # a SIGBUS is about to stop it: an INTERRUPT now would come before, for ever
-    retry_at: float | None = None  # blocked, and one is pending already: look again then
-    holds: list[int] = field(default_factory=list)  # requests that wait for the return of its system call
-    fault_at: int = 0  # page of a fault whose SIGBUS merged with one that was pending: its address, in bytes
-    parked: int | None = None  # the wait status of the stop in which it stays until it is let go
-    returns: _Return | None = None  # it was let go, but has copies to drop yet
-    asleep: set[int] = field(
-        default_factory=set
-    )  # requests of which it was said that they wait for the thread
+    arriving: bool = False  # a SIGBUS is about to stop the thread: an INTERRUPT would always come first
+    retry_at: float | None = None  # SIGBUS is blocked and pending already: look again at this time
+    holds: list[int] = field(default_factory=list)  # requests that wait for the system call to return
+    fault_at: int = 0  # page of a fault whose SIGBUS merged with a pending SIGBUS: address in bytes
+    parked: int | None = None  # wait status of the stop in which the thread stays until LetGo
+    returns: _Return | None = None  # LetGo came, but the thread has copies to drop yet
+    asleep: set[int] = field(default_factory=set)  # requests that were reported as Asleep
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is wanted, so that it must be let go."""
+        """Return True if no request is open, so that the thread must be let go."""
         return not (self.arms or self.fifo or self.holds or self.returns or self.parked is not None)
 
     @property
     def wants_interrupt(self) -> bool:
-        """Whether only an event stop gets us on."""
+        """Return True if only an event stop leads on."""
         if self.interrupting or self.arriving or self.phase is not Phase.NONE or self.parked is not None:
             return False
         if self.idle or self.holds or any(arm.expired for arm in self.arms):
@@ -140,11 +138,11 @@ class Thread:
         return bool(self.fifo) and not self.cookie and not self.listening and self.retry_at is None
 
     def arm(self, id_: int, deadline: float, page: FilePage | None = None) -> None:
-        """Take the next BUS_ADRERR for ``page`` until ``deadline`` for consumed poison."""
+        """Turn the next BUS_ADRERR for ``page`` before ``deadline`` into consumed poison."""
         self.arms.append(_Arm(id_, deadline, page))
 
     def send(self, request: Send) -> None:
-        """Have it told. What is forced comes before what is queued, but after what is under way."""
+        """Queue a signal. A forced AR goes ahead of queued AOs, but not ahead of a delivery in progress."""
         if not isinstance(request, ForceAR):
             self.fifo.append(request)
             return
@@ -157,14 +155,16 @@ class Thread:
         self.holds.append(request.id)
 
     def park(self, status: int) -> tuple[Outcome, ...]:
-        """Stay in the stop of this wait status. Precondition: there are ``holds``, and no injection."""
+        """Stay in the stop of this wait status. Preconditions: ``holds`` is not empty, and no injection is
+        under way.
+        """
         self.parked, self.interrupting, holds = status, False, self.holds
         self.holds = []
         return tuple(Held(id_) for id_ in holds)
 
     def let_go(self, request: LetGo, discard: list[Discard]) -> Outcome | None:
-        """Run again, once ``discard`` is dropped: then the outcome comes with a later verdict. The stop in
-        which the thread is parked must be decided next.
+        """Run again, once the pages of ``discard`` are dropped; a later verdict then has the outcome. The
+        stop in which the thread is parked must be decided next.
         """
         self.parked = None
         if not discard:
@@ -174,27 +174,27 @@ class Thread:
 
     @property
     def to_inject(self) -> Discard | Send:
-        """What the thread must do itself next. Precondition: INJECT was decided."""
+        """Return the system call that the thread must make next. Precondition: INJECT was decided."""
         return self.returns.discard[0] if self.returns is not None else self.fifo[0]
 
     def decide(self, stop: Stop, new_cookie: int) -> Verdict:
-        """A stop in, what to do out. ``new_cookie`` marks the SIGBUS, if one is to be queued."""
+        """Decide a stop. ``new_cookie`` marks the SIGBUS, if a SIGBUS is to be queued."""
         self.interrupting = self.listening = self.arriving = False
         if stop.kind is Kind.SYSCALL:
             return self._on_syscall(stop)
-        undo = self.phase is not Phase.NONE  # something came before the injected call: undone, tried again
+        undo = self.phase is not Phase.NONE  # another stop came before the injected call: undo, try again
         self.phase = Phase.NONE
         verdict = self._on_signal(stop) if stop.kind is Kind.SIGNAL else self._on_event(stop, new_cookie)
         self.interrupting = verdict.step in (Step.CONT, Step.LISTEN) and self.wants_interrupt
         return verdict._replace(undo=undo, interrupt=self.interrupting)
 
     def expire(self, now: float) -> None:
-        """Mark the arms whose time has passed; the next event stop settles them."""
+        """Mark the arms whose deadline has passed; the next event stop settles these arms."""
         for arm in self.arms:
             arm.expired = arm.expired or arm.deadline <= now
 
     def drop_head(self) -> Send | _Return:
-        """Forget what could not be done next; the stop must be decided again."""
+        """Drop the head of the FIFO, which could not be carried out; the stop must be decided again."""
         self.phase = Phase.NONE
         if (returns := self.returns) is not None:
             self.returns = None
@@ -203,18 +203,18 @@ class Thread:
         return self.fifo.popleft()
 
     def retire(self) -> None:
-        """Want nothing any more, except to give a SIGBUS that is under way its siginfo."""
+        """Drop all requests, but still give a SIGBUS under way the right siginfo."""
         self.arms, self.fifo = [], deque(list(self.fifo)[:1] if self.cookie else [])
         self.holds, self.returns = [], None
 
     def ids(self) -> list[int]:
-        """The requests that are open."""
+        """Ids of the open requests."""
         returns = [self.returns.id] if self.returns is not None else []
         return [arm.id for arm in self.arms] + [ao.id for ao in self.fifo] + self.holds + returns
 
     def sleeps(self, state: str) -> list[int]:
-        """The requests that wait for the thread, if it is asleep now, each one once. ``state``: its letter
-        in /proc/TID/stat.
+        """Return the requests that wait for the thread, if the thread is asleep, each request once.
+        ``state``: the letter of the thread in /proc/TID/stat.
         """
         if state in "Rt" and not self.listening:
             return []
@@ -223,7 +223,7 @@ class Thread:
         return new
 
     def deadline(self) -> float:
-        """When somebody must look at it again, stop or no stop."""
+        """Time at which the tracer must look at the thread again, with or without a stop."""
         times = [arm.deadline for arm in self.arms if not arm.expired]
         if self.retry_at is not None:
             times.append(self.retry_at)
@@ -233,7 +233,7 @@ class Thread:
         if self.phase is Phase.ENTER:
             self.phase = Phase.EXIT
             return Verdict(Step.SYSCALL)
-        # What was interrupted is restarted only on the way through signal handling: INTERRUPT leads there.
+        # The kernel restarts an interrupted system call only in signal handling: INTERRUPT leads there.
         self.phase, self.interrupting = Phase.NONE, True
         verdict = Verdict(Step.CONT, undo=True, interrupt=True)
         if self.returns is not None:
@@ -272,7 +272,7 @@ class Thread:
     def _on_sigbus(self, info: SigInfo, page: FilePage | None) -> tuple[bytes | None, tuple[Outcome, ...]]:
         arms = [arm for arm in self.arms if arm.is_for(page)] if info.is_bus_adrerr else []
         if arms:
-            # All arms for a page are for the same fault: it may ask for its page more than once.
+            # All arms for a page are for the same fault, which may ask for its page more than once.
             serial = arms[-1].id
             reports = tuple(Delivered(arm.id, self.tid, BUS_MCEERR_AR, info.addr, serial) for arm in arms)
             self.arms = [arm for arm in self.arms if arm not in arms]

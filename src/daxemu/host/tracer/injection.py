@@ -1,17 +1,17 @@
-"""A system call made in the name of another thread, which knows nothing of it. Only x86_64.
+"""System call made in the name of another thread, without the knowledge of its program. Only x86_64.
 
 Purpose: to queue a siginfo with si_code > 0 to a thread that blocks its signal, and to give a signal its
-default action back. Beside it ``mend_eintr``, for the system calls that our stops interrupt: these are what
-needs registers. Counterpart in Linux: send_sig_mceerr() of kernel/signal.c for such a thread, and what
-force_sig_info_to_task() does to one.
+default action back. ``mend_eintr`` is here because registers are needed, too: it restarts system calls that a
+stop of the tracer interrupted. Counterpart in Linux: send_sig_mceerr() of kernel/signal.c for a thread that
+blocks the signal, and the effect of force_sig_info_to_task() on a thread.
 
-States of an ``Injection``: prepared -> at the call's entry -> at its exit -> undone; whoever steps the thread
-keeps count (``tracer.held_thread.Phase``).
+States of an ``Injection``: prepared -> at the call's entry -> at the call's exit -> undone. The caller that
+steps the thread counts the states (``tracer.held_thread.Phase``).
 
 Invariants:
-- registers and up to SIGINFO_SIZE bytes of stack are changed, and ``undo`` puts back exactly those;
-- it may be undone at any ptrace stop, whether the system call was made or not, and is undone once;
-- what cannot be done raises ``CannotInject`` and leaves the thread as it was.
+- an injection changes registers and up to SIGINFO_SIZE bytes of stack, and ``undo`` puts back exactly these;
+- an injection may be undone at any ptrace stop, whether the system call was made or not, and is undone once;
+- an injection that is not possible raises ``CannotInject`` and leaves the thread as before.
 """
 
 from __future__ import annotations
@@ -54,22 +54,22 @@ _MINUS_ONE = (1 << 64) - 1
 # linux/errno.h: restart the system call unless a handler runs; then EINTR
 _ERESTARTNOHAND = 514
 
-# signal(7), "Interruption of system calls by stop signals": these say EINTR for a mere PTRACE_INTERRUPT,
-# though nothing was delivered. rt_sigtimedwait, semop, semtimedop, io_getevents, io_pgetevents, epoll_wait,
+# signal(7), "Interruption of system calls by stop signals": these fail with EINTR for a PTRACE_INTERRUPT,
+# though no signal was delivered. rt_sigtimedwait, semop, semtimedop, io_getevents, io_pgetevents, epoll_wait,
 # epoll_pwait, epoll_pwait2, and with a socket timeout recvfrom, recvmsg, recvmmsg, accept, accept4, sendto,
-# sendmsg. All did nothing yet when they say so.
+# sendmsg. None of them has done any work when it fails so.
 SAYS_EINTR = frozenset((128, 65, 220, 208, 333, 232, 281, 441, 45, 47, 299, 43, 288, 44, 46))
 
-# What /proc/TID/mem says of an address with no memory behind it
+# errno of /proc/TID/mem at an address without memory
 _UNMAPPED = (errno.EIO, errno.EFAULT)
 
 
 class CannotInject(Exception):
-    """This thread cannot be made to call; the message says why, for a user to read."""
+    """The thread cannot be made to call; the message gives the reason to a user."""
 
 
 def _get_regs(tid: int) -> ctypes.Array[ctypes.c_uint64] | None:
-    """The registers of a stopped 64-bit thread; None if it runs 32-bit code."""
+    """Return the registers of a stopped 64-bit thread; None if the thread runs 32-bit code."""
     regs = _Regs()
     if ptrace.get_regs(tid, regs) != ctypes.sizeof(regs) or regs[_CS] != _USER_CS_64:
         return None
@@ -77,9 +77,10 @@ def _get_regs(tid: int) -> ctypes.Array[ctypes.c_uint64] | None:
 
 
 def mend_eintr(tid: int) -> None:
-    """At an EVENT_STOP: have the interrupted system call restarted if the kernel would not do so by itself.
+    """Restart the interrupted system call at an EVENT_STOP if the kernel would not restart the call by
+    itself.
 
-    A relative timeout begins anew (epoll_wait, sigtimedwait), which beats an EINTR that no signal explains.
+    A relative timeout begins anew (epoll_wait, sigtimedwait), which is better than an EINTR without a signal.
     """
     if _MACHINE != "x86_64":
         return
@@ -105,28 +106,28 @@ PAYLOAD = -1
 def queue_to_itself(status: Status, sig: int, info: bytes) -> Call:
     """rt_tgsigqueueinfo(2) by the thread to itself.
 
-    Only a thread itself may queue a siginfo with si_code > 0, and only a queued one is found by
-    sigtimedwait(2), signalfd(2) or a later unblocking.
+    Only a thread itself may queue a siginfo with si_code > 0, and sigtimedwait(2), signalfd(2) and a later
+    unblocking find only a queued siginfo.
     """
     return Call(ptrace.NR_RT_TGSIGQUEUEINFO, (status.ns_tgid, status.ns_tid, sig, PAYLOAD), info)
 
 
 def default_action(sig: int) -> Call:
-    """rt_sigaction(2) with SIG_DFL: a ``struct sigaction`` of zeros, its mask 8 bytes."""
+    """rt_sigaction(2) with SIG_DFL: a ``struct sigaction`` of zeros, mask of 8 bytes."""
     return Call(_NR_RT_SIGACTION, (sig, PAYLOAD, 0, 8), bytes(32))
 
 
 def discard(address: int, length: int) -> Call:
-    """madvise(2): drop the private copies of these bytes, locked or not."""
+    """madvise(2): drop the private copies of ``length`` bytes, locked or not."""
     return Call(_NR_MADVISE, (address, length, _MADV_DONTNEED_LOCKED, 0), b"")
 
 
 class Injection:
-    """A system call made by a stopped thread that knows nothing of it.
+    """System call made by a stopped thread, without the knowledge of its program.
 
-    After construction the caller lets the thread run to the entry of the call and then to its exit
-    (``cont_to_syscall``), reads ``result``, calls ``undo``. Syscall stops instead of single steps: a step's
-    SIGTRAP is a forced signal, which would reset a blocked or ignored SIGTRAP's disposition.
+    After construction the caller lets the thread run to the entry of the call and then to the exit
+    (``cont_to_syscall``), reads ``result``, calls ``undo``. Syscall stops instead of single steps: the
+    SIGTRAP of a step is a forced signal, which would reset the disposition of a blocked or ignored SIGTRAP.
     """
 
     def __init__(self, tid: int, status: Status, call: Call) -> None:
@@ -153,13 +154,13 @@ class Injection:
         regs = _Regs(*self._regs)
         regs[_RIP] = insn
         regs[_RAX] = call.number
-        regs[_ORIG_RAX] = _MINUS_ONE  # or the kernel would restart the interrupted system call here
+        regs[_ORIG_RAX] = _MINUS_ONE  # otherwise the kernel would restart the interrupted system call here
         for register, value in zip((_RDI, _RSI, _RDX, _R10), call.arguments, strict=False):
             regs[register] = self._where if value == PAYLOAD else value
         return regs
 
     def result(self) -> int:
-        """At the exit of the call: what it returned, 0 or a negated errno."""
+        """Return value of the call, at its exit: 0 or a negated errno."""
         regs = _Regs()
         ptrace.get_regs(self._tid, regs)
         return ctypes.c_int64(regs[_RAX]).value
@@ -175,7 +176,7 @@ class Injection:
         try:
             os.pwrite(self._memory.fileno(), self._saved, self._where)
         except OSError as error:
-            if error.errno not in _UNMAPPED:  # by another thread meanwhile: nothing is left to restore
+            if error.errno not in _UNMAPPED:  # unmapped by another thread: no memory to restore
                 raise
 
 
@@ -189,13 +190,13 @@ def fail_call(tid: int, number: int, error: int) -> None:
     if ptrace.get_regs(tid, regs) == ctypes.sizeof(_Regs32):
         words, call, result = _Regs32.from_buffer(regs), _ORIG_EAX, _EAX
     if words[call] == number and words[result] == 0:
-        words[result] = -error  # ctypes cuts it to the register's size
+        words[result] = -error  # ctypes cuts the value to the register's size
         ptrace.set_regs(tid, regs)
 
 
 def begin(tid: int, request: Send | tuple[int, int]) -> Injection:
-    """What a stopped thread must do itself: drop (address, bytes), queue its AO, or take the default action
-    for what is forced.
+    """Begin the system call that a stopped thread must make: drop (address, bytes), queue the AO, or set the
+    default action for a forced signal.
     """
     status = ptrace.status_of_held(tid)
     if isinstance(request, tuple):
@@ -214,7 +215,9 @@ def _open_memory(tid: int) -> FileIO:
 
 
 def _suspend_seccomp(tid: int) -> None:
-    """A filter might kill the process for a system call it never makes itself."""
+    """Suspend the seccomp filters: a filter might kill the process for a system call that the program never
+    makes.
+    """
     try:
         ptrace.suspend_seccomp(tid, True)
     except OSError as error:
@@ -224,7 +227,7 @@ def _suspend_seccomp(tid: int) -> None:
 
 
 def _write_scratch(memory: int, stack: int, info: bytes) -> tuple[int, bytes]:
-    """Put ``info`` below the red zone or, where nothing is mapped, over live stack (put back before use)."""
+    """Put ``info`` below the red zone or, without memory there, over live stack (put back before use)."""
     for where in ((stack - _RED_ZONE - len(info)) & ~15, stack):
         try:
             saved = os.pread(memory, len(info), where)
@@ -239,7 +242,9 @@ def _write_scratch(memory: int, stack: int, info: bytes) -> tuple[int, bytes]:
 
 
 def _find_syscall_insn(tid: int, regs: ctypes.Array[ctypes.c_uint64], memory: int) -> int:
-    """The address of a ``syscall`` instruction: the one it has just used, one in the vDSO, or any other."""
+    """Return the address of a ``syscall`` instruction: the last one that the thread used, one in the vDSO, or
+    any other.
+    """
     if regs[_ORIG_RAX] < _MINUS_ONE and _peek(memory, regs[_RIP] - 2, 2) == _SYSCALL_INSN:
         return regs[_RIP] - 2
     vdso = _vdso_base(tid)
@@ -258,7 +263,7 @@ def _find_syscall_insn(tid: int, regs: ctypes.Array[ctypes.c_uint64], memory: in
 
 
 def _peek(memory: int, where: int, length: int) -> bytes:
-    """Bytes of a thread's memory; none if they are not mapped."""
+    """Return bytes of a thread's memory; empty if the bytes are not mapped."""
     try:
         return os.pread(memory, length, where)
     except (OSError, OverflowError):  # OverflowError: [vsyscall] lies beyond any off_t

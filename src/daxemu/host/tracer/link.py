@@ -1,14 +1,15 @@
-"""The supervisor's end of the tracer: exact SIGBUS into unmodified processes, and the event loop never waits.
+"""Supervisor's end of the tracer: exact SIGBUS into unmodified processes, while the event loop never waits.
 
-Counterpart in Linux: the callers' view of kill_proc() in mm/memory-failure.c. What can be told to a thread,
-and how, is in ``tracer`` and its parts; here are its process, its socket and who waits for which report.
+Counterpart in Linux: the view that callers have of kill_proc() in mm/memory-failure.c. ``tracer.process`` and
+its parts define which signals are possible, and how. This module has the tracer process, its socket, and the
+tasks that wait for a report.
 
-States: no tracer process (at first, and after it died) -> running. A process is started by the next request.
-When one dies, the kernel lets its tracees go, and every request it had gets ``Refused``.
+States: no tracer process (at first, and after a tracer died) -> running. The next request starts a process.
+When a tracer dies, the kernel lets its tracees go, and every open request gets ``Refused``.
 
 Invariants:
 - every request gets an id of its own, never used again, and exactly one outcome; ``on_report`` is called for
-  each, whether or not somebody waits;
+  each, whether or not a task waits;
 - sending never waits for the tracer: packets queue here without bound, and reading goes on meanwhile;
 - all methods belong to the trio thread that opened the link.
 """
@@ -55,27 +56,29 @@ log = logging.getLogger(__name__)
 _DIED = "the tracer died"
 _CLOSED = "the tracer was told to stop"
 _EXIT_PATIENCE = 5.0  # seconds for the tracer to let its threads go, when the link closes
-_IDLE = 0.25  # seconds without a report: it has nothing to do that it can do
-_GATHER = 0.1  # seconds from the first words of the tracer on stderr to the message in our log
+_IDLE = 0.25  # seconds without a report: the tracer has no work that it can do
+_GATHER = 0.1  # seconds from the first output of the tracer on stderr to the message in supervisor.log
 _PIPE = 1 << 16  # bytes that a pipe holds
-_LONGEST_QUEUE = 30.0  # seconds that a request is waited for because others come before it
+_LONGEST_QUEUE = 30.0  # seconds to wait for a request that others precede
 
 
 class Pending:
-    """A request on its way; for any length of time, if its thread is stopped or asleep in the kernel."""
+    """Request without an outcome yet. No limit in time: its thread may be stopped or asleep in the kernel."""
 
     def __init__(self, id_: int, tid: int) -> None:
         self.id = id_
         self.tid = tid
         self.outcome: Outcome | None = None
         self.is_asleep = False
-        """Whether the request waits for its thread, which is stopped or asleep in the kernel."""
+        """True if the request waits for its thread, which is stopped or asleep in the kernel."""
         self.limit: int | None = None
-        """Stuck victims at most that the tracer waits for at the same time, if this one is beyond that."""
+        """Number of stuck victims that have a tracer thread, if this victim has none because of the limit."""
         self._done = trio.Event()
 
     async def wait(self, timeout: float = math.inf) -> Outcome | None:  # noqa: ASYNC109
-        """What came of it; None if nothing did within ``timeout`` seconds: it goes on, one may wait again."""
+        """Return the outcome; None after ``timeout`` seconds without one. The request stays open, and the
+        caller may wait again.
+        """
         if self.outcome is None:
             with trio.move_on_after(timeout):
                 await self._done.wait()
@@ -90,10 +93,11 @@ class Pending:
 
 
 class Armed(Pending):
-    """A held thread whose next BUS_ADRERR becomes BUS_MCEERR_AR, or which gets one on its way to user mode.
+    """Held thread whose next BUS_ADRERR becomes BUS_MCEERR_AR, or to which a BUS_MCEERR_AR is forced on the
+    way to user mode.
 
-    Comes to ``Delivered``, ``NotTaken``, ``Gone`` or, if the tracer dies, ``Refused``. When several of
-    one thread come to the same signal, their ``Delivered`` have one ``serial``.
+    Outcome: ``Delivered``, ``NotTaken``, ``Gone`` or, if the tracer dies, ``Refused``. When one signal
+    settles several requests of a thread, their ``Delivered`` have one ``serial``.
     """
 
     def __init__(self, id_: int, tid: int) -> None:
@@ -117,7 +121,7 @@ class Armed(Pending):
 
 
 class _Session:
-    """One tracer process."""
+    """Process of a tracer, with its socket and open requests."""
 
     def __init__(self, process: trio.Process, sock: trio.socket.SocketType, stderr: int) -> None:
         self.process = process
@@ -147,10 +151,10 @@ class TracerLink:
     async def open(
         cls, on_report: Callable[[Outcome], None] | None = None, *, abort: Path | None = None
     ) -> AsyncIterator[TracerLink]:
-        """Start the tracer; at the end let all threads go and stop it.
+        """Start the tracer; at the end let all threads go and stop the tracer.
 
-        ``on_report`` is called in the trio thread with every outcome, in their order. ``abort`` is
-        the file that cuts the mount's connection: the tracer writes to it should we be killed and linger.
+        ``on_report`` is called in the trio thread with every outcome, in order. ``abort`` is the file that
+        cuts the mount's connection: the tracer writes to ``abort`` if the supervisor is killed and lingers.
         """
         async with trio.open_nursery() as nursery:
             link = cls(nursery, on_report, abort)
@@ -162,11 +166,11 @@ class TracerLink:
 
     @property
     def pid(self) -> int | None:
-        """The tracer's process id; None while there is none."""
+        """Process id of the tracer; None while no tracer runs."""
         return self._session.process.pid if self._session is not None and self._session.is_alive else None
 
     def describe_waiting(self) -> Iterator[str]:
-        """The requests to the tracer without an outcome yet, for people."""
+        """Return the requests to the tracer without an outcome yet, for people."""
         waiting = self._session.waiting.values() if self._session is not None else ()
         for pending in waiting:
             yield f"{type(pending).__name__.lower()}: request {pending.id}, thread {pending.tid}"
@@ -179,10 +183,11 @@ class TracerLink:
     ) -> Armed | Refused | Gone:
         """Hold thread ``tid``, which is about to consume poison: force_sig_mceerr(BUS_MCEERR_AR).
 
-        Once ``Armed``, fail its page fault: the SIGBUS/BUS_ADRERR that the kernel then forces, whatever the
-        thread's mask and handler, reaches it as BUS_MCEERR_AR with the same address and lsb 12. If none comes
-        within ``timeout`` seconds (it was interrupted, or a system call took the fault), or only one that is
-        not for ``page``, the thread is let go untouched: ``NotTaken``.
+        Once ``Armed``, fail the thread's page fault: the kernel then forces SIGBUS/BUS_ADRERR, whatever the
+        thread's mask and handler, and the thread receives BUS_MCEERR_AR with the same address and lsb 12. The
+        thread is let go unchanged, with ``NotTaken``, if no BUS_ADRERR comes within ``timeout`` seconds (the
+        fault was interrupted, or a system call took the fault), or only a BUS_ADRERR for a page other than
+        ``page``.
         """
         session = await self._running()
         armed = Armed(next(self._ids), tid)
@@ -190,10 +195,10 @@ class TracerLink:
         return await armed._answer()
 
     async def force_ar(self, tgid: int, tid: int, addr: int, lsb: int = PAGE_SHIFT) -> Armed | Refused | Gone:
-        """Tell thread ``tid``, which is in a system call, of its poison: force_sig_mceerr(BUS_MCEERR_AR).
+        """Signal thread ``tid``, which consumed poison in a system call: force_sig_mceerr(BUS_MCEERR_AR).
 
-        Once ``Armed``, the call may end: the signal comes at its return, before any instruction of the
-        program. A thread that blocks or ignores SIGBUS dies of it.
+        Once ``Armed``, the call may end: the signal arrives at the return of the call, before any instruction
+        of the program. A thread that blocks or ignores SIGBUS dies of the signal.
         """
         session = await self._running()
         armed = Armed(next(self._ids), tid)
@@ -201,7 +206,7 @@ class TracerLink:
         return await armed._answer()
 
     async def hold(self, tgid: int, tid: int) -> Armed | Refused | Gone:
-        """Have thread ``tid``, which is in a system call, stop at its return. ``Armed`` comes to ``Held``,
+        """Stop thread ``tid``, which is in a system call, when the call returns. ``Armed`` leads to ``Held``,
         ``Gone`` or ``Refused``. A ``Held`` thread sleeps until :meth:`let_go`.
         """
         session = await self._running()
@@ -213,8 +218,8 @@ class TracerLink:
         self, tid: int, discard: Sequence[tuple[int, FilePage, int]], number: int, error: int
     ) -> Outcome | None:
         """Let a ``Held`` thread run, without its private copies of the pages at ``discard`` (address, page of
-        the file, bytes). If system call ``number`` succeeded, its result becomes ``-error``; 0 leaves it.
-        Returns ``Resumed``, ``Gone`` or ``Refused``.
+        the file, bytes). If system call ``number`` succeeded, the result becomes ``-error``; 0 leaves the
+        result. Return ``Resumed``, ``Gone`` or ``Refused``.
         """
         session = await self._running()
         pending = Pending(next(self._ids), tid)
@@ -225,12 +230,12 @@ class TracerLink:
     async def send_ao(
         self, tgid: int, tid: int, addr: int, lsb: int = PAGE_SHIFT, page: FilePage | None = None
     ) -> Pending:
-        """Tell thread ``tid`` of process ``tgid`` of poison it has mapped: send_sig_mceerr(BUS_MCEERR_AO).
+        """Signal thread ``tid`` of process ``tgid``, which maps poison: send_sig_mceerr(BUS_MCEERR_AO).
 
-        ``addr`` is the virtual address in that process, ``lsb`` the binary logarithm of the lost range in
-        bytes. Several for one thread arrive one after another, in this order, none lost. Comes to
-        ``Delivered`` (also when the thread blocks SIGBUS: then it is pending), ``Ignored``, ``Refused`` or
-        ``Gone``; to nothing as long as the process is stopped. ``page``: what is at ``addr``, see SendAO.
+        ``addr`` is the virtual address in the process, ``lsb`` the binary logarithm of the lost range in
+        bytes. Several signals to one thread arrive one after another, in the order of the calls, none lost.
+        Outcome: ``Delivered`` (pending if the thread blocks SIGBUS), ``Ignored``, ``Refused`` or ``Gone``; no
+        outcome as long as the process is stopped. ``page``: the page mapped at ``addr``, see SendAO.
         """
         session = await self._running()
         pending = Pending(next(self._ids), tid)
@@ -246,7 +251,7 @@ class TracerLink:
 
     async def _running(self) -> _Session:
         if self._session is not None and self._session.is_alive:
-            return self._session  # without a checkpoint: what is sent in a row goes in one packet
+            return self._session  # without a checkpoint: requests sent in a row go in one packet
         async with self._starting:
             session = self._session
             if session is None or not session.is_alive:
@@ -292,7 +297,7 @@ class TracerLink:
         while True:
             try:
                 packet = await session.sock.recv(MAX_PACKET)
-            except ConnectionResetError:  # it died with requests unread
+            except ConnectionResetError:  # the tracer died with requests unread
                 return
             if not packet:
                 return
@@ -307,8 +312,9 @@ class TracerLink:
                     self._finish(session, report)
 
     async def settled(self, pending: Pending, since: float, patience: float) -> Outcome | None:
-        """What came of a request. None if nothing did within ``patience`` seconds of ``since``, and the
-        tracer has been idle lately, or knows the thread to be asleep. One may ask again.
+        """Return the outcome of a request. Return None without an outcome ``patience`` seconds after
+        ``since``, if the tracer has been idle lately or knows that the thread is asleep. The caller may ask
+        again.
         """
         deadline, limit = since + patience, since + _LONGEST_QUEUE
         while (outcome := await pending.wait(max(0.0, deadline - trio.current_time()))) is None:
@@ -334,23 +340,23 @@ async def _write(session: _Session) -> None:
                 requests.append(session.queue.receive_nowait())
         try:
             await session.sock.send(encoder.encode(requests))
-        except (BrokenPipeError, ConnectionResetError):  # the reader sees the end too, and tells everyone
+        except (BrokenPipeError, ConnectionResetError):  # the reader sees the end, and settles all requests
             return
 
 
 async def _relay(stderr: int) -> None:
-    """Log what the tracer writes to stderr: supervisor.log may be another file by then than when the tracer
-    began. The pipe takes no more than it holds, so that the tracer never waits for us.
+    """Log stderr of the tracer. A pipe is used because supervisor.log may have been rotated since the tracer
+    began. A full pipe drops data, so that the tracer never waits for the supervisor.
     """
     while True:
         await trio.lowlevel.wait_readable(stderr)
-        await trio.sleep(_GATHER)  # a traceback comes line by line
+        await trio.sleep(_GATHER)  # a traceback arrives line by line
         if not _log_said(stderr):
-            await trio.sleep_forever()  # its end: the socket tells the same
+            await trio.sleep_forever()  # end of the tracer: the socket reports the same
 
 
 def _log_said(stderr: int) -> bool:
-    """Log as one message what is in the pipe. Return False at the end of the pipe."""
+    """Log the content of the pipe as one message. Return False at the end of the pipe."""
     try:
         said = os.read(stderr, _PIPE)
     except BlockingIOError:
@@ -377,7 +383,9 @@ async def _start_process(fd: int, stderr: int, abort: Path | None) -> trio.Proce
 
 
 async def _stop_process(process: trio.Process) -> None:
-    """Its socket is closed, so it ends by itself; but we do not wait for ever."""
+    """Wait a limited time for the tracer, which ends by itself once its socket is closed; then kill the
+    tracer.
+    """
     with trio.CancelScope(shield=True):
         with trio.move_on_after(_EXIT_PATIENCE):
             await process.wait()

@@ -1,13 +1,14 @@
-"""What the supervisor and the tracer process say to each other.
+"""Messages between the supervisor and the tracer process.
 
-Purpose: the vocabulary of the socket between ``tracer.link`` and ``tracer``. Each packet is a JSON list of
-messages: ``Request`` in, ``Report`` out.
+Purpose: the vocabulary of the socket between ``tracer.link`` and ``tracer.process``. Each packet is a JSON
+list of messages: ``Request`` in, ``Report`` out.
 
 Invariants:
 - every request gets exactly one ``Outcome``, however late; ``ArmedAck``, ``Asleep`` and ``Postponed`` may
-  come before it, and are none;
-- a report's ``id`` is its request's; the link gives each id once, whichever tracer process serves it;
-- nothing here but data: both sides import it, and the tracer must stay light.
+  precede the outcome, and are none;
+- the ``id`` of a report is the ``id`` of its request; the link gives each id once, whichever tracer process
+  serves the request;
+- only data here: both sides import this module, and the tracer must stay light.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class _Message(msgspec.Struct, tag=True, frozen=True):
 
 
 class ArmAR(_Message, frozen=True):
-    """The next BUS_ADRERR of ``tid`` within ``timeout`` seconds is consumed poison, if it is for ``page``."""
+    """Turn the next BUS_ADRERR of ``tid`` within ``timeout`` seconds into consumed poison, if the fault is
+    for ``page``.
+    """
 
     tid: int
     timeout: float = 1.0
@@ -33,7 +36,7 @@ class ArmAR(_Message, frozen=True):
 
 
 class Send(_Message, frozen=True):
-    """Tell ``tid`` of process ``tgid`` of poison at its virtual address ``addr``, ``2**lsb`` bytes."""
+    """Signal ``tid`` of process ``tgid`` for poison at its virtual address ``addr``, ``2**lsb`` bytes."""
 
     code: ClassVar[int]
 
@@ -44,10 +47,10 @@ class Send(_Message, frozen=True):
 
 
 class SendAO(Send, frozen=True):
-    """Action optional: queued, and nothing if it is ignored.
+    """Action optional: queued, and dropped if the process ignores SIGBUS.
 
-    With ``page``, what ``addr`` shows: told at another address if the process has moved it there, and not
-    told if it has unmapped it, or is another program by now.
+    With ``page``, the page that ``addr`` maps: the signal carries another address if the process has moved
+    the page. No signal is sent if the process has unmapped the page, or runs another program by now.
     """
 
     code = BUS_MCEERR_AO
@@ -56,7 +59,9 @@ class SendAO(Send, frozen=True):
 
 
 class ForceAR(Send, frozen=True):
-    """Action required, before the thread's next instruction; one that blocks or ignores SIGBUS dies of it."""
+    """Action required, before the thread's next instruction; a thread that blocks or ignores SIGBUS dies of
+    the signal.
+    """
 
     code = BUS_MCEERR_AR
 
@@ -70,7 +75,7 @@ class Hold(_Message, frozen=True):
 
 class LetGo(_Message, frozen=True):
     """Let a ``Held`` thread run. First drop the private copies at ``discard`` (address, bytes), each of which
-    begins with the page of the same index in ``pages``; and have a successful system call ``number`` return
+    begins with the page of the same index in ``pages``. A successful system call ``number`` returns
     ``-error`` instead (0: leave the result).
     """
 
@@ -82,12 +87,12 @@ class LetGo(_Message, frozen=True):
 
 
 class ArmedAck(_Message, frozen=True):
-    """The thread is held: its fault may be failed now, or its system call end."""
+    """The thread is held: the supervisor may now fail its fault, or end its system call."""
 
 
 class Refused(_Message, frozen=True):
-    """Not possible, for a reason to show. ``signalled``: it was sent a plain SIGBUS instead. ``killed``: it
-    was sent SIGKILL, before the thread could load from a copy that cannot be dropped.
+    """Not possible, with the reason to show. ``signalled``: the thread got a plain SIGBUS instead.
+    ``killed``: the process got SIGKILL, before the thread could load from a copy that cannot be dropped.
     """
 
     reason: str
@@ -96,11 +101,12 @@ class Refused(_Message, frozen=True):
 
 
 class Delivered(_Message, frozen=True):
-    """Handed over: the thread handles it now, or has it pending because it blocks SIGBUS, or dies of it.
+    """Signal delivered: the thread handles SIGBUS now, has SIGBUS pending because the thread blocks it, or
+    dies.
 
-    ``serial`` is the signal's: equal in all reports of one real signal (it settles every ``ArmAR`` of its
-    thread), in no others. It is the ``id`` of the last request that the signal settles, the one for the read
-    that failed: so just one report of a signal has ``id == serial``.
+    ``serial`` belongs to the signal: equal in all reports of one real signal (which settles every ``ArmAR``
+    of its thread), and in no others. ``serial`` is the ``id`` of the last request that the signal settles,
+    the request for the read that failed. So just one report of a signal has ``id == serial``.
     """
 
     tid: int
@@ -114,10 +120,10 @@ class NotTaken(_Message, frozen=True):
 
 
 class Gone(_Message, frozen=True):
-    """The thread exited, called execve(2), or unmapped the page. ``signal`` ended it; 0 if unknown.
+    """The thread exited, called execve(2), or unmapped the page. ``signal``: the signal that ended the
+    thread; 0 if unknown.
 
-    ``addr``: where the process had the page whose fault merged with that signal, a virtual address in bytes;
-    0 if unknown.
+    ``addr``: virtual address in bytes of the page whose fault merged with the signal; 0 if unknown.
     """
 
     signal: int = 0
@@ -125,7 +131,7 @@ class Gone(_Message, frozen=True):
 
 
 class Ignored(_Message, frozen=True):
-    """The process ignores SIGBUS, so an AO does not exist for it."""
+    """The process ignores SIGBUS: the kernel would discard an AO at once."""
 
 
 class Held(_Message, frozen=True):
@@ -133,16 +139,16 @@ class Held(_Message, frozen=True):
 
 
 class Resumed(_Message, frozen=True):
-    """The thread runs again, as ``LetGo`` said."""
+    """The thread runs again, with the changes that ``LetGo`` asked for."""
 
 
 class Asleep(_Message, frozen=True):
-    """Not final: the thread of this request is stopped or asleep in the kernel, and may be for long."""
+    """Not final: the thread of this request is stopped or asleep in the kernel, perhaps for long."""
 
 
 class Postponed(_Message, frozen=True):
-    """Not final: ``limit`` victims with a tracer thread each are stuck. The victim of this request, stopped
-    or asleep as well, is looked at once a second.
+    """Not final: ``limit`` victims with a tracer thread each are stuck. The victim of the request is stopped
+    or asleep as well; the tracer checks the victim once a second.
     """
 
     limit: int
@@ -153,5 +159,5 @@ Outcome = Delivered | Refused | NotTaken | Gone | Ignored | Held | Resumed
 Report = ArmedAck | Asleep | Postponed | Outcome
 
 MOST_IN_PACKET = 128
-"""Messages: so many fit into MAX_PACKET."""
+"""Limit of messages in a packet: this number fits into MAX_PACKET."""
 MAX_PACKET = 1 << 16

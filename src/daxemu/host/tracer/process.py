@@ -1,19 +1,19 @@
-"""The tracer: makes unmodified processes receive SIGBUS with exactly the siginfo memory_failure() would give.
+"""Tracer: unmodified processes receive SIGBUS with exactly the siginfo of memory_failure().
 
 Counterpart in Linux: kill_proc() of mm/memory-failure.c, force_sig_mceerr() and send_sig_mceerr() of
 kernel/signal.c. Only a ptrace tracer can give another process si_code > 0. ptrace is bound to a thread, so
 the tracer is a process: ``python -m daxemu.host.tracer.process FD``. FD is a SOCK_SEQPACKET socket, with the
 messages of ``tracer.messages``. The supervisor's side is ``tracer.link``.
 
-Purpose: the event loop, and all I/O (socket, waitpid, ptrace, clock). What to do in a stop is decided by
-``tracer.held_thread.Thread``, unless all goes as usual: that is ``tracer.deliver_in_c``'s, in C. The process
-imports little, because each mount has a tracer.
+Purpose: the event loop, and all I/O (socket, waitpid, ptrace, clock). ``tracer.held_thread.Thread`` decides
+each stop, except in ordinary deliveries, which ``tracer.deliver_in_c`` carries out in C. The process imports
+little, because each mount has a tracer.
 
 States: serving; then, when the socket's other end has closed, letting every thread go, for a limited time.
 
 Invariants:
-- a thread is held exactly as long as a request for it is open; detaching happens only in a stop;
-- neither stops nor requests starve the others: at most _BATCH of each in a turn;
+- a thread is held exactly as long as a request for the thread is open; detaching happens only in a stop;
+- neither stops nor requests starve the others: at most _BATCH of each per iteration;
 - every request gets exactly one final report (``ArmedAck`` is not final), however late.
 """
 
@@ -63,17 +63,17 @@ from daxemu.host.tracer.messages import (
 from daxemu.host.tracer.ptrace import Kind, Step, Stop
 from daxemu.host.tracer.siginfo import SIGBUS_BIT
 
-_RETRY = 0.02  # seconds between looks at a pending SIGBUS: nothing tells when signalfd(2) takes it
+_RETRY = 0.02  # seconds between looks at a pending SIGBUS: no event reports that signalfd(2) took the signal
 _SWEEP = 1.0  # seconds
-_FAREWELL = 2.0  # seconds to let go of everything at the end
+_FAREWELL = 2.0  # seconds to let all threads go at the end
 _MOURNING_INTERVAL = 1.0  # seconds between looks at the supervisor
-_BATCH = 256  # stops, or packets of requests, before the other side gets its turn
+_BATCH = 256  # stops, or packets of requests, before the other kind is served
 _DECODER = msgspec.json.Decoder(list[Request])
 _ENCODER = msgspec.json.Encoder()
 
 
 class Tracer:
-    """The I/O around ``Thread``: socket, waitpid, ptrace, clock. ``is_beside``: for one victim alone."""
+    """I/O around ``Thread``: socket, waitpid, ptrace, clock. ``is_beside``: for one victim alone."""
 
     def __init__(self, sock: socket.socket, wakeup: int, *, is_beside: bool = False) -> None:
         self._is_beside = is_beside
@@ -85,9 +85,9 @@ class Tracer:
         self._outbox: deque[Report] = deque()
         self._cookies = itertools.count(secrets.randbits(62) + 1)
         self._deliveries = None if is_beside or victims.MISSING is not None else Deliveries()
-        self._stale_at = math.inf  # when those become threads of ours
+        self._stale_at = math.inf  # when these deliveries become ``Thread`` objects
         self._due = math.inf  # when ``_tick`` must look at all threads
-        self._more = False  # there may be more stops: come back at once, after a look at the socket
+        self._more = False  # more stops may have been reported: come back at once, after a look at the socket
         self._farewell: float | None = None  # set when the socket is closed: stop at that time at the latest
 
     def run(self) -> None:
@@ -113,13 +113,13 @@ class Tracer:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no thread is held."""
+        """Return True if no thread is held."""
         return not self._threads
 
     def _turn(self, poller: select.poll) -> None:
         left = 0 if self._more else min(self._due, self._farewell or math.inf) - time.monotonic()
         poller.poll(None if left == math.inf else max(0, math.ceil(left * 1000)))
-        with contextlib.suppress(BlockingIOError):  # nobody rang: it was the socket or the clock
+        with contextlib.suppress(BlockingIOError):  # woken by the socket or the clock, not by SIGCHLD
             os.read(self._wakeup, 4096)
             self._beside.ring()
         self._reap()
@@ -131,7 +131,7 @@ class Tracer:
                 packet = self._sock.recv(MAX_PACKET)
             except BlockingIOError:
                 return
-            except ConnectionResetError:  # closed with our reports unread
+            except ConnectionResetError:  # closed with reports unread
                 packet = b""
             if not packet:
                 self._farewell = time.monotonic() + _FAREWELL
@@ -140,7 +140,9 @@ class Tracer:
                 self._on_request(request)
 
     def _flush(self) -> None:
-        """Send what the socket takes. Never waits: the peer may be waiting for us to read."""
+        """Send as many reports as the socket takes. Never waits: the peer may be waiting for the tracer to
+        read.
+        """
         while self._outbox:
             packet = list(itertools.islice(self._outbox, MOST_IN_PACKET))
             try:
@@ -154,7 +156,7 @@ class Tracer:
                 self._outbox.popleft()
 
     def _begin(self, requests: list[Request]) -> list[Request]:
-        """Begin what may go as usual; returns the other requests, in their order."""
+        """Begin ordinary deliveries in C; return the other requests, in order."""
         if self._deliveries is None:
             return requests
         times = Counter(request.tid for request in requests)
@@ -179,7 +181,7 @@ class Tracer:
         return left
 
     def _take_over(self, taken: Taken) -> None:
-        """Go on with a delivery that turned out unusual."""
+        """Continue, in Python, a delivery whose stop was not the expected one."""
         request = taken.request
         thread = self._threads[request.tid] = Thread(request.tid, interrupting=not taken.cookie)
         thread.cookie = taken.cookie
@@ -229,7 +231,7 @@ class Tracer:
         except OSError as error:
             if not ptrace.is_vanished(error):
                 raise
-        # Another thread may have mapped something else there.
+        # Another thread may have mapped another file at this address.
         still = [
             Discard(*area)
             for area, page in zip(request.discard, request.pages, strict=True)
@@ -241,13 +243,13 @@ class Tracer:
         self._on_wait(tid, status)
 
     def _unpark(self, thread: Thread) -> None:
-        """Let a held thread go for which nobody asks any more."""
+        """Let a parked thread go once no request asks for the thread any more."""
         if thread.parked is not None:
             status, thread.parked = thread.parked, None
             self._on_wait(thread.tid, status)
 
     def _want(self, thread: Thread, request: ArmAR | Send | Hold, is_its: bool = True) -> None:
-        """Have a held thread get what is asked for; ``is_its``: it is the thread that was meant."""
+        """Add a request to a held thread. ``is_its``: the thread is the one that the request names."""
         if isinstance(request, ArmAR):
             thread.arm(request.id, time.monotonic() + request.timeout, request.page)
         elif isinstance(request, Hold):
@@ -258,7 +260,7 @@ class Tracer:
             self._outbox.append(Gone(request.id))
 
     def _hold(self, request: ArmAR | Send | Hold) -> Outcome | None:
-        """Seize the thread; or the final report, if that is not to be."""
+        """Seize the thread; return the final report if the thread cannot be seized."""
         status = siginfo.read_status(request.tid)
         if status is None or status.is_dead:
             return Gone(request.id)
@@ -337,7 +339,9 @@ class Tracer:
         self._schedule(thread)
 
     def _carry_out(self, thread: Thread, verdict: Verdict, kind: Kind) -> str | None:
-        """Do it; or the reason why the signal cannot be sent, with the thread still stopped."""
+        """Carry out a verdict. Return the reason if the signal cannot be sent; the thread is still stopped
+        then.
+        """
         tid, step = thread.tid, verdict.step
         if verdict.undo:
             self._injections.pop(tid).undo()
@@ -368,7 +372,7 @@ class Tracer:
         return None
 
     def _tick(self, now: float) -> None:
-        """Deadlines, and what no event tells of."""
+        """Check deadlines, and states that no event reports."""
         if now < self._due:
             return
         if now >= self._stale_at:
@@ -390,7 +394,7 @@ class Tracer:
             if thread.retry_at is not None and thread.retry_at <= now:
                 thread.retry_at = now + _RETRY if pending else None
             if thread.cookie and not pending and status.state != "t" and not thread.interrupting:
-                self._interrupt(thread)  # lost: the event stop finds that out
+                self._interrupt(thread)  # lost: the event stop detects the loss
             self._nudge(thread)
 
     def _nudge(self, thread: Thread) -> None:
@@ -412,7 +416,9 @@ class Tracer:
             self._due = min(self._due, thread.deadline(), time.monotonic() + _SWEEP)
 
     def _drop(self, tid: int, signal: int = 0) -> None:
-        """Forget a thread that is no more. ``signal`` ended it; 0 if none did, or none is known."""
+        """Forget a thread that has ended. ``signal``: the signal that ended the thread; 0 if none did, or
+        unknown.
+        """
         self._injections.pop(tid, None)
         if (thread := self._threads.pop(tid, None)) is not None:
             self._outbox.extend(Gone(id_, signal, thread.fault_at) for id_ in thread.ids())
@@ -421,7 +427,7 @@ class Tracer:
 
 
 def _reap(most: int) -> tuple[int, list[Wait]]:
-    """What waitpid(2) has to say by now, ``most`` of it at the most; and how much that is."""
+    """Return the statuses that waitpid(2) has by now, at most ``most``, and their number."""
     waits: list[Wait] = []
     while len(waits) < most:
         try:
@@ -435,9 +441,9 @@ def _reap(most: int) -> tuple[int, list[Wait]]:
 
 
 def _as_mapped_now(request: Send) -> Send | None:
-    """The request with the address that its page has now; None if it is mapped no more.
+    """Return the request with the present address of its page; None if the page is not mapped any more.
 
-    Precondition: the thread is held, so that an execve(2) after this does not go unnoticed.
+    Precondition: the thread is held, so that a later execve(2) does not go unnoticed.
     """
     if not isinstance(request, SendAO) or request.page is None:
         return request
@@ -448,9 +454,9 @@ def _as_mapped_now(request: Send) -> Send | None:
 def _mourn(supervisor: int, abort: str) -> None:
     """Cut the mount's connection (by the file ``abort``) once the supervisor has been killed.
 
-    A killed process normally takes its connection with it. Not where one of its threads waits on its own
-    mount: that thread cannot die before it is answered, and the process lingers as a zombie that keeps
-    everybody waiting.
+    The connection normally ends with a killed supervisor. Exception: a thread of the supervisor that waits on
+    its own mount cannot die before its request is answered. The supervisor then lingers as a zombie, and
+    every process that uses the mount waits.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # the other thread's
     while True:
@@ -460,18 +466,18 @@ def _mourn(supervisor: int, abort: str) -> None:
         except OSError:
             return
         if stat.rpartition(b") ")[2].startswith(b"Z"):
-            with contextlib.suppress(OSError):  # cut already, or not ours to cut
+            with contextlib.suppress(OSError):  # cut already, or not permitted
                 Path(abort).write_text("1")
             return
 
 
 def main(argv: list[str]) -> None:
-    """Serve the socket whose number is ``argv[1]``; ``argv[2]``, if there, is the file that cuts the mount's
+    """Serve the socket whose number is ``argv[1]``. ``argv[2]``, if given, is the file that cuts the mount's
     connection.
     """
     if len(argv) > 2:
         threading.Thread(target=_mourn, args=(os.getppid(), argv[2]), daemon=True).start()
-    # The socket's end is our end; dying in the middle of an injection would hurt the victim.
+    # The tracer ends with the socket: dying in the middle of an injection would corrupt the victim's state.
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sig, signal.SIG_IGN)
     ours, theirs = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)

@@ -1,10 +1,10 @@
-"""ptrace(2) and what its stops mean: typed access to the kernel, one function a request.
+"""ptrace(2) and the meaning of its stops: typed access to the kernel, one function a request.
 
-Purpose: no policy. ``tracer.held_thread`` decides what to do with a stopped thread, ``tracer.injection``
-makes system calls in the name of the thread. Every failure is an OSError with the kernel's errno; ESRCH from
-a request means "not stopped any more": the thread is being killed.
+Purpose: no policy. ``tracer.held_thread`` decides how a stopped thread goes on, ``tracer.injection`` makes
+system calls in the name of the thread. Every failure is an OSError with the kernel's errno; ESRCH from a
+request means "not stopped any more": the thread is being killed.
 
-Invariants: nothing here waits, but for the kernel's own short locks.
+Invariants: no function waits, except for short locks in the kernel.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ EVENT_EXEC = 4
 EVENT_STOP = 128
 SYSCALL_STOP = SIGTRAP | 0x80
 
-# uapi/linux/wait.h: threads and processes alike, whoever's children they are
+# uapi/linux/wait.h: threads and processes alike, children of any thread
 WALL = 0x40000000
 # only tracees of this very thread
 WNOTHREAD = 0x20000000
 
-# TRACEEXEC: a thread that calls execve(2) takes its leader's id; without that stop it would vanish silently.
+# TRACEEXEC: a thread that calls execve(2) takes its leader's id; without this stop it would vanish silently.
 OPTIONS = _O_TRACESYSGOOD | _O_TRACEEXEC
 _NT_PRSTATUS = 1
 
@@ -80,7 +80,9 @@ def _ptrace(name: str, request: int, tid: int, addr: int = 0, data: int = 0) -> 
 
 
 def seize(tid: int) -> None:
-    """Become the tracer of a thread without stopping it; it outlives the tracer. EPERM: see ``refusal``."""
+    """Become the tracer of a thread without stopping the thread, which outlives the tracer. EPERM: see
+    ``refusal``.
+    """
     _ptrace("SEIZE", _SEIZE, tid, data=OPTIONS)
 
 
@@ -89,37 +91,37 @@ _STOPPED_IN = (b"refrigerator", b"freez", b"signal_stop")
 
 
 def may_sleep(tid: int) -> bool:
-    """Whether ``seize`` may sleep in the kernel: the thread is stopped (in a frozen cgroup of version 1 the
-    stop cannot become a traced one), frozen, or in execve(2), which holds cred_guard_mutex.
+    """Return True if ``seize`` may sleep in the kernel: the thread is stopped (in a frozen cgroup of version
+    1 the stop cannot become a traced stop), frozen, or in execve(2), which holds cred_guard_mutex.
     """
     try:
         state = read_whole(f"/proc/{tid}/stat").rpartition(b") ")[2][:1]
         if state == b"T":
             return True
         if state == b"D" and any(name in read_whole(f"/proc/{tid}/wchan") for name in _STOPPED_IN):
-            return True  # not D of a page fault: such a thread may be traced for an AR already
+            return True  # not the state D of a page fault: that thread may be traced for an AR already
         return read_whole(f"/proc/{tid}/syscall").split(b" ", 1)[0] in _EXECVE
     except OSError:
         return False
 
 
 def interrupt(tid: int) -> None:
-    """Ask for an EVENT_STOP. Any other stop that comes first may swallow the request."""
+    """Ask for an EVENT_STOP. Any other stop that precedes it may swallow the request."""
     _ptrace("INTERRUPT", _INTERRUPT, tid)
 
 
 def cont(tid: int, sig: int = 0) -> None:
-    """Let a stopped thread run; at a signal-delivery-stop ``sig`` is what it gets."""
+    """Let a stopped thread run; ``sig`` is the signal to deliver at a signal-delivery-stop."""
     _ptrace("CONT", _CONT, tid, data=sig)
 
 
 def cont_to_syscall(tid: int) -> None:
-    """Let a stopped thread run until it enters or leaves a system call."""
+    """Let a stopped thread run until the thread enters or leaves a system call."""
     _ptrace("SYSCALL", _SYSCALL, tid)
 
 
 def listen(tid: int) -> None:
-    """Leave a thread in its group-stop, but hear of its end."""
+    """Leave a thread in its group-stop, but get a report of its end."""
     _ptrace("LISTEN", _LISTEN, tid)
 
 
@@ -136,7 +138,7 @@ def event_message(tid: int) -> int:
 
 
 def get_siginfo(tid: int) -> bytes:
-    """The siginfo_t of the signal a thread is stopped for."""
+    """Return the siginfo_t of the signal a thread is stopped for."""
     raw = ctypes.create_string_buffer(SIGINFO_SIZE)
     _ptrace("GETSIGINFO", _GETSIGINFO, tid, data=ctypes.addressof(raw))
     return raw.raw
@@ -157,12 +159,12 @@ def unblock(tid: int, sig: int) -> None:
 
 
 def suspend_seccomp(tid: int, suspend: bool) -> None:
-    """Put a stopped thread's seccomp filters to sleep, or wake them. EPERM, EINVAL: not on this system."""
+    """Suspend or resume a stopped thread's seccomp filters. EPERM, EINVAL: not available on this system."""
     _ptrace("SETOPTIONS", _SETOPTIONS, tid, data=OPTIONS | (_O_SUSPEND_SECCOMP if suspend else 0))
 
 
 def get_regs(tid: int, regs: ctypes.Array[ctypes.c_uint64]) -> int:
-    """Read a stopped thread's general registers; returns how many bytes they are, which tells the ABI."""
+    """Read a stopped thread's general registers. Return their size in bytes, which identifies the ABI."""
     return _regset("GETREGSET", _GETREGSET, tid, regs)
 
 
@@ -191,7 +193,7 @@ def tgsigqueue(tgid: int, tid: int, sig: int, info: bytes) -> None:
 
 
 class Kind(Enum):
-    """What a thread stopped for."""
+    """Reason for a stop."""
 
     SIGNAL = auto()  # signal-delivery-stop
     TRAP = auto()  # PTRACE_EVENT_STOP of a running process
@@ -200,20 +202,20 @@ class Kind(Enum):
 
 
 class Stop(NamedTuple):
-    """A stop, and what is known of SIGBUS in it."""
+    """A stop, with the state of SIGBUS in the thread."""
 
     kind: Kind
     sig: int = 0
     info: SigInfo | None = None
     blocked: bool = False
     ignored: bool = False
-    pending: bool = False  # for this thread, not the process: only that makes the kernel drop another
+    pending: bool = False  # for this thread, not the process: only then does the kernel drop a second SIGBUS
     result: int = 0  # of the injected system call
-    page: FilePage | None = None  # what is mapped where it faulted; None: nothing, or not looked at
+    page: FilePage | None = None  # page mapped at the fault address; None: no page, or not looked at
 
 
 def classify(status: int) -> tuple[Kind, int]:
-    """The kind of stop, and the signal, of a waitpid(2) status (not of an EVENT_EXEC)."""
+    """Return the kind of stop, and the signal, of a waitpid(2) status (not of an EVENT_EXEC)."""
     sig = os.WSTOPSIG(status)
     if status >> 16 == EVENT_STOP:
         return (Kind.TRAP if sig == SIGTRAP else Kind.GROUP), 0
@@ -223,12 +225,12 @@ def classify(status: int) -> tuple[Kind, int]:
 
 
 class Step(Enum):
-    """How a stopped thread goes on."""
+    """Way in which a stopped thread goes on."""
 
     CONT = auto()
     LISTEN = auto()
     DETACH = auto()
-    QUEUE = auto()  # send the signal with our cookie, then CONT
+    QUEUE = auto()  # send the signal with the tracer's cookie, then CONT
     FORCE = auto()  # unblock the signal, then QUEUE
     INJECT = auto()  # prepare an injection, then SYSCALL
     SYSCALL = auto()
@@ -247,7 +249,7 @@ def resume(tid: int, step: Step, sig: int) -> None:
 
 
 def status_of_held(tid: int) -> Status:
-    """The status of a thread that should exist; ESRCH if it does not."""
+    """Return the status of a thread that should exist. Raises ESRCH if the thread does not exist."""
     status = read_status(tid)
     if status is None:
         raise ProcessLookupError(errno.ESRCH, f"thread {tid} is gone")
@@ -255,8 +257,8 @@ def status_of_held(tid: int) -> Status:
 
 
 def look(tid: int, wait_status: int, cookie: int) -> Stop:
-    """What a waitpid(2) status means. The masks in a signal-delivery-stop, which cost a look at /proc, only
-    tell whether the SIGBUS with ``cookie`` is still to come.
+    """Return the meaning of a waitpid(2) status. In a signal-delivery-stop the masks, which cost a read of
+    /proc, only tell whether the SIGBUS with ``cookie`` is still pending.
     """
     kind, sig = classify(wait_status)
     info = parse(get_siginfo(tid)) if sig == SIGBUS else None
@@ -271,7 +273,9 @@ def look(tid: int, wait_status: int, cookie: int) -> Stop:
 
 
 def send_plain(tgid: int, tid: int) -> bool:
-    """A SIGBUS without particulars, better than none. Whether it could be sent."""
+    """Send a SIGBUS without siginfo, as a last resort. Return False if the signal could not be sent (EPERM,
+    ESRCH).
+    """
     try:
         tgkill(tgid, tid, SIGBUS)
     except OSError as error:
@@ -282,7 +286,7 @@ def send_plain(tgid: int, tid: int) -> bool:
 
 
 def refusal(tid: int, error: OSError) -> str | None:
-    """Why PTRACE_SEIZE was refused; None if the thread is gone."""
+    """Return the reason for a refused PTRACE_SEIZE; None if the thread is gone."""
     status = read_status(tid)
     if status is None or status.is_dead or error.errno == errno.ESRCH:
         return None
@@ -299,5 +303,7 @@ def refusal(tid: int, error: OSError) -> str | None:
 
 
 def is_vanished(error: OSError) -> bool:
-    """ESRCH of ptrace(2), ENOENT of /proc: the thread is dead, or being killed and so not stopped."""
+    """Return True for ESRCH of ptrace(2) and ENOENT of /proc: the thread is dead, or being killed and so not
+    stopped.
+    """
     return error.errno in (errno.ESRCH, errno.ENOENT)

@@ -3,8 +3,8 @@
 Purpose: read and build the few layouts that the tracer needs. Counterpart in Linux:
 uapi/asm-generic/siginfo.h, kernel_siginfo_layout() in kernel/signal.c.
 
-Invariants: every siginfo handled here is exactly SIGINFO_SIZE bytes; the layout is that of 64-bit Linux (the
-union begins at byte 16), the same on x86_64 and aarch64.
+Invariants: every siginfo here is exactly SIGINFO_SIZE bytes. The layout is the one of 64-bit Linux (the union
+begins at byte 16), the same on x86_64 and aarch64.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _UNION = _HEAD.size
 
 
 class SigInfo(NamedTuple):
-    """The fields the tracer decides by. ``value`` has a meaning for SI_QUEUE only, ``addr`` for BUS_*."""
+    """Fields by which the tracer decides. ``value`` has a meaning for SI_QUEUE only, ``addr`` for BUS_*."""
 
     signo: int
     code: int
@@ -50,11 +50,11 @@ class SigInfo(NamedTuple):
 
     @property
     def is_bus_adrerr(self) -> bool:
-        """Whether it is what a page fault forces when the filesystem cannot give the page."""
+        """Return True for the siginfo that a page fault forces when the filesystem cannot give the page."""
         return self.signo == SIGBUS and self.code == BUS_ADRERR
 
     def is_queued_with(self, value: int) -> bool:
-        """Whether it is what :func:`queued` made of ``value``."""
+        """Return True for the siginfo that :func:`queued` built from ``value``."""
         return self.code == SI_QUEUE and self.value == value
 
 
@@ -67,22 +67,24 @@ def parse(raw: bytes) -> SigInfo:
 
 
 def bus_error(code: int, addr: int, lsb: int) -> bytes:
-    """The siginfo of a SIGBUS by a fault: force_sig_mceerr() and send_sig_mceerr() of kernel/signal.c.
+    """Build the siginfo of a SIGBUS by a fault: force_sig_mceerr() and send_sig_mceerr() of kernel/signal.c.
 
-    ``addr`` is a virtual address of the receiver, ``lsb`` the binary logarithm of the size of what was lost,
+    ``addr`` is a virtual address of the receiver, ``lsb`` the binary logarithm of the size of the lost range
     in bytes.
     """
     return (_HEAD.pack(SIGBUS, 0, code) + _FAULT.pack(addr, lsb)).ljust(SIGINFO_SIZE, b"\0")
 
 
 def queued(signo: int, value: int) -> bytes:
-    """The siginfo of sigqueue(3) by this process; by its 64-bit ``value`` the tracer knows its own."""
+    """Build the siginfo of sigqueue(3) by this process; the tracer recognizes its own signals by the 64-bit
+    ``value``.
+    """
     sender = _SENDER.pack(os.getpid(), os.getuid(), value)
     return (_HEAD.pack(signo, 0, SI_QUEUE) + sender).ljust(SIGINFO_SIZE, b"\0")
 
 
 class Status(NamedTuple):
-    """What /proc/TID/status says. ``state`` is the kernel's letter; the masks have bit N-1 for signal N."""
+    """Content of /proc/TID/status. ``state`` is the kernel's letter; the masks have bit N-1 for signal N."""
 
     tid: int
     name: str
@@ -98,12 +100,12 @@ class Status(NamedTuple):
 
     @property
     def is_dead(self) -> bool:
-        """A zombie: of a thread group's leader it may be seen long after its end."""
+        """Return True for a zombie. The leader of a thread group may stay a zombie long after its end."""
         return self.state in "ZX"
 
 
 def read_status(tid: int) -> Status | None:
-    """The thread's status, or None if there is no such thread."""
+    """Return the thread's status, or None if the thread does not exist."""
     try:
         raw = read_whole(f"/proc/{tid}/status")
     except (FileNotFoundError, ProcessLookupError):
@@ -125,7 +127,7 @@ def read_status(tid: int) -> Status | None:
 
 
 def _current_syscall(tid: int) -> int:
-    """The system call a thread sleeps in, or -1 (running, in a page fault, or gone)."""
+    """Return the system call a thread sleeps in, or -1 (running, in a page fault, or gone)."""
     try:
         word = read_whole(f"/proc/{tid}/syscall").split()[0]
     except (FileNotFoundError, ProcessLookupError, PermissionError):
@@ -134,8 +136,10 @@ def _current_syscall(tid: int) -> int:
 
 
 def is_ignored(status: Status) -> bool:
-    """Whether the kernel would discard a SIGBUS at once: sig_ignored(). A blocked one it keeps."""
+    """Return True if the kernel would discard a SIGBUS at once: sig_ignored(). The kernel keeps a blocked
+    SIGBUS.
+    """
     if status.blocked & SIGBUS_BIT or not status.ignored & SIGBUS_BIT:
         return False
-    # It may be blocked after all: /proc shows the mask that rt_sigtimedwait(2) has while it sleeps.
+    # SIGBUS may be blocked after all: /proc shows the mask that rt_sigtimedwait(2) has while it sleeps.
     return _current_syscall(status.tid) != _NR_RT_SIGTIMEDWAIT

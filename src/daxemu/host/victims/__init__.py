@@ -1,8 +1,8 @@
-"""The hot loops of a failure in C: victims/collect.c looks at many processes in one call, victims/deliver.c
+"""Hot loops of a failure in C: victims/collect.c looks at many processes in one call, victims/deliver.c
 signals many threads.
 
-Each answers for what is ordinary, and leaves everything else to Python, which can do all of it: without the C
-nothing is missing but speed. DAXEMU_VICTIMS=python in the environment leaves it aside.
+Each C loop answers for ordinary cases, and leaves all others to Python, which can do all of the work: without
+the C library only speed is lost. DAXEMU_VICTIMS=python in the environment disables the C library.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 _library, MISSING = _load()
-"""MISSING: why the C is not there; None when it is."""
+"""MISSING: reason why the C library is not available; None if it is."""
 
 
 def library() -> ctypes.CDLL:
-    """What was loaded. Precondition: it is not MISSING."""
+    """Return the loaded library. Precondition: the library is not MISSING."""
     assert _library is not None
     return _library
 
 
 def as_argument(data: bytearray) -> ctypes.Array[ctypes.c_char]:
-    """``data`` for C to write to; to be kept as long as C uses it."""
+    """Return ``data`` for C to write to; the caller keeps the result as long as C uses ``data``."""
     return (ctypes.c_char * len(data)).from_buffer(data)

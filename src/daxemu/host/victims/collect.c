@@ -1,9 +1,9 @@
 /*
- * Who has pages of a file present: many processes in one call, with no Python between the system calls.
+ * Processes that have pages of a file present: many processes in one call, with no Python between the system calls.
  *
- * This answers for what is ordinary: a process that maps nothing of the device, or that has its mappings and pages as they
- * were from before the look to after it. Any other verdict is ASK: host/proc/tasks.py looks at that process itself, and
- * knows what to make of one that changes. What is looked for, and who is told of what is found, is decided there, too.
+ * The code answers for ordinary processes: a process that maps no file of the device, or whose mappings and pages do not
+ * change during the look. Any other verdict is ASK: host/proc/tasks.py then looks at that process itself, and handles a
+ * process that changes. tasks.py also decides which pages to look for, and which processes to signal.
  *
  * Needs PROCMAP_QUERY (Linux 6.11) and PAGEMAP_SCAN (6.7); on older kernels every verdict is ASK.
  */
@@ -45,13 +45,13 @@ struct vma {
 	uint64_t start, end, pgoff, ino, flags;
 };
 
-/* The process is gone, or not ours to look into: then it has nothing that we could tell it of. */
+/* The process is gone, or may not be inspected: then it cannot be a victim. */
 static int is_gone(void)
 {
 	return errno == ENOENT || errno == ESRCH || errno == EACCES || errno == EPERM;
 }
 
-/* The process's mappings of files on the device; how many, or -1 with errno. */
+/* Reads the process's mappings of files on the device. Returns their number, or -1 with errno. */
 static int read_vmas(int maps, const struct daxemu_search *search, struct vma *vmas)
 {
 	int count = 0;
@@ -60,7 +60,7 @@ static int read_vmas(int maps, const struct daxemu_search *search, struct vma *v
 			.size = sizeof query, .flags = COVERING_OR_NEXT | FILE_BACKED, .address = address
 		};
 		if (ioctl(maps, DAXEMU_PROCMAP_QUERY, &query))
-			return errno == ENOENT ? count : -1; /* ENOENT: there are no more */
+			return errno == ENOENT ? count : -1; /* ENOENT: no further mapping */
 		address = query.end;
 		if (query.major != search->major || query.minor != search->minor)
 			continue;
@@ -73,7 +73,7 @@ static int read_vmas(int maps, const struct daxemu_search *search, struct vma *v
 	}
 }
 
-/* Adds the pages of one range of a mapping that are present and the file's own. */
+/* Adds the pages of one range of a mapping that are present and belong to the file. */
 static int scan(int pagemap, const struct vma *vma, const struct daxemu_wanted *wanted, struct daxemu_runs *runs)
 {
 	uint64_t first = wanted->first > vma->pgoff ? wanted->first : vma->pgoff;
@@ -118,8 +118,8 @@ static int scan_all(int pagemap, const struct daxemu_search *search, const struc
 }
 
 /*
- * Mappings and page tables cannot be read at once. What is present where a mapping is before and after is that mapping's,
- * if there was no page fault in between: without one nothing becomes present.
+ * Mappings and page tables cannot be read in one step. A page found present belongs to a mapping that existed before and
+ * after the scan, if no page fault came in between: without a page fault no page becomes present.
  */
 static int look_again(int maps, int pagemap, int stat, const struct daxemu_search *search, const struct vma *vmas,
 		      int count, struct daxemu_process *process, struct daxemu_runs *runs)
@@ -168,7 +168,7 @@ static int look_at(const struct daxemu_search *search, struct daxemu_process *pr
 	return verdict;
 }
 
-/* Sets the verdict of each process. Those that are FOUND have their runs one after another, in the order of the processes. */
+/* Sets the verdict of each process. The runs of processes with FOUND follow one another, in the order of the processes. */
 void daxemu_collect(const struct daxemu_search *search, struct daxemu_process *processes, uint32_t count,
 		    struct daxemu_runs *runs)
 {
@@ -180,7 +180,7 @@ void daxemu_collect(const struct daxemu_search *search, struct daxemu_process *p
 	}
 }
 
-/* Compares the address space of one process with those of others, whose ids give way to what kcmp(2) says of each. */
+/* Compares the address space of one process with those of others; the result of kcmp(2) replaces the id of each. */
 void daxemu_compare(int one, int32_t *others, uint32_t count)
 {
 	for (uint32_t at = 0; at < count; at++)

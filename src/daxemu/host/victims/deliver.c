@@ -1,10 +1,10 @@
 /*
  * Exact SIGBUS to many threads: seized, interrupted and signalled together, and served in the order in which they stop.
  *
- * This does for one request and one thread what host/tracer/held_thread.py decides in the ordinary case: the thread stops
- * because we asked, it neither blocks nor ignores SIGBUS nor has one pending, it still shows the page, the signal with
- * our mark is the next that stops it, and it is let go with the exact siginfo. Whatever else happens hands the thread back
- * to host/tracer/process.py, in the very stop that it is in. Both siginfos come from there.
+ * For one request and one thread, this file carries out the decisions of host/tracer/held_thread.py in the ordinary case:
+ * the thread stops because of PTRACE_INTERRUPT, neither blocks nor ignores SIGBUS nor has a SIGBUS pending, still maps the
+ * page, stops next for the signal with our mark, and is let go with the exact siginfo. In every other case the thread goes
+ * back to host/tracer/process.py, in the very stop that it is in. process.py supplies both siginfos.
  *
  * Belongs to the one thread that traces.
  */
@@ -31,12 +31,12 @@
 #define NT_PRSTATUS 1
 #define MOST_CALLS 32
 
-enum { OTHER, DELIVERED, INTERRUPTED, QUEUED }; /* what a wait is; the last two: how far a delivery came */
+enum { OTHER, DELIVERED, INTERRUPTED, QUEUED }; /* kinds of wait; the last two: stages of a delivery */
 
 static struct daxemu_delivery deliveries[MOST];
 static int32_t tids[MOST], stages[MOST];
 static uint32_t under_way;
-static uint32_t restarted[MOST_CALLS], nr_restarted; /* system calls that mend_eintr() is for */
+static uint32_t restarted[MOST_CALLS], nr_restarted; /* system calls that mend_eintr() restarts */
 
 static void forget(uint32_t at)
 {
@@ -53,7 +53,7 @@ static int find(int tid)
 	return -1;
 }
 
-/* Whether the process shows the page at the address. Another answer is Python's to find: it may have moved. */
+/* True if the process maps the page at the address. Otherwise Python looks: the process may have moved the page. */
 static int shows(const struct daxemu_delivery *delivery)
 {
 	struct daxemu_procmap_query query = { .size = sizeof query, .address = delivery->address };
@@ -69,7 +69,7 @@ static int shows(const struct daxemu_delivery *delivery)
 	return shown;
 }
 
-/* Whether a stopped thread takes a SIGBUS at once: it is neither pending nor blocked nor ignored. */
+/* True if a stopped thread takes a SIGBUS at once: SIGBUS is neither pending nor blocked nor ignored. */
 static int takes_sigbus(const struct daxemu_delivery *delivery)
 {
 	char name[32];
@@ -86,7 +86,7 @@ static int takes_sigbus(const struct daxemu_delivery *delivery)
 	return !unknown && !(masks & SIGBUS_BIT);
 }
 
-/* Whether PTRACE_SEIZE may sleep, and all other victims with it: see may_sleep() in host/tracer/ptrace.py. */
+/* True if PTRACE_SEIZE may sleep, so that all other victims wait: see may_sleep() in host/tracer/ptrace.py. */
 static int may_sleep(const struct daxemu_delivery *delivery)
 {
 	char name[32], text[512];
@@ -101,7 +101,7 @@ static int may_sleep(const struct daxemu_delivery *delivery)
 	const char *state = strrchr(text, ')');
 	if (!state || strlen(state) < 3 || state[2] == 'T')
 		return 1;
-	if (state[2] == 'D') { /* not of a page fault: such a thread may be traced for an AR already */
+	if (state[2] == 'D') { /* not the D of a page fault: that thread may be traced for an AR already */
 		snprintf(name, sizeof name, "task/%d/wchan", delivery->tid);
 		file = daxemu_open(delivery->tgid, name);
 		got = file < 0 ? -1 : read(file, text, sizeof text - 1);
@@ -123,7 +123,7 @@ static int may_sleep(const struct daxemu_delivery *delivery)
 	return call == SYS_execve || call == SYS_execveat;
 }
 
-/* Has the interrupted system call restarted where the kernel would not: see mend_eintr() in host/tracer/injection.py. */
+/* Restarts the interrupted system call where the kernel would not: see mend_eintr() in host/tracer/injection.py. */
 static void mend_eintr(int tid)
 {
 #ifdef __x86_64__
@@ -143,7 +143,7 @@ static void mend_eintr(int tid)
 #endif
 }
 
-/* In the stop that we asked for. */
+/* Queues the signal with our mark, in the stop that PTRACE_INTERRUPT caused. Returns 0 if it is queued. */
 static int queue(const struct daxemu_delivery *delivery)
 {
 	if (!takes_sigbus(delivery) || !shows(delivery))
@@ -152,7 +152,7 @@ static int queue(const struct daxemu_delivery *delivery)
 	return syscall(SYS_rt_tgsigqueueinfo, delivery->tgid, delivery->tid, SIGBUS, &delivery->mark);
 }
 
-/* In a stop for a SIGBUS: makes ours exact, and lets go. */
+/* In a stop for a SIGBUS: gives the signal with our mark its exact siginfo, and detaches. Returns 0 if it did. */
 static int give(const struct daxemu_delivery *delivery)
 {
 	siginfo_t info;
@@ -163,7 +163,7 @@ static int give(const struct daxemu_delivery *delivery)
 	       ptrace(PTRACE_DETACH, delivery->tid, 0, SIGBUS);
 }
 
-/* One stop, or end, of a thread. Returns what it is; nothing (-1) if there is nothing to say of it yet. */
+/* Handles one stop, or end, of a thread. Returns the kind of wait; -1 while the delivery goes on in C. */
 static int step(uint32_t at, int status)
 {
 	int stage = stages[at], tid = deliveries[at].tid;
@@ -181,7 +181,7 @@ static int step(uint32_t at, int status)
 	return stage;
 }
 
-/* Each stop says SIGCHLD, which would interrupt us each time; one at the end is enough to have somebody look again. */
+/* Each stop raises SIGCHLD, which would interrupt this loop; one at the end is enough for the tracer to look again. */
 static void hold_sigchld(int how)
 {
 	sigset_t set;
@@ -196,7 +196,7 @@ void daxemu_restart(const uint32_t *calls, uint32_t count)
 		restarted[nr_restarted] = calls[nr_restarted];
 }
 
-/* Seizes and interrupts each thread; returns how many, from the first on. The next one cannot be, or there is no room. */
+/* Seizes and interrupts each thread. Returns the number begun: the next cannot be seized at once, or no slot is free. */
 uint32_t daxemu_deliver(const struct daxemu_delivery *each, uint32_t count, uint64_t options)
 {
 	uint32_t at = 0;
@@ -204,7 +204,7 @@ uint32_t daxemu_deliver(const struct daxemu_delivery *each, uint32_t count, uint
 	for (; at < count && under_way < MOST; at++) {
 		if (may_sleep(&each[at]) || ptrace(PTRACE_SEIZE, each[at].tid, 0, options))
 			break;
-		/* Fails if it is dying, of which the next wait tells. */
+		/* Fails if the thread is dying, which the next wait reports. */
 		ptrace(PTRACE_INTERRUPT, each[at].tid, 0, 0);
 		deliveries[under_way] = each[at];
 		tids[under_way] = each[at].tid;
@@ -214,7 +214,7 @@ uint32_t daxemu_deliver(const struct daxemu_delivery *each, uint32_t count, uint
 	return at;
 }
 
-/* Serves up to ``most`` stops that there are by now, and tells of those that Python must know of. Returns how many. */
+/* Serves up to ``most`` stops reported by now, and lists in ``waits`` those for Python. Returns the number of stops. */
 uint32_t daxemu_reap(struct daxemu_wait *waits, uint32_t most, uint32_t *told)
 {
 	uint32_t stops = 0;
@@ -231,7 +231,7 @@ uint32_t daxemu_reap(struct daxemu_wait *waits, uint32_t most, uint32_t *told)
 	return stops;
 }
 
-/* Python takes a thread over between two stops. Returns how far its delivery came; -1 if there is none. */
+/* Hands a thread to Python between two stops. Returns the stage of its delivery; -1 if it has none. */
 int32_t daxemu_take_over(int tid)
 {
 	int at = find(tid);

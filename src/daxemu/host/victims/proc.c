@@ -22,7 +22,7 @@ int daxemu_read_stat(int fd, struct daxemu_stat *stat)
 	if (size <= 0)
 		return -1;
 	stat->text[size] = 0;
-	/* A name may hold parentheses: it ends with the last. */
+	/* A name may hold parentheses: the last one ends the name. */
 	char *name = strchr(stat->text, '('), *end = strrchr(stat->text, ')');
 	if (!name || !end)
 		return -1;

@@ -1,6 +1,6 @@
 /*
- * What host/victims_*.py and the C beside it say to each other, and what the C files share. The layouts are those
- * modules' too: change both, and VERSION.
+ * Structures passed between Python (host/victims/__init__.py, host/proc/collect_in_c.py, host/tracer/deliver_in_c.py) and
+ * C, and declarations that the C files share. The Python modules repeat the layouts: change both, and VERSION.
  */
 #include <signal.h>
 #include <stdint.h>
@@ -16,9 +16,9 @@ struct daxemu_wanted {
 };
 
 struct daxemu_search {
-	uint32_t major, minor; /* the device that /proc shows the files to be on */
+	uint32_t major, minor; /* device of the files, as shown in /proc */
 	const struct daxemu_wanted *wanted;
-	uint32_t nr_wanted; /* 0: only whether there is any mapping of the device; then ASK */
+	uint32_t nr_wanted; /* 0: only look for any mapping of the device; then ASK */
 };
 
 struct daxemu_process {
@@ -43,16 +43,16 @@ struct daxemu_runs {
 struct daxemu_delivery {
 	int32_t tgid, tid;
 	uint32_t major, minor;
-	uint64_t ino, pgoff, address; /* the page that should be there; any, if ino is 0 */
-	siginfo_t mark; /* as it is queued: by this we know our own */
-	siginfo_t info; /* as it is received */
+	uint64_t ino, pgoff, address; /* page that the address must map; ino 0: any page */
+	siginfo_t mark; /* as queued: identifies the tracer's own signal */
+	siginfo_t info; /* as received by the thread */
 };
 
 struct daxemu_wait {
 	int32_t tid, status, what;
 };
 
-/* -- victims/proc.c: what both need of /proc */
+/* -- victims/proc.c: access to /proc for both */
 
 /* uapi/linux/fs.h, whose installed version may be older than the kernel: PROCMAP_QUERY came with Linux 6.11 */
 struct daxemu_procmap_query {
@@ -81,8 +81,8 @@ struct daxemu_stat {
 	const char *comm, *fields[STAT_FIELDS];
 };
 
-/* A file in /proc/PID, for reading; -1 with errno. */
+/* Opens a file in /proc/PID for reading; -1 with errno. */
 int daxemu_open(int pid, const char *name);
 
-/* Reads a stat file from its beginning and takes it apart; not 0 if that cannot be. */
+/* Reads a stat file from its beginning and splits it into fields; -1 if that fails. */
 int daxemu_read_stat(int fd, struct daxemu_stat *stat);
