@@ -1,8 +1,8 @@
 """Paths below a DEVICE directory, opened so that no other user chooses the file.
 
-The only module that opens, makes, renames or removes anything below DEVICE (tests/test_private_path.py
-follows such paths through the other modules). DEVICE is opened once. Each path below is walked from that
-descriptor, one name at a time, with O_NOFOLLOW. The type of a file is read through an O_PATH descriptor
+No other module opens, makes, renames or removes anything below DEVICE (tests/test_private_path.py follows
+such paths through the other modules). DEVICE is opened once. Each path below is walked from the descriptor
+of DEVICE, one name at a time, with O_NOFOLLOW. The type of a file is read through an O_PATH descriptor
 before the file is opened: a FIFO does not block and a device node is not touched.
 
 A file must be regular, have one link and belong to the owner of DEVICE. A directory must belong to the owner
@@ -90,7 +90,7 @@ class PrivatePath:
         return cls(root)
 
     def close(self) -> None:
-        """Close the DEVICE directory. Paths below it cannot be used afterwards."""
+        """Close the DEVICE directory. Paths below DEVICE cannot be used afterwards."""
         self._root.close()
 
     # -- as a path
@@ -120,7 +120,7 @@ class PrivatePath:
 
     @property
     def parent(self) -> PrivatePath:
-        """Directory that holds this path."""
+        """The directory above."""
         return PrivatePath(self._root, self._parts[:-1])
 
     def with_name(self, name: str) -> PrivatePath:
@@ -131,11 +131,11 @@ class PrivatePath:
 
     @property
     def mode(self) -> int:
-        """Mode of directories made below this DEVICE; files get the mode without the x bits."""
+        """Mode of directories made below DEVICE; files get the mode without the x bits."""
         return self._root.mode
 
     def share(self, mode: int) -> None:
-        """Set the mode of files and directories that are made below this DEVICE from now on."""
+        """Set the mode of files and directories made below DEVICE from now on."""
         self._root.mode = mode
 
     def chmod_new(self) -> None:
@@ -186,14 +186,14 @@ class PrivatePath:
 
     @contextmanager
     def reachable(self) -> Iterator[Path]:
-        """Yield a path to this directory for a library that takes only paths. Precondition: ``audit`` passed,
-        or the directory is new.
+        """Yield a path to the directory for a library with an interface of paths only. Precondition:
+        ``audit`` passed, or the directory is new.
         """
         with self._directory(self._parts) as fd:
             yield Path(_by_fd(fd))
 
     def as_path(self) -> Path:
-        """Return a path for code that keeps the path. The path is valid while DEVICE is open in this process."""
+        """Return a path for code that keeps the path. Valid while DEVICE is open in the process."""
         return Path(_by_fd(self._root.fd)).joinpath(*self._parts)
 
     def lstat(self) -> os.stat_result:
@@ -202,7 +202,7 @@ class PrivatePath:
             return os.stat(self.name, dir_fd=directory, follow_symlinks=False)
 
     def exists(self) -> bool:
-        """Return True if a file of any type has this name."""
+        """Return True if a file of any type has the name."""
         try:
             self.lstat()
         except FileNotFoundError:
@@ -210,12 +210,12 @@ class PrivatePath:
         return True
 
     def names(self) -> list[str]:
-        """Names in this directory."""
+        """Names in the directory."""
         with self._directory(self._parts) as fd:
             return os.listdir(fd)
 
     def audit(self) -> None:
-        """Check this file, or this directory and everything below. A missing file passes.
+        """Check the file, or the directory and everything below. A missing file passes.
 
         Raises NotADevice, PermissionDenied.
         """
@@ -226,25 +226,27 @@ class PrivatePath:
                 self.audit_file()
 
     def audit_file(self) -> None:
-        """Check that the file is regular, belongs to the owner and has one link, or is missing."""
+        """Check an existing file: regular, of the owner of DEVICE, one link. A missing file passes."""
         with suppress(FileNotFoundError):
             self._check(self.lstat(), stat.S_IFREG)
 
     def audit_socket(self) -> None:
-        """Check that the file is a socket of the owner, or missing."""
+        """Check an existing file: a socket of the owner of DEVICE. A missing file passes."""
         with suppress(FileNotFoundError):
             self._check(self.lstat(), stat.S_IFSOCK)
 
     def audit_directory(self) -> None:
-        """Check that the file is a directory of the owner, or missing, and audit everything below."""
+        """Check an existing directory: of the owner of DEVICE; audit everything below. A missing directory
+        passes.
+        """
         with suppress(FileNotFoundError):
             self._check(self.lstat(), stat.S_IFDIR)
             for name in self.names():
                 (self / name).audit()
 
     def tighten(self) -> int:
-        """Remove mode bits beyond the mode of DEVICE from this path and everything below. For DEVICE itself,
-        change only the directory. Return the number of files that had such bits.
+        """Remove mode bits beyond the mode of DEVICE from the path and everything below. For DEVICE itself,
+        change only the directory. Return the number of changed files.
         """
         try:
             with self._held() as directory:
@@ -268,7 +270,7 @@ class PrivatePath:
     # -- opening
 
     def open(self, flags: int, *, create: bool = False) -> int:
-        """Open the regular file of this name. With ``create``, make a missing file, empty and with its mode.
+        """Open the regular file. With ``create``, make a missing file, empty and with the mode of DEVICE.
 
         Raises NotADevice if the file is not regular or has several links, PermissionDenied if the file
         belongs to another user.
@@ -285,7 +287,7 @@ class PrivatePath:
             os.close(look)
 
     def make(self, flags: int) -> int:
-        """Make a new file and open it. Raises FileExistsError."""
+        """Make and open a new file. Raises FileExistsError."""
         with self._held() as directory:
             return self._make(directory, flags)
 
@@ -301,18 +303,18 @@ class PrivatePath:
             return file.read()
 
     def write_bytes(self, data: bytes) -> None:
-        """Replace the contents of the file, or make it."""
+        """Replace the contents of the file, or make the file."""
         with open(self.open(os.O_WRONLY | os.O_TRUNC, create=True), "wb") as file:
             file.write(data)
 
     def touch(self) -> None:
-        """Make an empty file, unless it exists."""
+        """Make an empty file, unless the file exists."""
         os.close(self.open(os.O_RDONLY, create=True))
 
     # -- changing the directory
 
     def mkdir(self) -> None:
-        """Make this directory and each missing parent; an existing directory is checked."""
+        """Make the directory and each missing parent; an existing directory is checked."""
         for depth in range(len(self._parts)):
             at = PrivatePath(self._root, self._parts[: depth + 1])
             with at._held() as directory:
@@ -326,13 +328,13 @@ class PrivatePath:
                 os.close(look)
 
     def adopt(self) -> None:
-        """Set the mode of the files in this directory, after a library wrote the files."""
+        """Set the mode of the files in the directory, after a library wrote the files."""
         with self._directory(self._parts) as fd:
             for name in os.listdir(fd):
                 os.chmod(name, self.mode & 0o666, dir_fd=fd)
 
     def rename(self, name: str) -> None:
-        """Rename to ``name`` in the same directory; a file of that name is replaced."""
+        """Rename to ``name`` in the same directory; an existing file is replaced."""
         with self._held() as directory:
             os.rename(self.name, name, src_dir_fd=directory, dst_dir_fd=directory)
 
@@ -356,14 +358,15 @@ class PrivatePath:
             self.unlink()
 
     def bind_path(self) -> tuple[int, str]:
-        """Return a descriptor to close after bind(2), and the path to bind a socket of this name to."""
+        """Return a descriptor to close after bind(2), and the path to bind a socket to."""
         with self._held() as directory:
             fd = os.dup(directory)
         return fd, f"{_by_fd(fd)}/{self.name}"
 
 
 def become_owner(device: Path) -> None:
-    """Become the user that owns the directory ``device``, for good, with that user's groups (``--as-owner``).
+    """Become the owner of the directory ``device``, permanently, with the groups of the owner
+    (``--as-owner``).
 
     Precondition: nothing below ``device`` is open. Raises NotADevice, PermissionDenied.
     """

@@ -1,7 +1,7 @@
 """Requests and replies of the control socket, as types. One JSON object a line; ``op`` names the request.
 
 ``make protocol`` generates docs/protocol.md from this file. A request is a ``Request[R]``; ``R`` is the type
-of its reply.
+of the reply.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class DamagedList(msgspec.Struct):
 
 class Extent(msgspec.Struct):
     """A run of a file, in bytes. ``device_offset`` is null for a hole. ``shared_by``: number of links to the
-    extent; 1 if the file shares it with no other.
+    extent; 1 if no other file shares the extent.
     """
 
     offset: int
@@ -104,7 +104,7 @@ class Removed(msgspec.Struct):
 
 
 class Cell(msgspec.Struct):
-    """One of the equal parts of a range of the device; all counts in bytes. ``used``: bytes in use.
+    """Equal part of a range of the device; all counts in bytes. ``used``: bytes in use.
     ``metadata``: used bytes that hold the filesystem's own records. ``shared``: used bytes with more than one
     link. ``bad``: bytes in bad blocks. ``latent``: bytes of latent poison.
     """
@@ -117,8 +117,8 @@ class Cell(msgspec.Struct):
 
 
 class FileUse(msgspec.Struct):
-    """Use of a range of the device by one file. ``bytes``: bytes of the range that the file has.
-    ``device_offset`` and ``file_offset``: place of the first of these bytes.
+    """Use of a range of the device by one file. ``bytes``: bytes of the range in the file.
+    ``device_offset`` and ``file_offset``: place of the first such byte.
     """
 
     ino: Ino
@@ -323,7 +323,7 @@ class Reflink(Request[Shared], tag="reflink"):
 
 
 class Remove(Request[Removed], tag="remove"):
-    """Remove the device while it is in use (surprise removal)."""
+    """Remove the device while in use (surprise removal)."""
 
 
 class Status(Request[StatusReport], tag="status"):
