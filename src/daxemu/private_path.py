@@ -1,9 +1,9 @@
-"""Paths below a DEVICE directory, opened so that nobody else chooses the file.
+"""Paths below a DEVICE directory, opened so that no other user chooses the file.
 
-The only module that opens, makes, renames or removes anything below DEVICE (tests/test_private_path.py
-follows such paths through the others). DEVICE is opened once; each path below is walked from that descriptor,
-one name at a time, with O_NOFOLLOW. A name is looked at through an O_PATH descriptor before the file behind
-it is opened: a FIFO does not block and a device node is not touched.
+No other module opens, makes, renames or removes anything below DEVICE (tests/test_private_path.py follows
+such paths through the other modules). DEVICE is opened once. Each path below is walked from the descriptor
+of DEVICE, one name at a time, with O_NOFOLLOW. The type of a file is read through an O_PATH descriptor
+before the file is opened: a FIFO does not block and a device node is not touched.
 
 A file must be regular, have one link and belong to the owner of DEVICE. A directory must belong to the owner
 of DEVICE. Everything else raises NotADevice or PermissionDenied.
@@ -23,7 +23,7 @@ from pathlib import Path
 from daxemu.errors import NotADevice, PermissionDenied
 
 PRIVATE = 0o700
-"""Mode of a DEVICE directory that nobody else may enter."""
+"""Mode of a DEVICE directory that only its owner may enter."""
 _NOGROUP = 65534
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -39,7 +39,7 @@ _KINDS = {
 
 
 class _Root:
-    """An open DEVICE directory. ``mode`` is what directories get; files get it without the x bits."""
+    """An open DEVICE directory. New directories get ``mode``; new files get ``mode`` without the x bits."""
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path = path
@@ -54,7 +54,7 @@ def _by_fd(fd: int) -> str:
 
 
 class PrivatePath:
-    """A path below an open DEVICE directory, or with no parts that directory.
+    """A path below an open DEVICE directory; without parts, the directory itself.
 
     ``str()`` is for messages. OSErrors of the host propagate: FileNotFoundError, ENOSPC, EACCES.
     """
@@ -65,21 +65,21 @@ class PrivatePath:
 
     @classmethod
     def at(cls, device: Path, *, reading: bool = False) -> PrivatePath:
-        """Open the directory ``device``. With ``reading`` an ordinary user may look at a DEVICE of another
-        user.
+        """Open the directory ``device``. With ``reading``, the DEVICE may belong to another user than the
+        caller.
 
         Raises NotADevice for anything but a directory, PermissionDenied for a directory of another user.
         """
         try:
             fd = os.open(device, _DIRECTORY)
-        except NotADirectoryError as error:  # O_DIRECTORY is looked at before O_NOFOLLOW
+        except NotADirectoryError as error:  # the kernel checks O_DIRECTORY before O_NOFOLLOW
             what = "a symbolic link: give the directory itself" if device.is_symlink() else "not a directory"
             raise NotADevice(
                 f"{device} is {what}; make a device with: daxemu mkfs {device} --size 1G"
             ) from error
         except PermissionError as error:
             raise PermissionDenied(
-                f"{device}: {error.strerror}; the device is its owner's: use it as that user"
+                f"{device}: {error.strerror}; the device belongs to another user: use it as that user"
             ) from error
         root = _Root(device, fd)
         user = os.geteuid()
@@ -90,7 +90,7 @@ class PrivatePath:
         return cls(root)
 
     def close(self) -> None:
-        """Close the DEVICE directory. Paths below it cannot be used afterwards."""
+        """Close the DEVICE directory. Paths below DEVICE cannot be used afterwards."""
         self._root.close()
 
     # -- as a path
@@ -98,7 +98,7 @@ class PrivatePath:
     def __truediv__(self, name: str) -> PrivatePath:
         parts = tuple(name.split("/"))
         if not all(part not in ("", ".", "..") for part in parts):
-            raise ValueError(f"{name!r} is no name of a file below a device")
+            raise ValueError(f"{name!r} cannot be the name of a file below a device")
         return PrivatePath(self._root, self._parts + parts)
 
     def __str__(self) -> str:
@@ -115,12 +115,12 @@ class PrivatePath:
 
     @property
     def name(self) -> str:
-        """Last part, or the name of DEVICE."""
+        """Last part of the path, or the name of DEVICE."""
         return self._parts[-1] if self._parts else self._root.path.name
 
     @property
     def parent(self) -> PrivatePath:
-        """Directory that holds this path."""
+        """The directory above."""
         return PrivatePath(self._root, self._parts[:-1])
 
     def with_name(self, name: str) -> PrivatePath:
@@ -131,15 +131,15 @@ class PrivatePath:
 
     @property
     def mode(self) -> int:
-        """Mode of directories made below this DEVICE; files get it without the x bits."""
+        """Mode of directories made below DEVICE; files get the mode without the x bits."""
         return self._root.mode
 
     def share(self, mode: int) -> None:
-        """Set the mode for what is made below this DEVICE from now on."""
+        """Set the mode of files and directories made below DEVICE from now on."""
         self._root.mode = mode
 
     def chmod_new(self) -> None:
-        """Give DEVICE, just made, its mode, whatever the umask is."""
+        """Set the mode of a new DEVICE directory, independent of the umask."""
         os.fchmod(self._root.fd, self._root.mode)
 
     # -- looking
@@ -158,7 +158,7 @@ class PrivatePath:
 
     @contextmanager
     def _directory(self, parts: tuple[str, ...]) -> Iterator[int]:
-        """A descriptor of the directory ``parts`` below DEVICE."""
+        """Open the directory ``parts`` below DEVICE. Yields its descriptor, which is closed afterwards."""
         fd, at = os.dup(self._root.fd), PrivatePath(self._root)
         try:
             for name in parts:
@@ -180,20 +180,20 @@ class PrivatePath:
 
     @contextmanager
     def _held(self) -> Iterator[int]:
-        """A descriptor of the directory above."""
+        """Open the parent directory. Yields its descriptor, which is closed afterwards."""
         with self._directory(self._parts[:-1]) as fd:
             yield fd
 
     @contextmanager
     def reachable(self) -> Iterator[Path]:
-        """A path to this directory for a library that takes only paths. Precondition: ``audit`` passed, or
-        the directory was just made.
+        """Yield a path to the directory for a library with an interface of paths only. Precondition:
+        ``audit`` passed, or the directory is new.
         """
         with self._directory(self._parts) as fd:
             yield Path(_by_fd(fd))
 
     def as_path(self) -> Path:
-        """The same for code that keeps the path, while DEVICE is open in this process."""
+        """Return a path for code that keeps the path. Valid while DEVICE is open in the process."""
         return Path(_by_fd(self._root.fd)).joinpath(*self._parts)
 
     def lstat(self) -> os.stat_result:
@@ -202,7 +202,7 @@ class PrivatePath:
             return os.stat(self.name, dir_fd=directory, follow_symlinks=False)
 
     def exists(self) -> bool:
-        """Whether anything has this name."""
+        """Return True if a file of any type has the name."""
         try:
             self.lstat()
         except FileNotFoundError:
@@ -210,12 +210,12 @@ class PrivatePath:
         return True
 
     def names(self) -> list[str]:
-        """Names in this directory."""
+        """Names in the directory."""
         with self._directory(self._parts) as fd:
             return os.listdir(fd)
 
     def audit(self) -> None:
-        """Check this file, or this directory and everything below. A missing one is fine.
+        """Check the file, or the directory and everything below. A missing file passes.
 
         Raises NotADevice, PermissionDenied.
         """
@@ -226,25 +226,27 @@ class PrivatePath:
                 self.audit_file()
 
     def audit_file(self) -> None:
-        """Check that this is a regular file of the owner with one link, or missing."""
+        """Check an existing file: regular, of the owner of DEVICE, one link. A missing file passes."""
         with suppress(FileNotFoundError):
             self._check(self.lstat(), stat.S_IFREG)
 
     def audit_socket(self) -> None:
-        """Check that this is a socket of the owner, or missing."""
+        """Check an existing file: a socket of the owner of DEVICE. A missing file passes."""
         with suppress(FileNotFoundError):
             self._check(self.lstat(), stat.S_IFSOCK)
 
     def audit_directory(self) -> None:
-        """Check that this is a directory of the owner, or missing, and audit everything below."""
+        """Check an existing directory: of the owner of DEVICE; audit everything below. A missing directory
+        passes.
+        """
         with suppress(FileNotFoundError):
             self._check(self.lstat(), stat.S_IFDIR)
             for name in self.names():
                 (self / name).audit()
 
     def tighten(self) -> int:
-        """Take mode bits beyond those of DEVICE from this path and everything below; of DEVICE itself from
-        the directory alone. Return how many files had such bits.
+        """Remove mode bits beyond the mode of DEVICE from the path and everything below. For DEVICE itself,
+        change only the directory. Return the number of changed files.
         """
         try:
             with self._held() as directory:
@@ -268,9 +270,10 @@ class PrivatePath:
     # -- opening
 
     def open(self, flags: int, *, create: bool = False) -> int:
-        """Open the regular file of this name; with ``create`` make a missing one, empty and with its mode.
+        """Open the regular file. With ``create``, make a missing file, empty and with the mode of DEVICE.
 
-        Raises NotADevice, PermissionDenied if the file is not what it should be.
+        Raises NotADevice if the file is not regular or has several links, PermissionDenied if the file
+        belongs to another user.
         """
         with self._held() as directory:
             if create:
@@ -284,7 +287,7 @@ class PrivatePath:
             os.close(look)
 
     def make(self, flags: int) -> int:
-        """Make a new file and open it. Raises FileExistsError."""
+        """Make and open a new file. Raises FileExistsError."""
         with self._held() as directory:
             return self._make(directory, flags)
 
@@ -300,18 +303,18 @@ class PrivatePath:
             return file.read()
 
     def write_bytes(self, data: bytes) -> None:
-        """Replace the contents of the file, or make it."""
+        """Replace the contents of the file, or make the file."""
         with open(self.open(os.O_WRONLY | os.O_TRUNC, create=True), "wb") as file:
             file.write(data)
 
     def touch(self) -> None:
-        """Make an empty file, unless it exists."""
+        """Make an empty file, unless the file exists."""
         os.close(self.open(os.O_RDONLY, create=True))
 
     # -- changing the directory
 
     def mkdir(self) -> None:
-        """Make this directory and missing ones above; an existing one is checked."""
+        """Make the directory and each missing parent; an existing directory is checked."""
         for depth in range(len(self._parts)):
             at = PrivatePath(self._root, self._parts[: depth + 1])
             with at._held() as directory:
@@ -325,23 +328,25 @@ class PrivatePath:
                 os.close(look)
 
     def adopt(self) -> None:
-        """Give the files in this directory, just written by a library, their mode."""
+        """Set the mode of the files in the directory, after a library wrote the files."""
         with self._directory(self._parts) as fd:
             for name in os.listdir(fd):
                 os.chmod(name, self.mode & 0o666, dir_fd=fd)
 
     def rename(self, name: str) -> None:
-        """Rename to ``name`` in the same directory, in the place of a file of that name."""
+        """Rename to ``name`` in the same directory; an existing file is replaced."""
         with self._held() as directory:
             os.rename(self.name, name, src_dir_fd=directory, dst_dir_fd=directory)
 
     def unlink(self) -> None:
-        """Remove the file, if it is there."""
+        """Remove the file, if the file exists."""
         with suppress(FileNotFoundError), self._held() as directory:
             os.unlink(self.name, dir_fd=directory)
 
     def rmtree(self) -> None:
-        """Remove the directory and everything below, if it is there. Links are removed, never followed."""
+        """Remove the directory and everything below, if the directory exists. Links are removed, never
+        followed.
+        """
         with suppress(FileNotFoundError), self._held() as directory:
             shutil.rmtree(self.name, dir_fd=directory)
 
@@ -353,14 +358,15 @@ class PrivatePath:
             self.unlink()
 
     def bind_path(self) -> tuple[int, str]:
-        """A descriptor to close after bind(2), and the path to bind a socket of this name to."""
+        """Return a descriptor to close after bind(2), and the path to bind a socket to."""
         with self._held() as directory:
             fd = os.dup(directory)
         return fd, f"{_by_fd(fd)}/{self.name}"
 
 
 def become_owner(device: Path) -> None:
-    """Become the user that owns the directory ``device``, for good, with that user's groups (``--as-owner``).
+    """Become the owner of the directory ``device``, permanently, with the groups of the owner
+    (``--as-owner``).
 
     Precondition: nothing below ``device`` is open. Raises NotADevice, PermissionDenied.
     """
@@ -380,7 +386,7 @@ def become_owner(device: Path) -> None:
         entry = pwd.getpwuid(uid)
         gid, groups = entry.pw_gid, os.getgrouplist(entry.pw_name, entry.pw_gid)
     except KeyError:
-        # Not st_gid: in a setgid directory that may be a group which the user is not in.
+        # Not st_gid: in a setgid directory, st_gid may be a group that the user is not in.
         gid, groups = _NOGROUP, []
     try:
         os.setgroups(groups)

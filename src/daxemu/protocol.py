@@ -1,7 +1,7 @@
 """Requests and replies of the control socket, as types. One JSON object a line; ``op`` names the request.
 
-docs/protocol.md is made of this file (``make protocol``). A request is a ``Request[R]``; ``R`` is what it is
-answered with.
+``make protocol`` generates docs/protocol.md from this file. A request is a ``Request[R]``; ``R`` is the type
+of the reply.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ R = TypeVar("R", bound=msgspec.Struct)
 
 
 class PoisonedRange(msgspec.Struct):
-    """What one range of an injection did. Device bytes; ``pfn`` and ``nr_pages`` as memory_failure() saw
-    it. ``signals``: SIGBUS sent, one for each mapping of each process that was chosen; ``processes``:
-    distinct processes among their receivers. ``told`` is the old name of ``signals``.
+    """Result of one range of an injection. ``offset`` and ``length``: device bytes. ``pfn`` and ``nr_pages``:
+    the pages that memory_failure() was called for. ``signals``: SIGBUS sent, one for each mapping of each
+    victim. ``processes``: distinct processes among the receivers. ``told``: the old name of ``signals``.
     """
 
     offset: int
@@ -34,13 +34,13 @@ class PoisonedRange(msgspec.Struct):
 class Injected(msgspec.Struct):
     ranges: list[PoisonedRange]
     rounded: bool
-    """Whether a range was rounded out to whole sectors."""
+    """True if a range was rounded out to whole sectors."""
     holes: int
-    """Bytes of the ranges that are holes of the file: there is no media to poison."""
+    """Bytes of the ranges that are holes of the file. A hole has no media to poison."""
 
 
 class Advised(msgspec.Struct):
-    """What the system call returns: 0, or an error number. Any signal is on its way."""
+    """``errno``: the result of the system call, 0 or an error number. Each signal has been queued."""
 
     errno: int
 
@@ -69,8 +69,8 @@ class DamagedList(msgspec.Struct):
 
 
 class Extent(msgspec.Struct):
-    """A run of a file, in bytes. ``device_offset`` null: a hole. ``shared_by``: files' links to it, 1 if its
-    own.
+    """A run of a file, in bytes. ``device_offset`` is null for a hole. ``shared_by``: number of links to the
+    extent; 1 if no other file shares the extent.
     """
 
     offset: int
@@ -93,7 +93,9 @@ class Shared(msgspec.Struct):
 
 
 class Removed(msgspec.Struct):
-    """``signals``, ``processes`` and ``told`` as in PoisonedRange. A removal sends each process one."""
+    """``signals``, ``processes`` and ``told`` as in PoisonedRange. A removal sends one signal to each
+    process.
+    """
 
     told: int
     was_idle: bool
@@ -102,8 +104,9 @@ class Removed(msgspec.Struct):
 
 
 class Cell(msgspec.Struct):
-    """One of the equal parts of a range of the device, in bytes: in use, of that by the filesystem's own
-    records and by more than one link, known to be poison, and poison that nobody knows of.
+    """Equal part of a range of the device; all counts in bytes. ``used``: bytes in use.
+    ``metadata``: used bytes that hold the filesystem's own records. ``shared``: used bytes with more than one
+    link. ``bad``: bytes in bad blocks. ``latent``: bytes of latent poison.
     """
 
     used: int = 0
@@ -114,7 +117,9 @@ class Cell(msgspec.Struct):
 
 
 class FileUse(msgspec.Struct):
-    """How much of a range a file has, and where its first byte there is."""
+    """Use of a range of the device by one file. ``bytes``: bytes of the range in the file.
+    ``device_offset`` and ``file_offset``: place of the first such byte.
+    """
 
     ino: Ino
     path: str
@@ -130,19 +135,21 @@ class SurveyReport(msgspec.Struct):
     cell: int
     cells: list[Cell]
     files: list[FileUse]
-    """Those with the most of the range."""
+    """The files with the most bytes in the range."""
 
 
 class Progress(msgspec.Struct):
-    """How much of what there is has been seen to."""
+    """Progress of a newly chosen strategy: bytes processed, of all bytes to process."""
 
     done_bytes: int
     total_bytes: int
 
 
 class RepairReport(msgspec.Struct):
-    """``recovered`` to ``failed``: how many failures came out so. ``broken``: why the strategy is asked
-    nothing more. ``progress``: how far it is, while it copies or adds up what was there before it was chosen.
+    """``recovered``, ``lost``, ``cannot``, ``failed``: number of failures with this verdict.
+    ``space_bytes``: bytes that the strategy keeps. ``broken``: the reason why no hook of the strategy is
+    called any more, else null. ``progress``: progress of the strategy while it processes the data that is
+    older than its choice, else null.
     """
 
     strategy: str
@@ -156,7 +163,7 @@ class RepairReport(msgspec.Struct):
 
 
 class Repaired(msgspec.Struct):
-    """What is left of what was bad, in blocks of 4096 bytes."""
+    """Result of a repair. ``recovered``, ``lost``, ``left``: numbers of blocks of 4096 bytes."""
 
     strategy: str
     recovered: int
@@ -182,7 +189,7 @@ class StatusReport(msgspec.Struct):
     badblocks: int
     poisoned_sectors: int
     scrubs: int
-    """Background scrubs so far."""
+    """Number of background scrubs so far."""
     settings: dict[str, str]
     counters: dict[str, int]
     repair: RepairReport
@@ -190,21 +197,23 @@ class StatusReport(msgspec.Struct):
     supplement: str
     tracer: str
     layouts: str = "off"
-    """How many requests were answered without the filesystem (fs/layouts.py), or "off"."""
+    """Number of requests that C answered without the filesystem (fs/layouts.py), or "off"."""
 
 
 class Settled(msgspec.Struct):
-    """``seconds``: how long that took."""
+    """``seconds``: duration of the wait."""
 
     seconds: float
 
 
 class InternalsReport(msgspec.Struct):
-    """For people, a line an entry; the text of entries may change. ``layouts``: files with a layout out."""
+    """State of the supervisor, one line an entry, for people: the text of entries may change. ``layouts``:
+    number of files with a layout out.
+    """
 
     tasks: list[str]
     turns: list[str]
-    """Failures under way."""
+    """Failures that are under way."""
     held: list[str]
     """Requests that wait for the invalidate lock."""
     armed: list[str]
@@ -221,12 +230,12 @@ class InternalsReport(msgspec.Struct):
 
 
 class Done(msgspec.Struct):
-    """Nothing to tell but that it was done."""
+    """Empty reply: the request was done."""
 
 
 class Reply(msgspec.Struct):
-    """``ok``: ``result`` is the reply's struct. Otherwise ``error`` names one of errors.ERRORS and
-    ``message`` says why.
+    """Envelope of a reply. With ``ok`` true, ``result`` is the struct of the reply. With ``ok`` false,
+    ``error`` names one of errors.ERRORS and ``message`` states the reason.
     """
 
     ok: bool
@@ -236,27 +245,27 @@ class Reply(msgspec.Struct):
 
 
 class Request(msgspec.Struct, Generic[R], tag_field="op", forbid_unknown_fields=True):
-    """One thing asked for."""
+    """Base class of all requests; the type argument is the type of the reply."""
 
 
 class Inject(Request[Injected], tag="inject"):
-    """Poison ranges of file ``ino``, or of the device if that is null. ``ranges``: [offset, length] in bytes,
-    each one failure.
+    """Poison ranges of the file ``ino``, or of the device if ``ino`` is null. ``ranges``: pairs
+    [offset, length] in bytes; each pair is one failure.
     """
 
     ranges: list[tuple[int, int]]
     ino: Ino | None = None
     latent: bool = False
     silent: bool = False
-    """Change the bytes, and make nothing bad. ``seed`` says to what."""
+    """Change the bytes without poison. ``seed`` determines the new bytes."""
     seed: int = 0
 
 
 class Madvise(Request[Advised], tag="madvise"):
-    """``madvise_inject_error()``: thread ``tid``, which waits in madvise(2), asks for pages to fail, one
-    after another, or to go offline (``soft``). It has ``length`` bytes of file ``ino`` from ``offset`` on
-    mapped at ``address``; these are multiples of a page. ``simulated``: the media stays good
-    (MF_SW_SIMULATED).
+    """``madvise_inject_error()``: have pages fail one after another, or go offline (``soft``). The caller is
+    the thread ``tid``, which waits in madvise(2). ``address`` is where this thread has ``length`` bytes of
+    the file ``ino`` from ``offset`` on mapped. All four are bytes and multiples of a page. ``simulated``: the
+    media stays good (MF_SW_SIMULATED).
     """
 
     tid: int
@@ -269,40 +278,42 @@ class Madvise(Request[Advised], tag="madvise"):
 
 
 class Clear(Request[Cleared], tag="clear"):
-    """Make ranges healthy again; what was in their poisoned sectors is zeros from then on."""
+    """Clear the poison of ranges. The poisoned sectors can be read again; their bytes are lost, and read as
+    zeros.
+    """
 
     ranges: list[tuple[int, int]]
     ino: Ino | None = None
 
 
 class Settle(Request[Settled], tag="settle"):
-    """Answered once every failure so far was handled, and every signal of them is in an event: as delivered,
-    or as pending for a process that is stopped. Busy after ``patience`` seconds.
+    """Wait until each failure so far was handled and each of its signals is in an event: as delivered, or as
+    pending for a process that is stopped. The error is Busy after ``patience`` seconds.
     """
 
     patience: float = 10.0
 
 
 class Scrub(Request[Cleared], tag="scrub"):
-    """Look for latent poison; what is found is in badblocks then."""
+    """Search the device for latent poison. The poison that is found becomes bad blocks."""
 
 
 class GetBadblocks(Request[BadblockList], tag="badblocks"):
-    """The bad sectors that are known."""
+    """List the bad blocks."""
 
 
 class Damaged(Request[DamagedList], tag="damaged"):
-    """Files and ranges that lost data."""
+    """List the damaged files and their ranges."""
 
 
 class Map(Request[FileMap], tag="map"):
-    """The extents of a file."""
+    """List the extents of a file."""
 
     ino: Ino
 
 
 class Reflink(Request[Shared], tag="reflink"):
-    """Share a range of ``src``'s blocks with ``dst``; ``length`` 0 is to the end of ``src``."""
+    """Share a range of the blocks of ``src`` with ``dst``; ``length`` 0 is to the end of ``src``."""
 
     src: Ino
     dst: Ino
@@ -312,20 +323,22 @@ class Reflink(Request[Shared], tag="reflink"):
 
 
 class Remove(Request[Removed], tag="remove"):
-    """Surprise removal of the device."""
+    """Remove the device while in use (surprise removal)."""
 
 
 class Status(Request[StatusReport], tag="status"):
-    """What this machine is and how it fares."""
+    """Report the configuration, the state and the counters of the mount."""
 
 
 class Internals(Request[InternalsReport], tag="internals"):
-    """The supervisor's tasks and everything that waits; also written to supervisor.log on SIGUSR1."""
+    """Report the supervisor's tasks and everything that waits. The supervisor writes the same to
+    supervisor.log on SIGUSR1.
+    """
 
 
 class Survey(Request[SurveyReport], tag="survey"):
-    """What is where in a range of the device (``length`` null: to its end), in at most ``cells`` parts and
-    ``files`` names.
+    """Map a range of the device, in at most ``cells`` equal parts and at most ``files`` files. ``length``
+    null is to the end of the device.
     """
 
     offset: int = 0
@@ -335,21 +348,21 @@ class Survey(Request[SurveyReport], tag="survey"):
 
 
 class Set(Request[Done], tag="set"):
-    """Change settings, as a sysctl would: all of them or none."""
+    """Change settings, as with sysctl(8): all of them or none."""
 
     settings: dict[str, str]
 
 
 class Repair(Request[Repaired], tag="repair"):
-    """Choose another repair strategy (``NAME[:key=value,...]``), if any is given; then have it see to all
-    that is bad.
+    """Have the repair strategy repair every bad block. With ``strategy`` (``NAME[:key=value,...]``), choose
+    that strategy first.
     """
 
     strategy: str | None = None
 
 
 class FileRange(msgspec.Struct, forbid_unknown_fields=True):
-    """Bytes of a file; ``length`` null is to its end."""
+    """Bytes of a file; ``length`` null is to the end of the file."""
 
     ino: Ino
     offset: int = 0
@@ -357,11 +370,12 @@ class FileRange(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Follow(Request[Never], tag="follow"):
-    """Send the events with ``seq`` above ``after``, then each new one: there is no other answer, and nothing
-    else can be asked on this connection.
+    """Send the events with ``seq`` above ``after``, then each new event. The request has no other reply, and
+    the connection takes no further request.
 
-    ``events``: only those of these names. With ``files``, ``ranges`` (device bytes) or ``pids``: only those
-    that concern one of them, and those that concern everybody, such as a shutdown or the device's removal.
+    ``events``: send only events of these names. With ``files``, ``ranges`` (device bytes) or ``pids``: send
+    only events that concern one of these, and events that concern every process, such as a shutdown or a
+    removal of the device.
     """
 
     after: int = 0
@@ -372,8 +386,9 @@ class Follow(Request[Never], tag="follow"):
 
 
 class PowerFailed(msgspec.Struct):
-    """Changed inodes and directory entries that were dropped, and the age of the oldest change in seconds
-    (null if none was dropped). Dirty pages of mappings are not among them: only the kernel knew them.
+    """``dropped``: number of changed inodes and directory entries that were lost. ``oldest``: age of the
+    oldest lost change in seconds, null if no change was lost. Dirty pages of mappings are not counted: only
+    the kernel knew them.
     """
 
     dropped: int
@@ -381,13 +396,13 @@ class PowerFailed(msgspec.Struct):
 
 
 class PowerFail(Request[PowerFailed], tag="powerfail"):
-    """The machine loses power: the page cache and what was not committed are gone, and with them the
-    mount. sync(1) and syncfs(2) commit nothing: the kernel does not forward them to FUSE.
+    """Lose power: the page cache, the uncommitted changes and the mount are gone. sync(1) and syncfs(2)
+    commit nothing: the kernel does not forward them to FUSE.
     """
 
 
 class Unmount(Request[Done], tag="unmount"):
-    """Unmount and end. With ``force`` although files are open."""
+    """Unmount, and end the supervisor. With ``force``, also while files are open."""
 
     force: bool = False
 
@@ -417,6 +432,6 @@ decode_request = msgspec.json.Decoder(AnyRequest).decode
 
 
 def reply_type(request: type[Request[R]]) -> type[R]:
-    """What a request is answered with; Never if by events."""
+    """Return the type of the reply to ``request``; Never for a request that is answered by events."""
     found: type[R] = get_args(request.__orig_bases__[0])[0]  # type: ignore[attr-defined]
     return found

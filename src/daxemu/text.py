@@ -1,8 +1,8 @@
-"""Text of others, made safe: for terminals, HTML and JSON. Standard library only.
+"""Untrusted text, made safe for terminals, HTML and JSON. Standard library only.
 
-A file name is bytes that another user chose. In JSON a name is its UTF-8 text, with each backslash doubled
-and each byte that is no UTF-8 as ``\\xHH``: unambiguous, ``name_bytes`` is the inverse. On a terminal each
-character that could act on the terminal, or forge a line, is shown as an escape.
+A file name is bytes that another user chose. In JSON, a name is its UTF-8 text with each backslash doubled
+and each byte that is not UTF-8 written as ``\\xHH``. The text is unambiguous; ``name_bytes`` is the inverse.
+On a terminal, each character that could control the terminal, or forge a line, is shown as an escape.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ _NAME_ESCAPE = re.compile(rb"\\(?:\\|x([0-9a-f]{2}))")
 
 
 def for_people(text: str) -> str:
-    """One line for a terminal: control characters (C0, C1, DEL), line and paragraph separators, bidirectional
-    marks and lone surrogates become escapes such as ``\\x1b``; all other characters stay.
+    """Escape text to one line for a terminal. Control characters (C0, C1, DEL), line and paragraph
+    separators, bidirectional marks and lone surrogates become escapes such as ``\\x1b``; all other characters
+    stay.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -28,12 +29,14 @@ def for_people(text: str) -> str:
 
 
 def lines_for_people(text: str) -> list[str]:
-    """The lines of a text that has several of its own, such as a traceback, each as for_people has it."""
+    """Split a text of several lines, such as a traceback, and escape each line as for_people does."""
     return [for_people(line) for line in text.rstrip("\n").split("\n")]
 
 
 def for_html(text: str) -> str:
-    """Text of others for HTML: each line as for_people has it, and no character that HTML gives a meaning."""
+    """Escape untrusted text for HTML: each line as for_people does, and each character with a meaning in
+    HTML.
+    """
     return escape("\n".join(lines_for_people(text)))
 
 
@@ -41,18 +44,20 @@ def _shown(char: str) -> str:
     if char not in _BIDI and unicodedata.category(char) not in _ESCAPED:
         return char
     number = ord(char)
-    if 0xDC80 <= number <= 0xDCFF:  # surrogateescape: a byte that is no UTF-8
+    if 0xDC80 <= number <= 0xDCFF:  # surrogateescape: a byte that is not UTF-8
         return f"\\x{number - 0xDC00:02x}"
     return _SHORT.get(char, f"\\x{number:02x}" if number < 0x80 else f"\\u{number:04x}")
 
 
 def name_text(name: str | bytes | os.PathLike[str]) -> str:
-    """A file name or path for JSON and events: backslashes doubled, bytes that are no UTF-8 as ``\\xHH``."""
+    """Encode a file name or path for JSON and events: backslashes doubled, bytes that are not UTF-8 as
+    ``\\xHH``.
+    """
     return os.fsencode(name).replace(b"\\", b"\\\\").decode(errors="backslashreplace")
 
 
 def name_bytes(text: str) -> bytes:
-    """The name that :func:`name_text` made ``text`` of."""
+    """Decode a name from ``text``: the inverse of :func:`name_text`."""
     return _NAME_ESCAPE.sub(
         lambda found: bytes.fromhex(found[1].decode()) if found[1] else b"\\", text.encode()
     )

@@ -56,7 +56,7 @@ def test_a_mount_whose_supervisor_is_dead(dax_mount: DaxMount) -> None:
     os.kill(pid, 9)
     shown = daxemu("doctor")
     assert f"worse   mounts: {dax_mount.path}: its supervisor is dead" in shown
-    assert f"        mend: daxemu umount --force {dax_mount.path}" in shown
+    assert f"        fix: daxemu umount --force {dax_mount.path}" in shown
 
 
 @pytest.mark.mount

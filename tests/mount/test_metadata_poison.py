@@ -162,12 +162,12 @@ def test_the_command_line_of_fsck(damaged: Damaged) -> None:
     poison(damaged.device, page.offsets[1])
     said = daxemu("fsck", damaged.device, status=9)
     assert said == f"daxemu: {damaged.device}: 1 problems; try fsck --repair\n"
-    assert "healed 1 metadata pages" in daxemu("fsck", "--repair", damaged.device)
+    assert "rewrote 1 metadata pages" in daxemu("fsck", "--repair", damaged.device)
     assert "0 problems" in daxemu("fsck", damaged.device)
     poison(damaged.device, *page.offsets)
     by_hand = "save what can be read, then mkfs --force"
     said = daxemu("fsck", damaged.device, status=9)
-    assert said == f"daxemu: {damaged.device}: 1 problems, which no repair can mend: {by_hand}\n"
+    assert said == f"daxemu: {damaged.device}: 1 problems, which fsck --repair cannot fix: {by_hand}\n"
     said = daxemu("fsck", "--repair", damaged.device, status=9)
     assert said == f"daxemu: {damaged.device}: 1 problems are left: {by_hand}\n"
     said = daxemu("mount", damaged.device, damaged.mount.path, status=9)

@@ -1,5 +1,5 @@
-"""The command line: one file for each group of verbs. It resolves paths, asks the supervisor, prints.
+"""Command line: one file for each group of verbs. A verb resolves paths, asks the supervisor and prints.
 
-Errors are one line on stderr that says what to do; exit statuses are those of errors.py; ``--json`` prints
-one JSON object.
+An error is one line on stderr: the finding and the remedy. errors.py has the exit statuses. ``--json``
+prints one JSON object.
 """

@@ -1,4 +1,4 @@
-"""apps: what real programs do when memory goes bad."""
+"""apps: the behaviour of real programs under memory failure."""
 
 from __future__ import annotations
 
@@ -20,23 +20,30 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--list", "listing", is_flag=True, help="The programs, which are here, and the situations.")
-@click.option("--install", is_flag=True, help="First install what is missing of the chosen programs.")
-@click.option("--only", metavar="NAME", multiple=True, help="This program; repeat it for several.")
-@click.option("--situation", metavar="NAME", multiple=True, help="This situation; repeat it for several.")
+@click.option(
+    "--list",
+    "listing",
+    is_flag=True,
+    help="List the programs, which of them are installed, and the situations.",
+)
+@click.option("--install", is_flag=True, help="Install the chosen programs that are missing first.")
+@click.option("--only", metavar="NAME", multiple=True, help="Run only this program; repeat for several.")
+@click.option(
+    "--situation", metavar="NAME", multiple=True, help="Run only this situation; repeat for several."
+)
 @click.option(
     "--limit",
     type=click.FloatRange(1.0),
     default=30.0,
     show_default=True,
-    help="Seconds without an answer after which a program hangs.",
+    help="Seconds without an answer after which a program counts as hung.",
 )
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     multiple=True,
-    help="Write the matrix to this .md or .json; repeat it for both.",
+    help="Write the matrix to this .md or .json file; repeat for both.",
 )
 @json_option
 def apps(
@@ -48,11 +55,12 @@ def apps(
     output: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """What real programs do when memory goes bad: unmodified databases and others, each on a mount of its
-    own, in one situation after another, and restarted after it. One cell is told step by step.
+    """Observe real programs, unmodified databases and others, under memory failure. Each cell is one
+    program in one situation, on a separate mount; the program is restarted afterwards. A run of a single
+    cell prints each step.
 
-    A cell says what was seen: right (all data is right), reports (it says that something is wrong), SIGBUS
-    AO or AR, dies, hangs, wrong (data that nobody says is wrong).
+    A cell states the observed behaviour: right (all data is right), reports (the program says that something
+    is wrong), SIGBUS AO or AR, dies, hangs, wrong (wrong data without any report).
 
     \b
     Example:
@@ -78,8 +86,8 @@ def apps(
     possible = [cell for cell in cells if not cell.why_not]
     if not possible:
         reasons = ", ".join(sorted({f"{c.application.name}: {c.why_not}" for c in cells}))
-        raise Unsupported(f"{reasons}; for what is absent: daxemu apps --install")
-    made = _make(possible, limit, told=len(cells) == 1 and not as_json)
+        raise Unsupported(f"{reasons}; to install absent programs: daxemu apps --install")
+    made = _make(possible, limit, print_steps=len(cells) == 1 and not as_json)
     for path in output:
         text = (
             as_markdown(cells, made) if path.suffix == ".md" else json.dumps(summary(cells, made), indent=1)
@@ -96,13 +104,13 @@ def apps(
         sys.exit(DaxemuError.exit_status)
 
 
-def _make(cells: list[Wanted], limit: float, *, told: bool) -> list[MatrixCell]:
+def _make(cells: list[Wanted], limit: float, *, print_steps: bool) -> list[MatrixCell]:
     from daxemu.apps.matrix import make
 
     made = []
     try:
         with interruptible():
-            if told:
+            if print_steps:
                 (cell,) = cells
                 made.append(make(cell, limit, lambda step: say(step.text)))
                 say(f"{made[0].application}, {made[0].situation}: {_outcomes(made[0])}")

@@ -1,4 +1,4 @@
-"""What the verbs share: sizes, paths on a mount, output."""
+"""Shared by the verbs: sizes, paths on a mount, output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Size(click.ParamType[int]):
-    """Bytes: decimal, with K, M, G, T for powers of 1024, or hexadecimal."""
+    """Size in bytes: decimal, with K, M, G, T for powers of 1024, or hexadecimal."""
 
     name = "size"
 
@@ -40,7 +40,9 @@ SIZE = Size()
 
 
 class UntouchedPath(click.Path):
-    """A path that parsing does not look at, as click.Path does: stat(2) waits for a mount that hangs."""
+    """Path that is not examined during parsing. click.Path calls stat(2), which waits for a mount that
+    hangs.
+    """
 
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
@@ -53,12 +55,14 @@ PATH, PATH_TEXT = UntouchedPath(path_type=Path), UntouchedPath()
 
 
 def json_option(command: F) -> F:
-    """Adds ``--json``."""
+    """Add the option ``--json`` to a verb."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
 
 
 def as_owner_option(command: F) -> F:
-    """Adds ``--as-owner``; the verb gets no argument for it, and runs as the owner of its DEVICE."""
+    """Add the option ``--as-owner`` to a verb. The verb gets no argument for the option, and runs as the
+    owner of its DEVICE.
+    """
 
     def become(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
         if wanted:
@@ -70,12 +74,14 @@ def as_owner_option(command: F) -> F:
         expose_value=False,
         callback=become,
         is_eager=True,
-        help="As root: become the user that owns DEVICE first, for good.",
+        help="As root: become the user that owns DEVICE first, permanently.",
     )(command)
 
 
 class Device(click.ParamType[Path]):
-    """Path of a DEVICE directory, absolute. With ``--as-owner`` the process becomes its owner here."""
+    """Absolute path of a DEVICE directory. With ``--as-owner``, parsing the argument makes the process the
+    owner of DEVICE.
+    """
 
     name = "path"
 
@@ -102,7 +108,9 @@ Lines = str | Sequence[str]
 
 
 def emit(result: Any, as_json: bool, text: Lines | Callable[[], Lines]) -> None:
-    """Print a result, as JSON or as lines for people: a string is one line, whatever is in it."""
+    """Print a result, as JSON or as lines for people. A string is one line; newlines in the string are
+    escaped.
+    """
     if as_json:
         say_json(result)
         return
@@ -111,20 +119,22 @@ def emit(result: Any, as_json: bool, text: Lines | Callable[[], Lines]) -> None:
 
 
 def absolute_strategy(text: str) -> str:
-    """``NAME[:key=value,...]`` for a process with another working directory: a name that is a Python file
-    becomes a path from the root.
+    """Make a strategy ``NAME[:key=value,...]`` independent of the working directory: a name that is a Python
+    file becomes an absolute path.
     """
     name, colon, rest = text.partition(":")
     return (os.path.abspath(name) if name.endswith(".py") else name) + colon + rest
 
 
 def connect(path: str | os.PathLike[str]) -> PatientClient:
-    """The supervisor of the mount that ``path`` is on. Raises NotMounted."""
+    """Connect to the supervisor of the mount that ``path`` is on. Raises NotMounted."""
     return PatientClient.at(path, patience=PATIENCE)
 
 
 class Target(NamedTuple):
-    """What a PATH argument means: a file on a mount and its size, or with both None the device under it."""
+    """Object of a PATH argument: a file on a mount and its size in bytes, or the device of the mount (``ino``
+    and ``size`` None).
+    """
 
     client: PatientClient
     ino: int | None
@@ -132,11 +142,11 @@ class Target(NamedTuple):
 
 
 def target(path: str) -> Target:
-    """The file or, for a mountpoint, the device. Raises NotMounted, InvalidArgument for anything else on a
-    mount.
+    """Resolve ``path`` to a file or, for a mountpoint, to the device. Raises NotMounted, and InvalidArgument
+    for anything else on a mount.
     """
     client = connect(path)
-    client.request("status")  # in limited time: looking at the path has no limit
+    client.request("status")  # fails in limited time if the mount hangs; realpath(3) has no limit
     if mount_at(Path(os.path.realpath(path))) is not None:
         return Target(client, None, None)
     found = regular_file(path)
@@ -144,7 +154,7 @@ def target(path: str) -> Target:
 
 
 def regular_file(path: str) -> os.stat_result:
-    """stat(2) of a regular file. Raises InvalidArgument."""
+    """Return stat(2) of a regular file. Raises InvalidArgument for any other path."""
     try:
         found = Path(path).stat()
     except OSError as error:
@@ -157,7 +167,7 @@ def regular_file(path: str) -> os.stat_result:
 
 
 def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> list[str]:
-    """Columns, aligned; numbers to the right. One line each."""
+    """Return the lines of a table with aligned columns. Columns of numbers are right-aligned."""
     everything = [header, *(tuple(map(for_people, row)) for row in rows)]
     widths = [max(len(row[i]) for row in everything) for i in range(len(header))]
     numeric = [

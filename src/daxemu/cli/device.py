@@ -1,4 +1,4 @@
-"""mkfs and fsck: verbs for a DEVICE that is not mounted."""
+"""mkfs and fsck: verbs for an unmounted DEVICE."""
 
 from __future__ import annotations
 
@@ -21,38 +21,43 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("device", type=DEVICE)
 @click.option(
-    "--size", type=SIZE, required=True, help="Of the media, such as 6T; a sparse file takes what is used."
+    "--size",
+    type=SIZE,
+    required=True,
+    help="Size of the media, such as 6T. The media is a sparse file: only used bytes take memory.",
 )
 @click.option(
     "--base-pfn",
     default=hex(DEFAULT_BASE_PFN),
     show_default=True,
-    help="Page frame number of its first page.",
+    help="Page frame number of the first page.",
 )
 @click.option(
-    "--altmap", is_flag=True, help="Reserve room for the struct pages on the device itself (as --map=dev)."
+    "--altmap",
+    is_flag=True,
+    help="Reserve room for the struct pages on the device itself (ndctl --map=dev).",
 )
 @click.option(
     "--no-struct-pages",
     "pageless",
     is_flag=True,
-    help="Memory that the kernel has no struct pages for: a pfn_address_space (as an accelerator's).",
+    help="Memory without struct pages: a pfn_address_space, as memory of an accelerator has.",
 )
 @click.option(
     "--align",
     type=SIZE,
     default="4K",
     show_default=True,
-    help="Of extents: 2M places files so that they can be mapped by 2 MiB pages.",
+    help="Alignment of extents. 2M places files so that 2 MiB pages can map them.",
 )
 @click.option(
     "--mode",
     metavar="OCTAL",
     default="0700",
     show_default=True,
-    help="Of the directory. 0755 lets every user read every byte of every file on the mount.",
+    help="Mode of the directory. 0755 lets every user read every byte of every file on the mount.",
 )
-@click.option("--force", is_flag=True, help="Replace an unmounted device that is there; all on it is lost.")
+@click.option("--force", is_flag=True, help="Replace an existing, unmounted device; all its data is lost.")
 @as_owner_option
 @json_option
 def mkfs(
@@ -68,7 +73,7 @@ def mkfs(
 ) -> None:
     """Make a new device with an empty filesystem.
 
-    DEVICE is a directory to make, best on a tmpfs such as /dev/shm.
+    DEVICE is a new directory, best on a tmpfs such as /dev/shm.
 
     \b
     Example:
@@ -112,14 +117,14 @@ def mkfs(
 @click.option(
     "--repair",
     is_flag=True,
-    help="Rewrite bad copies of metadata pages from their other copy; upgrade metadata of format 2.",
+    help="Rewrite each bad copy of a metadata page from its other copy; upgrade metadata of format 2.",
 )
 @as_owner_option
 @json_option
 def fsck(device: Path, repair: bool, as_json: bool) -> None:
-    """Check the filesystem of a DEVICE that is not mounted; exit status 9 if something is wrong.
+    """Check the filesystem of an unmounted DEVICE. Exit status 9 if problems are left.
 
-    Without --repair nothing on the device is changed.
+    Without --repair, nothing on the device changes.
 
     \b
     Example:
@@ -132,25 +137,25 @@ def fsck(device: Path, repair: bool, as_json: bool) -> None:
         report = check_device(directory, repair=repair)
     counts = f"{len(report.wrong)} problems, {len(report.damaged)} damaged ranges"
     summary = f"{device}: {report.inodes} inodes, {counts}"
-    healed = [f"healed {report.healed} metadata pages from their other copy"] if report.healed else []
+    changes = [f"rewrote {report.healed} metadata pages from their other copy"] if report.healed else []
     if report.upgraded:
-        healed.append("upgraded the metadata to today's format, with checksums")
+        changes.append("upgraded the metadata to the current format, with checksums")
     emit(
         {"device": device, **asdict(report)},
         as_json,
-        [*healed, *report.wrong, *report.damaged, summary],
+        [*changes, *report.wrong, *report.damaged, summary],
     )
     if report.wrong:
         raise CorruptMetadata(f"{device}: {len(report.wrong)} problems{_hint(report, repair=repair)}")
 
 
 def _hint(report: Report, *, repair: bool) -> str:
-    """What to do about the problems that were found, or that a repair has left."""
+    """Return the end of the error line: the action for the problems found, or left by a repair."""
     by_hand = "save what can be read, then mkfs --force"
     if repair:
         return f" are left: {by_hand}"
     if report.mendable == len(report.wrong):
         return "; try fsck --repair"
     if report.mendable:
-        return f"; fsck --repair mends {report.mendable} of them, for the rest {by_hand}"
-    return f", which no repair can mend: {by_hand}"
+        return f"; fsck --repair fixes {report.mendable} of them, for the rest {by_hand}"
+    return f", which fsck --repair cannot fix: {by_hand}"

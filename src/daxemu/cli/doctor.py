@@ -1,4 +1,4 @@
-"""doctor: what this machine lacks, and how to mend it."""
+"""doctor: the missing requirements of daxemu on a machine, and the fix for each."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from daxemu.host.checkup import Finding, check_up
 from daxemu.host.proc.mountinfo import Mount
 
 PATIENCE = 5.0
-"""Seconds that each supervisor has to answer."""
+"""Limit in seconds for the answer of each supervisor."""
 _COLORS = {"ok": "green", "worse": "yellow", "missing": "red"}
 
 
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Check what daxemu needs of this machine, and say how to mend what is missing. Changes nothing.
+    """Check the requirements of daxemu on this machine, and print a fix for each missing requirement. Changes
+    nothing.
 
-    Exit status 8 if nothing can be mounted here; what only works worse is no failure.
+    Exit status 8 if no mount is possible. A requirement without which daxemu only works worse
+    does not change the exit status.
 
     \b
     Example:
@@ -35,7 +37,7 @@ def doctor(as_json: bool) -> None:
             _show(finding)
     missing = [finding.subject for finding in findings if finding.verdict == "missing"]
     if missing:
-        raise Unsupported(f"nothing can be mounted here before this is mended: {', '.join(missing)}")
+        raise Unsupported(f"no mount is possible on this machine: fix first: {', '.join(missing)}")
 
 
 def _ask(mount: Mount) -> None:
@@ -47,4 +49,4 @@ def _show(finding: Finding) -> None:
     say(f"{finding.verdict:8}", fg=_COLORS[finding.verdict], end="")
     say(f"{finding.subject}: {finding.found}")
     if finding.mend:
-        say(f"{'':8}mend: {finding.mend}")
+        say(f"{'':8}fix: {finding.mend}")

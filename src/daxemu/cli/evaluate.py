@@ -26,18 +26,21 @@ if TYPE_CHECKING:
     "--output",
     type=click.Path(path_type=Path),
     required=True,
-    help="REPORT.html; .json, .csv beside it.",
+    help="The report, REPORT.html; REPORT.json and REPORT.csv are written beside it.",
 )
 @click.option(
-    "-j", "--jobs", type=click.IntRange(1), help="Trials at a time; half the processors if not given."
+    "-j",
+    "--jobs",
+    type=click.IntRange(1),
+    help="Number of trials at a time. Default: half the number of processors.",
 )
-@click.option("--scheduler", metavar="ADDRESS", help="Make the trials on this Dask cluster.")
+@click.option("--scheduler", metavar="ADDRESS", help="Run the trials on this Dask cluster.")
 @json_option
 def evaluate(plan: Path, output: Path, jobs: int | None, scheduler: str | None, as_json: bool) -> None:
-    """Compare strategies: every strategy of PLAN on every workload under the same faults, each trial on a
-    fresh machine, and a report of it.
+    """Compare repair strategies. Runs every strategy of PLAN on every workload under the same faults, each
+    trial on a fresh mount, and writes a report.
 
-    Ctrl-C keeps the trials that are done; the same command goes on from there.
+    Ctrl-C keeps the finished trials; the same command continues with the rest.
 
     \b
     Example:
@@ -63,7 +66,7 @@ def evaluate(plan: Path, output: Path, jobs: int | None, scheduler: str | None, 
                     campaign.run(made, lambda result: done(str(result.key), _how(result)))
             except KeyboardInterrupt:
                 kept = counted(len(campaign.good()), "trial")
-                complain(f"daxemu: stopped; {kept} kept in {outputs.trials}: the same command goes on")
+                complain(f"daxemu: stopped; {kept} kept in {outputs.trials}: the same command continues")
                 sys.exit(INTERRUPTED)
         good, failed = campaign.good(), campaign.failed()
         if not good:

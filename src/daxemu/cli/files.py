@@ -16,7 +16,7 @@ from daxemu.host.proc.mountinfo import mount_of
 @click.argument("file", type=PATH_TEXT)
 @json_option
 def map(file: str, as_json: bool) -> None:
-    """Show where a file's bytes are on the device, and how many links share each extent.
+    """Print the extents of a file: device offset, first pfn, and the number of links to the extent.
 
     \b
     Example:
@@ -43,14 +43,15 @@ def map(file: str, as_json: bool) -> None:
 @click.command()
 @click.argument("source", type=PATH_TEXT)
 @click.argument("destination", type=PATH_TEXT)
-@click.option("--offset", type=SIZE, default=0, help="In the source; whole 4096-byte blocks.")
-@click.option("--length", type=SIZE, default=0, help="0: to the end of the source.")
-@click.option("--dest-offset", type=SIZE, default=0, help="In the destination; whole 4096-byte blocks.")
+@click.option("--offset", type=SIZE, default=0, help="Bytes, in the source; a multiple of 4096.")
+@click.option("--length", type=SIZE, default=0, help="Bytes; 0 is to the end of the source.")
+@click.option("--dest-offset", type=SIZE, default=0, help="Bytes, in the destination; a multiple of 4096.")
 @json_option
 def reflink(source: str, destination: str, offset: int, length: int, dest_offset: int, as_json: bool) -> None:
-    """Share SOURCE's blocks with DESTINATION (FICLONE, FICLONERANGE), which is made if it is not there.
+    """Share the blocks of SOURCE with DESTINATION (FICLONE, FICLONERANGE). A missing DESTINATION is made.
 
-    Whoever writes to either gets blocks of his own; poison in a shared block hurts all who share it.
+    A later write to either file gives the written file new blocks. Poison in a shared block damages every
+    file with a link to the block.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""fleet: what strategies would lose on many devices over years, by simulation."""
+"""fleet: simulated loss of each repair strategy on many devices over years."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEADER = (
     "LOST/DEV/YEAR",
     "LOW",
     "HIGH",
-    "HURT",
+    "DAMAGED",
     "SILENT",
     "REPAIRED",
     "SLOWER",
@@ -36,13 +36,13 @@ HEADER = (
 
 @click.command()
 @click.argument("plan", type=FILE, metavar="PLAN.toml")
-@click.option("--costs", type=FILE, help="REPORT.json of an evaluation: what was measured of each strategy.")
-@click.option("--devices", type=click.IntRange(1), help="Instead of the plan's.")
-@click.option("--years", type=click.FloatRange(0, min_open=True), help="Instead of the plan's.")
-@click.option("--faults", "only", metavar="NAME", help="Only this fault plan.")
+@click.option("--costs", type=FILE, help="REPORT.json of an evaluation: measured costs of each strategy.")
+@click.option("--devices", type=click.IntRange(1), help="Number of devices. Default: the number in PLAN.")
+@click.option("--years", type=click.FloatRange(0, min_open=True), help="Years. Default: the years in PLAN.")
+@click.option("--faults", "only", metavar="NAME", help="Simulate only this fault plan.")
 @click.option("--scheduler", metavar="ADDRESS", help="Simulate on this Dask cluster; the result is the same.")
 @click.option(
-    "--check", type=FILE, help="REPORT.json: simulate the same trials, and compare with what came out."
+    "--check", type=FILE, help="REPORT.json: simulate the trials of this report, and compare the results."
 )
 @json_option
 def fleet(
@@ -56,10 +56,10 @@ def fleet(
     as_json: bool,
 ) -> None:
     """Simulate a fleet: expected loss and repair traffic of each strategy of PLAN, on thousands of devices
-    over years, at the rates of its fault plans (acceleration left out).
+    over years, at the rates of the fault plans of PLAN (without acceleration).
 
-    Bytes are for each device and year, with a 95 % interval; HURT is the part of the devices that lost
-    anything. With --check exit status 1 says that simulation and emulator do not agree.
+    Bytes are for each device and year, with a 95 % interval. DAMAGED is the part of the devices that lost
+    data. With --check, exit status 1 means that simulation and emulator do not agree.
 
     \b
     Example:
@@ -84,7 +84,7 @@ def _report(path: Path) -> dict[str, Any]:
         if not isinstance(report, dict) or "cells" not in report:
             raise ValueError("no cells")
     except ValueError as error:
-        raise InvalidArgument(f"{path} is no REPORT.json of daxemu evaluate: {error}") from error
+        raise InvalidArgument(f"{path} is not a REPORT.json of daxemu evaluate: {error}") from error
     return report
 
 

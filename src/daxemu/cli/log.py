@@ -1,4 +1,4 @@
-"""log: what happened on a mount."""
+"""log: the events of a mount."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from daxemu.pmem.event_files import events_of
 from daxemu.ratelimit import Ratelimit, suppressed_line
 
 BURST = 100
-"""Lines of one kind in DEFAULT_INTERVAL seconds."""
+"""Maximum number of lines of one kind in DEFAULT_INTERVAL seconds."""
 
 
 class Dmesg:
-    """The kernel's lines of events, rate limited by the function that prints them.
+    """Kernel log lines of events, with a rate limit for each function that prints lines.
 
-    Of all these lines the kernel limits none (in mm/memory-failure.c only those of unpoison): a machine has
-    few failures at a time, and its log is a ring. Here one command can make thousands, and the log of them is
-    read, so a storm is told in ``BURST`` lines and a number.
+    The kernel limits none of these lines (mm/memory-failure.c limits only the lines of unpoison): a real
+    machine has few failures at a time, and its log is a ring. In daxemu one command can make thousands of
+    lines that a person reads, so a storm is ``BURST`` lines and a number.
 
-    That is done here, where lines are made, and not in the supervisor: the events are what happened, and
-    whoever wants all of it has them, in events.jsonl, by subscription, and by this verb without ``--dmesg``.
-    The clock is the events' own, so a log reads the same whenever it is read.
+    The limit is applied here and not in the supervisor, because events are never dropped: all events are in
+    events.jsonl, in subscriptions, and in the output of this verb without ``--dmesg``. The limit uses the
+    time stamps of the events, so a log prints the same at any time.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Dmesg:
         self._now = 0.0
 
     def lines(self, event: Event) -> Iterator[str]:
-        """What is printed for an event, if anything."""
+        """Yield the kernel log lines of an event; none for an event without lines, or above the limit."""
         text = event.dmesg()
         if text is None:
             return
@@ -56,7 +56,7 @@ class Dmesg:
             yield self._stamped(text)
 
     def rest(self) -> Iterator[str]:
-        """What is still to be said of the suppressed, at the end of the log."""
+        """Yield the last counts of suppressed lines, at the end of the log."""
         for func, limit in self._limits.items():
             if missed := limit.release():
                 yield self._stamped(suppressed_line(func, missed))
@@ -67,16 +67,17 @@ class Dmesg:
 
 @click.command()
 @click.argument("where", type=PATH, metavar="MOUNTPOINT|DEVICE")
-@click.option("-f", "--follow", is_flag=True, help="Go on with each new event until the mount ends.")
+@click.option("-f", "--follow", is_flag=True, help="Continue with each new event until the mount ends.")
 @click.option(
     "--dmesg",
     is_flag=True,
-    help="The kernel's own lines, and nothing that the kernel would not log. In a storm not all of them.",
+    help="Print the lines of the kernel log instead, and only these. A rate limit applies in a storm.",
 )
 @as_owner_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def log(where: Path, follow: bool, dmesg: bool, as_json: bool) -> None:
-    """Print the events of a mount: of this mount alone, or given a DEVICE of all its mounts.
+    """Print the events of a mount. For a mountpoint: the events of this mount. For a DEVICE: the events of
+    all its mounts.
 
     \b
     Example:
@@ -87,7 +88,7 @@ def log(where: Path, follow: bool, dmesg: bool, as_json: bool) -> None:
         try:
             event = decode(line)
         except msgspec.MsgspecError:
-            complain(f"daxemu: skipped a line that is no event: {line[:80]!r}")
+            complain(f"daxemu: skipped a line that is not an event: {line[:80]!r}")
             continue
         if as_json:
             say_json(json.loads(line))
@@ -106,9 +107,10 @@ def _line(event: Event) -> str:
 
 
 def lines_of(where: Path, follow: bool = False) -> Iterator[bytes]:
-    """The events of a mount, or of all mounts of a device, each as its line. Raises NotMounted.
+    """Yield the events of a mount, or of all mounts of a device, each as one line. Raises NotMounted.
 
-    Looked up among the mounts first, without touching the path: a mount may hang, or be EIO throughout.
+    ``where`` is looked up in the table of mounts first, without access to the path: a mount may hang, or
+    answer EIO to each access.
     """
     try:
         mount_of(where)

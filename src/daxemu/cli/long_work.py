@@ -1,4 +1,4 @@
-"""What the verbs share that work for minutes: progress, and ending halfway."""
+"""Shared by verbs with a run time of minutes: progress, and interruption."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from daxemu.cli.output import complain, for_people
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 Done = Callable[[str, str], None]
-"""Is told of each part that is done: its name, and what became of it."""
+"""Called after each finished part, with its name and its result."""
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM is Ctrl-C; a second one of either does not cut short what the first began."""
+    """Raise KeyboardInterrupt for SIGTERM, as for Ctrl-C. A second signal of either kind is ignored, so that
+    the cleanup after the first signal completes.
+    """
 
     def interrupt(number: int, frame: object) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):
@@ -34,7 +36,7 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def progress(total: int, what: str) -> Iterator[Done]:
-    """A bar with the time left on a terminal; elsewhere a line for each. On stderr."""
+    """Show progress on stderr: on a terminal a bar with the time left, elsewhere one line for each part."""
     if not sys.stderr.isatty():
         count = 0
 

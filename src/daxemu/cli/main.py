@@ -1,4 +1,4 @@
-"""The ``daxemu`` command."""
+"""Entry point of the ``daxemu`` command."""
 
 from __future__ import annotations
 
@@ -43,18 +43,20 @@ VERBS = {
     "demo": "demo",
     "doctor": "doctor",
 }
-"""Which module of this package has which verb: only the one that is used gets imported."""
+"""Verb -> module of this package. Only the module of the verb that is used is imported."""
 
 
 class Verbs(click.Group):
-    """Finds verbs in the modules above, and turns every DaxemuError into one line and its exit status."""
+    """Command group that finds verbs in VERBS, and turns each DaxemuError into one line and an exit
+    status.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order a session uses them."""
+        """List the verbs in the order in which a session uses them."""
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the verb's module."""
+        """Import the module of the verb and return the verb."""
         if cmd_name not in VERBS:
             return None
         module = importlib.import_module(f"daxemu.cli.{VERBS[cmd_name]}")
@@ -63,7 +65,7 @@ class Verbs(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a verb."""
+        """Run a verb and exit with its status."""
         try:
             return super().invoke(ctx)
         except DaxemuError as error:
@@ -76,7 +78,7 @@ class Verbs(click.Group):
         except KeyboardInterrupt:
             ctx.exit(130)
         except BrokenPipeError:
-            # Whoever read our output has seen enough; the interpreter must not find out again at exit.
+            # The reader of our output closed the pipe. The interpreter must not meet EPIPE again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
         except OSError as error:
@@ -85,7 +87,7 @@ class Verbs(click.Group):
             ctx.exit(1)
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
-        except Exception as error:  # noqa: BLE001 - shown as Python would, but names of others are in it
+        except Exception as error:  # noqa: BLE001 - shown as Python shows it, but escaped: a traceback contains untrusted names
             complain(*"".join(traceback.format_exception(error)).rstrip().split("\n"))
             ctx.exit(1)
 
@@ -93,7 +95,7 @@ class Verbs(click.Group):
 @click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(daxemu.__version__, prog_name="daxemu")
 def main() -> None:
-    """A DAX device and a reflink filesystem in userspace, whose memory goes bad as on real hardware.
+    """A DAX device and a reflink filesystem in userspace, with memory failures as on real hardware.
 
     \b
     Example:
@@ -106,5 +108,6 @@ def main() -> None:
     Sizes and offsets are bytes; K, M, G and T are powers of 1024, 0x... is hexadecimal.
 
     Exit status: 0 done, 2 bad argument, 3 no such device or mount, 4 in use, 5 not permitted, 6 no space, 7
-    poison or a filesystem that was shut down, 8 not supported here, 9 damaged metadata, 1 anything else.
+    poison or a filesystem after a shutdown, 8 not supported on this machine, 9 damaged metadata, 1 any other
+    error.
     """

@@ -42,40 +42,42 @@ from daxemu.text import name_text
 Value = TypeVar("Value")
 
 FORCE_PATIENCE = 10.0
-"""Seconds that ``umount --force`` takes at most."""
+"""Maximum duration of ``umount --force`` in seconds."""
 CUT_PATIENCE, KILL_PATIENCE = 4.0, 1.5
-"""Seconds of those that are left when it cuts the mount and sends SIGTERM, and when it sends SIGKILL."""
+"""Seconds left of FORCE at which ``umount --force`` cuts the mount and sends SIGTERM, and at which it sends
+SIGKILL.
+"""
 
 
 @click.command()
 @click.argument("device", type=DEVICE)
 @click.argument("mountpoint", type=PATH)
-@click.option("--foreground", is_flag=True, help="Stay and serve until unmounted; Ctrl-C unmounts.")
+@click.option("--foreground", is_flag=True, help="Serve in this process until unmounted; Ctrl-C unmounts.")
 @click.option(
     "--repair",
     default="none",
     show_default=True,
     metavar="NAME[:KEY=VALUE,...]",
-    help="What is done about data that goes bad: see daxemu repair --help.",
+    help="Repair strategy for data that fails: see daxemu repair --help.",
 )
 @click.option(
     "--scrub-interval",
     metavar="SECONDS",
     default="0",
-    help="Look for latent poison every so often, as set scrub_interval does. 0, the default: never.",
+    help="Seconds between background scrubs, as set scrub_interval does. 0, the default: no scrub.",
 )
 @click.option(
     "--log-size",
     metavar="SIZE",
     default=human(LOG_SIZE),
     show_default=True,
-    help="Bytes that events.jsonl, and supervisor.log, may have, as set log_size does.",
+    help="Limit in bytes of events.jsonl, and of supervisor.log, as set log_size does.",
 )
 @click.option(
     "--layouts/--no-layouts",
     default=True,
     envvar="DAXEMU_LAYOUTS",
-    help="Answer reads and writes of healthy bytes in C, or all of them in Python: slower, same answers.",
+    help="Answer reads and writes of healthy bytes in C, or all in Python: slower, same answers.",
 )
 @as_owner_option
 @json_option
@@ -89,7 +91,8 @@ def mount(
     layouts: bool,
     as_json: bool,
 ) -> None:
-    """Mount DEVICE on MOUNTPOINT. Returns when the mount is usable; a supervisor serves it in the background.
+    """Mount DEVICE on MOUNTPOINT. The command returns when the mount can be used; a supervisor serves the
+    mount in the background.
 
     \b
     Example:
@@ -137,13 +140,15 @@ def _option(name: str, read: Callable[[str], Value], text: str) -> Value:
 
 @click.command()
 @click.argument("mountpoint", type=PATH)
-@click.option("--force", is_flag=True, help="Although files are open, or the supervisor is dead or hangs.")
+@click.option(
+    "--force", is_flag=True, help="Unmount also if files are open, or the supervisor is dead or hangs."
+)
 @json_option
 def umount(mountpoint: Path, force: bool, as_json: bool) -> None:
-    """Unmount, and wait until everything is on the device.
+    """Unmount, and wait until all data is on the device.
 
-    Of a DEVICE that only other mount namespaces have mounted, give the DEVICE. With --force the mount is
-    gone in 10 seconds, even if the supervisor is stopped.
+    If only other mount namespaces still have the mount, give the DEVICE in place of the mountpoint. With
+    --force the mount ends within 10 seconds, even if the supervisor is stopped.
 
     \b
     Example:
@@ -171,11 +176,12 @@ def umount(mountpoint: Path, force: bool, as_json: bool) -> None:
 @click.argument("mountpoint", type=PATH)
 @json_option
 def powerfail(mountpoint: Path, as_json: bool) -> None:
-    """Lose power: every page-cache page and every store that was not synced is gone, and so is the mount.
+    """Lose power. The page cache and each unsynced store are lost, and the mount ends.
 
-    What fsync had promised is there at the next mount; nothing else is promised. sync(1), sync -f and
-    syncfs(2) promise nothing here: the kernel does not forward them to FUSE. The command counts the changed
-    inodes and names that were dropped, without stores through mappings, of which only the kernel knew.
+    Data and names after an fsync(2) are present at the next mount; nothing else is certain. sync(1), sync -f
+    and syncfs(2) make nothing durable: the kernel does not forward these to FUSE. The command prints the
+    number of changed inodes and names that were lost. Stores through mappings are not counted: only the
+    kernel knew the dirty pages.
 
     \b
     Example:
@@ -194,7 +200,9 @@ def powerfail(mountpoint: Path, as_json: bool) -> None:
 
 
 def _mounted_elsewhere(device: Path, *, force: bool) -> Mount | None:
-    """The mount of a DEVICE that only other mount namespaces have left. Raises Busy that names them."""
+    """Return the mount of a DEVICE that only other mount namespaces still have. Without ``force``, raise Busy
+    with the names of these processes.
+    """
     pins = pins_of_device(device)
     if pins and not force:
         raise Busy(f"{device} is mounted as {named(pins)}: end that process, or use --force")
@@ -202,8 +210,9 @@ def _mounted_elsewhere(device: Path, *, force: bool) -> Mount | None:
 
 
 def _ask_to_end(found: Mount, op: str, deadline: Deadline | None = None, **arguments: bool) -> dict[str, Any]:
-    """Have the supervisor end, and wait for its end. Raises Busy when it does not; with ``deadline`` (that of
-    --force) in time to cut the mount, and at once if another mount namespace pins the mount.
+    """Have the supervisor end, and wait for its end. Raises Busy if the supervisor does not end. With
+    ``deadline`` (of --force), Busy comes early enough to cut the mount, and at once if another mount
+    namespace pins the mount.
     """
 
     def left() -> float:
@@ -212,7 +221,7 @@ def _ask_to_end(found: Mount, op: str, deadline: Deadline | None = None, **argum
     kind = PatientClient if deadline is None else Client
     with kind(found, patience=left()) as client:
         if deadline is not None and state_of(client.pid) in ("T", "t"):
-            raise no_answer(found, client.pid)  # no patience helps
+            raise no_answer(found, client.pid)  # a stopped process does not answer, however long the wait
         pid = client.pid or client.request("status")["pid"]
         try:
             process = os.pidfd_open(pid)
@@ -228,7 +237,7 @@ def _ask_to_end(found: Mount, op: str, deadline: Deadline | None = None, **argum
 
 
 def _wait_for_end(found: Mount, pid: int, process: int, deadline: Deadline | None) -> None:
-    """Wait for the end of a supervisor that said that it ends. See _ask_to_end."""
+    """Wait for the end of a supervisor after its agreement to end. See _ask_to_end for the exceptions."""
     until = Deadline(PATIENCE) if deadline is None else deadline
     kept = 0.0 if deadline is None else CUT_PATIENCE
     pinned_since: float | None = None
@@ -242,8 +251,8 @@ def _wait_for_end(found: Mount, pid: int, process: int, deadline: Deadline | Non
 
 
 def _clear_away(found: Mount, deadline: Deadline, *, end: bool) -> None:
-    """Cut the connection of a mount whose supervisor does not answer, and take the mount away; with ``end``
-    the supervisor too.
+    """Cut the connection of a mount whose supervisor does not answer, and unmount. With ``end``, end the
+    supervisor too.
     """
     from daxemu.host.fuse.session import Session, abort_connection, is_same
 
@@ -263,10 +272,11 @@ _STATES: dict[type[DaxemuError], str] = {PermissionDenied: "not ours", NotASuper
 
 @click.command()
 @click.argument("mountpoint", type=PATH, required=False)
-@click.option("--internals", is_flag=True, help="The supervisor's tasks, and what waits, of one mount.")
+@click.option("--internals", is_flag=True, help="Show the supervisor's tasks and all waits, of one mount.")
 @json_option
 def status(mountpoint: Path | None, internals: bool, as_json: bool) -> None:
-    """Show one mount, or all of them. A supervisor writes its --internals to supervisor.log on SIGUSR1.
+    """Show the state of one mount, or of all mounts. On SIGUSR1 a supervisor writes its --internals to
+    supervisor.log.
 
     \b
     Example:
@@ -274,7 +284,7 @@ def status(mountpoint: Path | None, internals: bool, as_json: bool) -> None:
     """
     if internals:
         if mountpoint is None:
-            raise InvalidArgument("--internals is of one mount: daxemu status MOUNTPOINT --internals")
+            raise InvalidArgument("--internals needs one mount: daxemu status MOUNTPOINT --internals")
         with connect(mountpoint) as client:
             inside = client.request("internals")
         emit(inside, as_json, lambda: msgspec.convert(inside, InternalsReport).lines())
@@ -302,7 +312,7 @@ def status(mountpoint: Path | None, internals: bool, as_json: bool) -> None:
 
 
 def _elsewhere() -> list[dict[str, Any]]:
-    """Mounts that only other mount namespaces have."""
+    """Return the reports of mounts that only other mount namespaces have."""
     here = {found.dev for found in mounts()}
     pins = {pin.mount.dev: pin for pin in copies() if pin.mount.dev not in here}
     return [
@@ -344,7 +354,7 @@ def _describe(report: dict[str, Any]) -> list[str]:
 
 def _describe_repair(repair: dict[str, Any] | None) -> str:
     if repair is None:
-        return "none"  # as said by a supervisor of an earlier version
+        return "none"  # a supervisor of an earlier version reports no repair
     if repair["broken"]:
         return f"{repair['strategy']}, which failed: {repair['broken']}"
     if progress := repair.get("progress"):
@@ -358,14 +368,14 @@ def _describe_repair(repair: dict[str, Any] | None) -> str:
 @click.argument("settings", nargs=-1, required=True, metavar="NAME=VALUE...")
 @json_option
 def set_setting(mountpoint: Path, settings: tuple[str, ...], as_json: bool) -> None:
-    """Change settings of a mount, as sysctl would.
+    """Change settings of a mount, as sysctl(8) does.
 
     \b
-    early_kill=0|1         tell processes of poison they map at once (vm.memory_failure_early_kill)
-    log_size=SIZE          bytes that events.jsonl, and supervisor.log, may have; 1M to 1T
-    lost_store=silent|eio  what fsync says of a mapped store lost to poison: nothing (DAX), or EIO once
-    repair=NAME[:...]      what is done about data that goes bad: see daxemu repair --help
-    scrub_interval=SECONDS look for latent poison in the background, as daxemu scrub does; 0: never
+    early_kill=0|1         1: signal processes that map poison at once (vm.memory_failure_early_kill)
+    log_size=SIZE          limit in bytes of events.jsonl, and of supervisor.log; 1M to 1T
+    lost_store=silent|eio  result of fsync after a mapped store was lost to poison: 0 (DAX), or EIO once
+    repair=NAME[:...]      repair strategy for data that fails: see daxemu repair --help
+    scrub_interval=SECONDS seconds between background scrubs for latent poison; 0: no scrub
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""page-types: what the struct pages of a mounted DEVICE say (tools/mm/page-types.c)."""
+"""page-types: the flags of the struct pages of a mounted DEVICE (tools/mm/page-types.c)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from daxemu.pmem.device_dir import DeviceDir
 from daxemu.uapi import KPF_HWPOISON, KPF_NOPAGE, KPF_RESERVED, PAGE_SIZE
 
 NAMES = {KPF_HWPOISON: ("X", "hwpoison"), KPF_NOPAGE: ("n", "nopage"), KPF_RESERVED: ("r", "reserved")}
-"""Of each bit of /proc/kpageflags that a device's page can have: page-types' letter and word."""
+"""Bit of /proc/kpageflags that a page of a device can have -> letter and word of page-types."""
 
 
 def kpageflags(kind: PfnKind, hwpoison: bool) -> int:
-    """``stable_page_flags()``: for a pfn without a struct page that may be looked at, KPF_NOPAGE."""
+    """Return the flags of a pfn (``stable_page_flags()``): KPF_NOPAGE for a pfn without a readable struct
+    page.
+    """
     if kind is not PfnKind.ZONE_DEVICE:
         return 1 << KPF_NOPAGE
     return 1 << KPF_RESERVED | hwpoison << KPF_HWPOISON
@@ -35,16 +37,14 @@ def _letters(flags: int) -> str:
 
 @click.command()
 @click.argument("device", type=DEVICE)
-@click.option(
-    "--list", "-l", "as_list", is_flag=True, help="Print each range of pfns, not how many there are."
-)
+@click.option("--list", "-l", "as_list", is_flag=True, help="Print each range of pfns, not only the counts.")
 @as_owner_option
 @json_option
 def page_types(device: Path, as_list: bool, as_json: bool) -> None:
     """Count the page frames of a mounted DEVICE by the flags of their struct pages.
 
-    Walks every pfn from 0 to the end of the device, and asks nobody: it reads the memory of the machine that
-    runs. A pfn without a struct page that may be looked at is counted as what it is.
+    Walks every pfn from 0 to the end of the device. The command reads the memory map of the running machine
+    directly and does not ask the supervisor. A pfn without a readable struct page is counted by its kind.
 
     \b
     Example:
@@ -59,7 +59,7 @@ def page_types(device: Path, as_list: bool, as_json: bool) -> None:
         memmap = Memmap.open(directory.root / "struct_page")
     except FileNotFoundError as error:
         raise NotMounted(
-            f"{device} has no struct pages as it is not mounted: daxemu mount {device} MOUNTPOINT"
+            f"{device} is not mounted, so it has no struct pages: daxemu mount {device} MOUNTPOINT"
         ) from error
     if as_list:
         _print_ranges(memmap, as_json)

@@ -1,4 +1,4 @@
-"""The client of every verb: limited patience, a word about what is waited for, and checked replies."""
+"""Client of every verb: limited patience, a message during long waits, and checked replies."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from daxemu.client import connection as wire
 from daxemu.errors import Busy, DaxemuError
 
 PATIENCE = 5.0
-"""Seconds that a supervisor has for an answer, or to show that it still works on a long one."""
+"""Limit in seconds for an answer, or for a sign that the supervisor still works on a long request."""
 SILENCE = 1.0
-"""Seconds until a verb says on a terminal what it waits for."""
+"""Seconds after which a verb on a terminal prints the reason of its wait."""
 _REQUESTS: dict[str, Any] = {kind.__struct_config__.tag: kind for kind in p.AnyRequest.__args__}
 _ONCE_ABSENT = {"scrubs": 0, "repair": p.RepairReport("none", 0, 0, 0, 0, 0, None), "supplement": ""}
-"""Fields of a status that supervisors of earlier versions, which may still serve a mount, do not send."""
+"""Fields of a status that supervisors of earlier versions do not send. Such a supervisor may still serve a
+mount.
+"""
 _LONG = frozenset(
     {
         "inject",
@@ -38,15 +40,19 @@ _LONG = frozenset(
         "survey",
     }
 )
-"""Requests that may work for minutes: their deadline is renewed as long as the supervisor answers others."""
+"""Requests that may take minutes. The deadline of such a request is renewed while the supervisor answers
+other requests.
+"""
 
 
 class PatientClient(Client):
-    """A client whose requests end: with an answer of the right type, or one of daxemu.errors."""
+    """Client whose requests always end: with an answer of the right type, or with an exception of
+    daxemu.errors.
+    """
 
     def _request(self, op: str, arguments: dict[str, Any], more: float = 0.0) -> dict[str, Any]:
-        """See Client.request. A long request has no limit of its own: the supervisor must answer a ``status``
-        every ``PATIENCE`` seconds meanwhile.
+        """See Client.request. A long request has no time limit of its own; instead the supervisor must answer
+        a ``status`` every ``PATIENCE`` seconds.
         """
         with _announced(self), _watched(self, op in _LONG):
             result = super()._request(op, arguments, more)
@@ -60,7 +66,7 @@ class PatientClient(Client):
 
 @contextmanager
 def _announced(client: Client) -> Iterator[None]:
-    """Say what is waited for, if that takes longer than SILENCE, and standard error is a terminal."""
+    """Print the reason of a wait that takes longer than SILENCE seconds, if standard error is a terminal."""
     if not sys.stderr.isatty():
         yield
         return
@@ -81,7 +87,9 @@ def _announced(client: Client) -> Iterator[None]:
 
 @contextmanager
 def _watched(client: Client, is_long: bool) -> Iterator[None]:
-    """Lift the limit of a long request, and hang up under it once the supervisor answers nothing else."""
+    """Remove the time limit of a long request. The connection is closed once the supervisor no longer answers
+    ``status``.
+    """
     if not is_long:
         yield
         return
@@ -97,7 +105,7 @@ def _watched(client: Client, is_long: bool) -> Iterator[None]:
                 client.hang_up()
                 return
             except DaxemuError:
-                continue  # the end of the connection tells the same to the request
+                continue  # the request sees the end of the connection too
 
     client.set_patience(None)
     watching = threading.Thread(target=look, name="patience", daemon=True)

@@ -1,4 +1,4 @@
-"""inject, clear, scrub, badblocks, damaged, remove: verbs that make memory bad, or look at it."""
+"""inject, clear, scrub, badblocks, damaged, remove: verbs that make, clear or list poison."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from daxemu.uapi import PAGE_SIZE
 
 
 def _ranges(offsets: tuple[int, ...], lengths: tuple[int, ...], size: int | None) -> list[list[int]]:
-    """Pairs; a single length serves all offsets, no offset means 0, no length means one page, or to the end
-    of the file.
+    """Return pairs [offset, length] in bytes. A single length serves all offsets. Without an offset, 0.
+    Without a length, one page, or the rest of the file.
     """
     offsets = offsets or (0,)
     if not lengths:
@@ -37,19 +37,23 @@ def _range_options(command: Any) -> Any:
         "lengths",
         type=SIZE,
         multiple=True,
-        help="Bytes; one page if not given. Again for each --offset, or once.",
+        help="Bytes; default: one page. Give it once, or once for each --offset.",
     )(command)
     return click.option(
-        "--offset", "offsets", type=SIZE, multiple=True, help="Bytes; repeat it for several ranges."
+        "--offset", "offsets", type=SIZE, multiple=True, help="Bytes; repeat for several ranges."
     )(command)
 
 
 @click.command()
 @click.argument("path", type=PATH_TEXT)
 @_range_options
-@click.option("--latent", is_flag=True, help="Tell nobody: a load, a read or a scrub will find it.")
-@click.option("--silent", is_flag=True, help="Change the bytes; nothing goes bad that could be noticed.")
-@click.option("--seed", type=int, default=0, show_default=True, help="What --silent changes them to.")
+@click.option(
+    "--latent",
+    is_flag=True,
+    help="Undetected poison: no signal and no bad block until it is loaded, read or scrubbed.",
+)
+@click.option("--silent", is_flag=True, help="Change the bytes without poison: silent corruption.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the new bytes of --silent.")
 @json_option
 def inject(
     path: str,
@@ -60,10 +64,10 @@ def inject(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Poison memory: a range of the file PATH, or with a mountpoint of the device.
+    """Poison memory: a range of the file PATH or, if PATH is a mountpoint, of the device.
 
-    The media is bad in whole 512-byte sectors, mappings lose whole 4096-byte pages: ranges are rounded out to
-    those. Several ranges are several failures; none happens unless all are valid.
+    Poison covers whole 512-byte sectors, and mappings lose whole 4096-byte pages: ranges are rounded out to
+    these units. Each range is one failure. If one range is invalid, nothing is poisoned.
 
     \b
     Example:
@@ -71,7 +75,7 @@ def inject(
       daxemu inject /tmp/pmem --offset 1G --offset 2G --length 64K
     """
     if latent and silent:
-        raise InvalidArgument("--latent is poison, --silent is not: give one of them")
+        raise InvalidArgument("--latent makes poison, --silent does not: give only one of the two")
     with (found := target(path)).client as client:
         result = client.request(
             "inject",
@@ -94,7 +98,7 @@ def _describe_injection(result: dict[str, Any]) -> list[str]:
     if result["rounded"]:
         lines.append("note: rounded out to whole 512-byte sectors")
     if result["holes"]:
-        lines.append(f"note: {result['holes']} bytes are holes of the file, there is nothing to poison")
+        lines.append(f"note: {result['holes']} bytes are holes of the file: a hole has no media to poison")
     return lines
 
 
@@ -103,8 +107,8 @@ def _describe_injection(result: dict[str, Any]) -> list[str]:
 @_range_options
 @json_option
 def clear(path: str, offsets: tuple[int, ...], lengths: tuple[int, ...], as_json: bool) -> None:
-    """Make poisoned memory healthy again: what was lost reads as zeros. With a mountpoint and no range: all
-    of it.
+    """Clear poison: the media can be read again, and lost bytes read as zeros. Without a range, clear the
+    whole file or, if PATH is a mountpoint, the whole device.
 
     \b
     Example:
@@ -124,8 +128,8 @@ def _everything(found: Target) -> list[list[int]]:
 @click.argument("mountpoint", type=PATH)
 @json_option
 def scrub(mountpoint: Path, as_json: bool) -> None:
-    """Look for latent poison (an address range scrub): what is found is in badblocks then. Nobody is
-    signalled.
+    """Search the device for latent poison (address range scrub). The poison that is found becomes bad blocks.
+    No process is signalled.
 
     \b
     Example:
@@ -136,7 +140,7 @@ def scrub(mountpoint: Path, as_json: bool) -> None:
     emit(
         result,
         as_json,
-        f"found {result['bytes']} bytes of poison nobody knew of, in {len(result['ranges'])} ranges",
+        f"found {result['bytes']} bytes of latent poison, in {len(result['ranges'])} ranges",
     )
 
 
@@ -144,7 +148,7 @@ def scrub(mountpoint: Path, as_json: bool) -> None:
 @click.argument("mountpoint", type=PATH)
 @json_option
 def badblocks(mountpoint: Path, as_json: bool) -> None:
-    """Print the bad sectors that are known, as sysfs does: first sector and count, a range a line.
+    """Print the bad blocks in the format of sysfs: first sector and number of sectors, one range a line.
 
     \b
     Example:
@@ -159,7 +163,7 @@ def badblocks(mountpoint: Path, as_json: bool) -> None:
 @click.argument("mountpoint", type=PATH)
 @json_option
 def damaged(mountpoint: Path, as_json: bool) -> None:
-    """List the files that lost data, and which bytes of each.
+    """List the damaged files, and the damaged bytes of each file.
 
     \b
     Example:
@@ -175,8 +179,8 @@ def damaged(mountpoint: Path, as_json: bool) -> None:
 @click.argument("mountpoint", type=PATH)
 @json_option
 def remove(mountpoint: Path, as_json: bool) -> None:
-    """Surprise removal: the device goes away under everybody who uses it. They are told; from then on all is
-    EIO.
+    """Surprise removal: the device goes away while in use. Processes that have pages of it present are
+    signalled; each later access is EIO.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""How far a repair strategy is that has just been chosen: a line on the terminal, while the command waits."""
+"""Progress of a newly chosen repair strategy: a line on the terminal while the command waits."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from daxemu.client import Client
 from daxemu.errors import DaxemuError
 
 INTERVAL = 0.5
-"""Seconds between two looks."""
+"""Seconds between two requests for the progress."""
 
 
 def describe(done_bytes: int, total_bytes: int) -> str:
-    """How much of it is done."""
+    """Return the progress as text: percent and sizes."""
     return f"{100 * done_bytes // max(1, total_bytes)} % ({human(done_bytes)} of {human(total_bytes)})"
 
 
 @contextmanager
 def line(strategy: str) -> Iterator[Line]:
-    """A line on standard error, if that is a terminal; gone at the end."""
+    """Show a line of progress on standard error, if standard error is a terminal. The line is erased at the
+    end.
+    """
     shown = Line(strategy)
     try:
         yield shown
@@ -33,7 +35,7 @@ def line(strategy: str) -> Iterator[Line]:
 
 
 class Line:
-    """One line that is written over."""
+    """Line on the terminal; each update overwrites the line."""
 
     def __init__(self, strategy: str) -> None:
         self._strategy = strategy
@@ -45,13 +47,15 @@ class Line:
             self._there = True
 
     def clear(self) -> None:
-        """Take it away."""
+        """Erase the line."""
         if self._there:
             rewrite("")
 
 
 def choose(client: Client, strategy: str | None, op: str, /, **arguments: Any) -> dict[str, Any]:
-    """A request that chooses ``strategy``. Who interrupts it is told that the supervisor goes on."""
+    """Send a request that chooses ``strategy``, and show the progress. After Ctrl-C, print that the
+    supervisor goes on, and raise KeyboardInterrupt.
+    """
     if strategy is None:
         return client.request(op, **arguments)
     stop = threading.Event()

@@ -1,4 +1,4 @@
-"""repair: what is done about data that goes bad."""
+"""repair: choose a repair strategy, and repair all bad blocks."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from daxemu.errors import DaxemuError
 
 @click.command()
 @click.argument("mountpoint", type=PATH)
-@click.option("--strategy", metavar="NAME[:KEY=VALUE,...]", help="Choose this one from now on.")
+@click.option("--strategy", metavar="NAME[:KEY=VALUE,...]", help="Choose this strategy first.")
 @json_option
 def repair(mountpoint: Path, strategy: str | None, as_json: bool) -> None:
-    """Have the mount's repair strategy see to everything that is known to be bad, and print what is left.
+    """Have the repair strategy of the mount repair every bad block, and print the number of blocks that are
+    left.
 
-    One that is chosen here first copies, or adds up, what is there already. The mount goes on meanwhile; and
-    so does the copying if this command is interrupted.
+    A strategy that is chosen here first copies, or adds up, the existing data. The mount serves requests
+    meanwhile. The copying continues if this command is interrupted.
 
     \b
-    none          tell and leave, as every kernel does
-    zero          clear the poison: the pages are good, and empty
-    punch         a hole in the file; the bad block is not used again
-    quarantine    move what can be read of a page; the bad block is not used again
+    none          signal and leave the poison, as every kernel does
+    zero          clear the poison: the pages can be read, and are zeros
+    punch         make a hole in the file; the bad block is not used again
+    quarantine    move the readable bytes of a page; the bad block is not used again
     mirror        a second copy elsewhere on the device        mapped=honest|trust checksum=no|yes
     parity        checksums, and N+1 slices a stripe           slice=4096 data=8 mapped=honest|trust
-    async-parity  parity added up once in a window             window=1 (seconds), and parity's
-    reread        read it again from a directory               path=DIR
-    fence         give up the whole device
-    FILE.py       your own (docs/repair.md)
+    async-parity  parity added up once in a window             window=1 (seconds), and options of parity
+    reread        read the file again from a directory         path=DIR
+    fence         shut the whole filesystem down
+    FILE.py       a strategy of your own (docs/repair.md)
 
     \b
     Example:
@@ -45,7 +46,7 @@ def repair(mountpoint: Path, strategy: str | None, as_json: bool) -> None:
     emit(result, as_json, lambda: _describe(result))
     if broken:
         raise DaxemuError(
-            f"the strategy {result['strategy']} failed, and is asked nothing more: {broken}; "
+            f"the strategy {result['strategy']} failed, and is not called any more: {broken}; "
             f"choose another: daxemu repair {mountpoint} --strategy NAME"
         )
 

@@ -1,4 +1,4 @@
-"""report: what happened on a mount, as one HTML file that needs nothing else."""
+"""report: the events and the state of a mount as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ td { font-family: monospace } .map { line-height: 0 } rect { shape-rendering: cr
 @as_owner_option
 @json_option
 def report(where: Path, output: Path, as_json: bool) -> None:
-    """Write what happened on a mount, and how it is now, as one HTML file.
+    """Write the events and the present state of a mount to one HTML file.
 
-    Of a DEVICE that is not mounted it has the events.
+    For a DEVICE that is not mounted, the file contains the events only.
 
     \b
     Example:
@@ -63,7 +63,7 @@ def _look(where: Path) -> tuple[Seen | None, str]:
 
 
 def page(title: str, events: Sequence[Event], seen: Seen | None) -> str:
-    """The whole file."""
+    """Return the whole HTML page."""
     parts = [f"<!doctype html><html><head><meta charset=utf-8><title>daxemu: {for_html(title)}</title>"]
     parts += [f"<style>{_STYLE}</style></head><body><h1>{for_html(title)}</h1>"]
     if seen is not None:
@@ -119,7 +119,7 @@ def _rect(x: int, y: int, height: int, color: str, hint: str) -> str:
 
 
 def _summary(events: Sequence[Event]) -> Iterator[str]:
-    """How many of what, and when."""
+    """Yield the counts of events, outcomes and signal results, and the timeline."""
     yield "<h2>Summary</h2>"
     yield from _table(("event", "count"), Counter(type(event).__name__ for event in events).most_common())
     failures = Counter(event.outcome.value for event in events if isinstance(event, MemoryFailureHandled))

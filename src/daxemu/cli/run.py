@@ -1,4 +1,4 @@
-"""run: a program whose madvise(MADV_HWPOISON) works."""
+"""run: execute a program with a working madvise(MADV_HWPOISON)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from daxemu.host.proc.mountinfo import mount_of
 from daxemu.host.run.runner import Piece, execute
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
-"""Exit statuses, as a shell's."""
+"""Exit statuses, as of a shell."""
 
 
 class _Run(click.Command):
-    """Everything after ``--`` is the command, whatever it looks like."""
+    """Verb whose arguments after ``--`` are the command, even if the arguments look like options."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """See click.Command.parse_args."""
@@ -29,15 +29,18 @@ class _Run(click.Command):
 
 @click.command(cls=_Run, options_metavar="[--simulated]")
 @click.argument("mountpoint", type=PATH, required=False, metavar="[MOUNTPOINT] -- COMMAND...")
-@click.option("--simulated", is_flag=True, help="As the kernel does: signals, but the media stays good.")
+@click.option(
+    "--simulated", is_flag=True, help="Signal as the kernel does, but without poison: the media stays good."
+)
 @click.pass_context
 def run(ctx: click.Context, mountpoint: Path | None, simulated: bool) -> None:
-    """Run COMMAND so that its madvise(MADV_HWPOISON) and madvise(MADV_SOFT_OFFLINE) work, on mappings of
-    files of this mount, or of any. So do those of its children; other system calls are not touched.
+    """Run COMMAND with working madvise(MADV_HWPOISON) and madvise(MADV_SOFT_OFFLINE), on mappings of files of
+    MOUNTPOINT or, without MOUNTPOINT, of any daxemu mount. The same holds for children of COMMAND. Other
+    system calls are not changed.
 
-    COMMAND takes this process's place: its process id, signals, terminal and exit status are its own.
-    Without root it cannot gain privileges (no_new_privs). Exit status 127: there is no such command, 126: it
-    cannot be executed.
+    COMMAND replaces this process, with the same process id and terminal; signals reach COMMAND, and the exit
+    status is that of COMMAND. Without root, COMMAND cannot gain privileges (no_new_privs). Exit
+    status 127: the command was not found; 126: the command cannot be executed.
 
     \b
     Example:

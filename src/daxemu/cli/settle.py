@@ -1,4 +1,4 @@
-"""settle: wait until failures are over."""
+"""settle: wait until each failure was handled and logged."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from daxemu.client.connection import SETTLE_PATIENCE
 @click.command()
 @click.argument("mountpoint", type=PATH)
 @click.option(
-    "--timeout", type=float, default=SETTLE_PATIENCE, show_default=True, help="Seconds to wait at most."
+    "--timeout", type=float, default=SETTLE_PATIENCE, show_default=True, help="Maximum wait in seconds."
 )
 @json_option
 def settle(mountpoint: Path, timeout: float, as_json: bool) -> None:
-    """Wait until every failure so far was handled and every signal of them is in the log.
+    """Wait until each failure so far was handled and each of its signals is in the log.
 
-    A signal for a process that is stopped is in the log as pending. Exit status 4 if it takes longer.
+    A signal for a stopped process is in the log as pending. Exit status 4 after the timeout.
 
     \b
     Example:

@@ -1,16 +1,16 @@
-"""Clients of a mount's control socket, blocking and async. No FUSE here.
+"""Clients of the control socket of a mount, blocking and async. Independent of FUSE.
 
     from daxemu.client import Client
     with Client.at("/mnt/pmem/file") as client:
         client.request("inject", ino=2, ranges=[[4096, 4096]])
 
 ``blocking``      ``Client``: standard library only; its typed requests and events need msgspec, once used
-``asynchronous``  ``AsyncClient``, the same under trio or asyncio, whichever runs
-``connection``    what both say and hear, without any I/O of their own
-``notices``       what a process that maps files of the mount wants to be told
-``safe_read``     a load that is an error where it would be a SIGBUS
+``asynchronous``  ``AsyncClient``, for trio and asyncio
+``connection``    shared by both clients: connecting, requests and replies as lines
+``notices``       events as addresses of the calling process, for a process with mapped files
+``safe_read``     loads through a mapping; poison raises an exception instead of SIGBUS
 
-docs/protocol.md has the requests and what they answer.
+docs/protocol.md has the requests and replies.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The async client, for trio and asyncio: it takes whichever runs where it is opened.
+"""Async client for trio and asyncio; the client uses the library that runs where the client is opened.
 
-Two adapters of a few lines, rather than a third library: trio is what the supervisor runs on, asyncio what
-most programs have, and a line out and a line in is all there is to it.
+Two adapters of a few lines take the place of a third library: the supervisor runs on trio, most programs on
+asyncio, and the client only sends a line and receives a line.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ if TYPE_CHECKING:
     R = TypeVar("R", bound=msgspec.Struct)
 
 
-class _Lines(Protocol):
-    """A connection, as one of the two libraries has it."""
+class _LineStream(Protocol):
+    """Connection of one of the two libraries."""
 
     async def send(self, line: bytes) -> None:
-        """Raises ConnectionError if the other side hung up."""
+        """Send a line. Raises ConnectionError if the peer closed the connection."""
 
     async def receive(self) -> bytes:
-        """The next line, or nothing at the end."""
+        """Return the next line; empty at the end."""
 
     async def close(self) -> None:
         """Hang up."""
 
 
 class AsyncClient:
-    """One connection to one supervisor, made by ``async with AsyncClient.at(PATH) as client``.
+    """Connection to one supervisor, made by ``async with AsyncClient.at(PATH) as client``.
 
-    One task at a time may use it.
+    Only one task at a time may use the client.
     """
 
     def __init__(self, mount: Mount) -> None:
         self.mount = mount
-        self._lines: _Lines | None = None
+        self._lines: _LineStream | None = None
 
     @classmethod
     def at(cls, path: str | os.PathLike[str]) -> Self:
-        """The supervisor of the mount that ``path`` is on. Raises NotMounted."""
+        """Make a client of the supervisor of the mount of ``path``. Raises NotMounted."""
         return cls(mount_of(Path(path)))
 
     async def __aenter__(self) -> Self:
@@ -69,12 +69,12 @@ class AsyncClient:
         await self._connected.close()
 
     @property
-    def _connected(self) -> _Lines:
+    def _connected(self) -> _LineStream:
         assert self._lines is not None, "open it first: async with AsyncClient.at(PATH) as client"
         return self._lines
 
     async def request(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """See Client.request. Time limits are the caller's: trio.fail_after, asyncio.timeout."""
+        """See Client.request. The caller sets time limits: trio.fail_after, asyncio.timeout."""
         return wire.result_of(self.mount, await self._converse(wire.encode({"op": op, **arguments})))
 
     async def settle(self, patience: float = wire.SETTLE_PATIENCE) -> float:
@@ -94,13 +94,13 @@ class AsyncClient:
         ranges: Sequence[tuple[int, int]] | None = None,
         pids: Sequence[int] | None = None,
     ) -> AsyncIterator[Event]:
-        """See Client.events; the subscription holds from the first event asked for. After a timeout of the
-        caller's the iterator goes on.
+        """See Client.events. The subscription begins with the request for the first event. After a timeout of
+        the caller, the iterator goes on.
         """
         return _Events(self, wire.encode_typed(wire.follow_of(after, kinds, files, ranges, pids)))
 
     def notices(self, *files: wire.File, after: int | None = None) -> AsyncIterator[Notice]:
-        """See Client.notices; the subscription holds from the first notice asked for."""
+        """See Client.notices. The subscription begins with the request for the first notice."""
         return _Notices(self, files, after)
 
     async def _converse(self, line: bytes) -> bytes:
@@ -117,7 +117,7 @@ class AsyncClient:
 
 
 class _Events:
-    """A subscription. No generator: a generator ends when it is cancelled."""
+    """Iterator of a subscription. Not a generator: a generator ends when its task is cancelled."""
 
     def __init__(self, client: AsyncClient, subscribe: bytes) -> None:
         self._client = client
@@ -137,7 +137,7 @@ class _Events:
 
 
 class _Notices:
-    """The events of a subscription that mean something to this process."""
+    """Iterator of notices: the events of a subscription that concern the calling process."""
 
     def __init__(self, client: AsyncClient, files: Sequence[wire.File], after: int | None) -> None:
         self._client = client
@@ -160,7 +160,7 @@ class _Notices:
         raise StopAsyncIteration
 
 
-async def _open_trio(mount: Mount, made: Future[socket.socket]) -> _Lines:
+async def _open_trio(mount: Mount, made: Future[socket.socket]) -> _LineStream:
     import trio
 
     ready, token = trio.Event(), trio.lowlevel.current_trio_token()
@@ -181,7 +181,7 @@ async def _open_trio(mount: Mount, made: Future[socket.socket]) -> _Lines:
     return _TrioLines(mount, made.result())
 
 
-async def _open_asyncio(mount: Mount, made: Future[socket.socket]) -> _Lines:
+async def _open_asyncio(mount: Mount, made: Future[socket.socket]) -> _LineStream:
     import asyncio
 
     try:
@@ -198,7 +198,7 @@ async def _open_asyncio(mount: Mount, made: Future[socket.socket]) -> _Lines:
 
 
 def _runs_asyncio() -> bool:
-    # Not imported to find out: that takes longer than all the rest of this package.
+    # asyncio is not imported for this test: the import takes longer than all the rest of this package.
     if (asyncio := sys.modules.get("asyncio")) is None:
         return False
     try:

@@ -1,4 +1,4 @@
-"""The blocking client. Standard library only, but for what is typed: that needs msgspec once it is used."""
+"""Blocking client. Standard library only; typed requests and events import msgspec at their first use."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
 
 class Client:
-    """One connection to one supervisor."""
+    """Connection to one supervisor."""
 
     def __init__(self, mount: Mount, *, patience: float | None = None) -> None:
-        """``patience``: seconds for each whole exchange, the first one with the connecting; without a limit
-        if None. Raises NotMounted when no process listens at the mount's socket, Busy if connecting takes
-        longer, NotASupervisor if the socket is not the mount owner's.
+        """Connect. ``patience``: limit in seconds for each whole exchange, None for no limit; the time of
+        connecting counts for the first exchange. Raises NotMounted if no process listens at the socket of the
+        mount, Busy if connecting takes longer than ``patience``, NotASupervisor if the owner of the mount
+        does not own the socket.
         """
         self.mount = mount
         self._patience = patience
@@ -41,11 +42,11 @@ class Client:
         self._spent = time.monotonic() - began
         self._until: float | None = None
         self.pid = wire.peer_of(self._socket)[0]
-        """The supervisor's process, as the kernel says; 0 if this pid namespace does not show that."""
+        """Process id of the supervisor, from the kernel; 0 if the pid namespace does not show the process."""
 
     @classmethod
     def at(cls, path: str | os.PathLike[str], *, patience: float | None = None) -> Self:
-        """The supervisor of the mount that ``path`` is on. Raises NotMounted."""
+        """Connect to the supervisor of the mount of ``path``. Raises NotMounted."""
         return cls(mount_of(Path(path)), patience=patience)
 
     def __enter__(self) -> Self:
@@ -55,7 +56,9 @@ class Client:
         self.close()
 
     def hang_up(self) -> None:
-        """End the connection under another thread that reads from it: it finds the end, and may close."""
+        """End the connection while another thread reads from the connection. The other thread reads the end,
+        and may call ``close``.
+        """
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -64,46 +67,47 @@ class Client:
         self._socket.close()
 
     def set_patience(self, seconds: float | None) -> None:
-        """How long to wait for each answer and each event from now on; an event that does not come is a
-        TimeoutError.
+        """Set the limit in seconds for each answer and each event from now on, None for no limit. An event
+        after the limit is a TimeoutError.
         """
         self._patience = seconds
         self._spent = 0.0
 
     def request(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """Ask, and wait for the answer. Raises what the supervisor raised, NotMounted if it went away, Busy
-        if it does not answer in time, NotASupervisor if the answer is none.
+        """Send a request and return the reply. Raises the exception of the supervisor, NotMounted if the
+        supervisor went away, Busy if no answer comes in time, NotASupervisor for an invalid answer.
         """
         return self._request(op, arguments)
 
     def _request(self, op: str, arguments: dict[str, Any], more: float = 0.0) -> dict[str, Any]:
-        """``more``: seconds that the supervisor may take beyond the client's patience."""
+        """Send a request and return the reply. ``more``: seconds beyond the patience of the client."""
         return wire.result_of(self.mount, self._converse(wire.encode({"op": op, **arguments}), more))
 
     def settle(self, patience: float = wire.SETTLE_PATIENCE) -> float:
-        """Wait until every failure so far was handled and every signal of them is an event: as delivered, or
-        as pending for a process that is stopped. Return the seconds that took.
+        """Wait until each failure so far was handled and each of its signals is in an event: as delivered, or
+        as pending for a stopped process. Return the duration in seconds.
 
-        Raises Busy if it takes longer than ``patience`` seconds; the client's own patience comes on top.
+        Raises Busy after ``patience`` seconds. The patience of the client is added to this limit.
         """
         return wire.seconds_of(self.mount, self._request("settle", {"patience": patience}, patience))
 
     def ask(self, request: Request[R]) -> R:
-        """The same with types: one of daxemu.protocol's requests, answered with what it is declared to."""
+        """Send a typed request of daxemu.protocol and return the typed reply. Raises as :meth:`request`."""
         return wire.typed_result_of(self.mount, request, self._converse(wire.encode_typed(request)))
 
     def follow(self, after: int = 0) -> Iterator[dict[str, Any]]:
-        """The events of this mount with ``seq`` above ``after``, then each new one, until the mount ends.
+        """Iterate over the events of the mount with ``seq`` above ``after``, then over new events, until the
+        mount ends.
 
-        From then on nothing else can be asked on this connection. After a TimeoutError the iterator goes on.
+        The connection takes no further request. After a TimeoutError the iterator goes on.
         """
         return map(partial(wire.event_dict_of, self.mount), self.follow_lines(after))
 
     def follow_lines(self, after: int = 0) -> Iterator[bytes]:
-        """As :meth:`follow`, each event as its line of JSON."""
+        """Iterate as :meth:`follow`, with each event as a line of JSON."""
         self._begin()
         self._send(wire.encode({"op": "follow", "after": after}))
-        return _Lines(self)
+        return _EventLines(self)
 
     def events(
         self,
@@ -114,21 +118,22 @@ class Client:
         ranges: Sequence[tuple[int, int]] | None = None,
         pids: Sequence[int] | None = None,
     ) -> Iterator[Event]:
-        """As :meth:`follow`, typed (daxemu.events), and only those that protocol.Follow would be sent.
+        """Iterate as :meth:`follow`, with typed events (daxemu.events), filtered as by protocol.Follow.
 
-        The subscription holds once this returns. Raises InvalidArgument for a file that is not there.
+        The subscription has begun when this method returns. Raises InvalidArgument for a missing file.
         """
         subscribe = wire.encode_typed(wire.follow_of(after, kinds, files, ranges, pids))
         self._begin()
         self._send(subscribe)
-        return map(partial(wire.event_of, self.mount), _Lines(self))
+        return map(partial(wire.event_of, self.mount), _EventLines(self))
 
     def notices(self, *files: wire.File, after: int | None = None) -> Iterator[Notice]:
-        """What this process should know: bytes lost in ``files`` or, if none are named, in any file of the
-        mount that it has mapped; and the end of the device. ``after`` None: from now on.
+        """Iterate over notices for the calling process: lost bytes of ``files``, and the end of the device.
+        Without ``files``, lost bytes of each file of the mount that the process has mapped. ``after``: the
+        number of the last event to skip; None for notices from now on.
 
-        The subscription holds once this returns; mappings are looked at when the event comes. No signal is
-        needed, nor does one come in its place.
+        The subscription has begun when this method returns. Mappings are read when the event comes. Notices
+        are independent of signals: a notice neither needs nor replaces a SIGBUS.
         """
         since = self.request("status")["events"] if after is None else after
         found = self.events(since, files=files or None)
@@ -146,14 +151,15 @@ class Client:
         return answer
 
     def _send(self, line: bytes) -> None:
-        # Where it hung up, it may have said why before: whoever reads finds that, or the end.
+        # A peer that closed the connection may have sent the reason before: the next read finds the reason,
+        # or the end.
         with contextlib.suppress(ConnectionError):
             self._limit()
             self._socket.sendall(line)
 
     def _read_line(self) -> bytes:
-        """The next line, without its newline; nothing at the end. Raises TimeoutError, after which the next
-        call goes on, and NotASupervisor for a line that is too long.
+        """Return the next line, without its newline; empty at the end. Raises TimeoutError, after which the
+        next call continues the line, and NotASupervisor for a line of more than MAX_REPLY bytes.
         """
         while (end := self._buffer.find(b"\n", self._searched)) < 0:
             self._searched = len(self._buffer)
@@ -173,23 +179,25 @@ class Client:
         return line
 
     def _limit(self) -> None:
-        """Let the next system call on the socket wait no longer than the exchange may."""
+        """Limit the next system call on the socket to the rest of the time of the exchange."""
         left = None if self._until is None else self._until - time.monotonic()
         if left is not None and left <= 0:
             raise TimeoutError("timed out")
         self._socket.settimeout(left)
 
     def _begin(self, more: float = 0.0) -> None:
-        """Set the deadline of an exchange, or of one event, that begins now: the client's patience and
-        ``more`` seconds, less what the connecting took of the first.
+        """Set the deadline of an exchange, or of one event, that begins now: the patience of the client and
+        ``more`` seconds. The time of connecting is subtracted from the first deadline.
         """
         left = None if self._patience is None else self._patience - self._spent + more
         self._until = None if left is None else time.monotonic() + left
         self._spent = 0.0
 
 
-class _Lines:
-    """The events of a subscription, each as its line. No generator: a TimeoutError would end that."""
+class _EventLines:
+    """Iterator over the events of a subscription as lines. Not a generator: a TimeoutError ends a
+    generator.
+    """
 
     def __init__(self, client: Client) -> None:
         self._client = client

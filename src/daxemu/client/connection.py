@@ -1,7 +1,7 @@
-"""Shared by both clients: connecting, the lines of a request, the meaning of a reply.
+"""Shared by both clients: connecting, requests as lines, the decoding of replies.
 
-The peer is not trusted: any user may mount a filesystem that says it is daxemu's. Whatever such a peer sends,
-or fails to send, ends in one exception of daxemu.errors.
+The peer is not trusted: any user may mount a filesystem with the name of daxemu. Each reply or missing reply
+of such a peer ends in an exception of daxemu.errors.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     R = TypeVar("R", bound=msgspec.Struct)
 
 MAX_REPLY = 256 << 20
-"""Bytes of one answer or event: the ranges of the longest injection take 60 MB."""
+"""Maximum bytes of one answer or event: the ranges of the longest injection take 60 MB."""
 CONNECT_PATIENCE = 5.0
-"""Seconds to make a connection where the caller sets no limit."""
+"""Limit in seconds of connecting, if the caller sets no limit."""
 SETTLE_PATIENCE = 10.0
-"""Seconds that ``settle`` waits where the caller sets no limit."""
+"""Limit in seconds of ``settle``, if the caller sets no limit."""
 _UCRED = struct.Struct("=iII")
 _TIMEVAL = struct.Struct("@ll")
 File = str | os.PathLike[str] | tuple[str | os.PathLike[str], int, int]
@@ -48,18 +48,19 @@ File = str | os.PathLike[str] | tuple[str | os.PathLike[str], int, int]
 
 
 def connecting(mount: Mount, patience: float) -> Future[socket.socket]:
-    """A connection to a mount's supervisor, which a thread makes within ``patience`` seconds. See _connect
-    for the exceptions.
+    """Connect to the supervisor of a mount in a thread, within ``patience`` seconds. See _connect for the
+    exceptions.
 
-    A thread, since no system call that walks another user's DEVICE has a limit: a directory of that path may
-    be on a FUSE filesystem that never answers. The thread is a daemon, and ends with the process.
+    A thread is needed because a system call that walks the DEVICE of another user has no time limit: a
+    directory of the path may be on a FUSE filesystem that never answers. The thread is a daemon, and ends
+    with the process.
     """
     made: Future[socket.socket] = Future()
 
     def work() -> None:
         try:
             connected = _connect(mount, patience)
-        except Exception as error:  # noqa: BLE001 - raised again where the result is waited for
+        except Exception as error:  # noqa: BLE001 - raised again in the caller that waits for the result
             made.set_exception(error)
         else:
             made.set_result(connected)
@@ -69,7 +70,7 @@ def connecting(mount: Mount, patience: float) -> Future[socket.socket]:
 
 
 def abandon(made: Future[socket.socket]) -> None:
-    """Have a connection closed should it still come about."""
+    """Close a connection that is no longer wanted, as soon as the thread has made the connection."""
 
     def close(future: Future[socket.socket]) -> None:
         if future.exception() is None:
@@ -79,7 +80,7 @@ def abandon(made: Future[socket.socket]) -> None:
 
 
 def connect(mount: Mount, patience: float) -> socket.socket:
-    """The same, waited for. Raises Busy after ``patience`` seconds too."""
+    """Connect and wait for the result. Raises as ``_connect``, and Busy after ``patience`` seconds."""
     made = connecting(mount, patience)
     try:
         return made.result(patience)
@@ -89,8 +90,9 @@ def connect(mount: Mount, patience: float) -> socket.socket:
 
 
 def _connect(mount: Mount, patience: float) -> socket.socket:
-    """Raises NotMounted when nothing listens, PermissionDenied when the caller may not ask, Busy if the
-    supervisor accepts no connection in time, NotASupervisor if the socket is not the mount owner's.
+    """Connect. Raises NotMounted if no process listens, PermissionDenied if the caller has no access, Busy if
+    the supervisor accepts no connection in time, NotASupervisor if the owner of the mount does not own the
+    socket.
     """
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -110,14 +112,15 @@ def _connect(mount: Mount, patience: float) -> socket.socket:
 def _connect_through_directory(connected: socket.socket, mount: Mount) -> None:
     directory = -1
     try:
-        # By way of the directory: a socket's path has 108 bytes at most, a device's path may be longer.
+        # Relative to the directory: the path of a socket has at most 108 bytes, the path of a device may be
+        # longer.
         directory = os.open(mount.device, os.O_PATH | os.O_CLOEXEC)
         connected.connect(f"/proc/self/fd/{directory}/{mount.socket.name}")
     except BlockingIOError as error:
         raise no_answer(mount) from error
     except PermissionError as error:
         raise PermissionDenied(
-            f"{mount.mountpoint} is another user's: only its owner and root may ask; sudo daxemu ..."
+            f"{mount.mountpoint} belongs to another user: only its owner and root may ask; sudo daxemu ..."
         ) from error
     except OSError as error:
         raise NotMounted(
@@ -130,15 +133,17 @@ def _connect_through_directory(connected: socket.socket, mount: Mount) -> None:
 
 
 def peer_of(connected: socket.socket) -> tuple[int, int]:
-    """(pid, uid) of the process that listens: as it was when it began to. Pid 0: of another pid namespace."""
+    """Return (pid, uid) of the listening process, as of the time of its listen(2). Pid 0: the process is in
+    another pid namespace.
+    """
     credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     pid, uid, _ = _UCRED.unpack(credentials)
     return pid, uid
 
 
 def _check_peer(connected: socket.socket, mount: Mount) -> None:
-    """Any user may mount with a source of their choice. So before a byte is sent the kernel must name the
-    same owner for the mount and for the socket.
+    """Compare the owners of the mount and of the socket, as the kernel states both, before a byte is sent.
+    Any user may mount with a source of their choice. Raises NotASupervisor, NotMounted.
     """
     pid, uid = peer_of(connected)
     if mount.owner is not None and uid != mount.owner:
@@ -151,15 +156,15 @@ def _check_peer(connected: socket.socket, mount: Mount) -> None:
 
 
 def _is_dead(pid: int) -> bool:
-    """Whether the process that listens has ended, but for a thread that waits on its own mount and cannot be
-    killed: its sockets stay open, and no task answers any more. A process of another pid namespace counts as
-    alive.
+    """Return True if the listening process has ended, except for a thread that waits on its own mount and
+    cannot be killed. The sockets of such a process stay open, and no task answers. A process of another pid
+    namespace counts as alive.
     """
     return pid > 0 and state_of(pid) in ("", "Z", "X")
 
 
 def state_of(pid: int) -> str:
-    """The letter of a process's state in /proc/PID/stat; empty if the process is gone."""
+    """Return the letter of the state of a process in /proc/PID/stat; empty if the process is gone."""
     try:
         return chr(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2][0])
     except (OSError, IndexError):
@@ -167,7 +172,7 @@ def state_of(pid: int) -> str:
 
 
 def no_answer(mount: Mount, pid: int = 0) -> Busy:
-    """The time for an answer is over."""
+    """Make the exception for an answer that did not come in time."""
     where, stopped = mount.mountpoint, ""
     if pid and state_of(pid) in ("T", "t"):
         stopped = f", it is stopped: kill -CONT {pid}, or"
@@ -175,26 +180,26 @@ def no_answer(mount: Mount, pid: int = 0) -> Busy:
 
 
 def nonsense(mount: Mount, what: str) -> NotASupervisor:
-    """A reply that no supervisor would give."""
+    """Make the exception for a reply that no supervisor sends."""
     return NotASupervisor(
-        f"what answers for {mount.mountpoint} is not a daxemu supervisor: it sent {what}; "
+        f"the process that answers for {mount.mountpoint} is not a daxemu supervisor: it sent {what}; "
         f"fusermount3 -u {mount.mountpoint} ends that mount"
     )
 
 
 def went_away(mount: Mount) -> NotMounted:
-    """The connection ended where an answer was to come."""
+    """Make the exception for a connection that ended before the answer."""
     return NotMounted(f"the supervisor of {mount.mountpoint} went away: see daxemu status")
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """A request as its line."""
+    """Encode a request as a line."""
     return json.dumps(message).encode() + b"\n"
 
 
 def result_of(mount: Mount, line: bytes) -> dict[str, Any]:
-    """The result that a reply's line carries. Raises what the supervisor raised, NotASupervisor for a line
-    that is no reply.
+    """Decode the result of a reply. Raises the exception of the supervisor, and NotASupervisor for a line
+    that is not a reply.
     """
     try:
         reply = json.loads(line)
@@ -209,7 +214,7 @@ def result_of(mount: Mount, line: bytes) -> dict[str, Any]:
 
 
 def seconds_of(mount: Mount, result: dict[str, Any]) -> float:
-    """The field of a reply to ``settle``. Raises NotASupervisor if there is no such number."""
+    """Return the seconds of a reply to ``settle``. Raises NotASupervisor for a missing number."""
     match result:
         case {"seconds": float() | int() as seconds}:
             return float(seconds)
@@ -217,14 +222,14 @@ def seconds_of(mount: Mount, result: dict[str, Any]) -> float:
 
 
 def encode_typed(request: Request[R]) -> bytes:
-    """The same of a typed request."""
+    """Encode a typed request as a line."""
     import msgspec
 
     return msgspec.json.encode(request) + b"\n"
 
 
 def typed_result_of(mount: Mount, request: Request[R], line: bytes) -> R:
-    """The same, as the type that answers ``request``."""
+    """Decode the result of a reply as the reply type of ``request``. Raises as ``result_of``."""
     import msgspec
 
     from daxemu.protocol import reply_type
@@ -236,7 +241,7 @@ def typed_result_of(mount: Mount, request: Request[R], line: bytes) -> R:
 
 
 def event_of(mount: Mount, line: bytes) -> Event:
-    """The event of a line. Raises NotASupervisor for any other line."""
+    """Decode an event. Raises NotASupervisor for any other line."""
     import msgspec
 
     from daxemu.events import decode
@@ -248,7 +253,7 @@ def event_of(mount: Mount, line: bytes) -> Event:
 
 
 def event_dict_of(mount: Mount, line: bytes) -> dict[str, Any]:
-    """The same, as plain JSON."""
+    """Decode an event as plain JSON. Raises NotASupervisor for any other line."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -265,7 +270,7 @@ def follow_of(
     ranges: Sequence[tuple[int, int]] | None = None,
     pids: Sequence[int] | None = None,
 ) -> Follow:
-    """The subscription to some events. Raises InvalidArgument for a file that is not there."""
+    """Make the request for a subscription. Raises InvalidArgument for a missing file."""
     from daxemu.protocol import Follow
 
     return Follow(

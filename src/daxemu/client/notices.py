@@ -1,4 +1,4 @@
-"""What happened to this process: events made into addresses of its own."""
+"""Notices: events as addresses of the calling process."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class Notice(NamedTuple):
-    """Bytes of a file are lost, or ``path`` None: of all of them, for the filesystem was shut down or its
-    device removed.
+    """Lost bytes of a file. ``path`` None: all bytes of all files, after a shutdown or a removal.
 
-    ``addresses``: where this process has them mapped just now, as (address, length), touched or not.
+    ``addresses``: present mappings of the lost bytes in the calling process, as (address, length) in bytes,
+    touched or not.
     """
 
     event: Event
@@ -26,7 +26,9 @@ class Notice(NamedTuple):
 
 
 def notice_of(event: Event, mount: Mount, *, only_mapped: bool) -> Notice | None:
-    """What ``event`` means to this process; None if nothing, or (``only_mapped``) nothing it has mapped."""
+    """Make the notice of an event for the calling process. None if the event does not concern the process,
+    or, with ``only_mapped``, if the process has none of the lost bytes mapped.
+    """
     from daxemu.events import DeviceRemoved, FileDamaged, FilesystemShutdown, StoreLost
 
     if isinstance(event, FilesystemShutdown | DeviceRemoved):

@@ -1,4 +1,4 @@
-"""A load that is an error where it would be a SIGBUS."""
+"""Loads through a mapping; poison raises an exception instead of SIGBUS."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from daxemu.errors import InvalidArgument, MediaError
 
 
 class _PyBuffer(ctypes.Structure):
-    """``Py_buffer`` (the stable ABI's since Python 3.11)."""
+    """``Py_buffer`` of the stable ABI (since Python 3.11)."""
 
     _fields_ = (
         ("buf", ctypes.c_void_p),
@@ -28,12 +28,13 @@ class _PyBuffer(ctypes.Structure):
 
 
 def safe_read(mapping: object, offset: int = 0, length: int | None = None) -> bytes:
-    """Bytes ``[offset, offset + length)`` of a mapping (mmap, numpy.memmap, any buffer), to its end if
-    ``length`` is None.
+    """Read bytes ``[offset, offset + length)`` of a mapping (mmap, numpy.memmap, any buffer); ``length`` None
+    is to the end.
 
-    The kernel loads them for us, through /proc/self/mem: it returns an error where our own load would be
-    killed. Nothing is signalled. Raises MediaError that names the first bad byte and has those before it as
-    ``good``; InvalidArgument outside of the mapping, TypeError for what is no buffer.
+    The kernel performs the loads, through /proc/self/mem, and returns an error for poison, where a load of
+    the process would get SIGBUS. No signal is sent. Raises MediaError with the offset of the first poisoned
+    byte, and the bytes before as ``good``; InvalidArgument for a range outside of the mapping, TypeError for
+    an object without a buffer.
     """
     view = _PyBuffer()
     ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(mapping), ctypes.byref(view), 0)

@@ -1,11 +1,11 @@
-"""The pytest plugin (entry point ``daxemu``): tests on a mount of their own, whose memory goes bad on demand.
+"""Pytest plugin (entry point ``daxemu``): each test gets a mount of its own, with memory failures on demand.
 
 Fixtures  ``dax_device``, ``dax_mount``, ``inject``, ``dax_events``
 Markers   ``dax_size``, ``dax_policy``, ``dax_repair``, ``dax_mkfs``, ``dax_timeout``
 
-A failed test shows the events of its mount and the damaged files. Devices are named by process, so workers of
-pytest-xdist do not meet. A mount ends with the process that made it, however that ends. Nothing is imported
-before a test asks for a fixture.
+A failed test shows the events of its mount and the damaged files. The name of a device contains the process
+id, so workers of pytest-xdist use separate devices. A mount ends with the process of its test run, also if
+the process is killed. No module of daxemu is imported before a test requests a fixture.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from daxemu.protocol import Injected
     from daxemu.pytest_plugin.events import Events
     from daxemu.pytest_plugin.mount import DaxMount
-    from daxemu.pytest_plugin.watchdog import Watchdog
+    from daxemu.pytest_plugin.watchdog import HangWatchdog
 
 DEFAULT_SIZE = "1G"
 DEFAULT_TIMEOUT = 60.0
@@ -32,15 +32,15 @@ _MARKERS = (
     'dax_policy(**settings): settings of the mount, as of daxemu set: early_kill=1, lost_store="eio"',
     'dax_repair(strategy): repair strategy, as of daxemu mount --repair: "NAME" or "NAME:key=value,..."',
     "dax_mkfs(*options): more options of daxemu mkfs: altmap=True, struct_pages=False, base_pfn=...",
-    "dax_timeout(seconds): how long the test may take; after that it hangs, and is ended",
+    "dax_timeout(seconds): limit of the test; a test that takes longer counts as hung, and is ended",
 )
 
 
-_WATCHDOG: pytest.StashKey[Watchdog] = pytest.StashKey()
+_WATCHDOG: pytest.StashKey[HangWatchdog] = pytest.StashKey()
 
 
-class Inject(Protocol):
-    """What the fixture ``inject`` is."""
+class InjectFixture(Protocol):
+    """Type of the fixture ``inject``."""
 
     def __call__(
         self,
@@ -50,27 +50,29 @@ class Inject(Protocol):
         *,
         latent: bool = False,
     ) -> Injected:
-        """Poison a range of ``file``, or given the mountpoint of the device; the page at ``offset`` if no
-        ``length`` is given.
+        """Poison a range of ``file`` or, for the mountpoint, of the device. ``offset`` and ``length`` are
+        bytes; without ``length``, one page.
         """
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The limit for all tests on a mount."""
+    """Add the setting ``dax_timeout``: the limit of each test on a mount."""
     parser.addini(
         "dax_timeout", "seconds that a test with dax_mount may take (dax_timeout marker)", default=""
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Announce the markers."""
+    """Register the markers."""
     for marker in _MARKERS:
         config.addinivalue_line("markers", marker)
 
 
 @pytest.fixture
 def dax_device(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A fresh device, not mounted; ``dax_size`` and ``dax_mkfs`` say of what kind. Gone after the test."""
+    """Fresh device, not mounted. The markers ``dax_size`` and ``dax_mkfs`` set its size and options. The
+    device is removed after the test.
+    """
     from daxemu.pytest_plugin.mount import fresh_device
 
     size = _argument(request.node, "dax_size", DEFAULT_SIZE)
@@ -81,7 +83,9 @@ def dax_device(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
 
 @pytest.fixture
 def dax_mount(request: pytest.FixtureRequest, dax_device: Path, tmp_path: Path) -> Iterator[DaxMount]:
-    """A fresh mount (``daxemu.pytest_plugin.mount.DaxMount``): ``dax_mount / "file"`` is a path on it."""
+    """Fresh mount (``daxemu.pytest_plugin.mount.DaxMount``): ``dax_mount / "file"`` is a path on the
+    mount.
+    """
     from daxemu.pytest_plugin.mount import DaxMount
 
     mountpoint = tmp_path / "dax"
@@ -97,14 +101,14 @@ def dax_mount(request: pytest.FixtureRequest, dax_device: Path, tmp_path: Path) 
 
 
 @pytest.fixture
-def inject(dax_mount: DaxMount) -> Inject:
-    """``inject(file, offset, length, latent=False)``: poison."""
+def inject(dax_mount: DaxMount) -> InjectFixture:
+    """Return ``inject(file, offset, length, latent=False)``, a function that poisons a range."""
     return dax_mount.inject
 
 
 @pytest.fixture
 def dax_events(dax_mount: DaxMount) -> Events:
-    """What happened on the mount so far (a list each time it is called), and ``wait`` for what is to come."""
+    """Events of the mount. Each call returns the list of the events so far; ``wait`` waits for new events."""
     from daxemu.pytest_plugin.events import Events
 
     return Events(dax_mount)
@@ -112,7 +116,7 @@ def dax_events(dax_mount: DaxMount) -> Events:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Have a test on a mount watched."""
+    """Run a test on a mount under the watchdog."""
     mount = _mount_of(item)
     if mount is None:
         return (yield)
@@ -125,7 +129,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add what the mount has to say to the report of a failure."""
+    """Add the events and the damaged files of the mount to the report of a failure."""
     report = yield
     mount = _mount_of(item)
     if mount is not None and report.failed and report.when != "teardown":
@@ -134,7 +138,7 @@ def pytest_runtest_makereport(
 
 
 def _mount_of(item: pytest.Item) -> DaxMount | None:
-    """The mount that a test has, if it is this plugin's."""
+    """Return the mount of a test; None for a test without a mount of the plugin."""
     found = getattr(item, "funcargs", {}).get("dax_mount")
     if found is None:
         return None
@@ -152,10 +156,10 @@ def _argument(node: Any, name: str, default: Any) -> Any:
     return marker.args[0]
 
 
-def _watchdog(config: pytest.Config) -> Watchdog:
-    from daxemu.pytest_plugin.watchdog import Watchdog
+def _watchdog(config: pytest.Config) -> HangWatchdog:
+    from daxemu.pytest_plugin.watchdog import HangWatchdog
 
     if _WATCHDOG not in config.stash:
-        config.stash[_WATCHDOG] = Watchdog(config)
+        config.stash[_WATCHDOG] = HangWatchdog(config)
         config.add_cleanup(config.stash[_WATCHDOG].close)
     return config.stash[_WATCHDOG]

@@ -1,4 +1,4 @@
-"""The fixture ``dax_events``."""
+"""Fixture ``dax_events``."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ PATIENCE = 10.0
 
 
 class Events:
-    """What happened on a mount."""
+    """Events of a mount."""
 
     def __init__(self, mount: DaxMount) -> None:
         self._mount = mount
 
     def __call__(self, kind: type[E] = Event) -> list[E]:  # type: ignore[assignment]
-        """The events so far, of one kind or all."""
+        """Return the events so far, of one kind or of all kinds."""
         return [event for event in self._mount.events() if isinstance(event, kind)]
 
     def settle(self, *, timeout: float = PATIENCE) -> None:
-        """Wait until every failure so far was handled and every signal of them is an event. Raises Busy."""
+        """Wait until each failure so far was handled and each of its signals is in an event. Raises Busy."""
         if self._mount.where() is not None:
             with Client.at(self._mount.path, patience=timeout) as client:
                 client.settle(timeout)
 
     def exactly(self, count: int, kind: type[E] = SignalSent) -> list[E]:  # type: ignore[assignment]
-        """Settle, and return the events of a kind. Raises AssertionError unless there are ``count``."""
+        """Settle, and return the events of a kind. Raises AssertionError if their number is not ``count``."""
         self.settle()
         found = self(kind)
         if len(found) != count:
@@ -46,11 +46,13 @@ class Events:
         return found
 
     def none(self, kind: type[Event] = SignalSent) -> None:
-        """Settle. Raises AssertionError if an event of the kind, by default a signal, came."""
+        """Settle. Raises AssertionError if an event of the kind exists; the default kind is SignalSent."""
         self.exactly(0, kind)
 
     def wait(self, kind: type[E], count: int = 1, *, timeout: float = PATIENCE) -> list[E]:
-        """The first ``count`` events of a kind, since the mount was made, waited for. Raises TimeoutError."""
+        """Wait for the first ``count`` events of a kind since the mount was made, and return these. Raises
+        TimeoutError after ``timeout`` seconds.
+        """
         found: list[E] = []
         deadline = time.monotonic() + timeout
         with Client.at(self._mount.path, patience=timeout) as client:

@@ -1,12 +1,16 @@
-"""A process that ends tests which hang: ``python -m daxemu.pytest_plugin.guard PID`` guards pytest's process.
+"""Guard: a process that ends hung tests. ``python -m daxemu.pytest_plugin.guard PID`` guards a pytest
+process.
 
-It must be another one: a load of poison whose SIGBUS handler returns is repeated for ever, and no thread of
-Python's runs meanwhile. From the mildest means to the last: the test is interrupted; poison is healed, which
-ends that loop; the mount is cut, for a request in the kernel waits even for those who are killed; the process
-is killed.
+The guard must be a separate process: a load of poison whose SIGBUS handler returns is repeated for ever, and
+no Python thread of the test process runs meanwhile. The guard uses these means, one after another:
 
-It reads ``{"limit", "device", "mountpoint"}`` when a test begins and ``done`` when it ends, which it answers
-with ``{}``; before it interrupts it writes ``{"reason"}``.
+1. interrupt the test;
+2. clear all poison, which ends such a loop;
+3. cut the mount, because a request in the kernel waits even in a killed process;
+4. kill the process.
+
+The guard reads ``{"limit", "device", "mountpoint"}`` at the begin of a test and ``done`` at the end, and
+answers ``done`` with ``{}``. Before the interruption the guard writes ``{"reason"}``.
 """
 
 from __future__ import annotations
@@ -21,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 GRACE = 2.0
-"""Seconds that each means has to work."""
+"""Seconds after which the guard uses the next means."""
 INTERRUPT = signal.SIGRTMAX - 1
 CODE = "from daxemu.pytest_plugin.guard import guard; guard({pid})"
 
 
 class _Hang:
-    """A test that takes too long."""
+    """Test that took longer than its limit."""
 
     def __init__(self, pid: int, watched: dict[str, Any]) -> None:
         self.limit = float(watched["limit"])
@@ -37,7 +41,7 @@ class _Hang:
         self._reason = ""
 
     def means(self) -> list[Callable[[], None]]:
-        """From the mildest to the last."""
+        """Return the means, in the order of their use."""
         return [self._interrupt, self._heal, self._cut, self._kill]
 
     def _interrupt(self) -> None:
@@ -65,7 +69,7 @@ class _Hang:
         os.kill(self._pid, signal.SIGKILL)
 
     def _why(self) -> str:
-        """What can be known without touching the mount."""
+        """Describe the hang from information that needs no access to the mount."""
         from daxemu.errors import DaxemuError
         from daxemu.events import decode
         from daxemu.pmem.device_dir import DeviceDir
@@ -90,18 +94,18 @@ class _Hang:
         ]
 
 
-class _Lines:
-    """Lines of stdin, waited for with a limit."""
+class _InputLines:
+    """Lines of stdin, with a time limit for each wait."""
 
     def __init__(self) -> None:
         self._buffer = b""
 
     def wait(self, limit: float | None) -> bool:
-        """Whether there is a line, or the end, within ``limit`` seconds."""
+        """Wait for a line or the end. Return False after ``limit`` seconds."""
         return b"\n" in self._buffer or bool(select.select([0], [], [], limit)[0])
 
     def read(self) -> bytes:
-        """The next line; nothing at the end."""
+        """Return the next line; empty at the end."""
         while b"\n" not in self._buffer:
             if not (more := os.read(0, 1 << 16)):
                 return b""
@@ -112,7 +116,7 @@ class _Lines:
 
 def guard(pid: int) -> None:
     """Guard until stdin ends."""
-    lines = _Lines()
+    lines = _InputLines()
     while begun := lines.read():
         hang = _Hang(pid, json.loads(begun))
         limit = hang.limit

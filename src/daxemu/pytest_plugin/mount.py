@@ -1,4 +1,4 @@
-"""A device and a mount for one test. The supervisor is a child that ends with its parent."""
+"""Device and mount of one test. The supervisor is a child process that ends with its parent."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from daxemu.protocol import Clear, Damaged, Inject, Injected, PowerFail, Remove,
 from daxemu.text import for_people
 
 PATIENCE = 60.0
-"""Seconds that the supervisor has to mount, and to end."""
+"""Limit in seconds for the mount, and for the end of the supervisor."""
 STORY_PATIENCE = 5.0
-"""Seconds that it has to answer for a failed test's report."""
+"""Limit in seconds for an answer of the supervisor to the report of a failed test."""
 PAGE = 4096
 _NAME = "daxemu-pytest-{pid}-{token}"
 _WITH_PARENT = (
@@ -46,7 +46,7 @@ def fresh_device(
     struct_pages: bool = True,
     base_pfn: int = DEFAULT_BASE_PFN,
 ) -> Iterator[Path]:
-    """A new device in shared memory, or below ``fallback`` where there is none. Raises InvalidArgument."""
+    """Make a device in shared memory, or below ``fallback`` without shared memory. Raises InvalidArgument."""
     shared = Path("/dev/shm")
     parent = shared if os.access(shared, os.W_OK) else fallback
     _sweep(parent)
@@ -71,7 +71,9 @@ def _sweep(parent: Path) -> None:
 
 
 class DaxMount:
-    """``path`` is the mountpoint, ``device`` what is mounted there. Can be used as a path itself."""
+    """Mount of a test. ``path`` is the mountpoint, ``device`` the DEVICE. The object is a path-like
+    object.
+    """
 
     def __init__(self, device: Path, path: Path, settings: dict[str, str], repair: str | None) -> None:
         self.device = device
@@ -87,11 +89,13 @@ class DaxMount:
         return self.path / name
 
     def client(self) -> Client:
-        """A connection to the supervisor, which has a limited time for each answer."""
+        """Connect to the supervisor, with a time limit for each answer."""
         return Client.at(self.path, patience=PATIENCE)
 
     def mount(self) -> None:
-        """Mount, again after ``umount`` or ``powerfail``. Raises what daxemu refuses with."""
+        """Mount; also again after ``umount`` or ``powerfail``. Raises DaxemuError with the message of
+        ``daxemu mount``.
+        """
         root = PrivatePath.at(self.device)
         log = root / "supervisor.log"
         with open(log.open(os.O_WRONLY | os.O_APPEND, create=True), "ab") as output:
@@ -114,23 +118,25 @@ class DaxMount:
                 client.ask(Set(self._settings))
 
     def mount_command(self) -> list[str]:
-        """``daxemu mount`` in the foreground, told to end when its parent does."""
+        """Return the command of ``daxemu mount`` in the foreground, with SIGTERM at the death of its
+        parent.
+        """
         repair = [] if self._repair is None else ["--repair", self._repair]
         mount = ["mount", str(self.device), str(self.path), "--foreground", "--json"]
         return [sys.executable, "-c", _WITH_PARENT, *mount, *repair]
 
     def umount(self) -> None:
-        """Unmount; whoever still uses the mount loses it."""
+        """Unmount, also if processes still use the mount."""
         self.end()
 
     def powerfail(self) -> None:
-        """Lose power: what was not synced is gone, and so is the mount until ``mount()``."""
+        """Lose power: unsynced data is lost, and the mount ends until the next ``mount()``."""
         with self.client() as client:
             client.ask(PowerFail())
         self.end()
 
     def remove(self) -> Removed:
-        """Surprise removal of the device."""
+        """Remove the device while in use (surprise removal)."""
         with self.client() as client:
             return client.ask(Remove())
 
@@ -142,7 +148,7 @@ class DaxMount:
         *,
         latent: bool = False,
     ) -> Injected:
-        """See daxemu.pytest_plugin.Inject."""
+        """See daxemu.pytest_plugin.InjectFixture."""
         ino, size = self._file(file)
         if length is None:
             length = PAGE if size is None else max(1, min(PAGE, size - offset))
@@ -150,8 +156,9 @@ class DaxMount:
             return client.ask(Inject([(offset, length)], ino=ino, latent=latent))
 
     def clear(self, file: str | os.PathLike[str], offset: int = 0, length: int | None = None) -> int:
-        """Heal a range of ``file``, or of the device, to its end if no ``length`` is given; how many bytes
-        were bad. What was lost reads as zeros.
+        """Clear the poison of a range of ``file`` or, for the mountpoint, of the device. ``offset`` and
+        ``length`` are bytes; without ``length``, to the end. Return the number of poisoned bytes. Lost bytes
+        read as zeros.
         """
         ino, size = self._file(file)
         with self.client() as client:
@@ -166,12 +173,14 @@ class DaxMount:
         return found.st_ino, found.st_size
 
     def damaged(self) -> list[tuple[str, int, int]]:
-        """(path, offset, length) of what is lost; paths begin at the mountpoint, with a slash."""
+        """Return (path, offset, length) of each damaged range, in bytes. Paths begin at the mountpoint, with
+        a slash.
+        """
         with self.client() as client:
             return [(found.path, found.offset, found.length) for found in client.ask(Damaged()).files]
 
     def events(self) -> list[Event]:
-        """Every event of every time this device was mounted."""
+        """Return every event of every mount of the device."""
         device = DeviceDir.look(self.device)
         try:
             return [decode(line) for line in events_of(device)]
@@ -179,7 +188,9 @@ class DaxMount:
             device.close()
 
     def story(self, most: int) -> list[tuple[str, str]]:
-        """Sections for the report of a failed test. Whatever cannot be had, it says so."""
+        """Return sections for the report of a failed test, with the last ``most`` events. A section without
+        available data states the error.
+        """
         events = self.events()
         left_out = [f"({len(events) - most} before these)"] if len(events) > most else []
         told = [for_people(event.summary()) for event in events[-most:]]
@@ -203,11 +214,11 @@ class DaxMount:
         return list(map(for_people, lines))
 
     def where(self) -> Mount | None:
-        """The mount, if there is one."""
+        """Return the mount; None while not mounted."""
         return mount_at(self.path)
 
     def end(self) -> None:
-        """Unmount, by force if need be, and see the supervisor end."""
+        """Unmount, by force if necessary, and wait for the end of the supervisor."""
         process, self._supervisor = self._supervisor, None
         if process is None:
             return

@@ -1,4 +1,4 @@
-"""Has tests on a mount guarded (``guard``), and fails those that hang."""
+"""Watchdog: has tests on a mount guarded (``guard``), and fails hung tests."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from daxemu.pytest_plugin.guard import CODE, INTERRUPT
 from daxemu.pytest_plugin.mount import DaxMount
 
 
-class Watchdog:
-    """One guard for all tests of a session; the first that needs it starts it."""
+class HangWatchdog:
+    """Guard of all tests of a session. The first test on a mount starts the guard."""
 
     def __init__(self, config: pytest.Config) -> None:
-        with _uncaptured(config):  # its last words are for the terminal
+        with _uncaptured(config):  # the last message of the guard goes to the terminal
             self._guard = subprocess.Popen(
                 [sys.executable, "-c", CODE.format(pid=os.getpid())],
                 stdin=subprocess.PIPE,
@@ -34,7 +34,7 @@ class Watchdog:
 
     @contextmanager
     def watch(self, mount: DaxMount, limit: float) -> Iterator[None]:
-        """Around a test, in the main thread. Fails it after ``limit`` seconds, with what was the matter."""
+        """Guard a test, in the main thread. Fails the test after ``limit`` seconds, with the reason."""
         former = signal.signal(INTERRUPT, self._interrupted)
         self._reason = None
         self._watching = True
@@ -66,7 +66,7 @@ class Watchdog:
         return heard
 
     def close(self) -> None:
-        """Let the guard go."""
+        """End the guard."""
         self._guard.communicate()
 
 

@@ -1,6 +1,4 @@
-"""demo: the tour. Unmodified programs on a real mount meet poison; every promise is checked while it is
-told.
-"""
+"""demo: the tour. Unmodified programs consume poison on a real mount; each promise is printed and checked."""
 
 from __future__ import annotations
 
@@ -29,11 +27,11 @@ from daxemu.supervisor.spawn import spawn
 
 PAGE = 4096
 PATIENCE = 20.0
-"""Seconds to wait for an event that must come."""
+"""Limit in seconds of the wait for an expected event."""
 
 
 class Tour:
-    """A mount for the tour, and the record of what was promised and seen."""
+    """A mount for the tour, and the record of the checked promises."""
 
     def __init__(self, mountpoint: Path, scratch: Path, quiet: bool) -> None:
         self.mountpoint = mountpoint
@@ -42,42 +40,45 @@ class Tour:
         self._quiet = quiet
 
     def chapter(self, title: str) -> None:
-        """Begin a part."""
+        """Print the heading of a part."""
         if not self._quiet:
             say("", f"== {title}", bold=True)
 
     def say(self, text: str) -> None:
-        """Tell what is done or seen."""
+        """Print a line about an action or an observation."""
         if not self._quiet:
             say(f"   {text}")
 
     def check(self, promise: str, kept: bool) -> None:
-        """Note whether a promise was kept."""
+        """Record and print a promise, kept or not."""
         self.checks.append({"promise": promise, "kept": kept})
         if not self._quiet:
             say(f"   {'ok  ' if kept else 'NOT '} {promise}", fg="green" if kept else "red")
 
     def request(self, op: str, **arguments: object) -> dict[str, object]:
-        """Ask the supervisor."""
+        """Send a request to the supervisor and return the reply."""
         with Client.at(self.mountpoint) as client:
             return client.request(op, **arguments)
 
     def inject(self, file: Path, offset: int) -> None:
-        """Poison the page at ``offset``."""
+        """Poison the page at byte ``offset`` of ``file``."""
         self.say(f"$ daxemu inject {file} --offset {offset:#x}")
         self.request("inject", ino=file.stat().st_ino, ranges=[[offset, PAGE]])
 
     def program(self, name: str, *arguments: str | Path) -> Program:
-        """Run one of the demo's C programs."""
+        """Start one of the C programs of the demo."""
         return Program([str(self.scratch / name), *map(str, arguments)])
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print what was promised and kept as one JSON object.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print each promise, and if it was kept, as one JSON object."
+)
 def demo(as_json: bool) -> None:
-    """The tour: a 6 TiB device, real programs, poison, reflinks, surprise removal. Under a minute.
+    """Take the tour: a 6 TiB device, real programs, poison, reflinks, surprise removal. Takes less than a
+    minute.
 
-    Exit status 0 only if everything was as promised. Leaves nothing behind.
+    Exit status 0 only if every promise was kept. No file, mount or process remains.
 
     \b
     Example:
@@ -95,7 +96,7 @@ def demo(as_json: bool) -> None:
         else:
             say("", f"{sum(bool(c['kept']) for c in tour.checks)} of {len(tour.checks)} promises kept")
     if not kept:
-        raise DaxemuError("the demo did not go as promised")
+        raise DaxemuError("not every promise of the demo was kept: see the lines that begin with NOT")
 
 
 @contextmanager
@@ -133,7 +134,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _unmount(mountpoint: Path) -> None:
-    """Whatever happened: no mount is left, and with it no supervisor."""
+    """Unmount and wait for the end of the supervisor. A mount that does not answer is cut."""
     found = mount_at(mountpoint)
     if found is None:
         return
@@ -165,15 +166,15 @@ def _sqlite(tour: Tour) -> None:
         size = database.stat().st_size
         offset = size // 2 & ~(PAGE - 1)
         tour.inject(database, offset)
-        tour.check("sqlite3 lives on: it maps the page, but has not touched it since", sqlite.alive)
+        tour.check("sqlite3 keeps running: the page is mapped, but was not touched since", sqlite.alive)
         sqlite.write("SELECT sum(length(data)) FROM item;")
         status = sqlite.wait()
         tour.say(f"the next query touches the page: sqlite3 ended with {_status(status)}")
         tour.check("the kernel's default for consumed poison: killed by SIGBUS", status == -signal.SIGBUS)
-        told = _signals_to(tour, sqlite.pid)
+        sent = _signals_to(tour, sqlite.pid)
         tour.check(
-            "it was BUS_MCEERR_AR (action required), lsb 12, in a process nobody had attached to",
-            [(e["code"], e["lsb"], e["result"]) for e in told] == [(4, 12, "delivered")],
+            "the signal was BUS_MCEERR_AR (action required), lsb 12, in a process without a tracer before",
+            [(e["code"], e["lsb"], e["result"]) for e in sent] == [(4, 12, "delivered")],
         )
     tour.say("$ daxemu damaged")
     lost = tour.request("damaged")["files"]
@@ -193,20 +194,21 @@ def _sqlite(tour: Tour) -> None:
 
 
 def _recovery(tour: Tour) -> None:
-    tour.chapter("A program with a SIGBUS handler: told early, it rewrites the page")
+    tour.chapter("A program with a SIGBUS handler: signalled early, it rewrites the page")
     file = tour.mountpoint / "ledger"
     with tour.program("recover", file, "16") as program:
         program.read_until("all 16 pages are right")
         tour.inject(file, 5 * PAGE)
-        told = program.read_line()
-        tour.say(f"the program: {told}")
+        answer = program.read_line()
+        tour.say(f"the program: {answer}")
         tour.check(
-            "told BUS_MCEERR_AO with the address of its page", told == "told BUS_MCEERR_AO page 5: rewrote it"
+            "the program gets BUS_MCEERR_AO with the address of its page",
+            answer == "got BUS_MCEERR_AO page 5: rewrote it",
         )
         after = program.read_line()
         tour.say(f"the program: {after}")
         tour.check(
-            "a write of the whole page healed it, and its mapping works again",
+            "a write of the whole page cleared the poison, and the mapping works again",
             after == "all 16 pages are right",
         )
         tour.check("no bad block is left", tour.request("badblocks")["ranges"] == [])
@@ -215,7 +217,7 @@ def _recovery(tour: Tour) -> None:
 
 
 def _reflinks(tour: Tour) -> None:
-    tour.chapter("Two processes on two reflinks of one file: one bad page, both are found")
+    tour.chapter("Two processes on two reflinks of one file: one poisoned page, both are found")
     original, clone = tour.mountpoint / "original", tour.mountpoint / "clone"
     original.write_bytes(b"".join(bytes([65 + i]) * PAGE for i in range(16)))
     clone.touch()
@@ -229,12 +231,15 @@ def _reflinks(tour: Tour) -> None:
             program.read_until("ready")
         tour.inject(original, 3 * PAGE)
         seen = [program.read_line() for program in (one, other)]
-        tour.say(f"the one that maps the original: {seen[0]}")
-        tour.say(f"the one that maps the clone:    {seen[1]}")
-        tour.check("both are told at their own address", seen == ["BUS_MCEERR_AO addr map+0x3000 lsb 12"] * 2)
+        tour.say(f"the process that maps the original: {seen[0]}")
+        tour.say(f"the process that maps the clone:    {seen[1]}")
+        tour.check(
+            "each is signalled with an address of its own mapping",
+            seen == ["BUS_MCEERR_AO addr map+0x3000 lsb 12"] * 2,
+        )
         other.write("touch 3")
         consumed = other.read_line()
-        tour.say(f"it touches the page all the same: {consumed}")
+        tour.say(f"the second process touches the page nevertheless: {consumed}")
         tour.check(
             "consumption is BUS_MCEERR_AR at the exact address",
             consumed == "BUS_MCEERR_AR addr map+0x3000 lsb 12",
@@ -243,11 +248,9 @@ def _reflinks(tour: Tour) -> None:
         tour.check("the neighbouring page is untouched", other.read_line() == "read 'E'")
         _overwrite(original, 3 * PAGE, b"D" * PAGE)
         one.write("touch 3")
-        tour.check("the original is healed by a write of the page", one.read_line() == "read 'D'")
+        tour.check("a write of the page clears the poison of the original", one.read_line() == "read 'D'")
         other.write("touch 3")
-        tour.check(
-            "the clone still has the poison: copy on write", other.read_line().startswith("BUS_MCEERR_AR")
-        )
+        tour.check("the clone keeps the poison: copy on write", other.read_line().startswith("BUS_MCEERR_AR"))
 
 
 def _removal(tour: Tour) -> None:
@@ -259,14 +262,14 @@ def _removal(tour: Tour) -> None:
         tour.say("$ daxemu remove MOUNTPOINT     (1.6 billion pages)")
         result = tour.request("remove")
         seen = program.read_line()
-        tour.say(f"the process that maps it, although it never asked for early kill: {seen}")
+        tour.say(f"the process that maps the file, without early kill: {seen}")
         tour.check(
-            "whoever has a page present is told",
-            seen == "BUS_MCEERR_AO addr map+0x0 lsb 12" and result["told"] == 1,
+            "each process with a page present is signalled",
+            seen == "BUS_MCEERR_AO addr map+0x0 lsb 12" and result["signals"] == 1,
         )
         program.write("touch 1")
         tour.check(
-            "from then on a touch is BUS_ADRERR", program.read_line() == "BUS_ADRERR addr map+0x1000 lsb 0"
+            "each later touch is BUS_ADRERR", program.read_line() == "BUS_ADRERR addr map+0x1000 lsb 0"
         )
         try:
             file.read_bytes()
@@ -286,7 +289,9 @@ def _overwrite(file: Path, offset: int, data: bytes) -> None:
 
 
 def _signals_to(tour: Tour, pid: int) -> list[dict[str, Any]]:
-    """The log's record of what a process was sent, which may come a moment after its death."""
+    """Return the SignalSent events of a process. The event may come shortly after the death of the
+    process.
+    """
     with Client(mount_of(tour.mountpoint), patience=PATIENCE) as client:
         for event in client.follow():
             if event["event"] == "SignalSent" and event["pid"] == pid:
@@ -296,7 +301,7 @@ def _signals_to(tour: Tour, pid: int) -> list[dict[str, Any]]:
 
 
 def _events(tour: Tour) -> list[dict[str, Any]]:
-    """Every event so far."""
+    """Return every event so far."""
     with Client.at(tour.mountpoint) as client:
         last = client.request("status")["events"]
     with Client.at(tour.mountpoint) as client:

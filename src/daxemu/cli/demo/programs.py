@@ -1,4 +1,4 @@
-"""Compiling and driving the demo's programs: ordinary processes, talked to by lines."""
+"""Compile and drive the programs of the demo: ordinary processes that read and write lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from daxemu.errors import DaxemuError
 
 PATIENCE = 20.0
-"""Seconds to wait for a line. What takes longer hangs, and that would be a fault of ours."""
+"""Limit in seconds of the wait for a line. A program that takes longer hangs, which is a defect of daxemu."""
 
 
 def compile_program(name: str, directory: Path) -> None:
@@ -21,7 +21,7 @@ def compile_program(name: str, directory: Path) -> None:
 
 
 class Program:
-    """A process with line-wise input and output. A context manager: it ends with the block."""
+    """A process with line-wise input and output. A context manager: the process ends with the block."""
 
     def __init__(self, argv: list[str]) -> None:
         self._process = subprocess.Popen(
@@ -42,26 +42,26 @@ class Program:
 
     @property
     def alive(self) -> bool:
-        """Whether it has not ended yet."""
+        """True while the process runs."""
         return self._process.poll() is None
 
     def write(self, line: str) -> None:
-        """Give it a line."""
+        """Write a line to the standard input of the process."""
         assert self._process.stdin is not None
         self._process.stdin.write(line.encode() + b"\n")
 
     def close_input(self) -> None:
-        """End of its input."""
+        """Close the standard input of the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
 
     def read_line(self) -> str:
-        """Its next line; empty at its end. Raises DaxemuError when none comes."""
+        """Return the next line of output; empty at the end. Raises DaxemuError after PATIENCE seconds."""
         assert self._process.stdout is not None
         while b"\n" not in self._buffer:
             ready, _, _ = select.select([self._process.stdout], [], [], PATIENCE)
             if not ready:
-                raise DaxemuError(f"process {self.pid} says nothing for {PATIENCE:.0f} s")
+                raise DaxemuError(f"process {self.pid} wrote no line for {PATIENCE:.0f} s")
             chunk = self._process.stdout.read(4096)
             if not chunk:
                 return ""
@@ -70,11 +70,13 @@ class Program:
         return line.decode(errors="backslashreplace")
 
     def read_until(self, wanted: str) -> None:
-        """Skip lines up to ``wanted``. Raises DaxemuError if it never comes."""
+        """Skip lines up to ``wanted``. Raises DaxemuError if the output ends before."""
         while (line := self.read_line()) != wanted:
             if not line:
-                raise DaxemuError(f"process {self.pid} ended without saying {wanted!r}")
+                raise DaxemuError(f"process {self.pid} ended before it wrote {wanted!r}")
 
     def wait(self) -> int:
-        """How it ended: its exit status, or minus the signal."""
+        """Wait for the end. Return the exit status, or minus the number of the signal that killed the
+        process.
+        """
         return self._process.wait(PATIENCE)

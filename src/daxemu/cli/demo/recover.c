@@ -64,7 +64,7 @@ int main(int argc, char **argv)
 			fill(expected, page);
 			if (pwrite(fd, expected, PAGE, (off_t)page * PAGE) != PAGE)
 				return 3;
-			printf("told %s page %d: rewrote it\n", lost_code == BUS_MCEERR_AO ? "BUS_MCEERR_AO" : "?", page);
+			printf("got %s page %d: rewrote it\n", lost_code == BUS_MCEERR_AO ? "BUS_MCEERR_AO" : "?", page);
 		}
 		for (int i = 0; i < pages; i++) {
 			fill(expected, i);

@@ -1,4 +1,4 @@
-"""watch: a mount in the terminal, live; keys make its memory bad and good again."""
+"""watch: a live view of a mount in the terminal; keys inject and clear poison."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from daxemu.cli.watch.view import map_size, screen
 from daxemu.errors import InvalidArgument
 
 INTERVAL = 0.5
-"""Seconds between looks at the mount while nobody types."""
+"""Seconds between two updates without a key."""
 _ARROWS = {b"\x1b[A": "k", b"\x1b[B": "j", b"\x1b[C": "l", b"\x1b[D": "h"}
 
 
 @click.command()
 @click.argument("mountpoint", type=PATH)
-@click.option("--json", "as_json", is_flag=True, help="Print what the screen would show, once, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the contents of the screen once, as JSON.")
 def watch(mountpoint: Path, as_json: bool) -> None:
-    """Watch a mount: the device as a map, files on it, who maps them, events as they come.
+    """Watch a mount: a map of the device, its files, the processes that map the files, and new events.
 
     \b
     arrows, hjkl  move the cursor       i  poison the page at the cursor
-    + -           look closer, farther  L  the same, latent: nobody is told
+    + -           zoom in, out          L  poison the page at the cursor, latent
     q             quit                  c  clear all poison at the cursor
 
     \b
@@ -65,7 +65,7 @@ def _run(model: Model) -> None:
 
 
 def _wait(keyboard: int, model: Model, columns: int) -> bool:
-    """Do what is typed until it is time to look again. Returns whether to quit."""
+    """Handle keys until the next update. Return True to quit."""
     deadline = time.monotonic() + INTERVAL
     if not select.select([keyboard], [], [], max(0.0, deadline - time.monotonic()))[0]:
         return False
@@ -78,7 +78,7 @@ def _wait(keyboard: int, model: Model, columns: int) -> bool:
 
 
 def press(model: Model, key: str, columns: int) -> bool:
-    """Do what a key says, on a map of so many columns. Returns whether to go on."""
+    """Handle a key, on a map of ``columns`` columns. Return False to quit."""
     match key:
         case "q" | "\x03" | "\x04":
             return False
@@ -103,7 +103,7 @@ def press(model: Model, key: str, columns: int) -> bool:
 
 @contextmanager
 def _keys() -> Iterator[int]:
-    """The keyboard, a key at a time and not echoed."""
+    """Open the keyboard: one key at a time, without echo. Yields the file descriptor."""
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
     try:

@@ -1,4 +1,4 @@
-"""What watch and report know of a mount, and what the keys do to it."""
+"""State of a mount for watch and report, and the actions of the keys."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from daxemu.uapi import PAGE_SIZE
 KEPT = 1000
 FILES = 50
 RATE_WINDOW = 10.0
-"""Seconds that a rate is the mean of."""
+"""Window in seconds over which a rate is the mean."""
 ZOOM = 8
 PATIENCE = 5.0
 
 
 class Seen(NamedTuple):
-    """One look at a mount."""
+    """State of a mount at one moment."""
 
     status: StatusReport
     survey: SurveyReport
     here: SurveyReport
-    """The part at the cursor."""
+    """Survey of the part of the device at the cursor."""
     damaged: list[DamagedRange]
     mapped: list[Mapped]
 
 
 class Model:
-    """A mount as it is watched. A context manager; ``look`` before anything else."""
+    """A watched mount. A context manager. Call ``look`` before any other method."""
 
     def __init__(self, mount: Mount) -> None:
         self.mount = mount
@@ -60,7 +60,7 @@ class Model:
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """Raises NotMounted."""
+        """Return a model of the mount that ``path`` is on. Raises NotMounted."""
         return cls(mount_of(path))
 
     def __enter__(self) -> Self:
@@ -78,12 +78,12 @@ class Model:
 
     @property
     def now(self) -> Seen:
-        """The last look."""
+        """The state at the last ``look``."""
         assert self.seen is not None
         return self.seen
 
     def look(self, cells: int) -> None:
-        """Look again. Sets ``ended`` when the mount is gone."""
+        """Update the state. Sets ``ended`` when the mount is gone."""
         try:
             status = self._client.ask(StatusRequest())
             survey = self._survey(status, Survey(self.offset, self.length, cells, FILES))
@@ -100,7 +100,9 @@ class Model:
         self.seen = Seen(status, survey, here, damaged, list(mapped_files(self.mount.dev)))
 
     def _survey(self, status: StatusReport, wanted: Survey) -> SurveyReport:
-        """Asked for only when something can have changed: on a full device it is no small thing to ask."""
+        """Return the survey of the device, from the supervisor only if an event may have changed the survey:
+        on a full device a survey is expensive.
+        """
         key = (wanted, status.free_blocks, status.extents, status.inodes, status.events)
         if self._surveyed is None or self._surveyed[0] != key:
             self._surveyed = (key, self._client.ask(wanted))
@@ -113,14 +115,14 @@ class Model:
     # -- keys
 
     def move(self, cells: int) -> None:
-        """Move the cursor, not off the map."""
+        """Move the cursor by ``cells``; the cursor stays on the map."""
         self._confirmed = None
         target = self.cursor + cells
         if 0 <= target < len(self.now.survey.cells):
             self.cursor = target
 
     def zoom(self, *, closer: bool) -> None:
-        """Look at an eighth of what is shown, around the cursor, or at eight times as much."""
+        """Show an eighth of the present range, around the cursor, or a range eight times as long."""
         size, survey = self.now.status.size, self.now.survey
         shown = size - self.offset if self.length is None else self.length
         least = len(survey.cells) * PAGE_SIZE
@@ -137,8 +139,9 @@ class Model:
         self.look(len(survey.cells))
 
     def inject(self, *, latent: bool) -> None:
-        """Poison the page at the cursor: of the file that has most of the range, or else the first page. In a
-        range with metadata and no file, which would shut the filesystem down, only if asked twice in a row.
+        """Poison a page at the cursor: of the file with the most bytes in the range, or without a file the
+        first page. Poison in a range with metadata and no file would shut the filesystem down, so this
+        requires the same key twice in a row.
         """
         at, _ = self._at_cursor(self.now.survey, self.now.status.size)
         if self.now.here.cells[0].metadata and not self.now.here.files and self._confirmed != (at, latent):
@@ -157,19 +160,19 @@ class Model:
         self.message = f"poisoned device {done.offset:#x}+{done.length:#x}: {done.outcome}, {count}"
 
     def clear(self) -> None:
-        """Heal all that is at the cursor."""
+        """Clear all poison at the cursor."""
         try:
             at = self._at_cursor(self.now.survey, self.now.status.size)
-            healed = self._client.ask(Clear([at])).bytes
+            cleared = self._client.ask(Clear([at])).bytes
         except DaxemuError as error:
             self.message = str(error)
             return
-        self.message = f"cleared {healed} bytes of poison"
+        self.message = f"cleared {cleared} bytes of poison"
 
     # -- derived
 
     def rates(self, now: float | None = None) -> dict[str, float]:
-        """Events, failures and signals a second, of late."""
+        """Return events, failures and signals per second, over the last window."""
         since = (time.time() if now is None else now) - RATE_WINDOW
         late = [event for event in list(self.events) if event.time >= since]
         return {
@@ -179,11 +182,11 @@ class Model:
         }
 
     def path_of(self, ino: int) -> str:
-        """A name for a file that is mapped."""
+        """Return a name for a mapped file: its path, or its inode number."""
         return self._names.get(ino, f"<inode {ino}>")
 
     def json(self) -> str:
-        """The last look as one JSON object."""
+        """Return the state at the last ``look`` as one JSON object."""
         shown = {
             **self.now._asdict(),
             "rates": self.rates(),
@@ -193,7 +196,9 @@ class Model:
 
 
 def _first_without_metadata(survey: SurveyReport) -> int:
-    """Where the cursor starts: the first cell with file data, or else the first that is free; else 0."""
+    """Return the cell where the cursor starts: the first cell with file data, else the first free cell, else
+    0.
+    """
     data = (index for index, cell in enumerate(survey.cells) if cell.used > cell.metadata == 0)
     free = (index for index, cell in enumerate(survey.cells) if not cell.metadata)
     return next(data, next(free, 0))

@@ -1,4 +1,4 @@
-"""The screen of watch: what a look at a mount is drawn as, for a terminal of any size."""
+"""Screen of watch: draws the state of a mount, for a terminal of any size."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _STYLES = {"M": "blue", "S": "cyan", "X": "bold white on red", "?": "bold black 
 
 
 def map_size(width: int, height: int) -> tuple[int, int]:
-    """Columns and rows that the map has on a screen of this size."""
+    """Return the columns and rows of the map on a screen of ``width`` x ``height`` characters."""
     return max(8, width - FRAME), max(2, (height - HEAD - FOOT) * 2 // 5 - FRAME)
 
 
 def glyph(cell: Cell, size: int) -> str:
-    """One character for a part of the device of ``size`` bytes: the worst of what is there."""
+    """Return one character for a part of the device of ``size`` bytes: the sign of its worst state."""
     if cell.bad:
         return "X"
     if cell.latent:
@@ -44,7 +44,7 @@ def glyph(cell: Cell, size: int) -> str:
 
 
 def screen(model: Model, width: int, height: int) -> Layout:
-    """All of it."""
+    """Return the whole screen, of ``width`` x ``height`` characters."""
     columns, rows = map_size(width, height)
     below = height - HEAD - FOOT - rows - FRAME
     lists = below // 2 if below >= 2 * MIN_PANEL else 0
@@ -113,7 +113,7 @@ def _map(model: Model, columns: int) -> Panel:
 
 
 def _files(model: Model, rows: int) -> Panel:
-    """Those at the cursor."""
+    """Return the panel of the files at the cursor."""
     here, damaged = model.now.here, {lost.ino for lost in model.now.damaged}
     grid = _grid()
     for use in here.files[:rows]:
