@@ -6,10 +6,12 @@ answered with.
 
 from __future__ import annotations
 
-from typing import Generic, Literal, Never, TypeVar, get_args
+from typing import Any, Generic, Literal, Never, TypeVar, get_args
 
 import msgspec
 
+from daxemu.errors import InvalidArgument
+from daxemu.failure_kind import FailureKind, injected_kind
 from daxemu.uapi import Ino
 
 R = TypeVar("R", bound=msgspec.Struct)
@@ -29,6 +31,11 @@ class PoisonedRange(msgspec.Struct):
     told: int
     signals: int
     processes: int
+
+    @property
+    def kind(self) -> FailureKind:
+        """The kind of failure; with a kind other than poison, ``outcome`` is the kind."""
+        return FailureKind.of_outcome(self.outcome)
 
 
 class Injected(msgspec.Struct):
@@ -239,7 +246,7 @@ class Request(msgspec.Struct, Generic[R], tag_field="op", forbid_unknown_fields=
     """One thing asked for."""
 
 
-class Inject(Request[Injected], tag="inject"):
+class Inject(Request[Injected], tag="inject", omit_defaults=True):
     """Poison ranges of file ``ino``, or of the device if that is null. ``ranges``: [offset, length] in bytes,
     each one failure.
     """
@@ -247,9 +254,28 @@ class Inject(Request[Injected], tag="inject"):
     ranges: list[tuple[int, int]]
     ino: Ino | None = None
     latent: bool = False
+    """The same as ``kind`` latent."""
     silent: bool = False
-    """Change the bytes, and make nothing bad. ``seed`` says to what."""
+    """The same as ``kind`` silent: change the bytes without poison. ``seed`` selects the new bytes."""
     seed: int = 0
+    kind: FailureKind | None = None
+    """Poison, latent or silent; null: by ``latent`` and ``silent``, otherwise poison."""
+
+    @property
+    def failure_kind(self) -> FailureKind:
+        """The kind of failure. Raises InvalidArgument for a kind without ranges, or two kinds."""
+        named = FailureKind.SILENT if self.silent else FailureKind.LATENT if self.latent else None
+        kind = self.kind or named or FailureKind.POISON
+        if named not in (None, kind):
+            raise InvalidArgument(f"kind is {kind}, but {named} is true: give one of them")
+        return injected_kind(kind)
+
+
+def kind_fields(kind: FailureKind) -> dict[str, Any]:
+    """Return the fields of ``inject`` for ``kind``. Supervisors of earlier versions know the booleans."""
+    if kind is FailureKind.POISON:
+        return {}
+    return {kind.value: True} if kind.value in Inject.__struct_fields__ else {"kind": kind}
 
 
 class Madvise(Request[Advised], tag="madvise"):

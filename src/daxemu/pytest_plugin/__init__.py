@@ -19,6 +19,7 @@ import pytest
 if TYPE_CHECKING:
     import os
 
+    from daxemu.failure_kind import FailureKind
     from daxemu.protocol import Injected
     from daxemu.pytest_plugin.events import Events
     from daxemu.pytest_plugin.mount import DaxMount
@@ -49,9 +50,12 @@ class Inject(Protocol):
         length: int | None = None,
         *,
         latent: bool = False,
+        kind: str | FailureKind = "poison",
+        seed: int = 0,
     ) -> Injected:
         """Poison a range of ``file``, or given the mountpoint of the device; the page at ``offset`` if no
-        ``length`` is given.
+        ``length`` is given. ``kind``: poison, latent (as ``latent=True``), or silent (``seed`` selects the
+        new bytes). Raises InvalidArgument for another kind.
         """
 
 
@@ -98,7 +102,7 @@ def dax_mount(request: pytest.FixtureRequest, dax_device: Path, tmp_path: Path) 
 
 @pytest.fixture
 def inject(dax_mount: DaxMount) -> Inject:
-    """``inject(file, offset, length, latent=False)``: poison."""
+    """``inject(file, offset, length, latent=False, kind="poison")``: poison, or another failure."""
     return dax_mount.inject
 
 
