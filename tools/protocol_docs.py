@@ -33,7 +33,7 @@ def page() -> str:
     for name, made in (
         ("{errors}", ", ".join(f"`{name}`" for name in ERRORS)),
         ("{example}", (TOP / "examples" / "told.c").read_text()),
-        ("{requests}", "\n".join(_block(_request(kind)) for kind in p.AnyRequest.__args__)),
+        ("{requests}", "\n".join(_block(_request(kind)) for kind in p.REQUEST_TYPES)),
         ("{events}", "\n".join(_block(_event(event)) for event in EVENT_TYPES)),
     ):
         text = text.replace(name, made)

@@ -6,13 +6,27 @@ answered with.
 
 from __future__ import annotations
 
-from typing import Any, Generic, Literal, Never, TypeVar, get_args
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Never, TypeVar, Union, get_args
 
 import msgspec
 
 from daxemu.errors import InvalidArgument
 from daxemu.failure_kind import FailureKind, injected_kind
-from daxemu.uapi import Ino
+from daxemu.fields import (
+    Address,
+    DeviceOffset,
+    FileOffset,
+    Ino,
+    Length,
+    Pages,
+    Pfn,
+    Pid,
+    Processes,
+    Seconds,
+    Signals,
+    Tid,
+)
 
 R = TypeVar("R", bound=msgspec.Struct)
 
@@ -23,14 +37,14 @@ class PoisonedRange(msgspec.Struct):
     distinct processes among their receivers. ``told`` is the old name of ``signals``.
     """
 
-    offset: int
-    length: int
-    pfn: int
-    nr_pages: int
+    offset: DeviceOffset
+    length: Length
+    pfn: Pfn
+    nr_pages: Pages
     outcome: str
-    told: int
-    signals: int
-    processes: int
+    told: Signals
+    signals: Signals
+    processes: Processes
 
     @property
     def kind(self) -> FailureKind:
@@ -42,7 +56,7 @@ class Injected(msgspec.Struct):
     ranges: list[PoisonedRange]
     rounded: bool
     """Whether a range was rounded out to whole sectors."""
-    holes: int
+    holes: Length
     """Bytes of the ranges that are holes of the file: there is no media to poison."""
 
 
@@ -54,7 +68,7 @@ class Advised(msgspec.Struct):
 
 class Cleared(msgspec.Struct):
     ranges: list[tuple[int, int]]
-    bytes: int
+    bytes: Length
 
 
 class BadblockList(msgspec.Struct):
@@ -67,8 +81,8 @@ class BadblockList(msgspec.Struct):
 class DamagedRange(msgspec.Struct):
     ino: Ino
     path: str
-    offset: int
-    length: int
+    offset: FileOffset
+    length: Length
 
 
 class DamagedList(msgspec.Struct):
@@ -80,10 +94,10 @@ class Extent(msgspec.Struct):
     own.
     """
 
-    offset: int
-    length: int
-    device_offset: int | None
-    pfn: int | None
+    offset: FileOffset
+    length: Length
+    device_offset: DeviceOffset | None
+    pfn: Pfn | None
     shared_by: int
     poisoned: bool
 
@@ -91,21 +105,21 @@ class Extent(msgspec.Struct):
 class FileMap(msgspec.Struct):
     ino: Ino
     path: str
-    size: int
+    size: Length
     extents: list[Extent]
 
 
 class Shared(msgspec.Struct):
-    bytes: int
+    bytes: Length
 
 
 class Removed(msgspec.Struct):
     """``signals``, ``processes`` and ``told`` as in PoisonedRange. A removal sends each process one."""
 
-    told: int
+    told: Signals
     was_idle: bool
-    signals: int
-    processes: int
+    signals: Signals
+    processes: Processes
 
 
 class Cell(msgspec.Struct):
@@ -125,16 +139,16 @@ class FileUse(msgspec.Struct):
 
     ino: Ino
     path: str
-    bytes: int
-    device_offset: int
-    file_offset: int
+    bytes: Length
+    device_offset: DeviceOffset
+    file_offset: FileOffset
 
 
 class SurveyReport(msgspec.Struct):
     """``cell``: bytes of each part, whole pages; the last part may reach past the end of the device."""
 
-    offset: int
-    cell: int
+    offset: DeviceOffset
+    cell: Length
     cells: list[Cell]
     files: list[FileUse]
     """Those with the most of the range."""
@@ -143,8 +157,8 @@ class SurveyReport(msgspec.Struct):
 class Progress(msgspec.Struct):
     """How much of what there is has been seen to."""
 
-    done_bytes: int
-    total_bytes: int
+    done_bytes: Length
+    total_bytes: Length
 
 
 class RepairReport(msgspec.Struct):
@@ -157,7 +171,7 @@ class RepairReport(msgspec.Struct):
     lost: int
     cannot: int
     failed: int
-    space_bytes: int
+    space_bytes: Length
     broken: str | None
     progress: Progress | None = None
 
@@ -175,11 +189,11 @@ class Repaired(msgspec.Struct):
 class StatusReport(msgspec.Struct):
     device: str
     mountpoint: str
-    pid: int
+    pid: Pid
     state: Literal["mounted", "shut down", "removed"]
     reason: str | None
-    size: int
-    base_pfn: int
+    size: Length
+    base_pfn: Pfn
     struct_pages: bool
     blocks: int
     free_blocks: int
@@ -203,7 +217,7 @@ class StatusReport(msgspec.Struct):
 class Settled(msgspec.Struct):
     """``seconds``: how long that took."""
 
-    seconds: float
+    seconds: Seconds
 
 
 class InternalsReport(msgspec.Struct):
@@ -245,11 +259,16 @@ class Reply(msgspec.Struct):
 class Request(msgspec.Struct, Generic[R], tag_field="op", forbid_unknown_fields=True):
     """One thing asked for."""
 
+    is_long: ClassVar[bool] = False
+    """Whether the supervisor may take minutes for the answer."""
+
 
 class Inject(Request[Injected], tag="inject", omit_defaults=True):
     """Poison ranges of file ``ino``, or of the device if that is null. ``ranges``: [offset, length] in bytes,
     each one failure.
     """
+
+    is_long = True
 
     ranges: list[tuple[int, int]]
     ino: Ino | None = None
@@ -285,17 +304,21 @@ class Madvise(Request[Advised], tag="madvise"):
     (MF_SW_SIMULATED).
     """
 
-    tid: int
-    address: int
+    is_long = True
+
+    tid: Tid
+    address: Address
     ino: Ino
-    offset: int
-    length: int
+    offset: FileOffset
+    length: Length
     soft: bool = False
     simulated: bool = False
 
 
 class Clear(Request[Cleared], tag="clear"):
     """Make ranges healthy again; what was in their poisoned sectors is zeros from then on."""
+
+    is_long = True
 
     ranges: list[tuple[int, int]]
     ino: Ino | None = None
@@ -306,11 +329,15 @@ class Settle(Request[Settled], tag="settle"):
     or as pending for a process that is stopped. Busy after ``patience`` seconds.
     """
 
-    patience: float = 10.0
+    is_long = True
+
+    patience: Seconds = 10.0
 
 
 class Scrub(Request[Cleared], tag="scrub"):
     """Look for latent poison; what is found is in badblocks then."""
+
+    is_long = True
 
 
 class GetBadblocks(Request[BadblockList], tag="badblocks"):
@@ -330,15 +357,19 @@ class Map(Request[FileMap], tag="map"):
 class Reflink(Request[Shared], tag="reflink"):
     """Share a range of ``src``'s blocks with ``dst``; ``length`` 0 is to the end of ``src``."""
 
+    is_long = True
+
     src: Ino
     dst: Ino
-    src_offset: int = 0
-    dst_offset: int = 0
-    length: int = 0
+    src_offset: FileOffset = 0
+    dst_offset: FileOffset = 0
+    length: Length = 0
 
 
 class Remove(Request[Removed], tag="remove"):
     """Surprise removal of the device."""
+
+    is_long = True
 
 
 class Status(Request[StatusReport], tag="status"):
@@ -354,14 +385,18 @@ class Survey(Request[SurveyReport], tag="survey"):
     ``files`` names.
     """
 
-    offset: int = 0
-    length: int | None = None
+    is_long = True
+
+    offset: DeviceOffset = 0
+    length: Length | None = None
     cells: int = 1
     files: int = 0
 
 
 class Set(Request[Done], tag="set"):
     """Change settings, as a sysctl would: all of them or none."""
+
+    is_long = True
 
     settings: dict[str, str]
 
@@ -371,6 +406,8 @@ class Repair(Request[Repaired], tag="repair"):
     that is bad.
     """
 
+    is_long = True
+
     strategy: str | None = None
 
 
@@ -378,8 +415,8 @@ class FileRange(msgspec.Struct, forbid_unknown_fields=True):
     """Bytes of a file; ``length`` null is to its end."""
 
     ino: Ino
-    offset: int = 0
-    length: int | None = None
+    offset: FileOffset = 0
+    length: Length | None = None
 
 
 class Follow(Request[Never], tag="follow"):
@@ -394,7 +431,7 @@ class Follow(Request[Never], tag="follow"):
     events: list[str] | None = None
     files: list[FileRange] | None = None
     ranges: list[tuple[int, int]] | None = None
-    pids: list[int] | None = None
+    pids: list[Pid] | None = None
 
 
 class PowerFailed(msgspec.Struct):
@@ -415,31 +452,20 @@ class PowerFail(Request[PowerFailed], tag="powerfail"):
 class Unmount(Request[Done], tag="unmount"):
     """Unmount and end. With ``force`` although files are open."""
 
+    is_long = True
+
     force: bool = False
 
 
-AnyRequest = (
-    Inject
-    | Madvise
-    | Settle
-    | Clear
-    | Scrub
-    | GetBadblocks
-    | Damaged
-    | Map
-    | Reflink
-    | Remove
-    | Status
-    | Internals
-    | Survey
-    | Set
-    | Repair
-    | Follow
-    | PowerFail
-    | Unmount
-)
+REQUEST_TYPES: tuple[type[Request[Any]], ...] = tuple(Request.__subclasses__())
+"""Every class of requests, in the order of definition: the class is the only place that lists a request."""
 
-decode_request = msgspec.json.Decoder(AnyRequest).decode
+if TYPE_CHECKING:
+    AnyRequest = Request[Any]
+else:
+    AnyRequest = Union[REQUEST_TYPES]  # noqa: UP007
+
+decode_request: Callable[[bytes | str], AnyRequest] = msgspec.json.Decoder(AnyRequest).decode
 
 
 def reply_type(request: type[Request[R]]) -> type[R]:

@@ -20,25 +20,11 @@ PATIENCE = 5.0
 """Seconds that a supervisor has for an answer, or to show that it still works on a long one."""
 SILENCE = 1.0
 """Seconds until a verb says on a terminal what it waits for."""
-_REQUESTS: dict[str, Any] = {kind.__struct_config__.tag: kind for kind in p.AnyRequest.__args__}
+_REQUESTS = {str(kind.__struct_config__.tag): kind for kind in p.REQUEST_TYPES}
+_LONG = frozenset(op for op, kind in _REQUESTS.items() if kind.is_long)
+"""Requests that may work for minutes: their deadline is renewed as long as the supervisor answers others."""
 _ONCE_ABSENT = {"scrubs": 0, "repair": p.RepairReport("none", 0, 0, 0, 0, 0, None), "supplement": ""}
 """Fields of a status that supervisors of earlier versions, which may still serve a mount, do not send."""
-_LONG = frozenset(
-    {
-        "inject",
-        "madvise",
-        "clear",
-        "scrub",
-        "repair",
-        "set",
-        "settle",
-        "reflink",
-        "remove",
-        "unmount",
-        "survey",
-    }
-)
-"""Requests that may work for minutes: their deadline is renewed as long as the supervisor answers others."""
 
 
 class PatientClient(Client):
