@@ -69,8 +69,11 @@ bench-accept: setup
 fidelity: setup
 	$(PY) -m tests.conformance.fidelity > docs/fidelity-table.md
 
-# docs/protocol.md from the message types, docs/reference/cli.md from the help.
+# The union of all events for type checkers, docs/protocol.md from the message types, docs/reference/cli.md from the help.
 protocol: setup
+	mkdir -p build
+	$(PY) -m tools.event_types > build/any_event.py
+	mv build/any_event.py src/daxemu/events/any_event.py
 	$(PY) -m tools.protocol_docs > docs/protocol.md
 	$(PY) -m tools.cli_docs markdown > docs/reference/cli.md
 

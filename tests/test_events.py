@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
+from tools.event_types import module
 
+import daxemu.events
 from daxemu.events import (
     EVENT_TYPES,
     CorruptionFound,
@@ -41,9 +45,11 @@ from daxemu.events import (
     StoreLost,
     UnexpectedError,
     Unmounted,
+    any_event,
     decode,
     encode,
 )
+from daxemu.fields import Kind, declared
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, MF_MEM_PRE_REMOVE, U64_MAX
 
 
@@ -122,8 +128,41 @@ SAMPLES: list[Event] = [
 
 
 def test_there_is_a_sample_of_every_type() -> None:
-    assert [type(sample) for sample in SAMPLES] == list(EVENT_TYPES)
-    assert set(EVENT_TYPES) == set(Event.__subclasses__())
+    assert {type(sample) for sample in SAMPLES} == set(EVENT_TYPES)
+    assert len(SAMPLES) == len(EVENT_TYPES)
+
+
+def test_a_class_in_any_module_of_events_is_an_event() -> None:
+    modules = [path for path in Path(daxemu.events.__file__).parent.glob("*.py") if path.stem != "any_event"]
+    classes = re.findall(r"^class (\w+)\(Event\):", "".join(path.read_text() for path in modules), re.M)
+    assert len(classes) > 20
+    assert {event.__name__ for event in EVENT_TYPES} == set(classes)
+    assert [name for name in classes if not hasattr(daxemu.events, name)] == []
+
+
+def test_the_union_for_type_checkers_has_every_event() -> None:
+    """``make protocol`` makes it."""
+    assert set(get_args(any_event.AnyEvent)) == set(EVENT_TYPES)
+    assert Path(any_event.__file__).read_text() == module()
+
+
+UNITS = re.compile(r"bytes|offset|length|pfn|nr_pages|[pt]id|ino|address|size|signals|processes|seconds")
+
+
+@pytest.mark.parametrize("event", EVENT_TYPES, ids=lambda event: event.__name__)
+def test_a_field_with_a_unit_declares_it(event: type[Event]) -> None:
+    names = [field.name for field in msgspec.structs.fields(event)]
+    assert [name for name in names if UNITS.search(name) and name not in declared(event)] == []
+
+
+def test_each_length_is_of_one_offset() -> None:
+    """The selection of events relies on it: an offset is of the file or of the device, never both."""
+    for event in EVENT_TYPES:
+        kinds = [field.kind for field in declared(event).values()]
+        offsets = kinds.count(Kind.FILE_OFFSET) + kinds.count(Kind.DEVICE_OFFSET)
+        assert offsets <= 1
+        assert not offsets or kinds.count(Kind.LENGTH) <= 1
+        assert (Kind.FILE_OFFSET in kinds) <= (Kind.INODE in kinds)
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda e: type(e).__name__)

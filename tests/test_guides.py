@@ -14,8 +14,8 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from daxemu.apps.situations import Harm
 from daxemu.events import Outcome, PageType
+from daxemu.failure_kind import FailureKind
 from daxemu.host.tracer.messages import Delivered, Gone, Ignored, NotTaken, Refused
 from daxemu.protocol import StatusReport
 from daxemu.supervisor import failures, populate
@@ -127,7 +127,7 @@ def results_of_a_populating_call() -> set[str]:
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ("### Outcomes", {*Outcome, *PageType, "latent", "silent"}),
+        ("### Outcomes", {*Outcome, *PageType, FailureKind.LATENT, FailureKind.SILENT}),
         ("### Results of a signal", results_of_a_signal()),
         ("### Results of a populating", results_of_a_populating_call()),
         ("### States of a mount", {*get_args(get_type_hints(StatusReport)["state"])}),
@@ -142,11 +142,7 @@ def test_every_word_of_events_and_replies_is_explained(section: str, words: set[
 
 def test_every_kind_of_harm_is_explained() -> None:
     explained = terms("## Media")
-    assert [
-        kind
-        for kind in get_args(Harm)
-        if kind != "none" and not any(term.split()[0] == kind for term in explained)
-    ] == []
+    assert [kind for kind in FailureKind if not any(term.split()[0] == kind for term in explained)] == []
 
 
 def test_no_word_is_explained_twice_in_a_section() -> None:

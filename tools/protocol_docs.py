@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
+from daxemu import fields
 from daxemu import protocol as p
 from daxemu.errors import ERRORS
 from daxemu.events import EVENT_TYPES, Event
 
 TOP = Path(__file__).parents[1]
 _COMMON = ("seq", "time")
+_PLAIN = {
+    "None": "null",
+    **{
+        name: kind.__origin__.__name__ for name, kind in vars(fields).items() if hasattr(kind, "__metadata__")
+    },
+}
+"""The plain type of each unit type."""
 
 
 def page() -> str:
@@ -24,7 +33,7 @@ def page() -> str:
     for name, made in (
         ("{errors}", ", ".join(f"`{name}`" for name in ERRORS)),
         ("{example}", (TOP / "examples" / "told.c").read_text()),
-        ("{requests}", "\n".join(_block(_request(kind)) for kind in p.AnyRequest.__args__)),
+        ("{requests}", "\n".join(_block(_request(kind)) for kind in p.REQUEST_TYPES)),
         ("{events}", "\n".join(_block(_event(event)) for event in EVENT_TYPES)),
     ):
         text = text.replace(name, made)
@@ -62,7 +71,7 @@ def _prose(kind: type) -> str:
 
 
 def _fields(kind: type[msgspec.Struct], depth: int = 0) -> Iterator[str]:
-    notes = _notes(kind)
+    notes, units = _notes(kind), fields.declared(kind)
     if not depth:
         yield ""
     for field in msgspec.structs.fields(kind):
@@ -70,14 +79,18 @@ def _fields(kind: type[msgspec.Struct], depth: int = 0) -> Iterator[str]:
             continue
         default = "" if field.required else f", default `{_json(field.default)}`"
         note = f": {notes[field.name]}" if field.name in notes else ""
-        declared = (
-            str(inspect.get_annotations(kind)[field.name]).replace("Ino", "int").replace("None", "null")
-        )
-        yield f"{'    ' * depth}- `{field.name}`: `{declared}`{default}{note}"
+        declared = _plain(str(inspect.get_annotations(kind)[field.name]))
+        unit = f" ({units[field.name]})" if field.name in units else ""
+        yield f"{'    ' * depth}- `{field.name}`: `{declared}`{unit}{default}{note}"
         for part in _structs(field.type):
             if prose := _prose(part):
                 yield f"{'    ' * (depth + 1)}- {' '.join(prose.split())}"
             yield from _fields(part, depth + 1)
+
+
+def _plain(declared: str) -> str:
+    """Return a declared type with its unit types and None as JSON has them."""
+    return re.sub(r"\w+", lambda word: _PLAIN.get(word[0], word[0]), declared)
 
 
 def _structs(kind: object) -> Iterator[type[msgspec.Struct]]:

@@ -6,11 +6,27 @@ of the reply.
 
 from __future__ import annotations
 
-from typing import Generic, Literal, Never, TypeVar, get_args
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Never, TypeVar, Union, get_args
 
 import msgspec
 
-from daxemu.uapi import Ino
+from daxemu.errors import InvalidArgument
+from daxemu.failure_kind import FailureKind, injected_kind
+from daxemu.fields import (
+    Address,
+    DeviceOffset,
+    FileOffset,
+    Ino,
+    Length,
+    Pages,
+    Pfn,
+    Pid,
+    Processes,
+    Seconds,
+    Signals,
+    Tid,
+)
 
 R = TypeVar("R", bound=msgspec.Struct)
 
@@ -21,21 +37,26 @@ class PoisonedRange(msgspec.Struct):
     victim. ``processes``: distinct processes among the receivers. ``told``: the old name of ``signals``.
     """
 
-    offset: int
-    length: int
-    pfn: int
-    nr_pages: int
+    offset: DeviceOffset
+    length: Length
+    pfn: Pfn
+    nr_pages: Pages
     outcome: str
-    told: int
-    signals: int
-    processes: int
+    told: Signals
+    signals: Signals
+    processes: Processes
+
+    @property
+    def kind(self) -> FailureKind:
+        """The kind of failure; with a kind other than poison, ``outcome`` is the kind."""
+        return FailureKind.of_outcome(self.outcome)
 
 
 class Injected(msgspec.Struct):
     ranges: list[PoisonedRange]
     rounded: bool
     """True if a range was rounded out to whole sectors."""
-    holes: int
+    holes: Length
     """Bytes of the ranges that are holes of the file. A hole has no media to poison."""
 
 
@@ -47,7 +68,7 @@ class Advised(msgspec.Struct):
 
 class Cleared(msgspec.Struct):
     ranges: list[tuple[int, int]]
-    bytes: int
+    bytes: Length
 
 
 class BadblockList(msgspec.Struct):
@@ -60,8 +81,8 @@ class BadblockList(msgspec.Struct):
 class DamagedRange(msgspec.Struct):
     ino: Ino
     path: str
-    offset: int
-    length: int
+    offset: FileOffset
+    length: Length
 
 
 class DamagedList(msgspec.Struct):
@@ -73,10 +94,10 @@ class Extent(msgspec.Struct):
     extent; 1 if no other file shares the extent.
     """
 
-    offset: int
-    length: int
-    device_offset: int | None
-    pfn: int | None
+    offset: FileOffset
+    length: Length
+    device_offset: DeviceOffset | None
+    pfn: Pfn | None
     shared_by: int
     poisoned: bool
 
@@ -84,12 +105,12 @@ class Extent(msgspec.Struct):
 class FileMap(msgspec.Struct):
     ino: Ino
     path: str
-    size: int
+    size: Length
     extents: list[Extent]
 
 
 class Shared(msgspec.Struct):
-    bytes: int
+    bytes: Length
 
 
 class Removed(msgspec.Struct):
@@ -97,10 +118,10 @@ class Removed(msgspec.Struct):
     process.
     """
 
-    told: int
+    told: Signals
     was_idle: bool
-    signals: int
-    processes: int
+    signals: Signals
+    processes: Processes
 
 
 class Cell(msgspec.Struct):
@@ -123,16 +144,16 @@ class FileUse(msgspec.Struct):
 
     ino: Ino
     path: str
-    bytes: int
-    device_offset: int
-    file_offset: int
+    bytes: Length
+    device_offset: DeviceOffset
+    file_offset: FileOffset
 
 
 class SurveyReport(msgspec.Struct):
     """``cell``: bytes of each part, whole pages; the last part may reach past the end of the device."""
 
-    offset: int
-    cell: int
+    offset: DeviceOffset
+    cell: Length
     cells: list[Cell]
     files: list[FileUse]
     """The files with the most bytes in the range."""
@@ -141,8 +162,8 @@ class SurveyReport(msgspec.Struct):
 class Progress(msgspec.Struct):
     """Progress of a newly chosen strategy: bytes processed, of all bytes to process."""
 
-    done_bytes: int
-    total_bytes: int
+    done_bytes: Length
+    total_bytes: Length
 
 
 class RepairReport(msgspec.Struct):
@@ -157,7 +178,7 @@ class RepairReport(msgspec.Struct):
     lost: int
     cannot: int
     failed: int
-    space_bytes: int
+    space_bytes: Length
     broken: str | None
     progress: Progress | None = None
 
@@ -175,11 +196,11 @@ class Repaired(msgspec.Struct):
 class StatusReport(msgspec.Struct):
     device: str
     mountpoint: str
-    pid: int
+    pid: Pid
     state: Literal["mounted", "shut down", "removed"]
     reason: str | None
-    size: int
-    base_pfn: int
+    size: Length
+    base_pfn: Pfn
     struct_pages: bool
     blocks: int
     free_blocks: int
@@ -203,7 +224,7 @@ class StatusReport(msgspec.Struct):
 class Settled(msgspec.Struct):
     """``seconds``: duration of the wait."""
 
-    seconds: float
+    seconds: Seconds
 
 
 class InternalsReport(msgspec.Struct):
@@ -247,18 +268,42 @@ class Reply(msgspec.Struct):
 class Request(msgspec.Struct, Generic[R], tag_field="op", forbid_unknown_fields=True):
     """Base class of all requests; the type argument is the type of the reply."""
 
+    is_long: ClassVar[bool] = False
+    """Whether the supervisor may take minutes for the answer."""
 
-class Inject(Request[Injected], tag="inject"):
+
+class Inject(Request[Injected], tag="inject", omit_defaults=True):
     """Poison ranges of the file ``ino``, or of the device if ``ino`` is null. ``ranges``: pairs
     [offset, length] in bytes; each pair is one failure.
     """
 
+    is_long = True
+
     ranges: list[tuple[int, int]]
     ino: Ino | None = None
     latent: bool = False
+    """The same as ``kind`` latent."""
     silent: bool = False
-    """Change the bytes without poison. ``seed`` determines the new bytes."""
+    """The same as ``kind`` silent: change the bytes without poison. ``seed`` selects the new bytes."""
     seed: int = 0
+    kind: FailureKind | None = None
+    """Poison, latent or silent; null: by ``latent`` and ``silent``, otherwise poison."""
+
+    @property
+    def failure_kind(self) -> FailureKind:
+        """The kind of failure. Raises InvalidArgument for a kind without ranges, or two kinds."""
+        named = FailureKind.SILENT if self.silent else FailureKind.LATENT if self.latent else None
+        kind = self.kind or named or FailureKind.POISON
+        if named not in (None, kind):
+            raise InvalidArgument(f"kind is {kind}, but {named} is true: give one of them")
+        return injected_kind(kind)
+
+
+def kind_fields(kind: FailureKind) -> dict[str, Any]:
+    """Return the fields of ``inject`` for ``kind``. Supervisors of earlier versions know the booleans."""
+    if kind is FailureKind.POISON:
+        return {}
+    return {kind.value: True} if kind.value in Inject.__struct_fields__ else {"kind": kind}
 
 
 class Madvise(Request[Advised], tag="madvise"):
@@ -268,11 +313,13 @@ class Madvise(Request[Advised], tag="madvise"):
     media stays good (MF_SW_SIMULATED).
     """
 
-    tid: int
-    address: int
+    is_long = True
+
+    tid: Tid
+    address: Address
     ino: Ino
-    offset: int
-    length: int
+    offset: FileOffset
+    length: Length
     soft: bool = False
     simulated: bool = False
 
@@ -281,6 +328,8 @@ class Clear(Request[Cleared], tag="clear"):
     """Clear the poison of ranges. The poisoned sectors can be read again; their bytes are lost, and read as
     zeros.
     """
+
+    is_long = True
 
     ranges: list[tuple[int, int]]
     ino: Ino | None = None
@@ -291,11 +340,15 @@ class Settle(Request[Settled], tag="settle"):
     pending for a process that is stopped. The error is Busy after ``patience`` seconds.
     """
 
-    patience: float = 10.0
+    is_long = True
+
+    patience: Seconds = 10.0
 
 
 class Scrub(Request[Cleared], tag="scrub"):
     """Search the device for latent poison. The poison that is found becomes bad blocks."""
+
+    is_long = True
 
 
 class GetBadblocks(Request[BadblockList], tag="badblocks"):
@@ -315,15 +368,19 @@ class Map(Request[FileMap], tag="map"):
 class Reflink(Request[Shared], tag="reflink"):
     """Share a range of the blocks of ``src`` with ``dst``; ``length`` 0 is to the end of ``src``."""
 
+    is_long = True
+
     src: Ino
     dst: Ino
-    src_offset: int = 0
-    dst_offset: int = 0
-    length: int = 0
+    src_offset: FileOffset = 0
+    dst_offset: FileOffset = 0
+    length: Length = 0
 
 
 class Remove(Request[Removed], tag="remove"):
     """Remove the device while in use (surprise removal)."""
+
+    is_long = True
 
 
 class Status(Request[StatusReport], tag="status"):
@@ -341,14 +398,18 @@ class Survey(Request[SurveyReport], tag="survey"):
     null is to the end of the device.
     """
 
-    offset: int = 0
-    length: int | None = None
+    is_long = True
+
+    offset: DeviceOffset = 0
+    length: Length | None = None
     cells: int = 1
     files: int = 0
 
 
 class Set(Request[Done], tag="set"):
     """Change settings, as with sysctl(8): all of them or none."""
+
+    is_long = True
 
     settings: dict[str, str]
 
@@ -358,6 +419,8 @@ class Repair(Request[Repaired], tag="repair"):
     that strategy first.
     """
 
+    is_long = True
+
     strategy: str | None = None
 
 
@@ -365,8 +428,8 @@ class FileRange(msgspec.Struct, forbid_unknown_fields=True):
     """Bytes of a file; ``length`` null is to the end of the file."""
 
     ino: Ino
-    offset: int = 0
-    length: int | None = None
+    offset: FileOffset = 0
+    length: Length | None = None
 
 
 class Follow(Request[Never], tag="follow"):
@@ -382,7 +445,7 @@ class Follow(Request[Never], tag="follow"):
     events: list[str] | None = None
     files: list[FileRange] | None = None
     ranges: list[tuple[int, int]] | None = None
-    pids: list[int] | None = None
+    pids: list[Pid] | None = None
 
 
 class PowerFailed(msgspec.Struct):
@@ -404,31 +467,20 @@ class PowerFail(Request[PowerFailed], tag="powerfail"):
 class Unmount(Request[Done], tag="unmount"):
     """Unmount, and end the supervisor. With ``force``, also while files are open."""
 
+    is_long = True
+
     force: bool = False
 
 
-AnyRequest = (
-    Inject
-    | Madvise
-    | Settle
-    | Clear
-    | Scrub
-    | GetBadblocks
-    | Damaged
-    | Map
-    | Reflink
-    | Remove
-    | Status
-    | Internals
-    | Survey
-    | Set
-    | Repair
-    | Follow
-    | PowerFail
-    | Unmount
-)
+REQUEST_TYPES: tuple[type[Request[Any]], ...] = tuple(Request.__subclasses__())
+"""Every class of requests, in the order of definition: the class is the only place that lists a request."""
 
-decode_request = msgspec.json.Decoder(AnyRequest).decode
+if TYPE_CHECKING:
+    AnyRequest = Request[Any]
+else:
+    AnyRequest = Union[REQUEST_TYPES]  # noqa: UP007
+
+decode_request: Callable[[bytes | str], AnyRequest] = msgspec.json.Decoder(AnyRequest).decode
 
 
 def reply_type(request: type[Request[R]]) -> type[R]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
@@ -116,10 +118,21 @@ def test_a_typed_request_raises_what_the_supervisor_raised(quick_mount: QuickMou
 
 
 def test_every_request_says_what_answers_it() -> None:
-    answers = {kind.__name__: p.reply_type(kind).__name__ for kind in p.AnyRequest.__args__}
+    answers = {kind.__name__: p.reply_type(kind).__name__ for kind in p.REQUEST_TYPES}
     assert answers["Inject"] == "Injected"
     assert answers["Follow"] == "Never"
-    assert len(answers) == len(p.AnyRequest.__args__)
+    assert len(answers) == len(p.REQUEST_TYPES)
+
+
+def test_a_class_of_the_protocol_is_a_request() -> None:
+    tags = re.findall(r'^class \w+\(Request\[\w+\], tag="(\w+)"', Path(p.__file__).read_text(), re.MULTILINE)
+    assert len(tags) > 10
+    assert [str(kind.__struct_config__.tag) for kind in p.REQUEST_TYPES] == tags
+    values: dict[str, object] = {"settings": {}, "ranges": []}
+    for kind in p.REQUEST_TYPES:
+        needed = [field.name for field in msgspec.structs.fields(kind) if field.required]
+        line = {"op": kind.__struct_config__.tag, **{name: values.get(name, 0) for name in needed}}
+        assert type(p.decode_request(msgspec.json.encode(line))) is kind
 
 
 def test_events_are_an_iterator_of_types(quick_mount: QuickMount) -> None:

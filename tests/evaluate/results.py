@@ -10,6 +10,7 @@ from daxemu.evaluate.plan import parse
 from daxemu.evaluate.tender import WorkloadLife
 from daxemu.evaluate.trial import Key, Result
 from daxemu.evaluate.workloads.base import Mismatch
+from daxemu.failure_kind import FailureKind
 from tests.evaluate.plans import SMALL
 
 TEXT = SMALL.replace('["none"]', '["none", "mirror"]')
@@ -19,7 +20,7 @@ BASE_PFN = 0x100000
 
 def result(strategy: str = "none", repetition: int = 0, **changed: Any) -> Result:
     """Return a result of PLAN: 100 operations, one lost page, one process killed by SIGBUS."""
-    fault = Fault(0.1, "poison", "files", "page", 0.5, 4096, "reported", 0.1, 0, 1)
+    fault = Fault(0.1, FailureKind.POISON, "files", "page", 0.5, 4096, "reported", 0.1, 0, 1)
     made = Result(
         key=Key(strategy, "dataset", "pages", repetition),
         fingerprint=PLAN.fingerprint("dataset", "pages"),

@@ -344,3 +344,27 @@ def test_none_and_exactly_say_what_came_instead(pytester: pytest.Pytester) -> No
         ]
     )
     result.stdout.no_fnmatch_line("*\x1b*")
+
+
+def test_a_kind_of_failure_is_injected(pytester: pytest.Pytester) -> None:
+    result = run(
+        pytester,
+        """
+        import pytest
+        from daxemu.errors import InvalidArgument
+        from daxemu.events import SilentlyCorrupted
+
+        def test_it(dax_mount, inject, dax_events):
+            file = dax_mount / "f"
+            file.write_bytes(b"x" * 8192)
+            done = inject(file, 4096, kind="silent", seed=3)
+            assert [(r.kind.value, r.outcome) for r in done.ranges] == [("silent", "silent")]
+            read = file.read_bytes()
+            assert read[:4096] == b"x" * 4096 and read[4096:] != b"x" * 4096
+            assert len(dax_events(SilentlyCorrupted)) == 1
+            assert [r.kind.value for r in inject(file, latent=True).ranges] == ["latent"]
+            with pytest.raises(InvalidArgument, match="no kind of injection"):
+                inject(file, kind="removal")
+        """,
+    )
+    result.assert_outcomes(passed=1)

@@ -7,10 +7,12 @@ import pytest
 from daxemu.events import (
     DeviceRemoved,
     Event,
+    FaultRepeated,
     FileDamaged,
     FilesystemShutdown,
     OutsideKernelControl,
     PoisonInjected,
+    PopulateFailed,
     SettingChanged,
     SignalSent,
     encode,
@@ -54,3 +56,39 @@ EVERYBODYS = [SHUTDOWN, REMOVED, SETTING]
 )
 def test_what_is_sent(wanted: Follow, sent: list[Event]) -> None:
     assert {id(event) for event in ALL if selects(wanted, encode(event))} == {id(event) for event in sent}
+
+
+FAULT = FaultRepeated(pid=3, tid=4, comm="c", ino=7, path="/f", offset=4096, times=100)
+POPULATE = PopulateFailed(
+    pid=3,
+    tid=4,
+    comm="c",
+    call="mlock",
+    ino=7,
+    path="/f",
+    offset=0,
+    length=4096,
+    result="killed",
+    exposed=(5, 6),
+)
+
+
+@pytest.mark.parametrize("event", [FAULT, POPULATE], ids=["fault", "populate"])
+@pytest.mark.parametrize(
+    "wanted", [Follow(files=[FileRange(7)]), Follow(pids=[3]), Follow(pids=[3], files=[FileRange(8)])]
+)
+def test_an_event_about_a_file_and_a_process_concerns_followers_of_either(
+    event: Event, wanted: Follow
+) -> None:
+    assert selects(wanted, encode(event))
+    assert not selects(Follow(pids=[4], files=[FileRange(8)], ranges=[(0, 1 << 40)]), encode(event))
+
+
+def test_an_event_concerns_followers_of_each_process_that_it_lists() -> None:
+    assert [selects(Follow(pids=[pid]), encode(POPULATE)) for pid in (5, 6, 7)] == [True, True, False]
+
+
+def test_an_offset_without_a_length_is_a_byte() -> None:
+    ranges = [(4095, 1), (4096, 1), (4097, None)]
+    wanted = [Follow(files=[FileRange(7, *span)]) for span in ranges]
+    assert [selects(one, encode(FAULT)) for one in wanted] == [False, True, False]

@@ -29,6 +29,8 @@ from daxemu.apps.situations import BY_NAME, Situation
 from daxemu.errors import DaxemuError
 from daxemu.evaluate.machine import PATIENCE, TrialMachine, daxemu, directories, ending
 from daxemu.events import signalled
+from daxemu.failure_kind import FailureKind
+from daxemu.protocol import kind_fields
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SIZE
 
 SIZE = 1 << 30
@@ -166,15 +168,16 @@ class CellRun:
                 self._say(f"   $ daxemu set {machine.mountpoint} early_kill=1")
                 daxemu("set", machine.mountpoint, "early_kill=1")
             harm: Callable[[Process], int] | None = None
-            if situation.harm == "removal":
+            removed = situation.harm is not None and situation.harm.traits.whole_device
+            if removed:
                 harm = self._remove
-            elif situation.harm != "none" and not situation.live:
-                self._inject(self.app.spot(place, situation.part))
-            elif situation.harm != "none":
-                harm = functools.partial(self._inject_live, place)
+            elif situation.harm is not None and not situation.live:
+                self._inject(situation.harm, self.app.spot(place, situation.part))
+            elif situation.harm is not None:
+                harm = functools.partial(self._inject_live, situation.harm, place)
             self._say(f"-- {self.app.name} is started")
             self.cell.first = self._life(place, harm)
-            if situation.harm == "removal":
+            if removed:
                 self._say("-- the device is back")
                 machine.again()
             self._say(f"-- {self.app.name} is started again")
@@ -183,29 +186,24 @@ class CellRun:
             if not place.kill_all():
                 self._cut_off(place)
 
-    def _inject_live(self, place: Place, process: Process) -> int:
+    def _inject_live(self, kind: FailureKind, place: Place, process: Process) -> int:
         if self.situation.part == "journal":
             self.app.dirty(place, process)
-        return self._inject(self.app.spot(place, self.situation.part))
+        return self._inject(kind, self.app.spot(place, self.situation.part))
 
-    def _inject(self, spot: Spot) -> int:
+    def _inject(self, kind: FailureKind, spot: Spot) -> int:
         """Inject at ``spot``. Return the number of signalled processes."""
-        silent = self.situation.harm == "silent"
-        latent = self.situation.harm == "latent"
         offset, length = spot.offset, spot.length
-        if not silent:
+        if kind.traits.is_poison:
             offset = offset // PAGE_SIZE * PAGE_SIZE
             length = min(PAGE_SIZE, spot.path.stat().st_size - offset)
         name = spot.path.relative_to(self.machine.mountpoint / "data")
-        options = " --silent" if silent else " --latent" if latent else ""
         self.cell.hurt = f"{name} {offset:#x}+{length:#x} ({spot.what})"
-        self._say(f"   $ daxemu inject {spot.path} --offset {offset:#x} --length {length}{options}")
+        self._say(f"   $ daxemu inject {spot.path} --offset {offset:#x} --length {length}{kind.words}")
         with self.machine.client() as client:
             client.set_patience(PATIENCE)
             ino = spot.path.stat().st_ino
-            done = client.request(
-                "inject", ino=ino, ranges=[[offset, length]], silent=silent, latent=latent, seed=1
-            )
+            done = client.request("inject", ino=ino, ranges=[[offset, length]], seed=1, **kind_fields(kind))
         if not done["ranges"] or done["holes"]:
             raise DaxemuError(f"nothing to inject into at {self.cell.hurt}: the range has a hole")
         (found,) = done["ranges"]

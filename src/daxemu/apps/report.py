@@ -193,10 +193,11 @@ def _short(cell: MatrixCell) -> str:
 
 def _reading(made: Sequence[MatrixCell]) -> str:
     """Return the summary of the matrix, with counts from the matrix itself."""
-    harmed = [c for c in made if BY_NAME[c.situation].harm != "none" and c.first and c.again]
-    poison = [c for c in harmed if BY_NAME[c.situation].harm in ("poison", "latent")]
-    silent = [c for c in harmed if BY_NAME[c.situation].harm == "silent"]
-    removal = [c for c in harmed if BY_NAME[c.situation].harm == "removal"]
+    kinds = [(c, BY_NAME[c.situation].harm) for c in made if c.first and c.again]
+    harmed = [c for c, kind in kinds if kind]
+    poison = [c for c, kind in kinds if kind and kind.traits.is_poison]
+    removal = [c for c, kind in kinds if kind and kind.traits.whole_device]
+    silent = [c for c in harmed if c not in poison and c not in removal]
 
     def ends(cells: Sequence[MatrixCell], *outcomes: Behaviour) -> list[MatrixCell]:
         return [c for c in cells if c.again is not None and c.again.outcome in outcomes]

@@ -6,8 +6,9 @@ from typing import Literal
 
 import msgspec
 
+from daxemu.failure_kind import FailureKind
+
 Part = Literal["data", "journal", "device"]
-Harm = Literal["none", "poison", "latent", "silent", "removal"]
 
 
 class Situation(msgspec.Struct, frozen=True):
@@ -20,25 +21,25 @@ class Situation(msgspec.Struct, frozen=True):
     name: str
     title: str
     about: str
-    harm: Harm
+    harm: FailureKind | None = None
     part: Part = "data"
     live: bool = False
     early_kill: bool = False
 
 
 SITUATIONS = (
-    Situation("healthy", "Nothing", "no injection: the reference for all other columns", "none"),
+    Situation("healthy", "Nothing", "no injection: the reference for all other columns"),
     Situation(
         "before",
         "Before open",
         "a page of the data file is poisoned when the program opens the file",
-        "poison",
+        FailureKind.POISON,
     ),
     Situation(
         "early",
         "Live, early kill",
         "a page of the data file is poisoned under the running program, with early_kill=1",
-        "poison",
+        FailureKind.POISON,
         live=True,
         early_kill=True,
     ),
@@ -46,34 +47,34 @@ SITUATIONS = (
         "late",
         "Live, late kill",
         "a page of the data file is poisoned under the running program, with early_kill=0, the default",
-        "poison",
+        FailureKind.POISON,
         live=True,
     ),
     Situation(
         "latent",
         "Latent",
         "the same with latent poison: undetected until the program reads everything again",
-        "latent",
+        FailureKind.LATENT,
         live=True,
     ),
     Situation(
         "silent",
         "Silent",
         "16 bytes of one record in the data file are changed before the program opens it, without an error",
-        "silent",
+        FailureKind.SILENT,
     ),
     Situation(
         "journal",
         "Journal",
         "a page of the journal is poisoned when the program starts after a kill",
-        "poison",
+        FailureKind.POISON,
         part="journal",
     ),
     Situation(
         "journal-live",
         "Journal, live",
         "a page of the journal is poisoned under the running program",
-        "poison",
+        FailureKind.POISON,
         part="journal",
         live=True,
     ),
@@ -81,14 +82,14 @@ SITUATIONS = (
         "journal-silent",
         "Journal, silent",
         "16 bytes of one record in the journal are changed when the program starts after a kill",
-        "silent",
+        FailureKind.SILENT,
         part="journal",
     ),
     Situation(
         "remove",
         "Removal",
         "the device is removed under the running program, and put back undamaged before the restart",
-        "removal",
+        FailureKind.REMOVAL,
         part="device",
         live=True,
     ),

@@ -20,28 +20,14 @@ PATIENCE = 5.0
 """Limit in seconds for an answer, or for a sign that the supervisor still works on a long request."""
 SILENCE = 1.0
 """Seconds after which a verb on a terminal prints the reason of its wait."""
-_REQUESTS: dict[str, Any] = {kind.__struct_config__.tag: kind for kind in p.AnyRequest.__args__}
+_REQUESTS = {str(kind.__struct_config__.tag): kind for kind in p.REQUEST_TYPES}
+_LONG = frozenset(op for op, kind in _REQUESTS.items() if kind.is_long)
+"""Requests that may take minutes. The deadline of such a request is renewed while the supervisor answers
+other requests.
+"""
 _ONCE_ABSENT = {"scrubs": 0, "repair": p.RepairReport("none", 0, 0, 0, 0, 0, None), "supplement": ""}
 """Fields of a status that supervisors of earlier versions do not send. Such a supervisor may still serve a
 mount.
-"""
-_LONG = frozenset(
-    {
-        "inject",
-        "madvise",
-        "clear",
-        "scrub",
-        "repair",
-        "set",
-        "settle",
-        "reflink",
-        "remove",
-        "unmount",
-        "survey",
-    }
-)
-"""Requests that may take minutes. The deadline of such a request is renewed while the supervisor answers
-other requests.
 """
 
 

@@ -10,6 +10,8 @@ import click
 from daxemu.cli.common import PATH, PATH_TEXT, SIZE, Target, connect, emit, human, json_option, table, target
 from daxemu.errors import InvalidArgument
 from daxemu.events import signalled
+from daxemu.failure_kind import INJECTED, FailureKind, injected_kind
+from daxemu.protocol import kind_fields
 from daxemu.uapi import PAGE_SIZE
 
 
@@ -44,25 +46,26 @@ def _range_options(command: Any) -> Any:
     )(command)
 
 
+def _kind_options(command: Any) -> Any:
+    for kind in reversed(INJECTED):
+        if kind.traits.option:
+            command = click.option(f"--{kind}", is_flag=True, help=kind.traits.option)(command)
+    return command
+
+
 @click.command()
 @click.argument("path", type=PATH_TEXT)
 @_range_options
-@click.option(
-    "--latent",
-    is_flag=True,
-    help="Undetected poison: no signal and no bad block until it is loaded, read or scrubbed.",
-)
-@click.option("--silent", is_flag=True, help="Change the bytes without poison: silent corruption.")
+@_kind_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the new bytes of --silent.")
 @json_option
 def inject(
     path: str,
     offsets: tuple[int, ...],
     lengths: tuple[int, ...],
-    latent: bool,
-    silent: bool,
     seed: int,
     as_json: bool,
+    **kinds: bool,
 ) -> None:
     """Poison memory: a range of the file PATH or, if PATH is a mountpoint, of the device.
 
@@ -74,23 +77,24 @@ def inject(
       daxemu inject /tmp/pmem/db --offset 8K --length 4K
       daxemu inject /tmp/pmem --offset 1G --offset 2G --length 64K
     """
-    if latent and silent:
-        raise InvalidArgument("--latent makes poison, --silent does not: give only one of the two")
+    given = [injected_kind(name) for name, is_set in kinds.items() if is_set]
+    if len(given) > 1:
+        raise InvalidArgument(f"{' and '.join(f'--{kind}' for kind in given)}: give one of them")
+    kind = given[0] if given else FailureKind.POISON
     with (found := target(path)).client as client:
         result = client.request(
             "inject",
             ino=found.ino,
             ranges=_ranges(offsets, lengths, found.size),
-            latent=latent,
-            silent=silent,
             seed=seed,
+            **kind_fields(kind),
         )
     emit(result, as_json, lambda: _describe_injection(result))
 
 
 def _describe_injection(result: dict[str, Any]) -> list[str]:
     lines = [
-        f"{'changed' if r['outcome'] == 'silent' else 'poisoned'} device {r['offset']:#x}+{r['length']:#x} "
+        f"{FailureKind.of_outcome(r['outcome']).traits.done} device {r['offset']:#x}+{r['length']:#x} "
         f"(pfn {r['pfn']:#x}, {r['nr_pages']} pages): "
         f"{r['outcome']}, {signalled(r['processes'], r['signals'])}"
         for r in result["ranges"]

@@ -8,12 +8,12 @@ fraction of the filesystem's own bytes. The injector resolves a place to device 
 from __future__ import annotations
 
 import zlib
-from typing import Literal
 
 import msgspec
 import numpy as np
 
-from daxemu.evaluate.plan import FaultPlan, FaultProcess, Plan, mean_arrivals, unit_bytes
+from daxemu.evaluate.plan import Detect, FaultPlan, FaultProcess, Plan, Target, mean_arrivals, unit_bytes
+from daxemu.failure_kind import FailureKind
 from daxemu.uapi import SECTOR_SIZE
 
 
@@ -25,12 +25,12 @@ class Fault(msgspec.Struct, frozen=True):
     """
 
     time: float
-    kind: Literal["poison", "silent", "removal"]
-    target: Literal["files", "device", "metadata"]
+    kind: FailureKind
+    target: Target
     unit: str
     place: float
     length: int
-    detect: Literal["reported", "access", "delay", "scrub"]
+    detect: Detect
     found: float | None
     spill: int
     seed: int
@@ -75,7 +75,7 @@ def _draw_process(plan: Plan, faults: FaultPlan, p: FaultProcess, rng: np.random
     for i, time in enumerate(times):
         unit = names[units[i]]
         found = None
-        if p.kind == "poison" and p.detect in ("reported", "delay"):
+        if p.kind.traits.is_poison and p.detect in ("reported", "delay"):
             found = float(time + delays[i])
         made.append(
             Fault(

@@ -29,13 +29,16 @@ from daxemu.evaluate.plan import (
     unit_bytes,
 )
 from daxemu.evaluate.statistics import Estimate
+from daxemu.failure_kind import FailureKind
 from daxemu.uapi import PAGE_SIZE
 
 CHUNK = 500
 """Devices simulated at a time, also in one Dask task. Part of the seed: another value draws other faults."""
 
-POISON, SILENT, REMOVAL = range(3)
-KINDS = {"poison": POISON, "silent": SILENT, "removal": REMOVAL}
+KINDS = tuple(FailureKind)
+"""A kind's index is its number in arrays."""
+IS_POISON = np.array([kind.traits.is_poison for kind in KINDS])
+WHOLE_DEVICE = np.array([kind.traits.whole_device for kind in KINDS])
 
 
 class World(NamedTuple):
@@ -212,7 +215,7 @@ def _draw_process(
         time,
         offset,
         length,
-        np.full(len(device), KINDS[p.kind]),
+        np.full(len(device), KINDS.index(p.kind)),
         _latencies(plan, faults, p, rng, len(device), world),
         rng.random(len(device)),
         np.full(len(device), used),
@@ -224,7 +227,7 @@ def _latencies(
 ) -> np.ndarray:
     """Return seconds until each fault is found."""
     scrub = plan.fleet.scrub_period if world.field else (faults.scrub_period or world.seconds)
-    if p.kind == "silent" or p.detect == "scrub":
+    if not (p.kind.traits.is_poison or p.kind.traits.whole_device) or p.detect == "scrub":
         return rng.random(count) * scrub
     if p.detect == "delay":
         assert p.delay is not None
@@ -243,8 +246,8 @@ def play(plan: Plan, faults: Faults, chunk: Chunk, strategy: str, costs: Costs) 
     start = faults.offset // grain * grain
     length = np.minimum(-(-(faults.offset + faults.length) // grain) * grain, world.size) - start
     data = _data_bytes(faults, length, generator(plan.seed, "data", chunk.number))
-    silent = faults.kind == SILENT
-    gone = faults.kind == REMOVAL
+    gone = WHOLE_DEVICE[faults.kind]
+    silent = ~IS_POISON[faults.kind] & ~gone
     unseen = silent & (not model.checksums)
     seen = ~unseen & ~gone
     everything = world.size * world.used

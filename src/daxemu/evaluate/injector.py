@@ -13,7 +13,8 @@ import msgspec
 from daxemu.client import Client
 from daxemu.errors import DaxemuError, NotMounted
 from daxemu.evaluate.faults import Fault, span
-from daxemu.protocol import Survey, SurveyReport
+from daxemu.failure_kind import FailureKind
+from daxemu.protocol import Survey, SurveyReport, kind_fields
 from daxemu.uapi import PAGE_SIZE
 
 CELLS = 4096
@@ -93,29 +94,30 @@ class Injector:
         fault = record.fault
         record.time = time.time() - start
         try:
-            if fault.kind == "removal":
+            if fault.kind.traits.whole_device:
                 record.told = self._client.request("remove")["told"]
                 record.length, record.result = self._size, "injected"
                 return
             at = self._place(record)
             if at is None:
                 return
-            if fault.kind == "silent":
+            if not fault.kind.traits.is_poison:
                 record.offset, record.length = at, min(fault.length, self._size - at)
                 where = [[record.offset, record.length]]
-                self._client.request("inject", ranges=where, silent=True, seed=fault.seed)
+                self._client.request("inject", ranges=where, seed=fault.seed, **kind_fields(fault.kind))
                 record.result = "injected"
                 return
             record.offset, record.length = span(fault, at, self._size)
-            self._poison(record, latent=fault.found is None or fault.found > fault.time)
+            at_once = fault.found is not None and fault.found <= fault.time
+            self._poison(record, fault.kind if at_once else FailureKind.LATENT)
         except NotMounted:
             raise
         except DaxemuError as error:
             record.result, record.reason = "refused", str(error)
 
-    def _poison(self, record: FaultRecord, *, latent: bool) -> None:
+    def _poison(self, record: FaultRecord, kind: FailureKind) -> None:
         where = [[record.offset, record.length]]
-        (done,) = self._client.request("inject", ranges=where, latent=latent)["ranges"]
+        (done,) = self._client.request("inject", ranges=where, **kind_fields(kind))["ranges"]
         record.outcome, record.result = done["outcome"], "injected"
         record.told += done["told"]
 
@@ -127,7 +129,7 @@ class Injector:
         if record.result != "injected":
             return
         try:
-            self._poison(record, latent=False)
+            self._poison(record, record.fault.kind)
         except NotMounted:
             raise
         except DaxemuError as error:

@@ -17,6 +17,7 @@ import msgspec
 from daxemu.errors import InvalidArgument
 from daxemu.evaluate.plan_lines import line_of
 from daxemu.evaluate.workloads.specs import AnyWorkload
+from daxemu.failure_kind import FailureKind
 from daxemu.sizes import human, parse_size
 from daxemu.uapi import PAGE_SIZE
 
@@ -25,6 +26,10 @@ YEAR = 365.25 * 86400.0
 MAX_FAULTS_PER_SECOND = 200.0
 """Maximum rate of injections on one machine. A failure with its signals takes milliseconds."""
 MIN_DEVICE = 16 << 20
+Target = Literal["files", "device", "metadata"]
+"""What a fault hits."""
+Detect = Literal["reported", "access", "delay", "scrub"]
+"""How poison is found. Poison that is not reported at once is latent until then."""
 
 
 class Bytes(int):
@@ -37,7 +42,7 @@ class FaultProcess(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     Exactly one of ``rate``, ``fit_per_mbit``, ``expected`` and ``times`` gives the number.
     """
 
-    kind: Literal["poison", "silent", "removal"] = "poison"
+    kind: FailureKind = FailureKind.POISON
     arrival: Literal["poisson", "storm", "at"] = "poisson"
     rate: float | None = None
     """Faults (storms) per device and year."""
@@ -61,8 +66,8 @@ class FaultProcess(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     """Range in bytes around the first fault of a storm; all other faults of the storm lie inside."""
     unit: dict[str, float] = msgspec.field(default_factory=lambda: {"page": 1.0})
     """Weights of 256, 512, page, row, bank, device."""
-    target: Literal["files", "device", "metadata"] = "files"
-    detect: Literal["reported", "access", "delay", "scrub"] = "reported"
+    target: Target = "files"
+    detect: Detect = "reported"
     delay: float | None = None
     """Mean seconds (exponential) until the hardware reports the poison, for detect = "delay"."""
     spill: Bytes = Bytes(0)
@@ -319,13 +324,15 @@ def _check_process(plan: Plan, faults: FaultPlan, p: FaultProcess, path: list[st
         refuse("delay" if p.delay is not None else "detect", 'detect = "delay" and delay go together')
     if p.delay is not None and p.delay <= 0:
         refuse("delay", "delay is above 0 seconds")
-    if p.kind != "poison" and (p.detect != "reported" or p.spill):
+    if p.kind.traits.instead:
+        refuse("kind", f"{p.kind} is {p.kind.traits.instead}")
+    if not p.kind.traits.is_poison and (p.detect != "reported" or p.spill):
         refuse(
             "detect" if p.detect != "reported" else "spill",
             f"{p.kind} is not poison: no range is reported",
         )
-    if p.kind == "removal" and p.target != "files":
-        refuse("target", "removal takes the whole device")
+    if p.kind.traits.whole_device and p.target != "files":
+        refuse("target", f"{p.kind} takes the whole device")
     if p.arrival == "storm" and (p.burst < 1 or p.within <= 0 or p.spread < PAGE_SIZE):
         refuse("burst", "a storm: burst >= 1, within > 0, spread of a page or more")
     _check_units(plan, faults, p, path)

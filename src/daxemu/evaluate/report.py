@@ -145,7 +145,7 @@ def _describe(plan: Plan, faults: FaultPlan) -> str:
     words = []
     for p in faults.process:
         units = ", ".join(unit for unit, weight in p.unit.items() if weight)
-        what = "removals" if p.kind == "removal" else f"{p.kind} faults of {units} in {p.target}"
+        what = f"{p.kind}s" if p.kind.traits.whole_device else f"{p.kind} faults of {units} in {p.target}"
         words.append(f"{mean_faults(plan, p):.3g} {what} ({p.arrival}, found by {_found(p.detect)})")
     scrub = f"; a scrub every {faults.scrub_period:g} s" if faults.scrub_period else ""
     return "In a trial, on average: " + "; ".join(words) + scrub + "."

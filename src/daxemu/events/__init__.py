@@ -1,7 +1,10 @@
 """Typed records of everything that happened, their JSON form, and the kernel's own log line for each.
 
 An event says what *was* done, never what will be. Each one that the kernel would log knows that line
-(``dmesg()``); the others return None there. Addresses and offsets are bytes; ``pfn`` is a page frame number.
+(``dmesg()``); the others return None there. The type of a field declares its kind and unit (daxemu.fields).
+
+A subclass of ``Event`` in one of these modules is an event: its class is the only place that lists it.
+``any_event`` is generated (``make protocol``).
 
 ``base``      the base class and its vocabulary
 ``mounts``    a mount, its supervisor, the filesystem's records
@@ -12,161 +15,26 @@ An event says what *was* done, never what will be. Each one that the kernel woul
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Union
+
 import msgspec
 
-from daxemu.events.base import (
-    Emit,
-    Event,
-    Outcome,
-    PageType,
-    signalled,
-)
-from daxemu.events.failures import (
-    KILLED_BY_SIGBUS,
-    DaxActiveAtRemove,
-    DeviceRemoved,
-    FaultRepeated,
-    MemoryFailureHandled,
-    NotifyFailure,
-    OutsideKernelControl,
-    PopulateFailed,
-    SignalSent,
-)
-from daxemu.events.media import (
-    CorruptionFound,
-    FileDamaged,
-    MadviseInjected,
-    PoisonCleared,
-    PoisonInjected,
-    ScrubFound,
-    SilentlyCorrupted,
-    StoreLost,
-)
-from daxemu.events.mounts import (
-    DeviceTightened,
-    EventsRepeated,
-    FilesystemShutdown,
-    LoopStalled,
-    MetadataRewritten,
-    MetadataUpgraded,
-    Mounted,
-    SettingChanged,
-    UnexpectedError,
-    Unmounted,
-)
-from daxemu.events.repairs import (
-    RepairFinished,
-    RepairProgress,
-    RepairStrategyFailed,
-)
+from daxemu.events.base import *  # noqa: F403
+from daxemu.events.base import Event
+from daxemu.events.failures import *  # noqa: F403
+from daxemu.events.media import *  # noqa: F403
+from daxemu.events.mounts import *  # noqa: F403
+from daxemu.events.repairs import *  # noqa: F403
 
-__all__ = [
-    "EVENT_TYPES",
-    "KILLED_BY_SIGBUS",
-    "AnyEvent",
-    "CorruptionFound",
-    "DaxActiveAtRemove",
-    "DeviceRemoved",
-    "DeviceTightened",
-    "Emit",
-    "Event",
-    "EventsRepeated",
-    "FaultRepeated",
-    "FileDamaged",
-    "FilesystemShutdown",
-    "LoopStalled",
-    "MadviseInjected",
-    "MemoryFailureHandled",
-    "MetadataRewritten",
-    "MetadataUpgraded",
-    "Mounted",
-    "NotifyFailure",
-    "Outcome",
-    "OutsideKernelControl",
-    "PageType",
-    "PoisonCleared",
-    "PoisonInjected",
-    "PopulateFailed",
-    "RepairFinished",
-    "RepairProgress",
-    "RepairStrategyFailed",
-    "ScrubFound",
-    "SettingChanged",
-    "SignalSent",
-    "SilentlyCorrupted",
-    "StoreLost",
-    "UnexpectedError",
-    "Unmounted",
-    "decode",
-    "encode",
-    "signalled",
-]
+EVENT_TYPES: tuple[type[Event], ...] = tuple(Event.__subclasses__())
+"""Every class of events, in the order of definition."""
 
-EVENT_TYPES: tuple[type[Event], ...] = (
-    Mounted,
-    Unmounted,
-    DeviceTightened,
-    SettingChanged,
-    EventsRepeated,
-    PoisonInjected,
-    PoisonCleared,
-    ScrubFound,
-    MadviseInjected,
-    MemoryFailureHandled,
-    OutsideKernelControl,
-    SignalSent,
-    PopulateFailed,
-    FaultRepeated,
-    FileDamaged,
-    StoreLost,
-    CorruptionFound,
-    SilentlyCorrupted,
-    RepairFinished,
-    RepairProgress,
-    RepairStrategyFailed,
-    NotifyFailure,
-    UnexpectedError,
-    LoopStalled,
-    MetadataRewritten,
-    MetadataUpgraded,
-    FilesystemShutdown,
-    DaxActiveAtRemove,
-    DeviceRemoved,
-)
+if TYPE_CHECKING:
+    from daxemu.events.any_event import AnyEvent as AnyEvent
+else:
+    AnyEvent = Union[EVENT_TYPES]  # noqa: UP007
 
-AnyEvent = (
-    Mounted
-    | Unmounted
-    | DeviceTightened
-    | SettingChanged
-    | EventsRepeated
-    | PoisonInjected
-    | PoisonCleared
-    | ScrubFound
-    | MadviseInjected
-    | MemoryFailureHandled
-    | OutsideKernelControl
-    | SignalSent
-    | PopulateFailed
-    | FaultRepeated
-    | FileDamaged
-    | StoreLost
-    | CorruptionFound
-    | SilentlyCorrupted
-    | RepairFinished
-    | RepairProgress
-    | RepairStrategyFailed
-    | NotifyFailure
-    | UnexpectedError
-    | LoopStalled
-    | MetadataRewritten
-    | MetadataUpgraded
-    | FilesystemShutdown
-    | DaxActiveAtRemove
-    | DeviceRemoved
-)
-
-_decoder = msgspec.json.Decoder(AnyEvent)
+_decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
 
 
 def encode(event: Event) -> bytes:
@@ -174,10 +42,9 @@ def encode(event: Event) -> bytes:
     return msgspec.json.encode(event)
 
 
-def decode(line: bytes | str) -> Event:
+def decode(line: bytes | str) -> AnyEvent:
     """The event of one line. Raises msgspec.ValidationError or msgspec.DecodeError for anything else."""
     try:
-        event: Event = _decoder.decode(line)
+        return _decoder.decode(line)
     except (UnicodeDecodeError, RecursionError) as error:
         raise msgspec.DecodeError(str(error)) from error
-    return event

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated
 
 import msgspec
+
+from daxemu.fields import Time
 
 
 class Outcome(StrEnum):
@@ -35,8 +36,7 @@ class Event(msgspec.Struct, tag_field="event", kw_only=True):
     """One thing that happened. ``seq`` counts from 1 in each mount; ``time`` is seconds since the epoch."""
 
     seq: int = 0
-    # A time that no clock shows (from a damaged file) is refused when decoded.
-    time: Annotated[float, msgspec.Meta(ge=0, lt=1 << 40)] = 0.0
+    time: Time = 0.0
 
     def dmesg(self) -> str | None:
         """The line the kernel prints for this, without its timestamp; None if it prints none."""

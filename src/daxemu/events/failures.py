@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 from daxemu.events.base import Event, Outcome, signalled
+from daxemu.fields import (
+    Address,
+    DeviceOffset,
+    FileOffset,
+    Files,
+    Ino,
+    Length,
+    Pages,
+    Pfn,
+    Pid,
+    Processes,
+    Signals,
+    Tid,
+)
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR
 
 
@@ -11,8 +25,8 @@ class NotifyFailure(Event):
     are those of memory_failure(). The removal of a device is one call: 0, U64_MAX, MF_MEM_PRE_REMOVE.
     """
 
-    offset: int
-    length: int
+    offset: DeviceOffset
+    length: Length
     flags: int
 
     def summary(self) -> str:
@@ -26,15 +40,15 @@ class MemoryFailureHandled(Event):
     chosen. ``processes``: distinct processes among their receivers. ``told`` is the old name of ``signals``.
     """
 
-    pfn: int
-    nr_pages: int
+    pfn: Pfn
+    nr_pages: Pages
     page_type: str
     outcome: Outcome
-    told: int
-    files: int
+    told: Signals
+    files: Files
     error: str | None = None
-    signals: int = 0
-    processes: int = 0
+    signals: Signals = 0
+    processes: Processes = 0
 
     def dmesg(self) -> str:
         return f"Memory failure: {self.pfn:#x}: recovery action for {self.page_type}: {self.outcome.value}"
@@ -46,8 +60,8 @@ class MemoryFailureHandled(Event):
 class OutsideKernelControl(Event):
     """A failure of pages that no pagemap and no pfn address space has: nothing was done (-ENXIO)."""
 
-    pfn: int
-    nr_pages: int
+    pfn: Pfn
+    nr_pages: Pages
 
     def dmesg(self) -> str:
         return f"Memory failure: {self.pfn:#x}: memory outside kernel control"
@@ -66,13 +80,13 @@ class SignalSent(Event):
     thread itself was in memory_failure(), not by a page fault.
     """
 
-    pid: int
-    tid: int
+    pid: Pid
+    tid: Tid
     comm: str
     code: int
-    address: int
+    address: Address
     lsb: int
-    pfn: int
+    pfn: Pfn
     result: str
     reason: str | None = None
     current: bool = False
@@ -113,17 +127,17 @@ class PopulateFailed(Event):
     have returned zeros.
     """
 
-    pid: int
-    tid: int
+    pid: Pid
+    tid: Tid
     comm: str
     call: str
-    ino: int
+    ino: Ino
     path: str
-    offset: int
-    length: int
+    offset: FileOffset
+    length: Length
     result: str
     reason: str | None = None
-    exposed: tuple[int, ...] = ()
+    exposed: tuple[Pid, ...] = ()
 
     def summary(self) -> str:
         why = f" ({self.reason})" if self.reason else ""
@@ -138,12 +152,12 @@ class PopulateFailed(Event):
 class FaultRepeated(Event):
     """A thread has asked ``times`` times in a row for a page of a file that cannot be read."""
 
-    pid: int
-    tid: int
+    pid: Pid
+    tid: Tid
     comm: str
-    ino: int
+    ino: Ino
     path: str
-    offset: int
+    offset: FileOffset
     times: int
 
     def summary(self) -> str:
@@ -169,9 +183,9 @@ class DeviceRemoved(Event):
     """The end of a surprise removal. ``signals``, ``processes`` and ``told`` as in MemoryFailureHandled."""
 
     device: str
-    told: int
-    signals: int = 0
-    processes: int = 0
+    told: Signals
+    signals: Signals = 0
+    processes: Processes = 0
 
     def summary(self) -> str:
         return f"{self.device} was removed, {signalled(self.processes, self.signals)}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from daxemu.events.base import Event
+from daxemu.fields import Address, DeviceOffset, FileOffset, Ino, Length, Pfn, Pid, Tid
 
 
 class PoisonInjected(Event):
     """Media went bad. ``offset`` and ``length`` are device bytes, rounded out to sectors."""
 
-    offset: int
-    length: int
+    offset: DeviceOffset
+    length: Length
     latent: bool = False
 
     def summary(self) -> str:
@@ -19,8 +20,8 @@ class PoisonInjected(Event):
 class PoisonCleared(Event):
     """Media is readable again: ``by`` a write that covered it, or by request."""
 
-    offset: int
-    length: int
+    offset: DeviceOffset
+    length: Length
     by: str
 
     def summary(self) -> str:
@@ -30,8 +31,8 @@ class PoisonCleared(Event):
 class ScrubFound(Event):
     """A scrub found poison that nobody knew of. ``offset`` and ``length`` are device bytes."""
 
-    offset: int
-    length: int
+    offset: DeviceOffset
+    length: Length
 
     def summary(self) -> str:
         return f"scrub: poison at device {self.offset:#x}+{self.length:#x}"
@@ -40,10 +41,10 @@ class ScrubFound(Event):
 class MadviseInjected(Event):
     """``madvise_inject_error()``: a thread asked for a page of its own to go bad, or (``soft``) offline."""
 
-    pid: int
-    tid: int
-    address: int
-    pfn: int
+    pid: Pid
+    tid: Tid
+    address: Address
+    pfn: Pfn
     soft: bool
 
     def dmesg(self) -> str:
@@ -57,10 +58,10 @@ class MadviseInjected(Event):
 class FileDamaged(Event):
     """A file lost the bytes ``[offset, offset + length)``."""
 
-    ino: int
+    ino: Ino
     path: str
-    offset: int
-    length: int
+    offset: FileOffset
+    length: Length
 
     def summary(self) -> str:
         return f"damaged: {self.path} {self.offset:#x}+{self.length:#x}"
@@ -69,10 +70,10 @@ class FileDamaged(Event):
 class StoreLost(Event):
     """A store through a mapping was written back to poison and is gone."""
 
-    ino: int
+    ino: Ino
     path: str
-    offset: int
-    length: int
+    offset: FileOffset
+    length: Length
 
     def summary(self) -> str:
         return f"lost store: {self.path} {self.offset:#x}+{self.length:#x}"
@@ -81,8 +82,8 @@ class StoreLost(Event):
 class CorruptionFound(Event):
     """Device bytes were not what was written there, without being poison. ``by``: a read or a scrub."""
 
-    offset: int
-    length: int
+    offset: DeviceOffset
+    length: Length
     by: str
     repaired: bool
 
@@ -94,8 +95,8 @@ class CorruptionFound(Event):
 class SilentlyCorrupted(Event):
     """Device bytes were changed without poison (``inject --silent``)."""
 
-    offset: int
-    length: int
+    offset: DeviceOffset
+    length: Length
 
     def summary(self) -> str:
         return f"silent corruption at device {self.offset:#x}+{self.length:#x}"

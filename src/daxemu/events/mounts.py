@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from daxemu.events.base import Event
+from daxemu.fields import Files, Length, Seconds, Time
 
 
 class Mounted(Event):
     device: str
     mountpoint: str
-    size: int
+    size: Length
 
     def summary(self) -> str:
         return f"mounted {self.device} on {self.mountpoint}"
@@ -26,7 +27,7 @@ class DeviceTightened(Event):
 
     device: str
     mode: str
-    files: int
+    files: Files
 
     def summary(self) -> str:
         return f"{self.device}: others no longer have access to {self.files} of its files (mode {self.mode})"
@@ -46,7 +47,7 @@ class EventsRepeated(Event):
     """
 
     first: int
-    since: float
+    since: Time
     what: str
     count: int = 0
 
@@ -73,7 +74,7 @@ class LoopStalled(Event):
 
     task: str
     step: str
-    seconds: float
+    seconds: Seconds
 
     def summary(self) -> str:
         return f"the mount was cut: {self.task} stood still for {self.seconds:.0f} s in {self.step}"

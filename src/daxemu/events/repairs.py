@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from daxemu.events.base import Event
+from daxemu.fields import FileOffset, Ino, Length, Pages, Pfn, Seconds
 
 
 class RepairFinished(Event):
@@ -11,12 +12,12 @@ class RepairFinished(Event):
     """
 
     strategy: str
-    pfn: int
-    nr_pages: int
+    pfn: Pfn
+    nr_pages: Pages
     verdict: str
     transparent: bool
-    seconds: float
-    lost: list[tuple[int, int, int]]
+    seconds: Seconds
+    lost: list[tuple[Ino, FileOffset, Length]]
     reason: str | None = None
 
     def summary(self) -> str:
@@ -28,8 +29,8 @@ class RepairProgress(Event):
     """A repair strategy that was chosen copies, or adds up, what there is. Once a second, and at the end."""
 
     strategy: str
-    done_bytes: int
-    total_bytes: int
+    done_bytes: Length
+    total_bytes: Length
 
     def summary(self) -> str:
         return f"repair by {self.strategy} begins: {self.done_bytes} of {self.total_bytes} bytes"

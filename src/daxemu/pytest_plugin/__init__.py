@@ -19,6 +19,7 @@ import pytest
 if TYPE_CHECKING:
     import os
 
+    from daxemu.failure_kind import FailureKind
     from daxemu.protocol import Injected
     from daxemu.pytest_plugin.events import Events
     from daxemu.pytest_plugin.mount import DaxMount
@@ -49,9 +50,12 @@ class InjectFixture(Protocol):
         length: int | None = None,
         *,
         latent: bool = False,
+        kind: str | FailureKind = "poison",
+        seed: int = 0,
     ) -> Injected:
         """Poison a range of ``file`` or, for the mountpoint, of the device. ``offset`` and ``length`` are
-        bytes; without ``length``, one page.
+        bytes; without ``length``, one page. ``kind``: poison, latent (as ``latent=True``), or silent (``seed`` selects the
+        new bytes). Raises InvalidArgument for another kind.
         """
 
 
@@ -102,7 +106,7 @@ def dax_mount(request: pytest.FixtureRequest, dax_device: Path, tmp_path: Path) 
 
 @pytest.fixture
 def inject(dax_mount: DaxMount) -> InjectFixture:
-    """Return ``inject(file, offset, length, latent=False)``, a function that poisons a range."""
+    """Return ``inject(file, offset, length, latent=False, kind="poison")``, which makes a range fail."""
     return dax_mount.inject
 
 

@@ -17,12 +17,24 @@ from daxemu.cli.common import SIZE
 from daxemu.client import Client
 from daxemu.errors import DaxemuError, NotMounted
 from daxemu.events import Event, decode
+from daxemu.failure_kind import FailureKind, injected_kind
 from daxemu.host.fuse.session import Session, abort_connection
 from daxemu.host.proc.mountinfo import Mount, mount_at
 from daxemu.pmem.device_dir import DEFAULT_BASE_PFN, DeviceConfig, DeviceDir, altmap_bytes
 from daxemu.pmem.event_files import events_of
 from daxemu.private_path import PrivatePath
-from daxemu.protocol import Clear, Damaged, Inject, Injected, PowerFail, Remove, Removed, Set, Status
+from daxemu.protocol import (
+    Clear,
+    Damaged,
+    Inject,
+    Injected,
+    PowerFail,
+    Remove,
+    Removed,
+    Set,
+    Status,
+    kind_fields,
+)
 from daxemu.text import for_people
 
 PATIENCE = 60.0
@@ -147,13 +159,16 @@ class DaxMount:
         length: int | None = None,
         *,
         latent: bool = False,
+        kind: str | FailureKind = "poison",
+        seed: int = 0,
     ) -> Injected:
         """See daxemu.pytest_plugin.InjectFixture."""
+        fields = kind_fields(FailureKind.LATENT if latent and kind == "poison" else injected_kind(kind))
         ino, size = self._file(file)
         if length is None:
             length = PAGE if size is None else max(1, min(PAGE, size - offset))
         with self.client() as client:
-            return client.ask(Inject([(offset, length)], ino=ino, latent=latent))
+            return client.ask(Inject([(offset, length)], ino=ino, seed=seed, **fields))
 
     def clear(self, file: str | os.PathLike[str], offset: int = 0, length: int | None = None) -> int:
         """Clear the poison of a range of ``file`` or, for the mountpoint, of the device. ``offset`` and

@@ -24,6 +24,7 @@ from daxemu.events import (
     SettingChanged,
     SilentlyCorrupted,
 )
+from daxemu.failure_kind import FailureKind
 from daxemu.fs.data_ops import Origin
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import ROOT_INO
@@ -175,13 +176,14 @@ class Machine:
         """
         self.check_present()
         found, holes = await self._resolve(request.ino, request.ranges)
-        if request.silent:
+        latent = (kind := request.failure_kind) is FailureKind.LATENT
+        if kind is FailureKind.SILENT:
             return await self._corrupt(found, holes, request.seed)
         self.pmem.dax.make_room_for_poison(len(found))
         total = p.Injected([], False, holes)
         for first in range(0, len(found), BATCH):
             self.check_present()
-            results, rounded = await self._inject_batch(found[first : first + BATCH], latent=request.latent)
+            results, rounded = await self._inject_batch(found[first : first + BATCH], latent=latent)
             total.ranges += results
             total.rounded |= rounded
         return total
@@ -217,7 +219,7 @@ class Machine:
         pfn, nr_pages = failed_pages(self.pmem, bad)
         if failure is None:
             await self._hide(bad)
-            outcome, (signals, processes) = "latent", (0, 0)
+            outcome, (signals, processes) = FailureKind.LATENT.value, (0, 0)
         else:
             try:
                 result, (signals, processes) = await self.failures.handle(failure)
@@ -239,7 +241,8 @@ class Machine:
             self.log.emit(SilentlyCorrupted(offset=part.start, length=part.length))
             await self.failures.hide(incident)
             pfn, nr_pages = failed_pages(self.pmem, part)
-            results.append(p.PoisonedRange(part.start, part.length, pfn, nr_pages, "silent", 0, 0, 0))
+            silent = FailureKind.SILENT.value
+            results.append(p.PoisonedRange(part.start, part.length, pfn, nr_pages, silent, 0, 0, 0))
         return p.Injected(results, False, holes)
 
     async def _hide(self, bad: Range) -> None:

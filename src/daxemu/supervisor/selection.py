@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from daxemu.events import Event, decode
+from daxemu.fields import Kind, declared, values
 from daxemu.protocol import FileRange, Follow
+from daxemu.uapi import U64_MAX
+
+_ABOUT = {Kind.INODE, Kind.PID, Kind.DEVICE_OFFSET, Kind.PFN}
+"""Kinds of fields that say what an event is about."""
 
 
 def selects(wanted: Follow, line: bytes) -> bool:
@@ -18,21 +23,29 @@ def selects(wanted: Follow, line: bytes) -> bool:
 
 
 def _concerns(event: Event, wanted: Follow) -> bool:
-    """By what the event says it is of: a file, a process, device bytes or pfns, or else everybody."""
-    ino: int | None = getattr(event, "ino", None)
-    pid: int | None = getattr(event, "pid", None)
-    offset: int | None = getattr(event, "offset", None)
-    length: int = getattr(event, "length", 0)
-    if ino is not None:
-        return any(file.ino == ino and _overlaps(file, offset, length) for file in wanted.files or ())
-    if pid is not None:
-        return pid in (wanted.pids or ())
-    if offset is not None:
-        return any(start < offset + length and offset < start + size for start, size in wanted.ranges or ())
-    return not hasattr(event, "pfn")
+    """Whether the event is about a file, a process or device bytes of ``wanted``, by the kinds of its fields.
 
-
-def _overlaps(file: FileRange, offset: int | None, length: int) -> bool:
-    if offset is None:
+    An event about pfns alone concerns no narrowed follower; an event about none of these concerns every one.
+    """
+    if _ABOUT.isdisjoint(field.kind for field in declared(type(event)).values()):
         return True
-    return file.offset < offset + length and (file.length is None or offset < file.offset + file.length)
+    pids = values(event, Kind.PID)
+    return (
+        any(_is_in(file, event) for file in wanted.files or ())
+        or any(pid in pids for pid in wanted.pids or ())
+        or any(_overlaps(event, Kind.DEVICE_OFFSET, start, size) for start, size in wanted.ranges or ())
+    )
+
+
+def _is_in(file: FileRange, event: Event) -> bool:
+    if file.ino not in values(event, Kind.INODE):
+        return False
+    whole = not values(event, Kind.FILE_OFFSET)
+    return whole or _overlaps(event, Kind.FILE_OFFSET, file.offset, file.length)
+
+
+def _overlaps(event: Event, kind: Kind, start: int, length: int | None) -> bool:
+    """Whether the event's bytes, ``kind`` its offset, overlap a range. ``length`` None: without an end."""
+    (size,) = values(event, Kind.LENGTH) or [1]
+    end = U64_MAX if length is None else start + length
+    return any(start < offset + size and offset < end for offset in values(event, kind))

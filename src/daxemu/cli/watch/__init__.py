@@ -22,10 +22,13 @@ from daxemu.cli.output import say_json
 from daxemu.cli.watch.model import Model
 from daxemu.cli.watch.view import map_size, screen
 from daxemu.errors import InvalidArgument
+from daxemu.failure_kind import FailureKind
 
 INTERVAL = 0.5
 """Seconds between two updates without a key."""
 _ARROWS = {b"\x1b[A": "k", b"\x1b[B": "j", b"\x1b[C": "l", b"\x1b[D": "h"}
+
+_KINDS = {"i": FailureKind.POISON, "L": FailureKind.LATENT}
 
 
 @click.command()
@@ -95,7 +98,7 @@ def press(model: Model, key: str, columns: int) -> bool:
         case "-":
             model.zoom(closer=False)
         case "i" | "L":
-            model.inject(latent=key == "L")
+            model.inject(_KINDS[key])
         case "c":
             model.clear()
     return True

@@ -13,9 +13,19 @@ import msgspec
 from daxemu.client import Client
 from daxemu.errors import DaxemuError, NotMounted
 from daxemu.events import Event, MemoryFailureHandled, SignalSent, signalled
+from daxemu.failure_kind import FailureKind
 from daxemu.host.proc.mountinfo import Mount, mount_of
 from daxemu.host.proc.tasks import Mapped, mapped_files
-from daxemu.protocol import Clear, Damaged, DamagedRange, Inject, StatusReport, Survey, SurveyReport
+from daxemu.protocol import (
+    Clear,
+    Damaged,
+    DamagedRange,
+    Inject,
+    StatusReport,
+    Survey,
+    SurveyReport,
+    kind_fields,
+)
 from daxemu.protocol import Status as StatusRequest
 from daxemu.uapi import PAGE_SIZE
 
@@ -50,7 +60,7 @@ class Model:
         self.ended = False
         self.events: deque[Event] = deque(maxlen=KEPT)
         self.seen: Seen | None = None
-        self._confirmed: tuple[int, bool] | None = None
+        self._confirmed: tuple[int, FailureKind] | None = None
         self._names: dict[int, str] = {}
         self._surveyed: tuple[object, SurveyReport] | None = None
         self._client = Client(mount, patience=PATIENCE)
@@ -138,21 +148,21 @@ class Model:
         self.cursor = max(0, middle - self.offset) // cell
         self.look(len(survey.cells))
 
-    def inject(self, *, latent: bool) -> None:
+    def inject(self, kind: FailureKind) -> None:
         """Poison a page at the cursor: of the file with the most bytes in the range, or without a file the
         first page. Poison in a range with metadata and no file would shut the filesystem down, so this
         requires the same key twice in a row.
         """
         at, _ = self._at_cursor(self.now.survey, self.now.status.size)
-        if self.now.here.cells[0].metadata and not self.now.here.files and self._confirmed != (at, latent):
-            self._confirmed = (at, latent)
+        if self.now.here.cells[0].metadata and not self.now.here.files and self._confirmed != (at, kind):
+            self._confirmed = (at, kind)
             self.message = "metadata: poison here shuts the filesystem down; the same key again does so"
             return
         self._confirmed = None
         if self.now.here.files:
             at = self.now.here.files[0].device_offset
         try:
-            done = self._client.ask(Inject([(at, PAGE_SIZE)], latent=latent)).ranges[0]
+            done = self._client.ask(Inject([(at, PAGE_SIZE)], **kind_fields(kind))).ranges[0]
         except DaxemuError as error:
             self.message = str(error)
             return
