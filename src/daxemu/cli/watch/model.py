@@ -14,7 +14,7 @@ from daxemu.client import Client
 from daxemu.errors import DaxemuError, NotMounted
 from daxemu.events import Event, MemoryFailureHandled, SignalSent, signalled
 from daxemu.host.proc.mountinfo import Mount, mount_of
-from daxemu.host.proc.tasks import Mapped, mapped_files
+from daxemu.host.proc.present import Mapped, mapped_files
 from daxemu.protocol import Clear, Damaged, DamagedRange, Inject, StatusReport, Survey, SurveyReport
 from daxemu.protocol import Status as StatusRequest
 from daxemu.uapi import PAGE_SIZE

@@ -33,7 +33,7 @@ from daxemu.host.fuse.invalidate_lock import InvalidateLock
 from daxemu.host.fuse.layouts import FOREVER
 from daxemu.host.fuse.setattr import is_chown, may_setattr
 from daxemu.host.fuse.supplement import Caller, kill_suidgid, may_store_through_mapping, pack, unpack
-from daxemu.host.proc.tasks import capable, in_group_or_capable
+from daxemu.host.proc.processes import capable, in_group_or_capable
 from daxemu.host.unexpected import Unexpected
 from daxemu.uapi import CAP_FSETID, CAP_SYS_ADMIN, PAGE_SIZE, XATTR_NAME_CAPS, Ino
 

@@ -177,7 +177,7 @@ class Session:
             _umount(self.mount, MNT_DETACH)
             return
         there = mount_at(mountpoint)
-        if there is not None and there.dev == self.mount.dev:  # else what is there is somebody else's
+        if there is not None and _is_same(there, self.mount):
             subprocess.run(["fusermount3", "-u", "-z", str(mountpoint)], capture_output=True, check=False)
 
     def abort(self) -> bool:
@@ -196,7 +196,7 @@ def _umount(mount: Mount, flags: int) -> int:
     is the right one. A descriptor of the mount's root would do for MNT_DETACH alone: it keeps the mount busy.
     """
     for now in reversed(mounts()):
-        if now.id != mount.id and (now.mountpoint, now.dev) != (mount.mountpoint, mount.dev):
+        if not _is_same(now, mount):
             continue
         with suppress(OSError):
             above = os.open(now.mountpoint.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -209,6 +209,17 @@ def _umount(mount: Mount, flags: int) -> int:
             finally:
                 os.close(above)
     return errno.ESTALE
+
+
+def _is_same(now: Mount, mount: Mount) -> bool:
+    """Whether ``now``, read from mountinfo, is ``mount``, perhaps moved to another path.
+
+    The kernel gives the number of a mount, and the device number, to the next mount once they are free. The
+    source cannot be reused: the supervisor holds the lock of its DEVICE.
+    """
+    if now.device != mount.device:
+        return False
+    return now.id == mount.id or (now.mountpoint, now.dev) == (mount.mountpoint, mount.dev)
 
 
 def _mount_id(directory: int, name: str) -> int:

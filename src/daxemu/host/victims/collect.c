@@ -2,7 +2,7 @@
  * Who has pages of a file present: many processes in one call, with no Python between the system calls.
  *
  * This answers for what is ordinary: a process that maps nothing of the device, or that has its mappings and pages as they
- * were from before the look to after it. Any other verdict is ASK: host/proc/tasks.py looks at that process itself, and
+ * were from before the look to after it. Any other verdict is ASK: host/proc/present.py looks at that process itself, and
  * knows what to make of one that changes. What is looked for, and who is told of what is found, is decided there, too.
  *
  * Needs PROCMAP_QUERY (Linux 6.11) and PAGEMAP_SCAN (6.7); on older kernels every verdict is ASK.
