@@ -16,6 +16,7 @@ from daxemu.errors import Busy, NotMounted
 from daxemu.host import checkup
 from daxemu.host.checkup import Finding
 from daxemu.host.proc.mountinfo import Mount
+from daxemu.host.proc.pagemap import Pagemap
 from tests.support.elsewhere import NOBODY, daxemu_as_user
 from tests.support.mount import DaxMount, daxemu
 
@@ -90,7 +91,7 @@ def test_a_node_that_is_roots_alone(tmp_path: Path, monkeypatch: Patch, mode: in
 
 
 def test_root_without_the_right_to_mount(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(checkup, "_capable", lambda capability: False)
+    monkeypatch.setattr(checkup, "capable", lambda tid, capability: False)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert found(checkup._mounting)[2] == "in a container: --cap-add SYS_ADMIN"
 
@@ -114,7 +115,7 @@ def test_a_user_and_fusermount3(tmp_path: Path, monkeypatch: Patch) -> None:
 def test_ptrace_scope(tmp_path: Path, monkeypatch: Patch, scope: str, capable: bool, verdict: str) -> None:
     (tmp_path / "scope").write_text(f"{scope}\n")
     monkeypatch.setattr(checkup, "PTRACE_SCOPE", tmp_path / "scope")
-    monkeypatch.setattr(checkup, "_capable", lambda capability: capable)
+    monkeypatch.setattr(checkup, "capable", lambda tid, capability: capable)
     assert found(checkup._tracing)[0] == verdict
 
 
@@ -146,7 +147,7 @@ def test_kernel(monkeypatch: Patch, release: str, machine: str, verdict: str) ->
 
 
 def test_no_pagemap_scan(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(checkup, "pagemap_scan_works", lambda: False)
+    monkeypatch.setattr(Pagemap, "can_scan", lambda self: False)
     assert found(checkup._presence)[0] == "worse"
 
 

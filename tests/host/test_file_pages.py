@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from daxemu.host.proc import file_pages
+from daxemu.host.proc import maps
 from daxemu.host.proc.file_pages import FilePage, find_page, page_at
 from daxemu.host.tracer.link import Armed, TracerLink
 from daxemu.host.tracer.messages import Delivered, Gone, NotTaken
@@ -26,7 +26,7 @@ def page_of(file: Path, pgoff: int) -> FilePage:
 @pytest.mark.parametrize("query", ["ioctl", "text"])
 def test_pages_of_mappings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, query: str) -> None:
     if query == "text":
-        monkeypatch.setattr(file_pages, "_PROCMAP_QUERY", 0xDEAD)  # a kernel that does not know the ioctl
+        monkeypatch.setattr(maps, "_PROCMAP_QUERY", 0xDEAD)  # a kernel that does not know the ioctl
     file = tmp_path / "f"
     file.write_bytes(bytes(64 * PAGE))
     with Actor.spawn(cwd=tmp_path) as actor:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from daxemu.host.proc import tasks
+from daxemu.host.proc import maps
 from daxemu.host.proc.mapcount import MAX_PAGES, Mms, all_found
-from daxemu.host.proc.tasks import collect_tasks
+from daxemu.host.proc.present import collect_tasks
 from daxemu.mm.memory_failure import Task
 from daxemu.ranges import Range
 from tests.host.conftest import without_c
@@ -79,13 +79,13 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return the processes whose mappings are read, one at a time."""
     without_c(monkeypatch)
     pids: list[int] = []
-    read_vmas = tasks.read_vmas
+    read = maps.read
 
-    def seen(pid: int, dev: tuple[int, int]) -> Iterator[tasks.Vma]:
+    def seen(pid: int, dev: tuple[int, int] | None = None) -> Iterator[maps.Vma]:
         pids.append(pid)
-        return read_vmas(pid, dev)
+        return read(pid, dev)
 
-    monkeypatch.setattr(tasks, "read_vmas", seen)
+    monkeypatch.setattr(maps, "read", seen)
     return pids
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import trio
 
-from daxemu.host.tracer import siginfo
+from daxemu.host.proc import status
+from daxemu.host.proc.status import ThreadStatus
 from daxemu.host.tracer.link import Armed, TracerLink
 from daxemu.host.tracer.messages import Delivered
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR
@@ -71,10 +72,8 @@ def syscall_of(tid: int) -> int:
     return int(word) if word.isdigit() else -1
 
 
-def status_of(tid: int) -> siginfo.Status:
-    status = siginfo.read_status(tid)
-    assert status is not None
-    return status
+def status_of(tid: int) -> ThreadStatus:
+    return status.read(tid)
 
 
 Start = Callable[[], Awaitable[Tracee]]

@@ -22,8 +22,9 @@ from typing import Self
 
 from daxemu.client import Client
 from daxemu.errors import InvalidArgument
+from daxemu.host.proc import maps
 from daxemu.host.proc.mountinfo import mount_of
-from daxemu.host.proc.tasks import present_in, read_vmas
+from daxemu.host.proc.pagemap import Pagemap
 from daxemu.uapi import BUS_ADRERR, BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT
 from tests.support.mount import clear_away
 from tests.support.quick import QuickMount
@@ -193,9 +194,9 @@ class Races:
     def _why_present(self, racer: Racer, books: Books) -> list[str]:
         """Return poison that a racer could still read without a fault."""
         wrong = []
-        with open(f"/proc/{racer.pid}/pagemap", "rb", buffering=0) as pagemap:
-            for vma in read_vmas(racer.pid, mount_of(self.mount.path).dev):
-                for run in present_in(pagemap.fileno(), vma.start, vma.end):
+        with Pagemap(racer.pid) as pagemap:
+            for vma in maps.read(racer.pid, mount_of(self.mount.path).dev):
+                for run in pagemap.present_in(vma.start, vma.end):
                     first = vma.pgoff + ((run.start - vma.start) >> PAGE_SHIFT)
                     wrong += [
                         f"{racer.kind}: page {page} of inode {vma.ino} is poison and present"

@@ -11,6 +11,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from daxemu.host.proc import stat
+from daxemu.host.proc.procfs import pids
+
 KILL_PATIENCE = 3.0
 """Seconds to wait for a killed process. A process blocked on the mount ends only after the mount is cut."""
 
@@ -213,11 +216,8 @@ def _descendants(root: int) -> list[int]:
 
 
 def _parents() -> Iterator[tuple[int, int]]:
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
+    for pid in pids():
         try:
-            fields = Path("/proc", name, "stat").read_bytes().rpartition(b") ")[2].split()
+            yield pid, stat.read(pid).parent
         except OSError:
             continue  # the process ended meanwhile
-        yield int(name), int(fields[1])

@@ -13,7 +13,6 @@ import struct
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from daxemu.errors import (
@@ -25,6 +24,7 @@ from daxemu.errors import (
     NotMounted,
     PermissionDenied,
 )
+from daxemu.host.proc import stat
 from daxemu.host.proc.mountinfo import Mount
 
 if TYPE_CHECKING:
@@ -166,8 +166,8 @@ def _is_dead(pid: int) -> bool:
 def state_of(pid: int) -> str:
     """Return the letter of the state of a process in /proc/PID/stat; empty if the process is gone."""
     try:
-        return chr(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2][0])
-    except (OSError, IndexError):
+        return stat.read(pid).state
+    except OSError:
         return ""
 
 

@@ -42,12 +42,12 @@ def notice_of(event: Event, mount: Mount, *, only_mapped: bool) -> Notice | None
 
 
 def _own_addresses(event: FileDamaged | StoreLost, mount: Mount) -> list[tuple[int, int]]:
-    from daxemu.host.proc.tasks import read_vmas
+    from daxemu.host.proc import maps
     from daxemu.ranges import Range
     from daxemu.uapi import PAGE_SHIFT
 
     found = []
-    for vma in read_vmas(os.getpid(), mount.dev):
+    for vma in maps.read(os.getpid(), mount.dev):
         first = vma.pgoff << PAGE_SHIFT
         hurt = Range(event.offset, event.offset + event.length).clip(first, first + vma.end - vma.start)
         if vma.ino == event.ino and hurt:

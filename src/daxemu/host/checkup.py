@@ -16,7 +16,8 @@ from typing import Literal, NamedTuple
 from daxemu.errors import Busy, NotMounted, PermissionDenied
 from daxemu.host import victims
 from daxemu.host.proc.mountinfo import Mount, mounts, printable
-from daxemu.host.proc.tasks import pagemap_scan_works
+from daxemu.host.proc.pagemap import Pagemap
+from daxemu.host.proc.processes import capable
 
 FUSE = Path("/dev/fuse")
 CONNECTIONS = Path("/sys/fs/fuse/connections")
@@ -93,7 +94,7 @@ def _fuse_of_users() -> Finding:
 
 def _mounting() -> Finding:
     if os.geteuid() == 0:
-        if _capable(_CAP_SYS_ADMIN):
+        if capable("self", _CAP_SYS_ADMIN):
             return Finding("mounting", "ok", "root, with CAP_SYS_ADMIN")
         return Finding(
             "mounting",
@@ -164,7 +165,7 @@ def _shared_memory() -> Finding:
 
 def _tracing() -> Finding:
     scope = int(PTRACE_SCOPE.read_text()) if PTRACE_SCOPE.exists() else 0
-    if scope == 0 or (scope < 3 and _capable(_CAP_SYS_PTRACE)):
+    if scope == 0 or (scope < 3 and capable("self", _CAP_SYS_PTRACE)):
         return Finding("ptrace", "ok", f"scope {scope}: signals are exact")
     return Finding(
         "ptrace",
@@ -203,7 +204,8 @@ def _kernel() -> Finding:
 
 def _presence() -> Finding:
     try:
-        works = pagemap_scan_works()
+        with Pagemap("self") as pagemap:
+            works = pagemap.can_scan()
     except OSError as error:
         return Finding(
             "pagemap", "worse", f"/proc/self/pagemap: {error.strerror}: nobody is told early", "mount /proc"
@@ -251,10 +253,3 @@ def _stale(answers: Answers) -> Iterator[Finding]:
         yield Finding("mounts", "worse", f"{where}: {what}", f"daxemu umount --force {where}")
     if not wrong:
         yield Finding("mounts", "ok", f"{len(found)} daxemu mounts, none stale")
-
-
-def _capable(capability: int) -> bool:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return bool(int(line.split()[1], 16) >> capability & 1)
-    return False

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Protocol
 
 from daxemu.host.fuse.session import Session
-from daxemu.host.proc.tasks import PagesOf, collect_tasks, mapped_runs, maps_still, present_runs
+from daxemu.host.proc.present import PagesOf, collect_tasks, mapped_runs, maps_still, present_runs
 from daxemu.mm.memory_failure import Incident, Task
 from daxemu.mm.to_kill import shared_out
 from daxemu.ranges import Range, RangeSet

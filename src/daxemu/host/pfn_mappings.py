@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from daxemu.host.proc.tasks import collect_tasks, mapped_runs
+from daxemu.host.proc.present import collect_tasks, mapped_runs
 from daxemu.mm.incident import PfnMapping
 from daxemu.mm.to_kill import ToKill, collect_procs_pfn
 from daxemu.ranges import Range

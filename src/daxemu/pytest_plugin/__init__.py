@@ -54,8 +54,8 @@ class InjectFixture(Protocol):
         seed: int = 0,
     ) -> Injected:
         """Poison a range of ``file`` or, for the mountpoint, of the device. ``offset`` and ``length`` are
-        bytes; without ``length``, one page. ``kind``: poison, latent (as ``latent=True``), or silent (``seed`` selects the
-        new bytes). Raises InvalidArgument for another kind.
+        bytes; without ``length``, one page. ``kind``: poison, latent (as ``latent=True``), or silent
+        (``seed`` selects the new bytes). Raises InvalidArgument for another kind.
         """
 
 

@@ -84,7 +84,7 @@ class _Hang:
 
     def _users(self) -> list[str]:
         from daxemu.host.proc.mountinfo import mount_at
-        from daxemu.host.proc.tasks import collect_tasks, mapped_runs
+        from daxemu.host.proc.present import collect_tasks, mapped_runs
 
         if (there := mount_at(self._mountpoint)) is None:
             return ["nothing is mounted there any more"]
@@ -135,7 +135,9 @@ def _answer(message: dict[str, str]) -> None:
 
 
 def _state(pid: int) -> str:
+    from daxemu.host.proc import stat
+
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return stat.read(pid).state
     except OSError:
         return "gone"

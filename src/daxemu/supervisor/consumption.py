@@ -14,7 +14,7 @@ import trio
 
 from daxemu.errors import MediaError
 from daxemu.host.fuse.operations import Answer, PoisonedRead
-from daxemu.host.proc.tasks import process_of
+from daxemu.host.proc.processes import process_of
 from daxemu.mm.memory_failure import Incident
 from daxemu.pmem.inject import failed_pages
 from daxemu.ranges import Range, RangeSet

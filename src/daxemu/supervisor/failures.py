@@ -30,8 +30,8 @@ from daxemu.host import pfn_mappings
 from daxemu.host.fuse.operations import PoisonedRead
 from daxemu.host.mappings import Mappings
 from daxemu.host.proc.file_pages import FilePage
+from daxemu.host.proc.processes import comm_of, in_page_fault, process_of
 from daxemu.host.proc.progress import wait_until_run
-from daxemu.host.proc.tasks import comm_of, in_page_fault, process_of
 from daxemu.host.tracer.link import Armed, Pending, TracerLink
 from daxemu.host.tracer.messages import Delivered, Gone, Ignored, NotTaken, Refused
 from daxemu.host.tracer.messages import Outcome as Delivery

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from daxemu import protocol as p
 from daxemu.events import MadviseInjected, PoisonInjected
-from daxemu.host.proc.tasks import process_of
+from daxemu.host.proc.processes import process_of
 from daxemu.pmem.inject import inject
 from daxemu.uapi import MF_ACTION_REQUIRED, MF_SW_SIMULATED, PAGE_SIZE
 

@@ -8,8 +8,8 @@ from daxemu.apps.application import Application, Needs, Place, ReportedError, Sp
 from daxemu.apps.process import Ended, Process, TimedOut
 from daxemu.apps.records import ReadBack
 from daxemu.apps.situations import Part
+from daxemu.host.proc import maps
 from daxemu.host.proc.mountinfo import mount_of
-from daxemu.host.proc.tasks import read_vmas
 
 BLOCK = 4096
 BLOCKS = 1024
@@ -67,7 +67,7 @@ class Fio(Application):
     @staticmethod
     def _maps(pid: int, dev: tuple[int, int]) -> bool:
         try:
-            return next(read_vmas(pid, dev), None) is not None
+            return next(maps.read(pid, dev), None) is not None
         except OSError:
             return False
 

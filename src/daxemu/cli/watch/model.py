@@ -15,7 +15,7 @@ from daxemu.errors import DaxemuError, NotMounted
 from daxemu.events import Event, MemoryFailureHandled, SignalSent, signalled
 from daxemu.failure_kind import FailureKind
 from daxemu.host.proc.mountinfo import Mount, mount_of
-from daxemu.host.proc.tasks import Mapped, mapped_files
+from daxemu.host.proc.present import Mapped, mapped_files
 from daxemu.protocol import (
     Clear,
     Damaged,

@@ -23,8 +23,8 @@ from daxemu.fs.filesystem import Filesystem
 from daxemu.host.fuse import fileattr
 from daxemu.host.fuse.handlers import in_pieces
 from daxemu.host.fuse.supplement import library, unpack
+from daxemu.host.proc.processes import capable
 from daxemu.host.proc.procfs import read_lines
-from daxemu.host.proc.tasks import capable
 from daxemu.host.unexpected import Nursery, Unexpected, refused, task_name
 from daxemu.uapi import CAP_SYS_ADMIN, PAGE_SHIFT, PAGE_SIZE, Ino
 

@@ -12,7 +12,7 @@ import struct
 from daxemu.errors import FsError
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode_flags import APPEND, IMMUTABLE, flags_of
-from daxemu.host.proc.tasks import capable
+from daxemu.host.proc.processes import capable
 from daxemu.uapi import CAP_LINUX_IMMUTABLE, Ino
 
 # The number of the first two says long, the argument is an int (include/uapi/linux/fs.h).

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import trio
 
-from daxemu.host.proc.tasks import process_of
+from daxemu.host.proc.processes import process_of
 from daxemu.mm.to_kill import Task
 
 PATIENCE = 1.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import inspect
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, ParamSpec, TypeVar
 
@@ -18,9 +17,6 @@ import pyfuse3  # isort: skip  (after host.supplement, which must be loaded firs
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-HANDLERS = {name for name, verb in vars(pyfuse3.Operations).items() if inspect.iscoroutinefunction(verb)}
-"""Names of the handlers that pyfuse3 may call."""
 
 
 def translated(verb: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:

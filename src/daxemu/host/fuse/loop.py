@@ -11,10 +11,11 @@ import ctypes
 import os
 import select
 import time
-from types import SimpleNamespace, TracebackType
+from types import TracebackType
 
 import trio
 
+from daxemu.host.fuse.pyfuse3_internals import lent_to_pyfuse3
 from daxemu.host.fuse.supplement import READS, library
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
@@ -91,12 +92,6 @@ class FuseLoop:
         return fd < FD_SETSIZE and bool(select.select((fd,), (), (), LINGER / 1e9)[0])
 
     async def main(self) -> None:
-        """``pyfuse3.main()``."""
-        lowlevel = SimpleNamespace(**{**vars(trio.lowlevel), "wait_readable": self.wait_readable})
-        vars(pyfuse3)["trio"] = SimpleNamespace(
-            **{**vars(trio), "Lock": lambda: self.lock, "lowlevel": lowlevel}
-        )
-        try:
+        """Run ``pyfuse3.main()`` with this lock and this wait."""
+        with lent_to_pyfuse3(self.lock, self.wait_readable):
             await pyfuse3.main()
-        finally:
-            vars(pyfuse3)["trio"] = trio

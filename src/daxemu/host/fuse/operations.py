@@ -28,12 +28,13 @@ from daxemu.fs.privs import is_sxid
 from daxemu.fs.xattr import TRUSTED
 from daxemu.host.fuse import supplement
 from daxemu.host.fuse.freeze import Freeze
-from daxemu.host.fuse.handlers import HANDLERS, contained, in_pieces, translated
+from daxemu.host.fuse.handlers import contained, in_pieces, translated
 from daxemu.host.fuse.invalidate_lock import InvalidateLock
 from daxemu.host.fuse.layouts import FOREVER
+from daxemu.host.fuse.pyfuse3_internals import HANDLERS
 from daxemu.host.fuse.setattr import is_chown, may_setattr
 from daxemu.host.fuse.supplement import Caller, kill_suidgid, may_store_through_mapping, pack, unpack
-from daxemu.host.proc.tasks import capable, in_group_or_capable
+from daxemu.host.proc.processes import capable, in_group_or_capable
 from daxemu.host.unexpected import Unexpected
 from daxemu.uapi import CAP_FSETID, CAP_SYS_ADMIN, PAGE_SIZE, XATTR_NAME_CAPS, Ino
 

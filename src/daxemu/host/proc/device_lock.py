@@ -13,9 +13,9 @@ from pathlib import Path
 
 from daxemu.errors import Busy
 from daxemu.host.deadline import Deadline
+from daxemu.host.proc import status
 from daxemu.host.proc.mountinfo import Mount, mounts
 from daxemu.host.proc.pins import named, pins_of_device
-from daxemu.host.proc.procfs import read_fields
 
 PATIENCE = 60.0
 """Seconds to wait for a supervisor to save and end."""
@@ -67,8 +67,8 @@ def end_holder(mount: Mount, deadline: Deadline, kill_patience: float) -> bool:
 def _uid_of(pid: int) -> int | None:
     """The effective uid of a process."""
     try:
-        return int(read_fields(f"/proc/{pid}/status")["Uid"].split()[1])
-    except (OSError, KeyError):
+        return status.read(pid).euid
+    except OSError:
         return None
 
 

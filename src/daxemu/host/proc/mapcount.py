@@ -20,9 +20,10 @@ from collections.abc import Mapping, Sequence
 from functools import cmp_to_key
 
 from daxemu.host import victims
+from daxemu.host.proc.pagemap import Pagemap
 from daxemu.mm.memory_failure import Task
 from daxemu.ranges import Range
-from daxemu.uapi import PAGE_SHIFT, Ino
+from daxemu.uapi import Ino
 
 MAX_PAGES = 64
 """Of larger failures each process is looked at: to compare every page of each would take longer."""
@@ -32,9 +33,6 @@ _KCMP_VM = 1  # uapi/linux/kcmp.h
 _EQUAL, _LESS, _GREATER = 0, 1, 2
 
 # Documentation/admin-guide/mm/pagemap.rst
-_PM_PRESENT = 1 << 63
-_PM_FILE = 1 << 61
-_PFN = (1 << 55) - 1
 _KPF_COMPOUND = 1 << 15 | 1 << 16  # of a large folio some kernels only know the average
 
 _Frames = dict[tuple[Ino, int], Counter[int]]
@@ -116,17 +114,13 @@ def all_found(tasks: Sequence[Task], wanted: Mapping[Ino, Sequence[Range]]) -> M
 def _frames(tasks: Sequence[Task], pages: set[tuple[Ino, int]]) -> _Frames:
     frames: _Frames = {}
     for task in tasks:
-        pagemap = os.open(f"/proc/{task.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with Pagemap(task.pid) as pagemap:
             for run in task.present:
-                raw = os.pread(pagemap, run.nr_pages * 8, (run.address >> PAGE_SHIFT) * 8)
-                for index, (entry,) in enumerate(struct.iter_unpack("=Q", raw), run.index):
-                    if not (entry & _PM_PRESENT and entry & _PM_FILE and entry & _PFN):
+                for index, entry in enumerate(pagemap.entries(run.address, run.nr_pages), run.index):
+                    if not (entry.present and entry.is_file and entry.pfn):
                         raise _Unclear("no frame")
                     if (run.mapping, index) in pages:
-                        frames.setdefault((run.mapping, index), Counter())[entry & _PFN] += 1
-        finally:
-            os.close(pagemap)
+                        frames.setdefault((run.mapping, index), Counter())[entry.pfn] += 1
     return frames
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from daxemu.host.proc.mountinfo import Mount, mounts
+from daxemu.host.proc.processes import read_comm
 from daxemu.text import name_text
 
 MOST_NAMED = 3
@@ -35,7 +36,7 @@ def copies() -> Iterator[Pin]:
             continue
         try:
             found = mounts(pid)
-            comm = Path(f"/proc/{pid}/comm").read_bytes().removesuffix(b"\n")
+            comm = read_comm(pid)
         except OSError:
             continue  # the process ended meanwhile
         if namespace:
@@ -43,7 +44,7 @@ def copies() -> Iterator[Pin]:
         for mount in found:
             if mount.id not in known:
                 known.add(mount.id)
-                yield Pin(os.getpid() if pid == "self" else int(pid), name_text(comm), mount)
+                yield Pin(os.getpid() if pid == "self" else int(pid), comm, mount)
 
 
 def pins_of(mount: Mount) -> list[Pin]:

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import os
 import platform
-import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+from daxemu.host.proc import maps
 from daxemu.host.proc.file_pages import FilePage
-from daxemu.host.proc.procfs import read_whole
-from daxemu.host.proc.tasks import collect_tasks, mapped_runs, present_in, read_vmas
+from daxemu.host.proc.pagemap import Pagemap
+from daxemu.host.proc.present import collect_tasks, mapped_runs
+from daxemu.host.proc.procfs import GONE, read_whole
 from daxemu.mm.to_kill import Task
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
@@ -62,9 +63,6 @@ _EI_CLASS, _ELFCLASS64 = 4, 2  # uapi/linux/elf.h
 SAYS_ENOMEM = frozenset(("mlock", "mlock2"))
 """The calls that fail when a page cannot be had; the others ignore it."""
 
-_GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
-_PRESENT_OR_SWAPPED = 3 << 62  # bits of a word of /proc/PID/pagemap
-_WORD = struct.Struct("=Q")
 _SPINS = 100  # looks without a sleep: the thread needs some 20 microseconds from our answer to its page
 _NAP = 0.0005  # seconds between later looks
 
@@ -86,7 +84,7 @@ def look(tid: int) -> Sleeping | None:
     """Return the system call that a thread sleeps in; None for a running thread or an unreadable /proc."""
     try:
         words = read_whole(f"/proc/{tid}/syscall").split()
-    except _GONE:
+    except GONE:
         return None
     if not words or not words[0].lstrip(b"-").isdigit():
         return None
@@ -123,20 +121,20 @@ def areas_without(pid: int, dev: tuple[int, int], ino: Ino, pages: Range) -> lis
     """Return where a process maps ``pages`` of a file with none present; empty for a dead process."""
     found: list[Area] = []
     try:
-        with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
-            for vma in read_vmas(pid, dev):
-                part = pages.clip(vma.pgoff, vma.pgoff + (vma.area.length >> PAGE_SHIFT))
+        with Pagemap(pid) as pagemap:
+            for vma in maps.read(pid, dev):
+                part = pages.clip(vma.pgoff, vma.pgoff + vma.nr_pages)
                 if vma.ino != ino or not part:
                     continue
                 start = vma.start + ((part.start - vma.pgoff) << PAGE_SHIFT)
                 end = start + (part.length << PAGE_SHIFT)
-                taken = RangeSet(present_in(pagemap.fileno(), start, end))
-                for copy in present_in(pagemap.fileno(), start, end, copies=True):
+                taken = RangeSet(pagemap.present_in(start, end))
+                for copy in pagemap.present_in(start, end, copies=True):
                     taken.add(*copy)
                 for low, high in taken.gaps(start, end):
                     index = vma.pgoff + ((low - vma.start) >> PAGE_SHIFT)
                     found.append(Area(low, high - low, FilePage(*dev, ino, index), vma.copies))
-    except _GONE:
+    except GONE:
         return []
     return found
 
@@ -150,10 +148,10 @@ def having_present(tasks: Sequence[Task]) -> list[int]:
     """Return which of the processes have any of their mapped pages present just now."""
     found: list[int] = []
     for task in tasks:
-        with suppress(*_GONE), open(f"/proc/{task.pid}/pagemap", "rb", buffering=0) as pagemap:
+        with suppress(*GONE), Pagemap(task.pid) as pagemap:
             for run in task.present:
                 end = run.address + (run.nr_pages << PAGE_SHIFT)
-                if any(present_in(pagemap.fileno(), run.address, end)):
+                if any(pagemap.present_in(run.address, end)):
                     found.append(task.pid)
                     break
     return found
@@ -162,15 +160,15 @@ def having_present(tasks: Sequence[Task]) -> list[int]:
 def copied(pid: int, areas: Sequence[Area]) -> Iterator[tuple[int, FilePage, int]]:
     """Yield the private copies of a process in ``areas``: (address, page of the file, bytes)."""
     try:
-        with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+        with Pagemap(pid) as pagemap:
             for area in areas:
                 if not area.copies:
                     continue
                 end = area.address + area.length
-                for low, high in present_in(pagemap.fileno(), area.address, end, copies=True):
+                for low, high in pagemap.present_in(area.address, end, copies=True):
                     index = area.page.pgoff + ((low - area.address) >> PAGE_SHIFT)
                     yield low, area.page._replace(pgoff=index), high - low
-    except _GONE:
+    except GONE:
         return
 
 
@@ -181,16 +179,15 @@ def wait_until_present(pid: int, areas: Sequence[Area], is_over: Callable[[], bo
     deadline = time.monotonic() + patience
     looks = 0
     try:
-        with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+        with Pagemap(pid) as pagemap:
             while not is_over() and time.monotonic() < deadline:
-                if any(_has(pagemap.fileno(), area.address + area.length - PAGE_SIZE) for area in areas):
+                if any(_has(pagemap, area.address + area.length - PAGE_SIZE) for area in areas):
                     return
                 looks += 1
                 time.sleep(0 if looks < _SPINS else _NAP)
-    except _GONE:
+    except GONE:
         return
 
 
-def _has(pagemap: int, address: int) -> bool:
-    word = os.pread(pagemap, _WORD.size, (address >> PAGE_SHIFT) * _WORD.size)
-    return len(word) == _WORD.size and bool(_WORD.unpack(word)[0] & _PRESENT_OR_SWAPPED)
+def _has(pagemap: Pagemap, address: int) -> bool:
+    return any(entry.present or entry.swapped for entry in pagemap.entries(address, 1))

@@ -1,14 +1,20 @@
-"""Files of /proc, read with as few system calls as there can be: a failure reads several for each process."""
+"""Files of /proc, read with as few system calls as possible: a failure reads several for each process."""
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
 
-_CHUNK = 1 << 16
+GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
+"""Errors of a process that is gone, or that the caller may not look into."""
+_CHUNK = 1 << 16  # bytes
 
 
 def read_whole(path: str) -> bytes:
-    """All of a file. Raises what open(2) and read(2) do, ProcessLookupError of a process that is gone."""
+    """Return the content of a file. Raises OSError as open(2) and read(2): ProcessLookupError for a process
+    that ended after open(2).
+    """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         pieces = []
@@ -21,19 +27,17 @@ def read_whole(path: str) -> bytes:
 
 
 def read_lines(path: str) -> list[str]:
-    """The lines of a file. Only a newline ends one: names of other users' processes and paths may hold any
-    other character that Python takes for the end of a line. A byte that is no UTF-8 is a surrogate.
+    """Return the lines of a file. Only a newline ends a line: names of other users' processes and paths may
+    hold any other character that Python takes for the end of a line. A byte that is no UTF-8 is a surrogate.
     """
     return os.fsdecode(read_whole(path)).split("\n")
 
 
-def read_fields(path: str) -> dict[str, str]:
-    """The lines ``Name: value`` of a file such as /proc/PID/status. Of equal names the first counts: the name
-    of the process comes before all that it could be taken for.
-    """
-    found: dict[str, str] = {}
-    for line in read_lines(path):
-        name, colon, value = line.partition(":")
-        if colon:
-            found.setdefault(name, value.strip())
-    return found
+def pids() -> Iterator[int]:
+    """Yield the ids of the processes that /proc shows, in no order."""
+    return (int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def cut_short(name: str) -> ProcessLookupError:
+    """Return the error for a text of /proc/PID/``name`` that lacks its end: the process counts as gone."""
+    return ProcessLookupError(errno.ESRCH, f"/proc/PID/{name} is cut short")

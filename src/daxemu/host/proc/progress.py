@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+from daxemu.host.proc import stat
 from daxemu.host.proc.procfs import read_whole
 
 _INTERVAL = 0.001  # seconds; a running thread's time is brought up to date once a tick
@@ -32,7 +33,7 @@ def _runtime(tid: int) -> bytes | None:
     where the kernel does not count (no CONFIG_SCHED_INFO).
     """
     try:
-        if read_whole(f"/proc/{tid}/stat").rpartition(b") ")[2][:1] not in b"Rt":
+        if stat.read(tid).state not in "Rt":
             return None
         return read_whole(f"/proc/{tid}/schedstat").split()[0]
     except (OSError, IndexError):

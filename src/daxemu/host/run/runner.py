@@ -33,9 +33,10 @@ from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
 from daxemu.errors import DaxemuError, NotMounted
+from daxemu.host.proc import maps, status
+from daxemu.host.proc.maps import Vma
 from daxemu.host.proc.mountinfo import Mount, mounts
-from daxemu.host.proc.procfs import read_fields
-from daxemu.host.proc.tasks import Vma, read_vmas
+from daxemu.host.proc.pagemap import Pagemap
 from daxemu.host.run import seccomp
 from daxemu.host.run.seccomp import Call
 from daxemu.uapi import (
@@ -48,7 +49,6 @@ from daxemu.uapi import (
 )
 
 _BATCH = 1024  # pages probed by one call: IOV_MAX of uapi/linux/uio.h
-_PM_PRESENT, _PM_FILE = 1 << 63, 1 << 61  # admin-guide/mm/pagemap.rst
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.process_vm_readv.restype = ctypes.c_ssize_t
@@ -157,7 +157,7 @@ def _do_madvise(listener: int, call: Call, only: Mount | None, advise: Advise) -
     vmas = sorted(
         (vma, mount)
         for mount in {mount.dev: mount for mount in here}.values()
-        for vma in read_vmas(call.tid, mount.dev)
+        for vma in maps.read(call.tid, mount.dev)
         if vma.start < end and vma.end > call.start
     )
     if not vmas:
@@ -225,16 +225,15 @@ def _files_own(tid: int, start: int, count: int) -> int:
     """Return the number of pages, from the first on, that belong to the file and are no private copy (CoW) of
     the process.
     """
-    with open(f"/proc/{tid}/pagemap", "rb", buffering=0) as pagemap:
-        raw = os.pread(pagemap.fileno(), count << 3, start >> PAGE_SHIFT << 3)
-    for index, (entry,) in enumerate(struct.iter_unpack("=Q", raw)):
-        if entry & _PM_PRESENT and not entry & _PM_FILE:
+    with Pagemap(tid) as pagemap:
+        entries = pagemap.entries(start, count)
+    for index, entry in enumerate(entries):
+        if entry.present and not entry.is_file:
             return index
     return count
 
 
 def _is_capable(tid: int, mount: Mount) -> bool:
     """``capable(CAP_SYS_ADMIN)``. In the emulated machine the mount's owner has the capability, too."""
-    field = read_fields(f"/proc/{tid}/status")
-    euid = int(field["Uid"].split()[1])
-    return euid in (0, mount.socket.stat().st_uid) or bool(int(field["CapEff"], 16) >> CAP_SYS_ADMIN & 1)
+    found = status.read(tid)
+    return found.euid in (0, mount.socket.stat().st_uid) or found.has_capability(CAP_SYS_ADMIN)

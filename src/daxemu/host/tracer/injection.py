@@ -20,16 +20,16 @@ import ctypes
 import errno
 import os
 import platform
-import re
 import struct
 from io import FileIO
 from signal import SIGBUS
 from typing import NamedTuple
 
-from daxemu.host.proc.procfs import read_whole
+from daxemu.host.proc import maps
+from daxemu.host.proc.status import ThreadStatus
 from daxemu.host.tracer import ptrace
 from daxemu.host.tracer.messages import ForceAR, Send
-from daxemu.host.tracer.siginfo import Status, bus_error
+from daxemu.host.tracer.siginfo import bus_error
 from daxemu.uapi import PAGE_SIZE
 
 _MACHINE = platform.machine()
@@ -103,7 +103,7 @@ class Call(NamedTuple):
 PAYLOAD = -1
 
 
-def queue_to_itself(status: Status, sig: int, info: bytes) -> Call:
+def queue_to_itself(status: ThreadStatus, sig: int, info: bytes) -> Call:
     """rt_tgsigqueueinfo(2) by the thread to itself.
 
     Only a thread itself may queue a siginfo with si_code > 0, and sigtimedwait(2), signalfd(2) and a later
@@ -130,7 +130,7 @@ class Injection:
     SIGTRAP of a step is a forced signal, which would reset the disposition of a blocked or ignored SIGTRAP.
     """
 
-    def __init__(self, tid: int, status: Status, call: Call) -> None:
+    def __init__(self, tid: int, status: ThreadStatus, call: Call) -> None:
         if _MACHINE != "x86_64":
             raise CannotInject(f"its SIGBUS is blocked, and there is no way around that on {_MACHINE}")
         regs = _get_regs(tid)
@@ -252,13 +252,12 @@ def _find_syscall_insn(tid: int, regs: ctypes.Array[ctypes.c_uint64], memory: in
         found = _peek(memory, start, length).find(_SYSCALL_INSN)
         if found >= 0:
             return start + found
-    # The kernel escapes a newline in a path, and re.MULTILINE knows no other end of a line.
-    maps = read_whole(f"/proc/{tid}/maps")
-    for low, high in re.findall(rb"^([0-9a-f]+)-([0-9a-f]+) ..x", maps, re.MULTILINE):
-        start = int(low, 16)
-        found = _peek(memory, start, min(int(high, 16) - start, _SCAN_LIMIT)).find(_SYSCALL_INSN)
+    for vma in maps.read(tid):
+        if not vma.executable:
+            continue
+        found = _peek(memory, vma.start, min(vma.area.length, _SCAN_LIMIT)).find(_SYSCALL_INSN)
         if found >= 0:
-            return start + found
+            return vma.start + found
     raise CannotInject("its SIGBUS is blocked, and it has no system call instruction mapped")
 
 

@@ -36,7 +36,8 @@ from pathlib import Path
 import msgspec
 
 from daxemu.host import victims
-from daxemu.host.proc import file_pages
+from daxemu.host.proc import file_pages, stat
+from daxemu.host.proc.status import find as find_status
 from daxemu.host.tracer import injection, ptrace, siginfo
 from daxemu.host.tracer.beside import Besides
 from daxemu.host.tracer.deliver_in_c import Deliveries, Taken, Wait
@@ -188,7 +189,7 @@ class Tracer:
         if taken.cookie:
             thread.send(request)
         else:
-            status = siginfo.read_status(request.tid)
+            status = find_status(request.tid)
             self._want(thread, request, status is not None and status.tgid == request.tgid)
         self._schedule(thread)
 
@@ -261,7 +262,7 @@ class Tracer:
 
     def _hold(self, request: ArmAR | Send | Hold) -> Outcome | None:
         """Seize the thread; return the final report if the thread cannot be seized."""
-        status = siginfo.read_status(request.tid)
+        status = find_status(request.tid)
         if status is None or status.is_dead:
             return Gone(request.id)
         if isinstance(request, Send | Hold) and status.tgid != request.tgid:
@@ -384,7 +385,7 @@ class Tracer:
             self._on_request(request)
         for thread in list(self._threads.values()):
             thread.expire(now)
-            status = siginfo.read_status(thread.tid)
+            status = find_status(thread.tid)
             # A leader vanishes without a wait status when another thread of its process calls execve(2).
             if status is None or status.is_dead or status.tracer != threading.get_native_id():
                 self._drop(thread.tid)
@@ -462,10 +463,10 @@ def _mourn(supervisor: int, abort: str) -> None:
     while True:
         time.sleep(_MOURNING_INTERVAL)
         try:
-            stat = Path(f"/proc/{supervisor}/stat").read_bytes()
+            is_zombie = stat.read(supervisor).state == "Z"
         except OSError:
             return
-        if stat.rpartition(b") ")[2].startswith(b"Z"):
+        if is_zombie:
             with contextlib.suppress(OSError):  # cut already, or not permitted
                 Path(abort).write_text("1")
             return

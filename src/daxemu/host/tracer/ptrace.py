@@ -18,9 +18,11 @@ from pathlib import Path
 from signal import SIGBUS, SIGTRAP
 from typing import NamedTuple
 
+from daxemu.host.proc import stat, status
 from daxemu.host.proc.file_pages import FilePage
 from daxemu.host.proc.procfs import read_whole
-from daxemu.host.tracer.siginfo import SIGBUS_BIT, SIGINFO_SIZE, SigInfo, Status, parse, read_status
+from daxemu.host.proc.status import ThreadStatus
+from daxemu.host.tracer.siginfo import SIGBUS_BIT, SIGINFO_SIZE, SigInfo, parse
 
 # uapi/linux/ptrace.h
 _CONT = 7
@@ -95,10 +97,10 @@ def may_sleep(tid: int) -> bool:
     1 the stop cannot become a traced stop), frozen, or in execve(2), which holds cred_guard_mutex.
     """
     try:
-        state = read_whole(f"/proc/{tid}/stat").rpartition(b") ")[2][:1]
-        if state == b"T":
+        state = stat.read(tid).state
+        if state == "T":
             return True
-        if state == b"D" and any(name in read_whole(f"/proc/{tid}/wchan") for name in _STOPPED_IN):
+        if state == "D" and any(name in read_whole(f"/proc/{tid}/wchan") for name in _STOPPED_IN):
             return True  # not the state D of a page fault: that thread may be traced for an AR already
         return read_whole(f"/proc/{tid}/syscall").split(b" ", 1)[0] in _EXECVE
     except OSError:
@@ -248,12 +250,12 @@ def resume(tid: int, step: Step, sig: int) -> None:
         cont(tid, sig)
 
 
-def status_of_held(tid: int) -> Status:
-    """Return the status of a thread that should exist. Raises ESRCH if the thread does not exist."""
-    status = read_status(tid)
-    if status is None:
+def status_of_held(tid: int) -> ThreadStatus:
+    """Return the status of a thread that should exist. Raises ProcessLookupError if the thread is gone."""
+    found = status.find(tid)
+    if found is None:
         raise ProcessLookupError(errno.ESRCH, f"thread {tid} is gone")
-    return status
+    return found
 
 
 def look(tid: int, wait_status: int, cookie: int) -> Stop:
@@ -265,9 +267,9 @@ def look(tid: int, wait_status: int, cookie: int) -> Stop:
     arrived = info is not None and info.is_queued_with(cookie)
     if kind is Kind.SYSCALL or (kind is Kind.SIGNAL and (arrived or not cookie)):
         return Stop(kind, sig, info)
-    status = status_of_held(tid)
+    held = status_of_held(tid)
     blocked, ignored, pending = (
-        bool(mask & SIGBUS_BIT) for mask in (status.blocked, status.ignored, status.pending)
+        bool(mask & SIGBUS_BIT) for mask in (held.blocked, held.ignored, held.pending)
     )
     return Stop(kind, sig, info, blocked, ignored, pending)
 
@@ -287,16 +289,16 @@ def send_plain(tgid: int, tid: int) -> bool:
 
 def refusal(tid: int, error: OSError) -> str | None:
     """Return the reason for a refused PTRACE_SEIZE; None if the thread is gone."""
-    status = read_status(tid)
-    if status is None or status.is_dead or error.errno == errno.ESRCH:
+    found = status.find(tid)
+    if found is None or found.is_dead or error.errno == errno.ESRCH:
         return None
     if error.errno != errno.EPERM:
         return str(error)
-    if status.tracer:
-        tracer = read_status(status.tracer)
+    if found.tracer:
+        tracer = status.find(found.tracer)
         if tracer is not None and tracer.tgid == os.getpid():
             return "already traced by daxemu"
-        return f"already traced by PID {status.tracer} ({tracer.name if tracer else 'gone'})"
+        return f"already traced by PID {found.tracer} ({tracer.name if tracer else 'gone'})"
     if Path(f"/proc/{tid}").stat().st_uid != os.geteuid():
         return "not permitted (another user's process)"
     return "not permitted (the system forbids tracing it: see ptrace(2), kernel.yama.ptrace_scope)"

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import struct
 from signal import SIGBUS
 from typing import NamedTuple
 
-from daxemu.host.proc.procfs import read_whole
+from daxemu.host.proc.procfs import GONE, read_whole
+from daxemu.host.proc.status import ThreadStatus
 from daxemu.uapi import BUS_ADRERR
 
 SIGINFO_SIZE = 128
@@ -24,14 +24,10 @@ SIGINFO_SIZE = 128
 # uapi/asm-generic/siginfo.h: sent by sigqueue(3), with a value of the sender's choice
 SI_QUEUE = -1
 
-SIGBUS_BIT = 1 << (SIGBUS - 1)  # in the masks of Status
+SIGBUS_BIT = 1 << (SIGBUS - 1)  # in the masks of ThreadStatus
 
 # asm/unistd.h
 _NR_RT_SIGTIMEDWAIT = {"x86_64": 128, "aarch64": 137}.get(platform.machine(), -1)
-
-_STATUS_FIELDS = re.compile(
-    rb"^(Name|State|Tgid|Pid|TracerPid|NStgid|NSpid|SigPnd|SigBlk|SigIgn|Seccomp):\t(.*)$", re.MULTILINE
-)
 
 _HEAD = struct.Struct("=iii4x")
 _SENDER = struct.Struct("=iIQ")  # si_pid, si_uid, si_value
@@ -83,59 +79,16 @@ def queued(signo: int, value: int) -> bytes:
     return (_HEAD.pack(signo, 0, SI_QUEUE) + sender).ljust(SIGINFO_SIZE, b"\0")
 
 
-class Status(NamedTuple):
-    """Content of /proc/TID/status. ``state`` is the kernel's letter; the masks have bit N-1 for signal N."""
-
-    tid: int
-    name: str
-    state: str
-    tgid: int
-    tracer: int
-    ns_tgid: int
-    ns_tid: int
-    pending: int
-    blocked: int
-    ignored: int
-    seccomp: int
-
-    @property
-    def is_dead(self) -> bool:
-        """Return True for a zombie. The leader of a thread group may stay a zombie long after its end."""
-        return self.state in "ZX"
-
-
-def read_status(tid: int) -> Status | None:
-    """Return the thread's status, or None if the thread does not exist."""
-    try:
-        raw = read_whole(f"/proc/{tid}/status")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    field: dict[bytes, bytes] = dict(_STATUS_FIELDS.findall(raw))
-    return Status(
-        tid=tid,
-        name=field[b"Name"].decode(errors="backslashreplace"),
-        state=field[b"State"][:1].decode(),
-        tgid=int(field[b"Tgid"]),
-        tracer=int(field[b"TracerPid"]),
-        ns_tgid=int(field.get(b"NStgid", field[b"Tgid"]).split()[-1]),
-        ns_tid=int(field.get(b"NSpid", field[b"Pid"]).split()[-1]),
-        pending=int(field[b"SigPnd"], 16),
-        blocked=int(field[b"SigBlk"], 16),
-        ignored=int(field[b"SigIgn"], 16),
-        seccomp=int(field.get(b"Seccomp", b"0")),
-    )
-
-
 def _current_syscall(tid: int) -> int:
     """Return the system call a thread sleeps in, or -1 (running, in a page fault, or gone)."""
     try:
         word = read_whole(f"/proc/{tid}/syscall").split()[0]
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
+    except GONE:
         return -1
     return int(word) if word.isdigit() else -1
 
 
-def is_ignored(status: Status) -> bool:
+def is_ignored(status: ThreadStatus) -> bool:
     """Return True if the kernel would discard a SIGBUS at once: sig_ignored(). The kernel keeps a blocked
     SIGBUS.
     """

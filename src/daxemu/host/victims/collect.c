@@ -2,8 +2,8 @@
  * Processes that have pages of a file present: many processes in one call, with no Python between the system calls.
  *
  * The code answers for ordinary processes: a process that maps no file of the device, or whose mappings and pages do not
- * change during the look. Any other verdict is ASK: host/proc/tasks.py then looks at that process itself, and handles a
- * process that changes. tasks.py also decides which pages to look for, and which processes to signal.
+ * change during the look. Any other verdict is ASK: host/proc/present.py then looks at that process itself, and handles a
+ * process that changes. present.py also decides which pages to look for, and which processes to signal.
  *
  * Needs PROCMAP_QUERY (Linux 6.11) and PAGEMAP_SCAN (6.7); on older kernels every verdict is ASK.
  */

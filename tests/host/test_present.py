@@ -13,16 +13,10 @@ from pathlib import Path
 import pytest
 
 from daxemu.host import victims
-from daxemu.host.proc import tasks
-from daxemu.host.proc.tasks import (
-    collect_tasks,
-    in_page_fault,
-    present_runs,
-    process_of,
-    read_comm,
-    read_threads,
-    read_vmas,
-)
+from daxemu.host.proc import maps, pagemap, present
+from daxemu.host.proc.pagemap import Pagemap
+from daxemu.host.proc.present import collect_tasks, present_runs
+from daxemu.host.proc.processes import in_page_fault, process_of, read_comm, read_threads
 from daxemu.mm.memory_failure import Task
 from daxemu.ranges import Range
 from daxemu.uapi import PF_MCE_EARLY, PF_MCE_PROCESS
@@ -116,7 +110,7 @@ def test_both_ways_find_the_same(
     for command in commands:
         actor.cmd(command)
     closely: list[int] = []
-    monkeypatch.setattr(tasks, "_look_at", lambda pid, *_: closely.append(pid))
+    monkeypatch.setattr(present, "_look_at", lambda pid, *_: closely.append(pid))
     quickly = everybody(file)
     assert actor.pid in {task.pid for task in quickly}
     assert actor.pid not in closely, "C found it all"
@@ -143,17 +137,17 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, *changes: Callable[[], None]) -> 
     """Run these functions before the first look at the page tables, after the first look, before the second,
     and so on.
     """
-    real, todo = tasks.present_in, [*changes]
+    real, todo = Pagemap.present_in, [*changes]
     without_c(monkeypatch)
 
-    def present_in(pagemap: int, start: int, end: int) -> Iterator[Range]:
+    def present_in(self: Pagemap, start: int, end: int, *, copies: bool = False) -> Iterator[Range]:
         if todo:
             todo.pop(0)()
-        yield from list(real(pagemap, start, end))
+        yield from list(real(self, start, end, copies=copies))
         if todo:
             todo.pop(0)()
 
-    monkeypatch.setattr(tasks, "present_in", present_in)
+    monkeypatch.setattr(Pagemap, "present_in", present_in)
 
 
 def test_what_appears_where_a_file_was_mapped_is_not_its_page(
@@ -194,7 +188,7 @@ def test_who_faults_all_the_while_is_found(file: Path, actor: Actor, monkeypatch
     actor.cmd("tw 0 3 x")
     turns = count()
     without_c(monkeypatch)
-    monkeypatch.setattr(tasks, "_faults", lambda _: next(turns))
+    monkeypatch.setattr(present, "_faults", lambda _: next(turns))
     assert (3, 1, 3 * PAGE) in present_pages(file, actor, Range(3, 4))
 
 
@@ -224,7 +218,7 @@ def test_without_pagemap_scan_the_same_is_found(
         actor.cmd(f"tw 0 {page} x")
     new = present_pages(file, actor, Range(0, 64))
     without_c(monkeypatch)
-    monkeypatch.setattr(tasks, "_PAGEMAP_SCAN", 0xDEAD)  # a kernel that does not know the ioctl
+    monkeypatch.setattr(pagemap, "_PAGEMAP_SCAN", 0xDEAD)  # a kernel that does not know the ioctl
     assert present_pages(file, actor, Range(0, 64)) == new != []
 
 
@@ -259,7 +253,7 @@ def test_who_is_gone_is_left_out(file: Path) -> None:
         assert in_page_fault(pid) is False
         assert process_of(pid) == pid
         with pytest.raises((FileNotFoundError, ProcessLookupError)):
-            list(read_vmas(pid, dev))
+            list(maps.read(pid, dev))
         with pytest.raises(FileNotFoundError):
             read_comm(pid)
 
@@ -281,7 +275,7 @@ def test_copies_are_told_with_what_is_the_files_own(
     file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch, scan: bool
 ) -> None:
     if not scan:
-        monkeypatch.setattr(tasks, "_PAGEMAP_SCAN", 0xDEAD)
+        monkeypatch.setattr(pagemap, "_PAGEMAP_SCAN", 0xDEAD)
     dev, ino = identity(file)
     actor.cmd("mmap 0 0 8 40 private")
     actor.cmd("mmap 1 0 0 64 shared")
@@ -304,9 +298,9 @@ def test_a_file_name_is_taken_for_no_device(tmp_path: Path, name: str) -> None:
     path.write_bytes(bytes(PAGE))
     with path.open("r+b") as opened, mmap.mmap(opened.fileno(), PAGE) as view:
         status = path.stat()
-        assert list(read_vmas(os.getpid(), (0, 0x63))) == []
+        assert list(maps.read(os.getpid(), (0, 0x63))) == []
         here = (os.major(status.st_dev), os.minor(status.st_dev))
-        assert [vma.ino for vma in read_vmas(os.getpid(), here) if vma.ino == status.st_ino] == [
+        assert [vma.ino for vma in maps.read(os.getpid(), here) if vma.ino == status.st_ino] == [
             status.st_ino
         ]
         assert len(view) == PAGE

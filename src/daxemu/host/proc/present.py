@@ -1,0 +1,219 @@
+"""Who maps what: the processes of this machine as /proc shows them (the kernel's walk over i_mmap and page
+tables).
+
+Addresses are bytes, file positions pages. Processes that vanish while they are looked at, or that we may not
+look into, are left out: a process that is gone cannot be told, and one that is another user's is not ours to
+tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from operator import attrgetter
+from typing import NamedTuple
+
+from daxemu.host import victims
+from daxemu.host.proc import collect_in_c, maps, stat
+from daxemu.host.proc.mapcount import all_found
+from daxemu.host.proc.maps import Vma
+from daxemu.host.proc.pagemap import Pagemap
+from daxemu.host.proc.processes import as_comm, read_comm, read_threads
+from daxemu.host.proc.procfs import GONE, pids
+from daxemu.mm.memory_failure import PresentRun, Task, Thread
+from daxemu.ranges import Range
+from daxemu.uapi import PAGE_SHIFT, Ino
+
+_LOOKS = 8  # at a process that maps and faults meanwhile
+
+Wanted = Mapping[Ino, Sequence[Range]] | None
+"""Page ranges by inode; None is everything on the device, of which one run of each process is enough."""
+PagesOf = Callable[[int, list[Vma], Wanted], Iterator[PresentRun]]
+
+
+def collect_tasks(
+    dev: tuple[int, int],
+    wanted: Wanted,
+    skip: frozenset[int] = frozenset(),
+    pages_of: PagesOf | None = None,
+    likely: Set[int] = frozenset(),
+) -> list[Task]:
+    """Every process that has a wanted page of a file on ``dev``, with where.
+
+    ``pages_of`` says what having is: :func:`present_runs` unless given, or :func:`mapped_runs`. ``likely``
+    are those to look at first: it may turn out that nobody else has any.
+    """
+    pages_of = pages_of or present_runs
+    everyone = [pid for pid in pids() if pid not in skip]
+    found = _look_at_each([pid for pid in everyone if pid in likely], dev, wanted, pages_of)
+    rest = [pid for pid in everyone if pid not in likely]
+    # To be certain of those that were found costs as much again as to find them.
+    if wanted is not None and pages_of is present_runs and len(found) < len(rest):
+        everybody = all_found(found, wanted)
+        rest = rest if everybody is None else everybody.living_in(rest)
+    found += _look_at_each(rest, dev, wanted, pages_of)
+    return sorted(found, key=attrgetter("pid"))
+
+
+def _look_at_each(pids: list[int], dev: tuple[int, int], wanted: Wanted, pages_of: PagesOf) -> list[Task]:
+    tasks = []
+    for found in pids if victims.MISSING else _looked_at(pids, dev, wanted, pages_of):
+        task = found if isinstance(found, Task) else _look_at(found, dev, wanted, pages_of)
+        if task is not None:
+            tasks.append(task)
+    return tasks
+
+
+def _looked_at(
+    pids: list[int], dev: tuple[int, int], wanted: Wanted, pages_of: PagesOf
+) -> Iterator[Task | int]:
+    """What C found at once, and who is still to be looked at."""
+    is_plain = wanted is not None and pages_of is present_runs
+    for found in collect_in_c.collect(pids, dev, wanted if wanted is not None and is_plain else {}):
+        if isinstance(found, int):
+            yield found
+            continue
+        try:
+            # The leader's line of stat said it all if it is the only one.
+            alone = found.nr_threads == 1
+            threads = [Thread(found.pid, found.flags)] if alone else read_threads(found.pid)
+            yield Task(found.pid, as_comm(found.comm), tuple(threads), tuple(map(_present, found.runs)))
+        except GONE:
+            continue
+
+
+def _present(run: collect_in_c.Run) -> PresentRun:
+    area = Range(run.vma_start, run.vma_end)
+    writable = bool(run.writable)
+    return PresentRun(run.ino, run.first, run.nr_pages, run.address, PAGE_SHIFT, area, writable=writable)
+
+
+def _look_at(pid: int, dev: tuple[int, int], wanted: Wanted, pages_of: PagesOf) -> Task | None:
+    try:
+        present = _settled(pid, dev, lambda vmas: pages_of(pid, vmas, wanted))
+        if not present:
+            return None
+        return Task(pid, read_comm(pid), tuple(read_threads(pid)), present)
+    except GONE:
+        return None
+
+
+def _settled(
+    pid: int, dev: tuple[int, int], look: Callable[[list[Vma]], Iterable[PresentRun]]
+) -> tuple[PresentRun, ...]:
+    """What ``look`` finds in the page tables at the addresses of given mappings.
+
+    Mappings and page tables cannot be read at once: what is present at an address may belong to what was
+    mapped there for a moment, or have moved away. A process that changes all the while is looked at several
+    times, and has what it had each time.
+    """
+    vmas, faults = list(maps.read(pid, dev)), _faults(pid)
+    found: tuple[PresentRun, ...] = ()
+    looks = []
+    for _ in range(_LOOKS if vmas else 0):
+        before, at_first = vmas, faults
+        found = tuple(look(vmas))
+        vmas, faults = list(maps.read(pid, dev)), _faults(pid)
+        if vmas == before:
+            if not found or faults == at_first:
+                return found
+            looks.append(found)
+    return tuple(
+        run
+        for run in found
+        if _is_shown(run, vmas) and all(any(_overlap(run, other) for other in each) for each in looks)
+    )
+
+
+def _faults(pid: int) -> tuple[bytes, bytes]:
+    """Return the numbers of page faults of a process: without a fault, no page becomes present."""
+    return stat.read(pid).faults
+
+
+def _overlap(run: PresentRun, other: PresentRun) -> bool:
+    same = Range(run.index, run.index + run.nr_pages).clip(other.index, other.index + other.nr_pages)
+    return run.mapping == other.mapping and bool(same)
+
+
+class Mapped(NamedTuple):
+    """What a process shows of a file of ours, in bytes of the file."""
+
+    pid: int
+    comm: str
+    ino: Ino
+    offset: int
+    length: int
+
+
+def mapped_files(dev: tuple[int, int]) -> Iterator[Mapped]:
+    """Every mapping of a file on ``dev``, in every process that we may look into."""
+    for pid in pids():
+        try:
+            vmas = list(maps.read(pid, dev))
+            comm = read_comm(pid) if vmas else ""
+        except GONE:
+            continue
+        for vma in vmas:
+            yield Mapped(pid, comm, vma.ino, vma.pgoff << PAGE_SHIFT, vma.end - vma.start)
+
+
+def mapped_runs(pid: int, vmas: list[Vma], wanted: Wanted) -> Iterator[PresentRun]:
+    """The wanted pages that are mapped, touched or not."""
+    for vma, part in _wanted_parts(vmas, wanted):
+        address = vma.start + ((part.start - vma.pgoff) << PAGE_SHIFT)
+        yield PresentRun(
+            vma.ino, part.start, part.length, address, PAGE_SHIFT, vma.area, writable=vma.writable
+        )
+        if wanted is None:
+            return
+
+
+def present_runs(pid: int, vmas: list[Vma], wanted: Wanted, *, copies: bool = False) -> Iterator[PresentRun]:
+    """The wanted pages that are in the page tables. A private copy of a page (CoW) is the process's own and
+    does not count; with ``copies`` each run says which wanted ones its mapping has.
+    """
+    with Pagemap(pid) as pagemap:
+        for vma, part in _wanted_parts(vmas, wanted):
+            low = vma.start + ((part.start - vma.pgoff) << PAGE_SHIFT)
+            high = low + (part.length << PAGE_SHIFT)
+            own = pagemap.present_in(low, high, copies=True) if copies and vma.private else ()
+            copied = tuple(_pages_of(vma, run) for run in own)
+            for run in pagemap.present_in(low, high):
+                first, end = _pages_of(vma, run)
+                yield PresentRun(
+                    vma.ino, first, end - first, run.start, PAGE_SHIFT, vma.area, copied, vma.writable
+                )
+                if wanted is None:
+                    return
+
+
+def _wanted_parts(vmas: list[Vma], wanted: Wanted) -> Iterator[tuple[Vma, Range]]:
+    """The wanted pages of the file that each mapping shows."""
+    for vma in vmas:
+        span = Range(vma.pgoff, vma.pgoff + ((vma.end - vma.start) >> PAGE_SHIFT))
+        for pages in [span] if wanted is None else wanted.get(vma.ino, ()):
+            if part := pages.clip(*span):
+                yield vma, part
+
+
+def _pages_of(vma: Vma, addresses: Range) -> Range:
+    """The pages of the file that a mapping shows there."""
+    return Range(*(vma.pgoff + ((address - vma.start) >> PAGE_SHIFT) for address in addresses))
+
+
+def maps_still(task: Task, dev: tuple[int, int]) -> bool:
+    """Whether the process still shows the same pages of the same files where ``task.present`` says."""
+    try:
+        vmas = list(maps.read(task.pid, dev))
+    except GONE:
+        return False
+    return all(_is_shown(run, vmas) for run in task.present)
+
+
+def _is_shown(run: PresentRun, vmas: Iterable[Vma]) -> bool:
+    """Whether the first page of ``run`` is what its address shows."""
+    return any(
+        vma.ino == run.mapping
+        and vma.start <= run.address < vma.end
+        and vma.pgoff + ((run.address - vma.start) >> PAGE_SHIFT) == run.index
+        for vma in vmas
+    )
