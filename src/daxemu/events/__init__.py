@@ -1,7 +1,7 @@
-"""Typed records of everything that happened, their JSON form, and the kernel's own log line for each.
+"""Typed event records, their JSON form, and the kernel's log line for each.
 
-An event says what *was* done, never what will be. Each one that the kernel would log knows that line
-(``dmesg()``); the others return None there. The type of a field declares its kind and unit (daxemu.fields).
+An event reports a completed action, never a planned one. ``dmesg()`` returns the kernel's log line of an
+event, or None. The type of a field declares its kind and unit (daxemu.fields).
 
 A subclass of ``Event`` in one of these modules is an event: its class is the only place that lists it.
 ``any_event`` is generated (``make protocol``).
@@ -38,12 +38,12 @@ _decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
 
 
 def encode(event: Event) -> bytes:
-    """One JSON object on one line, without the newline."""
+    """Encode an event as one JSON object on one line, without the newline."""
     return msgspec.json.encode(event)
 
 
 def decode(line: bytes | str) -> AnyEvent:
-    """The event of one line. Raises msgspec.ValidationError or msgspec.DecodeError for anything else."""
+    """Decode the event of one line. Raises msgspec.ValidationError or msgspec.DecodeError for anything else."""
     try:
         return _decoder.decode(line)
     except (UnicodeDecodeError, RecursionError) as error:

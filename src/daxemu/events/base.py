@@ -1,4 +1,4 @@
-"""What all events share: the base class, and the vocabulary of several of them."""
+"""Base class of all events, and the words that several events share."""
 
 from __future__ import annotations
 
@@ -33,21 +33,23 @@ def signalled(processes: int, signals: int) -> str:
 
 
 class Event(msgspec.Struct, tag_field="event", kw_only=True):
-    """One thing that happened. ``seq`` counts from 1 in each mount; ``time`` is seconds since the epoch."""
+    """Record of one event. ``seq`` counts from 1 in each mount; ``time`` is seconds since the epoch."""
 
     seq: int = 0
     time: Time = 0.0
 
     def dmesg(self) -> str | None:
-        """The line the kernel prints for this, without its timestamp; None if it prints none."""
+        """Return the line that the kernel prints for this event, without a timestamp; None if the kernel
+        prints none.
+        """
         return None
 
     def printed_by(self) -> str:
-        """The kernel's function that prints that line. Precondition: there is one."""
+        """Return the name of the kernel function that prints the line. Precondition: ``dmesg()`` is not None."""
         raise NotImplementedError(f"{type(self).__name__} has no line")
 
     def summary(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         return self.dmesg() or type(self).__name__
 
 

@@ -21,8 +21,8 @@ from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR
 
 
 class NotifyFailure(Event):
-    """One call of the holder's ``->notify_failure``. ``offset`` and ``length`` are device bytes; ``flags``
-    are those of memory_failure(). The removal of a device is one call: 0, U64_MAX, MF_MEM_PRE_REMOVE.
+    """Call of the holder's ``->notify_failure``. ``offset`` and ``length`` are device bytes; ``flags`` are
+    those of memory_failure(). The removal of a device is one call: 0, U64_MAX, MF_MEM_PRE_REMOVE.
     """
 
     offset: DeviceOffset
@@ -36,8 +36,8 @@ class NotifyFailure(Event):
 class MemoryFailureHandled(Event):
     """The end of one memory_failure(): ``action_result()``.
 
-    ``signals``: SIGBUS sent for all parts of the failure, one for each mapping of each process that was
-    chosen. ``processes``: distinct processes among their receivers. ``told`` is the old name of ``signals``.
+    ``signals``: SIGBUS sent for all parts of the failure, one for each mapping of each victim. ``processes``:
+    distinct processes among the receivers. ``told`` is the old name of ``signals``.
     """
 
     pfn: Pfn
@@ -58,7 +58,7 @@ class MemoryFailureHandled(Event):
 
 
 class OutsideKernelControl(Event):
-    """A failure of pages that no pagemap and no pfn address space has: nothing was done (-ENXIO)."""
+    """Failure of pages outside every pagemap and pfn address space: no action (-ENXIO)."""
 
     pfn: Pfn
     nr_pages: Pages
@@ -75,9 +75,9 @@ KILLED_BY_SIGBUS = "killed by SIGBUS, which the thread had blocked"
 
 
 class SignalSent(Event):
-    """SIGBUS for one thread. ``result``: delivered, pending, merged (with a SIGBUS that the thread has
-    pending), ignored, gone, or inexact (``reason`` says why). ``current``: it is action required because the
-    thread itself was in memory_failure(), not by a page fault.
+    """SIGBUS for one thread. ``result``: delivered, pending, merged (with a pending SIGBUS of the thread),
+    ignored, gone, or inexact (for ``reason``). ``current``: action required because the thread itself called
+    memory_failure(), not because of a page fault.
     """
 
     pid: Pid
@@ -119,12 +119,12 @@ class SignalSent(Event):
 
 
 class PopulateFailed(Event):
-    """A thread populated or locked a mapping (system call ``call``) of bytes that cannot be read, among bytes
+    """A thread populated or locked a mapping of unreadable bytes (system call ``call``), within bytes
     ``[offset, offset + length)`` of the file. ``result``: ENOMEM (the call returned it), ignored (the call
     succeeded), killed (by SIGKILL: nothing else ends the call of a thread that cannot be held), endless
-    (SIGKILL is not permitted either), or gone (the thread died meanwhile). ``reason`` says why. ``exposed``:
-    other processes that had such a page present while the thread got zeros for it; one of their loads may
-    have returned zeros.
+    (SIGKILL is not permitted either), or gone (the thread died meanwhile), for ``reason``. ``exposed``: other
+    processes that had such a page present while the thread got zeros. A load in these processes may have
+    returned zeros.
     """
 
     pid: Pid
@@ -150,7 +150,7 @@ class PopulateFailed(Event):
 
 
 class FaultRepeated(Event):
-    """A thread has asked ``times`` times in a row for a page of a file that cannot be read."""
+    """A thread requested an unreadable page of a file ``times`` times in a row."""
 
     pid: Pid
     tid: Tid
@@ -168,7 +168,7 @@ class FaultRepeated(Event):
 
 
 class DaxActiveAtRemove(Event):
-    """A surprise removal begins while somebody holds the device (proposed for the pmem driver in 2021)."""
+    """A surprise removal begins while a filesystem holds the device (proposed for the pmem driver in 2021)."""
 
     device: str
 

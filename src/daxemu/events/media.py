@@ -7,7 +7,7 @@ from daxemu.fields import Address, DeviceOffset, FileOffset, Ino, Length, Pfn, P
 
 
 class PoisonInjected(Event):
-    """Media went bad. ``offset`` and ``length`` are device bytes, rounded out to sectors."""
+    """Poison was injected. ``offset`` and ``length`` are device bytes, rounded out to sectors."""
 
     offset: DeviceOffset
     length: Length
@@ -18,7 +18,7 @@ class PoisonInjected(Event):
 
 
 class PoisonCleared(Event):
-    """Media is readable again: ``by`` a write that covered it, or by request."""
+    """Poison was cleared. ``by``: a write of whole sectors, or a request."""
 
     offset: DeviceOffset
     length: Length
@@ -29,7 +29,7 @@ class PoisonCleared(Event):
 
 
 class ScrubFound(Event):
-    """A scrub found poison that nobody knew of. ``offset`` and ``length`` are device bytes."""
+    """A scrub found latent poison. ``offset`` and ``length`` are device bytes."""
 
     offset: DeviceOffset
     length: Length
@@ -39,7 +39,7 @@ class ScrubFound(Event):
 
 
 class MadviseInjected(Event):
-    """``madvise_inject_error()``: a thread asked for a page of its own to go bad, or (``soft``) offline."""
+    """``madvise_inject_error()``: a thread poisoned one of its pages, or (``soft``) took the page offline."""
 
     pid: Pid
     tid: Tid
@@ -56,7 +56,7 @@ class MadviseInjected(Event):
 
 
 class FileDamaged(Event):
-    """A file lost the bytes ``[offset, offset + length)``."""
+    """The bytes ``[offset, offset + length)`` of a file are damaged."""
 
     ino: Ino
     path: str
@@ -68,7 +68,7 @@ class FileDamaged(Event):
 
 
 class StoreLost(Event):
-    """A store through a mapping was written back to poison and is gone."""
+    """A store through a mapping was written back to poison. The stored bytes are lost."""
 
     ino: Ino
     path: str
@@ -80,7 +80,7 @@ class StoreLost(Event):
 
 
 class CorruptionFound(Event):
-    """Device bytes were not what was written there, without being poison. ``by``: a read or a scrub."""
+    """Device bytes without poison differ from the bytes that were written. ``by``: a read or a scrub."""
 
     offset: DeviceOffset
     length: Length

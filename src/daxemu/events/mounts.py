@@ -23,7 +23,9 @@ class Unmounted(Event):
 
 
 class DeviceTightened(Event):
-    """Other users could open ``files`` files of DEVICE, against ``mode`` (octal) of device.toml."""
+    """Other users could open ``files`` files of DEVICE, against ``mode`` (octal) of device.toml. The mount
+    took the permission away.
+    """
 
     device: str
     mode: str
@@ -42,8 +44,8 @@ class SettingChanged(Event):
 
 
 class EventsRepeated(Event):
-    """Only in the file: ``count`` events like the one before, ``first`` to ``seq``, since ``since``. ``what``
-    is a summary of each.
+    """``count`` events equal to the event before, numbers ``first`` to ``seq``, since ``since``. Only in
+    events.jsonl. ``what``: the summary of each.
     """
 
     first: int
@@ -56,7 +58,7 @@ class EventsRepeated(Event):
 
 
 class UnexpectedError(Event):
-    """An exception that no code expects, ``error``, ended a request or a round of a task (``where``). Its
+    """The exception ``error``, which no code expects, ended a request or a round of a task (``where``). The
     traceback is in supervisor.log.
     """
 

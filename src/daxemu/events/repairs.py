@@ -7,8 +7,9 @@ from daxemu.fields import FileOffset, Ino, Length, Pages, Pfn, Seconds
 
 
 class RepairFinished(Event):
-    """What a repair strategy made of a failure. ``verdict``: recovered, lost, cannot, or failed (the strategy
-    itself). ``lost``: (inode, offset, length) of bytes that cannot be had any more. ``seconds`` it took.
+    """Verdict of a repair strategy on a failure. ``verdict``: recovered, lost, cannot, or failed (the
+    strategy raised an error). ``lost``: (inode, offset, length) of bytes that stay damaged. ``seconds``:
+    duration.
     """
 
     strategy: str
@@ -26,7 +27,9 @@ class RepairFinished(Event):
 
 
 class RepairProgress(Event):
-    """A repair strategy that was chosen copies, or adds up, what there is. Once a second, and at the end."""
+    """A newly chosen repair strategy copies or sums up the existing data. One event a second, and one at the
+    end.
+    """
 
     strategy: str
     done_bytes: Length
@@ -37,7 +40,9 @@ class RepairProgress(Event):
 
 
 class RepairStrategyFailed(Event):
-    """A repair strategy raised, hung or made no sense; it is asked nothing more."""
+    """A repair strategy raised an exception, hung, or gave an invalid answer. The strategy is not called
+    again.
+    """
 
     strategy: str
     reason: str
