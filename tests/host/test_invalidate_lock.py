@@ -1,4 +1,4 @@
-"""Tasks that wait while pages of a file are revoked, and tasks that must not wait."""
+"""Tasks in wait while pages of a file are revoked, and tasks without a wait."""
 
 from __future__ import annotations
 

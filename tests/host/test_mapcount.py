@@ -1,5 +1,5 @@
-"""Processes that need no look because the kernel's mapcount is reached: real processes, a plain shared-memory
-file.
+"""Processes without a look once the kernel's mapcount is reached: real processes, a plain
+shared-memory file.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def file() -> Iterator[Path]:
 
 @pytest.fixture
 def spawn(file: Path) -> Iterator[Callable[[], Actor]]:
-    """Start a process that has pages 0 and 32 of the file present."""
+    """Start a process with pages 0 and 32 of the file present."""
     with ExitStack() as stack:
 
         def make() -> Actor:

@@ -1,6 +1,4 @@
-"""POSIX access control lists through setfacl and getfacl, and the mode bits that the kernel derives from an
-ACL.
-"""
+"""POSIX access control lists through setfacl and getfacl, and the mode bits derived by the kernel."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ pytestmark = [
 
 
 def acl(path: Path) -> set[str]:
-    """Return the output of getfacl without its comments."""
+    """Return the output of getfacl without comments."""
     shown = subprocess.run(["getfacl", "-pcn", path], capture_output=True, text=True, check=True).stdout
     return set(shown.split())
 

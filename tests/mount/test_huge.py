@@ -1,5 +1,5 @@
-"""Files that DAX maps by 2 MiB (``mkfs --align 2M``): which processes are signalled for poison in such a
-file, with which siginfo, and which pages are unmapped.
+"""Files mapped by 2 MiB on DAX (``mkfs --align 2M``): signalled processes, their siginfo, and the unmapped
+pages.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def scene(tmp_path: Path, zygote: Zygote) -> Iterator[Scene]:
 
 
 def ao21(page: int, **how: Any) -> dict[str, Any]:
-    """Return the AO for the whole 2 MiB that hold this page."""
+    """Return the AO for the whole 2 MiB around the page."""
     return ao(page, **how) | {"lsb": 21}
 
 

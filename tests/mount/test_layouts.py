@@ -29,7 +29,7 @@ PAGES = 64
 
 @pytest.fixture
 def file(quick_mount: QuickMount) -> Iterator[int]:
-    """File of the test's own that C answers for: page n is full of byte n."""
+    """File whose requests C answers: page n is full of byte n."""
     fd = os.open(quick_mount.path / "f", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         os.write(fd, b"".join(bytes([n]) * PAGE for n in range(PAGES)))
@@ -45,7 +45,7 @@ def file(quick_mount: QuickMount) -> Iterator[int]:
 
 
 def answered(mount: QuickMount) -> int:
-    """Return the number of requests that did not go to Python so far."""
+    """Return the number of requests answered in C so far."""
     with mount.client() as client:
         said = client.request("status")["layouts"]
     found = re.fullmatch(r"(\d+) requests answered", said)
@@ -54,7 +54,7 @@ def answered(mount: QuickMount) -> int:
 
 
 def cold_read(fd: int, page: int, length: int = PAGE) -> bytes:
-    """Read bytes that the kernel has not cached."""
+    """Read bytes outside of the kernel's cache."""
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     return os.pread(fd, length, page * PAGE)
 

@@ -1,6 +1,4 @@
-"""System calls that make pages present by themselves, over bytes that cannot be read: each returns, as on
-DAX.
-"""
+"""System calls that make pages present, over unreadable bytes: each returns, as on DAX."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ CALLS = {
 
 
 def call(actor: Actor, name: str, kind: str) -> str | None:
-    """Make the call over mapping 0 of the whole file; return its errno."""
+    """Make the call over mapping 0 of the whole file; return the errno."""
     text, _ = CALLS[name]
     assert actor.cmd("open 0 f rw").ret == 0
     if name.startswith("mlock"):
@@ -166,7 +164,7 @@ def test_a_thread_that_asks_again_and_again_is_an_event(scene: Scene) -> None:
 
 @contextmanager
 def peeking(path: Path, page: int) -> Iterator[subprocess.Popen[str]]:
-    """Run tests/victims/peeker.c in its loop."""
+    """Run the loop of tests/victims/peeker.c."""
     command: list[str | Path] = [compile_victim("peeker"), path, str(page)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peeker:
         try:

@@ -1,4 +1,4 @@
-"""Control socket, over a real socket: a peer that breaks the protocol loses its own connection only."""
+"""Control socket, over a real socket: a peer loses only its own connection by breaking the protocol."""
 
 from __future__ import annotations
 
@@ -297,7 +297,7 @@ def test_a_follower_that_does_not_read_stops_nobody(tmp_path: Path) -> None:
 
 
 class Stranger:
-    """Reads every peer's credentials as user 1234's, because this machine has no second user to ask."""
+    """Reads every peer's credentials as user 1234's, because the machine has no second user to ask."""
 
     size = struct.calcsize("=iII")
 

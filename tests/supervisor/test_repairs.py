@@ -1,4 +1,4 @@
-"""Strategies that misbehave: each is a verdict, and no misbehaviour harms the filesystem."""
+"""Misbehaving strategies: each is a verdict, and no misbehaviour harms the filesystem."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.repairing import Repairing, repairing
 
 
 class Bad(Strategy):
-    """Strategy that does as the test says on each call."""
+    """Strategy with the behaviour chosen by the test for each call."""
 
     name = "bad"
     watches = True

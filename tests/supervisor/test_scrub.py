@@ -16,7 +16,7 @@ Scenario = Callable[[Scrubber, list[float]], Awaitable[None]]
 
 
 def noting(times: list[float], start: float = 0.0) -> Callable[[], Awaitable[None]]:
-    """A scrub that notes the time of each call."""
+    """A scrub with a note of each time."""
 
     async def scrub() -> None:
         times.append(trio.current_time() - start)
@@ -25,7 +25,7 @@ def noting(times: list[float], start: float = 0.0) -> Callable[[], Awaitable[Non
 
 
 def play(scenario: Scenario) -> None:
-    """Run a scrubber from time 0; return the times of its scrubs."""
+    """Run a scrubber from time 0; return the times of scrubs."""
 
     async def scene() -> None:
         times: list[float] = []

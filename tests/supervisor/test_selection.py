@@ -1,4 +1,4 @@
-"""Selection of the events that a follower receives."""
+"""Selection of the events for a follower."""
 
 from __future__ import annotations
 
