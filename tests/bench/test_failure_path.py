@@ -117,7 +117,7 @@ def test_inject_to_last_victim_signalled(tmp_path: Path, victims: int, limit: fl
     record(Line(SECTION, name, "ms", figures, target=limit))
 
 
-def test_what_a_thousand_idle_processes_add(tmp_path: Path) -> None:
+def test_cost_that_a_thousand_idle_processes_add(tmp_path: Path) -> None:
     found = {}
     with dax_mount_at(tmp_path) as made:
         made.make_file("f", 8)

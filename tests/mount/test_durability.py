@@ -195,7 +195,7 @@ def test_after_one_fsync_all_is_there(
     assert tree(top) == before
 
 
-def test_what_was_not_synced_is_gone_or_there(quick_mount: QuickMount, how: str) -> None:
+def test_unsynced_data_is_gone_or_present(quick_mount: QuickMount, how: str) -> None:
     top = quick_mount.path
     (top / "old").write_bytes(b"o" * 3 * PAGE)
     sync(top)

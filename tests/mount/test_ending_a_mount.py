@@ -54,7 +54,7 @@ def namespace_with_a_copy() -> Iterator[int]:
         process.stdout.close()
 
 
-def test_who_pins_an_unmounted_device_is_named_and_force_cuts_it(dax_mount: DaxMount) -> None:
+def test_processes_that_pin_an_unmounted_device_are_named_and_force_cuts_it(dax_mount: DaxMount) -> None:
     (dax_mount.path / "f").write_bytes(b"kept")
     with namespace_with_a_copy() as pid:
         said = dax_mount.run("umount", dax_mount.path, status=4)

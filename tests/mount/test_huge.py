@@ -116,7 +116,7 @@ def test_a_mapping_that_has_not_room_for_2_mib_is_by_pages(scene: Scene) -> None
     assert not present(untouched, 0, NEAR - NR), "the 2 MiB of the file are unmapped from everybody"
 
 
-def test_without_anybody_who_maps_2_mib_the_neighbours_stay(scene: Scene) -> None:
+def test_without_a_2_mib_mapping_the_neighbours_stay(scene: Scene) -> None:
     part = scene.mapper(first=NR, pages=NR - 1, touch=[BAD - NR, NEAR - NR])
     scene.poison(BAD)
     assert told(part) == [ao(BAD - NR)]

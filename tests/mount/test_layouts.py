@@ -79,7 +79,7 @@ def test_latent_poison_is_met_too(quick_mount: QuickMount, file: int) -> None:
         cold_read(file, 7)
 
 
-def test_a_clone_keeps_what_was_there(quick_mount: QuickMount, file: int) -> None:
+def test_a_clone_keeps_the_bytes_of_its_moment(quick_mount: QuickMount, file: int) -> None:
     quick_mount.run("reflink", quick_mount.path / "f", quick_mount.path / "clone")
     assert cold_read(file, 7) == bytes([7]) * PAGE
     os.pwrite(file, b"new" * 100, 7 * PAGE)
@@ -127,7 +127,7 @@ def store(fd: int, page: int) -> None:
         mapping.flush()
 
 
-def test_what_was_written_survives_a_remount(quick_mount: QuickMount, file: int) -> None:
+def test_written_data_survives_a_remount(quick_mount: QuickMount, file: int) -> None:
     os.pwrite(file, b"a" * (40 * PAGE), 3 * PAGE)
     os.pwrite(file, b"b" * 10, 50 * PAGE + 5)
     times = os.fstat(file).st_mtime_ns

@@ -163,7 +163,7 @@ def test_a_directory_swapped_for_a_link_leads_nowhere(
         own_files.open_inode(mount, ino, None)
 
 
-def test_somebody_swaps_directories_all_the_while(dax_mount: DaxMount, tmp_path: Path) -> None:
+def test_opening_is_safe_while_directories_are_swapped(dax_mount: DaxMount, tmp_path: Path) -> None:
     """SEEK_DATA has the supervisor open the file; the mount goes on, and can be ended."""
     os.mkfifo(tmp_path / "f")
     root = dax_mount.path

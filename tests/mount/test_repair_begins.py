@@ -164,7 +164,7 @@ def test_files_are_used_meanwhile(written: QuickMount, gate: Gate, slow: Path) -
     _survives(written, "f", list(range(rng.randrange(16), PAGES, 16)), bytes(expected))
 
 
-def test_what_fails_before_its_turn_is_lost_and_the_rest_is_not(
+def test_a_block_that_fails_before_its_copy_is_lost_and_no_other(
     written: QuickMount, gate: Gate, slow: Path
 ) -> None:
     expected = (written.path / "f").read_bytes()

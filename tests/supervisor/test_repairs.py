@@ -169,7 +169,7 @@ def test_one_that_cannot_begin_refuses_the_mount(
         ("", "no repair strategy ''"),
     ],
 )
-def test_what_there_is_not_is_refused(made: Repairing, text: str, complaint: str) -> None:
+def test_an_unusable_strategy_is_refused(made: Repairing, text: str, complaint: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         made.choose(text)
     assert complaint in str(caught.value)

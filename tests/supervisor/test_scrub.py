@@ -114,6 +114,6 @@ def test_intervals(text: str, value: float) -> None:
 @pytest.mark.parametrize(
     "text", ["", " 1", "1s", "-1", "+1", "nan", "inf", "1e3", "0.009", "9999999999", "٣"]
 )
-def test_what_is_no_interval(text: str) -> None:
+def test_an_invalid_interval_is_refused(text: str) -> None:
     with pytest.raises(InvalidArgument, match="must be seconds"):
         seconds(text)

@@ -52,5 +52,5 @@ EVERYBODYS = [SHUTDOWN, REMOVED, SETTING]
     ],
     ids=repr,
 )
-def test_what_is_sent(wanted: Follow, sent: list[Event]) -> None:
+def test_a_follower_gets_the_selected_events(wanted: Follow, sent: list[Event]) -> None:
     assert {id(event) for event in ALL if selects(wanted, encode(event))} == {id(event) for event in sent}
