@@ -33,7 +33,7 @@ print(peer.makefile().readline())
 
 @contextmanager
 def peer(mount: DaxMount) -> Iterator[socket.socket]:
-    """A connection of ours."""
+    """Open a connection of the test's own."""
     with socket.socket(socket.AF_UNIX) as connected:
         connected.settimeout(PATIENCE)
         connected.connect(str(mount.device / "control.sock"))

@@ -1,4 +1,4 @@
-"""How a mount begins and ends: in the foreground, by signals, by umount(8), by force, after a crash, without
+"""Begin and end of a mount: in the foreground, by signals, by umount(8), by force, after a crash, without
 root.
 """
 

@@ -1,5 +1,5 @@
-"""Memory without struct pages, mapped by unmodified programs: a mapping is enough to be told, and to be torn
-down.
+"""Memory without struct pages, mapped by unmodified programs: every mapping counts as presence, for signals
+and for revoke.
 """
 
 from __future__ import annotations

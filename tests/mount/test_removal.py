@@ -32,7 +32,7 @@ pytestmark = pytest.mark.mount
 
 
 def remove(scene: Scene) -> int:
-    """``daxemu remove``; how many were told."""
+    """Run ``daxemu remove``; return the number of signalled processes."""
     return int(scene.mount.json("remove", scene.mount.path)["told"])
 
 
