@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Device memory without struct pages: a driver registers its pfns, pfns fail, and every process that maps
-them is signalled.
+"""Device memory without struct pages: a driver registers pfns, pfns fail, and every process with a mapping is
+signalled.
 
     examples/device_memory_without_struct_pages.py
 
-This is the case of nvgrace-gpu in Linux 6.19: programs map the memory of an accelerator, but the kernel has
-no struct pages for that memory. Here the memory is a file in shared memory, the driver is the class below,
-and the program that maps the file is a child of this process: plain Python that knows nothing of daxemu.
+The case of nvgrace-gpu in Linux 6.19: programs map the memory of an accelerator, but the kernel has no struct
+pages for the memory. Here the memory is a file in shared memory, the driver is the class below, and the
+program with the mapping is a child of this process: plain Python, without knowledge of daxemu.
 """
 
 import os
@@ -44,7 +44,7 @@ print("the program got signal", info.si_signo, "code", info.si_code, flush=True)
 
 
 class Accelerator:
-    """Driver whose memory is the file ``path``, page for page from BASE_PFN on."""
+    """Driver; the memory is the file ``path``, page for page from BASE_PFN on."""
 
     def __init__(self, path: Path) -> None:
         with open(path, "wb") as file:
@@ -54,7 +54,7 @@ class Accelerator:
         self.retired = RangeSet()
 
     def failure(self, space: PfnAddressSpace, pfn: int, nr_pages: int) -> None:
-        """Never hand these pages out again."""
+        """Stop handing these pages out."""
         self.retired.add(pfn, pfn + nr_pages)
 
     def pfn_to_pgoff(self, space: PfnAddressSpace, pfn: int, nr_pages: int) -> Sequence[PfnMapping]:
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 async def fail(mm: MemoryFailures) -> None:
-    """Call memory_failure(), and carry out the actions that it returns."""
+    """Call memory_failure(), and carry out the actions returned."""
     incident = mm.memory_failure(BAD.start, BAD.length, 0)
     async with TracerLink.open() as tracer:
         to_kill = await trio.to_thread.run_sync(

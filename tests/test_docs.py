@@ -22,7 +22,7 @@ PAGES = [TOP / "README.md", *sorted((TOP / "docs").rglob("*.md"))]
 
 @pytest.mark.mount
 @pytest.mark.parametrize("page", [p for p in PAGES if steps(p.read_text())], ids=lambda p: p.name)
-def test_a_page_prints_what_it_shows(page: Path, tmp_path: Path) -> None:
+def test_a_page_prints_the_output_shown(page: Path, tmp_path: Path) -> None:
     if "socat" in page.read_text() and shutil.which("socat") is None:
         pytest.skip("no socat here: apt-get install socat")
     run_page(page, tmp_path)
@@ -91,7 +91,7 @@ def test_completion(words: str, offered: str) -> None:
     assert offered in done.stdout.splitlines()
 
 
-def test_what_a_page_shows_is_compared() -> None:
+def test_the_output_shown_is_compared() -> None:
     assert matches("a\n...\nz\n", "a\nb\nc\nz\n")
     assert not matches("a\n...\nz\n", "a\nb\n")
     assert not matches("a\n", "a\nb\n")

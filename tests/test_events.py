@@ -241,7 +241,7 @@ def test_the_line_is_the_kernels(event: Event, line: str) -> None:
     assert as_recorded(line) in RECORDED
 
 
-def test_what_the_kernel_does_not_log_has_no_line() -> None:
+def test_events_that_the_kernel_does_not_log_have_no_line() -> None:
     silent = {type(sample) for sample in SAMPLES if sample.dmesg() is None}
     assert set(EVENT_TYPES) - silent == {
         MadviseInjected,
@@ -267,7 +267,7 @@ def test_every_line_is_printed_by_a_function_of_the_kernels() -> None:
     assert msgspec.structs.replace(a_signal(BUS_MCEERR_AR), current=True).printed_by() == "kill_proc"
 
 
-def test_what_a_thread_does_to_itself_has_the_kernels_lines() -> None:
+def test_madvise_of_a_thread_has_the_kernels_lines() -> None:
     where = "pfn 0x240200 at process virtual address 0x7000"
     injected = MadviseInjected(pid=7, tid=8, address=0x7000, pfn=0x240200, soft=False)
     assert injected.dmesg() == f"Injecting memory failure for {where}"
@@ -276,7 +276,7 @@ def test_what_a_thread_does_to_itself_has_the_kernels_lines() -> None:
     assert (told.dmesg() or "").endswith("due to hardware memory corruption")
 
 
-def test_nobodys_memory_has_the_kernels_line() -> None:
+def test_memory_outside_kernel_control_has_the_kernels_line() -> None:
     """Not in the recordings: mm/memory-failure.c, memory_failure()."""
     line = "Memory failure: 0x240200: memory outside kernel control"
     assert OutsideKernelControl(pfn=0x240200, nr_pages=1).dmesg() == line

@@ -105,7 +105,7 @@ def test_the_paths_are_there_with_their_checkpoints(path: str) -> None:
 
 
 def terms(section: str = "") -> list[str]:
-    """Return the words that the glossary explains, in one of its sections or in all."""
+    """Return the words explained in one section of the glossary, or in all sections."""
     _, _, text = GLOSSARY.partition(section)
     text = text.partition("\n#")[0] if section else text
     rows = re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE)
@@ -113,13 +113,13 @@ def terms(section: str = "") -> list[str]:
 
 
 def results_of_a_signal() -> set[str]:
-    """The results that ``SignalSent`` can have."""
+    """Return the possible results of ``SignalSent``."""
     outcomes = [None, Delivered(1, 2, 4, 0, 1), Ignored(1), Gone(1), Refused(1, "no", False), NotTaken(1)]
     return {failures._explain(outcome)[0] for outcome in outcomes} | {"merged"}
 
 
 def results_of_a_populating_call() -> set[str]:
-    """The results that ``PopulateFailed`` can have: the words given to ``Populating._tell``."""
+    """Return the possible results of ``PopulateFailed``: the words given to ``Populating._tell``."""
     calls = re.findall(r"self\._tell\(now, (.*?)[,)]", inspect.getsource(populate.Populating))
     return {word for call in calls for word in re.findall(r'"(\w+)"', call)}
 

@@ -22,7 +22,7 @@ CLEAN = {name: value for name, value in os.environ.items() if not name.startswit
 
 
 def run(*command: str | Path, cwd: Path, shell: bool = False) -> str:
-    """Run a command that must succeed; return its output."""
+    """Run a command, which must succeed; return the output."""
     done = subprocess.run(
         str(command[0]) if shell else [*map(str, command)],
         shell=shell,

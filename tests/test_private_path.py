@@ -215,7 +215,7 @@ def test_every_verb_on_a_device_has_as_owner(place: Path) -> None:
 
 @pytest.mark.mount
 def test_an_old_device_is_tightened_at_mount(place: Path) -> None:
-    """Made by an earlier daxemu: readable by everybody, and no mode in device.toml."""
+    """A device of an earlier daxemu is readable by all users, and has no mode in device.toml."""
     pmem = place / "pmem"
     text = (pmem / "device.toml").read_text()
     (pmem / "device.toml").write_text("".join(line for line in text.splitlines(True) if "mode" not in line))

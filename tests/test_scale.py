@@ -21,7 +21,7 @@ SMALL, LARGE = 6 << 30, 6 << 40
 
 
 class Calls:
-    """Counts every call, Python's and C's, made within it."""
+    """Count of every call, in Python and C, within the block."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -42,7 +42,7 @@ def largest_free(core: Core) -> Range:
 
 
 def a_huge_file(core: Core) -> Ino:
-    """A file of nearly half the device, without reserved blocks, because no machine has memory for them."""
+    """A file of nearly half the device, without reserved blocks: no machine has memory for so many."""
     ino = core.file(b"huge")
     run = largest_free(core)
     run = Range(run.start, run.end - 1000)
@@ -179,7 +179,7 @@ def test_the_counter_counts() -> None:
 
 
 class Counted:
-    """A holder that only counts."""
+    """A holder with nothing but counters."""
 
     def __init__(self) -> None:
         self.told: list[tuple[int, int, int]] = []

@@ -25,7 +25,7 @@ def everything(path):
 
 
 @pytest.mark.parametrize("copy", [0, 1])
-def test_one_bad_copy_loses_nothing_and_is_healed(path, inject, dax_mount, dax_events, copy):
+def test_one_poisoned_copy_loses_no_record_and_is_rewritten(path, inject, dax_mount, dax_events, copy):
     inject(path, (2 * 3 + copy) * PAGE)
     assert dax_mount.damaged() == [("/ledger", (2 * 3 + copy) * PAGE, PAGE)]
     assert everything(path) == RECORDS
@@ -33,13 +33,13 @@ def test_one_bad_copy_loses_nothing_and_is_healed(path, inject, dax_mount, dax_e
     assert [event.by for event in dax_events(PoisonCleared)] == ["write"]
 
 
-def test_poison_that_nobody_knew_of(path, inject, dax_events):
+def test_latent_poison_loses_no_record(path, inject, dax_events):
     inject(path, 0, latent=True)
     assert everything(path) == RECORDS
     assert [event.offset for event in dax_events.wait(FileDamaged)] == [0]
 
 
-def test_both_copies_bad_are_an_error_and_never_wrong_data(path, inject):
+def test_two_poisoned_copies_are_an_error_and_never_wrong_data(path, inject):
     inject(path, 4 * PAGE, 2 * PAGE)
     with Ledger(path) as ledger:
         with pytest.raises(LostRecord, match="pages 4 and 5"):
@@ -47,7 +47,7 @@ def test_both_copies_bad_are_an_error_and_never_wrong_data(path, inject):
         assert ledger.read(3) == RECORDS[3]
 
 
-def test_what_append_promised_survives_a_loss_of_power(path, dax_mount):
+def test_appended_records_survive_a_loss_of_power(path, dax_mount):
     dax_mount.powerfail()
     dax_mount.mount()
     assert everything(path) == RECORDS

@@ -117,7 +117,7 @@ def test_inject_to_last_victim_signalled(tmp_path: Path, victims: int, limit: fl
     record(Line(SECTION, name, "ms", figures, target=limit))
 
 
-def test_what_a_thousand_idle_processes_add(tmp_path: Path) -> None:
+def test_cost_that_a_thousand_idle_processes_add(tmp_path: Path) -> None:
     found = {}
     with dax_mount_at(tmp_path) as made:
         made.make_file("f", 8)
@@ -178,7 +178,9 @@ def test_removal_with_much_open(tmp_path: Path) -> None:
 
 
 def test_the_per_page_way() -> None:
-    """One memory_failure() for each pfn, as proposed in 2021; both without processes, in the core alone."""
+    """Call memory_failure() once for each pfn, as proposed in 2021; both ways without processes, in the core
+    alone.
+    """
     pages = 4096
     with core_at(size=64 << 20) as core:
         ino = core.file(data=bytes(pages * PAGE))
@@ -222,7 +224,7 @@ def test_a_storm_of_10_000_ranges(tmp_path: Path, victims: int) -> None:
 
 @pytest.mark.parametrize("victims", [0, 1])
 def test_sustained_injections_with_a_reader_of_the_events(tmp_path: Path, victims: int) -> None:
-    """One client, one at a time; another follows the events and must see every one."""
+    """A client injects range after range; a second client follows the events and must see every event."""
     count = 2000 if not victims else 200
     with dax_mount_at(tmp_path) as made:
         file = made.path / "f"

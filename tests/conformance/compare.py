@@ -148,7 +148,7 @@ def _normal_line(line: str) -> str:
 
 
 def brief(outcome: Outcome) -> str:
-    """One line."""
+    """Return a difference as one line."""
     parts = [str(outcome.res)]
     for s in outcome.signals:
         lsb = f" lsb {s['lsb']}" if "lsb" in s else ""

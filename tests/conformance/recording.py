@@ -1,5 +1,5 @@
-"""Recordings of real kernels beside this file (from shared/kernel, whose README describes how they were
-made), and the script of each scenario: the steps, with the kernel's outcome of each.
+"""Recordings of real kernels beside this file (from shared/kernel, made as its README describes), and the
+script of each scenario: the steps, with the kernel's outcome of each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 RECORDINGS = Path(__file__).parent / "recordings"
 KERNELS = ("6.1", "6.12", "7.2")
 CONFIG = "xfs-dax"
-"""Reflink and rmapbt: the filesystem that can do what daxemu can."""
+"""Reflink and rmapbt: the filesystem with daxemu's features."""
 OTHER_CONFIGS = ("xfs-dax-normap", "ext4-dax")
 
 _NOT_PLAYED = re.compile(r"unpoison|kernel stack|SIGKILL|all mappers killed|is the unbind|1\.5 s later|note$")
@@ -67,7 +67,7 @@ class Scenario:
     text: str
     steps: tuple[Step, ...]
     reference: str
-    """The kernel whose recording says what is right."""
+    """Kernel whose recording is the reference."""
 
 
 def canonical(who: str, do: str) -> tuple[str, str]:
@@ -76,7 +76,7 @@ def canonical(who: str, do: str) -> tuple[str, str]:
 
 
 def last_touched(steps: Sequence[Step]) -> int:
-    """Return the page of ``f`` that ``steps`` touched last: a machine check is "on that page"."""
+    """Return the page of ``f`` touched last in ``steps``, where a machine check strikes."""
     mapped: dict[tuple[str, str], int] = {}
     page = 0
     for step in steps:
@@ -108,8 +108,8 @@ def scenarios() -> dict[str, Scenario]:
 
 
 def _scenario(name: str, script: dict[str, Any]) -> Scenario:
-    """Merge the script's commands and the recording's, in order: a script lacks the steps that not all
-    kernels survived.
+    """Merge the script's commands and the recording's, in order: a script lacks steps not survived by all
+    kernels.
     """
     reference = reference_of(name)
     left = [Step(s["who"], s["do"]) for s in script["steps"]]

@@ -80,7 +80,7 @@ def test_a_step_on_good_pages_has_no_excuse() -> None:
     assert found.reasons == (UNEXPLAINED,)
 
 
-def test_a_stranger_who_is_told_is_unexplained() -> None:
+def test_a_signal_to_a_stranger_is_unexplained() -> None:
     index, step, world = find("b0-two-procs-late", "poison page 1 of f (corrupt-pfn)")
     assert step.expected is not None
     ao = ar(code="BUS_MCEERR_AO", how="async")

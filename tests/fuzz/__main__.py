@@ -1,6 +1,6 @@
 """Fuzz one parser with coverage feedback (atheris, libFuzzer): python -m tests.fuzz TARGET [SECONDS]
 
-An input that breaks a target is written to build/fuzz/crash-*; add it to the seeds with the fix.
+A failing input is written to build/fuzz/crash-*; add the input to the seeds with the fix.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ _prepared: dict[Path, tuple[bytes, list[Page]]] = {}
 
 
 def _restored(path: Path) -> list[Page]:
-    """Make the device at ``path`` as it was at first, with a few files; return the database's pages."""
+    """Restore the device at ``path`` to its first state, with a few files; return the database's pages."""
     if path not in _prepared:
         core = Core(path, DeviceConfig(SIZE))
         core.clone(core.file(b"f", b"data" * 3000), b"clone")
@@ -88,8 +88,8 @@ def _is_storable(value: object) -> bool:
 
 
 def table_row(path: Path, data: bytes) -> None:
-    """(table, row) as MessagePack, stored in a device's tables: the device mounts with values in their
-    domains, or is refused.
+    """(table, row) as MessagePack, stored in a device's tables. The device mounts with values in range, or is
+    refused.
     """
     try:
         table, row = msgspec.msgpack.decode(data, type=tuple[str, tuple[Any, ...]])
@@ -104,7 +104,7 @@ def table_row(path: Path, data: bytes) -> None:
 
 
 def sealed_page(path: Path, data: bytes) -> None:
-    """Page number, offset, and bytes that both copies of the page hold there, under a valid seal."""
+    """Page number, offset, and bytes for both copies of the page, under a valid seal."""
     if len(data) < 4:
         return
     pages = _restored(path)
@@ -124,7 +124,9 @@ def sealed_page(path: Path, data: bytes) -> None:
 
 
 def superblock(path: Path, record: bytes) -> None:
-    """Both superblocks of a device hold ``record`` under a valid checksum: it loads or is CorruptMetadata."""
+    """Both superblocks of a device hold ``record`` under a valid checksum: the load succeeds or raises
+    CorruptMetadata.
+    """
     if not (path / "device.toml").exists():
         DeviceDir.create(path, DeviceConfig(SIZE))
     sealed = len(record).to_bytes(4, "little") + _checksum(record) + record

@@ -1,7 +1,7 @@
 """Fuzz targets of the parsers in Python. Each takes bytes and raises if a parser breaks its promise.
 
-A parser either returns a value that serializes to the same bytes, or raises the error named in its docstring.
-The C parser of FUSE requests has a target of its own, tests/fuzz/answers.py.
+A parser either returns a value with the same serialized form, or raises the documented error. The C parser of
+FUSE requests has a separate target, tests/fuzz/answers.py.
 """
 
 from __future__ import annotations

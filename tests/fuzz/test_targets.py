@@ -1,4 +1,4 @@
-"""Every parser against its seeds and some thousand mutations of them; make fuzz goes further."""
+"""Every parser against its seeds and some thousand mutations; make fuzz goes further."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_mutations(name: str) -> None:
 
 
 def test_libfuzzer_leaves_no_directory() -> None:
-    """LibFuzzer ends its process with _exit(2)."""
+    """LibFuzzer ends the process with _exit(2)."""
     pytest.importorskip("atheris")
     command = [sys.executable, "-m", "tests.fuzz", "poison", "1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:

@@ -1,4 +1,4 @@
-"""Findings of daxemu doctor: on this machine, and on one that lacks required parts."""
+"""Findings of daxemu doctor: on this machine, and on a machine without required parts."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_mount_whose_supervisor_is_dead(dax_mount: DaxMount) -> None:
 
 @pytest.mark.mount
 def test_another_user_who_may_not_open_fuse(dax_mount: DaxMount) -> None:
-    """On any machine each finding that is not ok names the command that mends it."""
+    """Each finding other than ok names the command to run, on any machine."""
     command = [*NOBODY, *daxemu_as_user(), "doctor", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/")
     assert done.returncode in (0, 8), done.stderr

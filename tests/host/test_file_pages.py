@@ -1,4 +1,4 @@
-"""Pages of files that a process shows at each address; signals are sent only for these pages."""
+"""Pages of files at each address of a process; only victims with the page mapped are signalled."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_ao_carries_the_present_address_of_the_page() -> None:
 
 
 def test_a_process_that_unmapped_the_page_gets_no_ao() -> None:
-    """As after execve(2), of a program that does not expect the signal."""
+    """As after execve(2), of a program without a handler."""
 
     async def play(link: TracerLink, start: Start) -> None:
         tracee = await start()

@@ -46,7 +46,7 @@ def test_one_holds_the_lock_and_the_next_has_it_when_that_one_waits() -> None:
     trio.run(main)
 
 
-def test_who_released_it_can_have_it_again_without_a_turn_of_the_loop() -> None:
+def test_the_last_holder_takes_the_lock_again_without_a_turn_of_the_loop() -> None:
     async def main() -> None:
         lock, taken, release = ReadLock(), trio.Event(), trio.Event()
         async with trio.open_nursery() as nursery:

@@ -1,4 +1,4 @@
-"""Tasks that wait while pages of a file are revoked, and tasks that must not wait."""
+"""Tasks in wait while pages of a file are revoked, and tasks without a wait."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run(test: Callable[[InvalidateLock, Cache, trio.Nursery, list[str]], Awaitab
     trio.run(main)
 
 
-def test_nobody_gets_pages_until_it_is_released() -> None:
+def test_no_request_gets_pages_until_the_lock_is_released() -> None:
     async def test(lock: InvalidateLock, cache: Cache, nursery: trio.Nursery, done: list[str]) -> None:
         cache.free.set()
         await lock.invalidate(cache.revoke, [(7, WHOLE)])
@@ -109,7 +109,7 @@ def test_too_many_wait() -> None:
     run(test)
 
 
-def test_what_is_written_back_comes_after_the_write_before_it() -> None:
+def test_write_back_follows_the_write_before_it() -> None:
     async def test(lock: InvalidateLock, cache: Cache, nursery: trio.Nursery, done: list[str]) -> None:
         cache.free.set()
         await lock.invalidate(cache.revoke, [(7, WHOLE)])

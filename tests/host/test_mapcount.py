@@ -1,5 +1,5 @@
-"""Processes that need no look because the kernel's mapcount is reached: real processes, a plain shared-memory
-file.
+"""Processes without a look once the kernel's mapcount is reached: real processes, a plain
+shared-memory file.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def file() -> Iterator[Path]:
 
 @pytest.fixture
 def spawn(file: Path) -> Iterator[Callable[[], Actor]]:
-    """Start a process that has pages 0 and 32 of the file present."""
+    """Start a process with pages 0 and 32 of the file present."""
     with ExitStack() as stack:
 
         def make() -> Actor:
@@ -89,7 +89,7 @@ def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return pids
 
 
-def test_nobody_else_is_looked_at_once_all_are_found(
+def test_no_further_process_is_looked_at_once_all_are_found(
     file: Path, spawn: Callable[[], Actor], looked_at: list[int]
 ) -> None:
     pids = {spawn().pid, spawn().pid}
@@ -101,7 +101,7 @@ def test_nobody_else_is_looked_at_once_all_are_found(
     assert os.getpid() not in looked_at
 
 
-def test_one_who_came_since_is_found(file: Path, spawn: Callable[[], Actor]) -> None:
+def test_a_process_started_since_is_found(file: Path, spawn: Callable[[], Actor]) -> None:
     first = spawn().pid
     second = spawn().pid
     assert [task.pid for task in found(file, likely=frozenset({first}))] == sorted((first, second))
@@ -128,7 +128,7 @@ def test_a_process_that_has_a_page_twice_is_one_that_counts_twice(
     assert all_found([task], wanted(file)) is None
 
 
-def test_large_failures_and_failures_of_nobody_are_not_certain(
+def test_large_failures_and_failures_without_victims_are_not_certain(
     file: Path, spawn: Callable[[], Actor]
 ) -> None:
     assert all_found([], wanted(file)) is None

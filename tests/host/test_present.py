@@ -150,7 +150,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, *changes: Callable[[], None]) -> 
     monkeypatch.setattr(Pagemap, "present_in", present_in)
 
 
-def test_what_appears_where_a_file_was_mapped_is_not_its_page(
+def test_a_page_mapped_where_a_file_was_is_not_the_files(
     file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     actor.cmd("mmap 0 0 0 40 shared")
@@ -166,7 +166,7 @@ def test_what_appears_where_a_file_was_mapped_is_not_its_page(
     assert present_pages(file, actor, Range(0, 20)) == []
 
 
-def test_what_appears_for_a_moment_where_a_file_is_mapped_is_not_its_page(
+def test_a_page_mapped_for_a_moment_over_a_file_is_not_the_files(
     file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     actor.cmd("mmap 0 0 0 40 shared")
@@ -183,7 +183,9 @@ def test_what_appears_for_a_moment_where_a_file_is_mapped_is_not_its_page(
     assert present_pages(file, actor, Range(0, 20)) == []
 
 
-def test_who_faults_all_the_while_is_found(file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_faults_all_the_while_is_found(
+    file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     actor.cmd("mmap 0 0 0 64 shared")
     actor.cmd("tw 0 3 x")
     turns = count()
@@ -234,14 +236,14 @@ def test_threads_come_with_their_policy(actor: Actor) -> None:
     assert in_page_fault(actor.pid) is False, "it waits in read(2)"
 
 
-def test_who_is_not_asleep_yet_may_be_in_a_page_fault(actor: Actor) -> None:
+def test_a_thread_not_asleep_yet_may_be_in_a_page_fault(actor: Actor) -> None:
     actor.cmd("mmap 0 0 0 1 shared")
     actor.start_spin(0, 0)
     assert in_page_fault(actor.pid) is True
 
 
 @pytest.mark.usefixtures("way")
-def test_who_is_gone_is_left_out(file: Path) -> None:
+def test_a_process_that_ended_is_left_out(file: Path) -> None:
     dev, _ = identity(file)
     with Actor.spawn("gone", cwd=file.parent) as actor:
         actor.cmd(f"open 0 {file.name} rw")
@@ -259,7 +261,7 @@ def test_who_is_gone_is_left_out(file: Path) -> None:
 
 
 @pytest.mark.usefixtures("way")
-def test_a_name_with_parentheses_confuses_nobody(file: Path) -> None:
+def test_a_name_with_parentheses_is_parsed(file: Path) -> None:
     with Actor.spawn("a) R 1 (", cwd=file.parent) as actor:
         assert read_comm(actor.pid) == "a) R 1 ("
         assert [t.tid for t in read_threads(actor.pid)] == [actor.pid]
@@ -271,7 +273,7 @@ def test_a_name_with_parentheses_confuses_nobody(file: Path) -> None:
 
 
 @pytest.mark.parametrize("scan", [True, False])
-def test_copies_are_told_with_what_is_the_files_own(
+def test_private_copies_are_listed_with_the_files_own_pages(
     file: Path, actor: Actor, monkeypatch: pytest.MonkeyPatch, scan: bool
 ) -> None:
     if not scan:

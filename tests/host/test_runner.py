@@ -171,7 +171,7 @@ def test_a_terminals_interrupt(here: Path) -> None:
     assert eventually(lambda: not helpers(str(here)))
 
 
-def test_the_helper_is_nobodys_child(here: Path) -> None:
+def test_the_helper_is_no_child_of_the_command(here: Path) -> None:
     script = """
 try:
     print(os.waitpid(-1, 0))
@@ -240,7 +240,7 @@ def test_exit_statuses() -> None:
     assert command("--", "/etc/passwd").returncode == 126
 
 
-def test_what_is_wrong() -> None:
+def test_each_mistake_has_its_error_and_status() -> None:
     done = command("--", "no-such-command")
     assert done.stderr == "daxemu: no-such-command: No such file or directory\n"
     assert (done := command("ls")).returncode == 2

@@ -1,4 +1,4 @@
-"""The tracer on real processes: threads that cannot be held, and threads that end."""
+"""The tracer on real processes: threads without PTRACE_SEIZE, and ending threads."""
 
 from __future__ import annotations
 

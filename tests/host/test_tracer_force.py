@@ -67,7 +67,7 @@ def test_a_pending_sigbus_kills_once_it_is_unblocked() -> None:
     scenario(play)
 
 
-def test_nobody_there() -> None:
+def test_forcing_a_signal_on_a_dead_process_reports_gone() -> None:
     async def play(link: TracerLink, start: Start) -> None:
         tracee = await start()
         tracee.process.kill()
@@ -84,7 +84,7 @@ def _cookie_stop(cookie: int) -> Stop:
     return Stop(Kind.SIGNAL, signal.SIGBUS, siginfo.SigInfo(signal.SIGBUS, siginfo.SI_QUEUE, cookie, 0, 0))
 
 
-def test_what_is_forced_comes_first() -> None:
+def test_a_forced_signal_comes_first() -> None:
     thread = Thread(2)
     thread.send(SendAO(1, 1, 2, 0x1000))
     thread.send(SendAO(2, 1, 2, 0x2000))

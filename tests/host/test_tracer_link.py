@@ -1,4 +1,4 @@
-"""The link to the tracer: its end, restart, and many requests at once."""
+"""Link to the tracer: end, restart, and many requests at once."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_thousands_in_flight_do_not_deadlock() -> None:
 
 
 def test_what_the_tracer_writes_to_stderr_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """The last output of a tracer that ends is logged, too, such as a traceback."""
+    """The last output of an ending tracer is logged, too, such as a traceback."""
 
     def said() -> list[str]:
         return [record.details for record in caplog.records if record.name == "daxemu.host.tracer.link"]  # type: ignore[attr-defined]

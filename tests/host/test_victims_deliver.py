@@ -76,7 +76,7 @@ def page_of(tracee: Tracee, pgoff: int) -> FilePage:
     return FilePage(there.st_dev >> 8, there.st_dev & 0xFF, there.st_ino, pgoff)
 
 
-def test_the_page_must_be_there_when_it_is_told() -> None:
+def test_the_page_must_be_mapped_at_the_signal() -> None:
     async def play(link: TracerLink, start: Start) -> None:
         tracee = await start()
         for asked, page, told in ((3, 3, 3), (3, 4, 4), (3, 1 << 20, None)):
@@ -93,7 +93,7 @@ def test_the_page_must_be_there_when_it_is_told() -> None:
     scenario(play)
 
 
-def test_another_processs_thread_is_not_told() -> None:
+def test_another_processs_thread_is_not_signalled() -> None:
     async def play(link: TracerLink, start: Start) -> None:
         tracee, other = await start(), await start()
         pending = await link.send_ao(other.pid, tracee.pid, 0)
@@ -122,7 +122,7 @@ def test_a_second_request_waits_for_the_first() -> None:
     scenario(play)
 
 
-def test_one_that_cannot_be_seized_holds_up_nobody() -> None:
+def test_a_thread_that_cannot_be_seized_delays_no_other() -> None:
     async def play(link: TracerLink, start: Start) -> None:
         first, last = await start(), await start()
         tids = [first.pid, 1 << 22, last.pid]

@@ -29,7 +29,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 class Tracee:
-    """One running tracee."""
+    """A running tracee."""
 
     def __init__(self, process: trio.Process, file: Path) -> None:
         self.process = process

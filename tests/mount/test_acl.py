@@ -1,6 +1,4 @@
-"""POSIX access control lists through setfacl and getfacl, and the mode bits that the kernel derives from an
-ACL.
-"""
+"""POSIX access control lists through setfacl and getfacl, and the mode bits derived by the kernel."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ pytestmark = [
 
 
 def acl(path: Path) -> set[str]:
-    """Return the output of getfacl without its comments."""
+    """Return the output of getfacl without comments."""
     shown = subprocess.run(["getfacl", "-pcn", path], capture_output=True, text=True, check=True).stdout
     return set(shown.split())
 
@@ -97,7 +95,9 @@ def test_the_umask_counts_without_a_default_list(dax_mount: DaxMount) -> None:
 @pytest.mark.parametrize(
     ("gid", "groups", "kept"), [(4000, "4001", True), (4001, "4000", True), (4001, "4002", False)]
 )
-def test_who_is_not_of_the_group_loses_setgid(dax_mount: DaxMount, gid: int, groups: str, kept: bool) -> None:
+def test_a_writer_outside_of_the_group_clears_setgid(
+    dax_mount: DaxMount, gid: int, groups: str, kept: bool
+) -> None:
     """As by chmod(2)."""
     file = dax_mount.make_file("f", 1)
     os.chown(file, 4000, 4000)

@@ -86,7 +86,9 @@ def test_policy_default_by_prctl_is_the_sysctl(early: Scene) -> None:
         pytest.param(0, "default", "n l n", None, id="nobody-early"),
     ],
 )
-def test_thread_that_is_told(scene: Scene, sysctl: int, main: str, policies: str, chosen: int | None) -> None:
+def test_the_signalled_thread_follows_the_kill_policies(
+    scene: Scene, sysctl: int, main: str, policies: str, chosen: int | None
+) -> None:
     scene.set(early_kill=sysctl)
     p0 = scene.mapper(touch=[BAD], before=[f"threads {policies}", f"mcekill {main}"])
     scene.poison(BAD)
@@ -100,7 +102,7 @@ def test_thread_that_is_told(scene: Scene, sysctl: int, main: str, policies: str
 # -- presence
 
 
-def test_only_those_with_the_page_present_are_told(early: Scene) -> None:
+def test_only_processes_with_the_page_present_are_signalled(early: Scene) -> None:
     p0 = early.mapper("p0", touch=[BAD])
     elsewhere = early.mapper("p1", first=BAD + FAR, pages=FAR, touch=[0])
     untouched = early.mapper("p2", touch=[BAD + FAR])
@@ -154,7 +156,7 @@ def test_two_mappings_of_the_page_in_one_process_get_one_signal(early: Scene) ->
     assert not present(p0, 1, BAD)
 
 
-def test_the_mapping_from_the_lowest_page_of_the_file_is_told(early: Scene) -> None:
+def test_the_mapping_from_the_lowest_page_of_the_file_is_signalled(early: Scene) -> None:
     """The kernel's i_mmap is ordered by the first page of a mapping, whichever was made first."""
     p0 = early.mapper(first=1, touch=[BAD - 1])
     ask(p0, "mmap 1 0 0 8 shared")

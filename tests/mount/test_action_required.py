@@ -179,7 +179,7 @@ def test_private_copy_goes_on(scene: Scene) -> None:
     assert told(p0) == []
 
 
-def test_traced_by_somebody_else(scene: Scene) -> None:
+def test_a_consumer_traced_by_another_process_gets_bus_adrerr(scene: Scene) -> None:
     p0 = scene.mapper(touch=[BAD])
     scene.poison(BAD)
     with second_tracer(p0.pid):

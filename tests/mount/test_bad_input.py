@@ -1,4 +1,4 @@
-"""Input that the command line refuses: one clear line, a stable exit status, and no change of the device."""
+"""Refusals of the command line: one clear line, a stable exit status, and no change of the device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Words = tuple[str | Path | int, ...]
 
 
 def refuse(*arguments: str | Path | int, status: int) -> str:
-    """Run ``daxemu ARGUMENTS``, which must fail with ``status``; return the one line of its error."""
+    """Run ``daxemu ARGUMENTS``, which must fail with ``status``; return the error, one line."""
     text = daxemu(*arguments, status=status)
     assert "Traceback" not in text
     assert text.startswith("daxemu: "), text
@@ -34,7 +34,7 @@ def refuse(*arguments: str | Path | int, status: int) -> str:
 
 
 def everything(mount: DaxMount) -> dict[str, Any]:
-    """Return all state that a refusal must not change."""
+    """Return all state for comparison after a refusal."""
     status = mount.json("status", mount.path)
     return {
         "events": mount.events(),

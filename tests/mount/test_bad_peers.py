@@ -33,7 +33,7 @@ print(peer.makefile().readline())
 
 @contextmanager
 def peer(mount: DaxMount) -> Iterator[socket.socket]:
-    """A connection of ours."""
+    """Open a connection of the test's own."""
     with socket.socket(socket.AF_UNIX) as connected:
         connected.settimeout(PATIENCE)
         connected.connect(str(mount.device / "control.sock"))
@@ -49,7 +49,7 @@ def answer(connected: socket.socket) -> dict[str, object]:
 
 
 def works(mount: DaxMount) -> None:
-    """Check that the mount and its control socket serve on, and that the device has not changed."""
+    """Check the mount and the control socket: both serve on, and the device has not changed."""
     assert mount.json("status", mount.path)["state"] == "mounted"
     assert [e["event"] for e in mount.events()] == ["Mounted"]
     file = mount.path / "probe"
@@ -59,7 +59,7 @@ def works(mount: DaxMount) -> None:
 
 
 def drained(connected: socket.socket) -> bytes:
-    """Return all bytes that the supervisor sends before it hangs up."""
+    """Return all bytes until the supervisor hangs up."""
     said = b""
     try:
         while chunk := connected.recv(1 << 16):
@@ -107,7 +107,7 @@ def drained(connected: socket.socket) -> bytes:
     ],
 )
 def test_a_line_that_is_no_request(dax_mount: DaxMount, line: bytes) -> None:
-    """A line that is no request is refused, and the connection goes on."""
+    """A malformed line is refused, and the connection goes on."""
     with peer(dax_mount) as connected:
         for _ in range(2):
             connected.sendall(line + b"\n")

@@ -105,7 +105,7 @@ def test_flags_survive_a_power_failure_once_synced(quick_mount: QuickMount, top:
 
 
 @pytest.mark.parametrize("flag", [IMMUTABLE, APPEND])
-def test_what_a_file_refuses(top: Path, flag: int) -> None:
+def test_a_flagged_file_refuses_changes(top: Path, flag: int) -> None:
     f, other = top / "f", top / "other"
     os.setxattr(f, "user.old", b"x")
     before = os.open(f, os.O_RDWR)
@@ -162,7 +162,7 @@ def test_a_descriptor_from_before_goes_on(top: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", [IMMUTABLE, APPEND])
-def test_what_a_directory_refuses(top: Path, flag: int) -> None:
+def test_a_flagged_directory_refuses_changes(top: Path, flag: int) -> None:
     """An append-only directory gets new names, and loses none."""
     d = top / "d"
     (d / "sub").mkdir()

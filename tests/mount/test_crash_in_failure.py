@@ -1,4 +1,4 @@
-"""State that a SIGKILL of the supervisor in the midst of a failure leaves, as docs/concurrency.md states."""
+"""State after a SIGKILL of the supervisor in the midst of a failure, as documented in docs/concurrency.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.mount
 def test_a_crash_leaves_poison_and_no_signal(
     quick_mount: QuickMount, tmp_path: Path, when: str, signals: list[str]
 ) -> None:
-    """Before revoke the page stays mapped with its old bytes. The next mount knows the poison."""
+    """Before revoke the page stays mapped with the old bytes. The next mount knows the poison."""
     quick_mount.umount()
     quick_mount.mount("stop_in_failure", str(tmp_path), when)
     quick_mount.make_file("f", 1)

@@ -1,9 +1,9 @@
-"""Crashes at random moments of a random workload: the device is always sound, and all data that fsync
-promised is present.
+"""Crashes at random moments of a random workload: the device is always sound, and all data promised by fsync
+is present.
 
-DAXEMU_CRASH_ROUNDS is the number of rounds (``make soak``: thousands), DAXEMU_CRASH_SEED their seed. A
-failure prints the seed of its round: with that seed and DAXEMU_CRASH_ROUNDS=1 the round runs again, but
-crashes at another moment.
+DAXEMU_CRASH_ROUNDS is the number of rounds (``make soak``: thousands), DAXEMU_CRASH_SEED the seed. A failure
+prints the seed of the round: with this seed and DAXEMU_CRASH_ROUNDS=1 the round runs again, but crashes at
+another moment.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.mount, pytest.mark.timeout(60 + 2 * ROUNDS)]
 
 
 class Loop:
-    """One mount that is crashed again and again. ``earlier``: the trees of the last rounds, by directory."""
+    """Mount, crashed again and again. ``earlier``: the trees of the last rounds, by directory."""
 
     def __init__(self, mount: QuickMount, counters: Path) -> None:
         self.mount = mount

@@ -1,5 +1,5 @@
-"""Databases whose supervisor is killed, or whose power fails, in the midst of transactions: each opens by its
-own recovery, passes its own consistency check, and has every acknowledged commit.
+"""Databases in the midst of transactions when the supervisor is killed, or the power fails: each opens by its
+own recovery, passes the consistency check, and has every acknowledged commit.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Data that fsync promised survives kill -9 of the supervisor and a power failure; other data may be lost,
-and no more.
+"""Data promised by fsync survives kill -9 of the supervisor and a power failure; other data may be lost, and
+no more.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def test_stored_through_a_mapping(quick_mount: QuickMount, how: str, flush: str)
 
 
 def test_a_clone_and_its_source(quick_mount: QuickMount, how: str) -> None:
-    """Shared blocks stay shared; bytes that either file got after the clone stay its own."""
+    """Shared blocks stay shared; bytes written to either file after the clone stay separate."""
     with Files(quick_mount) as files:
         one, two = files.letters("one", 64), files.open("two")
         clone_range(two, one)
@@ -195,7 +195,7 @@ def test_after_one_fsync_all_is_there(
     assert tree(top) == before
 
 
-def test_what_was_not_synced_is_gone_or_there(quick_mount: QuickMount, how: str) -> None:
+def test_unsynced_data_is_gone_or_present(quick_mount: QuickMount, how: str) -> None:
     top = quick_mount.path
     (top / "old").write_bytes(b"o" * 3 * PAGE)
     sync(top)
@@ -222,7 +222,7 @@ def test_unlinked_but_open_is_gone(quick_mount: QuickMount, how: str) -> None:
 
 
 def test_beyond_the_old_end_are_zeros(quick_mount: QuickMount, how: str) -> None:
-    """Bytes that were appended to a block and not synced do not come back when the file grows."""
+    """Bytes appended to a block and not synced do not come back when the file grows."""
     path = quick_mount.path / "f"
     path.write_bytes(b"a" * 100)
     sync(path)

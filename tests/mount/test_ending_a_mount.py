@@ -36,7 +36,7 @@ pytestmark = [
 
 @contextmanager
 def namespace_with_a_copy() -> Iterator[int]:
-    """Start a process in a mount namespace of its own, with a copy of every mount; return its pid."""
+    """Start a process in a separate mount namespace, with a copy of every mount; return the pid."""
     ready = "echo; exec cat"
     process = subprocess.Popen(
         ["unshare", "-m", "--propagation", "private", "sh", "-c", ready],
@@ -54,7 +54,7 @@ def namespace_with_a_copy() -> Iterator[int]:
         process.stdout.close()
 
 
-def test_who_pins_an_unmounted_device_is_named_and_force_cuts_it(dax_mount: DaxMount) -> None:
+def test_processes_that_pin_an_unmounted_device_are_named_and_force_cuts_it(dax_mount: DaxMount) -> None:
     (dax_mount.path / "f").write_bytes(b"kept")
     with namespace_with_a_copy() as pid:
         said = dax_mount.run("umount", dax_mount.path, status=4)
@@ -160,7 +160,7 @@ def test_force_ends_a_mount_that_a_process_uses(dax_mount: DaxMount, use: str) -
 
 
 class FakeTime:
-    """Clock that only waiting moves: every wait takes its full timeout."""
+    """Clock moved only by waiting: every wait takes the full timeout."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -209,7 +209,7 @@ class SlowClient:
 
 @pytest.mark.parametrize("fails", ["connect", "status", "unmount", "end"])
 def test_force_has_one_deadline_for_all_of_its_steps(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each wait takes its full time limit: the last wait ends at the deadline, not after."""
+    """Each wait takes the full time limit: the last wait ends at the deadline, not after."""
     clock = FakeTime()
     mount = Mount(Path("/mnt"), Path("/device"), (0, 999), os.geteuid())
     sent: list[int] = []

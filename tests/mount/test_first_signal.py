@@ -22,7 +22,7 @@ AO = "5 12"  # BUS_MCEERR_AO, si_addr_lsb
 
 @contextmanager
 def loaders(path: Path, processes: int, threads: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start processes that load from every page of ``path``, with several threads each."""
+    """Start processes, with several threads each, to load from every page of ``path``."""
     binary = compile_victim("loader")
     with ExitStack() as ends:
         made = []
@@ -53,8 +53,8 @@ def test_removal_is_signalled_before_any_access_fails(
 
 
 def test_metadata_poison_is_signalled_before_any_access_fails(dax_mount: DaxMount) -> None:
-    """One range holds metadata and a file: the processes that map the file get AO, then the filesystem shuts
-    down.
+    """One range holds metadata and a file: processes with a mapping of the file get AO, then the filesystem
+    shuts down.
     """
     dax_mount.sound = False
     dax_mount.run("set", dax_mount.path, "early_kill=1")

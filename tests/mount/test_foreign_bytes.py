@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.mount, pytest.mark.parametrize("how", ["kill", "powerf
 @pytest.mark.parametrize("quick_mount", [16 * MIB], indirect=True)
 @pytest.mark.parametrize("seed", range(4))
 def test_freed_blocks_that_others_use(quick_mount: QuickMount, how: str, seed: int) -> None:
-    """Each file holds one letter of its own: every byte found is that letter, or zero in a hole."""
+    """Each file holds one letter of its own: every byte read is the file's letter, or zero in a hole."""
     top, rng = quick_mount.path, random.Random(seed)
     old = {f"old{i}": bytes([97 + i]) * rng.randrange(1, MIB) for i in range(8)}
     for name, data in old.items():
@@ -47,7 +47,7 @@ def test_freed_blocks_that_others_use(quick_mount: QuickMount, how: str, seed: i
 
 
 def test_a_partly_written_block_is_zero_elsewhere(quick_mount: QuickMount, how: str) -> None:
-    """The free blocks that a crash leaves still hold old bytes."""
+    """After a crash the free blocks still hold old bytes."""
     top = quick_mount.path
     (top / "lost").write_bytes(b"secret" * MIB)
     quick_mount.crash(how)
@@ -62,7 +62,7 @@ def test_a_partly_written_block_is_zero_elsewhere(quick_mount: QuickMount, how: 
 @pytest.mark.parametrize("undo", ["unlink", "truncate", "punch", "overwrite"])
 def test_a_clone_that_was_given_up(quick_mount: QuickMount, how: str, undo: str) -> None:
     """The blocks of a deleted clone belong to one file only, until a crash restores the clone: the clone must
-    not show bytes written to that file since.
+    not show later bytes of the file.
     """
     with Files(quick_mount) as files:
         one, two = files.letters("one", 8), files.open("two")

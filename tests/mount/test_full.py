@@ -1,6 +1,4 @@
-"""Full devices, and devices whose backing store is full: the program gets ENOSPC, and no other harm
-is done.
-"""
+"""Full devices, and devices with a full backing store: the program gets ENOSPC, without other harm."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ MIB = 1 << 20
 
 
 def fill(directory: Path, most: int) -> list[Path]:
-    """Write files of a mebibyte until ENOSPC, then one that takes the rest; return the files that are
-    complete.
-    """
+    """Write files of a mebibyte until ENOSPC, then one of the remaining size; return the complete files."""
     made: list[Path] = []
     for i in range(most):
         file = directory / f"fill{i}"
@@ -78,7 +74,7 @@ def test_full_device(dax_mount: DaxMount) -> None:
 
 @pytest.mark.parametrize("dax_mount", ["8M"], indirect=True)
 def test_copy_on_write_on_a_full_device(dax_mount: DaxMount) -> None:
-    """A store that needs new blocks is refused whole; the other owners keep their data."""
+    """A store to shared blocks is refused whole; the other owners keep their data."""
     path = dax_mount.path
     dax_mount.make_file("f", 8)
     dax_mount.run("reflink", path / "f", path / "g")
@@ -138,7 +134,7 @@ def test_full_backing_store(small_store: DaxMount) -> None:
 
 
 def test_unmount_and_mount_with_a_full_backing_store(small_store: DaxMount) -> None:
-    """All data that was written is present again, although no space was left for records."""
+    """All written data is present again, although no space was left for records."""
     path = small_store.path
     large = fill(path, 100)
     small_store.umount()
@@ -147,7 +143,7 @@ def test_unmount_and_mount_with_a_full_backing_store(small_store: DaxMount) -> N
 
 
 def test_poison_and_repair_with_a_full_backing_store(small_store: DaxMount) -> None:
-    """The record of poison can be written, and the record of its clearing."""
+    """The record of poison can be written, and the record of clearing."""
     path = small_store.path
     file = small_store.make_file("f", 8)
     small_store.inject("f", (PAGE, PAGE))

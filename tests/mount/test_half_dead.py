@@ -1,7 +1,7 @@
-"""Supervisor that was killed while one of its own threads waited on its own mount.
+"""Supervisor killed while one of its own threads waited on the supervisor's mount.
 
-The thread cannot die before the connection is cut. Until then the whole process lingers with its descriptors
-open: /dev/fuse, so that the kernel waits for answers for ever, and the control socket, so that clients wait,
+The thread cannot die before the connection is cut. Until then the whole process lingers with open
+descriptors: /dev/fuse, so the kernel waits for answers for ever, and the control socket, so clients wait,
 too.
 """
 

@@ -18,7 +18,7 @@ pytestmark = [
 
 
 def content(mount: Path, handle: bytes) -> bytes:
-    """Return the content of the file that a handle names."""
+    """Return the content of a file, opened by handle."""
     top = os.open(mount, os.O_RDONLY)
     try:
         with open(open_by_handle(top, handle, os.O_RDONLY), "rb") as file:

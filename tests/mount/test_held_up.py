@@ -1,4 +1,4 @@
-"""A victim that cannot take its signal delays no other victim."""
+"""A victim without progress towards its signal delays no other victim."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_others_are_signalled_exactly(
 
 @contextmanager
 def started(program: str, path: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Start a program of tests/victims, wait for its "ready"; the program runs until its stdin ends."""
+    """Start a program of tests/victims, wait for "ready"; the program runs until stdin ends."""
     command: list[str | Path] = [compile_victim(program), path, *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -145,7 +145,7 @@ def test_beside_a_storm_of_faults(
 
 
 def test_a_victim_in_vfork(early: Scene) -> None:
-    """A victim in vfork(2) takes the signal when the child has ended. The child, which shares its mm, and
+    """A victim in vfork(2) takes the signal when the child has ended. The child, which shares the mm, and
     other victims take the signal at once.
     """
     path = early.mount.path / "f"
@@ -170,7 +170,7 @@ def test_a_victim_whose_leader_has_ended(early: Scene) -> None:
 
 
 def test_a_victim_stopped_by_a_debugger(early: Scene) -> None:
-    """SIGBUS is queued without its siginfo, and the event says so; no other victim waits."""
+    """SIGBUS is queued without siginfo, and the event says so; no other victim waits."""
     traced, other = early.mapper("p0", touch=[BAD]), early.mapper("p1", touch=[BAD])
     with second_tracer(traced.pid):
         os.kill(traced.pid, signal.SIGSTOP)

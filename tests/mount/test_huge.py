@@ -1,5 +1,5 @@
-"""Files that DAX maps by 2 MiB (``mkfs --align 2M``): which processes are signalled for poison in such a
-file, with which siginfo, and which pages are unmapped.
+"""Files mapped by 2 MiB on DAX (``mkfs --align 2M``): signalled processes, their siginfo, and the unmapped
+pages.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def scene(tmp_path: Path, zygote: Zygote) -> Iterator[Scene]:
 
 
 def ao21(page: int, **how: Any) -> dict[str, Any]:
-    """Return the AO for the whole 2 MiB that hold this page."""
+    """Return the AO for the whole 2 MiB around the page."""
     return ao(page, **how) | {"lsb": 21}
 
 
@@ -116,7 +116,7 @@ def test_a_mapping_that_has_not_room_for_2_mib_is_by_pages(scene: Scene) -> None
     assert not present(untouched, 0, NEAR - NR), "the 2 MiB of the file are unmapped from everybody"
 
 
-def test_without_anybody_who_maps_2_mib_the_neighbours_stay(scene: Scene) -> None:
+def test_without_a_2_mib_mapping_the_neighbours_stay(scene: Scene) -> None:
     part = scene.mapper(first=NR, pages=NR - 1, touch=[BAD - NR, NEAR - NR])
     scene.poison(BAD)
     assert told(part) == [ao(BAD - NR)]

@@ -48,7 +48,7 @@ def test_sigusr1_writes_it_into_the_log(dax_mount: DaxMount) -> None:
 
 @contextmanager
 def stopped_mapper(file: Path) -> Iterator[int]:
-    """Start a process in SIGSTOP that has the first page of a file present; return its pid."""
+    """Start a process in SIGSTOP with the first page of a file present; return the pid."""
     code = (
         "import mmap, os, signal, sys; f = open(sys.argv[1]); m = mmap.mmap(f.fileno(), 0, prot=1); m[0]; "
         "os.kill(os.getpid(), signal.SIGSTOP)"

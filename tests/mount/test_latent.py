@@ -39,7 +39,7 @@ def test_a_load_finds_latent_poison_and_other_processes_are_signalled_by_policy(
     consumes(actors["p2"], f"tr 0 {BAD}", ar(BAD))
 
 
-def test_who_unmapped_it_meanwhile_is_not_told(scene: Scene) -> None:
+def test_a_process_that_unmapped_the_page_is_not_signalled(scene: Scene) -> None:
     p0, p1 = scene.mapper("p0", touch=[BAD]), scene.mapper("p1", touch=[BAD])
     p1.cmd("mcekill early")
     hide(scene)
@@ -89,7 +89,7 @@ def test_a_second_latent_injection_forgets_no_process(scene: Scene) -> None:
         actor.expect_no_signal()
 
 
-def test_those_who_had_it_before_it_was_cleared_are_not_told(scene: Scene) -> None:
+def test_processes_with_the_page_before_a_clear_are_not_signalled(scene: Scene) -> None:
     p0 = scene.mapper("p0", touch=[BAD])
     p0.cmd("mcekill early")
     hide(scene)
@@ -98,7 +98,7 @@ def test_those_who_had_it_before_it_was_cleared_are_not_told(scene: Scene) -> No
     p0.expect_no_signal()
 
 
-def test_a_scrub_finds_it_and_tells_nobody(scene: Scene) -> None:
+def test_a_scrub_finds_latent_poison_and_signals_no_process(scene: Scene) -> None:
     p0 = scene.mapper("p0", touch=[BAD])
     p0.cmd("mcekill early")
     hide(scene)

@@ -29,7 +29,7 @@ PAGES = 64
 
 @pytest.fixture
 def file(quick_mount: QuickMount) -> Iterator[int]:
-    """File of the test's own that C answers for: page n is full of byte n."""
+    """File whose requests C answers: page n is full of byte n."""
     fd = os.open(quick_mount.path / "f", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         os.write(fd, b"".join(bytes([n]) * PAGE for n in range(PAGES)))
@@ -45,7 +45,7 @@ def file(quick_mount: QuickMount) -> Iterator[int]:
 
 
 def answered(mount: QuickMount) -> int:
-    """Return the number of requests that did not go to Python so far."""
+    """Return the number of requests answered in C so far."""
     with mount.client() as client:
         said = client.request("status")["layouts"]
     found = re.fullmatch(r"(\d+) requests answered", said)
@@ -54,7 +54,7 @@ def answered(mount: QuickMount) -> int:
 
 
 def cold_read(fd: int, page: int, length: int = PAGE) -> bytes:
-    """Read bytes that the kernel has not cached."""
+    """Read bytes outside of the kernel's cache."""
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     return os.pread(fd, length, page * PAGE)
 
@@ -79,7 +79,7 @@ def test_latent_poison_is_met_too(quick_mount: QuickMount, file: int) -> None:
         cold_read(file, 7)
 
 
-def test_a_clone_keeps_what_was_there(quick_mount: QuickMount, file: int) -> None:
+def test_a_clone_keeps_the_bytes_of_its_moment(quick_mount: QuickMount, file: int) -> None:
     quick_mount.run("reflink", quick_mount.path / "f", quick_mount.path / "clone")
     assert cold_read(file, 7) == bytes([7]) * PAGE
     os.pwrite(file, b"new" * 100, 7 * PAGE)
@@ -127,7 +127,7 @@ def store(fd: int, page: int) -> None:
         mapping.flush()
 
 
-def test_what_was_written_survives_a_remount(quick_mount: QuickMount, file: int) -> None:
+def test_written_data_survives_a_remount(quick_mount: QuickMount, file: int) -> None:
     os.pwrite(file, b"a" * (40 * PAGE), 3 * PAGE)
     os.pwrite(file, b"b" * 10, 50 * PAGE + 5)
     times = os.fstat(file).st_mtime_ns

@@ -1,4 +1,4 @@
-"""How a mount begins and ends: in the foreground, by signals, by umount(8), by force, after a crash, without
+"""Begin and end of a mount: in the foreground, by signals, by umount(8), by force, after a crash, without
 root.
 """
 
@@ -155,7 +155,7 @@ def test_log_follows_until_the_end(dax_mount: DaxMount) -> None:
     assert "unmounted" in dax_mount.run("log", dax_mount.device)
 
 
-def test_log_ends_quietly_when_nobody_reads(dax_mount: DaxMount) -> None:
+def test_log_ends_quietly_when_its_reader_ends(dax_mount: DaxMount) -> None:
     script = f"{sys.executable} -m daxemu log {dax_mount.path} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, "")
@@ -222,7 +222,9 @@ def test_without_root(tmp_path_factory: pytest.TempPathFactory) -> None:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def test_a_supervisor_that_hangs_hangs_nobody(dax_mount: DaxMount, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_supervisor_delays_no_other_command(
+    dax_mount: DaxMount, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A stopped supervisor answers no request: status shows the other mounts, umount --force ends the stopped
     one.
     """

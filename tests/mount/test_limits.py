@@ -111,7 +111,7 @@ def _free(mount: QuickMount) -> int:
 
 
 def inject_many(client: Client, mount: QuickMount) -> None:
-    """One injection of many ranges."""
+    """Inject many ranges by one request."""
     done = client.request("inject", ranges=_ranges())
     assert [each["offset"] for each in done["ranges"]] == [offset for offset, _ in _ranges()]
     assert {each["outcome"] for each in done["ranges"]} == {"Recovered"}

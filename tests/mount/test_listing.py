@@ -1,4 +1,4 @@
-"""Listings that are resumed by a cookie on another handle, as NFS servers do."""
+"""Listings resumed by a cookie on another handle, as NFS servers do."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_each_page_on_a_handle_of_its_own(directory: Path) -> None:
 
 
 def test_changes_between_pages(directory: Path) -> None:
-    """A name that was present all the time is listed once."""
+    """A name present all the time is listed once."""
     rng = random.Random(11)
     stay = set(rng.sample(sorted(NAMES), 100))
     go = sorted(NAMES - stay)

@@ -1,7 +1,7 @@
 """A real mount and a plain model side by side: the same steps, the same tree and bytes after each step.
 
 After a crash the mount may match the model at any moment since the last fsync. Exception: the bytes of a file
-stored to through a mapping, which only an fsync of that file promises. From there on mount and model go on
+stored to through a mapping, promised only by an fsync of the same file. From there on mount and model go on
 together.
 """
 
@@ -48,7 +48,7 @@ lengths = st.one_of(st.integers(1, 3).map(lambda pages: pages * PAGE), st.intege
 
 
 class MountAgainstModel(RuleBasedStateMachine):
-    """``states``: the model at each moment that a crash may lead back to, the present one last. ``older``:
+    """``states``: the model at each moment to which a crash may lead back, the present one last. ``older``:
     other allowed bytes of files. ``handles``: descriptors and the inode numbers of their files.
     """
 
@@ -99,8 +99,8 @@ class MountAgainstModel(RuleBasedStateMachine):
             self.promised(number)
 
     def keep_dirty(self, op: Op) -> None:
-        """Store through a mapping that stays open: closing any descriptor of the file would write the page
-        back.
+        """Store through a mapping and keep the file open: closing any descriptor of the file would write the
+        page back.
         """
         fd = os.open(self.mount.path / op.name, os.O_RDWR)
         view = mmap.mmap(fd, 0)
@@ -109,7 +109,7 @@ class MountAgainstModel(RuleBasedStateMachine):
         view[op.b : op.b + len(data)] = data
 
     def promised(self, number: int | None = None) -> None:
-        """Names and sizes as of now, and the bytes of this file; other files may keep older versions."""
+        """Names and sizes as of now, and the bytes of the file; other files may keep older versions."""
         for other, versions in self.older.items():
             versions += [state.files[other] for state in self.states if other in state.files]
         if number is not None:
@@ -190,7 +190,7 @@ class MountAgainstModel(RuleBasedStateMachine):
         give_up=st.sampled_from(["unlink", "truncate", "write"]),
     )
     def snapshot(self, index: int, other: int, stored: bool, give_up: str) -> None:
-        """Make and delete a synced clone, while its source is written to."""
+        """Make and delete a synced clone during writes to the source."""
         one, two = self.pick(index), self.pick(other)
         if self.state.names[one] == self.state.names[two]:
             return
@@ -258,7 +258,7 @@ class MountAgainstModel(RuleBasedStateMachine):
         self.adopt(found)
 
     def adopt(self, found: Tree) -> None:
-        """Take the tree that a crash has left for the model's only state."""
+        """Take the tree found after a crash for the model's only state."""
         state = next(state for state in reversed(self.states) if state.shape() == found.shape).copy()
         for name, data in found.data.items():
             number = state.names[name]

@@ -1,4 +1,4 @@
-"""Mounting, unmounting, and the data that survives both."""
+"""Mounting and unmounting, and survival of data."""
 
 from __future__ import annotations
 

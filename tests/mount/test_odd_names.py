@@ -1,4 +1,4 @@
-"""Names that are not UTF-8, or more than a line, through the whole command line: found, and shown as text."""
+"""Names outside of UTF-8, or of several lines, through the whole command line: found, and shown as text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAMES = [
 
 
 def daxemu(*arguments: str | bytes | Path, status: int = 0) -> bytes:
-    """Run a command; return its output."""
+    """Run a command; return the output."""
     done = subprocess.run([*DAXEMU, *arguments], capture_output=True, timeout=PATIENCE, check=False)
     assert done.returncode == status, done.stdout + done.stderr
     assert b"Traceback" not in done.stderr
@@ -98,7 +98,7 @@ LOAD = (
 
 
 def harmless(*arguments: str | bytes | Path, status: int = 0) -> str:
-    """Run a command: its output, in lines of its own, must not act on a terminal. Return stdout."""
+    """Run a command. The output, in lines of its own, must not act on a terminal. Return stdout."""
     done = subprocess.run([*DAXEMU, *arguments], capture_output=True, timeout=PATIENCE, check=False)
     assert done.returncode == status, done.stdout + done.stderr
     for text in (done.stdout.decode(), done.stderr.decode()):

@@ -86,7 +86,7 @@ def test_the_clone_ioctl_beside_a_mount_with_an_odd_name(
     assert is_clone(one, two)
 
 
-def test_what_the_clone_ioctl_refuses(files: Files) -> None:
+def test_the_clone_ioctl_refuses_bad_arguments(files: Files) -> None:
     one, two = files.letters("one", 8), files.letters("two", 8, "M")
     directory = files.open(".", os.O_RDONLY)
     cases = [

@@ -64,7 +64,7 @@ def test_failed(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("dax_mount", ["64M --no-struct-pages"], indirect=True)
-def test_without_struct_pages_only_the_log_tells(scene: Scene) -> None:
+def test_without_struct_pages_only_the_log_has_the_outcome(scene: Scene) -> None:
     assert outcome(scene.mount, "f", BAD * PAGE) == "Recovered"
     assert outcome(scene.mount, "f", BAD * PAGE) == "Recovered"
     assert counters(scene.mount) == {}

@@ -27,7 +27,7 @@ MNT_DETACH = 2
 
 
 class Overlay(NamedTuple):
-    """Merged tree at ``top``; its changes are in ``upper``."""
+    """Merged tree at ``top``; changes go to ``upper``."""
 
     top: Path
     upper: Path

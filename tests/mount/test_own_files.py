@@ -1,4 +1,4 @@
-"""Files of the mount that the supervisor opens: unlinked files, and paths swapped for a FIFO."""
+"""Files of the mount opened by the supervisor: unlinked files, and paths swapped for a FIFO."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ ROUNDS = 200
 
 
 def poison_hole(scene: Scene, ino: int, page: int) -> list[str]:
-    """Poison one page of a file by its inode number; return the outcomes."""
+    """Poison one page of a file by inode number; return the outcomes."""
     with scene.mount.client() as client:
         request = p.Inject(ino=ino, ranges=[(page * PAGE, PAGE)])
         return [r.outcome for r in client.ask(request).ranges]
 
 
 def sparse(scene: Scene, name: str, *, has_name: bool) -> tuple[list[Actor], int]:
-    """Three processes that map a sparse file, the first of which has stored to page 64; and the file's inode
+    """Three processes with a mapping of a sparse file, the first with a store to page 64; and the inode
     number.
     """
     path = scene.mount.path / name
@@ -163,7 +163,7 @@ def test_a_directory_swapped_for_a_link_leads_nowhere(
         own_files.open_inode(mount, ino, None)
 
 
-def test_somebody_swaps_directories_all_the_while(dax_mount: DaxMount, tmp_path: Path) -> None:
+def test_opening_is_safe_while_directories_are_swapped(dax_mount: DaxMount, tmp_path: Path) -> None:
     """SEEK_DATA has the supervisor open the file; the mount goes on, and can be ended."""
     os.mkfifo(tmp_path / "f")
     root = dax_mount.path
@@ -240,8 +240,8 @@ def test_another_user_swaps_a_directory_for_a_link_to_their_fifo(dax_mount: DaxM
 
 
 def _open_while_swapped(path: Path) -> int:
-    """Open a file whose directory is replaced now and then; the FIFO in its place is opened, too, and closed
-    again.
+    """Open a file whose directory is replaced now and then; the FIFO at the same path is opened, too, and
+    closed again.
     """
     while True:
         try:

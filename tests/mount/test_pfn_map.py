@@ -1,5 +1,5 @@
-"""Memory without struct pages, mapped by unmodified programs: a mapping is enough to be told, and to be torn
-down.
+"""Memory without struct pages, mapped by unmodified programs: every mapping counts as presence, for signals
+and for revoke.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def test_the_policy_chooses_the_thread(scene: Scene) -> None:
     assert told(p0) == [ao(BAD, thread=2)]
 
 
-def test_it_is_accounted_as_what_it_is(scene: Scene) -> None:
+def test_a_failure_without_struct_pages_is_on_no_counter(scene: Scene) -> None:
     scene.mapper(touch=[BAD])
     scene.poison(BAD)
     (event,) = scene.mount.events("MemoryFailureHandled")
@@ -62,7 +62,7 @@ def test_it_is_accounted_as_what_it_is(scene: Scene) -> None:
     assert scene.damaged() == [("/f", BAD * PAGE, PAGE)]
 
 
-def test_every_sharer_at_its_own_address(scene: Scene) -> None:
+def test_every_owner_is_signalled_at_its_own_address(scene: Scene) -> None:
     source, clone = scene.mount.path / "f", scene.mount.path / "clone"
     with source.open("rb") as src, clone.open("wb") as dst:
         clone_range(dst.fileno(), src.fileno(), 0, 2 * PAGE, PAGE)
@@ -81,7 +81,7 @@ def test_latent_poison_is_found_by_a_load(scene: Scene) -> None:
     assert other.wait_signal().recorded() == ao(BAD)
 
 
-def test_writing_the_page_heals_it(scene: Scene) -> None:
+def test_writing_the_page_clears_the_poison(scene: Scene) -> None:
     p0 = scene.mapper(touch=[BAD])
     scene.poison(BAD)
     assert told(p0) == [ao(BAD)]
@@ -92,7 +92,7 @@ def test_writing_the_page_heals_it(scene: Scene) -> None:
     assert scene.badblocks() == []
 
 
-def test_removal_tells_whoever_maps_anything(scene: Scene) -> None:
+def test_removal_signals_every_process_with_a_mapping(scene: Scene) -> None:
     touched, untouched = scene.mapper("p0", touch=[BAD]), scene.mapper("p1")
     assert scene.mount.json("remove", scene.mount.path)["told"] == 2
     assert told(touched) == [ao(0)]

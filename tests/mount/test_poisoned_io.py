@@ -67,7 +67,7 @@ def test_read(scene: Scene) -> None:
     assert told(p0) == []
 
 
-def test_read_of_one_bad_sector(scene: Scene) -> None:
+def test_one_bad_sector_makes_its_page_unreadable(scene: Scene) -> None:
     """One bad sector makes the whole page unreadable (`m5-mce-cacheline`)."""
     p0 = scene.mapper(pages=8)
     scene.mount.inject("f", (AT + 1024, 64))
@@ -172,7 +172,7 @@ def test_write_that_covers_the_page(scene: Scene, fd: int, offset: int, length: 
     assert told(p0) == []
 
 
-def test_write_over_several_bad_pages(scene: Scene) -> None:
+def test_write_over_several_poisoned_pages(scene: Scene) -> None:
     p0 = scene.mapper()
     scene.poison(2, 4, 5)
     assert ask(p0, f"pwrite 0 {PAGE} {4 * PAGE} n") == 4 * PAGE
@@ -189,7 +189,7 @@ def test_partial_write_to_a_shared_page(scene: Scene) -> None:
     assert refused(p0, f"pwrite 0 {AT + 12} 100 n") == "EIO"
 
 
-def test_append_to_a_bad_last_page(scene: Scene) -> None:
+def test_append_to_a_poisoned_last_page(scene: Scene) -> None:
     p0 = scene.actor()
     ask(p0, "open 0 short creat")
     ask(p0, f"pwrite 0 0 {PAGE + 100} a")

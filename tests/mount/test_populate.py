@@ -1,6 +1,4 @@
-"""System calls that make pages present by themselves, over bytes that cannot be read: each returns, as on
-DAX.
-"""
+"""System calls that make pages present, over unreadable bytes: each returns, as on DAX."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ CALLS = {
 
 
 def call(actor: Actor, name: str, kind: str) -> str | None:
-    """Make the call over mapping 0 of the whole file; return its errno."""
+    """Make the call over mapping 0 of the whole file; return the errno."""
     text, _ = CALLS[name]
     assert actor.cmd("open 0 f rw").ret == 0
     if name.startswith("mlock"):
@@ -102,7 +100,7 @@ def test_copies_of_before_stay(scene: Scene) -> None:
     consumes(p0, f"tr 0 {BAD + 1}", ar(BAD + 1))
 
 
-def test_another_process_never_keeps_what_was_let_through(scene: Scene) -> None:
+def test_another_process_never_keeps_the_pages_of_a_populating_call(scene: Scene) -> None:
     scene.poison(BAD)
     other = scene.mapper("p1")
     p0 = scene.mapper("p0")
@@ -112,7 +110,7 @@ def test_another_process_never_keeps_what_was_let_through(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("kind", ["shared", "private"])
-def test_a_traced_process_is_killed_before_it_loads_what_was_let_through(scene: Scene, kind: str) -> None:
+def test_a_traced_process_is_killed_before_a_load_of_the_zeros(scene: Scene, kind: str) -> None:
     scene.poison(BAD)
     p0 = scene.mapper(kind=kind)
     with second_tracer(p0.pid):
@@ -166,7 +164,7 @@ def test_a_thread_that_asks_again_and_again_is_an_event(scene: Scene) -> None:
 
 @contextmanager
 def peeking(path: Path, page: int) -> Iterator[subprocess.Popen[str]]:
-    """Run tests/victims/peeker.c in its loop."""
+    """Run the loop of tests/victims/peeker.c."""
     command: list[str | Path] = [compile_victim("peeker"), path, str(page)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peeker:
         try:
@@ -196,7 +194,7 @@ def test_a_parallel_loader_sees_zeros_within_a_call_at_most(scene: Scene) -> Non
     consumes(p0, f"tr 0 {BAD}", ar(BAD))
 
 
-def test_who_could_see_zeros(scene: Scene) -> None:
+def test_processes_with_the_page_mapped_or_present_are_found(scene: Scene) -> None:
     status = (scene.mount.path / "f").stat()
     p0, p1, p2 = scene.mapper("p0"), scene.mapper("p1", touch=[BAD]), scene.mapper("p2")
     pages = Range(BAD, BAD + 1)

@@ -1,4 +1,4 @@
-"""32-bit processes that populate or lock a mapping of unreadable bytes: the system calls return."""
+"""32-bit processes populating or locking a mapping of unreadable bytes: the system calls return."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def locker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(locker: Path, scene: Scene, call: str, kind: str, before: Callable[[], object] = lambda: None) -> int:
-    """Run the program. Return its exit status: the errno of the call, or minus the signal that ended the
+    """Run the program. Return the exit status: the errno of the call, or minus the signal that ended the
     process. ``before`` is called once the process has the file open, before the system call.
     """
     command: list[str | Path] = [locker, scene.mount.path / "f", "0", str(PAGES), call, kind]

@@ -1,4 +1,4 @@
-"""Rules of POSIX and Linux for names, attributes and permissions that pjdfstest does not check."""
+"""Rules of POSIX and Linux for names, attributes and permissions, beyond the checks of pjdfstest."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def top(quick_mount: QuickMount) -> Path:
 
 
 def refused(number: int) -> pytest.RaisesExc[OSError]:
-    """Check that the block ends in this errno."""
+    """Check for an error with the given errno in the block."""
     return pytest.raises(OSError, match=rf"\[Errno {number}\]")
 
 
@@ -161,7 +161,7 @@ def test_times_that_cannot_be_kept(quick_mount: QuickMount, asked: int, kept: in
 
 
 def test_each_operation_changes_ctime_and_mtime_as_in_posix(top: Path) -> None:
-    """Times change as POSIX states, for the file and for its directory."""
+    """Times change as POSIX states, for the file and the directory."""
     path = top / "d" / "f"
     (top / "d").mkdir()
     path.write_bytes(b"x" * 100)

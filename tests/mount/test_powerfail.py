@@ -1,4 +1,4 @@
-"""Report of the data that a power failure dropped."""
+"""Report of the data dropped by a power failure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.mount
 
 
 def test_powerfail_reports_the_dropped_data(dax_mount: DaxMount) -> None:
-    """sync(2) makes no data durable here; fsync(2) does. Data that the timer commits is not dropped."""
+    """sync(2) makes no data durable here; fsync(2) does. Data committed by the timer is not dropped."""
     top = os.open(dax_mount.path, os.O_RDONLY)
     os.fsync(top)
     for name in "abc":

@@ -1,4 +1,4 @@
-"""Real programs on the mount, unmodified, each judged by its own consistency check."""
+"""Real programs on the mount, unmodified, each judged by the program's own consistency check."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.mount
 
 
 def run(*argv: str | Path, cwd: Path | None = None, stdin: str = "") -> str:
-    """Run a program that must succeed; return its output."""
+    """Run a program, which must succeed; return the output."""
     if shutil.which(str(argv[0])) is None:
         pytest.skip(f"{argv[0]} is not installed: make setup installs it")
     done = subprocess.run(

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.mount
 
 
 def remove(scene: Scene) -> int:
-    """``daxemu remove``; how many were told."""
+    """Run ``daxemu remove``; return the number of signalled processes."""
     return int(scene.mount.json("remove", scene.mount.path)["told"])
 
 
@@ -58,7 +58,7 @@ def is_signalled_once(actor: Actor, pages: set[int]) -> None:
 # -- processes that are signalled
 
 
-def test_everybody_with_a_page_present_whatever_the_policy(scene: Scene) -> None:
+def test_every_process_with_a_page_present_is_signalled_whatever_the_policy(scene: Scene) -> None:
     default = scene.mapper("p0", touch=[1])
     late = scene.mapper("p1", touch=[40, 80], before=["mcekill late"])
     early = scene.mapper("p2", touch=[1], before=["mcekill early"])
@@ -217,7 +217,7 @@ def test_six_tebibytes(scene: Scene) -> None:
     assert len(scene.mount.events("MemoryFailureHandled")) == 1  # a removal is none
 
 
-def test_traced_by_somebody_else(scene: Scene) -> None:
+def test_a_victim_traced_by_another_process_gets_a_plain_sigbus(scene: Scene) -> None:
     p0 = scene.mapper(touch=[1])
     with second_tracer(p0.pid):
         assert remove(scene) == 1

@@ -187,7 +187,7 @@ def test_mapped_for_writing_may_be_trusted_but_a_lost_store_never(repaired: Scen
 
 
 @pytest.mark.parametrize("repaired", ["zero", "punch"], indirect=True)
-def test_what_is_lost_is_told_and_can_be_used(repaired: Scene) -> None:
+def test_a_lost_page_is_signalled_and_usable_again(repaired: Scene) -> None:
     p0 = repaired.mapper(touch=[BAD])
     repaired.poison(BAD)
     assert told(p0) == [ao(BAD)]
@@ -197,7 +197,7 @@ def test_what_is_lost_is_told_and_can_be_used(repaired: Scene) -> None:
 
 
 @pytest.mark.parametrize("repaired", ["quarantine"], indirect=True)
-def test_every_sharer_moves_with_the_block(repaired: Scene) -> None:
+def test_every_owner_moves_with_the_block(repaired: Scene) -> None:
     repaired.mount.run("reflink", repaired.mount.path / "f", repaired.mount.path / "clone")
     before = repaired.device_offset("f", BAD)
     repaired.mount.inject("f", (BAD * PAGE + 512, 512))
@@ -256,7 +256,7 @@ def test_more_than_the_parity_makes_good_is_an_error_not_garbage(repaired: Scene
 
 
 @pytest.mark.parametrize("repaired", ["none"], indirect=True)
-def test_a_strategy_that_comes_later_sees_to_what_is_left(repaired: Scene) -> None:
+def test_a_later_strategy_repairs_the_remaining_damage(repaired: Scene) -> None:
     repaired.poison(BAD, BAD + 5)
     assert len(repaired.damaged()) == 2
     done = repaired.mount.json("repair", repaired.mount.path, "--strategy", "punch")

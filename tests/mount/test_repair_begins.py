@@ -1,4 +1,4 @@
-"""A strategy that is chosen on a device with data copies the data while the mount goes on."""
+"""A strategy attached to a device with data copies the data while the mount goes on."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Slow({base}):
 
 @dataclass
 class Gate:
-    """Gate that stops a strategy at ``strategy`` after two pieces of at least eight, until the test lets the
-    strategy pass.
+    """Gate to stop a strategy at ``strategy`` after two pieces of at least eight, until the test opens the
+    gate.
     """
 
     strategy: Path
@@ -99,7 +99,7 @@ def gate(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Gate]:
 
 @pytest.fixture
 def slow(gate: Gate) -> Path:
-    """The strategy that ``gate`` stops."""
+    """Strategy held by ``gate``."""
     return gate.strategy
 
 
@@ -116,7 +116,7 @@ def _progress(client: Client) -> int | None:
 
 
 def _survives(mount: QuickMount, name: str, pages: list[int], expected: bytes) -> None:
-    """Poison these pages, and check that no process notices."""
+    """Poison pages, and check for no effect on any process."""
     mount.inject(name, *((page * PAGE, PAGE) for page in pages))
     with (mount.path / name).open("rb", buffering=0) as file:
         for page in pages:
@@ -164,7 +164,7 @@ def test_files_are_used_meanwhile(written: QuickMount, gate: Gate, slow: Path) -
     _survives(written, "f", list(range(rng.randrange(16), PAGES, 16)), bytes(expected))
 
 
-def test_what_fails_before_its_turn_is_lost_and_the_rest_is_not(
+def test_a_block_that_fails_before_its_copy_is_lost_and_no_other(
     written: QuickMount, gate: Gate, slow: Path
 ) -> None:
     expected = (written.path / "f").read_bytes()
@@ -237,7 +237,7 @@ def test_one_that_finds_no_room(quick_mount: QuickMount) -> None:
 
 
 def test_the_command_is_interrupted(written: QuickMount, gate: Gate, slow: Path) -> None:
-    """The command shows its progress; when it is interrupted, the supervisor goes on."""
+    """The command shows its progress; after an interrupt the supervisor goes on."""
     command = [sys.executable, "-m", "daxemu", "repair", str(written.path), "--strategy", str(slow)]
     with Terminal(command, 100, 10) as terminal, Client.at(written.path) as looking:
         terminal.wait_for("%")

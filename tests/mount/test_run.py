@@ -19,7 +19,7 @@ SIGBUS_DEATH = Death(signal=signal.SIGBUS)
 
 
 def poisoner(scene: Scene, *arguments: str | int) -> list[str]:
-    """Run the C program; return its output."""
+    """Run the C program; return the output."""
     return run(scene, compile_victim("poisoner"), *map(str, arguments)).splitlines()
 
 
@@ -40,7 +40,7 @@ RECOVERED = "Memory failure: PFN: recovery action for dax page: Recovered"
 
 @pytest.mark.parametrize("policy", ["late", "early", "default"])
 def test_whatever_its_policy(scene: Scene, policy: str) -> None:
-    """The caller gets AR whatever its kill policy (`k0-madvise-self-late`, `k0-madvise-self-early`)."""
+    """The caller gets AR with every kill policy (`k0-madvise-self-late`, `k0-madvise-self-early`)."""
     p0 = under_run(scene)
     ask(p0, f"mcekill {policy}")
     assert ask(p0, f"madvise 0 {BAD} 1 hwpoison") == 0
@@ -170,7 +170,7 @@ def test_plain_file_two_processes(scene: Scene) -> None:
 
 @pytest.mark.parametrize(("read", "poison"), [("f", "g"), ("g", "f")])
 def test_reflinked_file(scene: Scene, read: str, poison: str) -> None:
-    """xfs/551: the failure reaches every file that shares the block."""
+    """xfs/551: the failure reaches every owner of the block."""
     scene.mount.run("reflink", scene.mount.path / "f", scene.mount.path / "g")
     assert sorted(poisoner(scene, "sharers", read, 2, poison, 2)) == [
         "child: code 4 page 2 lsb 12 caller",
@@ -181,7 +181,7 @@ def test_reflinked_file(scene: Scene, read: str, poison: str) -> None:
 
 
 def test_partly_reflinked_file(scene: Scene) -> None:
-    """xfs/552: each owner is signalled at its own offset; a page that is not shared has one owner."""
+    """xfs/552: each owner is signalled at its own offset; an unshared page has one owner."""
     g = scene.mount.make_file("g", 64, "a")
     with g.open("r+b") as target, (scene.mount.path / "f").open("rb") as source:
         clone_range(target.fileno(), source.fileno(), 3 * PAGE, PAGE, 5 * PAGE)
@@ -218,7 +218,7 @@ def test_one_after_another(scene: Scene) -> None:
 
 
 def test_many_at_once(early: Scene) -> None:
-    """The processes map each other's pages: each gets AR for its own page, and AO for the others by its
+    """The processes map each other's pages: each gets AR for its own page, and AO for the others by kill
     policy.
     """
     actors = [under_run(early, name=f"p{i}") for i in range(6)]

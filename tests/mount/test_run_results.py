@@ -38,7 +38,7 @@ def calls(scene: Scene, script: str, options: Sequence[str | Path] = ()) -> list
     return run(scene, sys.executable, "-c", CALL + script, options=options).split()
 
 
-def test_what_madvise_says(scene: Scene) -> None:
+def test_madvise_returns_the_kernels_errors(scene: Scene) -> None:
     script = """
 advise(m + 1, P)                                   # not aligned
 advise(m, 0)
@@ -79,7 +79,7 @@ def test_the_pages_before_an_unavailable_page_fail(
     assert sum(length for _, _, length in scene.damaged()) == damaged * PAGE
 
 
-def test_what_was_stored_into_a_hole_is_poisoned(scene: Scene) -> None:
+def test_a_store_into_a_hole_is_poisoned(scene: Scene) -> None:
     p0 = under_run(scene)
     ask(p0, "open 1 new creat")
     ask(p0, f"trunc 1 {8 * PAGE}")
@@ -107,7 +107,7 @@ def test_a_removed_device(scene: Scene) -> None:
 
 
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv")
-def test_who_may_not(scene: Scene) -> None:
+def test_madvise_without_the_capability_is_refused(scene: Scene) -> None:
     scene.mount.path.chmod(0o777)
     (scene.mount.path / "f").chmod(0o666)
     p0 = under_run(scene, wrapper=["setpriv", "--reuid=65534", "--clear-groups"])

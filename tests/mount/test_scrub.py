@@ -16,7 +16,7 @@ OFTEN = 0.02
 
 
 def wait_for(mount: DaxMount, kind: str, count: int) -> list[dict[str, object]]:
-    """Return the first ``count`` events of this kind, once that many have arrived."""
+    """Wait for ``count`` events of a kind; return the first ``count``."""
     found: list[dict[str, object]] = []
     with Client(mount_of(mount.path), patience=PATIENCE) as client:
         for event in client.follow():
@@ -26,7 +26,7 @@ def wait_for(mount: DaxMount, kind: str, count: int) -> list[dict[str, object]]:
     raise AssertionError("the events ended")
 
 
-def test_it_finds_what_is_latent_and_tells_nobody(scene: Scene) -> None:
+def test_a_scrub_finds_latent_poison_and_signals_no_process(scene: Scene) -> None:
     p0 = scene.mapper("p0", touch=[BAD], before=["mcekill early"])
     at = scene.device_offset("f", BAD)
     scene.set(scrub_interval=OFTEN)
@@ -47,7 +47,7 @@ def test_it_finds_what_is_latent_and_tells_nobody(scene: Scene) -> None:
 
 
 def test_off_by_default_and_on_from_the_start(scene: Scene) -> None:
-    """Probing at mount finds poison that was latent at unmount, so the test injects after the mount."""
+    """Probing at mount finds poison left latent at unmount, so the test injects after the mount."""
     status = scene.mount.json("status", scene.mount.path)
     assert (status["settings"]["scrub_interval"], status["scrubs"]) == ("0", 0)
     scene.mount.umount()
@@ -58,7 +58,7 @@ def test_off_by_default_and_on_from_the_start(scene: Scene) -> None:
     assert "background scrubs" in scene.mount.run("status", scene.mount.path)
 
 
-def test_one_asked_for_says_what_it_found_too(scene: Scene) -> None:
+def test_a_requested_scrub_reports_each_page_once(scene: Scene) -> None:
     scene.mount.inject("f", (BAD * PAGE, PAGE), latent=True)
     scene.mount.run("scrub", scene.mount.path)
     scene.mount.run("scrub", scene.mount.path)

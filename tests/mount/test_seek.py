@@ -99,7 +99,7 @@ def test_an_empty_file(dax_mount: DaxMount) -> None:
 
 
 def test_a_store_through_a_mapping_is_data(dax_mount: DaxMount) -> None:
-    """The kernel writes dirty pages back before it asks for a hole."""
+    """The kernel writes dirty pages back before lseek(2) looks for a hole."""
     path = dax_mount.path / "f"
     with path.open("w+b") as file:
         file.truncate(8 * PAGE)
@@ -108,7 +108,7 @@ def test_a_store_through_a_mapping_is_data(dax_mount: DaxMount) -> None:
             assert data_ranges(path) == [(5 * PAGE, 6 * PAGE)]
 
 
-def test_cp_of_what_was_stored_through_a_mapping(dax_mount: DaxMount) -> None:
+def test_cp_copies_stores_through_a_mapping(dax_mount: DaxMount) -> None:
     path = dax_mount.path / "f"
     with path.open("w+b") as file:
         file.truncate(8 * PAGE)

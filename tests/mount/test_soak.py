@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.mount, pytest.mark.timeout(SECONDS * 2 + 120)]
 
 
 class Work:
-    """Random steps, one after another, on files that come and go."""
+    """Random steps, one after another, on files in constant change."""
 
     def __init__(self, mount: DaxMount, client: Client, mappers: list[Actor]) -> None:
         self._mount, self._client, self._mappers = mount, client, mappers
@@ -37,7 +37,7 @@ class Work:
         return self._mount.path / f"f{self._rng.randrange(NAMES)}"
 
     def step(self) -> None:
-        """Do one step; an error that a poisoned page or a missing name explains is accepted."""
+        """Do one step; an error is accepted where a poisoned page or a missing name explains the error."""
         self.steps += 1
         verb = self._rng.choice(
             (self.write, self.write, self.read, self.rename, self.unlink, self.clone, self.fail, self.map)

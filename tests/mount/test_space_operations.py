@@ -78,7 +78,7 @@ def content(fd: int) -> bytes:
 # -- preallocation
 
 
-def test_plain_fallocate_grows_and_keeps_what_is_there(fd: int) -> None:
+def test_plain_fallocate_grows_and_keeps_the_bytes(fd: int) -> None:
     before = os.fstat(fd)
     fallocate(fd, 0, 7 * PAGE + 100, 4 * PAGE)
     after = os.fstat(fd)
@@ -171,7 +171,7 @@ def test_zero_range(fd: int, offset: int, length: int, keep: int) -> None:
     assert blocks(fd) == max(8, -(-(offset + length) // PAGE))
 
 
-def test_what_is_punched_is_free_after_a_sync(dax_mount: DaxMount) -> None:
+def test_punched_blocks_are_free_after_a_sync(dax_mount: DaxMount) -> None:
     with opened(dax_mount.path / "f") as fd:
         before = os.statvfs(dax_mount.path).f_bavail
         fallocate(fd, 0, 0, 1000 * PAGE)

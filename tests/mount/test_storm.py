@@ -42,7 +42,9 @@ class Background:
 
 
 def poison(mount: DaxMount, file: str, *pages: int) -> None:
-    """Inject through a connection of our own; a new process for each would take most of the time."""
+    """Inject through a connection of the caller's; a new process for each injection would take most of the
+    time.
+    """
     with mount.client() as client:
         ino = (mount.path / file).stat().st_ino
         client.request("inject", ino=ino, ranges=[[page * PAGE, PAGE] for page in pages])

@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture
 def user(tmp_path: Path) -> Path:
-    """A directory whose owner may rename its entries."""
+    """A directory; the owner may rename its entries."""
     directory = tmp_path / "user" / "inner"
     directory.mkdir(parents=True)
     return directory

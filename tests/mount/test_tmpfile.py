@@ -1,4 +1,4 @@
-"""O_TMPFILE: files without a name, and linkat(2) that names them."""
+"""O_TMPFILE: files without a name, and naming them by linkat(2)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def make(top: Path, flags: int = 0) -> int:
 
 
 def test_the_name_comes_with_all_bytes(quick_mount: QuickMount) -> None:
-    """The named file also has the bytes that a commit passed over before, stored through a mapping or not,
-    and keeps them.
+    """The named file also has the bytes passed over by an earlier commit, stored through a mapping or not,
+    and keeps the bytes.
     """
     fd = make(quick_mount.path)
     assert (os.fstat(fd).st_nlink, os.fstat(fd).st_mode & 0o777) == (0, 0o640)

@@ -1,4 +1,4 @@
-"""An unexpected exception costs a FUSE request EIO; a step that does not end is named."""
+"""An unexpected exception costs a FUSE request EIO; an endless step is named."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ Peer = Callable[[socket.socket], object]
 
 @contextmanager
 def claimed_mount(directory: Path, uid: int) -> Iterator[Path]:
-    """A FUSE mount of ``uid`` that no process serves and whose source names ``directory``."""
+    """A FUSE mount of ``uid`` without a server; the source names ``directory``."""
     mountpoint = directory / "mnt"
     mountpoint.mkdir()
     fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
@@ -49,7 +49,7 @@ def claimed_mount(directory: Path, uid: int) -> Iterator[Path]:
 
 @contextmanager
 def listening(directory: Path, peer: Peer) -> Iterator[list[bytes]]:
-    """Control socket that serves each connection with ``peer``; yields the first bytes received on each
+    """Control socket with ``peer`` serving each connection; yields the first bytes received on each
     connection.
     """
     received: list[bytes] = []

@@ -112,7 +112,7 @@ def test_cp_and_reflink_share(user: User) -> None:
     assert [extent["shared_by"] for extent in user.json("map", user.mnt / "f")["extents"]] == [3]
 
 
-def test_poison_is_found_read_healed_and_cleared(user: User) -> None:
+def test_poison_is_found_read_overwritten_and_cleared(user: User) -> None:
     user.dax("inject", user.mnt / "f", "--offset", "4K")
     assert "Input/output error" in user("cat", "mnt/f", status=1)
     assert [found["offset"] for found in user.json("damaged", user.mnt)["files"]] == [4096]
@@ -152,7 +152,7 @@ print(signal.sigwaitinfo([signal.SIGBUS]).si_code)
 """
 
 
-def test_who_stored_to_an_unlinked_file_is_remembered(user: User) -> None:
+def test_a_process_that_stored_to_an_unlinked_file_is_remembered(user: User) -> None:
     """Without root no file handle: the page is revoked to be written back, and the process signalled."""
     user.dax("set", user.mnt, "early_kill=1")
     command = [*NOBODY, SYSTEM_PYTHON, "-c", STORE_TO_AN_UNLINKED_FILE]

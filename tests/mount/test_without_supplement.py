@@ -62,7 +62,7 @@ def bare(tmp_path: Path) -> Iterator[BareMount]:
         shutil.rmtree(device, ignore_errors=True)
 
 
-def test_status_says_what_is_missing(bare: BareMount) -> None:
+def test_status_names_the_missing_parts(bare: BareMount) -> None:
     assert "supplement.c was not built" in bare.json("status", bare.path)["supplement"]
     assert "supplement  host/fuse/supplement.c was not built: install libfuse3-dev" in bare.run(
         "status", bare.path

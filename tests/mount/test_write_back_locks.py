@@ -1,6 +1,6 @@
 """Write-back beside setattr: the kernel holds the inode lock during FUSE_SETATTR.
 
-A hang shows as a command, or a process, that exceeds its time limit.
+A hang shows as a command, or a process, beyond its time limit.
 """
 
 from __future__ import annotations

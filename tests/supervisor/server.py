@@ -19,7 +19,7 @@ from daxemu.supervisor.event_log import EventLog
 
 
 class Server:
-    """Control socket with an ``answer`` of its own."""
+    """Control socket with a given ``answer`` function."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "control.sock"
@@ -47,7 +47,7 @@ class Server:
         return await trio.open_unix_socket(self.path)
 
     async def ask(self, line: bytes) -> dict[str, Any]:
-        """One line on a connection of its own, and the reply."""
+        """Send one line on a separate connection; return the reply."""
         stream = await self.connect()
         await stream.send_all(line + b"\n")
         return await reply(stream)

@@ -1,4 +1,4 @@
-"""Control socket, over a real socket: a peer that breaks the protocol loses its own connection only."""
+"""Control socket, over a real socket: a peer loses only its own connection by breaking the protocol."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_a_peer_that_closed_its_half_still_gets_its_answer(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("line", [b"", b'{"op":"status"}\n', b'{"op":"follow"}\n', b'{"op":"st'])
-def test_a_peer_that_vanishes_is_nobodys_trouble(tmp_path: Path, line: bytes) -> None:
+def test_a_peer_that_vanishes_harms_no_other(tmp_path: Path, line: bytes) -> None:
     async def scenario(server: Server) -> None:
         for _ in range(50):
             stream = await server.connect()
@@ -242,7 +242,7 @@ def test_a_peer_that_vanishes_is_nobodys_trouble(tmp_path: Path, line: bytes) ->
     serve(tmp_path, scenario)
 
 
-def test_a_slow_request_holds_up_nobody_else(tmp_path: Path) -> None:
+def test_a_slow_request_delays_no_other(tmp_path: Path) -> None:
     async def scenario(server: Server) -> None:
         slow = await server.connect()
         await slow.send_all(b'{"op":"badblocks"}\n')
@@ -285,7 +285,7 @@ def test_a_follower_gets_events_as_lines(tmp_path: Path) -> None:
     serve(tmp_path, scenario)
 
 
-def test_a_follower_that_does_not_read_stops_nobody(tmp_path: Path) -> None:
+def test_a_follower_that_does_not_read_stops_no_other(tmp_path: Path) -> None:
     async def scenario(server: Server) -> None:
         stream = await server.connect()
         await stream.send_all(b'{"op":"follow"}\n')
@@ -297,7 +297,7 @@ def test_a_follower_that_does_not_read_stops_nobody(tmp_path: Path) -> None:
 
 
 class Stranger:
-    """Reads every peer's credentials as user 1234's, because this machine has no second user to ask."""
+    """Reads every peer's credentials as user 1234's, because the machine has no second user to ask."""
 
     size = struct.calcsize("=iII")
 
@@ -305,7 +305,7 @@ class Stranger:
         return (1, 1234, 1234)
 
 
-def test_nobody_but_owner_and_root_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_owner_and_root_are_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(server: Server) -> None:
         monkeypatch.setattr(control, "_UCRED", Stranger())
         stream = await server.connect()

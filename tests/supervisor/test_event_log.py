@@ -51,7 +51,7 @@ def test_the_file_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [json.loads(line)["seq"] for line in lines] == [1, 1]
 
 
-def test_a_follower_gets_what_was_and_what_comes(tmp_path: Path) -> None:
+def test_a_follower_gets_past_and_future_events(tmp_path: Path) -> None:
     async def scenario() -> None:
         log = EventLog(PrivatePath.at(tmp_path) / "events.jsonl")
         for number in range(5):
@@ -112,7 +112,7 @@ def test_a_follower_that_is_too_slow_misses_events_and_can_see_it(
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 31
 
 
-def test_a_full_disk_does_not_undo_what_happened(tmp_path: Path) -> None:
+def test_a_full_disk_does_not_undo_the_verb(tmp_path: Path) -> None:
     async def scenario() -> None:
         log = EventLog(PrivatePath.at(tmp_path) / "events.jsonl")
         with files_cannot_grow():

@@ -53,7 +53,7 @@ class NoMount(Mappings):
         assert not incident.mappings
 
 
-def test_whoever_maps_the_memory_of_another_driver_is_told(tmp_path: Path) -> None:
+def test_processes_that_map_another_drivers_memory_are_signalled(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(bytes(8 * PAGE))
     events: list[Event] = []
     mm = MemoryFailures(events.append)

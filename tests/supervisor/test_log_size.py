@@ -192,7 +192,7 @@ def test_a_storm_on_a_full_disk(tmp_path: Path) -> None:
     assert numbers(kept(tmp_path)) == list(range(1, log.emitted + 1))
 
 
-def test_a_file_that_somebody_emptied_has_no_hole(tmp_path: Path) -> None:
+def test_a_file_emptied_by_another_process_has_no_hole(tmp_path: Path) -> None:
     log = a_log(tmp_path)
     for _ in range(STORM + 1):
         log.emit(a_setting("again"))

@@ -1,4 +1,4 @@
-"""Strategies that misbehave: each is a verdict, and no misbehaviour harms the filesystem."""
+"""Misbehaving strategies: each is a verdict, and no misbehaviour harms the filesystem."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.repairing import Repairing, repairing
 
 
 class Bad(Strategy):
-    """Strategy that does as the test says on each call."""
+    """Strategy with the behaviour chosen by the test for each call."""
 
     name = "bad"
     watches = True
@@ -169,7 +169,7 @@ def test_one_that_cannot_begin_refuses_the_mount(
         ("", "no repair strategy ''"),
     ],
 )
-def test_what_there_is_not_is_refused(made: Repairing, text: str, complaint: str) -> None:
+def test_an_unusable_strategy_is_refused(made: Repairing, text: str, complaint: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
         made.choose(text)
     assert complaint in str(caught.value)

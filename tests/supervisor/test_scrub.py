@@ -16,7 +16,7 @@ Scenario = Callable[[Scrubber, list[float]], Awaitable[None]]
 
 
 def noting(times: list[float], start: float = 0.0) -> Callable[[], Awaitable[None]]:
-    """A scrub that notes the time of each call."""
+    """A scrub with a note of each time."""
 
     async def scrub() -> None:
         times.append(trio.current_time() - start)
@@ -25,7 +25,7 @@ def noting(times: list[float], start: float = 0.0) -> Callable[[], Awaitable[Non
 
 
 def play(scenario: Scenario) -> None:
-    """Run a scrubber from time 0; return the times of its scrubs."""
+    """Run a scrubber from time 0; return the times of scrubs."""
 
     async def scene() -> None:
         times: list[float] = []
@@ -114,6 +114,6 @@ def test_intervals(text: str, value: float) -> None:
 @pytest.mark.parametrize(
     "text", ["", " 1", "1s", "-1", "+1", "nan", "inf", "1e3", "0.009", "9999999999", "٣"]
 )
-def test_what_is_no_interval(text: str) -> None:
+def test_an_invalid_interval_is_refused(text: str) -> None:
     with pytest.raises(InvalidArgument, match="must be seconds"):
         seconds(text)

@@ -1,4 +1,4 @@
-"""Selection of the events that a follower receives."""
+"""Selection of the events for a follower."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ EVERYBODYS = [SHUTDOWN, REMOVED, SETTING]
     ],
     ids=repr,
 )
-def test_what_is_sent(wanted: Follow, sent: list[Event]) -> None:
+def test_a_follower_gets_the_selected_events(wanted: Follow, sent: list[Event]) -> None:
     assert {id(event) for event in ALL if selects(wanted, encode(event))} == {id(event) for event in sent}
 
 

@@ -73,6 +73,6 @@ def test_the_files_with_the_most_come_first(core: Core) -> None:
     ("offset", "length", "cells"),
     [(-1, None, 1), (0, 0, 1), (0, 1 << 60, 1), (0, None, 0), (0, None, 1 << 17)],
 )
-def test_what_makes_no_sense_is_refused(core: Core, offset: int, length: int | None, cells: int) -> None:
+def test_invalid_ranges_are_refused(core: Core, offset: int, length: int | None, cells: int) -> None:
     with pytest.raises(InvalidArgument):
         look(core, offset, length, cells)

@@ -1,1 +1,1 @@
-"""Code that several tests share: drivers of real processes, and the like. No tests of daxemu here."""
+"""Code shared by several tests: drivers of real processes, and the like. No tests of daxemu here."""

@@ -1,4 +1,4 @@
-"""Tree after a crash, and the check that a crash can have left it."""
+"""Tree after a crash, and the check whether a crash can have left the tree."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def look(top: Path) -> Tree:
 
 
 def why_not(found: Tree, states: list[State], older: Mapping[int, Sequence[bytes]] = {}) -> str | None:
-    """Return None if a crash within this piece of history can have left ``found``; otherwise the first
+    """Return None if a crash within the given history can have left ``found``; otherwise the first
     contradiction.
 
-    Names, links and sizes must be those of one state. A byte that was overwritten in place may be as in any
-    state, or as in ``older`` versions of the same file.
+    Names, links and sizes must be those of one state. A byte overwritten in place may be as in any state, or
+    as in ``older`` versions of the same file.
     """
     possible = [state for state in states if state.shape() == found.shape]
     if not possible:

@@ -38,7 +38,7 @@ sweep()
 
 
 class Core:
-    """One device with its filesystem. ``sound``: fsck must find no problem at the end."""
+    """Device with its filesystem. ``sound``: fsck must find no problem at the end."""
 
     def __init__(self, path: Path, config: DeviceConfig) -> None:
         self.path = path
@@ -112,7 +112,7 @@ class Core:
         return ino
 
     def read(self, ino: Ino) -> bytes:
-        """All bytes of a file."""
+        """Return all bytes of a file."""
         return bytes(self.fs.read(ino, 0, self.fs.names.get(ino).size))
 
     def poison(self, ino: Ino, page: int, *, latent: bool = False, pages: int = 1) -> None:
@@ -157,5 +157,5 @@ def core(request: pytest.FixtureRequest) -> Iterator[Core]:
 
 
 def pages(text: str) -> bytes:
-    """One page for each letter, filled with it."""
+    """Return one page for each letter, filled with the letter."""
     return b"".join(letter.encode() * PAGE_SIZE for letter in text)

@@ -219,7 +219,7 @@ class Image:
         return self.pristine.media[offset : offset + PAGE_SIZE]
 
     def pages(self) -> list[Page]:
-        """One page or a few, most of them in use."""
+        """Choose one page or a few, most of them in use."""
         draw = self.random
         among = self.pristine.live if draw.random() < 0.9 else self.pristine.pages
         return draw.sample(among, min(len(among), draw.choice((1, 1, 2, 5, 20))))
@@ -253,7 +253,7 @@ class Image:
 
 
 class Seen:
-    """One mount of an image: events, fsck's report, the tree or the error."""
+    """Result of one mount of an image: events, fsck's report, the tree or the error."""
 
     def __init__(self, path: Path, *, write: bool, running: bool = False) -> None:
         """``running``: with struct pages and sysfs, as a machine has them."""
@@ -292,7 +292,7 @@ class Seen:
 
     @property
     def said_something(self) -> bool:
-        """Whether an event or a complaint names something."""
+        """Return True if an event or an error names a problem."""
         return bool(self.wrong or self.lost or any(type(event) is MetadataRewritten for event in self.events))
 
 

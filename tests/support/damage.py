@@ -69,7 +69,7 @@ def one_byte(image: Image) -> None:
 
 
 def noisy_pages(image: Image) -> None:
-    """One copy of some pages, or both in different ways."""
+    """Damage one copy of some pages, or both copies in different ways."""
     draw = image.random
     for page in image.pages():
         for offset in page.offsets if draw.random() < 0.5 else draw.sample(page.offsets, 1):

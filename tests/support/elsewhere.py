@@ -21,7 +21,7 @@ PRELUDE = "import errno, fcntl, mmap, os, sys\n"
 def python(code: str, *arguments: str | Path, cwd: Path = Path("/"), wrapper: tuple[str, ...] = ()) -> str:
     """Run Python code; return the output, or the name of the errno that ended the code.
 
-    ``cwd`` gives another user a directory that the user may not walk to.
+    ``cwd`` gives another user a directory beyond the reach of a path walk.
     """
     done = start(code, *arguments, cwd=cwd, wrapper=wrapper)
     said, error = done.communicate(timeout=PATIENCE)
@@ -48,8 +48,8 @@ def start(
 
 
 def daxemu_as_user() -> tuple[str, ...]:
-    """``daxemu`` for an ordinary user, to be put behind NOBODY. Skips the test on a machine where ordinary
-    users cannot run it: the packages of this Python must fit the system's Python, and be readable.
+    """``daxemu`` for an ordinary user, to be put behind NOBODY. Skips the test where ordinary users cannot
+    run daxemu: the packages of the tests' Python must fit the system's Python, and be readable.
     """
     paths = [str(Path(__file__).parents[2] / "src"), sysconfig.get_path("purelib")]
     environment = ("env", f"PYTHONPATH={os.pathsep.join(paths)}", "PYTHONDONTWRITEBYTECODE=1", "HOME=/")

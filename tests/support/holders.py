@@ -1,4 +1,4 @@
-"""Processes that hold still while all others race: the signals due to each holder are known exactly."""
+"""Processes without own activity while all others race: the signals due to each holder are known exactly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGES = 32
 
 
 class Holders:
-    """Early and late mappers of a file of their own, and two strangers. A context manager."""
+    """Early and late mappers of a separate file, and two strangers. A context manager."""
 
     def __init__(self, mount: QuickMount, seed: int) -> None:
         self.rounds = 0
@@ -45,7 +45,7 @@ class Holders:
         return scene.mapper(name, file, pages=PAGES, before=[f"mcekill {policy}"])
 
     def round(self) -> None:
-        """Fail a page that all holders have present, known or latent: each holder gets its signals once."""
+        """Fail a page that all holders have present, known or latent: each holder is signalled once."""
         page, latent = self._rng.randrange(PAGES), self._rng.random() < 0.3
         for actor in (*self._early, self._late):
             assert actor.cmd(f"tr 0 {page}").ok is not None

@@ -1,10 +1,10 @@
 """Kind of each test: unit, mount or slow. ``make unit`` runs the unit tests.
 
-- *mount*: the test mounts a device. Every test that uses a fixture of MOUNT_FIXTURES is marked by
-  :func:`mark`; a test that mounts in another way carries the marker itself. :func:`require` fails a test that
-  mounts without the marker.
-- *slow*: the test builds packages, starts a cluster, damages thousands of images or is a benchmark. Every
-  test that uses a fixture of SLOW_FIXTURES is marked by :func:`mark`; the others carry the marker.
+- *mount*: the test mounts a device. :func:`mark` marks every test with a fixture of MOUNT_FIXTURES; a test
+  with another way of mounting carries the marker itself. :func:`require` fails a mounting test without the
+  marker.
+- *slow*: the test builds packages, starts a cluster, damages thousands of images or is a benchmark.
+  :func:`mark` marks every test with a fixture of SLOW_FIXTURES; the others carry the marker.
 - *unit*: neither.
 """
 
@@ -26,7 +26,7 @@ _running: list[pytest.Item] = []
 
 
 def mark(item: pytest.Item) -> None:
-    """Mark a test by the fixtures that it uses, directly or through other fixtures."""
+    """Mark a test by its fixtures, direct or through other fixtures."""
     used = set(getattr(item, "fixturenames", ()))
     if used & MOUNT_FIXTURES:
         item.add_marker("mount")
@@ -46,7 +46,7 @@ def count(items: Iterable[pytest.Item]) -> dict[str, int]:
 
 
 def begin(item: pytest.Item) -> None:
-    """Note the test that runs from now on in this process."""
+    """Note the test running from now on in this process."""
     _running[:] = [item]
 
 

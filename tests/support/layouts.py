@@ -1,4 +1,4 @@
-"""Holder of layouts that uses them as host/fuse/answers.c does, and checks each layout against the file."""
+"""Holder of layouts with the behaviour of host/fuse/answers.c; each layout is checked against the file."""
 
 from __future__ import annotations
 

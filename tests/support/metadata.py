@@ -19,7 +19,7 @@ from daxemu.uapi import PAGE_SIZE
 
 
 class Page(NamedTuple):
-    """One page of a metadata file; ``offsets``: where its copies are on the device."""
+    """Page of a metadata file; ``offsets``: device offsets of the copies."""
 
     file: MetadataFile
     number: int
@@ -65,7 +65,7 @@ def poison(device: Path, *offsets: int, length: int = PAGE_SIZE) -> None:
 
 
 def overwrite(device: Path, offset: int, data: bytes) -> None:
-    """Change the media behind everybody's back."""
+    """Change the media without the knowledge of any process."""
     with (device / "media").open("r+b") as media:
         media.seek(offset)
         media.write(data)

@@ -39,7 +39,7 @@ sweep()
 
 @dataclass
 class QuickMount(DaxMount):
-    """Mount whose supervisor is process ``pid``."""
+    """Mount with supervisor process ``pid``."""
 
     zygote: Zygote | None = None
     pid: int = 0

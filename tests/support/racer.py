@@ -36,7 +36,7 @@ class Place(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Signal as the racer saw it. ``sync``: raised by an access of the thread itself."""
+    """Signal as the racer saw it. ``sync``: raised by an access of the thread."""
 
     pid: int
     tid: int
@@ -49,8 +49,8 @@ class Seen(NamedTuple):
 
 
 class PageRead(NamedTuple):
-    """Content that a parked racer read from a mapped page: a byte, or the code, lsb and address of
-    the fault.
+    """Content read from a mapped page by a parked racer: a byte, or the code, lsb and address of the
+    fault.
     """
 
     file: str
@@ -112,7 +112,7 @@ class Racer:
         return [_page_read(words) for words in before]
 
     def end(self) -> int:
-        """End the racer; return its exit status."""
+        """End the racer; return the exit status."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -121,7 +121,7 @@ class Racer:
             raise Hang(f"{self.kind} (pid {self.pid}) does not end") from error
 
     def seen(self) -> Iterator[Seen]:
-        """Return the signals that the racer and its children got since the last call."""
+        """Return the signals to the racer and its children since the last call."""
         if not self._signals.exists():
             return
         with self._signals.open("rb") as file:

@@ -31,7 +31,7 @@ _libc.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.
 
 
 class Extent(NamedTuple):
-    """One extent as DAXEMU_IOC_MAP returns it."""
+    """Extent as returned by DAXEMU_IOC_MAP."""
 
     offset: int
     device_offset: int

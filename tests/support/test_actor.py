@@ -317,7 +317,7 @@ def policy_flags(pid: int, tid: int) -> int:
 
 
 class TestProcesses:
-    def test_fork_shares_what_was_there_and_counts_its_own_faults(self, mapped: Actor) -> None:
+    def test_fork_shares_present_pages_and_counts_its_own_faults(self, mapped: Actor) -> None:
         mapped.cmd("tw 0 1 x")
         p1 = mapped.fork("p1")
         assert p1.pid != mapped.pid
@@ -428,7 +428,7 @@ class TestLifetime:
             os.close(pidfd)
         assert open_descriptors() == before
 
-    def test_a_failing_command_line_is_told(self) -> None:
+    def test_a_failing_command_line_is_reported(self) -> None:
         with pytest.raises(ActorDied) as died:
             Actor.spawn("p0", wrapper=["false"])
         assert died.value.death == Death(exit=1)

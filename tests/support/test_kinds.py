@@ -1,4 +1,4 @@
-"""The kind of a test follows from its fixtures, and a test without its marker fails."""
+"""The kind of a test follows from the fixtures, and a test without the right marker fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def uses_nothing() -> None:
 
 
 def item(request: pytest.FixtureRequest, *fixtures: str) -> pytest.Item:
-    """A test that uses these fixtures."""
+    """A test with the given fixtures."""
     made = pytest.Function.from_parent(request.node.parent, name="made", callobj=uses_nothing)
     made.fixturenames = [*fixtures]
     kinds.mark(made)

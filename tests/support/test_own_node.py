@@ -1,4 +1,4 @@
-"""Ordinary users get a /dev/fuse of their own; the mode of the machine's node stays."""
+"""Ordinary users get a separate /dev/fuse; the mode of the machine's node stays."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class Example:
         return f"{name}: {file} {'present' if present(actor, 0, 0) else 'not present'}"
 
     def name_collected(self, tasks: Path) -> None:
-        """Read the processes that collect found."""
+        """Read the processes found by collect."""
         names = {self.p0.pid: "p0", self.p1.pid: "p1"}
         files = {(self._mount.path / name).stat().st_ino: name for name in FILES}
         lines = [map(int, line.split()) for line in tasks.read_text().splitlines()]
@@ -98,7 +98,7 @@ class Example:
         self._collected = f", collected {', '.join(found)}"
 
     def take_signals(self) -> None:
-        """Make each process report the signals that its handler got since the last call."""
+        """Make each process report the signals received since the last call."""
         for name, actor in (("p0", self.p0), ("p1", self.p1)):
             for signal in told(actor):
                 assert (signal["addr"], signal["lsb"]) == ("m0+0x0", 12)

@@ -1,7 +1,7 @@
 """Seeded workload of single system calls, and the tree after each call.
 
 Everything follows from the seed. The crash loop computes the history; another process executes the history
-and counts, in a file outside of the mount, the calls made and the calls that fsync has promised.
+and counts, in a file outside of the mount, the calls made and the calls promised by fsync.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ VERBS = {
 
 
 class Op(NamedTuple):
-    """One system call, or a system call with the fsync after it. ``b`` and ``c`` are its arguments."""
+    """One system call, or a system call with the fsync after it. ``b`` and ``c``: arguments."""
 
     verb: str
     name: str
@@ -66,19 +66,19 @@ class State:
     files: dict[int, bytes] = field(default_factory=dict)
 
     def copy(self) -> State:
-        """Return a copy that changes independently; bytes are never changed in place."""
+        """Return a copy for independent changes; bytes are never changed in place."""
         return State(dict(self.names), dict(self.files))
 
     def shape(self) -> Shape:
-        """Return the part of the tree that is visible without reading files."""
+        """Return the part of the tree visible without reading files."""
         return shape(
             self.names, {name: len(self.files[n]) for name, n in self.names.items() if n is not DIRECTORY}
         )
 
 
 def shape(numbers: Mapping[str, int | None], sizes: Mapping[str, int]) -> Shape:
-    """Return the shape of a tree whose names stand for the files with these ``numbers``, which may be any
-    numbers.
+    """Return the shape of a tree whose names stand for the files with these ``numbers``; any numbers are
+    allowed.
     """
     first: dict[int, str] = {}
     for name, number in sorted(numbers.items()):
@@ -255,7 +255,7 @@ def _do_open(fd: int, other: Path, op: Op) -> bool:
 
 
 class _Unsharable(Exception):
-    """The source ends inside a block, and the target goes on behind that block."""
+    """The source ends inside a block, and the target goes on behind the block."""
 
 
 def _clone(fd: int, source: int) -> None:
