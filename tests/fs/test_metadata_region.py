@@ -1,4 +1,4 @@
-"""The metadata region: two superblocks and two copies of every page, and what each can lose."""
+"""The metadata region: two superblocks, two copies of every page, and the loss of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIRST, SECOND = 0, 1
 
 @pytest.fixture
 def empty(core: Core) -> Core:
-    """A device of 2048 blocks with nothing on it."""
+    """Make an empty device of 2048 blocks."""
     core.without_filesystem()
     core.pmem.dax.discard(0, core.pmem.dax.size)
     return core
@@ -65,7 +65,7 @@ def put(core: Core, offset: int, data: bytes) -> None:
 
 
 def put_superblocks(core: Core, superblock: object) -> None:
-    """Both of them, with a right checksum."""
+    """Write both superblocks, with a right checksum."""
     record = msgspec.msgpack.encode(superblock)
     sealed = len(record).to_bytes(4, "little") + _checksum(record) + record
     for which in (FIRST, SECOND):

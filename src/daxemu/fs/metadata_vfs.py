@@ -116,8 +116,8 @@ class _VfsFile:
                 self._pending_at = offset
         except DaxemuError as error:
             raise self._vfs.failed(error) from error
-        # SQLite writes a frame of the log as a header and a page, and a transaction as several frames, without
-        # a gap.
+        # SQLite writes a frame of the log as a header and a page, and a transaction as several frames,
+        # without a gap.
         self._pending.append(data)
         self._pending_end = end
         self._size = max(self._size, end)
