@@ -159,7 +159,9 @@ def test_a_page_that_is_poison_twice_is_lost(empty: Core) -> None:
 
 @pytest.mark.parametrize("copy", [0, 1])
 @pytest.mark.parametrize(("offset", "length"), [(0, PAYLOAD), (100, 5), (0, 512), (4000, 200)])
-def test_a_write_heals_the_page_it_is_in(empty: Core, copy: int, offset: int, length: int) -> None:
+def test_a_write_rewrites_the_bad_copies_of_its_page(
+    empty: Core, copy: int, offset: int, length: int
+) -> None:
     region = formatted(empty)
     inject(empty.pmem, copies(region, DB, 1)[copy], PAGE_SIZE)
     region.write(DB, PAYLOAD + offset, b"x" * length)
@@ -173,7 +175,7 @@ def test_a_write_heals_the_page_it_is_in(empty: Core, copy: int, offset: int, le
         empty.pmem.dax.clear_poison(copies(region, DB, 1)[1 - replica], PAGE_SIZE)
 
 
-def test_a_partial_write_into_a_lost_page_is_refused_and_a_whole_one_makes_it_anew(empty: Core) -> None:
+def test_a_partial_write_into_a_lost_page_is_refused_and_a_whole_write_replaces_it(empty: Core) -> None:
     region = formatted(empty)
     for at in copies(region, DB, 1):
         inject(empty.pmem, at, 1)

@@ -113,7 +113,7 @@ class Store:
         """Check for exactly the tables of SCHEMA, without views or triggers. Raises CorruptMetadata."""
         found = sorted(_words(row[0]) for row in self._execute("SELECT sql FROM sqlite_schema"))
         if found != sorted(_words(sql) for sql in SCHEMA.split(";") if sql.strip()):
-            raise CorruptMetadata(f"{self._name}: the tables of the metadata are not those of a filesystem")
+            raise CorruptMetadata(f"{self._name}: the metadata's tables are not those of a filesystem")
 
     def close(self) -> None:
         """Close the tables. Uncommitted changes are lost. The write-back of SQLite at the close may fail
