@@ -1,1 +1,1 @@
-"""What makes the generated pages of docs/; run by make, and by tests that compare."""
+"""Generators of pages of docs/. Run by make, and by tests for a comparison."""

@@ -19,7 +19,7 @@ from daxemu.cli.main import VERBS, main
 
 
 class Help(NamedTuple):
-    """What --help of one verb says. ``prose`` has paragraphs and, indented, examples."""
+    """Help text of one verb. ``prose``: paragraphs and, indented, examples."""
 
     name: str
     usage: str

@@ -94,7 +94,7 @@ def _plain(declared: str) -> str:
 
 
 def _structs(kind: object) -> Iterator[type[msgspec.Struct]]:
-    """The structs that a type is made of."""
+    """Return the structs within a type."""
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         yield kind
     for argument in getattr(kind, "__args__", ()):
@@ -102,7 +102,7 @@ def _structs(kind: object) -> Iterator[type[msgspec.Struct]]:
 
 
 def _notes(kind: type) -> dict[str, str]:
-    """The strings that stand below fields in the source."""
+    """Return the strings below the fields in the source, by field."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(body, ast.ClassDef)
     found = {}

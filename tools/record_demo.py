@@ -1,4 +1,4 @@
-"""docs/demo.svg, a picture of a real run of daxemu demo: python -m tools.record_demo"""
+"""Recorder of docs/demo.svg, a picture of a real run of daxemu demo: python -m tools.record_demo"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SVG = Path(__file__).parents[1] / "docs" / "demo.svg"
 
 
 def record() -> str:
-    """What the demo writes to a terminal. Raises CalledProcessError if it does not keep its promises."""
+    """Run the demo on a terminal and return its output. Raises CalledProcessError for a broken promise."""
     ours, theirs = pty.openpty()
     with subprocess.Popen(
         [sys.executable, "-m", "daxemu", "demo"],
@@ -42,7 +42,7 @@ def record() -> str:
 
 
 def picture(said: str) -> str:
-    """An SVG that needs nothing from elsewhere: rich's own would load a font."""
+    """Return a self-contained SVG. The SVG of rich itself would load a font."""
     console = Console(record=True, width=WIDTH, file=StringIO(), force_terminal=True)
     console.print(Text.from_ansi(f"$ daxemu demo\n{said}"), end="")
     svg = console.export_svg(title="daxemu demo", unique_id="demo")

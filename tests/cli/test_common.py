@@ -1,4 +1,4 @@
-"""What the verbs share: sizes in and out, tables."""
+"""Shared code of the verbs: parsed and printed sizes, tables."""
 
 from __future__ import annotations
 

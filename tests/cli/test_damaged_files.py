@@ -1,4 +1,6 @@
-"""Garbage in small files of a DEVICE: each verb that needs no mount says one line, and exits as it should."""
+"""Garbage in small files of a DEVICE: each verb without a mount prints one line, with the right exit
+status.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ NO_STRUCT_PAGES = (3, 0, 0, 3, 0)
 
 @pytest.fixture(scope="module")
 def left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The files of a machine that was killed."""
+    """Make the files of a killed machine."""
     with core_at() as core:
         core.file(b"f", b"data")
         core.fs.commit()
@@ -87,7 +89,7 @@ HARM: dict[str, tuple[Callable[[Path], None], tuple[int, ...]]] = {
 
 
 def run(verb: str, device: Path) -> tuple[int, str]:
-    """Exit status and complaint. Raises what the verb did not expect."""
+    """Run a verb. Return the exit status and the error line; unexpected exceptions propagate."""
     arguments = [verb, str(device), *(["--size", "8M", "--force"] if verb == "mkfs" else [])]
     done = CliRunner().invoke(main, arguments)
     if done.exception is not None and not isinstance(done.exception, SystemExit):

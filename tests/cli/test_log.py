@@ -23,7 +23,7 @@ def a_failure(pfn: int, time: float) -> MemoryFailureHandled:
 
 
 def log(device: Path, events: list[Event], *options: str) -> list[str]:
-    """What is printed of a device with these events."""
+    """Return the output of ``daxemu log`` for a device with ``events``."""
     (device / "events.jsonl").write_bytes(b"".join(encode(event) + b"\n" for event in events))
     done = CliRunner().invoke(main, ["log", str(device), *options])
     assert done.exit_code == 0, done.output

@@ -1,4 +1,4 @@
-"""Long requests: no deadline of their own while the supervisor answers others; an end when it does not."""
+"""Long requests: no deadline while the supervisor answers other requests, an end otherwise."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ LOOKS = 3
 
 
 class Supervisor:
-    """A control socket that answers ``status``, unless ``stands_still``; ``scrub`` after LOOKS of those."""
+    """Control socket: answers ``status``, unless ``stands_still``, and ``scrub`` after LOOKS status
+    requests.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.stands_still = False
@@ -57,7 +59,7 @@ class Supervisor:
         return False
 
     def close(self) -> None:
-        """Let go of all that wait."""
+        """Release all waiting threads."""
         self._enough.set()
         self._listener.close()
 
@@ -75,7 +77,7 @@ def client_of(directory: Path) -> PatientClient:
 
 
 def test_a_supervisor_at_work_has_as_long_as_it_needs(supervisor: Supervisor, tmp_path: Path) -> None:
-    """Its answer comes after LOOKS times the patience."""
+    """A long request gets its answer after LOOKS times the patience."""
     with client_of(tmp_path) as client:
         assert client.request("scrub") == {"bytes": 0, "ranges": []}
     assert supervisor.looks >= LOOKS

@@ -1,4 +1,4 @@
-"""Refusals that a person can act on: one line that says what was found, what was expected, what to do."""
+"""Refusals: one line with the finding, the expectation and the remedy."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _poisoned_superblocks(device: Path) -> None:
 
 
 def _some_of_both(device: Path) -> None:
-    """One copy of a superblock, and both of a page that nothing is on."""
+    """Poison one copy of a superblock, and both copies of an unused page."""
     _one_superblock(device)
     poison(device, *metadata_pages(device)[-1].offsets)
 

@@ -1,4 +1,4 @@
-"""daxemu status: what it makes of a report."""
+"""daxemu status: the text of a report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ REPORT = {
 
 
 def test_a_supervisor_of_before_there_was_a_background_scrub() -> None:
-    """It may still serve its mount after an upgrade, and must not keep the others from being shown."""
+    """A supervisor of an earlier version may serve its mount after an upgrade. All other mounts are shown
+    too.
+    """
     said = "16 sectors, 8 of them known (badblocks), {} background scrubs"
     assert said.format(0) in "\n".join(_describe(REPORT))
     assert said.format(3) in "\n".join(_describe({**REPORT, "scrubs": 3}))

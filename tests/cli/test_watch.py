@@ -40,7 +40,7 @@ def test_a_cell_shows_the_worst_of_it(cell: Cell, sign: str) -> None:
 
 @pytest.fixture
 def mount(dax_mount: DaxMount) -> Iterator[DaxMount]:
-    """With a file ``f`` that this process maps, and a clone of it."""
+    """Make a mount with a file ``f``, mapped by the test process, and a clone of ``f``."""
     file = dax_mount.make_file("f", 64)
     dax_mount.run("reflink", file, dax_mount.path / "clone")
     with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as view:
@@ -131,7 +131,7 @@ def test_without_a_terminal(mount: DaxMount) -> None:
 
 
 class Page(HTMLParser):
-    """Checks that tags are closed, and has the text."""
+    """Parser: checks for closed tags, and collects the text."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A load that is an error where it would be a SIGBUS."""
+"""safe_read: poison raises an exception instead of SIGBUS."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def hangs(number: int, frame: FrameType | None) -> None:
 
 
 def finding(pristines: list[Pristine], seed: int) -> str | None:
-    """What is wrong with image ``seed``, or None."""
+    """Return the problem of image ``seed``, or None."""
     path = pristines[0].path.with_name(pristines[0].path.name + "-image")
     kind = "making the image"
     before = signal.signal(signal.SIGPROF, hangs)
@@ -73,7 +73,7 @@ def test_damage_is_survived_and_never_hidden(pristines: list[Pristine], chunk: i
 def test_the_loss_of_a_check_is_noticed(
     pristines: list[Pristine], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without one of its checks the filesystem shows something wrong, and the fuzzer sees that."""
+    """Without one of its checks, the filesystem shows wrong data, and the fuzzer notices."""
     WEAKENED[name](monkeypatch)
     assert any(finding(pristines, seed) for seed in range(NOTICED_BY))
 

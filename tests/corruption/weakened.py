@@ -1,4 +1,4 @@
-"""The filesystem without one of its checks: what the corruption fuzzer must notice."""
+"""Filesystems without one of the checks. The corruption fuzzer must notice each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def every_page_is_intact(patch: pytest.MonkeyPatch) -> None:
 
 
 def copies_are_not_compared(patch: pytest.MonkeyPatch) -> None:
-    """A read takes the first copy, if that is intact."""
+    """Read the first copy, if intact."""
 
     def first(self: MetadataRegion, file: MetadataFile, page: int) -> memoryview:
         at = self._places[file][0][page]
@@ -45,7 +45,7 @@ def values_have_no_domain(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_page_may_be_another(patch: pytest.MonkeyPatch) -> None:
-    """A page is intact if its checksum is right, whatever number it has."""
+    """Accept a page with a right checksum and any page number."""
 
     def checksum_alone(page: memoryview, file: int, number: int) -> bool:
         return int.from_bytes(page[-4:], "little") == crc32c(page[:-4])

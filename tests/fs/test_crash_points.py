@@ -1,7 +1,7 @@
-"""A crash at every single write to the metadata, whole and torn: what opens then is sound, and is what one of
-two commits said.
+"""Crash at each write to the metadata, whole and torn: the filesystem opens, is sound, and has the state of
+one of two commits.
 
-One run of a fixed workload; at each write the media as it would be left is copied and opened.
+One run of a fixed workload. At each write, a copy of the media in the state of a crash is opened.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Tree = dict[str, tuple[Any, ...]]
 
 
 def tree(fs: Filesystem) -> Tree:
-    """All that is in a filesystem, by inode."""
+    """Return the contents of a filesystem, by inode."""
     found: Tree = {}
     for inode in fs.names:
         if not inode.nlink:
@@ -53,7 +53,7 @@ def _joined(places: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
 
 
 def open_copy(path: Path) -> tuple[list[str], Tree]:
-    """What fsck says of a device, and what is on it. Raises what a mount would be refused with."""
+    """Return the problems of fsck and the contents of a device. Raises as a mount of the device."""
     with DeviceDir.open(path) as directory, closing(Pmem(directory)) as pmem:
         fs = Filesystem(pmem.dax, MemoryFailures(lambda event: None), lambda event: None)
         try:
@@ -64,7 +64,9 @@ def open_copy(path: Path) -> tuple[list[str], Tree]:
 
 
 class Crashes:
-    """Looks, at every write, at the device as a crash would leave it. ``old`` and ``new``: what it may be."""
+    """Check the device in the state of a crash, at every write. ``old`` and ``new``: the permitted
+    contents.
+    """
 
     def __init__(self, core: Core, scratch: Path) -> None:
         self.core = core
@@ -93,7 +95,7 @@ class Crashes:
         self.gone += found == self.old != self.new
 
     def commit(self) -> None:
-        """Commit, crashing at each write of it."""
+        """Commit, with a crash at each write of the commit."""
         self.new = tree(self.core.fs)
         self.core.fs.fsync()
         self.look()
@@ -110,9 +112,10 @@ def crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Crashes
 
 
 def watch(crashes: Crashes, monkeypatch: pytest.MonkeyPatch, every: int = 1) -> None:
-    """Before each write to the tables, amid it, between its two replicas; and the same of the superblocks.
+    """Crash before each write to the tables and the superblocks, within the write, and between the two
+    replicas.
 
-    ``every``: look at one write of so many only.
+    ``every``: check only each ``every``-th write.
     """
     store, recovery_write = MetadataRegion._store, DaxDevice.recovery_write
     core = crashes.core
@@ -191,7 +194,7 @@ def test_checkpoints_and_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_unmounting(crashes: Crashes) -> None:
-    """The last commit, and what SQLite does at its end."""
+    """Crash during the last commit, and during the writes of SQLite at its end."""
     core = crashes.core
     core.file(b"f", pages("ABC"))
     crashes.new = tree(core.fs)

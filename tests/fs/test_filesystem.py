@@ -1,4 +1,4 @@
-"""The filesystem's verbs: limits, sharing rules, lifetimes, shutdown, and what can be asked of it."""
+"""Verbs of the filesystem: limits, sharing rules, lifetimes, shutdown, and queries."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_after_fsync_a_power_failure_loses_nothing_and_before_it_everything(core
 
 
 def test_a_file_that_was_open_without_a_name_at_the_unmount_leaves_nothing(core: Core) -> None:
-    """Who still uses a mount that goes by force holds such files open."""
+    """A process holds such files open during a forced unmount."""
     ino = core.file(b"f", b"secret" * 4000)
     core.fs.open(core.fs.names.get(ino))
     core.fs.unlink(ROOT_INO, b"f")
@@ -263,7 +263,7 @@ def test_the_root_of_a_new_filesystem_belongs_to_its_maker(core: Core) -> None:
 
 
 def test_blocks_that_a_killed_supervisor_left_full_read_as_zeros(core: Core) -> None:
-    """What was written and never saved lies in blocks that are free after the next mount."""
+    """Uncommitted data lies in blocks that are free after the next mount."""
     core.file(data=b"secret" * 1000)
     core.close(save=False)
     core.open()

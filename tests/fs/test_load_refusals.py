@@ -1,4 +1,4 @@
-"""Tables whose every value is in its domain, and which are no filesystem together: refused in one line."""
+"""Tables with valid values but without a valid filesystem: refused in one line."""
 
 from __future__ import annotations
 

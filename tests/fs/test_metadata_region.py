@@ -1,4 +1,4 @@
-"""The metadata region: two superblocks and two copies of every page, and what each can lose."""
+"""The metadata region: two superblocks, two copies of every page, and the loss of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIRST, SECOND = 0, 1
 
 @pytest.fixture
 def empty(core: Core) -> Core:
-    """A device of 2048 blocks with nothing on it."""
+    """Make an empty device of 2048 blocks."""
     core.without_filesystem()
     core.pmem.dax.discard(0, core.pmem.dax.size)
     return core
@@ -65,7 +65,7 @@ def put(core: Core, offset: int, data: bytes) -> None:
 
 
 def put_superblocks(core: Core, superblock: object) -> None:
-    """Both of them, with a right checksum."""
+    """Write both superblocks, with a right checksum."""
     record = msgspec.msgpack.encode(superblock)
     sealed = len(record).to_bytes(4, "little") + _checksum(record) + record
     for which in (FIRST, SECOND):
@@ -159,7 +159,9 @@ def test_a_page_that_is_poison_twice_is_lost(empty: Core) -> None:
 
 @pytest.mark.parametrize("copy", [0, 1])
 @pytest.mark.parametrize(("offset", "length"), [(0, PAYLOAD), (100, 5), (0, 512), (4000, 200)])
-def test_a_write_heals_the_page_it_is_in(empty: Core, copy: int, offset: int, length: int) -> None:
+def test_a_write_rewrites_the_bad_copies_of_its_page(
+    empty: Core, copy: int, offset: int, length: int
+) -> None:
     region = formatted(empty)
     inject(empty.pmem, copies(region, DB, 1)[copy], PAGE_SIZE)
     region.write(DB, PAYLOAD + offset, b"x" * length)
@@ -173,7 +175,7 @@ def test_a_write_heals_the_page_it_is_in(empty: Core, copy: int, offset: int, le
         empty.pmem.dax.clear_poison(copies(region, DB, 1)[1 - replica], PAGE_SIZE)
 
 
-def test_a_partial_write_into_a_lost_page_is_refused_and_a_whole_one_makes_it_anew(empty: Core) -> None:
+def test_a_partial_write_into_a_lost_page_is_refused_and_a_whole_write_replaces_it(empty: Core) -> None:
     region = formatted(empty)
     for at in copies(region, DB, 1):
         inject(empty.pmem, at, 1)

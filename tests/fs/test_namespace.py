@@ -1,4 +1,4 @@
-"""The namespace: errnos, link counts, what a path is, and the bytes that the store must have room for."""
+"""The namespace: errnos, link counts, paths, and the number of bytes that need room in the store."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_dot_and_dot_dot(names: Namespace) -> None:
 
 
 def test_dot_of_a_file_is_the_file(names: Namespace) -> None:
-    """As a file handle asks for it; it has no ".."."""
+    """A file handle looks "." up; a file has no ".."."""
     file = touch(names, b"f")
     assert names.lookup(file, b".").ino == file
     assert refusal(names.lookup, file, b"..") == errno.ENOTDIR

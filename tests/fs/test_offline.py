@@ -1,4 +1,4 @@
-"""Checking and repairing a device that is not mounted."""
+"""Check and repair of an unmounted device."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_damaged_files_are_no_fault_of_the_filesystem(core: Core) -> None:
     assert report.damaged == [f"/f: {PAGE_SIZE} bytes at {PAGE_SIZE:#x} are poison"]
 
 
-def test_a_poisoned_copy_of_metadata_is_found_and_healed(core: Core) -> None:
+def test_a_poisoned_copy_of_metadata_is_found_and_rewritten(core: Core) -> None:
     a_bit_of_everything(core)
     before = state(core.fs)
     first = next(owner for owner in core.fs.rmap.owners(0, 1) if owner.ino == METADATA_INO)

@@ -1,4 +1,4 @@
-"""renameat2(2) of the namespace, flag by flag; a file of its own because the matrix is one."""
+"""renameat2(2) of the namespace, flag by flag, as a matrix."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def expected_errno(old: str, new: str, flags: int) -> int | None:
 
 
 def counts_are_right(names: Namespace) -> bool:
-    """Every directory's link count is 2 and its subdirectories, every ``..`` leads to where the name is."""
+    """Check link counts (2 and the number of subdirectories) and ``..`` (the directory with the name)."""
     for directory in names:
         if directory.entries is None or not directory.nlink:
             continue
@@ -150,7 +150,7 @@ def test_times_of_both_directories_and_the_file_change(names: Namespace) -> None
 
 
 def test_a_whiteout_stays_under_the_old_name(names: Namespace) -> None:
-    """A device 0:0, as overlayfs wants it; a rename that does nothing leaves none."""
+    """A whiteout is a device 0:0, for overlayfs. A rename without effect leaves no whiteout."""
     ino = touch(names, b"f")
     names.rename(ROOT_INO, b"f", ROOT_INO, b"g", RENAME_WHITEOUT)
     left = names.lookup(ROOT_INO, b"f")

@@ -1,4 +1,4 @@
-"""The store: what was committed comes back, each change is in the next commit, all of it or nothing."""
+"""Store: committed data comes back; each commit has all changes before, or none."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def plain(inode: Inode) -> dict[str, Any]:
 
 @contextmanager
 def mounted(core: Core) -> Iterator[Filesystem]:
-    """A look at what a mount would find, on a device without a filesystem; nothing of it is saved."""
+    """Open a device without a filesystem read-only: nothing is written."""
     fs = Filesystem(core.pmem.dax, MemoryFailures(lambda event: None), lambda event: None)
     try:
         yield fs
@@ -112,7 +112,9 @@ CHANGES: dict[str, Callable[[Core], object]] = {
 def test_each_change_is_in_the_next_commit_and_not_before(
     core: Core, change: Callable[[Core], object]
 ) -> None:
-    """A crash shows what the last commit said, and the commit after a verb has all that it changed."""
+    """After a crash the state is that of the last commit; the commit after a verb has all changes of the
+    verb.
+    """
     a_bit_of_everything(core)
     core.fs.commit()
     before = state(core.fs)
@@ -167,7 +169,7 @@ def digest(core: Core) -> bytes:
 
 @pytest.mark.parametrize("torn", [False, True])
 def test_a_commit_is_all_or_nothing_wherever_it_is_cut_off(core: Core, torn: bool) -> None:
-    """The device as it was at each write of a few commits, a checkpoint among them, is mounted again."""
+    """Mount the state of the device at each write of a few commits, with a checkpoint among the writes."""
     a_bit_of_everything(core)
     core.fs.commit()
     states, images = [state(core.fs)], []

@@ -1,4 +1,4 @@
-"""Metadata that is poison or makes no sense: survived, refused or found by fsck, never another filesystem."""
+"""Poisoned or inconsistent metadata: survived, refused or found by fsck, never another filesystem."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_one_copy_of_all_metadata_may_go(core: Core, file: MetadataFile, replica
 
 
 def test_both_copies_of_any_page_gone_is_corrupt_metadata_or_does_not_matter(core: Core) -> None:
-    """Never a filesystem that is silently another one: not an older state, and not an empty one."""
+    """A loss never shows another filesystem silently, neither an older state nor an empty one."""
     a_bit_of_everything(core)
     core.fs.commit()
     before, region = state(core.fs), core.fs.region
@@ -170,7 +170,7 @@ def test_a_device_of_another_size_is_refused(core: Core) -> None:
 
 @pytest.mark.parametrize("copied_back", [True, False])
 def test_a_device_that_is_removed_can_be_let_go(core: Core, copied_back: bool) -> None:
-    """Whatever SQLite still wants to write when it is closed, the WAL's header or the WAL."""
+    """SQLite writes the header of the WAL, or the WAL, when closed."""
     a_bit_of_everything(core)
     core.fs.commit()
     before = state(core.fs)

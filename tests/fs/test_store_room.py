@@ -1,4 +1,4 @@
-"""What Store.ensure_room admitted always fits a snapshot: a full metadata region can be saved and loaded."""
+"""Store.ensure_room: admitted changes always fit; a full metadata region can be committed and loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.core import ROOT, Core
 
 
 def until_full(verb: Callable[[], object]) -> int:
-    """Do it until the metadata region refuses; how often it was done."""
+    """Repeat ``make`` until the metadata region refuses. Return the number of repetitions."""
     for done in range(1_000_000):
         try:
             verb()
@@ -24,7 +24,7 @@ def until_full(verb: Callable[[], object]) -> int:
 
 
 def fill(core: Core, kind: str, dice: random.Random, big: Ino) -> None:
-    """One more of a kind, with the longest name."""
+    """Make another inode of a kind, with the longest name."""
     name = b"%0255d" % dice.randrange(10**200)
     match kind:
         case "files":
@@ -74,7 +74,7 @@ def test_what_is_refused_has_changed_nothing(core: Core) -> None:
 def test_a_write_into_fragments_asks_for_all_the_links_it_makes(
     core: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Free space in single blocks: every block written is a link of its own."""
+    """Leave free space in single blocks only, so that every written block is a separate link."""
     asked = 0
     ensure_room = core.fs.store.ensure_room
 

@@ -1,7 +1,7 @@
 """Records of format 2, which had no checksums: a mount upgrades them, or refuses in one line.
 
-The images in tests/fs/format2 were made by the last commit with that format: one ended cleanly, the other by
-kill -9.
+The last commit with format 2 made the images in tests/fs/format2: one with a clean end, the other with kill
+-9.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def former(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 def mounted(path: Path) -> tuple[Tree, list[Event]]:
-    """What a mount of the device shows, and its events; sound in the end."""
+    """Mount the device. Return its contents and events; the filesystem is sound in the end."""
     events: list[Event] = []
     with DeviceDir.open(path) as directory, closing(Pmem(directory)) as pmem:
         fs = Filesystem(pmem.dax, MemoryFailures(events.append), events.append)
@@ -102,7 +102,7 @@ def test_fsck_names_the_format_and_changes_nothing_but_with_repair(former: Path)
 def test_an_upgrade_that_was_killed_is_begun_anew(
     former: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At each write to the media: before it, and with a part of it."""
+    """Interrupt the upgrade at each write to the media: before the write, and after a part of the write."""
     copies: list[Path] = []
     store, recovery_write = MetadataRegion._store, DaxDevice.recovery_write
 
@@ -137,7 +137,7 @@ def test_an_upgrade_that_was_killed_is_begun_anew(
 
 
 def places(path: Path) -> list[tuple[int, ...]]:
-    """Of each page of the database, the device offsets of its copies."""
+    """Return the device offsets of both copies of each page of the database."""
     with DeviceDir.open(path) as directory, closing(Pmem(directory)) as pmem:
         region = _FormerRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
         region.load()

@@ -1,4 +1,4 @@
-"""Badblocks: the known-bad sectors, and the bytes and text that are made of them."""
+"""Badblocks: bad sectors, as bytes and as text."""
 
 from __future__ import annotations
 

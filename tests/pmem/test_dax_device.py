@@ -1,4 +1,4 @@
-"""DaxDevice: one holder that is told by range, no byte read from poison, nothing after removal."""
+"""DaxDevice: one holder, notified by range; no byte is read from poison; no access after a removal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.core import Core
 
 
 class Holder:
-    """Remembers what it was told."""
+    """Holder that records each notification."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.told: list[tuple[int, int, int]] = []

@@ -1,4 +1,4 @@
-"""The pytest plugin, in sessions of its own."""
+"""The pytest plugin, in separate sessions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIMIT = 100
 
 
 def run(pytester: pytest.Pytester, code: str, *options: str, orphans: bool = False) -> pytest.RunResult:
-    """Run a test file; no mount of it may be left, and no device unless ``orphans``."""
+    """Run a test file. Afterwards no mount is left and, unless ``orphans``, no device."""
     pytester.makepyfile(code)
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider", *options, timeout=LIMIT)
     deadline = time.monotonic() + LIMIT
@@ -194,7 +194,7 @@ HANGS = {
         view = mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)
     signal.signal(signal.SIGBUS, lambda *_: None)
     view[0]
-    raise AssertionError("it was healed, but the test went on")""",
+    raise AssertionError("the poison was cleared, but the test went on")""",
     "a supervisor that stands still": """
     with dax_mount.client() as client:
         pid = client.request("status")["pid"]

@@ -49,7 +49,7 @@ def _own_addresses(event: FileDamaged | StoreLost, mount: Mount) -> list[tuple[i
     found = []
     for vma in maps.read(os.getpid(), mount.dev):
         first = vma.pgoff << PAGE_SHIFT
-        hurt = Range(event.offset, event.offset + event.length).clip(first, first + vma.end - vma.start)
-        if vma.ino == event.ino and hurt:
-            found.append((vma.start + hurt.start - first, hurt.length))
+        lost = Range(event.offset, event.offset + event.length).clip(first, first + vma.end - vma.start)
+        if vma.ino == event.ino and lost:
+            found.append((vma.start + lost.start - first, lost.length))
     return found

@@ -1,6 +1,6 @@
-"""The filesystem's verbs: what the host translates system calls into.
+"""Verbs of the filesystem. The host translates system calls into verbs.
 
-Every verb is synchronous and therefore atomic under trio. After :meth:`Filesystem.shutdown` each one raises
+Every verb is synchronous and therefore atomic under trio. After :meth:`Filesystem.shutdown`, each verb raises
 Shutdown (EIO).
 """
 
@@ -37,16 +37,17 @@ Name = tuple[Ino, bytes]
 """Directory and name in it."""
 
 MAX_PENDING = (64 << 20) // PAGE_SIZE
-"""Blocks of files that are gone whose memory the host gets back at once, and not with the next commit."""
+"""Number of blocks of removed files from which the host gets the memory back at once, not at the next commit.
+"""
 
 
 class Filesystem(SuperBlock):
-    """One mounted filesystem."""
+    """Mounted filesystem."""
 
     # -- names
 
     def _new_bytes(self, parent: Ino, name: bytes) -> int:
-        """What the name of a new inode takes, and the access control lists that it inherits."""
+        """Return the bytes of the name of a new inode and of the inherited access control lists."""
         inherited = len(self.names.get(parent).xattrs.get(posix_acl.DEFAULT, b""))
         return len(name) + 3 * ENTRY_COST + 2 * (inherited + len(posix_acl.DEFAULT))
 
@@ -91,20 +92,20 @@ class Filesystem(SuperBlock):
         atime: int | None = None,
         mtime: int | None = None,
     ) -> Inode:
-        """``->setattr``: what is not None. See Namespace.setattr and set_size."""
+        """Set the attributes that are not None (``->setattr``). See Namespace.setattr and set_size."""
         self.check_alive()
         if size is not None:
             self.set_size(ino, size)
         return self.names.setattr(ino, mode=mode, uid=uid, gid=gid, atime=atime, mtime=mtime)
 
     def set_inode_flags(self, ino: Ino, flags: int) -> None:
-        """``FS_IOC_SETFLAGS``. Raises FsError EOPNOTSUPP for flags other than immutable and append-only,
-        NoSpace when the metadata region is full.
+        """Set the flags of an inode (``FS_IOC_SETFLAGS``). Raises FsError EOPNOTSUPP for flags other than
+        immutable and append-only, NoSpace when the metadata region is full.
         """
         self.check_alive()
         if flags & ~inode_flags.SUPPORTED:
             raise FsError(errno.EOPNOTSUPP)
-        if flags:  # else a full region could not get rid of what is immutable
+        if flags:  # no room is needed to clear flags: immutable files of a full region can be removed
             self._ensure_room(name_bytes=len(inode_flags.KEY) + len(inode_flags.encode(flags)) + ENTRY_COST)
         self.names.set_flags(ino, flags)
 
@@ -122,7 +123,7 @@ class Filesystem(SuperBlock):
         self.names.setxattr(ino, name, value, flags, acl_kill_sgid=acl_kill_sgid)
 
     def unlink(self, parent: Ino, name: bytes) -> Inode:
-        """Remove a name; the file goes with its last name, once nothing pins it."""
+        """Remove a name. The file ends with its last name, once no pin is left."""
         self.check_alive()
         return self._unless_unused(self.names.unlink(parent, name))
 
@@ -132,7 +133,7 @@ class Filesystem(SuperBlock):
         return self._unless_unused(self.names.rmdir(parent, name))
 
     def rename(self, old: Name, new: Name, flags: int, cred: Credentials = SUPERUSER) -> Inode | None:
-        """``renameat2(2)``; a file that was replaced goes as by unlink. ``cred`` see Namespace.rename."""
+        """Rename (``renameat2(2)``). A replaced file ends as by unlink. ``cred``: see Namespace.rename."""
         self.check_alive()
         if flags & RENAME_WHITEOUT:
             self._ensure_room(inodes=1, name_bytes=len(new[1]) + self._new_bytes(*old))
@@ -144,17 +145,17 @@ class Filesystem(SuperBlock):
     # -- lifetime
 
     def pin(self, inode: Inode, count: int = 1) -> None:
-        """Keep an inode although its last name may go: the kernel knows it."""
+        """Keep an inode even without a name, because the kernel knows the inode."""
         inode.pins += count
 
     def unpin(self, ino: Ino, count: int = 1) -> None:
-        """Undo :meth:`pin`; the last one lets an unlinked inode go."""
+        """Undo :meth:`pin`. The last unpin of an unlinked inode removes the inode."""
         inode = self.names.get(ino)
         inode.pins -= count
         self._unless_unused(inode)
 
     def open(self, inode: Inode) -> None:
-        """Keep an inode's bytes although its last name may go. Raises FsError ESTALE if they are gone
+        """Keep the bytes of an inode even without a name. Raises FsError ESTALE if the bytes are gone
         already.
         """
         if inode.nlink == 0 and inode.opens == 0 and inode.ino not in self.names.linkable:
@@ -162,13 +163,13 @@ class Filesystem(SuperBlock):
         inode.opens += 1
 
     def release(self, ino: Ino) -> None:
-        """Undo :meth:`open`; the last one frees the blocks of an unlinked file."""
+        """Undo :meth:`open`. The last release of an unlinked file frees its blocks."""
         inode = self.names.get(ino)
         inode.opens -= 1
         self._unless_unused(inode)
 
     def _unless_unused(self, inode: Inode) -> Inode:
-        # The blocks go at once; the inode stays until the kernel forgets it, which it does when it likes.
+        # The blocks are freed at once. The inode stays until the kernel's FORGET, which may come at any time.
         if inode.nlink == 0 and inode.opens == 0:
             self.names.linkable.discard(inode.ino)
             if inode.extents is not None and not self.inodegc.queue(inode, inode.extents):
@@ -181,20 +182,22 @@ class Filesystem(SuperBlock):
         return inode
 
     def inactivate(self) -> bool:
-        """Take PIECE_LINKS links from an unlinked file of many. Return whether any such file is left."""
+        """Remove PIECE_LINKS links from an unlinked file with many links. Return True if such a file is
+        left.
+        """
         if (done := self.inodegc.run(self._data, PIECE_LINKS)) is not None:
             self.unpin(done)
         return self.inodegc.is_busy
 
     def unlink_in_pieces(self, on_queue: Callable[[], None]) -> None:
-        """Have unlinked files of many links go in pieces from now on: ``on_queue`` sees to it that
-        :meth:`inactivate` is called until it returns False.
+        """Remove unlinked files with many links in pieces from now on. ``on_queue`` is called for each such
+        file, and must have :meth:`inactivate` called until False is returned.
         """
         self.inodegc.on_queue = on_queue
         self.allocator.reclaim, self.allocator.backlog = self._reclaim, lambda: self.inodegc.blocks
 
     def _reclaim(self) -> None:
-        """Free what unlinked files still have, and what waits for a commit."""
+        """Free the blocks that unlinked files still have, and the pending blocks."""
         while self.inactivate():
             pass
         self.commit()
@@ -202,9 +205,9 @@ class Filesystem(SuperBlock):
     # -- bytes
 
     def read(self, ino: Ino, offset: int, length: int) -> Buffer:
-        """Up to ``length`` bytes from ``offset``, fewer only at the end of the file.
+        """Read up to ``length`` bytes from ``offset``; fewer only at the end of the file.
 
-        Raises MediaError (EIO) if any page of it is poison, with no bytes at all.
+        Raises MediaError (EIO) if any page of the range is poison; then no byte is returned.
         """
         self.check_alive()
         inode, extents = self.names.regular(ino)
@@ -216,12 +219,13 @@ class Filesystem(SuperBlock):
         return found
 
     def write(self, ino: Ino, offset: int, data: Buffer, *, from_cache: bool = False) -> int:
-        """``write(2)``, or with ``from_cache`` the page cache writing back what was stored through a mapping.
+        """Write bytes (``write(2)``). With ``from_cache``, the page cache writes stores through a mapping
+        back.
 
-        Raises PartialOverPoison (EFAULT) for a write that covers part of a poisoned page, MediaError (EIO) if
-        that is shared, NoSpace; then nothing was written. Poison that is covered whole is cleared. A store
-        from the cache to poison is lost: silently as on DAX, or with MediaError (after the rest was written)
-        where ``lost_store_is_eio``.
+        Raises PartialOverPoison (EFAULT) for a write that covers a poisoned page in part, MediaError (EIO) if
+        such a page is shared, NoSpace; then nothing was written. A poisoned page that is covered whole is
+        cleared. A store from the page cache to poison is lost: silently as on DAX or, with
+        ``lost_store_is_eio``, with MediaError after the rest was written.
         """
         self.check_alive()
         inode, extents = self.names.regular(ino)
@@ -229,13 +233,15 @@ class Filesystem(SuperBlock):
             return 0
         if offset + len(data) > MAX_FILE_SIZE:
             raise FsError(errno.EFBIG)
-        must_copy = bool(self.rmap.given_up)  # the allocator may commit too, and then that is all forgotten
+        must_copy = bool(
+            self.rmap.given_up
+        )  # read before the allocator, which may commit and so empty given_up
         try:
             stored = self._data.store(extents, offset, data, from_cache=from_cache)
         except NoSpace:
             if not must_copy:
                 raise
-            self.commit()  # then the last one to use a block need not copy it any more
+            self.commit()  # after the commit, the last owner of a block need not copy the block
             stored = self._data.store(extents, offset, data, from_cache=from_cache)
         grown = offset + len(data) > inode.size
         if grown:
@@ -244,17 +250,17 @@ class Filesystem(SuperBlock):
         else:
             self.names.update_time(inode, time.time_ns())
             self.layouts.break_attributes(ino)
-        if not grown or inode.size % PAGE_SIZE:  # else what comes next wants new blocks
+        if not grown or inode.size % PAGE_SIZE:  # else the next write needs new blocks
             self.layouts.grant(inode, extents, offset, len(data))
         self._publish(inode, stored)
         return len(data)
 
     def wrote(self, ino: Ino, time_ns: int) -> None:
-        """A holder of layouts stored to a file, last at ``time_ns`` (since the epoch)."""
+        """Record stores through a layout to a file, the last at ``time_ns`` (ns since the epoch)."""
         self.names.update_time(self.names.get(ino), time_ns)
 
     def grew(self, ino: Ino, size: int) -> None:
-        """A holder of layouts stored beyond the end of a file, which is ``size`` long now."""
+        """Record stores through a layout beyond the end of a file; the new size is ``size`` bytes."""
         self.names.get(ino).size = size
         self.names.dirty_inodes.add(ino)
 
@@ -270,18 +276,18 @@ class Filesystem(SuperBlock):
             raise MediaError(f"{path}: a mapped store was lost to poison")
 
     def set_size(self, ino: Ino, size: int) -> None:
-        """``truncate(2)``. Raises MediaError if the block that the new end cuts is poison; then nothing has
-        changed.
+        """Set the size in bytes (``truncate(2)``). Raises MediaError if the new end lies within a poisoned
+        block; then nothing has changed.
         """
         for _ in self.set_size_in_pieces(ino, size):
             pass
 
     def set_size_in_pieces(self, ino: Ino, size: int) -> Iterator[None]:
-        """As :meth:`set_size`, and yield after each PIECE_LINKS links that a shorter file loses.
+        """Set the size as :meth:`set_size`, and yield after each PIECE_LINKS links that a shorter file loses.
 
-        Between two pieces the file ends where the last piece began: a shorter file, longer than asked for
-        (xfs_itruncate_extents()). Precondition: nobody writes to the file meanwhile; the kernel holds the
-        inode's lock and FUSE_NOWRITE.
+        Between two pieces the file ends at the begin of the last piece: shorter than before, but longer than
+        ``size`` (xfs_itruncate_extents()). Precondition: no write to the file until the end; the kernel holds
+        the lock of the inode and FUSE_NOWRITE.
         """
         self.check_alive()
         inode, extents = self.names.regular(ino)
@@ -298,7 +304,7 @@ class Filesystem(SuperBlock):
         self.names.touch(inode, modified=True)
 
     def fallocate(self, ino: Ino, mode: int, offset: int, length: int) -> None:
-        """``fallocate(2)``: preallocate, punch a hole, or zero a range, which gives poisoned blocks back for
+        """Preallocate, punch a hole, or zero a range (``fallocate(2)``). Zeroing replaces poisoned blocks by
         others.
 
         Raises FsError EINVAL, EOPNOTSUPP or EFBIG, MediaError if an edge of the range lies in a poisoned
@@ -308,11 +314,11 @@ class Filesystem(SuperBlock):
             pass
 
     def fallocate_in_pieces(self, ino: Ino, mode: int, offset: int, length: int) -> Iterator[None]:
-        """As :meth:`fallocate`, and yield after each PIECE_BLOCKS blocks or PIECE_LINKS links.
+        """Run :meth:`fallocate`, and yield after each PIECE_BLOCKS blocks or PIECE_LINKS links.
 
-        Between two pieces a prefix of the range is as asked for, and the size is unchanged (as
+        Between two pieces a prefix of the range is done, and the size is unchanged (as in
         xfs_free_file_space() and xfs_alloc_file_space(), which have a transaction for each extent).
-        Precondition: nobody writes to the file meanwhile; the kernel holds the inode's lock.
+        Precondition: no write to the file until the end; the kernel holds the lock of the inode.
         """
         self.check_alive()
         inode, extents = self.names.regular(ino)
@@ -340,8 +346,8 @@ class Filesystem(SuperBlock):
         self.names.touch(inode, modified=True)
 
     def seek(self, ino: Ino, offset: int, whence: int) -> int:
-        """``lseek(2)`` with SEEK_DATA or SEEK_HOLE. Raises FsError ENXIO when there is none from ``offset``
-        on.
+        """Find data or a hole (``lseek(2)`` with SEEK_DATA or SEEK_HOLE). Raises FsError ENXIO without any
+        from ``offset`` on.
         """
         self.check_alive()
         inode, extents = self.names.regular(ino)
@@ -357,9 +363,9 @@ class Filesystem(SuperBlock):
         return inode.size
 
     def copy_file_range(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
-        """``copy_file_range(2)`` as a reflink; returns the bytes copied, 0 at the end of ``src``.
+        """Share blocks for ``copy_file_range(2)``. Return the number of bytes; 0 at the end of ``src``.
 
-        Raises FsError EOPNOTSUPP for a range that cannot be shared: the kernel copies the bytes then.
+        Raises FsError EOPNOTSUPP for a range that cannot be shared; the kernel then copies the bytes.
         """
         self.check_alive()
         source = self.names.regular(src)[0]
@@ -377,11 +383,11 @@ class Filesystem(SuperBlock):
             raise
 
     def remap_file_range(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
-        """``FICLONERANGE``: share ``src``'s blocks with ``dst``; ``length`` 0 is to the end. Returns the
-        bytes shared.
+        """Share the blocks of ``src`` with ``dst`` (``FICLONERANGE``); ``length`` 0 is to the end. Return the
+        number of shared bytes.
 
-        Works on poison too: the clone shares it. Raises FsError EINVAL for ranges that are not whole blocks
-        (but at the end of the source file), lie beyond its end, or overlap; NoSpace when the metadata region
+        Poison is shared too. Raises FsError EINVAL for ranges that are not whole blocks (except at the end of
+        the source file), lie beyond the end of the source file, or overlap; NoSpace when the metadata region
         is full.
         """
         self.check_alive()
@@ -403,12 +409,12 @@ class Filesystem(SuperBlock):
         return length
 
     def extents_of(self, ino: Ino) -> ExtentMap:
-        """The extent map of a regular file."""
+        """Return the extent map of a regular file."""
         return self.names.regular(ino)[1]
 
     def adopt_cleared(self, cleared: list[Range]) -> None:
-        """Device byte ranges were made healthy, and given back to the host: reserve anew what files have of
-        them.
+        """Reserve memory again for the parts of ``cleared`` that files own. The caller has cleared the poison
+        of these device byte ranges and given their memory back to the host.
         """
         for part in cleared:
             for owner in self.rmap.owners(part.start // PAGE_SIZE, -(-part.end // PAGE_SIZE)):
@@ -417,7 +423,9 @@ class Filesystem(SuperBlock):
     # -- questions
 
     def statfs(self) -> StatFs:
-        """How full it is. What an unlinked file of many links still has is in use: see :meth:`inactivate`."""
+        """Return the used and free space. Blocks of an unlinked file with many links count as used until
+        :meth:`inactivate` has freed the blocks.
+        """
         return StatFs(
             self.allocator.total,
             self.allocator.free_blocks,
@@ -427,16 +435,16 @@ class Filesystem(SuperBlock):
         )
 
     def damaged(self) -> list[Damage]:
-        """What the badblocks cost: every file range that lost data, by path, in order of path and offset."""
+        """Return each file range with a bad block, in order of path and offset."""
         return damaged(self.dax, self.rmap, self.names)
 
     def damaged_in_pieces(self) -> Iterator[list[Damage]]:
-        """As :meth:`damaged`, see statfs.damaged_in_pieces()."""
+        """Yield the result of :meth:`damaged` in pieces, see statfs.damaged_in_pieces()."""
         return damaged_in_pieces(self.dax, self.rmap, self.names)
 
     def device_ranges(self, ino: Ino, offset: int, length: int) -> list[Range]:
-        """Where the bytes ``[offset, offset + length)`` of a file are, as device byte ranges; holes are
-        nowhere.
+        """Return the device byte ranges of the bytes ``[offset, offset + length)`` of a file, without
+        holes.
         """
         extents = self.extents_of(ino)
         found = []

@@ -68,7 +68,7 @@ def _check_tails(fs: Filesystem) -> list[str]:
             continue
         beyond = bytes(fs.dax.direct_access(run.dev_block * PAGE_SIZE, PAGE_SIZE)[tail:])
         if beyond.count(0) != len(beyond):
-            wrong.append(f"inode {inode.ino}: its last block holds something beyond its end")
+            wrong.append(f"inode {inode.ino}: its last block holds bytes other than zero beyond its end")
     return wrong
 
 
@@ -134,7 +134,7 @@ def _check_tree(fs: Filesystem) -> list[str]:
             there = inodes.get(child)
             if there is None:
                 wrong.append(
-                    f"directory {directory.ino}: {name!r} leads to inode {child}, which is not there"
+                    f"directory {directory.ino}: {name!r} leads to inode {child}, which does not exist"
                 )
                 continue
             names[child] += 1

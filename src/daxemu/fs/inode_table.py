@@ -1,5 +1,5 @@
-"""The inode table: which inodes there are, what of them the store does not have yet, where their names are
-(fs/inode.c, fs/xfs/xfs_icache.c).
+"""Inode table: all inodes, the changes that are not committed yet, and paths of inodes (fs/inode.c,
+fs/xfs/xfs_icache.c).
 """
 
 from __future__ import annotations
@@ -28,24 +28,22 @@ class InodeTable:
         self._next_ino = ROOT_INO + 1
         self.dirty_inodes: set[Ino] = set()
         self.dirty_times: set[Ino] = set()
-        """Inodes of which at least the times changed."""
+        """Inodes whose times changed, and possibly more."""
         self.dirty_since = 0
-        """When the oldest of these changes was made, in ns since the epoch; 0 if there is none."""
+        """Time of the oldest uncommitted change, in ns since the epoch; 0 without changes."""
         self.dirty_entries: set[tuple[Ino, bytes]] = set()
-        """What the store does not have yet: inode numbers, and (directory, name) of entries made or
-        removed.
-        """
+        """Uncommitted entries, made or removed, as (directory, name)."""
         self.on_change: Callable[[Ino], None] = lambda ino: None
-        """Told which inode is touched."""
+        """Called with the number of each inode that changes."""
         self.name_bytes = 0
-        """Bytes of names, symlinks and extended attributes: what the store must have room for besides inodes
-        and links.
+        """Bytes of names, symlinks and extended attributes. The store needs room for these besides inodes and
+        links.
         """
         self.linkable: set[Ino] = set()
-        """Files made without a name that may get one (``I_LINKABLE``)."""
+        """Files made without a name that may get a name (``I_LINKABLE``)."""
         self._listings = Listings()
         self._names: dict[Ino, int] = {}
-        """While a store is read: how many names a file with several has had so far."""
+        """During the load of a store: the number of names so far of a file with several names."""
 
     def __len__(self) -> int:
         return len(self._inodes)
@@ -54,11 +52,13 @@ class InodeTable:
         return iter(self._inodes.values())
 
     def find(self, ino: Ino) -> Inode | None:
-        """The inode with this number, if there is one."""
+        """Return the inode with the number ``ino``; None without such an inode."""
         return self._inodes.get(ino)
 
     def touch(self, inode: Inode, *, modified: bool) -> None:
-        """An inode changed: set its ctime, and its mtime if its contents did. The next commit writes it."""
+        """Record a change of an inode: set ctime and, with ``modified``, mtime. The next commit writes the
+        inode.
+        """
         inode.ctime = time.time_ns()
         if modified:
             inode.mtime = inode.ctime
@@ -67,23 +67,24 @@ class InodeTable:
         self.on_change(inode.ino)
 
     def update_time(self, inode: Inode, now: int) -> None:
-        """``generic_update_time()``: its bytes changed at ``now`` (ns since the epoch), and nothing else. The
-        next commit writes that, but fdatasync(2) does not wait for it.
+        """Record a change of only the bytes of an inode at ``now``, in ns since the epoch
+        (``generic_update_time()``). The next commit writes the times; fdatasync(2) does not wait for the
+        times.
         """
         inode.mtime = inode.ctime = now
         self.dirty_since = self.dirty_since or now
         self.dirty_times.add(inode.ino)
 
     def get(self, ino: Ino) -> Inode:
-        """The inode with this number. Raises FsError ESTALE if there is none (any more)."""
+        """Return the inode with the number ``ino``. Raises FsError ESTALE without such an inode."""
         inode = self._inodes.get(ino)
         if inode is None:
             raise FsError(errno.ESTALE)
         return inode
 
     def regular(self, ino: Ino) -> tuple[Inode, ExtentMap]:
-        """The regular file with this number and its extents. Raises FsError EISDIR or EINVAL for anything
-        else.
+        """Return a regular file and its extents. Raises FsError EISDIR for a directory, EINVAL for any other
+        type, ESTALE without such an inode.
         """
         inode = self.get(ino)
         if inode.extents is None:
@@ -91,14 +92,16 @@ class InodeTable:
         return inode, inode.extents
 
     def directory(self, ino: Ino) -> tuple[Inode, dict[bytes, Ino]]:
-        """The directory with this number and its entries. Raises FsError ENOTDIR for anything else."""
+        """Return a directory and its entries. Raises FsError ENOTDIR for any other type, ESTALE without such
+        an inode.
+        """
         inode = self.get(ino)
         if inode.entries is None:
             raise FsError(errno.ENOTDIR)
         return inode, inode.entries
 
     def listing(self, ino: Ino) -> Listing:
-        """Order of a directory's names. Raises FsError ENOTDIR for anything else."""
+        """Return the order of the names of a directory. Raises FsError ENOTDIR for any other type."""
         return self._listings.of(ino, self.directory(ino)[1])
 
     def drop(self, inode: Inode) -> None:
@@ -110,7 +113,7 @@ class InodeTable:
         del self._inodes[inode.ino]
 
     def adopt(self, inode: Inode) -> None:
-        """Put in an inode that a store has read."""
+        """Add an inode that a store has read."""
         if stat.S_ISREG(inode.mode):
             inode.extents = ExtentMap(inode.ino, self._rmap)
         elif stat.S_ISDIR(inode.mode):
@@ -122,10 +125,10 @@ class InodeTable:
             self.name_bytes += self._own_bytes(inode)
 
     def adopt_entries(self, parent: Ino, rows: Iterable[tuple[Ino, bytes, Ino]]) -> None:
-        """Put in entries of one directory that a store has read, as (parent, name, inode number).
+        """Add entries of one directory that a store has read, as (parent, name, inode number).
 
-        Raises FsError if there is no such directory or inode, ValueError for a name or a link that no
-        directory can hold.
+        Raises FsError for a missing directory or inode, ValueError for a name or a link that no directory can
+        hold.
         """
         directory, entries = self.directory(parent)
         subdirectories = 0
@@ -143,7 +146,7 @@ class InodeTable:
         self.name_bytes += sum(map(len, entries)) + ENTRY_COST * len(entries)
 
     def _another_name(self, inode: Inode, parent: Ino) -> None:
-        """Count a name beyond the first. Raises ValueError for an inode that has one name at most."""
+        """Count a name beyond the first. Raises ValueError for an inode with at most one possible name."""
         if inode.is_dir or inode.ino == RESERVED_INO:
             raise ValueError(
                 f"directory {parent}: a name leads to inode {inode.ino}, which has another place"
@@ -151,10 +154,12 @@ class InodeTable:
         self._names[inode.ino] = self._names.get(inode.ino, 1) + 1
 
     def finish_loading(self) -> None:
-        """Everything a store has is here. Raises CorruptMetadata or ValueError if that is no filesystem."""
+        """Check the tree after the load of a store. Raises CorruptMetadata or ValueError for an invalid
+        tree.
+        """
         root = self._inodes.get(ROOT_INO)
         if root is None or not root.is_dir:
-            raise CorruptMetadata("there is no root directory")
+            raise CorruptMetadata("the root directory is missing")
         root.parent = ROOT_INO
         reached = {ROOT_INO}
         for inode in self._inodes.values():
@@ -172,8 +177,8 @@ class InodeTable:
             raise ValueError(f"inode {inode.ino}: link count {inode.nlink}, has {found}")
 
     def _reach(self, directory: Inode, reached: set[Ino]) -> None:
-        """Raises ValueError if ``directory`` is in a ring, or has no name. ``reached``: known to be below the
-        root.
+        """Check that ``directory`` is below the root. ``reached``: directories that are known to be below the
+        root. Raises ValueError for a directory in a ring or without a name.
         """
         way: set[Ino] = set()
         ino = directory.ino
@@ -192,22 +197,22 @@ class InodeTable:
 
     @property
     def next_ino(self) -> Ino:
-        """The number the next inode gets; numbers are never used twice."""
+        """Number of the next inode; numbers are never used twice."""
         return self._next_ino
 
     def reserve_inos(self, below: Ino) -> None:
-        """Give no number below ``below`` to a new inode: they were given out before."""
+        """Reserve all numbers below ``below``, which earlier inodes may have used."""
         self._next_ino = max(self._next_ino, below)
 
     def path_of(self, ino: Ino) -> str:
-        """A path of the inode from the root, as daxemu.text.name_text has it. An unlinked file has only a
-        number.
+        """Return a path of the inode from the root, encoded by daxemu.text.name_text; for an unlinked file,
+        text with its number.
         """
         path = self.path_bytes(ino)
         return f"<inode {ino}, unlinked>" if path is None else name_text(path)
 
     def path_bytes(self, ino: Ino) -> bytes | None:
-        """A path of the inode from the root, for the kernel; None if it is unlinked."""
+        """Return a path of the inode from the root, for the kernel; None for an unlinked inode."""
         names: list[bytes] = []
         if ino == RESERVED_INO:
             return None
@@ -223,7 +228,7 @@ class InodeTable:
         return b"/" + b"/".join(reversed(names))
 
     def _find_name(self, inode: Inode) -> None:
-        """Its remembered name was unlinked, but it has another: look through the tree for it."""
+        """Search the tree for another name of an inode whose remembered name was unlinked."""
         for directory in self:
             for name, child in (directory.entries or {}).items():
                 if child == inode.ino:

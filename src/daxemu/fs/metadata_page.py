@@ -1,9 +1,9 @@
-"""One copy of one metadata page: its bytes, and the trailer that proves which page they are.
+"""Copy of a metadata page: the payload, and the trailer that identifies the page.
 
     0 .. 4071       payload
     4072 .. 4075    magic and the file (``MetadataFile``)
     4076 .. 4083    number of the page in the file
-    4084 .. 4091    generation: which write stored the page; larger is newer
+    4084 .. 4091    generation of the write of the page; larger is newer
     4092 .. 4095    CRC32C of all bytes before
 
 All numbers are little-endian. Both copies of a page are equal to the last byte. A file's pages are sealed
@@ -24,12 +24,12 @@ _TRAILER = struct.Struct("<IQQ")
 _CRC = struct.Struct("<I")
 _CRC_AT = PAGE_SIZE - _CRC.size
 PAYLOAD = _CRC_AT - _TRAILER.size
-"""Bytes of a page that are the file's."""
+"""Bytes of a page that belong to the file."""
 _MAGIC = 0x4D786164 & ~0xFF  # "dax" above one byte for the file
 
 
 class CopyState(StrEnum):
-    """What one copy of a page or superblock is worth; the value completes "copy 1 ..."."""
+    """State of one copy of a page or superblock. The value completes "copy 1 ..." in messages."""
 
     GOOD = "is good"
     POISONED = "is poisoned"
@@ -38,7 +38,7 @@ class CopyState(StrEnum):
 
 
 class Copy(Struct, frozen=True):
-    """One copy: its device offset in bytes, its generation (0 if unknown), and its state."""
+    """Copy of a page: device offset in bytes, generation (0 if unknown), and state."""
 
     offset: int
     generation: int
@@ -52,7 +52,7 @@ def seal(page: memoryview, file: int, number: int, generation: int) -> None:
 
 
 def is_intact(page: memoryview, file: int, number: int) -> bool:
-    """Whether the checksum is right, and the trailer names this page of this file."""
+    """Return True if the checksum is right and the trailer names page ``number`` of ``file``."""
     (crc,) = _CRC.unpack_from(page, _CRC_AT)
     if crc != crc32c(page[:_CRC_AT]):
         return False
@@ -67,6 +67,6 @@ def is_published(page: memoryview) -> bool:
 
 
 def generation_of(page: memoryview) -> int:
-    """The generation in the trailer. Precondition: the page is intact."""
+    """Return the generation in the trailer. Precondition: the page is intact."""
     generation: int = _TRAILER.unpack_from(page, PAYLOAD)[2]
     return generation

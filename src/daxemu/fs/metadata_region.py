@@ -1,14 +1,15 @@
-"""Where the filesystem's own records live on the device: two superblocks, and two files of blocks, each kept
-twice.
+"""Metadata region: the filesystem's own records on the device. Two superblocks, and two files of blocks with
+two copies of each block.
 
-    first 16 blocks     superblock: where everything below is, generation, checksum
-    16 in the middle    the same again
+    first 16 blocks     superblock: place of the files below, generation, checksum
+    16 in the middle    second superblock, equal to the first
     anywhere            "db" and "wal", which fs/metadata_vfs.py gives to SQLite; each has two replicas of its
-    blocks
+                        blocks
 
-All of it belongs to ``METADATA_INO`` in the reverse map, like the extents of any file, so that poison there
-is found as metadata. Each page of each replica is sealed (fs/metadata_page.py). A page that is poisoned,
-corrupt or stale is read from the other replica. A read rewrites a corrupt or stale copy, a write both copies.
+The region belongs to ``METADATA_INO`` in the reverse map, like the extents of a file, so that poison in the
+region is found as metadata poison. Each page of each replica is sealed (fs/metadata_page.py). A page that is
+poisoned, corrupt or stale is read from the other replica. A read rewrites a corrupt or stale copy, a write
+rewrites both copies.
 
 Invariants:
 - Both replicas of a file are equally long, and every page of a file has been sealed.
@@ -49,48 +50,52 @@ _SEALED_AT_ONCE = 256  # pages of a new extent that one store seals
 
 
 class MetadataFile(IntEnum):
-    """The two files."""
+    """Files of the metadata region: database and write-ahead log."""
 
     DB = 0
     WAL = 1
 
 
 class MetadataDamage(msgspec.Struct, frozen=True):
-    """One line about a bad page or superblock. ``mendable``: the other copy is good, a repair uses it."""
+    """Line about a bad page or superblock. ``mendable``: the other copy is good, so a repair is possible."""
 
     line: str
     mendable: bool
 
 
 OnBadCopy = Callable[[str, int, int, CopyState], None]
-"""Called with a file's name, a page of it, the copy (1 or 2) and its state, when a bad copy was rewritten."""
+"""Called with the name of a file, the page, the copy (1 or 2) and the state, after a bad copy was
+rewritten.
+"""
 
 
 def _base(file: MetadataFile, replica: int) -> Block:
-    """The file block of METADATA_INO at which a replica begins."""
+    """Return the file block of METADATA_INO at which a replica begins."""
     return (1 + file * REPLICAS + replica) << 40
 
 
 class MetadataRegion:
-    """The blocks of METADATA_INO. Sizes and offsets inside a file are bytes."""
+    """Blocks of METADATA_INO. Sizes and offsets inside a file are bytes."""
 
     version = VERSION
-    """The format that :meth:`load` accepts."""
+    """Format that :meth:`load` accepts."""
 
     def __init__(self, dax: DaxDevice, rmap: Rmap, allocator: Allocator) -> None:
-        """Claim the superblocks' own blocks. The caller then calls :meth:`format` or :meth:`load`."""
+        """Claim the blocks of the superblocks. The caller then calls :meth:`format` or :meth:`load`."""
         self._dax = dax
         self._allocator = allocator
         self._rmap = rmap
         self._extents = ExtentMap(METADATA_INO, rmap)
         self._places = [[array("Q") for _ in range(REPLICAS)] for _ in MetadataFile]
         self._ends = [[array("Q") for _ in range(REPLICAS)] for _ in MetadataFile]
-        """By file, replica and page: device offset in bytes of the page, and of the end of its run."""
+        """By file, replica and page: device offset in bytes of the page, and of the end of the run of the
+        page.
+        """
         self._last_written = (MetadataFile.DB, -1, memoryview(b""))
         self._generation = self._page_generation = 0
         self._is_published = True
         self.is_read_only = False
-        """Whether reads leave a bad copy as it is."""
+        """True if reads do not rewrite a bad copy."""
         self.on_bad_copy: OnBadCopy = lambda file, page, copy, state: None
         self._super_blocks = super_blocks(allocator.total)
         for index, blocks in enumerate(self._super_blocks):
@@ -101,8 +106,8 @@ class MetadataRegion:
     # -- the superblocks
 
     def is_formatted(self) -> bool:
-        """Whether there is a filesystem; poison where a superblock should be counts as one, lest it be
-        overwritten.
+        """Return True if the device holds a filesystem. Poison at the place of a superblock counts as a
+        filesystem, so that the filesystem is not overwritten.
         """
         for blocks in self._super_blocks:
             offset = blocks.start * PAGE_SIZE
@@ -126,15 +131,15 @@ class MetadataRegion:
                     )
 
     def prepare(self, after: int) -> None:
-        """Begin a new filesystem that no superblock names before :meth:`format`: a crash leaves none.
-        ``after``: the generation of the filesystem that it replaces, or 0.
+        """Begin a new filesystem. No superblock names the filesystem before :meth:`format`, so a crash leaves
+        no filesystem. ``after``: the generation of the replaced filesystem, or 0.
         """
         self._is_published = False
         self._generation = after
 
     def format(self) -> None:
-        """Write the superblocks of a new filesystem, with the files that it has by now."""
-        self._allocator.discard_free()  # what a first mount that was killed has left
+        """Write the superblocks of a new filesystem, with the present files."""
+        self._allocator.discard_free()  # a first mount that was killed may have left data
         self._is_published = True
         self._write_superblocks()
         self._page_generation = self._generation << 32
@@ -163,7 +168,7 @@ class MetadataRegion:
         self._page_generation = self._generation << 32
 
     def _place(self, file: MetadataFile, first: Block, end: Block) -> None:
-        """Note where the pages ``[first, end)`` are. Precondition: they are mapped."""
+        """Record the place of the pages ``[first, end)``. Precondition: the pages are mapped."""
         for replica, places in enumerate(self._places[file]):
             base = _base(file, replica)
             for run in self._extents.runs(base + first, base + end):
@@ -185,7 +190,9 @@ class MetadataRegion:
         self._extents.insert(file_block, run.start, run.length)
 
     def _length(self, base: Block) -> int:
-        """How many blocks of a replica are mapped. Raises CorruptMetadata for one with a hole."""
+        """Return the number of mapped blocks of a replica. Raises CorruptMetadata for a replica with a
+        hole.
+        """
         runs = self._extents.lookup(base, base + (1 << 40))
         if any(run.link is None for run in runs[:-1]):
             raise CorruptMetadata(f"{self._dax.name}: a replica has a hole")
@@ -196,7 +203,7 @@ class MetadataRegion:
         runs = [(e.file_block, e.dev_block, e.length) for e in self._extents if e.file_block >> 40]
         superblock = Superblock(MAGIC, VERSION, self._generation, self._allocator.total, runs)
         data = sealed(superblock)
-        # A copy that is poisoned stays so, for fsck to find, as long as the other is good.
+        # A poisoned copy stays poisoned while the other copy is good, so that fsck finds the poison.
         offsets = [blocks.start * PAGE_SIZE for blocks in self._super_blocks]
         good = [at for at in offsets if not self._dax.is_poisoned(at, len(data))]
         for offset in good or offsets:
@@ -205,15 +212,17 @@ class MetadataRegion:
     # -- the files
 
     def size(self, file: MetadataFile) -> int:
-        """Bytes the file has room for."""
+        """Return the number of bytes that the file has room for."""
         return self.pages(file) * PAYLOAD
 
     def pages(self, file: MetadataFile) -> int:
-        """Pages of the file."""
+        """Return the number of pages of the file."""
         return len(self._places[file][0])
 
     def grow(self, file: MetadataFile, size: int) -> None:
-        """Make room for at least ``size`` bytes; new ones are zeros. Raises NoSpace; then nothing changed."""
+        """Make room for at least ``size`` bytes; new bytes are zeros. Raises NoSpace; then nothing
+        changed.
+        """
         had = self.pages(file)
         more = -(-size // PAYLOAD) - had
         if more <= 0:
@@ -229,7 +238,7 @@ class MetadataRegion:
                     self._extents.insert(at, run.start, run.length)
                     at += run.length
             self._place(file, had, had + more)
-            # Sealed while no superblock names these blocks: after a crash they are free, and made zero.
+            # Sealed while no superblock names these blocks: after a crash the blocks are free and zeroed.
             self._seal_new(file, had, had + more)
             if self._is_published:
                 self._write_superblocks()
@@ -254,24 +263,26 @@ class MetadataRegion:
                 self._store(file, replica, start, blocks)
 
     def read(self, file: MetadataFile, offset: int, length: int) -> bytes:
-        """The bytes ``[offset, offset + length)``. Raises MediaError where both copies of a page are bad."""
+        """Return the bytes ``[offset, offset + length)``. Raises MediaError if both copies of a page are
+        bad.
+        """
         parts = [self._good(file, page)[start:end] for page, start, end in _pages(offset, length)]
         return b"".join(parts)
 
     def _good(self, file: MetadataFile, page: Block) -> memoryview:
-        """The whole page, of the copy that is right. A copy that is not is rewritten."""
+        """Return the whole page from a good copy. A bad copy is rewritten."""
         agreed = self._agreed(file, page)
         return agreed if agreed is not None else self._good_of_two(file, page)
 
     def _agreed(self, file: MetadataFile, page: Block) -> memoryview | None:
-        """The whole page, if both copies can be read, are equal and intact."""
+        """Return the whole page if both copies are readable, equal and intact; else None."""
         first, second = self._places[file]
         try:
             one = self._dax.direct_access(first[page], PAGE_SIZE)
             other = self._dax.direct_access(second[page], PAGE_SIZE)
         except MediaError:
             return None
-        # Of bytes: comparing memoryviews takes a hundred times as long.
+        # The comparison is of bytes: a comparison of memoryviews takes a hundred times as long.
         return one if bytes(one) == bytes(other) and is_intact(one, file, page) else None
 
     def _good_of_two(self, file: MetadataFile, page: Block) -> memoryview:
@@ -283,14 +294,14 @@ class MetadataRegion:
             raise MediaError(f"{self._dax.name}: both copies of {name} are lost: {why}")
         data = self._dax.direct_access(good.offset, PAGE_SIZE)
         for number, copy in enumerate(copies, 1):
-            # A poisoned copy stays until fsck or the next write, which is a store that clears poison.
+            # A poisoned copy stays until fsck or the next write: a write of a whole page clears poison.
             if copy.state in (CopyState.CORRUPT, CopyState.STALE) and not self.is_read_only:
                 self._dax.direct_access(copy.offset, PAGE_SIZE)[:] = data
                 self.on_bad_copy(file.name.lower(), page, number, copy.state)
         return data
 
     def _copies(self, file: MetadataFile, page: Block) -> list[Copy]:
-        """Both copies of a page, all bytes looked at."""
+        """Return both copies of a page, with states from a check of all bytes."""
         found: list[Copy] = []
         for places in self._places[file]:
             state, generation = CopyState.POISONED, 0
@@ -338,8 +349,8 @@ class MetadataRegion:
                 self._store(file, replica, first, blocks)
 
     def _good_to_write(self, file: MetadataFile, page: Block) -> memoryview:
-        """The whole page, to write a part of. The page written last is not read and checked again: the log
-        grows within a page, and a read here would be a third of a small commit.
+        """Return the whole page for a write of a part. The page written last is not read and checked again:
+        the log grows within a page, and a read would take a third of a small commit.
         """
         last_file, last_page, block = self._last_written
         if (file, page) == (last_file, last_page) and not self._dax.has_poison:
@@ -351,7 +362,7 @@ class MetadataRegion:
         return any(self._dax.is_poisoned(start, length) for start, length in runs)
 
     def _runs(self, file: MetadataFile, replica: int, first: Block, count: int) -> Iterator[tuple[int, int]]:
-        """Device offset and length in bytes of each run of ``count`` pages."""
+        """Yield the device offset and length in bytes of each run of ``count`` pages."""
         places, ends = self._places[file][replica], self._ends[file][replica]
         left = count * PAGE_SIZE
         while left:
@@ -362,7 +373,9 @@ class MetadataRegion:
             left -= length
 
     def _write_over_poison(self, file: MetadataFile, first: Block, blocks: memoryview) -> None:
-        """Write page by page, a poisoned copy first: the other is whole until that one is."""
+        """Write page by page, the poisoned copy first. The other copy is whole until the write of the first
+        copy is complete.
+        """
         for index in range(len(blocks) // PAGE_SIZE):
             block = blocks[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
             bad = [self._is_poisoned(file, replica, first + index, 1) for replica in range(REPLICAS)]
@@ -370,7 +383,7 @@ class MetadataRegion:
                 self._store(file, replica, first + index, block)
 
     def _store(self, file: MetadataFile, replica: int, first: Block, blocks: memoryview) -> None:
-        """Put sealed pages on the media, from page ``first`` of one replica on; clears poison there."""
+        """Write sealed pages to the media, from page ``first`` of one replica on. The write clears poison."""
         done = 0
         for start, length in self._runs(file, replica, first, len(blocks) // PAGE_SIZE):
             self._put(start, blocks[done : done + length])
@@ -388,8 +401,8 @@ class MetadataRegion:
     # -- repair
 
     def damaged_pages(self, *, is_clean: bool) -> list[MetadataDamage]:
-        """Compare all copies. Unless the last end ``is_clean``, a write may have reached one copy only: a
-        single bad copy that is not poisoned is then left to :meth:`settle`, and is no damage.
+        """Compare all copies. After a crash (not ``is_clean``), a write may have reached one copy only; a
+        single bad copy without poison is then left to :meth:`settle`, and does not count as damage.
         """
         found = self.damaged_superblocks(is_clean=is_clean)
         for file, page, copies in self._damaged():
@@ -406,7 +419,7 @@ class MetadataRegion:
         return found
 
     def damaged_superblocks(self, *, is_clean: bool) -> list[MetadataDamage]:
-        """What is wrong with either superblock."""
+        """Return the damage of each superblock."""
         states = self._superblock_states()
         mendable = CopyState.GOOD in states
         return [
@@ -416,7 +429,9 @@ class MetadataRegion:
         ]
 
     def _superblock_states(self) -> list[CopyState]:
-        """As of the generation that :meth:`load` found; without it, none is GOOD."""
+        """Return the state of each superblock, relative to the generation of :meth:`load`. Without ``load``
+        no superblock is GOOD.
+        """
         states = []
         for blocks in self._super_blocks:
             if self._dax.is_poisoned(blocks.start * PAGE_SIZE, blocks.length * PAGE_SIZE):
@@ -439,38 +454,40 @@ class MetadataRegion:
                     yield file, page, copies
 
     def repair(self) -> int:
-        """Rewrite every bad copy from the good one. Returns how many copies were rewritten."""
-        healed = 0
+        """Rewrite each bad copy from the good copy. Return the number of rewritten copies."""
+        rewritten = 0
         for _, _, copies in self._damaged():
             good = next((copy for copy in copies if copy.state is CopyState.GOOD), None)
             for copy in copies if good is not None else ():
                 if copy.state is not CopyState.GOOD and good is not None:
                     self._put(copy.offset, self._dax.direct_access(good.offset, PAGE_SIZE))
-                    healed += 1
-        return healed + self._repair_superblocks()
+                    rewritten += 1
+        return rewritten + self._repair_superblocks()
 
     def _repair_superblocks(self) -> int:
-        healed = 0
+        rewritten = 0
         for blocks in self._super_blocks:
             for part in self._dax.poisoned(blocks.start * PAGE_SIZE, blocks.length * PAGE_SIZE):
                 first = part.start // PAGE_SIZE * PAGE_SIZE
                 last = min(-(-part.end // PAGE_SIZE), blocks.end) * PAGE_SIZE
                 self._dax.recovery_write(max(first, blocks.start * PAGE_SIZE), bytes(last - first))
-                healed += (last - first) // PAGE_SIZE
+                rewritten += (last - first) // PAGE_SIZE
         stale = sum(state is not CopyState.GOOD for state in self._superblock_states())
         if stale:
             self._write_superblocks()
-        return max(healed, stale)
+        return max(rewritten, stale)
 
     def settle(self) -> None:
-        """After a crash, a write may have reached one copy only: make both copies of each page equal."""
+        """Make both copies of each page equal, after a crash. A write before the crash may have reached one
+        copy only.
+        """
         for file, page, copies in self._damaged():
             if any(copy.state is CopyState.GOOD for copy in copies):
                 self._good_of_two(file, page)
 
 
 def _pages(offset: int, length: int) -> list[tuple[Block, int, int]]:
-    """(page, start in it, end in it) of each page that holds a part of the range."""
+    """Return (page, start in the page, end in the page) of each page with a part of the range, in bytes."""
     end = offset + length
     return [
         (page, max(offset - page * PAYLOAD, 0), min(end - page * PAYLOAD, PAYLOAD))

@@ -1,7 +1,7 @@
-"""SQLite's view of the metadata region: a VFS whose two files are the region's, and nothing else exists.
+"""VFS of SQLite on the metadata region, with the two files of the region and no other file.
 
-SQLite runs in WAL mode with exclusive locking, so it wants no shared-memory file; temporary files are in
-memory. What SQLite writes in a row is put on the media in one piece, when it syncs.
+SQLite runs in WAL mode with exclusive locking and needs no shared-memory file; temporary files are in memory.
+Consecutive writes of SQLite go to the media in one piece, at the sync.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _numbers = itertools.count(1)
 
 
 class MetadataVfs(apsw.VFS):
-    """Give ``vfs.name`` to apsw.Connection, with the file name "db". ``failure`` keeps what an access
-    raised.
+    """VFS for apsw.Connection: pass ``vfs.name``, with the file name "db". ``failure`` keeps the exception of
+    the last failed access.
     """
 
     def __init__(self, region: MetadataRegion) -> None:
@@ -35,16 +35,16 @@ class MetadataVfs(apsw.VFS):
         super().__init__(self.name, base="")
 
     def xFullPathname(self, name: str) -> str:
-        """There are no directories."""
+        """Return ``name``: the VFS has no directories."""
         return name
 
     def xAccess(self, pathname: str, flags: int) -> bool:
-        """Whether a file exists."""
+        """Return True if the file exists."""
         file = _NAMES.get(pathname)
         return file is not None and _exists(self.region, file)
 
     def xDelete(self, filename: str, syncdir: bool) -> None:
-        """SQLite deletes the WAL when it has been copied back."""
+        """Delete the WAL. SQLite calls this after the WAL was copied back."""
         file = _NAMES.get(filename)
         try:
             if file is not None and self.region.size(file):
@@ -53,15 +53,15 @@ class MetadataVfs(apsw.VFS):
             raise self.failed(error) from error
 
     def failed(self, error: DaxemuError) -> apsw.IOError:
-        """Keep ``error``; what to raise for it, which SQLite understands."""
+        """Keep ``error`` in ``failure``, and return an exception that SQLite understands."""
         self.failure = error
         return apsw.IOError(str(error))
 
     def xOpen(self, name: Any, flags: list[int]) -> Any:
-        """One of the two files."""
+        """Open one of the two files. Raises CantOpenError for any other name."""
         file = _NAMES.get(str(name.filename()) if isinstance(name, apsw.URIFilename) else str(name))
         if file is None:
-            raise apsw.CantOpenError(f"no file {name} here")
+            raise apsw.CantOpenError(f"the metadata region has no file {name}")
         flags[1] = flags[0]
         return _VfsFile(self, file)
 
@@ -80,22 +80,24 @@ class _VfsFile:
         self._vfs = vfs
         self._region = vfs.region
         self._file = file
-        # What is there is as long as it has room: SQLite knows from its header what of that counts.
+        # The size of the file is its room: SQLite knows the used part from its own headers.
         self._size = self._region.size(file) if _exists(self._region, file) else 0
         self._room = 0
-        """Bytes the file has room for, at the least."""
+        """Bytes that the file has room for, at least."""
         self._pending: list[bytes] = []
         self._pending_at = self._pending_end = 0
 
     def flush(self) -> None:
-        """Put on the media what SQLite has written since the last call. Raises NoSpace, MediaError."""
+        """Write the data that SQLite has written since the last call to the media. Raises NoSpace,
+        MediaError.
+        """
         if self._pending:
             data = self._pending[0] if len(self._pending) == 1 else b"".join(self._pending)
             self._pending = []
             self._region.write(self._file, self._pending_at, data)
 
     def xRead(self, amount: int, offset: int) -> bytes:
-        """Short at the end of the file."""
+        """Read up to ``amount`` bytes; fewer at the end of the file."""
         try:
             self.flush()
             return self._region.read(self._file, offset, max(0, min(amount, self._size - offset)))
@@ -103,7 +105,7 @@ class _VfsFile:
             raise self._vfs.failed(error) from error
 
     def xWrite(self, data: bytes, offset: int) -> None:
-        """Grows the file; the store has seen to it that there is room."""
+        """Write at ``offset``, and grow the file. Precondition: ``Store.ensure_room`` made room."""
         end = offset + len(data)
         try:
             if end > self._room:
@@ -114,13 +116,14 @@ class _VfsFile:
                 self._pending_at = offset
         except DaxemuError as error:
             raise self._vfs.failed(error) from error
-        # A frame of the log comes as a header and a page, a transaction as several frames: all in a row.
+        # SQLite writes a frame of the log as a header and a page, and a transaction as several frames,
+        # without a gap.
         self._pending.append(data)
         self._pending_end = end
         self._size = max(self._size, end)
 
     def xTruncate(self, newsize: int) -> None:
-        """The blocks stay; SQLite knows from its headers what counts."""
+        """Do nothing: the blocks stay, and SQLite knows the used part from its headers."""
         try:
             self.flush()
             if newsize == 0 and self._size:
@@ -134,18 +137,18 @@ class _VfsFile:
         return self._size
 
     def xSync(self, flags: int) -> None:
-        """What is on the media is durable."""
+        """Flush. Data on the media is durable."""
         try:
             self.flush()
         except DaxemuError as error:
             raise self._vfs.failed(error) from error
 
     def xClose(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: the file holds no resource."""
         self.xSync(0)
 
     def xLock(self, level: int) -> None:
-        """Nobody else is here: the device has a lock of its own."""
+        """Do nothing: the lock of the device keeps other processes out."""
 
     def xUnlock(self, level: int) -> None:
         """See xLock."""
@@ -155,11 +158,11 @@ class _VfsFile:
         return False
 
     def xSectorSize(self) -> int:
-        """The unit that a power failure leaves whole."""
+        """Return the number of bytes that a power failure leaves whole."""
         return 512
 
     def xDeviceCharacteristics(self) -> int:
-        """Writes stay in order, and leave alone what is beside them."""
+        """Return the guarantees: writes stay in order, and do not change adjacent bytes."""
         return int(
             apsw.SQLITE_IOCAP_SEQUENTIAL
             | apsw.SQLITE_IOCAP_SAFE_APPEND
@@ -167,5 +170,5 @@ class _VfsFile:
         )
 
     def xFileControl(self, op: int, ptr: int) -> bool:
-        """No special wishes."""
+        """Return False: no file control is supported."""
         return False

@@ -1,7 +1,8 @@
-"""Inodes, directories, links, extended attributes: everything of a filesystem but the bytes of its files.
+"""Namespace: inodes, directories, names and extended attributes; everything except the bytes of files.
 
-Verbs raise FsError with the errno that the system call shows. Permission checks are the kernel's
-(``default_permissions``); what it leaves to the filesystem - sticky bits, setgid inheritance - is here.
+Verbs raise FsError with the errno of the system call. The kernel checks permissions
+(``default_permissions``). The checks that the kernel leaves to a filesystem, sticky bits and setgid
+inheritance, are in this module.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ from daxemu.uapi import (
 
 
 class Namespace(InodeTable):
-    """The tree of names. Inode numbers given to its verbs came from a lookup."""
+    """Tree of names. Precondition of all verbs: inode numbers come from a lookup."""
 
     @classmethod
     def new(cls, rmap: Rmap, uid: int, gid: int) -> Namespace:
-        """An empty tree whose root belongs to ``uid`` and ``gid``."""
+        """Make an empty tree; its root belongs to ``uid`` and ``gid``."""
         namespace = cls(rmap)
         root = Inode(ROOT_INO, stat.S_IFDIR | 0o755, uid, gid, nlink=2, parent=ROOT_INO, entries={})
         root.atime = root.mtime = root.ctime = time.time_ns()
@@ -56,7 +57,8 @@ class Namespace(InodeTable):
     # -- looking
 
     def lookup(self, parent: Ino, name: bytes) -> Inode:
-        """``->lookup``; "." of any inode, as file handles ask for it (``fuse_get_dentry``).
+        """Find a name in a directory (``->lookup``). The name "." works for any inode, for file handles
+        (``fuse_get_dentry``).
 
         Raises FsError ENOENT.
         """
@@ -86,8 +88,8 @@ class Namespace(InodeTable):
         return inode, entries
 
     def _new_inode(self, parent: Inode, mode: int, cred: Credentials) -> Inode:
-        """``posix_acl_create()``, ``inode_init_owner()``: the directory's default list stands in for the
-        umask.
+        """Make an inode (``posix_acl_create()``, ``inode_init_owner()``). The default access list of the
+        directory replaces the umask.
         """
         xattrs = {}
         default = None if stat.S_ISLNK(mode) else parent.xattrs.get(posix_acl.DEFAULT)
@@ -121,7 +123,7 @@ class Namespace(InodeTable):
         self.touch(parent, modified=True)
 
     def mknod(self, parent: Ino, name: bytes, mode: int, rdev: int, cred: Credentials) -> Inode:
-        """A new regular file, device node, fifo or socket (``->create``, ``->mknod``)."""
+        """Make a regular file, device node, fifo or socket (``->create``, ``->mknod``)."""
         directory, entries = self._room_for(parent, name)
         inode = self._new_inode(directory, mode, cred)
         if stat.S_ISREG(mode):
@@ -141,7 +143,9 @@ class Namespace(InodeTable):
         return inode
 
     def mkdir(self, parent: Ino, name: bytes, mode: int, cred: Credentials) -> Inode:
-        """``->mkdir``. Raises FsError EMLINK when the parent has all the links it can have."""
+        """Make a directory (``->mkdir``). Raises FsError EMLINK if the parent has the maximum number of
+        links.
+        """
         directory, entries = self._room_for(parent, name)
         if directory.nlink >= LINK_MAX:
             raise FsError(errno.EMLINK)
@@ -152,7 +156,7 @@ class Namespace(InodeTable):
         return inode
 
     def symlink(self, parent: Ino, name: bytes, target: bytes, cred: Credentials) -> Inode:
-        """``->symlink``. Raises FsError ENAMETOOLONG for a target of 4096 bytes or more."""
+        """Make a symlink (``->symlink``). Raises FsError ENAMETOOLONG for a target of 4096 bytes or more."""
         directory, entries = self._room_for(parent, name)
         if len(target) > SYMLINK_MAX:
             raise FsError(errno.ENAMETOOLONG)
@@ -163,7 +167,7 @@ class Namespace(InodeTable):
         return inode
 
     def link(self, ino: Ino, parent: Ino, name: bytes) -> Inode:
-        """``->link``. Raises FsError EPERM for a directory, ENOENT for a file whose last link is gone."""
+        """Add a name (``->link``). Raises FsError EPERM for a directory, ENOENT for an unlinked file."""
         inode = self.get(ino)
         if inode.is_dir:
             raise FsError(errno.EPERM)
@@ -175,7 +179,7 @@ class Namespace(InodeTable):
         inode_flags.may_change(inode)
         if inode.nlink == 0:
             self.linkable.remove(ino)
-            self._rmap.mark_all(ino)  # commits passed over its extents until now
+            self._rmap.mark_all(ino)  # commits have skipped the extents of the file so far
         inode.nlink += 1
         self.touch(inode, modified=False)
         self._enter(directory, entries, name, inode)
@@ -191,7 +195,9 @@ class Namespace(InodeTable):
         self.touch(parent, modified=True)
 
     def unlink(self, parent: Ino, name: bytes) -> Inode:
-        """``->unlink``. Returns the inode, which may have no links any more. Raises FsError EISDIR."""
+        """Remove a name (``->unlink``). Return the inode, possibly without a name now. Raises FsError
+        EISDIR.
+        """
         directory, entries = self.directory(parent)
         inode = self.lookup(parent, name)
         inode_flags.may_delete(directory, inode)
@@ -203,7 +209,9 @@ class Namespace(InodeTable):
         return inode
 
     def rmdir(self, parent: Ino, name: bytes) -> Inode:
-        """``->rmdir``. Returns the directory, without links now. Raises FsError ENOTDIR, ENOTEMPTY."""
+        """Remove an empty directory (``->rmdir``). Return the directory, without links now. Raises FsError
+        ENOTDIR, ENOTEMPTY.
+        """
         directory, entries = self.directory(parent)
         inode = self.lookup(parent, name)
         inode_flags.may_delete(directory, inode)
@@ -226,8 +234,8 @@ class Namespace(InodeTable):
         flags: int,
         cred: Credentials = SUPERUSER,
     ) -> Inode | None:
-        """``->rename`` with its flags. Returns the inode that was replaced, if any. ``cred`` owns the
-        whiteout that RENAME_WHITEOUT leaves under the old name.
+        """Rename (``->rename``), with flags. Return the replaced inode, if any. ``cred`` owns the whiteout of
+        RENAME_WHITEOUT under the old name.
         """
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT):
             raise FsError(errno.EINVAL)
@@ -311,7 +319,7 @@ class Namespace(InodeTable):
         self.touch(target_dir, modified=True)
 
     def _is_inside(self, ino: Ino, ancestor: Ino) -> bool:
-        """Whether directory ``ino`` is ``ancestor`` or below it."""
+        """Return True if directory ``ino`` is ``ancestor`` or a descendant of ``ancestor``."""
         while True:
             if ino == ancestor:
                 return True
@@ -331,7 +339,7 @@ class Namespace(InodeTable):
         atime: int | None = None,
         mtime: int | None = None,
     ) -> Inode:
-        """``->setattr`` but for the size. ``mode`` is permission bits; None leaves a thing as it is."""
+        """Set attributes except the size (``->setattr``). ``mode``: permission bits. None changes nothing."""
         inode = self.get(ino)
         if mode is not None:
             inode.mode = stat.S_IFMT(inode.mode) | stat.S_IMODE(mode)
@@ -347,7 +355,7 @@ class Namespace(InodeTable):
         return inode
 
     def file_remove_privs(self, inode: Inode, in_group_or_capable: Callable[[int], bool]) -> bool:
-        """``file_remove_privs()``: take away the set-id bits. Returns whether there were any. See
+        """Remove the set-id bits (``file_remove_privs()``). Return True if any bit was set. See
         setattr_should_drop_suidgid().
         """
         drop = setattr_should_drop_suidgid(inode, in_group_or_capable)
@@ -372,9 +380,11 @@ class Namespace(InodeTable):
     def setxattr(
         self, ino: Ino, name: bytes, value: bytes, flags: int, *, acl_kill_sgid: bool = False
     ) -> None:
-        """``setxattr(2)``. ``acl_kill_sgid``: an access list clears S_ISGID (FUSE_SETXATTR_ACL_KILL_SGID).
+        """Set an extended attribute (``setxattr(2)``). ``acl_kill_sgid``: an access list clears S_ISGID
+        (FUSE_SETXATTR_ACL_KILL_SGID).
 
-        Raises FsError EOPNOTSUPP or EINVAL as the name, EEXIST, ENODATA, E2BIG as flags and sizes say.
+        Raises FsError EOPNOTSUPP or EINVAL for an unsupported name, EEXIST or ENODATA according to the flags,
+        E2BIG for a large value.
         """
         inode = self.get(ino)
         inode_flags.may_change(inode)
@@ -395,9 +405,9 @@ class Namespace(InodeTable):
         self.touch(inode, modified=False)
 
     def _set_acl(self, inode: Inode, name: bytes, value: bytes, kill_sgid: bool) -> bool:
-        """The mode follows an access list; returns whether there is a list left to store.
+        """Update the mode from an access list. Return True if a list is left to store.
 
-        Raises FsError EACCES for a default list of anything but a directory.
+        Raises FsError EACCES for a default list of any type other than a directory.
         """
         acl = posix_acl.decode(value)
         if name == posix_acl.DEFAULT:
@@ -416,12 +426,12 @@ class Namespace(InodeTable):
 
     @staticmethod
     def _check_xattr(inode: Inode, name: bytes) -> None:
-        # A device may hold names that earlier releases took.
+        # A device may hold names that earlier releases accepted.
         if name not in inode.xattrs or name == inode_flags.KEY:
             check_name(name)
 
     def getxattr(self, ino: Ino, name: bytes) -> bytes:
-        """``getxattr(2)``. Raises FsError ENODATA."""
+        """Return an extended attribute (``getxattr(2)``). Raises FsError ENODATA."""
         inode = self.get(ino)
         self._check_xattr(inode, name)
         value = inode.xattrs.get(name)
@@ -430,11 +440,11 @@ class Namespace(InodeTable):
         return value
 
     def listxattr(self, ino: Ino) -> list[bytes]:
-        """``listxattr(2)``: names of all extended attributes, whoever may see them."""
+        """Return the names of all extended attributes (``listxattr(2)``), without a check of permissions."""
         return [name for name in self.get(ino).xattrs if name != inode_flags.KEY]
 
     def removexattr(self, ino: Ino, name: bytes) -> None:
-        """``removexattr(2)``. Raises FsError ENODATA."""
+        """Remove an extended attribute (``removexattr(2)``). Raises FsError ENODATA."""
         inode = self.get(ino)
         inode_flags.may_change(inode)
         self._check_xattr(inode, name)

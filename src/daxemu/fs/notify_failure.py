@@ -1,7 +1,6 @@
-"""The holder's side of a failure: which files a device range belongs to (fs/xfs/xfs_notify_failure.c).
+"""Holder's side of a failure: the owners of a device range (fs/xfs/xfs_notify_failure.c).
 
-The reverse map answers for every file at once, through every reflink; nobody's page has to remember its
-owners.
+The reverse map has every owner, through every reflink; no page has to store its owners.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from daxemu.uapi import MF_MEM_PRE_REMOVE, PAGE_SHIFT, PAGE_SIZE, U64_MAX
 
 
 class FilesystemHolder:
-    """One filesystem as the holder of its DAX device (``struct dax_holder_operations``)."""
+    """Filesystem as the holder of its DAX device (``struct dax_holder_operations``)."""
 
     def __init__(
         self,
@@ -41,31 +40,30 @@ class FilesystemHolder:
         self._shutdown = shutdown
 
     def notify_failure(self, offset: int, length: int, flags: int) -> None:
-        """``xfs_dax_notify_failure()``: name every file range that uses the device bytes ``[offset, offset +
-        length)``.
+        """Report each owner of the device bytes ``[offset, offset + length)`` (``xfs_dax_notify_failure()``).
 
-        ``(0, U64_MAX)`` with MF_MEM_PRE_REMOVE is the whole device, going away: one call, and a shutdown.
+        ``(0, U64_MAX)`` with MF_MEM_PRE_REMOVE is the removal of the whole device: one call, and a shutdown.
         Raises CorruptMetadata (EFSCORRUPTED) if the range holds the filesystem's own records; the filesystem
         is shut down then. Both shutdowns come after the signals, as in the kernel: until then every access is
-        served. Free blocks are nobody's: handled.
+        served. Free blocks have no owner and count as handled.
         """
         if flags & MF_MEM_PRE_REMOVE:
             self._mm.mf_dax_kill_procs(METADATA_INO, 0, U64_MAX, self._dax.base_pfn, flags)
             self._mm.after_kill(partial(self._shutdown, "Device is about to be removed!"))
             return
         device = Range(0, self._dax.size)
-        hurt = Range(offset, offset + length).clip(*device)
-        if not hurt:
+        failed = Range(offset, offset + length).clip(*device)
+        if not failed:
             return
-        metadata_hurt = False
-        for owner in self._rmap.owners(hurt.start // PAGE_SIZE, -(-hurt.end // PAGE_SIZE)):
+        metadata_failed = False
+        for owner in self._rmap.owners(failed.start // PAGE_SIZE, -(-failed.end // PAGE_SIZE)):
             if owner.ino == METADATA_INO:
-                metadata_hurt = True
+                metadata_failed = True
                 continue
             if owner.ino == RESERVED_INO:
-                continue  # nobody maps it, and what it is a copy of is not hurt
+                continue  # a reserved file: no process maps it, and the file that it copies is not damaged
             pfn = self._dax.base_pfn + owner.dev_block
-            pmds = pmd_ranges(self._dax, self._rmap, self._names, owner, hurt)
+            pmds = pmd_ranges(self._dax, self._rmap, self._names, owner, failed)
             self._mm.mf_dax_kill_procs(owner.ino, owner.file_block, owner.length, pfn, flags, pmds)
             self._emit(
                 FileDamaged(
@@ -75,9 +73,9 @@ class FilesystemHolder:
                     length=owner.length << PAGE_SHIFT,
                 )
             )
-        if metadata_hurt:
+        if metadata_failed:
             reason = "Corruption of on-disk metadata detected at notify_failure.  Shutting down filesystem."
             self._mm.after_kill(partial(self._shutdown, reason))
             raise CorruptMetadata(
-                "the filesystem's own records are hurt: it is shut down; unmount and run daxemu fsck"
+                "the filesystem's own records are damaged: it is shut down; unmount and run daxemu fsck"
             )

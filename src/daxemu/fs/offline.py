@@ -1,4 +1,4 @@
-"""Checking and repairing a device that is not mounted (xfs_repair): what ``daxemu fsck`` does."""
+"""Check and repair of an unmounted device, for ``daxemu fsck`` (xfs_repair)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from daxemu.pmem.pmem import Pmem
 
 @dataclass
 class Report:
-    """What was found. ``wrong`` is of the filesystem, ``damaged`` of the files' data; a line each.
-    ``mendable``: how many lines of ``wrong`` a repair would mend. ``upgraded``: whether a repair rewrote the
-    records of a former format.
+    """Result of a check. ``wrong``: problems of the filesystem. ``damaged``: damaged ranges of files. Each
+    entry is one line. ``mendable``: number of lines of ``wrong`` that a repair would fix. ``healed``: number
+    of rewritten copies of metadata pages. ``upgraded``: True if a repair rewrote records of a former format.
     """
 
     inodes: int = 0
@@ -35,20 +35,21 @@ class Report:
 
 
 def check_device(directory: DeviceDir, *, repair: bool) -> Report:
-    """Check a device whose lock is held; with ``repair`` first heal what the metadata's other copy allows.
+    """Check a device. With ``repair``, rewrite each bad copy of metadata from a good copy first.
+    Precondition: the lock of the device is held.
 
-    Raises NotADevice. A filesystem that cannot be read at all is a report, not an error.
+    Raises NotADevice. An unreadable filesystem is a report, not an error.
     """
     report = Report()
     pmem = Pmem(directory)
     try:
         if repair:
             report.upgraded = _upgrade(pmem)
-            report.healed = _heal(pmem)
+            report.healed = _rewrite_bad_copies(pmem)
         _check(pmem, report)
     except CorruptMetadata as error:
         report.wrong += _why_unreadable(pmem, error)
-        # What cannot be read has no good copy: a repair has nothing to take it from.
+        # An unreadable page has no good copy that a repair could use.
         report.mendable = int(not repair and is_former(pmem.dax))
     finally:
         pmem.close()
@@ -56,8 +57,8 @@ def check_device(directory: DeviceDir, *, repair: bool) -> Report:
 
 
 def _why_unreadable(pmem: Pmem, error: CorruptMetadata) -> list[str]:
-    """A line for each superblock or value that keeps the filesystem from being read; else what ``error``
-    says.
+    """Return a line for each superblock or value that makes the filesystem unreadable; without such a value,
+    the text of ``error``.
     """
     region = MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
     store = Store(region, pmem.name)
@@ -80,7 +81,7 @@ def _upgrade(pmem: Pmem) -> bool:
     return True
 
 
-def _heal(pmem: Pmem) -> int:
+def _rewrite_bad_copies(pmem: Pmem) -> int:
     region = MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
     if not region.is_formatted():
         return 0

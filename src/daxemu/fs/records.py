@@ -1,4 +1,6 @@
-"""Decoder of the tables' rows: the domain of each value. A ValueError names the row and the column."""
+"""Decoder of rows of the tables; checks the domain of each value. A ValueError names the row and the
+column.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,13 @@ _KINDS: tuple[Any, ...] = (
     bytes | None,
 )
 INO_LIMIT = RESERVED_INO >> 1
-"""Numbers from here on are never given out: that leaves room for all new inodes of a device's life."""
+"""Limit of inode numbers in a row. The numbers above suffice for all new inodes in the life of a device."""
 _COLUMNS: tuple[str, ...] = ("ino", "mode", "uid", "gid", "nlink", "rdev", "size", "atime", "mtime", "ctime")
 _COLUMNS += ("target", "xattrs")
 _Row = msgspec.defstruct(
     "_Row", list(zip(_COLUMNS, _KINDS, strict=True)), array_like=True, forbid_unknown_fields=True
 )
-"""A struct: converting to a tuple type takes thirty times as long."""
+"""A struct, because the conversion to a tuple type takes thirty times as long."""
 _TYPES = frozenset(
     (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
 )
@@ -44,7 +46,7 @@ _decode_xattrs = msgspec.msgpack.Decoder(dict[bytes, bytes]).decode
 
 
 def inode_of(row: tuple[Any, ...]) -> Inode:
-    """The inode of one row of table ``inode``. Raises ValueError for a value outside its domain."""
+    """Decode a row of the table ``inode``. Raises ValueError for a value outside the domain."""
     try:
         values = msgspec.structs.astuple(msgspec.convert(row, _Row))
     except msgspec.ValidationError as error:
@@ -67,7 +69,7 @@ def inode_of(row: tuple[Any, ...]) -> Inode:
 
 
 def _bad_column(row: tuple[Any, ...]) -> str:
-    """Which value of a row is outside its domain."""
+    """Describe the first value of a row outside the domain."""
     if len(row) != len(_COLUMNS):
         return f"{len(row)} columns, expected {len(_COLUMNS)}"
     for name, value, kind in zip(_COLUMNS, row, _KINDS, strict=True):
@@ -96,7 +98,7 @@ def _xattrs(ino: int, data: bytes) -> dict[bytes, bytes]:
 
 
 def check_entry(parent: int, name: bytes) -> None:
-    """Raises ValueError for a name that no directory can hold."""
+    """Check the name of an entry. Raises ValueError for an invalid name."""
     if type(name) is not bytes or not 1 <= len(name) <= NAME_MAX or name in (b".", b".."):
         raise ValueError(f"directory {parent}: an entry's name is empty, too long, . or ..")
     if b"/" in name or b"\0" in name:

@@ -1,11 +1,11 @@
-"""The filesystem's records as tables, committed in batches (fs/metadata_region.py says where they are on the
-device).
+"""Store: the filesystem's records as tables, committed in batches. fs/metadata_region.py states the place of
+the tables on the device.
 
-The in-memory structures are the authority. ``Namespace.dirty_*`` and ``Rmap.dirty`` say what changed since
-the last commit; :meth:`Store.commit` writes just that, in one transaction. After a crash the tables say what
-the last commit said.
+The in-memory structures are the authority. ``Namespace.dirty_*`` and ``Rmap.dirty`` record the changes since
+the last commit; :meth:`Store.commit` writes only these changes, in one transaction. After a crash the tables
+hold the state of the last commit.
 
-An unlinked file that is still open is not in the tables: with the mount it is gone.
+An unlinked file that is still open is not in the tables; the file ends with the mount.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from daxemu.uapi import PAGE_SIZE, Block, Ino
 log = logging.getLogger(__name__)
 _FIRST = itemgetter(0)
 
-# What one takes in a b-tree at the most, half-filled pages included.
+# Maximum bytes of one inode, and of one link, in a b-tree, including half-filled pages.
 INODE_BYTES, LINK_BYTES, NAME_FACTOR = 280, 110, 2.5
 BASE_PAGES = 48
 CHECKPOINT_PAGES = 64
@@ -44,10 +44,11 @@ PROXY_LIMIT = 1 << 62
 
 SCHEMA = """
     CREATE TABLE inode(
-        ino INTEGER PRIMARY KEY, mode INTEGER, uid INTEGER, gid INTEGER, nlink INTEGER, rdev INTEGER, size
-        INTEGER, atime INTEGER, mtime INTEGER, ctime INTEGER, target BLOB, xattrs BLOB) STRICT;
-    CREATE TABLE entry(parent INTEGER, name BLOB, ino INTEGER, PRIMARY KEY(parent, name)) WITHOUT ROWID,
-    STRICT; CREATE TABLE link(
+        ino INTEGER PRIMARY KEY, mode INTEGER, uid INTEGER, gid INTEGER, nlink INTEGER, rdev INTEGER,
+        size INTEGER, atime INTEGER, mtime INTEGER, ctime INTEGER, target BLOB, xattrs BLOB) STRICT;
+    CREATE TABLE entry(parent INTEGER, name BLOB, ino INTEGER, PRIMARY KEY(parent, name))
+        WITHOUT ROWID, STRICT;
+    CREATE TABLE link(
         ino INTEGER, file_block INTEGER, dev_block INTEGER, length INTEGER, proxy INTEGER,
         PRIMARY KEY(ino, file_block)) WITHOUT ROWID, STRICT;
     CREATE TABLE counter(name TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID, STRICT;
@@ -55,7 +56,7 @@ SCHEMA = """
 
 
 class Store:
-    """The tables of one device."""
+    """Tables of one device."""
 
     def __init__(self, region: MetadataRegion, name: str) -> None:
         self._region = region
@@ -63,16 +64,16 @@ class Store:
         self._vfs = MetadataVfs(region)
         self._room = 0
         self.is_clean = False
-        """Whether the last commit was the last thing that was done: no crash since."""
+        """True if no change followed the last commit, so no crash happened."""
         self._db: apsw.Connection | None = None
         self._counters: tuple[int, bool] | None = None
-        """Those that are on the device: the next inode's number, and ``is_clean``."""
+        """Counters on the device: the number of the next inode, and ``is_clean``."""
 
     # -- opening
 
     def format(self, names: Namespace, rmap: Rmap, *, after: int = 0) -> None:
-        """Make a new filesystem of ``names``, in the place of one whose superblock has the generation
-        ``after``. Raises NoSpace, CorruptMetadata.
+        """Make a new filesystem with the inodes of ``names``. ``after``: generation of the superblock of the
+        filesystem that is replaced. Raises NoSpace, CorruptMetadata.
         """
         self._region.prepare(after)
         self.ensure_room(len(names), rmap.link_count, names.name_bytes)
@@ -84,7 +85,7 @@ class Store:
         self._region.format()
 
     def open(self, *, read_only: bool) -> None:
-        """Open the tables that are there; ``read_only`` does not even copy the WAL back. Raises
+        """Open existing tables. With ``read_only``, the WAL is not copied back either. Raises
         CorruptMetadata.
         """
         self._region.load()
@@ -109,14 +110,14 @@ class Store:
         )
 
     def _check_schema(self) -> None:
-        """Raises CorruptMetadata unless the tables are those of SCHEMA, with no view or trigger besides."""
+        """Check for exactly the tables of SCHEMA, without views or triggers. Raises CorruptMetadata."""
         found = sorted(_words(row[0]) for row in self._execute("SELECT sql FROM sqlite_schema"))
         if found != sorted(_words(sql) for sql in SCHEMA.split(";") if sql.strip()):
             raise CorruptMetadata(f"{self._name}: the metadata's tables are not those of a filesystem")
 
     def close(self) -> None:
-        """Close the tables; what was not committed is lost. What SQLite wants to write back then may fail,
-        and need not succeed: the next mount reads it from the WAL.
+        """Close the tables. Uncommitted changes are lost. The write-back of SQLite at the close may fail
+        without loss: the next mount reads the WAL.
         """
         if self._db is not None:
             try:
@@ -140,7 +141,7 @@ class Store:
     def _translated(self, error: apsw.Error | MediaError | UnicodeDecodeError) -> DaxemuError:
         failure, self._vfs.failure = self._vfs.failure, None
         if isinstance(failure, MediaError) or failure is None:
-            # SQLite may quote what it read, over several lines.
+            # SQLite may quote the bytes of the tables, over several lines.
             why = " ".join(str(failure or error).encode("ascii", "backslashreplace").decode().split())
             return CorruptMetadata(f"{self._name}: metadata cannot be read ({why}){FSCK_HINT}")
         return failure
@@ -148,16 +149,17 @@ class Store:
     # -- room
 
     def ensure_room(self, inodes: int, links: int, name_bytes: int) -> None:
-        """Make sure that tables of so much fit, and a transaction that writes all of them.
+        """Make room for tables of ``inodes``, ``links`` and ``name_bytes``, and for a transaction that writes
+        all rows.
 
-        Raises NoSpace when the device or the host's memory is full; then nothing has changed.
+        Raises NoSpace if the device or the memory of the host is full; then nothing has changed.
         """
         rows = inodes * INODE_BYTES + links * LINK_BYTES + int(name_bytes * NAME_FACTOR)
         needed = BASE_PAGES * PAGE_SIZE + rows
         if needed <= self._room:
             return
-        # In large steps, so that the number of extents stays logarithmic; when the device is nearly full, in
-        # small ones.
+        # Growth in large steps keeps the number of extents logarithmic; on a nearly full device the steps are
+        # small.
         step = GROWTH_PAGES * PAYLOAD
         generous = max(-(-needed // step) * step, self._room + self._room // 4 // PAYLOAD * PAYLOAD)
         try:
@@ -173,9 +175,9 @@ class Store:
     # -- committing
 
     def commit(self, names: Namespace, rmap: Rmap, *, clean: bool = False) -> None:
-        """Write what changed since the last commit; all of it or nothing. ``clean``: nothing comes after it.
+        """Write all changes since the last commit, or nothing. ``clean``: no change will follow the commit.
 
-        Raises CorruptMetadata if the region cannot be used any more, NoSpace if it is too small after all.
+        Raises CorruptMetadata if the region is unusable, NoSpace if the region is too small.
         """
         inodes, entries, extents = names.dirty_inodes | names.dirty_times, names.dirty_entries, rmap.dirty
         if not (inodes or entries or extents) and clean == self.is_clean:
@@ -230,8 +232,8 @@ class Store:
                 db.execute(
                     "DELETE FROM link WHERE ino=? AND file_block>=? AND file_block<?", (ino, start, end)
                 )
-                # A changed link has all of itself marked, as it was and as it is: no other begins in the
-                # range.
+                # The whole of a changed link is marked dirty, old and new range: no other link begins in the
+                # dirty range.
                 found = {id(run.link): run.link for run in extents.runs(start, end) if run.link is not None}
                 db.executemany(
                     "REPLACE INTO link VALUES(?,?,?,?,?)",
@@ -243,8 +245,8 @@ class Store:
     def load(self, names: Namespace, rmap: Rmap, total_blocks: Block) -> None:
         """Fill an empty ``names`` and ``rmap``.
 
-        Raises CorruptMetadata if the tables cannot be read or make no sense; what was filled then must be
-        thrown away.
+        Raises CorruptMetadata if the tables are unreadable or inconsistent; the caller must then discard
+        ``names`` and ``rmap``.
         """
         try:
             with _without_gc():
@@ -260,7 +262,7 @@ class Store:
         except apsw.Error as error:
             raise self._translated(error) from error
         except (TypeError, ValueError, KeyError, DaxemuError, msgspec.MsgspecError) as error:
-            raise CorruptMetadata(f"{self._name}: the metadata makes no sense: {error}") from error
+            raise CorruptMetadata(f"{self._name}: the metadata is inconsistent: {error}") from error
 
     def _adopt_counters(self, names: Namespace) -> None:
         counters = dict(self._connection().execute("SELECT name, value FROM counter"))
@@ -273,7 +275,7 @@ class Store:
         self.is_clean = bool(clean)
 
     def bad_values(self) -> list[str]:
-        """A line for each row with a value outside its domain; :meth:`load` stops at the first."""
+        """Return a line for each row with a value outside its domain. (:meth:`load` stops at the first.)"""
         wrong = []
         try:
             for row in self._connection().execute("SELECT * FROM inode"):
@@ -298,7 +300,7 @@ class Store:
         for ino, group in groupby(rows, key=_FIRST):
             inode = names.get(ino)
             if inode.extents is None:
-                raise ValueError(f"inode {ino} is no file but has blocks")
+                raise ValueError(f"inode {ino} is not a file but has blocks")
             links = []
             end = 0
             for _, file_block, dev_block, length, number in group:
@@ -321,7 +323,7 @@ class Store:
         rmap.reserve_proxies(max(proxies, default=0) + 1)
 
     def integrity_check(self) -> list[str]:
-        """What SQLite says is wrong with the tables."""
+        """Return the problems of the tables that SQLite finds, one line each."""
         found = [_words(row[0]) for row in self._execute("PRAGMA integrity_check")]
         return [] if found == ["ok"] else found
 
@@ -354,7 +356,9 @@ def _row(inode: Inode) -> tuple[int | bytes | None, ...]:
 
 @contextmanager
 def _without_gc() -> Iterator[None]:
-    """What is loaded stays: to look for garbage among it again and again takes longer than loading it."""
+    """Disable garbage collection during the load: loaded objects stay, and repeated searches for garbage
+    among the objects take longer than the load.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

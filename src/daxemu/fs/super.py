@@ -1,4 +1,4 @@
-"""Mounting, committing, shutting down: what concerns a filesystem as a whole (fs/super.c, xfs_mount.c)."""
+"""Superblock object: mount, commit and shutdown of a whole filesystem (fs/super.c, xfs_mount.c)."""
 
 from __future__ import annotations
 
@@ -34,18 +34,22 @@ _DEV_BLOCK = attrgetter("dev_block")
 
 
 MUCH = 2000
-"""Changes of inodes, names and links after which a commit is due: 25 ms."""
+"""Number of changed inodes, names and links that starts a commit. A commit of this size takes 25 ms."""
 
 
 class Uncommitted(NamedTuple):
-    """Inodes and directory entries that changed since the last commit; seconds since the oldest change."""
+    """Number of inodes and directory entries changed since the last commit; seconds since the oldest
+    change.
+    """
 
     changes: int
     oldest: float | None
 
 
 class SuperBlock:
-    """A filesystem without its verbs: it holds the dax device from construction to :meth:`close`."""
+    """Filesystem without its verbs. The filesystem holds the dax device from construction to
+    :meth:`close`.
+    """
 
     def __init__(
         self,
@@ -56,25 +60,25 @@ class SuperBlock:
         owner: tuple[int, int] = (0, 0),
         read_only: bool = False,
     ) -> None:
-        """Load the filesystem on ``dax``, or make one (whose root belongs to ``owner``) on a device without
-        any. With ``read_only``, which is for looking only, the device is not changed in any way.
+        """Load the filesystem on ``dax``. On a device without a filesystem, make one; its root belongs to
+        ``owner``. With ``read_only``, nothing on the device changes.
 
-        Raises CorruptMetadata if there is one that cannot be read (or none, with ``read_only``), Busy if the
-        device is held.
+        Raises CorruptMetadata for an unreadable filesystem (with ``read_only``, also for a missing one), Busy
+        if the device is held.
         """
         if not dax.dax_is_idle():
             raise Busy(f"{dax.name}: already held by a filesystem")
         self.dax = dax
         self.emit = emit
         self.lost_store_is_eio = False
-        """What fsync says of a mapped store lost to poison: False, nothing (DAX); True, EIO once (the page
-        cache).
+        """Result of fsync after a mapped store was lost to poison. False: success (DAX). True: EIO once (the
+        page cache).
         """
         self.shutdown_reason: str | None = None
         self.is_read_only = read_only
         self._never_commit = read_only
         self.on_shutdown: Callable[[], None] = lambda: None
-        """Told of a shutdown: the page cache must not go on answering for us."""
+        """Called at a shutdown: the page cache must not serve the files any longer."""
         if not read_only and is_former(dax):
             upgrade(dax)
             emit(MetadataUpgraded(device=dax.name, before=FORMER_VERSION, now=VERSION))
@@ -112,8 +116,8 @@ class SuperBlock:
         self.emit(MetadataRewritten(device=self.dax.name, file=file, page=page, copy=copy, reason=state))
 
     def _after_crash(self) -> None:
-        """Take away what was written and never committed: whatever is free, or beyond the end of a file, is
-        zero.
+        """Zero all data that was written but not committed: free blocks, and bytes beyond the end of a
+        file.
         """
         self.region.settle()
         self.allocator.discard_free()
@@ -122,7 +126,9 @@ class SuperBlock:
                 self._data.clear_beyond(inode.extents, inode.size)
 
     def close(self) -> None:
-        """Save, unless shut down, and let go of the device. Raises NoSpace if the host's memory is full."""
+        """Commit, unless shut down, and release the device. Raises NoSpace if the memory of the host is
+        full.
+        """
         try:
             if not self._never_commit and self.shutdown_reason is None:
                 self._drop_orphans()
@@ -132,23 +138,23 @@ class SuperBlock:
             self.dax.release(self._holder)
 
     def _drop_orphans(self) -> None:
-        """Files without a name that are still open go: what is free reads as zeros when it is used again."""
+        """Remove files without a name that are still open. The freed blocks read as zeros at their next
+        use.
+        """
         for inode in self.names:
             if inode.nlink == 0 and inode.extents is not None:
                 self._data.remove(inode.extents, 0, MAX_FILE_SIZE // PAGE_SIZE)
 
     def abandon(self) -> None:
-        """A power failure: nothing more is written, not even by :meth:`close`. What was not committed is
-        lost.
-        """
+        """Lose power: no later call writes, not even :meth:`close`. Uncommitted changes are lost."""
         self._never_commit = True
         self.layouts.suspend()
         if self.shutdown_reason is None:
             self.shutdown_reason = "the power failed"
 
     def _claim_blocks(self) -> None:
-        """Take out of free space what files have; links share blocks, so each block once. Raises
-        CorruptMetadata for blocks of several files that no proxy stands for.
+        """Remove the blocks of files from free space, each block once, because links share blocks. Raises
+        CorruptMetadata for a block of several files without a proxy.
         """
         links = sorted((link for link in self.rmap if link.ino != METADATA_INO), key=_DEV_BLOCK)
         claims: list[tuple[int, int]] = []
@@ -168,10 +174,10 @@ class SuperBlock:
                 raise CorruptMetadata(f"{self.dax.name}: a file has blocks of the metadata") from error
 
     def commit(self, *, clean: bool = False) -> None:
-        """Put what changed on the device, all of it or nothing; what was freed can be used again then.
-        ``clean``: and nothing follows.
+        """Write all changes to the device, or nothing. Afterwards the freed blocks can be used again.
+        ``clean``: no change will follow the commit.
 
-        Does nothing after a shutdown or a power failure. Raises CorruptMetadata if the region cannot be used.
+        Does nothing after a shutdown or a power failure. Raises CorruptMetadata if the region is unusable.
         """
         if self.shutdown_reason is not None or self._never_commit:
             return
@@ -181,10 +187,10 @@ class SuperBlock:
             self.allocator.watcher.committed()
 
     def fsync(self, *, datasync: bool = False) -> None:
-        """``fsync(2)``, of a file or a directory: nothing that was done before it can be lost any more;
-        ``datasync``: but times, where nothing else has changed (bytes are on the media already).
+        """Make all earlier changes of files and directories durable (``fsync(2)``). With ``datasync``,
+        changes of only times are not written; bytes are on the media already.
 
-        Raises Shutdown, also when the metadata cannot be written and the filesystem is shut down for that.
+        Raises Shutdown. A failure to write the metadata shuts the filesystem down.
         """
         self.check_alive()
         if datasync and not (self.names.dirty_inodes or self.names.dirty_entries or self.rmap.dirty):
@@ -196,16 +202,16 @@ class SuperBlock:
             self.check_alive()
 
     def fsync_if_much(self) -> None:
-        """Commit what a verb that is done in pieces has changed, before that is more than one step can
-        write. Raises Shutdown.
+        """Commit the changes of a verb in pieces, before the changes are more than one step can write. Raises
+        Shutdown.
         """
         self.check_alive()
         if self.changes >= MUCH:
             self.fsync()
 
     def shutdown(self, reason: str, *, save: bool = True) -> None:
-        """``xfs_force_shutdown()``: nothing is read or written any more; what was done until now is kept,
-        without ``save`` only up to the last commit.
+        """Shut the filesystem down (``xfs_force_shutdown()``): no later call reads or writes. With ``save``,
+        all earlier changes are committed first; without, uncommitted changes are lost.
         """
         if self.shutdown_reason is not None:
             return
@@ -221,11 +227,11 @@ class SuperBlock:
 
     @property
     def changes(self) -> int:
-        """Changes of inodes, names and links since the last commit: what a commit costs."""
+        """Number of changed inodes, names and links since the last commit: the cost of a commit."""
         return len(self.names.dirty_inodes) + len(self.names.dirty_entries) + self.rmap.marks
 
     def uncommitted(self) -> Uncommitted:
-        """Changes that the next mount would not have if this one ended now."""
+        """Return the number and the age of the uncommitted changes."""
         names = self.names
         inodes = names.dirty_inodes | names.dirty_times | (self.rmap.dirty.keys() - {METADATA_INO})
         changes = len(inodes) + len(names.dirty_entries)
@@ -233,23 +239,23 @@ class SuperBlock:
         return Uncommitted(changes, age)
 
     def watch(self, watcher: DataOps | None) -> None:
-        """Have ``watcher`` told of everything that happens to the bytes of files from now on."""
+        """Call ``watcher`` for each operation on the bytes of files from now on; None ends the calls."""
         self._data.watcher = self.allocator.watcher = watcher
         self.layouts.watch(watcher is not None)
 
     def check_alive(self) -> None:
-        """Raises Shutdown after a shutdown."""
+        """Check that no shutdown happened. Raises Shutdown."""
         if self.shutdown_reason is not None:
             raise Shutdown(
                 f"the filesystem was shut down: {self.shutdown_reason} Unmount it, then daxemu fsck --repair"
             )
 
     def _ensure_room(self, *, inodes: int = 0, links: int = 0, name_bytes: int = 0) -> None:
-        """Refuse with NoSpace what the next commit would have no room for."""
+        """Make room for a change in the next commit. Raises NoSpace without room."""
         self.store.ensure_room(
             len(self.names) + inodes, self.rmap.link_count + links, self.names.name_bytes + name_bytes
         )
 
     def ensure_links(self, links: int) -> None:
-        """Refuse with NoSpace what needs so many links more than the next commit has room for."""
+        """Make room for ``links`` more links in the next commit. Raises NoSpace without room."""
         self._ensure_room(links=links)

@@ -1,4 +1,4 @@
-"""The superblock: where the metadata's files are on the device. Kept twice (fs/metadata_region.py).
+"""Superblock: the place of the metadata files on the device. Stored twice (fs/metadata_region.py).
 
 0 .. 3      length of the record in bytes, little-endian
 4 .. 19     BLAKE2b of the record
@@ -18,15 +18,15 @@ from daxemu.uapi import PAGE_SIZE, Block
 
 MAGIC = "daxemu-fs"
 VERSION, FORMER_VERSION = 3, 2
-"""The format, and the one that a mount upgrades (fs/upgrade.py)."""
+"""Present format, and the former format that a mount upgrades (fs/upgrade.py)."""
 SUPER_BLOCKS = 16
 _HEADER = 20
 _SIZE = SUPER_BLOCKS * PAGE_SIZE
 
 
 class Superblock(msgspec.Struct, array_like=True):
-    """``runs``: (file block, device block, blocks) of every extent of METADATA_INO but the superblocks
-    themselves.
+    """Record of a superblock. ``runs``: (file block, device block, blocks) of each extent of METADATA_INO,
+    except the superblocks.
     """
 
     magic: str
@@ -37,12 +37,12 @@ class Superblock(msgspec.Struct, array_like=True):
 
 
 def super_blocks(total: Block) -> tuple[Range, Range]:
-    """The blocks of both superblocks, on a device of ``total`` blocks."""
+    """Return the blocks of both superblocks, on a device of ``total`` blocks."""
     return Range(0, SUPER_BLOCKS), Range(total // 2, total // 2 + SUPER_BLOCKS)
 
 
 def sealed(superblock: Superblock) -> bytes:
-    """The superblock with length and checksum, in whole pages. Raises NoSpace if it has too many runs."""
+    """Encode a superblock with length and checksum, in whole pages. Raises NoSpace for too many runs."""
     record = msgspec.msgpack.encode(superblock)
     if len(record) > _SIZE - _HEADER:
         raise NoSpace("the metadata is in too many pieces for the superblock")
@@ -51,11 +51,13 @@ def sealed(superblock: Superblock) -> bytes:
 
 
 def unsealed(dax: DaxDevice, blocks: Range) -> Superblock:
-    """The superblock at ``blocks``. Raises MediaError if it is poisoned, CorruptMetadata if it is bad."""
+    """Read the superblock at ``blocks``. Raises MediaError for poison, CorruptMetadata for a corrupt
+    record.
+    """
     start = blocks.start * PAGE_SIZE
     length = int.from_bytes(dax.direct_access(start, PAGE_SIZE)[:4], "little")
     if not 0 < length <= _SIZE - _HEADER:
-        raise CorruptMetadata("a superblock has no sensible length")
+        raise CorruptMetadata("a superblock has an invalid length")
     whole = dax.direct_access(start, _HEADER + length)
     if _checksum(whole[_HEADER:]) != bytes(whole[4:_HEADER]):
         raise CorruptMetadata("a superblock does not match its checksum")
@@ -71,8 +73,8 @@ def names_filesystem(page: memoryview) -> bool:
 
 
 def newest(dax: DaxDevice, *, version: int = VERSION) -> Superblock:
-    """The superblock that counts: the readable one of the higher generation. Raises CorruptMetadata, also for
-    a format other than ``version``.
+    """Return the valid superblock: the readable superblock with the higher generation. Raises CorruptMetadata
+    if neither is readable, and for a format other than ``version``.
     """
     total = dax.size // PAGE_SIZE
     found: list[Superblock] = []

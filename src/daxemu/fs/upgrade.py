@@ -1,8 +1,8 @@
-"""Upgrade of the filesystem's records from format 2, which had no checksums, to today's format.
+"""Upgrade of the filesystem's records from format 2, which had no checksums, to the present format.
 
 A page of format 2 holds 4096 bytes of its file and no trailer. The new records are written to free blocks,
-and the old ones stay as they are until a superblock names the new ones: an upgrade that was interrupted
-begins anew.
+and the old records stay unchanged until a superblock names the new records: an interrupted upgrade begins
+anew.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from daxemu.uapi import PAGE_SIZE, Block
 
 
 class _FormerRegion(MetadataRegion):
-    """The files of format 2, for reading alone."""
+    """Metadata files of format 2, read-only."""
 
     version = FORMER_VERSION
 
@@ -40,8 +40,8 @@ class _FormerRegion(MetadataRegion):
         return b"".join(self._readable(file, page)[0] for page in pages)[at : at + length]
 
     def _readable(self, file: MetadataFile, page: Block) -> list[bytes]:
-        """The copies of a page that are not poisoned, the one that is written first before the other. Raises
-        MediaError without any.
+        """Return the copies of a page without poison, in the order of writes. Raises MediaError if both
+        copies are poisoned.
         """
         good = [at[page] for at in self._places[file] if not self._dax.is_poisoned(at[page], PAGE_SIZE)]
         if not good:
@@ -49,15 +49,15 @@ class _FormerRegion(MetadataRegion):
         return [bytes(self._dax.direct_access(at, PAGE_SIZE)) for at in good]
 
     def check_copies(self) -> None:
-        """Raises CorruptMetadata where two copies differ. Precondition: the last end was clean, so a crash is
-        not the reason.
+        """Compare the copies of all pages. Raises CorruptMetadata if two copies differ. Precondition: the
+        last end was clean, so a crash is not the reason.
         """
         for file in MetadataFile:
             for page in range(self.pages(file)):
                 if len(set(self._readable(file, page))) > 1:
                     raise CorruptMetadata(
                         f"{self._dax.name}: the copies of page {page} of {file.name.lower()} differ, and "
-                        "format 2 has no checksums to tell which is right: copy the files off with the "
+                        "format 2 has no checksums to find the right one: copy the files off with the "
                         "daxemu that made the device, then mkfs --force"
                     )
 
@@ -67,7 +67,7 @@ class _FormerRegion(MetadataRegion):
 
 
 def is_former(dax: DaxDevice) -> bool:
-    """Whether the device holds a filesystem of format 2."""
+    """Return True if the device holds a filesystem of format 2."""
     try:
         newest(dax, version=FORMER_VERSION)
     except CorruptMetadata:
@@ -76,10 +76,10 @@ def is_former(dax: DaxDevice) -> bool:
 
 
 def upgrade(dax: DaxDevice) -> None:
-    """Rewrite the records of format 2 as today's. Precondition: :func:`is_former`.
+    """Rewrite the records of format 2 in the present format. Precondition: :func:`is_former`.
 
-    Raises CorruptMetadata if the records cannot be read or are wrong, NoSpace without room for both formats;
-    then the device holds format 2 as before.
+    Raises CorruptMetadata if the records are unreadable or wrong, NoSpace without room for both formats; then
+    the device holds format 2 as before.
     """
     former = _FormerRegion(dax, Rmap(), Allocator(dax))
     source = Store(former, dax.name)
@@ -96,7 +96,7 @@ def upgrade(dax: DaxDevice) -> None:
         files = ((link.dev_block, link.dev_end) for link in rmap if link.ino != METADATA_INO)
         _take(allocator, dax.name, [*former.blocks(), *merged(sorted(files))])
         _mark_all(names, rmap)
-        # Not clean: the next open makes the blocks of format 2, which are free now, zero.
+        # Not clean: the next open zeroes the blocks of format 2, which are free now.
         target.format(names, rmap, after=former.generation)
     finally:
         target.close()

@@ -1,7 +1,7 @@
-"""The poison the driver knows of, in 512-byte sectors: block/badblocks.c.
+"""Bad blocks: poison that the driver knows, in 512-byte sectors (block/badblocks.c).
 
-Not the same thing as memory_failure(): this list is for the allocator and for naming damaged files; nobody is
-signalled because of it.
+The list is independent of memory_failure(): the allocator and the search for damaged files use the list. A
+change of the list signals no process.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from daxemu.uapi import SECTOR_SIZE, Sector
 
 
 class Badblocks:
-    """Known-bad sectors of one device, counted from its first data sector."""
+    """Bad blocks of one device. Sectors count from the first data sector."""
 
     def __init__(self) -> None:
         self._bad = RangeSet()
         self.on_change: Callable[[], None] = lambda: None
         self.on_set: Callable[[list[Range]], None] = lambda sectors: None
-        """Told of sectors that were not known to be bad."""
+        """Called with new bad blocks."""
         self.on_clear: Callable[[list[Range]], None] = lambda sectors: None
-        """Told of sectors that are bad no more."""
+        """Called with sectors that are no longer bad blocks."""
 
     def __len__(self) -> int:
         return len(self._bad)
@@ -32,16 +32,16 @@ class Badblocks:
 
     @property
     def count(self) -> int:
-        """Bad sectors in all (``bb->count`` counts entries; this counts what they hold)."""
+        """Number of bad sectors. (``bb->count`` is the number of entries.)"""
         return self._bad.total
 
     def set(self, sector: Sector, sectors: int) -> list[Range]:
-        """Acknowledge bad sectors (``badblocks_set``); returns those not known before."""
+        """Add bad sectors (``badblocks_set``). Return the new ones."""
         return self.populate([Range(sector, sector + sectors)])
 
     def populate(self, ranges: Iterable[Range]) -> list[Range]:
-        """Acknowledge many (``nvdimm_badblocks_populate``), which is one change; returns those not known
-        before.
+        """Add many ranges of bad sectors in one change (``nvdimm_badblocks_populate``). Return the new
+        ones.
         """
         added = [new for bad in ranges for new in self._bad.add(*bad)]
         if added:
@@ -51,7 +51,7 @@ class Badblocks:
 
     @contextmanager
     def one_change(self) -> Iterator[None]:
-        """Within, all changes are one: ``on_change`` is called at the end."""
+        """Context in which all changes count as one: ``on_change`` is called once, at the end."""
         on_change, self.on_change = self.on_change, lambda: None
         try:
             yield
@@ -60,7 +60,7 @@ class Badblocks:
             on_change()
 
     def clear(self, sector: Sector, sectors: int) -> list[Range]:
-        """Forget bad sectors (``badblocks_clear``); returns those that were known."""
+        """Remove bad sectors (``badblocks_clear``). Return the removed ones."""
         removed = self._bad.remove(sector, sector + sectors)
         if removed:
             self.on_clear(removed)
@@ -68,27 +68,27 @@ class Badblocks:
         return removed
 
     def check(self, sector: Sector, sectors: int) -> Range | None:
-        """The first bad part of the range (``badblocks_check``), None if it has none."""
+        """Return the first bad part of the range (``badblocks_check``); None without a bad part."""
         return next(self._bad.overlapping(sector, sector + sectors), None)
 
     def overlapping_bytes(self, offset: int, length: int) -> Iterator[Range]:
-        """The known-bad byte ranges (whole sectors) that meet ``[offset, offset + length)``."""
+        """Yield the bad byte ranges (whole sectors) that overlap ``[offset, offset + length)``."""
         first, last = offset // SECTOR_SIZE, -(-(offset + length) // SECTOR_SIZE)
         for bad in self._bad.overlapping(first, last):
             yield Range(bad.start * SECTOR_SIZE, bad.end * SECTOR_SIZE)
 
     def in_pieces(self, count: int) -> Iterator[list[Range]]:
-        """All bad sectors, up to ``count`` ranges at a time; they may change between two pieces."""
+        """Yield all bad sectors, up to ``count`` ranges at a time. The list may change between two pieces."""
         return self._bad.in_pieces(0, 1 << 63, count)
 
     def unknown(self, sectors: Range) -> Iterator[Range]:
-        """The parts of ``sectors`` that are not known to be bad."""
+        """Yield the parts of ``sectors`` outside the bad blocks."""
         return self._bad.gaps(*sectors)
 
     def known(self, sectors: Range) -> Iterator[Range]:
-        """The parts of ``sectors`` that are known to be bad."""
+        """Yield the parts of ``sectors`` inside the bad blocks."""
         return self._bad.overlapping(*sectors)
 
     def sysfs_text(self) -> str:
-        """As /sys/block/pmem0/badblocks prints it: "first-sector count" a line."""
+        """Return the list in the format of /sys/block/pmem0/badblocks: lines "first-sector count"."""
         return "".join(f"{bad.start} {bad.length}\n" for bad in self._bad)

@@ -1,7 +1,8 @@
-"""What a filesystem maps: drivers/dax/super.c and fs/dax.c's ways into the media.
+"""Dax device, the object that a filesystem maps (drivers/dax/super.c, and access to the media as in
+fs/dax.c).
 
-A :class:`DaxDevice` has one *holder*, the filesystem, which is told of failures by range. Offsets are device
-bytes.
+A :class:`DaxDevice` has one *holder*, the filesystem. The device notifies its holder of failures by range.
+Offsets are device bytes.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from daxemu.uapi import MF_MEM_PRE_REMOVE, PAGE_SIZE, SECTOR_SIZE, U64_MAX, Pfn
 
 
 class DaxHolderOperations(Protocol):
-    """``struct dax_holder_operations``: what a holder lets the device call."""
+    """Operations of a holder that the device calls (``struct dax_holder_operations``)."""
 
     def notify_failure(self, offset: int, length: int, flags: int) -> None:
-        """``[offset, offset + length)`` of the device failed; ``(0, U64_MAX)`` is all of it.
+        """Handle a failure of the device bytes ``[offset, offset + length)``; ``(0, U64_MAX)`` is the whole
+        device.
 
-        Raises Unsupported (-EOPNOTSUPP) to have the generic handler run, any other DaxemuError to say it
-        failed.
+        Raises Unsupported (-EOPNOTSUPP) to have the generic handler run, any other DaxemuError for a failed
+        handling.
         """
 
 
 class DaxDevice:
-    """One dax device: ``size`` bytes of ``media`` from ``data_offset`` on, their badblocks, and who holds
-    them.
+    """Dax device: ``size`` bytes of ``media`` from ``data_offset`` on, the bad blocks, and the holder.
 
-    ``base_pfn`` is the page frame of device byte 0. ``align``: the largest page, in bytes, that it is mapped
-    by; device byte 0 is aligned to it.
+    ``base_pfn`` is the page frame of device byte 0. ``align``: the largest page, in bytes, that maps the
+    device; device byte 0 is aligned to this size.
     """
 
     def __init__(
@@ -51,22 +52,26 @@ class DaxDevice:
         self.size = media.size - data_offset
         self.alive = True
         self.is_leaving = False
-        """Whether the holder was told of a removal. The device serves its bytes until :meth:`kill_dax`."""
+        """True after the holder was notified of a removal. The device serves its bytes until
+        :meth:`kill_dax`.
+        """
         self.badblocks = badblocks
         self._media = media
         self._data_offset = data_offset
         self._holder: DaxHolderOperations | None = None
         self.mkpage_present: Callable[[Range], None] | None = None
-        """Told of device bytes whose poison is gone, for their struct pages."""
+        """Called with device bytes whose poison was cleared, to update their struct pages."""
         self.on_notify: Callable[[int, int, int], None] = lambda offset, length, flags: None
         """Called with the arguments of each call to the holder."""
         self.before_poison: Callable[[], None] = lambda: None
-        """Told before any more of the device goes bad."""
+        """Called before any new poison."""
 
     # -- who holds it
 
     def hold(self, holder: DaxHolderOperations) -> None:
-        """``fs_dax_get()``: become the holder. Raises Busy if there is one, NoDevice after kill_dax()."""
+        """Become the holder (``fs_dax_get()``). Raises Busy if the device is held, NoDevice after
+        kill_dax().
+        """
         if not self.alive:
             raise NoDevice(f"{self.name}: the device is gone")
         if self._holder is not None:
@@ -74,19 +79,19 @@ class DaxDevice:
         self._holder = holder
 
     def release(self, holder: DaxHolderOperations) -> None:
-        """``fs_put_dax()``: stop being the holder, if that is what one is."""
+        """End the role of ``holder`` (``fs_put_dax()``). Does nothing for any other object."""
         if self._holder is holder:
             self._holder = None
 
     def dax_is_idle(self) -> bool:
-        """Whether nobody holds the device."""
+        """Return True without a holder."""
         return self._holder is None
 
     def notify_failure(self, offset: int, length: int, flags: int) -> None:
-        """``dax_holder_notify_failure()``: one call for one range, up to the holder.
+        """Notify the holder of a failed range, in one call (``dax_holder_notify_failure()``).
 
-        Raises NoDevice (-ENXIO) when the device is dead, Unsupported (-EOPNOTSUPP) without a holder, and
-        whatever the holder raises.
+        Raises NoDevice (-ENXIO) for a dead device, Unsupported (-EOPNOTSUPP) without a holder. Exceptions of
+        the holder propagate.
         """
         if not self.alive:
             raise NoDevice(f"{self.name}: the device is gone")
@@ -96,8 +101,8 @@ class DaxDevice:
         self._holder.notify_failure(offset, length, flags)
 
     def pre_remove(self) -> None:
-        """Tell the holder, once and for everything, that the device goes away: the first half of
-        ``kill_dax()``. Raises NoDevice if that was done before.
+        """Notify the holder of the removal of the whole device, once: the first half of ``kill_dax()``.
+        Raises NoDevice for a second call.
         """
         if self.is_leaving:
             raise NoDevice(f"{self.name}: removed already")
@@ -106,8 +111,8 @@ class DaxDevice:
             self.notify_failure(0, U64_MAX, MF_MEM_PRE_REMOVE)
 
     def kill_dax(self) -> None:
-        """Surprise removal: :meth:`pre_remove`, if that was not done before; then the device is dead. Raises
-        NoDevice if the device is dead already.
+        """Remove the device (surprise removal): call :meth:`pre_remove`, unless done before, and mark the
+        device as dead. Raises NoDevice for a dead device.
         """
         if not self.alive:
             raise NoDevice(f"{self.name}: removed already")
@@ -127,27 +132,31 @@ class DaxDevice:
             raise InvalidArgument(f"{self.name}: {offset:#x}+{length:#x} is outside the device")
 
     def check_readable(self, offset: int, length: int) -> None:
-        """Raises MediaError if any byte of the range is poison, NoDevice after removal."""
+        """Check a range for poison. Raises MediaError if any byte is poison, NoDevice after a removal."""
         self._check(offset, length)
         if self.is_poisoned(offset, length):
             raise MediaError(f"{self.name}: poison in {offset:#x}+{length:#x}", self.poisoned(offset, length))
 
     @property
     def has_poison(self) -> bool:
-        """Whether any byte of the media is poison, known or latent."""
+        """Return True if any byte of the media is poison, bad block or latent."""
         return bool(self._media.poison)
 
     def is_poisoned(self, offset: int, length: int) -> bool:
-        """Whether any byte of the range is poison, known or latent."""
+        """Return True if any byte of the range is poison, bad block or latent."""
         return self._media.is_poisoned(self._data_offset + offset, length)
 
     def poisoned(self, offset: int, length: int) -> list[Range]:
-        """The poisoned device byte ranges (whole sectors) that meet the range, known or latent."""
+        """Return the poisoned device byte ranges (whole sectors) that overlap the range, bad blocks or
+        latent.
+        """
         at = self._data_offset
         return [Range(r.start - at, r.end - at) for r in self._media.poisoned(at + offset, length)]
 
     def poisoned_in_pieces(self, part: Range, count: int) -> Iterator[list[Range]]:
-        """As :meth:`poisoned`, up to ``count`` ranges at a time; the poison may change between two pieces."""
+        """Yield as :meth:`poisoned`, up to ``count`` ranges at a time. The poison may change between two
+        pieces.
+        """
         shift = self._data_offset // SECTOR_SIZE
         sectors = sectors_of(part.start, part.length)
         poison = self._media.poison.in_pieces(sectors.start + shift, sectors.end + shift, count)
@@ -155,14 +164,15 @@ class DaxDevice:
             yield [Range((r.start - shift) * SECTOR_SIZE, (r.end - shift) * SECTOR_SIZE) for r in bad]
 
     def poisoned_pages(self, part: Range) -> RangeSet:
-        """The pages (as bytes) with poison among those that hold ``part``."""
+        """Return the pages of ``part`` with poison, as byte ranges."""
         whole = part.outer(PAGE_SIZE)
         return RangeSet(bad.outer(PAGE_SIZE) for bad in self.poisoned(whole.start, whole.length))
 
     def direct_access(self, offset: int, length: int) -> memoryview:
-        """The live bytes of the range (``dax_direct_access``), for reading or writing.
+        """Return the live bytes of the range for reading or writing (``dax_direct_access``).
 
-        Raises MediaError if any of them is poison, NoDevice after removal. Precondition: reserved.
+        Raises MediaError if any byte is poison, NoDevice after a removal. Precondition: the range is
+        reserved.
         """
         self.check_readable(offset, length)
         return self._media.view(self._data_offset + offset, length)
@@ -172,19 +182,21 @@ class DaxDevice:
         return self._media.written()
 
     def memory(self) -> Memory:
-        """Where device byte 0 is and what follows it, for code that is not Python."""
+        """Return the place of device byte 0 and the bytes behind, for C code."""
         return self._media.memory(self._data_offset)
 
     def copy_from_iter(self, offset: int, data: bytes | memoryview) -> None:
         """Write to blocks that are not in use yet (``dax_copy_from_iter()``), reserved or not.
 
-        Raises MediaError if any of them is poison, NoDevice after removal, NoSpace where it was not reserved.
+        Raises MediaError if any byte is poison, NoDevice after a removal, NoSpace without memory for an
+        unreserved range.
         """
         self.check_readable(offset, len(data))
         self._media.store(self._data_offset + offset, data)
 
     def recovery_write(self, offset: int, data: bytes | memoryview) -> list[Range]:
-        """Write whole sectors over poison, which clears it and its badblocks (``dax_recovery_write``).
+        """Write whole sectors over poison. The write clears the poison and its bad blocks
+        (``dax_recovery_write``).
 
         Returns the byte ranges that were poison. Precondition: reserved, sector-aligned at both ends.
         """
@@ -196,9 +208,9 @@ class DaxDevice:
         return cleared
 
     def clear_poison(self, offset: int, length: int) -> list[Range]:
-        """``pmem_clear_poison()``: the range is readable again; returns the byte ranges that were not.
+        """Make the range readable (``pmem_clear_poison()``). Return the byte ranges that were poison.
 
-        Precondition: something is written over them next, or they are given back.
+        Precondition: the caller overwrites or discards the returned ranges next.
         """
         sectors = sectors_of(offset, length)
         self.badblocks.clear(sectors.start, sectors.length)
@@ -211,7 +223,7 @@ class DaxDevice:
         return good
 
     def clearing(self, ranges: Iterable[Range]) -> AbstractContextManager[None]:
-        """Within, these byte ranges are cleared: see Media.clearing()."""
+        """Context in which the byte ranges are cleared: see Media.clearing()."""
         shift = self._data_offset // SECTOR_SIZE
         bad = (sectors_of(part.start, part.length) for part in ranges)
         return self._media.clearing(Range(sectors.start + shift, sectors.end + shift) for sectors in bad)
@@ -221,8 +233,8 @@ class DaxDevice:
         self._media.make_room(changes)
 
     def add_poison(self, *ranges: Range) -> list[Range]:
-        """The hardware goes bad in these byte ranges; returns them rounded out to sectors. Nobody is told by
-        this.
+        """Poison byte ranges of the hardware. Return the ranges rounded out to sectors. No process or holder
+        is notified.
         """
         for start, end in ranges:
             self._check(start, end - start)
@@ -242,6 +254,6 @@ class DaxDevice:
         self._media.reserve(self._data_offset + offset, length)
 
     def discard(self, offset: int, length: int) -> None:
-        """Give the range's memory back; reserved again, it reads as zeros."""
+        """Give the memory of the range back. After the next reserve, the range reads as zeros."""
         if self.alive:
             self._media.release(self._data_offset + offset, length)

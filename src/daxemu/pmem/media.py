@@ -1,4 +1,4 @@
-"""The device's bytes in shared memory, and the hardware's truth about them: which sectors are poison."""
+"""Media: the bytes of a device in shared memory, and the poisoned sectors of the hardware."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, SECTOR_SIZE
 
 _POISON_STEP = 4096  # the file of poisoned sectors has whole pages, filled up with empty lines
 _FEW = 512
-"""Ranges of poison up to which the file is written anew at each change."""
+"""Number of poison ranges up to which each change rewrites the whole file."""
 _CLEARED = "clear "
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -26,7 +26,7 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """``fallocate(2)`` with any mode. Raises OSError."""
+    """Call ``fallocate(2)`` with any mode. Raises OSError."""
     while _libc.fallocate(fd, mode, offset, length) != 0:
         number = ctypes.get_errno()
         if number != errno.EINTR:
@@ -34,7 +34,7 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 
 def check_mappable(size: int) -> None:
-    """Raises Unsupported if so many bytes do not fit into the address space of a process of this machine."""
+    """Check that ``size`` bytes fit into the address space of a process. Raises Unsupported."""
     if not _is_mappable(size):
         raise _too_large(size)
 
@@ -57,14 +57,12 @@ def _too_large(size: int) -> Unsupported:
 
 
 def sectors_of(offset: int, length: int) -> Range:
-    """The sectors that hold any of the bytes ``[offset, offset + length)``."""
+    """Return the sectors with any of the bytes ``[offset, offset + length)``."""
     return Range(offset // SECTOR_SIZE, -(-(offset + length) // SECTOR_SIZE))
 
 
 class Memory(NamedTuple):
-    """Where bytes are, for code that is not Python: in an open file from ``offset`` on, and mapped at
-    ``address``.
-    """
+    """Place of bytes, for C code: in an open file from ``offset`` on, and mapped at ``address``."""
 
     fd: int
     offset: int
@@ -72,15 +70,16 @@ class Memory(NamedTuple):
 
 
 class Media:
-    """The media of one device: ``size`` bytes of a sparse file, mapped shared, and their poison.
+    """Media of one device: ``size`` bytes of a sparse file, mapped shared, and the poison.
 
-    Poison is kept in sectors and written to the file ``poison`` at every change, so that poison outlives this
-    process. Changes of much poison are appended to the file: a change costs its own ranges.
+    Poison is recorded in sectors and written to the file ``poison`` at each change, so that poison outlives
+    the process. With many ranges, a change is appended to the file: the cost depends on the changed ranges
+    only.
     """
 
     def __init__(self, directory: PrivatePath, size: int) -> None:
-        """Raises NotADevice when the files are missing or are not what ``size`` says, Unsupported if there
-        are too many bytes for this machine.
+        """Map the media. Raises NotADevice for missing files or a size other than ``size``, Unsupported if
+        the media does not fit into the address space.
         """
         self.size = size
         self._poison_file = directory / "poison"
@@ -99,7 +98,7 @@ class Media:
             )
         self.poison = RangeSet()
         self._poison_lines = self._poison_end = 0
-        """Lines of the file, and bytes up to the end of the last one."""
+        """Number of lines of the file, and bytes up to the end of the last line."""
         try:
             self._load_poison()
             self._map = self._mapped()
@@ -108,7 +107,7 @@ class Media:
             raise
         self._view = memoryview(self._map)
         self._is_saved = False
-        """Whether what is cleared now is recorded already."""
+        """True while clears are recorded already (see ``clearing``)."""
 
     def _mapped(self) -> mmap.mmap:
         try:
@@ -120,7 +119,7 @@ class Media:
 
     @staticmethod
     def create(directory: PrivatePath, size: int) -> None:
-        """Make the files of a new, healthy media."""
+        """Make the files of new media without poison."""
         media = (directory / "media").make(os.O_RDWR)
         try:
             os.ftruncate(media, size)
@@ -131,18 +130,18 @@ class Media:
     def close(self) -> None:
         """Unmap. Precondition: no view handed out by :meth:`view` is alive."""
         self._view.release()
-        with suppress(BufferError):  # the traceback of what failed may hold views: unmapped with the last
+        with suppress(BufferError):  # a traceback may hold views: the last view unmaps
             self._map.close()
         os.close(self._fd)
 
     # -- bytes
 
     def view(self, offset: int, length: int) -> memoryview:
-        """The live bytes, writable. Precondition: reserved; the caller has looked at the poison."""
+        """Return the live bytes, writable. Precondition: reserved; the caller has checked for poison."""
         return self._view[offset : offset + length]
 
     def store(self, offset: int, data: bytes | memoryview) -> None:
-        """Write to memory that was not used yet, reserved or not. Faster than through a view: whole pages are
+        """Write to unused memory, reserved or not. Faster than a write through a view: whole pages are
         neither zeroed before nor faulted in. Raises NoSpace.
         """
         rest = memoryview(data)
@@ -156,7 +155,7 @@ class Media:
             offset, rest = offset + done, rest[done:]
 
     def reserve(self, offset: int, length: int) -> None:
-        """Back the range with memory. Raises NoSpace when the host has none left; then nothing is
+        """Back the range with memory. Raises NoSpace if the host has no memory left; then nothing is
         reserved.
         """
         try:
@@ -169,7 +168,7 @@ class Media:
             raise MediaError(f"cannot reserve media: {error.strerror}") from error
 
     def release(self, offset: int, length: int) -> None:
-        """Give the range's memory back; it reads as zeros when it is reserved again."""
+        """Give the memory of the range back. After the next reserve, the range reads as zeros."""
         fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
 
     def written(self) -> Iterator[memoryview]:
@@ -186,22 +185,22 @@ class Media:
             yield self._view[start:end]
 
     def memory(self, offset: int) -> Memory:
-        """Where the bytes from ``offset`` on are, until :meth:`close`."""
+        """Return the place of the bytes from ``offset`` on. Valid until :meth:`close`."""
         return Memory(self._fd, offset, ctypes.addressof(ctypes.c_char.from_buffer(self._map)) + offset)
 
     # -- poison
 
     def is_poisoned(self, offset: int, length: int) -> bool:
-        """Whether any byte of the range cannot be read."""
+        """Return True if any byte of the range is poison."""
         return bool(self.poison) and self.poison.overlaps(*sectors_of(offset, length))
 
     def poisoned(self, offset: int, length: int) -> Iterator[Range]:
-        """The poisoned byte ranges that meet ``[offset, offset + length)``, whole sectors each."""
+        """Yield the poisoned byte ranges (whole sectors) that overlap ``[offset, offset + length)``."""
         for sectors in self.poison.overlapping(*sectors_of(offset, length)):
             yield Range(sectors.start * SECTOR_SIZE, sectors.end * SECTOR_SIZE)
 
     def add_poison(self, *ranges: Range) -> None:
-        """Make sectors unreadable. Raises NoSpace if that cannot be recorded; then nothing has changed."""
+        """Poison sectors. Raises NoSpace without room for the record; then nothing has changed."""
         added = [part for sectors in ranges for part in self.poison.add(*sectors)]
         try:
             self._record(added)
@@ -218,7 +217,7 @@ class Media:
                 self._extend(self._poison_end + changes * longest)
 
     def clear_poison(self, sectors: Range) -> list[Range]:
-        """Make the sectors readable; returns those that were not. Their bytes are whatever is written
+        """Make sectors readable. Return the sectors that were poison; the caller overwrites their bytes
         next.
         """
         cleared = self.poison.remove(*sectors)
@@ -233,8 +232,8 @@ class Media:
 
     @contextmanager
     def clearing(self, ranges: Iterable[Range]) -> Iterator[None]:
-        """Within, these sectors are cleared, in as many calls as it takes: they are recorded at once. Raises
-        NoSpace if that cannot be; then nothing has changed.
+        """Context in which the sectors are cleared, in several calls. The clears are recorded once, at the
+        begin. Raises NoSpace without room for the record; then nothing has changed.
         """
         clearing = list(ranges)
         self._record(clearing, _CLEARED, but=clearing)
@@ -247,8 +246,8 @@ class Media:
                 self._save_poison(self.poison)
 
     def _load_poison(self) -> None:
-        """Follow the lines of the file: "first-sector count", the sysfs form of badblocks, is poison from
-        there on; "clear first-sector count" no longer is.
+        """Load the poison from the lines of the file, in order. "first-sector count" (the sysfs format of
+        badblocks) adds poison; "clear first-sector count" removes poison.
         """
         try:
             text = self._poison_file.read_bytes().decode().rstrip("\n")
@@ -265,14 +264,14 @@ class Media:
         except ValueError as error:
             raise NotADevice(
                 f"{self._poison_file}: not a list of 'sector count' lines ({error}); "
-                "mend it, or remove it to have no poison"
+                "correct the file, or remove it to have no poison"
             ) from error
 
     def _record(self, changed: Sequence[Range], prefix: str = "", *, but: Sequence[Range] = ()) -> None:
-        """Save what was added to the poison, or cleared. ``but``: not cleared yet. Raises NoSpace."""
+        """Record added or cleared poison. ``but``: ranges that are not cleared yet. Raises NoSpace."""
         lines = self._poison_lines + len(changed)
         if changed and len(self.poison) > _FEW and lines < 4 * len(self.poison):
-            with suppress(NoSpace):  # the whole may be shorter
+            with suppress(NoSpace):  # the whole file may be shorter
                 self._append_poison(changed, prefix)
                 return
         if changed:
@@ -319,7 +318,7 @@ class Media:
         with self._writing():
             found = self._poison_file.lstat().st_size if self._poison_file.exists() else 0
             if len(data) <= found:
-                # Over what is there: a full disk must not keep poison from being cleared.
+                # Overwritten in place: a full disk must not keep poison from being cleared.
                 with open(self._poison_file.open(os.O_RDWR), "r+b", buffering=0) as file:
                     file.write(data.ljust(found, b"\n"))
                     file.truncate(len(data))

@@ -38,11 +38,11 @@ class Events:
         self.settle()
         found = self(kind)
         if len(found) != count:
-            told = [
+            lines = [
                 f"{len(found)} events {kind.__name__}, expected {count}",
                 *(for_people(e.summary()) for e in found),
             ]
-            raise AssertionError("\n".join(told))
+            raise AssertionError("\n".join(lines))
         return found
 
     def none(self, kind: type[Event] = SignalSent) -> None:

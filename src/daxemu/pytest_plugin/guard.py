@@ -31,7 +31,7 @@ CODE = "from daxemu.pytest_plugin.guard import guard; guard({pid})"
 
 
 class _Hang:
-    """Test that took longer than its limit."""
+    """Test beyond its time limit."""
 
     def __init__(self, pid: int, watched: dict[str, Any]) -> None:
         self.limit = float(watched["limit"])
@@ -42,14 +42,14 @@ class _Hang:
 
     def means(self) -> list[Callable[[], None]]:
         """Return the means, in the order of their use."""
-        return [self._interrupt, self._heal, self._cut, self._kill]
+        return [self._interrupt, self._clear_poison, self._cut, self._kill]
 
     def _interrupt(self) -> None:
         self._reason = self._why()
         _answer({"reason": self._reason})
         os.kill(self._pid, INTERRUPT)
 
-    def _heal(self) -> None:
+    def _clear_poison(self) -> None:
         from daxemu.client import Client
         from daxemu.errors import DaxemuError
 
@@ -69,7 +69,7 @@ class _Hang:
         os.kill(self._pid, signal.SIGKILL)
 
     def _why(self) -> str:
-        """Describe the hang from information that needs no access to the mount."""
+        """Describe the hang without access to the mount."""
         from daxemu.errors import DaxemuError
         from daxemu.events import decode
         from daxemu.pmem.device_dir import DeviceDir

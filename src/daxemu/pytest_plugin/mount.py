@@ -208,10 +208,10 @@ class DaxMount:
         """
         events = self.events()
         left_out = [f"({len(events) - most} before these)"] if len(events) > most else []
-        told = [for_people(event.summary()) for event in events[-most:]]
+        lines = [for_people(event.summary()) for event in events[-most:]]
         return [
             ("daxemu damaged files", "\n".join(self._lost())),
-            ("daxemu events", "\n".join([*left_out, *told])),
+            ("daxemu events", "\n".join([*left_out, *lines])),
         ]
 
     def _lost(self) -> list[str]:
