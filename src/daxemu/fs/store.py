@@ -42,12 +42,14 @@ GROWTH_PAGES = 64
 FSCK_HINT = "; run: daxemu fsck"
 PROXY_LIMIT = 1 << 62
 
+# Compared, word by word, with the tables of a device: a space more or less is another word.
 SCHEMA = """
     CREATE TABLE inode(
-        ino INTEGER PRIMARY KEY, mode INTEGER, uid INTEGER, gid INTEGER, nlink INTEGER, rdev INTEGER, size
-        INTEGER, atime INTEGER, mtime INTEGER, ctime INTEGER, target BLOB, xattrs BLOB) STRICT;
-    CREATE TABLE entry(parent INTEGER, name BLOB, ino INTEGER, PRIMARY KEY(parent, name)) WITHOUT ROWID,
-    STRICT; CREATE TABLE link(
+        ino INTEGER PRIMARY KEY, mode INTEGER, uid INTEGER, gid INTEGER, nlink INTEGER, rdev INTEGER,
+        size INTEGER, atime INTEGER, mtime INTEGER, ctime INTEGER, target BLOB, xattrs BLOB) STRICT;
+    CREATE TABLE entry(parent INTEGER, name BLOB, ino INTEGER, PRIMARY KEY(parent, name))
+        WITHOUT ROWID, STRICT;
+    CREATE TABLE link(
         ino INTEGER, file_block INTEGER, dev_block INTEGER, length INTEGER, proxy INTEGER,
         PRIMARY KEY(ino, file_block)) WITHOUT ROWID, STRICT;
     CREATE TABLE counter(name TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID, STRICT;

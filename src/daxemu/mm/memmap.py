@@ -51,7 +51,6 @@ class Section:
 
     MARKED_PRESENT = 1 << 0
     HAS_MEM_MAP = 1 << 1
-    IS_ONLINE = 1 << 2
     TAINT_ZONE_DEVICE = 1 << 4
     ALL_HWPOISON = 1 << 6
     SOME_HWPOISON = 1 << 7
