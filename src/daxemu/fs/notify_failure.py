@@ -18,7 +18,8 @@ from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range
-from daxemu.uapi import MF_MEM_PRE_REMOVE, PAGE_SHIFT, PAGE_SIZE, U64_MAX
+from daxemu.uapi import MF_MEM_PRE_REMOVE, U64_MAX
+from daxemu.units import PFN_PHYS, blocks_of
 
 
 class FilesystemHolder:
@@ -58,7 +59,7 @@ class FilesystemHolder:
         if not hurt:
             return
         metadata_hurt = False
-        for owner in self._rmap.owners(hurt.start // PAGE_SIZE, -(-hurt.end // PAGE_SIZE)):
+        for owner in self._rmap.owners(*blocks_of(hurt)):
             if owner.ino == METADATA_INO:
                 metadata_hurt = True
                 continue
@@ -71,8 +72,8 @@ class FilesystemHolder:
                 FileDamaged(
                     ino=owner.ino,
                     path=self._names.path_of(owner.ino),
-                    offset=owner.file_block << PAGE_SHIFT,
-                    length=owner.length << PAGE_SHIFT,
+                    offset=PFN_PHYS(owner.file_block),
+                    length=PFN_PHYS(owner.length),
                 )
             )
         if metadata_hurt:

@@ -30,6 +30,7 @@ from daxemu.fs.records import INO_LIMIT, check_entry, inode_of
 from daxemu.fs.rmap import METADATA_INO, Link, ReflinkProxy, Rmap
 from daxemu.ranges import RangeSet
 from daxemu.uapi import PAGE_SIZE, Block, Ino
+from daxemu.units import round_down, round_up
 
 log = logging.getLogger(__name__)
 _FIRST = itemgetter(0)
@@ -161,11 +162,11 @@ class Store:
         # In large steps, so that the number of extents stays logarithmic; when the device is nearly full, in
         # small ones.
         step = GROWTH_PAGES * PAYLOAD
-        generous = max(-(-needed // step) * step, self._room + self._room // 4 // PAYLOAD * PAYLOAD)
+        generous = max(round_up(needed, step), self._room + round_down(self._room // 4, PAYLOAD))
         try:
             self._grow(generous)
         except NoSpace:
-            self._grow(-(-needed // PAYLOAD) * PAYLOAD)
+            self._grow(round_up(needed, PAYLOAD))
 
     def _grow(self, room: int) -> None:
         self._region.grow(MetadataFile.DB, room)

@@ -12,9 +12,10 @@ from typing import Protocol
 
 from daxemu.errors import Busy, InvalidArgument, MediaError, NoDevice, Unsupported
 from daxemu.pmem.badblocks import Badblocks
-from daxemu.pmem.media import Media, Memory, sectors_of
+from daxemu.pmem.media import Media, Memory
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import MF_MEM_PRE_REMOVE, PAGE_SIZE, SECTOR_SIZE, U64_MAX, Pfn
+from daxemu.units import bytes_of_sectors, sectors_at, sectors_of
 
 
 class DaxHolderOperations(Protocol):
@@ -149,7 +150,7 @@ class DaxDevice:
     def poisoned_in_pieces(self, part: Range, count: int) -> Iterator[list[Range]]:
         """As :meth:`poisoned`, up to ``count`` ranges at a time; the poison may change between two pieces."""
         shift = self._data_offset // SECTOR_SIZE
-        sectors = sectors_of(part.start, part.length)
+        sectors = sectors_of(part)
         poison = self._media.poison.in_pieces(sectors.start + shift, sectors.end + shift, count)
         for bad in poison:
             yield [Range((r.start - shift) * SECTOR_SIZE, (r.end - shift) * SECTOR_SIZE) for r in bad]
@@ -196,7 +197,7 @@ class DaxDevice:
 
         Precondition: something is written over them next, or they are given back.
         """
-        sectors = sectors_of(offset, length)
+        sectors = sectors_at(offset, length)
         self.badblocks.clear(sectors.start, sectors.length)
         shift = self._data_offset // SECTOR_SIZE
         cleared = self._media.clear_poison(Range(sectors.start + shift, sectors.end + shift))
@@ -209,7 +210,7 @@ class DaxDevice:
     def clearing(self, ranges: Iterable[Range]) -> AbstractContextManager[None]:
         """Within, these byte ranges are cleared: see Media.clearing()."""
         shift = self._data_offset // SECTOR_SIZE
-        bad = (sectors_of(part.start, part.length) for part in ranges)
+        bad = (sectors_of(part) for part in ranges)
         return self._media.clearing(Range(sectors.start + shift, sectors.end + shift) for sectors in bad)
 
     def make_room_for_poison(self, changes: int) -> None:
@@ -223,10 +224,10 @@ class DaxDevice:
         for start, end in ranges:
             self._check(start, end - start)
         self.before_poison()
-        bad = [sectors_of(start, end - start) for start, end in ranges]
+        bad = [sectors_of(part) for part in ranges]
         shift = self._data_offset // SECTOR_SIZE
         self._media.add_poison(*(Range(sectors.start + shift, sectors.end + shift) for sectors in bad))
-        return [Range(sectors.start * SECTOR_SIZE, sectors.end * SECTOR_SIZE) for sectors in bad]
+        return [bytes_of_sectors(sectors) for sectors in bad]
 
     def zero(self, offset: int, length: int) -> None:
         """Store zeros (``dax_zero_page_range``). Precondition: reserved. Raises MediaError on poison."""
