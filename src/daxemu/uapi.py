@@ -26,13 +26,8 @@ HPAGE_PMD_NR = PMD_SIZE // PAGE_SIZE  # linux/huge_mm.h
 U64_MAX = (1 << 64) - 1
 
 # linux/mm.h: flags of memory_failure()
-MF_COUNT_INCREASED = 1 << 0
 MF_ACTION_REQUIRED = 1 << 1
-MF_MUST_KILL = 1 << 2
-MF_SOFT_OFFLINE = 1 << 3
-MF_UNPOISON = 1 << 4
 MF_SW_SIMULATED = 1 << 5
-MF_NO_RETRY = 1 << 6
 MF_MEM_PRE_REMOVE = 1 << 7
 
 # linux/sched.h: task flags, field 9 of /proc/PID/task/TID/stat
@@ -50,20 +45,8 @@ CAP_FSETID = 4
 CAP_LINUX_IMMUTABLE = 9
 CAP_SYS_ADMIN = 21
 
-# uapi/linux/prctl.h
-PR_MCE_KILL = 33
-PR_MCE_KILL_GET = 34
-PR_MCE_KILL_CLEAR = 0
-PR_MCE_KILL_SET = 1
-PR_MCE_KILL_LATE = 0
-PR_MCE_KILL_EARLY = 1
-PR_MCE_KILL_DEFAULT = 2
-
-# uapi/asm-generic/siginfo.h: si_code of SIGBUS and of tgkill(2)
-SI_TKILL = -6
-BUS_ADRALN = 1
+# uapi/asm-generic/siginfo.h: si_code of SIGBUS
 BUS_ADRERR = 2
-BUS_OBJERR = 3
 BUS_MCEERR_AR = 4
 BUS_MCEERR_AO = 5
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from daxemu.errors import DaxemuError, NoSpace, NotADevice
-from daxemu.pmem.media import Media, sectors_of
+from daxemu.pmem.media import Media
 from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SIZE
+from daxemu.units import sectors_at
 
 SIZE = 1 << 20
 
@@ -50,9 +51,9 @@ def open_files() -> int:
 
 
 def test_sectors_are_rounded_out() -> None:
-    assert sectors_of(0, 1) == Range(0, 1)
-    assert sectors_of(511, 2) == Range(0, 2)
-    assert sectors_of(512, 512) == Range(1, 2)
+    assert sectors_at(0, 1) == Range(0, 1)
+    assert sectors_at(511, 2) == Range(0, 2)
+    assert sectors_at(512, 512) == Range(1, 2)
 
 
 def test_a_new_media_is_zeros_and_takes_no_memory(directory: Path) -> None:

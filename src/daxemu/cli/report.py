@@ -17,6 +17,7 @@ from daxemu.errors import DaxemuError, NotMounted
 from daxemu.events import Event, MemoryFailureHandled, SignalSent, decode
 from daxemu.host.proc.mountinfo import mount_of
 from daxemu.text import for_html
+from daxemu.units import DIV_ROUND_UP
 
 COLUMNS, CELLS = 64, 1024
 BARS = 60
@@ -109,7 +110,7 @@ def _map(seen: Seen) -> str:
         at = seen.survey.offset + index * seen.survey.cell
         hint = f"{at:#x}: {cell.used} used, {cell.bad} bad, {cell.latent} latent"
         cells.append(_rect(x, y, 11, _COLORS.get(sign, "#5a5"), hint))
-    height = -(-len(cells) // COLUMNS) * 12
+    height = DIV_ROUND_UP(len(cells), COLUMNS) * 12
     return f'<svg class=map width="{COLUMNS * 12}" height="{height}">{"".join(cells)}</svg>'
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from daxemu.evaluate.plan import Detect, FaultPlan, FaultProcess, Plan, Target, mean_arrivals, unit_bytes
 from daxemu.failure_kind import FailureKind
 from daxemu.uapi import SECTOR_SIZE
+from daxemu.units import round_down, round_up
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -134,11 +135,11 @@ def span(fault: Fault, at: int, device: int) -> tuple[int, int]:
     a 256-byte fault takes the whole sector.
     """
     grain = max(fault.length, SECTOR_SIZE)
-    start = at // grain * grain
+    start = round_down(at, grain)
     end = start + grain
     if fault.spill:
-        start = start // fault.spill * fault.spill
-        end = -(-end // fault.spill) * fault.spill
+        start = round_down(start, fault.spill)
+        end = round_up(end, fault.spill)
     return start, min(end, device) - start
 
 

@@ -16,7 +16,8 @@ from daxemu.evaluate.plan import Plan
 from daxemu.evaluate.statistics import Estimate, mean, quantile
 from daxemu.evaluate.trial import Result
 from daxemu.ranges import RangeSet
-from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE
+from daxemu.uapi import page_align_down, page_align_up
+from daxemu.units import PHYS_PFN
 
 SIGBUS = 7
 
@@ -119,8 +120,8 @@ def reported(result: Result) -> dict[int, RangeSet]:
     said: dict[int, RangeSet] = defaultdict(RangeSet)
 
     def add(ino: int, offset: int, length: int) -> None:
-        start = offset // PAGE_SIZE * PAGE_SIZE
-        said[ino].add(start, -(-(offset + length) // PAGE_SIZE) * PAGE_SIZE)
+        start = page_align_down(offset)
+        said[ino].add(start, page_align_up(offset + length))
 
     for event in result.events:
         if event["event"] in ("FileDamaged", "StoreLost"):
@@ -140,7 +141,7 @@ def _handled(result: Result) -> list[float]:
     found = []
     for event in result.events:
         if event["event"] == "PoisonInjected" and not event.get("latent"):
-            pfn = result.base_pfn + (event["offset"] >> PAGE_SHIFT)
+            pfn = result.base_pfn + PHYS_PFN(event["offset"])
             after = [t for t in ends[pfn] if t >= event["time"]]
             if after:
                 found.append(after[0] - event["time"])

@@ -19,7 +19,7 @@ from daxemu.evaluate.plan_lines import line_of
 from daxemu.evaluate.workloads.specs import AnyWorkload
 from daxemu.failure_kind import FailureKind
 from daxemu.sizes import human, parse_size
-from daxemu.uapi import PAGE_SIZE
+from daxemu.uapi import PAGE_SIZE, page_align_down
 
 YEAR = 365.25 * 86400.0
 """Seconds in a year."""
@@ -369,7 +369,7 @@ def unit_bytes(unit: str, device: int, faults: FaultPlan) -> int:
         "512": 512,
         "page": PAGE_SIZE,
         "row": faults.row,
-        "bank": faults.bank if faults.bank is not None else device // 16 // PAGE_SIZE * PAGE_SIZE,
+        "bank": faults.bank if faults.bank is not None else page_align_down(device // 16),
         "device": device,
     }
     return int(sizes[unit])

@@ -12,7 +12,8 @@ from daxemu.evaluate.statistics import Estimate
 from daxemu.evaluate.svg import PALETTE, Scale, Svg, decade_ticks, doubling_ticks, round_ticks
 from daxemu.evaluate.trial import Result
 from daxemu.sizes import counted, human
-from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE
+from daxemu.uapi import PAGE_SIZE
+from daxemu.units import PHYS_PFN
 
 MAX_MARKS = 400
 """Maximum number of marks in one lane of a timeline. More marks overlap."""
@@ -172,7 +173,7 @@ def device_map(results: Sequence[Result]) -> str:
         for fault in result.faults[: MAX_MARKS * 2]:
             if fault.result != "injected":
                 continue
-            pfn = result.base_pfn + (fault.offset >> PAGE_SHIFT)
+            pfn = result.base_pfn + PHYS_PFN(fault.offset)
             verdict = verdicts.get(pfn, "")
             css = "good" if verdict == "recovered" else "faint" if owners.get(pfn) == 0 else "bad"
             title = (

@@ -9,17 +9,13 @@ from daxemu.fs.data_ops import DataOps
 from daxemu.fs.extents import ExtentMap
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range, RangeSet
-from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE, Block
+from daxemu.uapi import PAGE_SIZE, Block
+from daxemu.units import DIV_ROUND_UP, blocks_of_sectors, byte_span, bytes_of_blocks
 
 DRAIN_RUNS = 256
 """Runs of settled blocks that become free in one step: 5 ms."""
 DRAIN_BLOCKS = (32 << 20) // PAGE_SIZE
 """Settled blocks that become free in one step: the host takes 32 MiB of memory back in 5 ms."""
-
-
-def _blocks_of(sectors: Range) -> Range:
-    per_block = PAGE_SIZE // SECTOR_SIZE
-    return Range(sectors.start // per_block, -(-sectors.end // per_block))
 
 
 def _common(blocks: RangeSet, run: Range) -> int:
@@ -85,7 +81,7 @@ class Allocator:
     def _set_bad(self, sectors: list[Range]) -> None:
         """Note sectors added to badblocks."""
         for part in sectors:
-            for block in self._bad.add(*_blocks_of(part)):
+            for block in self._bad.add(*blocks_of_sectors(part)):
                 if self._good is None:
                     self._good = self._free.copy()
                 self._good.remove(*block)
@@ -97,11 +93,11 @@ class Allocator:
         A block becomes usable with the last of its bad sectors cleared.
         """
         for part in sectors:
-            blocks = _blocks_of(part)
+            blocks = blocks_of_sectors(part)
             size = blocks.length * PAGE_SIZE
             left = self._dax.badblocks.overlapping_bytes(blocks.start * PAGE_SIZE, size)
             still = RangeSet(bad.outer(PAGE_SIZE) for bad in left)
-            for good in still.gaps(blocks.start * PAGE_SIZE, blocks.end * PAGE_SIZE):
+            for good in still.gaps(*bytes_of_blocks(blocks)):
                 run = Range(good.start // PAGE_SIZE, good.end // PAGE_SIZE)
                 for block in self._bad.remove(*run):
                     self._bad_later -= _common(self._pending, block) + _common(self._settled, block)
@@ -210,9 +206,9 @@ class Allocator:
 
     def _prepare(self, run: Range, reserve: bool) -> None:
         if reserve:
-            self._dax.reserve(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
+            self._dax.reserve(*byte_span(run))
         # A new block is written with zeros, and a write clears latent poison.
-        self._dax.clear_poison(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
+        self._dax.clear_poison(*byte_span(run))
         if self.watcher is not None:
             self.watcher.allocated(run)
 
@@ -233,7 +229,7 @@ class Allocator:
             first_bad = bad.start // unit
             if run.start < first_bad:
                 return Range(run.start, first_bad)
-            low = -(-bad.end // unit)
+            low = DIV_ROUND_UP(bad.end, unit)
         return None
 
     def _remove_free(self, run: Range) -> None:
@@ -285,12 +281,12 @@ class Allocator:
         if self.watcher is not None:
             self.watcher.freed(run)
         self._add_free(run)
-        self._dax.discard(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
+        self._dax.discard(*byte_span(run))
 
     def discard_free(self) -> None:
         """Zero all free blocks: after a crash a free block may hold data."""
         for run in self._free:
-            self._dax.discard(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
+            self._dax.discard(*byte_span(run))
 
     def take(self, run: Range) -> None:
         """Mark blocks as used, for a record of the store. Raises NoSpace if any block is used already."""

@@ -17,7 +17,8 @@ from daxemu.fs.extents import ExtentMap, Mapping
 from daxemu.fs.rmap import Link, Rmap
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range, merged, paired
-from daxemu.uapi import PAGE_SIZE, Block
+from daxemu.uapi import PAGE_SIZE, Block, page_align_down, page_align_up
+from daxemu.units import DIV_ROUND_UP, blocks_inside, blocks_of
 
 Buffer = bytes | bytearray | memoryview
 
@@ -70,7 +71,7 @@ class FileData:
         range is poisoned: all or nothing, because a short answer would mean end of file.
         """
         end = offset + length
-        first, last = offset // PAGE_SIZE, -(-end // PAGE_SIZE)
+        first, last = offset // PAGE_SIZE, DIV_ROUND_UP(end, PAGE_SIZE)
         pieces: list[Buffer] = []
         for run in extents.lookup(first, last):
             base = run.file_block * PAGE_SIZE
@@ -101,7 +102,7 @@ class FileData:
         is not shared, unless ``zeroing``), NoSpace if there are not enough blocks. Then nothing has changed.
         """
         end = offset + len(data)
-        first, last = offset // PAGE_SIZE, -(-end // PAGE_SIZE)
+        first, last = offset // PAGE_SIZE, DIV_ROUND_UP(end, PAGE_SIZE)
         segments = list(self._segments(extents, first, last))
         if not from_cache:
             self._refuse_partial(segments, offset, end, zeroing=zeroing)
@@ -260,7 +261,7 @@ class FileData:
     ) -> None:
         base = segment.dev_block(segment.start) * PAGE_SIZE - segment.start * PAGE_SIZE
         dev = Range(base + start, base + start + len(chunk))
-        first, last = dev.start // PAGE_SIZE * PAGE_SIZE, -(-dev.end // PAGE_SIZE) * PAGE_SIZE
+        first, last = page_align_down(dev.start), page_align_up(dev.end)
         if not self._dax.is_poisoned(first, last - first):
             self._dax.direct_access(dev.start, dev.length)[:] = chunk
             return
@@ -273,7 +274,7 @@ class FileData:
             if from_cache:
                 lost.append(Range(part.start - base, part.end - base))
                 if self.watcher is not None:
-                    self.watcher.store_lost(Range(part.start // PAGE_SIZE, -(-part.end // PAGE_SIZE)))
+                    self.watcher.store_lost(blocks_of(part))
             else:
                 cleared += self._dax.recovery_write(
                     part.start, chunk[part.start - dev.start : part.end - dev.start]
@@ -295,7 +296,7 @@ class FileData:
         Raises MediaError if the block is poisoned, NoSpace if the block is shared and no other is free.
         """
         if size % PAGE_SIZE:
-            self._zero_in_block(extents, size, -(-size // PAGE_SIZE) * PAGE_SIZE)
+            self._zero_in_block(extents, size, page_align_up(size))
 
     def clear_beyond(self, extents: ExtentMap, size: int) -> None:
         """Zero all mapped bytes of a file beyond byte ``size``, on the media, even in shared blocks.
@@ -330,7 +331,7 @@ class FileData:
         Raises as punch(). Then no whole block has changed.
         """
         edges = {start // PAGE_SIZE, (end - 1) // PAGE_SIZE}
-        cut = Range(-(-start // PAGE_SIZE), end // PAGE_SIZE)
+        cut = blocks_inside(Range(start, end))
         holes = [
             b for b in edges if not cut.start <= b < cut.end and extents.lookup(b, b + 1)[0].link is None
         ]
@@ -349,7 +350,7 @@ class FileData:
 
     def _zero_edges(self, extents: ExtentMap, start: int, end: int) -> Range:
         """Overwrite the parts of partly covered blocks with zeros. Return the blocks covered whole."""
-        whole = Range(-(-start // PAGE_SIZE), end // PAGE_SIZE)
+        whole = blocks_inside(Range(start, end))
         if start // PAGE_SIZE == (end - 1) // PAGE_SIZE and not whole:
             self._zero_in_block(extents, start, end)
             return Range(0, 0)

@@ -32,6 +32,7 @@ from daxemu.uapi import (
     RENAME_WHITEOUT,
     Ino,
 )
+from daxemu.units import DIV_ROUND_UP, blocks_of
 
 Name = tuple[Ino, bytes]
 """Directory and name in it."""
@@ -336,7 +337,7 @@ class Filesystem(SuperBlock):
         elif what == FALLOC_FL_ZERO_RANGE:
             steps = pieces.zero(self._data, self.allocator, extents, offset, end)
         else:
-            first, last = offset // PAGE_SIZE, -(-end // PAGE_SIZE)
+            first, last = offset // PAGE_SIZE, DIV_ROUND_UP(end, PAGE_SIZE)
             steps = pieces.preallocate(self._data, self.allocator, extents, first, last)
         for _ in steps:
             yield
@@ -355,7 +356,7 @@ class Filesystem(SuperBlock):
             raise FsError(errno.EINVAL)
         if not 0 <= offset < inode.size:
             raise FsError(errno.ENXIO)
-        for run in extents.runs(offset // PAGE_SIZE, -(-inode.size // PAGE_SIZE)):
+        for run in extents.runs(offset // PAGE_SIZE, DIV_ROUND_UP(inode.size, PAGE_SIZE)):
             if (run.link is not None) == (whence == os.SEEK_DATA):
                 return max(offset, run.file_block * PAGE_SIZE)
         if whence == os.SEEK_DATA:
@@ -399,7 +400,7 @@ class Filesystem(SuperBlock):
         check_remap(source, src_offset, target, dst_offset, length)
         if length == 0:
             return 0
-        blocks = -(-length // PAGE_SIZE)
+        blocks = DIV_ROUND_UP(length, PAGE_SIZE)
         first, at = src_offset // PAGE_SIZE, dst_offset // PAGE_SIZE
         self._ensure_room(links=2 + len(src_extents.lookup(first, first + blocks)))
         self._data.remove(dst_extents, at, at + blocks)
@@ -417,7 +418,7 @@ class Filesystem(SuperBlock):
         of these device byte ranges and given their memory back to the host.
         """
         for part in cleared:
-            for owner in self.rmap.owners(part.start // PAGE_SIZE, -(-part.end // PAGE_SIZE)):
+            for owner in self.rmap.owners(*blocks_of(part)):
                 self.dax.reserve(owner.dev_block * PAGE_SIZE, owner.length * PAGE_SIZE)
 
     # -- questions
@@ -448,7 +449,7 @@ class Filesystem(SuperBlock):
         """
         extents = self.extents_of(ino)
         found = []
-        for run in extents.lookup(offset // PAGE_SIZE, -(-(offset + length) // PAGE_SIZE)):
+        for run in extents.lookup(offset // PAGE_SIZE, DIV_ROUND_UP(offset + length, PAGE_SIZE)):
             if run.link is not None:
                 base = (run.dev_block - run.file_block) * PAGE_SIZE
                 inside = Range(run.file_block * PAGE_SIZE, (run.file_block + run.length) * PAGE_SIZE)

@@ -14,6 +14,7 @@ from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.rmap import METADATA_INO, Owner
 from daxemu.ranges import Range, paired
 from daxemu.uapi import PAGE_SIZE, Block
+from daxemu.units import byte_span
 
 
 def rewrite(fs: Filesystem, offset: int, data: bytes | memoryview) -> None:
@@ -38,7 +39,7 @@ def relocate(fs: Filesystem, blocks: Range, data: bytes | memoryview) -> None:
     fs.ensure_links((2 + min(wanted, fs.allocator.fragments)) * len(owners))
     for old, new in paired(pieces, fs.allocator.allocate(wanted)):
         skip = (old.start - blocks.start) * PAGE_SIZE
-        target = fs.dax.direct_access(new.start * PAGE_SIZE, new.length * PAGE_SIZE)
+        target = fs.dax.direct_access(*byte_span(new))
         target[:] = memoryview(data)[skip : skip + len(target)]
         _move(fs, [owner for owner in owners if _has(owner, old.start)], old, new)
 

@@ -18,6 +18,7 @@ from daxemu.fs.privs import dentry_needs_remove_privs
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Ino
+from daxemu.units import DIV_ROUND_UP
 
 MAX_FILES = 4096
 """Maximum of files with layouts at a time.
@@ -118,7 +119,7 @@ class Layouts:
         if (holder := self._whom(inode)) is None:
             return
         may_write = not dentry_needs_remove_privs(inode)
-        for run in extents.runs(offset // PAGE_SIZE, -(-(offset + length) // PAGE_SIZE)):
+        for run in extents.runs(offset // PAGE_SIZE, DIV_ROUND_UP(offset + length, PAGE_SIZE)):
             if (link := run.link) is None:
                 continue
             delta = (link.file_block - link.dev_block) * PAGE_SIZE

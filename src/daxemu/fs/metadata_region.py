@@ -43,7 +43,8 @@ from daxemu.fs.superblock import (
 )
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range
-from daxemu.uapi import PAGE_SIZE, Block
+from daxemu.uapi import PAGE_SIZE, Block, page_align_down
+from daxemu.units import DIV_ROUND_UP, byte_span
 
 REPLICAS = 2
 _SEALED_AT_ONCE = 256  # pages of a new extent that one store seals
@@ -101,7 +102,7 @@ class MetadataRegion:
         for index, blocks in enumerate(self._super_blocks):
             allocator.take(blocks)
             self._extents.insert(index * SUPER_BLOCKS, blocks.start, blocks.length)
-            dax.reserve(blocks.start * PAGE_SIZE, blocks.length * PAGE_SIZE)
+            dax.reserve(*byte_span(blocks))
 
     # -- the superblocks
 
@@ -186,7 +187,7 @@ class MetadataRegion:
             self._allocator.take(run)
         except NoSpace as error:
             raise CorruptMetadata(f"{self._dax.name}: the superblock names blocks twice") from error
-        self._dax.reserve(run.start * PAGE_SIZE, run.length * PAGE_SIZE)
+        self._dax.reserve(*byte_span(run))
         self._extents.insert(file_block, run.start, run.length)
 
     def _length(self, base: Block) -> int:
@@ -224,7 +225,7 @@ class MetadataRegion:
         changed.
         """
         had = self.pages(file)
-        more = -(-size // PAYLOAD) - had
+        more = DIV_ROUND_UP(size, PAYLOAD) - had
         if more <= 0:
             return
         taken: list[list[Range]] = []
@@ -327,7 +328,7 @@ class MetadataRegion:
             return
         view = memoryview(data)
         first, at = divmod(offset, PAYLOAD)
-        count = -(-(at + len(view)) // PAYLOAD)
+        count = DIV_ROUND_UP(at + len(view), PAYLOAD)
         blocks = memoryview(bytearray(count * PAGE_SIZE))
         if at:
             blocks[:PAGE_SIZE] = self._good_to_write(file, first)
@@ -434,7 +435,7 @@ class MetadataRegion:
         """
         states = []
         for blocks in self._super_blocks:
-            if self._dax.is_poisoned(blocks.start * PAGE_SIZE, blocks.length * PAGE_SIZE):
+            if self._dax.is_poisoned(*byte_span(blocks)):
                 states.append(CopyState.POISONED)
                 continue
             try:
@@ -467,9 +468,9 @@ class MetadataRegion:
     def _repair_superblocks(self) -> int:
         rewritten = 0
         for blocks in self._super_blocks:
-            for part in self._dax.poisoned(blocks.start * PAGE_SIZE, blocks.length * PAGE_SIZE):
-                first = part.start // PAGE_SIZE * PAGE_SIZE
-                last = min(-(-part.end // PAGE_SIZE), blocks.end) * PAGE_SIZE
+            for part in self._dax.poisoned(*byte_span(blocks)):
+                first = page_align_down(part.start)
+                last = min(DIV_ROUND_UP(part.end, PAGE_SIZE), blocks.end) * PAGE_SIZE
                 self._dax.recovery_write(max(first, blocks.start * PAGE_SIZE), bytes(last - first))
                 rewritten += (last - first) // PAGE_SIZE
         stale = sum(state is not CopyState.GOOD for state in self._superblock_states())
@@ -491,5 +492,5 @@ def _pages(offset: int, length: int) -> list[tuple[Block, int, int]]:
     end = offset + length
     return [
         (page, max(offset - page * PAYLOAD, 0), min(end - page * PAYLOAD, PAYLOAD))
-        for page in range(offset // PAYLOAD, -(-end // PAYLOAD))
+        for page in range(offset // PAYLOAD, DIV_ROUND_UP(end, PAYLOAD))
     ]

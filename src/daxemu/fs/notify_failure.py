@@ -17,7 +17,8 @@ from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range
-from daxemu.uapi import MF_MEM_PRE_REMOVE, PAGE_SHIFT, PAGE_SIZE, U64_MAX
+from daxemu.uapi import MF_MEM_PRE_REMOVE, U64_MAX
+from daxemu.units import PFN_PHYS, blocks_of
 
 
 class FilesystemHolder:
@@ -56,7 +57,7 @@ class FilesystemHolder:
         if not failed:
             return
         metadata_failed = False
-        for owner in self._rmap.owners(failed.start // PAGE_SIZE, -(-failed.end // PAGE_SIZE)):
+        for owner in self._rmap.owners(*blocks_of(failed)):
             if owner.ino == METADATA_INO:
                 metadata_failed = True
                 continue
@@ -69,8 +70,8 @@ class FilesystemHolder:
                 FileDamaged(
                     ino=owner.ino,
                     path=self._names.path_of(owner.ino),
-                    offset=owner.file_block << PAGE_SHIFT,
-                    length=owner.length << PAGE_SHIFT,
+                    offset=PFN_PHYS(owner.file_block),
+                    length=PFN_PHYS(owner.length),
                 )
             )
         if metadata_failed:

@@ -16,6 +16,7 @@ from daxemu.fs.file_data import FileData
 from daxemu.fs.inode import MAX_FILE_SIZE
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Block
+from daxemu.units import DIV_ROUND_UP
 
 PIECE_BLOCKS = (16 << 20) // PAGE_SIZE
 """Number of blocks allocated in one step: 16 MiB of memory to zero, 5 ms."""
@@ -33,7 +34,7 @@ def shorten(data: FileData, extents: ExtentMap, size: int) -> Iterator[int]:
 
     Raises MediaError, with nothing changed, if the block with byte ``size`` is poisoned.
     """
-    end = -(-size // PAGE_SIZE)
+    end = DIV_ROUND_UP(size, PAGE_SIZE)
     data.check_edges(extents, size, size)
     while (at := extents.last_piece(end, PIECE_LINKS)) > end:
         data.remove(extents, at, MAX_FILE_SIZE // PAGE_SIZE)
@@ -45,7 +46,7 @@ def shorten(data: FileData, extents: ExtentMap, size: int) -> Iterator[int]:
 def punch(data: FileData, extents: ExtentMap, start: int, end: int) -> Iterator[None]:
     """See FileData.punch. Raises MediaError, with nothing changed, if an edge lies in a poisoned block."""
     data.check_edges(extents, start, end)
-    last = -(-end // PAGE_SIZE)
+    last = DIV_ROUND_UP(end, PAGE_SIZE)
     while (stop := extents.piece(start // PAGE_SIZE, last, PIECE_LINKS) * PAGE_SIZE) < end:
         data.punch(extents, start, stop)
         start = stop
@@ -56,7 +57,7 @@ def punch(data: FileData, extents: ExtentMap, start: int, end: int) -> Iterator[
 def zero(data: FileData, allocator: Allocator, extents: ExtentMap, start: int, end: int) -> Iterator[None]:
     """See FileData.zero. Raises as :func:`punch`; NoSpace, with nothing changed if the device is full now."""
     data.check_edges(extents, start, end)
-    last = -(-end // PAGE_SIZE)
+    last = DIV_ROUND_UP(end, PAGE_SIZE)
     allocator.check_free(last - start // PAGE_SIZE)
     while (stop := _next(extents, start // PAGE_SIZE, last) * PAGE_SIZE) < end:
         data.zero(extents, start, stop)

@@ -7,6 +7,7 @@ from daxemu.fs.rmap import Owner, Rmap
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range, RangeSet, merged
 from daxemu.uapi import HPAGE_PMD_NR, PAGE_SIZE, PMD_SIZE
+from daxemu.units import DIV_ROUND_UP, blocks_of, byte_span
 
 
 def pmd_ranges(
@@ -26,7 +27,7 @@ def pmd_ranges(
         return ()
     inode, extents = names.regular(owner.ino)
     around = Range(owner.file_block, owner.file_block + owner.length).outer(HPAGE_PMD_NR)
-    around = around.clip(0, -(-inode.size // PAGE_SIZE))
+    around = around.clip(0, DIV_ROUND_UP(inode.size, PAGE_SIZE))
     in_place = merged(
         (run.file_block, run.file_block + run.length)
         for run in extents.lookup(*around)
@@ -37,7 +38,7 @@ def pmd_ranges(
         for run, _ in rmap.sharing(piece.start + delta, piece.end + delta):
             found.add(*run.inner(HPAGE_PMD_NR))
     for whole in list(found):
-        for bad in dax.badblocks.overlapping_bytes(whole.start * PAGE_SIZE, whole.length * PAGE_SIZE):
+        for bad in dax.badblocks.overlapping_bytes(*byte_span(whole)):
             for part in RangeSet([failing]).gaps(*bad):
-                found.remove(*Range(part.start // PAGE_SIZE, -(-part.end // PAGE_SIZE)).outer(HPAGE_PMD_NR))
+                found.remove(*blocks_of(part).outer(HPAGE_PMD_NR))
     return tuple(Range(run.start - delta, run.end - delta) for run in found)

@@ -12,7 +12,8 @@ from daxemu.fs.namespace import Namespace
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range
-from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE, Ino
+from daxemu.uapi import PAGE_SIZE, Ino
+from daxemu.units import blocks_of, bytes_of_sectors
 
 NAMELESS = {METADATA_INO: "<metadata>", RESERVED_INO: "<redundancy>"}
 """Names, in place of a path, of inodes without a path."""
@@ -56,7 +57,7 @@ def damaged_in_pieces(dax: DaxDevice, rmap: Rmap, names: Namespace) -> Iterator[
     for sectors in dax.badblocks.in_pieces(PIECE):
         lost: list[Damage] = []
         for part in sectors:
-            lost += _damage(dax, rmap, names, Range(part.start * SECTOR_SIZE, part.end * SECTOR_SIZE))
+            lost += _damage(dax, rmap, names, bytes_of_sectors(part))
             if len(lost) >= PIECE:
                 found.append(sorted(lost, key=_order))
                 lost = []
@@ -69,7 +70,7 @@ def damaged_in_pieces(dax: DaxDevice, rmap: Rmap, names: Namespace) -> Iterator[
 
 
 def _damage(dax: DaxDevice, rmap: Rmap, names: Namespace, bad: Range) -> Iterator[Damage]:
-    for owner in rmap.owners(bad.start // PAGE_SIZE, -(-bad.end // PAGE_SIZE)):
+    for owner in rmap.owners(*blocks_of(bad)):
         if owner.ino in NAMELESS:
             yield Damage(owner.ino, NAMELESS[owner.ino], bad.start, bad.length)
             continue

@@ -30,6 +30,7 @@ from daxemu.fs.records import INO_LIMIT, check_entry, inode_of
 from daxemu.fs.rmap import METADATA_INO, Link, ReflinkProxy, Rmap
 from daxemu.ranges import RangeSet
 from daxemu.uapi import PAGE_SIZE, Block, Ino
+from daxemu.units import round_down, round_up
 
 log = logging.getLogger(__name__)
 _FIRST = itemgetter(0)
@@ -42,6 +43,7 @@ GROWTH_PAGES = 64
 FSCK_HINT = "; run: daxemu fsck"
 PROXY_LIMIT = 1 << 62
 
+# Compared, word by word, with the tables of a device: a space more or less is another word.
 SCHEMA = """
     CREATE TABLE inode(
         ino INTEGER PRIMARY KEY, mode INTEGER, uid INTEGER, gid INTEGER, nlink INTEGER, rdev INTEGER,
@@ -161,11 +163,11 @@ class Store:
         # Growth in large steps keeps the number of extents logarithmic; on a nearly full device the steps are
         # small.
         step = GROWTH_PAGES * PAYLOAD
-        generous = max(-(-needed // step) * step, self._room + self._room // 4 // PAYLOAD * PAYLOAD)
+        generous = max(round_up(needed, step), self._room + round_down(self._room // 4, PAYLOAD))
         try:
             self._grow(generous)
         except NoSpace:
-            self._grow(-(-needed // PAYLOAD) * PAYLOAD)
+            self._grow(round_up(needed, PAYLOAD))
 
     def _grow(self, room: int) -> None:
         self._region.grow(MetadataFile.DB, room)

@@ -19,6 +19,7 @@ from daxemu.fs.superblock import FORMER_VERSION, newest
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range, RangeSet, merged
 from daxemu.uapi import PAGE_SIZE, Block
+from daxemu.units import DIV_ROUND_UP
 
 
 class _FormerRegion(MetadataRegion):
@@ -36,7 +37,7 @@ class _FormerRegion(MetadataRegion):
 
     def read(self, file: MetadataFile, offset: int, length: int) -> bytes:
         first, at = divmod(offset, PAGE_SIZE)
-        pages = range(first, -(-(offset + length) // PAGE_SIZE))
+        pages = range(first, DIV_ROUND_UP(offset + length, PAGE_SIZE))
         return b"".join(self._readable(file, page)[0] for page in pages)[at : at + length]
 
     def _readable(self, file: MetadataFile, page: Block) -> list[bytes]:

@@ -38,6 +38,7 @@ from daxemu.mm.pfn_kinds import PfnKind, Span, Use, kinds
 from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range
 from daxemu.uapi import Pfn
+from daxemu.units import DIV_ROUND_UP
 
 PG_HWPOISON = 1
 _POISON = 1 << 6 | 1 << 7
@@ -51,7 +52,6 @@ class Section:
 
     MARKED_PRESENT = 1 << 0
     HAS_MEM_MAP = 1 << 1
-    IS_ONLINE = 1 << 2
     TAINT_ZONE_DEVICE = 1 << 4
     ALL_HWPOISON = 1 << 6
     SOME_HWPOISON = 1 << 7
@@ -123,7 +123,7 @@ class Memmap:
 
     def _sections_of(self, pages: Range) -> slice:
         first = (pages.start - self.base) // PAGES_PER_SECTION
-        return slice(first, -(-(pages.end - self.base) // PAGES_PER_SECTION))
+        return slice(first, DIV_ROUND_UP(pages.end - self.base, PAGES_PER_SECTION))
 
     def add_offline(self, pages: Range) -> None:
         """``add_memory()``: add ordinary memory whose sections are present but not online.
@@ -214,7 +214,7 @@ class Memmap:
     def _split(self, pages: Range) -> tuple[slice, list[tuple[int, Range]]]:
         """Return the sections inside ``pages``, and the rest as (section, elements of ``pages``)."""
         low, high = pages.start - self.base, pages.end - self.base
-        first, last = -(-low // PAGES_PER_SECTION), high // PAGES_PER_SECTION
+        first, last = DIV_ROUND_UP(low, PAGES_PER_SECTION), high // PAGES_PER_SECTION
         if first > last:  # inside one section
             return slice(0, 0), [(last, Range(low, high))]
         ends = [

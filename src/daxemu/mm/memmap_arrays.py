@@ -20,6 +20,7 @@ from daxemu.mm.pfn_kinds import Use
 from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range
 from daxemu.uapi import Pfn
+from daxemu.units import DIV_ROUND_UP
 
 PAGES_PER_SECTION = 1 << 15
 MAX_SPANS = 64
@@ -108,7 +109,7 @@ class MemmapArrays:
     def create(cls, directory: PrivatePath, pages: Range) -> MemmapArrays:
         """Create arrays of zeros for the pfns ``pages``; replace existing arrays. Raises NoSpace."""
         base = pages.start // PAGES_PER_SECTION
-        sections = -(-pages.end // PAGES_PER_SECTION) - base
+        sections = DIV_ROUND_UP(pages.end, PAGES_PER_SECTION) - base
         scratch = directory.with_name(directory.name + ".new")
         try:
             scratch.rmtree()

@@ -7,7 +7,7 @@ are bytes, indexes and counts are pages.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from daxemu.errors import Busy, DaxemuError, NoDevice, Unsupported
 from daxemu.events import Emit, MemoryFailureHandled, Outcome, OutsideKernelControl, PageType
@@ -78,12 +78,6 @@ class MemoryFailures:
     def memunmap_pages(self, pgmap: DevPagemap) -> None:
         """Unregister a pagemap."""
         self._pagemaps.remove(pgmap)
-
-    def get_dev_pagemap(self, pfn: Pfn, nr_pages: int) -> Iterator[tuple[DevPagemap, Pfn, int]]:
-        """Yield each pagemap with data pages in the range, the first such pfn, and the number of pages."""
-        for pgmap in self._pagemaps:
-            for part in pgmap.pfn_valid(pfn, pfn + nr_pages):
-                yield pgmap, part.start, part.length
 
     # -- the failure
 

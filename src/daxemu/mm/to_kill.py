@@ -11,7 +11,8 @@ from operator import attrgetter
 
 from daxemu.mm.incident import FileId, Incident, MappingRange, PfnMapping
 from daxemu.ranges import IntervalIndex, Range, RangeSet
-from daxemu.uapi import PAGE_SHIFT, PF_EXITING, PF_KTHREAD, PF_MCE_EARLY, PF_MCE_PROCESS, Ino, Pfn
+from daxemu.uapi import PF_EXITING, PF_KTHREAD, PF_MCE_EARLY, PF_MCE_PROCESS, Ino, Pfn
+from daxemu.units import PFN_PHYS, PHYS_PFN
 
 _NOWHERE = Range(0, 0)
 _FEW = 8  # up to this number of runs, a linear search is faster than building an index
@@ -110,7 +111,7 @@ def cut(run: PresentRun, pages: Range) -> PresentRun:
     if pages.start <= run.index and run.index + run.nr_pages <= pages.end:
         return run
     part = Range(run.index, run.index + run.nr_pages).clip(*pages)
-    address = run.address + ((part.start - run.index) << PAGE_SHIFT)
+    address = run.address + PFN_PHYS(part.start - run.index)
     return replace(run, index=part.start, nr_pages=part.length, address=address)
 
 
@@ -193,7 +194,7 @@ def _in_rmap_order(run: PresentRun) -> tuple[Ino, int, int, int]:
     same first page are in the order of mmap(2). /proc does not show this order: mmap(2) chooses addresses
     downwards, so the higher address counts as the earlier mapping.
     """
-    first = run.index - ((run.address - run.vma.start) >> PAGE_SHIFT)
+    first = run.index - PHYS_PFN(run.address - run.vma.start)
     return run.mapping, run.index, first, -run.address
 
 

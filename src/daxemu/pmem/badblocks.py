@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import SECTOR_SIZE, Sector
+from daxemu.units import DIV_ROUND_UP, bytes_of_sectors
 
 
 class Badblocks:
@@ -73,9 +74,9 @@ class Badblocks:
 
     def overlapping_bytes(self, offset: int, length: int) -> Iterator[Range]:
         """Yield the bad byte ranges (whole sectors) that overlap ``[offset, offset + length)``."""
-        first, last = offset // SECTOR_SIZE, -(-(offset + length) // SECTOR_SIZE)
+        first, last = offset // SECTOR_SIZE, DIV_ROUND_UP(offset + length, SECTOR_SIZE)
         for bad in self._bad.overlapping(first, last):
-            yield Range(bad.start * SECTOR_SIZE, bad.end * SECTOR_SIZE)
+            yield bytes_of_sectors(bad)
 
     def in_pieces(self, count: int) -> Iterator[list[Range]]:
         """Yield all bad sectors, up to ``count`` ranges at a time. The list may change between two pieces."""

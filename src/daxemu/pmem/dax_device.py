@@ -13,9 +13,10 @@ from typing import Protocol
 
 from daxemu.errors import Busy, InvalidArgument, MediaError, NoDevice, Unsupported
 from daxemu.pmem.badblocks import Badblocks
-from daxemu.pmem.media import Media, Memory, sectors_of
+from daxemu.pmem.media import Media, Memory
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import MF_MEM_PRE_REMOVE, PAGE_SIZE, SECTOR_SIZE, U64_MAX, Pfn
+from daxemu.units import bytes_of_sectors, sectors_at, sectors_of
 
 
 class DaxHolderOperations(Protocol):
@@ -158,7 +159,7 @@ class DaxDevice:
         pieces.
         """
         shift = self._data_offset // SECTOR_SIZE
-        sectors = sectors_of(part.start, part.length)
+        sectors = sectors_of(part)
         poison = self._media.poison.in_pieces(sectors.start + shift, sectors.end + shift, count)
         for bad in poison:
             yield [Range((r.start - shift) * SECTOR_SIZE, (r.end - shift) * SECTOR_SIZE) for r in bad]
@@ -212,7 +213,7 @@ class DaxDevice:
 
         Precondition: the caller overwrites or discards the returned ranges next.
         """
-        sectors = sectors_of(offset, length)
+        sectors = sectors_at(offset, length)
         self.badblocks.clear(sectors.start, sectors.length)
         shift = self._data_offset // SECTOR_SIZE
         cleared = self._media.clear_poison(Range(sectors.start + shift, sectors.end + shift))
@@ -225,7 +226,7 @@ class DaxDevice:
     def clearing(self, ranges: Iterable[Range]) -> AbstractContextManager[None]:
         """Context in which the byte ranges are cleared: see Media.clearing()."""
         shift = self._data_offset // SECTOR_SIZE
-        bad = (sectors_of(part.start, part.length) for part in ranges)
+        bad = (sectors_of(part) for part in ranges)
         return self._media.clearing(Range(sectors.start + shift, sectors.end + shift) for sectors in bad)
 
     def make_room_for_poison(self, changes: int) -> None:
@@ -239,10 +240,10 @@ class DaxDevice:
         for start, end in ranges:
             self._check(start, end - start)
         self.before_poison()
-        bad = [sectors_of(start, end - start) for start, end in ranges]
+        bad = [sectors_of(part) for part in ranges]
         shift = self._data_offset // SECTOR_SIZE
         self._media.add_poison(*(Range(sectors.start + shift, sectors.end + shift) for sectors in bad))
-        return [Range(sectors.start * SECTOR_SIZE, sectors.end * SECTOR_SIZE) for sectors in bad]
+        return [bytes_of_sectors(sectors) for sectors in bad]
 
     def zero(self, offset: int, length: int) -> None:
         """Store zeros (``dax_zero_page_range``). Precondition: reserved. Raises MediaError on poison."""

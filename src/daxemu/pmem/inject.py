@@ -14,7 +14,8 @@ import numpy as np
 from daxemu.errors import InvalidArgument
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range, RangeSet
-from daxemu.uapi import PAGE_SHIFT, SECTOR_SIZE, page_align_down, page_align_up
+from daxemu.uapi import page_align_down, page_align_up
+from daxemu.units import PHYS_PFN, bytes_of_sectors, sectors_of
 
 CORRUPT_PIECE = 1 << 20
 """Bytes corrupted in one step, which takes 4 ms.
@@ -50,7 +51,7 @@ def inject_all(pmem: Pmem, ranges: Sequence[Range], *, latent: bool = False) -> 
         check_range(start, end - start, pmem.dax.size, "the device")
     bad = pmem.dax.add_poison(*ranges)
     if not latent:
-        pmem.badblocks.populate(Range(r.start // SECTOR_SIZE, r.end // SECTOR_SIZE) for r in bad)
+        pmem.badblocks.populate(sectors_of(r) for r in bad)
     return bad
 
 
@@ -86,8 +87,8 @@ def scrub_in_pieces(pmem: Pmem, count: int) -> Iterator[list[Range]]:
     if pmem.badblocks.count == pmem.media.poison.total:
         return  # badblocks is a subset of the poison, so equal sizes mean equal sets
     for bad in pmem.dax.poisoned_in_pieces(Range(0, pmem.dax.size), count):
-        new = pmem.badblocks.populate(Range(r.start // SECTOR_SIZE, r.end // SECTOR_SIZE) for r in bad)
-        yield [Range(r.start * SECTOR_SIZE, r.end * SECTOR_SIZE) for r in new]
+        new = pmem.badblocks.populate(sectors_of(r) for r in bad)
+        yield [bytes_of_sectors(r) for r in new]
 
 
 def corrupt(pmem: Pmem, offset: int, length: int, seed: int) -> None:
@@ -124,4 +125,4 @@ def _flip(media: memoryview, flips: np.ndarray[tuple[int], np.dtype[np.uint8]]) 
 def failed_pages(pmem: Pmem, bad: Range) -> tuple[int, int]:
     """Return ``(pfn, nr_pages)`` of the pages that overlap the byte range ``bad``."""
     first = page_align_down(bad.start)
-    return pmem.pfn_of(first), (page_align_up(bad.end) - first) >> PAGE_SHIFT
+    return pmem.pfn_of(first), PHYS_PFN(page_align_up(bad.end) - first)

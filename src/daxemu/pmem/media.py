@@ -15,6 +15,7 @@ from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range, RangeSet
 from daxemu.sizes import human
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, SECTOR_SIZE
+from daxemu.units import bytes_of_sectors, round_up, sectors_at
 
 _POISON_STEP = 4096  # the file of poisoned sectors has whole pages, filled up with empty lines
 _FEW = 512
@@ -54,11 +55,6 @@ def _too_large(size: int) -> Unsupported:
         f"a device of {human(size)} does not fit into the address space of a process on this machine: "
         f"the largest that does is {human(most)}"
     )
-
-
-def sectors_of(offset: int, length: int) -> Range:
-    """Return the sectors with any of the bytes ``[offset, offset + length)``."""
-    return Range(offset // SECTOR_SIZE, -(-(offset + length) // SECTOR_SIZE))
 
 
 class Memory(NamedTuple):
@@ -192,12 +188,12 @@ class Media:
 
     def is_poisoned(self, offset: int, length: int) -> bool:
         """Return True if any byte of the range is poison."""
-        return bool(self.poison) and self.poison.overlaps(*sectors_of(offset, length))
+        return bool(self.poison) and self.poison.overlaps(*sectors_at(offset, length))
 
     def poisoned(self, offset: int, length: int) -> Iterator[Range]:
         """Yield the poisoned byte ranges (whole sectors) that overlap ``[offset, offset + length)``."""
-        for sectors in self.poison.overlapping(*sectors_of(offset, length)):
-            yield Range(sectors.start * SECTOR_SIZE, sectors.end * SECTOR_SIZE)
+        for sectors in self.poison.overlapping(*sectors_at(offset, length)):
+            yield bytes_of_sectors(sectors)
 
     def add_poison(self, *ranges: Range) -> None:
         """Poison sectors. Raises NoSpace without room for the record; then nothing has changed."""
@@ -301,7 +297,7 @@ class Media:
 
     def _extend(self, wanted: int) -> None:
         """Make the file at least ``wanted`` bytes long, with empty lines. Raises OSError."""
-        wanted = -(-wanted // _POISON_STEP) * _POISON_STEP
+        wanted = round_up(wanted, _POISON_STEP)
         with open(self._poison_file.open(os.O_RDWR, create=True), "r+b", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             missing = max(0, wanted - size)
@@ -314,7 +310,7 @@ class Media:
 
     def _save_poison(self, poison: RangeSet) -> None:
         text = "".join(f"{r.start} {r.length}\n" for r in poison)
-        data = text.encode().ljust(-(-len(text) // _POISON_STEP) * _POISON_STEP or _POISON_STEP, b"\n")
+        data = text.encode().ljust(round_up(len(text), _POISON_STEP) or _POISON_STEP, b"\n")
         with self._writing():
             found = self._poison_file.lstat().st_size if self._poison_file.exists() else 0
             if len(data) <= found:

@@ -16,7 +16,8 @@ from daxemu.pmem.device_dir import DeviceDir
 from daxemu.pmem.media import Media
 from daxemu.pmem.sysfs import Sysfs
 from daxemu.ranges import Range, RangeSet
-from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Pfn, page_align_down, page_align_up
+from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE, Pfn, page_align_down, page_align_up
+from daxemu.units import PFN_PHYS, PHYS_PFN
 
 if TYPE_CHECKING:
     from daxemu.mm.memmap import Memmap
@@ -123,22 +124,22 @@ class Pmem:
 
     def pfn_of(self, offset: int) -> Pfn:
         """Return the pfn of device byte ``offset``."""
-        return self.dax.base_pfn + (offset >> PAGE_SHIFT)
+        return self.dax.base_pfn + PHYS_PFN(offset)
 
     def offset_of(self, pfn: Pfn) -> int:
         """Return the first device byte of ``pfn``; negative inside the altmap."""
-        return (pfn - self.dax.base_pfn) << PAGE_SHIFT
+        return PFN_PHYS(pfn - self.dax.base_pfn)
 
     def memory_failure(self, pgmap: DevPagemap, pfn: Pfn, nr_pages: int, flags: int) -> None:
         """``pmem_pagemap_memory_failure()``: convert pfns to device bytes and notify the holder."""
         offset = self.offset_of(pfn)
         if offset < 0:
             raise InvalidArgument(f"pfn {pfn:#x} is in the altmap, which holds struct pages and no data")
-        self.dax.notify_failure(offset, nr_pages << PAGE_SHIFT, flags)
+        self.dax.notify_failure(offset, PFN_PHYS(nr_pages), flags)
 
     def failure(self, space: PfnAddressSpace, pfn: Pfn, nr_pages: int) -> None:
         """``pfn_address_space_ops.failure``: notify the holder, as with struct pages."""
-        self.dax.notify_failure(self.offset_of(pfn), nr_pages << PAGE_SHIFT, 0)
+        self.dax.notify_failure(self.offset_of(pfn), PFN_PHYS(nr_pages), 0)
 
     def pfn_to_pgoff(self, space: PfnAddressSpace, pfn: Pfn, nr_pages: int) -> Sequence[PfnMapping]:
         """Return no mapping: the driver knows no files.

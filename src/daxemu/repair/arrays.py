@@ -21,7 +21,8 @@ from daxemu.errors import NoSpace, NotADevice
 from daxemu.pmem.media import fallocate
 from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range
-from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE
+from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE, page_align_down, page_align_up
+from daxemu.units import DIV_ROUND_UP
 
 Array = np.ndarray[Any, Any]
 DISCARDED = 32 << 20
@@ -96,7 +97,7 @@ class SparseArray:
     def _clear(self, part: Range) -> None:
         """Zero ``part``: punch whole pages, and store only to elements that are not zero elsewhere."""
         start, end = part.start * self._item, part.end * self._item
-        whole = Range(-(-start // PAGE_SIZE) * PAGE_SIZE, end // PAGE_SIZE * PAGE_SIZE)
+        whole = Range(page_align_up(start), page_align_down(end))
         if whole:
             fallocate(self._fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, whole.start, whole.length)
             edges = [Range(start, whole.start), Range(whole.end, end)]
@@ -120,7 +121,7 @@ class SparseArray:
                     return
                 raise
             end = os.lseek(self._fd, start, os.SEEK_HOLE)
-            yield Range(start // self._item, min(len(self), -(-end // self._item)))
+            yield Range(start // self._item, min(len(self), DIV_ROUND_UP(end, self._item)))
 
     def nonzero(self) -> Iterator[Range]:
         """Yield the runs of elements that are not zero."""

@@ -14,7 +14,8 @@ from daxemu.repair.arrays import Checksums, SparseArray
 from daxemu.repair.by_block import ByBlock
 from daxemu.repair.strategy import Failure, Options, Verdict
 from daxemu.repair.volume import Volume
-from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE
+from daxemu.uapi import PAGE_SIZE
+from daxemu.units import DIV_ROUND_UP, PHYS_PFN
 
 STALE = 1
 PIECE = 256
@@ -120,7 +121,7 @@ class Mirror(ByBlock):
                 self._placed.remove(*part)
 
     def _readable(self, run: Range) -> Iterator[Range]:
-        bad = RangeSet((r.start >> PAGE_SHIFT, -(-r.end >> PAGE_SHIFT)) for r in self.volume.poison(run))
+        bad = RangeSet((PHYS_PFN(r.start), DIV_ROUND_UP(r.end, PAGE_SIZE)) for r in self.volume.poison(run))
         return bad.gaps(*run)
 
     def allocated(self, blocks: Range) -> None:

@@ -15,6 +15,7 @@ from daxemu.repair.by_block import ByBlock
 from daxemu.repair.strategy import Failure, Options
 from daxemu.repair.volume import Volume
 from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE
+from daxemu.units import DIV_ROUND_UP, blocks_of, bytes_of_blocks
 
 CHANGING = 1
 """Between store_begins() and store_done().
@@ -69,7 +70,7 @@ class Parity(ByBlock):
         self._piece = max(1, PIECE // self._data) * self._data
         self._crc = Checksums(self._slice)
         slices = volume.blocks * PAGE_SIZE // self._slice
-        stripes = -(-slices // self._data)
+        stripes = DIV_ROUND_UP(slices, self._data)
         if not volume.kept.exists():
             self._seen = 0  # always a multiple of the stripe, or the number of blocks
         at = volume.kept
@@ -95,7 +96,7 @@ class Parity(ByBlock):
             for slices in self._sums.nonzero():
                 # After a crash free blocks were zeroed, but their old contents are still in the parity.
                 area = self._bytes_of(slices)
-                for free in in_use.gaps(area.start // PAGE_SIZE, -(-area.end // PAGE_SIZE)):
+                for free in in_use.gaps(*blocks_of(area)):
                     wrong.add(*self._stripes_of(self._slices_of(free)))
         for stripes in wrong:
             self._changing.fill(stripes, CHANGING)
@@ -109,7 +110,7 @@ class Parity(ByBlock):
                 piece = Range(low, min(low + most, stripes.end))
                 self._add_up(piece)
                 area = self._bytes_of(Range(piece.start * self._data, piece.end * self._data))
-                yield Range(area.start // PAGE_SIZE, -(-area.end // PAGE_SIZE))
+                yield blocks_of(area)
 
     def unmounting(self) -> None:
         """Close the arrays, which are up to date."""
@@ -129,7 +130,7 @@ class Parity(ByBlock):
         return Range(blocks.start * PAGE_SIZE // self._slice, blocks.end * PAGE_SIZE // self._slice)
 
     def _stripes_of(self, slices: Range) -> Range:
-        return Range(slices.start // self._data, -(-slices.end // self._data))
+        return Range(slices.start // self._data, DIV_ROUND_UP(slices.end, self._data))
 
     def _bytes_of(self, slices: Range) -> Range:
         return Range(slices.start * self._slice, slices.end * self._slice)
@@ -161,11 +162,11 @@ class Parity(ByBlock):
         self._parity.fill(self._bytes_of(stripes), 0)
         self._sums.fill(slices, 0)
         area = self._bytes_of(slices)
-        blocks = Range(area.start // PAGE_SIZE, -(-area.end // PAGE_SIZE))
+        blocks = blocks_of(area)
         bad = self.volume.poison(blocks)
         for run in self.volume.in_use(blocks):
-            for part in bad.gaps(*Range(run.start * PAGE_SIZE, run.end * PAGE_SIZE).clip(*area)):
-                whole = Range(-(-part.start // self._slice), part.end // self._slice)
+            for part in bad.gaps(*bytes_of_blocks(run).clip(*area)):
+                whole = Range(DIV_ROUND_UP(part.start, self._slice), part.end // self._slice)
                 if whole:
                     self._put(whole)
         damaged = RangeSet(part.outer(self._slice * self._data) for part in bad)
@@ -222,7 +223,7 @@ class Parity(ByBlock):
             self._free(self._slices_of(run))
 
     def _free(self, slices: Range) -> None:
-        whole = Range(-(-slices.start // self._data), slices.end // self._data)
+        whole = Range(DIV_ROUND_UP(slices.start, self._data), slices.end // self._data)
         if whole:
             area = Range(whole.start * self._data, whole.end * self._data)
             self._sums.fill(area, 0)
@@ -307,7 +308,7 @@ class Parity(ByBlock):
         for run in self._followed([blocks]):
             bad = self.volume.poison(run)
             for part in bad.gaps(*self._bytes_of(self._slices_of(run))):
-                whole = Range(-(-part.start // self._slice), part.end // self._slice)
+                whole = Range(DIV_ROUND_UP(part.start, self._slice), part.end // self._slice)
                 if whole:
                     self._verify_readable(whole, by)
 

@@ -15,7 +15,8 @@ from daxemu.repair.arrays import SparseArray
 from daxemu.repair.by_block import ByBlock
 from daxemu.repair.strategy import Failure, Options
 from daxemu.repair.volume import Volume
-from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE
+from daxemu.uapi import PAGE_SIZE
+from daxemu.units import PFN_PHYS
 
 CHANGED = 1
 
@@ -100,4 +101,4 @@ class Reread(ByBlock):
         with path.open("rb", buffering=0) as file:
             if os.fstat(file.fileno()).st_size != self.volume.size_of(owner):
                 return None
-            return os.pread(file.fileno(), PAGE_SIZE, owner.file_block << PAGE_SHIFT).ljust(PAGE_SIZE, b"\0")
+            return os.pread(file.fileno(), PAGE_SIZE, PFN_PHYS(owner.file_block)).ljust(PAGE_SIZE, b"\0")

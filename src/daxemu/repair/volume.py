@@ -18,6 +18,7 @@ from daxemu.fs.rmap import METADATA_INO, Owner
 from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range, RangeSet, merged
 from daxemu.uapi import PAGE_SIZE
+from daxemu.units import byte_span, round_down
 
 
 class Volume:
@@ -72,7 +73,7 @@ class Volume:
         """
         at = 0
         while (run := self._fs.allocator.used_from(at)) is not None:
-            start = run.start // unit * unit
+            start = round_down(run.start, unit)
             at = min(start + most, self.blocks)
             yield Range(start, at)
 
@@ -92,7 +93,7 @@ class Volume:
 
     def read(self, blocks: Range) -> memoryview:
         """Return a view of the media bytes of ``blocks``. Raises MediaError if any byte is poisoned."""
-        return self._fs.dax.direct_access(blocks.start * PAGE_SIZE, blocks.length * PAGE_SIZE)
+        return self._fs.dax.direct_access(*byte_span(blocks))
 
     def read_bytes(self, offset: int, length: int) -> memoryview:
         """Return a view of ``length`` media bytes from byte ``offset`` on.

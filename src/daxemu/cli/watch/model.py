@@ -27,7 +27,8 @@ from daxemu.protocol import (
     kind_fields,
 )
 from daxemu.protocol import Status as StatusRequest
-from daxemu.uapi import PAGE_SIZE
+from daxemu.uapi import PAGE_SIZE, page_align_down
+from daxemu.units import DIV_ROUND_UP
 
 KEPT = 1000
 FILES = 50
@@ -141,10 +142,10 @@ class Model:
         if length >= size:
             self.offset, self.length = 0, None
         else:
-            self.length = length // PAGE_SIZE * PAGE_SIZE
+            self.length = page_align_down(length)
             start = max(0, min(middle - self.length // 2, size - self.length))
-            self.offset = start // PAGE_SIZE * PAGE_SIZE
-        cell = max(PAGE_SIZE, -(-(self.length or size) // len(survey.cells)))
+            self.offset = page_align_down(start)
+        cell = max(PAGE_SIZE, DIV_ROUND_UP(self.length or size, len(survey.cells)))
         self.cursor = max(0, middle - self.offset) // cell
         self.look(len(survey.cells))
 

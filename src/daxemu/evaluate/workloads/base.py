@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from daxemu.uapi import PAGE_SIZE
+from daxemu.uapi import PAGE_SIZE, page_align_down
 
 NOTHING = -1
 
@@ -198,7 +198,7 @@ def _compare_open(
     end = start + len(arrays[0])
     at = start
     while at < end:
-        until = min(at // PAGE_SIZE * PAGE_SIZE + PAGE_SIZE, end)
+        until = min(page_align_down(at) + PAGE_SIZE, end)
         try:
             found = os.pread(fd, until - at, at)
         except OSError as error:

@@ -1,0 +1,84 @@
+"""Conversions between units: exact at, before and after each boundary."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import daxemu
+from daxemu.ranges import Range
+from daxemu.uapi import page_align_down, page_align_up
+from daxemu.units import (
+    DIV_ROUND_UP,
+    PFN_PHYS,
+    PHYS_PFN,
+    blocks_inside,
+    blocks_of,
+    blocks_of_sectors,
+    byte_span,
+    bytes_of_blocks,
+    bytes_of_sectors,
+    round_down,
+    round_up,
+    sectors_at,
+    sectors_of,
+)
+
+
+@pytest.mark.parametrize(
+    ("area", "overlapping", "inside", "sectors"),
+    [
+        (Range(0, 4096), Range(0, 1), Range(0, 1), Range(0, 8)),
+        (Range(1, 4096), Range(0, 1), Range(1, 1), Range(0, 8)),
+        (Range(0, 4097), Range(0, 2), Range(0, 1), Range(0, 9)),
+        (Range(4095, 8193), Range(0, 3), Range(1, 2), Range(7, 17)),
+        (Range(4096, 4096), Range(1, 1), Range(1, 1), Range(8, 8)),
+        (Range(5000, 5001), Range(1, 2), Range(2, 1), Range(9, 10)),
+    ],
+)
+def test_bytes_become_blocks_and_sectors(
+    area: Range, overlapping: Range, inside: Range, sectors: Range
+) -> None:
+    assert (blocks_of(area), blocks_inside(area), sectors_of(area)) == (overlapping, inside, sectors)
+    assert sectors_at(area.start, area.length) == sectors
+
+
+def test_blocks_and_sectors_become_bytes() -> None:
+    assert bytes_of_blocks(Range(2, 5)) == Range(8192, 20480)
+    assert byte_span(Range(2, 5)) == (8192, 12288)
+    assert bytes_of_sectors(Range(1, 3)) == Range(512, 1536)
+    assert blocks_of_sectors(Range(7, 9)) == Range(0, 2)
+    assert blocks_of_sectors(Range(8, 16)) == Range(1, 2)
+    assert (PFN_PHYS(3), PHYS_PFN(12288), PHYS_PFN(16383)) == (12288, 3, 3)
+
+
+@pytest.mark.parametrize(("number", "up", "down"), [(0, 0, 0), (1, 7, 0), (7, 7, 7), (8, 14, 7)])
+def test_rounding_is_to_multiples(number: int, up: int, down: int) -> None:
+    assert (round_up(number, 7), round_down(number, 7)) == (up, down)
+    assert DIV_ROUND_UP(number, 7) == up // 7
+    assert page_align_up(number) == round_up(number, 4096)
+    assert page_align_down(number + 4096) == round_down(number + 4096, 4096)
+
+
+def is_by_hand(node: ast.AST) -> bool:
+    """Whether the expression is ``-(-x // y)``, or a shift by PAGE_SHIFT."""
+    match node:
+        case ast.UnaryOp(ast.USub(), ast.BinOp(ast.UnaryOp(ast.USub()), ast.FloorDiv() | ast.RShift())):
+            return True
+        case ast.BinOp(_, ast.LShift() | ast.RShift(), ast.Name("PAGE_SHIFT")):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("package", ["fs", "pmem", "mm", "repair", "evaluate", "cli"])
+def test_no_package_converts_by_hand(package: str) -> None:
+    """But for arrays, which these functions do not take."""
+    found = [
+        f"{path.name}:{node.lineno}"
+        for path in sorted((Path(daxemu.__file__).parent / package).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.expr) and is_by_hand(node) and path.name != "fleet.py"
+    ]
+    assert found == []
