@@ -72,6 +72,7 @@ fidelity: setup
 protocol: setup
 	$(PY) -m tools.protocol_docs > docs/protocol.md
 	$(PY) -m tools.cli_docs markdown > docs/reference/cli.md
+	$(PY) -c "from daxemu.host.fuse import opcodes; print(opcodes.table(), end='')" > docs/fuse-requests.md
 
 man: setup
 	mkdir -p build

@@ -4,7 +4,8 @@
   ``trio.lowlevel.wait_readable`` before each read of /dev/fuse. :func:`lent_to_pyfuse3` replaces both.
 - pyfuse3 calls every coroutine method of ``pyfuse3.Operations``: ``HANDLERS``.
 - pyfuse3 calls ``fuse_session_new()`` through the dynamic linker, and libfuse exports that name as a
-  function: supplement.c takes the call first. From libfuse 3.17 on, the name is a macro over a versioned function.
+  function: supplement.c takes the call first. From libfuse 3.17 on, the name is a macro over a
+  versioned function.
 """
 
 from __future__ import annotations
