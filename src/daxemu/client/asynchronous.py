@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     R = TypeVar("R", bound=msgspec.Struct)
 
 
-class _Lines(Protocol):
+class _LineStream(Protocol):
     """A connection, as one of the two libraries has it."""
 
     async def send(self, line: bytes) -> None:
@@ -53,7 +53,7 @@ class AsyncClient:
 
     def __init__(self, mount: Mount) -> None:
         self.mount = mount
-        self._lines: _Lines | None = None
+        self._lines: _LineStream | None = None
 
     @classmethod
     def at(cls, path: str | os.PathLike[str]) -> Self:
@@ -69,7 +69,7 @@ class AsyncClient:
         await self._connected.close()
 
     @property
-    def _connected(self) -> _Lines:
+    def _connected(self) -> _LineStream:
         assert self._lines is not None, "open it first: async with AsyncClient.at(PATH) as client"
         return self._lines
 
@@ -160,7 +160,7 @@ class _Notices:
         raise StopAsyncIteration
 
 
-async def _open_trio(mount: Mount, made: Future[socket.socket]) -> _Lines:
+async def _open_trio(mount: Mount, made: Future[socket.socket]) -> _LineStream:
     import trio
 
     ready, token = trio.Event(), trio.lowlevel.current_trio_token()
@@ -181,7 +181,7 @@ async def _open_trio(mount: Mount, made: Future[socket.socket]) -> _Lines:
     return _TrioLines(mount, made.result())
 
 
-async def _open_asyncio(mount: Mount, made: Future[socket.socket]) -> _Lines:
+async def _open_asyncio(mount: Mount, made: Future[socket.socket]) -> _LineStream:
     import asyncio
 
     try:

@@ -103,7 +103,7 @@ class Client:
         """As :meth:`follow`, each event as its line of JSON."""
         self._begin()
         self._send(wire.encode({"op": "follow", "after": after}))
-        return _Lines(self)
+        return _SocketLines(self)
 
     def events(
         self,
@@ -121,7 +121,7 @@ class Client:
         subscribe = wire.encode_typed(wire.follow_of(after, kinds, files, ranges, pids))
         self._begin()
         self._send(subscribe)
-        return map(partial(wire.event_of, self.mount), _Lines(self))
+        return map(partial(wire.event_of, self.mount), _SocketLines(self))
 
     def notices(self, *files: wire.File, after: int | None = None) -> Iterator[Notice]:
         """What this process should know: bytes lost in ``files`` or, if none are named, in any file of the
@@ -188,7 +188,7 @@ class Client:
         self._spent = 0.0
 
 
-class _Lines:
+class _SocketLines:
     """The events of a subscription, each as its line. No generator: a TimeoutError would end that."""
 
     def __init__(self, client: Client) -> None:

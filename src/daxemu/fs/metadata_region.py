@@ -54,7 +54,7 @@ class MetadataFile(IntEnum):
     WAL = 1
 
 
-class Damage(msgspec.Struct, frozen=True):
+class DamagedCopy(msgspec.Struct, frozen=True):
     """One line about a bad page or superblock. ``mendable``: the other copy is good, a repair uses it."""
 
     line: str
@@ -385,7 +385,7 @@ class MetadataRegion:
 
     # -- repair
 
-    def damaged_pages(self, *, is_clean: bool) -> list[Damage]:
+    def damaged_pages(self, *, is_clean: bool) -> list[DamagedCopy]:
         """Compare all copies. Unless the last end ``is_clean``, a write may have reached one copy only: a
         single bad copy that is not poisoned is then left to :meth:`settle`, and is no damage.
         """
@@ -395,20 +395,20 @@ class MetadataRegion:
             name = f"metadata page {page} of {file.name.lower()}"
             if all(state is CopyState.POISONED for _, state in bad):
                 lost = "both copies are lost" if len(bad) == REPLICAS else "one copy is lost"
-                found.append(Damage(f"{name} is poisoned: {lost}", len(bad) < REPLICAS))
+                found.append(DamagedCopy(f"{name} is poisoned: {lost}", len(bad) < REPLICAS))
             elif len(bad) == REPLICAS:
                 why = ", ".join(f"copy {number} {state}" for number, state in bad)
-                found.append(Damage(f"{name}: both copies are lost: {why}", mendable=False))
+                found.append(DamagedCopy(f"{name}: both copies are lost: {why}", mendable=False))
             elif is_clean:
-                found.append(Damage(f"{name}: copy {bad[0][0]} {bad[0][1]}", mendable=True))
+                found.append(DamagedCopy(f"{name}: copy {bad[0][0]} {bad[0][1]}", mendable=True))
         return found
 
-    def damaged_superblocks(self, *, is_clean: bool) -> list[Damage]:
+    def damaged_superblocks(self, *, is_clean: bool) -> list[DamagedCopy]:
         """What is wrong with either superblock."""
         states = self._superblock_states()
         mendable = CopyState.GOOD in states
         return [
-            Damage(f"the {name} superblock {state}", mendable)
+            DamagedCopy(f"the {name} superblock {state}", mendable)
             for name, state in zip(("first", "second"), states, strict=True)
             if state is CopyState.POISONED or (state is not CopyState.GOOD and (is_clean or not mendable))
         ]

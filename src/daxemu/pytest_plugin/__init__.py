@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from daxemu.protocol import Injected
     from daxemu.pytest_plugin.events import Events
     from daxemu.pytest_plugin.mount import DaxMount
-    from daxemu.pytest_plugin.watchdog import Watchdog
+    from daxemu.pytest_plugin.watchdog import HangGuard
 
 DEFAULT_SIZE = "1G"
 DEFAULT_TIMEOUT = 60.0
@@ -36,10 +36,10 @@ _MARKERS = (
 )
 
 
-_WATCHDOG: pytest.StashKey[Watchdog] = pytest.StashKey()
+_WATCHDOG: pytest.StashKey[HangGuard] = pytest.StashKey()
 
 
-class Inject(Protocol):
+class InjectFixture(Protocol):
     """What the fixture ``inject`` is."""
 
     def __call__(
@@ -97,7 +97,7 @@ def dax_mount(request: pytest.FixtureRequest, dax_device: Path, tmp_path: Path) 
 
 
 @pytest.fixture
-def inject(dax_mount: DaxMount) -> Inject:
+def inject(dax_mount: DaxMount) -> InjectFixture:
     """``inject(file, offset, length, latent=False)``: poison."""
     return dax_mount.inject
 
@@ -152,10 +152,10 @@ def _argument(node: Any, name: str, default: Any) -> Any:
     return marker.args[0]
 
 
-def _watchdog(config: pytest.Config) -> Watchdog:
-    from daxemu.pytest_plugin.watchdog import Watchdog
+def _watchdog(config: pytest.Config) -> HangGuard:
+    from daxemu.pytest_plugin.watchdog import HangGuard
 
     if _WATCHDOG not in config.stash:
-        config.stash[_WATCHDOG] = Watchdog(config)
+        config.stash[_WATCHDOG] = HangGuard(config)
         config.add_cleanup(config.stash[_WATCHDOG].close)
     return config.stash[_WATCHDOG]

@@ -90,7 +90,7 @@ class _Hang:
         ]
 
 
-class _Lines:
+class _StdinLines:
     """Lines of stdin, waited for with a limit."""
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class _Lines:
 
 def guard(pid: int) -> None:
     """Guard until stdin ends."""
-    lines = _Lines()
+    lines = _StdinLines()
     while begun := lines.read():
         hang = _Hang(pid, json.loads(begun))
         limit = hang.limit

@@ -142,7 +142,7 @@ class DaxMount:
         *,
         latent: bool = False,
     ) -> Injected:
-        """See daxemu.pytest_plugin.Inject."""
+        """See daxemu.pytest_plugin.InjectFixture."""
         ino, size = self._file(file)
         if length is None:
             length = PAGE if size is None else max(1, min(PAGE, size - offset))

@@ -17,7 +17,7 @@ from daxemu.pytest_plugin.guard import CODE, INTERRUPT
 from daxemu.pytest_plugin.mount import DaxMount
 
 
-class Watchdog:
+class HangGuard:
     """One guard for all tests of a session; the first that needs it starts it."""
 
     def __init__(self, config: pytest.Config) -> None:

@@ -30,7 +30,7 @@ from daxemu.host.unexpected import Nursery, Unexpected, refused, task_name
 from daxemu.uapi import CAP_SYS_ADMIN, PAGE_SHIFT, PAGE_SIZE, Ino
 
 
-class Clones(Protocol):
+class CloneOps(Protocol):
     """How blocks are shared: source inode, offset, target inode, offset, length; the bytes shared."""
 
     async def clone(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
@@ -79,7 +79,7 @@ class ExtraOperations:
         self,
         fs: Filesystem,
         dev: tuple[int, int],
-        clones: Clones,
+        clones: CloneOps,
         write_back: WriteBack,
         file_modified: Callable[[Ino, int], None],
         forget_attributes: Callable[[Ino], None],

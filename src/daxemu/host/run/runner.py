@@ -36,7 +36,7 @@ from daxemu.host.proc.maps import Vma
 from daxemu.host.proc.mountinfo import Mount, mounts
 from daxemu.host.proc.pagemap import Pagemap
 from daxemu.host.run import seccomp
-from daxemu.host.run.seccomp import Call
+from daxemu.host.run.seccomp import NotifiedCall
 from daxemu.uapi import (
     CAP_SYS_ADMIN,
     MADV_SOFT_OFFLINE,
@@ -132,7 +132,7 @@ def serve(listener: int, only: Mount | None, advise: Advise) -> None:
                 return
 
 
-def _answer(listener: int, call: Call, only: Mount | None, advise: Advise) -> None:
+def _answer(listener: int, call: NotifiedCall, only: Mount | None, advise: Advise) -> None:
     result: int | None = errno.EIO  # for whatever goes wrong with us: no supervisor, not permitted to look
     try:
         with contextlib.suppress(OSError, NotMounted):
@@ -143,7 +143,7 @@ def _answer(listener: int, call: Call, only: Mount | None, advise: Advise) -> No
         seccomp.answer(listener, call, result)
 
 
-def _do_madvise(listener: int, call: Call, only: Mount | None, advise: Advise) -> int | None:
+def _do_madvise(listener: int, call: NotifiedCall, only: Mount | None, advise: Advise) -> int | None:
     """``do_madvise()`` and ``madvise_inject_error()``: an errno or 0; None where it is the kernel's."""
     if call.start % PAGE_SIZE:
         return errno.EINVAL
