@@ -76,6 +76,7 @@ protocol: setup
 	mv build/any_event.py src/daxemu/events/any_event.py
 	$(PY) -m tools.protocol_docs > docs/protocol.md
 	$(PY) -m tools.cli_docs markdown > docs/reference/cli.md
+	$(PY) -c "from daxemu.host.fuse import opcodes; print(opcodes.table(), end='')" > docs/fuse-requests.md
 
 man: setup
 	mkdir -p build

@@ -7,10 +7,10 @@ import signal
 import pytest
 
 from daxemu.host.tracer import siginfo
-from daxemu.host.tracer.held_thread import Thread
+from daxemu.host.tracer.held_thread import HeldThread
 from daxemu.host.tracer.link import Armed, TracerLink
 from daxemu.host.tracer.messages import Delivered, ForceAR, Gone, Ignored, Refused, SendAO
-from daxemu.host.tracer.ptrace import Kind, Step, Stop
+from daxemu.host.tracer.ptrace import ResumeStep, Stop, StopKind
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR
 from tests.host.tracee import Start, deliver, scenario
 
@@ -81,43 +81,50 @@ def test_forcing_a_signal_on_a_dead_process_reports_gone() -> None:
 
 
 def _cookie_stop(cookie: int) -> Stop:
-    return Stop(Kind.SIGNAL, signal.SIGBUS, siginfo.SigInfo(signal.SIGBUS, siginfo.SI_QUEUE, cookie, 0, 0))
+    return Stop(
+        StopKind.SIGNAL, signal.SIGBUS, siginfo.SigInfo(signal.SIGBUS, siginfo.SI_QUEUE, cookie, 0, 0)
+    )
 
 
 def test_a_forced_signal_comes_first() -> None:
-    thread = Thread(2)
+    thread = HeldThread(2)
     thread.send(SendAO(1, 1, 2, 0x1000))
     thread.send(SendAO(2, 1, 2, 0x2000))
-    assert thread.decide(Stop(Kind.TRAP), 77).step is Step.QUEUE
+    assert thread.decide(Stop(StopKind.TRAP), 77).step is ResumeStep.QUEUE
     thread.send(ForceAR(3, 1, 2, 0x3000))
     assert [sent.id for sent in thread.fifo] == [1, 3, 2]
     assert thread.decide(_cookie_stop(77), 78).info == siginfo.bus_error(BUS_MCEERR_AO, 0x1000, 12)
     thread.send(ForceAR(4, 1, 2, 0x4000))
     assert [sent.id for sent in thread.fifo] == [4, 3, 2]
-    assert thread.decide(Stop(Kind.TRAP), 79).step is Step.QUEUE
+    assert thread.decide(Stop(StopKind.TRAP), 79).step is ResumeStep.QUEUE
     assert thread.decide(_cookie_stop(79), 80).info == siginfo.bus_error(BUS_MCEERR_AR, 0x4000, 12)
 
 
 def test_default_action_then_mask_then_signal() -> None:
-    thread = Thread(2)
+    thread = HeldThread(2)
     thread.send(SendAO(1, 1, 2, 0x1000))
     thread.send(ForceAR(2, 1, 2, 0x2000))
-    verdict = thread.decide(Stop(Kind.TRAP, ignored=True), 1)
-    assert (verdict.step, verdict.reports) == (Step.INJECT, (Ignored(1),))
-    assert thread.decide(Stop(Kind.SYSCALL), 2).step is Step.SYSCALL
-    verdict = thread.decide(Stop(Kind.SYSCALL, result=0), 3)
-    assert (verdict.undo, verdict.step, verdict.interrupt, verdict.reports) == (True, Step.CONT, True, ())
-    assert thread.decide(Stop(Kind.TRAP, blocked=True), 4).step is Step.FORCE
+    verdict = thread.decide(Stop(StopKind.TRAP, ignored=True), 1)
+    assert (verdict.step, verdict.reports) == (ResumeStep.INJECT, (Ignored(1),))
+    assert thread.decide(Stop(StopKind.SYSCALL), 2).step is ResumeStep.SYSCALL
+    verdict = thread.decide(Stop(StopKind.SYSCALL, result=0), 3)
+    assert (verdict.undo, verdict.step, verdict.interrupt, verdict.reports) == (
+        True,
+        ResumeStep.CONT,
+        True,
+        (),
+    )
+    assert thread.decide(Stop(StopKind.TRAP, blocked=True), 4).step is ResumeStep.FORCE
     verdict = thread.decide(_cookie_stop(4), 5)
     assert verdict.reports == (Delivered(2, 2, BUS_MCEERR_AR, 0x2000, serial=2),)
-    assert verdict.step is Step.DETACH
+    assert verdict.step is ResumeStep.DETACH
 
 
 def test_the_default_action_cannot_be_had() -> None:
-    thread = Thread(2)
+    thread = HeldThread(2)
     thread.send(ForceAR(1, 1, 2, 0x1000))
-    thread.decide(Stop(Kind.TRAP, blocked=True), 1)
-    thread.decide(Stop(Kind.SYSCALL), 2)
-    (report,) = thread.decide(Stop(Kind.SYSCALL, result=-1), 3).reports
+    thread.decide(Stop(StopKind.TRAP, blocked=True), 1)
+    thread.decide(Stop(StopKind.SYSCALL), 2)
+    (report,) = thread.decide(Stop(StopKind.SYSCALL, result=-1), 3).reports
     assert isinstance(report, Refused)
     assert thread.idle

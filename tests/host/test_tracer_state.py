@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 
 from daxemu.host.tracer import siginfo
-from daxemu.host.tracer.held_thread import Thread, Verdict
+from daxemu.host.tracer.held_thread import HeldThread, StopVerdict
 from daxemu.host.tracer.messages import Delivered, SendAO
-from daxemu.host.tracer.ptrace import Kind, Step, Stop
+from daxemu.host.tracer.ptrace import ResumeStep, Stop, StopKind
 from daxemu.uapi import BUS_ADRERR, BUS_MCEERR_AO, BUS_MCEERR_AR
 
 
@@ -16,61 +16,63 @@ def _ao(id_: int) -> SendAO:
 
 
 def _cookie_stop(cookie: int) -> Stop:
-    return Stop(Kind.SIGNAL, signal.SIGBUS, siginfo.SigInfo(signal.SIGBUS, siginfo.SI_QUEUE, cookie, 0, 0))
+    return Stop(
+        StopKind.SIGNAL, signal.SIGBUS, siginfo.SigInfo(signal.SIGBUS, siginfo.SI_QUEUE, cookie, 0, 0)
+    )
 
 
 def _fault_stop(addr: int) -> Stop:
-    return Stop(Kind.SIGNAL, signal.SIGBUS, siginfo.parse(siginfo.bus_error(BUS_ADRERR, addr, 0)))
+    return Stop(StopKind.SIGNAL, signal.SIGBUS, siginfo.parse(siginfo.bus_error(BUS_ADRERR, addr, 0)))
 
 
 def test_decide_queue_then_replace_then_detach() -> None:
-    thread = Thread(2)
+    thread = HeldThread(2)
     thread.fifo.append(_ao(1))
     assert thread.wants_interrupt
-    assert thread.decide(Stop(Kind.TRAP), 77).step is Step.QUEUE
+    assert thread.decide(Stop(StopKind.TRAP), 77).step is ResumeStep.QUEUE
     verdict = thread.decide(_cookie_stop(77), 78)
-    assert (verdict.step, verdict.sig) == (Step.DETACH, signal.SIGBUS)
+    assert (verdict.step, verdict.sig) == (ResumeStep.DETACH, signal.SIGBUS)
     assert verdict.info == siginfo.bus_error(BUS_MCEERR_AO, 0x1000, 12)
     assert verdict.reports == (Delivered(1, 2, BUS_MCEERR_AO, 0x1000, serial=1),)
 
 
 def test_decide_a_dropped_cookie_is_sent_again() -> None:
-    thread = Thread(2)
+    thread = HeldThread(2)
     thread.fifo.append(_ao(1))
-    thread.decide(Stop(Kind.TRAP), 77)
-    foreign = Stop(Kind.SIGNAL, signal.SIGBUS, siginfo.SigInfo(signal.SIGBUS, 0, 0, 0, 0), pending=False)
+    thread.decide(Stop(StopKind.TRAP), 77)
+    foreign = Stop(StopKind.SIGNAL, signal.SIGBUS, siginfo.SigInfo(signal.SIGBUS, 0, 0, 0, 0), pending=False)
     verdict = thread.decide(foreign, 78)
-    assert (verdict.step, verdict.info, verdict.interrupt) == (Step.CONT, None, True)
-    assert thread.decide(Stop(Kind.TRAP), 79).step is Step.QUEUE
+    assert (verdict.step, verdict.info, verdict.interrupt) == (ResumeStep.CONT, None, True)
+    assert thread.decide(Stop(StopKind.TRAP), 79).step is ResumeStep.QUEUE
 
 
 def test_decide_a_signal_before_the_injected_call_undoes_it() -> None:
-    thread = Thread(2)
+    thread = HeldThread(2)
     thread.fifo.append(_ao(1))
-    assert thread.decide(Stop(Kind.TRAP, blocked=True), 1).step is Step.INJECT
-    verdict = thread.decide(Stop(Kind.SIGNAL, signal.SIGUSR1), 2)
-    assert verdict == Verdict(Step.CONT, signal.SIGUSR1, undo=True, interrupt=True)
-    assert thread.decide(Stop(Kind.TRAP, blocked=True), 3).step is Step.INJECT
-    assert thread.decide(Stop(Kind.SYSCALL), 4).step is Step.SYSCALL
-    verdict = thread.decide(Stop(Kind.SYSCALL, result=0), 5)
-    assert (verdict.undo, verdict.step, verdict.interrupt) == (True, Step.CONT, True)
+    assert thread.decide(Stop(StopKind.TRAP, blocked=True), 1).step is ResumeStep.INJECT
+    verdict = thread.decide(Stop(StopKind.SIGNAL, signal.SIGUSR1), 2)
+    assert verdict == StopVerdict(ResumeStep.CONT, signal.SIGUSR1, undo=True, interrupt=True)
+    assert thread.decide(Stop(StopKind.TRAP, blocked=True), 3).step is ResumeStep.INJECT
+    assert thread.decide(Stop(StopKind.SYSCALL), 4).step is ResumeStep.SYSCALL
+    verdict = thread.decide(Stop(StopKind.SYSCALL, result=0), 5)
+    assert (verdict.undo, verdict.step, verdict.interrupt) == (True, ResumeStep.CONT, True)
     assert verdict.reports == (Delivered(1, 2, BUS_MCEERR_AO, 0x1000, serial=1),)
-    assert thread.decide(Stop(Kind.TRAP, blocked=True, pending=True), 6).step is Step.DETACH
+    assert thread.decide(Stop(StopKind.TRAP, blocked=True, pending=True), 6).step is ResumeStep.DETACH
 
 
 def test_decide_a_late_fault_beats_the_expired_arm() -> None:
-    thread = Thread(2)
+    thread = HeldThread(2)
     thread.arm(5, deadline=1.0)
     thread.expire(2.0)
-    verdict = thread.decide(Stop(Kind.TRAP, pending=True), 1)
-    assert (verdict.step, verdict.interrupt, verdict.reports) == (Step.CONT, False, ())
+    verdict = thread.decide(Stop(StopKind.TRAP, pending=True), 1)
+    assert (verdict.step, verdict.interrupt, verdict.reports) == (ResumeStep.CONT, False, ())
     verdict = thread.decide(_fault_stop(0x5008), 2)
     assert verdict.reports == (Delivered(5, 2, BUS_MCEERR_AR, 0x5008, serial=5),)
-    assert verdict.step is Step.DETACH
+    assert verdict.step is ResumeStep.DETACH
 
 
 def test_decide_the_last_of_several_arms_gives_the_serial() -> None:
-    thread = Thread(2)
+    thread = HeldThread(2)
     for id_ in (5, 8, 9):
         thread.arm(id_, deadline=1.0)
     thread.fifo.append(_ao(3))

@@ -43,7 +43,7 @@ def encode(event: Event) -> bytes:
 
 
 def decode(line: bytes | str) -> AnyEvent:
-    """Decode the event of one line. Raises msgspec.ValidationError or msgspec.DecodeError for anything else."""
+    """Decode the event of one line. Raises msgspec.ValidationError or msgspec.DecodeError for other text."""
     try:
         return _decoder.decode(line)
     except (UnicodeDecodeError, RecursionError) as error:

@@ -45,7 +45,7 @@ class Event(msgspec.Struct, tag_field="event", kw_only=True):
         return None
 
     def printed_by(self) -> str:
-        """Return the name of the kernel function that prints the line. Precondition: ``dmesg()`` is not None."""
+        """Return the kernel function that prints the line. Precondition: ``dmesg()`` is not None."""
         raise NotImplementedError(f"{type(self).__name__} has no line")
 
     def summary(self) -> str:

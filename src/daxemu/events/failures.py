@@ -168,7 +168,7 @@ class FaultRepeated(Event):
 
 
 class DaxActiveAtRemove(Event):
-    """A surprise removal begins while a filesystem holds the device (proposed for the pmem driver in 2021)."""
+    """A surprise removal begins while the device is held (proposed for the pmem driver in 2021)."""
 
     device: str
 

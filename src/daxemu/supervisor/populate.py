@@ -27,7 +27,8 @@ import trio
 from daxemu.events import Emit, FaultRepeated, PopulateFailed
 from daxemu.host.fuse.operations import PoisonedRead
 from daxemu.host.proc import populate
-from daxemu.host.proc.populate import Area, Call
+from daxemu.host.proc.populate import Area
+from daxemu.host.proc.populate import PopulatingCall as Call
 from daxemu.host.proc.processes import comm_of, process_of
 from daxemu.host.tracer.link import Armed, TracerLink
 from daxemu.host.tracer.messages import Gone, Held, Refused, Resumed

@@ -42,6 +42,19 @@ struct noted {
 	int64_t value;	/* of WRITTEN the time, in ns since the epoch; of GROWN the size; of FORGOTTEN the number of lookups */
 };
 
+/* Count, then sizes and offsets: host/fuse/structs.py has the same, and compares. */
+#define AT(field) offsetof(struct noted, field)
+#define ATTR(field) offsetof(struct fuse_attr_out, field)
+const uint32_t daxemu_answers_layout[] = {
+	24, sizeof(struct noted), AT(what), AT(which), AT(value),
+	sizeof(struct fuse_attr_out), ATTR(attr_valid), ATTR(attr_valid_nsec), ATTR(dummy), ATTR(attr.ino), ATTR(attr.size),
+	ATTR(attr.blocks), ATTR(attr.atime), ATTR(attr.mtime), ATTR(attr.ctime), ATTR(attr.atimensec),
+	ATTR(attr.mtimensec), ATTR(attr.ctimensec), ATTR(attr.mode), ATTR(attr.nlink), ATTR(attr.uid), ATTR(attr.gid),
+	ATTR(attr.rdev), ATTR(attr.blksize), ATTR(attr.blksize) + 4 /* flags; older headers: padding */,
+};
+#undef AT
+#undef ATTR
+
 static struct noted *noted;
 static size_t noted_count, noted_room;
 static char *device; /* bytes of the device, mapped */

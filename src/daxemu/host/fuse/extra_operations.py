@@ -22,6 +22,7 @@ from daxemu.errors import DaxemuError, FsError
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host.fuse import fileattr
 from daxemu.host.fuse.handlers import in_pieces
+from daxemu.host.fuse.structs import RawRequest
 from daxemu.host.fuse.supplement import library, unpack
 from daxemu.host.proc.processes import capable
 from daxemu.host.proc.procfs import read_lines
@@ -29,7 +30,7 @@ from daxemu.host.unexpected import Nursery, Unexpected, refused, task_name
 from daxemu.uapi import CAP_SYS_ADMIN, PAGE_SHIFT, PAGE_SIZE, Ino
 
 
-class Clones(Protocol):
+class CloneOps(Protocol):
     """How blocks are shared: source inode, offset, target inode, offset, length; the bytes shared."""
 
     async def clone(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
@@ -49,28 +50,7 @@ WriteBack = Callable[[Ino], Awaitable[None]]
 """Has a file's dirty pages written back, without the inode's lock, which the kernel holds meanwhile."""
 
 
-class _Request(ctypes.Structure):
-    """``struct daxemu_request`` of supplement.c."""
-
-    _fields_ = (
-        ("req", ctypes.c_void_p),
-        ("op", ctypes.c_uint64),
-        ("tid", ctypes.c_uint64),
-        ("ino", ctypes.c_uint64),
-        ("fh", ctypes.c_uint64),
-        ("offset", ctypes.c_int64),
-        ("length", ctypes.c_int64),
-        ("mode", ctypes.c_int64),
-        ("target_ino", ctypes.c_uint64),
-        ("target_fh", ctypes.c_uint64),
-        ("target_offset", ctypes.c_int64),
-        ("data", ctypes.c_void_p),
-        ("data_size", ctypes.c_uint64),
-        ("room", ctypes.c_uint64),
-    )
-
-
-_HANDLER = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Request))
+_HANDLER = ctypes.CFUNCTYPE(None, ctypes.POINTER(RawRequest))
 _FALLOCATE, _LSEEK, _COPY_FILE_RANGE, _IOCTL = 1, 2, 3, 4
 _NAMES = {_FALLOCATE: "fallocate", _LSEEK: "lseek", _COPY_FILE_RANGE: "copy_file_range", _IOCTL: "ioctl"}
 
@@ -99,7 +79,7 @@ class ExtraOperations:
         self,
         fs: Filesystem,
         dev: tuple[int, int],
-        clones: Clones,
+        clones: CloneOps,
         write_back: WriteBack,
         file_modified: Callable[[Ino, int], None],
         forget_attributes: Callable[[Ino], None],
@@ -137,7 +117,7 @@ class ExtraOperations:
         """From now on such requests get ENOSYS."""
         self._slot.value = None
 
-    def _handle(self, pointer: ctypes._Pointer[_Request]) -> None:
+    def _handle(self, pointer: ctypes._Pointer[RawRequest]) -> None:
         request = pointer.contents
         try:
             self._dispatch(request)
@@ -161,7 +141,7 @@ class ExtraOperations:
                 self._unexpected.report(f"FUSE {task_name(verb)}", error)
             self._fuse.fuse_reply_err(req, errno.EIO if refusal is None else refusal.errno)
 
-    def _dispatch(self, request: _Request) -> None:
+    def _dispatch(self, request: RawRequest) -> None:
         ino = unpack(request.fh).ino
         if request.op == _FALLOCATE:
             self._file_modified(ino, request.tid)
@@ -199,7 +179,7 @@ class ExtraOperations:
 
     # -- lseek
 
-    def _lseek(self, request: _Request, ino: Ino) -> None:
+    def _lseek(self, request: RawRequest, ino: Ino) -> None:
         inode, extents = self._fs.names.regular(ino)
         if extents.blocks * PAGE_SIZE >= inode.size:
             self._fuse.fuse_reply_lseek(request.req, self._fs.seek(ino, request.offset, request.mode))
@@ -215,7 +195,7 @@ class ExtraOperations:
 
     # -- ioctl
 
-    def _ioctl(self, request: _Request, ino: Ino) -> None:
+    def _ioctl(self, request: RawRequest, ino: Ino) -> None:
         command = request.mode & 0xFFFFFFFF
         data = ctypes.string_at(request.data, request.data_size) if request.data_size else b""
         if command == DAXEMU_IOC_CLONE_RANGE and len(data) == CLONE_RANGE.size:

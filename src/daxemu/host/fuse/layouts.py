@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import struct
 from typing import Protocol
 
 from daxemu.fs.inode import Inode
 from daxemu.fs.layouts import Layout
+from daxemu.host.fuse.structs import ATTR_OUT, RawNote
 from daxemu.host.fuse.supplement import quick_library
 from daxemu.pmem.media import Memory
 from daxemu.uapi import PAGE_SIZE, XATTR_NAME_CAPS, Ino
@@ -20,16 +20,8 @@ from daxemu.uapi import PAGE_SIZE, XATTR_NAME_CAPS, Ino
 log = logging.getLogger(__name__)
 
 
-class _Noted(ctypes.Structure):
-    """``struct noted`` of answers.c."""
-
-    _fields_ = (("what", ctypes.c_uint64), ("which", ctypes.c_uint64), ("value", ctypes.c_int64))
-
-
-_ON_NOTED = ctypes.PYFUNCTYPE(None, ctypes.POINTER(_Noted), ctypes.c_size_t)
+_ON_NOTED = ctypes.PYFUNCTYPE(None, ctypes.POINTER(RawNote), ctypes.c_size_t)
 _WRITTEN, _GROWN, _RELEASED, _FORGOTTEN = 1, 2, 3, 4
-# struct fuse_attr_out: how long it is valid, then struct fuse_attr.
-_ATTRIBUTES = struct.Struct("=QIIQQQQQQIIIIIIIIII")
 _SECOND, _U32, _U64 = 10**9, (1 << 32) - 1, (1 << 64) - 1
 FOREVER = 1_000_000
 """Seconds. We are the only writer of the filesystem, and invalidate what changes behind the kernel's back."""
@@ -82,7 +74,7 @@ class LayoutTable:
         """How many requests were answered without Python."""
         return self._answered.value
 
-    def _on_noted(self, notes: ctypes.Array[_Noted], count: int) -> None:
+    def _on_noted(self, notes: ctypes.Array[RawNote], count: int) -> None:
         for index in range(count):
             note = notes[index]
             try:
@@ -129,4 +121,4 @@ def _attr_out(inode: Inode) -> bytes:
     ctime, ctimensec = divmod(inode.ctime, _SECOND)
     times = (atime & _U64, mtime & _U64, ctime & _U64, atimensec, mtimensec, ctimensec)
     owner = (inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev & _U32)
-    return _ATTRIBUTES.pack(FOREVER, 0, 0, inode.ino, inode.size, inode.sectors, *times, *owner, PAGE_SIZE, 0)
+    return ATTR_OUT.pack(FOREVER, 0, 0, inode.ino, inode.size, inode.sectors, *times, *owner, PAGE_SIZE, 0)

@@ -39,7 +39,15 @@ struct daxemu_request {
 	uint64_t data_size, room;
 };
 
-const int daxemu_supplement_version = 5;
+const int daxemu_supplement_version = 6;
+
+/* Count, then size and offsets of struct daxemu_request: host/fuse/structs.py has the same, and compares. */
+#define AT(field) offsetof(struct daxemu_request, field)
+const uint32_t daxemu_request_layout[] = {
+	15, sizeof(struct daxemu_request), AT(req), AT(op), AT(tid), AT(ino), AT(fh), AT(offset), AT(length), AT(mode),
+	AT(target_ino), AT(target_fh), AT(target_offset), AT(data), AT(data_size), AT(room),
+};
+#undef AT
 
 /* True if requests come through answers.c: since 3.14 libfuse accepts a read function (fuse_session_custom_io()). */
 #define READS (FUSE_VERSION >= FUSE_MAKE_VERSION(3, 14))

@@ -16,6 +16,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from daxemu.host.c_layout import REBUILD, refusal
+from daxemu.host.fuse import structs
 from daxemu.uapi import Ino
 
 _INO_MASK = (1 << 38) - 1
@@ -24,7 +26,7 @@ _WRITABLE = 1 << 39
 _TID_SHIFT = 40
 _TID_MASK = (1 << 23) - 1
 _WRITEPAGE = 1 << 63
-_VERSION = 5
+_VERSION = 6
 
 
 class Caller(NamedTuple):
@@ -87,6 +89,13 @@ def load() -> str | None:
         return f"{path.name} cannot be loaded: {error}"
     if version != _VERSION:
         return f"{path.name} is of version {version}, not {_VERSION}: install daxemu again"
+    try:
+        other = refusal(loaded, "daxemu_request_layout", *structs.REQUEST_LAYOUT)
+        other = other or refusal(loaded, "daxemu_answers_layout", *structs.ANSWERS_LAYOUT)
+    except ValueError as error:
+        return f"{path.name} is of other sources ({error}): {REBUILD}"
+    if other is not None:
+        return f"{path.name}: {other}"
     _library = loaded
     return None
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from typing import NamedTuple
 
 from daxemu.host.victims import as_argument, library
+from daxemu.host.victims.structs import PROCESS, RUN, RUNS, SEARCH, WANTED
 from daxemu.ranges import Range
 from daxemu.uapi import Ino
 
-# victims.h
-_WANTED = struct.Struct("=3Q")
-_SEARCH = struct.Struct("@2IPI4x")
-_PROCESS = struct.Struct("=iiIIQ64s")
-_RUN = struct.Struct("=7Q")
-_RUNS = struct.Struct("@P2I")
 _NOTHING, _FOUND, _ASK = range(3)
 _ROOM = 1024  # runs, beside four for each process
 _ENOUGH = 32  # processes for a thread to be worth its while
@@ -55,7 +49,7 @@ def collect(
 
     Many are looked at on all processors at once: no two share a lock. Precondition: the C is not MISSING.
     """
-    ranges = b"".join(_WANTED.pack(ino, *pages) for ino, each in wanted.items() for pages in each)
+    ranges = b"".join(WANTED.pack(ino, *pages) for ino, each in wanted.items() for pages in each)
     parts = min(len(os.sched_getaffinity(0)), len(pids) // _ENOUGH)
     if parts < 2:
         return _collect(pids, dev, ranges)
@@ -67,16 +61,16 @@ def collect(
 
 def _collect(pids: Sequence[int], dev: tuple[int, int], ranges: bytes) -> list[Found | int]:
     room = _ROOM + 4 * len(pids)
-    processes = bytearray(b"".join(_PROCESS.pack(pid, _ASK, 0, 0, 0, b"") for pid in pids))
-    runs = bytearray(room * _RUN.size)
+    processes = bytearray(b"".join(PROCESS.pack(pid, _ASK, 0, 0, 0, b"") for pid in pids))
+    runs = bytearray(room * RUN.size)
     of_ranges, of_processes, of_runs = (as_argument(each) for each in (bytearray(ranges), processes, runs))
-    filled = bytearray(_RUNS.pack(ctypes.addressof(of_runs), room, 0))
-    search = _SEARCH.pack(*dev, ctypes.addressof(of_ranges), len(ranges) // _WANTED.size)
+    filled = bytearray(RUNS.pack(ctypes.addressof(of_runs), room, 0))
+    search = SEARCH.pack(*dev, ctypes.addressof(of_ranges), len(ranges) // WANTED.size)
     library().daxemu_collect(search, of_processes, len(pids), as_argument(filled))
-    used = _RUNS.unpack(filled)[2]
-    each = map(Run._make, _RUN.iter_unpack(memoryview(runs)[: used * _RUN.size]))
+    used = RUNS.unpack(filled)[2]
+    each = map(Run._make, RUN.iter_unpack(memoryview(runs)[: used * RUN.size]))
     looked: list[Found | int] = []
-    for pid, verdict, nr_runs, nr_threads, flags, comm in _PROCESS.iter_unpack(processes):
+    for pid, verdict, nr_runs, nr_threads, flags, comm in PROCESS.iter_unpack(processes):
         if verdict == _FOUND:
             mine = [next(each) for _ in range(nr_runs)]
             looked.append(Found(pid, comm.partition(b"\0")[0], nr_threads, flags, mine))

@@ -67,7 +67,7 @@ _SPINS = 100  # looks without a sleep: the thread needs some 20 microseconds fro
 _NAP = 0.0005  # seconds between later looks
 
 
-class Call(NamedTuple):
+class PopulatingCall(NamedTuple):
     """A system call that populates."""
 
     number: int
@@ -77,7 +77,7 @@ class Call(NamedTuple):
 class Sleeping(NamedTuple):
     """System call that a thread sleeps in: ``call`` is None unless the call populates."""
 
-    call: Call | None
+    call: PopulatingCall | None
 
 
 def look(tid: int) -> Sleeping | None:
@@ -90,7 +90,7 @@ def look(tid: int) -> Sleeping | None:
         return None
     number = int(words[0])
     calls = _CALLS_32 if number in _CALLS_32 and _is_32_bit(tid, words) else _CALLS
-    return Sleeping(Call(number, calls[number]) if number in calls else None)
+    return Sleeping(PopulatingCall(number, calls[number]) if number in calls else None)
 
 
 def _is_32_bit(tid: int, words: Sequence[bytes]) -> bool:

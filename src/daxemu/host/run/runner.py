@@ -38,7 +38,7 @@ from daxemu.host.proc.maps import Vma
 from daxemu.host.proc.mountinfo import Mount, mounts
 from daxemu.host.proc.pagemap import Pagemap
 from daxemu.host.run import seccomp
-from daxemu.host.run.seccomp import Call
+from daxemu.host.run.seccomp import NotifiedCall
 from daxemu.uapi import (
     CAP_SYS_ADMIN,
     MADV_SOFT_OFFLINE,
@@ -135,7 +135,7 @@ def serve(listener: int, only: Mount | None, advise: Advise) -> None:
                 return
 
 
-def _answer(listener: int, call: Call, only: Mount | None, advise: Advise) -> None:
+def _answer(listener: int, call: NotifiedCall, only: Mount | None, advise: Advise) -> None:
     result: int | None = errno.EIO  # for failures of the helper: no supervisor, not permitted to read /proc
     try:
         with contextlib.suppress(OSError, NotMounted):
@@ -146,7 +146,7 @@ def _answer(listener: int, call: Call, only: Mount | None, advise: Advise) -> No
         seccomp.answer(listener, call, result)
 
 
-def _do_madvise(listener: int, call: Call, only: Mount | None, advise: Advise) -> int | None:
+def _do_madvise(listener: int, call: NotifiedCall, only: Mount | None, advise: Advise) -> int | None:
     """``do_madvise()`` and ``madvise_inject_error()``: an errno or 0; None if the kernel must answer."""
     if call.start % PAGE_SIZE:
         return errno.EINVAL

@@ -56,7 +56,7 @@ class _Program(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-class Call(NamedTuple):
+class NotifiedCall(NamedTuple):
     """An madvise(2) that waits for an answer. ``tid`` 0: a thread outside this pid namespace."""
 
     id: int
@@ -116,7 +116,7 @@ def install() -> int:
     raise OSError(number, f"seccomp: {os.strerror(number)}")
 
 
-def receive(listener: int) -> Call | None:
+def receive(listener: int) -> NotifiedCall | None:
     """Return the next call; None if the call was withdrawn meanwhile (a signal came first, or the thread
     died).
     """
@@ -128,10 +128,10 @@ def receive(listener: int) -> Call | None:
             raise
         return None
     id_, tid, _flags, _nr, _arch, _ip, start, length, advice, *_ = _NOTIF.unpack(raw)
-    return Call(id_, tid, start, length, advice & 0xFFFFFFFF)
+    return NotifiedCall(id_, tid, start, length, advice & 0xFFFFFFFF)
 
 
-def is_waiting(listener: int, call: Call) -> bool:
+def is_waiting(listener: int, call: NotifiedCall) -> bool:
     """Return True if the thread still waits: data read of /proc/TID before is then the thread's own."""
     try:
         fcntl.ioctl(listener, _IOC_ID_VALID, _ID.pack(call.id))
@@ -140,7 +140,7 @@ def is_waiting(listener: int, call: Call) -> bool:
     return True
 
 
-def answer(listener: int, call: Call, error: int | None) -> None:
+def answer(listener: int, call: NotifiedCall, error: int | None) -> None:
     """Let the call return: 0, or -1 with ``error``; with None the kernel carries the call out."""
     response = bytearray(_RESPONSE.pack(call.id, 0, -(error or 0), _FLAG_CONTINUE if error is None else 0))
     try:

@@ -60,7 +60,7 @@ Start = Callable[[socket.socket, int], Serving]
 
 
 class Beside:
-    """Thread with a tracer of its own, for one victim."""
+    """HeldThread with a tracer of its own, for one victim."""
 
     def __init__(self, start: Start) -> None:
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

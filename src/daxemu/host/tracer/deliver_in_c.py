@@ -15,10 +15,8 @@ from typing import NamedTuple
 from daxemu.host.tracer import injection, ptrace, siginfo
 from daxemu.host.tracer.messages import SendAO
 from daxemu.host.victims import as_argument, library
+from daxemu.host.victims.structs import DELIVERY, WAIT
 
-# victims.h
-_DELIVERY = struct.Struct(f"=2i2I3Q{siginfo.SIGINFO_SIZE}s{siginfo.SIGINFO_SIZE}s")
-_WAIT = struct.Struct("=3i")
 _COUNT = struct.Struct("=I")
 _OTHER, _DELIVERED, _INTERRUPTED, _QUEUED = range(4)
 _NO_PAGE = (0, 0, 0, 0)
@@ -73,7 +71,7 @@ class Deliveries:
         - ``room`` covers all requests.
         """
         packed = b"".join(
-            _DELIVERY.pack(
+            DELIVERY.pack(
                 request.tgid,
                 request.tid,
                 *(request.page or _NO_PAGE),
@@ -91,12 +89,12 @@ class Deliveries:
         """Serve at most ``most`` stops that have been reported by now. Return the number of stops, and each
         wait that is more than a step of a delivery.
         """
-        waits, told = bytearray(_WAIT.size * most), bytearray(_COUNT.size)
+        waits, told = bytearray(WAIT.size * most), bytearray(_COUNT.size)
         stops: int = library().daxemu_reap(as_argument(waits), most, as_argument(told))
-        return stops, list(self._meant(memoryview(waits)[: _WAIT.size * _COUNT.unpack(told)[0]]))
+        return stops, list(self._meant(memoryview(waits)[: WAIT.size * _COUNT.unpack(told)[0]]))
 
     def _meant(self, waits: memoryview) -> Iterator[Wait]:
-        for tid, status, what in _WAIT.iter_unpack(waits):
+        for tid, status, what in WAIT.iter_unpack(waits):
             if what == _OTHER:
                 yield Wait(tid, status)
             elif what == _DELIVERED:

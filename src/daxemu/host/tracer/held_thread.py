@@ -1,7 +1,7 @@
 """Held thread of the tracer: the open requests, and the decision for each stop.
 
-Purpose: the decisions, without I/O and without a clock. A stop goes in with ``Thread.decide``, a ``Verdict``
-comes out; ``tracer.process`` carries the verdict out.
+Purpose: the decisions, without I/O and without a clock. A stop goes in with ``HeldThread.decide``, a
+``StopVerdict`` comes out; ``tracer.process`` carries the verdict out.
 
 How a signal gets its siginfo:
 - **AR**: the supervisor has the thread seized, then fails the thread's page fault. The kernel forces
@@ -17,7 +17,7 @@ How a signal gets its siginfo:
 - **Hold**: no signal. The thread stays in the first stop after the system call (``parked``) until ``LetGo``.
   Then the thread drops private copies by an injected madvise(2) (``injection``), and runs.
 
-States of a ``Thread``: running, LISTENing in a group-stop (``listening``), or between the stops of an
+States of a ``HeldThread``: running, LISTENing in a group-stop (``listening``), or between the stops of an
 injection (``phase``).
 
 Invariants:
@@ -54,19 +54,19 @@ from daxemu.host.tracer.messages import (
     Send,
     SendAO,
 )
-from daxemu.host.tracer.ptrace import Kind, Step, Stop
+from daxemu.host.tracer.ptrace import ResumeStep, Stop, StopKind
 from daxemu.host.tracer.siginfo import SigInfo
 from daxemu.uapi import BUS_MCEERR_AR, PAGE_SHIFT
 
 Phase = Enum("Phase", ["NONE", "ENTER", "EXIT"])  # progress of an injection
 
 
-class Verdict(NamedTuple):
+class StopVerdict(NamedTuple):
     """Actions in one stop, in this order: ``undo`` an injection, ``kill`` the process, set ``info``,
     INTERRUPT, ``step``.
     """
 
-    step: Step
+    step: ResumeStep
     sig: int = 0
     info: bytes | None = None
     undo: bool = False
@@ -102,7 +102,7 @@ class _Return:
 
 
 @dataclass
-class Thread:
+class HeldThread:
     """Held thread: open requests and decisions. Pure: no I/O, no clock."""
 
     tid: int
@@ -177,15 +177,15 @@ class Thread:
         """Return the system call that the thread must make next. Precondition: INJECT was decided."""
         return self.returns.discard[0] if self.returns is not None else self.fifo[0]
 
-    def decide(self, stop: Stop, new_cookie: int) -> Verdict:
+    def decide(self, stop: Stop, new_cookie: int) -> StopVerdict:
         """Decide a stop. ``new_cookie`` marks the SIGBUS, if a SIGBUS is to be queued."""
         self.interrupting = self.listening = self.arriving = False
-        if stop.kind is Kind.SYSCALL:
+        if stop.kind is StopKind.SYSCALL:
             return self._on_syscall(stop)
         undo = self.phase is not Phase.NONE  # another stop came before the injected call: undo, try again
         self.phase = Phase.NONE
-        verdict = self._on_signal(stop) if stop.kind is Kind.SIGNAL else self._on_event(stop, new_cookie)
-        self.interrupting = verdict.step in (Step.CONT, Step.LISTEN) and self.wants_interrupt
+        verdict = self._on_signal(stop) if stop.kind is StopKind.SIGNAL else self._on_event(stop, new_cookie)
+        self.interrupting = verdict.step in (ResumeStep.CONT, ResumeStep.LISTEN) and self.wants_interrupt
         return verdict._replace(undo=undo, interrupt=self.interrupting)
 
     def expire(self, now: float) -> None:
@@ -229,13 +229,13 @@ class Thread:
             times.append(self.retry_at)
         return min(times, default=math.inf)
 
-    def _on_syscall(self, stop: Stop) -> Verdict:
+    def _on_syscall(self, stop: Stop) -> StopVerdict:
         if self.phase is Phase.ENTER:
             self.phase = Phase.EXIT
-            return Verdict(Step.SYSCALL)
+            return StopVerdict(ResumeStep.SYSCALL)
         # The kernel restarts an interrupted system call only in signal handling: INTERRUPT leads there.
         self.phase, self.interrupting = Phase.NONE, True
-        verdict = Verdict(Step.CONT, undo=True, interrupt=True)
+        verdict = StopVerdict(ResumeStep.CONT, undo=True, interrupt=True)
         if self.returns is not None:
             return verdict._replace(reports=self._discarded(stop.result), kill=stop.result != 0)
         if not self.fifo:  # retired meanwhile
@@ -259,7 +259,7 @@ class Thread:
             return (Refused(done.id, f"kernel: {os.strerror(-result)}", killed=True),)
         return (Resumed(done.id),)
 
-    def _on_signal(self, stop: Stop) -> Verdict:
+    def _on_signal(self, stop: Stop) -> StopVerdict:
         info: bytes | None = None
         reports: tuple[Outcome, ...] = ()
         if stop.info is not None and stop.sig == signal.SIGBUS:
@@ -267,7 +267,9 @@ class Thread:
             self.retry_at = None
         if self.cookie and not stop.pending:
             self.cookie = 0
-        return Verdict(Step.DETACH if self.idle else Step.CONT, stop.sig, info, reports=reports)
+        return StopVerdict(
+            ResumeStep.DETACH if self.idle else ResumeStep.CONT, stop.sig, info, reports=reports
+        )
 
     def _on_sigbus(self, info: SigInfo, page: FilePage | None) -> tuple[bytes | None, tuple[Outcome, ...]]:
         arms = [arm for arm in self.arms if arm.is_for(page)] if info.is_bus_adrerr else []
@@ -286,7 +288,7 @@ class Thread:
     def _delivered(self, sent: Send) -> Delivered:
         return Delivered(sent.id, self.tid, sent.code, sent.addr, serial=sent.id)
 
-    def _on_event(self, stop: Stop, new_cookie: int) -> Verdict:
+    def _on_event(self, stop: Stop, new_cookie: int) -> StopVerdict:
         if self.cookie and not stop.pending:
             self.cookie = 0
         self.arriving = stop.pending and not stop.blocked
@@ -294,38 +296,38 @@ class Thread:
         if not self.arriving:
             reports += (NotTaken(arm.id) for arm in self.arms if arm.expired)
             self.arms = [arm for arm in self.arms if not arm.expired]
-        if stop.kind is Kind.GROUP:
+        if stop.kind is StopKind.GROUP:
             self.listening = not self.idle
-            step = Step.LISTEN if self.listening else Step.DETACH
+            step = ResumeStep.LISTEN if self.listening else ResumeStep.DETACH
         else:
             step = self._next(stop, new_cookie, reports)
-        return Verdict(step, reports=tuple(reports))
+        return StopVerdict(step, reports=tuple(reports))
 
-    def _next(self, stop: Stop, new_cookie: int, reports: list[Outcome]) -> Step:
+    def _next(self, stop: Stop, new_cookie: int, reports: list[Outcome]) -> ResumeStep:
         if not self.cookie and stop.ignored and not stop.blocked:
             reports += (Ignored(ao.id) for ao in self.fifo if isinstance(ao, SendAO))
             self.fifo = deque(forced for forced in self.fifo if isinstance(forced, ForceAR))
         if self.idle:
-            return Step.DETACH
+            return ResumeStep.DETACH
         if self.returns is not None and not self.arriving:
             self.phase = Phase.ENTER
-            return Step.INJECT
+            return ResumeStep.INJECT
         if not self.fifo or self.cookie or self.arriving:
-            return Step.CONT
+            return ResumeStep.CONT
         if isinstance(self.fifo[0], ForceAR) and (stop.blocked or stop.ignored):
             return self._force(new_cookie)
         if not stop.blocked:
             self.cookie = new_cookie
-            return Step.QUEUE
+            return ResumeStep.QUEUE
         if stop.pending:
             self.retry_at = 0.0  # the next tick sets the time
-            return Step.CONT
+            return ResumeStep.CONT
         self.phase = Phase.ENTER
-        return Step.INJECT
+        return ResumeStep.INJECT
 
-    def _force(self, new_cookie: int) -> Step:
+    def _force(self, new_cookie: int) -> ResumeStep:
         if self.is_default:
             self.cookie = new_cookie
-            return Step.FORCE
+            return ResumeStep.FORCE
         self.phase = Phase.ENTER
-        return Step.INJECT
+        return ResumeStep.INJECT

@@ -92,7 +92,7 @@ def mend_eintr(tid: int) -> None:
         ptrace.set_regs(tid, regs)
 
 
-class Call(NamedTuple):
+class InjectedCall(NamedTuple):
     """A system call: up to four arguments, of which ``PAYLOAD`` stands for the address of ``payload``."""
 
     number: int
@@ -103,23 +103,23 @@ class Call(NamedTuple):
 PAYLOAD = -1
 
 
-def queue_to_itself(status: ThreadStatus, sig: int, info: bytes) -> Call:
+def queue_to_itself(status: ThreadStatus, sig: int, info: bytes) -> InjectedCall:
     """rt_tgsigqueueinfo(2) by the thread to itself.
 
     Only a thread itself may queue a siginfo with si_code > 0, and sigtimedwait(2), signalfd(2) and a later
     unblocking find only a queued siginfo.
     """
-    return Call(ptrace.NR_RT_TGSIGQUEUEINFO, (status.ns_tgid, status.ns_tid, sig, PAYLOAD), info)
+    return InjectedCall(ptrace.NR_RT_TGSIGQUEUEINFO, (status.ns_tgid, status.ns_tid, sig, PAYLOAD), info)
 
 
-def default_action(sig: int) -> Call:
+def default_action(sig: int) -> InjectedCall:
     """rt_sigaction(2) with SIG_DFL: a ``struct sigaction`` of zeros, mask of 8 bytes."""
-    return Call(_NR_RT_SIGACTION, (sig, PAYLOAD, 0, 8), bytes(32))
+    return InjectedCall(_NR_RT_SIGACTION, (sig, PAYLOAD, 0, 8), bytes(32))
 
 
-def discard(address: int, length: int) -> Call:
+def discard(address: int, length: int) -> InjectedCall:
     """madvise(2): drop the private copies of ``length`` bytes, locked or not."""
-    return Call(_NR_MADVISE, (address, length, _MADV_DONTNEED_LOCKED, 0), b"")
+    return InjectedCall(_NR_MADVISE, (address, length, _MADV_DONTNEED_LOCKED, 0), b"")
 
 
 class Injection:
@@ -130,7 +130,7 @@ class Injection:
     SIGTRAP of a step is a forced signal, which would reset the disposition of a blocked or ignored SIGTRAP.
     """
 
-    def __init__(self, tid: int, status: ThreadStatus, call: Call) -> None:
+    def __init__(self, tid: int, status: ThreadStatus, call: InjectedCall) -> None:
         if _MACHINE != "x86_64":
             raise CannotInject(f"its SIGBUS is blocked, and there is no way around that on {_MACHINE}")
         regs = _get_regs(tid)
@@ -150,7 +150,7 @@ class Injection:
             self._restore_memory()
             raise
 
-    def _prepared(self, insn: int, call: Call) -> ctypes.Array[ctypes.c_uint64]:
+    def _prepared(self, insn: int, call: InjectedCall) -> ctypes.Array[ctypes.c_uint64]:
         regs = _Regs(*self._regs)
         regs[_RIP] = insn
         regs[_RAX] = call.number

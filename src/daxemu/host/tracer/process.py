@@ -5,9 +5,9 @@ kernel/signal.c. Only a ptrace tracer can give another process si_code > 0. ptra
 the tracer is a process: ``python -m daxemu.host.tracer.process FD``. FD is a SOCK_SEQPACKET socket, with the
 messages of ``tracer.messages``. The supervisor's side is ``tracer.link``.
 
-Purpose: the event loop, and all I/O (socket, waitpid, ptrace, clock). ``tracer.held_thread.Thread`` decides
-each stop, except in ordinary deliveries, which ``tracer.deliver_in_c`` carries out in C. The process imports
-little, because each mount has a tracer.
+Purpose: the event loop, and all I/O (socket, waitpid, ptrace, clock). ``tracer.held_thread.HeldThread``
+decides each stop, except in ordinary deliveries, which ``tracer.deliver_in_c`` carries out in C. The process
+imports little, because each mount has a tracer.
 
 States: serving; then, when the socket's other end has closed, letting every thread go, for a limited time.
 
@@ -41,7 +41,7 @@ from daxemu.host.proc.status import find as find_status
 from daxemu.host.tracer import injection, ptrace, siginfo
 from daxemu.host.tracer.beside import Besides
 from daxemu.host.tracer.deliver_in_c import Deliveries, Taken, Wait
-from daxemu.host.tracer.held_thread import Discard, Phase, Thread, Verdict
+from daxemu.host.tracer.held_thread import Discard, HeldThread, Phase, StopVerdict
 from daxemu.host.tracer.messages import (
     MAX_PACKET,
     MOST_IN_PACKET,
@@ -61,7 +61,7 @@ from daxemu.host.tracer.messages import (
     Send,
     SendAO,
 )
-from daxemu.host.tracer.ptrace import Kind, Step, Stop
+from daxemu.host.tracer.ptrace import ResumeStep, Stop, StopKind
 from daxemu.host.tracer.siginfo import SIGBUS_BIT
 
 _RETRY = 0.02  # seconds between looks at a pending SIGBUS: no event reports that signalfd(2) took the signal
@@ -74,14 +74,14 @@ _ENCODER = msgspec.json.Encoder()
 
 
 class Tracer:
-    """I/O around ``Thread``: socket, waitpid, ptrace, clock. ``is_beside``: for one victim alone."""
+    """I/O around ``HeldThread``: socket, waitpid, ptrace, clock. ``is_beside``: for one victim alone."""
 
     def __init__(self, sock: socket.socket, wakeup: int, *, is_beside: bool = False) -> None:
         self._is_beside = is_beside
         self._beside = Besides(lambda sock, wakeup: Tracer(sock, wakeup, is_beside=True))
         self._sock = sock
         self._wakeup = wakeup
-        self._threads: dict[int, Thread] = {}
+        self._threads: dict[int, HeldThread] = {}
         self._injections: dict[int, injection.Injection] = {}
         self._outbox: deque[Report] = deque()
         self._cookies = itertools.count(secrets.randbits(62) + 1)
@@ -184,7 +184,7 @@ class Tracer:
     def _take_over(self, taken: Taken) -> None:
         """Continue, in Python, a delivery whose stop was not the expected one."""
         request = taken.request
-        thread = self._threads[request.tid] = Thread(request.tid, interrupting=not taken.cookie)
+        thread = self._threads[request.tid] = HeldThread(request.tid, interrupting=not taken.cookie)
         thread.cookie = taken.cookie
         if taken.cookie:
             thread.send(request)
@@ -214,7 +214,7 @@ class Tracer:
         if request.tid not in self._threads and (refused := self._hold(request)) is not None:
             self._outbox.append(refused)
             return
-        thread = self._threads.setdefault(request.tid, Thread(request.tid))
+        thread = self._threads.setdefault(request.tid, HeldThread(request.tid))
         self._want(thread, request)
         if isinstance(request, ArmAR | ForceAR | Hold):
             self._outbox.append(ArmedAck(request.id))  # leaves after the thread was interrupted
@@ -243,13 +243,13 @@ class Tracer:
             self._outbox.append(outcome)
         self._on_wait(tid, status)
 
-    def _unpark(self, thread: Thread) -> None:
+    def _unpark(self, thread: HeldThread) -> None:
         """Let a parked thread go once no request asks for the thread any more."""
         if thread.parked is not None:
             status, thread.parked = thread.parked, None
             self._on_wait(thread.tid, status)
 
-    def _want(self, thread: Thread, request: ArmAR | Send | Hold, is_its: bool = True) -> None:
+    def _want(self, thread: HeldThread, request: ArmAR | Send | Hold, is_its: bool = True) -> None:
         """Add a request to a held thread. ``is_its``: the thread is the one that the request names."""
         if isinstance(request, ArmAR):
             thread.arm(request.id, time.monotonic() + request.timeout, request.page)
@@ -310,7 +310,7 @@ class Tracer:
                 raise
             self._drop(tid)
 
-    def _on_stop(self, thread: Thread, stop: Stop) -> None:
+    def _on_stop(self, thread: HeldThread, stop: Stop) -> None:
         if thread.arms and (info := stop.info) is not None:
             if info.is_bus_adrerr:
                 stop = stop._replace(page=file_pages.page_at(thread.tid, info.addr))
@@ -339,7 +339,7 @@ class Tracer:
             stop = stop._replace(pending=stop.pending or isinstance(dropped, Send))
         self._schedule(thread)
 
-    def _carry_out(self, thread: Thread, verdict: Verdict, kind: Kind) -> str | None:
+    def _carry_out(self, thread: HeldThread, verdict: StopVerdict, kind: StopKind) -> str | None:
         """Carry out a verdict. Return the reason if the signal cannot be sent; the thread is still stopped
         then.
         """
@@ -348,18 +348,18 @@ class Tracer:
             self._injections.pop(tid).undo()
         if verdict.kill:
             os.kill(tid, signal.SIGKILL)
-        if kind is Kind.TRAP:
+        if kind is StopKind.TRAP:
             injection.mend_eintr(tid)
         if verdict.info is not None:
             ptrace.set_siginfo(tid, verdict.info)
-        if step is Step.INJECT:
+        if step is ResumeStep.INJECT:
             try:
                 self._injections[tid] = injection.begin(tid, thread.to_inject)
             except injection.CannotInject as why:
                 return str(why)
-        if step is Step.FORCE:
+        if step is ResumeStep.FORCE:
             ptrace.unblock(tid, signal.SIGBUS)
-        if step in (Step.QUEUE, Step.FORCE):
+        if step in (ResumeStep.QUEUE, ResumeStep.FORCE):
             mark = siginfo.queued(signal.SIGBUS, thread.cookie)
             try:
                 ptrace.tgsigqueue(thread.fifo[0].tgid, tid, signal.SIGBUS, mark)
@@ -368,7 +368,7 @@ class Tracer:
         if verdict.interrupt:
             ptrace.interrupt(tid)
         ptrace.resume(tid, step, verdict.sig)
-        if step is Step.DETACH:
+        if step is ResumeStep.DETACH:
             del self._threads[tid]
         return None
 
@@ -398,12 +398,12 @@ class Tracer:
                 self._interrupt(thread)  # lost: the event stop detects the loss
             self._nudge(thread)
 
-    def _nudge(self, thread: Thread) -> None:
+    def _nudge(self, thread: HeldThread) -> None:
         if thread.wants_interrupt:
             self._interrupt(thread)
         self._schedule(thread)
 
-    def _interrupt(self, thread: Thread) -> None:
+    def _interrupt(self, thread: HeldThread) -> None:
         thread.interrupting = True
         try:
             ptrace.interrupt(thread.tid)
@@ -412,7 +412,7 @@ class Tracer:
                 raise
             self._drop(thread.tid)
 
-    def _schedule(self, thread: Thread) -> None:
+    def _schedule(self, thread: HeldThread) -> None:
         if thread.tid in self._threads:
             self._due = min(self._due, thread.deadline(), time.monotonic() + _SWEEP)
 

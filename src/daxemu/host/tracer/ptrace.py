@@ -194,7 +194,7 @@ def tgsigqueue(tgid: int, tid: int, sig: int, info: bytes) -> None:
         raise _fail(f"rt_tgsigqueueinfo {tid}")
 
 
-class Kind(Enum):
+class StopKind(Enum):
     """Reason for a stop."""
 
     SIGNAL = auto()  # signal-delivery-stop
@@ -206,7 +206,7 @@ class Kind(Enum):
 class Stop(NamedTuple):
     """A stop, with the state of SIGBUS in the thread."""
 
-    kind: Kind
+    kind: StopKind
     sig: int = 0
     info: SigInfo | None = None
     blocked: bool = False
@@ -216,17 +216,17 @@ class Stop(NamedTuple):
     page: FilePage | None = None  # page mapped at the fault address; None: no page, or not looked at
 
 
-def classify(status: int) -> tuple[Kind, int]:
+def classify(status: int) -> tuple[StopKind, int]:
     """Return the kind of stop, and the signal, of a waitpid(2) status (not of an EVENT_EXEC)."""
     sig = os.WSTOPSIG(status)
     if status >> 16 == EVENT_STOP:
-        return (Kind.TRAP if sig == SIGTRAP else Kind.GROUP), 0
+        return (StopKind.TRAP if sig == SIGTRAP else StopKind.GROUP), 0
     if sig == SYSCALL_STOP:
-        return Kind.SYSCALL, 0
-    return Kind.SIGNAL, sig
+        return StopKind.SYSCALL, 0
+    return StopKind.SIGNAL, sig
 
 
-class Step(Enum):
+class ResumeStep(Enum):
     """Way in which a stopped thread goes on."""
 
     CONT = auto()
@@ -238,13 +238,13 @@ class Step(Enum):
     SYSCALL = auto()
 
 
-def resume(tid: int, step: Step, sig: int) -> None:
+def resume(tid: int, step: ResumeStep, sig: int) -> None:
     """Let a stopped thread go on; ``sig`` as in ``cont``."""
-    if step is Step.DETACH:
+    if step is ResumeStep.DETACH:
         detach(tid, sig)
-    elif step is Step.LISTEN:
+    elif step is ResumeStep.LISTEN:
         listen(tid)
-    elif step in (Step.INJECT, Step.SYSCALL):
+    elif step in (ResumeStep.INJECT, ResumeStep.SYSCALL):
         cont_to_syscall(tid)
     else:
         cont(tid, sig)
@@ -265,7 +265,7 @@ def look(tid: int, wait_status: int, cookie: int) -> Stop:
     kind, sig = classify(wait_status)
     info = parse(get_siginfo(tid)) if sig == SIGBUS else None
     arrived = info is not None and info.is_queued_with(cookie)
-    if kind is Kind.SYSCALL or (kind is Kind.SIGNAL and (arrived or not cookie)):
+    if kind is StopKind.SYSCALL or (kind is StopKind.SIGNAL and (arrived or not cookie)):
         return Stop(kind, sig, info)
     held = status_of_held(tid)
     blocked, ignored, pending = (

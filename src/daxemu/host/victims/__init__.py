@@ -12,7 +12,10 @@ import importlib.machinery
 import os
 from pathlib import Path
 
-_VERSION = 1
+from daxemu.host.c_layout import REBUILD, refusal
+from daxemu.host.victims import structs
+
+_VERSION = 2
 _SWITCH = "DAXEMU_VICTIMS"
 
 
@@ -22,7 +25,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     paths = (Path(__file__).with_name(f"_victims{end}") for end in importlib.machinery.EXTENSION_SUFFIXES)
     path = next((path for path in paths if path.exists()), None)
     if path is None:
-        return None, "host/victims_*.c were not built: install gcc, then daxemu again"
+        return None, "host/victims/*.c were not built: install gcc, then daxemu again"
     try:
         loaded = ctypes.CDLL(str(path), use_errno=True)
         version = ctypes.c_int.in_dll(loaded, "daxemu_victims_version").value
@@ -30,7 +33,11 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"{path.name} cannot be loaded: {error}"
     if version != _VERSION:
         return None, f"{path.name} is of version {version}, not {_VERSION}: install daxemu again"
-    return loaded, None
+    try:
+        other = refusal(loaded, "daxemu_victims_layout", *structs.SHARED)
+    except ValueError as error:
+        other = f"{error}: {REBUILD}"
+    return (loaded, None) if other is None else (None, f"{path.name}: {other}")
 
 
 _library, MISSING = _load()

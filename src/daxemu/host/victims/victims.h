@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <sys/ioctl.h>
 
-#define VERSION 1
+#define VERSION 2
 #define PAGE_SHIFT 12
 
 /* -- victims/collect.c */
