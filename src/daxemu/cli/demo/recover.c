@@ -1,8 +1,8 @@
 /*
- * A program that survives bad memory: it maps a file, asks to be told early (PR_MCE_KILL_EARLY), and when told that a page
- * is lost writes that page anew from what it knows. Ordinary Linux code: nothing in it knows of daxemu.
+ * A program that survives poison: the program maps a file, requests early signals (PR_MCE_KILL_EARLY), and at a SIGBUS for a
+ * lost page rewrites the page with known data. Ordinary Linux code without any knowledge of daxemu.
  *
- * Usage: recover FILE PAGES      prints one line for each thing that happens; ends at end of input.
+ * Usage: recover FILE PAGES      prints one line for each event; ends at the end of input.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -25,12 +25,12 @@ static void on_sigbus(int sig, siginfo_t *info, void *context)
 	(void)sig;
 	(void)context;
 	if (info->si_code != BUS_MCEERR_AO)
-		_exit(2); /* it was consumed before we could mend it */
+		_exit(2); /* the page was consumed before the program could rewrite it */
 	lost_code = info->si_code;
 	lost_page = ((char *)info->si_addr - map) / PAGE;
 }
 
-/* What page i must hold: a real program would have a log, a replica or a parity block. */
+/* The right contents of page i. A real program would have a log, a replica or a parity block. */
 static void fill(char *page, int i)
 {
 	memset(page, 'a' + i % 26, PAGE);
@@ -72,7 +72,7 @@ int main(int argc, char **argv)
 				return 4;
 		}
 		printf("all %d pages are right\n", pages);
-		/* A handler interrupts read(2) with EINTR: then there is something to mend. */
+		/* A handler interrupts read(2) with EINTR: then a page must be rewritten. */
 		if (lost_page < 0 && read(0, line, sizeof(line)) == 0)
 			return 0;
 	}

@@ -1,6 +1,6 @@
 /*
- * Maps a file, touches every page, and prints each SIGBUS it gets. On a line "touch N" it reads page N.
- * Ordinary Linux code: nothing in it knows of daxemu.
+ * Maps a file, touches every page, and prints each SIGBUS. On a line "touch N" the program reads page N.
+ * Ordinary Linux code without any knowledge of daxemu.
  *
  * Usage: watch FILE PAGES [early]
  */

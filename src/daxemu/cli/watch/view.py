@@ -139,7 +139,7 @@ def _mappings(model: Model, rows: int) -> Panel:
             _text(model.path_of(each.ino)),
         )
     if not mapped:
-        grid.add_row("nobody", "", "")
+        grid.add_row("no process", "", "")
     return Panel(grid, title=f"mapped by: {len({each.pid for each in mapped})} processes", padding=0)
 
 
