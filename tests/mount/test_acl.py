@@ -98,7 +98,7 @@ def test_the_umask_counts_without_a_default_list(dax_mount: DaxMount) -> None:
 def test_a_writer_outside_of_the_group_clears_setgid(
     dax_mount: DaxMount, gid: int, groups: str, kept: bool
 ) -> None:
-    """As by chmod(2)."""
+    """setfacl clears the set-group-ID bit as chmod(2) does."""
     file = dax_mount.make_file("f", 1)
     os.chown(file, 4000, 4000)
     file.chmod(0o2755)
