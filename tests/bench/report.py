@@ -133,7 +133,7 @@ def record(line: Line) -> None:
 
 
 def number(value: float) -> str:
-    """Three digits, however large."""
+    """Return a number with three digits, however large."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -198,7 +198,7 @@ def regressions(old: Report, new: Report) -> list[str]:
 
 
 def page(report: Report) -> str:
-    """docs/performance-table.md."""
+    """Return the text of docs/performance-table.md."""
     return f"{HEAD}\nMeasured on: {report.machine}.\n{tables(report)}"
 
 

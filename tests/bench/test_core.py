@@ -97,7 +97,7 @@ def test_clone(rmap: tuple[Rmap, list[ExtentMap], float]) -> None:
 
 
 def fill(core: Core, files: int) -> None:
-    """``files`` files with a block each, a thousand in a directory."""
+    """Make ``files`` files with a block each, a thousand in a directory."""
     free = max(core.fs.allocator.free_ranges(), key=lambda run: run.length)
     core.fs.allocator.take(Range(free.start, free.start + files))
     for number in range(files):

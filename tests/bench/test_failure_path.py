@@ -136,7 +136,7 @@ def test_cost_that_a_thousand_idle_processes_add(tmp_path: Path) -> None:
 
 
 def removal(directory: Path, size: str, processes: int, files: int = 0) -> float:
-    """Milliseconds until a removal is answered."""
+    """Return the milliseconds until a removal is answered."""
     directory.mkdir()
     with dax_mount_at(directory, size) as made, ExitStack() as stack:
         made.make_file("f", 8)
@@ -161,7 +161,7 @@ def test_removal_6_tib_against_6_gib(tmp_path: Path) -> None:
 
 @contextmanager
 def many_open_files() -> Iterator[None]:
-    """Without the soft limit on open files."""
+    """Lift the soft limit on open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:

@@ -47,7 +47,7 @@ def mounts() -> Iterator[dict[str, DaxMount]]:
 
 
 def race(mounts: dict[str, DaxMount], name: str, unit: str, work: Callable[[Path], float]) -> None:
-    """Each strategy against none."""
+    """Measure each strategy against ``none``."""
     found = interleaved({each: lambda m=mount: work(m.path / "f") for each, mount in mounts.items()}, ROUNDS)  # type: ignore[misc]
     for strategy in STRATEGIES:
         if strategy != "none":

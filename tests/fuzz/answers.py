@@ -435,7 +435,7 @@ class Requests:
 
 
 def fuzz(seed: int, rounds: int) -> int:
-    """Ask ``rounds`` requests or bursts; how many requests C answered."""
+    """Send ``rounds`` requests or bursts; return the number of requests that C answered."""
     rng = random.Random(seed)
     answered = 0
     with Answers() as answers:

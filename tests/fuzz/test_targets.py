@@ -21,7 +21,7 @@ def test_seeds(name: str) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_mutations(name: str) -> None:
-    """Of short seeds: the deep ones cost a millisecond each."""
+    """Mutations of short seeds only: the deep seeds cost a millisecond each."""
     rng = random.Random(name)
     run, seeds, rounds = TARGETS[name]
     short = [seed for seed in seeds if len(seed) < 1000]

@@ -8,14 +8,14 @@ from daxemu.host import victims
 
 
 def without_c(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where host/victims_*.c were not built, here and in tracers started now."""
+    """Disable the C library, as where victims/*.c were not built, here and in tracers started from now on."""
     monkeypatch.setattr(victims, "MISSING", "for this test")
     monkeypatch.setenv("DAXEMU_VICTIMS", "python")
 
 
 @pytest.fixture(params=["C", "Python"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Either way."""
+    """Run the test with C and with Python."""
     if request.param == "Python":
         without_c(monkeypatch)
     elif victims.MISSING is not None:

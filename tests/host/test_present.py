@@ -122,7 +122,7 @@ def test_both_ways_find_the_same(
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("mappings", "pages"), [(65, 1), (1, 600)])
 def test_many_mappings_and_many_runs(file: Path, mappings: int, pages: int) -> None:
-    """More of either than C has room for is left to Python."""
+    """Python handles a process with more mappings, or more runs, than C has space for."""
     os.truncate(file, pages * PAGE)
     with ExitStack() as stack, file.open("r+b") as opened:
         for _ in range(mappings):

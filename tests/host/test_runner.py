@@ -182,7 +182,7 @@ except ChildProcessError:
 
 
 def test_the_helper_stays_for_a_daemon(here: Path) -> None:
-    """And holds no pipe open: the output ends with the command."""
+    """The helper holds no pipe open: the output ends with the command."""
     script = """
 if os.fork():
     os._exit(0)

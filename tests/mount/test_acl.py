@@ -95,10 +95,12 @@ def test_the_umask_counts_without_a_default_list(dax_mount: DaxMount) -> None:
 @pytest.mark.parametrize(
     ("gid", "groups", "kept"), [(4000, "4001", True), (4001, "4000", True), (4001, "4002", False)]
 )
-def test_a_writer_outside_of_the_group_clears_setgid(
+def test_setfacl_by_an_owner_outside_of_the_group_clears_setgid(
     dax_mount: DaxMount, gid: int, groups: str, kept: bool
 ) -> None:
-    """As by chmod(2)."""
+    """setfacl clears the set-group-ID bit as chmod(2) does: an owner outside of the file's group loses the
+    bit.
+    """
     file = dax_mount.make_file("f", 1)
     os.chown(file, 4000, 4000)
     file.chmod(0o2755)

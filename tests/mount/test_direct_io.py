@@ -42,7 +42,7 @@ class AsyncWriter:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
 
     def write(self, byte: bytes) -> None:
-        """All of the file."""
+        """Write the whole file."""
         self._buffer[:] = byte * SIZE
         raw = IOCB.pack(0, 0, 0, PWRITE, 0, self._fd, self._address, SIZE, 0, 0, 0, 0)
         iocb = ctypes.create_string_buffer(raw, len(raw))

@@ -176,7 +176,7 @@ def sizes(top: Path) -> None:
 def test_after_one_fsync_all_is_there(
     quick_mount: QuickMount, how: str, change: Callable[[Path], None]
 ) -> None:
-    """Of a directory, or of any file: more than POSIX asks for."""
+    """One fsync of a directory, or of any file, makes everything durable: more than POSIX asks for."""
     top = quick_mount.path
     for name in "abc":
         (top / name).write_bytes(name.encode() * 4 * PAGE)
@@ -237,7 +237,7 @@ def test_beyond_the_old_end_are_zeros(quick_mount: QuickMount, how: str) -> None
 
 
 def test_crash_after_crash(quick_mount: QuickMount, how: str) -> None:
-    """Each time a little is added, synced and kept."""
+    """Each round adds and syncs a little, which every later crash keeps."""
     top = quick_mount.path
     for i in range(6):
         (top / f"f{i}").write_bytes(bytes([65 + i]) * (i * 1000 + 1))

@@ -25,7 +25,7 @@ UNIFIED = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
 
 @contextmanager
 def frozen_v1(actor: Actor) -> Iterator[None]:
-    """In a frozen cgroup of version 1."""
+    """Freeze a process in a cgroup of version 1."""
     group = FREEZER / f"daxemu-test-{os.getpid()}"
     try:
         group.mkdir()
@@ -45,7 +45,7 @@ def frozen_v1(actor: Actor) -> Iterator[None]:
 
 @contextmanager
 def frozen_v2(actor: Actor) -> Iterator[None]:
-    """In a frozen cgroup of version 2."""
+    """Freeze a process in a cgroup of version 2."""
     home = next((root for root in UNIFIED if (root / "cgroup.procs").exists()), None)
     if home is None:
         pytest.skip("no cgroup of version 2 to be had")

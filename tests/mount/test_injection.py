@@ -78,7 +78,7 @@ def test_aligned_is_not_said_to_be_rounded(scene: Scene) -> None:
 
 
 def test_device_range(early: Scene) -> None:
-    """With the mountpoint for PATH, offsets are the device's."""
+    """With the mountpoint for PATH, offsets are device offsets."""
     p0 = early.mapper(touch=[BAD])
     offset = early.device_offset("f", BAD)
     result = early.mount.inject("", (offset, PAGE))

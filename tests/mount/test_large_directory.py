@@ -64,7 +64,7 @@ def test_renamed_while_it_is_listed(quick_mount: QuickMount) -> None:
 
 
 def test_rewound_it_is_listed_anew(quick_mount: QuickMount) -> None:
-    """rewinddir(3), which os.listdir() of a descriptor ends with."""
+    """os.listdir() of a descriptor ends with rewinddir(3)."""
     directory = quick_mount.path / "rewound"
     directory.mkdir()
     fd = os.open(directory, os.O_RDONLY)

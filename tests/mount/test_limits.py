@@ -119,7 +119,7 @@ def inject_many(client: Client, mount: QuickMount) -> None:
 
 
 def inject_latent_and_scrub(client: Client, mount: QuickMount) -> None:
-    """Latent poison, found by a scrub."""
+    """Inject latent poison, and find all of it by a scrub."""
     client.request("inject", ranges=_ranges(), latent=True)
     assert client.request("scrub")["bytes"] == BAD * 512
 
@@ -146,7 +146,7 @@ def list_and_clear_many(client: Client, mount: QuickMount) -> None:
 
 
 def clear_a_gib(client: Client, mount: QuickMount) -> None:
-    """1 GiB of a file, bad in one piece."""
+    """Clear 1 GiB of a file, poisoned in one piece."""
     path = _of_a_gib(mount)
     client.request("inject", ino=_ino(path), ranges=[[0, GIB]])
     assert client.request("clear", ino=_ino(path), ranges=[[0, GIB]])["bytes"] == GIB
@@ -233,7 +233,7 @@ def allocate_more_than_there_is(client: Client, mount: QuickMount) -> None:
 
 
 def corrupt_silently(client: Client, mount: QuickMount) -> None:
-    """250 MB of a file corrupted without poison."""
+    """Corrupt 250 MB of a file without poison."""
     path = _of_a_gib(mount)
     client.request("inject", ino=_ino(path), ranges=[[0, 250_000_000]], silent=True, seed=3)
     assert 0 not in path.open("rb").read(1 << 20)

@@ -121,7 +121,7 @@ def test_both_copies_of_a_page(damaged: Damaged) -> None:
 @pytest.mark.parametrize("quick_mount", [32 << 20], indirect=True)
 @pytest.mark.parametrize("replica", [0, 1])
 def test_every_copy_of_one_kind(damaged: Damaged, replica: int) -> None:
-    """Half of all metadata, and a superblock."""
+    """Poison hits half of all metadata, and a superblock."""
     offsets = [page.offsets[replica] for page in damaged.pages]
     poison(damaged.device, *offsets, superblocks(damaged.device)[replica])
     assert len(damaged.mount.fsck().wrong) == len(offsets) + 1

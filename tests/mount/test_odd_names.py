@@ -108,7 +108,9 @@ def harmless(*arguments: str | bytes | Path, status: int = 0) -> str:
 
 
 def test_hostile_names_in_every_verb_that_prints_names(tmp_path: Path) -> None:
-    """Of DEVICE, mountpoint, file, process, setting: none acts on a terminal, forges a line or is HTML."""
+    """No name of a DEVICE, mountpoint, file, process or setting acts on a terminal, forges a line or
+    is HTML.
+    """
     device = b"/dev/shm/daxemu-odd-%d-" % os.getpid() + HOSTILE
     mnt = os.fsencode(tmp_path) + b"/" + HOSTILE
     file = mnt + b"/" + HOSTILE

@@ -35,7 +35,7 @@ class Overlay(NamedTuple):
 
 @pytest.fixture
 def overlay(quick_mount: QuickMount, tmp_path: Path) -> Iterator[Overlay]:
-    """Below are the file ``f`` and the directory ``d`` with ``d/g``."""
+    """Overlay on a lower directory with the file ``f`` and the directory ``d`` with ``d/g``."""
     lower, top = tmp_path / "lower", tmp_path / "merged"
     upper, work = quick_mount.path / "upper", quick_mount.path / "work"
     for directory in (lower, lower / "d", top, upper, work):

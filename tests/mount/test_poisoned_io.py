@@ -224,7 +224,7 @@ def test_buffer_in_the_poisoned_page(scene: Scene, tmp_path: Path) -> None:
 
 
 def test_buffer_of_another_process(scene: Scene) -> None:
-    """process_vm_readv and _writev."""
+    """process_vm_readv(2) and process_vm_writev(2) over poison of another process."""
     p0, p1 = scene.mapper("p0", touch=[BAD]), scene.actor("p1")
     scene.poison(BAD)
     for verb in ("pvmread", "pvmwrite"):

@@ -132,7 +132,7 @@ def test_a_traced_process_is_killed_before_a_load_of_the_zeros(scene: Scene, kin
     ],
 )
 def test_other_users_of_get_user_pages_fail(scene: Scene, command: str, errnos: set[str], state: str) -> None:
-    """madvise(MADV_POPULATE_READ, _WRITE), a direct read into the mapping, vmsplice(2), io_uring."""
+    """madvise(MADV_POPULATE_READ, _WRITE), a direct read into the mapping, vmsplice(2) and io_uring fail."""
     scene.mount.make_file("g", 2)
     p0 = scene.mapper(before=["open 1 g direct"])
     if state == "removed":

@@ -81,7 +81,9 @@ def test_everything_at_once(quick_mount: QuickMount, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["remove", "umount"])
 def test_the_end_comes_meanwhile(quick_mount: QuickMount, tmp_path: Path, how: str) -> None:
-    """Surprise removal, or ``umount --force``, in the midst of failures; each time another mount."""
+    """The mount ends by surprise removal, or ``umount --force``, in the midst of failures; then a new mount
+    begins.
+    """
     rng = random.Random(SEED)
     deadline, ends = time.monotonic() + SECONDS, 0
     quick_mount.umount()

@@ -71,7 +71,7 @@ class Gate:
         self.strategy.write_text(code)
 
     def let_one_pass(self) -> None:
-        """Let the strategy see to one piece more."""
+        """Let the strategy process one further piece."""
         if self._file.exists():
             with self._file.open("ab") as file:
                 file.write(b"x")
@@ -184,7 +184,7 @@ def test_a_block_that_fails_before_its_copy_is_lost_and_no_other(
 
 @pytest.mark.parametrize("how", ["kill", "remount", "powerfail"])
 def test_the_mount_ends_meanwhile(written: QuickMount, gate: Gate, slow: Path, how: str) -> None:
-    """Half of a copy is no copy: the next mount begins anew."""
+    """An incomplete copy is of no use: the next mount begins anew."""
     expected = (written.path / "f").read_bytes()
     with (written.path / "f").open("rb") as file:
         os.fsync(file.fileno())

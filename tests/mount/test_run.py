@@ -160,7 +160,7 @@ def test_programs(scene: Scene, how: str, name: str) -> None:
 
 
 def test_plain_file_two_processes(scene: Scene) -> None:
-    """xfs/550."""
+    """xfs/550: the failure of an unshared file reaches both processes."""
     assert sorted(poisoner(scene, "sharers", "f", 3, "f", 3)) == [
         "child: code 4 page 3 lsb 12 caller",
         "child: madvise 0",

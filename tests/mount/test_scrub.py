@@ -67,7 +67,7 @@ def test_a_requested_scrub_reports_each_page_once(scene: Scene) -> None:
 
 
 def test_a_device_that_was_removed_is_scrubbed_no_more(scene: Scene) -> None:
-    """And the mount ends as any other."""
+    """After a removal no scrub runs, and the mount ends without an error."""
     scene.set(scrub_interval=OFTEN)
     scene.mount.inject("f", (BAD * PAGE, PAGE), latent=True)
     wait_for(scene.mount, "ScrubFound", 1)

@@ -67,7 +67,9 @@ class Reader(threading.Thread):
 
 
 def test_silent_corruption_of_300_mib_beside_a_reader(dax_mount: DaxMount) -> None:
-    """More bytes than random.randbytes() gives at once; the reader goes on, the bytes are the seed's."""
+    """random.randbytes() cannot return so many bytes at once; the reader goes on, and the bytes follow from
+    the seed.
+    """
     small = dax_mount.make_file("small", 1)
     big = dax_mount.path / "big"
     with big.open("wb") as file:

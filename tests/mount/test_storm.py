@@ -248,7 +248,7 @@ def refuses_to_be_read(actor: Actor, page: int) -> bool:
 
 
 def try_poison(mount: DaxMount, ino: int, *pages: int) -> None:
-    """Into all of the pages, or, when the file has become too short, into none."""
+    """Inject into all of the pages or, once the file has become too short, into none."""
     with mount.client() as client:
         try:
             client.request("inject", ino=ino, ranges=[[page * PAGE, PAGE] for page in pages])

@@ -140,7 +140,7 @@ def test_an_exchange_has_one_deadline_and_a_limit(
 
 
 def test_connecting_has_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a full backlog connect(2) waits."""
+    """With a full backlog connect(2) blocks."""
     monkeypatch.setattr("daxemu.client.connection.CONNECT_PATIENCE", 0.5)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "control.sock"))

@@ -92,7 +92,7 @@ def user(node: None) -> Iterator[User]:
 
 
 def test_the_demo_keeps_its_promises(user: User) -> None:
-    """Exact AO and AR, reflinks found in other processes, removal."""
+    """The demo shows exact AO and AR, reflinks found in other processes, and removal."""
     result = json.loads(user(*user.daxemu, "demo", "--json"))
     assert result["kept"], result
 
@@ -133,7 +133,7 @@ def test_settings_status_and_log(user: User) -> None:
 
 
 def test_run(user: User) -> None:
-    """His program's madvise(MADV_HWPOISON)."""
+    """madvise(MADV_HWPOISON) of the user's program works."""
     said = user(*user.daxemu, "run", user.mnt, "--", compile_victim("poisoner"), "load", "mnt/f", "1")
     assert "main: code 4 page 1 lsb 12" in said
 
@@ -153,7 +153,9 @@ print(signal.sigwaitinfo([signal.SIGBUS]).si_code)
 
 
 def test_a_process_that_stored_to_an_unlinked_file_is_remembered(user: User) -> None:
-    """Without root no file handle: the page is revoked to be written back, and the process signalled."""
+    """Without root no file handle can be opened: the page is revoked to be written back, and the process
+    signalled.
+    """
     user.dax("set", user.mnt, "early_kill=1")
     command = [*NOBODY, SYSTEM_PYTHON, "-c", STORE_TO_AN_UNLINKED_FILE]
     with subprocess.Popen(command, cwd=user.home, stdout=subprocess.PIPE, text=True) as process:

@@ -61,7 +61,7 @@ def test_an_unexpected_exception_costs_the_request_alone(tmp_path: Path) -> None
 
 
 def test_a_follower_that_hangs_up_is_noticed_without_an_event(tmp_path: Path) -> None:
-    """As many as a user may have, again and again: none is left over."""
+    """As many followers as a user may have hang up, again and again: no connection is left over."""
 
     async def scenario(server: Server) -> None:
         limit = connections_of_a_user()

@@ -19,7 +19,7 @@ class Tree:
 
 
 def look(top: Path) -> Tree:
-    """Every name below ``top``."""
+    """Return every name below ``top``."""
     data: dict[str, bytes | None] = {}
     inodes: dict[str, int | None] = {}
     for directory, subdirectories, files in os.walk(top):

@@ -75,7 +75,7 @@ class Core:
             self.drop_pmem()
 
     def drop_pmem(self) -> None:
-        """Let go of media and lock; a failed test's traceback may still hold views of the media."""
+        """Release media and lock; a failed test's traceback may still hold views of the media."""
         try:
             self.pmem.close()
         finally:

@@ -109,7 +109,7 @@ def stale_pages(image: Image) -> None:
 
 
 def bad_superblocks(image: Image) -> None:
-    """Noise in one or both, zeros, or one of an earlier mount."""
+    """Noise in one superblock or both, zeros, or a superblock of an earlier mount."""
     draw, supers = image.random, image.pristine.supers
     if draw.random() < 0.3:
         offset = draw.choice(supers)
@@ -131,7 +131,7 @@ def sealed_noise(image: Image) -> None:
 
 
 def values(image: Image) -> None:
-    """Any column of any row, through SQL."""
+    """Change any column of any row, through SQL."""
     image.is_sealed = True
     draw = image.random
     numbers = [-1, 0, 1, 2, 3, 4, 5, 1 << 31, 1 << 40, 1 << 62, (1 << 63) - 1, -(1 << 63), 0o40755, 0o120777]
@@ -157,7 +157,7 @@ def values(image: Image) -> None:
 
 
 def schema(image: Image) -> None:
-    """Other tables, triggers, views, whole tables changed."""
+    """Change tables, triggers or views, or whole tables."""
     image.is_sealed = True
     run_sql(image.path, [(image.random.choice(SCHEMA_CHANGES), ())])
 

@@ -21,7 +21,7 @@ class Repairing:
         self.attach(after_crash=False)
 
     def choose(self, strategy: str) -> None:
-        """Another one from now on."""
+        """Change the strategy."""
         self.strategy = strategy
         for _ in self.repairs.choose(strategy):
             pass
@@ -54,7 +54,7 @@ class Repairing:
         return found[0] if found else None
 
     def corrupt(self, offset: int, length: int, seed: int = 0) -> None:
-        """Bytes of the device change, silently."""
+        """Change bytes of the device silently."""
         corrupt(self.core.pmem, offset, length, seed)
 
     def at(self, ino: Ino, offset: int) -> int:

@@ -50,11 +50,11 @@ class Terminal:
         os.write(self._ours, keys.encode())
 
     def wait_for(self, text: str) -> None:
-        """Until ``text`` is somewhere on the screen."""
+        """Wait until ``text`` is somewhere on the screen."""
         self._wait(lambda: text in "\n".join(self.lines), repr(text))
 
     def wait_for_not(self, text: str) -> None:
-        """Until ``text`` is nowhere on the screen."""
+        """Wait until ``text`` is nowhere on the screen."""
         self._wait(lambda: text not in "\n".join(self.lines), f"the end of {text!r}")
 
     def _wait(self, done: Callable[[], bool], what: str) -> None:
