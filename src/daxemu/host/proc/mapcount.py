@@ -54,7 +54,7 @@ class Mms:
         self.pids = [pid for at, pid in enumerate(ordered) if not at or _order(ordered[at - 1], pid)]
 
     def living_in(self, pids: Sequence[int]) -> list[int]:
-        """Return the processes of ``pids`` in one of the address spaces, and any that kcmp(2) cannot compare."""
+        """Return the processes of ``pids`` in one of the address spaces, and any not comparable."""
         found: list[int] = []
         # All are looked for at once: each turn compares one address space with those that it divides.
         todo = [(0, len(self.pids), pids)]

@@ -54,8 +54,8 @@ def mounts(process: int | str = "self") -> list[Mount]:
 
 
 def _parse(line: bytes) -> Mount | None:
-    """Parse one line of mountinfo. Split at single spaces: the kernel escapes those within a field, but no other
-    character that Python takes for a space.
+    """Parse one line of mountinfo. Split at single spaces: the kernel escapes those within a field,
+    but no other character that Python takes for a space.
     """
     fields = os.fsdecode(line).rstrip("\n").split(" ")
     fs_type, escaped, options = fields[fields.index("-") + 1 :][:3]
