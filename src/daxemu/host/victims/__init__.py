@@ -1,8 +1,9 @@
 """The hot loops of a failure in C: victims/collect.c looks at many processes in one call, victims/deliver.c
 signals many threads.
 
-Each answers for what is ordinary, and leaves everything else to Python, which can do all of it: without the C
-nothing is missing but speed. DAXEMU_VICTIMS=python in the environment leaves it aside.
+The C serves the ordinary case and hands every other case to Python, which can serve all: without the C, only
+speed is lost. DAXEMU_VICTIMS=python in the environment turns the C off. docs/performance.md has the gain of
+each part.
 """
 
 from __future__ import annotations
