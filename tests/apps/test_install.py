@@ -70,7 +70,7 @@ def test_an_absent_program_is_shown_as_absent(monkeypatch: pytest.MonkeyPatch) -
     (cell,) = wanted(["sqlite3"], ["late"])
     assert cell.why_not == "absent: sqlite3"
     said = daxemu("apps", "--only", "sqlite3", "--situation", "late", status=8)
-    assert said == "daxemu: sqlite3: absent: sqlite3; for what is absent: daxemu apps --install\n"
+    assert said == "daxemu: sqlite3: absent: sqlite3; to install absent programs: daxemu apps --install\n"
 
 
 def test_every_program_has_a_unique_name_and_needs() -> None:

@@ -64,9 +64,7 @@ def bare(tmp_path: Path) -> Iterator[BareMount]:
 
 def test_status_names_the_missing_parts(bare: BareMount) -> None:
     assert "supplement.c was not built" in bare.json("status", bare.path)["supplement"]
-    assert "supplement  host/fuse/supplement.c was not built: install libfuse3-dev" in bare.run(
-        "status", bare.path
-    )
+    assert "supplement  supplement.c was not built: install libfuse3-dev" in bare.run("status", bare.path)
 
 
 def test_the_operations_that_are_missing(bare: BareMount) -> None:

@@ -10,7 +10,7 @@ from daxemu.fs.extents import ExtentMap
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SIZE, Block
-from daxemu.units import DIV_ROUND_UP, blocks_of_sectors, byte_span, bytes_of_blocks
+from daxemu.units import DIV_ROUND_UP, PFN_PHYS, blocks_of_sectors, byte_span, bytes_of_blocks
 
 DRAIN_RUNS = 256
 """Runs of settled blocks that become free in one step: 5 ms."""
@@ -266,12 +266,14 @@ class Allocator:
             self.on_settle()
 
     def drain(self, runs: int = DRAIN_RUNS, blocks: int = DRAIN_BLOCKS) -> bool:
-        """Free up to ``blocks`` settled blocks in ``runs`` runs. Return True if any are left.
+        """Free settled blocks: at most ``runs`` runs, and ``blocks`` blocks with memory. Return True if any
+        are left.
 
         Blocks that are left keep memory and contents, and have no owner.
         """
         while self._settled and runs > 0 and blocks > 0:
-            run = self._settled.pop(blocks)
+            start, length = byte_span(next(iter(self._settled)))
+            run = self._settled.pop(self._dax.discard_limit(start, length, PFN_PHYS(blocks)) // PAGE_SIZE)
             self._bad_later -= _common(self._bad, run)
             self._give_back(run)
             runs, blocks = runs - 1, blocks - run.length

@@ -254,6 +254,18 @@ class DaxDevice:
         self._check(offset, length)
         self._media.reserve(self._data_offset + offset, length)
 
+    def discard_limit(self, offset: int, length: int, step: int) -> int:
+        """Return how many bytes of the range one :meth:`discard` may take, so that at most ``step`` bytes of
+        memory are given back. The range may be terabytes without memory.
+        """
+        limit = step
+        while limit < length:
+            pages = self._media.count_pages(self._data_offset + offset, min(2 * limit, length))
+            if pages is None or pages * PAGE_SIZE > step:
+                return limit
+            limit *= 2
+        return length
+
     def discard(self, offset: int, length: int) -> None:
         """Give the memory of the range back. After the next reserve, the range reads as zeros."""
         if self.alive:

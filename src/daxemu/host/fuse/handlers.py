@@ -52,6 +52,6 @@ def contained(
 
 
 async def in_pieces(steps: Iterable[object]) -> None:
-    """Go through ``steps``; the tasks that wait have their turn in between."""
+    """Run ``steps``, with a checkpoint after each."""
     for _ in steps:
         await trio.lowlevel.checkpoint()

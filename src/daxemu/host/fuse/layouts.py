@@ -28,23 +28,23 @@ FOREVER = 1_000_000
 
 
 class Deeds(Protocol):
-    """Who is told what was done for him."""
+    """Receiver of the requests that C answered."""
 
     def wrote(self, ino: Ino, time_ns: int) -> None:
-        """A file was written to, last at that time since the epoch."""
+        """A file was written to, last at ``time_ns``: nanoseconds since the epoch."""
 
     def grew(self, ino: Ino, size: int) -> None:
-        """A file that was written to is that long now."""
+        """A write made a file ``size`` bytes long."""
 
     def released(self, fh: int) -> None:
         """A file handle was closed."""
 
     def forgot(self, ino: Ino, count: int) -> None:
-        """The kernel forgot an inode that it had looked up so often."""
+        """The kernel forgot ``count`` lookups of an inode."""
 
 
 class LayoutTable:
-    """The layouts that C has (``fs.layouts.LayoutOps``)."""
+    """Layouts held by C (``fs.layouts.LayoutOps``)."""
 
     def __init__(self, memory: Memory, deeds: Deeds) -> None:
         """Precondition: all layouts are broken before ``memory``, the device's, goes."""
@@ -71,7 +71,7 @@ class LayoutTable:
 
     @property
     def answered(self) -> int:
-        """How many requests were answered without Python."""
+        """Number of requests answered without Python."""
         return self._answered.value
 
     def _on_noted(self, notes: ctypes.Array[RawNote], count: int) -> None:
@@ -115,7 +115,7 @@ class LayoutTable:
 
 
 def _attr_out(inode: Inode) -> bytes:
-    """``struct fuse_attr_out``, as Operations and libfuse would answer."""
+    """Return ``struct fuse_attr_out`` with the bytes that Operations and libfuse answer."""
     atime, atimensec = divmod(inode.atime, _SECOND)
     mtime, mtimensec = divmod(inode.mtime, _SECOND)
     ctime, ctimensec = divmod(inode.ctime, _SECOND)

@@ -1,8 +1,8 @@
 """pyfuse3's main loop without a turn through trio's for every request.
 
-To trio, each request is a wait for /dev/fuse and a lock taken, both of which run everybody else first: twice
-what it costs to answer most. So pyfuse3 is given a lock and a wait of ours. While requests follow one another
-they are answered in a row; other tasks have their turn every BURST, or once nothing comes for LINGER.
+To trio, each request is a wait for /dev/fuse and a lock taken. Both run all other tasks first, which costs
+twice as much as most answers. So daxemu lends pyfuse3 a lock and a wait. Consecutive requests are answered in
+a row; other tasks run every BURST, or once no request comes for LINGER.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from daxemu.host.fuse.supplement import READS, library
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
 
 BURST = 1_000_000
-"""Nanoseconds of requests after which other tasks have their turn."""
+"""Nanoseconds of requests after which other tasks run."""
 LINGER = 100_000
 """Nanoseconds that the event loop waits for the next request alone."""
 SPIN = 20_000
-"""Nanoseconds of which it does not sleep, where there is another processor for who will ask."""
+"""Nanoseconds of LINGER without sleep, on a machine with another processor for the client."""
 FD_SETSIZE = 1024
 """select(2) takes descriptors below this."""
 
 
 class ReadLock:
-    """A lock that is free at once for who has just released it: no handing over, no turn of the loop."""
+    """Lock that the task that released it can take again at once: no handing over, no turn of the loop."""
 
     def __init__(self) -> None:
         self._held = False
         self._lot = trio.lowlevel.ParkingLot()
         self.waiting = 0
-        """Tasks that wait for it: one of them goes on reading when this one has to wait while it answers."""
+        """Tasks that wait for the lock: one of them reads on when the holder waits during an answer."""
 
     async def __aenter__(self) -> None:
         self.waiting += 1
@@ -56,7 +56,7 @@ class ReadLock:
 
 
 class FuseLoop:
-    """What pyfuse3's session needs of trio."""
+    """Lock and wait that pyfuse3's session uses instead of trio's."""
 
     def __init__(self) -> None:
         self.lock = ReadLock()
@@ -75,7 +75,7 @@ class FuseLoop:
         self._burst_ends.value = time.monotonic_ns() + BURST
 
     async def wait_readable(self, fd: int) -> None:
-        """``trio.lowlevel.wait_readable``, but a request that is there or comes soon is no reason to wait."""
+        """``trio.lowlevel.wait_readable``, without a wait for a request that is present or comes soon."""
         # With nobody to go on reading while this task waits for something else, let one come.
         if not self.lock.waiting or time.monotonic_ns() >= self._burst_ends.value:
             await trio.lowlevel.checkpoint()
@@ -86,7 +86,7 @@ class FuseLoop:
             self._begin_burst()
 
     def _comes_soon(self, fd: int) -> bool:
-        """Whether to go on reading: answers.c waits by itself, and says when it was for nothing."""
+        """Return whether to read on: answers.c waits by itself, and reports a wait in vain."""
         if READS:
             return True
         return fd < FD_SETSIZE and bool(select.select((fd,), (), (), LINGER / 1e9)[0])

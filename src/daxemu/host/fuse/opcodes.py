@@ -1,7 +1,7 @@
 """Table of FUSE requests: opcode -> the part that answers (uapi/linux/fuse.h, enum fuse_opcode).
 
-``make protocol`` makes docs/fuse-requests.md of this table; tests/host/test_opcodes.py compares it with
-the registered handlers.
+``make protocol`` makes docs/fuse-requests.md of this table; tests/host/test_opcodes.py compares the
+table with the registered handlers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class ServedBy(Enum):
 class FuseRequest(NamedTuple):
     """One opcode. ``handler``: the method that answers. ``in_c``: what answers.c does with the request first.
 
-    ``error``: errno of the answer where no part serves the request; libfuse gives it, or pyfuse3's default
-    handler.
+    ``error``: errno of the answer where no part serves the request, from libfuse or from
+    pyfuse3's default handler.
     """
 
     number: int

@@ -1,4 +1,4 @@
-"""All that daxemu uses of pyfuse3 and libfuse beyond their documented interfaces.
+"""Uses of pyfuse3 and libfuse beyond the documented interfaces.
 
 - pyfuse3 looks up ``trio`` among its own globals when ``main()`` runs: ``trio.Lock`` once, and
   ``trio.lowlevel.wait_readable`` before each read of /dev/fuse. :func:`lent_to_pyfuse3` replaces both.

@@ -1,4 +1,4 @@
-"""Who has pages of a file present: many processes in one call of C (victims/collect.c)."""
+"""Pages of a file present in many processes, in one call of C (victims/collect.c)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A process that has some of what is wanted. ``comm`` is its name, ``flags`` are its leader's."""
+    """Process with wanted pages present. ``comm``: name; ``flags``: PF_* of the leader."""
 
     pid: int
     comm: bytes
@@ -44,10 +44,10 @@ class Found(NamedTuple):
 def collect(
     pids: Sequence[int], dev: tuple[int, int], wanted: Mapping[Ino, Sequence[Range]]
 ) -> list[Found | int]:
-    """The processes of ``pids`` that have pages of ``wanted`` present; those that must be looked at more
-    closely as numbers. With nothing ``wanted`` that is everybody who maps a file of ``dev``.
+    """Return the processes of ``pids`` with pages of ``wanted`` present; a number is a process that Python
+    must look at. With ``wanted`` empty, return the number of each process that maps a file of ``dev``.
 
-    Many are looked at on all processors at once: no two share a lock. Precondition: the C is not MISSING.
+    Many processes are divided among all processors. Precondition: victims.MISSING is None.
     """
     ranges = b"".join(WANTED.pack(ino, *pages) for ino, each in wanted.items() for pages in each)
     parts = min(len(os.sched_getaffinity(0)), len(pids) // _ENOUGH)

@@ -1,4 +1,4 @@
-"""Which process holds a device's lock: /proc/locks.
+"""Holder of a device's lock: /proc/locks.
 
 umount(8) returns before the supervisor has saved. Whoever wants the device next waits for it here.
 """
@@ -65,7 +65,7 @@ def end_holder(mount: Mount, deadline: Deadline, kill_patience: float) -> bool:
 
 
 def _uid_of(pid: int) -> int | None:
-    """The effective uid of a process."""
+    """Return the effective uid of a process; None for a process that is gone."""
     try:
         return status.read(pid).euid
     except OSError:

@@ -1,8 +1,8 @@
-"""Whether everybody who has a page mapped is found: the kernel counts the mappings of each page frame.
+"""Proof that all processes with a page mapped were found: the kernel counts the mappings of each page frame.
 
-Counterpart in Linux: page_mapcount(), which rmap_walk() stops by. /proc/kpagecount shows it to root. Where it
-says as many as were found, nobody else needs to be looked at, but for processes that share their memory with
-one that was found (CLONE_VM without CLONE_THREAD): such memory counts once, and kcmp(2) tells who they are.
+Counterpart in Linux: page_mapcount(), at which rmap_walk() stops. /proc/kpagecount shows the count to root.
+If the count equals the mappings found, no other process has the page, except processes that share the memory
+of a found process (CLONE_VM without CLONE_THREAD): shared memory counts once, and kcmp(2) finds the sharers.
 
 Purpose: no victim is missed for it. Whatever cannot be seen, or is not as clear as this, says "not all".
 """
@@ -26,7 +26,7 @@ from daxemu.ranges import Range
 from daxemu.uapi import Ino
 
 MAX_PAGES = 64
-"""Of larger failures each process is looked at: to compare every page of each would take longer."""
+"""Pages of a failure up to which counts are compared; for larger ones the walk of all processes is faster."""
 
 _NR_KCMP = {"x86_64": 312, "aarch64": 272}.get(platform.machine(), -1)
 _KCMP_VM = 1  # uapi/linux/kcmp.h
@@ -36,14 +36,14 @@ _EQUAL, _LESS, _GREATER = 0, 1, 2
 _KPF_COMPOUND = 1 << 15 | 1 << 16  # of a large folio some kernels only know the average
 
 _Frames = dict[tuple[Ino, int], Counter[int]]
-"""By page of a file: the frames that show it, with how many mappings of each were found."""
+"""By page of a file: its frames, with the number of mappings found of each."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 
 class _Unclear(Exception):
-    """Look at everybody."""
+    """The counts prove nothing: look at all processes."""
 
 
 class Mms:
@@ -54,7 +54,7 @@ class Mms:
         self.pids = [pid for at, pid in enumerate(ordered) if not at or _order(ordered[at - 1], pid)]
 
     def living_in(self, pids: Sequence[int]) -> list[int]:
-        """Those of ``pids`` who live in one of them, and those of whom that cannot be seen."""
+        """Return the processes of ``pids`` in one of the address spaces, and any not comparable."""
         found: list[int] = []
         # All are looked for at once: each turn compares one address space with those that it divides.
         todo = [(0, len(self.pids), pids)]
@@ -78,7 +78,7 @@ def _order(one: int, other: int) -> int:
 
 
 def _compare(one: int, others: Sequence[int]) -> Sequence[int]:
-    """kcmp(2) of the address spaces of ``one`` and of each other process."""
+    """Return kcmp(2) of the address spaces of ``one`` and of each other process."""
     if victims.MISSING is not None:
         return [_libc.syscall(_NR_KCMP, one, other, _KCMP_VM, 0, 0) for other in others]
     orders = array("i", others)
@@ -88,8 +88,8 @@ def _compare(one: int, others: Sequence[int]) -> Sequence[int]:
 
 
 def all_found(tasks: Sequence[Task], wanted: Mapping[Ino, Sequence[Range]]) -> Mms | None:
-    """The address spaces of ``tasks``, if nobody else has a ``wanted`` page present; None if that is not
-    certain.
+    """Return the address spaces of ``tasks`` if no other process has a ``wanted`` page present; None if
+    that is not certain.
     """
     if not tasks or sum(pages.length for ranges in wanted.values() for pages in ranges) > MAX_PAGES:
         return None

@@ -1,4 +1,4 @@
-"""Which daxemu mounts there are, and which one a path is on: /proc/self/mountinfo.
+"""The daxemu mounts, and the mount that a path is on: /proc/self/mountinfo.
 
 Nothing here touches a mount, so nothing here can hang on one. Standard library only, for the client.
 """
@@ -19,7 +19,7 @@ _MAX_LINKS = 40  # as the kernel's MAXSYMLINKS
 
 
 class Mount(NamedTuple):
-    """One daxemu mount. ``dev`` is what st_dev and /proc/PID/maps show of its files: (major, minor).
+    """One daxemu mount. ``dev``: (major, minor) of its files in st_dev and /proc/PID/maps.
     ``owner``: the uid that the kernel says has mounted (``user_id=``); None: not known.
     """
 
@@ -54,8 +54,8 @@ def mounts(process: int | str = "self") -> list[Mount]:
 
 
 def _parse(line: bytes) -> Mount | None:
-    """One line of mountinfo. Split at single spaces: the kernel escapes those within a field, but no other
-    character that Python takes for a space.
+    """Parse one line of mountinfo. Split at single spaces: the kernel escapes those within a field,
+    but no other character that Python takes for a space.
     """
     fields = os.fsdecode(line).rstrip("\n").split(" ")
     fs_type, escaped, options = fields[fields.index("-") + 1 :][:3]

@@ -1,9 +1,8 @@
-"""Who maps what: the processes of this machine as /proc shows them (the kernel's walk over i_mmap and page
+"""Processes that map or have present pages of a file, from /proc (the kernel's walk over i_mmap and page
 tables).
 
-Addresses are bytes, file positions pages. Processes that vanish while they are looked at, or that we may not
-look into, are left out: a process that is gone cannot be told, and one that is another user's is not ours to
-tell.
+Addresses are bytes, file positions pages. Processes that vanish during the walk, and processes that the
+caller may not look into, are left out: the caller cannot signal either.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from daxemu.uapi import PAGE_SHIFT, Ino
 _LOOKS = 8  # at a process that maps and faults meanwhile
 
 Wanted = Mapping[Ino, Sequence[Range]] | None
-"""Page ranges by inode; None is everything on the device, of which one run of each process is enough."""
+"""Page ranges by inode; None: any page of the device, and one run of each process is enough."""
 PagesOf = Callable[[int, list[Vma], Wanted], Iterator[PresentRun]]
 
 
@@ -37,10 +36,10 @@ def collect_tasks(
     pages_of: PagesOf | None = None,
     likely: Set[int] = frozenset(),
 ) -> list[Task]:
-    """Every process that has a wanted page of a file on ``dev``, with where.
+    """Return every process that has a wanted page of a file on ``dev``, with the addresses.
 
-    ``pages_of`` says what having is: :func:`present_runs` unless given, or :func:`mapped_runs`. ``likely``
-    are those to look at first: it may turn out that nobody else has any.
+    ``pages_of`` chooses presence (:func:`present_runs`, the default) or mapping (:func:`mapped_runs`).
+    Processes in ``likely`` come first: the kernel's count of mappings may show that no other has the page.
     """
     pages_of = pages_of or present_runs
     everyone = [pid for pid in pids() if pid not in skip]
@@ -66,7 +65,7 @@ def _look_at_each(pids: list[int], dev: tuple[int, int], wanted: Wanted, pages_o
 def _looked_at(
     pids: list[int], dev: tuple[int, int], wanted: Wanted, pages_of: PagesOf
 ) -> Iterator[Task | int]:
-    """What C found at once, and who is still to be looked at."""
+    """Yield the tasks that C found, and the process ids that Python must look at."""
     is_plain = wanted is not None and pages_of is present_runs
     for found in collect_in_c.collect(pids, dev, wanted if wanted is not None and is_plain else {}):
         if isinstance(found, int):
@@ -100,11 +99,11 @@ def _look_at(pid: int, dev: tuple[int, int], wanted: Wanted, pages_of: PagesOf) 
 def _settled(
     pid: int, dev: tuple[int, int], look: Callable[[list[Vma]], Iterable[PresentRun]]
 ) -> tuple[PresentRun, ...]:
-    """What ``look`` finds in the page tables at the addresses of given mappings.
+    """Return the runs that ``look`` finds in the page tables at the addresses of the mappings.
 
-    Mappings and page tables cannot be read at once: what is present at an address may belong to what was
-    mapped there for a moment, or have moved away. A process that changes all the while is looked at several
-    times, and has what it had each time.
+    Mappings and page tables cannot be read in one step: a page present at an address may belong to a mapping
+    made for a moment, or have moved away. For a process that keeps changing, return the runs found in each of
+    several looks.
     """
     vmas, faults = list(maps.read(pid, dev)), _faults(pid)
     found: tuple[PresentRun, ...] = ()
@@ -135,7 +134,7 @@ def _overlap(run: PresentRun, other: PresentRun) -> bool:
 
 
 class Mapped(NamedTuple):
-    """What a process shows of a file of ours, in bytes of the file."""
+    """Mapping of a file of a mount: offset and length in bytes of the file."""
 
     pid: int
     comm: str
@@ -145,7 +144,7 @@ class Mapped(NamedTuple):
 
 
 def mapped_files(dev: tuple[int, int]) -> Iterator[Mapped]:
-    """Every mapping of a file on ``dev``, in every process that we may look into."""
+    """Yield every mapping of a file on ``dev``, of all processes that the caller may look into."""
     for pid in pids():
         try:
             vmas = list(maps.read(pid, dev))
@@ -157,7 +156,7 @@ def mapped_files(dev: tuple[int, int]) -> Iterator[Mapped]:
 
 
 def mapped_runs(pid: int, vmas: list[Vma], wanted: Wanted) -> Iterator[PresentRun]:
-    """The wanted pages that are mapped, touched or not."""
+    """Yield the wanted pages that are mapped, touched or not."""
     for vma, part in _wanted_parts(vmas, wanted):
         address = vma.start + ((part.start - vma.pgoff) << PAGE_SHIFT)
         yield PresentRun(
@@ -168,8 +167,8 @@ def mapped_runs(pid: int, vmas: list[Vma], wanted: Wanted) -> Iterator[PresentRu
 
 
 def present_runs(pid: int, vmas: list[Vma], wanted: Wanted, *, copies: bool = False) -> Iterator[PresentRun]:
-    """The wanted pages that are in the page tables. A private copy of a page (CoW) is the process's own and
-    does not count; with ``copies`` each run says which wanted ones its mapping has.
+    """Yield the wanted pages that are in the page tables. A private copy of a page (CoW) does not count; with
+    ``copies``, each run lists the wanted pages of which its mapping has copies.
     """
     with Pagemap(pid) as pagemap:
         for vma, part in _wanted_parts(vmas, wanted):
@@ -187,7 +186,7 @@ def present_runs(pid: int, vmas: list[Vma], wanted: Wanted, *, copies: bool = Fa
 
 
 def _wanted_parts(vmas: list[Vma], wanted: Wanted) -> Iterator[tuple[Vma, Range]]:
-    """The wanted pages of the file that each mapping shows."""
+    """Yield each mapping with the wanted pages of the file in it."""
     for vma in vmas:
         span = Range(vma.pgoff, vma.pgoff + ((vma.end - vma.start) >> PAGE_SHIFT))
         for pages in [span] if wanted is None else wanted.get(vma.ino, ()):
@@ -196,12 +195,14 @@ def _wanted_parts(vmas: list[Vma], wanted: Wanted) -> Iterator[tuple[Vma, Range]
 
 
 def _pages_of(vma: Vma, addresses: Range) -> Range:
-    """The pages of the file that a mapping shows there."""
+    """Return the pages of the file at addresses of a mapping."""
     return Range(*(vma.pgoff + ((address - vma.start) >> PAGE_SHIFT) for address in addresses))
 
 
 def maps_still(task: Task, dev: tuple[int, int]) -> bool:
-    """Whether the process still shows the same pages of the same files where ``task.present`` says."""
+    """Return whether a process still shows the same pages of the same files at the addresses in
+    ``task.present``.
+    """
     try:
         vmas = list(maps.read(task.pid, dev))
     except GONE:
@@ -210,7 +211,7 @@ def maps_still(task: Task, dev: tuple[int, int]) -> bool:
 
 
 def _is_shown(run: PresentRun, vmas: Iterable[Vma]) -> bool:
-    """Whether the first page of ``run`` is what its address shows."""
+    """Return whether the mappings show the first page of ``run`` at its address."""
     return any(
         vma.ino == run.mapping
         and vma.start <= run.address < vma.end

@@ -1,4 +1,4 @@
-"""Whether threads have run since a moment: a delivered signal is not handled before its thread runs.
+"""Progress of threads since a moment: a delivered signal is not handled before its thread runs.
 
 Counterpart in Linux: none. memory_failure() goes on as soon as a signal is queued, and has long work before
 the holder's shutdown. Here the shutdown follows within microseconds, and the victim may still wait for a
