@@ -18,7 +18,7 @@ from daxemu.apps.situations import Harm
 from daxemu.events import Outcome, PageType
 from daxemu.host.tracer.messages import Delivered, Gone, Ignored, NotTaken, Refused
 from daxemu.protocol import StatusReport
-from daxemu.supervisor import failures, populate
+from daxemu.supervisor import populate, signals
 from tests.support.pages import TOP
 
 GLOSSARY = (TOP / "docs" / "glossary.md").read_text()
@@ -113,7 +113,7 @@ def terms(section: str = "") -> list[str]:
 def results_of_a_signal() -> set[str]:
     """The results that ``SignalSent`` can have."""
     outcomes = [None, Delivered(1, 2, 4, 0, 1), Ignored(1), Gone(1), Refused(1, "no", False), NotTaken(1)]
-    return {failures._explain(outcome)[0] for outcome in outcomes} | {"merged"}
+    return {signals._explain(outcome)[0] for outcome in outcomes} | {"merged"}
 
 
 def results_of_a_populating_call() -> set[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from daxemu.errors import CorruptMetadata
 from daxemu.events import Emit, FileDamaged
@@ -15,10 +16,36 @@ from daxemu.fs.inode import RESERVED_INO
 from daxemu.fs.namespace import Namespace
 from daxemu.fs.pmd_fault import pmd_ranges
 from daxemu.fs.rmap import METADATA_INO, Rmap
+from daxemu.mm.incident import MappingRange
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range
 from daxemu.uapi import MF_MEM_PRE_REMOVE, PAGE_SHIFT, PAGE_SIZE, U64_MAX
+
+
+class FailedRanges(NamedTuple):
+    """File ranges of failed device bytes. ``has_metadata``: the filesystem's own records are among them."""
+
+    files: list[MappingRange]
+    has_metadata: bool
+
+
+def failed_ranges(dax: DaxDevice, rmap: Rmap, names: Namespace, failed: Range) -> FailedRanges:
+    """Return every file range that uses any of the device bytes ``failed``, through every reflink.
+
+    Blocks that a repair strategy has reserved are in no file: no process maps them, and the file whose copy
+    they hold has not failed.
+    """
+    files: list[MappingRange] = []
+    has_metadata = False
+    for owner in rmap.owners(failed.start // PAGE_SIZE, -(-failed.end // PAGE_SIZE)) if failed else ():
+        if owner.ino == METADATA_INO:
+            has_metadata = True
+        elif owner.ino != RESERVED_INO:
+            pmds = pmd_ranges(dax, rmap, names, owner, failed)
+            pfn = dax.base_pfn + owner.dev_block
+            files.append(MappingRange(owner.ino, owner.file_block, owner.length, pfn, pmds))
+    return FailedRanges(files, has_metadata)
 
 
 class FilesystemHolder:
@@ -53,29 +80,19 @@ class FilesystemHolder:
             self._mm.mf_dax_kill_procs(METADATA_INO, 0, U64_MAX, self._dax.base_pfn, flags)
             self._mm.after_kill(partial(self._shutdown, "Device is about to be removed!"))
             return
-        device = Range(0, self._dax.size)
-        hurt = Range(offset, offset + length).clip(*device)
-        if not hurt:
-            return
-        metadata_hurt = False
-        for owner in self._rmap.owners(hurt.start // PAGE_SIZE, -(-hurt.end // PAGE_SIZE)):
-            if owner.ino == METADATA_INO:
-                metadata_hurt = True
-                continue
-            if owner.ino == RESERVED_INO:
-                continue  # nobody maps it, and what it is a copy of is not hurt
-            pfn = self._dax.base_pfn + owner.dev_block
-            pmds = pmd_ranges(self._dax, self._rmap, self._names, owner, hurt)
-            self._mm.mf_dax_kill_procs(owner.ino, owner.file_block, owner.length, pfn, flags, pmds)
+        failed = Range(offset, offset + length).clip(0, self._dax.size)
+        found = failed_ranges(self._dax, self._rmap, self._names, failed)
+        for file in found.files:
+            self._mm.mf_dax_kill_procs(file.mapping, file.index, file.count, file.pfn, flags, file.pmds)
             self._emit(
                 FileDamaged(
-                    ino=owner.ino,
-                    path=self._names.path_of(owner.ino),
-                    offset=owner.file_block << PAGE_SHIFT,
-                    length=owner.length << PAGE_SHIFT,
+                    ino=file.mapping,
+                    path=self._names.path_of(file.mapping),
+                    offset=file.index << PAGE_SHIFT,
+                    length=file.count << PAGE_SHIFT,
                 )
             )
-        if metadata_hurt:
+        if found.has_metadata:
             reason = "Corruption of on-disk metadata detected at notify_failure.  Shutting down filesystem."
             self._mm.after_kill(partial(self._shutdown, reason))
             raise CorruptMetadata(

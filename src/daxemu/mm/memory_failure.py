@@ -52,14 +52,14 @@ class MemoryFailures:
     The kernel keeps this state in global variables. An object allows several machines in one process.
     """
 
-    def __init__(self, emit: Emit) -> None:
+    def __init__(self, emit: Emit, *, is_hosted: bool = False) -> None:
+        """``is_hosted``: a host executes each incident and calls :meth:`conclude` after the signals."""
         self.sysctl_early_kill = False
         self.counters: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
         self._emit = emit
         self.on_count: Callable[[], None] = lambda: None
         """Called after a counter changed."""
-        self.is_hosted = False
-        """True if a host executes each incident and calls :meth:`conclude` after the signals."""
+        self._is_hosted = is_hosted
         self.pfn_spaces = PfnAddressSpaces()
         self._pagemaps: list[DevPagemap] = []
         self._serial = itertools.count(1)
@@ -203,7 +203,7 @@ class MemoryFailures:
         Without a host, or outside a failure, ``action`` runs at once. Counterpart in Linux: a
         ``->notify_failure`` that shuts the filesystem down after mf_dax_kill_procs().
         """
-        if self._current is None or not self.is_hosted:
+        if self._current is None or not self._is_hosted:
             action()
         else:
             self._current.after_kill.append(action)
