@@ -32,6 +32,7 @@ from daxemu.supervisor.populate import Populating
 from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.scrub import Scrubber
 from daxemu.supervisor.signals import Signals
+from daxemu.supervisor.strategy_host import StrategyHost
 from daxemu.supervisor.under_way import Counted, UnderWay
 from daxemu.supervisor.verbs import files
 from daxemu.supervisor.verbs.madvise import Madvise
@@ -43,7 +44,6 @@ from daxemu.supervisor.verbs.status import status
 from daxemu.supervisor.verbs.survey import survey
 
 Verb = Callable[[Any], Awaitable[msgspec.Struct]]
-"""Answers requests of one type. Raises DaxemuError."""
 
 
 class Machine:
@@ -59,7 +59,7 @@ class Machine:
         fs: Filesystem,
         session: Session,
         log: EventLog,
-        repairs: Repairs,
+        strategy_host: StrategyHost,
         unexpected: Unexpected,
         tracer: TracerLink,
         nursery: trio.Nursery,
@@ -72,7 +72,8 @@ class Machine:
         """
         emit = log.emit
         self.pmem, self.mm, self.fs, self.session, self.log = pmem, mm, fs, session, log
-        self.repairs, self.tracer, self.unexpected = repairs, tracer, unexpected
+        self.strategy_host, self.tracer, self.unexpected = strategy_host, tracer, unexpected
+        self._repairs = repairs = Repairs(pmem, fs, strategy_host, emit)
         self.supplement_missing = supplement_missing
         self.under_way = UnderWay()
         self._gates = Gates()
@@ -80,15 +81,13 @@ class Machine:
         self._counted = Counted(self.nursery, self.under_way, but=("Signals._await_late",))
 
         # What a failure does to processes.
-        self._mappings = PageCacheMappings(
-            session, lambda: list(self.operations.open_files), pfn_map=pmem.pgmap is None
-        )
-        signals = Signals(tracer, self._mappings.dev, emit, self._counted)
-        self.failures = Failures(mm, self._mappings, signals, repairs.failed)
+        pfn_map = pmem.pgmap is None
+        mappings = PageCacheMappings(session, lambda: list(self.operations.open_files), pfn_map=pfn_map)
+        signals = Signals(tracer, mappings.dev, emit, self._counted)
+        self.failures = Failures(mm, mappings, signals, repairs.failed)
         self._page_cache = PageCache(session, fs, self.failures, self._gates)
-        populating = Populating(
-            tracer, self._mappings.dev, session.revoke, fs.names.path_of, emit, self.nursery
-        )
+        path_of = fs.names.path_of
+        populating = Populating(tracer, mappings.dev, session.revoke, path_of, emit, self.nursery)
         self._consumption = Consumption(
             pmem, mm, self.failures, signals, populating, repairs, self._counted, supplement_missing
         )
@@ -120,7 +119,7 @@ class Machine:
         fs.on_shutdown = self._on_shutdown
 
         # What the control socket asks for.
-        self._repairing = Repairing(pmem, fs, self.failures, self._consumption, repairs, emit)
+        self._repairing = Repairing(pmem, fs, self.failures, self._consumption, repairs, strategy_host, emit)
         self._poison = Poison(
             pmem,
             mm,
@@ -128,15 +127,14 @@ class Machine:
             self._page_cache,
             self.failures,
             self._consumption,
-            repairs,
+            strategy_host,
             self._repairing,
             emit,
         )
         self._madvise = Madvise(pmem, mm, fs, self._page_cache, self.failures, signals, emit)
         self.scrubber = Scrubber(self._scrub_in_background)
-        self._settings = Settings(
-            settings_of(mm, fs, log, self.scrubber, repairs, self._repairing.choose), emit
-        )
+        table = settings_of(mm, fs, log, self.scrubber, strategy_host, self._repairing.choose)
+        self._settings = Settings(table, emit)
         self._remove = partial(remove, pmem, mm, fs, self.failures, self._gates, self.scrubber, emit)
         self._verbs = self._table()
 
@@ -173,7 +171,7 @@ class Machine:
             self.mm,
             self.fs,
             self.session.mount,
-            self.repairs,
+            self._repairs,
             self.scrubber,
             self.tracer,
             self.log,

@@ -43,8 +43,8 @@ from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.internals import log_internals
 from daxemu.supervisor.machine import Machine
 from daxemu.supervisor.reclaim import Reclaim
-from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.settings import PLAIN, MountOptions
+from daxemu.supervisor.strategy_host import StrategyHost
 from daxemu.supervisor.supervisor_log import SupervisorLog
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
@@ -94,9 +94,9 @@ def supervise(
             why = str(error).removesuffix(FSCK_HINT)
             raise CorruptMetadata(f"{why}; see: daxemu fsck {printable(device)}") from error
         undo.callback(_save, fs)
-        repairs = Repairs(pmem, fs, directory.root / "repair", events.emit, mountpoint.resolve())
-        undo.callback(repairs.close)
-        for seen in repairs.choose(options.repair, after_crash=fs.had_crashed):
+        host = StrategyHost(fs, directory.root / "repair", events.emit, mountpoint.resolve())
+        undo.callback(host.close)
+        for seen in host.choose(options.repair, after_crash=fs.had_crashed):
             progress(seen)
         gc.freeze()  # what was loaded stays: no failure shall wait for a look at a million inodes
         session = Session.open(directory.path, mountpoint)
@@ -127,7 +127,7 @@ def supervise(
             fs,
             session,
             events,
-            repairs,
+            host,
             unexpected,
             supplement_missing=supplement.MISSING,
             has_layouts=options.layouts and supplement.READS,
@@ -252,7 +252,7 @@ async def _serve(
             services.start_soon(_log_internals_on_signal, machine)
             services.start_soon(_commit_now_and_then, machine)
             services.start_soon(Reclaim(machine.fs).run)
-            services.start_soon(machine.repairs.tick, machine.unexpected)
+            services.start_soon(machine.strategy_host.tick, machine.unexpected)
             services.start_soon(machine.scrubber.run)
             answer = partial(_answer, machine, ending, watchdog)
             control = ControlSocket(socket, machine.log, answer, machine.unexpected)
@@ -260,7 +260,7 @@ async def _serve(
             nursery.start_soon(control.serve, listener)
             nursery.start_soon(_announce, session, ready)
             await FuseLoop().main()
-            machine.repairs.is_ending = True
+            machine.strategy_host.is_ending = True
             with trio.move_on_after(ANSWER_PATIENCE):
                 await control.idle()  # whoever asked for the unmount gets an answer before the socket goes
             nursery.cancel_scope.cancel()

@@ -19,7 +19,7 @@ from daxemu.supervisor import incidents
 from daxemu.supervisor.consumption import Consumption
 from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.page_cache import PageCache
-from daxemu.supervisor.repairs import Repairs
+from daxemu.supervisor.strategy_host import StrategyHost
 from daxemu.supervisor.verbs.device_ranges import BATCH, check_present, resolve
 from daxemu.supervisor.verbs.repair import Repairing, blocks_of
 from daxemu.uapi import PAGE_SIZE
@@ -39,7 +39,7 @@ class Poison:
         page_cache: PageCache,
         failures: Failures,
         consumption: Consumption,
-        repairs: Repairs,
+        strategy_host: StrategyHost,
         repairing: Repairing,
         emit: Emit,
     ) -> None:
@@ -49,7 +49,7 @@ class Poison:
         self._page_cache = page_cache
         self._failures = failures
         self._consumption = consumption
-        self._repairs = repairs
+        self._strategy_host = strategy_host
         self._repairing = repairing
         self._emit = emit
 
@@ -147,12 +147,12 @@ class Poison:
         with self._pmem.dax.clearing(bad), self._pmem.badblocks.one_change():
             for part in bad:
                 blocks = [blocks_of(part)]
-                self._repairs.store_begins(blocks, Origin.SYSCALL)
+                self._strategy_host.store_begins(blocks, Origin.SYSCALL)
                 for good in uninject(self._pmem, part.start, part.length):
                     self._emit(PoisonCleared(offset=good.start, length=good.length, by="request"))
                     self._failures.forget_latent(incidents.of_device_range(self._pmem, self._fs, good))
                     cleared.append(good)
-                self._repairs.store_done(blocks, Origin.SYSCALL)
+                self._strategy_host.store_done(blocks, Origin.SYSCALL)
         self._fs.adopt_cleared(cleared)
         return cleared
 
@@ -168,7 +168,7 @@ class Poison:
                 await self._repairing.repair_now(new)
                 found.append((new.start, new.length))
             await trio.lowlevel.checkpoint()
-        await self._repairs.scrub()
+        await self._strategy_host.scrub()
         return p.Cleared(found, sum(length for _, length in found))
 
 

@@ -14,6 +14,7 @@ from daxemu.supervisor import incidents
 from daxemu.supervisor.consumption import Consumption
 from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.repairs import Repairs
+from daxemu.supervisor.strategy_host import StrategyHost
 from daxemu.supervisor.verbs.device_ranges import BATCH, check_present
 from daxemu.uapi import PAGE_SHIFT, SECTOR_SIZE
 
@@ -28,6 +29,7 @@ class Repairing:
         failures: Failures,
         consumption: Consumption,
         repairs: Repairs,
+        strategy_host: StrategyHost,
         emit: Emit,
     ) -> None:
         self._pmem = pmem
@@ -35,6 +37,7 @@ class Repairing:
         self._failures = failures
         self._consumption = consumption
         self._repairs = repairs
+        self._strategy_host = strategy_host
         self._emit = emit
 
     async def repair(self, request: p.Repair) -> p.Repaired:
@@ -46,7 +49,7 @@ class Repairing:
         if request.strategy is not None:
             await self.choose(request.strategy)
             self._emit(SettingChanged(name="repair", value=request.strategy))
-        total, reason = p.Repaired(self._repairs.text, 0, 0, 0, None), None
+        total, reason = p.Repaired(self._strategy_host.text, 0, 0, 0, None), None
         for part in self._pmem.badblocks.in_pieces(BATCH):
             for bad in part:
                 verdict = await self.repair_now(Range(bad.start * SECTOR_SIZE, bad.end * SECTOR_SIZE))
@@ -62,9 +65,9 @@ class Repairing:
         return total
 
     async def choose(self, strategy: str) -> None:
-        """Use another strategy from now on. Raises as Repairs.choose()."""
-        await trio.to_thread.run_sync(self._repairs.check, strategy)
-        await self._repairs.attach(strategy)
+        """Use another strategy from now on. Raises as StrategyHost.choose()."""
+        await trio.to_thread.run_sync(self._strategy_host.check, strategy)
+        await self._strategy_host.attach(strategy)
         self._consumption.forget(Range(0, self._pmem.dax.size))
 
     async def repair_now(self, bad: Range) -> Verdict | None:

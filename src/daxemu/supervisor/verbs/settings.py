@@ -13,9 +13,9 @@ from daxemu.events import Emit, SettingChanged
 from daxemu.fs.filesystem import Filesystem
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.supervisor.event_log import EventLog
-from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.scrub import Scrubber
 from daxemu.supervisor.settings import log_size, one_of, seconds, size_text
+from daxemu.supervisor.strategy_host import StrategyHost
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def settings_of(
     fs: Filesystem,
     log: EventLog,
     scrubber: Scrubber,
-    repairs: Repairs,
+    strategy_host: StrategyHost,
     choose: Callable[[str], Awaitable[None]],
 ) -> tuple[Setting, ...]:
     """Return the settings of a machine. ``choose`` changes the repair strategy."""
@@ -53,7 +53,7 @@ def settings_of(
             lambda: "eio" if fs.lost_store_is_eio else "silent",
             partial(setattr, fs, "lost_store_is_eio"),
         ),
-        Setting("repair", str, lambda: repairs.text, lambda strategy: None, attach=choose),
+        Setting("repair", str, lambda: strategy_host.text, lambda strategy: None, attach=choose),
         Setting("scrub_interval", seconds, lambda: f"{scrubber.interval:.12g}", scrubber.set),
     )
 
