@@ -98,9 +98,8 @@ def test_failures_that_wait_for_their_turn_are_seen_to_together_but_removal_alon
     mappings = Counting()
 
     def hurt(page: int, *, whole_device: bool = False) -> Incident:
-        incident = Incident(page, BASE + page, 1, 0, whole_device=whole_device)
-        incident.mappings.append(MappingRange(1, page, 1, BASE + page))
-        return incident
+        mappings = [MappingRange(1, page, 1, BASE + page)]
+        return Incident(page, BASE + page, 1, 0, mappings, whole_device=whole_device)
 
     async def storm() -> None:
         async with TracerLink.open() as tracer, trio.open_nursery() as nursery:

@@ -50,8 +50,8 @@ class Repairing:
         seen = len(self.core.events)
         bad = inject(self.core.pmem, offset, length)
         incident = self.core.mm.memory_failure(*failed_pages(self.core.pmem, bad), 0)
-        self.repairs.failed(incident, ())
-        self.core.mm.action_result(incident, 0)
+        repaired = self.repairs.failed(incident, ())
+        self.core.mm.action_result(incident, 0, errors=repaired.errors)
         found = [event for event in self.core.events[seen:] if isinstance(event, RepairFinished)]
         return found[0] if found else None
 

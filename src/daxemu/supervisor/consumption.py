@@ -145,6 +145,6 @@ class Consumption:
         """Whether ``part``, which has some of an incident's pages, is as it was."""
         tasks = await self._failures.holders(incident)
         pfn, nr_pages = failed_pages(self._pmem, part)
-        is_spared = self._repairs.failed(incident, tasks).covers(pfn, pfn + nr_pages)
+        is_spared = self._repairs.failed(incident, tasks).spared.covers(pfn, pfn + nr_pages)
         # It may have gone bad again since.
         return is_spared and not self._pmem.dax.is_poisoned(part.start, part.length)

@@ -1,16 +1,16 @@
-"""From a memory failure to its outcome: the order in which the decisions of the core reach real processes.
+"""Turns under ``mf_mutex``: from a memory failure to its outcome.
 
-    core: memory_failure(range)           whose it is, which files (atomic)
-    host: collect                         who has a page of it present      } worker thread,
-    host: revoke                          nobody has                        } one incident at a time
-    (mf_mutex)
-    core: repair                          what the strategy makes good, nobody need be told of
-    host: signal                          those who are to be told, all at once
-    core: action_result                   counted, logged
+    core: memory_failure(range)     owners and file ranges (atomic)
+    host: collect                   processes with a failed page present   } one worker thread,
+    core: collect_procs             victims                                } under mf_mutex
+    host: revoke                    no process has a failed page present   }
+    strategy: repair                victims of recovered pages are spared
+    host: signal                    every victim, all at once, without the mutex
+    core: action_result             outcome counted, logged
 
-Collect comes before revoke: addresses and presence are read off live mappings. Poison is in the media before
-either, so a process that comes in between finds it by itself. Signals are sent outside the mutex: a process
-that is stopped may take its time, and must not hold up the next failure.
+Collect comes before revoke: addresses and presence are read off live mappings. Poison is on the media before
+collect, so a process that faults in a page in between discovers the poison itself. Signals are sent without
+the mutex: a victim that is stopped must not hold up the next failure.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import trio
 
+from daxemu.errors import DaxemuError
 from daxemu.events import Outcome
 from daxemu.host import pfn_mappings
 from daxemu.host.mappings import Mappings
@@ -31,39 +32,51 @@ from daxemu.mm.incident import Incident
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.mm.pmd import present_as_mapped, to_unmap
 from daxemu.mm.to_kill import Task, ToKill, collect_procs, spare
-from daxemu.ranges import RangeSet
 from daxemu.supervisor.latent import Latent
+from daxemu.supervisor.repairs import RepairResult
 from daxemu.supervisor.signals import Signals
 
 HANDLER_PATIENCE = 1.0
-"""Seconds a shutdown waits for the threads that were signalled to get a processor."""
+"""Seconds that a shutdown waits until the signalled threads have run."""
 
 
 class Signalled(NamedTuple):
-    """Size of a failure's reach: SIGBUS sent, and distinct processes among their receivers."""
+    """Number of SIGBUS sent for a failure, and number of distinct processes among the receivers."""
 
     signals: int
     processes: int
 
 
+class Handled(NamedTuple):
+    """The end of an incident. ``error``: of the first part that failed."""
+
+    outcome: Outcome
+    signalled: Signalled
+    error: DaxemuError | None
+
+
 @dataclass(eq=False)
 class _Turn:
-    """A failure that waits for the mutex; ``to_kill`` is there once it has been seen to."""
+    """One incident's time under the mutex. ``to_kill`` is None until the turn is over."""
 
     incident: Incident
     current: int | None
     consumer: int | None
     collected: Callable[[Sequence[Task]], None] | None = None
-    """Called with the victims' processes before the first signal."""
+    """Called with the collected processes before the first signal."""
     latent: list[Task] = field(default_factory=list)
+    """Processes that had pages present when latent poison was injected there."""
     tasks: list[Task] | None = None
-    """Who had the pages present, known before they are taken away; those to whom they were hidden, too."""
+    """Processes with failed pages present, ``latent`` included. Set before the revoke."""
     to_kill: list[ToKill] | None = None
+    repair: RepairResult = field(default_factory=RepairResult)
     stage: str = "waits for mf_mutex"  # for people
 
     def is_plain(self) -> bool:
-        """Whether others may be seen to with it: removal, what a load found, and what is mapped by 2 MiB,
-        which other failures may be in as well, have their turns alone.
+        """Return whether further plain turns may share one collect with this turn.
+
+        A removal, a discovery by a load, and pages mapped by PMDs (other failures may be in the same PMD)
+        have a turn of their own.
         """
         incident = self.incident
         by_pmd = any(hurt.pmds for hurt in incident.mappings)
@@ -71,18 +84,18 @@ class _Turn:
 
     @property
     def concerns_processes(self) -> bool:
-        """Whether anybody can have any of it mapped."""
+        """Return whether a process can have a failed page mapped."""
         incident = self.incident
         return bool(incident.mappings or incident.pfn_mappings or incident.whole_device)
 
 
-Repair = Callable[[Incident, Sequence[Task]], RangeSet]
-"""Given an incident whose pages nobody has mapped any more, and who had: the pfns that are good again."""
+Repair = Callable[[Incident, Sequence[Task]], RepairResult]
+"""Repairs an incident whose pages are revoked. The tasks had the pages present."""
 
 
-def no_repair(incident: Incident, tasks: Sequence[Task]) -> RangeSet:
-    """Nothing is."""
-    return RangeSet()
+def no_repair(incident: Incident, tasks: Sequence[Task]) -> RepairResult:
+    """Repair nothing."""
+    return RepairResult()
 
 
 class Failures:
@@ -100,11 +113,11 @@ class Failures:
         self._mappings = mappings
         self._signals = signals
         self._latent = Latent()
-        self._turns: list[_Turn] = []  # the failures under way, until their pages are unmapped
-        self._signalling: list[_Turn] = []  # and those whose pages are
-        self._waiting: list[_Turn] = []
+        self._turns: list[_Turn] = []  # failures under way, until their pages are revoked
+        self._signalling: list[_Turn] = []  # failures under way after the revoke
+        self._waiting: list[_Turn] = []  # failures that wait for mf_mutex
         self.mf_mutex = trio.Lock()
-        """Held while mappings are looked at and taken away: nobody else may take one away meanwhile."""
+        """Held during collect and revoke: a revoke in between would leave victims uncollected."""
 
     async def handle(
         self,
@@ -113,16 +126,16 @@ class Failures:
         consumer: int | None = None,
         *,
         collected: Callable[[Sequence[Task]], None] | None = None,
-    ) -> tuple[Outcome, Signalled]:
-        """See an incident through. Returns its outcome, with counts of signals and processes.
+    ) -> Handled:
+        """Execute an incident: collect, revoke, repair, signal. Return outcome, counts and error.
 
-        ``current``: the thread that is in memory_failure() itself, in a system call. It is told at the end of
-        that, whatever its policy, and not waited for. ``consumer``: the process whose load found poison that
-        nobody knew of. Its page fault tells it; the others are told who had the page when it went bad.
-        ``collected`` is called, in the trio thread, with the processes that were collected, before the first
-        signal.
+        - ``current``: the thread that is itself in memory_failure(), by madvise(2). The thread gets a forced
+          AR at the return of the system call, whatever its policy.
+        - ``consumer``: the process whose load discovered latent poison. The page fault signals the consumer;
+          the victims are the other processes that had the page present when the poison was injected.
+        - ``collected``: called in the trio thread with the collected processes, before the first signal.
         """
-        # Once begun it ends, whoever asked for it: half a failure would leave poison that can still be read.
+        # Shielded from cancellation: half a failure would leave poison that can still be loaded.
         turn = _Turn(incident, current, consumer, collected)
         self._turns.append(turn)
         with trio.CancelScope(shield=True):
@@ -136,17 +149,18 @@ class Failures:
                 delivered = await self._signals.kill_procs(to_kill, current)
                 if incident.after_kill:
                     await trio.to_thread.run_sync(wait_until_run, delivered, HANDLER_PATIENCE)
-                # The order of xfs_dax_notify_dev_failure(): kill first, then shut down. The other way round,
-                # a victim's load meets BUS_ADRERR before its signal.
+                # As xfs_dax_notify_dev_failure(): kill, then shut down. In the other order, a victim's load
+                # would end in BUS_ADRERR before the AO is delivered.
                 if self._mm.conclude(incident):
-                    await self.revoke_everything()  # the filesystem was shut down: from now on all is EIO
+                    await self.revoke_everything()  # after the shutdown every access is EIO
             finally:
                 self._signalling.remove(turn)
         signalled = Signalled(len(to_kill), len({victim.task.pid for victim in to_kill}))
-        return self._mm.action_result(incident, *signalled), signalled
+        outcome = self._mm.action_result(incident, *signalled, turn.repair.errors)
+        return Handled(outcome, signalled, incident.error or next(iter(turn.repair.errors.values()), None))
 
     def describe_turns(self) -> Iterator[str]:
-        """The failures under way, for people."""
+        """Yield one line for each failure under way, for people."""
         for turn in (*self._turns, *self._signalling):
             incident = turn.incident
             pages = f"pfn {incident.pfn:#x}+{incident.nr_pages}"
@@ -183,13 +197,16 @@ class Failures:
         self._latent.take(incident)
 
     async def revoke_everything(self) -> None:
-        """After a shutdown all is EIO, what the page cache has too. Comes after the failure under way."""
+        """Revoke all pages of all open files, after the failure under way.
+
+        After a shutdown every access must be EIO, that of pages in the page cache, too.
+        """
         incident = Incident(0, 0, 0, 0, whole_device=True)
         async with self.mf_mutex:
             await trio.to_thread.run_sync(self._mappings.revoke, incident)
 
     async def _in_turn(self, turn: _Turn) -> list[ToKill]:
-        """Collect and revoke, after the failures before it; those that wait by then are seen to together."""
+        """Collect and revoke, in order of arrival. Plain turns that wait together share one collect."""
         self._waiting.append(turn)
         try:
             async with self.mf_mutex:
@@ -214,7 +231,7 @@ class Failures:
             for turn, found in zip(batch, collected, strict=True):
                 turn.tasks = tasks = self._victims(turn, found)
                 to_kill = collect_procs(turn.incident, tasks, early_kill=early_kill, force_tid=turn.current)
-                if not turn.incident.whole_device:  # that is revoked after the shutdown
+                if not turn.incident.whole_device:  # a whole device is revoked after the shutdown
                     self._mappings.revoke(to_unmap(turn.incident, to_kill))
                 elsewhere = pfn_mappings.collect(turn.incident.pfn_mappings, early_kill=early_kill)
                 chosen.append((tasks, to_kill, elsewhere))
@@ -227,24 +244,30 @@ class Failures:
         for turn, (tasks, to_kill, elsewhere) in zip(batch, chosen, strict=True):
             if turn.collected is not None:
                 turn.collected(tasks)
-            if spared := self._repair(turn.incident, tasks):
-                to_kill = spare(turn.incident, to_kill, spared)
+            turn.repair = self._repair(turn.incident, tasks)
+            if turn.repair.spared:
+                to_kill = spare(turn.incident, to_kill, turn.repair.spared)
             turn.to_kill = to_kill + elsewhere
 
     def _victims(self, turn: _Turn, found: list[Task]) -> list[Task]:
-        """Who had pages of the failure present: now, or when poison was hidden there; the consumer knows."""
+        """Return the processes with failed pages present, now or when latent poison was injected there.
+
+        The consumer is left out: the page fault signals the consumer.
+        """
         tasks = present_as_mapped(turn.incident, found)
         known = {task.pid for task in tasks} | {turn.consumer}
         tasks += [task for task in turn.latent if task.pid not in known and self._mappings.still_mapped(task)]
         return [task for task in tasks if task.pid != turn.consumer]
 
     async def holders(self, incident: Incident) -> list[Task]:
-        """Who has pages of ``incident`` present, or had when poison was hidden there or it was collected;
-        nothing is taken away.
+        """Return the processes with pages of ``incident`` present, without a revoke.
+
+        Processes that had pages present at the injection of latent poison, or at the collect of the incident,
+        are included.
         """
         turn = next((turn for turn in self._turns if turn.incident is incident), None)
         latent = self._latent.of(incident) if turn is None else turn.latent
         (tasks,) = await trio.to_thread.run_sync(self._mappings.collect, [incident])
         if turn is not None and turn.tasks is not None:
-            return turn.tasks  # its pages may be gone by now
+            return turn.tasks  # the pages may be revoked by now
         return tasks + latent

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
+from daxemu.errors import DaxemuError
 from daxemu.events import Emit, RepairFinished
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.rmap import Owner
-from daxemu.mm.memory_failure import Incident, Task
+from daxemu.mm.memory_failure import Incident, Part, Task
 from daxemu.pmem.pmem import Pmem
 from daxemu.protocol import RepairReport
 from daxemu.ranges import Range, RangeSet
 from daxemu.repair.strategy import Failure, Verdict
 from daxemu.supervisor.strategy_host import StrategyHost
 from daxemu.uapi import PAGE_SHIFT
+
+
+@dataclass(frozen=True)
+class RepairResult:
+    """The verdicts on an incident.
+
+    ``spared``: pfns with recovered data; no process needs a signal for these. ``errors``: the parts for which
+    the strategy failed.
+    """
+
+    spared: RangeSet = field(default_factory=RangeSet)
+    errors: Mapping[Part, DaxemuError] = field(default_factory=dict)
 
 
 class Repairs:
@@ -27,6 +42,7 @@ class Repairs:
         self._emit = emit
         self.counters = dict.fromkeys(("recovered", "lost", "cannot", "failed"), 0)
         """Number of verdicts of each kind."""
+        self._results: WeakKeyDictionary[Incident, RepairResult] = WeakKeyDictionary()
 
     @property
     def is_active(self) -> bool:
@@ -44,29 +60,29 @@ class Repairs:
             progress=host.progress,
         )
 
-    def failed(self, incident: Incident, tasks: Sequence[Task]) -> RangeSet:
-        """Ask the strategy about an incident, once. Return the pfns with recovered data: no process needs a
-        signal for these.
+    def failed(self, incident: Incident, tasks: Sequence[Task]) -> RepairResult:
+        """Ask the strategy about an incident, once: further calls return the same result.
 
         Precondition: no process has the pages mapped any more, or a read waits for them. ``tasks``: the
         processes that had the pages mapped.
         """
         if not self._host.is_active or incident.pre_remove:
-            return RangeSet()
-        if incident.spared is not None:
-            return incident.spared
-        spared = incident.spared = RangeSet()
+            return RepairResult()
+        if (known := self._results.get(incident)) is not None:
+            return known
+        spared, errors = RangeSet(), dict[Part, DaxemuError]()
+        result = self._results[incident] = RepairResult(spared, errors)
         for part in incident.parts:
             first = part.pfn - self._pmem.dax.base_pfn
             blocks = Range(first, first + part.nr_pages).clip(0, self._fs.allocator.total)
             if part.error is None and blocks:
                 verdict = self._repair(blocks, self._writable(incident, tasks))
                 if verdict is None:
-                    part.error = self._host.error()
+                    errors[part] = self._host.error()
                 elif verdict.transparent:
                     for run in verdict.recovered:
                         spared.add(run.start + self._pmem.dax.base_pfn, run.end + self._pmem.dax.base_pfn)
-        return spared
+        return result
 
     def repair_now(self, blocks: Range, mapped: Incident, tasks: Sequence[Task]) -> Verdict | None:
         """Ask the strategy about the poison in ``blocks``, even again. None if the strategy failed.

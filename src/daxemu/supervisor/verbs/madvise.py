@@ -76,5 +76,5 @@ class Madvise:
             bad = inject(self._pmem, at, PAGE_SIZE)
             self._emit(PoisonInjected(offset=bad.start, length=bad.length))
         incident = self._mm.memory_failure(pfn, 1, flags)
-        await self._failures.handle(incident, request.tid)
-        return incident.error.errno if incident.error is not None else 0
+        error = (await self._failures.handle(incident, request.tid)).error
+        return error.errno if error is not None else 0

@@ -106,10 +106,10 @@ class Poison:
             outcome, (signals, processes) = "latent", (0, 0)
         else:
             try:
-                result, (signals, processes) = await self._failures.handle(failure)
+                handled = await self._failures.handle(failure)
             finally:
                 self._consumption.failing.remove((bad, failure))
-            outcome = result.value
+            outcome, (signals, processes) = handled.outcome.value, handled.signalled
         results[index] = p.PoisonedRange(
             bad.start, bad.length, pfn, nr_pages, outcome, signals, signals, processes
         )

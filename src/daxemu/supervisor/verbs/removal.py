@@ -37,12 +37,10 @@ async def remove(
     was_idle = pmem.dax.dax_is_idle()
     if not was_idle:
         emit(DaxActiveAtRemove(device=pmem.name))
-    incident = mm.removal(pmem.pages.start, pmem.pages.length)
     scrubber.stop()
     with frozen(fs, gates) as freeze:
-        with mm.during(incident):
-            pmem.dax.pre_remove()
-        _, (signals, processes) = await failures.handle(incident, collected=freeze.admit)
+        incident = mm.removal(pmem.pages.start, pmem.pages.length, pmem.dax.pre_remove)
+        signals, processes = (await failures.handle(incident, collected=freeze.admit)).signalled
     pmem.dax.kill_dax()
     pmem.detach(mm)
     device = pmem.name
