@@ -1,7 +1,7 @@
-"""Poison that is met: by a load or read(2), which consume it, or by a write that covers part of a page of it.
+"""Consumption of poison by a load or read(2), and writes that cover part of a poisoned page.
 
-Before anybody is told, the repair strategy is asked whether it can have the data as it was; only then is it a
-failure for the one who met it. Belongs to the trio thread.
+The repair strategy is asked first. If the strategy recovers the data, the access is tried again, and no
+process is signalled. Belongs to the trio thread.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from daxemu.uapi import MF_ACTION_REQUIRED, PAGE_SIZE, SECTOR_SIZE
 
 
 class Consumption:
-    """What a machine does when poison is met. ``failing``: device bytes whose failure is being handled, and
-    that failure.
-    """
+    """Accesses to poison. ``failing``: device bytes with a failure under way, and the incident of each."""
 
     def __init__(
         self,
@@ -56,11 +54,11 @@ class Consumption:
         self._healing = trio.Lock()
         self.failing: list[tuple[Range, Incident]] = []
         self._unhealed: dict[Range, Incident] = {}
-        """Device bytes that nobody knows to be bad, and the strategy could not mend."""
+        """Device bytes of latent poison that the strategy did not recover, and the incident of each."""
 
     async def on_read(self, read: PoisonedRead) -> Answer:
-        """A read cannot be done. If poison is why: make the consumer's signal exact, and see to poison that
-        nobody knew of.
+        """Decide about a read that failed. A read of poison: make the consumer's signal exact, and discover
+        latent poison.
         """
         error = read.error
         ranges = error.ranges if isinstance(error, MediaError) else ()
@@ -82,25 +80,25 @@ class Consumption:
         return Answer.ERROR
 
     def _discover(self, ranges: Sequence[Range], consumer: int) -> bool:
-        """Make poison known, and have its failure handled; whether any was not known before.
+        """Make poison bad blocks, and start the failures of what was latent. Return True if any was latent.
 
-        ``consumer``: the process that a page fault tells; -1 if none.
+        ``consumer``: the process that the page fault signals; -1 if none.
         """
         found = False
         for part in ranges:
             if self._pmem.badblocks.set(part.start // SECTOR_SIZE, part.length // SECTOR_SIZE):
                 found = True
-                # Not awaited: it revokes the very page that this read has locked until it is answered.
+                # Not awaited: the failure revokes the page that this read has locked until the answer.
                 for incident in self._incidents(part):
                     self._tasks.start_soon(self._failures.handle, incident, None, consumer)
         return found
 
     async def on_write(self, error: MediaError) -> bool:
-        """A write covers part of a poisoned page: whether that is good by now. Nobody else learns of it."""
+        """Return True if a write over part of a poisoned page may be tried again. No signal is sent."""
         return await self._heal(error)
 
     def forget(self, part: Range) -> None:
-        """The strategy may be asked of these device bytes again: they went bad anew, or it is another one."""
+        """Let the strategy be asked about device bytes again: after new poison, or for another strategy."""
         for known in [known for known in self._unhealed if known.clip(*part)]:
             del self._unhealed[known]
 
@@ -108,16 +106,18 @@ class Consumption:
         return self._mm.memory_failure(*failed_pages(self._pmem, part), MF_ACTION_REQUIRED)
 
     def _incidents(self, part: Range) -> list[Incident]:
-        """The failures that poison is which has just been found; those that were asked about are the same."""
+        """Return the incidents of poison just discovered: those that the strategy was asked about, and new
+        ones for the rest.
+        """
         asked = {known: incident for known, incident in self._unhealed.items() if known.clip(*part)}
         self.forget(part)
         return [*asked.values(), *map(self._failure, RangeSet(asked).gaps(*part))]
 
     async def _heal(self, error: MediaError) -> bool:
-        """Whether the strategy made all of the poison as it was.
+        """Return True if the strategy recovered all of the poison.
 
-        It is asked only of what has just gone bad, and once. Nobody is unmapped, which a read must not wait
-        for: what others have of these pages is the same.
+        The strategy is asked about new poison only, and once. No page is revoked, because a read must not
+        wait for a revoke: the pages of other processes hold the same data.
         """
         if not self._repairs.is_active or not error.ranges:
             return False
@@ -142,9 +142,9 @@ class Consumption:
         return True
 
     async def _ask(self, incident: Incident, part: Range) -> bool:
-        """Whether ``part``, which has some of an incident's pages, is as it was."""
+        """Return True if the data of ``part``, which holds pages of an incident, was recovered."""
         tasks = await self._failures.holders(incident)
         pfn, nr_pages = failed_pages(self._pmem, part)
         is_spared = self._repairs.failed(incident, tasks).spared.covers(pfn, pfn + nr_pages)
-        # It may have gone bad again since.
+        # The bytes may be poison again since.
         return is_spared and not self._pmem.dax.is_poisoned(part.start, part.length)

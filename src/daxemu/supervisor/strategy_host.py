@@ -34,15 +34,13 @@ from daxemu.uapi import PAGE_SIZE
 log = logging.getLogger(__name__)
 
 HOOK_LIMIT = 5.0
-"""Seconds that any one call into a strategy may take."""
+"""Time limit of one call into a strategy, in seconds."""
 BEGIN_LIMIT = 20.0
-"""Seconds that it may take to begin, without the pieces that it then sees to one by one. Less than the
-watchdog waits.
-"""
+"""Time limit of the begin of a strategy, in seconds, without the initial pieces. Below the watchdog's."""
 SAY = 1.0
-"""Seconds between two events that say how far it has come."""
+"""Seconds between two events ``RepairProgress``."""
 IDLE = 1.0
-"""Seconds between looks whether the strategy wants to be ticked."""
+"""Seconds between two checks whether the strategy has a tick interval."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -62,21 +60,22 @@ class StrategyHost:
         self._guard = Guard()
         self._strategy: Strategy | None = None
         self._choice = [""]
-        """The text of the last call of :meth:`choose`; another object for each."""
+        """The text of the last call of :meth:`choose`; a new object for each call."""
         self._lost = RangeSet()
-        """Blocks with a mapped store that was lost to poison, since they were last written."""
+        """Blocks with a mapped store lost to poison since the last write to the block."""
         self.text = "none"
         self.broken: str | None = None
         self.progress: Progress | None = None
-        """How far the strategy is, while it sees to what was there before it."""
+        """Progress of the initial pieces; None after these."""
         self.is_ending = False
-        """The mount is gone: nothing begins any more."""
+        """True once the mount is gone: no strategy begins any more."""
 
     # -- which one
 
     def check(self, text: str) -> tuple[type[Strategy], Options]:
-        """Whether ``NAME[:key=value,...]`` can be chosen. While mounted, from a worker thread only: a path
-        that it names may be on this mount. Raises InvalidArgument.
+        """Parse ``NAME[:key=value,...]``. Raises InvalidArgument if this cannot be chosen.
+
+        While mounted, call from a worker thread only: a path in the options may be on this mount.
         """
         kind, options = registry.parse(text)
         for path in options.paths():
@@ -85,15 +84,16 @@ class StrategyHost:
         return kind, options
 
     def choose(self, text: str, *, after_crash: bool = False) -> Iterator[Progress]:
-        """Have ``NAME[:key=value,...]`` from now on. Each step brings a bounded piece of what it keeps up to
-        date; files may be used in between.
+        """Change to the strategy ``NAME[:key=value,...]``.
 
-        Raises InvalidArgument, with nothing changed, or any other DaxemuError if the strategy cannot begin;
-        then there is none. Busy if another one was chosen meanwhile: that stays.
+        Each step brings one piece of the device up to date. Files may be used between two steps.
+
+        Raises InvalidArgument, with nothing changed. Raises any other DaxemuError if the strategy cannot
+        begin; then no strategy is left. Raises Busy if another strategy was chosen meanwhile, which stays.
         """
         kind, options = self.check(text)
         directory = self._root / kind.layout(options)
-        # What a strategy of this mount kept is not for the next: stores come in before that begins.
+        # Data of an earlier strategy of this mount is out of date: stores come in before the next begins.
         keep = directory if self._strategy is None else None
         self._choice = choice = [text]
         self._drop()
@@ -156,7 +156,7 @@ class StrategyHost:
             self._emit(RepairProgress(strategy=self.text, done_bytes=total, total_bytes=total))
 
     def _forget(self, keep: PrivatePath | None = None, kind: type[Strategy] | None = None) -> Iterator[None]:
-        """Remove what strategies kept, but for what ``kind`` has in ``keep``, if that is complete."""
+        """Delete the data of strategies, except that of ``kind`` in ``keep``, if complete."""
         incomplete = self._root / INCOMPLETE
         is_whole = not incomplete.exists()
         if self._root.exists():
@@ -172,7 +172,7 @@ class StrategyHost:
             self._try(strategy.discard)
 
     def close(self) -> None:
-        """The filesystem is about to be unmounted."""
+        """Detach the strategy: the filesystem is about to be unmounted."""
         strategy, self._strategy = self._strategy, None
         if strategy is not None:
             self._try(strategy.unmounting)
@@ -181,7 +181,7 @@ class StrategyHost:
 
     @property
     def is_active(self) -> bool:
-        """Whether a failure makes any difference to the strategy."""
+        """True if the strategy is to be asked about failures."""
         return self.text != "none" and self._fs.shutdown_reason is None
 
     def error(self) -> DaxemuError:
@@ -207,12 +207,14 @@ class StrategyHost:
         self._strategy = None
         self._fs.watch(None)
         self._emit(RepairStrategyFailed(strategy=self.text, reason=self.broken))
-        # As text: a traceback that is kept keeps views of the media, which then cannot be unmapped.
+        # As text: a kept traceback keeps views of the media, which then cannot be unmapped.
         said = "".join(traceback.format_exception(error))
         log.error("the repair strategy %s failed in %s", self.text, where, extra={"details": said})
 
     def _ask(self, verb: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """Call the strategy; None if it failed. Raises what a strategy may: MediaError and NoSpace."""
+        """Call a method of the strategy. None if the strategy failed. Raises MediaError and NoSpace, as the
+        method may.
+        """
         try:
             return self._guard.call(HOOK_LIMIT, verb, *args, **kwargs)
         except (MediaError, NoSpace):
@@ -299,7 +301,7 @@ class StrategyHost:
             self._try_hook(self._strategy.committed)
 
     def _try_hook(self, verb: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-        """What has happened cannot be refused any more: an error is the strategy's own."""
+        """Call a hook after the event. A refusal is too late: any error is a failure of the strategy."""
         try:
             self._ask(verb, *args, **kwargs)
         except DaxemuError as error:
@@ -308,14 +310,14 @@ class StrategyHost:
     # -- in the background
 
     async def attach(self, text: str) -> None:
-        """As :meth:`choose`, while the mount is in use: half of the time is for all else. Raises as that."""
+        """As :meth:`choose`, while the mount is in use: half of the time is for other tasks."""
         began = trio.current_time()
         for _ in self.choose(text):
             await trio.sleep(trio.current_time() - began)
             began = trio.current_time()
 
     async def scrub(self) -> int:
-        """Have the strategy look at everything; returns how many bytes it looked at."""
+        """Have the strategy scrub all blocks. Return the number of bytes scrubbed."""
         seen = 0
         strategy = self._strategy
         if strategy is None:
@@ -334,7 +336,7 @@ class StrategyHost:
         return seen
 
     async def tick(self, unexpected: Unexpected) -> None:
-        """Tick the strategy for as long as it lives."""
+        """Call the strategy's tick at its interval, until cancelled."""
         while True:
             interval = self._strategy.interval if self._strategy is not None else None
             await trio.sleep(interval or IDLE)
