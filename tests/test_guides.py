@@ -18,7 +18,7 @@ from daxemu.events import Outcome, PageType
 from daxemu.failure_kind import FailureKind
 from daxemu.host.tracer.messages import Delivered, Gone, Ignored, NotTaken, Refused
 from daxemu.protocol import StatusReport
-from daxemu.supervisor import failures, populate
+from daxemu.supervisor import populate, signals
 from tests.support.pages import TOP
 
 GLOSSARY = (TOP / "docs" / "glossary.md").read_text()
@@ -115,7 +115,7 @@ def terms(section: str = "") -> list[str]:
 def results_of_a_signal() -> set[str]:
     """Return the possible results of ``SignalSent``."""
     outcomes = [None, Delivered(1, 2, 4, 0, 1), Ignored(1), Gone(1), Refused(1, "no", False), NotTaken(1)]
-    return {failures._explain(outcome)[0] for outcome in outcomes} | {"merged"}
+    return {signals._explain(outcome)[0] for outcome in outcomes} | {"merged"}
 
 
 def results_of_a_populating_call() -> set[str]:

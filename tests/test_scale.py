@@ -73,7 +73,7 @@ def fail_everything(core: Core) -> None:
 
 def collect_everything(core: Core) -> None:
     ino, size = size_of(core)
-    incident = core.mm.removal(core.pmem.dax.base_pfn, size // PAGE_SIZE)
+    incident = core.mm.removal(core.pmem.dax.base_pfn, size // PAGE_SIZE, lambda: None)
     run = PresentRun(ino, 0, size // PAGE_SIZE, 1 << 40, 12)
     task = Task(1, "p0", (Thread(1, 0),), (run,))
     assert len(collect_procs(incident, [task], early_kill=True)) == 1
@@ -128,9 +128,8 @@ def unmount_and_mount(core: Core) -> None:
 
 def remove(core: Core) -> None:
     core.sound = False
-    incident = core.mm.removal(core.pmem.dax.base_pfn, core.pmem.dax.size // PAGE_SIZE)
-    with core.mm.during(incident):
-        core.pmem.dax.kill_dax()
+    pages = core.pmem.dax.size // PAGE_SIZE
+    incident = core.mm.removal(core.pmem.dax.base_pfn, pages, core.pmem.dax.kill_dax)
     assert incident.whole_device
 
 

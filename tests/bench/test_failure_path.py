@@ -197,9 +197,7 @@ def test_the_per_page_way() -> None:
         core.sound = False
 
         def whole() -> None:
-            incident = core.mm.removal(core.pmem.dax.base_pfn, core.pmem.dax.size // PAGE)
-            with core.mm.during(incident):
-                core.pmem.dax.kill_dax()
+            core.mm.removal(core.pmem.dax.base_pfn, core.pmem.dax.size // PAGE, core.pmem.dax.kill_dax)
 
         at_once = timed(whole)
     extrapolated = per_page * ((6 << 40) // PAGE)

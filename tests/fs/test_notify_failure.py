@@ -18,10 +18,9 @@ def pfn_of(core: Core, ino: int, page: int) -> Pfn:
 
 
 def notify(core: Core, offset: int, length: int, flags: int = 0) -> Incident:
-    incident = core.mm.removal(core.pmem.dax.base_pfn, 0)
-    with core.mm.during(incident):
-        core.pmem.dax.notify_failure(offset, length, flags)
-    return incident
+    return core.mm.removal(
+        core.pmem.dax.base_pfn, 0, lambda: core.pmem.dax.notify_failure(offset, length, flags)
+    )
 
 
 def test_one_page_of_one_file(core: Core) -> None:
@@ -97,7 +96,7 @@ def test_a_failure_of_metadata_is_a_shutdown_and_an_error(core: Core, which: int
 
 def test_a_range_over_metadata_and_files_names_the_files_too(core: Core) -> None:
     ino = core.file(data=pages("AB"))
-    incident = core.mm.removal(core.pmem.dax.base_pfn, 0)
+    incident = core.mm.draft(core.pmem.dax.base_pfn, 0, MF_MEM_PRE_REMOVE)
     with core.mm.during(incident), pytest.raises(CorruptMetadata):
         core.pmem.dax.notify_failure(0, core.pmem.dax.size, 0)
     assert [(m.mapping, m.index, m.count) for m in incident.mappings] == [(ino, 0, 2)]

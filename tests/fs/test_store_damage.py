@@ -176,8 +176,7 @@ def test_a_device_that_is_removed_can_be_let_go(core: Core, copied_back: bool) -
     before = state(core.fs)
     if copied_back:
         core.fs.store._execute("PRAGMA wal_checkpoint")
-    with core.mm.during(core.mm.removal(core.pmem.pages.start, core.pmem.pages.length)):
-        core.pmem.dax.kill_dax()
+    core.mm.removal(core.pmem.pages.start, core.pmem.pages.length, core.pmem.dax.kill_dax)
     core.fs.close()
     core.close(save=False)
     core.open()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 
@@ -308,7 +309,7 @@ def test_mf_dax_kill_procs_outside_a_failure_is_refused(machine: Machine) -> Non
 
 
 def test_nested_failures_record_into_their_own_incidents(machine: Machine) -> None:
-    outer, inner = machine.mm.removal(100, 1), machine.mm.removal(200, 1)
+    outer, inner = machine.mm.draft(100, 1, MF_MEM_PRE_REMOVE), machine.mm.draft(200, 1, MF_MEM_PRE_REMOVE)
     with machine.mm.during(outer):
         with machine.mm.during(inner):
             machine.mm.mf_dax_kill_procs(8, 0, 1, 200, 0)
@@ -320,9 +321,8 @@ def test_nested_failures_record_into_their_own_incidents(machine: Machine) -> No
 
 
 def test_a_count_of_u64_max_is_the_whole_device_not_a_range(machine: Machine) -> None:
-    incident = machine.mm.removal(100, 50)
-    with machine.mm.during(incident):
-        machine.mm.mf_dax_kill_procs(0, 0, U64_MAX, 100, MF_MEM_PRE_REMOVE)
+    notify = partial(machine.mm.mf_dax_kill_procs, 0, 0, U64_MAX, 100, MF_MEM_PRE_REMOVE)
+    incident = machine.mm.removal(100, 50, notify)
     assert incident.whole_device
     assert incident.pre_remove
     assert incident.mappings == []

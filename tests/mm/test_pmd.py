@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from daxemu.mm.incident import Incident, MappingRange
@@ -122,7 +124,7 @@ def test_a_victim_that_maps_by_pages_does_not_widen_the_range_to_unmap() -> None
 
 def test_the_pmd_of_another_file_sharing_the_page_is_not_unmapped() -> None:
     failure = incident(3)
-    failure.mappings.append(MappingRange(INO + 1, 40, 1, 5003))
+    failure = replace(failure, mappings=[*failure.mappings, MappingRange(INO + 1, 40, 1, 5003)])
     tasks = present_as_mapped(failure, [task(touched(3, area=vma(NR)))])
     mappings = to_unmap(failure, collect_procs(failure, tasks, early_kill=False)).mappings
     assert [(m.mapping, m.index, m.count) for m in mappings] == [(INO, 0, NR), (INO + 1, 40, 1)]

@@ -1,11 +1,12 @@
-"""shared_out(): the present pages of each process, divided among several failures."""
+"""Present pages of processes divided among failures, and victims that a repair spares."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daxemu.mm.to_kill import PresentRun, Task, Thread, shared_out
+from daxemu.mm.incident import Incident, MappingRange
+from daxemu.mm.to_kill import PresentRun, Task, Thread, collect_procs, shared_out, spare
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SIZE
 
@@ -71,3 +72,29 @@ def test_each_present_failed_page_is_in_exactly_one_share(
         expected = [page for task in tasks for page in pages_of(task) if page[1:] in pages]
         assert sorted(page for task in share for page in pages_of(task)) == sorted(expected)
         assert all(task.present for task in share)
+
+
+def test_a_victim_is_spared_by_page_and_gets_the_next_failed_page() -> None:
+    failed = [MappingRange(5, 0, 4, 100), MappingRange(6, 0, 4, 104)]
+    incident = Incident(1, 100, 8, 0, mappings=failed)
+    one, two = a_task(1, [(5, 0, 2), (5, 3, 1), (6, 1, 1)]), a_task(2, [(5, 0, 1)])
+    to_kill = collect_procs(incident, [one, two], early_kill=True)
+    assert [(v.tid, v.pfn, v.merges) for v in to_kill] == [
+        (1, 100, False),
+        (1, 103, True),
+        (1, 105, False),
+        (2, 100, False),
+    ]
+
+    def left(*pfns: tuple[int, int]) -> list[tuple[int, int, int, bool]]:
+        return [(v.tid, v.address, v.pfn, v.merges) for v in spare(incident, to_kill, RangeSet(pfns))]
+
+    base = 1 << 40
+    assert left((100, 101)) == [
+        (1, base + PAGE_SIZE, 101, False),
+        (1, base + (1 << 30), 103, True),
+        (1, base + (2 << 30), 105, False),
+    ]
+    assert left((100, 102), (105, 106)) == [(1, base + (1 << 30), 103, False)]
+    assert left((100, 108)) == []
+    assert spare(incident, to_kill, RangeSet([(200, 300)])) == to_kill

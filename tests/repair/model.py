@@ -59,7 +59,7 @@ class RepairModel(RuleBasedStateMachine):
     @property
     def begins(self) -> bool:
         """True while the strategy has not processed all blocks yet."""
-        return self.made.repairs.progress is not None
+        return self.made.host.progress is not None
 
     # -- verbs of the filesystem
 

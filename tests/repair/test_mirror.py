@@ -34,7 +34,7 @@ def corrupt_copy(made: Repairing, ino: Ino, offset: int) -> None:
 
 
 def scrub(made: Repairing) -> None:
-    strategy = made.repairs._strategy
+    strategy = made.host._strategy
     assert strategy is not None
     for _ in strategy.scrub():
         pass

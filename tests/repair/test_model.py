@@ -127,10 +127,10 @@ class BegunModel(RepairModel):
     @precondition(lambda self: not (self.broken and self.finds_corruption))
     @rule()
     def choose_again(self) -> None:
-        self.steps = self.made.repairs.choose(self.strategy)
+        self.steps = self.made.host.choose(self.strategy)
         self.step()
         # While what was kept is thrown away there is no strategy.
-        while self.steps is not None and not self.made.repairs.is_active:
+        while self.steps is not None and not self.made.host.is_active:
             self.step()
 
     @precondition(lambda self: self.steps is not None)
@@ -186,7 +186,7 @@ class ChecksumModel(BegunModel):
 
     @rule()
     def scrub(self) -> None:
-        strategy = self.made.repairs._strategy
+        strategy = self.made.host._strategy
         assert strategy is not None
         for _ in strategy.scrub():
             pass
@@ -251,7 +251,7 @@ class AsyncParityModel(ParityModel):
 
     def is_promised(self, offset: int, length: int) -> bool:
         """As parity, after the end of the window."""
-        strategy = self.made.repairs._strategy
+        strategy = self.made.host._strategy
         assert strategy is not None
         strategy.tick()
         return super().is_promised(offset, length)

@@ -16,6 +16,7 @@ from daxemu.mm.memory_failure import FileId, Incident, MappingRange, MemoryFailu
 from daxemu.mm.pfn_space import PfnAddressSpace
 from daxemu.ranges import Range
 from daxemu.supervisor.failures import Failures, Signalled
+from daxemu.supervisor.signals import Signals
 from tests.support.actor import Actor
 from tests.support.scene import PAGE, ao, ask, told
 
@@ -62,7 +63,7 @@ def test_processes_that_map_another_drivers_memory_are_signalled(tmp_path: Path)
 
     async def fail() -> Signalled:
         async with TracerLink.open() as tracer, trio.open_nursery() as nursery:
-            failures = Failures(mm, NoMount(), tracer, events.append, nursery)
+            failures = Failures(mm, NoMount(), Signals(tracer, (0, 0), events.append, nursery))
             return (await failures.handle(mm.memory_failure(BASE + 1, 1, 0)))[1]
 
     with Actor.spawn("p0", cwd=tmp_path) as mapper, Actor.spawn("p1", cwd=tmp_path) as elsewhere:
@@ -97,13 +98,12 @@ def test_failures_that_wait_for_their_turn_are_seen_to_together_but_removal_alon
     mappings = Counting()
 
     def hurt(page: int, *, whole_device: bool = False) -> Incident:
-        incident = Incident(page, BASE + page, 1, 0, whole_device=whole_device)
-        incident.mappings.append(MappingRange(1, page, 1, BASE + page))
-        return incident
+        mappings = [MappingRange(1, page, 1, BASE + page)]
+        return Incident(page, BASE + page, 1, 0, mappings, whole_device=whole_device)
 
     async def storm() -> None:
         async with TracerLink.open() as tracer, trio.open_nursery() as nursery:
-            failures = Failures(mm, mappings, tracer, lambda event: None, nursery)
+            failures = Failures(mm, mappings, Signals(tracer, (0, 0), lambda event: None, nursery))
             async with trio.open_nursery() as storm:
                 await failures.mf_mutex.acquire()
                 for incident in (*map(hurt, range(5)), hurt(5, whole_device=True), *map(hurt, range(6, 9))):

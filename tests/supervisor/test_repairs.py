@@ -15,7 +15,7 @@ from daxemu.fs.fsck import fsck
 from daxemu.ranges import Range, RangeSet
 from daxemu.repair import registry
 from daxemu.repair.strategy import Failure, Strategy, Verdict
-from daxemu.supervisor import repairs
+from daxemu.supervisor import strategy_host
 from daxemu.uapi import PAGE_SIZE
 from tests.support.repairing import Repairing, repairing
 
@@ -72,7 +72,7 @@ def crash(strategy: Bad) -> None:
 def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Repairing]:
     point = EntryPoint("bad", f"{__name__}:Bad", registry.GROUP)
     monkeypatch.setattr(registry, "entry_points", lambda group, name="bad": [point] if name == "bad" else [])
-    monkeypatch.setattr(repairs, "HOOK_LIMIT", 0.2)
+    monkeypatch.setattr(strategy_host, "HOOK_LIMIT", 0.2)
     monkeypatch.setattr(Bad, "behaviour", lambda strategy: None)
     monkeypatch.setattr(Bad, "where", "nowhere")
     with repairing("bad") as made:
@@ -131,8 +131,8 @@ def test_data_goes_on_without_it(
     assert made.core.read(ino) == b"x" * 3 * PAGE_SIZE
     made.core.fs.set_size(ino, PAGE_SIZE)
     made.core.fs.commit()
-    assert made.repairs.broken is not None
-    assert made.repairs.broken.startswith(where)
+    assert made.host.broken is not None
+    assert made.host.broken.startswith(where)
     assert made.core.read(ino) == b"x" * PAGE_SIZE
     assert fsck(made.core.fs) == []
 
@@ -143,12 +143,12 @@ def test_one_that_cannot_begin_refuses_the_mount(
 ) -> None:
     monkeypatch.setattr(Bad, "where", "mounted")
     monkeypatch.setattr(Bad, "behaviour", behaviour)
-    monkeypatch.setattr(repairs, "BEGIN_LIMIT", 0.2)
+    monkeypatch.setattr(strategy_host, "BEGIN_LIMIT", 0.2)
     with pytest.raises(DaxemuError, match="bad"):
         made.choose("bad")
-    assert made.repairs.text == "none"
+    assert made.host.text == "none"
     made.choose("zero")
-    assert made.repairs.text == "zero"
+    assert made.host.text == "zero"
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_an_unusable_strategy_is_refused(made: Repairing, text: str, complaint: 
         made.choose(text)
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert made.repairs.text == "bad", "a refusal changes nothing"
+    assert made.host.text == "bad", "a refusal changes nothing"
 
 
 def test_another_strategy_takes_nothing_over(made: Repairing) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import trio
 
 from daxemu.errors import InvalidArgument
 from daxemu.protocol import Cell, Survey, SurveyReport
-from daxemu.supervisor.survey import survey
+from daxemu.supervisor.verbs.survey import survey
 from daxemu.uapi import PAGE_SIZE as PAGE
 from daxemu.uapi import Ino
 from tests.support.core import Core
@@ -15,7 +16,7 @@ from tests.support.core import Core
 def look(
     core: Core, offset: int = 0, length: int | None = None, cells: int = 1, files: int = 10
 ) -> SurveyReport:
-    return survey(core.pmem, core.fs, Survey(offset, length, cells, files))
+    return trio.run(survey, core.pmem, core.fs, Survey(offset, length, cells, files))
 
 
 def place(core: Core, ino: Ino) -> int:

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from daxemu.events import RepairFinished
 from daxemu.pmem.inject import corrupt, failed_pages, inject
 from daxemu.supervisor.repairs import Repairs
+from daxemu.supervisor.strategy_host import StrategyHost
 from daxemu.uapi import Ino
 from tests.support.core import Core, core_at
 
 
 class Repairing:
-    """``repairs`` looks after ``core``; a remount brings both back."""
+    """``host`` has the strategy of ``core``, ``repairs`` asks it; a remount brings all back."""
 
     def __init__(self, core: Core, strategy: str) -> None:
         self.core = core
@@ -23,14 +24,15 @@ class Repairing:
     def choose(self, strategy: str) -> None:
         """Change the strategy."""
         self.strategy = strategy
-        for _ in self.repairs.choose(strategy):
+        for _ in self.host.choose(strategy):
             pass
 
     def attach(self, *, after_crash: bool) -> None:
         """Choose the strategy, as a mount does."""
         core = self.core
-        self.repairs = Repairs(core.pmem, core.fs, core.device.root / "repair", core.events.append)
-        for _ in self.repairs.choose(self.strategy, after_crash=after_crash):
+        self.host = StrategyHost(core.fs, core.device.root / "repair", core.events.append)
+        self.repairs = Repairs(core.pmem, core.fs, self.host, core.events.append)
+        for _ in self.host.choose(self.strategy, after_crash=after_crash):
             pass
 
     def remount(self, *, crash: bool = False) -> None:
@@ -38,7 +40,7 @@ class Repairing:
         if crash:
             self.core.fs.watch(None)  # the strategy gets no further calls, as in a dead process
         else:
-            self.repairs.close()
+            self.host.close()
         self.core.close(save=not crash)
         self.core.open()
         self.attach(after_crash=self.core.fs.had_crashed)
@@ -48,8 +50,8 @@ class Repairing:
         seen = len(self.core.events)
         bad = inject(self.core.pmem, offset, length)
         incident = self.core.mm.memory_failure(*failed_pages(self.core.pmem, bad), 0)
-        self.repairs.failed(incident, ())
-        self.core.mm.action_result(incident, 0)
+        repaired = self.repairs.failed(incident, ())
+        self.core.mm.action_result(incident, 0, errors=repaired.errors)
         found = [event for event in self.core.events[seen:] if isinstance(event, RepairFinished)]
         return found[0] if found else None
 
@@ -70,4 +72,4 @@ def repairing(strategy: str, size: int = 8 << 20) -> Iterator[Repairing]:
         try:
             yield made
         finally:
-            made.repairs.close()
+            made.host.close()

@@ -24,12 +24,14 @@ from daxemu.host.fuse.operations import Operations
 from daxemu.host.fuse.session import Session
 from daxemu.host.fuse.watchdog import Watchdog
 from daxemu.host.mappings import PageCacheMappings
+from daxemu.host.proc.mountinfo import Mount
 from daxemu.mm.incident import Incident
 from daxemu.mm.to_kill import Task
 from daxemu.pmem.dax_device import DaxDevice
+from daxemu.pmem.pmem import Pmem
 from daxemu.protocol import BadblockList
 from daxemu.supervisor.clones import Clones
-from daxemu.supervisor.machine import Machine
+from daxemu.supervisor.verbs import files
 from daxemu.uapi import PAGE_SIZE
 from tests.support.steps import Steps, count_all
 
@@ -170,13 +172,13 @@ def stand_still_in_badblocks(patience: float) -> None:
         named.append(name_step(self, thread))
         return named[0]
 
-    async def stand_still(self: Machine) -> Any:
+    async def stand_still(pmem: Pmem) -> Any:
         while not named:
             pass
         return BadblockList([], 0)
 
     Watchdog._name_step = naming  # type: ignore[method-assign]
-    Machine.badblocks = stand_still  # type: ignore[method-assign]
+    files.badblocks = stand_still
 
 
 def wait_in_clone(directory: str) -> None:
@@ -210,11 +212,19 @@ def stick_in_badblocks(how: str) -> None:
     waits for a request to its own mount.
     """
 
-    def stuck(self: Machine) -> Any:
+    mountpoints: list[Path] = []
+    remember = Session.__init__
+
+    def remembering(self: Session, fd: int, mount: Mount) -> None:
+        remember(self, fd, mount)
+        mountpoints.append(mount.mountpoint)
+
+    async def stuck(pmem: Pmem) -> Any:
         if how == "C":
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they would interrupt it
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they would interrupt the call
             ctypes.PyDLL(None).sleep(3600)
-        os.listdir(self.session.mount.mountpoint)
+        os.listdir(mountpoints[0])
         return BadblockList([], 0)
 
-    Machine.badblocks = stuck  # type: ignore[method-assign]
+    Session.__init__ = remembering  # type: ignore[method-assign]
+    files.badblocks = stuck

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from daxemu.errors import CorruptMetadata
 from daxemu.events import Emit, FileDamaged
@@ -14,11 +15,37 @@ from daxemu.fs.inode import RESERVED_INO
 from daxemu.fs.namespace import Namespace
 from daxemu.fs.pmd_fault import pmd_ranges
 from daxemu.fs.rmap import METADATA_INO, Rmap
+from daxemu.mm.incident import MappingRange
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range
 from daxemu.uapi import MF_MEM_PRE_REMOVE, U64_MAX
 from daxemu.units import PFN_PHYS, blocks_of
+
+
+class FailedRanges(NamedTuple):
+    """File ranges of failed device bytes. ``has_metadata``: the filesystem's own records are among them."""
+
+    files: list[MappingRange]
+    has_metadata: bool
+
+
+def failed_ranges(dax: DaxDevice, rmap: Rmap, names: Namespace, failed: Range) -> FailedRanges:
+    """Return every file range that uses any of the device bytes ``failed``, through every reflink.
+
+    Blocks that a repair strategy has reserved are in no file: no process maps them, and the file whose copy
+    they hold has not failed.
+    """
+    files: list[MappingRange] = []
+    has_metadata = False
+    for owner in rmap.owners(*blocks_of(failed)) if failed else ():
+        if owner.ino == METADATA_INO:
+            has_metadata = True
+        elif owner.ino != RESERVED_INO:
+            pmds = pmd_ranges(dax, rmap, names, owner, failed)
+            pfn = dax.base_pfn + owner.dev_block
+            files.append(MappingRange(owner.ino, owner.file_block, owner.length, pfn, pmds))
+    return FailedRanges(files, has_metadata)
 
 
 class FilesystemHolder:
@@ -52,29 +79,19 @@ class FilesystemHolder:
             self._mm.mf_dax_kill_procs(METADATA_INO, 0, U64_MAX, self._dax.base_pfn, flags)
             self._mm.after_kill(partial(self._shutdown, "Device is about to be removed!"))
             return
-        device = Range(0, self._dax.size)
-        failed = Range(offset, offset + length).clip(*device)
-        if not failed:
-            return
-        metadata_failed = False
-        for owner in self._rmap.owners(*blocks_of(failed)):
-            if owner.ino == METADATA_INO:
-                metadata_failed = True
-                continue
-            if owner.ino == RESERVED_INO:
-                continue  # a reserved file: no process maps it, and the file that it copies is not damaged
-            pfn = self._dax.base_pfn + owner.dev_block
-            pmds = pmd_ranges(self._dax, self._rmap, self._names, owner, failed)
-            self._mm.mf_dax_kill_procs(owner.ino, owner.file_block, owner.length, pfn, flags, pmds)
+        failed = Range(offset, offset + length).clip(0, self._dax.size)
+        found = failed_ranges(self._dax, self._rmap, self._names, failed)
+        for file in found.files:
+            self._mm.mf_dax_kill_procs(file.mapping, file.index, file.count, file.pfn, flags, file.pmds)
             self._emit(
                 FileDamaged(
-                    ino=owner.ino,
-                    path=self._names.path_of(owner.ino),
-                    offset=PFN_PHYS(owner.file_block),
-                    length=PFN_PHYS(owner.length),
+                    ino=file.mapping,
+                    path=self._names.path_of(file.mapping),
+                    offset=PFN_PHYS(file.index),
+                    length=PFN_PHYS(file.count),
                 )
             )
-        if metadata_failed:
+        if found.has_metadata:
             reason = "Corruption of on-disk metadata detected at notify_failure.  Shutting down filesystem."
             self._mm.after_kill(partial(self._shutdown, reason))
             raise CorruptMetadata(

@@ -18,14 +18,14 @@ from daxemu.fs.layouts import Layouts
 from daxemu.fs.metadata_page import CopyState
 from daxemu.fs.metadata_region import MetadataRegion
 from daxemu.fs.namespace import Namespace
-from daxemu.fs.notify_failure import FilesystemHolder
+from daxemu.fs.notify_failure import FailedRanges, FilesystemHolder, failed_ranges
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.fs.store import Store
 from daxemu.fs.superblock import FORMER_VERSION, VERSION
 from daxemu.fs.upgrade import is_former, upgrade
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.dax_device import DaxDevice
-from daxemu.ranges import merged
+from daxemu.ranges import Range, merged
 from daxemu.uapi import (
     PAGE_SIZE,
 )
@@ -242,6 +242,10 @@ class SuperBlock:
         """Call ``watcher`` for each operation on the bytes of files from now on; None ends the calls."""
         self._data.watcher = self.allocator.watcher = watcher
         self.layouts.watch(watcher is not None)
+
+    def failed_ranges(self, failed: Range) -> FailedRanges:
+        """Return the file ranges that use any of the device bytes ``failed``."""
+        return failed_ranges(self.dax, self.rmap, self.names, failed)
 
     def check_alive(self) -> None:
         """Check that no shutdown happened. Raises Shutdown."""

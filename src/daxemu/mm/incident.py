@@ -6,7 +6,7 @@ Indexes and counts are pages.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ class PfnMapping:
     pfn: Pfn
 
 
-@dataclass
+@dataclass(frozen=True)
 class Part:
     """Pages ``[pfn, pfn + nr_pages)`` of a failure that one driver handled, and the driver's error if any."""
 
@@ -66,9 +66,9 @@ class MappingRange:
         return list(RangeSet([own, *self.pmds])) if self.pmds else [own]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Incident:
-    """A failure between discovery and outcome: the work for ``host``.
+    """A failure between discovery and outcome: the work for ``host``. A value.
 
     ``mappings`` and ``pfn_mappings`` are the file ranges to collect, unmap and signal. ``parts`` holds the
     pages handled by a driver. Pages of no driver are in no part.
@@ -78,13 +78,11 @@ class Incident:
     pfn: Pfn
     nr_pages: int
     flags: int
-    mappings: list[MappingRange] = field(default_factory=list)
-    pfn_mappings: list[PfnMapping] = field(default_factory=list)
+    mappings: Sequence[MappingRange] = ()
+    pfn_mappings: Sequence[PfnMapping] = ()
     whole_device: bool = False
-    parts: list[Part] = field(default_factory=list)
-    spared: RangeSet | None = None
-    """The pfns whose data a repair strategy recovered; None before a strategy was called."""
-    after_kill: list[Callable[[], None]] = field(default_factory=list)
+    parts: Sequence[Part] = ()
+    after_kill: Sequence[Callable[[], None]] = ()
     """Actions of the holder to run once every victim is signalled; see ``MemoryFailures.after_kill``."""
 
     @property
@@ -100,3 +98,32 @@ class Incident:
     def error(self) -> DaxemuError | None:
         """The error of the first part that has one; None if every part was handled."""
         return next((part.error for part in self.parts if part.error is not None), None)
+
+
+@dataclass(eq=False)
+class IncidentDraft:
+    """An incident while the drivers are called. Fields as in Incident."""
+
+    serial: int
+    pfn: Pfn
+    nr_pages: int
+    flags: int
+    mappings: list[MappingRange] = field(default_factory=list)
+    pfn_mappings: list[PfnMapping] = field(default_factory=list)
+    whole_device: bool = False
+    parts: list[Part] = field(default_factory=list)
+    after_kill: list[Callable[[], None]] = field(default_factory=list)
+
+    def complete(self) -> Incident:
+        """Return the incident."""
+        return Incident(
+            self.serial,
+            self.pfn,
+            self.nr_pages,
+            self.flags,
+            self.mappings,
+            self.pfn_mappings,
+            self.whole_device,
+            self.parts,
+            self.after_kill,
+        )

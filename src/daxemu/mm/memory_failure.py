@@ -7,11 +7,11 @@ are bytes, indexes and counts are pages.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from daxemu.errors import Busy, DaxemuError, NoDevice, Unsupported
 from daxemu.events import Emit, MemoryFailureHandled, Outcome, OutsideKernelControl, PageType
-from daxemu.mm.incident import FileId, Incident, MappingRange, Part, PfnMapping
+from daxemu.mm.incident import FileId, Incident, IncidentDraft, MappingRange, Part, PfnMapping
 from daxemu.mm.pagemap import DevPagemap
 from daxemu.mm.pfn_space import PfnAddressSpace, PfnAddressSpaces
 from daxemu.mm.to_kill import (
@@ -45,6 +45,8 @@ __all__ = [
 ]
 """The interface of mm/memory-failure.c: also the values of ``incident`` and the choices of ``to_kill``."""
 
+_NO_ERRORS: Mapping[Part, DaxemuError] = {}
+
 
 class MemoryFailures:
     """The machine's memory-failure state: pagemaps, pfn address spaces, the sysctl, the counters.
@@ -52,18 +54,18 @@ class MemoryFailures:
     The kernel keeps this state in global variables. An object allows several machines in one process.
     """
 
-    def __init__(self, emit: Emit) -> None:
+    def __init__(self, emit: Emit, *, is_hosted: bool = False) -> None:
+        """``is_hosted``: a host executes each incident and calls :meth:`conclude` after the signals."""
         self.sysctl_early_kill = False
         self.counters: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
         self._emit = emit
         self.on_count: Callable[[], None] = lambda: None
         """Called after a counter changed."""
-        self.is_hosted = False
-        """True if a host executes each incident and calls :meth:`conclude` after the signals."""
+        self._is_hosted = is_hosted
         self.pfn_spaces = PfnAddressSpaces()
         self._pagemaps: list[DevPagemap] = []
         self._serial = itertools.count(1)
-        self._current: Incident | None = None
+        self._current: IncidentDraft | None = None
 
     # -- dev_pagemap
 
@@ -94,22 +96,22 @@ class MemoryFailures:
         the kernel's own allocator. The kernel's code for DAX and for pages without struct pages does not test
         PG_hwpoison.
         """
-        incident = Incident(next(self._serial), pfn, nr_pages, flags)
-        with self.during(incident):
+        draft = self.draft(pfn, nr_pages, flags)
+        with self.during(draft):
             handled = RangeSet()
             for pgmap in self._pagemaps:
                 for part in pgmap.overlapping(pfn, pfn + nr_pages):
                     handled.add(*part)
-                self._memory_failure_dev_pagemap(incident, pgmap, pfn, nr_pages)
+                self._memory_failure_dev_pagemap(draft, pgmap, pfn, nr_pages)
             for gap in list(handled.gaps(pfn, pfn + nr_pages)):
                 for space, part in self.pfn_spaces.overlapping(*gap):
                     handled.add(*part)
-                    self._memory_failure_pfn(incident, space, part.start, part.length)
+                    self._memory_failure_pfn(draft, space, part.start, part.length)
         for gap in handled.gaps(pfn, pfn + nr_pages):
             self._emit(OutsideKernelControl(pfn=gap.start, nr_pages=gap.length))
-        if not incident.parts:
+        if not draft.parts:
             raise NoDevice(f"pfn {pfn:#x}+{nr_pages}: memory outside kernel control")
-        return incident
+        return draft.complete()
 
     def dev_pagemap_failure(self, pgmap: DevPagemap, flags: int = 0) -> Incident:
         """Fail all data pages of a pagemap. The driver is called once for each range of the pagemap.
@@ -117,63 +119,70 @@ class MemoryFailures:
         Counterpart of ``dev_pagemap_failure()``, proposed in 2021 for the removal of a device.
         """
         first, last = pgmap.ranges[0], pgmap.ranges[-1]
-        incident = Incident(next(self._serial), first.start, sum(r.length for r in pgmap.ranges), flags)
-        with self.during(incident):
-            self._memory_failure_dev_pagemap(incident, pgmap, first.start, last.end - first.start, data=True)
-        return incident
+        draft = self.draft(first.start, sum(r.length for r in pgmap.ranges), flags)
+        with self.during(draft):
+            self._memory_failure_dev_pagemap(draft, pgmap, first.start, last.end - first.start, data=True)
+        return draft.complete()
 
     def _memory_failure_dev_pagemap(
-        self, incident: Incident, pgmap: DevPagemap, pfn: Pfn, nr_pages: int, *, data: bool = False
+        self, draft: IncidentDraft, pgmap: DevPagemap, pfn: Pfn, nr_pages: int, *, data: bool = False
     ) -> None:
         """``memory_failure_dev_pagemap()``. With ``data``, skip the device's metadata space (the altmap)."""
         if not data:
             for altmap in pgmap.altmap_overlapping(pfn, pfn + nr_pages):
                 error = NoDevice(f"{pgmap.name}: device metadata space is not recoverable")
-                incident.parts.append(Part(PageType.DAX, altmap.start, altmap.length, error))
+                draft.parts.append(Part(PageType.DAX, altmap.start, altmap.length, error))
         for span in pgmap.pfn_valid(pfn, pfn + nr_pages):
-            part = Part(PageType.DAX, span.start, span.length)
-            incident.parts.append(part)
+            failed: DaxemuError | None = None
             try:
                 if pgmap.ops is None:
                     raise Unsupported(f"{pgmap.name}: no ->memory_failure")
-                pgmap.ops.memory_failure(pgmap, span.start, span.length, incident.flags)
+                pgmap.ops.memory_failure(pgmap, span.start, span.length, draft.flags)
             except Unsupported as error:
                 # mf_generic_kill_procs() uses the page's own mapping. In daxemu only the holder knows
                 # mappings, so dax_lock_folio() finds nothing to lock, and no process is signalled.
-                part.error = Busy(f"{error}, and the generic handler knows of no mapping")
+                failed = Busy(f"{error}, and the generic handler knows of no mapping")
             except DaxemuError as error:
-                part.error = error
-        if pgmap.memmap is not None and not incident.pre_remove:
+                failed = error
+            draft.parts.append(Part(PageType.DAX, span.start, span.length, failed))
+        if pgmap.memmap is not None and not draft.flags & MF_MEM_PRE_REMOVE:
             # SetPageHWPoison() of mf_dax_kill_procs(): only pages of files, each page once.
-            failed = {(each.pfn, each.pfn + each.count) for each in incident.mappings}
-            pgmap.memmap.set_hwpoison(*merged(sorted(failed)))
+            pages = {(each.pfn, each.pfn + each.count) for each in draft.mappings}
+            pgmap.memmap.set_hwpoison(*merged(sorted(pages)))
 
     def _memory_failure_pfn(
-        self, incident: Incident, space: PfnAddressSpace, pfn: Pfn, nr_pages: int
+        self, draft: IncidentDraft, space: PfnAddressSpace, pfn: Pfn, nr_pages: int
     ) -> None:
         """``memory_failure_pfn()``."""
-        part = Part(PageType.PFN_MAP, pfn, nr_pages)
-        incident.parts.append(part)
         assert space.ops is not None
-        incident.pfn_mappings += space.ops.pfn_to_pgoff(space, pfn, nr_pages)
+        draft.pfn_mappings += space.ops.pfn_to_pgoff(space, pfn, nr_pages)
+        failed: DaxemuError | None = None
         try:
             space.ops.failure(space, pfn, nr_pages)
         except DaxemuError as error:
-            part.error = error
+            failed = error
+        draft.parts.append(Part(PageType.PFN_MAP, pfn, nr_pages, failed))
 
-    def removal(self, pfn: Pfn, nr_pages: int) -> Incident:
-        """Create the incident of the removal of a whole device; mf_dax_kill_procs() adds to the incident."""
-        part = Part(PageType.DAX, pfn, nr_pages)
-        return Incident(next(self._serial), pfn, nr_pages, MF_MEM_PRE_REMOVE, parts=[part])
+    def removal(self, pfn: Pfn, nr_pages: int, notify: Callable[[], None]) -> Incident:
+        """Return the incident of the removal of a whole device. ``notify`` tells the holder of the device."""
+        draft = self.draft(pfn, nr_pages, MF_MEM_PRE_REMOVE)
+        draft.parts.append(Part(PageType.DAX, pfn, nr_pages))
+        with self.during(draft):
+            notify()
+        return draft.complete()
+
+    def draft(self, pfn: Pfn, nr_pages: int, flags: int) -> IncidentDraft:
+        """Return an incident to be completed, with the next serial number."""
+        return IncidentDraft(next(self._serial), pfn, nr_pages, flags)
 
     @property
     def is_handling(self) -> bool:
         """True while a driver's ``->memory_failure`` runs. The incident then is not executed yet."""
         return self._current is not None
 
-    def during(self, incident: Incident) -> _Current:
-        """Return a context. Inside, ``mf_dax_kill_procs`` adds to ``incident``."""
-        return _Current(self, incident)
+    def during(self, draft: IncidentDraft) -> _Current:
+        """Return a context. Inside, ``mf_dax_kill_procs`` adds to ``draft``."""
+        return _Current(self, draft)
 
     def mf_dax_kill_procs(
         self, mapping: Ino, index: int, count: int, pfn: Pfn, flags: int, pmds: tuple[Range, ...] = ()
@@ -197,29 +206,39 @@ class MemoryFailures:
         Without a host, or outside a failure, ``action`` runs at once. Counterpart in Linux: a
         ``->notify_failure`` that shuts the filesystem down after mf_dax_kill_procs().
         """
-        if self._current is None or not self.is_hosted:
+        if self._current is None or not self._is_hosted:
             action()
         else:
             self._current.after_kill.append(action)
 
     def conclude(self, incident: Incident) -> bool:
         """Run the actions deferred by :meth:`after_kill`. Return True if any ran."""
-        actions, incident.after_kill = incident.after_kill, []
-        with self.during(incident):
-            for action in actions:
+        with self.during(IncidentDraft(incident.serial, incident.pfn, incident.nr_pages, incident.flags)):
+            for action in incident.after_kill:
                 action()
-        return bool(actions)
+        return bool(incident.after_kill)
 
-    def action_result(self, incident: Incident, signals: int, processes: int = 0) -> Outcome:
+    def action_result(
+        self,
+        incident: Incident,
+        signals: int,
+        processes: int = 0,
+        errors: Mapping[Part, DaxemuError] = _NO_ERRORS,
+    ) -> Outcome:
         """``action_result()``: count and log each part. Return the worst outcome.
 
-        ``signals``: number of signals sent to ``processes`` processes, for all parts together. Pages without
-        struct pages are logged, not counted: no node has counters for such pages.
+        ``signals``: number of signals sent to ``processes`` processes, for all parts together. ``errors``:
+        parts that a driver handled, and whose repair failed. Pages without struct pages are logged, not
+        counted: no node has counters for such pages.
         """
         if incident.pre_remove:
             return Outcome.RECOVERED  # always, and neither counted nor logged: see mf_dax_kill_procs()
+        worst = Outcome.RECOVERED
         for part in incident.parts:
-            outcome = Outcome.FAILED if part.error is not None else Outcome.RECOVERED
+            error = part.error or errors.get(part)
+            outcome = Outcome.FAILED if error is not None else Outcome.RECOVERED
+            if error is not None:
+                worst = Outcome.FAILED
             if part.page_type is not PageType.PFN_MAP:
                 self.counters[outcome] += 1
             self._emit(
@@ -232,11 +251,11 @@ class MemoryFailures:
                     signals=signals,
                     processes=processes,
                     files=_files(incident, part),
-                    error=str(part.error) if part.error else None,
+                    error=str(error) if error else None,
                 )
             )
         self.on_count()
-        return Outcome.FAILED if incident.error is not None else Outcome.RECOVERED
+        return worst
 
 
 def _files(incident: Incident, part: Part) -> int:
@@ -252,16 +271,16 @@ def _files(incident: Incident, part: Part) -> int:
 
 
 class _Current:
-    """Context with ``incident`` as the target of ``mf_dax_kill_procs``."""
+    """Context with ``draft`` as the target of ``mf_dax_kill_procs``."""
 
-    def __init__(self, failures: MemoryFailures, incident: Incident) -> None:
+    def __init__(self, failures: MemoryFailures, draft: IncidentDraft) -> None:
         self._failures = failures
-        self._incident = incident
-        self._outer: Incident | None = None
+        self._draft = draft
+        self._outer: IncidentDraft | None = None
 
-    def __enter__(self) -> Incident:
-        self._outer, self._failures._current = self._failures._current, self._incident
-        return self._incident
+    def __enter__(self) -> IncidentDraft:
+        self._outer, self._failures._current = self._failures._current, self._draft
+        return self._draft
 
     def __exit__(self, *exc: object) -> None:
         self._failures._current = self._outer

@@ -172,16 +172,16 @@ def collect_procs(
             runs = task.present
         if thread is None:
             continue
-        to_kill += _of_task(incident, task, thread, runs)
+        to_kill += _of_task(incident, task, thread.tid, runs)
     return to_kill
 
 
-def _of_task(incident: Incident, task: Task, thread: Thread, runs: Sequence[PresentRun]) -> list[ToKill]:
+def _of_task(incident: Incident, task: Task, tid: int, runs: Sequence[PresentRun]) -> list[ToKill]:
     by_range: dict[MappingRange | None, list[PresentRun]] = {}
     for run in sorted(runs, key=_in_rmap_order):
         by_range.setdefault(_range_of(incident, run), []).append(run)
     return [
-        ToKill(task, thread.tid, run.address, run.shift, _pfn_of(incident, failed, run), merges=position > 0)
+        ToKill(task, tid, run.address, run.shift, _pfn_of(incident, failed, run), merges=position > 0)
         for failed, alike in by_range.items()
         for position, run in enumerate(alike)
     ]
@@ -198,26 +198,29 @@ def _in_rmap_order(run: PresentRun) -> tuple[Ino, int, int, int]:
     return run.mapping, run.index, first, -run.address
 
 
-def spare(incident: Incident, tasks: Sequence[Task], pfns: RangeSet) -> list[Task]:
-    """Return ``tasks`` without present pages of ``pfns``. The data of ``pfns`` was recovered."""
+def spare(incident: Incident, to_kill: Sequence[ToKill], pfns: RangeSet) -> list[ToKill]:
+    """Return the victims that are left once the data of ``pfns`` was recovered.
+
+    A victim with further failed pages present gets the address of the first of these instead. Precondition:
+    ``to_kill`` is what :func:`collect_procs` returned for ``incident``, and the incident is no removal.
+    """
     recovered: dict[Ino, RangeSet] = {}
     for failed in incident.mappings:
         for part in pfns.overlapping(failed.pfn, failed.pfn + failed.count):
             start = failed.index + part.start - failed.pfn
             recovered.setdefault(failed.mapping, RangeSet()).add(start, start + part.length)
     if not recovered:
-        return list(tasks)
-    return [
-        replace(
-            task,
-            present=tuple(
-                left
-                for run in task.present
-                for left in (without(run, recovered[run.mapping]) if run.mapping in recovered else [run])
-            ),
-        )
-        for task in tasks
-    ]
+        return list(to_kill)
+    left: list[ToKill] = []
+    for victim in {id(victim.task): victim for victim in to_kill}.values():
+        runs = [
+            part
+            for run in victim.task.present
+            for part in (without(run, recovered[run.mapping]) if run.mapping in recovered else [run])
+        ]
+        task = replace(victim.task, present=tuple(runs))
+        left += _of_task(incident, task, victim.tid, runs)
+    return left
 
 
 def without(run: PresentRun, pages: RangeSet) -> list[PresentRun]:

@@ -14,38 +14,40 @@ the clone without those before it. Where that does not come about they are taken
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING
-
-import trio
+from collections.abc import Callable, Mapping
 
 from daxemu.errors import FsError
+from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import MAX_FILE_SIZE, Inode
 from daxemu.fs.reflink import check_remap
 from daxemu.host.fuse.invalidate_lock import InvalidateLock
 from daxemu.ranges import Range
+from daxemu.supervisor import incidents
+from daxemu.supervisor.failures import Failures
+from daxemu.supervisor.page_cache import PageCache
 from daxemu.uapi import PAGE_SIZE, Ino
-
-if TYPE_CHECKING:
-    from daxemu.supervisor.machine import Machine
 
 PASSES = 4
 """Times that the source is written back before its pages are taken away."""
 
 
 class Clones:
-    """How a machine shares blocks. Belongs to the trio thread."""
+    """Shares blocks of files on the mount. Belongs to the trio thread."""
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    def __init__(
+        self, fs: Filesystem, page_cache: PageCache, failures: Failures, writers: Mapping[Ino, int]
+    ) -> None:
+        """``writers``: number of handles open for writing, by inode."""
+        self._fs = fs
+        self._page_cache = page_cache
+        self._failures = failures
+        self._writers = writers
 
     async def clone(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
         """``FICLONERANGE``; ``length`` 0 is to the end. Returns the bytes shared. Raises as
         Filesystem.remap_file_range(), and FsError EAGAIN if the files are in too much use.
         """
-        fs = self._machine.fs
+        fs = self._fs
         fs.check_alive()
         source, target = fs.names.regular(src)[0], fs.names.regular(dst)[0]
         check_remap(source, src_offset, target, dst_offset, length or source.size - src_offset)
@@ -54,21 +56,19 @@ class Clones:
             return fs.remap_file_range(src, src_offset, dst, dst_offset, length)
 
         hurt = _pages(src_offset, length), _pages(dst_offset, length)
-        await self._machine.write_back(dst)  # most of it while nobody waits for us
+        await self._page_cache.write_back(dst)  # most of it while nobody waits for us
         # A revoke while the kernel asks for the new size would make it drop the answer, and a page fault
         # never asks again: so the size is brought to the kernel under the mutex.
-        async with self._machine.failures.mf_mutex:
+        async with self._failures.mf_mutex:
             if shared := await self._share(share, source, target, *hurt):
-                self._machine.session.forget_attributes(dst)
-                refresh = self._machine.session.refresh_attributes
-                await trio.to_thread.run_sync(refresh, dst, fs.names.path_bytes(dst))
+                await self._page_cache.refresh_attributes(dst)
         return shared
 
     async def copy(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
         """``copy_file_range(2)``, for which the kernel has written both files back, and keeps others from
         writing to the target. Raises as Filesystem.copy_file_range().
         """
-        fs = self._machine.fs
+        fs = self._fs
 
         def share() -> int:
             return fs.copy_file_range(src, src_offset, dst, dst_offset, length)
@@ -77,7 +77,7 @@ class Clones:
             return share()
         source, target = fs.names.regular(src)[0], fs.names.regular(dst)[0]
         hurt = _pages(src_offset, length), _pages(dst_offset, length)
-        async with self._machine.failures.mf_mutex:
+        async with self._failures.mf_mutex:
             try:
                 return await self._share(share, source, target, *hurt)
             except FsError as error:
@@ -87,45 +87,33 @@ class Clones:
 
     def is_quick(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int) -> bool:
         """Whether a copy_file_range() shares nothing, or concerns no page that can be dirty or stale."""
-        fs = self._machine.fs
+        fs = self._fs
         source, target = fs.names.regular(src)[0], fs.names.regular(dst)[0]
         if (src_offset | dst_offset) % PAGE_SIZE or src_offset >= source.size:
             return True
-        return dst_offset >= target.size and not self._machine.operations.writers[src]
+        return dst_offset >= target.size and not self._writers[src]
 
     async def _share(
         self, share: Callable[[], int], source: Inode, target: Inode, taken: Range, replaced: Range
     ) -> int:
         """Precondition: the mutex is held."""
-        revoke = self._machine.session.revoke
-        last_change = source.ctime  # the file's i_version: whatever is written back changes it
-        await self._machine.write_back(source.ino, has_mutex=True)
-        with self._locked() as lock:
-            await lock.invalidate(revoke, [(target.ino, replaced)])
+        last_change = source.ctime  # the file's i_version: every write-back changes it
+        await self._page_cache.write_back(source.ino, has_mutex=True)
+        with self._page_cache.invalidate_lock() as lock:
+            await self._page_cache.revoke(lock, target.ino, replaced)
             if not await self._settle(lock, source, last_change):
-                await self._machine.failures.remember(self._machine.whole_file(source.ino))
-                await lock.invalidate(revoke, [(source.ino, taken)])
+                await self._failures.remember(incidents.of_file(self._fs, source.ino))
+                await self._page_cache.revoke(lock, source.ino, taken)
             return share()
 
     async def _settle(self, lock: InvalidateLock, source: Inode, last_change: int) -> bool:
-        """Write the source back until a pass finds nothing to write. Returns whether that came about."""
+        """Write back the source until a pass finds no dirty page. Return whether that came about."""
         for _ in range(PASSES):
             if source.ctime == last_change and lock.is_complete:
                 return True
-            last_change, path = source.ctime, self._machine.fs.names.path_bytes(source.ino)
-            write_back = self._machine.session.write_back
-            await lock.while_held(source.ino, partial(write_back, source.ino, path))
+            last_change = source.ctime
+            await self._page_cache.write_back_locked(lock, source.ino)
         return source.ctime == last_change and lock.is_complete
-
-    @contextmanager
-    def _locked(self) -> Iterator[InvalidateLock]:
-        lock = self._machine.operations.invalidating = InvalidateLock()
-        with self._machine.fs.layouts.suspended():  # or requests would be answered without asking
-            try:
-                yield lock
-            finally:
-                self._machine.operations.invalidating = None
-                lock.release()
 
 
 def _pages(offset: int, length: int) -> Range:

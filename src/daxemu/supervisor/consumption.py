@@ -1,118 +1,136 @@
-"""Poison that is met: by a load or read(2), which consume it, or by a write that covers part of a page of it.
+"""Consumption of poison by a load or read(2), and writes that cover part of a poisoned page.
 
-Before anybody is told, the repair strategy is asked whether it can have the data as it was; only then is it a
-failure for the one who met it. Belongs to the trio thread.
+The repair strategy is asked first. If the strategy recovers the data, the access is tried again, and no
+process is signalled. Belongs to the trio thread.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import trio
 
 from daxemu.errors import MediaError
 from daxemu.host.fuse.operations import Answer, PoisonedRead
 from daxemu.host.proc.processes import process_of
-from daxemu.mm.memory_failure import Incident
+from daxemu.host.unexpected import Nursery
+from daxemu.mm.memory_failure import Incident, MemoryFailures
 from daxemu.pmem.inject import failed_pages
+from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range, RangeSet
-from daxemu.supervisor.under_way import Counted
+from daxemu.supervisor.failures import Failures
+from daxemu.supervisor.populate import Populating
+from daxemu.supervisor.repairs import Repairs
+from daxemu.supervisor.signals import Signals
 from daxemu.uapi import MF_ACTION_REQUIRED, PAGE_SIZE, SECTOR_SIZE
-
-if TYPE_CHECKING:
-    from daxemu.supervisor.machine import Machine
 
 
 class Consumption:
-    """What a machine does when poison is met. ``failing``: device bytes whose failure is being handled, and
-    that failure.
-    """
+    """Accesses to poison. ``failing``: device bytes with a failure under way, and the incident of each."""
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    def __init__(
+        self,
+        pmem: Pmem,
+        mm: MemoryFailures,
+        failures: Failures,
+        signals: Signals,
+        populating: Populating,
+        repairs: Repairs,
+        tasks: Nursery,
+        supplement_missing: str | None,
+    ) -> None:
+        """``tasks`` runs the failures of discovered poison. ``supplement_missing``: why reads do not name
+        their thread; None if they do.
+        """
+        self._pmem = pmem
+        self._mm = mm
+        self._failures = failures
+        self._signals = signals
+        self._populating = populating
+        self._repairs = repairs
+        self._tasks = tasks
+        self._supplement_missing = supplement_missing
         self._healing = trio.Lock()
         self.failing: list[tuple[Range, Incident]] = []
         self._unhealed: dict[Range, Incident] = {}
-        """Device bytes that nobody knows to be bad, and the strategy could not mend."""
+        """Device bytes of latent poison that the strategy did not recover, and the incident of each."""
 
     async def on_read(self, read: PoisonedRead) -> Answer:
-        """A read cannot be done. If poison is why: make the consumer's signal exact, and see to poison that
-        nobody knew of.
+        """Decide about a read that failed. A read of poison: make the consumer's signal exact, and discover
+        latent poison.
         """
-        machine, error = self._machine, read.error
+        error = read.error
         ranges = error.ranges if isinstance(error, MediaError) else ()
         if isinstance(error, MediaError) and await self._heal(error):
             return Answer.AGAIN
         bad_bytes = sum(part.outer(PAGE_SIZE).length for part in ranges)
         if not ranges or read.length <= max(bad_bytes, PAGE_SIZE):
-            badblocks = machine.pmem.badblocks
+            badblocks = self._pmem.badblocks
             is_latent = bool(ranges) and not any(
                 any(badblocks.overlapping_bytes(part.start, part.length)) for part in ranges
             )
             discover = partial(self._discover, ranges, -1)
-            if await machine.populating.passes(read, is_latent=is_latent, discover=discover):
+            if await self._populating.passes(read, is_latent=is_latent, discover=discover):
                 return Answer.ZEROS
         if isinstance(error, MediaError):
             found = self._discover(ranges, process_of(read.tid) if read.tid else -1)
-            pfn, _ = failed_pages(machine.pmem, ranges[0] if ranges else Range(0, 0))
-            await machine.failures.consumed(read, pfn, machine.supplement_missing, found=found)
+            pfn, _ = failed_pages(self._pmem, ranges[0] if ranges else Range(0, 0))
+            await self._signals.consumed(read, pfn, self._supplement_missing, found=found)
         return Answer.ERROR
 
     def _discover(self, ranges: Sequence[Range], consumer: int) -> bool:
-        """Make poison known, and have its failure handled; whether any was not known before.
+        """Make poison bad blocks, and start the failures of what was latent. Return True if any was latent.
 
-        ``consumer``: the process that a page fault tells; -1 if none.
+        ``consumer``: the process that the page fault signals; -1 if none.
         """
-        machine, found = self._machine, False
+        found = False
         for part in ranges:
-            if machine.pmem.badblocks.set(part.start // SECTOR_SIZE, part.length // SECTOR_SIZE):
+            if self._pmem.badblocks.set(part.start // SECTOR_SIZE, part.length // SECTOR_SIZE):
                 found = True
-                # Not awaited: it revokes the very page that this read has locked until it is answered.
+                # Not awaited: the failure revokes the page that this read has locked until the answer.
                 for incident in self._incidents(part):
-                    tasks = Counted(machine.nursery, machine.under_way)
-                    tasks.start_soon(machine.failures.handle, incident, None, consumer)
+                    self._tasks.start_soon(self._failures.handle, incident, None, consumer)
         return found
 
     async def on_write(self, error: MediaError) -> bool:
-        """A write covers part of a poisoned page: whether that is good by now. Nobody else learns of it."""
+        """Return True if a write over part of a poisoned page may be tried again. No signal is sent."""
         return await self._heal(error)
 
     def forget(self, part: Range) -> None:
-        """The strategy may be asked of these device bytes again: they went bad anew, or it is another one."""
+        """Let the strategy be asked about device bytes again: after new poison, or for another strategy."""
         for known in [known for known in self._unhealed if known.clip(*part)]:
             del self._unhealed[known]
 
     def _failure(self, part: Range) -> Incident:
-        return self._machine.mm.memory_failure(*failed_pages(self._machine.pmem, part), MF_ACTION_REQUIRED)
+        return self._mm.memory_failure(*failed_pages(self._pmem, part), MF_ACTION_REQUIRED)
 
     def _incidents(self, part: Range) -> list[Incident]:
-        """The failures that poison is which has just been found; those that were asked about are the same."""
+        """Return the incidents of poison just discovered: those that the strategy was asked about, and new
+        ones for the rest.
+        """
         asked = {known: incident for known, incident in self._unhealed.items() if known.clip(*part)}
         self.forget(part)
         return [*asked.values(), *map(self._failure, RangeSet(asked).gaps(*part))]
 
     async def _heal(self, error: MediaError) -> bool:
-        """Whether the strategy made all of the poison as it was.
+        """Return True if the strategy recovered all of the poison.
 
-        It is asked only of what has just gone bad, and once. Nobody is unmapped, which a read must not wait
-        for: what others have of these pages is the same.
+        The strategy is asked about new poison only, and once. No page is revoked, because a read must not
+        wait for a revoke: the pages of other processes hold the same data.
         """
-        machine = self._machine
-        if not machine.repairs.is_active or not error.ranges:
+        if not self._repairs.is_active or not error.ranges:
             return False
         async with self._healing:
             for part in error.ranges:
-                if machine.pmem.dax.is_poisoned(part.start, part.length) and not await self._is_healed(part):
+                if self._pmem.dax.is_poisoned(part.start, part.length) and not await self._is_healed(part):
                     return False
         return True
 
     async def _is_healed(self, part: Range) -> bool:
-        machine = self._machine
         if any(known.clip(*part) for known in self._unhealed):
             return False
-        if any(machine.pmem.badblocks.overlapping_bytes(part.start, part.length)):
+        if any(self._pmem.badblocks.overlapping_bytes(part.start, part.length)):
             latest = reversed(self.failing)
             under_way = next((incident for bad, incident in latest if bad.clip(*part)), None)
             return under_way is not None and await self._ask(under_way, part)
@@ -120,14 +138,13 @@ class Consumption:
         if not await self._ask(incident, part):
             self._unhealed[part] = incident
             return False
-        machine.mm.action_result(incident, 0)
+        self._mm.action_result(incident, 0)
         return True
 
     async def _ask(self, incident: Incident, part: Range) -> bool:
-        """Whether ``part``, which has some of an incident's pages, is as it was."""
-        machine = self._machine
-        tasks = await machine.failures.holders(incident)
-        pfn, nr_pages = failed_pages(machine.pmem, part)
-        is_spared = machine.repairs.failed(incident, tasks).covers(pfn, pfn + nr_pages)
-        # It may have gone bad again since.
-        return is_spared and not machine.pmem.dax.is_poisoned(part.start, part.length)
+        """Return True if the data of ``part``, which holds pages of an incident, was recovered."""
+        tasks = await self._failures.holders(incident)
+        pfn, nr_pages = failed_pages(self._pmem, part)
+        is_spared = self._repairs.failed(incident, tasks).spared.covers(pfn, pfn + nr_pages)
+        # The bytes may be poison again since.
+        return is_spared and not self._pmem.dax.is_poisoned(part.start, part.length)

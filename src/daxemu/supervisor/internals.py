@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import trio
 
+from daxemu.fs.filesystem import Filesystem
+from daxemu.host.fuse.gates import Gates
+from daxemu.host.tracer.link import TracerLink
 from daxemu.protocol import InternalsReport
-
-if TYPE_CHECKING:
-    from daxemu.supervisor.machine import Machine
+from daxemu.supervisor.failures import Failures
 
 log = logging.getLogger(__name__)
 
@@ -20,21 +20,21 @@ MOST = 1000
 """Entries of one list: the report is made within one step of the event loop."""
 
 
-def internals(machine: Machine) -> InternalsReport:
+def internals(fs: Filesystem, gates: Gates, failures: Failures, tracer: TracerLink) -> InternalsReport:
     """The state of this moment. Precondition: runs in the trio thread."""
-    held = machine.operations.invalidating
+    held = gates.invalidating
     return InternalsReport(
         tasks=_limited(_tasks()),
-        turns=_limited(machine.failures.describe_turns()),
+        turns=_limited(failures.describe_turns()),
         held=_limited(held.describe_held() if held is not None else iter(())),
-        armed=_limited(machine.tracer.describe_waiting() if machine.tracer is not None else iter(())),
-        layouts=machine.fs.layouts.count,
+        armed=_limited(tracer.describe_waiting()),
+        layouts=fs.layouts.count,
     )
 
 
-def log_internals(machine: Machine) -> None:
-    """Write the state of this moment to supervisor.log, as one message: messages are rate limited."""
-    log.warning("internals:", extra={"details": "\n".join(internals(machine).lines())})
+def log_internals(report: InternalsReport) -> None:
+    """Write a report to supervisor.log, as one message: messages are rate limited."""
+    log.warning("internals:", extra={"details": "\n".join(report.lines())})
 
 
 def _limited(entries: Iterator[str]) -> list[str]:

@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -20,30 +21,30 @@ import trio
 
 from daxemu import protocol as p
 from daxemu.errors import Busy, CorruptMetadata, DaxemuError, NotMounted, Unsupported
-from daxemu.events import DeviceTightened, Mounted, Unmounted
+from daxemu.events import DeviceTightened, Emit, Event, Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.store import FSCK_HINT
 from daxemu.fs.super import MUCH
 from daxemu.host.fuse import supplement
-from daxemu.host.fuse.layouts import LayoutTable
 from daxemu.host.fuse.loop import FuseLoop
 from daxemu.host.fuse.session import Session, abort_file, check_mountpoint
 from daxemu.host.fuse.watchdog import Watchdog
-from daxemu.host.mappings import PageCacheMappings
 from daxemu.host.proc.mountinfo import printable
 from daxemu.host.proc.pins import pins_of
 from daxemu.host.tracer.link import TracerLink
+from daxemu.host.unexpected import Unexpected
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.pmem.pmem import Pmem
 from daxemu.private_path import PrivatePath
 from daxemu.supervisor.control import ControlSocket
+from daxemu.supervisor.core import open_core
 from daxemu.supervisor.descriptors import raise_descriptor_limit
 from daxemu.supervisor.event_log import EventLog
-from daxemu.supervisor.internals import internals, log_internals
-from daxemu.supervisor.machine import Machine, open_core
+from daxemu.supervisor.internals import log_internals
+from daxemu.supervisor.machine import Machine
 from daxemu.supervisor.reclaim import Reclaim
-from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.settings import PLAIN, MountOptions
+from daxemu.supervisor.strategy_host import StrategyHost
 from daxemu.supervisor.supervisor_log import SupervisorLog
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
@@ -93,33 +94,46 @@ def supervise(
             why = str(error).removesuffix(FSCK_HINT)
             raise CorruptMetadata(f"{why}; see: daxemu fsck {printable(device)}") from error
         undo.callback(_save, fs)
-        repairs = Repairs(pmem, fs, directory.root / "repair", events.emit, mountpoint.resolve())
-        undo.callback(repairs.close)
-        for seen in repairs.choose(options.repair, after_crash=fs.had_crashed):
+        host = StrategyHost(fs, directory.root / "repair", events.emit, mountpoint.resolve())
+        undo.callback(host.close)
+        for seen in host.choose(options.repair, after_crash=fs.had_crashed):
             progress(seen)
         gc.freeze()  # what was loaded stays: no failure shall wait for a look at a million inodes
         session = Session.open(directory.path, mountpoint)
         undo.callback(session.detach)
-        machine = Machine(pmem, mm, fs, session, events, supplement.MISSING, repairs)
-        machine.scrubber.set(options.scrub_interval)
-        pyfuse3.init(machine.operations, f"/dev/fd/{session.fd}", set(pyfuse3.default_options))
-        undo.callback(pyfuse3.close, unmount=False)  # libfuse closes the descriptor
-        if options.layouts and supplement.READS:
-            machine.layouts = LayoutTable(pmem.dax.memory(), machine.operations)
-            fs.layouts.hold(machine.layouts)
-            undo.callback(fs.layouts.hold, None)
+        mode = f"{directory.config.mode:04o}"
         where = printable(session.mount.mountpoint)
-        events.emit(Mounted(device=printable(device), mountpoint=where, size=pmem.dax.size))
+        mounted: list[Event] = [Mounted(device=printable(device), mountpoint=where, size=pmem.dax.size)]
         if tightened:
-            events.emit(
-                DeviceTightened(
-                    device=printable(device), mode=f"{directory.config.mode:04o}", files=tightened
-                )
-            )
-        try:
-            trio.run(_serve, machine, directory.root / "control.sock", ready)
-        finally:
-            events.emit(Unmounted(mountpoint=where))
+            mounted.append(DeviceTightened(device=printable(device), mode=mode, files=tightened))
+
+        def made(machine: Machine) -> None:
+            """Connect the machine with the kernel. The connection ends after the event loop."""
+            machine.scrubber.set(options.scrub_interval)
+            pyfuse3.init(machine.operations, f"/dev/fd/{session.fd}", set(pyfuse3.default_options))
+            undo.callback(pyfuse3.close, unmount=False)  # libfuse closes the descriptor
+            if machine.layouts is not None:
+                fs.layouts.hold(machine.layouts)
+                undo.callback(fs.layouts.hold, None)
+            for event in mounted:
+                events.emit(event)
+            undo.callback(events.emit, Unmounted(mountpoint=where))
+
+        unexpected = Unexpected(events.emit)
+        make = partial(
+            Machine,
+            pmem,
+            mm,
+            fs,
+            session,
+            events,
+            host,
+            unexpected,
+            supplement_missing=supplement.MISSING,
+            has_layouts=options.layouts and supplement.READS,
+        )
+        ending = _Ending(session, fs, unexpected)
+        trio.run(_serve, make, made, ending, session, events.emit, directory.root / "control.sock", ready)
 
 
 def _save(fs: Filesystem) -> None:
@@ -133,23 +147,10 @@ def _save(fs: Filesystem) -> None:
 class _Ending:
     """How the mount comes to its end, on request."""
 
-    def __init__(self, machine: Machine, watchdog: Watchdog) -> None:
-        self._machine = machine
-        self._watchdog = watchdog
-
-    async def answer(self, request: p.AnyRequest) -> msgspec.Struct:
-        """All requests; unmounting is not the machine's own business."""
-        if isinstance(request, p.Unmount):
-            await self.unmount(force=request.force)
-            return p.Done()
-        if isinstance(request, p.Internals):
-            return internals(self._machine)
-        if isinstance(request, p.PowerFail):
-            return await self.power_fail()
-        answer = await self._machine.answer(request)
-        if self._watchdog.cut is not None:
-            raise NotMounted(f"{self._watchdog.cut}: see supervisor.log, then mount again")
-        return answer
+    def __init__(self, session: Session, fs: Filesystem, unexpected: Unexpected) -> None:
+        self._session = session
+        self._fs = fs
+        self._unexpected = unexpected
 
     async def unmount(self, *, force: bool, patience: float = SYNC_PATIENCE) -> None:
         """Unmount and save; ``force`` takes the mount away from those who use it. Each of its steps has
@@ -157,17 +158,17 @@ class _Ending:
 
         Raises Busy, or NoSpace if the metadata could not be saved.
         """
-        session = self._machine.session
+        session = self._session
         if force:
             pins = await trio.to_thread.run_sync(pins_of, session.mount, abandon_on_cancel=True)
             await self._unmount_by_force(patience, pinned=bool(pins))
         else:
             await trio.to_thread.run_sync(session.unmount, abandon_on_cancel=True)
-        self._machine.fs.commit()
+        self._fs.commit()
 
     async def _unmount_by_force(self, patience: float, *, pinned: bool) -> None:
         """Unmount, and cut the connection where that does not end it, in 3 x ``patience`` seconds at most."""
-        session = self._machine.session
+        session = self._session
         if not pinned:
             with trio.move_on_after(patience), suppress(Busy):
                 await trio.to_thread.run_sync(session.unmount, abandon_on_cancel=True)
@@ -189,13 +190,13 @@ class _Ending:
         What is on the media stays: a write(2) was flushed there, a store through a mapping only by msync or
         fsync.
         """
-        if not self._machine.session.abort():
+        if not self._session.abort():
             raise Unsupported(
                 "the connection cannot be cut: mount -t fusectl none /sys/fs/fuse/connections (as root)"
             )
-        dropped = self._machine.fs.uncommitted()
-        self._machine.fs.abandon()
-        await trio.to_thread.run_sync(self._machine.session.detach, abandon_on_cancel=True)
+        dropped = self._fs.uncommitted()
+        self._fs.abandon()
+        await trio.to_thread.run_sync(self._session.detach, abandon_on_cancel=True)
         return p.PowerFailed(dropped.changes, dropped.oldest)
 
     async def on_signal(self) -> None:
@@ -203,43 +204,63 @@ class _Ending:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
                 log.info("ending on signal %d", number)
-                with self._machine.unexpected.caught(f"ending on signal {number}"):
+                with self._unexpected.caught(f"ending on signal {number}"):
                     await self.unmount(force=True, patience=SYNC_PATIENCE_ON_SIGNAL)
 
 
 async def _log_internals_on_signal(machine: Machine) -> None:
     with trio.open_signal_receiver(signal.SIGUSR1) as signals:
         async for _ in signals:
-            log_internals(machine)
+            log_internals(machine.internals())
 
 
-async def _serve(machine: Machine, socket: PrivatePath, ready: Callable[[], None]) -> None:
-    watchdog = Watchdog(machine.session.mount, machine.log.emit)
-    ending = _Ending(machine, watchdog)
-    control = ControlSocket(socket, machine.log, ending.answer, machine.unexpected)
-    mappings = PageCacheMappings(
-        machine.session,
-        lambda: list(machine.operations.open_files),
-        pfn_map=machine.pmem.pgmap is None,
-    )
+async def _answer(
+    machine: Machine, ending: _Ending, watchdog: Watchdog, request: p.AnyRequest
+) -> msgspec.Struct:
+    """Answer any request. Unmount and PowerFail end the machine; the machine answers all others."""
+    if isinstance(request, p.Unmount):
+        await ending.unmount(force=request.force)
+        return p.Done()
+    if isinstance(request, p.PowerFail):
+        return await ending.power_fail()
+    answer = await machine.answer(request)
+    if watchdog.cut is not None and not isinstance(request, p.Internals):
+        raise NotMounted(f"{watchdog.cut}: see supervisor.log, then mount again")
+    return answer
+
+
+async def _serve(
+    make: Callable[[TracerLink, trio.Nursery], Machine],
+    made: Callable[[Machine], None],
+    ending: _Ending,
+    session: Session,
+    emit: Emit,
+    socket: PrivatePath,
+    ready: Callable[[], None],
+) -> None:
+    """Make a machine, call ``made`` with it, and serve until the mount ends."""
+    watchdog = Watchdog(session.mount, emit)
     async with trio.open_nursery() as services:
         services.start_soon(watchdog.beat)
         services.start_soon(ending.on_signal)
-        services.start_soon(_log_internals_on_signal, machine)
-        services.start_soon(_commit_now_and_then, machine)
-        services.start_soon(Reclaim(machine.fs).run)
-        services.start_soon(machine.repairs.tick, machine.unexpected)
-        services.start_soon(machine.scrubber.run)
         async with (
-            TracerLink.open(abort=abort_file(machine.session.mount)) as tracer,
+            TracerLink.open(abort=abort_file(session.mount)) as tracer,
             trio.open_nursery() as nursery,
         ):
-            machine.start(mappings, tracer, nursery)
+            machine = make(tracer, nursery)
+            made(machine)
+            services.start_soon(_log_internals_on_signal, machine)
+            services.start_soon(_commit_now_and_then, machine)
+            services.start_soon(Reclaim(machine.fs).run)
+            services.start_soon(machine.strategy_host.tick, machine.unexpected)
+            services.start_soon(machine.scrubber.run)
+            answer = partial(_answer, machine, ending, watchdog)
+            control = ControlSocket(socket, machine.log, answer, machine.unexpected)
             listener = control.bind()
             nursery.start_soon(control.serve, listener)
-            nursery.start_soon(_announce, machine.session, ready)
+            nursery.start_soon(_announce, session, ready)
             await FuseLoop().main()
-            machine.repairs.is_ending = True
+            machine.strategy_host.is_ending = True
             with trio.move_on_after(ANSWER_PATIENCE):
                 await control.idle()  # whoever asked for the unmount gets an answer before the socket goes
             nursery.cancel_scope.cancel()

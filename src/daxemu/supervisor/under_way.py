@@ -6,13 +6,16 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
 from daxemu.errors import Busy, InvalidArgument
 from daxemu.host.unexpected import Nursery, task_name
 from daxemu.protocol import Settled
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class UnderWay:
@@ -40,6 +43,15 @@ class UnderWay:
             yield
         finally:
             self.end(event)
+
+    def counting(self, name: str, work: Callable[[T], Awaitable[R]]) -> Callable[[T], Awaitable[R]]:
+        """Return ``work``, under way as ``name`` while it runs."""
+
+        async def counted(argument: T) -> R:
+            with self.one(name):
+                return await work(argument)
+
+        return counted
 
     async def settle(self, patience: float) -> Settled:
         """Wait until all that is under way now has ended, and all that began by the end of that.

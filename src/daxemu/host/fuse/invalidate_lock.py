@@ -44,7 +44,7 @@ class _Held:
 
 
 class InvalidateLock:
-    """Held while it is ``Operations.invalidating``. Ranges are bytes, of whole pages. Belongs to the trio
+    """Held while it is ``Gates.invalidating``. Ranges are bytes, of whole pages. Belongs to the trio
     thread.
     """
 

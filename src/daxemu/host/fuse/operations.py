@@ -27,9 +27,8 @@ from daxemu.fs.listing import DOT, DOT_DOT
 from daxemu.fs.privs import is_sxid
 from daxemu.fs.xattr import TRUSTED
 from daxemu.host.fuse import supplement
-from daxemu.host.fuse.freeze import Freeze
+from daxemu.host.fuse.gates import Gates
 from daxemu.host.fuse.handlers import contained, in_pieces, translated
-from daxemu.host.fuse.invalidate_lock import InvalidateLock
 from daxemu.host.fuse.layouts import FOREVER
 from daxemu.host.fuse.pyfuse3_internals import HANDLERS
 from daxemu.host.fuse.setattr import is_chown, may_setattr
@@ -77,13 +76,18 @@ class Operations(pyfuse3.Operations):
         on_poison: Callable[[PoisonedRead], Awaitable[Answer]],
         heal: Callable[[MediaError], Awaitable[bool]],
         forget_attributes: Callable[[Ino], None],
+        write_back: Callable[[Ino], Awaitable[None]],
+        gates: Gates,
     ) -> None:
+        """``write_back`` takes no lock of the inode: the kernel holds the inode's lock meanwhile."""
         super().__init__()
         self._fs = fs
         self._names = fs.names
         self._on_poison = on_poison
         self._heal = heal
         self._forget_attributes = forget_attributes
+        self._write_back = write_back
+        self._gates = gates
         self._directories: dict[int, Ino] = {}
         self._directory_handles = itertools.count(1)
         self.open_files: Counter[Ino] = Counter()
@@ -92,12 +96,6 @@ class Operations(pyfuse3.Operations):
         """How many of them are open for writing."""
         self.mappable: Counter[Ino] = Counter()
         """Handles of each inode through which a mapping can be stored to."""
-        self.write_back: Callable[[Ino], Awaitable[None]] | None = None
-        """Writes a file's dirty pages back without the inode's lock, which the kernel holds meanwhile."""
-        self.invalidating: InvalidateLock | None = None
-        """What keeps pages out of the cache just now."""
-        self.freeze: Freeze | None = None
-        """Holds reads and writes back while the device is removed."""
 
     def contain(self, unexpected: Unexpected) -> None:
         """Answer a request EIO when its handler raises what no code expects, and report that."""
@@ -187,10 +185,10 @@ class Operations(pyfuse3.Operations):
             not fields.update_mode and is_chown(fields)
         )
         may_setattr(self._names.get(inode), fields)
-        if fields.update_mtime and self.mappable[inode] and self.write_back is not None:
+        if fields.update_mtime and self.mappable[inode]:
             # Linux takes the time of a mapped store at its fault. Here the store gets its time when the page
             # is written back, so pages that are dirty now are written back before the time is set.
-            await self.write_back(inode)
+            await self._write_back(inode)
         found = self._names.get(inode)
         if removes_privs:
             self._names.file_remove_privs(found, functools.partial(in_group_or_capable, ctx.pid))
@@ -403,10 +401,10 @@ class Operations(pyfuse3.Operations):
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         caller = unpack(fh)
-        if self.freeze is not None:
-            await self.freeze.wait(caller.tid)
-        if self.invalidating is not None:
-            await self.invalidating.before_read(caller.ino, off, size)
+        if self._gates.freeze is not None:
+            await self._gates.freeze.wait(caller.tid)
+        if self._gates.invalidating is not None:
+            await self._gates.invalidating.before_read(caller.ino, off, size)
         try:
             # Any buffer will do for pyfuse3: a view of the media goes to the kernel without a copy of ours.
             return self._fs.read(caller.ino, off, size)  # type: ignore[return-value]
@@ -430,11 +428,11 @@ class Operations(pyfuse3.Operations):
         return await self._write(caller, off, buf)
 
     async def _write(self, caller: Caller, off: int, buf: bytes) -> int:
-        if self.freeze is not None and not caller.from_cache and supplement.MISSING is None:
-            await self.freeze.wait(caller.tid)
-        if self.invalidating is not None:
+        if self._gates.freeze is not None and not caller.from_cache and supplement.MISSING is None:
+            await self._gates.freeze.wait(caller.tid)
+        if self._gates.invalidating is not None:
             unknown = supplement.MISSING is not None  # then it may be the cache's
-            await self.invalidating.before_write(
+            await self._gates.invalidating.before_write(
                 caller.ino, off, len(buf), from_cache=caller.from_cache or unknown
             )
         try:

@@ -1,13 +1,13 @@
-"""Requests that only look, at any size, a piece in each step of the event loop.
+"""The verbs ``map``, ``reflink``, ``damaged`` and ``badblocks``.
 
-A reply is as of several moments: files may change between two pieces. Each piece is right when it is looked
-at, and no part of a file or of the device is in two pieces.
+A reply of any size is made in pieces, with a checkpoint after each, and is as of several moments: files may
+change between two pieces. Each piece is right when it is made, and no part of a file or of the device is in
+two pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
 
 import trio
 
@@ -16,23 +16,11 @@ from daxemu.fs.extents import Mapping
 from daxemu.fs.filesystem import Filesystem
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
+from daxemu.supervisor.clones import Clones
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
 
 PIECE = 2048
 """Extents or bad blocks of one step: 10 ms."""
-
-T = TypeVar("T")
-
-
-async def result_of(steps: Generator[Any, None, T]) -> T:
-    """Go through a generator and return what it returns; the tasks that wait have their turn in between."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        await trio.lowlevel.checkpoint()
 
 
 async def file_map(pmem: Pmem, fs: Filesystem, ino: Ino) -> p.FileMap:
@@ -86,3 +74,10 @@ async def badblocks(pmem: Pmem) -> p.BadblockList:
         sectors += sum(r.length for r in part)
         await trio.lowlevel.checkpoint()
     return p.BadblockList(found, sectors)
+
+
+async def reflink(clones: Clones, request: p.Reflink) -> p.Shared:
+    """Share blocks between files, as FICLONERANGE does. Raises as Clones.clone()."""
+    return p.Shared(
+        await clones.clone(request.src, request.src_offset, request.dst, request.dst_offset, request.length)
+    )

@@ -1,11 +1,12 @@
-"""What is where on the device: the request ``survey``."""
+"""The verb ``survey``: what is where on the device."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 
 import numpy as np
+import trio
 
 from daxemu.errors import InvalidArgument
 from daxemu.fs.filesystem import Filesystem
@@ -25,19 +26,12 @@ _USED, _METADATA, _SHARED, _BAD, _LATENT = range(5)
 """Fields of a Cell."""
 
 
-def survey(pmem: Pmem, fs: Filesystem, wanted: Survey) -> SurveyReport:
-    """Costs what the range has of links and of poison, not its size. Raises InvalidArgument."""
-    steps = survey_in_pieces(pmem, fs, wanted)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            report: SurveyReport = end.value
-            return report
+async def survey(pmem: Pmem, fs: Filesystem, wanted: Survey) -> SurveyReport:
+    """Count what is where in a range of the device, with a checkpoint between two parts of the range.
 
-
-def survey_in_pieces(pmem: Pmem, fs: Filesystem, wanted: Survey) -> Generator[None, None, SurveyReport]:
-    """As :func:`survey`, yielding between two parts of the range. Each part is as of its moment."""
+    Each part is as of its moment. Costs as much as the range has links and poison, whatever its size. Raises
+    InvalidArgument.
+    """
     size = pmem.dax.size
     length = size - wanted.offset if wanted.length is None else wanted.length
     check_range(wanted.offset, length, size, "the device")
@@ -60,7 +54,7 @@ def survey_in_pieces(pmem: Pmem, fs: Filesystem, wanted: Survey) -> Generator[No
             elif wanted.files > 0 and owner.ino >= ROOT_INO:
                 part = Range(start, start + (owner.length << PAGE_SHIFT))
                 _count(found, owner.ino, part, owner.file_block)
-        yield
+        await trio.lowlevel.checkpoint()
     first, last = whole.start // SECTOR_SIZE, -(-whole.end // SECTOR_SIZE)
     for poison in pmem.media.poison.in_pieces(first, last, PIECE):
         for sectors in poison:
@@ -68,14 +62,14 @@ def survey_in_pieces(pmem: Pmem, fs: Filesystem, wanted: Survey) -> Generator[No
                 counts.add(_BAD, bad.start * SECTOR_SIZE, bad.end * SECTOR_SIZE)
             for hidden in pmem.badblocks.unknown(sectors):
                 counts.add(_LATENT, hidden.start * SECTOR_SIZE, hidden.end * SECTOR_SIZE)
-        yield
+        await trio.lowlevel.checkpoint()
     most = heapq.nlargest(max(0, wanted.files), found.values(), key=lambda use: use.bytes)
-    yield
+    await trio.lowlevel.checkpoint()
     for use in most:
         use.path = fs.names.path_of(use.ino)
     cells: list[Cell] = []
     for low in range(0, counts.cells, CELLS_PIECE):
-        yield
+        await trio.lowlevel.checkpoint()
         cells += counts.cells_of(low, low + CELLS_PIECE)
     return SurveyReport(wanted.offset, cell, cells, most)
 

@@ -1,5 +1,7 @@
-"""Who had pages present that are poison nobody knows of. On hardware they would have them still, until
-somebody's load meets the poison and all of them are told.
+"""Processes with pages of latent poison present, remembered until the discovery of the poison.
+
+On hardware the pages would stay mapped until a load consumes the poison, and the processes would be signalled
+then. In daxemu the pages are revoked, so that the load is a page fault.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SHIFT
 
 
-class Hidden:
-    """Tasks with what they had present. Belongs to the trio thread."""
+class Latent:
+    """Tasks with their present pages at the time of the revoke. Belongs to the trio thread."""
 
     def __init__(self) -> None:
         self._tasks: list[Task] = []
 
     def add(self, tasks: Iterable[Task]) -> None:
-        """Remember these; what they had before stays, at other addresses."""
+        """Remember ``tasks``. Pages of the same process that were remembered at other addresses stay."""
         for task in tasks:
             again = RangeSet(_addresses(run) for run in task.present)
             self._tasks = [_less(old, again) if old.pid == task.pid else old for old in self._tasks]
@@ -28,11 +30,11 @@ class Hidden:
         self._tasks = [task for task in self._tasks if task.present]
 
     def of(self, incident: Incident) -> list[Task]:
-        """Those who had pages of ``incident``, with just those, or all of what they map by 2 MiB."""
+        """Return the tasks with pages of ``incident``, each with only these pages. A PMD counts whole."""
         return [replace(task, present=hurt) for task in self._tasks if (hurt := _split(task, incident)[0])]
 
     def take(self, incident: Incident) -> list[Task]:
-        """The same, and these pages are forgotten."""
+        """As :meth:`of`, and forget these pages."""
         taken = self.of(incident)
         rest = (replace(task, present=_split(task, incident)[1]) for task in self._tasks)
         self._tasks = [task for task in rest if task.present]
@@ -40,7 +42,7 @@ class Hidden:
 
 
 def _split(task: Task, incident: Incident) -> tuple[tuple[PresentRun, ...], tuple[PresentRun, ...]]:
-    """What a task has of an incident, and the rest."""
+    """Return the runs of a task inside an incident, and the runs outside."""
     hurt: list[PresentRun] = []
     rest: list[PresentRun] = []
     for run in task.present:

@@ -1,0 +1,18 @@
+"""Gates: locks at which reads and writes of the mount wait. Both are open most of the time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from daxemu.host.fuse.freeze import Freeze
+from daxemu.host.fuse.invalidate_lock import InvalidateLock
+
+
+@dataclass(eq=False)
+class Gates:
+    """The gates of one mount. None: open. Belongs to the trio thread."""
+
+    freeze: Freeze | None = None
+    """Holds reads and writes back while the device is removed."""
+    invalidating: InvalidateLock | None = None
+    """Keeps pages out of the page cache while blocks are shared."""

@@ -1,0 +1,22 @@
+"""The core of a machine: memory failures and the filesystem, on a device."""
+
+from __future__ import annotations
+
+from daxemu.events import NotifyFailure
+from daxemu.fs.filesystem import Filesystem
+from daxemu.mm.memory_failure import MemoryFailures
+from daxemu.pmem.pmem import Pmem
+from daxemu.supervisor.event_log import EventLog
+
+
+def open_core(pmem: Pmem, log: EventLog, owner: tuple[int, int]) -> tuple[MemoryFailures, Filesystem]:
+    """Return the core of a machine on ``pmem``. Raises CorruptMetadata, Busy, NoSpace."""
+    mm = MemoryFailures(log.emit, is_hosted=True)
+    pmem.dax.on_notify = lambda offset, length, flags: log.emit(
+        NotifyFailure(offset=offset, length=length, flags=flags)
+    )
+    pmem.make_struct_pages()
+    pmem.attach(mm)
+    sysfs = pmem.show_in_sysfs()
+    mm.on_count = lambda: sysfs.show_counters(mm.counters)
+    return mm, Filesystem(pmem.dax, mm, log.emit, owner=owner)

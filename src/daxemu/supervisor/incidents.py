@@ -1,0 +1,22 @@
+"""Incidents without a memory_failure(): pages to collect and to revoke, of no failure that was reported."""
+
+from __future__ import annotations
+
+from daxemu.fs.filesystem import Filesystem
+from daxemu.mm.incident import Incident, MappingRange
+from daxemu.pmem.inject import failed_pages
+from daxemu.pmem.pmem import Pmem
+from daxemu.ranges import Range
+from daxemu.uapi import PAGE_SIZE, Ino
+
+
+def of_device_range(pmem: Pmem, fs: Filesystem, part: Range) -> Incident:
+    """The pages of files that hold any of the device bytes ``part``."""
+    pfn, nr_pages = failed_pages(pmem, part)
+    return Incident(0, pfn, nr_pages, 0, mappings=fs.failed_ranges(part).files)
+
+
+def of_file(fs: Filesystem, ino: Ino) -> Incident:
+    """All pages of a file."""
+    pages = -(-fs.names.get(ino).size // PAGE_SIZE)
+    return Incident(0, 0, 0, 0, mappings=[MappingRange(ino, 0, pages, 0)])

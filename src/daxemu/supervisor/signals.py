@@ -1,0 +1,300 @@
+"""SIGBUS for the victims of a failure, and the event ``SignalSent`` for each of them.
+
+- AO (action optional): queued for threads with a failed page present, all before the first is waited for.
+- AR (action required): the kernel's own SIGBUS of a thread that consumed poison, with an exact code and lsb.
+- Forced AR: for the thread that is itself in memory_failure(), at the return of its madvise(2).
+
+Counterpart in Linux: kill_procs() and kill_proc() in mm/memory-failure.c. Addresses are bytes.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import trio
+
+from daxemu.errors import DaxemuError
+from daxemu.events import KILLED_BY_SIGBUS, Emit, SignalSent
+from daxemu.host.fuse.operations import PoisonedRead
+from daxemu.host.proc.file_pages import FilePage
+from daxemu.host.proc.processes import comm_of, in_page_fault, process_of
+from daxemu.host.tracer.link import Armed, Pending, TracerLink
+from daxemu.host.tracer.messages import Delivered, Gone, Ignored, NotTaken, Refused
+from daxemu.host.tracer.messages import Outcome as Delivery
+from daxemu.host.unexpected import Nursery
+from daxemu.mm.to_kill import ToKill
+from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT, PAGE_SIZE, Pfn
+
+SIGNAL_PATIENCE = 2.0
+"""Seconds a failure waits for the delivery of an AO. The signal stays queued after that."""
+ARM_PATIENCE = 1.0
+"""Seconds a thread that consumed poison is kept waiting for the tracer."""
+
+_MERGED = "merged with the SIGBUS that it has pending"
+_POSTPONED = "the process is stopped or asleep in the kernel, as {} others for which the tracer waits"
+
+
+@dataclass(frozen=True)
+class _Signal:
+    """One SIGBUS and its receiver. ``lsb``: log2 of the size of the failed memory in bytes."""
+
+    pid: int
+    tid: int
+    comm: str
+    code: int
+    address: int
+    lsb: int
+    pfn: Pfn
+    current: bool = False
+    """True if the receiver itself discovered the poison."""
+
+
+class Signals:
+    """Sends, and reports every result. Belongs to the trio thread; ``nursery`` runs what outlives a request.
+
+    ``dev``: device (major, minor) of the mount in /proc/PID/maps.
+    """
+
+    def __init__(self, tracer: TracerLink, dev: tuple[int, int], emit: Emit, nursery: Nursery) -> None:
+        self._tracer = tracer
+        self._dev = dev
+        self._emit = emit
+        self._nursery = nursery
+        self._latest_arm: dict[int, int] = {}
+        """Threads that consume poison now, and the last request to the tracer for each."""
+        self._finders: set[int] = set()
+        """Threads of ``_latest_arm`` whose load discovered the poison. A page fault asks more than once."""
+        self._forced: dict[int, int] = {}
+        """Threads with a forced SIGBUS on its way, and the request to the tracer for each."""
+
+    def _sent(self, sent: _Signal, result: str, reason: str | None) -> None:
+        self._emit(
+            SignalSent(
+                pid=sent.pid,
+                tid=sent.tid,
+                comm=sent.comm,
+                code=sent.code,
+                address=sent.address,
+                lsb=sent.lsb,
+                pfn=sent.pfn,
+                result=result,
+                reason=reason,
+                current=sent.current,
+            )
+        )
+
+    # -- action optional
+
+    async def kill_procs(self, to_kill: Sequence[ToKill], current: int | None) -> list[int]:
+        """``kill_procs()``: queue every signal before the wait for any. Return the threads with a delivered
+        AO.
+
+        ``current``: the thread that is itself in memory_failure(). It gets a forced AR.
+        """
+        sent = []
+        for victims in _merging(to_kill):
+            if victims[0].tid == current:
+                for victim in victims:
+                    await self._force(victim)
+            else:
+                sent.append((victims, await self._send_ao(victims[0])))
+        since = trio.current_time()
+        settled = [await self._settled(victims, pending, since) for victims, pending in sent]
+        return [tid for tid in settled if tid is not None]
+
+    async def _send_ao(self, victim: ToKill) -> Pending:
+        return await self._tracer.send_ao(
+            victim.task.pid, victim.tid, victim.address, victim.shift, self._page_of(victim)
+        )
+
+    async def _settled(self, victims: Sequence[ToKill], pending: Pending, since: float) -> int | None:
+        """Wait for the SIGBUS of ``victims[0]``, with which the others merge. Return the thread to which an
+        AO was delivered, or None. A thread that no longer has the page of the first gets the next.
+        """
+        for position, victim in enumerate(victims):
+            if position:
+                pending, since = await self._send_ao(victim), trio.current_time()
+            outcome = await self._tracer.settled(pending, since, SIGNAL_PATIENCE)
+            if outcome is None and pending.limit is not None:
+                self._sent(_ao(victim), "pending", _POSTPONED.format(pending.limit))
+            else:
+                self._sent(_ao(victim), *_explain(outcome))
+            if not isinstance(outcome, Gone):
+                break
+        for other in victims[position + 1 :]:
+            merged = _explain(outcome) if isinstance(outcome, Ignored) else ("merged", _MERGED)
+            self._sent(_ao(other), *merged)
+        if outcome is None:
+            self._nursery.start_soon(self._await_late, victims[position:], pending)
+        return victim.tid if isinstance(outcome, Delivered) else None
+
+    async def _await_late(self, victims: Sequence[ToKill], pending: Pending) -> None:
+        for position, victim in enumerate(victims):
+            if position:
+                pending = await self._send_ao(victim)
+            outcome = await pending.wait()
+            self._sent(_ao(victim), *_explain(outcome))
+            if not isinstance(outcome, Gone):
+                return
+
+    def _page_of(self, victim: ToKill) -> FilePage | None:
+        """Return the file page at the victim's address: the process may unmap or move the page before the
+        signal.
+        """
+        for run in victim.task.present:
+            if run.address <= victim.address < run.address + (run.nr_pages << PAGE_SHIFT):
+                index = run.index + ((victim.address - run.address) >> PAGE_SHIFT)
+                dev = victim.file.dev if victim.file is not None else self._dev
+                return FilePage(*dev, run.mapping, index)
+        return None
+
+    # -- action required, forced
+
+    def new_call(self, tid: int) -> None:
+        """Note that a thread is in another system call.
+
+        A signal that was forced on the thread in the last call was delivered at the return of that call,
+        whether or not the tracer has reported the delivery.
+        """
+        self._forced.pop(tid, None)
+
+    async def _force(self, victim: ToKill) -> None:
+        """``force_sig_mceerr(BUS_MCEERR_AR)``. A thread has one SIGBUS pending at most."""
+        forced = _Signal(
+            victim.task.pid,
+            victim.tid,
+            victim.task.comm,
+            BUS_MCEERR_AR,
+            victim.address,
+            victim.shift,
+            victim.pfn,
+            current=True,
+        )
+        if victim.tid in self._forced:
+            self._sent(forced, "pending", _MERGED)
+            return
+        armed = await self._tracer.force_ar(victim.task.pid, victim.tid, victim.address, victim.shift)
+        if isinstance(armed, Armed):
+            self._forced[victim.tid] = armed.id
+            self._sent(forced, "delivered", None)
+            self._nursery.start_soon(self._await_forced, forced, armed)
+        else:
+            self._sent(forced, *_explain(armed))
+
+    async def _await_forced(self, forced: _Signal, armed: Pending) -> None:
+        outcome = await armed.wait()
+        if self._forced.get(forced.tid) == armed.id:
+            del self._forced[forced.tid]
+        if not isinstance(outcome, Delivered):
+            self._sent(forced, *_explain(outcome))
+
+    # -- action required, of a consumer
+
+    async def consumed(
+        self, read: PoisonedRead, pfn: Pfn, supplement_missing: str | None, *, found: bool
+    ) -> None:
+        """Make the SIGBUS of a thread in a page fault over poison a BUS_MCEERR_AR. Return when the read may
+        be answered.
+
+        System calls get EIO and no signal. So do requests for several pages: these are read-ahead, and the
+        kernel asks again for the one page of a fault. ``found``: the read discovered the poison.
+        """
+        if read.length > PAGE_SIZE:
+            return
+        if not read.tid:
+            if supplement_missing is not None:
+                self._inexact(read, pfn, supplement_missing)
+            return
+        faulting = in_page_fault(read.tid)
+        if faulting is False:
+            return
+        if faulting is None:
+            self._inexact(read, pfn, "not permitted to look at the thread")
+            return
+        with trio.move_on_after(ARM_PATIENCE) as patience:
+            page = FilePage(*self._dev, read.ino, read.offset >> PAGE_SHIFT)
+            armed = await self._tracer.arm(read.tid, page=page)
+        if patience.cancelled_caught:
+            self._inexact(read, pfn, "the tracer did not answer in time")
+        elif isinstance(armed, Refused):
+            self._inexact(read, pfn, armed.reason)
+        elif not isinstance(armed, Gone):
+            # The name must be read while the thread waits: the thread may be dead before the report.
+            consumer = _ar(read, pfn)
+            if found:
+                self._finders.add(read.tid)
+            self._nursery.start_soon(self._await_ar, consumer, armed)
+
+    async def _await_ar(self, consumer: _Signal, armed: Pending) -> None:
+        tid = consumer.tid
+        self._latest_arm[tid] = armed.id
+        outcome = await armed.wait()
+        is_latest = self._latest_arm.get(tid) == armed.id
+        consumer = replace(consumer, current=tid in self._finders)
+        if is_latest:
+            del self._latest_arm[tid]
+            self._finders.discard(tid)
+        if isinstance(outcome, NotTaken):
+            return  # interrupted, or read-ahead: the thread touches the page again, or never
+        # A page fault asks more than once: its one signal is reported for the last request.
+        if isinstance(outcome, Delivered):
+            if outcome.id != outcome.serial:
+                return
+            consumer = replace(consumer, address=outcome.addr)
+        elif not is_latest:
+            return
+        elif isinstance(outcome, Gone):
+            consumer = replace(consumer, address=outcome.addr)
+        self._sent(consumer, *_explain(outcome))
+
+    def _inexact(self, read: PoisonedRead, pfn: Pfn, reason: str) -> None:
+        self._sent(_ar(read, pfn), "inexact", f"SIGBUS stays BUS_ADRERR: {reason}")
+
+
+def _merging(to_kill: Sequence[ToKill]) -> list[list[ToKill]]:
+    """Victims in groups: the SIGBUS of the first of each group arrives, those of the others merge with it."""
+    groups: list[list[ToKill]] = []
+    for victim in to_kill:
+        if victim.merges:
+            groups[-1].append(victim)
+        else:
+            groups.append([victim])
+    return groups
+
+
+def _ao(victim: ToKill) -> _Signal:
+    return _Signal(
+        victim.task.pid,
+        victim.tid,
+        victim.task.comm,
+        BUS_MCEERR_AO,
+        victim.address,
+        victim.shift,
+        victim.pfn,
+    )
+
+
+def _ar(read: PoisonedRead, pfn: Pfn) -> _Signal:
+    """The signal of a consumer. The address is known once the kernel has forced SIGBUS on the thread."""
+    pid = process_of(read.tid) if read.tid else 0
+    return _Signal(pid, read.tid, comm_of(pid), BUS_MCEERR_AR, 0, PAGE_SHIFT, pfn)
+
+
+def _explain(outcome: Delivery | None) -> tuple[str, str | None]:
+    """Return result and reason of ``SignalSent`` for a delivery; None is one that has not ended."""
+    match outcome:
+        case None:
+            return "pending", "the process is stopped or asleep in the kernel"
+        case Delivered():
+            return "delivered", None
+        case Ignored():
+            return "ignored", None
+        case Gone(signal=number):
+            return "gone", KILLED_BY_SIGBUS if number == signal.SIGBUS else None
+        case Refused(reason=reason):
+            return "inexact", reason
+        case NotTaken():
+            return "gone", "it never came back to its fault"
+    raise DaxemuError(f"unknown delivery {outcome!r}")

@@ -1,0 +1,96 @@
+"""Device byte ranges of the ranges that a request names."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import trio
+
+from daxemu.errors import InvalidArgument, NoDevice
+from daxemu.fs.filesystem import Filesystem
+from daxemu.pmem.inject import check_range
+from daxemu.pmem.pmem import Pmem
+from daxemu.ranges import Range
+from daxemu.supervisor.page_cache import PageCache
+from daxemu.uapi import PAGE_SIZE, Ino, page_align_down
+
+BATCH = 128
+"""Ranges of one request that are looked up, poisoned or cleared in one step of the event loop."""
+
+
+def check_present(pmem: Pmem) -> None:
+    """Raise NoDevice after a removal."""
+    if pmem.dax.is_leaving:
+        raise NoDevice("the device was removed: daxemu umount, then mount it again")
+
+
+async def resolve(
+    pmem: Pmem, fs: Filesystem, page_cache: PageCache, ino: Ino | None, ranges: list[tuple[int, int]]
+) -> tuple[list[Range], int]:
+    """Return the device byte ranges behind ``ranges`` of a file, and the number of bytes in holes.
+
+    ``ranges``: (offset, length) in bytes. ``ino`` None is the device itself. Raises InvalidArgument for a
+    range outside the file, or if all bytes are holes.
+    """
+    if not ranges:
+        raise InvalidArgument("no range given: give at least one [offset, length]")
+    size = pmem.dax.size if ino is None else fs.names.regular(ino)[0].size
+    what = "the device" if ino is None else fs.names.path_of(ino)
+    asked: list[Range] = []
+    async for part in _in_pieces(ranges):
+        for offset, length in part:
+            check_range(offset, length, size, what)
+            asked.append(Range(offset, offset + length))
+    if ino is None:
+        return asked, 0
+    found = await _file_ranges(fs, ino, ranges)
+    holes = sum(length for _, length in ranges) - sum(r.length for r in found)
+    if holes:
+        # A store through a mapping has no place on the media before write-back.
+        await page_cache.write_back(ino)
+        found = await _file_ranges(fs, ino, ranges)
+        holes = sum(length for _, length in ranges) - sum(r.length for r in found)
+    if not found:
+        raise InvalidArgument(
+            "the range is a hole, with no media behind it: write there first, or see daxemu map FILE"
+        )
+    return found, holes
+
+
+async def device_page(fs: Filesystem, page_cache: PageCache, ino: Ino, offset: int) -> int | None:
+    """Return the device offset of the page of a file that holds byte ``offset``; None for a hole."""
+    for attempt in range(2):
+        if found := await _file_ranges(fs, ino, [(offset, 1)]):
+            return page_align_down(found[0].start)
+        if attempt == 0:
+            await page_cache.write_back(ino)
+    return None
+
+
+async def _file_ranges(fs: Filesystem, ino: Ino, ranges: list[tuple[int, int]]) -> list[Range]:
+    """Return device byte ranges of ranges of a file.
+
+    Up to BATCH ranges with up to BATCH extents each are looked up at one moment. Of more, each BATCH is where
+    the file has it at the moment of its lookup.
+    """
+    found: list[Range] = []
+    async for part in _in_pieces(ranges):
+        for offset, length in part:
+            end = offset + length
+            while offset < end:
+                extents = fs.extents_of(ino)
+                last = extents.piece(offset // PAGE_SIZE, -(-end // PAGE_SIZE), BATCH)
+                stop = min(end, last * PAGE_SIZE)
+                found += fs.device_ranges(ino, offset, stop - offset)
+                offset = stop
+                if offset < end:
+                    await trio.lowlevel.checkpoint()
+    return found
+
+
+async def _in_pieces(ranges: list[tuple[int, int]]) -> AsyncIterator[list[tuple[int, int]]]:
+    """Yield BATCH ranges at a time, with a checkpoint in between."""
+    for first in range(0, len(ranges), BATCH):
+        if first:
+            await trio.lowlevel.checkpoint()
+        yield ranges[first : first + BATCH]

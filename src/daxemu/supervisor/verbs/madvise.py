@@ -1,0 +1,80 @@
+"""madvise(2) with MADV_HWPOISON or MADV_SOFT_OFFLINE, asked for by ``daxemu run``: mm/madvise.c.
+
+The thread waits in the system call meanwhile. ``host/run/runner`` found its pages and faulted them in. The
+kernel's injection is always simulated (MF_SW_SIMULATED): the bytes stay readable. Here the media goes bad,
+unless that is asked for.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from daxemu import protocol as p
+from daxemu.events import Emit, MadviseInjected, PoisonInjected
+from daxemu.fs.filesystem import Filesystem
+from daxemu.host.proc.processes import process_of
+from daxemu.mm.memory_failure import MemoryFailures
+from daxemu.pmem.inject import inject
+from daxemu.pmem.pmem import Pmem
+from daxemu.supervisor.failures import Failures
+from daxemu.supervisor.page_cache import PageCache
+from daxemu.supervisor.signals import Signals
+from daxemu.supervisor.verbs.device_ranges import check_present, device_page
+from daxemu.uapi import MF_ACTION_REQUIRED, MF_SW_SIMULATED, PAGE_SIZE
+
+
+class Madvise:
+    """Injects for threads that wait in madvise(2). Belongs to the trio thread."""
+
+    def __init__(
+        self,
+        pmem: Pmem,
+        mm: MemoryFailures,
+        fs: Filesystem,
+        page_cache: PageCache,
+        failures: Failures,
+        signals: Signals,
+        emit: Emit,
+    ) -> None:
+        self._pmem = pmem
+        self._mm = mm
+        self._fs = fs
+        self._page_cache = page_cache
+        self._failures = failures
+        self._signals = signals
+        self._emit = emit
+
+    async def madvise_inject_error(self, request: p.Madvise) -> p.Advised:
+        """``madvise_inject_error()``: a memory failure for each page, up to the first that returns an error.
+
+        Page by page, as in the kernel: each is logged and counted, and the caller's one signal is for the
+        first. Raises NoDevice after a removal, InvalidArgument if ``ino`` is no regular file.
+        """
+        check_present(self._pmem)
+        if self._pmem.pgmap is None:
+            return p.Advised(errno.EFAULT)  # get_user_pages() gets no page of a VM_PFNMAP mapping
+        pid = process_of(request.tid)
+        self._signals.new_call(request.tid)
+        for done in range(0, request.length, PAGE_SIZE):
+            error = await self._one_page(request, pid, done)
+            if error:
+                return p.Advised(error)
+        return p.Advised(0)
+
+    async def _one_page(self, request: p.Madvise, pid: int, done: int) -> int:
+        at = await device_page(self._fs, self._page_cache, request.ino, request.offset + done)
+        if at is None:
+            return errno.EBUSY  # a hole is mapped by the zero page, which memory_failure() does not touch
+        pfn, address = self._pmem.pfn_of(at), request.address + done
+        self._emit(MadviseInjected(pid=pid, tid=request.tid, address=address, pfn=pfn, soft=request.soft))
+        if request.soft:
+            return errno.EIO  # soft_offline_page(): no online page, for it is ZONE_DEVICE's
+        flags = MF_ACTION_REQUIRED
+        if request.simulated:
+            flags |= MF_SW_SIMULATED
+        else:
+            bad = inject(self._pmem, at, PAGE_SIZE)
+            self._emit(PoisonInjected(offset=bad.start, length=bad.length))
+        incident = self._mm.memory_failure(pfn, 1, flags)
+        error = (await self._failures.handle(incident, request.tid)).error
+        return error.errno if error is not None else 0

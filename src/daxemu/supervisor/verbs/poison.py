@@ -1,0 +1,190 @@
+"""The verbs ``inject``, ``clear`` and ``scrub``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import trio
+
+from daxemu import protocol as p
+from daxemu.events import Emit, PoisonCleared, PoisonInjected, ScrubFound, SilentlyCorrupted
+from daxemu.failure_kind import FailureKind
+from daxemu.fs.data_ops import Origin
+from daxemu.fs.filesystem import Filesystem
+from daxemu.mm.incident import Incident
+from daxemu.mm.memory_failure import MemoryFailures
+from daxemu.pmem.inject import corrupt_in_pieces, failed_pages, inject_all, scrub_in_pieces, uninject
+from daxemu.pmem.pmem import Pmem
+from daxemu.ranges import Range
+from daxemu.supervisor import incidents
+from daxemu.supervisor.consumption import Consumption
+from daxemu.supervisor.failures import Failures
+from daxemu.supervisor.page_cache import PageCache
+from daxemu.supervisor.strategy_host import StrategyHost
+from daxemu.supervisor.verbs.device_ranges import BATCH, check_present, resolve
+from daxemu.supervisor.verbs.repair import Repairing, blocks_of
+from daxemu.uapi import PAGE_SIZE
+
+CLEARED = 16 << 20
+"""Bytes that are cleared in one step: the host takes them back and gives files zeros, 10 ms."""
+
+
+class Poison:
+    """Makes media bad and good. Belongs to the trio thread."""
+
+    def __init__(
+        self,
+        pmem: Pmem,
+        mm: MemoryFailures,
+        fs: Filesystem,
+        page_cache: PageCache,
+        failures: Failures,
+        consumption: Consumption,
+        strategy_host: StrategyHost,
+        repairing: Repairing,
+        emit: Emit,
+    ) -> None:
+        self._pmem = pmem
+        self._mm = mm
+        self._fs = fs
+        self._page_cache = page_cache
+        self._failures = failures
+        self._consumption = consumption
+        self._strategy_host = strategy_host
+        self._repairing = repairing
+        self._emit = emit
+
+    async def inject(self, request: p.Inject) -> p.Injected:
+        """Poison each range, one memory failure each. Nothing is changed unless all ranges are good.
+
+        More than BATCH ranges of the device are poisoned and handled in batches, each of them at one moment.
+        Raises InvalidArgument, NoDevice, NoSpace.
+        """
+        check_present(self._pmem)
+        found, holes = await resolve(self._pmem, self._fs, self._page_cache, request.ino, request.ranges)
+        latent = (kind := request.failure_kind) is FailureKind.LATENT
+        if kind is FailureKind.SILENT:
+            return await self._corrupt(found, holes, request.seed)
+        self._pmem.dax.make_room_for_poison(len(found))
+        total = p.Injected([], False, holes)
+        for first in range(0, len(found), BATCH):
+            check_present(self._pmem)
+            results, rounded = await self._inject_batch(found[first : first + BATCH], latent=latent)
+            total.ranges += results
+            total.rounded |= rounded
+        return total
+
+    async def _inject_batch(self, found: list[Range], *, latent: bool) -> tuple[list[p.PoisonedRange], bool]:
+        done = []
+        for bad, part in self._poison(found, latent=latent):
+            self._emit(PoisonInjected(offset=bad.start, length=bad.length, latent=latent))
+            failure = None if latent else self._mm.memory_failure(*failed_pages(self._pmem, bad), 0)
+            if failure is not None:
+                self._consumption.failing.append((bad, failure))
+            self._consumption.forget(bad)
+            done.append((bad, part, failure))
+        results = [p.PoisonedRange(0, 0, 0, 0, "", 0, 0, 0)] * len(done)
+        async with trio.open_nursery() as nursery:
+            for index, (bad, _, failure) in enumerate(done):
+                nursery.start_soon(self._fail, bad, failure, results, index)
+        return results, any(bad != part for bad, part, _ in done)
+
+    def _poison(self, found: list[Range], *, latent: bool) -> Iterator[tuple[Range, Range]]:
+        """Make ranges bad; yield each range as poisoned, and as asked for.
+
+        All at once, but one by one where there are 2 MiB pages: whether a page is part of a 2 MiB page when
+        it fails depends on the bad blocks before.
+        """
+        one_by_one = self._pmem.dax.align != PAGE_SIZE
+        for batch in [[part] for part in found] if one_by_one else [found]:
+            yield from zip(inject_all(self._pmem, batch, latent=latent), batch, strict=True)
+
+    async def _fail(
+        self, bad: Range, failure: Incident | None, results: list[p.PoisonedRange], index: int
+    ) -> None:
+        pfn, nr_pages = failed_pages(self._pmem, bad)
+        if failure is None:
+            await self._failures.revoke_latent(incidents.of_device_range(self._pmem, self._fs, bad))
+            outcome, (signals, processes) = FailureKind.LATENT.value, (0, 0)
+        else:
+            try:
+                handled = await self._failures.handle(failure)
+            finally:
+                self._consumption.failing.remove((bad, failure))
+            outcome, (signals, processes) = handled.outcome.value, handled.signalled
+        results[index] = p.PoisonedRange(
+            bad.start, bad.length, pfn, nr_pages, outcome, signals, signals, processes
+        )
+
+    async def _corrupt(self, found: list[Range], holes: int, seed: int) -> p.Injected:
+        """Change bytes on the media, and revoke their pages so that processes load the new bytes."""
+        results = []
+        for part in found:
+            incident = incidents.of_device_range(self._pmem, self._fs, part)
+            await self._failures.revoke_latent(incident)  # dirty pages are written back before the change
+            for _ in corrupt_in_pieces(self._pmem, part.start, part.length, seed):
+                await trio.lowlevel.checkpoint()
+            self._emit(SilentlyCorrupted(offset=part.start, length=part.length))
+            await self._failures.revoke_latent(incident)
+            pfn, nr_pages = failed_pages(self._pmem, part)
+            silent = FailureKind.SILENT.value
+            results.append(p.PoisonedRange(part.start, part.length, pfn, nr_pages, silent, 0, 0, 0))
+        return p.Injected(results, False, holes)
+
+    async def clear(self, request: p.Clear) -> p.Cleared:
+        """Make ranges healthy; poisoned sectors read as zeros. Raises InvalidArgument, NoDevice."""
+        check_present(self._pmem)
+        found, _ = await resolve(self._pmem, self._fs, self._page_cache, request.ino, request.ranges)
+        cleared: list[tuple[int, int]] = []
+        for part in found:
+            # Sectors may go bad between two batches: those behind the last batch stay bad.
+            for some in self._pmem.dax.poisoned_in_pieces(part, BATCH):
+                for bad in _of_at_most(some, CLEARED):
+                    check_present(self._pmem)
+                    cleared += [(r.start, r.length) for r in self._clear_batch(bad)]
+                    await trio.lowlevel.checkpoint()
+        return p.Cleared(cleared, sum(length for _, length in cleared))
+
+    def _clear_batch(self, bad: list[Range]) -> list[Range]:
+        cleared: list[Range] = []
+        with self._pmem.dax.clearing(bad), self._pmem.badblocks.one_change():
+            for part in bad:
+                blocks = [blocks_of(part)]
+                self._strategy_host.store_begins(blocks, Origin.SYSCALL)
+                for good in uninject(self._pmem, part.start, part.length):
+                    self._emit(PoisonCleared(offset=good.start, length=good.length, by="request"))
+                    self._failures.forget_latent(incidents.of_device_range(self._pmem, self._fs, good))
+                    cleared.append(good)
+                self._strategy_host.store_done(blocks, Origin.SYSCALL)
+        self._fs.adopt_cleared(cleared)
+        return cleared
+
+    async def scrub(self) -> p.Cleared:
+        """Discover latent poison: bad blocks only, no signals. Then the repair strategy scrubs all blocks.
+        Raises NoDevice.
+        """
+        check_present(self._pmem)
+        found: list[tuple[int, int]] = []
+        for part in scrub_in_pieces(self._pmem, BATCH):
+            for new in part:
+                self._emit(ScrubFound(offset=new.start, length=new.length))
+                await self._repairing.repair_now(new)
+                found.append((new.start, new.length))
+            await trio.lowlevel.checkpoint()
+        await self._strategy_host.scrub()
+        return p.Cleared(found, sum(length for _, length in found))
+
+
+def _of_at_most(ranges: list[Range], length: int) -> Iterator[list[Range]]:
+    """Yield ``ranges`` in lists of at most ``length`` bytes each; a longer range in several lists."""
+    some: list[Range] = []
+    left = length
+    for part in ranges:
+        while part:
+            some.append(part.clip(part.start, part.start + left))
+            part, left = Range(some[-1].end, part.end), left - some[-1].length
+            if not left:
+                yield some
+                some, left = [], length
+    if some:
+        yield some
