@@ -4,15 +4,14 @@ Counterpart in Linux: the VFS (``fuse``), the page cache and its rmap walks (``m
 delivery (``tracer``). The package carries out what the core decided.
 
 ``fuse``      the mount: session, requests, notifications, layouts in C, the watchdog
-``proc``      /proc as typed values: mounts, processes, threads, who has a page present
+``proc``      /proc as typed values: mounts, processes, threads, present pages
 ``tracer``    exact SIGBUS by ptrace(2), in a process of its own
 ``victims``   the hot loops of collecting and signalling in C
 ``run``       ``daxemu run``: seccomp(2) user notification
-``mappings``  the one seam for mappings: collect, revoke
+``mappings``  the only interface to the mappings of processes: collect, revoke
 
 Rules, each learned from a deadlock
-- A range is revoked from a worker thread only. The kernel writes dirty pages back to us while we wait for it.
+- Only a worker thread revokes a range. The kernel writes dirty pages back to the supervisor during the call.
 - The event loop never waits for the tracer without a time limit, nor touches a file on its own mount.
-- A FUSE request that meets poison is answered with an error for the whole of it. A short answer means end of
-  file.
+- A FUSE request for poison is answered with an error for its whole range. A short answer means end of file.
 """

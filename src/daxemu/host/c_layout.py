@@ -1,4 +1,4 @@
-"""Structs that C and Python share: sizes and offsets as Python has them, compared with those in a library."""
+"""Structs that C and Python share: comparison of sizes and offsets in Python with those in a library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NUMBER = ctypes.c_uint32
 
 
 def layout_of(*structs: struct.Struct | type[ctypes.Structure]) -> list[int]:
-    """Return, for each struct, the size and the offset of each field but padding, in bytes."""
+    """Return the size of each struct and the offset of each field except padding, in bytes."""
     numbers: list[int] = []
     for each in structs:
         if isinstance(each, struct.Struct):
@@ -36,10 +36,10 @@ def _offsets(text: str) -> list[int]:
 def refusal(
     library: ctypes.CDLL, symbol: str, *structs: struct.Struct | type[ctypes.Structure]
 ) -> str | None:
-    """Return why a library does not fit these structs; None if it does.
+    """Return an error text for a library with other sizes or offsets than ``structs``; None for equal ones.
 
-    ``symbol`` is an array of uint32_t in the library: the count of numbers that follow, then the numbers that
-    :func:`layout_of` returns. Raises ValueError if the library has no such symbol.
+    ``symbol`` names an array of uint32_t in the library: a count, then as many numbers, in the order of
+    :func:`layout_of`. Raises ValueError if the library lacks the symbol.
     """
     expected = layout_of(*structs)
     count = _NUMBER.in_dll(library, symbol).value

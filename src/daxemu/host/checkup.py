@@ -1,4 +1,7 @@
-"""What this machine has of what daxemu needs, and how to mend what is missing. Nothing is changed."""
+"""Checks of this machine for ``daxemu doctor``: needs of daxemu, with a command for each missing part.
+
+A check changes nothing on the machine.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,11 @@ _GIVE_TO_USERS = f"chmod 0666 {FUSE}"
 _CAP_SYS_PTRACE, _CAP_SYS_ADMIN = 19, 21
 
 Verdict = Literal["ok", "worse", "missing"]
-"""``worse``: something does not work, or not as well; ``missing``: no mount without it."""
+"""``worse``: a feature is lost or slower; ``missing``: no mount is possible."""
 
 
 class Finding(NamedTuple):
-    """What was found, what that means, and the command that mends it."""
+    """Result of one check: ``found``, the verdict, and the command (``mend``) for a better one."""
 
     subject: str
     verdict: Verdict
@@ -41,11 +44,14 @@ class Finding(NamedTuple):
 
 
 Answers = Callable[[Mount], None]
-"""Asks a mount's supervisor. Raises NotMounted when it is dead, Busy when it hangs, PermissionDenied."""
+"""Asks the supervisor of a mount for a sign of life.
+
+Raises NotMounted for a dead supervisor, Busy for a hanging one, PermissionDenied for another user's.
+"""
 
 
 def check_up(answers: Answers) -> Iterator[Finding]:
-    """Every check."""
+    """Yield the finding of every check, in the order of the report."""
     yield _fuse()
     if os.geteuid() == 0:
         yield _fuse_of_users()
@@ -76,7 +82,7 @@ def _fuse() -> Finding:
 
 
 def _fuse_of_users() -> Finding:
-    """Whether users other than root may open the node; a missing node is a finding of _fuse()."""
+    """Check the mode of /dev/fuse for users other than root; _fuse() reports a missing node."""
     subject = "FUSE of users"
     try:
         mode = stat.S_IMODE(FUSE.stat().st_mode)
@@ -138,7 +144,7 @@ def _victims() -> Finding:
         return Finding(
             "victims",
             "worse",
-            f"{victims.MISSING}: a failure of many processes takes five times as long",
+            f"{victims.MISSING}: a failure of many processes takes about three times as long",
             "apt-get install gcc; pip install --force-reinstall --no-deps daxemu",
         )
     return Finding("victims", "ok", "loaded")
@@ -176,7 +182,7 @@ def _tracing() -> Finding:
 
 
 def _abort() -> Finding:
-    # Root mounts it when it is needed (session.abort_file).
+    # Root's supervisor mounts fusectl at need (session.abort_file).
     if os.path.ismount(CONNECTIONS) or (CONNECTIONS.is_dir() and os.geteuid() == 0):
         return Finding("fusectl", "ok", f"{CONNECTIONS} can cut a mount that hangs")
     return Finding(
@@ -246,7 +252,7 @@ def _stale(answers: Answers) -> Iterator[Finding]:
         except Busy:
             what = "its supervisor hangs"
         except PermissionDenied:
-            continue  # its owner's business
+            continue  # only the mount's owner may ask its supervisor
         else:
             continue
         wrong += 1

@@ -1,4 +1,4 @@
-"""One deadline for work of several steps: each step gets what is left, so that the sum is limited."""
+"""One deadline for work of several steps: each step gets the time left, so the sum is limited."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import time
 
 
 class Deadline:
-    """A moment, ``seconds`` after this object is made."""
+    """Moment ``seconds`` after the construction of this object."""
 
     def __init__(self, seconds: float) -> None:
         self._until = time.monotonic() + seconds
 
     def left(self, keep: float = 0.0) -> float:
-        """Return the seconds that a step may take, if ``keep`` seconds must be left for the steps after it;
-        0 if there are none.
+        """Return the time limit of a step in seconds, with ``keep`` seconds reserved for later steps; 0 if no
+        time is left.
         """
         return max(0.0, self._until - keep - time.monotonic())

@@ -1,7 +1,7 @@
-"""Collecting and revoking: the one interface through which a failure reaches the mappings of real processes.
+"""Collecting and revoking: the only interface from a failure to the mappings of real processes.
 
-The first implementation is the FUSE page cache. Another one (direct mappings of the media under userfaultfd)
-would stand behind the same Protocol.
+The implementation is the FUSE page cache. Another implementation (direct mappings of the media under
+userfaultfd) would have the same Protocol.
 """
 
 from __future__ import annotations
@@ -21,32 +21,33 @@ from daxemu.uapi import PAGE_SHIFT, Ino
 
 
 class Mappings(Protocol):
-    """What the kernel does with rmap and page tables. Both calls block: from a worker thread only."""
+    """Operations on rmap and page tables. All calls block: from a worker thread only."""
 
     @property
     def dev(self) -> tuple[int, int]:
-        """The device (major, minor) that /proc shows the files to be on."""
+        """Device (major, minor) of the files, as /proc shows them."""
 
     def collect(self, incidents: Sequence[Incident]) -> list[list[Task]]:
-        """``collect_procs()`` for each incident: the processes that have a page of it, or of PMDs around it,
-        present, with where.
+        """``collect_procs()``: return, for each incident, the processes with one of its pages, or a page of a
+        PMD around one, present, with the addresses.
 
-        A page that two incidents have is the first one's: it would be gone when the second looked. Removal
-        comes alone, and so does what has PMDs.
+        A page of two incidents counts for the first only: the kernel would have unmapped the page before the
+        second collection. Precondition: a removal, and an incident with PMDs, is the only incident.
         """
 
     def still_mapped(self, task: Task) -> bool:
-        """Whether a process still has mapped, at the same addresses, what it had present once."""
+        """Return whether a process still maps the pages of ``task.present`` at the same addresses."""
 
     def revoke(self, incident: Incident) -> None:
-        """``unmap_mapping_range()`` for every file range of the incident: the next touch of each faults."""
+        """``unmap_mapping_range()`` for every file range of the incident: the next access faults."""
 
 
 class PageCacheMappings:
     """Mappings of files on a FUSE mount, which are mappings of the kernel's page cache.
 
-    ``open_inodes`` gives the inodes that anybody has open; only those can be mapped. Called in the worker
-    thread. ``pfn_map``: the memory has no struct pages; who maps it then has all of it present (VM_PFNMAP).
+    ``open_inodes`` gives the inodes with open handles, and is called in the worker thread: only open inodes
+    can be mapped. ``pfn_map``: the memory has no struct pages, so all pages of a mapping are present
+    (VM_PFNMAP).
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class PageCacheMappings:
         self._open_inodes = open_inodes
         self._pages_of: PagesOf = mapped_runs if pfn_map else present_runs
         self._likely: set[int] = set()
-        """Processes that had something mapped at the last failure: likely to have it at the next."""
+        """Process ids found by the last collection: likely victims of the next failure."""
 
     @property
     def dev(self) -> tuple[int, int]:
@@ -64,7 +65,7 @@ class PageCacheMappings:
         return self._session.mount.dev
 
     def collect(self, incidents: Sequence[Incident]) -> list[list[Task]]:
-        """See Mappings.collect. One look at /proc for all; none when no file of them is open."""
+        """See Mappings.collect. One walk of /proc serves all incidents; none if no file of them is open."""
         open_now = set(self._open_inodes())
         dev, skip = self._session.mount.dev, frozenset({os.getpid()})
         if any(incident.whole_device for incident in incidents):
@@ -95,7 +96,7 @@ class PageCacheMappings:
         return maps_still(task, self._session.mount.dev)
 
     def revoke(self, incident: Incident) -> None:
-        """See Mappings.revoke. One notification a file range; one a file when the whole device goes."""
+        """See Mappings.revoke. One notification for each file range; at a removal, one for each open file."""
         if incident.whole_device:
             for ino in set(self._open_inodes()):
                 self._session.revoke(ino, 0, 0)

@@ -1,8 +1,9 @@
-"""Whom to tell of memory that has no struct pages and is another driver's (collect_procs_pfn() in
+"""Victims of a failure of another driver's memory without struct pages (collect_procs_pfn() in
 mm/memory-failure.c).
 
-By mapping, not by presence: a driver's remap_pfn_range() maps all pages at once, so that there a mapping *is*
-present. Nothing can be unmapped here: those are not our files. Blocks: from a worker thread only.
+The search is by mapping, not by presence: a driver's remap_pfn_range() maps all pages at once, so every page
+of such a mapping *is* present. Nothing is unmapped here: the files belong to another driver. Blocks: from a
+worker thread only.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from daxemu.ranges import Range
 
 
 def collect(mappings: Iterable[PfnMapping], *, early_kill: bool) -> list[ToKill]:
-    """Whom to tell of an incident's ``pfn_mappings``; never this process itself."""
+    """Return the victims of an incident's ``pfn_mappings``; never this process itself."""
     skip, told = frozenset({os.getpid()}), []
     for hurt in mappings:
         wanted = {hurt.file.ino: [Range(hurt.index, hurt.index + hurt.count)]}

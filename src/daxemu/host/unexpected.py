@@ -1,8 +1,8 @@
-"""Exceptions that no code expects: each costs a request or a round of a task, never the supervisor.
+"""Unexpected exceptions: each costs a request or a round of a task, never the supervisor.
 
-pyfuse3 answers FUSEError alone; any other exception leaves its main loop, and the mount ends. trio ends a
-nursery with the first exception of a task. So handlers and tasks are wrapped: the exception becomes EIO or an
-error reply, its traceback a message in the log, and both an event ``UnexpectedError``.
+pyfuse3 answers FUSEError alone; any other exception leaves pyfuse3's main loop, and the mount ends. trio ends
+a nursery with the first exception of a task. So handlers and tasks are wrapped: the request gets EIO or an
+error reply, the log gets the traceback, and the event ``UnexpectedError`` is emitted.
 """
 
 from __future__ import annotations
@@ -22,36 +22,37 @@ log = logging.getLogger(__name__)
 
 
 class Nursery(Protocol):
-    """The part of ``trio.Nursery`` that starts tasks."""
+    """Start of tasks, as in ``trio.Nursery``."""
 
     def start_soon(self, async_fn: Callable[..., Awaitable[Any]], *args: Any) -> None:
         """Start a task."""
 
 
 class Unexpected:
-    """Where unexpected exceptions are reported. Belongs to the trio thread."""
+    """Reports unexpected exceptions. Belongs to the trio thread."""
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
 
     def report(self, where: str, error: Exception) -> str:
-        """Log the traceback of ``error`` and emit an event; ``where``: the request or task that failed.
+        """Log the traceback of ``error`` and emit an event; ``where``: the failed request or task.
 
-        Returns one line for the caller of that request. Raises nothing: a full disk is no second failure.
+        Return one line for the caller of the request. Raises nothing: a full disk is no second failure.
         """
         text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-        # As text: a traceback that is kept keeps views of the media, which then cannot be unmapped.
+        # As text: a traceback object would keep views of the media alive, and the media could not be
+        # unmapped.
         log.error("%s failed", where, extra={"details": "".join(traceback.format_exception(error))})
         self._emit(UnexpectedError(where=where, error=text))
         return f"{where} failed inside the supervisor ({text}): its traceback is in {_log_name()}; report it"
 
     def nursery(self, inner: Nursery) -> GuardedNursery:
-        """A nursery whose tasks end alone when they raise."""
+        """Return a nursery in which an exception of a task ends that task alone."""
         return GuardedNursery(inner, self)
 
     @contextmanager
     def caught(self, where: str) -> Iterator[None]:
-        """Report an unexpected exception of the block and go on after it. DaxemuError is reported too."""
+        """Report an exception of the block and go on after the block. DaxemuError is reported too."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 - any exception is reported
@@ -59,7 +60,7 @@ class Unexpected:
 
 
 class GuardedNursery:
-    """A nursery: an exception of one task is reported, and neither cancels other tasks nor leaves here."""
+    """Nursery: an exception of a task is reported, cancels no other task and does not leave the nursery."""
 
     def __init__(self, inner: Nursery, unexpected: Unexpected) -> None:
         self._inner = inner
@@ -75,25 +76,25 @@ class GuardedNursery:
 
 
 def task_name(async_fn: Callable[..., Awaitable[Any]]) -> str:
-    """The name of an async function, without its module."""
+    """Return the name of an async function, without its module."""
     return str(getattr(async_fn, "__qualname__", repr(async_fn)))
 
 
 def sole(error: Exception) -> Exception:
-    """The exception that a nursery wrapped in a group, if the group holds no other."""
+    """Return the sole exception in the groups of a nursery; ``error`` itself if no group holds just one."""
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error
 
 
 def refused(error: Exception) -> DaxemuError | None:
-    """The refusal that ``error`` is or wraps; None if it is unexpected."""
+    """Return the DaxemuError that ``error`` is or wraps; None for an unexpected exception."""
     found = sole(error)
     return found if isinstance(found, DaxemuError) else None
 
 
 def _log_name() -> str:
-    """Where this process logs to: DEVICE/supervisor.log, or the terminal of ``mount --foreground``."""
+    """Return the log of this process: DEVICE/supervisor.log, or the terminal of ``mount --foreground``."""
     try:
         return printable(Path("/proc/self/fd/2").readlink())
     except OSError:

@@ -1,1 +1,1 @@
-"""The mount: one FUSE session, its requests and notifications."""
+"""The mount: one FUSE session with requests and notifications."""

@@ -1,9 +1,9 @@
-"""The FUSE operations that pyfuse3 has no handlers for, over the filesystem's verbs: fallocate, lseek,
+"""FUSE operations without handlers in pyfuse3, over the filesystem's verbs: fallocate, lseek,
 copy_file_range, ioctl.
 
-Requests come from host/fuse/supplement.c through one callback, inside pyfuse3's own call into libfuse, so in
-the event loop's thread. A quick request is answered at once. A request that waits (a clone, which writes
-pages back) is answered later, by a task.
+host/fuse/supplement.c passes the requests on through one callback, inside pyfuse3's own call into libfuse, so
+in the event loop's thread. A quick request is answered at once. A task answers a request that waits (a clone
+writes pages back first).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from daxemu.uapi import CAP_SYS_ADMIN, PAGE_SHIFT, PAGE_SIZE, Ino
 
 
 class CloneOps(Protocol):
-    """How blocks are shared: source inode, offset, target inode, offset, length; the bytes shared."""
+    """Sharing of blocks: source inode, offset, target inode, offset, length; returns the bytes shared."""
 
     async def clone(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
         """``FICLONERANGE``."""
@@ -42,20 +42,22 @@ class CloneOps(Protocol):
         ...
 
     def is_quick(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int) -> bool:
-        """Whether Filesystem.copy_file_range() alone will do."""
+        """Return whether Filesystem.copy_file_range() alone suffices, without a wait."""
         ...
 
 
 WriteBack = Callable[[Ino], Awaitable[None]]
-"""Has a file's dirty pages written back, without the inode's lock, which the kernel holds meanwhile."""
+"""Has the kernel write back a file's dirty pages. Takes no lock of the inode: the kernel holds the lock
+during the request.
+"""
 
 
 _HANDLER = ctypes.CFUNCTYPE(None, ctypes.POINTER(RawRequest))
 _FALLOCATE, _LSEEK, _COPY_FILE_RANGE, _IOCTL = 1, 2, 3, 4
 _NAMES = {_FALLOCATE: "fallocate", _LSEEK: "lseek", _COPY_FILE_RANGE: "copy_file_range", _IOCTL: "ioctl"}
 
-# Our ioctls: type 0xDA. The kernel keeps FICLONERANGE and FIEMAP to itself, so they have numbers of their
-# own.
+# daxemu's ioctls: type 0xDA. The kernel forwards neither FICLONERANGE nor FIEMAP to FUSE, so daxemu has
+# numbers of its own for both.
 CLONE_RANGE = struct.Struct(
     "=qQQQ"
 )  # as struct file_clone_range: src_fd, src_offset, src_length, dest_offset
@@ -71,8 +73,8 @@ _GOING_DEFAULT, _GOING_LOGFLUSH, _GOING_NOLOGFLUSH = 0, 1, 2
 
 
 class ExtraOperations:
-    """Answers those requests. Takes effect at construction; one at a time, as there is one session in a
-    process.
+    """Answers the requests from supplement.c, from construction until close(). A process has one session, so
+    at most one open object of this class.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class ExtraOperations:
         self._slot.value = ctypes.cast(self._callback, ctypes.c_void_p).value
 
     def close(self) -> None:
-        """From now on such requests get ENOSYS."""
+        """Answer ENOSYS to all later requests."""
         self._slot.value = None
 
     def _handle(self, pointer: ctypes._Pointer[RawRequest]) -> None:
@@ -128,11 +130,11 @@ class ExtraOperations:
             self._fuse.fuse_reply_err(request.req, errno.EIO)
 
     def _start(self, verb: Callable[..., Awaitable[None]], req: int, *arguments: object) -> None:
-        """Have a task answer ``req``."""
+        """Start a task that answers ``req``."""
         self._nursery.start_soon(self._answer, verb, req, *arguments)
 
     async def _answer(self, verb: Callable[..., Awaitable[None]], req: int, *arguments: object) -> None:
-        """Answer ``req`` by ``verb``, which raises what the request is refused with."""
+        """Answer ``req`` by ``verb``; an exception of ``verb`` becomes an errno, an unexpected one EIO."""
         try:
             await verb(req, *arguments)
         except Exception as error:  # noqa: BLE001 - the request must be answered
@@ -184,8 +186,8 @@ class ExtraOperations:
         if extents.blocks * PAGE_SIZE >= inode.size:
             self._fuse.fuse_reply_lseek(request.req, self._fs.seek(ino, request.offset, request.mode))
         else:
-            # What was stored into a hole through a mapping is data, but is only known once it is written
-            # back.
+            # A store into a hole through a mapping is data, but the filesystem learns of the store only when
+            # the kernel writes the page back.
             self._start(self._lseek_later, request.req, ino, request.offset, request.mode)
 
     async def _lseek_later(self, req: int, ino: Ino, offset: int, whence: int) -> None:
@@ -227,8 +229,8 @@ class ExtraOperations:
         self._fuse.fuse_reply_ioctl(req, 0, None, 0)
 
     async def _ioctl_goingdown(self, req: int, tid: int, address: int) -> None:
-        """``xfs_fs_goingdown()``. The ioctl's number says that the argument is only written to, so the
-        kernel does not bring the argument along.
+        """``xfs_fs_goingdown()``. Reads the argument at ``address`` of the thread: by the ioctl's number, the
+        argument is output only, so the kernel does not copy its value into the request.
         """
         try:
             how = await trio.to_thread.run_sync(_word_of, tid, address)
@@ -266,8 +268,8 @@ class ExtraOperations:
 
 
 def _word_of(tid: int, address: int) -> int:
-    """The 32-bit word at an address of a thread. Raises FsError EFAULT. From a worker thread only: the
-    address may be in a mapping of ours.
+    """Return the 32-bit word at an address of a thread. Raises FsError EFAULT. From a worker thread only: the
+    address may be in a mapping of a file on this mount.
     """
     try:
         with open(f"/proc/{tid}/mem", "rb", buffering=0) as memory:
@@ -277,9 +279,10 @@ def _word_of(tid: int, address: int) -> int:
 
 
 def _source_of(tid: int, fd: int, dev: tuple[int, int]) -> Ino:
-    """The file of ours that descriptor ``fd`` of a thread is open on for reading.
+    """Return the inode on this mount that descriptor ``fd`` of a thread has open for reading.
 
-    /proc says so without asking the filesystem, which is us. Raises FsError EBADF, EXDEV, EPERM, EOPNOTSUPP.
+    /proc shows the inode without a request to the filesystem, which is this process. Raises FsError EBADF,
+    EXDEV, EPERM, EOPNOTSUPP.
     """
     try:
         with open(f"/proc/{tid}/fdinfo/{fd}") as lines:

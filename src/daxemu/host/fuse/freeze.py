@@ -1,12 +1,12 @@
 """Freeze: holds accesses to the mount back while its device is removed (freeze_super() in
 xfs_dax_notify_failure_freeze()).
 
-Between the collection of victims and the shutdown of the filesystem, a process that was not collected must
-gain no page, and a process that was collected must lose none. So requests of the latter are served from the
-media; a victim that waits in its page fault could not take its signal. All other requests wait for the thaw.
+Between the collection of victims and the shutdown of the filesystem, a process outside the collection must
+gain no page, and a collected process must lose none. So requests of collected processes are served from the
+media: a victim asleep in a page fault could not take a signal. All other requests wait for the thaw.
 
-A request that waits has its folio locked, and may have its process's mmap_lock. The collection can wait for
-either. So each request is served after PATIENCE, whatever became of the removal.
+A waiting request has its folio locked, and may hold the mmap_lock of its process. The collection can wait for
+either lock. So each request is served after PATIENCE, even if the removal is still in progress.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from daxemu.host.proc.processes import process_of
 from daxemu.mm.to_kill import Task
 
 PATIENCE = 1.0
-"""Seconds that a request is held at the most."""
+"""Seconds for which a request is held at most."""
 MOST_HELD = 32
-"""Requests that are held at the same time; pyfuse3 has tasks for 99. Any others are served at once."""
+"""Requests held at the same time; pyfuse3 has tasks for 99. Any others are served at once."""
 
 
 class Freeze:
-    """One removal's freeze. Belongs to the trio thread."""
+    """Freeze of one removal. Belongs to the trio thread."""
 
     def __init__(self) -> None:
         self._admitted: set[int] = set()
         self._is_thawed = False
         self._changed = trio.Event()
         self.held = 0
-        """Requests that wait just now."""
+        """Number of requests held just now."""
 
     def admit(self, tasks: Iterable[Task]) -> None:
         """Serve all requests of these processes from now on, held requests first."""

@@ -1,4 +1,4 @@
-"""Wrappers of the handlers that pyfuse3 calls: each exception becomes the errno of an answer."""
+"""Wrappers of pyfuse3's handlers: each exception becomes the errno of an answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def translated(verb: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Answer a DaxemuError with the errno that the system call shows."""
+    """Wrap a handler: a DaxemuError becomes the errno of the system call."""
 
     @functools.wraps(verb)
     async def translated(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -35,7 +35,7 @@ def translated(verb: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corouti
 def contained(
     name: str, verb: Callable[P, Coroutine[Any, Any, T]], unexpected: Unexpected
 ) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Answer EIO when handler ``name`` raises an exception that no code expects, and report the exception."""
+    """Wrap handler ``name``: an unexpected exception is reported, and the request gets EIO."""
 
     async def contained(*args: P.args, **kwargs: P.kwargs) -> T:
         try:

@@ -1,11 +1,11 @@
-"""``mapping->invalidate_lock``: pages are taken away for what comes in their place, and nobody gets others
-meanwhile.
+"""``mapping->invalidate_lock``: no page of a locked range enters the page cache while its blocks change.
 
-The kernel has one, and FUSE does not take it for us. So what brings pages into the cache, a FUSE_READ or a
-write(2), waits here instead; with the pages gone, a store through a mapping waits as well, in its page fault.
+FUSE does not take the kernel's lock for its filesystems. So a request that brings pages into
+the page cache, a FUSE_READ or a write(2), waits here instead. With the pages revoked, a store through a
+mapping waits as well: its page fault sends a FUSE_READ.
 
-A request that waits has its pages locked, and taking those away waits for it. Such a request is let through
-after PATIENCE, and the pages that it brought are taken away again.
+A waiting request has its pages locked, and a revoke of these pages waits for the request. So after PATIENCE
+the request is let through, and the pages are revoked again.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SIZE, Ino
 
 PATIENCE = 0.05
-"""Seconds that a request waits while pages of its file are taken away; longer, and it may be in the way."""
+"""Seconds for which a request waits during a revoke in its file: the revoke may wait for the request."""
 MOST_HELD = 32
-"""Requests that wait; pyfuse3 has tasks for 99, and someone must answer the writing back."""
+"""Requests held at the same time; pyfuse3 has tasks for 99, and some must answer the write-back."""
 LIMIT = 10.0
-"""Seconds for all of it."""
+"""Time limit of InvalidateLock.invalidate(), in seconds."""
 
 Revoke = Callable[[Ino, int, int], None]
-"""(inode, offset, length): take these pages away, dirty ones written back. Blocks."""
+"""(inode, offset, length in bytes): revoke pages; dirty pages are written back first. Blocks."""
 
 
 @dataclass(eq=False)
 class _Held:
-    """A request that waits. ``left``: it waits no more, and is answered before anything else happens."""
+    """Waiting request. ``let_go``: the request may go on. ``left``: the request has gone on."""
 
     ino: Ino
     pages: Range
@@ -44,27 +44,28 @@ class _Held:
 
 
 class InvalidateLock:
-    """Held while it is ``Gates.invalidating``. Ranges are bytes, of whole pages. Belongs to the trio
-    thread.
+    """Lock over ranges of files, held while ``Gates.invalidating`` refers to this object.
+
+    Ranges are bytes, of whole pages. Belongs to the trio thread.
     """
 
     def __init__(self) -> None:
         self._locked: dict[Ino, RangeSet] = {}
         self._todo: dict[Ino, RangeSet] = {}
-        """What may be in the page cache."""
+        """Parts of the locked ranges with pages that may be in the page cache."""
         self._under: Ino | None = None
-        """The file that somebody takes pages of, or writes them back, just now; and since when."""
+        """File with a revoke or write-back in progress, which began at ``_since``; None without one."""
         self._since = 0.0
         self._held: list[_Held] = []
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing of what is locked is in the page cache."""
+        """True while no page of the locked ranges is in the page cache, and no revoke is in progress."""
         return self._under is None and not any(self._todo.values())
 
     async def invalidate(self, revoke: Revoke, more: Iterable[tuple[Ino, Range]] = ()) -> None:
-        """Lock ``more``, and take everything locked out of the page cache; it is complete until the next
-        await. Raises FsError EAGAIN if that takes too long.
+        """Lock ``more`` as well, and revoke all locked ranges. Afterwards ``is_complete`` holds until the
+        next await. Raises FsError EAGAIN after LIMIT.
         """
         for ino, pages in more:
             self._locked.setdefault(ino, RangeSet()).add(*pages)
@@ -80,7 +81,9 @@ class InvalidateLock:
             await self.while_held(ino, partial(revoke, ino, pages.start, pages.length))
 
     async def while_held(self, ino: Ino, work: Callable[[], object]) -> None:
-        """Do what may wait for pages of ``ino`` that a request has locked which waits here."""
+        """Call ``work`` in a worker thread. ``work`` may wait for pages of ``ino`` that a waiting request has
+        locked.
+        """
         self._under, self._since = ino, trio.current_time()
         try:
             await trio.to_thread.run_sync(work)
@@ -91,25 +94,25 @@ class InvalidateLock:
         return ((ino, pages) for ino, todo in self._todo.items() for pages in todo)
 
     def describe_held(self) -> Iterator[str]:
-        """The requests that wait, for people."""
+        """Yield a text for each waiting request, for messages."""
         for held in self._held:
             kind = "write" if held.is_write else "read"
             yield f"{kind} of inode {held.ino}, bytes {held.pages.start:#x}+{held.pages.length:#x}"
 
     def release(self) -> None:
-        """Let everybody go on."""
+        """Let all waiting requests go on."""
         for held in self._held:
             held.let_go.set()
 
-    # -- those who wait
+    # -- waiting requests
 
     async def before_read(self, ino: Ino, offset: int, length: int) -> None:
         """Wait until a FUSE_READ may be answered."""
         await self._wait(ino, Range(offset, offset + length).outer(PAGE_SIZE), is_write=False)
 
     async def before_write(self, ino: Ino, offset: int, length: int, *, from_cache: bool) -> None:
-        """Wait until a FUSE_WRITE may be done. What the page cache writes back need not wait, but for a
-        write(2) to the same pages that came before it.
+        """Wait until a FUSE_WRITE may be done. A write-back of the page cache (``from_cache``) waits only for
+        earlier write(2)s to the same pages.
         """
         pages = Range(offset, offset + length).outer(PAGE_SIZE)
         if not from_cache:
@@ -133,14 +136,14 @@ class InvalidateLock:
                 with trio.move_on_after(PATIENCE):
                     await held.let_go.wait()
                 if self._under == ino and trio.current_time() - self._since >= PATIENCE:
-                    # Whatever its pages: they may be in one folio with those that are waited for.
+                    # Also for other pages of the file: one folio may hold both these and the revoked pages.
                     self._let_through(held)
         finally:
             self._held.remove(held)
             held.left.set()
 
     def _concerns(self, ino: Ino, pages: Range) -> bool:
-        """Whether any of ``pages`` is locked, and will not be taken away later in any case."""
+        """Return whether any of ``pages`` is locked and no longer due for a revoke."""
         locked, todo = self._locked.get(ino), self._todo.get(ino)
         if locked is None or todo is None:
             return False
@@ -150,7 +153,7 @@ class InvalidateLock:
         return [held for held in self._held if held.ino == ino and held.pages.clip(*pages)]
 
     def _let_through(self, held: _Held) -> None:
-        """It is answered with what there is now, and that has to go again."""
+        """Let a request go on now; the pages of its answer have to be revoked again."""
         for part in list(self._locked[held.ino].overlapping(*held.pages)):
             self._todo[held.ino].add(*part)
         held.let_go.set()

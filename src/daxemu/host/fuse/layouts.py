@@ -1,7 +1,7 @@
 """Layouts held by C: host/fuse/layouts.c keeps the grants, host/fuse/answers.c answers requests from them.
 
-It works within pyfuse3's reading of requests, so in the event loop's thread; see there. There is one session
-in a process, and so one of these.
+answers.c runs inside pyfuse3's read of /dev/fuse, so in the event loop's thread. A process has one session,
+and so one layout table.
 """
 
 from __future__ import annotations
@@ -24,30 +24,32 @@ _ON_NOTED = ctypes.PYFUNCTYPE(None, ctypes.POINTER(RawNote), ctypes.c_size_t)
 _WRITTEN, _GROWN, _RELEASED, _FORGOTTEN = 1, 2, 3, 4
 _SECOND, _U32, _U64 = 10**9, (1 << 32) - 1, (1 << 64) - 1
 FOREVER = 1_000_000
-"""Seconds. We are the only writer of the filesystem, and invalidate what changes behind the kernel's back."""
+"""Validity of names and attributes, in seconds. The supervisor is the only writer of the filesystem, and
+invalidates each change that the kernel does not know of.
+"""
 
 
 class Deeds(Protocol):
-    """Receiver of the requests that C answered."""
+    """Receiver of notes about requests answered in C."""
 
     def wrote(self, ino: Ino, time_ns: int) -> None:
-        """A file was written to, last at ``time_ns``: nanoseconds since the epoch."""
+        """Take note of writes to a file, the last at ``time_ns``: nanoseconds since the epoch."""
 
     def grew(self, ino: Ino, size: int) -> None:
-        """A write made a file ``size`` bytes long."""
+        """Take note of a write that made a file ``size`` bytes long."""
 
     def released(self, fh: int) -> None:
-        """A file handle was closed."""
+        """Take note of a closed file handle."""
 
     def forgot(self, ino: Ino, count: int) -> None:
-        """The kernel forgot ``count`` lookups of an inode."""
+        """Take note of ``count`` lookups of an inode that the kernel forgot."""
 
 
 class LayoutTable:
     """Layouts held by C (``fs.layouts.LayoutOps``)."""
 
     def __init__(self, memory: Memory, deeds: Deeds) -> None:
-        """Precondition: all layouts are broken before ``memory``, the device's, goes."""
+        """Pass the device's ``memory`` to C. The caller breaks all layouts before unmapping ``memory``."""
         calls = quick_library()
         self._grant = calls.daxemu_layout_grant
         self._grant.argtypes = (*(ctypes.c_uint64,) * 5, ctypes.c_int)
@@ -87,7 +89,8 @@ class LayoutTable:
                 else:
                     self._deeds.forgot(note.which, note.value)
             except Exception:
-                # A C caller: nobody above would see it, and what follows must be done all the same.
+                # The caller is C: no Python frame above would see the exception, and the other notes must be
+                # taken.
                 log.exception("note %d of %d was not taken", note.what, note.which)
 
     # -- LayoutOps

@@ -1,8 +1,8 @@
-"""pyfuse3's main loop without a turn through trio's for every request.
+"""pyfuse3's main loop, without a round of trio's loop for every request.
 
-To trio, each request is a wait for /dev/fuse and a lock taken. Both run all other tasks first, which costs
-twice as much as most answers. So daxemu lends pyfuse3 a lock and a wait. Consecutive requests are answered in
-a row; other tasks run every BURST, or once no request comes for LINGER.
+In trio, each request is a wait for /dev/fuse and an acquired lock. Both run all other tasks first, at twice
+the cost of most answers. So daxemu lends pyfuse3 a lock and a wait. Consecutive requests are answered in a
+row; other tasks run every BURST, or once no request comes for LINGER.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pyfuse3  # isort: skip  (after host.supplement, which must be loaded firs
 BURST = 1_000_000
 """Nanoseconds of requests after which other tasks run."""
 LINGER = 100_000
-"""Nanoseconds that the event loop waits for the next request alone."""
+"""Nanoseconds for which the event loop waits for nothing but the next request."""
 SPIN = 20_000
 """Nanoseconds of LINGER without sleep, on a machine with another processor for the client."""
 FD_SETSIZE = 1024
@@ -31,7 +31,7 @@ FD_SETSIZE = 1024
 
 
 class ReadLock:
-    """Lock that the task that released it can take again at once: no handing over, no turn of the loop."""
+    """Lock without handover: the last holder can take the lock again at once, without a round of the loop."""
 
     def __init__(self) -> None:
         self._held = False
@@ -56,11 +56,11 @@ class ReadLock:
 
 
 class FuseLoop:
-    """Lock and wait that pyfuse3's session uses instead of trio's."""
+    """Lock and wait for pyfuse3's session, in place of trio's."""
 
     def __init__(self) -> None:
         self.lock = ReadLock()
-        # Shared with answers.c, which reads on by itself after a request that it has answered.
+        # Shared with answers.c, which reads the next request itself after a request answered in C.
         if READS:
             self._burst_ends = ctypes.c_int64.in_dll(library(), "daxemu_burst_ends")
             self._is_idle = ctypes.c_int.in_dll(library(), "daxemu_is_idle")
@@ -75,8 +75,9 @@ class FuseLoop:
         self._burst_ends.value = time.monotonic_ns() + BURST
 
     async def wait_readable(self, fd: int) -> None:
-        """``trio.lowlevel.wait_readable``, without a wait for a request that is present or comes soon."""
-        # With nobody to go on reading while this task waits for something else, let one come.
+        """``trio.lowlevel.wait_readable``, without a round of trio for a request that comes soon."""
+        # No other task waits to read: let pyfuse3 start one, to read on while this task waits during an
+        # answer.
         if not self.lock.waiting or time.monotonic_ns() >= self._burst_ends.value:
             await trio.lowlevel.checkpoint()
             self._begin_burst()
@@ -86,7 +87,7 @@ class FuseLoop:
             self._begin_burst()
 
     def _comes_soon(self, fd: int) -> bool:
-        """Return whether to read on: answers.c waits by itself, and reports a wait in vain."""
+        """Return whether to read on: answers.c waits itself, and reports a wait without a request."""
         if READS:
             return True
         return fd < FD_SETSIZE and bool(select.select((fd,), (), (), LINGER / 1e9)[0])

@@ -1,7 +1,7 @@
-"""Table of FUSE requests: opcode -> the part that answers (uapi/linux/fuse.h, enum fuse_opcode).
+"""Table of FUSE requests: opcode -> answering part (uapi/linux/fuse.h, enum fuse_opcode).
 
-``make protocol`` makes docs/fuse-requests.md of this table; tests/host/test_opcodes.py compares the
-table with the registered handlers.
+``make protocol`` makes docs/fuse-requests.md of this table; tests/host/test_opcodes.py compares the table
+with the registered handlers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class ServedBy(Enum):
-    """Part that answers a request."""
+    """Answering part of a request."""
 
     PYFUSE3 = "pyfuse3 calls host/fuse/operations"
     SUPPLEMENT = "supplement.c calls host/fuse/extra_operations"
@@ -21,10 +21,10 @@ class ServedBy(Enum):
 
 
 class FuseRequest(NamedTuple):
-    """One opcode. ``handler``: the method that answers. ``in_c``: what answers.c does with the request first.
+    """One opcode. ``handler``: answering method. ``in_c``: first treatment of the request, by answers.c.
 
-    ``error``: errno of the answer where no part serves the request, from libfuse or from
-    pyfuse3's default handler.
+    ``error``: errno of the answer where no part serves the request, from libfuse or from pyfuse3's default
+    handler.
     """
 
     number: int

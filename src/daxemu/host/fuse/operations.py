@@ -1,8 +1,7 @@
 """pyfuse3.Operations over the filesystem's verbs: translates, decides nothing.
 
-File handles are inode numbers (below 2**38; the bits above are explained in host/fuse/supplement.py).
-Directories are listed in the order of fs/listing.py: a reader sees each entry that stays once, whatever
-happens meanwhile.
+File handles are inode numbers (below 2**38; host/fuse/supplement.py explains the bits above). Directories are
+listed in the order of fs/listing.py: a reader sees each lasting entry once, whatever other entries do.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ import pyfuse3  # isort: skip  (after host.supplement, which must be loaded firs
 
 
 class PoisonedRead(NamedTuple):
-    """A FUSE_READ that cannot be done: ``error`` is MediaError, or what there is after a removal or a
-    shutdown. ``tid`` is who waits for it, 0 if unknown.
+    """Failed FUSE_READ: ``error`` is MediaError, or the error of a removed or shut-down filesystem. ``tid``:
+    waiting thread, 0 if unknown.
     """
 
     ino: Ino
@@ -53,18 +52,18 @@ class PoisonedRead(NamedTuple):
 
 
 Answer = Enum("Answer", ["ERROR", "AGAIN", "ZEROS"])
-"""What becomes of a read that cannot be done: it fails, it is tried again, or it gets zeros."""
+"""Treatment of a failed read: answer the error, try again, or answer zeros."""
 
 
 LISTING_STEP = 2000
-"""Names whose order is computed at once: 5 ms; other requests have their turn before the next."""
+"""Names ordered in one step (5 ms); other requests are served between two steps."""
 TMPFILE = b"/"
-"""Name of a file to be created that has none (host/fuse/killpriv.c, ``slash_name`` in fs/dcache.c)."""
+"""Name in a request for a file without a name (host/fuse/killpriv.c, ``slash_name`` in fs/dcache.c)."""
 
 
 class Operations(pyfuse3.Operations):
-    """Answers the kernel. ``on_poison`` is awaited before a read is answered EIO; ``heal``, before a write
-    that met poison is, returns whether to try again.
+    """Answers the kernel's requests. ``on_poison`` is awaited before a read is answered EIO. ``heal`` is
+    awaited before a write to poison is answered EIO, and returns whether to try the write again.
     """
 
     supports_dot_lookup = True
@@ -79,7 +78,7 @@ class Operations(pyfuse3.Operations):
         write_back: Callable[[Ino], Awaitable[None]],
         gates: Gates,
     ) -> None:
-        """``write_back`` takes no lock of the inode: the kernel holds the inode's lock meanwhile."""
+        """``write_back`` takes no lock of the inode: the kernel holds the inode's lock during the request."""
         super().__init__()
         self._fs = fs
         self._names = fs.names
@@ -91,14 +90,14 @@ class Operations(pyfuse3.Operations):
         self._directories: dict[int, Ino] = {}
         self._directory_handles = itertools.count(1)
         self.open_files: Counter[Ino] = Counter()
-        """How many handles each inode has open: what is mapped is among these."""
+        """Number of open handles of each inode. A mapping keeps its handle open."""
         self.writers: Counter[Ino] = Counter()
-        """How many of them are open for writing."""
+        """Number of handles of each inode open for writing."""
         self.mappable: Counter[Ino] = Counter()
-        """Handles of each inode through which a mapping can be stored to."""
+        """Number of handles of each inode that permit a shared writable mapping."""
 
     def contain(self, unexpected: Unexpected) -> None:
-        """Answer a request EIO when its handler raises what no code expects, and report that."""
+        """Wrap all handlers: an unexpected exception is reported, and its request gets EIO."""
         for name in HANDLERS & vars(type(self)).keys():
             setattr(self, name, contained(name, getattr(self, name), unexpected))
 
@@ -119,18 +118,20 @@ class Operations(pyfuse3.Operations):
         return entry
 
     def _entry(self, inode: Inode) -> pyfuse3.EntryAttributes:
-        """Attributes for an answer that makes the kernel know the inode: it will forget() it one day."""
+        """Return attributes for an answer that counts as a lookup: pins the inode until forget()."""
         self._fs.pin(inode)
         return self._attributes(inode)
 
     def _new_entry(self, parent: Ino, inode: Inode) -> pyfuse3.EntryAttributes:
-        """As :meth:`_entry`, of what was just made in a directory."""
+        """Return :meth:`_entry` of an inode just made in directory ``parent``."""
         self._will_ask(parent)
         return self._entry(inode)
 
     def _will_ask(self, ino: Ino) -> None:
-        """The kernel forgets a directory's attributes when it changes, and asks for them before the next
-        change; a file's capabilities it asks for before it writes.
+        """Have C answer the next GETATTR, or GETXATTR of the capabilities, of an inode.
+
+        The kernel drops the attributes of a changed directory, and asks for the attributes before the next
+        change. Before a write(2), the kernel asks for the capabilities of the file.
         """
         self._fs.layouts.grant_attributes(self._names.get(ino))
 
@@ -144,7 +145,7 @@ class Operations(pyfuse3.Operations):
         except DaxemuError as error:
             if error.errno != errno.ENOENT:
                 raise
-            # A negative entry: the kernel need not ask again until somebody makes the name.
+            # A negative entry: the kernel need not ask again until the name is made.
             missing = pyfuse3.EntryAttributes()
             missing.st_ino = pyfuse3.InodeT(0)
             missing.entry_timeout = FOREVER
@@ -205,18 +206,18 @@ class Operations(pyfuse3.Operations):
         return self._attributes(node)
 
     def _file_remove_privs(self, ino: Ino, tid: int) -> None:
-        """As ``Namespace.file_remove_privs``, and the kernel is told: it believes to know the mode."""
+        """Call ``Namespace.file_remove_privs``; invalidate the mode in the kernel's cache after a change."""
         if self._names.file_remove_privs(self._names.get(ino), functools.partial(in_group_or_capable, tid)):
             self._forget_attributes(ino)
 
     def file_modified(self, ino: Ino, tid: int) -> None:
-        """``file_modified()``, for a change of which the kernel does not say whether it takes bits away."""
+        """``file_modified()``, for requests without a flag of the kernel for the removal of set-id bits."""
         if is_sxid(self._names.get(ino).mode) and not capable(tid, CAP_FSETID):
             self._file_remove_privs(ino, tid)
 
     @translated
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        # What was unlinked counts as free (xfs_fs_statfs() pushes xfs_inodegc, too).
+        # Blocks of unlinked files count as free (xfs_fs_statfs() pushes xfs_inodegc, too).
         while self._fs.inactivate():
             await trio.lowlevel.checkpoint()
         usage = self._fs.statfs()
@@ -364,7 +365,7 @@ class Operations(pyfuse3.Operations):
         if flags & os.O_TRUNC:
             if kill_suidgid():
                 self._file_remove_privs(inode, ctx.pid)
-            # libfuse asks the kernel to leave that to us (ATOMIC_O_TRUNC)
+            # libfuse asks the kernel to leave the truncation to the filesystem (ATOMIC_O_TRUNC).
             await in_pieces(self._fs.set_size_in_pieces(inode, 0))
         return self._opened(self._names.get(inode), flags)
 
@@ -406,7 +407,7 @@ class Operations(pyfuse3.Operations):
         if self._gates.invalidating is not None:
             await self._gates.invalidating.before_read(caller.ino, off, size)
         try:
-            # Any buffer will do for pyfuse3: a view of the media goes to the kernel without a copy of ours.
+            # pyfuse3 takes any buffer: a view of the media goes to the kernel without a copy in Python.
             return self._fs.read(caller.ino, off, size)  # type: ignore[return-value]
         except DaxemuError as error:
             answer = Answer.ERROR
@@ -431,7 +432,7 @@ class Operations(pyfuse3.Operations):
         if self._gates.freeze is not None and not caller.from_cache and supplement.MISSING is None:
             await self._gates.freeze.wait(caller.tid)
         if self._gates.invalidating is not None:
-            unknown = supplement.MISSING is not None  # then it may be the cache's
+            unknown = supplement.MISSING is not None  # then any write may be a write-back
             await self._gates.invalidating.before_write(
                 caller.ino, off, len(buf), from_cache=caller.from_cache or unknown
             )
@@ -458,10 +459,10 @@ class Operations(pyfuse3.Operations):
     async def setxattr(
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:
-        # pyfuse3 itself sees to XATTR_CREATE and XATTR_REPLACE.
+        # pyfuse3 itself handles XATTR_CREATE and XATTR_REPLACE.
         self._fs.check_alive()
         found = self._names.get(inode)
-        # The kernel would tell (FUSE_SETXATTR_ACL_KILL_SGID), but not through libfuse.
+        # The kernel's flag (FUSE_SETXATTR_ACL_KILL_SGID) does not come through libfuse.
         kill_sgid = (
             name == posix_acl.ACCESS
             and bool(found.mode & stat.S_ISGID)

@@ -1,10 +1,10 @@
 """Open files of the supervisor's own mount: by file handle, or by a path beneath the mount.
 
-Users of the mount rename directories and make links and FIFOs as they like, and must not choose what a
-supervisor, which may be root's, opens. A file handle (open_by_handle_at(2), root only) names an inode
+Users of the mount rename directories and make links and FIFOs as they like, and must not choose the files
+that a supervisor, possibly root's, opens. A file handle (open_by_handle_at(2), root only) names an inode
 without a path; unlinked files are found too. Another user's supervisor walks a path with openat2(2), which
-follows no link and enters no other filesystem, and opens nothing but the regular file that was meant. From
-worker threads only.
+follows no link and enters no other filesystem, and opens nothing but the intended regular file. From worker
+threads only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _QUIETLY = os.O_CLOEXEC | os.O_NONBLOCK
 
 
 def open_root(mount: Mount) -> int:
-    """A descriptor (O_PATH) of the mount's root. Raises OSError, ESTALE if another filesystem is there."""
+    """Open the mount's root (O_PATH). Raises OSError; ESTALE if the mountpoint shows another filesystem."""
     fd = os.open(mount.mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     if _device_of(fd) == mount.dev:
         return fd
@@ -42,7 +42,7 @@ def open_root(mount: Mount) -> int:
 
 
 def open_directory(mount: Mount) -> int:
-    """A readable descriptor of the mount's root. Raises as :func:`open_root`."""
+    """Open the mount's root for reading. Raises as :func:`open_root`."""
     root = open_root(mount)
     try:
         return os.open(".", os.O_RDONLY | os.O_DIRECTORY | _QUIETLY, dir_fd=root)
@@ -51,8 +51,8 @@ def open_directory(mount: Mount) -> int:
 
 
 def open_inode(mount: Mount, ino: Ino, path: bytes | None, flags: int = os.O_RDONLY) -> int:
-    """A descriptor of the regular file ``ino``. ``path``, from the mount's root, serves where handles are not
-    permitted; None is a file without a name. Raises OSError, ESTALE if the kernel has not got the inode.
+    """Open the regular file ``ino``. ``path``, from the mount's root, serves where file handles are not
+    permitted; None for a file without a name. Raises OSError; ESTALE if the kernel does not hold the inode.
     """
     try:
         return _by_handle(mount, ino, flags)
@@ -96,7 +96,7 @@ def _checked(fd: int) -> int:
 
 
 def _device_of(fd: int) -> tuple[int, int] | None:
-    """The device of the mount that a descriptor is on, by /proc alone: the filesystem itself may be stuck."""
+    """Return the device (major, minor) of a descriptor's mount, from /proc alone: the filesystem may hang."""
     with open(f"/proc/self/fdinfo/{fd}") as lines:
         facts = dict(line.split(":", 1) for line in lines if ":" in line)
     wanted = facts["mnt_id"].strip()

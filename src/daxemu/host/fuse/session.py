@@ -1,8 +1,7 @@
-"""The mount: the /dev/fuse descriptor, mount(2) or fusermount3, and taking pages away from the kernel by
-range.
+"""The mount: the /dev/fuse descriptor, mount(2) or fusermount3, and revokes of pages by range.
 
-We open /dev/fuse ourselves and hand pyfuse3 ``/dev/fd/N``: only so can notifications with a range be written
-to it.
+The session opens /dev/fuse itself and passes ``/dev/fd/N`` to pyfuse3: so the session can write notifications
+with a range to the descriptor.
 """
 
 from __future__ import annotations
@@ -30,8 +29,9 @@ MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 _SYNC_AND_WAIT = 1 | 2 | 4  # SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE, _WAIT_AFTER
 FUSE_NOTIFY_INVAL_INODE = 2
 PAGE_CACHE = {"read_ahead_kb": "1024", "strict_limit": "0"}
-"""The kernel reads ahead as much as one request can hold; and the mount may have more dirty pages than the
-few that FUSE is trusted with, which would be written back all the time, and each store fault again.
+"""Settings of the mount's page cache (BDI). ``read_ahead_kb``: as much as one request can hold.
+``strict_limit`` 0: the mount may have more dirty pages than FUSE's low limit. With the limit, the kernel
+would write pages back all the time, and each store would fault again.
 """
 _BDI = Path("/sys/class/bdi")
 _FUSECTL = Path("/sys/fs/fuse/connections")
@@ -40,7 +40,9 @@ _INVAL_INODE = struct.Struct("=Qqq")
 
 
 def check_mountpoint(mountpoint: Path) -> None:
-    """Raises InvalidArgument or Busy if nothing can be mounted there."""
+    """Check a mountpoint. Raises InvalidArgument for a non-directory, Busy for a mountpoint in use,
+    PermissionDenied for a directory that the caller cannot write to.
+    """
     if mount_at(mountpoint) is not None:
         raise Busy(f"{mountpoint} is a daxemu mount already: daxemu umount {mountpoint}")
     if not mountpoint.is_dir():
@@ -54,9 +56,7 @@ def check_mountpoint(mountpoint: Path) -> None:
 
 
 class Session:
-    """One FUSE connection. ``fd`` is its /dev/fuse descriptor, ``mount`` what /proc/self/mountinfo says of
-    it.
-    """
+    """One FUSE connection. ``fd``: descriptor of /dev/fuse; ``mount``: entry of /proc/self/mountinfo."""
 
     def __init__(self, fd: int, mount: Mount) -> None:
         self.fd = fd
@@ -64,8 +64,9 @@ class Session:
 
     @classmethod
     def open(cls, device: Path, mountpoint: Path) -> Session:
-        """Mount. As root with mount(2), otherwise through fusermount3. Raises PermissionDenied, Unsupported,
-        Busy.
+        """Mount: as root with mount(2), otherwise through fusermount3. Raises as :func:`check_mountpoint`,
+        PermissionDenied for a refused mount, Unsupported without /dev/fuse or fusermount3, Busy for a mount
+        that vanished at once.
         """
         mountpoint = Path(os.path.realpath(mountpoint))
         check_mountpoint(mountpoint)
@@ -80,15 +81,15 @@ class Session:
     # -- notifications
 
     def revoke(self, ino: Ino, offset: int, length: int) -> None:
-        """``unmap_mapping_range()``: take the pages of the range from every process and from the page cache.
+        """``unmap_mapping_range()``: remove the pages of a range from all page tables and the page cache.
 
-        ``length`` 0 is to the end of the file. Dirty pages are written back to us meanwhile: call this from a
-        worker thread only. Neighbouring pages stay.
+        Bytes; ``length`` 0: to the end of the file. Neighbouring pages stay. The kernel writes dirty pages
+        back to this process during the call: from a worker thread only.
         """
         self._notify_inval_inode(ino, offset, length)
 
     def forget_attributes(self, ino: Ino) -> None:
-        """Have size and times asked for anew. Does not wait for anything."""
+        """Have the kernel ask for size and times anew at the next use. Does not block."""
         self._notify_inval_inode(ino, -1, 0)
 
     def _notify_inval_inode(self, ino: Ino, offset: int, length: int) -> None:
@@ -97,21 +98,23 @@ class Session:
         try:
             os.write(self.fd, header + body)
         except OSError as error:
-            # Not in the kernel's cache, or no connection any more: there is nothing to take away.
+            # The inode is not in the kernel's cache, or the connection is gone: no page to revoke.
             if error.errno not in (errno.ENOENT, errno.ENOTCONN, errno.ENODEV):
                 raise
 
-    # -- by way of our own mount: from a worker thread only
+    # -- through files on this mount: from a worker thread only
 
     def write_back(self, ino: Ino, path: bytes | None) -> bool:
-        """Have the dirty pages of a file written back to us, and leave them mapped. ``path``: see
-        ``own_files.open_inode``. Takes no lock of the inode, so it may serve a request during which the
-        kernel holds that. Return whether the file could be opened; if not, nothing is written back.
+        """Have the kernel write back the dirty pages of a file, which stay mapped.
+
+        ``path``: see ``own_files.open_inode``. Takes no lock of the inode, so also for requests during which
+        the kernel holds the inode's lock. Return False if the file could not be opened: then nothing is
+        written back.
         """
         try:
             fd = own_files.open_inode(self.mount, ino, path)
         except OSError as error:
-            # The kernel has not got the inode: then no page of it, either.
+            # ESTALE: the kernel does not hold the inode, so no page of the file, either.
             return error.errno == errno.ESTALE and os.geteuid() == 0
         try:
             _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_AND_WAIT)
@@ -120,7 +123,7 @@ class Session:
         return True
 
     def refresh_attributes(self, ino: Ino, path: bytes | None) -> None:
-        """Have the kernel ask for a file's size and times."""
+        """Have the kernel ask for size and times of a file now."""
         with suppress(OSError):
             fd = own_files.open_inode(self.mount, ino, path)
             try:
@@ -129,7 +132,7 @@ class Session:
                 os.close(fd)
 
     def tune_page_cache(self) -> bool:
-        """Set PAGE_CACHE for this mount. Only root can; returns whether all of it is set."""
+        """Set PAGE_CACHE for this mount. Return whether all settings were made; only root can."""
         settings = _BDI / "{}:{}".format(*self.mount.dev)
         try:
             os.close(own_files.open_directory(self.mount))  # waits for FUSE_INIT, whose answer sets a limit
@@ -142,7 +145,7 @@ class Session:
     # -- the end
 
     def sync(self) -> None:
-        """``syncfs(2)``: have everything dirty written back to us. From a worker thread only."""
+        """``syncfs(2)``: write back all dirty pages of the mount. From a worker thread only."""
         fd = own_files.open_directory(self.mount)
         try:
             _libc.syncfs(fd)
@@ -150,8 +153,9 @@ class Session:
             os.close(fd)
 
     def unmount(self) -> None:
-        """``umount(2)``. Raises Busy while anything is open on the mount. The kernel syncs first: never from
-        the event loop.
+        """``umount(2)``. Raises Busy while a file on the mount is in use, InvalidArgument for another error.
+
+        The kernel syncs first: never from the event loop.
         """
         mountpoint = self.mount.mountpoint
         if os.geteuid() == 0:
@@ -172,7 +176,7 @@ class Session:
             )
 
     def detach(self) -> None:
-        """Take the mount out of the tree although it is in use; new users no longer find it."""
+        """Detach the mount from the tree (MNT_DETACH), also while in use: later opens do not find the mount."""
         mountpoint = self.mount.mountpoint
         if os.geteuid() == 0:
             _umount(self.mount, MNT_DETACH)
@@ -182,22 +186,22 @@ class Session:
             subprocess.run(["fusermount3", "-u", "-z", str(mountpoint)], capture_output=True, check=False)
 
     def abort(self) -> bool:
-        """Cut the connection: every waiting request gets ENOTCONN. The last resort. Return whether the
+        """Cut the connection, the last resort: every waiting request gets ENOTCONN. Return whether the
         connection is cut.
         """
         poll = select.poll()
         poll.register(self.fd, 0)
-        # A dead connection has given its device number back: the number may name another mount by now.
+        # The kernel may have given the device number of a dead connection to another mount.
         return bool(poll.poll(0)) or abort_connection(self.mount)
 
 
 def _umount(mount: Mount, flags: int) -> int:
-    """``umount2(2)`` of exactly this mount, wherever its mountpoint is by now. Returns 0 or the error number;
-    ESTALE if the mount is not found in this mount namespace.
+    """``umount2(2)`` of exactly this mount, also after a move of its mountpoint. Return 0 or the error
+    number; ESTALE if this mount namespace lacks the mount.
 
     No path is walked: another user may exchange a directory above the mountpoint for a link at any moment. A
-    descriptor of the directory above fixes the place, and the kernel's number of the mount there says that it
-    is the right one. A descriptor of the mount's root would do for MNT_DETACH alone: it keeps the mount busy.
+    descriptor of the directory above fixes the place, and the kernel's number of the mount at the place
+    identifies the mount. A descriptor of the mount's root keeps the mount busy, so serves MNT_DETACH only.
     """
     for now in reversed(mounts()):
         if not is_same(now, mount):
@@ -216,10 +220,10 @@ def _umount(mount: Mount, flags: int) -> int:
 
 
 def is_same(now: Mount, mount: Mount) -> bool:
-    """Whether ``now``, read from mountinfo, is ``mount``, perhaps moved to another path.
+    """Return whether ``now``, read from mountinfo, is ``mount``, perhaps moved to another path.
 
-    The kernel gives the number of a mount, and the device number, to the next mount once they are free. The
-    source cannot be reused: the supervisor holds the lock of its DEVICE.
+    The kernel reuses the mount numbers and device numbers of unmounted filesystems. The source cannot be
+    reused: the supervisor holds the lock of its DEVICE.
     """
     if now.device != mount.device:
         return False
@@ -227,7 +231,7 @@ def is_same(now: Mount, mount: Mount) -> bool:
 
 
 def _mount_id(directory: int, name: str) -> int:
-    """The kernel's number of the mount that a name in a directory is on. Asks no filesystem for anything."""
+    """Return the kernel's number of the mount that holds a name in a directory, without a FUSE request."""
     fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     try:
         fields = Path(f"/proc/self/fdinfo/{fd}").read_text().split()
@@ -237,8 +241,8 @@ def _mount_id(directory: int, name: str) -> int:
 
 
 def abort_file(mount: Mount) -> Path:
-    """The file that cuts a mount's FUSE connection when it is written to; mounts its filesystem if it must
-    and may.
+    """Return the fusectl file whose write cuts a mount's FUSE connection. Root mounts fusectl if the file
+    does not exist.
     """
     control = _FUSECTL / str(os.makedev(*mount.dev)) / "abort"
     if not control.exists() and os.geteuid() == 0:
@@ -247,7 +251,7 @@ def abort_file(mount: Mount) -> Path:
 
 
 def abort_connection(mount: Mount) -> bool:
-    """Cut a mount's FUSE connection. Returns whether that was possible."""
+    """Cut a mount's FUSE connection. Return False if the fusectl file could not be written."""
     try:
         abort_file(mount).write_text("1")
     except OSError:
@@ -274,7 +278,7 @@ def _mount_as_root(source: str, mountpoint: Path) -> int:
 
 
 def _mount_as_user(source: str, mountpoint: Path) -> int:
-    """fusermount3 mounts for us and sends the descriptor back over a socket."""
+    """Have fusermount3 mount; return the descriptor of /dev/fuse that fusermount3 sends over a socket."""
     if shutil.which("fusermount3") is None:
         raise Unsupported("mounting without root needs fusermount3: install the package fuse3")
     escaped = source.replace("\\", "\\\\").replace(",", "\\,")

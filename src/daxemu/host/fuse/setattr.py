@@ -1,4 +1,4 @@
-"""Checks of the VFS before ->setattr, on the fields that the kernel asks to set."""
+"""Checks of the VFS before ->setattr, on the fields of a FUSE_SETATTR."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyfuse3  # isort: skip  (after host.supplement, which must be loaded firs
 
 
 def may_setattr(inode: Inode, fields: pyfuse3.SetattrFields) -> None:
-    """``may_setattr()`` for inode flags. touch(1) counts as a write: append-only files allow it.
+    """``may_setattr()`` for inode flags. touch(1) counts as a write, which append-only files allow.
 
     Raises FsError EPERM.
     """
@@ -24,6 +24,6 @@ def may_setattr(inode: Inode, fields: pyfuse3.SetattrFields) -> None:
 
 
 def is_chown(fields: pyfuse3.SetattrFields) -> bool:
-    """Whether a request is a chown(2). A request without any field is chown(-1, -1)."""
+    """Return whether a request is a chown(2). A request without any field is chown(-1, -1)."""
     others = (fields.update_size, fields.update_atime, fields.update_mtime)
     return fields.update_uid or fields.update_gid or not any(others)

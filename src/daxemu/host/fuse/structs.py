@@ -1,5 +1,5 @@
-"""Structs that the C supplement and Python share. The library exports sizes and offsets: a library of other
-sources is refused.
+"""Structs that the C supplement and Python share. The library exports sizes and offsets of its structs:
+:mod:`supplement` refuses a library built from other sources.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class RawNote(ctypes.Structure):
 
 
 ATTR_OUT = struct.Struct("=QIIQQQQQQIIIIIIIIII")
-"""``struct fuse_attr_out``: for how long the attributes are valid, then ``struct fuse_attr``."""
+"""``struct fuse_attr_out``: validity of the attributes (seconds, nanoseconds), then ``struct fuse_attr``."""
 
 REQUEST_LAYOUT = (RawRequest,)
 """In the order of daxemu_request_layout in supplement.c."""

@@ -1,9 +1,12 @@
-"""Loads the C supplement in front of pyfuse3, and reads what it writes into file handles.
+"""Loads the C supplement in front of pyfuse3, and decodes the supplement's bits in file handles.
 
-Layout of a file handle as ``Operations`` sees it: bits 0-37 the inode number, bit 38 whether it was opened
-for reading and writing, bit 39 whether for writing (all from ``open``), bits 40-62 the
-thread id of the caller (pid_max is at most 2**22), bit 63 set when the page cache writes back. Without the
-supplement the upper bits are zero: no thread is known, and no write is known to be the cache's.
+Layout of a file handle in ``Operations``:
+
+- bits 0-37: inode number, bit 38: opened for reading and writing, bit 39: opened for writing (from ``open``)
+- bits 40-62: thread id of the caller (pid_max is at most 2**22)
+- bit 63: the request is a write-back of the page cache
+
+Without the supplement bits 40-63 are zero: no thread is known, and no write is known as a write-back.
 
 Import this module before anything imports pyfuse3.
 """
@@ -30,7 +33,7 @@ _VERSION = 6
 
 
 class Caller(NamedTuple):
-    """What a handler of an open file is given. ``tid`` is 0 if unknown."""
+    """Decoded file handle: inode, access, calling thread (0: unknown), write-back of the page cache."""
 
     ino: Ino
     writable: bool
@@ -39,18 +42,18 @@ class Caller(NamedTuple):
 
 
 def pack(ino: Ino, flags: int) -> int:
-    """The file handle of an open file; ``flags`` are those of open(2)."""
+    """Return the file handle of an open file; ``flags`` of open(2)."""
     access = flags & os.O_ACCMODE
     return ino | (_WRITABLE if access != os.O_RDONLY else 0) | (_MAPPABLE if access == os.O_RDWR else 0)
 
 
 def may_store_through_mapping(fh: int) -> bool:
-    """Whether mmap(2) takes the handle for MAP_SHARED and PROT_WRITE."""
+    """Return whether mmap(2) accepts the handle for MAP_SHARED and PROT_WRITE."""
     return bool(fh & _MAPPABLE)
 
 
 def unpack(fh: int) -> Caller:
-    """Take a file handle apart."""
+    """Decode a file handle."""
     return Caller(fh & _INO_MASK, bool(fh & _WRITABLE), fh >> _TID_SHIFT & _TID_MASK, bool(fh & _WRITEPAGE))
 
 
@@ -66,18 +69,21 @@ _library: ctypes.CDLL | None = None
 
 
 def library() -> ctypes.CDLL:
-    """The loaded supplement. Precondition: it is not MISSING."""
+    """Return the loaded supplement. Precondition: MISSING is None."""
     assert _library is not None
     return _library
 
 
 def quick_library() -> ctypes.PyDLL:
-    """The same, for calls that are over at once: other threads do not run meanwhile."""
+    """Return the loaded supplement for short calls: the GIL stays held, so no other thread runs meanwhile.
+
+    Precondition: MISSING is None.
+    """
     return ctypes.PyDLL(library()._name)
 
 
 def load() -> str | None:
-    """Put the supplement in front of libfuse. Returns None, or why it is missing."""
+    """Put the supplement in front of libfuse. Return None, or an error text for a missing supplement."""
     global _library
     path = _find()
     if path is None:
@@ -101,26 +107,27 @@ def load() -> str | None:
 
 
 MISSING: str | None = load()
-"""Why the supplement is not there; None when it is."""
+"""Reason for a missing supplement; None for a loaded one."""
 
 READS: bool = _library is not None and bool(ctypes.c_int.in_dll(_library, "daxemu_reads").value)
-"""Whether requests come through host/fuse/answers.c: it takes libfuse 3.14."""
+"""True if requests come through host/fuse/answers.c, which needs libfuse 3.14."""
 
 _touch = ctypes.c_int() if _library is None else ctypes.c_int.in_dll(_library, "daxemu_touch")
 _kill_suidgid = ctypes.c_int() if _library is None else ctypes.c_int.in_dll(_library, "daxemu_kill_suidgid")
 
 
 def kill_suidgid() -> bool:
-    """Whether the request whose handler begins now takes away set-id bits (FUSE_HANDLE_KILLPRIV_V2).
+    """Return whether the current request removes set-id bits (FUSE_HANDLE_KILLPRIV_V2).
 
-    Without the supplement the kernel takes them away itself.
+    Valid at the beginning of a handler, before its first await. Without the supplement the kernel itself
+    removes the bits.
     """
     return bool(_kill_suidgid.value)
 
 
 def is_touch() -> bool:
-    """Whether the request whose handler begins now sets both times to now (ATTR_TOUCH).
+    """Return whether the current request sets both times to now (ATTR_TOUCH); False without the supplement.
 
-    False without the supplement.
+    Valid at the beginning of a handler, before its first await.
     """
     return bool(_touch.value)

@@ -1,7 +1,7 @@
-"""The last resort: a thread that cuts the FUSE connection when the event loop stands still.
+"""Watchdog, the last resort: a thread that cuts the FUSE connection when the event loop stands still.
 
-A process that waits for a server that waits for itself is unkillable (state D) until the connection is
-aborted. The thread names the step that it interrupts, task and stack, in the log and in an event.
+A client of a server that waits for itself is unkillable (state D) until the connection is aborted. The thread
+names the interrupted step, task and stack, in the log and in an event.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ PATIENCE = 30.0
 
 
 class Watchdog(trio.abc.Instrument):
-    """Run :meth:`beat` as a trio task. The thread it starts is a daemon: it never keeps the process alive."""
+    """Watchdog of one event loop. The caller runs :meth:`beat` as a trio task.
+
+    The watching thread is a daemon thread, which never keeps the process alive. ``patience``: seconds.
+    """
 
     def __init__(self, mount: Mount, emit: Emit, patience: float = PATIENCE) -> None:
         self._mount = mount
@@ -35,7 +38,7 @@ class Watchdog(trio.abc.Instrument):
         self._stopped = threading.Event()
         self._task: trio.lowlevel.Task | None = None
         self.cut: str | None = None
-        """Why the mount was cut; None if it was not."""
+        """Reason for a cut of the connection; None without a cut."""
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
         """See ``trio.abc.Instrument``."""
@@ -58,8 +61,8 @@ class Watchdog(trio.abc.Instrument):
     def _watch(self, loop: trio.lowlevel.TrioToken, thread: int) -> None:
         missed = 0.0
         while not self._stopped.wait(self._patience / 10):
-            # Counted in our own turns, not by the clock alone: a machine that was suspended has stood still
-            # as a whole.
+            # Counted in rounds of this thread, not by the clock alone: in a suspended machine both threads
+            # stood still.
             stale = time.monotonic() - self._last > self._patience
             missed = missed + self._patience / 10 if stale else 0.0
             if missed >= self._patience / 2:
@@ -69,7 +72,7 @@ class Watchdog(trio.abc.Instrument):
                 return
 
     def _name_step(self, thread: int) -> LoopStalled:
-        """Log what the thread of the loop does just now."""
+        """Log the current step of the event loop's thread; return the event."""
         seconds = time.monotonic() - self._last
         stack = traceback.extract_stack(sys._current_frames()[thread])
         task = self._task.name if self._task is not None else "no task"

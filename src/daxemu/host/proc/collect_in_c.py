@@ -20,7 +20,7 @@ _ENOUGH = 32  # processes for a thread to be worth its while
 
 
 class Run(NamedTuple):
-    """Consecutive pages of a file that are present in one mapping, as mm.to_kill.PresentRun has them."""
+    """Consecutive pages of a file present in one mapping (see mm.to_kill.PresentRun)."""
 
     ino: Ino
     first: int
@@ -44,8 +44,9 @@ class Found(NamedTuple):
 def collect(
     pids: Sequence[int], dev: tuple[int, int], wanted: Mapping[Ino, Sequence[Range]]
 ) -> list[Found | int]:
-    """Return the processes of ``pids`` with pages of ``wanted`` present; a number is a process that Python
-    must look at. With ``wanted`` empty, return the number of each process that maps a file of ``dev``.
+    """Return the processes of ``pids`` with pages of ``wanted`` present. A bare process id in the result is
+    left for a look by Python. With ``wanted`` empty, return the id of each process that maps a file of
+    ``dev``.
 
     Many processes are divided among all processors. Precondition: victims.MISSING is None.
     """

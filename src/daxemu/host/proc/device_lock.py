@@ -1,6 +1,7 @@
 """Holder of a device's lock: /proc/locks.
 
-umount(8) returns before the supervisor has saved. Whoever wants the device next waits for it here.
+umount(8) returns before the supervisor has saved. The next opener of the device waits here for the
+supervisor.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ PATIENCE = 60.0
 
 
 def wait_for_last_mount(device: Path) -> None:
-    """Wait until a supervisor whose mount is gone has let go of ``device``; not while it is mounted.
+    """Wait, at most PATIENCE, until the supervisor of an unmounted ``device`` has ended.
 
-    Whether the device is free then, its lock tells.
+    Does not wait while ``device`` is mounted here. Afterwards the device may still be locked: the caller
+    takes the lock to know. Raises Busy if only other mount namespaces still hold the mount.
     """
     holder = holder_of(device)
     if holder is not None and (pins := pins_of_device(device)):
@@ -38,8 +40,8 @@ def wait_for_last_mount(device: Path) -> None:
 
 def end_holder(mount: Mount, deadline: Deadline, kill_patience: float) -> bool:
     """End the supervisor that holds the lock of a mount's device: by SIGTERM, and ``kill_patience`` seconds
-    before the deadline by SIGKILL. Returns whether it has ended. Signals no process but one of the mount's
-    owner that holds the lock.
+    before the deadline by SIGKILL. Return whether the supervisor has ended. Signals a holder of the lock only
+    if its effective uid is the mount's owner.
     """
     if (pid := holder_of(mount.device)) is None:
         return True
@@ -48,7 +50,7 @@ def end_holder(mount: Mount, deadline: Deadline, kill_patience: float) -> bool:
     except ProcessLookupError:
         return True
     try:
-        # Looked at once more: only from pidfd_open(2) on is the pid certain to mean the same process.
+        # Second look: only after pidfd_open(2) is the pid certain to mean the same process.
         if holder_of(mount.device) != pid or _uid_of(pid) != mount.owner:
             return False
         # SIGCONT: a supervisor that was stopped can save what no fsync had made durable.
@@ -89,14 +91,14 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def holder_of(device: Path) -> int | None:
-    """The pid that has flock(2)ed the device; None if none has, or none that this pid namespace sees.
+    """Return the pid that holds the flock(2) of the device; None without a holder in this pid namespace.
 
     Opens no file of the device, so root may ask about the device of another user.
     """
     try:
         root = os.open(device, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
-        return None  # whoever opens the device next says what is wrong
+        return None  # the next opener of the device reports the error
     try:
         found = os.stat("lock", dir_fd=root, follow_symlinks=False)
     except OSError:

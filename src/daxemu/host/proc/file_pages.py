@@ -1,6 +1,6 @@
-"""Pages of files as the mappings of a process show them just now.
+"""Pages of files in the current mappings of a process.
 
-Addresses are bytes, ``FilePage.pgoff`` counts pages. A process that is gone shows nothing.
+Addresses are bytes, ``FilePage.pgoff`` counts pages. A dead process has no pages.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class FilePage(NamedTuple):
 
 
 def page_at(pid: int, address: int) -> FilePage | None:
-    """Return the page of a file that a process (or thread) shows at ``address``; None if none."""
+    """Return the page of a file mapped at ``address`` of a process (or thread); None without a mapping."""
     vma = maps.find_vma(pid, address)
     return None if vma is None else _page_of(vma, address)
 
 
 def find_page(pid: int, page: FilePage, address: int) -> int | None:
-    """Return where a process shows ``page``: ``address`` if the page is there, else the first address; None
-    if the process does not show the page.
+    """Return an address at which a process maps ``page``: ``address`` if possible, else the first; None if
+    the process does not map the page.
     """
     if page_at(pid, address) == page:
         return address

@@ -4,7 +4,7 @@ Counterpart in Linux: page_mapcount(), at which rmap_walk() stops. /proc/kpageco
 If the count equals the mappings found, no other process has the page, except processes that share the memory
 of a found process (CLONE_VM without CLONE_THREAD): shared memory counts once, and kcmp(2) finds the sharers.
 
-Purpose: no victim is missed for it. Whatever cannot be seen, or is not as clear as this, says "not all".
+The proof must never miss a victim: an unreadable count, or an unclear one, means "not all".
 """
 
 from __future__ import annotations
@@ -54,9 +54,11 @@ class Mms:
         self.pids = [pid for at, pid in enumerate(ordered) if not at or _order(ordered[at - 1], pid)]
 
     def living_in(self, pids: Sequence[int]) -> list[int]:
-        """Return the processes of ``pids`` in one of the address spaces, and any not comparable."""
+        """Return the processes of ``pids`` in one of the address spaces, and the processes that kcmp(2)
+        cannot compare.
+        """
         found: list[int] = []
-        # All are looked for at once: each turn compares one address space with those that it divides.
+        # One search for all processes: each round compares one address space with many, and divides the many.
         todo = [(0, len(self.pids), pids)]
         while todo:
             low, high, some = todo.pop()
@@ -103,7 +105,7 @@ def all_found(tasks: Sequence[Task], wanted: Mapping[Ino, Sequence[Range]]) -> M
         expected: Counter[int] = Counter()
         for counts in frames.values():
             expected.update(counts)
-        # Looked at again: a frame that another page has by now would say nothing of ours.
+        # Second look: the count of a frame reused for another page would prove nothing.
         if _mapcounts(expected) == expected and _frames(owners, pages) == frames:
             return mms
     except (_Unclear, OSError):

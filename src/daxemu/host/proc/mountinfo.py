@@ -1,6 +1,6 @@
-"""The daxemu mounts, and the mount that a path is on: /proc/self/mountinfo.
+"""daxemu mounts, and the mount that holds a path: /proc/self/mountinfo.
 
-Nothing here touches a mount, so nothing here can hang on one. Standard library only, for the client.
+No function here touches a mount, so no function can hang on a mount. Standard library only, for the client.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _MAX_LINKS = 40  # as the kernel's MAXSYMLINKS
 
 
 class Mount(NamedTuple):
-    """One daxemu mount. ``dev``: (major, minor) of its files in st_dev and /proc/PID/maps.
-    ``owner``: the uid that the kernel says has mounted (``user_id=``); None: not known.
+    """One daxemu mount. ``dev``: (major, minor) of the files in st_dev and /proc/PID/maps. ``owner``: uid of
+    the mounting user, from the kernel (``user_id=``); None: not known.
     """
 
     mountpoint: Path
@@ -41,21 +41,21 @@ def _unescape(field: str) -> str:
 
 
 def printable(path: Path) -> str:
-    """A path for JSON and for messages: see daxemu.text.name_text."""
+    """Return a path for JSON and for messages: see daxemu.text.name_text."""
     return name_text(path)
 
 
 def mounts(process: int | str = "self") -> list[Mount]:
-    """Every daxemu mount in the mount namespace of ``process``, oldest first. Raises OSError if /proc does
-    not show that process.
+    """Return every daxemu mount in the mount namespace of ``process``, oldest first. Raises OSError if /proc
+    does not show the process.
     """
     with open(f"/proc/{process}/mountinfo", "rb") as lines:
         return [mount for line in lines if (mount := _parse(line)) is not None]
 
 
 def _parse(line: bytes) -> Mount | None:
-    """Parse one line of mountinfo. Split at single spaces: the kernel escapes those within a field,
-    but no other character that Python takes for a space.
+    """Parse one line of mountinfo; None for another filesystem. Split at single spaces: the kernel escapes
+    spaces within a field, but no other character of Python's whitespace.
     """
     fields = os.fsdecode(line).rstrip("\n").split(" ")
     fs_type, escaped, options = fields[fields.index("-") + 1 :][:3]
@@ -70,16 +70,16 @@ def _parse(line: bytes) -> Mount | None:
 
 
 def mount_at(mountpoint: Path) -> Mount | None:
-    """The topmost daxemu mount at exactly this path."""
+    """Return the topmost daxemu mount at exactly this path; None without one."""
     wanted = Path(os.path.abspath(mountpoint))
     return next((m for m in reversed(mounts()) if m.mountpoint == wanted), None)
 
 
 def mount_of(path: Path) -> Mount:
-    """The mount that holds ``path``, which need not exist. Raises NotMounted.
+    """Return the mount that holds ``path``, which need not exist. Raises NotMounted.
 
-    Symbolic links are followed as long as they are outside of every daxemu mount; nothing on one is touched,
-    since it may hang.
+    Symbolic links outside of all daxemu mounts are followed. No file on a daxemu mount is touched, since a
+    mount may hang.
     """
     at = Path(os.path.abspath(path))
     for _ in range(_MAX_LINKS):
@@ -95,7 +95,7 @@ def mount_of(path: Path) -> Mount:
 
 
 def _holding(path: Path) -> Mount | None:
-    """The innermost mount whose mountpoint is ``path`` or above it; of several on one mountpoint, the
+    """Return the innermost mount whose mountpoint is ``path`` or above; of several on one mountpoint, the
     topmost.
     """
     holding = [m for m in mounts() if m.mountpoint == path or m.mountpoint in path.parents]

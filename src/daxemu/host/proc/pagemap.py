@@ -83,9 +83,9 @@ class Pagemap:
         return list(map(PageEntry, self._words(address, nr_pages)))
 
     def present_in(self, start: int, end: int, *, copies: bool = False) -> Iterator[Range]:
-        """Yield the address ranges in ``[start, end)`` whose pages are present and the file's own.
+        """Yield the address ranges in ``[start, end)`` with pages of the file itself present.
 
-        With ``copies``, those whose pages are private copies, swapped out or not.
+        With ``copies``, yield the address ranges of private copies instead, swapped out or not.
 
         The time is in proportion to the page tables (PAGEMAP_SCAN, Linux 6.7); before that release, to the
         range.

@@ -1,4 +1,4 @@
-"""Copies of a mount: in other mount namespaces, or bound elsewhere. Each keeps the FUSE connection alive."""
+"""Copies of a mount, in other mount namespaces or bound elsewhere. Each keeps the FUSE connection alive."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from daxemu.host.proc.processes import read_comm
 from daxemu.text import name_text
 
 MOST_NAMED = 3
-"""Copies that a message names."""
+"""Number of copies named in a message."""
 
 
 class Pin(NamedTuple):
-    """A copy of a mount, and one process that sees that copy."""
+    """Copy of a mount, with one process that sees the copy."""
 
     pid: int
     comm: str
@@ -24,14 +24,14 @@ class Pin(NamedTuple):
 
 
 def copies() -> Iterator[Pin]:
-    """Every daxemu mount of every mount namespace that a process is in; of each namespace one process."""
+    """Yield every daxemu mount of every mount namespace in use, with one process of the namespace."""
     seen: set[str] = set()
     known: set[int] = set()
     for pid in ["self", *sorted(filter(str.isdigit, os.listdir("/proc")), key=int)]:
         try:
             namespace = str(Path(f"/proc/{pid}/ns/mnt").readlink())
         except OSError:
-            namespace = ""  # another user's: its mounts are tables of their own only if their ids are
+            namespace = ""  # another user's process: only mounts with new ids count
         if namespace in seen:
             continue
         try:
@@ -48,19 +48,19 @@ def copies() -> Iterator[Pin]:
 
 
 def pins_of(mount: Mount) -> list[Pin]:
-    """The copies of ``mount`` besides itself."""
+    """Return the copies of ``mount`` besides ``mount`` itself."""
     return [pin for pin in copies() if pin.mount.dev == mount.dev and pin.mount.id != mount.id]
 
 
 def pins_of_device(device: Path) -> list[Pin]:
-    """The mounts of a device in other mount namespaces than the caller's."""
+    """Return the mounts of a device in other mount namespaces than the caller's."""
     here = {mount.id for mount in mounts()}
     wanted = Path(os.path.abspath(device))
     return [pin for pin in copies() if pin.mount.id not in here and pin.mount.device == wanted]
 
 
 def named(pins: Iterable[Pin]) -> str:
-    """The copies, for a message: where each is, and which process sees that."""
+    """Return a text about copies for a message: mountpoint and process of each, of the first MOST_NAMED."""
     all_of_them = list(pins)
     shown = [
         f"{name_text(pin.mount.mountpoint)} in the mount namespace of pid {pin.pid} ({pin.comm})"

@@ -1,9 +1,9 @@
-"""System calls that bring pages of a mapping in for the caller: ``__mm_populate()`` of mm/gup.c.
+"""System calls that populate a mapping for the caller: ``__mm_populate()`` of mm/gup.c.
 
-Linux' filemap_fault() answers VM_FAULT_RETRY after a read that failed, and __mm_populate() begins anew each
-time: over an unreadable page, mmap(MAP_POPULATE) and mlock(2) never return. SIGKILL is the only signal that
-ends the loop. No error from a FUSE filesystem ends the loop; a page does. This module tells whether a thread
-is in such a call, at which addresses the thread may get the page, and when the page is present.
+Linux' filemap_fault() answers VM_FAULT_RETRY after a failed read, and __mm_populate() begins anew each time:
+over an unreadable page, mmap(MAP_POPULATE) and mlock(2) never return. SIGKILL is the only signal that ends
+the loop. No error from a FUSE filesystem ends the loop; a page does. This module finds threads in such a
+call, the addresses at which such a thread may get the page, and the moment when the page is present.
 
 Addresses and lengths are bytes, page indices count pages of the file.
 """
@@ -61,14 +61,14 @@ _CALLS_32 = {
 _END_32 = 1 << 32  # bytes: a 32-bit thread has nothing beyond
 _EI_CLASS, _ELFCLASS64 = 4, 2  # uapi/linux/elf.h
 SAYS_ENOMEM = frozenset(("mlock", "mlock2"))
-"""The calls that fail when a page cannot be had; the others ignore it."""
+"""Calls that fail with ENOMEM for a page that cannot be read; the other calls ignore the page."""
 
-_SPINS = 100  # looks without a sleep: the thread needs some 20 microseconds from our answer to its page
+_SPINS = 100  # looks without a sleep: a thread needs some 20 microseconds from the answer to the page
 _NAP = 0.0005  # seconds between later looks
 
 
 class PopulatingCall(NamedTuple):
-    """A system call that populates."""
+    """System call that populates."""
 
     number: int
     name: str
@@ -94,8 +94,8 @@ def look(tid: int) -> Sleeping | None:
 
 
 def _is_32_bit(tid: int, words: Sequence[bytes]) -> bool:
-    """Return whether a thread made its system call as a 32-bit one. /proc/TID/syscall (``words``) says so by
-    nothing but stack pointer and program counter, which a 64-bit thread can have below 4 GiB, too.
+    """Return whether a thread made its system call as a 32-bit call. Of /proc/TID/syscall (``words``), only
+    stack pointer and program counter show a 32-bit call, and a 64-bit thread can have both below 4 GiB, too.
     """
     if any(int(word, 16) >= _END_32 for word in words[-2:]):
         return False
@@ -118,7 +118,9 @@ class Area(NamedTuple):
 
 
 def areas_without(pid: int, dev: tuple[int, int], ino: Ino, pages: Range) -> list[Area]:
-    """Return where a process maps ``pages`` of a file with none present; empty for a dead process."""
+    """Return the areas in which a process maps ``pages`` of a file with none present; empty for a dead
+    process.
+    """
     found: list[Area] = []
     try:
         with Pagemap(pid) as pagemap:
@@ -140,12 +142,14 @@ def areas_without(pid: int, dev: tuple[int, int], ino: Ino, pages: Range) -> lis
 
 
 def others_mapping(pid: int, dev: tuple[int, int], ino: Ino, pages: Range) -> list[Task]:
-    """Return the processes beside ``pid`` and the caller that map ``pages`` of a file, present or not."""
+    """Return the processes except ``pid`` and the caller with mappings of ``pages`` of a file, present or
+    not.
+    """
     return collect_tasks(dev, {ino: [pages]}, frozenset({pid, os.getpid()}), mapped_runs)
 
 
 def having_present(tasks: Sequence[Task]) -> list[int]:
-    """Return which of the processes have any of their mapped pages present just now."""
+    """Return the ids of the processes with any page of ``Task.present`` in the page tables just now."""
     found: list[int] = []
     for task in tasks:
         with suppress(*GONE), Pagemap(task.pid) as pagemap:

@@ -1,4 +1,4 @@
-"""Processes that map or have present pages of a file, from /proc (the kernel's walk over i_mmap and page
+"""Processes with pages of a file mapped or present, from /proc (the kernel's walk over i_mmap and page
 tables).
 
 Addresses are bytes, file positions pages. Processes that vanish during the walk, and processes that the
@@ -22,7 +22,7 @@ from daxemu.mm.memory_failure import PresentRun, Task, Thread
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SHIFT, Ino
 
-_LOOKS = 8  # at a process that maps and faults meanwhile
+_LOOKS = 8  # at a process that keeps mapping and faulting
 
 Wanted = Mapping[Ino, Sequence[Range]] | None
 """Page ranges by inode; None: any page of the device, and one run of each process is enough."""
@@ -36,16 +36,17 @@ def collect_tasks(
     pages_of: PagesOf | None = None,
     likely: Set[int] = frozenset(),
 ) -> list[Task]:
-    """Return every process that has a wanted page of a file on ``dev``, with the addresses.
+    """Return every process with a wanted page of a file on ``dev``, with the addresses.
 
     ``pages_of`` chooses presence (:func:`present_runs`, the default) or mapping (:func:`mapped_runs`).
-    Processes in ``likely`` come first: the kernel's count of mappings may show that no other has the page.
+    Processes in ``likely`` are looked at first: the kernel's count of mappings may prove all others free of
+    the page.
     """
     pages_of = pages_of or present_runs
     everyone = [pid for pid in pids() if pid not in skip]
     found = _look_at_each([pid for pid in everyone if pid in likely], dev, wanted, pages_of)
     rest = [pid for pid in everyone if pid not in likely]
-    # To be certain of those that were found costs as much again as to find them.
+    # The proof costs as much as the search of the processes already found.
     if wanted is not None and pages_of is present_runs and len(found) < len(rest):
         everybody = all_found(found, wanted)
         rest = rest if everybody is None else everybody.living_in(rest)
@@ -72,7 +73,7 @@ def _looked_at(
             yield found
             continue
         try:
-            # The leader's line of stat said it all if it is the only one.
+            # A single thread is the leader, whose flags C has read from stat.
             alone = found.nr_threads == 1
             threads = [Thread(found.pid, found.flags)] if alone else read_threads(found.pid)
             yield Task(found.pid, as_comm(found.comm), tuple(threads), tuple(map(_present, found.runs)))
@@ -167,8 +168,8 @@ def mapped_runs(pid: int, vmas: list[Vma], wanted: Wanted) -> Iterator[PresentRu
 
 
 def present_runs(pid: int, vmas: list[Vma], wanted: Wanted, *, copies: bool = False) -> Iterator[PresentRun]:
-    """Yield the wanted pages that are in the page tables. A private copy of a page (CoW) does not count; with
-    ``copies``, each run lists the wanted pages of which its mapping has copies.
+    """Yield the wanted pages in the page tables. A private copy of a page (CoW) does not count; with
+    ``copies``, each run lists the wanted pages with private copies in the same mapping.
     """
     with Pagemap(pid) as pagemap:
         for vma, part in _wanted_parts(vmas, wanted):
@@ -186,7 +187,7 @@ def present_runs(pid: int, vmas: list[Vma], wanted: Wanted, *, copies: bool = Fa
 
 
 def _wanted_parts(vmas: list[Vma], wanted: Wanted) -> Iterator[tuple[Vma, Range]]:
-    """Yield each mapping with the wanted pages of the file in it."""
+    """Yield the wanted pages of each mapping, with the mapping."""
     for vma in vmas:
         span = Range(vma.pgoff, vma.pgoff + ((vma.end - vma.start) >> PAGE_SHIFT))
         for pages in [span] if wanted is None else wanted.get(vma.ino, ()):
@@ -200,7 +201,7 @@ def _pages_of(vma: Vma, addresses: Range) -> Range:
 
 
 def maps_still(task: Task, dev: tuple[int, int]) -> bool:
-    """Return whether a process still shows the same pages of the same files at the addresses in
+    """Return whether a process still maps the same pages of the same files at the addresses of
     ``task.present``.
     """
     try:

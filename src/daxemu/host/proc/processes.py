@@ -48,9 +48,9 @@ def as_comm(comm: bytes) -> str:
 
 
 def in_page_fault(tid: int) -> bool | None:
-    """Return whether a thread is, or may be, in a page fault of its own: neither in a system call nor gone.
+    """Return whether a thread is, or may be, in its own page fault: neither in a system call nor gone.
 
-    None if /proc does not show that.
+    None if /proc/TID/syscall cannot be read.
     """
     try:
         with open(f"/proc/{tid}/syscall", "rb") as file:
@@ -74,7 +74,7 @@ def capable(tid: int | str, capability: int) -> bool:
 
 
 def in_group_or_capable(tid: int, gid: int) -> bool:
-    """Return whether a thread may leave S_ISGID set (fs/inode.c): it is of the group, or has CAP_FSETID.
+    """Return whether a thread may leave S_ISGID set (fs/inode.c), by membership in ``gid`` or CAP_FSETID.
 
     False for a thread that is gone. Raises PermissionError where /proc hides the thread.
     """

@@ -7,18 +7,18 @@ import os
 from collections.abc import Iterator
 
 GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
-"""Errors of a process that is gone, or that the caller may not look into."""
+"""Errors for a dead process, and for a process that the caller may not look into."""
 _CHUNK = 1 << 16  # bytes
 
 
 def read_whole(path: str) -> bytes:
-    """Return the content of a file. Raises OSError as open(2) and read(2): ProcessLookupError for a process
-    that ended after open(2).
+    """Return the content of a file. Raises OSError of open(2) and read(2): ProcessLookupError for an end of
+    the process after open(2).
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         pieces = []
-        # A file of lines is read a page at a time at the most, however much is asked for.
+        # One read(2) of a file of lines returns at most a page, also for a larger buffer.
         while piece := os.read(fd, _CHUNK):
             pieces.append(piece)
         return b"".join(pieces)
@@ -28,7 +28,7 @@ def read_whole(path: str) -> bytes:
 
 def read_lines(path: str) -> list[str]:
     """Return the lines of a file. Only a newline ends a line: names of other users' processes and paths may
-    hold any other character that Python takes for the end of a line. A byte that is no UTF-8 is a surrogate.
+    hold any other line end of Python. A byte outside UTF-8 becomes a surrogate.
     """
     return os.fsdecode(read_whole(path)).split("\n")
 

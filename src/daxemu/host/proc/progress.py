@@ -17,8 +17,9 @@ _INTERVAL = 0.001  # seconds; a running thread's time is brought up to date once
 
 
 def wait_until_run(tids: Iterable[int], patience: float) -> list[int]:
-    """Wait until each thread has run or is asleep, at most ``patience`` seconds. Return the threads that have
-    not. Precondition: the signals were delivered before. Blocks: from a worker thread only.
+    """Wait until each thread has run or is asleep, at most ``patience`` seconds. Return the other threads.
+
+    Precondition: the signals were delivered before. Blocks: from a worker thread only.
     """
     waiting = {tid: since for tid in tids if (since := _runtime(tid)) is not None}
     deadline = time.monotonic() + patience
@@ -29,8 +30,9 @@ def wait_until_run(tids: Iterable[int], patience: float) -> list[int]:
 
 
 def _runtime(tid: int) -> bytes | None:
-    """Nanoseconds on a processor of a thread that is running or waits for one; None of any other thread, and
-    where the kernel does not count (no CONFIG_SCHED_INFO).
+    """Return the nanoseconds on a processor of a thread that is runnable (R) or in a ptrace stop (t).
+
+    None for any other thread, and for a kernel without CONFIG_SCHED_INFO.
     """
     try:
         if stat.read(tid).state not in "Rt":

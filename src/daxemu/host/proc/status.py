@@ -125,7 +125,7 @@ def read(pid: int | str) -> ThreadStatus:
 
 
 def find(pid: int) -> ThreadStatus | None:
-    """Read the text of a process or thread; None if it is gone. Raises PermissionError as :func:`read`."""
+    """Read the text of a process or thread; None for a dead one. Raises PermissionError as :func:`read`."""
     try:
         return read(pid)
     except (FileNotFoundError, ProcessLookupError):
