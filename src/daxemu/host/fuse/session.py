@@ -176,7 +176,7 @@ class Session:
             )
 
     def detach(self) -> None:
-        """Detach the mount from the tree (MNT_DETACH), also while in use: later opens do not find the mount."""
+        """Detach the mount (MNT_DETACH), also while in use: later opens do not find the mount."""
         mountpoint = self.mount.mountpoint
         if os.geteuid() == 0:
             _umount(self.mount, MNT_DETACH)

@@ -1,7 +1,7 @@
 """Holder of a device's lock: /proc/locks.
 
-umount(8) returns before the supervisor has saved. The next opener of the device waits here for the
-supervisor.
+umount(8) returns before the supervisor has saved. The next opener of the device waits here until
+the supervisor has ended.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ PATIENCE = 60.0
 
 
 def wait_for_last_mount(device: Path) -> None:
-    """Wait, at most PATIENCE, until the supervisor of an unmounted ``device`` has ended.
+    """Wait, at most PATIENCE seconds, until the supervisor of an unmounted ``device`` has ended.
 
     Does not wait while ``device`` is mounted here. Afterwards the device may still be locked: the caller
-    takes the lock to know. Raises Busy if only other mount namespaces still hold the mount.
+    takes the lock to know. Raises Busy if another mount namespace still has a mount of the device.
     """
     holder = holder_of(device)
     if holder is not None and (pins := pins_of_device(device)):

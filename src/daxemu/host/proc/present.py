@@ -39,8 +39,7 @@ def collect_tasks(
     """Return every process with a wanted page of a file on ``dev``, with the addresses.
 
     ``pages_of`` chooses presence (:func:`present_runs`, the default) or mapping (:func:`mapped_runs`).
-    Processes in ``likely`` are looked at first: the kernel's count of mappings may prove all others free of
-    the page.
+    Processes in ``likely`` come first: the kernel's count of mappings may prove that no other has the page.
     """
     pages_of = pages_of or present_runs
     everyone = [pid for pid in pids() if pid not in skip]
