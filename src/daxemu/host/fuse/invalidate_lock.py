@@ -1,8 +1,8 @@
 """``mapping->invalidate_lock``: no page of a locked range enters the page cache while its blocks change.
 
 FUSE does not take the kernel's lock for its filesystems. So a request that brings pages into the page cache,
-a FUSE_READ or a write(2), waits here instead. With the pages revoked, a store through a mapping waits as well:
-its page fault sends a FUSE_READ.
+a FUSE_READ or a write(2), waits here instead. With the pages revoked, a store through a mapping waits as
+well: its page fault sends a FUSE_READ.
 
 A waiting request has its pages locked, and a revoke of these pages waits for the request. So after PATIENCE
 the request is let through, and the pages are revoked again.
@@ -81,7 +81,7 @@ class InvalidateLock:
             await self.while_held(ino, partial(revoke, ino, pages.start, pages.length))
 
     async def while_held(self, ino: Ino, work: Callable[[], object]) -> None:
-        """Call ``work`` in a worker thread; may wait for pages of ``ino`` that a waiting request has locked."""
+        """Call ``work`` in a worker thread; may wait for pages of ``ino`` locked by a waiting request."""
         self._under, self._since = ino, trio.current_time()
         try:
             await trio.to_thread.run_sync(work)

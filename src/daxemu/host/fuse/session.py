@@ -108,8 +108,8 @@ class Session:
         """Have the kernel write back the dirty pages of a file, which stay mapped.
 
         ``path``: see ``own_files.open_inode``. Takes no lock of the inode, so also for requests during which
-        the kernel holds the inode's lock. Return False if the file could not be opened: then nothing is
-        written back.
+        the kernel holds the inode's lock. Return False if the file could not be opened, so dirty pages may
+        remain. As root, an inode that the kernel does not hold counts as written back.
         """
         try:
             fd = own_files.open_inode(self.mount, ino, path)
