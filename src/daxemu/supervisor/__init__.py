@@ -1,12 +1,18 @@
-"""One emulated machine: it wires the device, the filesystem, the mount and the tracer together, and serves
-the control socket.
+"""One emulated machine: device, filesystem, mount and tracer, constructed and served by one process.
 
-``machine``   the wiring, and the verbs of the control socket
-``failures``  what happens between a memory failure and its outcome: collect, revoke, signal
-``scrub``     the background scrub; ``settings`` what can be set, and to what
-``log_handler`` its own messages
-``event_log`` the record of it all, and those who follow it
-``control``   the socket that carries its requests and replies (``daxemu.protocol``); ``selection`` what a
-              follower is sent
-``run``       the life of the process: start, serve, end
+``run``          life of the process: start, serve, end; ``spawn`` starts the process in the background
+``machine``      construction of all parts, and the table of verbs; ``core`` memory failures and filesystem
+``verbs``        requests of the control socket, one module a group
+``failures``     from a memory failure to its outcome: collect, revoke, repair, signal; ``signals`` SIGBUS
+``latent``       processes to signal once latent poison is discovered
+``consumption``  loads and reads of poison; ``populate`` system calls that populate a mapping over poison
+``page_cache``   write-back and revoke of files; ``clones`` blocks shared between files
+``incidents``    pages to collect or revoke without a failure
+``repairs``      from a failure to the verdict of the strategy; ``strategy_host`` and ``guard`` calls into it
+``scrub``        background scrub; ``reclaim`` background release of blocks
+``control``      control socket (``daxemu.protocol``); ``descriptors`` its limits; ``selection`` filter of events
+``event_log``    events in memory and their followers; ``event_file`` DEVICE/events.jsonl
+``log_handler``  messages of the supervisor; ``supervisor_log`` rotation of DEVICE/supervisor.log
+``settings``     values of settings and mount options
+``under_way``    failures and signals that ``settle`` waits for; ``internals`` state for ``status --internals``
 """

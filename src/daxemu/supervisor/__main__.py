@@ -1,7 +1,7 @@
 """``python -m daxemu.supervisor DEVICE MOUNTPOINT READY_FD [OPTIONS]``: a supervisor in the background.
 
-READY_FD is a pipe: lines of JSON are written to it. Some protocol.Progress while the repair strategy begins,
-and at last ``{"ok": true}`` when the mount is usable, or the refusal. OPTIONS are MountOptions as JSON.
+READY_FD is the write end of a pipe, for lines of JSON: protocol.Progress while the repair strategy begins, and
+a last line when the mount is usable (``{"ok": true}``) or refused. OPTIONS are MountOptions as JSON.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from daxemu.supervisor.log_handler import log_to_stderr
 from daxemu.supervisor.settings import MountOptions
 
 SAY = 0.5
-"""Seconds between two lines that say how far the repair strategy is."""
+"""Least seconds between two lines of Progress."""
 
 
 def main(device: str, mountpoint: str, ready_fd: int, options: str = "{}") -> int:
-    """Run it. Returns the exit status."""
+    """Run a supervisor until its mount ends. Return the exit status."""
     log_to_stderr("%(asctime)s %(levelname)s %(name)s: %(message)s", logging.INFO)
 
     def say(what: Reply | Progress) -> None:

@@ -1,14 +1,15 @@
-"""Sharing blocks between files while programs store to both through mappings: ``FICLONERANGE`` and
-copy_file_range(2).
+"""Clones: blocks shared between two files while programs store to both through mappings.
 
-As in the kernel (``xfs_reflink_remap_prep()``), it is as if it happened at one moment. What was stored to
-the target before is gone, what is stored later is in the target alone. The clone has what was stored to the
-source before, and nothing of what was stored later.
+Serves ``FICLONERANGE`` and copy_file_range(2). As in the kernel (``xfs_reflink_remap_prep()``), a clone takes
+effect at one moment. Stores to the target before that moment are lost; later stores go to the target alone.
+The clone has the stores to the source before that moment, and no later store.
 
-The target's pages are taken away first, and nobody gets them back before the clone is there: a page of
-before, written back later, would lie over the clone. The source's pages stay, or a failure would find nobody
-who has them present; they are written back until a pass over them finds none dirty, so that no store is in
-the clone without those before it. Where that does not come about they are taken away as well.
+1. The target's pages are revoked, and no process gets a page back before the blocks are shared: write-back of
+   an old page would overwrite the clone.
+2. The source's pages are written back until a pass finds no dirty page. Without this, the clone could have a
+   store and lack an earlier one. The pages stay mapped, so that a failure finds the processes with the pages
+   present.
+3. If no pass finds the source clean, the source's pages are revoked, too.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from daxemu.supervisor.page_cache import PageCache
 from daxemu.uapi import PAGE_SIZE, Ino
 
 PASSES = 4
-"""Times that the source is written back before its pages are taken away."""
+"""Passes of write-back over the source before its pages are revoked."""
 
 
 class Clones:
@@ -44,8 +45,10 @@ class Clones:
         self._writers = writers
 
     async def clone(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
-        """``FICLONERANGE``; ``length`` 0 is to the end. Returns the bytes shared. Raises as
-        Filesystem.remap_file_range(), and FsError EAGAIN if the files are in too much use.
+        """Share blocks, as ``FICLONERANGE`` does. Return the number of bytes shared.
+
+        Offsets and length are bytes; ``length`` 0 is to the end of the source. Raises the errors of
+        Filesystem.remap_file_range(), and FsError EAGAIN if a revoke of the pages takes too long.
         """
         fs = self._fs
         fs.check_alive()
@@ -56,17 +59,19 @@ class Clones:
             return fs.remap_file_range(src, src_offset, dst, dst_offset, length)
 
         hurt = _pages(src_offset, length), _pages(dst_offset, length)
-        await self._page_cache.write_back(dst)  # most of it while nobody waits for us
-        # A revoke while the kernel asks for the new size would make it drop the answer, and a page fault
-        # never asks again: so the size is brought to the kernel under the mutex.
+        await self._page_cache.write_back(dst)  # most of the write-back, before mf_mutex is taken
+        # The kernel drops the answer to its question for the new size if a revoke comes in between, and a
+        # page fault never asks again. Under the mutex no revoke comes in between.
         async with self._failures.mf_mutex:
             if shared := await self._share(share, source, target, *hurt):
                 await self._page_cache.refresh_attributes(dst)
         return shared
 
     async def copy(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
-        """``copy_file_range(2)``, for which the kernel has written both files back, and keeps others from
-        writing to the target. Raises as Filesystem.copy_file_range().
+        """Share blocks, as copy_file_range(2) does. Return the number of bytes shared.
+
+        The kernel has written back both files before, and excludes other writes to the target. Raises the
+        errors of Filesystem.copy_file_range(), and FsError EOPNOTSUPP if a revoke takes too long.
         """
         fs = self._fs
 
@@ -86,7 +91,7 @@ class Clones:
                 raise
 
     def is_quick(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int) -> bool:
-        """Whether a copy_file_range() shares nothing, or concerns no page that can be dirty or stale."""
+        """Return True if a copy_file_range() shares nothing, or concerns no page that can be dirty or stale."""
         fs = self._fs
         source, target = fs.names.regular(src)[0], fs.names.regular(dst)[0]
         if (src_offset | dst_offset) % PAGE_SIZE or src_offset >= source.size:
@@ -96,7 +101,7 @@ class Clones:
     async def _share(
         self, share: Callable[[], int], source: Inode, target: Inode, taken: Range, replaced: Range
     ) -> int:
-        """Precondition: the mutex is held."""
+        """Revoke and write back, then call ``share``. Precondition: ``mf_mutex`` is held."""
         last_change = source.ctime  # the file's i_version: every write-back changes it
         await self._page_cache.write_back(source.ino, has_mutex=True)
         with self._page_cache.invalidate_lock() as lock:
@@ -107,7 +112,7 @@ class Clones:
             return share()
 
     async def _settle(self, lock: InvalidateLock, source: Inode, last_change: int) -> bool:
-        """Write back the source until a pass finds no dirty page. Return whether that came about."""
+        """Write back the source until a pass finds no dirty page, at most PASSES times. Return True if one did."""
         for _ in range(PASSES):
             if source.ctime == last_change and lock.is_complete:
                 return True
@@ -117,6 +122,6 @@ class Clones:
 
 
 def _pages(offset: int, length: int) -> Range:
-    """The bytes of all pages that hold any of these; ``length`` 0 is to the end."""
+    """Return the bytes of all pages that hold any byte of a range; ``length`` 0 is to the end."""
     end = offset + length if length else MAX_FILE_SIZE
     return Range(offset, min(end, MAX_FILE_SIZE)).outer(PAGE_SIZE)

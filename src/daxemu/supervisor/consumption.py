@@ -27,7 +27,10 @@ from daxemu.uapi import MF_ACTION_REQUIRED, PAGE_SIZE, SECTOR_SIZE
 
 
 class Consumption:
-    """Accesses to poison. ``failing``: device bytes with a failure under way, and the incident of each."""
+    """Decides about accesses to poison.
+
+    ``failing``: device bytes with a failure under way, and the incident of each.
+    """
 
     def __init__(
         self,
@@ -40,8 +43,8 @@ class Consumption:
         tasks: Nursery,
         supplement_missing: str | None,
     ) -> None:
-        """``tasks`` runs the failures of discovered poison. ``supplement_missing``: why reads do not name
-        their thread; None if they do.
+        """``tasks`` runs the failures of discovered poison. ``supplement_missing``: the reason
+        why reads do not name their thread; None if reads name the thread.
         """
         self._pmem = pmem
         self._mm = mm
@@ -57,8 +60,10 @@ class Consumption:
         """Device bytes of latent poison that the strategy did not recover, and the incident of each."""
 
     async def on_read(self, read: PoisonedRead) -> Answer:
-        """Decide about a read that failed. A read of poison: make the consumer's signal exact, and discover
-        latent poison.
+        """Return the answer to a read that failed. Does not raise.
+
+        For a read of poison: ask the strategy, start the failure of latent poison, and have the tracer make
+        the consumer's signal exact.
         """
         error = read.error
         ranges = error.ranges if isinstance(error, MediaError) else ()
@@ -80,25 +85,29 @@ class Consumption:
         return Answer.ERROR
 
     def _discover(self, ranges: Sequence[Range], consumer: int) -> bool:
-        """Make poison bad blocks, and start the failures of what was latent. Return True if any was latent.
+        """Add poison to badblocks, and start a failure for latent poison. Return True if any was latent.
 
-        ``consumer``: the process that the page fault signals; -1 if none.
+        ``ranges``: device bytes. ``consumer``: id of the process that the page fault signals; -1 if none.
         """
         found = False
         for part in ranges:
             if self._pmem.badblocks.set(part.start // SECTOR_SIZE, part.length // SECTOR_SIZE):
                 found = True
-                # Not awaited: the failure revokes the page that this read has locked until the answer.
+                # Not awaited: the failure revokes a page that the kernel keeps locked until this read is
+                # answered.
                 for incident in self._incidents(part):
                     self._tasks.start_soon(self._failures.handle, incident, None, consumer)
         return found
 
     async def on_write(self, error: MediaError) -> bool:
-        """Return True if a write over part of a poisoned page may be tried again. No signal is sent."""
+        """Ask the strategy about a write over part of a poisoned page. Return True to try the write again.
+
+        No signal is sent.
+        """
         return await self._heal(error)
 
     def forget(self, part: Range) -> None:
-        """Let the strategy be asked about device bytes again: after new poison, or for another strategy."""
+        """Allow another question to the strategy about device bytes: after new poison, or a change of strategy."""
         for known in [known for known in self._unhealed if known.clip(*part)]:
             del self._unhealed[known]
 
@@ -106,18 +115,19 @@ class Consumption:
         return self._mm.memory_failure(*failed_pages(self._pmem, part), MF_ACTION_REQUIRED)
 
     def _incidents(self, part: Range) -> list[Incident]:
-        """Return the incidents of poison just discovered: those that the strategy was asked about, and new
-        ones for the rest.
+        """Return the incidents of poison just discovered in device bytes.
+
+        Bytes that the strategy was asked about keep their incident. The rest gets new incidents.
         """
         asked = {known: incident for known, incident in self._unhealed.items() if known.clip(*part)}
         self.forget(part)
         return [*asked.values(), *map(self._failure, RangeSet(asked).gaps(*part))]
 
     async def _heal(self, error: MediaError) -> bool:
-        """Return True if the strategy recovered all of the poison.
+        """Ask the strategy. Return True if all of the poison was recovered.
 
-        The strategy is asked about new poison only, and once. No page is revoked, because a read must not
-        wait for a revoke: the pages of other processes hold the same data.
+        The strategy is asked about new poison only, once. No page is revoked, because a read must not wait
+        for a revoke. Pages that other processes have present hold the recovered data.
         """
         if not self._repairs.is_active or not error.ranges:
             return False
@@ -142,9 +152,9 @@ class Consumption:
         return True
 
     async def _ask(self, incident: Incident, part: Range) -> bool:
-        """Return True if the data of ``part``, which holds pages of an incident, was recovered."""
+        """Ask the strategy about an incident. Return True if the data of the device bytes ``part`` was recovered."""
         tasks = await self._failures.holders(incident)
         pfn, nr_pages = failed_pages(self._pmem, part)
         is_spared = self._repairs.failed(incident, tasks).spared.covers(pfn, pfn + nr_pages)
-        # The bytes may be poison again since.
+        # The bytes may have been poisoned again during the collect.
         return is_spared and not self._pmem.dax.is_poisoned(part.start, part.length)

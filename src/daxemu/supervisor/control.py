@@ -1,7 +1,7 @@
 """The control socket: JSON lines over a Unix stream, for the mount's owner and root.
 
-What a peer does wrong costs its own connection, nothing more: garbage and unknown requests get an error
-reply, a line without end or a peer that went away ends the connection.
+A mistake of a peer has no effect beyond the connection of that peer. Garbage and unknown requests get an error
+reply. A line of more than MAX_LINE bytes, or a peer that disconnects, ends the connection.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from daxemu.supervisor.selection import selects
 MAX_LINE = 4 << 20
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 _PIECE = 4096
-"""Entries of a list that are encoded in one step: 2 ms."""
+"""Entries of a list that are encoded in one step of the event loop: 2 ms."""
 _SENT = 64 << 10
-"""Bytes of a reply that are worth a send of their own."""
+"""Least bytes of a reply that are sent separately."""
 _RETRY = 0.1
-"""Seconds between two attempts to accept a connection where no descriptor is left."""
+"""Seconds between two calls of accept(2) while no descriptor is free."""
 _UCRED = struct.Struct("=iII")
 
 Answer = Callable[[p.AnyRequest], Awaitable[msgspec.Struct]]
 
 
 class ControlSocket:
-    """Serves ``path``. ``answer`` does what is asked; it raises DaxemuError to refuse."""
+    """Serves the socket ``path``. ``answer`` executes a request, and raises DaxemuError to refuse."""
 
     def __init__(self, path: PrivatePath, log: EventLog, answer: Answer, unexpected: Unexpected) -> None:
         self._unexpected = unexpected
@@ -52,17 +52,18 @@ class ControlSocket:
         self._idle.set()
 
     async def idle(self) -> None:
-        """Wait until no request is being answered; those who follow the log do not count."""
+        """Wait until every reply is sent. Followers of events are not waited for."""
         await self._idle.wait()
 
     def bind(self) -> trio.SocketListener:
-        """Bind and listen; a socket file of a dead supervisor is replaced. Precondition: the device's lock is
-        held.
+        """Bind and listen. Replaces the socket file of a dead supervisor.
+
+        Precondition: the device's lock is held. Raises OSError.
         """
         self._path.unlink()
         sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         os.fchmod(sock.fileno(), 0o600)  # bind(2) makes the file with the mode of the socket
-        # By way of the directory: sun_path has 108 bytes, and a device may lie deep.
+        # A short path through the directory: sun_path has 108 bytes, and the path of a device may be longer.
         directory, path = self._path.bind_path()
         try:
             with socket.socket(fileno=os.dup(sock.fileno())) as raw:
@@ -82,7 +83,7 @@ class ControlSocket:
                     if self._emergency.renew():
                         nursery.start_soon(self._handle, stream)
                     else:
-                        await stream.aclose()  # the last descriptor is not for peers
+                        await stream.aclose()  # the last free descriptor is kept as the emergency descriptor
         finally:
             self._emergency.give_up()
             self._hangups.close()
@@ -104,10 +105,10 @@ class ControlSocket:
                 with self._connections.counted(self._check_peer(stream)):
                     await self._converse(stream)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
-                return  # the peer went away
+                return  # the peer disconnected
             except DaxemuError as error:
                 await _try_to_send(stream, _refusal(error))
-            except Exception as error:  # noqa: BLE001 - costs this connection
+            except Exception as error:  # noqa: BLE001 - ends this connection only
                 said = self._unexpected.report("a connection of the control socket", error)
                 await _try_to_send(stream, _refusal(DaxemuError(said)))
 
@@ -162,7 +163,7 @@ class ControlSocket:
             try:
                 result = await self._answer(request)
                 parts = await _encoded(result)
-            except Exception as error:  # noqa: BLE001 - costs this request
+            except Exception as error:  # noqa: BLE001 - ends this request only
                 refusal = refused(error)
                 if refusal is None:
                     op = type(request).__struct_config__.tag
@@ -177,8 +178,8 @@ class ControlSocket:
 
 
 async def _encoded(result: msgspec.Struct) -> list[bytes]:
-    """Encode a reply, as parts of a line. Long lists are encoded in pieces; the tasks that wait have their
-    turn in between.
+    """Encode a reply as parts of one line. Lists are encoded in pieces of _PIECE entries, with a checkpoint
+    after each.
     """
     encode = msgspec.json.encode
     before, after = encode(p.Reply(True, result=msgspec.Raw(b"\0"))).split(b"\0")
@@ -198,7 +199,7 @@ async def _encoded(result: msgspec.Struct) -> list[bytes]:
 
 
 def _joined(parts: list[bytes]) -> Iterator[bytes]:
-    """Short parts as one."""
+    """Yield ``parts``, with short parts joined to pieces of more than _SENT bytes."""
     some: list[bytes] = []
     for part in parts:
         some.append(part)

@@ -10,7 +10,10 @@ from daxemu.supervisor.event_log import EventLog
 
 
 def open_core(pmem: Pmem, log: EventLog, owner: tuple[int, int]) -> tuple[MemoryFailures, Filesystem]:
-    """Return the core of a machine on ``pmem``. Raises CorruptMetadata, Busy, NoSpace."""
+    """Attach ``pmem``, and return memory failures and the filesystem on the device.
+
+    ``owner``: (uid, gid). Raises CorruptMetadata, Busy, NoSpace.
+    """
     mm = MemoryFailures(log.emit, is_hosted=True)
     pmem.dax.on_notify = lambda offset, length, flags: log.emit(
         NotifyFailure(offset=offset, length=length, flags=flags)

@@ -1,7 +1,7 @@
-"""Descriptors: their limit, the share of peers of the control socket, and peers that hang up.
+"""File descriptors: the limit of the process, the share of the control socket's peers, and hangups of peers.
 
-A read of poison needs descriptors (/proc of the victims, a new tracer). So peers never get more than a part
-of the limit, and the rest is in reserve.
+A failure needs descriptors (/proc of the victims, a new tracer). Therefore peers get at most a part of the
+limit; RESERVE descriptors are for failures.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import trio
 from daxemu.errors import Busy
 
 MOST_CONNECTIONS = 512
-"""Connections of one user at a time."""
+"""Connections that one user may have open at a time."""
 RESERVE = 256
-"""Descriptors that peers never get: 40 worker threads with a few files of /proc each, and the device."""
+"""Descriptors not for peers: 40 worker threads with a few files of /proc each, and the device."""
 
 
 def raise_descriptor_limit() -> None:
@@ -31,14 +31,14 @@ def raise_descriptor_limit() -> None:
 
 
 def connections_of_a_user() -> int:
-    """How many connections a user may have: two users may connect, the owner and root."""
+    """Return the number of connections of one user. Two users may connect: the mount's owner and root."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = math.inf if soft == resource.RLIM_INFINITY else max(8, (soft - RESERVE) // 2)
     return int(min(MOST_CONNECTIONS, limit))
 
 
 class Connections:
-    """Open connections by user."""
+    """Number of open connections of each user, limited."""
 
     def __init__(self) -> None:
         self._limit = connections_of_a_user()
@@ -46,7 +46,7 @@ class Connections:
 
     @contextmanager
     def counted(self, uid: int) -> Iterator[None]:
-        """Count a connection of ``uid``. Raises Busy if the user has too many."""
+        """Count a connection of ``uid`` during the context. Raises Busy at the limit."""
         if self._open[uid] >= self._limit:
             raise Busy(
                 f"uid {uid} has {self._limit} connections to this supervisor, the most there may be: "
@@ -60,10 +60,10 @@ class Connections:
 
 
 class Hangups:
-    """Notices peers that close their end while nothing is read from them.
+    """Detects peers that close their connection while the supervisor only sends.
 
-    A peer that shuts down its sending half only (``socat``) goes on listening: epoll reports EPOLLHUP, which
-    needs no subscription, once both halves are closed.
+    A peer that shuts down its sending half only (``socat``) still receives. epoll reports EPOLLHUP, which needs
+    no subscription, once both halves are closed.
     """
 
     def __init__(self) -> None:
@@ -71,11 +71,11 @@ class Hangups:
         self._scopes: dict[int, trio.CancelScope] = {}
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Close the epoll descriptor."""
         self._epoll.close()
 
     async def watch(self) -> None:
-        """Cancel what is done for peers that hung up, until cancelled."""
+        """Cancel the context of each peer that hangs up. Runs until cancelled."""
         while True:
             await trio.lowlevel.wait_readable(self._epoll.fileno())
             for fd, _ in self._epoll.poll(0):
@@ -84,7 +84,7 @@ class Hangups:
 
     @contextmanager
     def cancelling(self, peer: trio.SocketStream) -> Iterator[None]:
-        """Cancel the block when ``peer`` hangs up."""
+        """Cancel the context when ``peer`` hangs up."""
         fd = peer.socket.fileno()
         with trio.CancelScope() as scope:
             self._epoll.register(fd, 0)
@@ -97,21 +97,21 @@ class Hangups:
 
 
 class EmergencyDescriptor:
-    """A descriptor to give up when accept(2) finds none: a peer can then be accepted and turned away."""
+    """Spare descriptor, closed when accept(2) finds no free one: a peer can then be accepted and refused."""
 
     def __init__(self) -> None:
         self._fd = -1
         self.renew()
 
     def renew(self) -> bool:
-        """Open it, unless it is open. Returns whether it is: False where no descriptor is free."""
+        """Open the descriptor unless open. Return True if open; False if no descriptor is free."""
         if self._fd < 0:
             with suppress(OSError):
                 self._fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         return self._fd >= 0
 
     def give_up(self) -> bool:
-        """Close it. Returns whether it was open."""
+        """Close the descriptor. Return True if open before."""
         if self._fd < 0:
             return False
         os.close(self._fd)

@@ -1,9 +1,10 @@
-"""DEVICE/events.jsonl: a line of each event, within a limit of bytes.
+"""DEVICE/events.jsonl: one line for each event, within a limit of bytes.
 
-At half of the limit the file becomes ``events.jsonl.1``, in the place of an older one, and a new one begins.
+At half of the limit the file is renamed to ``events.jsonl.1``, which replaces an older file of that name, and a
+new file begins.
 
-Of equal events in a row ``STORM`` are written out. One line counts all further ones, an EventsRepeated that
-each of them writes anew, in its place: at any time the file says how many there were.
+The first ``STORM`` of equal events in a row get a line each. One further line, an EventsRepeated, counts the
+rest: each further event overwrites that line with the new count, so the count in the file is always current.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from daxemu.ratelimit import DEFAULT_BURST
 
 STORM = DEFAULT_BURST
 ROTATED = ".1"
-"""What the name of a file gets at its end when another takes its place."""
+"""Suffix of the name of a rotated file."""
 _ROOM = 64
-"""Bytes that the numbers of a line of equal events may grow by."""
+"""Spaces at the end of an EventsRepeated line, for longer numbers later."""
 
 
 class EventFile:
-    """The open file. Precondition: the device's lock is held, so nobody else writes."""
+    """The open file. Precondition: the device's lock is held, which excludes other writers."""
 
     def __init__(self, path: PrivatePath) -> None:
-        """Raises OSError if the file cannot be written to."""
+        """Open the file. Raises OSError if the file cannot be written to."""
         self._path = path
         self._fd: int | None = None
         self._end = 0
@@ -37,9 +38,9 @@ class EventFile:
         self._open()
 
     def add(self, event: Event, key: bytes, line: bytes, limit: int) -> None:
-        """Write ``line``, or count it. ``key`` is the line without number and time.
+        """Write or count an event. ``key``: ``line`` without number and time. ``limit``: bytes of both files.
 
-        Raises OSError if it is not in the file.
+        Raises OSError if the event is not in the file.
         """
         if key != self._last:
             self._last, self._equal, self._repeated = key, 0, None
@@ -56,8 +57,9 @@ class EventFile:
         self._write_again(encode(said), limit)
 
     def _write_again(self, line: bytes, limit: int) -> None:
-        """Write the line of equal events in the place of itself. It has room to grow, so a full disk does
-        not spoil it.
+        """Write the EventsRepeated line over its last version, or append the line.
+
+        The line has _ROOM spaces at the end. An overwrite needs no new space, so a full disk does no harm.
         """
         self._open()
         start, length = self._line
@@ -68,7 +70,7 @@ class EventFile:
         self._line = (self._append(data, limit), len(data))
 
     def _append(self, data: bytes, limit: int) -> int:
-        """Return where the line begins."""
+        """Append ``data``, and rotate before if needed. Return the offset of the line. Raises OSError."""
         if len(data) > limit // 2:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         self._open()
@@ -81,16 +83,16 @@ class EventFile:
         return start
 
     def _open(self) -> int:
-        """Open the file, or a new one. ``_end`` is its size afterwards, or where its last whole line ends."""
+        """Open or make the file, unless open. Return the descriptor. ``_end`` is then the end of the last line."""
         if self._fd is None:
             fd = self._path.open(os.O_RDWR, create=True)
             end = os.fstat(fd).st_size
             if end and os.pread(fd, 1, end - 1) != b"\n":
-                # Half a line, of a supervisor that was killed, is ended, so that it spoils no other.
+                # A supervisor that was killed may have left half a line: end that line, to keep the next whole.
                 end += os.pwrite(fd, b"\n", end)
             self._fd, self._end = fd, end
         else:
-            self._end = min(self._end, os.fstat(self._fd).st_size)  # somebody may have emptied it
+            self._end = min(self._end, os.fstat(self._fd).st_size)  # a user may have truncated the file
         return self._fd
 
     def _write(self, data: bytes, start: int) -> None:
@@ -99,7 +101,7 @@ class EventFile:
             while written < len(data):
                 written += os.pwrite(fd, data[written:], start + written)
         except OSError:
-            os.ftruncate(fd, start)  # no half a line
+            os.ftruncate(fd, start)  # leave no half line
             raise
         self._end = start + len(data)
 

@@ -1,4 +1,4 @@
-"""Every event of this mount: kept, written to DEVICE/events.jsonl, and handed to whoever follows."""
+"""Events of a mount: numbered, kept in memory, written to DEVICE/events.jsonl, and passed to followers."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from daxemu.supervisor.settings import LOG_SIZE
 
 log = logging.getLogger(__name__)
 
-KEPT = 100_000
+KEPT = 100_000  # events in memory
 _BATCH = 256  # events handed to a follower at a time
 
 
 class EventLog:
-    """The last ``KEPT`` events in memory, and in the file the last ``limit`` bytes. ``emit`` never waits for
-    a follower.
+    """The last ``KEPT`` events in memory, and the last events in the file, at most ``limit`` bytes.
+
+    ``emit`` never waits for a follower.
     """
 
     def __init__(self, path: PrivatePath, limit: int = LOG_SIZE) -> None:
-        """Raises PermissionDenied when the file cannot be written to."""
+        """Open the file. Raises PermissionDenied if the file cannot be written to."""
         try:
             self._file = EventFile(path)
         except OSError as error:
@@ -40,7 +41,7 @@ class EventLog:
         self._more = trio.Event()
 
     def emit(self, event: Event) -> None:
-        """Number it, date it, keep it."""
+        """Number and date an event, keep the event, write the event to the file, and wake followers."""
         self._emitted += 1
         event.seq, event.time = 0, 0.0
         key = encode(event)
@@ -53,7 +54,7 @@ class EventLog:
         self._more = trio.Event()
 
     def _append(self, event: Event, key: bytes, line: bytes) -> None:
-        """What happened happened: a full disk must not undo it. The file's gap shows in the numbers."""
+        """Write an event to the file. An error, such as a full disk, is logged; the numbers show the gap."""
         try:
             self._file.add(event, key, line, self.limit)
         except OSError as error:
@@ -61,13 +62,14 @@ class EventLog:
 
     @property
     def emitted(self) -> int:
-        """How many events there were; also the last one's ``seq``."""
+        """Number of events so far, which is the ``seq`` of the last event."""
         return self._emitted
 
     async def follow(self, after: int) -> AsyncIterator[list[bytes]]:
-        """The encoded events with ``seq`` above ``after``, as many at a time as have come, for ever.
+        """Yield lists of encoded events with ``seq`` above ``after``, without an end.
 
-        A follower who is more than ``KEPT`` events behind misses those between; the numbers show it.
+        A list has at most _BATCH events. A follower more than ``KEPT`` events behind misses the oldest; the
+        numbers show the gap.
         """
         while True:
             while after < self._emitted:

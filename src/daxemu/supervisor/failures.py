@@ -1,16 +1,17 @@
-"""Turns under ``mf_mutex``: from a memory failure to its outcome.
+"""From a memory failure to its outcome. A turn is the time of one incident under the lock ``mf_mutex``.
 
-    core: memory_failure(range)     owners and file ranges (atomic)
-    host: collect                   processes with a failed page present   } one worker thread,
-    core: collect_procs             victims                                } under mf_mutex
-    host: revoke                    no process has a failed page present   }
-    strategy: repair                victims of recovered pages are spared
-    host: signal                    every victim, all at once, without the mutex
-    core: action_result             outcome counted, logged
+    core: memory_failure(range)     names the owners and their file ranges (atomic; before the turn)
+    host: collect                   finds processes with a failed page present   } one worker thread,
+    core: collect_procs             chooses the threads to signal (victims)      } under mf_mutex
+    host: revoke                    unmaps the failed pages in every process     }
+    strategy: repair                spares victims of recovered pages            } event loop, under mf_mutex
+    host: signal                    queues a SIGBUS for every victim (mf_mutex is released)
+    core: action_result             counts, logs and publishes the outcome
 
-Collect comes before revoke: addresses and presence are read off live mappings. Poison is on the media before
-collect, so a process that faults in a page in between discovers the poison itself. Signals are sent without
-the mutex: a victim that is stopped must not hold up the next failure.
+Collect comes before revoke, because addresses and presence are read from live mappings. The media is poisoned
+before the collect: a process that faults in a failed page between the two consumes the poison in that page
+fault. Signals are sent after the release of the mutex, so that a stopped victim does not delay the next
+failure.
 """
 
 from __future__ import annotations
@@ -37,18 +38,18 @@ from daxemu.supervisor.repairs import RepairResult
 from daxemu.supervisor.signals import Signals
 
 HANDLER_PATIENCE = 1.0
-"""Seconds that a shutdown waits until the signalled threads have run."""
+"""Seconds that a shutdown waits for the threads with a delivered AO to run their handlers."""
 
 
 class Signalled(NamedTuple):
-    """Number of SIGBUS sent for a failure, and number of distinct processes among the receivers."""
+    """Number of signals (SIGBUS) sent for a failure, and number of distinct processes that received any."""
 
     signals: int
     processes: int
 
 
 class Handled(NamedTuple):
-    """The end of an incident. ``error``: of the first part that failed."""
+    """Result of an incident. ``error``: the error of the first part that failed, or None."""
 
     outcome: Outcome
     signalled: Signalled
@@ -57,26 +58,26 @@ class Handled(NamedTuple):
 
 @dataclass(eq=False)
 class _Turn:
-    """One incident's time under the mutex. ``to_kill`` is None until the turn is over."""
+    """One incident's time under the mutex. ``to_kill`` (the victims) is None until the turn is over."""
 
     incident: Incident
-    current: int | None
-    consumer: int | None
+    current: int | None  # thread id
+    consumer: int | None  # process id
     collected: Callable[[Sequence[Task]], None] | None = None
     """Called with the collected processes before the first signal."""
     latent: list[Task] = field(default_factory=list)
-    """Processes that had pages present when latent poison was injected there."""
+    """Processes that had failed pages present when latent poison was injected in the pages."""
     tasks: list[Task] | None = None
-    """Processes with failed pages present, ``latent`` included. Set before the revoke."""
+    """Processes with failed pages present, those of ``latent`` included. Set before the revoke."""
     to_kill: list[ToKill] | None = None
     repair: RepairResult = field(default_factory=RepairResult)
-    stage: str = "waits for mf_mutex"  # for people
+    stage: str = "waits for mf_mutex"  # shown by status --internals
 
     def is_plain(self) -> bool:
-        """Return whether further plain turns may share one collect with this turn.
+        """Return True if other plain turns may share one collect with this turn.
 
-        A removal, a discovery by a load, and pages mapped by PMDs (other failures may be in the same PMD)
-        have a turn of their own.
+        Three kinds of incident are collected alone: a removal, a discovery by a load, and a failure in pages
+        mapped by PMDs, because other failures may be in the same PMD.
         """
         incident = self.incident
         by_pmd = any(hurt.pmds for hurt in incident.mappings)
@@ -84,22 +85,22 @@ class _Turn:
 
     @property
     def concerns_processes(self) -> bool:
-        """Return whether a process can have a failed page mapped."""
+        """Return True if a process can have a failed page mapped."""
         incident = self.incident
         return bool(incident.mappings or incident.pfn_mappings or incident.whole_device)
 
 
 Repair = Callable[[Incident, Sequence[Task]], RepairResult]
-"""Repairs an incident whose pages are revoked. The tasks had the pages present."""
+"""Function that repairs an incident after the revoke. The tasks are the processes that had the pages present."""
 
 
 def no_repair(incident: Incident, tasks: Sequence[Task]) -> RepairResult:
-    """Repair nothing."""
+    """Return the result of a machine without a repair strategy."""
     return RepairResult()
 
 
 class Failures:
-    """Carries out incidents. Belongs to the trio thread."""
+    """Executes incidents: collect, revoke, repair, signal. Belongs to the trio thread."""
 
     def __init__(
         self,
@@ -113,11 +114,11 @@ class Failures:
         self._mappings = mappings
         self._signals = signals
         self._latent = Latent()
-        self._turns: list[_Turn] = []  # failures under way, until their pages are revoked
-        self._signalling: list[_Turn] = []  # failures under way after the revoke
+        self._turns: list[_Turn] = []  # failures before the end of their turn
+        self._signalling: list[_Turn] = []  # failures after their turn, until the last signal is settled
         self._waiting: list[_Turn] = []  # failures that wait for mf_mutex
         self.mf_mutex = trio.Lock()
-        """Held during collect and revoke: a revoke in between would leave victims uncollected."""
+        """Held from collect to revoke: another revoke in between would hide victims from the collect."""
 
     async def handle(
         self,
@@ -129,13 +130,14 @@ class Failures:
     ) -> Handled:
         """Execute an incident: collect, revoke, repair, signal. Return outcome, counts and error.
 
-        - ``current``: the thread that is itself in memory_failure(), by madvise(2). The thread gets a forced
-          AR at the return of the system call, whatever its policy.
-        - ``consumer``: the process whose load discovered latent poison. The page fault signals the consumer;
-          the victims are the other processes that had the page present when the poison was injected.
+        - ``current``: id of the thread that is itself in memory_failure(), by madvise(2). The thread gets a
+          forced AR at the return of the system call, under the early policy and under the late policy.
+        - ``consumer``: id of the process whose load discovered latent poison. The page fault signals the
+          consumer. The victims are the other processes that had the page present at the injection.
         - ``collected``: called in the trio thread with the collected processes, before the first signal.
         """
-        # Shielded from cancellation: half a failure would leave poison that can still be loaded.
+        # Shielded from cancellation: a cancel before the revoke would leave failed pages mapped, so that
+        # processes could load their old bytes.
         turn = _Turn(incident, current, consumer, collected)
         self._turns.append(turn)
         with trio.CancelScope(shield=True):
@@ -149,8 +151,8 @@ class Failures:
                 delivered = await self._signals.kill_procs(to_kill, current)
                 if incident.after_kill:
                     await trio.to_thread.run_sync(wait_until_run, delivered, HANDLER_PATIENCE)
-                # As xfs_dax_notify_dev_failure(): kill, then shut down. In the other order, a victim's load
-                # would end in BUS_ADRERR before the AO is delivered.
+                # As xfs_dax_notify_dev_failure(): kill, then shut down. After a shutdown a victim's load ends
+                # in BUS_ADRERR, which must not come before the AO.
                 if self._mm.conclude(incident):
                     await self.revoke_everything()  # after the shutdown every access is EIO
             finally:
@@ -160,17 +162,17 @@ class Failures:
         return Handled(outcome, signalled, incident.error or next(iter(turn.repair.errors.values()), None))
 
     def describe_turns(self) -> Iterator[str]:
-        """Yield one line for each failure under way, for people."""
+        """Yield one line for each failure under way: its pages and its stage, as text for ``status --internals``."""
         for turn in (*self._turns, *self._signalling):
             incident = turn.incident
             pages = f"pfn {incident.pfn:#x}+{incident.nr_pages}"
             yield f"{'the whole device' if incident.whole_device else pages}: {turn.stage}"
 
     async def revoke_latent(self, incident: Incident, *, has_mutex: bool = False) -> None:
-        """Revoke pages of latent poison, and remember which processes had pages present.
+        """Collect and revoke pages of latent poison. Remember which processes had the pages present.
 
-        On hardware the pages would stay mapped until a load consumes the poison, and the other processes
-        would be signalled then. ``has_mutex``: the caller holds ``mf_mutex``.
+        On hardware the pages stay mapped until a load consumes the poison. Then the other processes with the
+        pages mapped are signalled. ``has_mutex``: True if the caller holds ``mf_mutex``.
         """
 
         def work() -> list[Task]:
@@ -184,7 +186,9 @@ class Failures:
         self._latent.add(tasks)
 
     async def remember(self, incident: Incident) -> None:
-        """As :meth:`revoke_latent`, without the revoke. Preconditions:
+        """Remember which processes have the pages of ``incident`` present, without a revoke.
+
+        Preconditions:
 
         - The caller holds ``mf_mutex``.
         - The caller revokes the pages next.
@@ -197,16 +201,17 @@ class Failures:
         self._latent.take(incident)
 
     async def revoke_everything(self) -> None:
-        """Revoke all pages of all open files, after the failure under way.
+        """Revoke all pages of all open files, once ``mf_mutex`` is free.
 
-        After a shutdown every access must be EIO, that of pages in the page cache, too.
+        After a shutdown every access must end in EIO. Without the revoke, the page cache would go on
+        serving its pages.
         """
         incident = Incident(0, 0, 0, 0, whole_device=True)
         async with self.mf_mutex:
             await trio.to_thread.run_sync(self._mappings.revoke, incident)
 
     async def _in_turn(self, turn: _Turn) -> list[ToKill]:
-        """Collect and revoke, in order of arrival. Plain turns that wait together share one collect."""
+        """Collect and revoke in order of arrival. Return the victims. Consecutive plain turns share one collect."""
         self._waiting.append(turn)
         try:
             async with self.mf_mutex:
@@ -220,7 +225,8 @@ class Failures:
         return turn.to_kill
 
     async def _collect_and_revoke(self, batch: list[_Turn]) -> None:
-        # Latent poison in these pages is discovered now, however that came about.
+        # Each of these failures discovers the latent poison in its pages: the remembered processes become
+        # victims.
         for turn in batch:
             turn.latent, turn.stage = self._latent.take(turn.incident), "collects and unmaps"
         early_kill = self._mm.sysctl_early_kill
@@ -250,9 +256,10 @@ class Failures:
             turn.to_kill = to_kill + elsewhere
 
     def _victims(self, turn: _Turn, found: list[Task]) -> list[Task]:
-        """Return the processes with failed pages present, now or when latent poison was injected there.
+        """Return the processes with failed pages present now, or at the injection of latent poison.
 
-        The consumer is left out: the page fault signals the consumer.
+        A process of the second kind must still have the pages mapped. The consumer is left out, because the
+        page fault signals the consumer.
         """
         tasks = present_as_mapped(turn.incident, found)
         known = {task.pid for task in tasks} | {turn.consumer}
@@ -262,8 +269,9 @@ class Failures:
     async def holders(self, incident: Incident) -> list[Task]:
         """Return the processes with pages of ``incident`` present, without a revoke.
 
-        Processes that had pages present at the injection of latent poison, or at the collect of the incident,
-        are included.
+        - An incident that was collected already: the processes of that collect.
+        - Any other incident: the processes that have pages present now, and the processes that had pages
+          present at the injection of latent poison.
         """
         turn = next((turn for turn in self._turns if turn.incident is incident), None)
         latent = self._latent.of(incident) if turn is None else turn.latent

@@ -1,8 +1,8 @@
-"""Calls into a strategy that anybody may have written: bounded in time, whatever they raise.
+"""Calls into a repair strategy, with a time limit. A strategy may be the code of a user.
 
-A strategy runs on the event loop's thread, so one that hangs would hold up everything. An alarm ends it with
-an exception in its own code; never in the middle of a change to the filesystem, which it makes
-``atomically``.
+A strategy runs in the event loop's thread, so a strategy that hangs would stop the mount. An alarm (SIGALRM)
+raises an exception in the code of the strategy, but never within a change of the filesystem
+(:meth:`Guard.atomically`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ T = TypeVar("T")
 
 
 class Hung(Exception):
-    """It took too long. No DaxemuError: the strategy is not to take it for one."""
+    """A call exceeded its time limit. Not a DaxemuError, so that a strategy does not catch Hung as such."""
 
 
 class Guard:
-    """Belongs to the main thread, and to SIGALRM."""
+    """Time limit of calls, by SIGALRM. Belongs to the main thread."""
 
     def __init__(self) -> None:
         self._limit = 0.0
@@ -29,7 +29,7 @@ class Guard:
         signal.signal(signal.SIGALRM, self._on_alarm)
 
     def close(self) -> None:
-        """Give SIGALRM back."""
+        """Restore the default action of SIGALRM."""
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
     def _on_alarm(self, number: int, frame: object) -> None:
@@ -39,8 +39,10 @@ class Guard:
             raise Hung(f"took more than {self._limit:g} s")
 
     def call(self, limit: float, what: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call it; it has ``limit`` seconds. Raises Hung, and what it raises. A call from within another is
-        part of that.
+        """Call ``what`` with a time limit in seconds. Return its result.
+
+        Raises Hung at the limit; exceptions of ``what`` propagate. A call within another call has no limit of
+        its own: the limit of the outer call holds.
         """
         if self._running:
             return what(*args, **kwargs)
@@ -54,7 +56,7 @@ class Guard:
 
     @contextmanager
     def atomically(self) -> Iterator[None]:
-        """No alarm within; one that was due comes at the end. Raises Hung then."""
+        """Defer the alarm during the context. Raises Hung at the end if the limit was exceeded."""
         outer, self._changing = self._changing, True
         try:
             yield

@@ -1,4 +1,4 @@
-"""Incidents without a memory_failure(): pages to collect and to revoke, of no failure that was reported."""
+"""Incidents without a memory_failure(): pages to collect or revoke, where no failure was reported."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from daxemu.uapi import PAGE_SIZE, Ino
 
 
 def of_device_range(pmem: Pmem, fs: Filesystem, part: Range) -> Incident:
-    """The pages of files that hold any of the device bytes ``part``."""
+    """Return an incident of all file pages that hold any of the device bytes ``part``."""
     pfn, nr_pages = failed_pages(pmem, part)
     return Incident(0, pfn, nr_pages, 0, mappings=fs.failed_ranges(part).files)
 
 
 def of_file(fs: Filesystem, ino: Ino) -> Incident:
-    """All pages of a file."""
+    """Return an incident of all pages of a file."""
     pages = -(-fs.names.get(ino).size // PAGE_SIZE)
     return Incident(0, 0, 0, 0, mappings=[MappingRange(ino, 0, pages, 0)])

@@ -1,4 +1,4 @@
-"""State of a running supervisor, for a person who asks why a program waits: SIGUSR1, status --internals."""
+"""State of a running supervisor, to see why a program waits: SIGUSR1, ``daxemu status --internals``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from daxemu.supervisor.failures import Failures
 log = logging.getLogger(__name__)
 
 MOST = 1000
-"""Entries of one list: the report is made within one step of the event loop."""
+"""Most entries of one list: the report is made within one step of the event loop."""
 
 
 def internals(fs: Filesystem, gates: Gates, failures: Failures, tracer: TracerLink) -> InternalsReport:
-    """The state of this moment. Precondition: runs in the trio thread."""
+    """Return the state at this moment. Precondition: called in the trio thread."""
     held = gates.invalidating
     return InternalsReport(
         tasks=_limited(_tasks()),
@@ -33,7 +33,7 @@ def internals(fs: Filesystem, gates: Gates, failures: Failures, tracer: TracerLi
 
 
 def log_internals(report: InternalsReport) -> None:
-    """Write a report to supervisor.log, as one message: messages are rate limited."""
+    """Write a report to supervisor.log as one message, because messages are rate limited."""
     log.warning("internals:", extra={"details": "\n".join(report.lines())})
 
 
@@ -45,7 +45,7 @@ def _limited(entries: Iterator[str]) -> list[str]:
 
 
 def _tasks() -> Iterator[str]:
-    """Every task, indented below its parent, with the innermost place where it waits."""
+    """Yield a line for each task, indented below its parent, with the place where the task waits."""
     root = trio.lowlevel.current_root_task()
     stack = [(0, root)] if root is not None else []
     while stack:
@@ -56,7 +56,7 @@ def _tasks() -> Iterator[str]:
 
 
 def _place(task: trio.lowlevel.Task) -> str:
-    """The innermost frame of daxemu's own in which a task waits, or else the innermost of all."""
+    """Return FILE:LINE of the innermost frame of daxemu in which a task waits, or else of the innermost."""
     frames = [(frame.f_code.co_filename, number) for frame, number in task.iter_await_frames()]
     own = [(name, number) for name, number in frames if "daxemu" in Path(name).parts]
     name, number = (own or frames or [("(running)", 0)])[-1]

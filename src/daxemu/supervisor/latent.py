@@ -1,7 +1,7 @@
-"""Processes with pages of latent poison present, remembered until the discovery of the poison.
+"""Processes that had pages of latent poison present, remembered until the discovery of the poison.
 
-On hardware the pages would stay mapped until a load consumes the poison, and the processes would be signalled
-then. In daxemu the pages are revoked, so that the load is a page fault.
+On hardware the pages stay mapped until a load consumes the poison, and the processes are signalled then. daxemu
+revokes the pages at the injection, so that the load is a page fault, and remembers the processes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Latent:
         return [replace(task, present=hurt) for task in self._tasks if (hurt := _split(task, incident)[0])]
 
     def take(self, incident: Incident) -> list[Task]:
-        """As :meth:`of`, and forget these pages."""
+        """Return the tasks of :meth:`of`, and forget the pages of ``incident``."""
         taken = self.of(incident)
         rest = (replace(task, present=_split(task, incident)[1]) for task in self._tasks)
         self._tasks = [task for task in rest if task.present]

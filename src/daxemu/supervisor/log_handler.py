@@ -1,11 +1,11 @@
-"""Where the supervisor's own messages go: DEVICE/supervisor.log, or the terminal.
+"""Messages of the supervisor to stderr: DEVICE/supervisor.log, or the terminal.
 
-A storm that meets a full disk would say the same thing a thousand times a second. So each call is rate
-limited as printk_ratelimited() is, by the place in the source that it is made at.
+Many failures on a full disk would log the same message a thousand times a second. Therefore messages are rate
+limited by the line of source code that logs them, as printk_ratelimited() does.
 
-File names, process names and messages of others are in these messages: each message is one line, escaped as
-for a terminal (daxemu.text). Tracebacks, and the lines of ``extra={"details": text}``, are indented, so that
-none of them looks like a message.
+Messages contain file names, process names and texts of other programs. Each message is one line, escaped as for
+a terminal (daxemu.text). Tracebacks, and the lines of ``extra={"details": text}``, are indented, so that no
+such line looks like a message.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ INDENT = "    "
 
 
 def log_to_stderr(layout: str, level: int) -> None:
-    """Have this process log to stderr: messages, and the tracebacks of exceptions that nothing catches.
-    ``layout`` is a format string of logging.Formatter.
+    """Log messages and tracebacks of uncaught exceptions of this process to stderr.
+
+    ``layout``: format string of logging.Formatter. ``level``: lowest level that is logged.
     """
     handler = RatelimitedHandler()
     handler.setFormatter(EscapingFormatter(layout))
@@ -40,7 +41,7 @@ def _log_uncaught(kind: type[BaseException], error: BaseException, trace: Traceb
 
 
 class EscapingFormatter(logging.Formatter):
-    """A message on one line, then its details and its traceback, indented; all of it escaped."""
+    """Formats a message as one line, then details and traceback as indented lines. All text is escaped."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """See logging.Formatter.formatMessage."""
@@ -58,7 +59,7 @@ def _indented(text: str) -> list[str]:
 
 
 class RatelimitedHandler(logging.StreamHandler[TextIO]):
-    """To stderr, or ``stream``; what was suppressed is counted, and said afterwards."""
+    """Writes messages to stderr or ``stream``, rate limited. A later message states the number suppressed."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         super().__init__(stream)
@@ -80,7 +81,7 @@ class RatelimitedHandler(logging.StreamHandler[TextIO]):
             )
 
     def close(self) -> None:
-        """See logging.Handler.close; at exit, by logging.shutdown."""
+        """See logging.Handler.close. Called by logging.shutdown at exit."""
         for limit, record in self._limits.values():
             self._say_suppressed(record, limit.release())
         self._limits.clear()

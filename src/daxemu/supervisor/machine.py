@@ -1,4 +1,4 @@
-"""The emulated machine: device, filesystem, mount and tracer wired together, and the table of its verbs."""
+"""The emulated machine: construction of every part, and the table of verbs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Verb = Callable[[Any], Awaitable[msgspec.Struct]]
 class Machine:
     """One DEVICE mounted once. Belongs to the trio thread; methods that are not ``async`` are atomic.
 
-    Made within the event loop, before the first request of the kernel is read.
+    Constructed within the event loop, before the first request of the kernel is read.
     """
 
     def __init__(
@@ -67,8 +67,9 @@ class Machine:
         supplement_missing: str | None,
         has_layouts: bool,
     ) -> None:
-        """``nursery`` runs tasks that outlive a request. ``supplement_missing``: why the C part is not
-        loaded; None if it is. ``has_layouts``: the C part may answer reads and writes of healthy bytes.
+        """``nursery`` runs tasks that outlive a request. ``supplement_missing``: the reason why the
+        supplement is not loaded; None if loaded. ``has_layouts``: True if C may answer reads and writes of
+        healthy bytes (fs/layouts.py).
         """
         emit = log.emit
         self.pmem, self.mm, self.fs, self.session, self.log = pmem, mm, fs, session, log
@@ -80,7 +81,7 @@ class Machine:
         self.nursery = unexpected.nursery(nursery)
         self._counted = Counted(self.nursery, self.under_way, but=("Signals._await_late",))
 
-        # What a failure does to processes.
+        # Failures: collect, revoke, signal.
         pfn_map = pmem.pgmap is None
         mappings = PageCacheMappings(session, lambda: list(self.operations.open_files), pfn_map=pfn_map)
         signals = Signals(tracer, mappings.dev, emit, self._counted)
@@ -92,7 +93,7 @@ class Machine:
             pmem, mm, self.failures, signals, populating, repairs, self._counted, supplement_missing
         )
 
-        # What the kernel asks for.
+        # Requests of the kernel.
         self.operations = Operations(
             fs,
             self.under_way.counting("a load or read of poison", self._consumption.on_read),
@@ -118,7 +119,7 @@ class Machine:
             )
         fs.on_shutdown = self._on_shutdown
 
-        # What the control socket asks for.
+        # Requests of the control socket.
         self._repairing = Repairing(pmem, fs, self.failures, self._consumption, repairs, strategy_host, emit)
         self._poison = Poison(
             pmem,
@@ -139,7 +140,7 @@ class Machine:
         self._verbs = self._table()
 
     def _table(self) -> dict[type, Verb]:
-        """The verb of each type of request."""
+        """Return the verb of each type of request."""
         return {
             p.Inject: self.under_way.counting("an injection", self._poison.inject),
             p.Madvise: self.under_way.counting("a madvise(2)", self._madvise.madvise_inject_error),
@@ -159,7 +160,7 @@ class Machine:
         }
 
     async def answer(self, request: p.AnyRequest) -> msgspec.Struct:
-        """Do what a request asks. Raises DaxemuError."""
+        """Execute a request and return the reply. Raises DaxemuError."""
         verb = self._verbs.get(type(request))
         if verb is None:
             raise InvalidArgument(f"cannot do {type(request).__name__} here")
@@ -185,11 +186,14 @@ class Machine:
         return self.internals()
 
     def internals(self) -> p.InternalsReport:
-        """Return what waits at this moment."""
+        """Return the tasks, turns, requests and threads that wait at this moment."""
         return internals(self.fs, self._gates, self.failures, self.tracer)
 
     def _on_shutdown(self) -> None:
-        """Revoke all pages, which the page cache would go on answering from. Victims are signalled before."""
+        """End a freeze, and revoke all pages, which the page cache would go on serving.
+
+        During a failure, the failure does the revoke, after the signals.
+        """
         if self._gates.freeze is not None:
             self._gates.freeze.thaw()
         if not self.mm.is_handling:

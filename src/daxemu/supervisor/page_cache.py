@@ -1,4 +1,4 @@
-"""The kernel's page cache of the mount, as the supervisor changes it: write back, revoke, attributes."""
+"""Page cache of the mount in the kernel: write back, revoke, refresh attributes."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class PageCache:
     async def write_back(self, ino: Ino, *, has_mutex: bool = False) -> None:
         """Have the kernel write back a file's dirty pages. The pages stay mapped.
 
-        A file that cannot be opened (one without a name, and no root) has its pages revoked instead, which
-        writes them back, too. The processes with pages present are remembered. ``has_mutex``: the caller
-        holds ``mf_mutex``.
+        A supervisor without root cannot open a file without a name. The pages of such a file are revoked
+        instead, which includes the write-back, and the processes with pages present are remembered.
+        ``has_mutex``: True if the caller holds ``mf_mutex``.
         """
         path = self._fs.names.path_bytes(ino)
         if not await trio.to_thread.run_sync(self._session.write_back, ino, path):
             await self._failures.revoke_latent(incidents.of_file(self._fs, ino), has_mutex=has_mutex)
 
     async def refresh_attributes(self, ino: Ino) -> None:
-        """Have the kernel ask for size and times of a file anew, and wait until it has."""
+        """Have the kernel request size and times of a file again. Wait for the end of that request."""
         self._session.forget_attributes(ino)
         path = self._fs.names.path_bytes(ino)
         await trio.to_thread.run_sync(self._session.refresh_attributes, ino, path)
@@ -50,9 +50,9 @@ class PageCache:
 
     @contextmanager
     def invalidate_lock(self) -> Iterator[InvalidateLock]:
-        """Context with the invalidate lock (``mapping->invalidate_lock``), and without layouts."""
+        """Hold the invalidate lock (``mapping->invalidate_lock``) during the context, with layouts suspended."""
         lock = self._gates.invalidating = InvalidateLock()
-        with self._fs.layouts.suspended():  # or C would answer requests, which must wait
+        with self._fs.layouts.suspended():  # C would answer requests that must wait
             try:
                 yield lock
             finally:
@@ -60,8 +60,9 @@ class PageCache:
                 lock.release()
 
     async def revoke(self, lock: InvalidateLock, ino: Ino, part: Range) -> None:
-        """Lock the bytes ``part`` of a file, and revoke all pages that are locked. Raises FsError EAGAIN if
-        that takes too long.
+        """Lock the bytes ``part`` of a file, and revoke all pages under the lock.
+
+        Raises FsError EAGAIN if the revoke takes too long.
         """
         await lock.invalidate(self._session.revoke, [(ino, part)])
 

@@ -1,6 +1,6 @@
 """SIGBUS for the victims of a failure, and the event ``SignalSent`` for each of them.
 
-- AO (action optional): queued for threads with a failed page present, all before the first is waited for.
+- AO (action optional): for threads with a failed page present. All AOs are queued before the first wait.
 - AR (action required): the kernel's own SIGBUS of a thread that consumed poison, with an exact code and lsb.
 - Forced AR: for the thread that is itself in memory_failure(), at the return of its madvise(2).
 
@@ -28,9 +28,9 @@ from daxemu.mm.to_kill import ToKill
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT, PAGE_SIZE, Pfn
 
 SIGNAL_PATIENCE = 2.0
-"""Seconds a failure waits for the delivery of an AO. The signal stays queued after that."""
+"""Seconds that a failure waits for the delivery of an AO. After that the signal stays queued."""
 ARM_PATIENCE = 1.0
-"""Seconds a thread that consumed poison is kept waiting for the tracer."""
+"""Seconds that the read of a thread that consumed poison waits for the tracer."""
 
 _MERGED = "merged with the SIGBUS that it has pending"
 _POSTPONED = "the process is stopped or asleep in the kernel, as {} others for which the tracer waits"
@@ -52,9 +52,10 @@ class _Signal:
 
 
 class Signals:
-    """Sends, and reports every result. Belongs to the trio thread; ``nursery`` runs what outlives a request.
+    """Has the tracer send SIGBUS, and emits the result of each signal. Belongs to the trio thread.
 
-    ``dev``: device (major, minor) of the mount in /proc/PID/maps.
+    ``nursery`` runs tasks that outlive a request. ``dev``: device (major, minor) of the mount in
+    /proc/PID/maps.
     """
 
     def __init__(self, tracer: TracerLink, dev: tuple[int, int], emit: Emit, nursery: Nursery) -> None:
@@ -65,7 +66,7 @@ class Signals:
         self._latest_arm: dict[int, int] = {}
         """Threads that consume poison now, and the last request to the tracer for each."""
         self._finders: set[int] = set()
-        """Threads of ``_latest_arm`` whose load discovered the poison. A page fault asks more than once."""
+        """Threads of ``_latest_arm`` whose load discovered the poison. One page fault sends several reads."""
         self._forced: dict[int, int] = {}
         """Threads with a forced SIGBUS on its way, and the request to the tracer for each."""
 
@@ -88,10 +89,10 @@ class Signals:
     # -- action optional
 
     async def kill_procs(self, to_kill: Sequence[ToKill], current: int | None) -> list[int]:
-        """``kill_procs()``: queue every signal before the wait for any. Return the threads with a delivered
-        AO.
+        """Signal the victims, as kill_procs() does. Return the ids of the threads with a delivered AO.
 
-        ``current``: the thread that is itself in memory_failure(). It gets a forced AR.
+        Every signal is queued before the first wait for a delivery. ``current``: id of the thread that is
+        itself in memory_failure(). That thread gets a forced AR.
         """
         sent = []
         for victims in _merging(to_kill):
@@ -110,8 +111,10 @@ class Signals:
         )
 
     async def _settled(self, victims: Sequence[ToKill], pending: Pending, since: float) -> int | None:
-        """Wait for the SIGBUS of ``victims[0]``, with which the others merge. Return the thread to which an
-        AO was delivered, or None. A thread that no longer has the page of the first gets the next.
+        """Wait for the AO of one thread. Return the id of the thread if the AO was delivered, or else None.
+
+        ``victims``: failed pages of the thread. The AO of ``victims[0]`` was queued; those of the others
+        merge with that AO. If the thread no longer maps the page of one victim, the AO of the next is sent.
         """
         for position, victim in enumerate(victims):
             if position:
@@ -140,8 +143,9 @@ class Signals:
                 return
 
     def _page_of(self, victim: ToKill) -> FilePage | None:
-        """Return the file page at the victim's address: the process may unmap or move the page before the
-        signal.
+        """Return the file page at the victim's address; None if no present run holds the address.
+
+        The tracer looks the page up again: the process may unmap or move the page before the signal.
         """
         for run in victim.task.present:
             if run.address <= victim.address < run.address + (run.nr_pages << PAGE_SHIFT):
@@ -153,15 +157,15 @@ class Signals:
     # -- action required, forced
 
     def new_call(self, tid: int) -> None:
-        """Note that a thread is in another system call.
+        """Note that a thread is in a new system call.
 
-        A signal that was forced on the thread in the last call was delivered at the return of that call,
-        whether or not the tracer has reported the delivery.
+        A signal forced on the thread in the last call was delivered at the return of that call. The report of
+        the tracer may come later.
         """
         self._forced.pop(tid, None)
 
     async def _force(self, victim: ToKill) -> None:
-        """``force_sig_mceerr(BUS_MCEERR_AR)``. A thread has one SIGBUS pending at most."""
+        """Force an AR, as force_sig_mceerr(BUS_MCEERR_AR) does. A thread has at most one SIGBUS pending."""
         forced = _Signal(
             victim.task.pid,
             victim.tid,
@@ -195,11 +199,11 @@ class Signals:
     async def consumed(
         self, read: PoisonedRead, pfn: Pfn, supplement_missing: str | None, *, found: bool
     ) -> None:
-        """Make the SIGBUS of a thread in a page fault over poison a BUS_MCEERR_AR. Return when the read may
-        be answered.
+        """Have the tracer make the SIGBUS of a thread in a page fault over poison a BUS_MCEERR_AR.
 
-        System calls get EIO and no signal. So do requests for several pages: these are read-ahead, and the
-        kernel asks again for the one page of a fault. ``found``: the read discovered the poison.
+        Return when the read may be answered. System calls get EIO and no signal. Requests for several pages
+        get EIO and no signal, too: these are read-ahead, and the kernel sends another request for the one
+        page of a fault. ``found``: True if the read discovered the poison.
         """
         if read.length > PAGE_SIZE:
             return
@@ -221,7 +225,7 @@ class Signals:
         elif isinstance(armed, Refused):
             self._inexact(read, pfn, armed.reason)
         elif not isinstance(armed, Gone):
-            # The name must be read while the thread waits: the thread may be dead before the report.
+            # The name is read while the thread waits: the thread may be dead at the report of the tracer.
             consumer = _ar(read, pfn)
             if found:
                 self._finders.add(read.tid)
@@ -237,8 +241,8 @@ class Signals:
             del self._latest_arm[tid]
             self._finders.discard(tid)
         if isinstance(outcome, NotTaken):
-            return  # interrupted, or read-ahead: the thread touches the page again, or never
-        # A page fault asks more than once: its one signal is reported for the last request.
+            return  # interrupted, or read-ahead: the thread may touch the page again
+        # One page fault sends several reads. The event for its one signal is emitted for the last arm.
         if isinstance(outcome, Delivered):
             if outcome.id != outcome.serial:
                 return
@@ -254,7 +258,7 @@ class Signals:
 
 
 def _merging(to_kill: Sequence[ToKill]) -> list[list[ToKill]]:
-    """Victims in groups: the SIGBUS of the first of each group arrives, those of the others merge with it."""
+    """Return the victims in groups: the SIGBUS of the first arrives, the SIGBUSes of the others merge."""
     groups: list[list[ToKill]] = []
     for victim in to_kill:
         if victim.merges:
@@ -277,13 +281,13 @@ def _ao(victim: ToKill) -> _Signal:
 
 
 def _ar(read: PoisonedRead, pfn: Pfn) -> _Signal:
-    """The signal of a consumer. The address is known once the kernel has forced SIGBUS on the thread."""
+    """Return the signal of a consumer. The address is 0 until the kernel has forced SIGBUS on the thread."""
     pid = process_of(read.tid) if read.tid else 0
     return _Signal(pid, read.tid, comm_of(pid), BUS_MCEERR_AR, 0, PAGE_SHIFT, pfn)
 
 
 def _explain(outcome: Delivery | None) -> tuple[str, str | None]:
-    """Return result and reason of ``SignalSent`` for a delivery; None is one that has not ended."""
+    """Return result and reason of ``SignalSent`` for a delivery; None is a delivery that has not ended."""
     match outcome:
         case None:
             return "pending", "the process is stopped or asleep in the kernel"
