@@ -126,6 +126,5 @@ def test_the_working_tree_passes(capsys: pytest.CaptureFixture[str], monkeypatch
 
 
 def test_every_ratchet_is_above_the_limit_and_has_a_reason() -> None:
-    for ratchet in RATCHETS.values():
-        assert ratchet.limit > LIMIT
-        assert ratchet.reason
+    """None is left."""
+    assert [ratchet for ratchet in RATCHETS.values() if ratchet.limit <= LIMIT or not ratchet.reason] == []

@@ -216,7 +216,7 @@ def test_force_has_one_deadline_for_all_of_its_steps(fails: str, monkeypatch: py
     client = type("Client", (SlowClient,), {"time": clock, "fails": fails})
     for module in ("cli.mount", "host.deadline"):
         monkeypatch.setattr(f"daxemu.{module}.time", clock)
-    for module in ("cli.mount", "host.device_lock"):
+    for module in ("cli.mount", "host.proc.device_lock"):
         monkeypatch.setattr(f"daxemu.{module}.select", clock)
     monkeypatch.setattr("daxemu.cli.mount.Client", client)
     monkeypatch.setattr("daxemu.cli.mount.mount_at", lambda path: mount)

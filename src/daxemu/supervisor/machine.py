@@ -35,7 +35,7 @@ from daxemu.supervisor.signals import Signals
 from daxemu.supervisor.strategy_host import StrategyHost
 from daxemu.supervisor.under_way import Counted, UnderWay
 from daxemu.supervisor.verbs import files
-from daxemu.supervisor.verbs.madvise import Madvise
+from daxemu.supervisor.verbs.madvise import MadviseInjection
 from daxemu.supervisor.verbs.poison import Poison
 from daxemu.supervisor.verbs.removal import remove
 from daxemu.supervisor.verbs.repair import Repairing
@@ -132,7 +132,7 @@ class Machine:
             self._repairing,
             emit,
         )
-        self._madvise = Madvise(pmem, mm, fs, self._page_cache, self.failures, signals, emit)
+        self._madvise = MadviseInjection(pmem, mm, fs, self._page_cache, self.failures, signals, emit)
         self.scrubber = Scrubber(self._scrub_in_background)
         table = settings_of(mm, fs, log, self.scrubber, strategy_host, self._repairing.choose)
         self._settings = Settings(table, emit)

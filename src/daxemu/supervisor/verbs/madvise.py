@@ -23,7 +23,7 @@ from daxemu.supervisor.verbs.device_ranges import check_present, device_page
 from daxemu.uapi import MF_ACTION_REQUIRED, MF_SW_SIMULATED, PAGE_SIZE
 
 
-class Madvise:
+class MadviseInjection:
     """Injects for threads that wait in madvise(2). Belongs to the trio thread."""
 
     def __init__(
