@@ -44,7 +44,6 @@ RATCHETS = {
     "host": Ratchet(5.0, _NOT_YET),
     "pmem": Ratchet(4.2, _NOT_YET),
     "pytest_plugin": Ratchet(8.0, _NOT_YET),
-    "supervisor": Ratchet(9.3, _NOT_YET),
 }
 """By package. An entry goes once the figure of its package is at most LIMIT."""
 
