@@ -211,7 +211,7 @@ class Failures:
             await trio.to_thread.run_sync(self._mappings.revoke, incident)
 
     async def _in_turn(self, turn: _Turn) -> list[ToKill]:
-        """Collect and revoke in order of arrival; return the victims. Plain turns in a row share a collect."""
+        """Collect and revoke in arrival order; return the victims. Plain turns in a row share a collect."""
         self._waiting.append(turn)
         try:
             async with self.mf_mutex:
