@@ -8,11 +8,11 @@
 ``consumption``  loads and reads of poison; ``populate`` system calls that populate a mapping over poison
 ``page_cache``   write-back and revoke of files; ``clones`` blocks shared between files
 ``incidents``    pages to collect or revoke without a failure
-``repairs``      from a failure to the verdict of the strategy; ``strategy_host`` and ``guard`` calls into it
+``repairs``      from a failure to a verdict; ``strategy_host`` and ``guard`` calls into the strategy
 ``scrub``        background scrub; ``reclaim`` background release of blocks
-``control``      control socket (``daxemu.protocol``); ``descriptors`` its limits; ``selection`` filter of events
+``control``      control socket; ``descriptors`` limits of peers; ``selection`` filter of events
 ``event_log``    events in memory and their followers; ``event_file`` DEVICE/events.jsonl
 ``log_handler``  messages of the supervisor; ``supervisor_log`` rotation of DEVICE/supervisor.log
 ``settings``     values of settings and mount options
-``under_way``    failures and signals that ``settle`` waits for; ``internals`` state for ``status --internals``
+``under_way``    failures and signals that ``settle`` waits for; ``internals`` what waits at a moment
 """

@@ -1,7 +1,7 @@
 """``python -m daxemu.supervisor DEVICE MOUNTPOINT READY_FD [OPTIONS]``: a supervisor in the background.
 
-READY_FD is the write end of a pipe, for lines of JSON: protocol.Progress while the repair strategy begins, and
-a last line when the mount is usable (``{"ok": true}``) or refused. OPTIONS are MountOptions as JSON.
+READY_FD is the write end of a pipe, for lines of JSON: protocol.Progress while the repair strategy begins,
+and a last line when the mount is usable (``{"ok": true}``) or refused. OPTIONS are MountOptions as JSON.
 """
 
 from __future__ import annotations

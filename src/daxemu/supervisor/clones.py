@@ -91,7 +91,7 @@ class Clones:
                 raise
 
     def is_quick(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int) -> bool:
-        """Return True if a copy_file_range() shares nothing, or concerns no page that can be dirty or stale."""
+        """Return True if copy_file_range() shares nothing, or concerns no page that can be dirty or stale."""
         fs = self._fs
         source, target = fs.names.regular(src)[0], fs.names.regular(dst)[0]
         if (src_offset | dst_offset) % PAGE_SIZE or src_offset >= source.size:
@@ -112,7 +112,7 @@ class Clones:
             return share()
 
     async def _settle(self, lock: InvalidateLock, source: Inode, last_change: int) -> bool:
-        """Write back the source until a pass finds no dirty page, at most PASSES times. Return True if one did."""
+        """Write back the source until a pass finds no dirty page. Return False after PASSES passes."""
         for _ in range(PASSES):
             if source.ctime == last_change and lock.is_complete:
                 return True

@@ -60,7 +60,7 @@ class Consumption:
         """Device bytes of latent poison that the strategy did not recover, and the incident of each."""
 
     async def on_read(self, read: PoisonedRead) -> Answer:
-        """Return the answer to a read that failed. Does not raise.
+        """Return the answer to a read that failed.
 
         For a read of poison: ask the strategy, start the failure of latent poison, and have the tracer make
         the consumer's signal exact.
@@ -107,7 +107,7 @@ class Consumption:
         return await self._heal(error)
 
     def forget(self, part: Range) -> None:
-        """Allow another question to the strategy about device bytes: after new poison, or a change of strategy."""
+        """Allow another question to the strategy about device bytes: poison or strategy are new."""
         for known in [known for known in self._unhealed if known.clip(*part)]:
             del self._unhealed[known]
 
@@ -152,7 +152,7 @@ class Consumption:
         return True
 
     async def _ask(self, incident: Incident, part: Range) -> bool:
-        """Ask the strategy about an incident. Return True if the data of the device bytes ``part`` was recovered."""
+        """Ask the strategy about an incident. Return True if the device bytes ``part`` were recovered."""
         tasks = await self._failures.holders(incident)
         pfn, nr_pages = failed_pages(self._pmem, part)
         is_spared = self._repairs.failed(incident, tasks).spared.covers(pfn, pfn + nr_pages)

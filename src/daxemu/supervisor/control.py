@@ -1,7 +1,7 @@
 """The control socket: JSON lines over a Unix stream, for the mount's owner and root.
 
-A mistake of a peer has no effect beyond the connection of that peer. Garbage and unknown requests get an error
-reply. A line of more than MAX_LINE bytes, or a peer that disconnects, ends the connection.
+A mistake of a peer has no effect beyond the connection of that peer. Garbage and unknown requests get an
+error reply. A line of more than MAX_LINE bytes, or a peer that disconnects, ends the connection.
 """
 
 from __future__ import annotations

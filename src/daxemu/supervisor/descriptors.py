@@ -62,8 +62,8 @@ class Connections:
 class Hangups:
     """Detects peers that close their connection while the supervisor only sends.
 
-    A peer that shuts down its sending half only (``socat``) still receives. epoll reports EPOLLHUP, which needs
-    no subscription, once both halves are closed.
+    A peer that shuts down its sending half only (``socat``) still receives. epoll reports EPOLLHUP, which
+    needs no subscription, once both halves are closed.
     """
 
     def __init__(self) -> None:

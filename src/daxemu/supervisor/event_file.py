@@ -1,7 +1,7 @@
 """DEVICE/events.jsonl: one line for each event, within a limit of bytes.
 
-At half of the limit the file is renamed to ``events.jsonl.1``, which replaces an older file of that name, and a
-new file begins.
+At half of the limit the file is renamed to ``events.jsonl.1``, which replaces an older file of that name, and
+a new file begins.
 
 The first ``STORM`` of equal events in a row get a line each. One further line, an EventsRepeated, counts the
 rest: each further event overwrites that line with the new count, so the count in the file is always current.
@@ -83,12 +83,12 @@ class EventFile:
         return start
 
     def _open(self) -> int:
-        """Open or make the file, unless open. Return the descriptor. ``_end`` is then the end of the last line."""
+        """Open or make the file, unless open. Return the descriptor. ``_end``: end of the last line."""
         if self._fd is None:
             fd = self._path.open(os.O_RDWR, create=True)
             end = os.fstat(fd).st_size
             if end and os.pread(fd, 1, end - 1) != b"\n":
-                # A supervisor that was killed may have left half a line: end that line, to keep the next whole.
+                # A supervisor that was killed may have left half a line: end the line before the next one.
                 end += os.pwrite(fd, b"\n", end)
             self._fd, self._end = fd, end
         else:

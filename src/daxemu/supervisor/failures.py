@@ -91,7 +91,7 @@ class _Turn:
 
 
 Repair = Callable[[Incident, Sequence[Task]], RepairResult]
-"""Function that repairs an incident after the revoke. The tasks are the processes that had the pages present."""
+"""Repair of an incident after the revoke. The tasks are the processes that had the pages present."""
 
 
 def no_repair(incident: Incident, tasks: Sequence[Task]) -> RepairResult:
@@ -162,7 +162,7 @@ class Failures:
         return Handled(outcome, signalled, incident.error or next(iter(turn.repair.errors.values()), None))
 
     def describe_turns(self) -> Iterator[str]:
-        """Yield one line for each failure under way: its pages and its stage, as text for ``status --internals``."""
+        """Yield a line for each failure under way, for ``status --internals``: its pages and its stage."""
         for turn in (*self._turns, *self._signalling):
             incident = turn.incident
             pages = f"pfn {incident.pfn:#x}+{incident.nr_pages}"
@@ -211,7 +211,7 @@ class Failures:
             await trio.to_thread.run_sync(self._mappings.revoke, incident)
 
     async def _in_turn(self, turn: _Turn) -> list[ToKill]:
-        """Collect and revoke in order of arrival. Return the victims. Consecutive plain turns share one collect."""
+        """Collect and revoke in arrival order; return the victims. Plain turns in a row share a collect."""
         self._waiting.append(turn)
         try:
             async with self.mf_mutex:

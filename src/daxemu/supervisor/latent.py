@@ -1,7 +1,7 @@
 """Processes that had pages of latent poison present, remembered until the discovery of the poison.
 
-On hardware the pages stay mapped until a load consumes the poison, and the processes are signalled then. daxemu
-revokes the pages at the injection, so that the load is a page fault, and remembers the processes.
+On hardware the pages stay mapped until a load consumes the poison, and the processes are signalled then.
+daxemu revokes the pages at the injection, so that the load is a page fault, and remembers the processes.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Many failures on a full disk would log the same message a thousand times a second. Therefore messages are rate
 limited by the line of source code that logs them, as printk_ratelimited() does.
 
-Messages contain file names, process names and texts of other programs. Each message is one line, escaped as for
-a terminal (daxemu.text). Tracebacks, and the lines of ``extra={"details": text}``, are indented, so that no
-such line looks like a message.
+Messages contain file names, process names and texts of other programs. Each message is one line, escaped as
+for a terminal (daxemu.text). Tracebacks, and the lines of ``extra={"details": text}``, are indented, so that
+no such line looks like a message.
 """
 
 from __future__ import annotations

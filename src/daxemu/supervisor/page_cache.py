@@ -50,7 +50,7 @@ class PageCache:
 
     @contextmanager
     def invalidate_lock(self) -> Iterator[InvalidateLock]:
-        """Hold the invalidate lock (``mapping->invalidate_lock``) during the context, with layouts suspended."""
+        """Hold the invalidate lock (``mapping->invalidate_lock``) and suspend layouts during the context."""
         lock = self._gates.invalidating = InvalidateLock()
         with self._fs.layouts.suspended():  # C would answer requests that must wait
             try:

@@ -1,17 +1,19 @@
-"""Threads that populate or lock a mapping of unreadable bytes: the system call must return.
+"""System calls that populate or lock a mapping over unreadable bytes. The call of the thread must return.
 
-On DAX the fault is final: mmap(MAP_POPULATE), MAP_LOCKED and mlockall(2) ignore it, mlock(2) says ENOMEM, and
-the next load is a SIGBUS. In the page cache the kernel asks for the page again and again instead
-(host/proc/populate). So the thread gets a page of zeros, revoked everywhere as soon as the page is present:
+On DAX the kernel does not repeat the failed fault: mmap(MAP_POPULATE), MAP_LOCKED and mlockall(2) ignore the
+failure, mlock(2) returns ENOMEM, and the next load is a SIGBUS. With the page cache the kernel requests the
+page without an end (host/proc/populate). Therefore the thread gets a page of zeros, revoked everywhere
+as soon as the thread has the page present:
 
     host: hold                  the thread will stop at the return of its system call
     answer                      zeros
     host: wait_until_present    } worker thread
-    host: having_present        } which other processes may have loaded zeros
-    host: revoke                } nobody has the page
-    host: let_go                copies in private mappings dropped, mlock(2) says ENOMEM
+    host: having_present        } other processes that may have loaded zeros
+    host: revoke                } unmaps the page in every process
+    host: let_go                copies in private mappings are dropped, mlock(2) returns ENOMEM
 
-A thread that the tracer cannot hold would load the zeros: the process is killed. Belongs to the trio thread.
+A thread that the tracer cannot hold would load the zeros. The process of such a thread is killed. Belongs to
+the trio thread.
 """
 
 from __future__ import annotations
@@ -40,10 +42,10 @@ from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
 Revoke = Callable[[Ino, int, int], None]
 
 _HOLD_PATIENCE = 1.0  # seconds for the tracer to hold a thread
-_PATIENCE = 1.0  # seconds for a thread to map the page that it was given; it asks again if it did not
-_LOOKS = 20  # at a thread that has sent a request, and is not asleep yet
+_PATIENCE = 1.0  # seconds for a thread to map the page of zeros; otherwise the kernel requests the page again
+_LOOKS = 20  # most looks at a thread that has sent a request and is not asleep yet
 _LOOK_INTERVAL = 0.001  # seconds
-_REPEATS = 100  # failures of one page for one thread, in a row, before the first event; then each tenfold
+_REPEATS = 100  # failures of one page in a row for a thread until the first event; then x 10
 _MOST_COUNTED = 1024  # threads
 
 
@@ -59,11 +61,11 @@ class _Populate:
     ready: trio.Event = field(default_factory=trio.Event)
     armed: Armed | None = None
     refusal: str | None = None
-    """Why the thread is not held."""
+    """The reason why the thread is not held, or None."""
     exposed: set[int] = field(default_factory=set)
     """Other processes that had a page of zeros present."""
     fails: bool = False
-    """Whether a fault on DAX would have failed: DAX maps latent poison without a read."""
+    """True if a fault on DAX would have failed. DAX maps latent poison without a read."""
     pages: list[Range] = field(default_factory=list)
     areas: list[Area] = field(default_factory=list)
     revoking: int = 0
@@ -71,7 +73,7 @@ class _Populate:
 
     @property
     def is_over(self) -> bool:
-        """Whether the system call has returned."""
+        """True once the system call has returned."""
         return self.armed is not None and self.armed.outcome is not None
 
 
@@ -95,13 +97,14 @@ class Populating:
         self._nursery = nursery
         self._calls: dict[int, _Populate] = {}
         self._repeats: dict[int, tuple[Ino, int, int]] = {}
-        """(inode, offset, how often) of the last failed request of each thread."""
+        """Last failed request of each thread: inode, offset in bytes, number of times in a row."""
 
     async def passes(self, read: PoisonedRead, *, is_latent: bool, discover: Callable[[], object]) -> bool:
-        """Return whether to answer a failed read with zeros: a populating call would never return otherwise.
+        """Return True if a failed read must be answered with zeros, so that a populating call can return.
 
-        Precondition: no page of the request is readable, or the request is for one page. ``discover`` makes
-        latent poison known: for a private copy the kernel itself reads the poison.
+        Precondition: no page of the request is readable, or the request is for one page. ``discover`` is
+        called for latent poison under a private mapping: for the private copy the kernel itself reads the
+        poison.
         """
         if not read.tid or (call := await _call_of(read.tid)) is None:
             self._count(read)
@@ -164,7 +167,7 @@ class Populating:
             now.all_revoked.set()
 
     async def _let_go(self, now: _Populate, armed: Armed) -> None:
-        """At the return of the system call: drop the private copies and set the result."""
+        """Wait for the return of the system call. Then drop private copies of zeros, and set the result."""
         outcome = await armed.wait()
         while now.revoking:
             now.all_revoked = trio.Event()
@@ -221,7 +224,7 @@ class Populating:
         )
 
     def _count(self, read: PoisonedRead) -> None:
-        """Emit FaultRepeated when a thread requests one page ``_REPEATS`` times, and then each tenfold."""
+        """Emit FaultRepeated at ``_REPEATS`` requests of a thread for one page, then at each tenfold."""
         ino, offset, times = self._repeats.pop(read.tid, (read.ino, read.offset, 0))
         times = times + 1 if (ino, offset) == (read.ino, read.offset) else 1
         self._repeats[read.tid] = (read.ino, read.offset, times)

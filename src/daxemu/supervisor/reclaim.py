@@ -1,5 +1,6 @@
-"""Gives back in the background, a piece in each step, what files no longer have: see fs/inodegc.py and
-Allocator.drain().
+"""Background release of the blocks of deleted files and of pending blocks, a piece in each step.
+
+See fs/inodegc.py and Allocator.drain().
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Reclaim:
         self._wanted = trio.Event()
 
     async def run(self) -> None:
-        """Give back until cancelled; from then on blocks go at once."""
+        """Release blocks until cancelled. After that the filesystem releases blocks at once."""
         fs = self._fs
         fs.unlink_in_pieces(self._wake)
         fs.allocator.on_settle = self._wake

@@ -24,8 +24,8 @@ from daxemu.uapi import PAGE_SHIFT
 class RepairResult:
     """The verdicts on an incident.
 
-    ``spared``: pfns with recovered data; no process needs a signal for these. ``errors``: the parts for which
-    the strategy failed.
+    ``spared``: pfns with recovered data, for which no process needs a signal. ``errors``: the parts of the
+    incident for which the strategy failed.
     """
 
     spared: RangeSet = field(default_factory=RangeSet)
@@ -33,7 +33,7 @@ class RepairResult:
 
 
 class Repairs:
-    """Repairs by the strategy of one machine, which ``host`` holds."""
+    """Asks the strategy of one machine (held by ``host``) about failures, and counts the verdicts."""
 
     def __init__(self, pmem: Pmem, fs: Filesystem, host: StrategyHost, emit: Emit) -> None:
         self._pmem = pmem
@@ -61,10 +61,10 @@ class Repairs:
         )
 
     def failed(self, incident: Incident, tasks: Sequence[Task]) -> RepairResult:
-        """Ask the strategy about an incident, once: further calls return the same result.
+        """Ask the strategy about an incident. Further calls for the same incident return the same result.
 
-        Precondition: no process has the pages mapped any more, or a read waits for them. ``tasks``: the
-        processes that had the pages mapped.
+        Precondition: the pages are revoked, or a read waits for the pages. ``tasks``: the processes that had
+        the pages present.
         """
         if not self._host.is_active or incident.pre_remove:
             return RepairResult()
@@ -85,14 +85,14 @@ class Repairs:
         return result
 
     def repair_now(self, blocks: Range, mapped: Incident, tasks: Sequence[Task]) -> Verdict | None:
-        """Ask the strategy about the poison in ``blocks``, even again. None if the strategy failed.
+        """Ask the strategy about the poison in ``blocks``, also if asked before. None if the strategy failed.
 
-        ``mapped``: the file ranges of the blocks. ``tasks``: the processes with pages of these present.
+        ``mapped``: the file ranges of the blocks. ``tasks``: processes with pages of these ranges present.
         """
         return self._repair(blocks, self._writable(mapped, tasks)) if self._host.is_active else Verdict()
 
     def _writable(self, incident: Incident, tasks: Sequence[Task]) -> RangeSet:
-        """Return the device blocks of the incident with a present writable mapping."""
+        """Return the device blocks of the incident that are present in a writable mapping of ``tasks``."""
         found, base = RangeSet(), self._pmem.dax.base_pfn
         for task in tasks:
             for run in task.present:
@@ -109,7 +109,7 @@ class Repairs:
         began = time.perf_counter()
         failure, owners = self._failure(blocks, unseen)
         if not failure.blocks and not failure.copies:
-            return Verdict()  # free blocks, or poison that is only simulated: there is nothing to repair
+            return Verdict()  # free blocks, or a simulated failure: nothing to repair
         verdict = self._host.verdict(failure)
         if not failure.blocks:
             return verdict

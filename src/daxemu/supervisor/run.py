@@ -1,8 +1,8 @@
 """The life of a supervisor process: open the device, mount, serve, unmount, save.
 
 Order of opening, undone in reverse: device lock, media, filesystem (the holder), mount, event loop, tracer,
-control socket. The process ends when the mount does, however that came about: ``daxemu umount``, umount(8), a
-signal, an abort.
+control socket. The process ends with the mount: by ``daxemu umount``, umount(8), a signal, or an abort of the
+connection.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ import pyfuse3  # isort: skip  (after host.supplement, which must be loaded firs
 log = logging.getLogger(__name__)
 
 SYNC_PATIENCE = 2.0
-"""Seconds that ``umount --force`` waits for client processes' stores to be written back, before it cuts."""
+"""Seconds of each step of ``umount --force``: unmount, write-back of client processes' stores, detach."""
 SYNC_PATIENCE_ON_SIGNAL = 10.0
-"""The same, where the supervisor ends on a signal: no client waits for an answer within 10 s."""
+"""Seconds of each step where the supervisor ends on a signal: no client waits for an answer then."""
 COMMIT_INTERVAL = 5.0
-"""Seconds between commits of what nobody synced (as ext4's and XFS's)."""
+"""Seconds between commits of changes without an fsync(2), as in ext4 and XFS."""
 COMMIT_LOOK = 0.2
-"""Seconds between looks whether so MUCH has changed that a commit comes sooner."""
+"""Seconds between two checks for MUCH changes, which are committed at once."""
 ANSWER_PATIENCE = 2.0
-"""Seconds that requests under way have to be answered once the mount is gone."""
+"""Seconds for the answers to requests under way after the end of the mount."""
 
 
 def supervise(
@@ -70,10 +70,11 @@ def supervise(
     options: MountOptions = PLAIN,
     progress: Callable[[p.Progress], None] = lambda progress: None,
 ) -> None:
-    """Mount ``device`` on ``mountpoint`` and serve it until it is unmounted. ``ready`` is called once it is
-    usable, ``progress`` before that whenever the repair strategy has seen to another piece of the device.
+    """Mount ``device`` on ``mountpoint``, and serve the mount until its end.
 
-    Raises DaxemuError when it cannot be mounted; nothing is left behind then.
+    ``ready`` is called once the mount is usable. ``progress`` is called before that, each time the repair
+    strategy has brought another piece of the device up to date. Raises DaxemuError if the device cannot be
+    mounted; then no mount and no lock remains.
     """
     raise_descriptor_limit()
     with ExitStack() as undo:
@@ -90,7 +91,7 @@ def supervise(
         try:
             mm, fs = open_core(pmem, events, (os.geteuid(), os.getegid()))
         except CorruptMetadata as error:
-            # A mount reads good copies by itself. What it refuses, fsck knows whether a repair can help.
+            # A mount uses good copies of metadata pages by itself. Only fsck tells if more can be repaired.
             why = str(error).removesuffix(FSCK_HINT)
             raise CorruptMetadata(f"{why}; see: daxemu fsck {printable(device)}") from error
         undo.callback(_save, fs)
@@ -98,7 +99,7 @@ def supervise(
         undo.callback(host.close)
         for seen in host.choose(options.repair, after_crash=fs.had_crashed):
             progress(seen)
-        gc.freeze()  # what was loaded stays: no failure shall wait for a look at a million inodes
+        gc.freeze()  # the loaded objects stay: a collection over a million inodes would delay a failure
         session = Session.open(directory.path, mountpoint)
         undo.callback(session.detach)
         mode = f"{directory.config.mode:04o}"
@@ -145,7 +146,7 @@ def _save(fs: Filesystem) -> None:
 
 
 class _Ending:
-    """How the mount comes to its end, on request."""
+    """Ends of a mount: unmount, unmount by force, power failure, signal."""
 
     def __init__(self, session: Session, fs: Filesystem, unexpected: Unexpected) -> None:
         self._session = session
@@ -153,10 +154,9 @@ class _Ending:
         self._unexpected = unexpected
 
     async def unmount(self, *, force: bool, patience: float = SYNC_PATIENCE) -> None:
-        """Unmount and save; ``force`` takes the mount away from those who use it. Each of its steps has
-        ``patience`` seconds.
+        """Unmount and commit. ``force``: also while in use, in steps of ``patience`` seconds each.
 
-        Raises Busy, or NoSpace if the metadata could not be saved.
+        Raises Busy if processes use the mount (without ``force``), NoSpace if the commit fails.
         """
         session = self._session
         if force:
@@ -167,7 +167,7 @@ class _Ending:
         self._fs.commit()
 
     async def _unmount_by_force(self, patience: float, *, pinned: bool) -> None:
-        """Unmount, and cut the connection where that does not end it, in 3 x ``patience`` seconds at most."""
+        """Unmount, or else write back, detach and cut the connection: at most 3 x ``patience`` seconds."""
         session = self._session
         if not pinned:
             with trio.move_on_after(patience), suppress(Busy):
@@ -176,7 +176,7 @@ class _Ending:
         with trio.move_on_after(patience):
             try:
                 await trio.to_thread.run_sync(session.sync, abandon_on_cancel=True)
-            except OSError as error:  # the mount may be in other mount namespaces alone: no way in from here
+            except OSError as error:  # only other mount namespaces may have the mount: no path from here
                 log.warning("stores of client processes were not written back before the cut: %s", error)
         with trio.move_on_after(patience):
             await trio.to_thread.run_sync(session.detach, abandon_on_cancel=True)
@@ -184,11 +184,10 @@ class _Ending:
             pyfuse3.terminate()
 
     async def power_fail(self) -> p.PowerFailed:
-        """Cut the connection first, so that nothing dirty is written back; then everything in memory is
-        dropped.
+        """Cut the connection, so that no dirty page is written back, and drop all state in memory.
 
-        What is on the media stays: a write(2) was flushed there, a store through a mapping only by msync or
-        fsync.
+        The bytes on the media stay. A write(2) reaches the media at once; a store through a mapping reaches
+        the media by msync or fsync. Raises Unsupported if the connection cannot be cut.
         """
         if not self._session.abort():
             raise Unsupported(
@@ -200,7 +199,7 @@ class _Ending:
         return p.PowerFailed(dropped.changes, dropped.oldest)
 
     async def on_signal(self) -> None:
-        """Being told to end unmounts; whoever still uses the mount loses it."""
+        """Unmount by force on SIGTERM, SIGINT and SIGHUP, until cancelled."""
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
                 log.info("ending on signal %d", number)
@@ -217,7 +216,10 @@ async def _log_internals_on_signal(machine: Machine) -> None:
 async def _answer(
     machine: Machine, ending: _Ending, watchdog: Watchdog, request: p.AnyRequest
 ) -> msgspec.Struct:
-    """Answer any request. Unmount and PowerFail end the machine; the machine answers all others."""
+    """Answer a request. Unmount and PowerFail end the mount; the machine answers all others.
+
+    Raises DaxemuError; NotMounted after the watchdog has cut the connection.
+    """
     if isinstance(request, p.Unmount):
         await ending.unmount(force=request.force)
         return p.Done()
@@ -262,13 +264,13 @@ async def _serve(
             await FuseLoop().main()
             machine.strategy_host.is_ending = True
             with trio.move_on_after(ANSWER_PATIENCE):
-                await control.idle()  # whoever asked for the unmount gets an answer before the socket goes
+                await control.idle()  # the client of an unmount gets the reply before the socket closes
             nursery.cancel_scope.cancel()
         services.cancel_scope.cancel()
 
 
 async def _commit_now_and_then(machine: Machine) -> None:
-    """What nobody synced is durable after a while all the same."""
+    """Commit every COMMIT_INTERVAL seconds, or sooner after MUCH changes."""
     last = trio.current_time()
     while True:
         await trio.sleep(COMMIT_LOOK)

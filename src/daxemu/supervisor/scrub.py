@@ -1,6 +1,6 @@
-"""The background scrub: an address range scrub every so often, as firmware and ``nfit``'s do.
+"""The background scrub: an address range scrub at an interval, as firmware and ``nfit`` do.
 
-Poison is an interval set: a scrub costs what is poison, whatever the size of the device.
+Poison is an interval set: the cost of a scrub grows with the number of poisoned ranges, not with the device.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import trio
 
 
 class Scrubber:
-    """Calls ``scrub`` each time ``interval`` seconds are over; 0 is never. Belongs to the trio thread."""
+    """Calls ``scrub`` every ``interval`` seconds; 0 is never. Belongs to the trio thread."""
 
     def __init__(self, scrub: Callable[[], Awaitable[object]]) -> None:
         self._scrub = scrub
@@ -20,15 +20,15 @@ class Scrubber:
         self._stopped = False
         self.interval = 0.0
         self.scrubs = 0
-        """How many there were."""
+        """Number of scrubs so far."""
 
     def set(self, interval: float) -> None:
-        """Scrub at this interval from now on."""
+        """Scrub every ``interval`` seconds from now on."""
         self.interval = interval
         self._wake()
 
     def stop(self) -> None:
-        """No more scrubs, for there is nothing left to scrub."""
+        """End :meth:`run`: the device is being removed."""
         self._stopped = True
         self._wake()
 

@@ -1,4 +1,4 @@
-"""Which events a follower asked for."""
+"""Selection of the events that a follower requested."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from daxemu.protocol import FileRange, Follow
 from daxemu.uapi import U64_MAX
 
 _ABOUT = {Kind.INODE, Kind.PID, Kind.DEVICE_OFFSET, Kind.PFN}
-"""Kinds of fields that say what an event is about."""
+"""Kinds of fields that name the subject of an event."""
 
 
 def selects(wanted: Follow, line: bytes) -> bool:
-    """Whether an encoded event is one that ``wanted`` asks for. Who wants all costs nothing."""
+    """Return True if ``wanted`` requests the encoded event ``line``. A request for all decodes nothing."""
     narrowed = (wanted.files, wanted.ranges, wanted.pids) != (None, None, None)
     if wanted.events is None and not narrowed:
         return True
@@ -23,9 +23,10 @@ def selects(wanted: Follow, line: bytes) -> bool:
 
 
 def _concerns(event: Event, wanted: Follow) -> bool:
-    """Whether the event is about a file, a process or device bytes of ``wanted``, by the kinds of its fields.
+    """Return True if the fields of the event name a file, a process or device bytes of ``wanted``.
 
-    An event about pfns alone concerns no narrowed follower; an event about none of these concerns every one.
+    An event that names only pfns concerns no follower with such a condition. An event without a subject
+    (_ABOUT) concerns every follower.
     """
     if _ABOUT.isdisjoint(field.kind for field in declared(type(event)).values()):
         return True
@@ -45,7 +46,10 @@ def _is_in(file: FileRange, event: Event) -> bool:
 
 
 def _overlaps(event: Event, kind: Kind, start: int, length: int | None) -> bool:
-    """Whether the event's bytes, ``kind`` its offset, overlap a range. ``length`` None: without an end."""
+    """Return True if the event's bytes (offset: the field of ``kind``) overlap a range of bytes.
+
+    ``length`` None: a range without an end.
+    """
     (size,) = values(event, Kind.LENGTH) or [1]
     end = U64_MAX if length is None else start + length
     return any(start < offset + size and offset < end for offset in values(event, kind))

@@ -1,4 +1,7 @@
-"""What a setting can be: each returns the value, or raises InvalidArgument that says what it must be."""
+"""Options of a mount, and parsers of setting values.
+
+A parser returns the value, or raises InvalidArgument with the values that are possible.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,17 @@ from daxemu.sizes import human, parse_size
 
 MIN_SECONDS, MAX_SECONDS = 0.01, 1e9
 LOG_SIZE = 64 << 20
-"""Bytes of each log of a mount, events.jsonl and supervisor.log, with what was rotated out of it."""
+"""Bytes of each log of a mount (events.jsonl and supervisor.log), its rotated file included."""
 MIN_LOG_SIZE, MAX_LOG_SIZE = 1 << 20, 1 << 40
 
 
 class MountOptions(msgspec.Struct, frozen=True):
-    """What a mount begins with: ``repair`` is a strategy, ``NAME[:key=value,...]``; ``scrub_interval``
-    seconds, 0 for no background scrub; ``layouts``: whether healthy bytes may be read and written without
-    asking the filesystem each time (fs/layouts.py); ``log_size``: bytes of each log.
+    """Options at the start of a mount.
+
+    - ``repair``: the strategy, ``NAME[:key=value,...]``.
+    - ``scrub_interval``: seconds; 0 for no background scrub.
+    - ``layouts``: True if C may read and write healthy bytes without the filesystem (fs/layouts.py).
+    - ``log_size``: bytes of each log.
     """
 
     repair: str = "none"
@@ -31,14 +37,14 @@ PLAIN = MountOptions()
 
 
 def one_of(text: str, *choices: str) -> str:
-    """One of some words."""
+    """Return ``text``, which must be one of ``choices``. Raises InvalidArgument."""
     if text not in choices:
         raise InvalidArgument(f"must be {' or '.join(choices)}")
     return text
 
 
 def seconds(text: str) -> float:
-    """A time, or 0 for never."""
+    """Parse a number of seconds; 0 is never. Raises InvalidArgument."""
     value = float(text) if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", text) else -1.0
     if value and not MIN_SECONDS <= value <= MAX_SECONDS:
         raise InvalidArgument(f"must be seconds, {MIN_SECONDS:g} to {MAX_SECONDS:g}, or 0 for never")
@@ -46,7 +52,7 @@ def seconds(text: str) -> float:
 
 
 def log_size(text: str) -> int:
-    """Bytes of each log."""
+    """Parse a size of each log, in bytes. Raises InvalidArgument."""
     try:
         value = parse_size(text)
     except InvalidArgument:
@@ -57,5 +63,5 @@ def log_size(text: str) -> int:
 
 
 def size_text(value: int) -> str:
-    """The shortest text that ``log_size`` reads as this value."""
+    """Return the shortest text that :func:`log_size` parses to ``value``."""
     return human(value) if parse_size(human(value)) == value else str(value)

@@ -1,4 +1,4 @@
-"""Starts a supervisor in the background and waits until its mount is usable."""
+"""Start of a supervisor in the background."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from daxemu.private_path import PrivatePath
 from daxemu.supervisor.settings import PLAIN, MountOptions
 
 PATIENCE = 60.0
-"""Seconds to wait for a sign of life; loading a million files takes some."""
+"""Seconds without a line from the supervisor. Loading a million files takes several."""
 
 Tell = Callable[[int, int], None]
-"""(bytes that the repair strategy has seen to, of how many)."""
+"""Function of the bytes that the repair strategy has brought up to date, and of all bytes to bring."""
 
 
 def spawn(
@@ -30,10 +30,11 @@ def spawn(
     options: MountOptions = PLAIN,
     tell: Tell = lambda done, total: None,
 ) -> int:
-    """Mount in the background; returns the supervisor's pid. Its messages go to DEVICE/supervisor.log.
-    ``tell`` hears how far a repair strategy is that copies, or adds up, what is there.
+    """Start a supervisor, wait until its mount is usable, and return the pid of the supervisor.
 
-    Raises what the supervisor refused with, Busy if it says nothing for long; no process is left then.
+    Messages of the supervisor go to DEVICE/supervisor.log. ``tell`` is called with the progress of a repair
+    strategy that begins. Raises NotADevice, the error with which the supervisor refused, or Busy if the
+    supervisor wrote no line for PATIENCE seconds. After an error no process is left.
     """
     root = PrivatePath.at(device)
     log = root / "supervisor.log"
@@ -71,7 +72,7 @@ def spawn(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Whoever waited does so no more: it unmounts what it may have mounted by now."""
+    """Terminate the supervisor, which then unmounts. SIGKILL after PATIENCE seconds."""
     process.terminate()
     try:
         process.wait(PATIENCE)
@@ -81,7 +82,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _read(fd: int, log: PrivatePath, tell: Tell) -> dict[str, Any]:
-    """What the supervisor says when it is ready. Raises DaxemuError if it died before."""
+    """Return the last line of the supervisor: ready, or refused. Raises Busy, or DaxemuError at its death."""
     rest = b""
     while True:
         ready, _, _ = select.select([fd], [], [], PATIENCE)

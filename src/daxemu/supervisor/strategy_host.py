@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 
 class StrategyHost:
-    """Holds the strategy of one machine. The filesystem's DataOps, which calls the strategy's methods."""
+    """Holds the strategy of one machine, and calls its methods. Implements DataOps for the filesystem."""
 
     def __init__(self, fs: Filesystem, root: PrivatePath, emit: Emit, mountpoint: Path | None = None) -> None:
         """``root``: directory for data that strategies do not keep on the device. ``mountpoint``: where the
@@ -70,10 +70,10 @@ class StrategyHost:
         self.is_ending = False
         """True once the mount is gone: no strategy begins any more."""
 
-    # -- which one
+    # -- choice of the strategy
 
     def check(self, text: str) -> tuple[type[Strategy], Options]:
-        """Parse ``NAME[:key=value,...]``. Raises InvalidArgument if this cannot be chosen.
+        """Parse ``NAME[:key=value,...]``. Raises InvalidArgument if this strategy cannot be chosen.
 
         While mounted, call from a worker thread only: a path in the options may be on this mount.
         """
@@ -89,11 +89,12 @@ class StrategyHost:
         Each step brings one piece of the device up to date. Files may be used between two steps.
 
         Raises InvalidArgument, with nothing changed. Raises any other DaxemuError if the strategy cannot
-        begin; then no strategy is left. Raises Busy if another strategy was chosen meanwhile, which stays.
+        begin; then no strategy is left. Raises Busy if another strategy was chosen meanwhile; that one stays.
         """
         kind, options = self.check(text)
         directory = self._root / kind.layout(options)
-        # Data of an earlier strategy of this mount is out of date: stores come in before the next begins.
+        # The data of an earlier strategy of this mount is out of date at the next begin: stores go on
+        # in between.
         keep = directory if self._strategy is None else None
         self._choice = choice = [text]
         self._drop()
@@ -156,11 +157,11 @@ class StrategyHost:
             self._emit(RepairProgress(strategy=self.text, done_bytes=total, total_bytes=total))
 
     def _forget(self, keep: PrivatePath | None = None, kind: type[Strategy] | None = None) -> Iterator[None]:
-        """Delete the data of strategies, except that of ``kind`` in ``keep``, if complete."""
+        """Delete the data of strategies, piece by piece. Complete data of ``kind`` in ``keep`` stays."""
         incomplete = self._root / INCOMPLETE
         is_whole = not incomplete.exists()
         if self._root.exists():
-            incomplete.touch()  # a mount that ends meanwhile leaves a part
+            incomplete.touch()  # the mount may end before all is deleted
         yield from registry.forget(self._fs, self._root, keep=keep if is_whole else None, kind=kind)
         incomplete.unlink()
 
@@ -181,11 +182,11 @@ class StrategyHost:
 
     @property
     def is_active(self) -> bool:
-        """True if the strategy is to be asked about failures."""
+        """True if failures go to a strategy: one was chosen, and the filesystem is not shut down."""
         return self.text != "none" and self._fs.shutdown_reason is None
 
     def error(self) -> DaxemuError:
-        """Return the error of a failure that the strategy should have repaired, but failed."""
+        """Return the error for a failure of memory that a failed strategy did not repair."""
         return DaxemuError(f"the repair strategy {self.text} failed: {self.broken}")
 
     def volume(self) -> Volume:
@@ -200,26 +201,27 @@ class StrategyHost:
         """Return the number of bytes that the strategy takes up."""
         return (self._ask(self._strategy.space_bytes) or 0) if self._strategy is not None else 0
 
-    # -- calling it
+    # -- calls into the strategy
 
     def _fail(self, where: str, error: BaseException) -> None:
         self.broken = f"{where}: {error!r}" if not isinstance(error, Hung) else f"{where}: {error}"
         self._strategy = None
         self._fs.watch(None)
         self._emit(RepairStrategyFailed(strategy=self.text, reason=self.broken))
-        # As text: a kept traceback keeps views of the media, which then cannot be unmapped.
+        # As text: a traceback object would keep views of the media, and the media could not be unmapped.
         said = "".join(traceback.format_exception(error))
         log.error("the repair strategy %s failed in %s", self.text, where, extra={"details": said})
 
     def _ask(self, verb: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """Call a method of the strategy. None if the strategy failed. Raises MediaError and NoSpace, as the
-        method may.
+        """Call a method of the strategy, for at most HOOK_LIMIT seconds. Return None if the strategy failed.
+
+        MediaError and NoSpace from the method propagate; any other exception is a failure of the strategy.
         """
         try:
             return self._guard.call(HOOK_LIMIT, verb, *args, **kwargs)
         except (MediaError, NoSpace):
             raise
-        except Exception as error:  # noqa: BLE001  another's code, which may raise anything
+        except Exception as error:  # noqa: BLE001  the code of a user may raise any exception
             self._fail(getattr(verb, "__name__", "?"), error)
             return None
 
@@ -301,7 +303,7 @@ class StrategyHost:
             self._try_hook(self._strategy.committed)
 
     def _try_hook(self, verb: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Call a hook after the event. A refusal is too late: any error is a failure of the strategy."""
+        """Call a hook after its event. A refusal comes too late: any error is a failure of the strategy."""
         try:
             self._ask(verb, *args, **kwargs)
         except DaxemuError as error:
@@ -310,7 +312,10 @@ class StrategyHost:
     # -- in the background
 
     async def attach(self, text: str) -> None:
-        """As :meth:`choose`, while the mount is in use: half of the time is for other tasks."""
+        """Change the strategy while the mount is in use: half of the time is left to other tasks.
+
+        Raises the errors of :meth:`choose`.
+        """
         began = trio.current_time()
         for _ in self.choose(text):
             await trio.sleep(trio.current_time() - began)

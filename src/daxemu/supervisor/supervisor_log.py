@@ -1,7 +1,7 @@
-"""DEVICE/supervisor.log: what this process and its children say on stderr, within a limit of bytes.
+"""DEVICE/supervisor.log: output of the supervisor and its children to stderr, within a limit of bytes.
 
-Near half of the limit the file becomes ``supervisor.log.1``, in the place of an older one, and stderr goes to
-a new one. In the foreground stderr is not that file, and nothing is rotated.
+Near half of the limit the file is renamed to ``supervisor.log.1``, which replaces an older file of that name,
+and stderr goes to a new file. In the foreground stderr is the terminal, and no file is rotated.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from daxemu.supervisor.event_file import ROTATED
 log = logging.getLogger(__name__)
 
 MARGIN = 64 << 10
-"""Bytes below half of the limit: one message, with its traceback, may still come."""
+"""Bytes below half of the limit at which the file is rotated: room for one message with a traceback."""
 
 
 class SupervisorLog(logging.Handler):
-    """Looks at the file after each message. ``limit`` returns the limit of now."""
+    """Checks the size of the file after each message. ``limit`` returns the current limit in bytes."""
 
     def __init__(self, path: PrivatePath, limit: Callable[[], int]) -> None:
         super().__init__()
@@ -36,12 +36,12 @@ class SupervisorLog(logging.Handler):
             return False
 
     def attach(self) -> None:
-        """Look from now on; also at what an earlier mount left."""
+        """Check from now on. Rotates at once if an earlier mount left a large file."""
         logging.getLogger().addHandler(self)
         self._rotate_in_time()
 
     def detach(self) -> None:
-        """Look no more."""
+        """End the checks."""
         logging.getLogger().removeHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -57,7 +57,7 @@ class SupervisorLog(logging.Handler):
             log.error("%s cannot be rotated: %s", self._path, error.strerror)
 
     def _rotate(self) -> None:
-        with suppress(FileNotFoundError):  # renamed already, by a rotation that came to no end
+        with suppress(FileNotFoundError):  # renamed already, by a rotation that failed afterwards
             self._path.rename(self._path.name + ROTATED)
         fd = self._path.make(os.O_WRONLY | os.O_APPEND)
         try:

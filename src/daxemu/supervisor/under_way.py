@@ -19,25 +19,25 @@ R = TypeVar("R")
 
 
 class UnderWay:
-    """What began and has not ended. Belongs to the trio thread."""
+    """Work that began and has not ended, by name. Belongs to the trio thread."""
 
     def __init__(self) -> None:
         self._events: dict[trio.Event, str] = {}
 
     def begin(self, name: str) -> trio.Event:
-        """Note that ``name`` begins. Precondition: :meth:`end` follows."""
+        """Note that work ``name`` begins. The caller must pass the returned event to :meth:`end`."""
         event = trio.Event()
         self._events[event] = name
         return event
 
     def end(self, event: trio.Event) -> None:
-        """Note the end."""
+        """Note the end of the work that :meth:`begin` returned ``event`` for."""
         del self._events[event]
         event.set()
 
     @contextmanager
     def one(self, name: str) -> Iterator[None]:
-        """The block is under way."""
+        """Count the context as under way, by ``name``."""
         event = self.begin(name)
         try:
             yield
@@ -45,7 +45,7 @@ class UnderWay:
             self.end(event)
 
     def counting(self, name: str, work: Callable[[T], Awaitable[R]]) -> Callable[[T], Awaitable[R]]:
-        """Return ``work``, under way as ``name`` while it runs."""
+        """Return a function that calls ``work``, and counts the call as under way by ``name``."""
 
         async def counted(argument: T) -> R:
             with self.one(name):
@@ -54,10 +54,10 @@ class UnderWay:
         return counted
 
     async def settle(self, patience: float) -> Settled:
-        """Wait until all that is under way now has ended, and all that began by the end of that.
+        """Wait until no work is under way. Work that begins during the wait is waited for, too.
 
-        Raises Busy, with the names of the rest, after ``patience`` seconds; InvalidArgument for a negative
-        ``patience``.
+        Raises Busy after ``patience`` seconds, with the names of the remaining work. Raises InvalidArgument
+        for a negative ``patience``.
         """
         if not patience >= 0:
             raise InvalidArgument(f"{patience:g} seconds of patience: give 0 or more")
@@ -71,7 +71,7 @@ class UnderWay:
 
 
 class Counted:
-    """A nursery whose tasks are under way from their start to their end, ``but`` those of these names."""
+    """Nursery whose tasks count as under way from start to end. Tasks with a name in ``but`` do not count."""
 
     def __init__(self, inner: Nursery, under_way: UnderWay, but: tuple[str, ...] = ()) -> None:
         self._inner = inner

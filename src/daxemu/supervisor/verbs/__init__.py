@@ -1,4 +1,5 @@
-"""Requests of the control socket, one module a group. A verb takes only the parts that it needs.
+"""Verbs: functions that execute the requests of the control socket, one module a group.
 
-``machine`` has the table from the type of a request to its verb.
+A verb takes only the parts of the machine that the verb needs. ``supervisor.machine`` has the table from the
+type of a request to its verb.
 """

@@ -1,4 +1,4 @@
-"""Device byte ranges of the ranges that a request names."""
+"""Device bytes behind the file ranges or device ranges of a request."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def resolve(
     found = await _file_ranges(fs, ino, ranges)
     holes = sum(length for _, length in ranges) - sum(r.length for r in found)
     if holes:
-        # A store through a mapping has no place on the media before write-back.
+        # A store through a mapping into a hole gets a block at its write-back.
         await page_cache.write_back(ino)
         found = await _file_ranges(fs, ino, ranges)
         holes = sum(length for _, length in ranges) - sum(r.length for r in found)
@@ -70,8 +70,8 @@ async def device_page(fs: Filesystem, page_cache: PageCache, ino: Ino, offset: i
 async def _file_ranges(fs: Filesystem, ino: Ino, ranges: list[tuple[int, int]]) -> list[Range]:
     """Return device byte ranges of ranges of a file.
 
-    Up to BATCH ranges with up to BATCH extents each are looked up at one moment. Of more, each BATCH is where
-    the file has it at the moment of its lookup.
+    Up to BATCH ranges with up to BATCH extents each are looked up at one moment. Larger requests are looked
+    up in batches with a checkpoint in between: each batch is correct at the moment of its lookup.
     """
     found: list[Range] = []
     async for part in _in_pieces(ranges):

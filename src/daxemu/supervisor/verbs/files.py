@@ -1,7 +1,7 @@
 """The verbs ``map``, ``reflink``, ``damaged`` and ``badblocks``.
 
-A reply of any size is made in pieces, with a checkpoint after each, and is as of several moments: files may
-change between two pieces. Each piece is right when it is made, and no part of a file or of the device is in
+A reply is made in pieces, with a checkpoint after each. Files may change between two pieces, so a long reply
+describes several moments. Each piece is correct at its moment, and no part of a file or of the device is in
 two pieces.
 """
 
@@ -24,8 +24,9 @@ PIECE = 2048
 
 
 async def file_map(pmem: Pmem, fs: Filesystem, ino: Ino) -> p.FileMap:
-    """The extents of a file, holes included. Raises InvalidArgument if it is no regular file, FsError ESTALE
-    if it goes meanwhile.
+    """Return the extents of a file, holes included.
+
+    Raises InvalidArgument if ``ino`` is not a regular file, FsError ESTALE if the file is deleted meanwhile.
     """
     found: list[p.Extent] = []
     at = 0
@@ -57,7 +58,7 @@ def _extents(pmem: Pmem, fs: Filesystem, run: Mapping) -> Iterator[p.Extent]:
 
 
 async def damaged(fs: Filesystem) -> p.DamagedList:
-    """Files and ranges that lost data, by path."""
+    """Return the damaged file ranges, by path."""
     found: list[p.DamagedRange] = []
     for part in fs.damaged_in_pieces():
         found += [p.DamagedRange(d.ino, d.path, d.offset, d.length) for d in part]
@@ -66,7 +67,7 @@ async def damaged(fs: Filesystem) -> p.DamagedList:
 
 
 async def badblocks(pmem: Pmem) -> p.BadblockList:
-    """The known bad sectors."""
+    """Return the bad blocks, as ranges of 512-byte sectors."""
     found: list[tuple[int, int]] = []
     sectors = 0
     for part in pmem.badblocks.in_pieces(PIECE):
@@ -77,7 +78,7 @@ async def badblocks(pmem: Pmem) -> p.BadblockList:
 
 
 async def reflink(clones: Clones, request: p.Reflink) -> p.Shared:
-    """Share blocks between files, as FICLONERANGE does. Raises as Clones.clone()."""
+    """Share blocks between files, as FICLONERANGE does. Raises the errors of Clones.clone()."""
     return p.Shared(
         await clones.clone(request.src, request.src_offset, request.dst, request.dst_offset, request.length)
     )

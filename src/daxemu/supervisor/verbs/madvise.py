@@ -1,8 +1,8 @@
-"""madvise(2) with MADV_HWPOISON or MADV_SOFT_OFFLINE, asked for by ``daxemu run``: mm/madvise.c.
+"""madvise(2) with MADV_HWPOISON or MADV_SOFT_OFFLINE, for programs under ``daxemu run``: mm/madvise.c.
 
-The thread waits in the system call meanwhile. ``host/run/runner`` found its pages and faulted them in. The
-kernel's injection is always simulated (MF_SW_SIMULATED): the bytes stay readable. Here the media goes bad,
-unless that is asked for.
+The thread waits in the system call meanwhile. ``host/run/runner`` has found the pages of the thread and
+faulted the pages in. In the kernel such an injection is always simulated (MF_SW_SIMULATED): the bytes stay
+readable. In daxemu the media is poisoned, unless the request is for a simulated failure.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ class MadviseInjection:
         self._emit = emit
 
     async def madvise_inject_error(self, request: p.Madvise) -> p.Advised:
-        """``madvise_inject_error()``: a memory failure for each page, up to the first that returns an error.
+        """Handle a memory failure for each page, up to the first page with an error. Return the errno or 0.
 
-        Page by page, as in the kernel: each is logged and counted, and the caller's one signal is for the
-        first. Raises NoDevice after a removal, InvalidArgument if ``ino`` is no regular file.
+        As ``madvise_inject_error()`` in the kernel, each page is a separate failure, logged and counted. The
+        calling thread gets one signal, for the first page. Raises NoDevice after a removal, InvalidArgument
+        if ``ino`` is not a regular file.
         """
         check_present(self._pmem)
         if self._pmem.pgmap is None:
@@ -68,7 +69,7 @@ class MadviseInjection:
         pfn, address = self._pmem.pfn_of(at), request.address + done
         self._emit(MadviseInjected(pid=pid, tid=request.tid, address=address, pfn=pfn, soft=request.soft))
         if request.soft:
-            return errno.EIO  # soft_offline_page(): no online page, for it is ZONE_DEVICE's
+            return errno.EIO  # soft_offline_page(): a ZONE_DEVICE page is no online page
         flags = MF_ACTION_REQUIRED
         if request.simulated:
             flags |= MF_SW_SIMULATED

@@ -26,11 +26,11 @@ from daxemu.supervisor.verbs.repair import Repairing, blocks_of
 from daxemu.uapi import PAGE_SIZE
 
 CLEARED = 16 << 20
-"""Bytes that are cleared in one step: the host takes them back and gives files zeros, 10 ms."""
+"""Bytes cleared in one step of the event loop: 10 ms, in which the host frees pages and supplies zeros."""
 
 
 class Poison:
-    """Makes media bad and good. Belongs to the trio thread."""
+    """Poisons, clears and scrubs the media. Belongs to the trio thread."""
 
     def __init__(
         self,
@@ -55,9 +55,9 @@ class Poison:
         self._emit = emit
 
     async def inject(self, request: p.Inject) -> p.Injected:
-        """Poison each range, one memory failure each. Nothing is changed unless all ranges are good.
+        """Poison the ranges, and handle one memory failure for each. An invalid range refuses all ranges.
 
-        More than BATCH ranges of the device are poisoned and handled in batches, each of them at one moment.
+        More than BATCH ranges of the device are poisoned and handled in batches, each batch at one moment.
         Raises InvalidArgument, NoDevice, NoSpace.
         """
         check_present(self._pmem)
@@ -90,10 +90,10 @@ class Poison:
         return results, any(bad != part for bad, part, _ in done)
 
     def _poison(self, found: list[Range], *, latent: bool) -> Iterator[tuple[Range, Range]]:
-        """Make ranges bad; yield each range as poisoned, and as asked for.
+        """Poison ranges of device bytes. Yield each range as poisoned, and as requested.
 
-        All at once, but one by one where there are 2 MiB pages: whether a page is part of a 2 MiB page when
-        it fails depends on the bad blocks before.
+        All ranges are poisoned at once, except on a device with 2 MiB pages: earlier bad blocks decide if a
+        page is part of a 2 MiB page at its failure, so the ranges are poisoned one by one.
         """
         one_by_one = self._pmem.dax.align != PAGE_SIZE
         for batch in [[part] for part in found] if one_by_one else [found]:
@@ -132,12 +132,12 @@ class Poison:
         return p.Injected(results, False, holes)
 
     async def clear(self, request: p.Clear) -> p.Cleared:
-        """Make ranges healthy; poisoned sectors read as zeros. Raises InvalidArgument, NoDevice."""
+        """Clear poison: cleared sectors read as zeros. Raises InvalidArgument, NoDevice."""
         check_present(self._pmem)
         found, _ = await resolve(self._pmem, self._fs, self._page_cache, request.ino, request.ranges)
         cleared: list[tuple[int, int]] = []
         for part in found:
-            # Sectors may go bad between two batches: those behind the last batch stay bad.
+            # Sectors may be poisoned between two batches. New poison before the next batch is not cleared.
             for some in self._pmem.dax.poisoned_in_pieces(part, BATCH):
                 for bad in _of_at_most(some, CLEARED):
                     check_present(self._pmem)
@@ -160,8 +160,9 @@ class Poison:
         return cleared
 
     async def scrub(self) -> p.Cleared:
-        """Discover latent poison: bad blocks only, no signals. Then the repair strategy scrubs all blocks.
-        Raises NoDevice.
+        """Turn latent poison into bad blocks, without signals, and ask the repair strategy about each.
+
+        Then the strategy scrubs all blocks. Raises NoDevice.
         """
         check_present(self._pmem)
         found: list[tuple[int, int]] = []
@@ -176,7 +177,7 @@ class Poison:
 
 
 def _of_at_most(ranges: list[Range], length: int) -> Iterator[list[Range]]:
-    """Yield ``ranges`` in lists of at most ``length`` bytes each; a longer range in several lists."""
+    """Yield ``ranges`` in lists of at most ``length`` bytes each. A longer range is split between lists."""
     some: list[Range] = []
     left = length
     for part in ranges:

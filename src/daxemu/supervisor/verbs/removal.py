@@ -27,11 +27,10 @@ async def remove(
     emit: Emit,
     request: p.Remove,
 ) -> p.Removed:
-    """Remove the device: kill_dax(), one notification for the whole range, a signal to every process with a
-    page present.
+    """Remove the device: one failure of the whole range, a signal to every process with a page present.
 
-    As xfs_dax_notify_dev_failure(): freeze, kill, shut down, thaw. No access fails before every victim is
-    signalled, or SIGNAL_PATIENCE is over. Raises NoDevice if the device is removed already.
+    The order is that of xfs_dax_notify_dev_failure(): freeze, kill, shut down, thaw. No access fails before
+    every AO is delivered or SIGNAL_PATIENCE has passed. Raises NoDevice if the device was removed before.
     """
     check_present(pmem)
     was_idle = pmem.dax.dax_is_idle()
@@ -50,9 +49,9 @@ async def remove(
 
 @contextmanager
 def frozen(fs: Filesystem, gates: Gates) -> Iterator[Freeze]:
-    """Hold back reads and writes until the filesystem is shut down, or the context ends."""
+    """Hold reads and writes back until the filesystem is shut down, at most until the end of the context."""
     freeze = gates.freeze = Freeze()
-    with fs.layouts.suspended():  # or C would answer them
+    with fs.layouts.suspended():  # C would answer reads and writes
         try:
             yield freeze
         finally:

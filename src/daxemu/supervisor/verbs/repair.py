@@ -20,7 +20,7 @@ from daxemu.uapi import PAGE_SHIFT, SECTOR_SIZE
 
 
 class Repairing:
-    """Chooses a repair strategy and calls it for bad blocks. Belongs to the trio thread."""
+    """Chooses a repair strategy, and asks the strategy about bad blocks. Belongs to the trio thread."""
 
     def __init__(
         self,
@@ -41,9 +41,9 @@ class Repairing:
         self._emit = emit
 
     async def repair(self, request: p.Repair) -> p.Repaired:
-        """Choose a strategy, if one is given, and call it for every bad block.
+        """Choose the strategy of the request, if given, and ask the strategy about every bad block.
 
-        Raises InvalidArgument, NoDevice, and what the strategy refuses with.
+        Raises NoDevice, and the errors of StrategyHost.choose().
         """
         check_present(self._pmem)
         if request.strategy is not None:
@@ -65,7 +65,7 @@ class Repairing:
         return total
 
     async def choose(self, strategy: str) -> None:
-        """Use another strategy from now on. Raises as StrategyHost.choose()."""
+        """Change to another strategy. Raises the errors of StrategyHost.choose()."""
         await trio.to_thread.run_sync(self._strategy_host.check, strategy)
         await self._strategy_host.attach(strategy)
         self._consumption.forget(Range(0, self._pmem.dax.size))

@@ -27,7 +27,7 @@ class Setting:
     show: Callable[[], str]
     apply: Callable[[Any], object]
     attach: Callable[[Any], Awaitable[None]] | None = None
-    """Awaited before any setting is applied: takes time, and may fail."""
+    """Awaited before any setting of the request is applied, for a change that takes time and may fail."""
 
 
 def settings_of(

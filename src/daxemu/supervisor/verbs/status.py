@@ -33,7 +33,7 @@ def status(
     open_files: int,
     supplement: str,
 ) -> p.StatusReport:
-    """Describe a machine at this moment. ``supplement``: state of the C part."""
+    """Return the state of a machine at this moment. ``supplement``: state of the supplement (C)."""
     state: Literal["mounted", "shut down", "removed"] = "mounted"
     if not pmem.dax.alive:
         state = "removed"

@@ -1,4 +1,4 @@
-"""The verb ``survey``: what is where on the device."""
+"""The verb ``survey``: map of the use and poison of the device, in cells of equal size."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _USED, _METADATA, _SHARED, _BAD, _LATENT = range(5)
 
 
 async def survey(pmem: Pmem, fs: Filesystem, wanted: Survey) -> SurveyReport:
-    """Count what is where in a range of the device, with a checkpoint between two parts of the range.
+    """Count used, shared and poisoned bytes in each cell of a device range, and find the largest files.
 
-    Each part is as of its moment. Costs as much as the range has links and poison, whatever its size. Raises
-    InvalidArgument.
+    The range is surveyed in parts, with a checkpoint after each; each part is correct at its moment. The cost
+    grows with the number of links and of poisoned ranges, not with the bytes. Raises InvalidArgument.
     """
     size = pmem.dax.size
     length = size - wanted.offset if wanted.length is None else wanted.length
@@ -75,7 +75,7 @@ async def survey(pmem: Pmem, fs: Filesystem, wanted: Survey) -> SurveyReport:
 
 
 def _parts(fs: Filesystem, blocks: Range) -> Iterator[Range]:
-    """``blocks`` in parts of about PIECE links, free space left out."""
+    """Yield parts of ``blocks`` with about PIECE links each, without free space before a part."""
     at, length = blocks.start, PIECE
     while at < blocks.end and (run := fs.allocator.used_from(at)) is not None:
         part = Range(run.start, run.start + length).clip(*blocks)
@@ -101,7 +101,7 @@ class _Counts:
         self._bytes = np.zeros((len(Cell.__struct_fields__), self.cells), np.int64)
 
     def add(self, kind: int, start: int, end: int) -> None:
-        """Count the bytes ``[start, end)`` in the cells that have some of them."""
+        """Add the device bytes ``[start, end)`` to the counts of the cells that hold any of the bytes."""
         part = Range(start, end).clip(*self._whole)
         if not part:
             return
@@ -116,12 +116,12 @@ class _Counts:
         row[last] += stop - last * self._cell
 
     def cells_of(self, low: int, high: int) -> list[Cell]:
-        """The cells ``[low, high)``."""
+        """Return the cells ``[low, high)``."""
         return [Cell(*kinds) for kinds in self._bytes[:, low:high].T.tolist()]
 
 
 def _sharing(owners: list[Owner]) -> Iterator[tuple[Block, Block, int]]:
-    """Runs that the same number of links use, which is not 0, as (start, end, number)."""
+    """Yield runs of blocks used by the same number of links, above 0, as (start, end, number)."""
     steps = [(owner.dev_block, 1) for owner in owners]
     steps += [(owner.dev_block + owner.length, -1) for owner in owners]
     steps.sort(key=lambda step: step[0])
