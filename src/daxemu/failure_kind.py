@@ -28,7 +28,7 @@ class Traits(NamedTuple):
 
 
 class FailureKind(StrEnum):
-    """How memory fails. The value is the word in JSON, options, plans and reports."""
+    """Kind of memory failure. The value is the word in JSON, options, plans and reports."""
 
     POISON = "poison", Traits(is_poison=True)
     """Poison reported at once: bad blocks, memory_failure(), signals."""

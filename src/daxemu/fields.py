@@ -14,7 +14,7 @@ import msgspec
 
 
 class Kind(StrEnum):
-    """What a field counts or names."""
+    """Kind of a quantity or a name in a field. The value is the word in docs/protocol.md."""
 
     FILE_OFFSET = "file offset"
     DEVICE_OFFSET = "device offset"

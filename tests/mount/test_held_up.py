@@ -70,8 +70,10 @@ def frozen_v2(actor: Actor) -> Iterator[None]:
 def stopped(actor: Actor) -> Iterator[None]:
     os.kill(actor.pid, signal.SIGSTOP)
     until(lambda: state(actor) in "Tt")
-    yield
-    os.kill(actor.pid, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        os.kill(actor.pid, signal.SIGCONT)
 
 
 @contextmanager

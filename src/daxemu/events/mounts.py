@@ -70,8 +70,9 @@ class UnexpectedError(Event):
 
 
 class LoopStalled(Event):
-    """One step of the event loop took ``seconds``: no request was answered meanwhile. The watchdog cut the
-    mount. ``task`` is the task that ran, ``step`` the innermost function; the stack is in supervisor.log.
+    """A step of the event loop took ``seconds``. The supervisor answered no request meanwhile, and the
+    watchdog cut the mount. ``task``: the running task. ``step``: the innermost function. The stack is in
+    supervisor.log.
     """
 
     task: str
@@ -83,7 +84,7 @@ class LoopStalled(Event):
 
 
 class MetadataRewritten(Event):
-    """One copy of a page of the filesystem's records was bad and was rewritten from the other copy.
+    """A bad copy of a metadata page was rewritten from the good copy.
 
     ``file``: db, wal or superblock. ``page``: the page's number in the file, or the superblock's first block
     on the device. ``copy``: 1 or 2. ``reason``: "has a wrong checksum" or "is older than the other".
@@ -102,7 +103,7 @@ class MetadataRewritten(Event):
 
 
 class MetadataUpgraded(Event):
-    """The filesystem's records were rewritten in today's format; ``before`` and ``now`` are the formats."""
+    """Metadata of an earlier format was rewritten. ``before`` and ``now``: numbers of the formats."""
 
     device: str
     before: int

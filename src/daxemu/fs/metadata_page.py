@@ -61,7 +61,7 @@ def is_intact(page: memoryview, file: int, number: int) -> bool:
 
 
 def is_published(page: memoryview) -> bool:
-    """Whether ``page`` is an intact page of any file of a filesystem that had a superblock."""
+    """Return True if ``page`` is an intact page of any file of a filesystem with a superblock."""
     magic, number, generation = _TRAILER.unpack_from(page, PAYLOAD)
     return bool(magic & ~0xFF == _MAGIC and generation >> 32) and is_intact(page, magic & 0xFF, number)
 

@@ -91,7 +91,7 @@ def _rewrite_bad_copies(pmem: Pmem) -> int:
 
 def _check(pmem: Pmem, report: Report) -> None:
     def ignore(event: Event) -> None:
-        """Nobody follows."""
+        """Drop the event: an offline check has no followers."""
 
     region = MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
     if not region.is_formatted():

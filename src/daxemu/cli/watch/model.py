@@ -193,7 +193,7 @@ class Model:
         }
 
     def path_of(self, ino: int) -> str:
-        """Return a name for a mapped file: its path, or its inode number."""
+        """Return the path of a mapped file; without a known path, text with the inode number."""
         return self._names.get(ino, f"<inode {ino}>")
 
     def json(self) -> str:
