@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from daxemu.errors import NoSpace
 from daxemu.fs.data_ops import DataOps
 from daxemu.fs.extents import ExtentMap
+from daxemu.fs.reclaimer import Reclaimer
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SIZE, Block
@@ -29,12 +30,13 @@ class Allocator:
     A block over bad sectors stays in the free set, but is skipped until the sectors are cleared. A freed
     block is *pending* until the commit of the metadata without the block: if the block were used earlier, a
     crash would show new contents in the old file. After the commit the block is *settled*: the host gets the
-    memory back, and then the block becomes free. ``reclaim`` is called when only pending blocks are left, and
-    commits.
+    memory back, and then the block becomes free. ``reclaimer`` commits when only pending blocks are left, and
+    may have a task that drains settled blocks piece by piece.
     """
 
-    def __init__(self, dax: DaxDevice) -> None:
+    def __init__(self, dax: DaxDevice, reclaimer: Reclaimer | None = None) -> None:
         self._dax = dax
+        self._reclaimer = reclaimer or Reclaimer()
         self.total = dax.size // PAGE_SIZE
         self._free = RangeSet([(0, self.total)])
         self._pending = RangeSet()
@@ -46,17 +48,15 @@ class Allocator:
         self._bad_later = 0
         """Number of bad blocks among the pending and settled blocks."""
         self._cursor = 0
-        self.on_settle: Callable[[], None] | None = None
-        """Called when blocks are settled. The host then calls :meth:`drain` until no block is left.
-
-        While None, settled blocks become free at once.
-        """
-        dax.badblocks.on_set, dax.badblocks.on_clear = self._set_bad, self._clear_bad
+        dax.badblocks.on_set.register(self._set_bad)
+        dax.badblocks.on_clear.register(self._clear_bad)
         self._set_bad(list(dax.badblocks))
-        self.reclaim: Callable[[], None] | None = None
-        self.backlog: Callable[[], int] = lambda: 0
-        """Return the number of blocks of unlinked files. ``reclaim`` frees these blocks."""
         self.watcher: DataOps | None = None
+
+    def close(self) -> None:
+        """Follow the bad blocks of the device no longer."""
+        self._dax.badblocks.on_set.unregister(self._set_bad)
+        self._dax.badblocks.on_clear.unregister(self._clear_bad)
 
     @property
     def free_blocks(self) -> int:
@@ -155,7 +155,7 @@ class Allocator:
 
     def check_free(self, length: int) -> None:
         """Raise NoSpace unless ``length`` blocks have no owner."""
-        if length > self.free_blocks + self.backlog():
+        if length > self.free_blocks + self._reclaimer.backlog:
             raise NoSpace("the device is full: remove files, or make a larger one")
 
     def _or_reclaim(self, length: int, take: Callable[[list[Range]], None], reserve: bool) -> list[Range]:
@@ -170,9 +170,7 @@ class Allocator:
             except NoSpace:
                 if self._settled:
                     self.drain(DRAIN_RUNS, max(length, DRAIN_BLOCKS))
-                elif self.reclaim is not None and (self._pending or self.backlog()):
-                    self.reclaim()
-                else:
+                elif not ((self._pending or self._reclaimer.backlog) and self._reclaimer.reclaim()):
                     raise
 
     def _all_of(self, take: Callable[[list[Range]], None], reserve: bool) -> list[Range]:
@@ -259,11 +257,11 @@ class Allocator:
             pending, self._pending = self._pending, RangeSet()
             for run in pending:
                 self._settled.add(*run)
-        if self.on_settle is None:
+        if not self._reclaimer.has_task:
             while self.drain():
                 pass
         elif self._settled:
-            self.on_settle()
+            self._reclaimer.wake()
 
     def drain(self, runs: int = DRAIN_RUNS, blocks: int = DRAIN_BLOCKS) -> bool:
         """Free settled blocks: at most ``runs`` runs, and ``blocks`` blocks with memory. Return True if any

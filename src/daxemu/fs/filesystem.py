@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 
 from daxemu.errors import FsError, MediaError, NoSpace, Shutdown
@@ -189,13 +189,6 @@ class Filesystem(SuperBlock):
         if (done := self.inodegc.run(self._data, PIECE_LINKS)) is not None:
             self.unpin(done)
         return self.inodegc.is_busy
-
-    def unlink_in_pieces(self, on_queue: Callable[[], None]) -> None:
-        """Remove unlinked files with many links in pieces from now on. ``on_queue`` is called for each such
-        file, and must have :meth:`inactivate` called until False is returned.
-        """
-        self.inodegc.on_queue = on_queue
-        self.allocator.reclaim, self.allocator.backlog = self._reclaim, lambda: self.inodegc.blocks
 
     def _reclaim(self) -> None:
         """Free the blocks that unlinked files still have, and the pending blocks."""

@@ -73,7 +73,6 @@ class Layouts:
         self._out: set[Ino] = set()
         self._is_watched = False
         self._suspended = 0
-        dax.before_poison = self.break_all
 
     @property
     def count(self) -> int:

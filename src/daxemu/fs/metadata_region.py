@@ -81,7 +81,13 @@ class MetadataRegion:
     version = VERSION
     """Format that :meth:`load` accepts."""
 
-    def __init__(self, dax: DaxDevice, rmap: Rmap, allocator: Allocator) -> None:
+    def __init__(
+        self,
+        dax: DaxDevice,
+        rmap: Rmap,
+        allocator: Allocator,
+        on_bad_copy: OnBadCopy = lambda file, page, copy, state: None,
+    ) -> None:
         """Claim the blocks of the superblocks. The caller then calls :meth:`format` or :meth:`load`."""
         self._dax = dax
         self._allocator = allocator
@@ -97,7 +103,7 @@ class MetadataRegion:
         self._is_published = True
         self.is_read_only = False
         """True if reads do not rewrite a bad copy."""
-        self.on_bad_copy: OnBadCopy = lambda file, page, copy, state: None
+        self._on_bad_copy = on_bad_copy
         self._super_blocks = super_blocks(allocator.total)
         for index, blocks in enumerate(self._super_blocks):
             allocator.take(blocks)
@@ -164,7 +170,7 @@ class MetadataRegion:
             zip(self._super_blocks, self._superblock_states(), strict=True)
         ):
             if state in (CopyState.CORRUPT, CopyState.STALE):
-                self.on_bad_copy("superblock", blocks.start, copy + 1, state)
+                self._on_bad_copy("superblock", blocks.start, copy + 1, state)
         self._write_superblocks()
         self._page_generation = self._generation << 32
 
@@ -298,7 +304,7 @@ class MetadataRegion:
             # A poisoned copy stays until fsck or the next write: a write of a whole page clears poison.
             if copy.state in (CopyState.CORRUPT, CopyState.STALE) and not self.is_read_only:
                 self._dax.direct_access(copy.offset, PAGE_SIZE)[:] = data
-                self.on_bad_copy(file.name.lower(), page, number, copy.state)
+                self._on_bad_copy(file.name.lower(), page, number, copy.state)
         return data
 
     def _copies(self, file: MetadataFile, page: Block) -> list[Copy]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from daxemu.errors import CorruptMetadata
-from daxemu.events import Event
+from daxemu.events import no_log
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.fsck import fsck
@@ -90,14 +90,11 @@ def _rewrite_bad_copies(pmem: Pmem) -> int:
 
 
 def _check(pmem: Pmem, report: Report) -> None:
-    def ignore(event: Event) -> None:
-        """Drop the event: an offline check has no followers."""
-
     region = MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
     if not region.is_formatted():
         region.check_blank()
         return  # the first mount makes the filesystem
-    fs = Filesystem(pmem.dax, MemoryFailures(ignore), ignore, read_only=True)
+    fs = Filesystem(pmem.dax, MemoryFailures(no_log), no_log, read_only=True)
     try:
         report.inodes = len(fs.names)
         report.wrong = fsck(fs)

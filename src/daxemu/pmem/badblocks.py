@@ -6,9 +6,10 @@ change of the list signals no process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from daxemu.notifier import NotifierChain
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import SECTOR_SIZE, Sector
 from daxemu.units import DIV_ROUND_UP, bytes_of_sectors
@@ -19,11 +20,13 @@ class Badblocks:
 
     def __init__(self) -> None:
         self._bad = RangeSet()
-        self.on_change: Callable[[], None] = lambda: None
-        self.on_set: Callable[[list[Range]], None] = lambda sectors: None
+        self.on_change: NotifierChain[[]] = NotifierChain()
+        """Called after any change; within :meth:`one_change`, once at its end."""
+        self.on_set: NotifierChain[[list[Range]]] = NotifierChain()
         """Called with new bad blocks."""
-        self.on_clear: Callable[[list[Range]], None] = lambda sectors: None
+        self.on_clear: NotifierChain[[list[Range]]] = NotifierChain()
         """Called with sectors that are no longer bad blocks."""
+        self._is_one_change = False
 
     def __len__(self) -> int:
         return len(self._bad)
@@ -46,26 +49,30 @@ class Badblocks:
         """
         added = [new for bad in ranges for new in self._bad.add(*bad)]
         if added:
-            self.on_set(added)
-            self.on_change()
+            self.on_set.call_chain(added)
+            self._changed()
         return added
 
     @contextmanager
     def one_change(self) -> Iterator[None]:
         """Context in which all changes count as one: ``on_change`` is called once, at the end."""
-        on_change, self.on_change = self.on_change, lambda: None
+        self._is_one_change = True
         try:
             yield
         finally:
-            self.on_change = on_change
-            on_change()
+            self._is_one_change = False
+            self.on_change.call_chain()
+
+    def _changed(self) -> None:
+        if not self._is_one_change:
+            self.on_change.call_chain()
 
     def clear(self, sector: Sector, sectors: int) -> list[Range]:
         """Remove bad sectors (``badblocks_clear``). Return the removed ones."""
         removed = self._bad.remove(sector, sector + sectors)
         if removed:
-            self.on_clear(removed)
-            self.on_change()
+            self.on_clear.call_chain(removed)
+            self._changed()
         return removed
 
     def check(self, sector: Sector, sectors: int) -> Range | None:

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from daxemu.errors import Busy, InvalidArgument, MediaError, NoDevice, Unsupported
+from daxemu.events import Emit, NotifyFailure
 from daxemu.pmem.badblocks import Badblocks
 from daxemu.pmem.media import Media, Memory
 from daxemu.ranges import Range, RangeSet
@@ -30,12 +31,16 @@ class DaxHolderOperations(Protocol):
         handling.
         """
 
+    def before_poison(self) -> None:
+        """Break grants that new poison makes wrong. Called before any new poison."""
+
 
 class DaxDevice:
     """Dax device: ``size`` bytes of ``media`` from ``data_offset`` on, the bad blocks, and the holder.
 
     ``base_pfn`` is the page frame of device byte 0. ``align``: the largest page, in bytes, that maps the
-    device; device byte 0 is aligned to this size.
+    device; device byte 0 is aligned to this size. ``mkpage_present`` is called with device bytes whose
+    poison was cleared, to update their struct pages. ``emit`` gets an event for each call to the holder.
     """
 
     def __init__(
@@ -45,7 +50,9 @@ class DaxDevice:
         data_offset: int,
         badblocks: Badblocks,
         base_pfn: Pfn,
-        align: int = PAGE_SIZE,
+        align: int,
+        mkpage_present: Callable[[Range], None],
+        emit: Emit,
     ) -> None:
         self.name = name
         self.base_pfn = base_pfn
@@ -60,12 +67,8 @@ class DaxDevice:
         self._media = media
         self._data_offset = data_offset
         self._holder: DaxHolderOperations | None = None
-        self.mkpage_present: Callable[[Range], None] | None = None
-        """Called with device bytes whose poison was cleared, to update their struct pages."""
-        self.on_notify: Callable[[int, int, int], None] = lambda offset, length, flags: None
-        """Called with the arguments of each call to the holder."""
-        self.before_poison: Callable[[], None] = lambda: None
-        """Called before any new poison."""
+        self._mkpage_present = mkpage_present
+        self._emit = emit
 
     # -- who holds it
 
@@ -98,7 +101,7 @@ class DaxDevice:
             raise NoDevice(f"{self.name}: the device is gone")
         if self._holder is None:
             raise Unsupported(f"{self.name}: no holder")
-        self.on_notify(offset, length, flags)
+        self._emit(NotifyFailure(offset=offset, length=length, flags=flags))
         self._holder.notify_failure(offset, length, flags)
 
     def pre_remove(self) -> None:
@@ -218,9 +221,8 @@ class DaxDevice:
         shift = self._data_offset // SECTOR_SIZE
         cleared = self._media.clear_poison(Range(sectors.start + shift, sectors.end + shift))
         good = [Range((r.start - shift) * SECTOR_SIZE, (r.end - shift) * SECTOR_SIZE) for r in cleared]
-        if self.mkpage_present is not None:
-            for part in good:
-                self.mkpage_present(part)
+        for part in good:
+            self._mkpage_present(part)
         return good
 
     def clearing(self, ranges: Iterable[Range]) -> AbstractContextManager[None]:
@@ -239,7 +241,8 @@ class DaxDevice:
         """
         for start, end in ranges:
             self._check(start, end - start)
-        self.before_poison()
+        if self._holder is not None:
+            self._holder.before_poison()
         bad = [sectors_of(part) for part in ranges]
         shift = self._data_offset // SECTOR_SIZE
         self._media.add_poison(*(Range(sectors.start + shift, sectors.end + shift) for sectors in bad))

@@ -117,7 +117,7 @@ class Machine:
                 self.nursery,
                 unexpected,
             )
-        fs.on_shutdown = self._on_shutdown
+        fs.on_shutdown.register(self._on_shutdown)
 
         # Requests of the control socket.
         self._repairing = Repairing(pmem, fs, self.failures, self._consumption, repairs, strategy_host, emit)
