@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 from daxemu.notifier import NotifierChain
 from daxemu.ranges import Range, RangeSet
-from daxemu.uapi import SECTOR_SIZE, Sector
-from daxemu.units import DIV_ROUND_UP, bytes_of_sectors
+from daxemu.uapi import Sector
+from daxemu.units import bytes_of_sectors, sectors_at
 
 
 class Badblocks:
@@ -81,8 +81,7 @@ class Badblocks:
 
     def overlapping_bytes(self, offset: int, length: int) -> Iterator[Range]:
         """Yield the bad byte ranges (whole sectors) that overlap ``[offset, offset + length)``."""
-        first, last = offset // SECTOR_SIZE, DIV_ROUND_UP(offset + length, SECTOR_SIZE)
-        for bad in self._bad.overlapping(first, last):
+        for bad in self._bad.overlapping(*sectors_at(offset, length)):
             yield bytes_of_sectors(bad)
 
     def in_pieces(self, count: int) -> Iterator[list[Range]]:

@@ -17,7 +17,7 @@ from daxemu.pmem.badblocks import Badblocks
 from daxemu.pmem.media import Media, Memory
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import MF_MEM_PRE_REMOVE, PAGE_SIZE, SECTOR_SIZE, U64_MAX, Pfn
-from daxemu.units import bytes_of_sectors, sectors_at, sectors_of
+from daxemu.units import bytes_of_sectors, sector_at, sectors_at, sectors_of
 
 
 class DaxHolderOperations(Protocol):
@@ -155,17 +155,15 @@ class DaxDevice:
         latent.
         """
         at = self._data_offset
-        return [Range(r.start - at, r.end - at) for r in self._media.poisoned(at + offset, length)]
+        return [part.moved(-at) for part in self._media.poisoned(at + offset, length)]
 
     def poisoned_in_pieces(self, part: Range, count: int) -> Iterator[list[Range]]:
         """Yield as :meth:`poisoned`, up to ``count`` ranges at a time. The poison may change between two
         pieces.
         """
-        shift = self._data_offset // SECTOR_SIZE
-        sectors = sectors_of(part)
-        poison = self._media.poison.in_pieces(sectors.start + shift, sectors.end + shift, count)
-        for bad in poison:
-            yield [Range((r.start - shift) * SECTOR_SIZE, (r.end - shift) * SECTOR_SIZE) for r in bad]
+        at = sector_at(self._data_offset)
+        for bad in self._media.poison.in_pieces(*sectors_of(part).moved(at), count):
+            yield [bytes_of_sectors(sectors.moved(-at)) for sectors in bad]
 
     def poisoned_pages(self, part: Range) -> RangeSet:
         """Return the pages of ``part`` with poison, as byte ranges."""
@@ -218,18 +216,17 @@ class DaxDevice:
         """
         sectors = sectors_at(offset, length)
         self.badblocks.clear(sectors.start, sectors.length)
-        shift = self._data_offset // SECTOR_SIZE
-        cleared = self._media.clear_poison(Range(sectors.start + shift, sectors.end + shift))
-        good = [Range((r.start - shift) * SECTOR_SIZE, (r.end - shift) * SECTOR_SIZE) for r in cleared]
+        at = sector_at(self._data_offset)
+        cleared = self._media.clear_poison(sectors.moved(at))
+        good = [bytes_of_sectors(part.moved(-at)) for part in cleared]
         for part in good:
             self._mkpage_present(part)
         return good
 
     def clearing(self, ranges: Iterable[Range]) -> AbstractContextManager[None]:
         """Context in which the byte ranges are cleared: see Media.clearing()."""
-        shift = self._data_offset // SECTOR_SIZE
-        bad = (sectors_of(part) for part in ranges)
-        return self._media.clearing(Range(sectors.start + shift, sectors.end + shift) for sectors in bad)
+        at = sector_at(self._data_offset)
+        return self._media.clearing(sectors_of(part).moved(at) for part in ranges)
 
     def make_room_for_poison(self, changes: int) -> None:
         """See Media.make_room()."""
@@ -244,8 +241,8 @@ class DaxDevice:
         if self._holder is not None:
             self._holder.before_poison()
         bad = [sectors_of(part) for part in ranges]
-        shift = self._data_offset // SECTOR_SIZE
-        self._media.add_poison(*(Range(sectors.start + shift, sectors.end + shift) for sectors in bad))
+        at = sector_at(self._data_offset)
+        self._media.add_poison(*(sectors.moved(at) for sectors in bad))
         return [bytes_of_sectors(sectors) for sectors in bad]
 
     def zero(self, offset: int, length: int) -> None:

@@ -13,6 +13,7 @@ from daxemu.errors import Busy, InvalidArgument, NoSpace, NotADevice, Permission
 from daxemu.pmem.media import Media, check_mappable
 from daxemu.private_path import PRIVATE, PrivatePath
 from daxemu.uapi import PAGE_SIZE, PMD_SIZE, Pfn
+from daxemu.units import PHYS_PFN, round_up
 
 FORMAT_VERSION = 1
 MIN_SIZE = 8 << 20
@@ -76,7 +77,7 @@ class DeviceConfig:
 
 def altmap_bytes(size: int, align: int = PAGE_SIZE) -> int:
     """Return the size in bytes of a memmap on the device itself: one struct page (64 bytes) for each page."""
-    return -(-size // PAGE_SIZE * STRUCT_PAGE_SIZE // align) * align
+    return round_up(PHYS_PFN(size) * STRUCT_PAGE_SIZE, align)
 
 
 def _integer(table: dict[str, object], name: str) -> int:

@@ -15,8 +15,8 @@ from daxemu.pmem.device_dir import DeviceDir
 from daxemu.pmem.media import Media
 from daxemu.pmem.sysfs import Sysfs
 from daxemu.ranges import Range, RangeSet
-from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE, Pfn, page_align_down, page_align_up
-from daxemu.units import PFN_PHYS, PHYS_PFN
+from daxemu.uapi import PAGE_SIZE, Pfn, page_align_down, page_align_up
+from daxemu.units import PFN_PHYS, PHYS_PFN, sectors_of
 
 
 class Pmem:
@@ -53,7 +53,8 @@ class Pmem:
         if config.struct_pages:
             self.pgmap = DevPagemap(device.name, (self.pages,), ops=self, altmap_pages=altmap_pages)
         for bad in self.dax.poisoned(0, self.dax.size):
-            self.badblocks.set(bad.start // SECTOR_SIZE, bad.length // SECTOR_SIZE)
+            sectors = sectors_of(bad)
+            self.badblocks.set(sectors.start, sectors.length)
 
     def attach(self, mm: MemoryFailures) -> None:
         """``pmem_attach_disk()``: register the pfns with ``mm``. Raises Busy.

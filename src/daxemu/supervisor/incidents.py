@@ -8,6 +8,7 @@ from daxemu.pmem.inject import failed_pages
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Ino
+from daxemu.units import DIV_ROUND_UP
 
 
 def of_device_range(pmem: Pmem, fs: Filesystem, part: Range) -> Incident:
@@ -18,5 +19,5 @@ def of_device_range(pmem: Pmem, fs: Filesystem, part: Range) -> Incident:
 
 def of_file(fs: Filesystem, ino: Ino) -> Incident:
     """Return an incident of all pages of a file."""
-    pages = -(-fs.names.get(ino).size // PAGE_SIZE)
+    pages = DIV_ROUND_UP(fs.names.get(ino).size, PAGE_SIZE)
     return Incident(0, 0, 0, 0, mappings=[MappingRange(ino, 0, pages, 0)])

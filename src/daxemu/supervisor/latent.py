@@ -13,6 +13,7 @@ from daxemu.mm.incident import Incident
 from daxemu.mm.to_kill import PresentRun, Task, cut, without
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SHIFT
+from daxemu.units import PFN_PHYS, PHYS_PFN
 
 
 class Latent:
@@ -61,14 +62,14 @@ def _split(task: Task, incident: Incident) -> tuple[tuple[PresentRun, ...], tupl
 
 
 def _addresses(run: PresentRun) -> Range:
-    return Range(run.address, run.address + (run.nr_pages << PAGE_SHIFT))
+    return Range(run.address, run.address + PFN_PHYS(run.nr_pages))
 
 
 def _less(task: Task, addresses: RangeSet) -> Task:
     kept = [
-        cut(run, Range(index, index + (part.length >> PAGE_SHIFT)))
+        cut(run, Range(index, index + PHYS_PFN(part.length)))
         for run in task.present
         for part in addresses.gaps(*_addresses(run))
-        for index in [run.index + ((part.start - run.address) >> PAGE_SHIFT)]
+        for index in [run.index + PHYS_PFN(part.start - run.address)]
     ]
     return replace(task, present=tuple(kept))

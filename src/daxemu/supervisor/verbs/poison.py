@@ -22,8 +22,9 @@ from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.page_cache import PageCache
 from daxemu.supervisor.strategy_host import StrategyHost
 from daxemu.supervisor.verbs.device_ranges import BATCH, check_present, resolve
-from daxemu.supervisor.verbs.repair import Repairing, blocks_of
+from daxemu.supervisor.verbs.repair import Repairing
 from daxemu.uapi import PAGE_SIZE
+from daxemu.units import blocks_of
 
 CLEARED = 16 << 20
 """Bytes cleared in one step of the event loop: 10 ms, in which the host frees pages and supplies zeros."""
