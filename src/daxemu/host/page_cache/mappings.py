@@ -13,7 +13,8 @@ from daxemu.host.proc.present import PagesOf, collect_tasks, mapped_runs, maps_s
 from daxemu.mm.memory_failure import Incident, Task
 from daxemu.mm.to_kill import shared_out
 from daxemu.ranges import Range, RangeSet
-from daxemu.uapi import PAGE_SHIFT, Ino
+from daxemu.uapi import Ino
+from daxemu.units import PFN_PHYS
 
 
 class PageCacheMappings:
@@ -70,8 +71,8 @@ class PageCacheMappings:
 
     def revoke(self, incident: Incident) -> None:
         """See Mappings.revoke. One notification for each file range."""
-        for hurt in incident.mappings:
-            self._session.revoke(hurt.mapping, hurt.index << PAGE_SHIFT, hurt.count << PAGE_SHIFT)
+        for pages in incident.mappings:
+            self._session.revoke(pages.mapping, PFN_PHYS(pages.index), PFN_PHYS(pages.count))
 
     def revoke_all(self) -> None:
         """See Mappings.revoke_all. One notification for each open file."""
