@@ -41,26 +41,26 @@ class Allocator:
         self._free = RangeSet([(0, self.total)])
         self._pending = RangeSet()
         self._settled = RangeSet()
-        self._bad = RangeSet()
+        self._bad_blocks = RangeSet()
         """Blocks over bad sectors, free or not."""
         self._good: RangeSet | None = None
-        """Free blocks without a bad sector; None while no block is bad."""
-        self._bad_later = 0
+        """Free blocks without a bad sector; None while no block is bad_block."""
+        self._later_bad_blocks = 0
         """Number of bad blocks among the pending and settled blocks."""
         self._cursor = 0
-        dax.badblocks.on_set.register(self._set_bad)
-        dax.badblocks.on_clear.register(self._clear_bad)
-        self._set_bad(list(dax.badblocks))
+        dax.badblocks.on_set.register(self._set_bad_blocks)
+        dax.badblocks.on_clear.register(self._clear_bad_blocks)
+        self._set_bad_blocks(list(dax.badblocks))
         self.watcher: DataOps | None = None
 
     def close(self) -> None:
         """Follow the bad blocks of the device no longer."""
-        self._dax.badblocks.on_set.unregister(self._set_bad)
-        self._dax.badblocks.on_clear.unregister(self._clear_bad)
+        self._dax.badblocks.on_set.unregister(self._set_bad_blocks)
+        self._dax.badblocks.on_clear.unregister(self._clear_bad_blocks)
 
     @property
     def free_blocks(self) -> int:
-        """Number of blocks without an owner, including bad, pending and settled blocks."""
+        """Number of blocks without an owner, including bad_block, pending and settled blocks."""
         return self._free.total + self._pending.total + self._settled.total
 
     @property
@@ -71,23 +71,23 @@ class Allocator:
     @property
     def usable_blocks(self) -> int:
         """Number of free blocks that can be allocated: ``f_bavail`` of statfs(2)."""
-        return self._usable.total + self._pending.total + self._settled.total - self._bad_later
+        return self._usable.total + self._pending.total + self._settled.total - self._later_bad_blocks
 
     @property
     def _usable(self) -> RangeSet:
         """Free blocks without a bad sector."""
         return self._free if self._good is None else self._good
 
-    def _set_bad(self, sectors: list[Range]) -> None:
+    def _set_bad_blocks(self, sectors: list[Range]) -> None:
         """Note sectors added to badblocks."""
         for part in sectors:
-            for block in self._bad.add(*blocks_of_sectors(part)):
+            for block in self._bad_blocks.add(*blocks_of_sectors(part)):
                 if self._good is None:
                     self._good = self._free.copy()
                 self._good.remove(*block)
-                self._bad_later += _common(self._pending, block) + _common(self._settled, block)
+                self._later_bad_blocks += _common(self._pending, block) + _common(self._settled, block)
 
-    def _clear_bad(self, sectors: list[Range]) -> None:
+    def _clear_bad_blocks(self, sectors: list[Range]) -> None:
         """Note sectors removed from badblocks.
 
         A block becomes usable with the last of its bad sectors cleared.
@@ -96,15 +96,15 @@ class Allocator:
             blocks = blocks_of_sectors(part)
             size = blocks.length * PAGE_SIZE
             left = self._dax.badblocks.overlapping_bytes(blocks.start * PAGE_SIZE, size)
-            still = RangeSet(bad.outer(PAGE_SIZE) for bad in left)
+            still = RangeSet(bad_block.outer(PAGE_SIZE) for bad_block in left)
             for good in still.gaps(*bytes_of_blocks(blocks)):
                 run = Range(good.start // PAGE_SIZE, good.end // PAGE_SIZE)
-                for block in self._bad.remove(*run):
-                    self._bad_later -= _common(self._pending, block) + _common(self._settled, block)
+                for block in self._bad_blocks.remove(*run):
+                    self._later_bad_blocks -= _common(self._pending, block) + _common(self._settled, block)
                     if self._good is not None:
                         for free in list(self._free.overlapping(*block)):
                             self._good.add(*free)
-        if not self._bad:
+        if not self._bad_blocks:
             self._good = None
 
     @property
@@ -196,7 +196,9 @@ class Allocator:
                 missing -= run.length
                 low = run.end
         if missing:
-            raise NoSpace("the device is full: all free blocks are bad; see daxemu badblocks, daxemu clear")
+            raise NoSpace(
+                "the device is full: all free blocks are bad_block; see daxemu badblocks, daxemu clear"
+            )
 
     def _take(self, taken: list[Range], run: Range) -> None:
         self._remove_free(run)
@@ -211,7 +213,7 @@ class Allocator:
             self.watcher.allocated(run)
 
     def _next_usable(self, low: Block, high: Block) -> Range | None:
-        """The first run of free blocks in ``[low, high)`` that are not bad."""
+        """The first run of free blocks in ``[low, high)`` that are not bad_block."""
         run = self._usable.first_from(low)
         return (run.clip(low, high) or None) if run is not None else None
 
@@ -221,13 +223,13 @@ class Allocator:
         ``unit``: bytes of one position.
         """
         while (run := free.first_from(low)) and (run := run.clip(low, high)):
-            bad = next(self._dax.badblocks.overlapping_bytes(run.start * unit, run.length * unit), None)
-            if bad is None:
+            bad_block = next(self._dax.badblocks.overlapping_bytes(run.start * unit, run.length * unit), None)
+            if bad_block is None:
                 return run
-            first_bad = bad.start // unit
-            if run.start < first_bad:
-                return Range(run.start, first_bad)
-            low = DIV_ROUND_UP(bad.end, unit)
+            first_bad_block = bad_block.start // unit
+            if run.start < first_bad_block:
+                return Range(run.start, first_bad_block)
+            low = DIV_ROUND_UP(bad_block.end, unit)
         return None
 
     def _remove_free(self, run: Range) -> None:
@@ -238,13 +240,13 @@ class Allocator:
     def _add_free(self, run: Range) -> None:
         self._free.add(*run)
         if self._good is not None:
-            for part in list(self._bad.gaps(*run)):
+            for part in list(self._bad_blocks.gaps(*run)):
                 self._good.add(*part)
 
     def free(self, run: Range) -> None:
         """Free blocks after the next commit. Precondition: no link has any of the blocks."""
         self._pending.add(*run)
-        self._bad_later += _common(self._bad, run)
+        self._later_bad_blocks += _common(self._bad_blocks, run)
 
     def settle(self) -> None:
         """Settle the pending blocks, and start giving their memory back to the host.
@@ -272,7 +274,7 @@ class Allocator:
         while self._settled and runs > 0 and blocks > 0:
             start, length = byte_span(next(iter(self._settled)))
             run = self._settled.pop(self._dax.discard_limit(start, length, PFN_PHYS(blocks)) // PAGE_SIZE)
-            self._bad_later -= _common(self._bad, run)
+            self._later_bad_blocks -= _common(self._bad_blocks, run)
             self._give_back(run)
             runs, blocks = runs - 1, blocks - run.length
         return bool(self._settled)

@@ -276,7 +276,7 @@ class Store:
         names.reserve_inos(next_ino)
         self.is_clean = bool(clean)
 
-    def bad_values(self) -> list[str]:
+    def wrong_values(self) -> list[str]:
         """Return a line for each row with a value outside its domain. (:meth:`load` stops at the first.)"""
         wrong = []
         try:
