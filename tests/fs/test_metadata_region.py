@@ -8,7 +8,7 @@ import pytest
 from daxemu.errors import CorruptMetadata, MediaError, NoSpace
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.metadata_page import PAYLOAD
-from daxemu.fs.metadata_region import MetadataFile, MetadataRegion, OnBadCopy
+from daxemu.fs.metadata_region import MetadataFile, MetadataRegion, OnRewrite
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.fs.superblock import SUPER_BLOCKS, VERSION, Superblock, _checksum
 from daxemu.pmem.inject import inject
@@ -28,12 +28,12 @@ def empty(core: Core) -> Core:
     return core
 
 
-def a_region(core: Core, *on_bad_copy: OnBadCopy) -> MetadataRegion:
-    return MetadataRegion(core.pmem.dax, Rmap(), Allocator(core.pmem.dax), *on_bad_copy)
+def a_region(core: Core, *on_rewrite: OnRewrite) -> MetadataRegion:
+    return MetadataRegion(core.pmem.dax, Rmap(), Allocator(core.pmem.dax), *on_rewrite)
 
 
-def formatted(core: Core, *on_bad_copy: OnBadCopy, pages: int = 4) -> MetadataRegion:
-    region = a_region(core, *on_bad_copy)
+def formatted(core: Core, *on_rewrite: OnRewrite, pages: int = 4) -> MetadataRegion:
+    region = a_region(core, *on_rewrite)
     region.format()
     for file in MetadataFile:
         region.grow(file, pages * PAYLOAD)

@@ -49,22 +49,22 @@ class Allocator:
         """Numbers of the holds without a release, in order."""
         self._last_hold = 0
         self._settled = RangeSet()
-        self._bad = RangeSet()
+        self._bad_blocks = RangeSet()
         """Blocks over bad sectors, free or not."""
         self._good: RangeSet | None = None
         """Free blocks without a bad sector; None while no block is bad."""
-        self._bad_later = 0
+        self._later_bad_blocks = 0
         """Number of bad blocks among the pending, held and settled blocks."""
         self._cursor = 0
-        dax.badblocks.on_set.register(self._set_bad)
-        dax.badblocks.on_clear.register(self._clear_bad)
-        self._set_bad(list(dax.badblocks))
+        dax.badblocks.on_set.register(self._set_bad_blocks)
+        dax.badblocks.on_clear.register(self._clear_bad_blocks)
+        self._set_bad_blocks(list(dax.badblocks))
         self.watcher: DataOps | None = None
 
     def close(self) -> None:
         """Follow the bad blocks of the device no longer."""
-        self._dax.badblocks.on_set.unregister(self._set_bad)
-        self._dax.badblocks.on_clear.unregister(self._clear_bad)
+        self._dax.badblocks.on_set.unregister(self._set_bad_blocks)
+        self._dax.badblocks.on_clear.unregister(self._clear_bad_blocks)
 
     def _later(self) -> Iterator[RangeSet]:
         """Yield the sets of blocks without an owner that cannot be allocated yet."""
@@ -95,26 +95,26 @@ class Allocator:
     @property
     def usable_blocks(self) -> int:
         """Number of free blocks that can be allocated: ``f_bavail`` of statfs(2)."""
-        return self._usable.total + self._blocks_later - self._bad_later
+        return self._usable.total + self._blocks_later - self._later_bad_blocks
 
     @property
     def _usable(self) -> RangeSet:
         """Free blocks without a bad sector."""
         return self._free if self._good is None else self._good
 
-    def _set_bad(self, sectors: list[Range]) -> None:
+    def _set_bad_blocks(self, sectors: list[Range]) -> None:
         """Note sectors added to badblocks."""
         for part in sectors:
-            for block in self._bad.add(*blocks_of_sectors(part)):
+            for block in self._bad_blocks.add(*blocks_of_sectors(part)):
                 if self._good is None:
                     self._good = self._free.copy()
                 self._good.remove(*block)
-                self._bad_later += self._common_later(block)
+                self._later_bad_blocks += self._common_later(block)
 
     def _common_later(self, run: Range) -> int:
         return sum(_common(blocks, run) for blocks in self._later())
 
-    def _clear_bad(self, sectors: list[Range]) -> None:
+    def _clear_bad_blocks(self, sectors: list[Range]) -> None:
         """Note sectors removed from badblocks.
 
         A block becomes usable with the last of its bad sectors cleared.
@@ -123,15 +123,15 @@ class Allocator:
             blocks = blocks_of_sectors(part)
             size = blocks.length * PAGE_SIZE
             left = self._dax.badblocks.overlapping_bytes(blocks.start * PAGE_SIZE, size)
-            still = RangeSet(bad.outer(PAGE_SIZE) for bad in left)
+            still = RangeSet(bad_block.outer(PAGE_SIZE) for bad_block in left)
             for good in still.gaps(*bytes_of_blocks(blocks)):
                 run = Range(good.start // PAGE_SIZE, good.end // PAGE_SIZE)
-                for block in self._bad.remove(*run):
-                    self._bad_later -= self._common_later(block)
+                for block in self._bad_blocks.remove(*run):
+                    self._later_bad_blocks -= self._common_later(block)
                     if self._good is not None:
                         for free in list(self._free.overlapping(*block)):
                             self._good.add(*free)
-        if not self._bad:
+        if not self._bad_blocks:
             self._good = None
 
     @property
@@ -252,13 +252,13 @@ class Allocator:
         ``unit``: bytes of one position.
         """
         while (run := free.first_from(low)) and (run := run.clip(low, high)):
-            bad = next(self._dax.badblocks.overlapping_bytes(run.start * unit, run.length * unit), None)
-            if bad is None:
+            bad_block = next(self._dax.badblocks.overlapping_bytes(run.start * unit, run.length * unit), None)
+            if bad_block is None:
                 return run
-            first_bad = bad.start // unit
-            if run.start < first_bad:
-                return Range(run.start, first_bad)
-            low = DIV_ROUND_UP(bad.end, unit)
+            first_bad_block = bad_block.start // unit
+            if run.start < first_bad_block:
+                return Range(run.start, first_bad_block)
+            low = DIV_ROUND_UP(bad_block.end, unit)
         return None
 
     def _remove_free(self, run: Range) -> None:
@@ -269,13 +269,13 @@ class Allocator:
     def _add_free(self, run: Range) -> None:
         self._free.add(*run)
         if self._good is not None:
-            for part in list(self._bad.gaps(*run)):
+            for part in list(self._bad_blocks.gaps(*run)):
                 self._good.add(*part)
 
     def free(self, run: Range) -> None:
         """Free blocks after the next commit. Precondition: no link has any of the blocks."""
         self._pending.add(*run)
-        self._bad_later += _common(self._bad, run)
+        self._later_bad_blocks += _common(self._bad_blocks, run)
 
     def hold(self) -> int:
         """Begin a hold: blocks freed before a commit during the hold are not reused until :meth:`release`.
@@ -327,7 +327,7 @@ class Allocator:
         while self._settled and runs > 0 and blocks > 0:
             start, length = byte_span(next(iter(self._settled)))
             run = self._settled.pop(self._dax.discard_limit(start, length, PFN_PHYS(blocks)) // PAGE_SIZE)
-            self._bad_later -= _common(self._bad, run)
+            self._later_bad_blocks -= _common(self._bad_blocks, run)
             self._give_back(run)
             runs, blocks = runs - 1, blocks - run.length
         return bool(self._settled)

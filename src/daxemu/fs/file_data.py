@@ -265,12 +265,12 @@ class FileData:
         if not self._dax.is_poisoned(first, last - first):
             self._dax.direct_access(dev.start, dev.length)[:] = chunk
             return
-        bad = self._dax.poisoned_pages(dev)
-        for good in bad.gaps(*dev):
+        poisoned = self._dax.poisoned_pages(dev)
+        for good in poisoned.gaps(*dev):
             self._dax.direct_access(good.start, good.length)[:] = chunk[
                 good.start - dev.start : good.end - dev.start
             ]
-        for part in bad.overlapping(*dev):
+        for part in poisoned.overlapping(*dev):
             if from_cache:
                 lost.append(Range(part.start - base, part.end - base))
                 if self.watcher is not None:

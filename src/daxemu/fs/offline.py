@@ -45,7 +45,7 @@ def check_device(directory: DeviceDir, *, repair: bool) -> Report:
     try:
         if repair:
             report.upgraded = _upgrade(pmem)
-            report.healed = _rewrite_bad_copies(pmem)
+            report.healed = _rewrite_copies(pmem)
         _check(pmem, report)
     except CorruptMetadata as error:
         report.wrong += _why_unreadable(pmem, error)
@@ -64,10 +64,10 @@ def _why_unreadable(pmem: Pmem, error: CorruptMetadata) -> list[str]:
     store = Store(region, pmem.name)
     try:
         store.open(read_only=True)
-        found = store.bad_values()
+        found = store.wrong_values()
     except CorruptMetadata:
-        bad = region.damaged_superblocks(is_clean=True)
-        lost = [damage.line for damage in bad if not damage.line.endswith(CopyState.STALE)]
+        damaged = region.damaged_superblocks(is_clean=True)
+        lost = [damage.line for damage in damaged if not damage.line.endswith(CopyState.STALE)]
         found = lost if len(lost) == REPLICAS else []
     finally:
         store.close()
@@ -81,7 +81,7 @@ def _upgrade(pmem: Pmem) -> bool:
     return True
 
 
-def _rewrite_bad_copies(pmem: Pmem) -> int:
+def _rewrite_copies(pmem: Pmem) -> int:
     region = MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
     if not region.is_formatted():
         return 0
@@ -100,7 +100,7 @@ def _check(pmem: Pmem, report: Report) -> None:
         report.wrong = fsck(fs)
         if report.wrong:
             damage = fs.region.damaged_pages(is_clean=fs.store.is_clean)
-            report.mendable = sum(found.mendable for found in damage)
+            report.mendable = sum(found.is_repairable for found in damage)
         report.damaged = [
             f"{lost.path}: {lost.length} bytes at {lost.offset:#x} are poison"
             for lost in fs.damaged()

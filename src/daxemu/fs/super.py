@@ -91,7 +91,7 @@ class SuperBlock:
         self.allocator = allocator_for(dax, self.reclaimer)
         self._data = FileData(dax, self.rmap, self.allocator, self.ensure_links)
         self._faults = Faults(self._data, self.rmap, self.allocator)
-        self.region = MetadataRegion(dax, self.rmap, self.allocator, self._on_bad_copy)
+        self.region = MetadataRegion(dax, self.rmap, self.allocator, self._on_rewrite)
         self.store = Store(self.region, dax.name)
         try:
             if read_only or self.region.is_formatted():
@@ -117,7 +117,7 @@ class SuperBlock:
         )
         dax.hold(self._holder)
 
-    def _on_bad_copy(self, file: str, page: int, copy: int, state: CopyState) -> None:
+    def _on_rewrite(self, file: str, page: int, copy: int, state: CopyState) -> None:
         self.emit(MetadataRewritten(device=self.dax.name, file=file, page=page, copy=copy, reason=state))
 
     def _after_crash(self) -> None:

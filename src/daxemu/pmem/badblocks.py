@@ -19,7 +19,7 @@ class Badblocks:
     """Bad blocks of one device. Sectors count from the first data sector."""
 
     def __init__(self) -> None:
-        self._bad = RangeSet()
+        self._sectors = RangeSet()
         self.on_change: NotifierChain[[]] = NotifierChain()
         """Called after any change; within :meth:`one_change`, once at its end."""
         self.on_set: NotifierChain[[list[Range]]] = NotifierChain()
@@ -29,15 +29,15 @@ class Badblocks:
         self._is_one_change = False
 
     def __len__(self) -> int:
-        return len(self._bad)
+        return len(self._sectors)
 
     def __iter__(self) -> Iterator[Range]:
-        return iter(self._bad)
+        return iter(self._sectors)
 
     @property
     def count(self) -> int:
         """Number of bad sectors. (``bb->count`` is the number of entries.)"""
-        return self._bad.total
+        return self._sectors.total
 
     def set(self, sector: Sector, sectors: int) -> list[Range]:
         """Add bad sectors (``badblocks_set``). Return the new ones."""
@@ -47,7 +47,7 @@ class Badblocks:
         """Add many ranges of bad sectors in one change (``nvdimm_badblocks_populate``). Return the new
         ones.
         """
-        added = [new for bad in ranges for new in self._bad.add(*bad)]
+        added = [new for part in ranges for new in self._sectors.add(*part)]
         if added:
             self.on_set.call_chain(added)
             self._changed()
@@ -69,7 +69,7 @@ class Badblocks:
 
     def clear(self, sector: Sector, sectors: int) -> list[Range]:
         """Remove bad sectors (``badblocks_clear``). Return the removed ones."""
-        removed = self._bad.remove(sector, sector + sectors)
+        removed = self._sectors.remove(sector, sector + sectors)
         if removed:
             self.on_clear.call_chain(removed)
             self._changed()
@@ -77,25 +77,25 @@ class Badblocks:
 
     def check(self, sector: Sector, sectors: int) -> Range | None:
         """Return the first bad part of the range (``badblocks_check``); None without a bad part."""
-        return next(self._bad.overlapping(sector, sector + sectors), None)
+        return next(self._sectors.overlapping(sector, sector + sectors), None)
 
     def overlapping_bytes(self, offset: int, length: int) -> Iterator[Range]:
         """Yield the bad byte ranges (whole sectors) that overlap ``[offset, offset + length)``."""
-        for bad in self._bad.overlapping(*sectors_at(offset, length)):
-            yield bytes_of_sectors(bad)
+        for sectors in self._sectors.overlapping(*sectors_at(offset, length)):
+            yield bytes_of_sectors(sectors)
 
     def in_pieces(self, count: int) -> Iterator[list[Range]]:
         """Yield all bad sectors, up to ``count`` ranges at a time. The list may change between two pieces."""
-        return self._bad.in_pieces(0, 1 << 63, count)
+        return self._sectors.in_pieces(0, 1 << 63, count)
 
     def unknown(self, sectors: Range) -> Iterator[Range]:
         """Yield the parts of ``sectors`` outside the bad blocks."""
-        return self._bad.gaps(*sectors)
+        return self._sectors.gaps(*sectors)
 
     def known(self, sectors: Range) -> Iterator[Range]:
         """Yield the parts of ``sectors`` inside the bad blocks."""
-        return self._bad.overlapping(*sectors)
+        return self._sectors.overlapping(*sectors)
 
     def sysfs_text(self) -> str:
         """Return the list in the format of /sys/block/pmem0/badblocks: lines "first-sector count"."""
-        return "".join(f"{bad.start} {bad.length}\n" for bad in self._bad)
+        return "".join(f"{part.start} {part.length}\n" for part in self._sectors)

@@ -162,13 +162,13 @@ class DaxDevice:
         pieces.
         """
         at = sector_at(self._data_offset)
-        for bad in self._media.poison.in_pieces(*sectors_of(part).moved(at), count):
-            yield [bytes_of_sectors(sectors.moved(-at)) for sectors in bad]
+        for poisoned in self._media.poison.in_pieces(*sectors_of(part).moved(at), count):
+            yield [bytes_of_sectors(sectors.moved(-at)) for sectors in poisoned]
 
     def poisoned_pages(self, part: Range) -> RangeSet:
         """Return the pages of ``part`` with poison, as byte ranges."""
         whole = part.outer(PAGE_SIZE)
-        return RangeSet(bad.outer(PAGE_SIZE) for bad in self.poisoned(whole.start, whole.length))
+        return RangeSet(poisoned.outer(PAGE_SIZE) for poisoned in self.poisoned(whole.start, whole.length))
 
     def direct_access(self, offset: int, length: int) -> memoryview:
         """Return the live bytes of the range for reading or writing (``dax_direct_access``).
@@ -240,10 +240,10 @@ class DaxDevice:
             self._check(start, end - start)
         if self._holder is not None:
             self._holder.before_poison()
-        bad = [sectors_of(part) for part in ranges]
+        poisoned = [sectors_of(part) for part in ranges]
         at = sector_at(self._data_offset)
-        self._media.add_poison(*(sectors.moved(at) for sectors in bad))
-        return [bytes_of_sectors(sectors) for sectors in bad]
+        self._media.add_poison(*(sectors.moved(at) for sectors in poisoned))
+        return [bytes_of_sectors(sectors) for sectors in poisoned]
 
     def zero(self, offset: int, length: int) -> None:
         """Store zeros (``dax_zero_page_range``). Precondition: reserved. Raises MediaError on poison."""

@@ -52,8 +52,8 @@ class Pmem:
         self._pfn_space = PfnAddressSpace(device.name, self.pages, self)
         if config.struct_pages:
             self.pgmap = DevPagemap(device.name, (self.pages,), ops=self, altmap_pages=altmap_pages)
-        for bad in self.dax.poisoned(0, self.dax.size):
-            sectors = sectors_of(bad)
+        for poisoned in self.dax.poisoned(0, self.dax.size):
+            sectors = sectors_of(poisoned)
             self.badblocks.set(sectors.start, sectors.length)
 
     def attach(self, mm: MemoryFailures) -> None:
@@ -112,10 +112,10 @@ class Pmem:
         if memmap is None:
             return
         start, end = page_align_down(cleared.start), page_align_up(cleared.end)
-        bad = RangeSet(
+        poisoned = RangeSet(
             (page_align_down(r.start), page_align_up(r.end)) for r in self.dax.poisoned(start, end - start)
         )
-        good = [Range(self.pfn_of(part.start), self.pfn_of(part.end)) for part in bad.gaps(start, end)]
+        good = [Range(self.pfn_of(part.start), self.pfn_of(part.end)) for part in poisoned.gaps(start, end)]
         memmap.clear_hwpoison(*good)
 
     def close(self) -> None:

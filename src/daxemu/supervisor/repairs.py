@@ -96,12 +96,12 @@ class Repairs:
         found, base = RangeSet(), self._pmem.dax.base_pfn
         for task in tasks:
             for run in task.present:
-                for hurt in incident.mappings if run.writable else ():
+                for failed in incident.mappings if run.writable else ():
                     part = Range(run.index, run.index + run.nr_pages).clip(
-                        hurt.index, hurt.index + hurt.count
+                        failed.index, failed.index + failed.count
                     )
-                    if hurt.mapping == run.mapping and part:
-                        start = hurt.pfn - base + part.start - hurt.index
+                    if failed.mapping == run.mapping and part:
+                        start = failed.pfn - base + part.start - failed.index
                         found.add(start, start + part.length)
         return found
 
@@ -131,9 +131,9 @@ class Repairs:
 
     def _failure(self, blocks: Range, unseen: RangeSet) -> tuple[Failure, list[Owner]]:
         volume = self._host.volume()
-        bad = RangeSet(blocks_of(part) for part in volume.poison(blocks))
-        used = tuple(part for run in volume.in_use(blocks) for part in bad.overlapping(*run))
-        copies = tuple(position for run in bad for position in volume.reserved.positions(run))
+        poisoned = RangeSet(blocks_of(part) for part in volume.poison(blocks))
+        used = tuple(part for run in volume.in_use(blocks) for part in poisoned.overlapping(*run))
+        copies = tuple(position for run in poisoned for position in volume.reserved.positions(run))
         stale = RangeSet(part for run in used for part in self._host.stale(run))
         owners = [owner for run in used for owner in volume.owners(run)]
         return Failure(used, unseen, stale, copies), owners

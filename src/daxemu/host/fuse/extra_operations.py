@@ -258,8 +258,8 @@ class ExtraOperations:
             base = PFN_PHYS(run.file_block - run.dev_block)
             for part, shared_by in self._fs.rmap.sharing(run.dev_block, run.dev_block + run.length):
                 device, size = byte_span(part)
-                bad = self._fs.dax.is_poisoned(device, size)
-                found.append(MAP_EXTENT.pack(base + device, device, size, shared_by, bad))
+                poisoned = self._fs.dax.is_poisoned(device, size)
+                found.append(MAP_EXTENT.pack(base + device, device, size, shared_by, poisoned))
             if len(found) >= MAP_ROOM:
                 break
         del found[MAP_ROOM:]

@@ -62,8 +62,9 @@ TMPFILE = b"/"
 
 
 class Operations(pyfuse3.Operations):
-    """Answers the kernel's requests. ``on_poison`` is awaited before a read is answered EIO. ``heal`` is
-    awaited before a write to poison is answered EIO, and returns whether to try the write again.
+    """Answers the kernel's requests. ``on_poison`` is awaited before a read is answered EIO.
+    ``on_poisoned_write`` is awaited before a write to poison is answered EIO, and returns whether to try the
+    write again.
     """
 
     supports_dot_lookup = True
@@ -73,7 +74,7 @@ class Operations(pyfuse3.Operations):
         self,
         fs: Filesystem,
         on_poison: Callable[[PoisonedRead], Awaitable[Answer]],
-        heal: Callable[[MediaError], Awaitable[bool]],
+        on_poisoned_write: Callable[[MediaError], Awaitable[bool]],
         forget_attributes: Callable[[Ino], None],
         write_back: Callable[[Ino], Awaitable[None]],
         gates: Gates,
@@ -83,7 +84,7 @@ class Operations(pyfuse3.Operations):
         self._fs = fs
         self._names = fs.names
         self._on_poison = on_poison
-        self._heal = heal
+        self._on_poisoned_write = on_poisoned_write
         self._forget_attributes = forget_attributes
         self._write_back = write_back
         self._gates = gates
@@ -439,7 +440,7 @@ class Operations(pyfuse3.Operations):
         try:
             return self._fs.write(caller.ino, off, buf, from_cache=caller.from_cache)
         except MediaError as error:
-            if not await self._heal(error):
+            if not await self._on_poisoned_write(error):
                 raise pyfuse3.FUSEError(error.errno) from None
             return await self._write(caller, off, buf)
         except DaxemuError as error:

@@ -41,7 +41,7 @@ class PageCacheMappings:
         if any(incident.whole_device for incident in incidents):
             return [collect_tasks(dev, None, skip, self._pages_of) if open_now else [] for _ in incidents]
         wanted: dict[Ino, RangeSet] = defaultdict(RangeSet)
-        hurt: list[list[tuple[Ino, Range]]] = [
+        failed: list[list[tuple[Ino, Range]]] = [
             [
                 (m.mapping, part)
                 for m in incident.mappings
@@ -59,7 +59,7 @@ class PageCacheMappings:
         ranges = {ino: list(pages) for ino, pages in wanted.items()}
         tasks = collect_tasks(dev, ranges, skip, pages_of, self._likely)
         self._likely = {task.pid for task in tasks}
-        return shared_out(tasks, hurt)
+        return shared_out(tasks, failed)
 
     def file_page(self, ino: Ino, index: int) -> FilePage:
         """See Mappings.file_page."""

@@ -349,7 +349,7 @@ class Tracer:
         if verdict.kill:
             os.kill(tid, signal.SIGKILL)
         if kind is StopKind.TRAP:
-            injection.mend_eintr(tid)
+            injection.restart_call(tid)
         if verdict.info is not None:
             ptrace.set_siginfo(tid, verdict.info)
         if step is ResumeStep.INJECT:

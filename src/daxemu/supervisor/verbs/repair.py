@@ -51,8 +51,8 @@ class Repairing:
             self._emit(SettingChanged(name="repair", value=request.strategy))
         total, reason = p.Repaired(self._strategy_host.text, 0, 0, 0, None), None
         for part in self._pmem.badblocks.in_pieces(BATCH):
-            for bad in part:
-                verdict = await self.repair_now(bytes_of_sectors(bad))
+            for sectors in part:
+                verdict = await self.repair_now(bytes_of_sectors(sectors))
                 if verdict is not None:
                     total.recovered += verdict.recovered.total
                     total.lost += verdict.lost.total
@@ -70,12 +70,12 @@ class Repairing:
         await self._strategy_host.attach(strategy)
         self._consumption.forget(Range(0, self._pmem.dax.size))
 
-    async def repair_now(self, bad: Range) -> Verdict | None:
-        """Ask the strategy about the device bytes ``bad``, which are bad blocks.
+    async def repair_now(self, poisoned: Range) -> Verdict | None:
+        """Ask the strategy about the device bytes ``poisoned``, which are bad blocks.
 
         Return None if there is no strategy, or if the strategy failed.
         """
         if not self._repairs.is_active:
             return None
-        mapped = incidents.of_device_range(self._pmem, self._fs, bad)
-        return self._repairs.repair_now(blocks_of(bad), mapped, await self._failures.holders(mapped))
+        mapped = incidents.of_device_range(self._pmem, self._fs, poisoned)
+        return self._repairs.repair_now(blocks_of(poisoned), mapped, await self._failures.holders(mapped))

@@ -23,7 +23,7 @@ MAX_CELLS = 1 << 16
 PIECE = 1024
 """Links, or ranges of poison, of one step: 10 ms."""
 CELLS_PIECE = 8192
-_USED, _METADATA, _SHARED, _BAD, _LATENT = range(5)
+_USED, _METADATA, _SHARED, _BAD_BLOCKS, _LATENT = range(5)
 """Fields of a Cell."""
 
 
@@ -59,7 +59,7 @@ async def survey(pmem: Pmem, fs: Filesystem, wanted: Survey) -> SurveyReport:
     for poison in pmem.dax.poisoned_in_pieces(whole, PIECE):
         for sectors in map(sectors_of, poison):
             for known in pmem.badblocks.known(sectors):
-                counts.add(_BAD, bytes_of_sectors(known))
+                counts.add(_BAD_BLOCKS, bytes_of_sectors(known))
             for latent in pmem.badblocks.unknown(sectors):
                 counts.add(_LATENT, bytes_of_sectors(latent))
         await trio.lowlevel.checkpoint()
