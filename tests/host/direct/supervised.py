@@ -121,7 +121,7 @@ class Supervisor:
             await self.spaces.forked(run, call)
             return
         if call.nr in (Nr.EXECVE, Nr.EXECVEAT):
-            self.spaces.executes(call)
+            await self.spaces.executes(call)
         if call.nr != Nr.MMAP or not self._is_ours(call):
             run.answer(call, CONTINUE)
             return
@@ -260,5 +260,3 @@ def agents() -> list[int]:
         if b"(daxemu-agent)" in fields and fields.rsplit(b")", 1)[1].split()[0] != b"Z":
             found.append(int(pid))
     return found
-
-
