@@ -367,6 +367,8 @@ class AddressSpaces:
         self._watcher.on_forked(parent, parent._child)
 
     async def _await_exit(self, space: AddressSpace) -> None:
+        if space.is_gone:  # before this task began: its descriptors may be others' by now
+            return
         with suppress(trio.ClosedResourceError):
             await trio.lowlevel.wait_readable(space._process)
             self.end(space)
