@@ -10,23 +10,29 @@ The clone has the stores to the source before that moment, and no later store.
    store and lack an earlier one. The pages stay mapped, so that a failure finds the processes with the pages
    present.
 3. If no pass finds the source clean, the source's pages are revoked, too.
+4. The blocks are shared in pieces. Until the last piece the I/O lock holds writes to both files, and reads of
+   the target. Reads of the source pass: the clone does not change its bytes.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 
 from daxemu.errors import FsError
+from daxemu.fs import pieces
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import MAX_FILE_SIZE, Inode
 from daxemu.fs.reflink import check_remap
+from daxemu.host.fuse.handlers import result_of
 from daxemu.host.fuse.invalidate_lock import InvalidateLock
+from daxemu.host.fuse.io_lock import IoLock
 from daxemu.ranges import Range
 from daxemu.supervisor import incidents
 from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.page_cache import PageCache
 from daxemu.uapi import PAGE_SIZE, Ino
+from daxemu.units import DIV_ROUND_UP
 
 PASSES = 4
 """Passes of write-back over the source before its pages are revoked."""
@@ -36,13 +42,19 @@ class Clones:
     """Shares blocks of files on the mount. Belongs to the trio thread."""
 
     def __init__(
-        self, fs: Filesystem, page_cache: PageCache, failures: Failures, writers: Mapping[Ino, int]
+        self,
+        fs: Filesystem,
+        page_cache: PageCache,
+        failures: Failures,
+        writers: Mapping[Ino, int],
+        io_lock: IoLock,
     ) -> None:
         """``writers``: number of handles open for writing, by inode."""
         self._fs = fs
         self._page_cache = page_cache
         self._failures = failures
         self._writers = writers
+        self._io_lock = io_lock
 
     async def clone(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
         """Share blocks, as ``FICLONERANGE`` does. Return the number of bytes shared.
@@ -55,8 +67,8 @@ class Clones:
         source, target = fs.names.regular(src)[0], fs.names.regular(dst)[0]
         check_remap(source, src_offset, target, dst_offset, length or source.size - src_offset)
 
-        def share() -> int:
-            return fs.remap_file_range(src, src_offset, dst, dst_offset, length)
+        def share() -> Generator[None, None, int]:
+            return fs.remap_in_pieces(src, src_offset, dst, dst_offset, length)
 
         hurt = _pages(src_offset, length), _pages(dst_offset, length)
         await self._page_cache.write_back(dst)  # most of the write-back, before mf_mutex is taken
@@ -75,11 +87,11 @@ class Clones:
         """
         fs = self._fs
 
-        def share() -> int:
-            return fs.copy_file_range(src, src_offset, dst, dst_offset, length)
+        def share() -> Generator[None, None, int]:
+            return fs.copy_in_pieces(src, src_offset, dst, dst_offset, length)
 
-        if self.is_quick(src, src_offset, dst, dst_offset):
-            return share()
+        if self.is_quick(src, src_offset, dst, dst_offset, length):
+            return pieces.whole(share())
         source, target = fs.names.regular(src)[0], fs.names.regular(dst)[0]
         hurt = _pages(src_offset, length), _pages(dst_offset, length)
         async with self._failures.mf_mutex:
@@ -90,18 +102,28 @@ class Clones:
                     raise FsError(errno.EOPNOTSUPP) from error  # the kernel copies the bytes then
                 raise
 
-    def is_quick(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int) -> bool:
-        """Return True if copy_file_range() shares nothing, or concerns no page that can be dirty or stale."""
+    def is_quick(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> bool:
+        """Return True if copy_file_range() shares nothing, or shares in one piece, and concerns no page that
+        can be dirty or stale, nor a file that a verb in pieces is changing.
+        """
         fs = self._fs
-        source, target = fs.names.regular(src)[0], fs.names.regular(dst)[0]
+        (source, extents), target = fs.names.regular(src), fs.names.regular(dst)[0]
         if (src_offset | dst_offset) % PAGE_SIZE or src_offset >= source.size:
             return True
-        return dst_offset >= target.size and not self._writers[src]
+        if dst_offset < target.size or self._writers[src] or self._io_lock.is_held(src, dst):
+            return False
+        end = DIV_ROUND_UP(src_offset + length, PAGE_SIZE)
+        return extents.count(src_offset // PAGE_SIZE, end) <= pieces.PIECE_LINKS
 
     async def _share(
-        self, share: Callable[[], int], source: Inode, target: Inode, taken: Range, replaced: Range
+        self,
+        share: Callable[[], Generator[None, None, int]],
+        source: Inode,
+        target: Inode,
+        taken: Range,
+        replaced: Range,
     ) -> int:
-        """Revoke and write back, then call ``share``. Precondition: ``mf_mutex`` is held."""
+        """Revoke and write back, then run ``share``. Precondition: ``mf_mutex`` is held."""
         last_change = source.ctime  # the file's i_version: every write-back changes it
         await self._page_cache.write_back(source.ino, has_mutex=True)
         with self._page_cache.invalidate_lock() as lock:
@@ -109,7 +131,9 @@ class Clones:
             if not await self._settle(lock, source, last_change):
                 await self._failures.remember(incidents.of_file(self._fs, source.ino))
                 await self._page_cache.revoke(lock, source.ino, taken)
-            return share()
+            # The clone's moment: from now on no store reaches the media of either file before the last piece.
+            async with self._io_lock.claim(source.ino, target.ino, readable={source.ino} - {target.ino}):
+                return await result_of(share())
 
     async def _settle(self, lock: InvalidateLock, source: Inode, last_change: int) -> bool:
         """Write back the source until a pass finds no dirty page. Return False after PASSES passes."""

@@ -104,7 +104,9 @@ class Machine:
         )
         self.operations.contain(unexpected)
         self.layouts = LayoutTable(pmem.dax.memory(), self.operations) if has_layouts else None
-        self._clones = Clones(fs, self._page_cache, self.failures, self.operations.writers)
+        self._clones = Clones(
+            fs, self._page_cache, self.failures, self.operations.writers, self._gates.io_lock
+        )
         if supplement_missing is None:
             self._extra = ExtraOperations(
                 fs,
@@ -114,6 +116,7 @@ class Machine:
                 self.operations.file_modified,
                 session.forget_attributes,
                 self.operations.open_files,
+                self._gates,
                 self.nursery,
                 unexpected,
             )
