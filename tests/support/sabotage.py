@@ -19,6 +19,7 @@ import trio
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import Inode
 from daxemu.fs.namespace import Namespace
+from daxemu.host.fuse.handlers import result_of
 from daxemu.host.fuse.invalidate_lock import InvalidateLock
 from daxemu.host.fuse.operations import Operations
 from daxemu.host.fuse.session import Session
@@ -76,15 +77,14 @@ def stop_at_remap(directory: str) -> None:
 
 def stop_between_pieces(directory: str, pieces: int) -> None:
     """After some steps of a clone, stop the clone as _stop(). The event loop goes on."""
-    run = clones.result_of
 
     async def in_two(steps: Generator[None, None, int]) -> int:
         for _ in range(pieces):
             next(steps)
         await trio.to_thread.run_sync(_stop, Path(directory))
-        return await run(steps)
+        return await result_of(steps)
 
-    clones.result_of = in_two  # type: ignore[assignment]
+    vars(clones)["result_of"] = in_two
 
 
 def stop_in_write_back(directory: str, name: str) -> None:
