@@ -177,10 +177,10 @@ class Mappings(Translations, Protocol):
     ) -> AbstractAsyncContextManager[None]:
         """Hold the bytes ``taken`` and ``replaced`` of two files still while blocks become shared. Loop.
 
-        Within the context, up to its first await, no process can store to ``taken`` unnoticed, each earlier
-        store to ``taken`` is on the media, and no page of ``replaced`` is mapped. Precondition: the caller
-        holds ``mf_mutex``. After the context both files are settled. Raises FsError EAGAIN if this takes too
-        long.
+        Within the context, each store to ``taken`` needs a request or a page fault. The caller claims the I/O
+        lock of both files, so that these wait. Each earlier store to ``taken`` is on the media, and no page
+        of ``replaced`` is mapped. Precondition: the caller holds ``mf_mutex``. After the context both files
+        are settled. Raises FsError EAGAIN if this takes too long.
         """
 
     # -- life
