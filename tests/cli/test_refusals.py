@@ -12,6 +12,7 @@ from daxemu.pmem.device_dir import DeviceConfig
 from tests.support.core import Core
 from tests.support.metadata import metadata_pages, overwrite, poison, superblocks
 from tests.support.mount import DaxMount, daxemu
+from tests.support.words import library_words
 
 
 def _make(device: Path) -> None:
@@ -125,6 +126,7 @@ def test_a_refusal(
     expected = "daxemu: " + re.sub(r"\bD\b", re.escape(str(device)), said)
     refused = daxemu(*words, status=status)
     assert re.fullmatch(expected + "\n", refused), refused
+    assert library_words(refused) is None
 
 
 @pytest.mark.mount

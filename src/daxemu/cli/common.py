@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import click
 
@@ -37,6 +37,34 @@ class Size(click.ParamType[int]):
 
 
 SIZE = Size()
+
+
+class Whole(click.IntRange):
+    """Whole number within limits."""
+
+    def fail(
+        self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None
+    ) -> NoReturn:
+        """See click.ParamType.fail."""
+        super().fail(_expected(message, "a whole number", self), param, ctx)
+
+
+class Number(click.FloatRange):
+    """Number within limits."""
+
+    def fail(
+        self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None
+    ) -> NoReturn:
+        """See click.ParamType.fail."""
+        super().fail(_expected(message, "a number", self), param, ctx)
+
+
+def _expected(message: str, what: str, limits: click.IntRange | click.FloatRange) -> str:
+    """Return the text of a refusal: the value, with which click's message begins, and what was expected."""
+    low = "" if limits.min is None else f" {'above' if limits.min_open else 'from'} {limits.min:g}"
+    high = "" if limits.max is None else f" to {limits.max:g}"
+    more = " on" if low.startswith(" from") and not high else ""
+    return f"{message.partition(' is not ')[0]}: expected {what}{low}{high}{more}"
 
 
 class UntouchedPath(click.Path):

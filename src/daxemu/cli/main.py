@@ -73,7 +73,7 @@ class Verbs(click.Group):
             ctx.exit(error.exit_status)
         except click.UsageError as error:
             where = error.ctx.command_path if error.ctx else "daxemu"
-            complain(f"daxemu: {error.format_message()} See: {where} --help")
+            complain(f"daxemu: {error.format_message().removesuffix('.')}. See: {where} --help")
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             ctx.exit(130)

@@ -58,13 +58,13 @@ class MetadataFile(IntEnum):
 
 
 class MetadataDamage(msgspec.Struct, frozen=True):
-    """Line about a bad page or superblock. ``mendable``: the other copy is good, so a repair is possible."""
+    """Line about a bad page or superblock. ``is_repairable``: the other copy is good."""
 
     line: str
-    mendable: bool
+    is_repairable: bool
 
 
-OnBadCopy = Callable[[str, int, int, CopyState], None]
+OnRewrite = Callable[[str, int, int, CopyState], None]
 """Called with the name of a file, the page, the copy (1 or 2) and the state, after a bad copy was
 rewritten.
 """
@@ -81,7 +81,13 @@ class MetadataRegion:
     version = VERSION
     """Format that :meth:`load` accepts."""
 
-    def __init__(self, dax: DaxDevice, rmap: Rmap, allocator: Allocator) -> None:
+    def __init__(
+        self,
+        dax: DaxDevice,
+        rmap: Rmap,
+        allocator: Allocator,
+        on_rewrite: OnRewrite = lambda file, page, copy, state: None,
+    ) -> None:
         """Claim the blocks of the superblocks. The caller then calls :meth:`format` or :meth:`load`."""
         self._dax = dax
         self._allocator = allocator
@@ -97,7 +103,7 @@ class MetadataRegion:
         self._is_published = True
         self.is_read_only = False
         """True if reads do not rewrite a bad copy."""
-        self.on_bad_copy: OnBadCopy = lambda file, page, copy, state: None
+        self._on_rewrite = on_rewrite
         self._super_blocks = super_blocks(allocator.total)
         for index, blocks in enumerate(self._super_blocks):
             allocator.take(blocks)
@@ -164,7 +170,7 @@ class MetadataRegion:
             zip(self._super_blocks, self._superblock_states(), strict=True)
         ):
             if state in (CopyState.CORRUPT, CopyState.STALE):
-                self.on_bad_copy("superblock", blocks.start, copy + 1, state)
+                self._on_rewrite("superblock", blocks.start, copy + 1, state)
         self._write_superblocks()
         self._page_generation = self._generation << 32
 
@@ -298,7 +304,7 @@ class MetadataRegion:
             # A poisoned copy stays until fsck or the next write: a write of a whole page clears poison.
             if copy.state in (CopyState.CORRUPT, CopyState.STALE) and not self.is_read_only:
                 self._dax.direct_access(copy.offset, PAGE_SIZE)[:] = data
-                self.on_bad_copy(file.name.lower(), page, number, copy.state)
+                self._on_rewrite(file.name.lower(), page, number, copy.state)
         return data
 
     def _copies(self, file: MetadataFile, page: Block) -> list[Copy]:
@@ -379,8 +385,8 @@ class MetadataRegion:
         """
         for index in range(len(blocks) // PAGE_SIZE):
             block = blocks[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
-            bad = [self._is_poisoned(file, replica, first + index, 1) for replica in range(REPLICAS)]
-            for replica in sorted(range(REPLICAS), key=lambda replica: not bad[replica]):
+            poisoned = [self._is_poisoned(file, replica, first + index, 1) for replica in range(REPLICAS)]
+            for replica in sorted(range(REPLICAS), key=lambda replica: not poisoned[replica]):
                 self._store(file, replica, first + index, block)
 
     def _store(self, file: MetadataFile, replica: int, first: Block, blocks: memoryview) -> None:
@@ -407,26 +413,31 @@ class MetadataRegion:
         """
         found = self.damaged_superblocks(is_clean=is_clean)
         for file, page, copies in self._damaged():
-            bad = [(n, copy.state) for n, copy in enumerate(copies, 1) if copy.state is not CopyState.GOOD]
+            unusable = [
+                (n, copy.state) for n, copy in enumerate(copies, 1) if copy.state is not CopyState.GOOD
+            ]
             name = f"metadata page {page} of {file.name.lower()}"
-            if all(state is CopyState.POISONED for _, state in bad):
-                lost = "both copies are lost" if len(bad) == REPLICAS else "one copy is lost"
-                found.append(MetadataDamage(f"{name} is poisoned: {lost}", len(bad) < REPLICAS))
-            elif len(bad) == REPLICAS:
-                why = ", ".join(f"copy {number} {state}" for number, state in bad)
-                found.append(MetadataDamage(f"{name}: both copies are lost: {why}", mendable=False))
+            if all(state is CopyState.POISONED for _, state in unusable):
+                lost = "both copies are lost" if len(unusable) == REPLICAS else "one copy is lost"
+                found.append(MetadataDamage(f"{name} is poisoned: {lost}", len(unusable) < REPLICAS))
+            elif len(unusable) == REPLICAS:
+                why = ", ".join(f"copy {number} {state}" for number, state in unusable)
+                found.append(MetadataDamage(f"{name}: both copies are lost: {why}", is_repairable=False))
             elif is_clean:
-                found.append(MetadataDamage(f"{name}: copy {bad[0][0]} {bad[0][1]}", mendable=True))
+                found.append(
+                    MetadataDamage(f"{name}: copy {unusable[0][0]} {unusable[0][1]}", is_repairable=True)
+                )
         return found
 
     def damaged_superblocks(self, *, is_clean: bool) -> list[MetadataDamage]:
         """Return the damage of each superblock."""
         states = self._superblock_states()
-        mendable = CopyState.GOOD in states
+        is_repairable = CopyState.GOOD in states
         return [
-            MetadataDamage(f"the {name} superblock {state}", mendable)
+            MetadataDamage(f"the {name} superblock {state}", is_repairable)
             for name, state in zip(("first", "second"), states, strict=True)
-            if state is CopyState.POISONED or (state is not CopyState.GOOD and (is_clean or not mendable))
+            if state is CopyState.POISONED
+            or (state is not CopyState.GOOD and (is_clean or not is_repairable))
         ]
 
     def _superblock_states(self) -> list[CopyState]:

@@ -45,9 +45,11 @@ class Namespace(InodeTable):
     """Tree of names. Precondition of all verbs: inode numbers come from a lookup."""
 
     @classmethod
-    def new(cls, rmap: Rmap, uid: int, gid: int) -> Namespace:
+    def new(
+        cls, rmap: Rmap, uid: int, gid: int, on_change: Callable[[Ino], None] = lambda ino: None
+    ) -> Namespace:
         """Make an empty tree; its root belongs to ``uid`` and ``gid``."""
-        namespace = cls(rmap)
+        namespace = cls(rmap, on_change)
         root = Inode(ROOT_INO, stat.S_IFDIR | 0o755, uid, gid, nlink=2, parent=ROOT_INO, entries={})
         root.atime = root.mtime = root.ctime = time.time_ns()
         namespace._inodes[ROOT_INO] = root

@@ -15,6 +15,7 @@ from operator import attrgetter
 import msgspec
 from sortedcontainers import SortedDict
 
+from daxemu.notifier import NotifierChain
 from daxemu.ranges import IntervalIndex, Range, RangeSet, gaps_between, merged
 from daxemu.uapi import Block, Ino
 
@@ -70,7 +71,9 @@ class Owner(msgspec.Struct, frozen=True, order=True, gc=False):
 class Rmap:
     """All links of a filesystem, by device blocks."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_change: Callable[[Ino], None] = lambda ino: None) -> None:
+        """``on_change`` is called with the inode number of each file whose links change."""
+        self._on_change = on_change
         self._links: IntervalIndex[Link] = IntervalIndex(attrgetter("dev_block"), attrgetter("length"))
         self.link_count = 0
         self.dirty: dict[Ino, RangeSet] = {}
@@ -84,8 +87,10 @@ class Rmap:
         would restore the lost link.
         """
         self._next_proxy = 1
-        self.on_change: Callable[[Ino], None] = lambda ino: None
-        """Called with the inode number of each file whose links change."""
+        self.on_remap: NotifierChain[[Ino, Range]] = NotifierChain()
+        """Called with the file blocks of a file that are on other device blocks than before, or on none, or
+        that were not shared before.
+        """
 
     def __iter__(self) -> Iterator[Link]:
         return iter(self._links)
@@ -151,7 +156,7 @@ class Rmap:
 
     def _mark(self, ino: Ino, start: Block, end: Block) -> None:
         """Mark a file's links in ``[start, end)`` for the next commit. Unchanged links may be included."""
-        self.on_change(ino)
+        self._on_change(ino)
         self.marks += 1
         ranges = self.dirty.get(ino)
         if ranges is None:

@@ -57,6 +57,22 @@ SCHEMA = """
 """
 
 
+_WRONG_TYPE = "a row has a value of a wrong type"
+_SQLITE: dict[type[Exception], str] = {
+    apsw.NotADBError: "the records are no SQLite database",
+    apsw.CorruptError: "the records are damaged",
+    apsw.SQLError: "a table or a column is missing",
+    apsw.IOError: "a page of the records cannot be read",
+}
+
+
+def _in_words(error: Exception) -> str:
+    """Return the reason for an error of SQLite, or of bytes that are not text."""
+    if isinstance(error, MediaError):
+        return str(error)
+    return _SQLITE.get(type(error), "the records are damaged")
+
+
 class Store:
     """Tables of one device."""
 
@@ -143,8 +159,7 @@ class Store:
     def _translated(self, error: apsw.Error | MediaError | UnicodeDecodeError) -> DaxemuError:
         failure, self._vfs.failure = self._vfs.failure, None
         if isinstance(failure, MediaError) or failure is None:
-            # SQLite may quote the bytes of the tables, over several lines.
-            why = " ".join(str(failure or error).encode("ascii", "backslashreplace").decode().split())
+            why = str(failure or _in_words(error))
             return CorruptMetadata(f"{self._name}: metadata cannot be read ({why}){FSCK_HINT}")
         return failure
 
@@ -263,8 +278,11 @@ class Store:
             names.finish_loading()
         except apsw.Error as error:
             raise self._translated(error) from error
-        except (TypeError, ValueError, KeyError, DaxemuError, msgspec.MsgspecError) as error:
-            raise CorruptMetadata(f"{self._name}: the metadata is inconsistent: {error}") from error
+        except (ValueError, DaxemuError) as error:
+            why = error if not isinstance(error, msgspec.MsgspecError | UnicodeError) else _WRONG_TYPE
+            raise CorruptMetadata(f"{self._name}: the metadata is inconsistent: {why}") from error
+        except (TypeError, KeyError) as error:
+            raise CorruptMetadata(f"{self._name}: the metadata is inconsistent: {_WRONG_TYPE}") from error
 
     def _adopt_counters(self, names: Namespace) -> None:
         counters = dict(self._connection().execute("SELECT name, value FROM counter"))
@@ -276,7 +294,7 @@ class Store:
         names.reserve_inos(next_ino)
         self.is_clean = bool(clean)
 
-    def bad_values(self) -> list[str]:
+    def wrong_values(self) -> list[str]:
         """Return a line for each row with a value outside its domain. (:meth:`load` stops at the first.)"""
         wrong = []
         try:

@@ -82,9 +82,10 @@ def upgrade(dax: DaxDevice) -> None:
     Raises CorruptMetadata if the records are unreadable or wrong, NoSpace without room for both formats; then
     the device holds format 2 as before.
     """
-    former = _FormerRegion(dax, Rmap(), Allocator(dax))
+    before, allocator = Allocator(dax), allocator_for(dax)
+    former = _FormerRegion(dax, Rmap(), before)
     source = Store(former, dax.name)
-    rmap, allocator = Rmap(), allocator_for(dax)
+    rmap = Rmap()
     names = Namespace(rmap)
     target = Store(MetadataRegion(dax, rmap, allocator), dax.name)
     try:
@@ -102,6 +103,8 @@ def upgrade(dax: DaxDevice) -> None:
     finally:
         target.close()
         source.close()
+        before.close()
+        allocator.close()
 
 
 def _take(allocator: Allocator, name: str, runs: list[Range]) -> None:

@@ -12,11 +12,12 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from daxemu.errors import Busy, InvalidArgument, MediaError, NoDevice, Unsupported
+from daxemu.events import Emit, NotifyFailure
 from daxemu.pmem.badblocks import Badblocks
 from daxemu.pmem.media import Media, Memory
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import MF_MEM_PRE_REMOVE, PAGE_SIZE, SECTOR_SIZE, U64_MAX, Pfn
-from daxemu.units import bytes_of_sectors, sectors_at, sectors_of
+from daxemu.units import bytes_of_sectors, sector_at, sectors_at, sectors_of
 
 
 class DaxHolderOperations(Protocol):
@@ -30,12 +31,16 @@ class DaxHolderOperations(Protocol):
         handling.
         """
 
+    def before_poison(self) -> None:
+        """Break grants that new poison makes wrong. Called before any new poison."""
+
 
 class DaxDevice:
     """Dax device: ``size`` bytes of ``media`` from ``data_offset`` on, the bad blocks, and the holder.
 
     ``base_pfn`` is the page frame of device byte 0. ``align``: the largest page, in bytes, that maps the
-    device; device byte 0 is aligned to this size.
+    device; device byte 0 is aligned to this size. ``mkpage_present`` is called with device bytes whose
+    poison was cleared, to update their struct pages. ``emit`` gets an event for each call to the holder.
     """
 
     def __init__(
@@ -45,7 +50,9 @@ class DaxDevice:
         data_offset: int,
         badblocks: Badblocks,
         base_pfn: Pfn,
-        align: int = PAGE_SIZE,
+        align: int,
+        mkpage_present: Callable[[Range], None],
+        emit: Emit,
     ) -> None:
         self.name = name
         self.base_pfn = base_pfn
@@ -60,12 +67,8 @@ class DaxDevice:
         self._media = media
         self._data_offset = data_offset
         self._holder: DaxHolderOperations | None = None
-        self.mkpage_present: Callable[[Range], None] | None = None
-        """Called with device bytes whose poison was cleared, to update their struct pages."""
-        self.on_notify: Callable[[int, int, int], None] = lambda offset, length, flags: None
-        """Called with the arguments of each call to the holder."""
-        self.before_poison: Callable[[], None] = lambda: None
-        """Called before any new poison."""
+        self._mkpage_present = mkpage_present
+        self._emit = emit
 
     # -- who holds it
 
@@ -98,7 +101,7 @@ class DaxDevice:
             raise NoDevice(f"{self.name}: the device is gone")
         if self._holder is None:
             raise Unsupported(f"{self.name}: no holder")
-        self.on_notify(offset, length, flags)
+        self._emit(NotifyFailure(offset=offset, length=length, flags=flags))
         self._holder.notify_failure(offset, length, flags)
 
     def pre_remove(self) -> None:
@@ -152,35 +155,53 @@ class DaxDevice:
         latent.
         """
         at = self._data_offset
-        return [Range(r.start - at, r.end - at) for r in self._media.poisoned(at + offset, length)]
+        return [part.moved(-at) for part in self._media.poisoned(at + offset, length)]
 
     def poisoned_in_pieces(self, part: Range, count: int) -> Iterator[list[Range]]:
         """Yield as :meth:`poisoned`, up to ``count`` ranges at a time. The poison may change between two
         pieces.
         """
-        shift = self._data_offset // SECTOR_SIZE
-        sectors = sectors_of(part)
-        poison = self._media.poison.in_pieces(sectors.start + shift, sectors.end + shift, count)
-        for bad in poison:
-            yield [Range((r.start - shift) * SECTOR_SIZE, (r.end - shift) * SECTOR_SIZE) for r in bad]
+        at = sector_at(self._data_offset)
+        for poisoned in self._media.poison.in_pieces(*sectors_of(part).moved(at), count):
+            yield [bytes_of_sectors(sectors.moved(-at)) for sectors in poisoned]
 
     def poisoned_pages(self, part: Range) -> RangeSet:
         """Return the pages of ``part`` with poison, as byte ranges."""
         whole = part.outer(PAGE_SIZE)
-        return RangeSet(bad.outer(PAGE_SIZE) for bad in self.poisoned(whole.start, whole.length))
+        return RangeSet(poisoned.outer(PAGE_SIZE) for poisoned in self.poisoned(whole.start, whole.length))
 
     def direct_access(self, offset: int, length: int) -> memoryview:
         """Return the live bytes of the range for reading or writing (``dax_direct_access``).
 
-        Raises MediaError if any byte is poison, NoDevice after a removal. Precondition: the range is
-        reserved.
+        Raises MediaError if any byte is poison, or if a part of the range is on pages that are put aside
+        (see :meth:`read` and :meth:`pieces`), NoDevice after a removal. Precondition: the range is reserved.
         """
         self.check_readable(offset, length)
         return self._media.view(self._data_offset + offset, length)
 
+    def pieces(self, offset: int, length: int) -> list[Range]:
+        """Return the range in pieces that :meth:`direct_access` takes: readable bytes of pages put aside, and
+        of others.
+        """
+        at = self._data_offset
+        return [Range(r.start - at, r.end - at) for r in self._media.pieces(at + offset, length)]
+
+    def read(self, offset: int, length: int) -> bytes | memoryview:
+        """Return the bytes of the range, for reading only. Raises MediaError if any byte is poison, NoDevice
+        after a removal.
+        """
+        self.check_readable(offset, length)
+        found = [self.direct_access(part.start, part.length) for part in self.pieces(offset, length)]
+        return found[0] if len(found) == 1 else b"".join(found)
+
     def written(self) -> Iterator[memoryview]:
         """Yield each run of the whole media that has data, the altmap and poisoned bytes included."""
         return self._media.written()
+
+    def strays(self) -> list[Range]:
+        """See Media.strays(). Return byte ranges of the device."""
+        at = self._data_offset
+        return [Range(page.start - at, page.end - at) for page in self._media.strays()]
 
     def memory(self) -> Memory:
         """Return the place of device byte 0 and the bytes behind, for C code."""
@@ -199,35 +220,34 @@ class DaxDevice:
         """Write whole sectors over poison. The write clears the poison and its bad blocks
         (``dax_recovery_write``).
 
-        Returns the byte ranges that were poison. Precondition: reserved, sector-aligned at both ends.
+        Returns the byte ranges that were poison. Precondition: sector-aligned at both ends. Raises NoSpace
+        without memory for a range that is not reserved.
         """
         self._check(offset, len(data))
         if offset % SECTOR_SIZE or len(data) % SECTOR_SIZE:
             raise InvalidArgument("a write over poison must cover whole sectors")
         cleared = self.clear_poison(offset, len(data))
-        self._media.view(self._data_offset + offset, len(data))[:] = data
+        self._media.overwrite(self._data_offset + offset, data)
         return cleared
 
     def clear_poison(self, offset: int, length: int) -> list[Range]:
         """Make the range readable (``pmem_clear_poison()``). Return the byte ranges that were poison.
 
-        Precondition: the caller overwrites or discards the returned ranges next.
+        Precondition: the caller overwrites, or discards and reserves, the returned ranges next.
         """
         sectors = sectors_at(offset, length)
         self.badblocks.clear(sectors.start, sectors.length)
-        shift = self._data_offset // SECTOR_SIZE
-        cleared = self._media.clear_poison(Range(sectors.start + shift, sectors.end + shift))
-        good = [Range((r.start - shift) * SECTOR_SIZE, (r.end - shift) * SECTOR_SIZE) for r in cleared]
-        if self.mkpage_present is not None:
-            for part in good:
-                self.mkpage_present(part)
+        at = sector_at(self._data_offset)
+        cleared = self._media.clear_poison(sectors.moved(at))
+        good = [bytes_of_sectors(part.moved(-at)) for part in cleared]
+        for part in good:
+            self._mkpage_present(part)
         return good
 
     def clearing(self, ranges: Iterable[Range]) -> AbstractContextManager[None]:
         """Context in which the byte ranges are cleared: see Media.clearing()."""
-        shift = self._data_offset // SECTOR_SIZE
-        bad = (sectors_of(part) for part in ranges)
-        return self._media.clearing(Range(sectors.start + shift, sectors.end + shift) for sectors in bad)
+        at = sector_at(self._data_offset)
+        return self._media.clearing(sectors_of(part).moved(at) for part in ranges)
 
     def make_room_for_poison(self, changes: int) -> None:
         """See Media.make_room()."""
@@ -239,18 +259,21 @@ class DaxDevice:
         """
         for start, end in ranges:
             self._check(start, end - start)
-        self.before_poison()
-        bad = [sectors_of(part) for part in ranges]
-        shift = self._data_offset // SECTOR_SIZE
-        self._media.add_poison(*(Range(sectors.start + shift, sectors.end + shift) for sectors in bad))
-        return [bytes_of_sectors(sectors) for sectors in bad]
+        if self._holder is not None:
+            self._holder.before_poison()
+        poisoned = [sectors_of(part) for part in ranges]
+        at = sector_at(self._data_offset)
+        self._media.add_poison(*(sectors.moved(at) for sectors in poisoned))
+        return [bytes_of_sectors(sectors) for sectors in poisoned]
 
     def zero(self, offset: int, length: int) -> None:
         """Store zeros (``dax_zero_page_range``). Precondition: reserved. Raises MediaError on poison."""
-        self.direct_access(offset, length)[:] = bytes(length)
+        self.check_readable(offset, length)
+        for part in self.pieces(offset, length):
+            self.direct_access(part.start, part.length)[:] = bytes(part.length)
 
     def reserve(self, offset: int, length: int) -> None:
-        """Back the range with memory before its first use. Raises NoSpace."""
+        """Back the range with memory before its first use, except pages put aside. Raises NoSpace."""
         self._check(offset, length)
         self._media.reserve(self._data_offset + offset, length)
 

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from daxemu.errors import Busy, InvalidArgument, NoSpace, NotADevice, PermissionDenied
-from daxemu.pmem.media import Media, check_mappable
+from daxemu.malformed import NOT_TOML, toml_line, why_not_text
+from daxemu.pmem.backing import check_mappable
+from daxemu.pmem.media import Media
 from daxemu.private_path import PRIVATE, PrivatePath
 from daxemu.uapi import PAGE_SIZE, PMD_SIZE, Pfn
+from daxemu.units import PHYS_PFN, round_up
 
 FORMAT_VERSION = 1
 MIN_SIZE = 8 << 20
@@ -21,7 +24,7 @@ DEFAULT_BASE_PFN: Pfn = 0x100000  # 4 GiB: where a memmap=nn!4G namespace begins
 STRUCT_PAGE_SIZE = 64
 OWN_FILES = frozenset(
     (
-        *("media", "poison", "poison.new", "device.toml", "lock", "control.sock"),
+        *("media", "kept", "poison", "poison.new", "device.toml", "lock", "control.sock"),
         *("events.jsonl", "events.jsonl.1", "supervisor.log", "supervisor.log.1"),
     )
 )
@@ -74,13 +77,23 @@ class DeviceConfig:
             )
 
 
+def _why_unreadable(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or "input/output error"
+    if isinstance(error, tomllib.TOMLDecodeError):
+        return f"line {toml_line(error, '')} is {NOT_TOML}"
+    return why_not_text(error, NOT_TOML)
+
+
 def altmap_bytes(size: int, align: int = PAGE_SIZE) -> int:
     """Return the size in bytes of a memmap on the device itself: one struct page (64 bytes) for each page."""
-    return -(-size // PAGE_SIZE * STRUCT_PAGE_SIZE // align) * align
+    return round_up(PHYS_PFN(size) * STRUCT_PAGE_SIZE, align)
 
 
 def _integer(table: dict[str, object], name: str) -> int:
     value = table.get(name)
+    if value is None:
+        raise InvalidArgument(f"{name} is missing")
     if type(value) is not int:
         raise InvalidArgument(f"{name} is {value!r}, not a whole number")
     return value
@@ -181,9 +194,9 @@ class DeviceDir:
                 f"{path} is not a daxemu device: make one with: daxemu mkfs {path} --size 1G"
             ) from error
         except (OSError, ValueError, RecursionError) as error:
-            said = " ".join(str(error).split())
             raise NotADevice(
-                f"{path}/device.toml cannot be read: {said}; restore it, or make a new device elsewhere"
+                f"{path}/device.toml cannot be read: {_why_unreadable(error)}; "
+                "restore it, or make a new device elsewhere"
             ) from error
         return device
 

@@ -18,7 +18,7 @@ from crc32c import crc32c
 from mmap_ninja import numpy as ninja
 
 from daxemu.errors import NoSpace, NotADevice
-from daxemu.pmem.media import fallocate
+from daxemu.pmem.backing import fallocate
 from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE, page_align_down, page_align_up
@@ -57,7 +57,7 @@ class SparseArray:
             raise NoSpace(f"{path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, OverflowError, struct.error) as error:
             raise NotADevice(
-                f"{path} is damaged ({error}): remove it and mount again to create it anew"
+                f"{path} is damaged: expected an array of {length} items; remove it and mount again"
             ) from error
         if self._array.shape != (length,) or self._array.dtype != np.dtype(dtype):
             raise NotADevice(f"{path} has another size: remove it and mount again")

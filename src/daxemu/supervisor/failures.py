@@ -80,7 +80,7 @@ class _Turn:
         mapped by PMDs, because other failures may be in the same PMD.
         """
         incident = self.incident
-        by_pmd = any(hurt.pmds for hurt in incident.mappings)
+        by_pmd = any(mapping.pmds for mapping in incident.mappings)
         return self.consumer is None and not incident.whole_device and not by_pmd
 
     @property

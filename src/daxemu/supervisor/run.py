@@ -88,7 +88,7 @@ def supervise(
         own_log = SupervisorLog(directory.root / "supervisor.log", lambda: events.limit)
         own_log.attach()
         undo.callback(own_log.detach)
-        pmem = Pmem(directory)
+        pmem = Pmem(directory, events.emit)
         undo.callback(pmem.close)
         try:
             mm, fs = open_core(pmem, events, (os.geteuid(), os.getegid()))

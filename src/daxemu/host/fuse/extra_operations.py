@@ -29,7 +29,8 @@ from daxemu.host.mappings import Mappings
 from daxemu.host.proc.processes import capable
 from daxemu.host.proc.procfs import read_lines
 from daxemu.host.unexpected import Nursery, Unexpected, refused, task_name
-from daxemu.uapi import CAP_SYS_ADMIN, PAGE_SHIFT, PAGE_SIZE, Ino
+from daxemu.uapi import CAP_SYS_ADMIN, PAGE_SIZE, Ino
+from daxemu.units import PFN_PHYS, byte_span, pages_at
 
 
 class CloneOps(Protocol):
@@ -250,16 +251,15 @@ class ExtraOperations:
         start, length, _, _ = MAP_HEADER.unpack_from(data)
         extents = self._fs.extents_of(ino)
         found: list[bytes] = []
-        for run in extents.runs(
-            start >> PAGE_SHIFT, -(-(start + length) // PAGE_SIZE) if length else 1 << 52
-        ):
+        wanted = pages_at(start, length)
+        for run in extents.runs(wanted.start, wanted.end if length else 1 << 52):
             if run.link is None:
                 continue
-            base = (run.file_block - run.dev_block) << PAGE_SHIFT
+            base = PFN_PHYS(run.file_block - run.dev_block)
             for part, shared_by in self._fs.rmap.sharing(run.dev_block, run.dev_block + run.length):
-                device, size = part.start << PAGE_SHIFT, part.length << PAGE_SHIFT
-                bad = self._fs.dax.is_poisoned(device, size)
-                found.append(MAP_EXTENT.pack(base + device, device, size, shared_by, bad))
+                device, size = byte_span(part)
+                poisoned = self._fs.dax.is_poisoned(device, size)
+                found.append(MAP_EXTENT.pack(base + device, device, size, shared_by, poisoned))
             if len(found) >= MAP_ROOM:
                 break
         del found[MAP_ROOM:]

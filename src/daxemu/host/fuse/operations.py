@@ -45,8 +45,9 @@ TMPFILE = b"/"
 
 
 class Operations(pyfuse3.Operations):
-    """Answers the kernel's requests. ``on_access`` is awaited before a read is answered EIO. ``heal`` is
-    awaited before a write to poison is answered EIO, and returns whether to try the write again.
+    """Answers the kernel's requests. ``on_access`` is awaited before a read is answered EIO.
+    ``on_poisoned_write`` is awaited before a write to poison is answered EIO, and returns whether to try the
+    write again.
     """
 
     supports_dot_lookup = True
@@ -56,7 +57,7 @@ class Operations(pyfuse3.Operations):
         self,
         fs: Filesystem,
         on_access: Callable[[Access], Awaitable[Answer]],
-        heal: Callable[[MediaError], Awaitable[bool]],
+        on_poisoned_write: Callable[[MediaError], Awaitable[bool]],
         mappings: Mappings,
         open_files: OpenFiles,
         gates: Gates,
@@ -65,7 +66,7 @@ class Operations(pyfuse3.Operations):
         self._fs = fs
         self._names = fs.names
         self._on_access = on_access
-        self._heal = heal
+        self._on_poisoned_write = on_poisoned_write
         self._mappings = mappings
         self._open_files = open_files
         self._gates = gates
@@ -409,7 +410,7 @@ class Operations(pyfuse3.Operations):
             await self._mappings.settled(caller.ino)
             return written
         except MediaError as error:
-            if not await self._heal(error):
+            if not await self._on_poisoned_write(error):
                 raise pyfuse3.FUSEError(error.errno) from None
             return await self._write(caller, off, buf)
         except DaxemuError as error:

@@ -13,6 +13,7 @@ from daxemu.host.victims import as_argument, library
 from daxemu.host.victims.structs import PROCESS, RUN, RUNS, SEARCH, WANTED
 from daxemu.ranges import Range
 from daxemu.uapi import Ino
+from daxemu.units import DIV_ROUND_UP
 
 _NOTHING, _FOUND, _ASK = range(3)
 _ROOM = 1024  # runs, beside four for each process
@@ -54,7 +55,7 @@ def collect(
     parts = min(len(os.sched_getaffinity(0)), len(pids) // _ENOUGH)
     if parts < 2:
         return _collect(pids, dev, ranges)
-    size = -(-len(pids) // parts)
+    size = DIV_ROUND_UP(len(pids), parts)
     shares = [pids[at : at + size] for at in range(0, len(pids), size)]
     with ThreadPoolExecutor(parts) as pool:
         return [found for each in pool.map(_collect, shares, repeat(dev), repeat(ranges)) for found in each]

@@ -21,6 +21,7 @@ from daxemu.host.proc.procfs import GONE, pids
 from daxemu.mm.memory_failure import PresentRun, Task, Thread
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SHIFT, Ino
+from daxemu.units import PFN_PHYS
 
 _LOOKS = 8  # at a process that keeps mapping and faulting
 
@@ -152,13 +153,13 @@ def mapped_files(dev: tuple[int, int]) -> Iterator[Mapped]:
         except GONE:
             continue
         for vma in vmas:
-            yield Mapped(pid, comm, vma.ino, vma.pgoff << PAGE_SHIFT, vma.end - vma.start)
+            yield Mapped(pid, comm, vma.ino, PFN_PHYS(vma.pgoff), vma.end - vma.start)
 
 
 def mapped_runs(pid: int, vmas: list[Vma], wanted: Wanted) -> Iterator[PresentRun]:
     """Yield the wanted pages that are mapped, touched or not."""
     for vma, part in _wanted_parts(vmas, wanted):
-        address = vma.start + ((part.start - vma.pgoff) << PAGE_SHIFT)
+        address = vma.address_of(part.start)
         yield PresentRun(
             vma.ino, part.start, part.length, address, PAGE_SHIFT, vma.area, writable=vma.writable
         )
@@ -172,12 +173,11 @@ def present_runs(pid: int, vmas: list[Vma], wanted: Wanted, *, copies: bool = Fa
     """
     with Pagemap(pid) as pagemap:
         for vma, part in _wanted_parts(vmas, wanted):
-            low = vma.start + ((part.start - vma.pgoff) << PAGE_SHIFT)
-            high = low + (part.length << PAGE_SHIFT)
+            low, high = vma.addresses_of(part)
             own = pagemap.present_in(low, high, copies=True) if copies and vma.private else ()
-            copied = tuple(_pages_of(vma, run) for run in own)
+            copied = tuple(vma.pages_at(run) for run in own)
             for run in pagemap.present_in(low, high):
-                first, end = _pages_of(vma, run)
+                first, end = vma.pages_at(run)
                 yield PresentRun(
                     vma.ino, first, end - first, run.start, PAGE_SHIFT, vma.area, copied, vma.writable
                 )
@@ -188,15 +188,9 @@ def present_runs(pid: int, vmas: list[Vma], wanted: Wanted, *, copies: bool = Fa
 def _wanted_parts(vmas: list[Vma], wanted: Wanted) -> Iterator[tuple[Vma, Range]]:
     """Yield the wanted pages of each mapping, with the mapping."""
     for vma in vmas:
-        span = Range(vma.pgoff, vma.pgoff + ((vma.end - vma.start) >> PAGE_SHIFT))
-        for pages in [span] if wanted is None else wanted.get(vma.ino, ()):
-            if part := pages.clip(*span):
+        for pages in [vma.pages] if wanted is None else wanted.get(vma.ino, ()):
+            if part := pages.clip(*vma.pages):
                 yield vma, part
-
-
-def _pages_of(vma: Vma, addresses: Range) -> Range:
-    """Return the pages of the file at addresses of a mapping."""
-    return Range(*(vma.pgoff + ((address - vma.start) >> PAGE_SHIFT) for address in addresses))
 
 
 def maps_still(task: Task, dev: tuple[int, int]) -> bool:
@@ -215,6 +209,6 @@ def _is_shown(run: PresentRun, vmas: Iterable[Vma]) -> bool:
     return any(
         vma.ino == run.mapping
         and vma.start <= run.address < vma.end
-        and vma.pgoff + ((run.address - vma.start) >> PAGE_SHIFT) == run.index
+        and vma.page_at(run.address) == run.index
         for vma in vmas
     )

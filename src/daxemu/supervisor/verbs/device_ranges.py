@@ -13,6 +13,7 @@ from daxemu.pmem.inject import check_range
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Ino, page_align_down
+from daxemu.units import pages_at
 
 BATCH = 128
 """Ranges of one request that are looked up, poisoned or cleared in one step of the event loop."""
@@ -79,7 +80,7 @@ async def _file_ranges(fs: Filesystem, ino: Ino, ranges: list[tuple[int, int]]) 
             end = offset + length
             while offset < end:
                 extents = fs.extents_of(ino)
-                last = extents.piece(offset // PAGE_SIZE, -(-end // PAGE_SIZE), BATCH)
+                last = extents.piece(*pages_at(offset, end - offset), BATCH)
                 stop = min(end, last * PAGE_SIZE)
                 found += fs.device_ranges(ino, offset, stop - offset)
                 offset = stop

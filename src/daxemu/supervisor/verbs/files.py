@@ -18,7 +18,8 @@ from daxemu.host.mappings import Mappings
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
 from daxemu.supervisor.clones import Clones
-from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
+from daxemu.uapi import PAGE_SIZE, Ino
+from daxemu.units import DIV_ROUND_UP, PFN_PHYS, byte_span
 
 PIECE = 2048
 """Extents or bad blocks of one step: 10 ms."""
@@ -33,7 +34,7 @@ async def file_map(pmem: Pmem, fs: Filesystem, ino: Ino) -> p.FileMap:
     at = 0
     while True:
         inode, extents = fs.names.regular(ino)
-        end = -(-inode.size // PAGE_SIZE)
+        end = DIV_ROUND_UP(inode.size, PAGE_SIZE)
         if at >= end:
             return p.FileMap(ino, fs.names.path_of(ino), inode.size, found)
         stop = extents.piece(at, end, PIECE)
@@ -45,15 +46,15 @@ async def file_map(pmem: Pmem, fs: Filesystem, ino: Ino) -> p.FileMap:
 
 
 def _extents(pmem: Pmem, fs: Filesystem, run: Mapping) -> Iterator[p.Extent]:
-    offset, length = run.file_block << PAGE_SHIFT, run.length << PAGE_SHIFT
+    offset, length = PFN_PHYS(run.file_block), PFN_PHYS(run.length)
     if run.link is None:
         yield p.Extent(offset, length, None, None, 0, False)
         return
-    base = offset - (run.dev_block << PAGE_SHIFT)
+    base = offset - PFN_PHYS(run.dev_block)
     blocks = Range(run.dev_block, run.dev_block + run.length)
     parts = [(blocks, 1)] if run.link.proxy is None else fs.rmap.sharing(*blocks)
     for part, shared_by in parts:
-        device, size = part.start << PAGE_SHIFT, part.length << PAGE_SHIFT
+        device, size = byte_span(part)
         poisoned = pmem.dax.is_poisoned(device, size)
         yield p.Extent(base + device, size, device, pmem.pfn_of(device), shared_by, poisoned)
 

@@ -22,8 +22,9 @@ from daxemu.supervisor.consumption import Consumption
 from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.strategy_host import StrategyHost
 from daxemu.supervisor.verbs.device_ranges import BATCH, check_present, resolve
-from daxemu.supervisor.verbs.repair import Repairing, blocks_of
+from daxemu.supervisor.verbs.repair import Repairing
 from daxemu.uapi import PAGE_SIZE
+from daxemu.units import blocks_of
 
 CLEARED = 16 << 20
 """Bytes cleared in one step of the event loop: 10 ms, in which the host frees pages and supplies zeros."""
@@ -76,18 +77,18 @@ class Poison:
 
     async def _inject_batch(self, found: list[Range], *, latent: bool) -> tuple[list[p.PoisonedRange], bool]:
         done = []
-        for bad, part in self._poison(found, latent=latent):
-            self._emit(PoisonInjected(offset=bad.start, length=bad.length, latent=latent))
-            failure = None if latent else self._mm.memory_failure(*failed_pages(self._pmem, bad), 0)
+        for poisoned, part in self._poison(found, latent=latent):
+            self._emit(PoisonInjected(offset=poisoned.start, length=poisoned.length, latent=latent))
+            failure = None if latent else self._mm.memory_failure(*failed_pages(self._pmem, poisoned), 0)
             if failure is not None:
-                self._consumption.failing.append((bad, failure))
-            self._consumption.forget(bad)
-            done.append((bad, part, failure))
+                self._consumption.failing.append((poisoned, failure))
+            self._consumption.forget(poisoned)
+            done.append((poisoned, part, failure))
         results = [p.PoisonedRange(0, 0, 0, 0, "", 0, 0, 0)] * len(done)
         async with trio.open_nursery() as nursery:
-            for index, (bad, _, failure) in enumerate(done):
-                nursery.start_soon(self._fail, bad, failure, results, index)
-        return results, any(bad != part for bad, part, _ in done)
+            for index, (poisoned, _, failure) in enumerate(done):
+                nursery.start_soon(self._fail, poisoned, failure, results, index)
+        return results, any(poisoned != part for poisoned, part, _ in done)
 
     def _poison(self, found: list[Range], *, latent: bool) -> Iterator[tuple[Range, Range]]:
         """Poison ranges of device bytes. Yield each range as poisoned, and as requested.
@@ -100,20 +101,20 @@ class Poison:
             yield from zip(inject_all(self._pmem, batch, latent=latent), batch, strict=True)
 
     async def _fail(
-        self, bad: Range, failure: Incident | None, results: list[p.PoisonedRange], index: int
+        self, poisoned: Range, failure: Incident | None, results: list[p.PoisonedRange], index: int
     ) -> None:
-        pfn, nr_pages = failed_pages(self._pmem, bad)
+        pfn, nr_pages = failed_pages(self._pmem, poisoned)
         if failure is None:
-            await self._failures.revoke_latent(incidents.of_device_range(self._pmem, self._fs, bad))
+            await self._failures.revoke_latent(incidents.of_device_range(self._pmem, self._fs, poisoned))
             outcome, (signals, processes) = FailureKind.LATENT.value, (0, 0)
         else:
             try:
                 handled = await self._failures.handle(failure)
             finally:
-                self._consumption.failing.remove((bad, failure))
+                self._consumption.failing.remove((poisoned, failure))
             outcome, (signals, processes) = handled.outcome.value, handled.signalled
         results[index] = p.PoisonedRange(
-            bad.start, bad.length, pfn, nr_pages, outcome, signals, signals, processes
+            poisoned.start, poisoned.length, pfn, nr_pages, outcome, signals, signals, processes
         )
 
     async def _corrupt(self, found: list[Range], holes: int, seed: int) -> p.Injected:
@@ -139,16 +140,16 @@ class Poison:
         for part in found:
             # Sectors may be poisoned between two batches. New poison before the next batch is not cleared.
             for some in self._pmem.dax.poisoned_in_pieces(part, BATCH):
-                for bad in _of_at_most(some, CLEARED):
+                for poisoned in _of_at_most(some, CLEARED):
                     check_present(self._pmem)
-                    cleared += [(r.start, r.length) for r in self._clear_batch(bad)]
+                    cleared += [(r.start, r.length) for r in self._clear_batch(poisoned)]
                     await trio.lowlevel.checkpoint()
         return p.Cleared(cleared, sum(length for _, length in cleared))
 
-    def _clear_batch(self, bad: list[Range]) -> list[Range]:
+    def _clear_batch(self, poisoned: list[Range]) -> list[Range]:
         cleared: list[Range] = []
-        with self._pmem.dax.clearing(bad), self._pmem.badblocks.one_change():
-            for part in bad:
+        with self._pmem.dax.clearing(poisoned), self._pmem.badblocks.one_change():
+            for part in poisoned:
                 blocks = [blocks_of(part)]
                 self._strategy_host.store_begins(blocks, Origin.SYSCALL)
                 for good in uninject(self._pmem, part.start, part.length):
