@@ -99,7 +99,7 @@ class Machine:
         self.operations = Operations(fs, on_access, self._consumption.on_write, mappings, open_files, gates)
         self.operations.contain(unexpected)
         self.layouts = LayoutTable(pmem.dax.memory(), self.operations) if has_layouts else None
-        self._clones = Clones(fs, mappings, self.failures, open_files.writers)
+        self._clones = Clones(fs, mappings, self.failures, open_files.writers, gates.io_lock)
         if supplement_missing is None:
             self._extra = ExtraOperations(
                 fs,
@@ -108,6 +108,7 @@ class Machine:
                 mappings,
                 self.operations.file_modified,
                 open_files,
+                gates,
                 self.nursery,
                 unexpected,
             )
