@@ -97,6 +97,20 @@ class DamagedList(msgspec.Struct):
     files: list[DamagedRange]
 
 
+class MappedFile(msgspec.Struct):
+    """Mapping of a file by a process: ``length`` bytes from byte ``offset`` of the file on, untouched too."""
+
+    pid: Pid
+    comm: str
+    ino: Ino
+    offset: FileOffset
+    length: Length
+
+
+class MappedFileList(msgspec.Struct):
+    mapped: list[MappedFile]
+
+
 class Extent(msgspec.Struct):
     """A run of a file, in bytes. ``device_offset`` is null for a hole. ``shared_by``: number of links to the
     extent; 1 if no other file shares the extent.
@@ -381,6 +395,10 @@ class GetBadblocks(Request[BadblockList], tag="badblocks"):
 
 class Damaged(Request[DamagedList], tag="damaged"):
     """List the damaged files and their ranges."""
+
+
+class WhoMaps(Request[MappedFileList], tag="who_maps"):
+    """List the mappings of files of the mount, by all processes that the supervisor may look into."""
 
 
 class Map(Request[FileMap], tag="map"):

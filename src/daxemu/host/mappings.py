@@ -5,8 +5,8 @@ makes the mappings of processes show that: host/page_cache (pages of the kernel'
 FUSE_READ and FUSE_WRITE), or direct mappings of the media. One mount has one implementation, chosen by
 supervisor/run. No caller asks which one.
 
-Ranges of files are bytes, of whole pages, unless a name says blocks (of PAGE_SIZE). Each method names the
-thread that it runs in: *worker* may wait on the kernel, so a worker thread; *loop* is the trio thread.
+Ranges of files are bytes, of whole pages. Each method names the thread that it runs in: *worker* may wait on
+the kernel, so a worker thread; *loop* is the trio thread.
 """
 
 from __future__ import annotations
@@ -155,18 +155,12 @@ class Mappings(Translations, Protocol):
 
     # -- changes of a file's blocks
 
-    def on_changed(self, ino: Ino, blocks: Range) -> None:
-        """Note that file blocks have other device blocks, or none, from now on. Loop; does not block.
-
-        The filesystem's upcall, within the change: mappings show the old blocks until ``settled`` returns.
-        """
-
     def is_settled(self, ino: Ino | None = None) -> bool:
         """Return whether each mapping of a file, or of all files (None), shows the file's present blocks.
         Loop.
 
-        A freed block must not get another owner before all files are settled: a process could still store to
-        the block.
+        An implementation that maps blocks follows the filesystem's changes of extent maps itself, and holds
+        freed blocks back until no process can store to them.
         """
 
     async def settled(self, ino: Ino) -> None:

@@ -85,7 +85,7 @@ class Machine:
         self._counted = Counted(self.nursery, self.under_way, but=("Signals._await_late",))
 
         # Failures: collect, revoke, signal.
-        parts = MountParts(pmem, fs, session, open_files, gates, tracer, emit, self.nursery)
+        parts = MountParts(pmem, fs, session, open_files, gates, tracer, emit, self.nursery, unexpected)
         self.mappings = mappings = make_mappings(parts)
         signals = Signals(tracer, mappings.file_page, emit, self._counted)
         self.failures = Failures(mm, mappings, signals, repairs.failed)
@@ -149,6 +149,7 @@ class Machine:
             p.GetBadblocks: lambda _: files.badblocks(self.pmem),
             p.Damaged: lambda _: files.damaged(self.fs),
             p.Map: lambda request: files.file_map(self.pmem, self.fs, request.ino),
+            p.WhoMaps: lambda _: files.who_maps(self.mappings),
             p.Reflink: partial(files.reflink, self._clones),
             p.Survey: partial(survey, self.pmem, self.fs),
             p.Set: lambda request: self._settings.set(request.settings),

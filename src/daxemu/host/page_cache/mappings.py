@@ -163,9 +163,6 @@ class PageCacheMappings:
 
     # -- changes of a file's blocks
 
-    def on_changed(self, ino: Ino, blocks: Range) -> None:
-        """See Mappings.on_changed. Pages of the page cache stay as they are."""
-
     def is_settled(self, ino: Ino | None = None) -> bool:
         """See Mappings.is_settled. No mapping shows a block of the media."""
         return True
