@@ -73,7 +73,6 @@ ALLOWED = {
     "units.py": "defines the conversions",
     "ranges.py": "is below units; rounds to any unit",
     "evaluate/fleet.py": "rounds arrays of numpy, which the conversions do not take",
-    "host/mappings.py": "is rebuilt at this moment",
     "host/run/runner.py": "is rebuilt at this moment",
     "pmem/media.py": "is rebuilt at this moment",
     "supervisor/consumption.py": "is rebuilt at this moment",

@@ -15,6 +15,7 @@ from operator import attrgetter
 import msgspec
 from sortedcontainers import SortedDict
 
+from daxemu.notifier import NotifierChain
 from daxemu.ranges import IntervalIndex, Range, RangeSet, gaps_between, merged
 from daxemu.uapi import Block, Ino
 
@@ -86,6 +87,10 @@ class Rmap:
         would restore the lost link.
         """
         self._next_proxy = 1
+        self.on_remap: NotifierChain[[Ino, Range]] = NotifierChain()
+        """Called with the file blocks of a file that are on other device blocks than before, or on none, or
+        that were not shared before.
+        """
 
     def __iter__(self) -> Iterator[Link]:
         return iter(self._links)

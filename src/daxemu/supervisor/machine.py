@@ -17,7 +17,7 @@ from daxemu.host.fuse.gates import Gates
 from daxemu.host.fuse.layouts import LayoutTable
 from daxemu.host.fuse.operations import Operations
 from daxemu.host.fuse.session import Session
-from daxemu.host.mappings import PageCacheMappings
+from daxemu.host.page_cache.mappings import PageCacheMappings
 from daxemu.host.tracer.link import TracerLink
 from daxemu.host.unexpected import Unexpected
 from daxemu.mm.memory_failure import MemoryFailures
@@ -35,6 +35,7 @@ from daxemu.supervisor.signals import Signals
 from daxemu.supervisor.strategy_host import StrategyHost
 from daxemu.supervisor.under_way import Counted, UnderWay
 from daxemu.supervisor.verbs import files
+from daxemu.supervisor.verbs.attach import Attachments
 from daxemu.supervisor.verbs.madvise import MadviseInjection
 from daxemu.supervisor.verbs.poison import Poison
 from daxemu.supervisor.verbs.removal import remove
@@ -84,11 +85,11 @@ class Machine:
         # Failures: collect, revoke, signal.
         pfn_map = pmem.pgmap is None
         mappings = PageCacheMappings(session, lambda: list(self.operations.open_files), pfn_map=pfn_map)
-        signals = Signals(tracer, mappings.dev, emit, self._counted)
+        signals = Signals(tracer, mappings.file_page, emit, self._counted)
         self.failures = Failures(mm, mappings, signals, repairs.failed)
         self._page_cache = PageCache(session, fs, self.failures, self._gates)
         path_of = fs.names.path_of
-        populating = Populating(tracer, mappings.dev, session.revoke, path_of, emit, self.nursery)
+        populating = Populating(tracer, session.mount.dev, session.revoke, path_of, emit, self.nursery)
         self._consumption = Consumption(
             pmem, mm, self.failures, signals, populating, repairs, self._counted, supplement_missing
         )
@@ -133,6 +134,7 @@ class Machine:
             emit,
         )
         self._madvise = MadviseInjection(pmem, mm, fs, self._page_cache, self.failures, signals, emit)
+        self._attachments = Attachments(None, emit, self.nursery, unexpected)
         self.scrubber = Scrubber(self._scrub_in_background)
         table = settings_of(mm, fs, log, self.scrubber, strategy_host, self._repairing.choose)
         self._settings = Settings(table, emit)
@@ -144,6 +146,7 @@ class Machine:
         return {
             p.Inject: self.under_way.counting("an injection", self._poison.inject),
             p.Madvise: self.under_way.counting("a madvise(2)", self._madvise.madvise_inject_error),
+            p.Attach: self._attachments.attach,
             p.Clear: self._poison.clear,
             p.Scrub: lambda _: self._poison.scrub(),
             p.Settle: lambda request: self.under_way.settle(request.patience),

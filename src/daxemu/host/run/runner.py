@@ -1,4 +1,5 @@
-"""Programs whose madvise(MADV_HWPOISON) and madvise(MADV_SOFT_OFFLINE) on files of a daxemu mount work.
+"""Programs whose madvise(MADV_HWPOISON) and madvise(MADV_SOFT_OFFLINE) on files of a daxemu mount work, and
+which may have direct mappings (``helper``).
 
 Counterpart in Linux: do_madvise() and the page table walk of madvise_inject_error() in mm/madvise.c. The
 supervisor does the work of memory_failure().
@@ -20,6 +21,7 @@ Invariants:
 
 from __future__ import annotations
 
+import array  # noqa: F401 - of socket.send_fds(): an import under the filter may need the helper's answer
 import contextlib
 import ctypes
 import errno
@@ -30,6 +32,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, NoReturn
 
 from daxemu.errors import DaxemuError, NotMounted
@@ -37,8 +40,9 @@ from daxemu.host.proc import maps, status
 from daxemu.host.proc.maps import Vma
 from daxemu.host.proc.mountinfo import Mount, mounts
 from daxemu.host.proc.pagemap import Pagemap
-from daxemu.host.run import seccomp
-from daxemu.host.run.seccomp import NotifiedCall
+from daxemu.host.run import filters, forward_in_c, seccomp
+from daxemu.host.run.helper import Attach, Helper
+from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
 from daxemu.uapi import (
     CAP_SYS_ADMIN,
     MADV_SOFT_OFFLINE,
@@ -70,24 +74,28 @@ Called in any thread; may raise DaxemuError.
 """
 
 
-def execute(command: list[str], only: Mount | None, advise: Advise) -> NoReturn:
+def execute(command: list[str], only: Mount | None, advise: Advise, attach: Attach | None = None) -> NoReturn:
     """Become ``command``, with the calls above answered for ``only``, or for all mounts, later ones included.
 
-    Precondition: no other threads. Raises the exceptions of ``seccomp.install``; OSError if the program does
-    not exist.
+    ``attach``: also give the program direct mappings (``helper``); None: the small filter. Precondition: no
+    other threads. Raises the exceptions of ``seccomp.install`` and ``filters.direct``; OSError if the program
+    does not exist.
     """
+    code = filters.small() if attach is None else filters.direct()
+    if attach is not None:
+        forward_in_c.library()  # raises before there is a filter
     ours, theirs = socket.socketpair()
     first = os.fork()
     if first == 0:
         # The helper's parent must not be the program, which may wait for its own children.
         if os.fork() == 0:
             ours.close()
-            _help(theirs, only, advise)
+            _help(theirs, only, advise, attach)
         os._exit(0)
     theirs.close()
     with contextlib.suppress(ChildProcessError):  # SIGCHLD is ignored: the kernel has reaped it
         os.waitpid(first, 0)
-    listener = seccomp.install()
+    listener = seccomp.install(code)
     with ours:
         socket.send_fds(ours, [b"x"], [listener])
     os.close(listener)
@@ -96,7 +104,7 @@ def execute(command: list[str], only: Mount | None, advise: Advise) -> NoReturn:
     os.execvp(command[0], command)
 
 
-def _help(sock: socket.socket, only: Mount | None, advise: Advise) -> NoReturn:
+def _help(sock: socket.socket, only: Mount | None, advise: Advise, attach: Attach | None) -> NoReturn:
     """Run the helper until the last process under the filter has ended."""
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP):
@@ -106,8 +114,10 @@ def _help(sock: socket.socket, only: Mount | None, advise: Advise) -> NoReturn:
         _close_all_but(sock.fileno())
         _, fds, _, _ = socket.recv_fds(sock, 1, 1)
         sock.close()
-        if fds:
+        if fds and attach is None:
             serve(fds[0], only, advise)
+        elif fds and attach is not None:
+            Helper(fds[0], only, partial(_answer, fds[0], only=only, advise=advise), attach).serve()
     finally:
         os._exit(0)
 
@@ -136,42 +146,43 @@ def serve(listener: int, only: Mount | None, advise: Advise) -> None:
 
 
 def _answer(listener: int, call: NotifiedCall, only: Mount | None, advise: Advise) -> None:
-    result: int | None = errno.EIO  # for failures of the helper: no supervisor, not permitted to read /proc
+    result = Answer(error=errno.EIO)  # for failures of the helper: no supervisor, not permitted to read /proc
     try:
         with contextlib.suppress(OSError, NotMounted):
             result = _do_madvise(listener, call, only, advise)
     except DaxemuError as error:
-        result = error.errno
+        result = Answer(error=error.errno)
     finally:
         seccomp.answer(listener, call, result)
 
 
-def _do_madvise(listener: int, call: NotifiedCall, only: Mount | None, advise: Advise) -> int | None:
-    """``do_madvise()`` and ``madvise_inject_error()``: an errno or 0; None if the kernel must answer."""
-    if call.start % PAGE_SIZE:
-        return errno.EINVAL
-    end = call.start + page_align_up(call.length)
+def _do_madvise(listener: int, call: NotifiedCall, only: Mount | None, advise: Advise) -> Answer:
+    """``do_madvise()`` and ``madvise_inject_error()``."""
+    start, length, advice = call.args[:3]
+    if start % PAGE_SIZE:
+        return Answer(error=errno.EINVAL)
+    end = start + page_align_up(length)
     if end > U64_MAX:
-        return errno.EINVAL
+        return Answer(error=errno.EINVAL)
     here = [only] if only is not None else mounts()
     vmas = sorted(
         (vma, mount)
         for mount in {mount.dev: mount for mount in here}.values()
         for vma in maps.read(call.tid, mount.dev)
-        if vma.start < end and vma.end > call.start
+        if vma.start < end and vma.end > start
     )
     if not vmas:
-        return None
+        return CONTINUE
     if not all(_is_capable(call.tid, mount) for mount in {mount for _, mount in vmas}):
-        return errno.EPERM
-    pieces, error = _walk(call.tid, call.start, end, vmas)
+        return Answer(error=errno.EPERM)
+    pieces, error = _walk(call.tid, start, end, vmas)
     if not seccomp.is_waiting(listener, call):
-        return errno.EINTR  # the caller is dead
-    soft = call.advice == MADV_SOFT_OFFLINE
+        return Answer(error=errno.EINTR)  # the caller is dead
+    soft = advice & 0xFFFFFFFF == MADV_SOFT_OFFLINE
     for piece in pieces:
         if failed := advise(call.tid, piece, soft):
-            return failed
-    return error
+            return Answer(error=failed)
+    return Answer(error=error)
 
 
 def _walk(tid: int, start: int, end: int, vmas: list[tuple[Vma, Mount]]) -> tuple[list[Piece], int]:
