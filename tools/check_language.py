@@ -65,7 +65,7 @@ PUBLIC = {
 LIBRARY = frozenset({"BadParameter"})
 """Names of libraries: click.BadParameter."""
 
-REBUILT = frozenset({"host/mappings.py", "supervisor/clones.py", "supervisor/consumption.py"})
+REBUILT = frozenset({"supervisor/clones.py", "supervisor/consumption.py"})
 """Files that are rebuilt at this moment: not checked for REPLACED yet."""
 
 _FORMS = re.compile(r"(bad|hurt|sick|hidden|told|heal|mend)(?:s|ed|ing|able)?")

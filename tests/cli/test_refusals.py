@@ -97,7 +97,7 @@ def _some_of_both(device: Path) -> None:
             _no_poison_list,
             "fsck D",
             3,
-            "D/poison: not a list of 'sector count' lines .*; correct the file, .*",
+            "D/poison: not a list of 'sector count' lines; correct the file, or remove .*",
         ),
         (_garbage, "fsck D", 9, "D: 2 problems, which fsck --repair cannot fix: save what can be read, .*"),
         (_one_superblock, "fsck D", 9, "D: 1 problems; try fsck --repair"),

@@ -123,7 +123,7 @@ class Allocator:
             blocks = blocks_of_sectors(part)
             size = blocks.length * PAGE_SIZE
             left = self._dax.badblocks.overlapping_bytes(blocks.start * PAGE_SIZE, size)
-            still = RangeSet(bad_block.outer(PAGE_SIZE) for bad_block in left)
+            still = RangeSet(sectors.outer(PAGE_SIZE) for sectors in left)
             for good in still.gaps(*bytes_of_blocks(blocks)):
                 run = Range(good.start // PAGE_SIZE, good.end // PAGE_SIZE)
                 for block in self._bad_blocks.remove(*run):
@@ -254,13 +254,13 @@ class Allocator:
         ``unit``: bytes of one position.
         """
         while (run := free.first_from(low)) and (run := run.clip(low, high)):
-            bad_block = next(self._dax.badblocks.overlapping_bytes(run.start * unit, run.length * unit), None)
-            if bad_block is None:
+            sectors = next(self._dax.badblocks.overlapping_bytes(run.start * unit, run.length * unit), None)
+            if sectors is None:
                 return run
-            first_bad_block = bad_block.start // unit
+            first_bad_block = sectors.start // unit
             if run.start < first_bad_block:
                 return Range(run.start, first_bad_block)
-            low = DIV_ROUND_UP(bad_block.end, unit)
+            low = DIV_ROUND_UP(sectors.end, unit)
         return None
 
     def _remove_free(self, run: Range) -> None:

@@ -390,7 +390,7 @@ class Media:
             return
         except ValueError as error:
             raise NotADevice(
-                f"{self._poison_file}: not a list of 'sector count' lines ({error}); "
+                f"{self._poison_file}: not a list of 'sector count' lines; "
                 "correct the file, or remove it to have no poison"
             ) from error
 
