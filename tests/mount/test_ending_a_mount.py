@@ -87,10 +87,12 @@ def test_a_stopped_supervisor_holds_up_no_verb(dax_mount: DaxMount) -> None:
         pid = client.pid
     os.kill(pid, signal.SIGSTOP)
     try:
-        for verb in (["status"], ["damaged"], ["inject"], ["settle"], ["umount"]):
-            said = dax_mount.run(*verb, dax_mount.path, status=4)
-            assert f"kill -CONT {pid}" in said
-        states = {each["mountpoint"]: each["state"] for each in json.loads(_status())}
+        verbs = ("status", "damaged", "inject", "settle", "umount")
+        with ThreadPoolExecutor() as threads:  # each waits for its whole patience
+            every = threads.submit(_status)
+            for said in threads.map(lambda verb: dax_mount.run(verb, dax_mount.path, status=4), verbs):
+                assert f"kill -CONT {pid}" in said
+        states = {each["mountpoint"]: each["state"] for each in json.loads(every.result())}
         assert states[str(dax_mount.path)] == "dead"
         dax_mount.umount("--force")
         assert state_of(pid) in ("", "Z")
