@@ -15,6 +15,7 @@ from daxemu.fs.rmap import ReflinkProxy, Rmap
 from daxemu.uapi import PAGE_SIZE, SECTORS_PER_PAGE
 from tests.fs.model import Model, Page
 from tests.support.core import Core
+from tests.support.followed import Followed
 from tests.support.layouts import Holder
 
 IN_MEMORY = (
@@ -41,6 +42,7 @@ class Invariants(RuleBasedStateMachine):
     proxies: dict[Page, tuple[int, ReflinkProxy | None]]
     counted: Counter[Page]
     holder: Holder
+    followed: Followed
     has_committed = False
 
     def block_of(self, ino: int, index: int) -> int:
@@ -72,6 +74,11 @@ class Invariants(RuleBasedStateMachine):
         assert self.holder.wrong() == []
         for file in self.model.files:
             self.core.fs.layouts.grant_attributes(self.core.fs.names.get(file.ino))
+
+    @invariant()
+    def changes_are_reported(self) -> None:
+        """Every block that a direct mapping must show in another way than before the step was reported."""
+        assert self.followed.unreported([file.ino for file in self.model.files]) == []
 
     @invariant()
     def contents_are_the_models(self) -> None:
@@ -170,6 +177,7 @@ class Invariants(RuleBasedStateMachine):
         self.core.close(save=save)
         self.core.open()
         self.holder = Holder(self.core.fs)
+        self.followed = Followed(self.core.fs)
         self.core.fs.lost_store_is_eio = eio
         if save:
             self.committed = self.model.after_crash()

@@ -12,12 +12,14 @@ from hypothesis.stateful import initialize, precondition, rule
 
 from daxemu.errors import FsError, MediaError, NoSpace
 from daxemu.events import PoisonCleared, StoreLost
+from daxemu.fs.fault import FaultKind
 from daxemu.fs.inode import ROOT_INO
 from daxemu.pmem.inject import inject, scrub, uninject
 from daxemu.uapi import PAGE_SIZE, PMD_SIZE, SECTOR_SIZE
 from tests.fs.invariants import Invariants
 from tests.fs.model import File, Model
 from tests.support.core import core_at
+from tests.support.followed import Followed
 from tests.support.layouts import Holder
 
 pytestmark = pytest.mark.timeout(600)  # for shrinking a failing example; a passing run takes 15 s
@@ -60,6 +62,7 @@ class FilesystemAgainstModel(Invariants):
             self.poison(0, prefill * 1000, 3000, bool(prefill % 2))
         self.core.fs.lost_store_is_eio = eio
         self.holder = Holder(self.core.fs)
+        self.followed = Followed(self.core.fs)
 
     def teardown(self) -> None:
         if hasattr(self, "core"):
@@ -198,6 +201,40 @@ class FilesystemAgainstModel(Invariants):
         if length > 0:
             data = NOISE[seed : seed + length]
             self.store(file, first * PAGE_SIZE, data, from_cache=True, by_holder=bool(seed % 2))
+
+    @precondition(lambda self: self.model.files)
+    @rule(index=which, offset=offsets, length=lengths, seed=st.integers(0, 9999))
+    def store_through_mapping(self, index: int, offset: int, length: int, seed: int) -> None:
+        """Store into one page of a direct mapping, also beyond the end of the file in its last page."""
+        file, fs, model = self.pick(index), self.core.fs, self.model
+        block, at = offset // PAGE_SIZE, offset % PAGE_SIZE
+        self.begin()
+        page = file.pages.get(block)
+        if block * PAGE_SIZE >= file.size:
+            assert fs.fault(file.ino, block, is_store=True, limit=1).kind is FaultKind.BEYOND_EOF
+            return
+        if page is not None and page.bad:
+            if model.is_shared(page):
+                with pytest.raises(MediaError):
+                    fs.fault(file.ino, block, is_store=True, limit=1)
+            return
+        room = fs.statfs().available
+        needed = model.needed(file, block * PAGE_SIZE, PAGE_SIZE)
+        if model.given_up and needed > room:
+            model.given_up = set()
+            needed = model.needed(file, block * PAGE_SIZE, PAGE_SIZE)
+        if needed > room:
+            with pytest.raises(NoSpace):
+                fs.fault(file.ino, block, is_store=True, limit=1)
+            return
+        event("store through a mapping")
+        run = fs.fault(file.ino, block, is_store=True, limit=1)
+        assert (run.kind, run.file_block, run.length, run.is_shared) == (FaultKind.MAPPED, block, 1, False)
+        data = NOISE[seed : seed + min(length, PAGE_SIZE - at)]
+        fs.dax.direct_access(run.dev_block * PAGE_SIZE + at, len(data))[:] = data
+        first = bytes(model.content(file)[block * PAGE_SIZE : block * PAGE_SIZE + 1])
+        model.write(file, block * PAGE_SIZE, first)  # allocates or copies the block
+        model.write(file, offset, data[: max(0, file.size - offset)])
 
     @precondition(lambda self: self.model.files)
     @rule(index=which, keep=st.integers(0, 3))

@@ -36,6 +36,7 @@ class Allocator:
     def __init__(self, dax: DaxDevice) -> None:
         self._dax = dax
         self.total = dax.size // PAGE_SIZE
+        self.align = dax.align
         self._free = RangeSet([(0, self.total)])
         self._pending = RangeSet()
         self._settled = RangeSet()

@@ -84,6 +84,17 @@ class ExtentMap:
             at = run_end
             index += 1
 
+    def around(self, block: Block, within: Range) -> Mapping:
+        """Return the link or the hole at ``block``, cut to ``within``. Precondition: ``block`` is inside."""
+        index = self._index_after(block)
+        after = self._links[index] if index < len(self._links) else None
+        if after is not None and after.file_block <= block:
+            whole = Range(after.file_block, after.file_end).clip(*within)
+            return Mapping(whole.start, whole.length, after)
+        start = self._links[index - 1].file_end if index else 0
+        hole = Range(start, after.file_block if after is not None else within.end).clip(*within)
+        return Mapping(hole.start, hole.length, None)
+
     def piece(self, start: Block, end: Block, links: int) -> Block:
         """Return where the first piece of ``[start, end)`` ends. A piece has at most ``links`` links."""
         last = self._index_after(start) + links - 1
@@ -118,6 +129,7 @@ class ExtentMap:
         """
         index = self._index_after(file_block)
         self.blocks += length
+        self._rmap.on_remap(self.ino, Range(file_block, file_block + length))
         if index:
             before = self._links[index - 1]
             # Growing keeps a sequentially written file at one link. A shared link does not grow: the proxy
@@ -140,6 +152,9 @@ class ExtentMap:
         last = max(first, bisect_left(self._links, end, key=_file_block))
         if start >= end or first == last:
             return []
+        self._rmap.on_remap(
+            self.ino, Range(self._links[first].file_block, self._links[last - 1].file_end).clip(start, end)
+        )
         freed: list[Range] = []
         shared: list[tuple[Range, ReflinkProxy]] = []
         for link in self._links[first:last]:
@@ -187,6 +202,8 @@ class ExtentMap:
         - The two ranges do not overlap if ``source`` is this map.
         """
         runs = [(run, run.link) for run in source.runs(src_start, src_start + length) if run.link is not None]
+        for run, _ in runs:
+            self._rmap.on_remap(source.ino, Range(run.file_block, run.file_block + run.length))
         self._rmap.share([link for _, link in runs])
         delta = dst_start - src_start
         # A clone of a whole file reuses the int objects of the source: a hundred owners are found faster so.
@@ -204,6 +221,8 @@ class ExtentMap:
         self._links[at:at] = links
         self._rmap.add(links)
         self.blocks += sum(link.length for link in links)
+        for link in links:
+            self._rmap.on_remap(self.ino, Range(link.file_block, link.file_end))
 
     def adopt(self, links: list[Link]) -> None:
         """Take over links read from the store. The store adds the links to the reverse map.

@@ -18,10 +18,10 @@ from daxemu.fs import inode_flags, pieces, posix_acl
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.file_data import Buffer, Stored
 from daxemu.fs.inode import ENTRY_COST, MAX_FILE_SIZE, SUPERUSER, Credentials, Inode
+from daxemu.fs.mapped_files import MappedFiles
 from daxemu.fs.pieces import PIECE_LINKS
 from daxemu.fs.reflink import check_remap
 from daxemu.fs.statfs import Damage, StatFs, damaged, damaged_in_pieces
-from daxemu.fs.super import SuperBlock
 from daxemu.ranges import Range
 from daxemu.uapi import (
     FALLOC_FL_KEEP_SIZE,
@@ -42,7 +42,7 @@ MAX_PENDING = (64 << 20) // PAGE_SIZE
 """
 
 
-class Filesystem(SuperBlock):
+class Filesystem(MappedFiles):
     """Mounted filesystem."""
 
     # -- names
@@ -234,6 +234,7 @@ class Filesystem(SuperBlock):
             return 0
         if offset + len(data) > MAX_FILE_SIZE:
             raise FsError(errno.EFBIG)
+        self._zero_exposed_tail(inode, extents, offset)
         must_copy = bool(
             self.rmap.given_up
         )  # read before the allocator, which may commit and so empty given_up
@@ -246,7 +247,7 @@ class Filesystem(SuperBlock):
             stored = self._data.store(extents, offset, data, from_cache=from_cache)
         grown = offset + len(data) > inode.size
         if grown:
-            inode.size = offset + len(data)
+            self._resize(inode, offset + len(data))
             self.names.touch(inode, modified=True)
         else:
             self.names.update_time(inode, time.time_ns())
@@ -297,11 +298,12 @@ class Filesystem(SuperBlock):
             raise FsError(errno.EFBIG)
         if size < inode.size:
             for end in pieces.shorten(self._data, extents, size):
-                inode.size = min(inode.size, end)
+                self._resize(inode, min(inode.size, end))
                 self.names.touch(inode, modified=True)
                 yield
                 self.fsync_if_much()
-        inode.size = size
+        self._zero_exposed_tail(inode, extents, size)
+        self._resize(inode, size)
         self.names.touch(inode, modified=True)
 
     def fallocate(self, ino: Ino, mode: int, offset: int, length: int) -> None:
@@ -343,7 +345,8 @@ class Filesystem(SuperBlock):
             yield
             self.fsync_if_much()
         if not mode & FALLOC_FL_KEEP_SIZE:
-            inode.size = max(inode.size, end)
+            self._zero_exposed_tail(inode, extents, end)
+            self._resize(inode, max(inode.size, end))
         self.names.touch(inode, modified=True)
 
     def seek(self, ino: Ino, offset: int, whence: int) -> int:
@@ -403,9 +406,12 @@ class Filesystem(SuperBlock):
         blocks = DIV_ROUND_UP(length, PAGE_SIZE)
         first, at = src_offset // PAGE_SIZE, dst_offset // PAGE_SIZE
         self._ensure_room(links=2 + len(src_extents.lookup(first, first + blocks)))
+        self._zero_exposed_tail(target, dst_extents, dst_offset)
+        if self.is_exposed(src):
+            self._expose(dst)  # the last block is shared with its bytes beyond the end
         self._data.remove(dst_extents, at, at + blocks)
         dst_extents.clone_from(src_extents, first, blocks, at)
-        target.size = max(target.size, dst_offset + length)
+        self._resize(target, max(target.size, dst_offset + length))
         self.names.touch(target, modified=True)
         return length
 

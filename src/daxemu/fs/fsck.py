@@ -61,7 +61,7 @@ def _check_tails(fs: Filesystem) -> list[str]:
     wrong = []
     for inode in fs.names:
         tail = inode.size % PAGE_SIZE
-        if inode.extents is None or not tail:
+        if inode.extents is None or not tail or fs.is_exposed(inode.ino):
             continue
         (run,) = inode.extents.runs(inode.size // PAGE_SIZE, inode.size // PAGE_SIZE + 1)
         if run.link is None or fs.dax.is_poisoned(run.dev_block * PAGE_SIZE, PAGE_SIZE):

@@ -73,6 +73,10 @@ class Layouts:
         self._out: set[Ino] = set()
         self._is_watched = False
         self._suspended = 0
+        self.exposed: set[Ino] = set()
+        """Files with direct mappings: bytes of the last block beyond the end may be other than zero, so no
+        layout goes beyond the end.
+        """
         dax.before_poison = self.break_all
 
     @property
@@ -125,9 +129,10 @@ class Layouts:
             delta = (link.file_block - link.dev_block) * PAGE_SIZE
             device = Range(link.dev_block * PAGE_SIZE, link.dev_end * PAGE_SIZE)
             for start, end in self._healthy(device):
-                if start + delta < offset + length and offset < end + delta:
+                file_end = min(end + delta, inode.size) if inode.ino in self.exposed else end + delta
+                if start + delta < min(offset + length, file_end) and offset < file_end:
                     alone = may_write and link.proxy is None
-                    holder.grant(Layout(inode.ino, inode.size, start + delta, end + delta, start, alone))
+                    holder.grant(Layout(inode.ino, inode.size, start + delta, file_end, start, alone))
 
     def grant_attributes(self, inode: Inode) -> None:
         """Grant the answer of stat(2) for an inode."""

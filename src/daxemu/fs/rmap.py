@@ -86,6 +86,10 @@ class Rmap:
         self._next_proxy = 1
         self.on_change: Callable[[Ino], None] = lambda ino: None
         """Called with the inode number of each file whose links change."""
+        self.on_remap: Callable[[Ino, Range], None] = lambda ino, blocks: None
+        """Called with the file blocks of a file that are on other device blocks than before, or on none, or
+        that were not shared before.
+        """
 
     def __iter__(self) -> Iterator[Link]:
         return iter(self._links)

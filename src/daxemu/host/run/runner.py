@@ -38,7 +38,7 @@ from daxemu.host.proc.maps import Vma
 from daxemu.host.proc.mountinfo import Mount, mounts
 from daxemu.host.proc.pagemap import Pagemap
 from daxemu.host.run import seccomp
-from daxemu.host.run.seccomp import NotifiedCall
+from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
 from daxemu.uapi import (
     CAP_SYS_ADMIN,
     MADV_SOFT_OFFLINE,
@@ -136,42 +136,43 @@ def serve(listener: int, only: Mount | None, advise: Advise) -> None:
 
 
 def _answer(listener: int, call: NotifiedCall, only: Mount | None, advise: Advise) -> None:
-    result: int | None = errno.EIO  # for failures of the helper: no supervisor, not permitted to read /proc
+    result = Answer(error=errno.EIO)  # for failures of the helper: no supervisor, not permitted to read /proc
     try:
         with contextlib.suppress(OSError, NotMounted):
             result = _do_madvise(listener, call, only, advise)
     except DaxemuError as error:
-        result = error.errno
+        result = Answer(error=error.errno)
     finally:
         seccomp.answer(listener, call, result)
 
 
-def _do_madvise(listener: int, call: NotifiedCall, only: Mount | None, advise: Advise) -> int | None:
-    """``do_madvise()`` and ``madvise_inject_error()``: an errno or 0; None if the kernel must answer."""
-    if call.start % PAGE_SIZE:
-        return errno.EINVAL
-    end = call.start + page_align_up(call.length)
+def _do_madvise(listener: int, call: NotifiedCall, only: Mount | None, advise: Advise) -> Answer:
+    """``do_madvise()`` and ``madvise_inject_error()``."""
+    start, length, advice = call.args[:3]
+    if start % PAGE_SIZE:
+        return Answer(error=errno.EINVAL)
+    end = start + page_align_up(length)
     if end > U64_MAX:
-        return errno.EINVAL
+        return Answer(error=errno.EINVAL)
     here = [only] if only is not None else mounts()
     vmas = sorted(
         (vma, mount)
         for mount in {mount.dev: mount for mount in here}.values()
         for vma in maps.read(call.tid, mount.dev)
-        if vma.start < end and vma.end > call.start
+        if vma.start < end and vma.end > start
     )
     if not vmas:
-        return None
+        return CONTINUE
     if not all(_is_capable(call.tid, mount) for mount in {mount for _, mount in vmas}):
-        return errno.EPERM
-    pieces, error = _walk(call.tid, call.start, end, vmas)
+        return Answer(error=errno.EPERM)
+    pieces, error = _walk(call.tid, start, end, vmas)
     if not seccomp.is_waiting(listener, call):
-        return errno.EINTR  # the caller is dead
-    soft = call.advice == MADV_SOFT_OFFLINE
+        return Answer(error=errno.EINTR)  # the caller is dead
+    soft = advice & 0xFFFFFFFF == MADV_SOFT_OFFLINE
     for piece in pieces:
         if failed := advise(call.tid, piece, soft):
-            return failed
-    return error
+            return Answer(error=failed)
+    return Answer(error=error)
 
 
 def _walk(tid: int, start: int, end: int, vmas: list[tuple[Vma, Mount]]) -> tuple[list[Piece], int]:

@@ -1,12 +1,12 @@
-"""seccomp(2) user notification: another process answers one system call of a program, the kernel answers the
-others.
+"""seccomp(2) user notification: another process answers some system calls of a program, the kernel answers
+the others.
 
-Purpose: the filter that picks madvise(2) with MADV_HWPOISON or MADV_SOFT_OFFLINE, and typed access to its
-listener. Children, threads and execs inherit a filter, and so have the same listener. Counterpart in Linux:
-Documentation/userspace-api/seccomp_filter.rst, "Userspace Notification".
+Purpose: installing a filter (``filters``), and typed access to its listener. Children, threads and execs
+inherit a filter, and so have the same listener. A copy of the listener in another process (pidfd_getfd(2))
+answers as well as the first. Counterpart in Linux: Documentation/userspace-api/seccomp_filter.rst, "Userspace
+Notification".
 
 Invariants:
-- other system calls are allowed by number alone, which the kernel remembers (``seccomp_cache_check_allow``);
 - the caller of a received call waits as in memory_failure(): only SIGKILL ends the wait
   (SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, Linux 5.19); a call is never restarted and so never done twice.
 """
@@ -17,34 +17,28 @@ import ctypes
 import errno
 import fcntl
 import os
-import platform
 import struct
 from typing import NamedTuple
 
 from daxemu.errors import Busy, Unsupported
-from daxemu.uapi import MADV_HWPOISON, MADV_SOFT_OFFLINE
-
-# asm/unistd.h, uapi/linux/audit.h: (seccomp, madvise, AUDIT_ARCH)
-_ABI = {"x86_64": (317, 28, 0xC000003E), "aarch64": (277, 233, 0xC00000B7)}
+from daxemu.host.run import filters
+from daxemu.host.run.bpf import INSTRUCTION
 
 # uapi/linux/seccomp.h
 _SET_MODE_FILTER = 1
 _NEW_LISTENER = 1 << 3
 _WAIT_KILLABLE_RECV = 1 << 5
-_RET_ALLOW = 0x7FFF0000
-_RET_USER_NOTIF = 0x7FC00000
 _FLAG_CONTINUE = 1
-_DATA_NR, _DATA_ARCH, _DATA_ARG2 = 0, 4, 32  # struct seccomp_data; the low half of ``int behavior``
-_NOTIF = struct.Struct("=QIIiIQ6Q")
+_ADDFD_SETFD = 1
+NOTIFICATION = struct.Struct("=QIIiIQ6Q")
+"""struct seccomp_notif: id, thread id, flags, number, machine, instruction pointer, six arguments."""
 _RESPONSE = struct.Struct("=QqiI")
+_ADDFD = struct.Struct("=QIIII")
 _ID = struct.Struct("=Q")
-_IOC_RECV = 3 << 30 | _NOTIF.size << 16 | ord("!") << 8 | 0
+_IOC_RECV = 3 << 30 | NOTIFICATION.size << 16 | ord("!") << 8 | 0
 _IOC_SEND = 3 << 30 | _RESPONSE.size << 16 | ord("!") << 8 | 1
 _IOC_ID_VALID = 1 << 30 | _ID.size << 16 | ord("!") << 8 | 2
-
-# uapi/linux/filter.h, bpf_common.h
-_LOAD, _JUMP_EQUAL, _RETURN = 0x20, 0x15, 0x06
-_INSN = struct.Struct("=HBBI")
+_IOC_ADDFD = 1 << 30 | _ADDFD.size << 16 | ord("!") << 8 | 3
 
 _PR_SET_NO_NEW_PRIVS = 38
 
@@ -57,46 +51,40 @@ class _Program(ctypes.Structure):
 
 
 class NotifiedCall(NamedTuple):
-    """An madvise(2) that waits for an answer. ``tid`` 0: a thread outside this pid namespace."""
+    """A system call that waits for an answer. ``tid`` 0: a thread outside this pid namespace. ``nr``: number
+    of the system call. ``args``: the six registers, 64 bits each, without signs.
+    """
 
     id: int
     tid: int
-    start: int
-    length: int
-    advice: int
+    nr: int
+    args: tuple[int, int, int, int, int, int]
 
 
-def _filter(madvise: int, arch: int) -> bytes:
-    """The BPF program: USER_NOTIF for the two advices, ALLOW for everything else."""
-    return b"".join(
-        _INSN.pack(*insn)
-        for insn in (
-            (_LOAD, 0, 0, _DATA_ARCH),
-            (_JUMP_EQUAL, 0, 6, arch),
-            (_LOAD, 0, 0, _DATA_NR),
-            (_JUMP_EQUAL, 0, 4, madvise),
-            (_LOAD, 0, 0, _DATA_ARG2),
-            (_JUMP_EQUAL, 1, 0, MADV_HWPOISON),
-            (_JUMP_EQUAL, 0, 1, MADV_SOFT_OFFLINE),
-            (_RETURN, 0, 0, _RET_USER_NOTIF),
-            (_RETURN, 0, 0, _RET_ALLOW),
-        )
-    )
-
-
-def install() -> int:
-    """Put this process, and all its later children, under the filter; returns the listener.
-
-    The filter cannot be removed. Without CAP_SYS_ADMIN the function sets no_new_privs: set-user-ID programs
-    gain no privilege then. Raises Busy if the process has a listener already, Unsupported where the kernel or
-    the machine lacks user notification.
+class Answer(NamedTuple):
+    """Result of a call: ``value``, or -1 with ``error``. With ``proceed`` the kernel carries the call out
+    with the arguments that its registers and memory hold at that time.
     """
-    try:
-        seccomp, madvise, arch = _ABI[platform.machine()]
-    except KeyError:
-        raise Unsupported(f"daxemu run does not know the system calls of {platform.machine()}") from None
-    code = _filter(madvise, arch)
-    program = _Program(len(code) // _INSN.size, code)
+
+    value: int = 0
+    error: int = 0
+    proceed: bool = False
+
+
+CONTINUE = Answer(proceed=True)
+
+
+def install(code: bytes | None = None) -> int:
+    """Put this process, and all its later children, under a filter; returns the listener.
+
+    ``code``: the BPF program; None: ``filters.small``. The filter cannot be removed. Without CAP_SYS_ADMIN
+    the function sets no_new_privs: set-user-ID programs gain no privilege then. Raises Busy if the process
+    has a listener already, Unsupported where the kernel or the machine lacks user notification.
+    """
+    seccomp = filters.abi().seccomp
+    if code is None:
+        code = filters.small()
+    program = _Program(len(code) // INSTRUCTION.size, code)
 
     def attempt() -> int:
         flags = _NEW_LISTENER | _WAIT_KILLABLE_RECV
@@ -120,15 +108,25 @@ def receive(listener: int) -> NotifiedCall | None:
     """Return the next call; None if the call was withdrawn meanwhile (a signal came first, or the thread
     died).
     """
-    raw = bytearray(_NOTIF.size)
+    raw = bytearray(NOTIFICATION.size)
     try:
         fcntl.ioctl(listener, _IOC_RECV, raw, True)
     except OSError as error:
         if error.errno != errno.ENOENT:
             raise
         return None
-    id_, tid, _flags, _nr, _arch, _ip, start, length, advice, *_ = _NOTIF.unpack(raw)
-    return NotifiedCall(id_, tid, start, length, advice & 0xFFFFFFFF)
+    return parse(raw)
+
+
+def parse(raw: bytes | bytearray) -> NotifiedCall:
+    """Return the call of a struct seccomp_notif. Precondition: ``raw`` has the size of NOTIFICATION."""
+    id_, tid, _flags, nr, _arch, _ip, a, b, c, d, e, f = NOTIFICATION.unpack(raw)
+    return NotifiedCall(id_, tid, nr, (a, b, c, d, e, f))
+
+
+def arch_of(raw: bytes | bytearray) -> int:
+    """Return the machine (AUDIT_ARCH_*) of the call of a struct seccomp_notif."""
+    return int(NOTIFICATION.unpack(raw)[4])
 
 
 def is_waiting(listener: int, call: NotifiedCall) -> bool:
@@ -140,10 +138,32 @@ def is_waiting(listener: int, call: NotifiedCall) -> bool:
     return True
 
 
-def answer(listener: int, call: NotifiedCall, error: int | None) -> None:
-    """Let the call return: 0, or -1 with ``error``; with None the kernel carries the call out."""
-    response = bytearray(_RESPONSE.pack(call.id, 0, -(error or 0), _FLAG_CONTINUE if error is None else 0))
+def add_fd(listener: int, call: NotifiedCall, fd: int, *, number: int | None = None) -> int:
+    """Copy descriptor ``fd`` of this process into the process that waits, with FD_CLOEXEC; return its number
+    there.
+
+    ``number``: the wanted number, which is closed first if in use; None: the lowest free one. The thread goes
+    on waiting. Raises FileNotFoundError if the thread is dead, OSError with EMFILE if the process may have no
+    more descriptors, EINPROGRESS if the call was answered.
+    """
+    flags = 0 if number is None else _ADDFD_SETFD
+    raw = bytearray(_ADDFD.pack(call.id, flags, fd, number or 0, os.O_CLOEXEC))
+    return int(fcntl.ioctl(listener, _IOC_ADDFD, raw, True))
+
+
+def answer(listener: int, call: NotifiedCall, answer: Answer) -> bool:
+    """Let the call return. Return False if no thread waits for the answer: killed, or answered before.
+
+    A number that is not the id of a waiting call does no harm.
+    """
+    flags = _FLAG_CONTINUE if answer.proceed else 0
+    response = bytearray(_RESPONSE.pack(call.id, answer.value, -answer.error, flags))
     try:
         fcntl.ioctl(listener, _IOC_SEND, response, True)
-    except FileNotFoundError:
-        return  # killed meanwhile
+    except (FileNotFoundError, BlockingIOError):
+        return False
+    except OSError as error:
+        if error.errno != errno.EINPROGRESS:
+            raise
+        return False
+    return True

@@ -1,0 +1,167 @@
+"""Page faults of direct mappings: what a mapping shows at a block of a file (fs/dax.c, xfs_iomap.c).
+
+A mapping of a file on persistent memory maps the device's own blocks. The filesystem decides each fault, and
+names the blocks to map. Positions and lengths are blocks of the file.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from daxemu.errors import NoSpace
+from daxemu.fs.allocator import Allocator
+from daxemu.fs.extents import ExtentMap, Mapping
+from daxemu.fs.file_data import FileData
+from daxemu.fs.inode import Inode
+from daxemu.fs.rmap import Link, Rmap
+from daxemu.ranges import Range
+from daxemu.uapi import HPAGE_PMD_NR, PAGE_SIZE, PMD_SIZE, Block, Ino
+from daxemu.units import DIV_ROUND_UP
+
+
+class FaultKind(enum.Enum):
+    """What a mapping shows at a run of blocks."""
+
+    HOLE = "hole"
+    """Zeros, until a store."""
+    MAPPED = "mapped"
+    """Device blocks. Poisoned blocks are among them: their pages are missing in the media."""
+    BEYOND_EOF = "beyond EOF"
+    """No page: an access is SIGBUS with BUS_ADRERR."""
+
+
+class FileRun(NamedTuple):
+    """A run of a file that a mapping shows alike (``struct iomap``).
+
+    ``dev_block``: first device block; 0 unless MAPPED. ``is_shared``: True if a store needs a new block, so
+    the mapping must be write-protected.
+    """
+
+    kind: FaultKind
+    file_block: Block
+    length: int
+    dev_block: Block = 0
+    is_shared: bool = False
+
+    @property
+    def file_end(self) -> Block:
+        return self.file_block + self.length
+
+
+class MappingOps(Protocol):
+    """The holder of direct mappings: the subscriber of Filesystem.follow()."""
+
+    def changed(self, ino: Ino, blocks: Range) -> None:
+        """Note that mappings of the file blocks may show other device blocks, or other rights, than before.
+
+        Called in the middle of a change, so the callee must not call the filesystem. Called for each change
+        of the extent map or the size, and where unshared blocks become shared. Not called where shared blocks
+        become unshared: a mapping that stays write-protected is right.
+        """
+
+
+class Faults:
+    """Decides faults on the files of one filesystem."""
+
+    def __init__(self, data: FileData, rmap: Rmap, allocator: Allocator) -> None:
+        self._data = data
+        self._rmap = rmap
+        self._allocator = allocator
+
+    # -- reading
+
+    def runs(self, inode: Inode, extents: ExtentMap, blocks: Range) -> Iterator[FileRun]:
+        """Yield ``blocks`` of a file as runs, in order, without gaps.
+
+        Neighbours on the device that are shared alike are one run. Precondition: the file does not change
+        during the iteration.
+        """
+        end = DIV_ROUND_UP(inode.size, PAGE_SIZE)
+        last: FileRun | None = None
+        for run in self._parts(extents, blocks.clip(0, end)):
+            if last is not None and _continues(last, run):
+                last = last._replace(length=last.length + run.length)
+                continue
+            if last is not None:
+                yield last
+            last = run
+        if last is not None:
+            yield last
+        if blocks.end > max(end, blocks.start):
+            start = max(end, blocks.start)
+            yield FileRun(FaultKind.BEYOND_EOF, start, blocks.end - start)
+
+    def _parts(self, extents: ExtentMap, blocks: Range) -> Iterator[FileRun]:
+        for run in extents.runs(*blocks):
+            if run.link is None:
+                yield FileRun(FaultKind.HOLE, run.file_block, run.length)
+            else:
+                yield from self._mapped(run, run.link)
+
+    def _mapped(self, run: Mapping, link: Link) -> Iterator[FileRun]:
+        start, end = run.dev_block, run.dev_block + run.length
+        delta = run.file_block - start
+        shared = self._rmap.shared_parts(link, start, end)
+        parts = [(part, True) for part in shared] + [(part, False) for part in shared.gaps(start, end)]
+        for part, is_shared in sorted(parts):
+            yield FileRun(FaultKind.MAPPED, part.start + delta, part.length, part.start, is_shared)
+
+    # -- faults
+
+    def load(self, inode: Inode, extents: ExtentMap, block: Block, limit: int) -> FileRun:
+        """Return the run around ``block`` within the aligned ``limit`` blocks of the file that hold it."""
+        window = Range(block // limit * limit, block // limit * limit + limit)
+        end = DIV_ROUND_UP(inode.size, PAGE_SIZE)
+        if block >= end:
+            start = max(end, window.start)
+            return FileRun(FaultKind.BEYOND_EOF, start, window.end - start)
+        around = extents.around(block, window.clip(0, end))
+        if around.link is None:
+            return FileRun(FaultKind.HOLE, around.file_block, around.length)
+        return next(run for run in self._mapped(around, around.link) if block < run.file_end)
+
+    def store(self, inode: Inode, extents: ExtentMap, block: Block, limit: int) -> FileRun:
+        """As :meth:`load`, after the allocation of a hole, or the copy of a shared block.
+
+        Raises NoSpace; MediaError if a shared block is poison. Then nothing has changed.
+        """
+        found = self.load(inode, extents, block, limit)
+        if found.kind is FaultKind.HOLE:
+            self._allocate(inode, extents, block, limit)
+        elif found.is_shared:
+            self._copy(extents, block)
+        else:
+            return found
+        return self.load(inode, extents, block, limit)
+
+    def _allocate(self, inode: Inode, extents: ExtentMap, block: Block, limit: int) -> None:
+        """Allocate a block, or the 2 MiB around the block where dax_iomap_pmd_fault() would map them."""
+        unit = Range(block, block + 1).outer(HPAGE_PMD_NR)
+        if (
+            self._allocator.align == PMD_SIZE
+            and limit >= HPAGE_PMD_NR
+            and unit.end <= DIV_ROUND_UP(inode.size, PAGE_SIZE)
+            and extents.holes(*unit) == [unit]
+        ):
+            try:
+                self._data.preallocate(extents, *unit)
+            except NoSpace:  # VM_FAULT_FALLBACK: the fault is tried again with one page
+                pass
+            else:
+                return
+        self._data.preallocate(extents, block, block + 1)
+
+    def _copy(self, extents: ExtentMap, block: Block) -> None:
+        """Copy one shared block to a new block (dax_iomap_copy_around(), xfs_reflink_end_cow())."""
+        source = self._data.read(extents, block * PAGE_SIZE, PAGE_SIZE)
+        self._data.store(extents, block * PAGE_SIZE, source, from_cache=False)
+
+
+def _continues(before: FileRun, run: FileRun) -> bool:
+    return (
+        before.kind is run.kind
+        and before.is_shared == run.is_shared
+        and (run.kind is not FaultKind.MAPPED or before.dev_block + before.length == run.dev_block)
+    )
