@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 from daxemu.errors import DaxemuError
@@ -41,11 +42,9 @@ EAGER = 256
 
 # uapi/asm-generic/mman-common.h, uapi/linux/mman.h
 MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE, MAP_TYPE = 1, 2, 3, 0x0F
-MAP_FIXED, MAP_ANONYMOUS, MAP_GROWSDOWN, MAP_FIXED_NOREPLACE = 0x10, 0x20, 0x100, 0x100000
-MAP_SYNC, MAP_HUGETLB = 0x80000, 0x40000
-_VALIDATED = 0x1D9873 | MAP_SYNC
-"""LEGACY_MAP_MASK of linux/mman.h, and the flags of DAX."""
-_LEGACY = 0x2D9973 & ~MAP_SYNC
+MAP_FIXED, MAP_GROWSDOWN, MAP_FIXED_NOREPLACE, MAP_SYNC = 0x10, 0x100, 0x100000, 0x80000
+_VALIDATED = 0xFC0FF9F3 | MAP_SYNC
+"""Flags that MAP_SHARED_VALIDATE accepts: LEGACY_MAP_MASK of linux/mman.h, and MAP_SYNC as on DAX."""
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 MS_ASYNC, MS_INVALIDATE, MS_SYNC = 1, 2, 4
 MADV_DONTNEED, MADV_REMOVE, MADV_DONTNEED_LOCKED = 4, 9, 24
@@ -82,7 +81,7 @@ def open_file(tid: int, fd: int) -> OpenFile:
 class Files(Protocol):
     """The part of the filesystem that mappings need."""
 
-    def runs(self, ino: Ino, blocks: Range) -> "Iterable[FileRun]":
+    def runs(self, ino: Ino, blocks: Range) -> Iterable[FileRun]:
         """See MappedFiles.runs."""
 
     def fsync(self) -> None:
@@ -95,7 +94,9 @@ class Files(Protocol):
 class HardwareError(Protocol):
     """Execute madvise(MADV_HWPOISON) or madvise(MADV_SOFT_OFFLINE) of a thread on bytes of a file."""
 
-    async def __call__(self, tid: int, address: int, ino: Ino, offset: int, length: int, *, soft: bool) -> int:
+    async def __call__(
+        self, tid: int, address: int, ino: Ino, offset: int, length: int, *, soft: bool
+    ) -> int:
         """Return 0 or an errno."""
 
 
@@ -183,7 +184,7 @@ class Calls:
                 pieces = planner.media_pieces(area, self._runs(area))
                 if space.overlapping(where):
                     await self._page_tables.map_over(area)
-                    if pieces:
+                    with suppress(OSError):  # the pages stay lazy
                         await self._page_tables.show(pieces)
                 else:
                     await self._page_tables.map_new(area, pieces)

@@ -232,4 +232,3 @@ class PageFaults:
         with suppress(AddressSpaceGone, OSError):
             async with touch.space.lock:
                 await self._mark(touch)
-

@@ -86,6 +86,8 @@ class PageTables:
 
         Private copies stay. If the address space has too many VMAs, other addresses become lazy first.
         """
+        if not pieces:
+            return
         space = pieces[0].area.space
         if len(space.pieces) + len(pieces) > self._most_pieces:
             await self._make_room(space)
