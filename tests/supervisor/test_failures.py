@@ -10,7 +10,8 @@ import trio
 import trio.testing
 
 from daxemu.events import Event, MemoryFailureHandled, SignalSent
-from daxemu.host.mappings import Mappings
+from daxemu.host.mappings import Translations
+from daxemu.host.proc.file_pages import FilePage
 from daxemu.host.tracer.link import TracerLink
 from daxemu.mm.memory_failure import FileId, Incident, MappingRange, MemoryFailures, PfnMapping, Task
 from daxemu.mm.pfn_space import PfnAddressSpace
@@ -37,12 +38,8 @@ class Accelerator:
         return [PfnMapping(self._file, pfn - space.pages.start, nr_pages, pfn)]
 
 
-class NoMount(Mappings):
+class NoMount(Translations):
     """Machine without mappings on a mount."""
-
-    @property
-    def dev(self) -> tuple[int, int]:
-        return (0, 0)
 
     def collect(self, incidents: Sequence[Incident]) -> list[list[Task]]:
         return [[] for _ in incidents]
@@ -52,6 +49,12 @@ class NoMount(Mappings):
 
     def revoke(self, incident: Incident) -> None:
         assert not incident.mappings
+
+    def revoke_all(self) -> None:
+        raise AssertionError("nothing was removed")
+
+    def file_page(self, ino: int, index: int) -> FilePage:
+        raise AssertionError("no file of a mount")
 
 
 def test_processes_that_map_another_drivers_memory_are_signalled(tmp_path: Path) -> None:
@@ -63,7 +66,8 @@ def test_processes_that_map_another_drivers_memory_are_signalled(tmp_path: Path)
 
     async def fail() -> Signalled:
         async with TracerLink.open() as tracer, trio.open_nursery() as nursery:
-            failures = Failures(mm, NoMount(), Signals(tracer, (0, 0), events.append, nursery))
+            mappings = NoMount()
+            failures = Failures(mm, mappings, Signals(tracer, mappings.file_page, events.append, nursery))
             return (await failures.handle(mm.memory_failure(BASE + 1, 1, 0)))[1]
 
     with Actor.spawn("p0", cwd=tmp_path) as mapper, Actor.spawn("p1", cwd=tmp_path) as elsewhere:
@@ -103,7 +107,9 @@ def test_failures_that_wait_for_their_turn_are_seen_to_together_but_removal_alon
 
     async def storm() -> None:
         async with TracerLink.open() as tracer, trio.open_nursery() as nursery:
-            failures = Failures(mm, mappings, Signals(tracer, (0, 0), lambda event: None, nursery))
+            failures = Failures(
+                mm, mappings, Signals(tracer, mappings.file_page, lambda event: None, nursery)
+            )
             async with trio.open_nursery() as storm:
                 await failures.mf_mutex.acquire()
                 for incident in (*map(hurt, range(5)), hurt(5, whole_device=True), *map(hurt, range(6, 9))):

@@ -23,7 +23,7 @@ from daxemu.host.fuse.invalidate_lock import InvalidateLock
 from daxemu.host.fuse.operations import Operations
 from daxemu.host.fuse.session import Session
 from daxemu.host.fuse.watchdog import Watchdog
-from daxemu.host.mappings import PageCacheMappings
+from daxemu.host.page_cache.mappings import PageCacheMappings
 from daxemu.host.proc.mountinfo import Mount
 from daxemu.mm.incident import Incident
 from daxemu.mm.to_kill import Task

@@ -1,105 +1,194 @@
-"""Collecting and revoking: the only interface from a failure to the mappings of real processes.
+"""The seam for mappings: the only interface between the filesystem and the mappings of real processes.
 
-The implementation is the FUSE page cache. Another implementation (direct mappings of the media under
-userfaultfd) would have the same Protocol.
+The filesystem decides which bytes a file has, and which of them are poison. An implementation of ``Mappings``
+makes the mappings of processes show that: host/page_cache (pages of the kernel's page cache, filled by
+FUSE_READ and FUSE_WRITE), or direct mappings of the media. One mount has one implementation, chosen by
+supervisor/run. No caller asks which one.
+
+Ranges of files are bytes, of whole pages, unless a name says blocks (of PAGE_SIZE). Each method names the
+thread that it runs in: *worker* may wait on the kernel, so a worker thread; *loop* is the trio thread.
 """
 
 from __future__ import annotations
 
-import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple, Protocol
 
-from daxemu.host.fuse.session import Session
-from daxemu.host.proc.present import PagesOf, collect_tasks, mapped_runs, maps_still, present_runs
-from daxemu.mm.memory_failure import Incident, Task
-from daxemu.mm.to_kill import shared_out
-from daxemu.ranges import Range, RangeSet
-from daxemu.uapi import PAGE_SHIFT, Ino
+from daxemu.errors import DaxemuError
+from daxemu.host.proc.file_pages import FilePage
+from daxemu.host.proc.present import Mapped
+from daxemu.mm.incident import Incident
+from daxemu.mm.to_kill import Task
+from daxemu.ranges import Range
+from daxemu.uapi import PAGE_SIZE, Ino
 
 
-class Mappings(Protocol):
-    """Operations on rmap and page tables. All calls block: from a worker thread only."""
+class Access(NamedTuple):
+    """Access of a thread to bytes of a file that failed: a FUSE_READ, or a page fault in a direct mapping.
+
+    ``error``: MediaError, or the error of a removed or shut-down filesystem. ``tid``: the waiting thread, 0
+    if unknown. ``address``: the byte that the thread touched; None if only the page is known. ``is_store``:
+    True for a page fault of a store.
+    """
+
+    ino: Ino
+    offset: int
+    length: int
+    tid: int
+    error: DaxemuError
+    address: int | None = None
+    is_store: bool = False
 
     @property
-    def dev(self) -> tuple[int, int]:
-        """Device (major, minor) of the files, as /proc shows them."""
+    def is_read_ahead(self) -> bool:
+        """True for several pages: no page fault needs more than one."""
+        return self.length > PAGE_SIZE
+
+
+Answer = Enum("Answer", ["ERROR", "AGAIN", "ZEROS"])
+"""Treatment of a failed access: let the access fail, repeat the access, or answer zeros."""
+
+
+class RevokeLatent(Protocol):
+    """See ``Upcalls.revoke_latent``."""
+
+    async def __call__(self, incident: Incident, *, has_mutex: bool = False) -> None: ...
+
+
+@dataclass(frozen=True)
+class Upcalls:
+    """Calls from an implementation to the supervisor. All run in the trio thread."""
+
+    on_access: Callable[[Access], Awaitable[Answer]]
+    """Decide about a failed access: ask the repair strategy, start the failure of latent poison, prepare an
+    exact signal for the thread. The thread must wait until the answer.
+    """
+    revoke_latent: RevokeLatent
+    """Collect and revoke the pages of an incident without a failure, and remember which processes had the
+    pages present. ``has_mutex``: True if the caller holds ``mf_mutex``.
+    """
+    remember: Callable[[Incident], Awaitable[None]]
+    """Remember which processes have the pages of an incident present. Preconditions: the caller holds
+    ``mf_mutex``, and revokes the pages next.
+    """
+
+
+class Translations(Protocol):
+    """Reverse map and page tables of all processes, for the files of one mount."""
 
     def collect(self, incidents: Sequence[Incident]) -> list[list[Task]]:
         """``collect_procs()``: return, for each incident, the processes with one of its pages, or a page of a
-        PMD around one, present, with the addresses.
+        PMD around one, present, with the addresses. Worker.
 
         A page of two incidents counts for the first only: the kernel would have unmapped the page before the
         second collection. Precondition: a removal, and an incident with PMDs, is the only incident.
         """
 
     def still_mapped(self, task: Task) -> bool:
-        """Return whether a process still maps the pages of ``task.present`` at the same addresses."""
+        """Return whether a process still maps the pages of ``task.present`` at the same addresses. Worker."""
+
+    def file_page(self, ino: Ino, index: int) -> FilePage:
+        """Return the page that /proc/PID/maps shows where a process maps page ``index`` of a file. Any
+        thread.
+        """
 
     def revoke(self, incident: Incident) -> None:
-        """``unmap_mapping_range()`` for every file range of the incident: the next access faults."""
+        """``unmap_mapping_range()`` for every file range of the incident: the next access faults. Worker."""
+
+    def revoke_all(self) -> None:
+        """Revoke all pages of all files: after a shutdown or a removal every access fails. Worker."""
 
 
-class PageCacheMappings:
-    """Mappings of files on a FUSE mount, which are mappings of the kernel's page cache.
+class Mappings(Translations, Protocol):
+    """Mappings of the files of one mount in all processes."""
 
-    ``open_inodes`` gives the inodes with open handles, and is called in the worker thread: only open inodes
-    can be mapped. ``pfn_map``: the memory has no struct pages, so all pages of a mapping are present
-    (VM_PFNMAP).
-    """
+    def mapped_files(self) -> list[Mapped]:
+        """Return every mapping of a file of the mount, in all processes that this process may look into.
+        Worker.
+        """
 
-    def __init__(
-        self, session: Session, open_inodes: Callable[[], Iterable[Ino]], *, pfn_map: bool = False
-    ) -> None:
-        self._session = session
-        self._open_inodes = open_inodes
-        self._pages_of: PagesOf = mapped_runs if pfn_map else present_runs
-        self._likely: set[int] = set()
-        """Process ids found by the last collection: likely victims of the next failure."""
+    # -- data and attributes that only the kernel or a mapping has
+
+    async def write_back(self, ino: Ino, *, has_mutex: bool = False) -> None:
+        """Return once the stores of all processes through mappings of a file are on the media. Loop.
+
+        The pages stay mapped where possible; ``Upcalls.revoke_latent`` gets the others. Takes no lock of the
+        inode: the kernel holds the inode's lock during some requests. ``has_mutex``: True if the caller holds
+        ``mf_mutex``.
+        """
+
+    def forget_attributes(self, ino: Ino) -> None:
+        """Have the kernel ask for size and times of a file at the next use. Loop; does not block."""
+
+    async def refresh_attributes(self, ino: Ino) -> None:
+        """Have the kernel ask for size and times of a file, and wait for the end of that request. Loop."""
+
+    # -- requests that bring data into mappings or take data from mappings
 
     @property
-    def dev(self) -> tuple[int, int]:
-        """See Mappings.dev."""
-        return self._session.mount.dev
+    def direct_io(self) -> bool:
+        """True if each open of a file is FOPEN_DIRECT_IO: no page of a file is in the page cache."""
 
-    def collect(self, incidents: Sequence[Incident]) -> list[list[Task]]:
-        """See Mappings.collect. One walk of /proc serves all incidents; none if no file of them is open."""
-        open_now = set(self._open_inodes())
-        dev, skip = self._session.mount.dev, frozenset({os.getpid()})
-        if any(incident.whole_device for incident in incidents):
-            return [collect_tasks(dev, None, skip, self._pages_of) if open_now else [] for _ in incidents]
-        wanted: dict[Ino, RangeSet] = defaultdict(RangeSet)
-        hurt: list[list[tuple[Ino, Range]]] = [
-            [
-                (m.mapping, part)
-                for m in incident.mappings
-                if m.mapping in open_now
-                for pages in m.around()
-                for part in wanted[m.mapping].add(*pages)
-            ]
-            for incident in incidents
-        ]
-        if not wanted:
-            return [[] for _ in incidents]
-        pages_of = self._pages_of
-        if pages_of is present_runs and any(m.pmds for incident in incidents for m in incident.mappings):
-            pages_of = partial(present_runs, copies=True)
-        ranges = {ino: list(pages) for ino, pages in wanted.items()}
-        tasks = collect_tasks(dev, ranges, skip, pages_of, self._likely)
-        self._likely = {task.pid for task in tasks}
-        return shared_out(tasks, hurt)
+    async def before_read(self, ino: Ino, offset: int, length: int) -> None:
+        """Wait until a FUSE_READ of these bytes may be answered. Loop."""
 
-    def still_mapped(self, task: Task) -> bool:
-        """See Mappings.still_mapped."""
-        return maps_still(task, self._session.mount.dev)
+    async def before_write(self, ino: Ino, offset: int, length: int, *, from_cache: bool) -> None:
+        """Wait until a FUSE_WRITE of these bytes may be done. ``from_cache``: the kernel writes stores
+        through mappings back. Loop.
+        """
 
-    def revoke(self, incident: Incident) -> None:
-        """See Mappings.revoke. One notification for each file range; at a removal, one for each open file."""
-        if incident.whole_device:
-            for ino in set(self._open_inodes()):
-                self._session.revoke(ino, 0, 0)
-            return
-        for hurt in incident.mappings:
-            self._session.revoke(hurt.mapping, hurt.index << PAGE_SHIFT, hurt.count << PAGE_SHIFT)
+    async def serves_populate(
+        self, access: Access, *, is_latent: bool, discover: Callable[[], object]
+    ) -> bool:
+        """Return True if zeros must be answered to a failed access, so that a system call that populates a
+        mapping returns. The implementation revokes the zeros. Loop.
+
+        Precondition: no page of the access is readable, or the access is to one page. ``discover`` is called
+        for latent poison that the kernel itself reads.
+        """
+
+    # -- changes of a file's blocks
+
+    def on_changed(self, ino: Ino, blocks: Range) -> None:
+        """Note that file blocks have other device blocks, or none, from now on. Loop; does not block.
+
+        The filesystem's upcall, within the change: mappings show the old blocks until ``settled`` returns.
+        """
+
+    def is_settled(self, ino: Ino | None = None) -> bool:
+        """Return whether each mapping of a file, or of all files (None), shows the file's present blocks.
+        Loop.
+
+        A freed block must not get another owner before all files are settled: a process could still store to
+        the block.
+        """
+
+    async def settled(self, ino: Ino) -> None:
+        """Wait until ``is_settled(ino)``. Loop. A request that changed the file awaits this."""
+
+    def sharing(
+        self, source: Ino, taken: Range, target: Ino, replaced: Range
+    ) -> AbstractAsyncContextManager[None]:
+        """Hold the bytes ``taken`` and ``replaced`` of two files still while blocks become shared. Loop.
+
+        Within the context, up to its first await, no process can store to ``taken`` unnoticed, each earlier
+        store to ``taken`` is on the media, and no page of ``replaced`` is mapped. Precondition: the caller
+        holds ``mf_mutex``. Raises FsError EAGAIN if this takes too long.
+        """
+
+    # -- life
+
+    def connect(self, upcalls: Upcalls) -> None:
+        """Set the supervisor's end. Called once, before the first request."""
+
+    async def start(self) -> None:
+        """Prepare the mount for its users. Loop; the mount answers requests meanwhile."""
+
+    async def stop(self) -> None:
+        """Release what ``start`` and later calls acquired. Loop; the mount answers no more requests."""
+
+    def describe_held(self) -> Iterator[str]:
+        """Yield a text for each access that waits here, for ``status --internals``. Loop."""

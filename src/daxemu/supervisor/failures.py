@@ -27,7 +27,7 @@ import trio
 from daxemu.errors import DaxemuError
 from daxemu.events import Outcome
 from daxemu.host import pfn_mappings
-from daxemu.host.mappings import Mappings
+from daxemu.host.mappings import Translations
 from daxemu.host.proc.progress import wait_until_run
 from daxemu.mm.incident import Incident
 from daxemu.mm.memory_failure import MemoryFailures
@@ -105,7 +105,7 @@ class Failures:
     def __init__(
         self,
         mm: MemoryFailures,
-        mappings: Mappings,
+        mappings: Translations,
         signals: Signals,
         repair: Repair = no_repair,
     ) -> None:
@@ -203,12 +203,10 @@ class Failures:
     async def revoke_everything(self) -> None:
         """Revoke all pages of all open files, once ``mf_mutex`` is free.
 
-        After a shutdown every access must end in EIO. Without the revoke, the page cache would go on
-        serving its pages.
+        After a shutdown every access must end in EIO. Pages that stay mapped would go on serving loads.
         """
-        incident = Incident(0, 0, 0, 0, whole_device=True)
         async with self.mf_mutex:
-            await trio.to_thread.run_sync(self._mappings.revoke, incident)
+            await trio.to_thread.run_sync(self._mappings.revoke_all)
 
     async def _in_turn(self, turn: _Turn) -> list[ToKill]:
         """Collect and revoke in arrival order; return the victims. Plain turns in a row share a collect."""

@@ -17,7 +17,7 @@ from daxemu.host.fuse.gates import Gates
 from daxemu.host.fuse.layouts import LayoutTable
 from daxemu.host.fuse.operations import Operations
 from daxemu.host.fuse.session import Session
-from daxemu.host.mappings import PageCacheMappings
+from daxemu.host.page_cache.mappings import PageCacheMappings
 from daxemu.host.tracer.link import TracerLink
 from daxemu.host.unexpected import Unexpected
 from daxemu.mm.memory_failure import MemoryFailures
@@ -84,11 +84,11 @@ class Machine:
         # Failures: collect, revoke, signal.
         pfn_map = pmem.pgmap is None
         mappings = PageCacheMappings(session, lambda: list(self.operations.open_files), pfn_map=pfn_map)
-        signals = Signals(tracer, mappings.dev, emit, self._counted)
+        signals = Signals(tracer, mappings.file_page, emit, self._counted)
         self.failures = Failures(mm, mappings, signals, repairs.failed)
         self._page_cache = PageCache(session, fs, self.failures, self._gates)
         path_of = fs.names.path_of
-        populating = Populating(tracer, mappings.dev, session.revoke, path_of, emit, self.nursery)
+        populating = Populating(tracer, session.mount.dev, session.revoke, path_of, emit, self.nursery)
         self._consumption = Consumption(
             pmem, mm, self.failures, signals, populating, repairs, self._counted, supplement_missing
         )

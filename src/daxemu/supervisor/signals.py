@@ -10,7 +10,7 @@ Counterpart in Linux: kill_procs() and kill_proc() in mm/memory-failure.c. Addre
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import trio
@@ -25,7 +25,7 @@ from daxemu.host.tracer.messages import Delivered, Gone, Ignored, NotTaken, Refu
 from daxemu.host.tracer.messages import Outcome as Delivery
 from daxemu.host.unexpected import Nursery
 from daxemu.mm.to_kill import ToKill
-from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT, PAGE_SIZE, Pfn
+from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT, PAGE_SIZE, Ino, Pfn
 
 SIGNAL_PATIENCE = 2.0
 """Seconds that a failure waits for the delivery of an AO. After that the signal stays queued."""
@@ -54,13 +54,14 @@ class _Signal:
 class Signals:
     """Has the tracer send SIGBUS, and emits the result of each signal. Belongs to the trio thread.
 
-    ``nursery`` runs tasks that outlive a request. ``dev``: device (major, minor) of the mount in
-    /proc/PID/maps.
+    ``nursery`` runs tasks that outlive a request. ``file_page``: see Mappings.file_page.
     """
 
-    def __init__(self, tracer: TracerLink, dev: tuple[int, int], emit: Emit, nursery: Nursery) -> None:
+    def __init__(
+        self, tracer: TracerLink, file_page: Callable[[Ino, int], FilePage], emit: Emit, nursery: Nursery
+    ) -> None:
         self._tracer = tracer
-        self._dev = dev
+        self._file_page = file_page
         self._emit = emit
         self._nursery = nursery
         self._latest_arm: dict[int, int] = {}
@@ -150,8 +151,9 @@ class Signals:
         for run in victim.task.present:
             if run.address <= victim.address < run.address + (run.nr_pages << PAGE_SHIFT):
                 index = run.index + ((victim.address - run.address) >> PAGE_SHIFT)
-                dev = victim.file.dev if victim.file is not None else self._dev
-                return FilePage(*dev, run.mapping, index)
+                if victim.file is not None:
+                    return FilePage(*victim.file.dev, run.mapping, index)
+                return self._file_page(run.mapping, index)
         return None
 
     # -- action required, forced
@@ -218,7 +220,7 @@ class Signals:
             self._inexact(read, pfn, "not permitted to look at the thread")
             return
         with trio.move_on_after(ARM_PATIENCE) as patience:
-            page = FilePage(*self._dev, read.ino, read.offset >> PAGE_SHIFT)
+            page = self._file_page(read.ino, read.offset >> PAGE_SHIFT)
             armed = await self._tracer.arm(read.tid, page=page)
         if patience.cancelled_caught:
             self._inexact(read, pfn, "the tracer did not answer in time")
