@@ -118,11 +118,6 @@ class Calls:
         self._locks = locks
         self._settled = settled
         self._hardware_error = hardware_error
-        self._changes_mappings = {
-            Nr.MUNMAP: self._munmap,
-            Nr.MPROTECT: self._mprotect,
-            Nr.MREMAP: self._mremap,
-        }
 
     async def answer(self, call: NotifiedCall, space: Space | None) -> Answer:
         """Return the answer to a call other than mmap(2) of a file. ``space``: the caller's address space;
@@ -131,21 +126,31 @@ class Calls:
         if space is None:
             return CONTINUE
         try:
-            if call.nr in self._changes_mappings:
-                async with space.lock:
-                    return await self._changes_mappings[Nr(call.nr)](space, *call.args)
-            if call.nr == Nr.MSYNC:
-                return self._msync(space, *call.args[:3])
-            if call.nr == Nr.MADVISE:
-                return await self._madvise(call.tid, space, *call.args[:3])
-            if call.nr == Nr.MMAP:
-                return await self._map_anonymous_over(space, *call.args)
+            return await self._answer(call, space)
         except _Refused as refused:
             return Answer(error=refused.errno)
         except AddressSpaceGone:
             return Answer(error=errno.EFAULT)  # the caller is dead
         except OSError as error:
             return Answer(error=error.errno or errno.ENOMEM)
+
+    async def _answer(self, call: NotifiedCall, space: Space) -> Answer:
+        match call.nr:
+            case Nr.MUNMAP:
+                async with space.lock:
+                    return await self._munmap(space, *call.args[:2])
+            case Nr.MPROTECT:
+                async with space.lock:
+                    return await self._mprotect(space, *call.args[:3])
+            case Nr.MREMAP:
+                async with space.lock:
+                    return await self._mremap(space, *call.args[:5])
+            case Nr.MSYNC:
+                return self._msync(space, *call.args[:3])
+            case Nr.MADVISE:
+                return await self._madvise(call.tid, space, *call.args[:3])
+            case Nr.MMAP:
+                return await self._map_anonymous_over(space, *call.args[:4])
         return CONTINUE
 
     # -- mmap
@@ -181,13 +186,12 @@ class Calls:
                 start = self._place(space, address, size, flags)
                 where = Range(start, start + size)
                 area = Area(space, where, file.ino, offset >> PAGE_SHIFT, prot & _PROT, is_shared, may_write)
-                pieces = planner.media_pieces(area, self._runs(area))
                 if space.overlapping(where):
                     await self._page_tables.map_over(area)
                     with suppress(OSError):  # the pages stay lazy
-                        await self._page_tables.show(pieces)
+                        await self._page_tables.show(planner.media_pieces(area, self._runs(area)))
                 else:
-                    await self._page_tables.map_new(area, pieces)
+                    await self._page_tables.map_new(area, planner.media_pieces(area, self._runs(area)))
         except _Refused as refused:
             return Answer(error=refused.errno)
         except AddressSpaceGone:
@@ -211,24 +215,23 @@ class Calls:
     def _place(self, space: Space, address: int, size: int, flags: int) -> int:
         """Return the address of a new mapping. Raises _Refused."""
         where = Range(address, address + size)
+        is_inside = space.zone.start <= where.start and where.end <= space.zone.end
         if flags & (MAP_FIXED | MAP_FIXED_NOREPLACE):
-            if not (space.zone.start <= where.start and where.end <= space.zone.end):
+            if not is_inside:
                 # munmap(2) there would not be noticed.
                 raise _Refused(errno.ENODEV)
             if flags & MAP_FIXED_NOREPLACE and space.overlapping(where):
                 raise _Refused(errno.EEXIST)
             return address
-        hint = where.outer(PAGE_SIZE)
-        if address % PAGE_SIZE == 0 and hint.start >= space.zone.start and hint.end <= space.zone.end:
-            if not space.overlapping(where):
-                return address
+        if address % PAGE_SIZE == 0 and is_inside and not space.overlapping(where):
+            return address
         place = space.free_place(size, PMD_SIZE if size >= PMD_SIZE else PAGE_SIZE)
         if place is None:
             raise _Refused(errno.ENOMEM)
         return place
 
     async def _map_anonymous_over(
-        self, space: Space, address: int, length: int, prot: int, flags: int, _fd: int, _offset: int
+        self, space: Space, address: int, length: int, _prot: int, flags: int
     ) -> Answer:
         """mmap(MAP_ANONYMOUS | MAP_FIXED) in the zone: the kernel replaces direct mappings."""
         where = Range(address, address + page_align_up(length))
@@ -239,7 +242,7 @@ class Calls:
 
     # -- munmap, mprotect, mremap: with Space.lock
 
-    async def _munmap(self, space: Space, address: int, length: int, *_: int) -> Answer:
+    async def _munmap(self, space: Space, address: int, length: int) -> Answer:
         where = Range(address, address + page_align_up(length))
         if address % PAGE_SIZE or not where or where.end > _TASK_SIZE:
             raise _Refused(errno.EINVAL)
@@ -248,7 +251,7 @@ class Calls:
         await self._page_tables.unmap(space, where)
         return Answer(0)
 
-    async def _mprotect(self, space: Space, address: int, length: int, prot: int, *_: int) -> Answer:
+    async def _mprotect(self, space: Space, address: int, length: int, prot: int) -> Answer:
         where = Range(address, address + page_align_up(length))
         if address % PAGE_SIZE:
             raise _Refused(errno.EINVAL)
@@ -261,7 +264,7 @@ class Calls:
         return Answer(0)
 
     async def _mremap(
-        self, space: Space, address: int, old: int, new: int, flags: int, target: int, *_: int
+        self, space: Space, address: int, old: int, new: int, flags: int, target: int
     ) -> Answer:
         old, new = page_align_up(old), page_align_up(new)
         known = MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP

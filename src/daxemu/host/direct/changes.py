@@ -56,6 +56,7 @@ class Changes:
         self._noted: dict[Ino, RangeSet] = {}
         self._under_way: dict[Ino, int] = {}
         self._own: tuple[Ino, list[Range]] | None = None
+        self._unnoted: Ino | None = None
         self.has_changes = trio.Event()
         """Set while a change is noted."""
 
@@ -63,6 +64,8 @@ class Changes:
         """Note a change of file blocks."""
         if self._own is not None and self._own[0] == ino:
             self._own[1].append(blocks)
+            return
+        if self._unnoted == ino:
             return
         self._noted.setdefault(ino, RangeSet()).add(*blocks)
         self.has_changes.set()
@@ -79,6 +82,15 @@ class Changes:
             yield found
         finally:
             self._own = None
+
+    @contextmanager
+    def unnoted(self, ino: Ino) -> Iterator[None]:
+        """Context in which changes of a file are not noted: its mappings are write-protected before."""
+        self._unnoted = ino
+        try:
+            yield
+        finally:
+            self._unnoted = None
 
     @contextmanager
     def following(self, ino: Ino) -> Iterator[None]:

@@ -134,9 +134,8 @@ class PageFaults:
                 run = self._fs.fault(ino, block, is_store=is_store, limit=_WINDOW)
             for blocks in changed:
                 await self._page_tables.hide_blocks(ino, blocks, but=(space, page))
-            if run is not None and run.kind is FaultKind.MAPPED:
-                if self._is_poisoned(run.dev_block + block - run.file_block):
-                    return run
+            if run is not None and self._is_poison(run, block):
+                return run
             if is_store and run is not None:
                 self.on_store(ino)
             is_stale = bool(changed) or self._changes.is_noted(ino, block)
@@ -149,6 +148,9 @@ class PageFaults:
                 else:
                     await self._answer(now, touch, run, is_stale=is_stale)
         return None
+
+    def _is_poison(self, run: FileRun, block: Block) -> bool:
+        return run.kind is FaultKind.MAPPED and self._is_poisoned(run.dev_block + block - run.file_block)
 
     async def _answer(self, area: Area, touch: Touch, run: FileRun, *, is_stale: bool) -> None:
         """Map what the filesystem decided. Precondition: ``Space.lock`` is held."""

@@ -75,9 +75,9 @@ class PageTables:
 
     async def map_over(self, area: Area) -> None:
         """Map ``area`` lazily in place of whatever its addresses map now, as MAP_FIXED does."""
+        await self._replace(area.space, [Piece(area, area.addresses, Shows.LAZY)], keep_copies=False)
         self._table.remove(area.space, area.addresses)
         self._table.add(area)
-        await self._replace(area.space, [Piece(area, area.addresses, Shows.LAZY)], keep_copies=False)
 
     # -- translations
 
@@ -167,6 +167,15 @@ class PageTables:
     async def drop(self, space: Space, addresses: Range) -> None:
         """Remove pages and markers from the page tables, as MADV_DONTNEED does."""
         await self._run(space, [syscalls.madvise(*_extent(addresses), MADV_DONTNEED)])
+
+    async def end(self, space: Space) -> None:
+        """Make each access to each area fail with BUS_ADRERR, for ever."""
+        whole = [Piece(area, area.addresses, Shows.VOID) for area in space.areas.values()]
+        for piece in whole:
+            space.showing(piece.addresses)
+        await self._run(space, [piece.mmap(piece.addresses.start) for piece in whole])
+        for piece in whole:
+            space.wake(piece.addresses)
 
     # -- calls of the program
 

@@ -176,7 +176,7 @@ def _task(tgid: int, runs: Sequence[PresentRun]) -> Task | None:
 
 
 def wanted_of(incidents: Sequence[Incident]) -> tuple[dict[Ino, RangeSet], list[list[tuple[Ino, Range]]]]:
-    """Return the wanted blocks of each file, and for each incident the blocks that no earlier incident has."""
+    """Return the wanted blocks of each file, and for each incident the blocks that no earlier one has."""
     wanted: dict[Ino, RangeSet] = defaultdict(RangeSet)
     hurt = [
         [

@@ -8,7 +8,7 @@ Addresses are bytes, positions in files are blocks. A range of addresses consist
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -190,6 +190,12 @@ class Table:
     def __init__(self) -> None:
         self._files: dict[Ino, IntervalIndex[Area]] = {}
         self._spaces: dict[int, Space] = {}
+        self.on_first: Callable[[Ino], None] = lambda ino: None
+        """Called with a file that is mapped from now on."""
+        self.on_last: Callable[[Ino], None] = lambda ino: None
+        """Called with a file that is no longer mapped."""
+        self._emptied: set[Ino] = set()
+        """Files that lost an area since the last call of _tidy()."""
 
     # -- address spaces
 
@@ -215,15 +221,13 @@ class Table:
         child.zeros, child.pieces = parent.zeros.copy(), SortedSet(parent.pieces)
         self.add_space(child)
 
-    def drop_space(self, space: Space) -> list[Ino]:
-        """Remove an address space that has ended. Return the files that the space mapped."""
+    def drop_space(self, space: Space) -> None:
+        """Remove an address space that has ended."""
         space.is_gone = True
-        files = {area.ino for area in space.areas.values()}
-        for area in list(space.areas.values()):
-            self._discard(area)
+        self._cut(space, Range(0, 1 << 64))
+        self._tidy()
         if self._spaces.get(space.tgid) is space:
             del self._spaces[space.tgid]
-        return sorted(files)
 
     # -- areas
 
@@ -233,33 +237,20 @@ class Table:
         index = self._files.get(area.ino)
         if index is None:
             index = self._files[area.ino] = IntervalIndex(_first_block, _length)
+            self.on_first(area.ino)
         index.add(area)
 
-    def remove(self, space: Space, addresses: Range) -> list[Area]:
-        """Remove ``addresses`` from all areas, as munmap(2) does. Return the removed parts."""
-        removed = []
-        for area in space.overlapping(addresses):
-            self._discard(area)
-            part = area.addresses.clip(*addresses)
-            removed.append(area.part(part))
-            for rest in (Range(area.addresses.start, part.start), Range(part.end, area.addresses.end)):
-                if rest:
-                    self.add(area.part(rest))
+    def remove(self, space: Space, addresses: Range) -> None:
+        """Remove ``addresses`` from all areas, as munmap(2) does."""
+        self._cut(space, addresses)
         space.hidden(addresses)
         space.copied.remove(*addresses)
-        return removed
+        self._tidy()
 
     def protect(self, space: Space, addresses: Range, prot: int) -> None:
         """Set the protection of all areas in ``addresses``, as mprotect(2) does."""
-        for area in space.overlapping(addresses):
-            part = area.addresses.clip(*addresses)
-            if area.prot == prot:
-                continue
-            self._discard(area)
-            self.add(area.part(part, prot=prot))
-            for rest in (Range(area.addresses.start, part.start), Range(part.end, area.addresses.end)):
-                if rest:
-                    self.add(area.part(rest))
+        for part in self._cut(space, addresses):
+            self.add(part.part(part.addresses, prot=prot))
 
     def move(self, space: Space, addresses: Range, to: int) -> None:
         """Move the areas of ``addresses`` to ``to`` on, as mremap(2) does. Precondition: nothing is there."""
@@ -267,26 +258,44 @@ class Table:
         sets = (space.shown, space.zeros, space.copied)
         found = [list(known.overlapping(*addresses)) for known in sets]
         pieces = list(space.pieces.irange(*addresses, inclusive=(True, False)))
-        for part in self.remove(space, addresses):
+        parts = self._cut(space, addresses)
+        space.hidden(addresses)
+        space.copied.remove(*addresses)
+        for part in parts:
             moved = Range(part.addresses.start + delta, part.addresses.end + delta)
             self.add(Area(space, moved, part.ino, part.block, part.prot, part.is_shared, part.may_write))
-        for known, parts in zip(sets, found, strict=True):
-            for start, end in parts:
+        for known, ranges in zip(sets, found, strict=True):
+            for start, end in ranges:
                 known.add(start + delta, end + delta)
         space.pieces.update(start + delta for start in pieces)
 
-    def _discard(self, area: Area) -> None:
-        del area.space.areas[area.addresses.start]
-        index = self._files[area.ino]
-        index.discard(area)
-        if not len(index):
-            del self._files[area.ino]
+    def _cut(self, space: Space, addresses: Range) -> list[Area]:
+        """Remove ``addresses`` from all areas. Return the removed parts."""
+        removed = []
+        for area in space.overlapping(addresses):
+            del space.areas[area.addresses.start]
+            self._files[area.ino].discard(area)
+            self._emptied.add(area.ino)
+            part = area.addresses.clip(*addresses)
+            removed.append(area.part(part))
+            for rest in (Range(area.addresses.start, part.start), Range(part.end, area.addresses.end)):
+                if rest:
+                    self.add(area.part(rest))
+        return removed
+
+    def _tidy(self) -> None:
+        """Forget the files without an area."""
+        while self._emptied:
+            ino = self._emptied.pop()
+            if not len(self._files[ino]):
+                del self._files[ino]
+                self.on_last(ino)
 
     # -- by file
 
     def files(self) -> list[Ino]:
         """Return the mapped files."""
-        return list(self._files)
+        return [ino for ino, index in self._files.items() if len(index)]
 
     def is_mapped(self, ino: Ino) -> bool:
         """Return True if any process maps the file."""
