@@ -17,16 +17,16 @@ import trio
 
 from daxemu.events import Event
 from daxemu.fs.inode import Inode
+from daxemu.host.direct import userfaultfd
 from daxemu.host.direct.calls import MAP_SHARED, OpenFile
 from daxemu.host.direct.mappings import DirectMappings
-from daxemu.host.direct.syscalls import FD_MEDIA, FD_VOID, Syscall
+from daxemu.host.direct.syscalls import MEDIA_FD, VOID_FD, Syscall
 from daxemu.host.direct.table import Space
-from daxemu.host.direct.userfaultfd import Userfaultfd
 from daxemu.host.mappings import Access, Answer, Upcalls
 from daxemu.host.run import zone
 from daxemu.host.run.filters import Nr
-from daxemu.host.run.seccomp import NotifiedCall
 from daxemu.host.run.seccomp import Answer as Reply
+from daxemu.host.run.seccomp import NotifiedCall
 from daxemu.host.unexpected import Unexpected
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Ino
@@ -48,7 +48,7 @@ class OwnAgent:
 
     def __init__(self, media: int, void: int) -> None:
         self.pid = self.tgid = os.getpid()
-        self._fds = {FD_MEDIA: media, FD_VOID: void}
+        self._fds = {MEDIA_FD: media, VOID_FD: void}
         self.calls = 0
 
     async def run(self, batch: Sequence[Syscall]) -> list[int]:
@@ -162,10 +162,12 @@ class Host:
         """Make an address space without mappings."""
         part = next(self._slices)
         half = part.start + (part.stop - part.start) // 2
+        uffd = userfaultfd.create()
+        uffd.enable()
         space = Space(
             len(self.processes) + 1,
             OwnAgent(self._media, self._void),
-            Userfaultfd.make(),
+            uffd,
             Range(part.start, half),
             Range(half, part.stop),
         )

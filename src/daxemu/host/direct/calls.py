@@ -17,7 +17,6 @@ from typing import NamedTuple, Protocol
 from daxemu.errors import DaxemuError
 from daxemu.fs.fault import FaultKind, FileRun
 from daxemu.host.direct import planner
-from daxemu.host.direct.agent import AddressSpaceGone
 from daxemu.host.direct.changes import FileLocks
 from daxemu.host.direct.page_tables import PageTables
 from daxemu.host.direct.table import PROT_WRITE, Area, Space, Table
@@ -129,8 +128,8 @@ class Calls:
             return await self._answer(call, space)
         except _Refused as refused:
             return Answer(error=refused.errno)
-        except AddressSpaceGone:
-            return Answer(error=errno.EFAULT)  # the caller is dead
+        except DaxemuError as error:
+            return Answer(error=error.errno)
         except OSError as error:
             return Answer(error=error.errno or errno.ENOMEM)
 
@@ -188,14 +187,12 @@ class Calls:
                 area = Area(space, where, file.ino, offset >> PAGE_SHIFT, prot & _PROT, is_shared, may_write)
                 if space.overlapping(where):
                     await self._page_tables.map_over(area)
-                    with suppress(OSError):  # the pages stay lazy
+                    with suppress(OSError):  # the area stays lazy
                         await self._page_tables.show(planner.media_pieces(area, self._runs(area)))
                 else:
                     await self._page_tables.map_new(area, planner.media_pieces(area, self._runs(area)))
         except _Refused as refused:
             return Answer(error=refused.errno)
-        except AddressSpaceGone:
-            return Answer(error=errno.EFAULT)
         except DaxemuError as error:
             return Answer(error=error.errno)
         except OSError as error:

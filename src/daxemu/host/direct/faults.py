@@ -21,8 +21,8 @@ import trio
 from daxemu.errors import DaxemuError
 from daxemu.fs.fault import FaultKind, FileRun
 from daxemu.host.direct import planner
-from daxemu.host.direct.agent import AddressSpaceGone
 from daxemu.host.direct.changes import Changes, FileLocks
+from daxemu.host.direct.errors import AddressSpaceGone, NotRegistered
 from daxemu.host.direct.page_tables import PageTables
 from daxemu.host.direct.planner import Piece, Shows
 from daxemu.host.direct.table import Area, Space, Table
@@ -98,12 +98,16 @@ class PageFaults:
     async def handle(self, space: Space, event: PageFault) -> None:
         """Answer one event. The thread never waits for ever: after an unexpected error its access fails."""
         start = page_align_down(event.address)
-        touch = Touch(space, Range(start, start + PAGE_SIZE), event)
+        page = Range(start, start + PAGE_SIZE)
+        touch = Touch(space, page, event)
         self.waiting += 1
         try:
             await self._decide(touch)
         except AddressSpaceGone:
             return
+        except NotRegistered:  # the program changed its mappings behind the filter
+            with suppress(NotRegistered, AddressSpaceGone):
+                space.wake(page)
         except Exception as error:  # noqa: BLE001 - a thread must not wait for ever
             self._unexpected.report(f"a page fault at {event.address:#x} of process {space.tgid}", error)
             await self._give_up(touch)
@@ -231,6 +235,6 @@ class PageFaults:
 
     async def _give_up(self, touch: Touch) -> None:
         """Let an access fail after an unexpected error, by the means that need least."""
-        with suppress(AddressSpaceGone, OSError):
+        with suppress(DaxemuError, OSError):
             async with touch.space.lock:
                 await self._mark(touch)

@@ -19,7 +19,6 @@ import trio
 from daxemu.errors import DaxemuError, MediaError
 from daxemu.fs.fault import FaultKind, FileRun
 from daxemu.fs.filesystem import Filesystem
-from daxemu.host.direct.agent import AddressSpaceGone
 from daxemu.host.direct.calls import Calls, HardwareError
 from daxemu.host.direct.changes import Changes, FileLocks
 from daxemu.host.direct.faults import PageFaults, Touch
@@ -210,7 +209,7 @@ class DirectMappings:
 
     async def _revoke_all(self) -> None:
         for space in self.table.spaces():
-            with suppress(AddressSpaceGone, OSError):
+            with suppress(DaxemuError, OSError):
                 async with space.lock:
                     await self.page_tables.end(space)
 

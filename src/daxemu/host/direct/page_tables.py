@@ -10,14 +10,19 @@ mremap(2) waits until that task has read its event.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import trio
 
 from daxemu.host.direct import planner, syscalls
-from daxemu.host.direct.agent import AddressSpaceGone
+from daxemu.host.direct.errors import (
+    AddressSpaceChanging,
+    AddressSpaceGone,
+    NotRegistered,
+    PagePresent,
+    RegisteredElsewhere,
+)
 from daxemu.host.direct.planner import Piece, Plan, Shows
 from daxemu.host.direct.syscalls import Syscall
 from daxemu.host.direct.table import Area, Space, Table
@@ -60,7 +65,7 @@ class PageTables:
         """Map ``area`` at addresses that no program uses: ``pieces`` at once, the rest lazily.
 
         Add the area to the table before the first await: a change of the file meanwhile is then noticed.
-        Raises OSError; then nothing is mapped.
+        Raises OSError, DaxemuError; then nothing is mapped.
         """
         space = area.space
         self._table.add(area)
@@ -68,7 +73,7 @@ class PageTables:
             space.showing(piece.addresses)
         try:
             await self._carry_out(space, planner.in_place(area, pieces))
-        except OSError:
+        except (OSError, NotRegistered, RegisteredElsewhere):
             self._table.remove(space, area.addresses)
             await self._run(space, [syscalls.munmap(area.addresses.start, area.addresses.length)])
             raise
@@ -95,7 +100,7 @@ class PageTables:
             space.showing(piece.addresses)
         try:
             await self._replace(space, pieces)
-        except OSError:
+        except (OSError, NotRegistered, RegisteredElsewhere):
             for piece in pieces:
                 space.hidden(piece.addresses)
             raise
@@ -151,7 +156,7 @@ class PageTables:
     async def zeros(self, area: Area, page: Range, *, protected: bool) -> None:
         """Show a page of zeros. ``protected``: a store to the page is an event."""
         area.space.showing(page, zeros=True)
-        with suppress(FileExistsError):  # another thread touched the page first
+        with suppress(PagePresent):  # another thread touched the page first
             await self._ioctl(area.space, lambda: area.space.uffd.copy_zeros(*_extent(page), protected))
         area.space.wake(page)
 
@@ -160,7 +165,7 @@ class PageTables:
 
         Precondition: the page is not write-protected.
         """
-        with suppress(FileExistsError):  # marked for another thread, or the page came back
+        with suppress(PagePresent):  # marked for another thread, or the page came back
             await self._ioctl(space, lambda: space.uffd.poison(*_extent(page)))
         space.wake(page)
 
@@ -230,7 +235,7 @@ class PageTables:
             for part in plan.protected:
                 await self._write_protect(space, part, on=True)
             await self._run(space, plan.move)
-        except OSError:
+        except (OSError, NotRegistered, RegisteredElsewhere):
             if plan.move:
                 await self._run(space, [syscalls.munmap(*_extent(plan.registered))])
             raise
@@ -238,7 +243,7 @@ class PageTables:
     async def _run(self, space: Space, batch: Sequence[Syscall]) -> None:
         """Have the agent make the calls. Raises OSError with the first error, after all calls are made."""
         if space.is_gone:
-            raise AddressSpaceGone
+            raise AddressSpaceGone(f"process {space.tgid} has ended")
         for call, result in zip(batch, await space.agent.run(batch), strict=True):
             if -4096 < result < 0:
                 raise OSError(-result, f"system call {call.number} in process {space.tgid}")
@@ -250,23 +255,22 @@ class PageTables:
         await self._ioctl(space, call, in_thread=part.length > _LARGE)
 
     async def _ioctl(self, space: Space, call: Callable[[], object], *, in_thread: bool = False) -> None:
-        """Call an ioctl of the userfaultfd until the kernel no longer answers EAGAIN."""
+        """Make a request to the userfaultfd, again while a fork or mremap of the address space is not finished.
+
+        Every request may be repeated: what was done before stays done.
+        """
         while True:
             if space.is_gone:
-                raise AddressSpaceGone
+                raise AddressSpaceGone(f"process {space.tgid} has ended")
             try:
                 if in_thread:
                     await trio.to_thread.run_sync(call)
                 else:
                     call()
-            except OSError as error:
-                if error.errno == errno.ESRCH:
-                    raise AddressSpaceGone from error
-                if error.errno != errno.EAGAIN:
-                    raise
+            except AddressSpaceChanging:
+                await trio.sleep(_CHANGING)
             else:
                 return
-            await trio.sleep(_CHANGING)
 
     async def _make_room(self, space: Space) -> None:
         """Make the area with the most pieces lazy."""
@@ -285,7 +289,7 @@ def _looking_into(space: Space) -> Iterator[None]:
     try:
         yield
     except GONE as error:
-        raise AddressSpaceGone from error
+        raise AddressSpaceGone(f"process {space.tgid} has ended") from error
 
 
 def _extent(part: Range) -> tuple[int, int]:

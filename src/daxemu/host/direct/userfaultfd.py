@@ -1,20 +1,85 @@
-"""userfaultfd."""
+"""userfaultfd(2): typed requests, events as values, and a probe of the features of the kernel.
+
+Purpose: no policy. Every failure of the kernel is one of ``host.direct.errors``, or an OSError where no name fits.
+Reference in Linux: uapi/linux/userfaultfd.h, Documentation/admin-guide/mm/userfaultfd.rst.
+
+Invariants: no function waits, except for locks of the kernel (mmap_lock of the address space). ``write_protect``
+over much memory takes milliseconds (24 ms for 1 GiB of present pages): callers use a worker thread.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
 import struct
-from typing import NamedTuple
+from enum import IntFlag
+from typing import NamedTuple, NoReturn
+
+from daxemu.errors import Unsupported
+from daxemu.host.direct import structs
+from daxemu.host.direct.errors import (
+    AddressSpaceChanging,
+    AddressSpaceGone,
+    NotRegistered,
+    NotWritable,
+    PagePresent,
+    RegisteredElsewhere,
+)
+from daxemu.host.direct.syscalls import NR_USERFAULTFD
+
+
+class Feature(IntFlag):
+    """UFFD_FEATURE_*: the members that direct mappings use."""
+
+    PAGEFAULT_FLAG_WP = 1 << 0
+    EVENT_FORK = 1 << 1
+    EVENT_REMAP = 1 << 2
+    EVENT_REMOVE = 1 << 3
+    MISSING_SHMEM = 1 << 5
+    EVENT_UNMAP = 1 << 6
+    THREAD_ID = 1 << 8
+    EXACT_ADDRESS = 1 << 11
+    WP_HUGETLBFS_SHMEM = 1 << 12
+    WP_UNPOPULATED = 1 << 13
+    POISON = 1 << 14
+
+
+NEEDED = (
+    Feature.PAGEFAULT_FLAG_WP
+    | Feature.EVENT_FORK
+    | Feature.EVENT_REMAP
+    | Feature.MISSING_SHMEM
+    | Feature.THREAD_ID
+    | Feature.EXACT_ADDRESS
+    | Feature.WP_HUGETLBFS_SHMEM
+    | Feature.POISON
+)
+"""Features without which direct mappings are Unsupported. All are in Linux 6.6."""
+
+_API_VERSION = 0xAA
+_FLAG_WRITE = 1 << 0
+_FLAG_WP = 1 << 1
+_MODE_MISSING = 1 << 0
+_MODE_WP = 1 << 1
+_DONTWAKE = 1 << 0  # of UFFDIO_COPY and UFFDIO_POISON
+_COPY_WP = 1 << 1
+_WP_ON = 1 << 0
+_WP_DONTWAKE = 1 << 1
+_MESSAGES = 64  # that one read(2) takes
+_ZEROS = 1 << 20  # bytes of one UFFDIO_COPY
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 
 class PageFault(NamedTuple):
-    """Page fault."""
+    """Thread ``tid`` waits for an answer: an access to byte ``address`` (virtual) of a registered range.
+
+    ``is_wp``: the page is present, and write-protected. Otherwise the page is missing.
+    """
 
     address: int
     is_write: bool
@@ -22,72 +87,213 @@ class PageFault(NamedTuple):
     tid: int
 
 
+class Forked(NamedTuple):
+    """The address space was copied. ``fd``: userfaultfd of the copy, owned by the reader. The parent waits in
+    fork(2) until this event is read.
+    """
+
+    fd: int
+
+
 class Remapped(NamedTuple):
-    """mremap."""
+    """``length`` bytes moved from address ``old`` to ``new``."""
 
     old: int
     new: int
     length: int
 
 
-_ZERO = mmap.mmap(-1, 4096)
-_ZERO_AT = ctypes.addressof(ctypes.c_char.from_buffer(_ZERO))
+class Removed(NamedTuple):
+    """The pages from address ``start`` to ``end`` (exclusive) were discarded by madvise(2)."""
+
+    start: int
+    end: int
 
 
-def _ioc(d: int, n: int, s: int) -> int:
-    return d << 30 | s << 16 | 0xAA << 8 | n
+class Unmapped(NamedTuple):
+    """The addresses from ``start`` to ``end`` (exclusive) were unmapped."""
+
+    start: int
+    end: int
+
+
+Event = PageFault | Forked | Remapped | Removed | Unmapped
+
+
+def _parse(message: bytes) -> Event:
+    match message[0]:
+        case structs.PAGEFAULT_EVENT:
+            _, flags, address, tid = structs.PAGEFAULT.unpack(message)
+            return PageFault(address, bool(flags & (_FLAG_WRITE | _FLAG_WP)), bool(flags & _FLAG_WP), tid)
+        case structs.FORK_EVENT:
+            return Forked(structs.FORK.unpack(message)[1])
+        case structs.REMAP_EVENT:
+            return Remapped(*structs.REMAP.unpack(message)[1:])
+        case structs.REMOVE_EVENT:
+            return Removed(*structs.REMOVE.unpack(message)[1:])
+        case structs.UNMAP_EVENT:
+            return Unmapped(*structs.REMOVE.unpack(message)[1:])
+    raise Unsupported(f"userfaultfd: event {message[0]:#x} of the kernel is unknown")
 
 
 class Userfaultfd:
-    """A userfaultfd."""
+    """A userfaultfd of an address space. Owns the descriptor ``fd``, which is non-blocking.
 
-    FEATURES = 1 | 2 | 4 | 1 << 5 | 1 << 8 | 1 << 11 | 1 << 12 | 1 << 14
+    Addresses are virtual, in bytes. Every range is of whole pages; NotRegistered otherwise. Every request raises
+    AddressSpaceGone if the address space has ended.
+    """
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        os.set_blocking(fd, False)
 
-    @classmethod
-    def make(cls) -> Userfaultfd:
-        fd = _libc.syscall(323, os.O_CLOEXEC | os.O_NONBLOCK)
-        raw = bytearray(struct.pack("=QQQ", 0xAA, cls.FEATURES, 0))
-        fcntl.ioctl(fd, _ioc(3, 0x3F, 24), raw, True)
-        return cls(fd)
+    def enable(self, features: Feature = NEEDED) -> None:
+        """Switch features on, once, before any other request. The userfaultfd of a fork has the features of its
+        parent's. Raises Unsupported with the names of missing features.
+        """
+        request = bytearray(structs.API.pack(_API_VERSION, features, 0))
+        try:
+            fcntl.ioctl(self.fd, structs.UFFDIO_API, request, True)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                _fail(error, "UFFDIO_API", 0, 0)
+            lacking = ", ".join(missing(features)) or "userfaultfd is in use already"
+            raise Unsupported(f"userfaultfd of this kernel lacks: {lacking}") from error
+
+    def close(self) -> None:
+        """Unregister all ranges and wake all threads that wait."""
+        os.close(self.fd)
 
     def register(self, start: int, length: int, missing: bool = True, wp: bool = True) -> None:
-        fcntl.ioctl(
-            self.fd,
-            _ioc(3, 0, 32),
-            bytearray(struct.pack("=QQQQ", start, length, missing | wp << 1, 0)),
-            True,
-        )
+        """Have faults reported: of missing pages, and of stores to write-protected pages.
+
+        Raises RegisteredElsewhere, NotWritable for a shared mapping of a file opened for reading, and
+        NotRegistered for addresses without a mapping.
+        """
+        mode = (_MODE_MISSING if missing else 0) | (_MODE_WP if wp else 0)
+        self._ioctl("UFFDIO_REGISTER", structs.UFFDIO_REGISTER, structs.REGISTER.pack(start, length, mode, 0))
+
+    def unregister(self, start: int, length: int) -> None:
+        """End the reports of faults, and wake threads that wait."""
+        self._ioctl("UFFDIO_UNREGISTER", structs.UFFDIO_UNREGISTER, structs.RANGE.pack(start, length))
 
     def write_protect(self, start: int, length: int, on: bool, wake: bool = True) -> None:
-        mode = 1 if on else 0 if wake else 2
-        fcntl.ioctl(self.fd, _ioc(3, 6, 24), bytearray(struct.pack("=QQQ", start, length, mode)), True)
+        """Write-protect a range, present or not, or end the protection; then ``wake`` threads that wait.
+
+        Raises NotRegistered, and AddressSpaceChanging.
+        """
+        mode = _WP_ON if on else 0 if wake else _WP_DONTWAKE
+        request = structs.WRITEPROTECT.pack(start, length, mode)
+        self._ioctl("UFFDIO_WRITEPROTECT", structs.UFFDIO_WRITEPROTECT, request)
 
     def copy_zeros(self, start: int, length: int, wp: bool) -> None:
-        fcntl.ioctl(
-            self.fd,
-            _ioc(3, 3, 40),
-            bytearray(struct.pack("=QQQQq", start, _ZERO_AT, length, 2 if wp else 0, 0)),
-            True,
-        )
+        """Map pages of zeros, with write protection if ``wp``, and wake threads that wait.
 
-    def poison(self, start: int, length: int) -> None:
-        fcntl.ioctl(self.fd, _ioc(3, 8, 32), bytearray(struct.pack("=QQQq", start, length, 0, 0)), True)
+        Raises PagePresent, NotRegistered and AddressSpaceChanging.
+        """
+        for done in range(0, length, _ZEROS):
+            part = min(_ZEROS, length - done)
+            mode = _COPY_WP if wp else 0
+            request = structs.COPY.pack(start + done, _zeros(), part, mode, 0)
+            self._ioctl("UFFDIO_COPY", structs.UFFDIO_COPY, request, done)
+
+    def poison(self, start: int, length: int, wake: bool = True) -> None:
+        """Make every later access to the pages fail: SIGBUS in user mode, EFAULT in kernel mode; wake threads that
+        wait. The marker stays until madvise(MADV_DONTNEED).
+
+        Raises PagePresent: end a write protection first, with ``wake=False``. Raises NotRegistered and
+        AddressSpaceChanging.
+        """
+        request = structs.POISON.pack(start, length, 0 if wake else _DONTWAKE, 0)
+        self._ioctl("UFFDIO_POISON", structs.UFFDIO_POISON, request)
 
     def wake(self, start: int, length: int) -> None:
-        fcntl.ioctl(self.fd, _ioc(2, 2, 16), bytearray(struct.pack("=QQ", start, length)), True)
+        """Wake threads that wait for a page of the range: each repeats its access."""
+        self._ioctl("UFFDIO_WAKE", structs.UFFDIO_WAKE, structs.RANGE.pack(start, length))
 
-    def read(self) -> list[PageFault | Remapped]:
+    def read(self) -> list[Event]:
+        """Return the events that have come, in order; none: an empty list. Never blocks."""
         try:
-            raw = os.read(self.fd, 32 * 64)
+            raw = os.read(self.fd, _MESSAGES * structs.PAGEFAULT.size)
         except BlockingIOError:
             return []
-        found: list[PageFault | Remapped] = []
-        for kind, *_, a, b, c in struct.iter_unpack("=BBHIQQQ", raw):
-            if kind == 0x12:
-                found.append(PageFault(b, bool(a & 1), bool(a & 2), c & 0xFFFFFFFF))
-            elif kind == 0x14:
-                found.append(Remapped(a, b, c))
-        return found
+        size = structs.PAGEFAULT.size
+        return [_parse(raw[at : at + size]) for at in range(0, len(raw), size)]
+
+    def _ioctl(self, name: str, number: int, packed: bytes, before: int = 0) -> None:
+        request = bytearray(packed)
+        try:
+            fcntl.ioctl(self.fd, number, request, True)
+        except OSError as error:
+            done = before
+            if number in (structs.UFFDIO_COPY, structs.UFFDIO_POISON):
+                done += max(0, struct.unpack_from("=q", request, len(request) - 8)[0])
+            start, length = struct.unpack_from("=QQ", packed)
+            if number == structs.UFFDIO_COPY:
+                length = structs.COPY.unpack(packed)[2]
+            _fail(error, f"{name} {start:#x}, {length} bytes", done, length)
+
+
+def _fail(error: OSError, what: str, done: int, length: int) -> NoReturn:
+    """Raise the error of ``host.direct.errors`` for the errno of a request."""
+    text = f"{what}: {os.strerror(error.errno or 0)}"
+    match error.errno:
+        case errno.ESRCH:
+            raise AddressSpaceGone(text) from error
+        case errno.EAGAIN:
+            raise AddressSpaceChanging(text, done) from error
+        case errno.EEXIST:
+            raise PagePresent(text, done) from error
+        case errno.EINVAL | errno.ENOENT:
+            raise NotRegistered(text) from error
+        case errno.EBUSY:
+            raise RegisteredElsewhere(text) from error
+        case errno.EPERM:
+            raise NotWritable(text) from error
+    raise OSError(error.errno, text) from error
+
+
+def _zeros() -> int:
+    """Return the address of ``_ZEROS`` bytes of zeros in this process. The kernel's zero page: no memory."""
+    global _zero_map
+    if _zero_map is None:
+        _zero_map = mmap.mmap(-1, _ZEROS, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return ctypes.addressof(ctypes.c_char.from_buffer(_zero_map))
+
+
+_zero_map: mmap.mmap | None = None
+
+
+def create() -> Userfaultfd:
+    """Return a userfaultfd of this process, not enabled. Raises Unsupported without the right or the kernel."""
+    fd = int(_libc.syscall(NR_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK))
+    if fd >= 0:
+        return Userfaultfd(fd)
+    number = ctypes.get_errno()
+    if number == errno.ENOSYS:
+        raise Unsupported("userfaultfd: not in this kernel (CONFIG_USERFAULTFD)")
+    if number == errno.EPERM:
+        raise Unsupported("userfaultfd: not permitted: become root, or set vm.unprivileged_userfaultfd to 1")
+    raise OSError(number, f"userfaultfd: {os.strerror(number)}")
+
+
+def available() -> Feature:
+    """Return the features of the kernel that direct mappings know. Raises Unsupported as :func:`create`."""
+    probe = create()
+    try:
+        request = bytearray(structs.API.pack(_API_VERSION, 0, 0))
+        fcntl.ioctl(probe.fd, structs.UFFDIO_API, request, True)
+    finally:
+        probe.close()
+    known = Feature(0)
+    for feature in Feature:
+        known |= feature
+    return Feature(structs.API.unpack(request)[1] & known)
+
+
+def missing(needed: Feature = NEEDED) -> list[str]:
+    """Return the names of needed features that the kernel lacks, in the order of their bits. Raises Unsupported as
+    :func:`create`.
+    """
+    lacking = needed & ~available()
+    return [f"UFFD_FEATURE_{feature.name}" for feature in Feature if feature in lacking]
