@@ -1,9 +1,11 @@
-"""Builds the C of the project: host/fuse/supplement.c with those beside it, and host/victims/*.c.
+"""Builds the C of the project: host/fuse/supplement.c with those beside it, host/victims/*.c, and
+host/run/forward.c.
 
 Everything else is in pyproject.toml.
 
-Both are optional: where libfuse3's headers or a compiler are missing, daxemu installs without them. Without
-the supplement something is missing, and `daxemu status` says what; without the other nothing is but speed.
+All are optional: where libfuse3's headers or a compiler are missing, daxemu installs without them. Without
+the supplement something is missing, and `daxemu status` says what; without host/victims nothing is but speed;
+without host/run `daxemu run` gives no direct mappings.
 """
 
 import shlex
@@ -36,6 +38,12 @@ setup(
             "daxemu.host.victims._victims",
             sources=[f"src/daxemu/host/victims/{part}.c" for part in ("collect", "deliver", "proc")],
             depends=["src/daxemu/host/victims/victims.h"],
+            extra_compile_args=["-O2", "-Wall", "-Wextra"],
+            optional=True,
+        ),
+        Extension(
+            "daxemu.host.run._forward",
+            sources=["src/daxemu/host/run/forward.c"],
             extra_compile_args=["-O2", "-Wall", "-Wextra"],
             optional=True,
         ),

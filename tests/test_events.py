@@ -18,6 +18,7 @@ from daxemu.events import (
     DaxActiveAtRemove,
     DeviceRemoved,
     DeviceTightened,
+    DirectMappingRefused,
     Event,
     EventsRepeated,
     FaultRepeated,
@@ -75,6 +76,7 @@ def a_failure(outcome: Outcome) -> MemoryFailureHandled:
 
 SAMPLES: list[Event] = [
     Mounted(seq=1, time=2.5, device="/dev/shm/pmem0", mountpoint="/mnt", size=6 << 40),
+    DirectMappingRefused(pid=7, tid=8, comm="p0", path="/mnt/f", reason="gdb (5) traces the program"),
     Unmounted(mountpoint="/mnt"),
     DeviceTightened(device="/dev/shm/pmem0", mode="0700", files=3),
     SettingChanged(name="early_kill", value="1"),

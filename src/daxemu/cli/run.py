@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -10,10 +11,14 @@ import click
 from daxemu.cli.common import PATH
 from daxemu.cli.output import complain
 from daxemu.client import Client
-from daxemu.host.proc.mountinfo import mount_of
+from daxemu.errors import Busy, DaxemuError
+from daxemu.host.proc.mountinfo import Mount, mount_of, mounts
+from daxemu.host.run.helper import Handover
 from daxemu.host.run.runner import Piece, execute
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
+_PATIENCE = 5.0
+"""Limit in seconds of an exchange with a supervisor about direct mappings."""
 """Exit statuses, as of a shell."""
 
 
@@ -53,10 +58,45 @@ def run(ctx: click.Context, mountpoint: Path | None, simulated: bool) -> None:
         raise click.UsageError("give the command after --, such as: daxemu run /tmp/pmem -- ls -l", ctx)
     only = mount_of(mountpoint) if mountpoint is not None else None
     try:
-        execute(command, only, partial(_advise, simulated))
+        attach = _attach if _may_be_direct(only) else None
+        execute(command, only, partial(_advise, simulated), attach)
     except OSError as error:
         complain(f"daxemu: {command[0]}: {error.strerror or error}")
         ctx.exit(NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE)
+
+
+def _may_be_direct(only: Mount | None) -> bool:
+    """Return whether a program may have direct mappings: a mount is direct, or its supervisor does not say.
+
+    Only root makes direct mounts. Mounts of other users are not asked.
+    """
+    asked = [only] if only is not None else {mount.dev: mount for mount in mounts()}.values()
+    return any(_is_direct(mount) for mount in asked if mount.owner in (None, 0))
+
+
+def _is_direct(mount: Mount) -> bool:
+    try:
+        with Client(mount, patience=_PATIENCE) as client:
+            return client.request("attach", pid=os.getpid())["is_direct"] is True
+    except Busy:
+        return True
+    except (OSError, DaxemuError):
+        return False  # no supervisor, or of an earlier version
+
+
+def _attach(mount: Mount, offered: Handover) -> bool:
+    """Give the descriptors of a run to the supervisor of a mount. Return False in page-cache mode."""
+    with Client(mount, patience=_PATIENCE) as client:
+        reply = client.request(
+            "attach",
+            pid=os.getpid(),
+            listener=offered.listener,
+            socket=offered.socket,
+            socket_ino=os.fstat(offered.socket).st_ino,
+            start=offered.zone.start,
+            end=offered.zone.stop,
+        )
+    return reply["is_direct"] is True
 
 
 def _advise(simulated: bool, tid: int, piece: Piece, soft: bool) -> int:

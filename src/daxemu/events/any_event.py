@@ -24,6 +24,7 @@ from daxemu.events.media import (
 )
 from daxemu.events.mounts import (
     DeviceTightened,
+    DirectMappingRefused,
     EventsRepeated,
     FilesystemShutdown,
     LoopStalled,
@@ -45,6 +46,7 @@ AnyEvent = (
     | DaxActiveAtRemove
     | DeviceRemoved
     | DeviceTightened
+    | DirectMappingRefused
     | EventsRepeated
     | FaultRepeated
     | FileDamaged

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from daxemu.events.base import Event
-from daxemu.fields import Files, Length, Seconds, Time
+from daxemu.fields import Files, Length, Pid, Seconds, Tid, Time
 
 
 class Mounted(Event):
@@ -13,6 +13,19 @@ class Mounted(Event):
 
     def summary(self) -> str:
         return f"mounted {self.device} on {self.mountpoint}"
+
+
+class DirectMappingRefused(Event):
+    """An mmap(2) of a file of a direct mount failed with ENODEV, for ``reason``."""
+
+    pid: Pid
+    tid: Tid
+    comm: str
+    path: str
+    reason: str
+
+    def summary(self) -> str:
+        return f"{self.comm}:{self.pid} got no direct mapping of {self.path} (ENODEV): {self.reason}"
 
 
 class Unmounted(Event):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 from daxemu.errors import NoSpace
 from daxemu.fs.data_ops import DataOps
@@ -28,9 +29,10 @@ class Allocator:
 
     A block over bad sectors stays in the free set, but is skipped until the sectors are cleared. A freed
     block is *pending* until the commit of the metadata without the block: if the block were used earlier, a
-    crash would show new contents in the old file. After the commit the block is *settled*: the host gets the
-    memory back, and then the block becomes free. ``reclaim`` is called when only pending blocks are left, and
-    commits.
+    crash would show new contents in the old file. After the commit the block is *held* while processes may
+    still have the block mapped for the old file (:meth:`hold`). Then the block is *settled*: the host gets
+    the memory back, and then the block becomes free. ``reclaim`` is called when only pending blocks are left,
+    and commits.
     """
 
     def __init__(self, dax: DaxDevice) -> None:
@@ -39,13 +41,18 @@ class Allocator:
         self.align = dax.align
         self._free = RangeSet([(0, self.total)])
         self._pending = RangeSet()
+        self._held: deque[tuple[int, RangeSet]] = deque()
+        """Committed blocks, each set with the number of the last hold before its commit, oldest first."""
+        self._holds: dict[int, None] = {}
+        """Numbers of the holds without a release, in order."""
+        self._last_hold = 0
         self._settled = RangeSet()
         self._bad = RangeSet()
         """Blocks over bad sectors, free or not."""
         self._good: RangeSet | None = None
         """Free blocks without a bad sector; None while no block is bad."""
         self._bad_later = 0
-        """Number of bad blocks among the pending and settled blocks."""
+        """Number of bad blocks among the pending, held and settled blocks."""
         self._cursor = 0
         self.on_settle: Callable[[], None] | None = None
         """Called when blocks are settled. The host then calls :meth:`drain` until no block is left.
@@ -59,10 +66,21 @@ class Allocator:
         """Return the number of blocks of unlinked files. ``reclaim`` frees these blocks."""
         self.watcher: DataOps | None = None
 
+    def _later(self) -> Iterator[RangeSet]:
+        """Yield the sets of blocks without an owner that cannot be allocated yet."""
+        yield self._pending
+        for _, blocks in self._held:
+            yield blocks
+        yield self._settled
+
+    @property
+    def _blocks_later(self) -> int:
+        return sum(blocks.total for blocks in self._later())
+
     @property
     def free_blocks(self) -> int:
-        """Number of blocks without an owner, including bad, pending and settled blocks."""
-        return self._free.total + self._pending.total + self._settled.total
+        """Number of blocks without an owner, including bad, pending, held and settled blocks."""
+        return self._free.total + self._blocks_later
 
     @property
     def pending_blocks(self) -> int:
@@ -70,9 +88,14 @@ class Allocator:
         return self._pending.total
 
     @property
+    def held_blocks(self) -> int:
+        """Number of freed and committed blocks that wait for :meth:`release`. NoSpace may end with it."""
+        return sum(blocks.total for _, blocks in self._held)
+
+    @property
     def usable_blocks(self) -> int:
         """Number of free blocks that can be allocated: ``f_bavail`` of statfs(2)."""
-        return self._usable.total + self._pending.total + self._settled.total - self._bad_later
+        return self._usable.total + self._blocks_later - self._bad_later
 
     @property
     def _usable(self) -> RangeSet:
@@ -86,7 +109,10 @@ class Allocator:
                 if self._good is None:
                     self._good = self._free.copy()
                 self._good.remove(*block)
-                self._bad_later += _common(self._pending, block) + _common(self._settled, block)
+                self._bad_later += self._common_later(block)
+
+    def _common_later(self, run: Range) -> int:
+        return sum(_common(blocks, run) for blocks in self._later())
 
     def _clear_bad(self, sectors: list[Range]) -> None:
         """Note sectors removed from badblocks.
@@ -101,7 +127,7 @@ class Allocator:
             for good in still.gaps(*bytes_of_blocks(blocks)):
                 run = Range(good.start // PAGE_SIZE, good.end // PAGE_SIZE)
                 for block in self._bad.remove(*run):
-                    self._bad_later -= _common(self._pending, block) + _common(self._settled, block)
+                    self._bad_later -= self._common_later(block)
                     if self._good is not None:
                         for free in list(self._free.overlapping(*block)):
                             self._good.add(*free)
@@ -111,12 +137,12 @@ class Allocator:
     @property
     def fragments(self) -> int:
         """Upper bound of the number of runs an allocation can be split into."""
-        runs = len(self._free) + len(self._pending) + len(self._settled)
+        runs = len(self._free) + sum(len(blocks) for blocks in self._later())
         return runs + len(self._dax.badblocks)
 
     def free_ranges(self) -> list[Range]:
-        """Return all blocks without an owner, in order, including pending and settled blocks."""
-        return list(RangeSet([*self._free, *self._pending, *self._settled]))
+        """Return all blocks without an owner, in order, including pending, held and settled blocks."""
+        return list(RangeSet([*self._free, *(run for blocks in self._later() for run in blocks)]))
 
     def used_from(self, at: Block) -> Range | None:
         """Return the first run of used blocks at or after ``at``, cut to begin there; None if all are
@@ -199,7 +225,11 @@ class Allocator:
                 missing -= run.length
                 low = run.end
         if missing:
-            raise NoSpace("the device is full: all free blocks are bad; see daxemu badblocks, daxemu clear")
+            raise NoSpace(
+                "the device is full: all free blocks are bad; see daxemu badblocks, daxemu clear"
+                if not self._held
+                else "the device is full: freed blocks are still mapped"
+            )
 
     def _take(self, taken: list[Range], run: Range) -> None:
         self._remove_free(run)
@@ -249,17 +279,41 @@ class Allocator:
         self._pending.add(*run)
         self._bad_later += _common(self._bad, run)
 
+    def hold(self) -> int:
+        """Begin a hold: blocks freed before a commit during the hold are not reused until :meth:`release`.
+
+        For the holder of direct mappings, from a change of an extent map until no process has the old blocks
+        mapped. A commit does not wait. Blocks of a commit wait only for holds that began before the commit.
+        Return the number of the hold.
+        """
+        self._last_hold += 1
+        self._holds[self._last_hold] = None
+        return self._last_hold
+
+    def release(self, hold: int) -> None:
+        """End a hold. Raises KeyError for a hold that has ended."""
+        del self._holds[hold]
+        self._settle_unheld()
+
     def settle(self) -> None:
-        """Settle the pending blocks, and start giving their memory back to the host.
+        """Settle the pending blocks, except during a hold, and start giving their memory back to the host.
 
         Called after a commit.
         """
-        if not self._settled:
-            self._settled, self._pending = self._pending, self._settled
-        else:  # few blocks are left, because the host drains faster than the filesystem commits
-            pending, self._pending = self._pending, RangeSet()
-            for run in pending:
-                self._settled.add(*run)
+        if self._pending:
+            self._held.append((self._last_hold, self._pending))
+            self._pending = RangeSet()
+        self._settle_unheld()
+
+    def _settle_unheld(self) -> None:
+        oldest = next(iter(self._holds), self._last_hold + 1)
+        while self._held and self._held[0][0] < oldest:
+            _, blocks = self._held.popleft()
+            if not self._settled:
+                self._settled = blocks
+            else:  # few blocks are left, because the host drains faster than the filesystem commits
+                for run in blocks:
+                    self._settled.add(*run)
         if self.on_settle is None:
             while self.drain():
                 pass

@@ -102,8 +102,9 @@ class ControlSocket:
     async def _handle(self, stream: trio.SocketStream) -> None:
         async with stream:
             try:
-                with self._connections.counted(self._check_peer(stream)):
-                    await self._converse(stream)
+                pid, uid = self._check_peer(stream)
+                with self._connections.counted(uid):
+                    await self._converse(stream, pid)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return  # the peer disconnected
             except DaxemuError as error:
@@ -112,18 +113,18 @@ class ControlSocket:
                 said = self._unexpected.report("a connection of the control socket", error)
                 await _try_to_send(stream, _refusal(DaxemuError(said)))
 
-    def _check_peer(self, stream: trio.SocketStream) -> int:
-        """Return the uid of the peer. Raises PermissionDenied."""
+    def _check_peer(self, stream: trio.SocketStream) -> tuple[int, int]:
+        """Return the pid and the uid of the peer. Raises PermissionDenied."""
         raw = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        _, uid, _ = _UCRED.unpack(raw)
+        pid, uid, _ = _UCRED.unpack(raw)
         if uid not in (0, os.geteuid()):
             raise PermissionDenied(
                 f"only the mount's owner (uid {os.geteuid()}) and root may ask, not uid {uid}: "
                 f"sudo -u '#{os.geteuid()}' daxemu ..."
             )
-        return int(uid)
+        return int(pid), int(uid)
 
-    async def _converse(self, stream: trio.SocketStream) -> None:
+    async def _converse(self, stream: trio.SocketStream, peer: int) -> None:
         buffer = bytearray()
         async for chunk in stream:
             buffer += chunk
@@ -131,17 +132,22 @@ class ControlSocket:
                 line = bytes(buffer[:end])
                 del buffer[: end + 1]
                 if line.strip():
-                    await self._one(stream, line)
+                    await self._one(stream, line, peer)
             if len(buffer) > MAX_LINE:
                 raise InvalidArgument(f"a request of more than {MAX_LINE} bytes: make several of it")
 
-    async def _one(self, stream: trio.SocketStream, asked: bytes) -> None:
+    async def _one(self, stream: trio.SocketStream, asked: bytes, peer: int) -> None:
         try:
             request = p.decode_request(asked)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             await stream.send_all(_refusal(InvalidArgument(f"not a request: {error}")))
             return
-        if isinstance(request, p.Follow):
+        if isinstance(request, p.Attach) and request.pid != peer:
+            # Descriptors are taken from the process itself, never from another one.
+            await stream.send_all(
+                _refusal(PermissionDenied(f"process {peer} may not attach process {request.pid}"))
+            )
+        elif isinstance(request, p.Follow):
             with self._hangups.cancelling(stream):
                 await self._follow(stream, request)
         else:

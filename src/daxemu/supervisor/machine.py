@@ -35,6 +35,7 @@ from daxemu.supervisor.signals import Signals
 from daxemu.supervisor.strategy_host import StrategyHost
 from daxemu.supervisor.under_way import Counted, UnderWay
 from daxemu.supervisor.verbs import files
+from daxemu.supervisor.verbs.attach import Attachments
 from daxemu.supervisor.verbs.madvise import MadviseInjection
 from daxemu.supervisor.verbs.poison import Poison
 from daxemu.supervisor.verbs.removal import remove
@@ -133,6 +134,7 @@ class Machine:
             emit,
         )
         self._madvise = MadviseInjection(pmem, mm, fs, self._page_cache, self.failures, signals, emit)
+        self._attachments = Attachments(None, emit, self.nursery, unexpected)
         self.scrubber = Scrubber(self._scrub_in_background)
         table = settings_of(mm, fs, log, self.scrubber, strategy_host, self._repairing.choose)
         self._settings = Settings(table, emit)
@@ -144,6 +146,7 @@ class Machine:
         return {
             p.Inject: self.under_way.counting("an injection", self._poison.inject),
             p.Madvise: self.under_way.counting("a madvise(2)", self._madvise.madvise_inject_error),
+            p.Attach: self._attachments.attach,
             p.Clear: self._poison.clear,
             p.Scrub: lambda _: self._poison.scrub(),
             p.Settle: lambda request: self.under_way.settle(request.patience),

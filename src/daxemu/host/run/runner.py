@@ -1,4 +1,5 @@
-"""Programs whose madvise(MADV_HWPOISON) and madvise(MADV_SOFT_OFFLINE) on files of a daxemu mount work.
+"""Programs whose madvise(MADV_HWPOISON) and madvise(MADV_SOFT_OFFLINE) on files of a daxemu mount work, and
+which may have direct mappings (``helper``).
 
 Counterpart in Linux: do_madvise() and the page table walk of madvise_inject_error() in mm/madvise.c. The
 supervisor does the work of memory_failure().
@@ -20,6 +21,7 @@ Invariants:
 
 from __future__ import annotations
 
+import array  # noqa: F401 - of socket.send_fds(): an import under the filter may need the helper's answer
 import contextlib
 import ctypes
 import errno
@@ -30,6 +32,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, NoReturn
 
 from daxemu.errors import DaxemuError, NotMounted
@@ -37,7 +40,8 @@ from daxemu.host.proc import maps, status
 from daxemu.host.proc.maps import Vma
 from daxemu.host.proc.mountinfo import Mount, mounts
 from daxemu.host.proc.pagemap import Pagemap
-from daxemu.host.run import seccomp
+from daxemu.host.run import filters, forward_in_c, seccomp
+from daxemu.host.run.helper import Attach, Helper
 from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
 from daxemu.uapi import (
     CAP_SYS_ADMIN,
@@ -70,24 +74,28 @@ Called in any thread; may raise DaxemuError.
 """
 
 
-def execute(command: list[str], only: Mount | None, advise: Advise) -> NoReturn:
+def execute(command: list[str], only: Mount | None, advise: Advise, attach: Attach | None = None) -> NoReturn:
     """Become ``command``, with the calls above answered for ``only``, or for all mounts, later ones included.
 
-    Precondition: no other threads. Raises the exceptions of ``seccomp.install``; OSError if the program does
-    not exist.
+    ``attach``: also give the program direct mappings (``helper``); None: the small filter. Precondition: no
+    other threads. Raises the exceptions of ``seccomp.install`` and ``filters.direct``; OSError if the program
+    does not exist.
     """
+    code = filters.small() if attach is None else filters.direct()
+    if attach is not None:
+        forward_in_c.library()  # raises before there is a filter
     ours, theirs = socket.socketpair()
     first = os.fork()
     if first == 0:
         # The helper's parent must not be the program, which may wait for its own children.
         if os.fork() == 0:
             ours.close()
-            _help(theirs, only, advise)
+            _help(theirs, only, advise, attach)
         os._exit(0)
     theirs.close()
     with contextlib.suppress(ChildProcessError):  # SIGCHLD is ignored: the kernel has reaped it
         os.waitpid(first, 0)
-    listener = seccomp.install()
+    listener = seccomp.install(code)
     with ours:
         socket.send_fds(ours, [b"x"], [listener])
     os.close(listener)
@@ -96,7 +104,7 @@ def execute(command: list[str], only: Mount | None, advise: Advise) -> NoReturn:
     os.execvp(command[0], command)
 
 
-def _help(sock: socket.socket, only: Mount | None, advise: Advise) -> NoReturn:
+def _help(sock: socket.socket, only: Mount | None, advise: Advise, attach: Attach | None) -> NoReturn:
     """Run the helper until the last process under the filter has ended."""
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP):
@@ -106,8 +114,10 @@ def _help(sock: socket.socket, only: Mount | None, advise: Advise) -> NoReturn:
         _close_all_but(sock.fileno())
         _, fds, _, _ = socket.recv_fds(sock, 1, 1)
         sock.close()
-        if fds:
+        if fds and attach is None:
             serve(fds[0], only, advise)
+        elif fds and attach is not None:
+            Helper(fds[0], only, partial(_answer, fds[0], only=only, advise=advise), attach).serve()
     finally:
         os._exit(0)
 

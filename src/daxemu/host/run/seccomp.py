@@ -129,6 +129,11 @@ def arch_of(raw: bytes | bytearray) -> int:
     return int(NOTIFICATION.unpack(raw)[4])
 
 
+def flags_of(raw: bytes | bytearray) -> int:
+    """Return the flags of a struct seccomp_notif. The kernel leaves them 0; forward.c uses them."""
+    return int(NOTIFICATION.unpack(raw)[2])
+
+
 def is_waiting(listener: int, call: NotifiedCall) -> bool:
     """Return True if the thread still waits: data read of /proc/TID before is then the thread's own."""
     try:

@@ -1,0 +1,37 @@
+"""Runs whose system calls are forwarded to this supervisor: ``daxemu run`` on a direct mount."""
+
+from __future__ import annotations
+
+from daxemu import protocol as p
+from daxemu.errors import PermissionDenied
+from daxemu.events import Emit
+from daxemu.host.run.attached import AttachedRun, Handle
+from daxemu.host.run.helper import Handover
+from daxemu.host.unexpected import Nursery, Unexpected
+
+
+class Attachments:
+    """Attached runs. Belongs to the trio thread."""
+
+    def __init__(self, handle: Handle | None, emit: Emit, nursery: Nursery, unexpected: Unexpected) -> None:
+        """``handle``: decides a call; None for a mount in page-cache mode."""
+        self._handle = handle
+        self._emit = emit
+        self._nursery = nursery
+        self._unexpected = unexpected
+
+    async def attach(self, request: p.Attach) -> p.Attached:
+        """Attach a run. Precondition: the control socket has checked that the process ``pid`` asks.
+
+        Raises PermissionDenied for descriptors that cannot be taken.
+        """
+        if self._handle is None:
+            return p.Attached(False)
+        if request.listener is not None:
+            offered = Handover(request.listener, request.socket, range(request.start, request.end))
+            try:
+                run = AttachedRun.take(request.pid, offered, request.socket_ino)
+            except OverflowError:
+                raise PermissionDenied("a process or descriptor number out of range") from None
+            self._nursery.start_soon(run.serve, self._handle, self._emit, self._nursery, self._unexpected)
+        return p.Attached(True)
