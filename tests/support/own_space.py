@@ -75,7 +75,7 @@ class Process:
 
     async def call(self, nr: int, *args: int) -> int:
         """Make a notified call; return its value or -errno. A call that must go on to the kernel does."""
-        call = NotifiedCall(1, os.getpid(), nr, tuple([*args, *[0] * (6 - len(args))]))  # type: ignore[arg-type]
+        call = NotifiedCall(1, os.getpid(), nr, (*args, *[0] * (6 - len(args))))  # type: ignore[arg-type]
         answer = await self._host.calls.answer(call, self.space)
         return await self._carried_out(answer, call)
 

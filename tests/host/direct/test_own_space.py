@@ -1,4 +1,4 @@
-"""Direct mappings of real media in the test's own process: what each change of a file does to its mappings."""
+"""Direct mappings of real media in the test's own process: effects of each change of a file."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from collections.abc import Awaitable, Callable
 import pytest
 import trio
 
-from daxemu.host.direct.calls import MAP_FIXED, MAP_PRIVATE, MAP_SHARED, MAP_SHARED_VALIDATE, MAP_SYNC
+from daxemu.host.direct.calls import (
+    MAP_FIXED,
+    MAP_PRIVATE,
+    MAP_SHARED,
+    MAP_SHARED_VALIDATE,
+    MAP_SYNC,
+    OpenFile,
+)
 from daxemu.host.proc.pagemap import Pagemap
 from daxemu.host.run.filters import Nr
+from daxemu.host.run.seccomp import NotifiedCall
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE
 from tests.support.core import Core, pages
-from tests.support.own_space import READ, Host, Process, host_of
+from tests.support.own_space import READ, Host, host_of
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd(2) needs root")
 
@@ -135,7 +143,7 @@ def test_a_store_to_a_hole_of_a_full_device_fails_and_succeeds_with_space(core: 
         await host.truncate(large, 0)
         core.fs.fsync()
         with trio.fail_after(5):
-            while not await process.store(at, b"n"):
+            while not await process.store(at, b"n"):  # noqa: ASYNC110 - the store itself is the event
                 await trio.sleep(0.02)
         assert core.read(ino)[:1] == b"n"
 
@@ -296,9 +304,6 @@ def test_mmap_is_refused_as_by_the_kernel(
     core: Core, mode: int, prot: int, flags: int, offset: int, pages_: int, error: int
 ) -> None:
     async def test(host: Host) -> None:
-        from daxemu.host.direct.calls import OpenFile
-        from daxemu.host.run.seccomp import NotifiedCall
-
         call = NotifiedCall(1, os.getpid(), Nr.MMAP, (0, pages_ * PAGE_SIZE, prot, flags, 3, offset))
         assert host.calls.check_mmap(call, OpenFile(core.file(), mode)) == error
 
@@ -313,6 +318,3 @@ def test_a_file_open_for_reading_stays_without_prot_write(core: Core) -> None:
         assert await process.load(at) == b"a"
 
     run(core, test)
-
-
-__all__ = ["Process"]

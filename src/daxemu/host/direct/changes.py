@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import Protocol
 
 import trio
 
@@ -47,33 +48,50 @@ class FileLocks:
                     self._locks[ino] = lock, users - 1
 
 
+class Holds(Protocol):
+    """Delay of the reuse of freed blocks: see fs.allocator.Allocator."""
+
+    def hold(self) -> int:
+        """Begin a hold; return its number."""
+
+    def release(self, hold: int) -> None:
+        """End a hold."""
+
+
 class Changes:
     """Noted changes: for each file the blocks that mappings may show as they were. Belongs to the trio
     thread.
+
+    A hold of the allocator lasts from the first change of a file until mappings have followed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, holds: Holds) -> None:
+        self._allocator = holds
         self._noted: dict[Ino, RangeSet] = {}
+        self._holds: dict[Ino, int] = {}
+        """The hold of each file with noted changes."""
         self._under_way: dict[Ino, int] = {}
         self._own: tuple[Ino, list[Range]] | None = None
         self._unnoted: Ino | None = None
         self.has_changes = trio.Event()
         """Set while a change is noted."""
+        self._when_settled = trio.Event()
 
     def note(self, ino: Ino, blocks: Range) -> None:
         """Note a change of file blocks."""
         if self._own is not None and self._own[0] == ino:
             self._own[1].append(blocks)
-            return
-        if self._unnoted == ino:
-            return
-        self._noted.setdefault(ino, RangeSet()).add(*blocks)
-        self.has_changes.set()
+        elif self._unnoted != ino:
+            if ino not in self._noted:
+                self._noted[ino] = RangeSet()
+                self._holds[ino] = self._allocator.hold()
+            self._noted[ino].add(*blocks)
+            self.has_changes.set()
 
     @contextmanager
     def own(self, ino: Ino) -> Iterator[list[Range]]:
         """Context without an await in which changes of a file go to the yielded list: the caller follows
-        them.
+        them. Precondition: within following().
         """
         assert self._own is None
         found: list[Range] = []
@@ -94,21 +112,34 @@ class Changes:
 
     @contextmanager
     def following(self, ino: Ino) -> Iterator[None]:
-        """Context in which the file counts as changed: mappings follow a change."""
+        """Context in which mappings of a file follow a change: the file counts as changed."""
+        hold = self._allocator.hold()
         self._under_way[ino] = self._under_way.get(ino, 0) + 1
         try:
             yield
         finally:
+            self._allocator.release(hold)
             self._under_way[ino] -= 1
             if not self._under_way[ino]:
                 del self._under_way[ino]
+            if self.is_settled():
+                self._when_settled.set()
+                self._when_settled = trio.Event()
 
-    def take(self, ino: Ino) -> list[Range]:
-        """Return the noted changes of a file, and forget them."""
-        taken = list(self._noted.pop(ino, ()))
-        if not self._noted:
-            self.has_changes = trio.Event()
-        return taken
+    @contextmanager
+    def taken(self, ino: Ino) -> Iterator[list[Range]]:
+        """Context in which mappings of a file follow its noted changes, which are yielded and no longer
+        noted.
+        """
+        with self.following(ino):
+            noted, hold = self._noted.pop(ino, None), self._holds.pop(ino, None)
+            if not self._noted:
+                self.has_changes = trio.Event()
+            try:
+                yield list(noted or ())
+            finally:
+                if hold is not None:
+                    self._allocator.release(hold)
 
     def is_noted(self, ino: Ino, block: Block) -> bool:
         """Return True if a change of the block is noted."""
@@ -123,3 +154,8 @@ class Changes:
         if ino is None:
             return not self._noted and not self._under_way
         return ino not in self._noted and ino not in self._under_way
+
+    async def all_settled(self) -> None:
+        """Wait until is_settled() of all files."""
+        while not self.is_settled():
+            await self._when_settled.wait()

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 import trio
 
-from daxemu.errors import DaxemuError
+from daxemu.errors import DaxemuError, NoSpace
 from daxemu.fs.fault import FaultKind, FileRun
 from daxemu.host.direct import planner
 from daxemu.host.direct.changes import Changes, FileLocks
@@ -33,6 +33,8 @@ from daxemu.uapi import PAGE_SIZE, Block, Ino, page_align_down
 
 MARKED = 0.05
 """Seconds that a page stays SIGBUS after a failed access. Then the next access is decided anew."""
+SPACE_PATIENCE = 1.0
+"""Seconds that a store waits for freed blocks that processes may still have mapped."""
 _WINDOW = 1 << 30
 """Blocks of a file that one fault may map."""
 
@@ -116,15 +118,25 @@ class PageFaults:
 
     async def _decide(self, touch: Touch) -> None:
         space, page, _ = touch
+        may_wait = True
         while (area := space.at(page.start)) is not None:
-            async with self._locks.held(area.ino):
-                poison = await self._decide_locked(touch, area.ino)
+            try:
+                async with self._locks.held(area.ino):
+                    poison = await self._decide_locked(touch, area.ino, may_wait=may_wait)
+            except NoSpace:
+                may_wait = False
+                with trio.move_on_after(SPACE_PATIENCE):
+                    await self._changes.all_settled()
+                continue
             if poison is None or not await self._consume(touch, area, poison):
                 return
         space.wake(page)  # unmapped meanwhile
 
-    async def _decide_locked(self, touch: Touch, ino: Ino) -> FileRun | None:
-        """Decide a fault and answer the event; but return the run if the block is poison."""
+    async def _decide_locked(self, touch: Touch, ino: Ino, *, may_wait: bool) -> FileRun | None:
+        """Decide a fault and answer the event; but return the run if the block is poison.
+
+        Raises NoSpace with ``may_wait``, if freed blocks are not reused yet.
+        """
         space, page, _ = touch
         area = space.at(page.start)
         if area is None or area.ino != ino:
@@ -133,9 +145,16 @@ class PageFaults:
         block = area.block_at(page.start)
         is_store = touch.is_store and area.is_shared
         run = None
+        is_settled = self._changes.is_settled()
         with self._changes.following(ino):
-            with self._changes.own(ino) as changed, suppress(DaxemuError):
-                run = self._fs.fault(ino, block, is_store=is_store, limit=_WINDOW)
+            with self._changes.own(ino) as changed:
+                try:
+                    run = self._fs.fault(ino, block, is_store=is_store, limit=_WINDOW)
+                except NoSpace:
+                    if may_wait and not is_settled:
+                        raise
+                except DaxemuError:
+                    pass  # the access fails
             for blocks in changed:
                 await self._page_tables.hide_blocks(ino, blocks, but=(space, page))
             if run is not None and self._is_poison(run, block):

@@ -34,7 +34,7 @@ from daxemu.mm.incident import Incident
 from daxemu.mm.to_kill import PresentRun, Task
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Block, Ino
-from daxemu.units import blocks_of, bytes_of_blocks
+from daxemu.units import DIV_ROUND_UP, blocks_of, bytes_of_blocks
 
 
 class DirectMappings:
@@ -63,7 +63,7 @@ class DirectMappings:
         self._media = os.major(found.st_dev), os.minor(found.st_dev), found.st_ino
         self._upcalls: Upcalls | None = None
         self.table = Table()
-        self._changes = Changes()
+        self._changes = Changes(fs.allocator)
         self._locks = FileLocks()
         self.page_tables = PageTables(self.table)
         self.presence = Presence(self.table, pfn_map=pfn_map)
@@ -259,9 +259,18 @@ class DirectMappings:
         """See Mappings.settled."""
         while not self._changes.is_settled(ino):
             async with self._locks.held(ino):
-                with self._changes.following(ino):
-                    for blocks in self._changes.take(ino):
-                        await self.page_tables.hide_blocks(ino, blocks)
+                with self._changes.taken(ino) as changed:
+                    for blocks in changed:
+                        await self._hide(ino, blocks)
+
+    async def _hide(self, ino: Ino, blocks: Range) -> None:
+        """Make changed blocks lazy; beyond the end of the file also private copies (truncate_pagecache())."""
+        inode = self._fs.names.find(ino)
+        end = DIV_ROUND_UP(inode.size, PAGE_SIZE) if inode is not None else 0
+        if inside := blocks.clip(0, end):
+            await self.page_tables.hide_blocks(ino, inside)
+        if beyond := blocks.clip(end, max(end, blocks.end)):
+            await self.page_tables.hide_blocks(ino, beyond, keep_copies=False)
 
     @asynccontextmanager
     async def sharing(self, source: Ino, taken: Range, target: Ino, replaced: Range) -> AsyncIterator[None]:

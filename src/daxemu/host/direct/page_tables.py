@@ -107,21 +107,38 @@ class PageTables:
         for piece in pieces:
             space.wake(piece.addresses)
 
-    async def hide(self, space: Space, addresses: Range) -> None:
-        """Make the shown parts of ``addresses`` lazy (unmap_mapping_range()). Private copies stay."""
+    async def hide(self, space: Space, addresses: Range, *, keep_copies: bool = True) -> None:
+        """Make the shown parts of ``addresses`` lazy (unmap_mapping_range()).
+
+        ``keep_copies``: private copies stay (``even_cows`` of the kernel is 0).
+        """
+        hidden = list(space.shown.overlapping(*addresses))
+        if not keep_copies:
+            hidden = list(RangeSet([*hidden, *space.copied.overlapping(*addresses)]))
+        areas = space.parts(addresses) if hidden else []
         pieces = [
-            Piece(area, Range(*part), Shows.LAZY)
-            for area in space.parts(addresses)
-            for part in list(space.shown.overlapping(*area.addresses))
+            Piece(area, mine, Shows.LAZY)
+            for area in areas
+            for part in hidden
+            if (mine := part.clip(*area.addresses))
         ]
         if pieces:
-            await self._replace(space, pieces)
+            await self._replace(space, pieces, keep_copies=keep_copies)
             for piece in pieces:
                 space.hidden(piece.addresses)
+                if not keep_copies:
+                    space.copied.remove(*piece.addresses)
                 space.wake(piece.addresses)
 
-    async def hide_blocks(self, ino: Ino, blocks: Range, but: tuple[Space, Range] | None = None) -> None:
-        """Make file blocks lazy in every mapping of every process, but at the addresses ``but``.
+    async def hide_blocks(
+        self,
+        ino: Ino,
+        blocks: Range,
+        but: tuple[Space, Range] | None = None,
+        *,
+        keep_copies: bool = True,
+    ) -> None:
+        """Make file blocks lazy in every mapping of every process, but at the addresses ``but``: see hide().
 
         Acquires the lock of each address space. Precondition: the caller holds the lock of the file.
         """
@@ -131,7 +148,7 @@ class PageTables:
             with suppress(AddressSpaceGone):
                 async with space.lock:  # the area may be cut or gone by now
                     for part in gaps_between([kept] if kept else [], *addresses):
-                        await self.hide(space, part)
+                        await self.hide(space, part, keep_copies=keep_copies)
 
     async def protect_blocks(self, ino: Ino, blocks: Range) -> None:
         """Make each store to file blocks an event, in every shared mapping of every process.
@@ -255,7 +272,7 @@ class PageTables:
         await self._ioctl(space, call, in_thread=part.length > _LARGE)
 
     async def _ioctl(self, space: Space, call: Callable[[], object], *, in_thread: bool = False) -> None:
-        """Make a request to the userfaultfd, again while a fork or mremap of the address space is not finished.
+        """Make a request to the userfaultfd, again while a fork or mremap of the space is not finished.
 
         Every request may be repeated: what was done before stays done.
         """
