@@ -56,3 +56,9 @@ class NotWritable(DaxemuError):
     """The range maps a file shared that was not opened for writing (EPERM)."""
 
     errno = errno.EPERM
+
+
+class AgentRefused(DaxemuError):
+    """No agent can be made in the process; the text says why (EAGAIN)."""
+
+    errno = errno.EAGAIN

@@ -157,19 +157,18 @@ static int by_device(const struct helper *helper, uint32_t minor)
 	return -1;
 }
 
-/* Reads the descriptor and the flags of an mmap(2); -1 if the thread's memory cannot be read. */
-static int arguments_of_mmap(const struct seccomp_notif *call, int *fd, uint32_t *flags)
+/* Puts the arguments of the old mmap(2) of i386, which are in memory, in the places of the registers; -1 if unreadable. */
+static int read_arguments(struct seccomp_notif *call)
 {
-	if (call->data.arch == AUDIT_ARCH_I386 && call->data.nr == NR_I386_MMAP) {
-		uint32_t in_memory[6]; /* struct mmap_arg_struct */
-		struct iovec here = { in_memory, sizeof in_memory };
-		struct iovec there = { (void *)call->data.args[0], sizeof in_memory };
-		if (process_vm_readv(call->pid, &here, 1, &there, 1, 0) != sizeof in_memory)
-			return -1;
-		*fd = in_memory[4], *flags = in_memory[3];
+	uint32_t in_memory[6]; /* struct mmap_arg_struct */
+	struct iovec here = { in_memory, sizeof in_memory };
+	struct iovec there = { (void *)call->data.args[0], sizeof in_memory };
+	if (call->data.arch != AUDIT_ARCH_I386 || call->data.nr != NR_I386_MMAP)
 		return 0;
-	}
-	*fd = (int)call->data.args[4], *flags = call->data.args[3];
+	if (process_vm_readv(call->pid, &here, 1, &there, 1, 0) != sizeof in_memory)
+		return -1;
+	for (int i = 0; i < 6; i++)
+		call->data.args[i] = in_memory[i];
 	return 0;
 }
 
@@ -326,13 +325,16 @@ static void send_again(struct helper *helper, int at)
 
 /* -- one call */
 
-static int route_mmap(struct helper *helper, const struct seccomp_notif *call)
+static int route_mmap(struct helper *helper, const struct seccomp_notif *notified)
 {
-	int fd, at = -1;
-	uint32_t flags, major, minor;
-	if (!is_tid(call->pid) || arguments_of_mmap(call, &fd, &flags))
+	struct seccomp_notif as_registers = *notified, *call = &as_registers;
+	int at = -1;
+	uint32_t major, minor;
+	if (!is_tid(call->pid) || read_arguments(call))
 		return proceed(helper, call);
-	if (!(flags & MAP_ANONYMOUS) && device_of(call->pid, fd, &major, &minor) == 0 && major == 0 && minor < ANONYMOUS_DEVICES) {
+	uint32_t flags = call->data.args[3];
+	if (!(flags & MAP_ANONYMOUS) && device_of(call->pid, (int)call->data.args[4], &major, &minor) == 0 && major == 0 &&
+	    minor < ANONYMOUS_DEVICES) {
 		at = by_device(helper, minor);
 		if (at < 0 && !(helper->not_ours[minor / 8] & 1 << minor % 8)) {
 			helper->asked = minor;
