@@ -57,6 +57,22 @@ class Area:
         """Return the file block at an address. Precondition: the address is inside."""
         return self.block + ((address - self.addresses.start) >> PAGE_SHIFT)
 
+    def continues(self, other: Area) -> bool:
+        """Return True if the areas are one area of consecutive addresses and blocks."""
+        alike = (self.ino, self.prot, self.is_shared, self.may_write) == (
+            other.ino,
+            other.prot,
+            other.is_shared,
+            other.may_write,
+        )
+        first, last = (self, other) if self.addresses < other.addresses else (other, self)
+        return alike and (first.addresses.end, first.blocks.end) == (last.addresses.start, last.block)
+
+    def extended(self, end: int) -> Area:
+        """Return the area with another last address."""
+        addresses = Range(self.addresses.start, end)
+        return Area(self.space, addresses, self.ino, self.block, self.prot, self.is_shared, self.may_write)
+
     def part(self, addresses: Range, *, prot: int | None = None) -> Area:
         """Return the area cut to ``addresses``, optionally with another protection."""
         return Area(
@@ -232,13 +248,26 @@ class Table:
     # -- areas
 
     def add(self, area: Area) -> None:
-        """Add an area. Precondition: none of its addresses is in an area of the address space."""
-        area.space.areas[area.addresses.start] = area
+        """Add an area, merged with areas that it continues (vma_merge()). Precondition: none of its addresses
+        is in an area of the address space.
+        """
+        space = area.space
+        for other in (space.at(area.addresses.start - 1), space.at(area.addresses.end)):
+            if other is not None and area.continues(other):
+                self._discard(other)
+                first, last = sorted((area, other), key=lambda each: each.addresses)
+                area = first.extended(last.addresses.end)
+        space.areas[area.addresses.start] = area
         index = self._files.get(area.ino)
         if index is None:
             index = self._files[area.ino] = IntervalIndex(_first_block, _length)
             self.on_first(area.ino)
         index.add(area)
+
+    def _discard(self, area: Area) -> None:
+        del area.space.areas[area.addresses.start]
+        self._files[area.ino].discard(area)
+        self._emptied.add(area.ino)
 
     def remove(self, space: Space, addresses: Range) -> None:
         """Remove ``addresses`` from all areas, as munmap(2) does."""
@@ -273,9 +302,7 @@ class Table:
         """Remove ``addresses`` from all areas. Return the removed parts."""
         removed = []
         for area in space.overlapping(addresses):
-            del space.areas[area.addresses.start]
-            self._files[area.ino].discard(area)
-            self._emptied.add(area.ino)
+            self._discard(area)
             part = area.addresses.clip(*addresses)
             removed.append(area.part(part))
             for rest in (Range(area.addresses.start, part.start), Range(part.end, area.addresses.end)):
@@ -287,7 +314,7 @@ class Table:
         """Forget the files without an area."""
         while self._emptied:
             ino = self._emptied.pop()
-            if not len(self._files[ino]):
+            if ino in self._files and not len(self._files[ino]):
                 del self._files[ino]
                 self.on_last(ino)
 
