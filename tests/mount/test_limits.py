@@ -18,7 +18,7 @@ import pytest
 
 from daxemu.client import Client
 from daxemu.events import PoisonInjected
-from daxemu.pmem.media import fallocate
+from daxemu.pmem.backing import fallocate
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, PAGE_SIZE
 from tests.support.quick import QuickMount, quick_mount_at
 from tests.support.zygote import Zygote

@@ -172,15 +172,35 @@ class DaxDevice:
     def direct_access(self, offset: int, length: int) -> memoryview:
         """Return the live bytes of the range for reading or writing (``dax_direct_access``).
 
-        Raises MediaError if any byte is poison, NoDevice after a removal. Precondition: the range is
-        reserved.
+        Raises MediaError if any byte is poison, or if a part of the range is on pages that are put aside
+        (see :meth:`read` and :meth:`pieces`), NoDevice after a removal. Precondition: the range is reserved.
         """
         self.check_readable(offset, length)
         return self._media.view(self._data_offset + offset, length)
 
+    def pieces(self, offset: int, length: int) -> list[Range]:
+        """Return the range in pieces that :meth:`direct_access` takes: readable bytes of pages put aside, and
+        of others.
+        """
+        at = self._data_offset
+        return [Range(r.start - at, r.end - at) for r in self._media.pieces(at + offset, length)]
+
+    def read(self, offset: int, length: int) -> bytes | memoryview:
+        """Return the bytes of the range, for reading only. Raises MediaError if any byte is poison, NoDevice
+        after a removal.
+        """
+        self.check_readable(offset, length)
+        found = [self.direct_access(part.start, part.length) for part in self.pieces(offset, length)]
+        return found[0] if len(found) == 1 else b"".join(found)
+
     def written(self) -> Iterator[memoryview]:
         """Yield each run of the whole media that has data, the altmap and poisoned bytes included."""
         return self._media.written()
+
+    def strays(self) -> list[Range]:
+        """See Media.strays(). Return byte ranges of the device."""
+        at = self._data_offset
+        return [Range(page.start - at, page.end - at) for page in self._media.strays()]
 
     def memory(self) -> Memory:
         """Return the place of device byte 0 and the bytes behind, for C code."""
@@ -199,19 +219,20 @@ class DaxDevice:
         """Write whole sectors over poison. The write clears the poison and its bad blocks
         (``dax_recovery_write``).
 
-        Returns the byte ranges that were poison. Precondition: reserved, sector-aligned at both ends.
+        Returns the byte ranges that were poison. Precondition: sector-aligned at both ends. Raises NoSpace
+        without memory for a range that is not reserved.
         """
         self._check(offset, len(data))
         if offset % SECTOR_SIZE or len(data) % SECTOR_SIZE:
             raise InvalidArgument("a write over poison must cover whole sectors")
         cleared = self.clear_poison(offset, len(data))
-        self._media.view(self._data_offset + offset, len(data))[:] = data
+        self._media.overwrite(self._data_offset + offset, data)
         return cleared
 
     def clear_poison(self, offset: int, length: int) -> list[Range]:
         """Make the range readable (``pmem_clear_poison()``). Return the byte ranges that were poison.
 
-        Precondition: the caller overwrites or discards the returned ranges next.
+        Precondition: the caller overwrites, or discards and reserves, the returned ranges next.
         """
         sectors = sectors_at(offset, length)
         self.badblocks.clear(sectors.start, sectors.length)
@@ -247,10 +268,12 @@ class DaxDevice:
 
     def zero(self, offset: int, length: int) -> None:
         """Store zeros (``dax_zero_page_range``). Precondition: reserved. Raises MediaError on poison."""
-        self.direct_access(offset, length)[:] = bytes(length)
+        self.check_readable(offset, length)
+        for part in self.pieces(offset, length):
+            self.direct_access(part.start, part.length)[:] = bytes(part.length)
 
     def reserve(self, offset: int, length: int) -> None:
-        """Back the range with memory before its first use. Raises NoSpace."""
+        """Back the range with memory before its first use, except pages put aside. Raises NoSpace."""
         self._check(offset, length)
         self._media.reserve(self._data_offset + offset, length)
 

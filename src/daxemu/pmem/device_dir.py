@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from daxemu.errors import Busy, InvalidArgument, NoSpace, NotADevice, PermissionDenied
-from daxemu.pmem.media import Media, check_mappable
+from daxemu.pmem.backing import check_mappable
+from daxemu.pmem.media import Media
 from daxemu.private_path import PRIVATE, PrivatePath
 from daxemu.uapi import PAGE_SIZE, PMD_SIZE, Pfn
 
@@ -21,7 +22,7 @@ DEFAULT_BASE_PFN: Pfn = 0x100000  # 4 GiB: where a memmap=nn!4G namespace begins
 STRUCT_PAGE_SIZE = 64
 OWN_FILES = frozenset(
     (
-        *("media", "poison", "poison.new", "device.toml", "lock", "control.sock"),
+        *("media", "kept", "poison", "poison.new", "device.toml", "lock", "control.sock"),
         *("events.jsonl", "events.jsonl.1", "supervisor.log", "supervisor.log.1"),
     )
 )

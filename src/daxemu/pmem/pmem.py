@@ -29,13 +29,13 @@ class Pmem:
     The constructor adds all poison to badblocks, as the first ARS at boot.
     """
 
-    def __init__(self, device: DeviceDir) -> None:
-        """Precondition: the device's lock is held. Raises NotADevice."""
+    def __init__(self, device: DeviceDir, *, is_direct: bool | None = None) -> None:
+        """``is_direct``: see Media. Precondition: the device's lock is held. Raises NotADevice."""
         config = device.config
         self.name = device.name
         self._root = device.root
         self._sysfs: Sysfs | None = None
-        self.media = Media(device.root, config.size)
+        self.media = Media(device.root, config.size, is_direct=is_direct)
         self.badblocks = Badblocks()
         altmap_pages = config.altmap // PAGE_SIZE
         self.dax = DaxDevice(
