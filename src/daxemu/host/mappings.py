@@ -120,6 +120,9 @@ class Mappings(Translations, Protocol):
         ``mf_mutex``.
         """
 
+    def write_back_all(self) -> None:
+        """As ``write_back``, for all files, before the mount ends. Worker. Raises OSError."""
+
     def forget_attributes(self, ino: Ino) -> None:
         """Have the kernel ask for size and times of a file at the next use. Loop; does not block."""
 
@@ -176,7 +179,8 @@ class Mappings(Translations, Protocol):
 
         Within the context, up to its first await, no process can store to ``taken`` unnoticed, each earlier
         store to ``taken`` is on the media, and no page of ``replaced`` is mapped. Precondition: the caller
-        holds ``mf_mutex``. Raises FsError EAGAIN if this takes too long.
+        holds ``mf_mutex``. After the context both files are settled. Raises FsError EAGAIN if this takes too
+        long.
         """
 
     # -- life

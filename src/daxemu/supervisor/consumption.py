@@ -1,4 +1,4 @@
-"""Consumption of poison by a load or read(2), and writes that cover part of a poisoned page.
+"""Consumption of poison by a load, a store or read(2), and writes that cover part of a poisoned page.
 
 The repair strategy is asked first. If the strategy recovers the data, the access is tried again, and no
 process is signalled. Belongs to the trio thread.
@@ -12,7 +12,7 @@ from functools import partial
 import trio
 
 from daxemu.errors import MediaError
-from daxemu.host.fuse.operations import Answer, PoisonedRead
+from daxemu.host.mappings import Access, Answer, Mappings
 from daxemu.host.proc.processes import process_of
 from daxemu.host.unexpected import Nursery
 from daxemu.mm.memory_failure import Incident, MemoryFailures
@@ -20,7 +20,6 @@ from daxemu.pmem.inject import failed_pages
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range, RangeSet
 from daxemu.supervisor.failures import Failures
-from daxemu.supervisor.populate import Populating
 from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.signals import Signals
 from daxemu.uapi import MF_ACTION_REQUIRED, PAGE_SIZE, SECTOR_SIZE
@@ -38,7 +37,7 @@ class Consumption:
         mm: MemoryFailures,
         failures: Failures,
         signals: Signals,
-        populating: Populating,
+        mappings: Mappings,
         repairs: Repairs,
         tasks: Nursery,
         supplement_missing: str | None,
@@ -50,7 +49,7 @@ class Consumption:
         self._mm = mm
         self._failures = failures
         self._signals = signals
-        self._populating = populating
+        self._mappings = mappings
         self._repairs = repairs
         self._tasks = tasks
         self._supplement_missing = supplement_missing
@@ -59,29 +58,29 @@ class Consumption:
         self._unhealed: dict[Range, Incident] = {}
         """Device bytes of latent poison that the strategy did not recover, and the incident of each."""
 
-    async def on_read(self, read: PoisonedRead) -> Answer:
-        """Return the answer to a read that failed.
+    async def on_access(self, access: Access) -> Answer:
+        """Return the answer to an access that failed: a read(2), a load, or a store through a direct mapping.
 
-        For a read of poison: ask the strategy, start the failure of latent poison, and have the tracer make
-        the consumer's signal exact.
+        For an access to poison: ask the strategy, start the failure of latent poison, and have the tracer
+        make the consumer's signal exact.
         """
-        error = read.error
+        error = access.error
         ranges = error.ranges if isinstance(error, MediaError) else ()
         if isinstance(error, MediaError) and await self._heal(error):
             return Answer.AGAIN
         bad_bytes = sum(part.outer(PAGE_SIZE).length for part in ranges)
-        if not ranges or read.length <= max(bad_bytes, PAGE_SIZE):
+        if not ranges or access.length <= max(bad_bytes, PAGE_SIZE):
             badblocks = self._pmem.badblocks
             is_latent = bool(ranges) and not any(
                 any(badblocks.overlapping_bytes(part.start, part.length)) for part in ranges
             )
             discover = partial(self._discover, ranges, -1)
-            if await self._populating.passes(read, is_latent=is_latent, discover=discover):
+            if await self._mappings.serves_populate(access, is_latent=is_latent, discover=discover):
                 return Answer.ZEROS
         if isinstance(error, MediaError):
-            found = self._discover(ranges, process_of(read.tid) if read.tid else -1)
+            found = self._discover(ranges, process_of(access.tid) if access.tid else -1)
             pfn, _ = failed_pages(self._pmem, ranges[0] if ranges else Range(0, 0))
-            await self._signals.consumed(read, pfn, self._supplement_missing, found=found)
+            await self._signals.consumed(access, pfn, self._supplement_missing, found=found)
         return Answer.ERROR
 
     def _discover(self, ranges: Sequence[Range], consumer: int) -> bool:

@@ -29,6 +29,8 @@ from daxemu.host.fuse import supplement
 from daxemu.host.fuse.loop import FuseLoop
 from daxemu.host.fuse.session import Session, abort_file, check_mountpoint
 from daxemu.host.fuse.watchdog import Watchdog
+from daxemu.host.mappings import Mappings
+from daxemu.host.page_cache.mappings import PageCacheMappings
 from daxemu.host.proc.mountinfo import printable
 from daxemu.host.proc.pins import pins_of
 from daxemu.host.tracer.link import TracerLink
@@ -130,6 +132,7 @@ def supervise(
             events,
             host,
             unexpected,
+            make_mappings=PageCacheMappings,
             supplement_missing=supplement.MISSING,
             has_layouts=options.layouts and supplement.READS,
         )
@@ -152,6 +155,8 @@ class _Ending:
         self._session = session
         self._fs = fs
         self._unexpected = unexpected
+        self.mappings: Mappings | None = None
+        """None before the mount answers requests: until then no process has stored anything."""
 
     async def unmount(self, *, force: bool, patience: float = SYNC_PATIENCE) -> None:
         """Unmount and commit. ``force``: also while in use, in steps of ``patience`` seconds each.
@@ -175,7 +180,8 @@ class _Ending:
                 return
         with trio.move_on_after(patience):
             try:
-                await trio.to_thread.run_sync(session.sync, abandon_on_cancel=True)
+                if self.mappings is not None:
+                    await trio.to_thread.run_sync(self.mappings.write_back_all, abandon_on_cancel=True)
             except OSError as error:  # only other mount namespaces may have the mount: no path from here
                 log.warning("stores of client processes were not written back before the cut: %s", error)
         with trio.move_on_after(patience):
@@ -251,6 +257,7 @@ async def _serve(
         ):
             machine = make(tracer, nursery)
             made(machine)
+            ending.mappings = machine.mappings
             services.start_soon(_log_internals_on_signal, machine)
             services.start_soon(_commit_now_and_then, machine)
             services.start_soon(Reclaim(machine.fs).run)
@@ -260,8 +267,12 @@ async def _serve(
             control = ControlSocket(socket, machine.log, answer, machine.unexpected)
             listener = control.bind()
             nursery.start_soon(control.serve, listener)
-            nursery.start_soon(_announce, session, ready)
-            await FuseLoop().main()
+            nursery.start_soon(_announce, machine.mappings, ready)
+            try:
+                await FuseLoop().main()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await machine.mappings.stop()
             machine.strategy_host.is_ending = True
             with trio.move_on_after(ANSWER_PATIENCE):
                 await control.idle()  # the client of an unmount gets the reply before the socket closes
@@ -286,7 +297,6 @@ async def _commit_now_and_then(machine: Machine) -> None:
                 machine.unexpected.report("the periodic commit", error)
 
 
-async def _announce(session: Session, ready: Callable[[], None]) -> None:
-    if not await trio.to_thread.run_sync(session.tune_page_cache, abandon_on_cancel=True):
-        log.info("the page cache reads ahead and keeps less than it could: needs root, and Linux 6.2")
+async def _announce(mappings: Mappings, ready: Callable[[], None]) -> None:
+    await mappings.start()
     ready()

@@ -1,11 +1,10 @@
-"""Gates: locks at which reads and writes of the mount wait. Both are open most of the time."""
+"""Gates: locks at which accesses to the mount wait. Open most of the time."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from daxemu.host.fuse.freeze import Freeze
-from daxemu.host.fuse.invalidate_lock import InvalidateLock
 
 
 @dataclass(eq=False)
@@ -14,5 +13,3 @@ class Gates:
 
     freeze: Freeze | None = None
     """Holds reads and writes back while the device is removed."""
-    invalidating: InvalidateLock | None = None
-    """Keeps pages out of the page cache while blocks are shared."""

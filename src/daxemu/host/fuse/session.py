@@ -1,7 +1,7 @@
-"""The mount: the /dev/fuse descriptor, mount(2) or fusermount3, and revokes of pages by range.
+"""The mount: the /dev/fuse descriptor, mount(2) or fusermount3, umount(2), abort of the connection.
 
-The session opens /dev/fuse itself and passes ``/dev/fd/N`` to pyfuse3: so the session can write notifications
-with a range to the descriptor.
+The session opens /dev/fuse itself and passes ``/dev/fd/N`` to pyfuse3: so daxemu can write notifications with
+a range to the descriptor.
 """
 
 from __future__ import annotations
@@ -12,31 +12,18 @@ import os
 import select
 import shutil
 import socket
-import struct
 import subprocess
 from contextlib import suppress
 from pathlib import Path
 
 from daxemu.errors import Busy, InvalidArgument, PermissionDenied, Unsupported
-from daxemu.host.fuse import own_files
 from daxemu.host.proc.mountinfo import FS_TYPE, SOURCE_PREFIX, Mount, mount_at, mounts
-from daxemu.uapi import Ino
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 MS_NOSUID, MS_NODEV = 2, 4
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
-_SYNC_AND_WAIT = 1 | 2 | 4  # SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE, _WAIT_AFTER
-FUSE_NOTIFY_INVAL_INODE = 2
-PAGE_CACHE = {"read_ahead_kb": "1024", "strict_limit": "0"}
-"""Settings of the mount's page cache (BDI). ``read_ahead_kb``: as much as one request can hold.
-``strict_limit`` 0: the mount may have more dirty pages than FUSE's low limit. With the limit, the kernel
-would write pages back all the time, and each store would fault again.
-"""
-_BDI = Path("/sys/class/bdi")
 _FUSECTL = Path("/sys/fs/fuse/connections")
-_OUT_HEADER = struct.Struct("=IiQ")
-_INVAL_INODE = struct.Struct("=Qqq")
 
 
 def check_mountpoint(mountpoint: Path) -> None:
@@ -77,80 +64,6 @@ class Session:
             os.close(fd)
             raise Busy(f"{mountpoint}: the mount vanished at once; somebody unmounted it: try again")
         return cls(fd, mount)
-
-    # -- notifications
-
-    def revoke(self, ino: Ino, offset: int, length: int) -> None:
-        """``unmap_mapping_range()``: remove the pages of a range from all page tables and the page cache.
-
-        Bytes; ``length`` 0: to the end of the file. Neighbouring pages stay. The kernel writes dirty pages
-        back to this process during the call: from a worker thread only.
-        """
-        self._notify_inval_inode(ino, offset, length)
-
-    def forget_attributes(self, ino: Ino) -> None:
-        """Have the kernel ask for size and times anew at the next use. Does not block."""
-        self._notify_inval_inode(ino, -1, 0)
-
-    def _notify_inval_inode(self, ino: Ino, offset: int, length: int) -> None:
-        body = _INVAL_INODE.pack(ino, offset, length)
-        header = _OUT_HEADER.pack(_OUT_HEADER.size + len(body), FUSE_NOTIFY_INVAL_INODE, 0)
-        try:
-            os.write(self.fd, header + body)
-        except OSError as error:
-            # The inode is not in the kernel's cache, or the connection is gone: no page to revoke.
-            if error.errno not in (errno.ENOENT, errno.ENOTCONN, errno.ENODEV):
-                raise
-
-    # -- through files on this mount: from a worker thread only
-
-    def write_back(self, ino: Ino, path: bytes | None) -> bool:
-        """Have the kernel write back the dirty pages of a file, which stay mapped.
-
-        ``path``: see ``own_files.open_inode``. Takes no lock of the inode, so also for requests during which
-        the kernel holds the inode's lock. Return False if the file could not be opened, so dirty pages may
-        remain. As root, an inode that the kernel does not hold counts as written back.
-        """
-        try:
-            fd = own_files.open_inode(self.mount, ino, path)
-        except OSError as error:
-            # ESTALE: the kernel does not hold the inode, so no page of the file, either.
-            return error.errno == errno.ESTALE and os.geteuid() == 0
-        try:
-            _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_AND_WAIT)
-        finally:
-            os.close(fd)
-        return True
-
-    def refresh_attributes(self, ino: Ino, path: bytes | None) -> None:
-        """Have the kernel ask for size and times of a file now."""
-        with suppress(OSError):
-            fd = own_files.open_inode(self.mount, ino, path)
-            try:
-                os.fstat(fd)
-            finally:
-                os.close(fd)
-
-    def tune_page_cache(self) -> bool:
-        """Set PAGE_CACHE for this mount. Return whether all settings were made; only root can."""
-        settings = _BDI / "{}:{}".format(*self.mount.dev)
-        try:
-            os.close(own_files.open_directory(self.mount))  # waits for FUSE_INIT, whose answer sets a limit
-            for name, value in PAGE_CACHE.items():
-                (settings / name).write_text(value)
-        except OSError:
-            return False
-        return True
-
-    # -- the end
-
-    def sync(self) -> None:
-        """``syncfs(2)``: write back all dirty pages of the mount. From a worker thread only."""
-        fd = own_files.open_directory(self.mount)
-        try:
-            _libc.syncfs(fd)
-        finally:
-            os.close(fd)
 
     def unmount(self) -> None:
         """``umount(2)``. Raises Busy while a file on the mount is in use, InvalidArgument for another error.

@@ -8,10 +8,10 @@ import trio
 
 from daxemu.errors import InvalidArgument, NoDevice
 from daxemu.fs.filesystem import Filesystem
+from daxemu.host.mappings import Mappings
 from daxemu.pmem.inject import check_range
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
-from daxemu.supervisor.page_cache import PageCache
 from daxemu.uapi import PAGE_SIZE, Ino, page_align_down
 
 BATCH = 128
@@ -25,7 +25,7 @@ def check_present(pmem: Pmem) -> None:
 
 
 async def resolve(
-    pmem: Pmem, fs: Filesystem, page_cache: PageCache, ino: Ino | None, ranges: list[tuple[int, int]]
+    pmem: Pmem, fs: Filesystem, mappings: Mappings, ino: Ino | None, ranges: list[tuple[int, int]]
 ) -> tuple[list[Range], int]:
     """Return the device byte ranges behind ``ranges`` of a file, and the number of bytes in holes.
 
@@ -47,7 +47,7 @@ async def resolve(
     holes = sum(length for _, length in ranges) - sum(r.length for r in found)
     if holes:
         # A store through a mapping into a hole gets a block at its write-back.
-        await page_cache.write_back(ino)
+        await mappings.write_back(ino)
         found = await _file_ranges(fs, ino, ranges)
         holes = sum(length for _, length in ranges) - sum(r.length for r in found)
     if not found:
@@ -57,13 +57,13 @@ async def resolve(
     return found, holes
 
 
-async def device_page(fs: Filesystem, page_cache: PageCache, ino: Ino, offset: int) -> int | None:
+async def device_page(fs: Filesystem, mappings: Mappings, ino: Ino, offset: int) -> int | None:
     """Return the device offset of the page of a file that holds byte ``offset``; None for a hole."""
     for attempt in range(2):
         if found := await _file_ranges(fs, ino, [(offset, 1)]):
             return page_align_down(found[0].start)
         if attempt == 0:
-            await page_cache.write_back(ino)
+            await mappings.write_back(ino)
     return None
 
 

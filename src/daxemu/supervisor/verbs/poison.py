@@ -11,6 +11,7 @@ from daxemu.events import Emit, PoisonCleared, PoisonInjected, ScrubFound, Silen
 from daxemu.failure_kind import FailureKind
 from daxemu.fs.data_ops import Origin
 from daxemu.fs.filesystem import Filesystem
+from daxemu.host.mappings import Mappings
 from daxemu.mm.incident import Incident
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.inject import corrupt_in_pieces, failed_pages, inject_all, scrub_in_pieces, uninject
@@ -19,7 +20,6 @@ from daxemu.ranges import Range
 from daxemu.supervisor import incidents
 from daxemu.supervisor.consumption import Consumption
 from daxemu.supervisor.failures import Failures
-from daxemu.supervisor.page_cache import PageCache
 from daxemu.supervisor.strategy_host import StrategyHost
 from daxemu.supervisor.verbs.device_ranges import BATCH, check_present, resolve
 from daxemu.supervisor.verbs.repair import Repairing, blocks_of
@@ -37,7 +37,7 @@ class Poison:
         pmem: Pmem,
         mm: MemoryFailures,
         fs: Filesystem,
-        page_cache: PageCache,
+        mappings: Mappings,
         failures: Failures,
         consumption: Consumption,
         strategy_host: StrategyHost,
@@ -47,7 +47,7 @@ class Poison:
         self._pmem = pmem
         self._mm = mm
         self._fs = fs
-        self._page_cache = page_cache
+        self._mappings = mappings
         self._failures = failures
         self._consumption = consumption
         self._strategy_host = strategy_host
@@ -61,7 +61,7 @@ class Poison:
         Raises InvalidArgument, NoDevice, NoSpace.
         """
         check_present(self._pmem)
-        found, holes = await resolve(self._pmem, self._fs, self._page_cache, request.ino, request.ranges)
+        found, holes = await resolve(self._pmem, self._fs, self._mappings, request.ino, request.ranges)
         latent = (kind := request.failure_kind) is FailureKind.LATENT
         if kind is FailureKind.SILENT:
             return await self._corrupt(found, holes, request.seed)
@@ -134,7 +134,7 @@ class Poison:
     async def clear(self, request: p.Clear) -> p.Cleared:
         """Clear poison: cleared sectors read as zeros. Raises InvalidArgument, NoDevice."""
         check_present(self._pmem)
-        found, _ = await resolve(self._pmem, self._fs, self._page_cache, request.ino, request.ranges)
+        found, _ = await resolve(self._pmem, self._fs, self._mappings, request.ino, request.ranges)
         cleared: list[tuple[int, int]] = []
         for part in found:
             # Sectors may be poisoned between two batches. New poison before the next batch is not cleared.
