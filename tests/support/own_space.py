@@ -12,6 +12,8 @@ import errno
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import cast
 
 import trio
 
@@ -22,7 +24,9 @@ from daxemu.host.direct.calls import MAP_SHARED, OpenFile
 from daxemu.host.direct.mappings import DirectMappings
 from daxemu.host.direct.syscalls import MEDIA_FD, VOID_FD, Syscall
 from daxemu.host.direct.table import Space
+from daxemu.host.direct.userfaultfd import PageFault
 from daxemu.host.mappings import Access, Answer, Upcalls
+from daxemu.host.mount_parts import MountParts
 from daxemu.host.run import zone
 from daxemu.host.run.filters import Nr
 from daxemu.host.run.seccomp import Answer as Reply
@@ -148,10 +152,17 @@ class Host:
         self._media = os.open(core.path / "media", os.O_RDWR)
         self._void = os.memfd_create("void")
         self._nursery = nursery
-        self.forgotten: list[Ino] = []
         self.accesses: list[Access] = []
         self.answers: list[Answer] = []
-        self.mappings = DirectMappings(core.fs, self._media, self.forgotten.append, nursery, unexpected)
+        null = os.open(os.devnull, os.O_RDWR)
+        parts = SimpleNamespace(
+            fs=core.fs,
+            pmem=core.pmem,
+            nursery=nursery,
+            unexpected=unexpected,
+            session=SimpleNamespace(fd=null),
+        )
+        self.mappings = DirectMappings(cast(MountParts, parts))
         self.calls = self.mappings.calls(self._hardware_error)
         self.mappings.connect(Upcalls(self._on_access, self._revoke_latent, self._remember))
         self.injected: list[tuple[Ino, int, int]] = []
@@ -165,15 +176,25 @@ class Host:
         uffd = userfaultfd.create()
         uffd.enable()
         space = Space(
-            len(self.processes) + 1,
             OwnAgent(self._media, self._void),
             uffd,
             Range(part.start, half),
             Range(half, part.stop),
         )
-        self.mappings.add_space(space)
+        self.mappings.table.add_space(space)
+        self._nursery.start_soon(self._serve, space)
         self.processes.append(Process(self, space))
         return self.processes[-1]
+
+    async def _serve(self, space: Space) -> None:
+        while not space.is_gone:
+            try:
+                await trio.lowlevel.wait_readable(space.uffd.fd)
+            except trio.ClosedResourceError:
+                return
+            for event in space.uffd.read():
+                if isinstance(event, PageFault):
+                    self._nursery.start_soon(self.mappings.faults.handle, space, event)
 
     async def write(self, ino: Ino, offset: int, data: bytes) -> None:
         """write(2): returns once every mapping shows the bytes."""
@@ -223,7 +244,7 @@ class Host:
                 await process.call(Nr.MUNMAP, area.addresses.start, area.addresses.length)
             trio.lowlevel.notify_closing(process.space.uffd.fd)
             os.close(process.space.uffd.fd)
-            self.mappings.drop_space(process.space)
+            self.mappings.table.drop_space(process.space)
             os.close(process.pipe[0])
             os.close(process.pipe[1])
         os.close(self._media)

@@ -12,7 +12,7 @@ from daxemu.host.fuse.open_files import OpenFiles
 from daxemu.host.fuse.session import Session
 from daxemu.host.mappings import Mappings
 from daxemu.host.tracer.link import TracerLink
-from daxemu.host.unexpected import Nursery
+from daxemu.host.unexpected import Nursery, Unexpected
 from daxemu.pmem.pmem import Pmem
 
 
@@ -28,6 +28,7 @@ class MountParts:
     tracer: TracerLink
     emit: Emit
     nursery: Nursery
+    unexpected: Unexpected
 
 
 MakeMappings = Callable[[MountParts], Mappings]

@@ -66,6 +66,10 @@ class DaxDevice:
         """Called with the arguments of each call to the holder."""
         self.before_poison: Callable[[], None] = lambda: None
         """Called before any new poison."""
+        self.before_punch: Callable[[Range], None] = lambda part: None
+        """Called with device bytes about to be poisoned, if the media then takes their pages from every process
+        (:attr:`Media.is_direct`).
+        """
 
     # -- who holds it
 
@@ -262,6 +266,8 @@ class DaxDevice:
             self._check(start, end - start)
         self.before_poison()
         bad = [sectors_of(part) for part in ranges]
+        for sectors in bad if self._media.is_direct else ():
+            self.before_punch(bytes_of_sectors(sectors).outer(PAGE_SIZE))
         shift = self._data_offset // SECTOR_SIZE
         self._media.add_poison(*(Range(sectors.start + shift, sectors.end + shift) for sectors in bad))
         return [bytes_of_sectors(sectors) for sectors in bad]

@@ -85,7 +85,7 @@ class Machine:
         self._counted = Counted(self.nursery, self.under_way, but=("Signals._await_late",))
 
         # Failures: collect, revoke, signal.
-        parts = MountParts(pmem, fs, session, open_files, gates, tracer, emit, self.nursery)
+        parts = MountParts(pmem, fs, session, open_files, gates, tracer, emit, self.nursery, unexpected)
         self.mappings = mappings = make_mappings(parts)
         signals = Signals(tracer, mappings.file_page, emit, self._counted)
         self.failures = Failures(mm, mappings, signals, repairs.failed)
@@ -127,7 +127,8 @@ class Machine:
             emit,
         )
         self._madvise = MadviseInjection(pmem, mm, fs, mappings, self.failures, signals, emit)
-        self._attachments = Attachments(None, emit, self.nursery, unexpected)
+        handle = mappings.system_calls(self._madvise.of_call)
+        self._attachments = Attachments(handle, emit, self.nursery, unexpected)
         self.scrubber = Scrubber(self._scrub_in_background)
         table = settings_of(mm, fs, log, self.scrubber, strategy_host, self._repairing.choose)
         self._settings = Settings(table, emit)

@@ -30,7 +30,7 @@ from daxemu.host.direct.calls import MAP_PRIVATE, MAP_SHARED
 from daxemu.host.run.filters import Nr
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE
 from tests.support.core import core_at
-from tests.support.own_space import Host, Process, host_of
+from tests.support.own_space import Process, host_of
 
 FILES, PROCESSES, PAGES = 3, 2, 8
 T = TypeVar("T")

@@ -14,16 +14,22 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
+import trio
+
 from daxemu.errors import DaxemuError
 from daxemu.fs.fault import FaultKind, FileRun
 from daxemu.host.direct import planner
 from daxemu.host.direct.changes import FileLocks
 from daxemu.host.direct.page_tables import PageTables
 from daxemu.host.direct.table import PROT_WRITE, Area, Space, Table
+from daxemu.host.mappings import HardwareError
+from daxemu.host.proc import status
 from daxemu.host.run.filters import Nr
+from daxemu.host.run.runner import fault_in
 from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
 from daxemu.ranges import Range
 from daxemu.uapi import (
+    CAP_SYS_ADMIN,
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
     MADV_HWPOISON,
@@ -41,7 +47,8 @@ EAGER = 256
 
 # uapi/asm-generic/mman-common.h, uapi/linux/mman.h
 MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE, MAP_TYPE = 1, 2, 3, 0x0F
-MAP_FIXED, MAP_GROWSDOWN, MAP_FIXED_NOREPLACE, MAP_SYNC = 0x10, 0x100, 0x100000, 0x80000
+MAP_FIXED, MAP_ANONYMOUS, MAP_GROWSDOWN = 0x10, 0x20, 0x100
+MAP_SYNC, MAP_FIXED_NOREPLACE = 0x80000, 0x100000
 _VALIDATED = 0xFC0FF9F3 | MAP_SYNC
 """Flags that MAP_SHARED_VALIDATE accepts: LEGACY_MAP_MASK of linux/mman.h, and MAP_SYNC as on DAX."""
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
@@ -88,15 +95,6 @@ class Files(Protocol):
 
     def fallocate(self, ino: Ino, mode: int, offset: int, length: int) -> None:
         """See Filesystem.fallocate."""
-
-
-class HardwareError(Protocol):
-    """Execute madvise(MADV_HWPOISON) or madvise(MADV_SOFT_OFFLINE) of a thread on bytes of a file."""
-
-    async def __call__(
-        self, tid: int, address: int, ino: Ino, offset: int, length: int, *, soft: bool
-    ) -> int:
-        """Return 0 or an errno."""
 
 
 class Calls:
@@ -368,19 +366,28 @@ class Calls:
 
     async def _inject(self, tid: int, space: Space, where: Range, *, soft: bool) -> Answer:
         """madvise(MADV_HWPOISON): one failure for each part of a file (madvise_inject_error())."""
-        parts = space.parts(where)
+        if not _is_capable(tid):
+            raise _Refused(errno.EPERM)
         at = where.start
-        for part in parts:
-            if part.addresses.start != at:
+        for part in space.parts(where):
+            start, pages = part.addresses.start, part.addresses.length >> PAGE_SHIFT
+            if start != at:
                 break
-            start, length = part.addresses.start, part.addresses.length
-            offset = part.block << PAGE_SHIFT
-            if failed := await self._hardware_error(tid, start, part.ino, offset, length, soft=soft):
+            good = await trio.to_thread.run_sync(fault_in, tid, start, pages)
+            offset, length = part.block << PAGE_SHIFT, good << PAGE_SHIFT
+            failed = await self._hardware_error(tid, start, part.ino, offset, length, soft=soft)
+            if failed:
                 raise _Refused(failed)
-            at = part.addresses.end
-        if at < where.end:
-            raise _Refused(errno.EFAULT)
-        return Answer(0)
+            at = start + length
+            if good < pages:
+                break
+        return Answer(0) if at == where.end else Answer(error=errno.EFAULT)
+
+
+def _is_capable(tid: int) -> bool:
+    """``capable(CAP_SYS_ADMIN)``. In the emulated machine root has the capability, too."""
+    found = status.find(tid)
+    return found is not None and (found.euid == 0 or found.has_capability(CAP_SYS_ADMIN))
 
 
 class _Refused(Exception):

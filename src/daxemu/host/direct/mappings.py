@@ -11,29 +11,30 @@ Lock order: the lock of a file (FileLocks), then ``Space.lock``. No task holds t
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import trio
 
 from daxemu.errors import DaxemuError, MediaError
 from daxemu.fs.fault import FaultKind, FileRun
-from daxemu.fs.filesystem import Filesystem
-from daxemu.host.direct.calls import Calls, HardwareError
+from daxemu.host.direct.calls import Calls
 from daxemu.host.direct.changes import Changes, FileLocks
 from daxemu.host.direct.faults import PageFaults, Touch
 from daxemu.host.direct.page_tables import PageTables
 from daxemu.host.direct.presence import Presence, Seen, collected, wanted_of
-from daxemu.host.direct.table import Area, Space, Table
-from daxemu.host.direct.userfaultfd import PageFault
-from daxemu.host.mappings import Access, Answer, Upcalls
+from daxemu.host.direct.service import Service
+from daxemu.host.direct.table import Area, Table
+from daxemu.host.fuse import notifications
+from daxemu.host.mappings import Access, Answer, HardwareError, Upcalls
+from daxemu.host.mount_parts import MountParts
 from daxemu.host.proc.file_pages import FilePage
 from daxemu.host.proc.present import Mapped
-from daxemu.host.unexpected import Nursery, Unexpected
+from daxemu.host.run.attached import Handle
 from daxemu.mm.incident import Incident
 from daxemu.mm.to_kill import PresentRun, Task
 from daxemu.ranges import Range
-from daxemu.uapi import PAGE_SIZE, Block, Ino
+from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Block, Ino
 from daxemu.units import DIV_ROUND_UP, blocks_of, bytes_of_blocks
 
 
@@ -42,31 +43,20 @@ class DirectMappings:
 
     direct_io = True
 
-    def __init__(
-        self,
-        fs: Filesystem,
-        media: int,
-        attributes: Callable[[Ino], None],
-        nursery: Nursery,
-        unexpected: Unexpected,
-        *,
-        pfn_map: bool = False,
-    ) -> None:
-        """``media``: a descriptor of the media file. ``attributes``: have the kernel forget the attributes of
-        an inode. ``nursery``: runs the tasks of each address space.
-        """
-        self._fs = fs
-        self._attributes = attributes
-        self._nursery = nursery
-        self._unexpected = unexpected
-        found = os.fstat(media)
-        self._media = os.major(found.st_dev), os.minor(found.st_dev), found.st_ino
+    def __init__(self, parts: MountParts) -> None:
+        self._fs = fs = parts.fs
+        self._parts = parts
+        self._media = media = parts.pmem.dax.memory()
+        found = os.fstat(media.fd)
+        self._file = os.major(found.st_dev), os.minor(found.st_dev), found.st_ino
         self._upcalls: Upcalls | None = None
-        self.table = Table()
         self._changes = Changes(fs.allocator)
         self._locks = FileLocks()
-        self.page_tables = PageTables(self.table)
-        self.presence = Presence(self.table, pfn_map=pfn_map)
+        self.table = Table()
+        self.table.on_first, self.table.on_last = self._pin, self._unpin
+        self.page_tables = PageTables(self.table, media.offset)
+        # Without struct pages, all pages of a mapping are present (VM_PFNMAP).
+        self.presence = Presence(self.table, pfn_map=parts.pmem.pgmap is None)
         self.faults = PageFaults(
             fs,
             self._is_poisoned,
@@ -75,42 +65,23 @@ class DirectMappings:
             self.page_tables,
             self._changes,
             self._locks,
-            nursery,
-            unexpected,
+            parts.nursery,
+            parts.unexpected,
         )
         self.faults.on_poison = self._on_poison
-        self.faults.on_store = attributes
-        self.table.on_first, self.table.on_last = self._pin, self._unpin
-        self.on_fork: Callable[[Space, object], Awaitable[None]] | None = None
-        """Called with the address space and the event of a fork(2)."""
+        self.faults.on_store = self.forget_attributes
+        self._service: Service | None = None
 
     def calls(self, hardware_error: HardwareError) -> Calls:
-        """Return the answers to system calls on this mount."""
+        """Return the answers to system calls on address spaces of this mount."""
         return Calls(self._fs, self.table, self.page_tables, self._locks, self.settled, hardware_error)
 
-    # -- address spaces
-
-    def add_space(self, space: Space) -> None:
-        """Serve an address space from now on, until its agent ends."""
-        self.table.add_space(space)
-        self._nursery.start_soon(self.serve, space)
-
-    async def serve(self, space: Space) -> None:
-        """Read the events of an address space until the space ends. Never waits for an agent."""
-        while not space.is_gone:
-            try:
-                await trio.lowlevel.wait_readable(space.uffd.fd)
-            except (trio.ClosedResourceError, OSError):
-                break
-            for event in space.uffd.read():
-                if isinstance(event, PageFault):
-                    self._nursery.start_soon(self.faults.handle, space, event)
-                elif self.on_fork is not None:
-                    await self.on_fork(space, event)
-
-    def drop_space(self, space: Space) -> None:
-        """Forget an address space that has ended."""
-        self.table.drop_space(space)
+    def system_calls(self, hardware_error: HardwareError) -> Handle:
+        """See Mappings.system_calls."""
+        self._service = Service(
+            self.table, self.faults, self.calls(hardware_error), self._parts, self._media.fd
+        )
+        return self._service.handle
 
     def _pin(self, ino: Ino) -> None:
         """Keep the blocks of a file without a name while the file is mapped: a mapping holds a file open."""
@@ -149,6 +120,11 @@ class DirectMappings:
             return await self._upcalls.on_access(access) is Answer.AGAIN
         return True
 
+    def _before_punch(self, part: Range) -> None:
+        """Note which processes have pages of device bytes present: all processes lose the pages next."""
+        for owner in self._fs.rmap.owners(*blocks_of(part)):
+            self.presence.remember(owner.ino, Range(owner.file_block, owner.file_block + owner.length))
+
     # -- Translations
 
     def collect(self, incidents: Sequence[Incident]) -> list[list[Task]]:
@@ -172,14 +148,11 @@ class DirectMappings:
         with suppress(DaxemuError):
             for run in self._fs.runs(ino, Range(index, index + 1)):
                 if run.kind is FaultKind.MAPPED:
-                    return FilePage(*self._media, run.dev_block)
+                    return FilePage(*self._file, (self._media.offset >> PAGE_SHIFT) + run.dev_block)
         return FilePage(0, 0, 0, 0)
 
     def revoke(self, incident: Incident) -> None:
         """See Mappings.revoke. Poisoned pages are gone from every process already."""
-        if incident.whole_device:
-            self.revoke_all()
-            return
         trio.from_thread.run(self._revoke, incident)
 
     async def _revoke(self, incident: Incident) -> None:
@@ -224,11 +197,11 @@ class DirectMappings:
 
     def forget_attributes(self, ino: Ino) -> None:
         """See Mappings.forget_attributes."""
-        self._attributes(ino)
+        notifications.invalidate_attributes(self._parts.session.fd, ino)
 
     async def refresh_attributes(self, ino: Ino) -> None:
         """See Mappings.refresh_attributes."""
-        self._attributes(ino)
+        notifications.invalidate_attributes(self._parts.session.fd, ino)
 
     async def before_read(self, ino: Ino, offset: int, length: int) -> None:
         """See Mappings.before_read."""
@@ -286,7 +259,7 @@ class DirectMappings:
         while True:
             await self._changes.has_changes.wait()
             for ino in self._changes.files():
-                with self._unexpected.caught(f"the mappings of inode {ino}"):
+                with self._parts.unexpected.caught(f"the mappings of inode {ino}"):
                     await self.settled(ino)
 
     # -- life
@@ -298,12 +271,15 @@ class DirectMappings:
     async def start(self) -> None:
         """See Mappings.start."""
         self._fs.follow(self)
-        self._nursery.start_soon(self.follow)
+        self._fs.dax.before_punch = self._before_punch
+        self._parts.nursery.start_soon(self.follow)
 
     async def stop(self) -> None:
         """See Mappings.stop. Every access from now on is SIGBUS with BUS_ADRERR."""
         self._fs.follow(None)
         await self._revoke_all()
+        if self._service is not None:
+            self._service.close()
 
     def describe_held(self) -> Iterator[str]:
         """See Mappings.describe_held."""

@@ -55,8 +55,10 @@ class PageTables:
     A change that the kernel refuses raises OSError. AddressSpaceGone: the address space has ended.
     """
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, origin: int) -> None:
+        """``origin``: byte of the media file with byte 0 of the device."""
         self._table = table
+        self._origin = origin
         self._most_pieces = most_pieces()
 
     # -- new mappings
@@ -72,7 +74,7 @@ class PageTables:
         for piece in pieces:
             space.showing(piece.addresses)
         try:
-            await self._carry_out(space, planner.in_place(area, pieces))
+            await self._carry_out(space, planner.in_place(area, pieces, self._origin))
         except (OSError, NotRegistered, RegisteredElsewhere):
             self._table.remove(space, area.addresses)
             await self._run(space, [syscalls.munmap(area.addresses.start, area.addresses.length)])
@@ -195,7 +197,7 @@ class PageTables:
         whole = [Piece(area, area.addresses, Shows.VOID) for area in space.areas.values()]
         for piece in whole:
             space.showing(piece.addresses)
-        await self._run(space, [piece.mmap(piece.addresses.start) for piece in whole])
+        await self._run(space, [piece.mmap(piece.addresses.start, self._origin) for piece in whole])
         for piece in whole:
             space.wake(piece.addresses)
 
@@ -229,7 +231,7 @@ class PageTables:
         kept = self._copies(space, private)
         todo = [piece.cut(part) for piece in pieces for part in kept.gaps(*piece.addresses)]
         if todo:
-            await self._carry_out(space, planner.replacement(todo, space.scratch))
+            await self._carry_out(space, planner.replacement(todo, space.scratch, self._origin))
         for part in private:
             await self._write_protect(space, part, on=False)
 

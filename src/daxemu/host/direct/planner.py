@@ -33,7 +33,7 @@ Shows = Enum("Shows", ["LAZY", "MEDIA", "VOID"])
 class Piece(NamedTuple):
     """Addresses of an area that map alike, by one mmap(2).
 
-    ``offset``: byte of the media; 0 unless MEDIA. ``is_protected``: a store is an event of the userfaultfd.
+    ``offset``: byte of the device; 0 unless MEDIA. ``is_protected``: a store is an event of the userfaultfd.
     """
 
     area: Area
@@ -47,11 +47,13 @@ class Piece(NamedTuple):
         offset = self.offset + addresses.start - self.addresses.start if self.shows is Shows.MEDIA else 0
         return self._replace(addresses=addresses, offset=offset)
 
-    def mmap(self, at: int) -> Syscall:
-        """Return the call that maps the piece at address ``at``."""
+    def mmap(self, at: int, origin: int) -> Syscall:
+        """Return the call that maps the piece at address ``at``. ``origin``: byte of the media file with byte
+        0 of the device.
+        """
         area, length = self.area, self.addresses.length
         if self.shows is Shows.MEDIA:
-            return syscalls.mmap_media(at, length, area.prot, area.is_shared, self.offset)
+            return syscalls.mmap_media(at, length, area.prot, area.is_shared, origin + self.offset)
         if self.shows is Shows.VOID:
             return syscalls.mmap_void(at, length, area.prot)
         return syscalls.mmap_anonymous(at, length, area.prot)
@@ -79,19 +81,19 @@ def media_pieces(area: Area, runs: Iterable[FileRun]) -> list[Piece]:
     return pieces
 
 
-def in_place(area: Area, pieces: Sequence[Piece]) -> Plan:
+def in_place(area: Area, pieces: Sequence[Piece], origin: int) -> Plan:
     """Return the plan of a new area: lazy, but for ``pieces``.
 
     Precondition: no program uses the addresses of the area.
     """
     whole = Piece(area, area.addresses, Shows.LAZY)
     maps_all = len(pieces) == 1 and pieces[0].addresses == area.addresses
-    batch = [piece.mmap(piece.addresses.start) for piece in ([] if maps_all else [whole])]
-    batch += [piece.mmap(piece.addresses.start) for piece in pieces]
+    batch = [piece.mmap(piece.addresses.start, origin) for piece in ([] if maps_all else [whole])]
+    batch += [piece.mmap(piece.addresses.start, origin) for piece in pieces]
     return Plan(batch, area.addresses, [piece.addresses for piece in pieces if piece.is_protected], [])
 
 
-def replacement(pieces: Sequence[Piece], scratch: Range) -> Plan:
+def replacement(pieces: Sequence[Piece], scratch: Range, origin: int) -> Plan:
     """Return the plan that replaces what the addresses of ``pieces`` map now.
 
     Precondition: the pieces fit into ``scratch``, with a page of distance between two pieces.
@@ -100,7 +102,7 @@ def replacement(pieces: Sequence[Piece], scratch: Range) -> Plan:
     at = scratch.start
     for piece in pieces:
         place = Range(at, at + piece.addresses.length)
-        batch.append(piece.mmap(place.start))
+        batch.append(piece.mmap(place.start, origin))
         if piece.is_protected:
             protected.append(place)
         move.append(syscalls.mremap(place.start, place.length, place.length, piece.addresses.start))

@@ -8,7 +8,7 @@ Addresses are bytes, positions in files are blocks. A range of addresses consist
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -99,7 +99,6 @@ class Space:
       known to the page tables only.
     """
 
-    tgid: int
     agent: Agent
     uffd: Userfaultfd
     zone: Range
@@ -117,6 +116,11 @@ class Space:
     """True after the end of the address space."""
     areas: SortedDict = field(default_factory=SortedDict)
     """The areas, by first address. Only :class:`Table` changes the areas."""
+
+    @property
+    def tgid(self) -> int:
+        """Process id of the program; 0 for the child of a fork that is not complete yet."""
+        return self.agent.tgid
 
     def at(self, address: int) -> Area | None:
         """Return the area with an address; None if the address is in none."""
@@ -205,7 +209,7 @@ class Table:
 
     def __init__(self) -> None:
         self._files: dict[Ino, IntervalIndex[Area]] = {}
-        self._spaces: dict[int, Space] = {}
+        self._spaces: dict[Space, None] = {}
         self.on_first: Callable[[Ino], None] = lambda ino: None
         """Called with a file that is mapped from now on."""
         self.on_last: Callable[[Ino], None] = lambda ino: None
@@ -217,15 +221,15 @@ class Table:
 
     def space_of(self, tgid: int) -> Space | None:
         """Return the address space of a process; None if the process has no direct mapping."""
-        return self._spaces.get(tgid)
+        return next((space for space in self._spaces if space.tgid == tgid), None)
 
-    def spaces(self) -> Iterator[Space]:
-        """Yield every address space once."""
-        yield from list(self._spaces.values())
+    def spaces(self) -> list[Space]:
+        """Return every address space."""
+        return list(self._spaces)
 
     def add_space(self, space: Space) -> None:
         """Add an address space without areas."""
-        self._spaces[space.tgid] = space
+        self._spaces[space] = None
 
     def fork(self, parent: Space, child: Space) -> None:
         """Give ``child`` the areas of ``parent``, as fork(2) does."""
@@ -242,8 +246,7 @@ class Table:
         space.is_gone = True
         self._cut(space, Range(0, 1 << 64))
         self._tidy()
-        if self._spaces.get(space.tgid) is space:
-            del self._spaces[space.tgid]
+        self._spaces.pop(space, None)
 
     # -- areas
 
