@@ -74,7 +74,7 @@ def a_failure(outcome: Outcome) -> MemoryFailureHandled:
 
 
 SAMPLES: list[Event] = [
-    Mounted(seq=1, time=2.5, device="/dev/shm/pmem0", mountpoint="/mnt", size=6 << 40),
+    Mounted(seq=1, time=2.5, device="/dev/shm/pmem0", mountpoint="/mnt", size=6 << 40, mode="direct"),
     Unmounted(mountpoint="/mnt"),
     DeviceTightened(device="/dev/shm/pmem0", mode="0700", files=3),
     SettingChanged(name="early_kill", value="1"),

@@ -101,6 +101,7 @@ class Machine:
             session.forget_attributes,
             self._page_cache.write_back,
             self._gates,
+            is_direct=pmem.media.is_direct,
         )
         self.operations.contain(unexpected)
         self.layouts = LayoutTable(pmem.dax.memory(), self.operations) if has_layouts else None

@@ -77,11 +77,15 @@ class Operations(pyfuse3.Operations):
         forget_attributes: Callable[[Ino], None],
         write_back: Callable[[Ino], Awaitable[None]],
         gates: Gates,
+        *,
+        is_direct: bool = False,
     ) -> None:
-        """``write_back`` takes no lock of the inode: the kernel holds the inode's lock during the request."""
+        """``write_back`` takes no lock of the inode: the kernel holds the inode's lock during the request.
+        ``is_direct``: True if each read(2) and write(2) is a request, and MAP_SHARED is ENODEV
+        (fuse_file_mmap()).
+        """
         super().__init__()
-        self._fs = fs
-        self._names = fs.names
+        self._fs, self._names, self._is_direct = fs, fs.names, is_direct
         self._on_poison = on_poison
         self._heal = heal
         self._forget_attributes = forget_attributes
@@ -186,7 +190,7 @@ class Operations(pyfuse3.Operations):
             not fields.update_mode and is_chown(fields)
         )
         may_setattr(self._names.get(inode), fields)
-        if fields.update_mtime and self.mappable[inode]:
+        if fields.update_mtime and self.mappable[inode] and not self._is_direct:
             # Linux takes the time of a mapped store at its fault. Here the store gets its time when the page
             # is written back, so pages that are dirty now are written back before the time is set.
             await self._write_back(inode)
@@ -354,7 +358,8 @@ class Operations(pyfuse3.Operations):
         self.open_files[inode.ino] += 1
         self.writers[inode.ino] += unpack(fh).writable
         self.mappable[inode.ino] += may_store_through_mapping(fh)
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=True)
+        cached = not self._is_direct
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=cached, direct_io=not cached)
 
     @translated
     async def open(
