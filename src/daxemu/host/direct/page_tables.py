@@ -30,7 +30,7 @@ from daxemu.host.proc import maps
 from daxemu.host.proc.pagemap import Pagemap
 from daxemu.host.proc.procfs import GONE
 from daxemu.ranges import Range, RangeSet, gaps_between
-from daxemu.uapi import Ino
+from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
 
 MADV_DONTNEED = 4
 _LARGE = 32 << 20
@@ -242,7 +242,8 @@ class PageTables:
             with _looking_into(space), Pagemap(space.agent.pid) as pagemap:
                 for copied in pagemap.present_in(*part, copies=True):
                     for own in list(space.zeros.gaps(*copied)):
-                        kept.add(*own)
+                        for page in _unmarked(pagemap, own):
+                            kept.add(*page)
             for copied in space.copied.overlapping(*part):
                 kept.add(*copied)
         return kept
@@ -300,6 +301,14 @@ class PageTables:
         fullest = max(space.areas.values(), key=pieces_of)
         await self._replace(space, [Piece(fullest, fullest.addresses, Shows.LAZY)])
         space.hidden(fullest.addresses)
+
+
+def _unmarked(pagemap: Pagemap, part: Range) -> Iterator[Range]:
+    """Yield the pages of ``part`` that are there: not only marked by the write-protection."""
+    for index, entry in enumerate(pagemap.entries(part.start, part.length >> PAGE_SHIFT)):
+        if not entry.is_marker:
+            at = part.start + (index << PAGE_SHIFT)
+            yield Range(at, at + PAGE_SIZE)
 
 
 @contextmanager
