@@ -132,6 +132,8 @@ class AddressSpaces:
         self._code = code.agent_code()
         self._spaces: dict[int, AddressSpace] = {}
         self._making: dict[int, trio.Event] = {}
+        self._forks: set[trio.Event] = set()
+        """Forks whose child may run already, but has no space yet."""
         self._repeating: set[int] = set()
         """Threads whose next fork is the one that is traced."""
         self._failures: dict[int, DaxemuError] = {}
@@ -149,8 +151,7 @@ class AddressSpaces:
         if (failure := self._failures.pop(call.tid, None)) is not None:
             raise failure
         tgid = _process_of(call.tid)
-        while (found := self.find(call.tid)) is None and (made := self._making.get(tgid)) is not None:
-            await made.wait()
+        found = await self.settled(call.tid)
         if found is None:
             self._making[tgid] = trio.Event()
             try:
@@ -160,14 +161,29 @@ class AddressSpaces:
         return found
 
     def find(self, tid: int) -> AddressSpace | None:
-        """Return the address space of a thread; None if it has none. Raises AddressSpaceGone if the thread is dead."""
-        tgid = _process_of(tid)
-        own = self._spaces.get(tgid)
+        """Return the address space of a thread; None if the thread has none, or its fork is not complete. Raises
+        AddressSpaceGone if the thread is dead.
+        """
+        own = self._spaces.get(_process_of(tid))
         if own is not None:
             if _shares_memory(tid, own.agent.pid):
                 return own
             self.end(own)
         return next((space for space in self if _shares_memory(tid, space.agent.pid)), None)
+
+    async def settled(self, tid: int) -> AddressSpace | None:
+        """Return the address space of a thread as soon as its process does not make an agent, and is not the child
+        of a fork under way. Raises AddressSpaceGone if the thread is dead.
+        """
+        found = self.find(tid)
+        if found is None:
+            for fork in tuple(self._forks):
+                await fork.wait()
+            while (found := self.find(tid)) is None:
+                if (made := self._making.get(_process_of(tid))) is None:
+                    break
+                await made.wait()
+        return found
 
     async def forked(self, run: Run, call: NotifiedCall) -> None:
         """Answer a fork(2) or a clone(2) without CLONE_VM. The child of a process with direct mappings gets an
@@ -178,9 +194,7 @@ class AddressSpaces:
                 self._repeating.discard(call.tid)
                 run.answer(call, CONTINUE)
                 return
-            while (made := self._making.get(_process_of(call.tid))) is not None:
-                await made.wait()
-            parent = self.find(call.tid)
+            parent = await self.settled(call.tid)
             if parent is None:
                 run.answer(call, CONTINUE)
                 return
@@ -192,10 +206,10 @@ class AddressSpaces:
             log.warning("fork of process %s fails: %s", call.tid, why)
             run.answer(call, Answer(error=errno.EAGAIN))
 
-    def executes(self, call: NotifiedCall) -> None:
+    async def executes(self, call: NotifiedCall) -> None:
         """Note an execve(2), before the call is answered with CONTINUE: its address space may end."""
         try:
-            space = self.find(call.tid)
+            space = await self.settled(call.tid)
             if space is not None and space.tgid == _process_of(call.tid):
                 self._nursery.start_soon(self._watch_execve, space, call.tid)
         except AddressSpaceGone:
@@ -237,14 +251,22 @@ class AddressSpaces:
 
     async def _fork(self, run: Run, call: NotifiedCall, parent: AddressSpace) -> None:
         agent, armed = await self._begin(run, call, parent.tgid, TraceFork)
+        under_way = trio.Event()
+        self._forks.add(under_way)
         parent._next_agent = agent
         self._repeating.add(call.tid)
         run.answer(call, RESTART)
         try:
-            outcome = await armed.wait()
+            await self._complete(parent, agent, await armed.wait())
         finally:
             self._repeating.discard(call.tid)
-            parent._next_agent, child, parent._child = None, parent._child, None
+            parent._next_agent = parent._child = None
+            self._forks.discard(under_way)
+            under_way.set()
+
+    async def _complete(self, parent: AddressSpace, agent: ProcessAgent, outcome: Outcome | None) -> None:
+        """Make the space of the child, or forget the child."""
+        child = parent._child
         if not isinstance(outcome, AgentMade):
             if isinstance(outcome, Refused):
                 log.warning("the child of process %s was killed: %s", parent.tgid, outcome.reason)
@@ -265,6 +287,8 @@ class AddressSpaces:
                 self.end(child)
             return
         self._add(child)
+        if not _shares_memory(child.tgid, agent.pid):
+            self.end(child)  # execve(2) came first
 
     async def _begin(
         self, run: Run, call: NotifiedCall, tgid: int, kind: type[MakeAgent] | type[TraceFork]
@@ -343,6 +367,8 @@ class AddressSpaces:
         self._watcher.on_forked(parent, parent._child)
 
     async def _await_exit(self, space: AddressSpace) -> None:
+        if space.is_gone:  # before this task began: its descriptors may be others' by now
+            return
         with suppress(trio.ClosedResourceError):
             await trio.lowlevel.wait_readable(space._process)
             self.end(space)

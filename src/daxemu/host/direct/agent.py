@@ -100,7 +100,7 @@ class ProcessAgent:
             self.close()
 
     async def _receive(self) -> None:
-        while True:
+        while not self._is_closed:
             try:
                 packet, ancillary, _, _ = await self._socket.recvmsg(
                     8 * CALLS_IN_BATCH, socket.CMSG_SPACE(_CREDENTIALS.size)
