@@ -25,6 +25,7 @@ from daxemu.events import DeviceTightened, Emit, Event, Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.store import FSCK_HINT
 from daxemu.fs.super import MUCH
+from daxemu.host.direct.mappings import DirectMappings
 from daxemu.host.direct_needs import check_direct
 from daxemu.host.fuse import supplement
 from daxemu.host.fuse.loop import FuseLoop
@@ -138,7 +139,7 @@ def supervise(
             events,
             host,
             unexpected,
-            make_mappings=PageCacheMappings,
+            make_mappings=DirectMappings if options.direct else PageCacheMappings,
             supplement_missing=supplement.MISSING,
             has_layouts=options.layouts and supplement.READS,
         )

@@ -195,6 +195,9 @@ class DirectMappings:
     async def write_back(self, ino: Ino, *, has_mutex: bool = False) -> None:
         """See Mappings.write_back: the stores are on the media."""
 
+    def write_back_all(self) -> None:
+        """See Mappings.write_back_all."""
+
     def forget_attributes(self, ino: Ino) -> None:
         """See Mappings.forget_attributes."""
         notifications.invalidate_attributes(self._parts.session.fd, ino)

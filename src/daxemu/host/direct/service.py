@@ -88,7 +88,7 @@ class _RunSpaces:
         try:
             match call.nr:
                 case Nr.EXECVE | Nr.EXECVEAT:
-                    self.spaces.executes(call)
+                    await self.spaces.executes(call)
                     return CONTINUE
                 case Nr.FORK | Nr.CLONE:
                     await self._fork(run, call)
