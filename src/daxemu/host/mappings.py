@@ -48,8 +48,10 @@ class Access(NamedTuple):
         return self.length > PAGE_SIZE
 
 
-Answer = Enum("Answer", ["ERROR", "AGAIN", "ZEROS"])
-"""Treatment of a failed access: let the access fail, repeat the access, or answer zeros."""
+Answer = Enum("Answer", ["ERROR", "AGAIN", "ZEROS", "SIGNALLED"])
+"""Treatment of a failed access: let the access fail, repeat the access, answer zeros, or nothing: the thread
+leaves its page fault for a signal.
+"""
 
 
 class HardwareError(Protocol):

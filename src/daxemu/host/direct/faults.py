@@ -27,11 +27,12 @@ from daxemu.host.direct.page_tables import PageTables
 from daxemu.host.direct.planner import Piece, Shows
 from daxemu.host.direct.table import Area, Space, Table
 from daxemu.host.direct.userfaultfd import PageFault
+from daxemu.host.mappings import Answer
 from daxemu.host.unexpected import Nursery, Unexpected
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Block, Ino, page_align_down
 
-MARKED = 0.05
+MARKED = 0.01
 """Seconds that a page stays SIGBUS after a failed access. Then the next access is decided anew."""
 SPACE_PATIENCE = 1.0
 """Seconds that a store waits for freed blocks that processes may still have mapped."""
@@ -58,10 +59,8 @@ class Touch(NamedTuple):
         return self.event.is_write or self.event.is_wp
 
 
-Poisoned = Callable[[Touch, Area, FileRun], Awaitable[bool]]
-"""Decide about an access to poison. Return True if the access may be tried again: the poison is repaired.
-Otherwise the thread's next signal is exact.
-"""
+Poisoned = Callable[[Touch, Area, FileRun], Awaitable[Answer]]
+"""Decide about an access to poison."""
 
 
 class PageFaults:
@@ -217,13 +216,14 @@ class PageFaults:
         """Decide about an access to poison. Return True if the access can be decided anew: the poison is
         repaired.
 
-        Otherwise the access fails: SIGBUS from user mode, EFAULT in a system call. UFFDIO_POISON leaves a
-        marker in the page table, which makes each access to the page fail without an event. MARKED seconds
-        later the page is lazy.
+        A thread in user mode leaves its page fault for a signal (Answer.SIGNALLED): the next touch is a new
+        event. The access of a system call fails with EFAULT, by UFFDIO_POISON, which leaves a marker in the
+        page table: each access to the page fails without an event. MARKED seconds later the page is lazy.
         """
         space, page, _ = touch
-        if self.on_poison is not None and await self.on_poison(touch, area, run):
-            return True
+        answer = Answer.ERROR if self.on_poison is None else await self.on_poison(touch, area, run)
+        if answer is not Answer.ERROR:
+            return answer is Answer.AGAIN
         async with space.lock:
             if space.at(page.start) is None:
                 space.wake(page)

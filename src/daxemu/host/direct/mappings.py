@@ -100,8 +100,8 @@ class DirectMappings:
     def _reserve(self, block: Block) -> None:
         self._fs.dax.reserve(block * PAGE_SIZE, PAGE_SIZE)
 
-    async def _on_poison(self, touch: Touch, area: Area, run: FileRun) -> bool:
-        """Ask the supervisor about an access to poison. Return True if the access may be tried again."""
+    async def _on_poison(self, touch: Touch, area: Area, run: FileRun) -> Answer:
+        """Ask the supervisor about an access to poison."""
         block = area.block_at(touch.page.start)
         device = (run.dev_block + block - run.file_block) * PAGE_SIZE
         try:
@@ -117,8 +117,8 @@ class DirectMappings:
                 touch.is_store,
             )
             assert self._upcalls is not None
-            return await self._upcalls.on_access(access) is Answer.AGAIN
-        return True
+            return await self._upcalls.on_access(access)
+        return Answer.AGAIN
 
     def _before_punch(self, part: Range) -> None:
         """Note which processes have pages of device bytes present: all processes lose the pages next."""
