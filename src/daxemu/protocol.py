@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Never, TypeVa
 import msgspec
 
 from daxemu.errors import InvalidArgument
+from daxemu.events.mounts import Mode
 from daxemu.failure_kind import FailureKind, injected_kind
 from daxemu.fields import (
     Address,
@@ -241,6 +242,8 @@ class StatusReport(msgspec.Struct):
     tracer: str
     layouts: str = "off"
     """Number of requests that C answered without the filesystem (fs/layouts.py), or "off"."""
+    mode: Mode = "page cache"
+    """Shared mappings are of the kernel's page cache, or of the media itself (``mount --direct``)."""
 
 
 class Settled(msgspec.Struct):

@@ -30,6 +30,7 @@ from daxemu.client import Client
 from daxemu.client.connection import no_answer, state_of
 from daxemu.errors import Busy, DaxemuError, InvalidArgument, NotASupervisor, NotMounted, PermissionDenied
 from daxemu.host.deadline import Deadline
+from daxemu.host.direct_needs import check_direct
 from daxemu.host.proc.device_lock import PATIENCE, end_holder, wait_for_last_mount
 from daxemu.host.proc.mountinfo import Mount, mount_at, mounts
 from daxemu.host.proc.pins import copies, named, pins_of, pins_of_device
@@ -79,6 +80,12 @@ SIGKILL.
     envvar="DAXEMU_LAYOUTS",
     help="Answer reads and writes of healthy bytes in C, or all in Python: slower, same answers.",
 )
+@click.option(
+    "--direct",
+    is_flag=True,
+    help="Have programs under daxemu run map the media itself, as on DAX; elsewhere MAP_SHARED is ENODEV. "
+    "Needs root.",
+)
 @as_owner_option
 @json_option
 def mount(
@@ -89,6 +96,7 @@ def mount(
     scrub_interval: str,
     log_size: str,
     layouts: bool,
+    direct: bool,
     as_json: bool,
 ) -> None:
     """Mount DEVICE on MOUNTPOINT. The command returns when the mount can be used; a supervisor serves the
@@ -104,7 +112,10 @@ def mount(
         _option("--scrub-interval", seconds, scrub_interval),
         layouts,
         _option("--log-size", limits.log_size, log_size),
+        direct,
     )
+    if direct:
+        check_direct()
     DeviceDir.load(device).close()
     wait_for_last_mount(device)
 
@@ -331,6 +342,12 @@ def _describe_all(reports: list[dict[str, Any]]) -> list[str]:
     return lines[1:]
 
 
+_MODES = {
+    "page cache": "of the kernel's page cache",
+    "direct": "direct, of programs under daxemu run; elsewhere MAP_SHARED is ENODEV",
+}
+
+
 def _describe(report: dict[str, Any]) -> list[str]:
     state = report["state"] + (f": {report['reason']}" if report.get("reason") else "")
     lines = [f"{report['mountpoint']}  ({report['device']})  {state}"]
@@ -347,6 +364,7 @@ def _describe(report: dict[str, Any]) -> list[str]:
             f"  settings    {settings}",
             f"  repair      {_describe_repair(report.get('repair'))}",
             f"  supervisor  pid {report['pid']}, {report['events']} events, tracer {report['tracer']}",
+            f"  mappings    {_MODES[report.get('mode', 'page cache')]}",
             f"  supplement  {report['supplement']}, layouts {report.get('layouts', 'off')}",
         ]
     return lines

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from daxemu.errors import DaxemuError
 from daxemu.host.proc.file_pages import FilePage
@@ -48,8 +48,21 @@ class Access(NamedTuple):
         return self.length > PAGE_SIZE
 
 
-Answer = Enum("Answer", ["ERROR", "AGAIN", "ZEROS"])
-"""Treatment of a failed access: let the access fail, repeat the access, or answer zeros."""
+Answer = Enum("Answer", ["ERROR", "AGAIN", "ZEROS", "SIGNALLED"])
+"""Treatment of a failed access: let the access fail, repeat the access, answer zeros, or nothing: the thread
+leaves its page fault for a signal.
+"""
+
+
+class HardwareError(Protocol):
+    """Execute madvise(MADV_HWPOISON) or, with ``soft``, madvise(MADV_SOFT_OFFLINE) of a thread on bytes of a
+    file, which the thread has mapped at ``address``.
+    """
+
+    async def __call__(
+        self, tid: int, address: int, ino: Ino, offset: int, length: int, *, soft: bool
+    ) -> int:
+        """Return 0 or an errno. Loop."""
 
 
 class RevokeLatent(Protocol):
@@ -175,6 +188,14 @@ class Mappings(Translations, Protocol):
         lock of both files, so that these wait. Each earlier store to ``taken`` is on the media, and no page
         of ``replaced`` is mapped. Precondition: the caller holds ``mf_mutex``. After the context both files
         are settled. Raises FsError EAGAIN if this takes too long.
+        """
+
+    # -- system calls
+
+    def system_calls(self, hardware_error: HardwareError) -> Callable[..., Awaitable[Any]] | None:
+        """Return what decides the system calls of programs under ``daxemu run`` (host.run.attached.Handle);
+        None if mappings are the kernel's own. Called once. ``hardware_error`` executes madvise(2) with
+        MADV_HWPOISON.
         """
 
     # -- life

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from daxemu.errors import Busy, InvalidArgument, MediaError, NoDevice, Unsupported
 from daxemu.events import Emit, NotifyFailure
+from daxemu.notifier import NotifierChain
 from daxemu.pmem.badblocks import Badblocks
 from daxemu.pmem.media import Media, Memory
 from daxemu.ranges import Range, RangeSet
@@ -69,6 +70,10 @@ class DaxDevice:
         self._holder: DaxHolderOperations | None = None
         self._mkpage_present = mkpage_present
         self._emit = emit
+        self.before_punch: NotifierChain[[Range]] = NotifierChain()
+        """Called with device bytes about to be poisoned, if the media then takes their pages from every process
+        (:attr:`Media.is_direct`).
+        """
 
     # -- who holds it
 
@@ -262,6 +267,8 @@ class DaxDevice:
         if self._holder is not None:
             self._holder.before_poison()
         poisoned = [sectors_of(part) for part in ranges]
+        for sectors in poisoned if self._media.is_direct else ():
+            self.before_punch.call_chain(bytes_of_sectors(sectors).outer(PAGE_SIZE))
         at = sector_at(self._data_offset)
         self._media.add_poison(*(sectors.moved(at) for sectors in poisoned))
         return [bytes_of_sectors(sectors) for sectors in poisoned]

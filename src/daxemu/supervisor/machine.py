@@ -128,7 +128,8 @@ class Machine:
             emit,
         )
         self._madvise = MadviseInjection(pmem, mm, fs, mappings, self.failures, signals, emit)
-        self._attachments = Attachments(None, emit, self.nursery, unexpected)
+        handle = mappings.system_calls(self._madvise.of_call)
+        self._attachments = Attachments(handle, emit, self.nursery, unexpected)
         self.scrubber = Scrubber(self._scrub_in_background)
         table = settings_of(mm, fs, log, self.scrubber, strategy_host, self._repairing.choose)
         self._settings = Settings(table, emit)

@@ -25,6 +25,8 @@ from daxemu.events import DeviceTightened, Emit, Event, Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.store import FSCK_HINT
 from daxemu.fs.super import MUCH
+from daxemu.host.direct.mappings import DirectMappings
+from daxemu.host.direct_needs import check_direct
 from daxemu.host.fuse import supplement
 from daxemu.host.fuse.loop import FuseLoop
 from daxemu.host.fuse.session import Session, abort_file, check_mountpoint
@@ -48,6 +50,7 @@ from daxemu.supervisor.reclaim import Reclaim
 from daxemu.supervisor.settings import PLAIN, MountOptions
 from daxemu.supervisor.strategy_host import StrategyHost
 from daxemu.supervisor.supervisor_log import SupervisorLog
+from daxemu.supervisor.verbs.status import mode_of
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
 
@@ -81,6 +84,8 @@ def supervise(
     raise_descriptor_limit()
     with ExitStack() as undo:
         check_mountpoint(mountpoint)
+        if options.direct:
+            check_direct()
         directory = undo.enter_context(DeviceDir.open(device))
         tightened = directory.tighten()
         events = EventLog(directory.root / "events.jsonl", options.log_size)
@@ -88,7 +93,7 @@ def supervise(
         own_log = SupervisorLog(directory.root / "supervisor.log", lambda: events.limit)
         own_log.attach()
         undo.callback(own_log.detach)
-        pmem = Pmem(directory, events.emit)
+        pmem = Pmem(directory, events.emit, is_direct=options.direct)
         undo.callback(pmem.close)
         try:
             mm, fs = open_core(pmem, events, (os.geteuid(), os.getegid()))
@@ -106,7 +111,9 @@ def supervise(
         undo.callback(session.detach)
         mode = f"{directory.config.mode:04o}"
         where = printable(session.mount.mountpoint)
-        mounted: list[Event] = [Mounted(device=printable(device), mountpoint=where, size=pmem.dax.size)]
+        mounted: list[Event] = [
+            Mounted(device=printable(device), mountpoint=where, size=pmem.dax.size, mode=mode_of(pmem))
+        ]
         if tightened:
             mounted.append(DeviceTightened(device=printable(device), mode=mode, files=tightened))
 
@@ -132,7 +139,7 @@ def supervise(
             events,
             host,
             unexpected,
-            make_mappings=PageCacheMappings,
+            make_mappings=DirectMappings if options.direct else PageCacheMappings,
             supplement_missing=supplement.MISSING,
             has_layouts=options.layouts and supplement.READS,
         )

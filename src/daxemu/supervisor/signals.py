@@ -19,7 +19,7 @@ from daxemu.errors import DaxemuError
 from daxemu.events import KILLED_BY_SIGBUS, Emit, SignalSent
 from daxemu.host.mappings import Access
 from daxemu.host.proc.file_pages import FilePage
-from daxemu.host.proc.processes import comm_of, in_page_fault, process_of
+from daxemu.host.proc.processes import comm_of, in_page_fault, is_asleep_in_fault, process_of
 from daxemu.host.tracer.link import Armed, Pending, TracerLink
 from daxemu.host.tracer.messages import Delivered, Gone, Ignored, NotTaken, Refused
 from daxemu.host.tracer.messages import Outcome as Delivery
@@ -71,6 +71,8 @@ class Signals:
         """Threads of ``_latest_arm`` whose load discovered the poison. One page fault sends several reads."""
         self._forced: dict[int, int] = {}
         """Threads with a forced SIGBUS on its way, and the request to the tracer for each."""
+        self._leaving: dict[int, Pending] = {}
+        """Threads that leave a page fault in a direct mapping for a forced SIGBUS, and the request of each."""
 
     def _sent(self, sent: _Signal, result: str, reason: str | None) -> None:
         self._emit(
@@ -201,25 +203,28 @@ class Signals:
 
     async def consumed(
         self, access: Access, pfn: Pfn, supplement_missing: str | None, *, found: bool
-    ) -> None:
+    ) -> bool:
         """Have the tracer make the SIGBUS of a thread in a page fault over poison a BUS_MCEERR_AR.
 
-        Return when the read may be answered. System calls get EIO and no signal. Requests for several pages
+        Return when the access may be answered; True if no answer must come, because the thread leaves its
+        page fault for the signal. System calls get EIO and no signal. Requests for several pages
         get EIO and no signal, too: these are read-ahead, and the kernel sends another request for the one
         page of a fault. ``found``: True if the read discovered the poison.
         """
         if access.is_read_ahead:
-            return
+            return False
         if not access.tid:
             if supplement_missing is not None:
                 self._inexact(access, pfn, supplement_missing)
-            return
+            return False
         faulting = in_page_fault(access.tid)
         if faulting is False:
-            return
+            return False
         if faulting is None:
             self._inexact(access, pfn, "not permitted to look at the thread")
-            return
+            return False
+        if access.address is not None:
+            return await self._leaves_fault(access, access.address, pfn, found=found)
         with trio.move_on_after(ARM_PATIENCE) as patience:
             page = self._file_page(access.ino, PHYS_PFN(access.offset))
             armed = await self._tracer.arm(access.tid, page=page)
@@ -233,6 +238,40 @@ class Signals:
             if found:
                 self._finders.add(access.tid)
             self._nursery.start_soon(self._await_ar, consumer, armed)
+        return False
+
+    async def _leaves_fault(self, access: Access, address: int, pfn: Pfn, *, found: bool) -> bool:
+        """Force an AR on a thread that waits in a page fault of its own until a signal comes. Return False if
+        the tracer cannot: the access must fail then.
+        """
+        tid = access.tid
+        while (earlier := self._leaving.get(tid)) is not None:
+            # The report of the last signal may come after the next touch. A thread that is awake has left
+            # this fault: another signal interrupted the fault before.
+            await earlier.wait()
+            if self._leaving.get(tid) is earlier:
+                del self._leaving[tid]
+            if not is_asleep_in_fault(tid):
+                return True
+        consumer = replace(_ar(access, pfn), address=address, current=found)
+        with trio.move_on_after(ARM_PATIENCE) as patience:
+            armed = await self._tracer.force_ar(consumer.pid, tid, address)
+        if patience.cancelled_caught:
+            self._inexact(access, pfn, "the tracer did not answer in time")
+            return False
+        if not isinstance(armed, Armed):
+            if isinstance(armed, Refused):
+                self._inexact(access, pfn, armed.reason)
+            return False
+        self._leaving[tid] = armed
+        self._nursery.start_soon(self._await_leaving, consumer, armed)
+        return True
+
+    async def _await_leaving(self, consumer: _Signal, armed: Pending) -> None:
+        outcome = await armed.wait()
+        if self._leaving.get(consumer.tid) is armed:
+            del self._leaving[consumer.tid]
+        self._sent(consumer, *_explain(outcome))
 
     async def _await_ar(self, consumer: _Signal, armed: Pending) -> None:
         tid = consumer.tid

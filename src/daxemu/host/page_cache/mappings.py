@@ -12,7 +12,7 @@ from functools import partial
 import trio
 
 from daxemu.fs.inode import Inode
-from daxemu.host.mappings import Access, Upcalls
+from daxemu.host.mappings import Access, HardwareError, Upcalls
 from daxemu.host.mount_parts import MountParts
 from daxemu.host.page_cache.invalidate_lock import InvalidateLock
 from daxemu.host.page_cache.kernel_pages import KernelPages
@@ -213,6 +213,9 @@ class PageCacheMappings:
                 lock.release()
 
     # -- life
+
+    def system_calls(self, hardware_error: HardwareError) -> None:
+        """See Mappings.system_calls."""
 
     def connect(self, upcalls: Upcalls) -> None:
         """See Mappings.connect."""

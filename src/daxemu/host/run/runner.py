@@ -196,7 +196,7 @@ def _walk(tid: int, start: int, end: int, vmas: list[tuple[Vma, Mount]]) -> tupl
         if vma.start > start:
             break
         stop = min(end, vma.end)
-        good = start + (_fault_in(tid, start, (stop - start) >> PAGE_SHIFT) << PAGE_SHIFT)
+        good = start + (fault_in(tid, start, (stop - start) >> PAGE_SHIFT) << PAGE_SHIFT)
         ours = start + (_files_own(tid, start, (good - start) >> PAGE_SHIFT) << PAGE_SHIFT)
         if ours > start:
             offset = (vma.pgoff << PAGE_SHIFT) + start - vma.start
@@ -208,10 +208,10 @@ def _walk(tid: int, start: int, end: int, vmas: list[tuple[Vma, Mount]]) -> tupl
         start = stop
     if start == end:
         return pieces, 0
-    return pieces, errno.EINVAL if _fault_in(tid, start, 1) else errno.EFAULT
+    return pieces, errno.EINVAL if fault_in(tid, start, 1) else errno.EFAULT
 
 
-def _fault_in(tid: int, start: int, count: int) -> int:
+def fault_in(tid: int, start: int, count: int) -> int:
     """Make pages present by reading a byte of each. Return the number of pages before the first that cannot
     be read.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 
 from daxemu import protocol as p
+from daxemu.errors import DaxemuError
 from daxemu.events import Emit, MadviseInjected, PoisonInjected
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host.mappings import Mappings
@@ -20,7 +21,7 @@ from daxemu.pmem.pmem import Pmem
 from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.signals import Signals
 from daxemu.supervisor.verbs.device_ranges import check_present, device_page
-from daxemu.uapi import MF_ACTION_REQUIRED, MF_SW_SIMULATED, PAGE_SIZE
+from daxemu.uapi import MF_ACTION_REQUIRED, MF_SW_SIMULATED, PAGE_SIZE, Ino
 
 
 class MadviseInjection:
@@ -61,6 +62,14 @@ class MadviseInjection:
             if error:
                 return p.Advised(error)
         return p.Advised(0)
+
+    async def of_call(self, tid: int, address: int, ino: Ino, offset: int, length: int, *, soft: bool) -> int:
+        """See host.mappings.HardwareError."""
+        try:
+            request = p.Madvise(tid=tid, address=address, ino=ino, offset=offset, length=length, soft=soft)
+            return (await self.madvise_inject_error(request)).errno
+        except DaxemuError as error:
+            return error.errno
 
     async def _one_page(self, request: p.Madvise, pid: int, done: int) -> int:
         at = await device_page(self._fs, self._mappings, request.ino, request.offset + done)
