@@ -71,6 +71,8 @@ _WP_DONTWAKE = 1 << 1
 _MESSAGES = 64  # that one read(2) takes
 _ZEROS = 1 << 20  # bytes of one UFFDIO_COPY
 
+_DONE = struct.Struct("=q")
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
@@ -156,7 +158,7 @@ class Userfaultfd:
             fcntl.ioctl(self.fd, structs.UFFDIO_API, request, True)
         except OSError as error:
             if error.errno != errno.EINVAL:
-                _fail(error, "UFFDIO_API", 0, 0)
+                _fail(error, "UFFDIO_API", 0)
             lacking = ", ".join(missing(features)) or "userfaultfd is in use already"
             raise Unsupported(f"userfaultfd of this kernel lacks: {lacking}") from error
 
@@ -191,11 +193,12 @@ class Userfaultfd:
 
         Raises PagePresent, NotRegistered and AddressSpaceChanging.
         """
-        for done in range(0, length, _ZEROS):
+        mode = _COPY_WP if wp else 0
+        done = 0
+        while done < length:
             part = min(_ZEROS, length - done)
-            mode = _COPY_WP if wp else 0
             request = structs.COPY.pack(start + done, _zeros(), part, mode, 0)
-            self._ioctl("UFFDIO_COPY", structs.UFFDIO_COPY, request, done)
+            done += self._fill("UFFDIO_COPY", structs.UFFDIO_COPY, request, part, done)
 
     def poison(self, start: int, length: int, wake: bool = True) -> None:
         """Make every later access to the pages fail: SIGBUS in user mode, EFAULT in kernel mode; wake threads that
@@ -204,8 +207,10 @@ class Userfaultfd:
         Raises PagePresent: end a write protection first, with ``wake=False``. Raises NotRegistered and
         AddressSpaceChanging.
         """
-        request = structs.POISON.pack(start, length, 0 if wake else _DONTWAKE, 0)
-        self._ioctl("UFFDIO_POISON", structs.UFFDIO_POISON, request)
+        mode, done = 0 if wake else _DONTWAKE, 0
+        while done < length:
+            request = structs.POISON.pack(start + done, length - done, mode, 0)
+            done += self._fill("UFFDIO_POISON", structs.UFFDIO_POISON, request, length - done, done)
 
     def wake(self, start: int, length: int) -> None:
         """Wake threads that wait for a page of the range: each repeats its access."""
@@ -220,21 +225,36 @@ class Userfaultfd:
         size = structs.PAGEFAULT.size
         return [_parse(raw[at : at + size]) for at in range(0, len(raw), size)]
 
-    def _ioctl(self, name: str, number: int, packed: bytes, before: int = 0) -> None:
+    def _ioctl(self, name: str, number: int, packed: bytes) -> None:
+        try:
+            fcntl.ioctl(self.fd, number, bytearray(packed), True)
+        except OSError as error:
+            _fail(error, f"{name} {_range(packed, 8)}", 0)
+
+    def _fill(self, name: str, number: int, packed: bytes, length: int, before: int) -> int:
+        """Make a request that ends with the number of bytes done; return that number, which is not 0.
+
+        The kernel says EAGAIN for any error after the first page: only the next request has the error itself.
+        """
         request = bytearray(packed)
         try:
             fcntl.ioctl(self.fd, number, request, True)
         except OSError as error:
-            done = before
-            if number in (structs.UFFDIO_COPY, structs.UFFDIO_POISON):
-                done += max(0, struct.unpack_from("=q", request, len(request) - 8)[0])
-            start, length = struct.unpack_from("=QQ", packed)
-            if number == structs.UFFDIO_COPY:
-                length = structs.COPY.unpack(packed)[2]
-            _fail(error, f"{name} {start:#x}, {length} bytes", done, length)
+            done = _DONE.unpack_from(request, len(request) - _DONE.size)[0]
+            if error.errno == errno.EAGAIN and done > 0:
+                return int(done)
+            where = 16 if number == structs.UFFDIO_COPY else 8
+            _fail(error, f"{name} {_range(packed, where)}", before)
+        return length
 
 
-def _fail(error: OSError, what: str, done: int, length: int) -> NoReturn:
+def _range(packed: bytes, length_at: int) -> str:
+    """Return the range of a request, whose length is at byte ``length_at``, for people."""
+    start, length = struct.unpack_from("=Q", packed)[0], struct.unpack_from("=Q", packed, length_at)[0]
+    return f"{start:#x}, {length} bytes"
+
+
+def _fail(error: OSError, what: str, done: int) -> NoReturn:
     """Raise the error of ``host.direct.errors`` for the errno of a request."""
     text = f"{what}: {os.strerror(error.errno or 0)}"
     match error.errno:
