@@ -1,10 +1,11 @@
 """userfaultfd(2): typed requests, events as values, and a probe of the features of the kernel.
 
-Purpose: no policy. Every failure of the kernel is one of ``host.direct.errors``, or an OSError where no name fits.
+Purpose: no policy. Each failure of the kernel is one of ``host.direct.errors``, or else an OSError.
 Reference in Linux: uapi/linux/userfaultfd.h, Documentation/admin-guide/mm/userfaultfd.rst.
 
-Invariants: no function waits, except for locks of the kernel (mmap_lock of the address space). ``write_protect``
-over much memory takes milliseconds (24 ms for 1 GiB of present pages): callers use a worker thread.
+Invariants: no function waits, except for locks of the kernel (mmap_lock of the address space).
+``write_protect`` over much memory takes milliseconds (24 ms for 1 GiB of present pages): callers use a worker
+thread.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from daxemu.host.direct.errors import (
     RegisteredElsewhere,
 )
 from daxemu.host.direct.syscalls import NR_USERFAULTFD
+from daxemu.uapi import PAGE_SIZE
 
 
 class Feature(IntFlag):
@@ -71,6 +73,7 @@ _WP_DONTWAKE = 1 << 1
 _MESSAGES = 64  # that one read(2) takes
 _ZEROS = 1 << 20  # bytes of one UFFDIO_COPY
 
+_NEVER_REGISTERED = 0x7FFF_FFFF_D000  # a page near the end of the address space
 _DONE = struct.Struct("=q")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -141,8 +144,8 @@ def _parse(message: bytes) -> Event:
 class Userfaultfd:
     """A userfaultfd of an address space. Owns the descriptor ``fd``, which is non-blocking.
 
-    Addresses are virtual, in bytes. Every range is of whole pages; NotRegistered otherwise. Every request raises
-    AddressSpaceGone if the address space has ended.
+    Addresses are virtual, in bytes. Every range is of whole pages; NotRegistered otherwise. Every request
+    raises AddressSpaceGone if the address space has ended.
     """
 
     def __init__(self, fd: int) -> None:
@@ -150,8 +153,8 @@ class Userfaultfd:
         os.set_blocking(fd, False)
 
     def enable(self, features: Feature = NEEDED) -> None:
-        """Switch features on, once, before any other request. The userfaultfd of a fork has the features of its
-        parent's. Raises Unsupported with the names of missing features.
+        """Switch features on, once, before any other request. The userfaultfd of a fork has the features of
+        its parent's. Raises Unsupported with the names of missing features.
         """
         request = bytearray(structs.API.pack(_API_VERSION, features, 0))
         try:
@@ -201,8 +204,8 @@ class Userfaultfd:
             done += self._fill("UFFDIO_COPY", structs.UFFDIO_COPY, request, part, done)
 
     def poison(self, start: int, length: int, wake: bool = True) -> None:
-        """Make every later access to the pages fail: SIGBUS in user mode, EFAULT in kernel mode; wake threads that
-        wait. The marker stays until madvise(MADV_DONTNEED).
+        """Make every later access to the pages fail: SIGBUS in user mode, EFAULT in kernel mode; wake threads
+        that wait. The marker stays until madvise(MADV_DONTNEED).
 
         Raises PagePresent: end a write protection first, with ``wake=False``. Raises NotRegistered and
         AddressSpaceChanging.
@@ -229,7 +232,21 @@ class Userfaultfd:
         try:
             fcntl.ioctl(self.fd, number, bytearray(packed), True)
         except OSError as error:
-            _fail(error, f"{name} {_range(packed, 8)}", 0)
+            what = f"{name} {_range(packed, 8)}"
+            if error.errno == errno.ENOMEM and self._is_gone():
+                raise AddressSpaceGone(what) from error
+            _fail(error, what, 0)
+
+    def _is_gone(self) -> bool:
+        """Return True if the address space has ended, for which UFFDIO_REGISTER says ENOMEM, as for too many
+        mappings (vm.max_map_count).
+        """
+        request = structs.WRITEPROTECT.pack(_NEVER_REGISTERED, PAGE_SIZE, _WP_DONTWAKE)
+        try:
+            fcntl.ioctl(self.fd, structs.UFFDIO_WRITEPROTECT, bytearray(request), True)
+        except OSError as error:
+            return error.errno == errno.ESRCH
+        return False
 
     def _fill(self, name: str, number: int, packed: bytes, length: int, before: int) -> int:
         """Make a request that ends with the number of bytes done; return that number, which is not 0.
@@ -285,7 +302,9 @@ _zero_map: mmap.mmap | None = None
 
 
 def create() -> Userfaultfd:
-    """Return a userfaultfd of this process, not enabled. Raises Unsupported without the right or the kernel."""
+    """Return a userfaultfd of this process, not enabled. Raises Unsupported without the right or the
+    kernel.
+    """
     fd = int(_libc.syscall(NR_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK))
     if fd >= 0:
         return Userfaultfd(fd)
@@ -312,8 +331,8 @@ def available() -> Feature:
 
 
 def missing(needed: Feature = NEEDED) -> list[str]:
-    """Return the names of needed features that the kernel lacks, in the order of their bits. Raises Unsupported as
-    :func:`create`.
+    """Return the names of needed features that the kernel lacks, in the order of their bits. Raises
+    Unsupported as :func:`create`.
     """
     lacking = needed & ~available()
     return [f"UFFD_FEATURE_{feature.name}" for feature in Feature if feature in lacking]
