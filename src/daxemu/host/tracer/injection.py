@@ -106,7 +106,9 @@ def registers(tid: int) -> Registers:
 
 
 def find_instruction(tid: int) -> int:
-    """Return the address of a ``syscall`` instruction in the program of a stopped thread. Raises CannotInject."""
+    """Return the address of a ``syscall`` instruction in the program of a stopped thread. Raises
+    CannotInject.
+    """
     with open_memory(tid) as memory:
         return _find_syscall_insn(tid, _get_regs_64(tid), memory.fileno())
 
