@@ -31,7 +31,6 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from pathlib import Path
 
 import msgspec
 
@@ -452,8 +451,8 @@ def _as_mapped_now(request: Send) -> Send | None:
     return msgspec.structs.replace(request, addr=address) if address is not None else None
 
 
-def _mourn(supervisor: int, abort: str) -> None:
-    """Cut the mount's connection (by the file ``abort``) once the supervisor has been killed.
+def _mourn(supervisor: int, abort: int) -> None:
+    """Cut the mount's connection (by the open fusectl file ``abort``) once the supervisor has been killed.
 
     The connection normally ends with a killed supervisor. Exception: a thread of the supervisor that waits on
     its own mount cannot die before its request is answered. The supervisor then lingers as a zombie, and
@@ -468,7 +467,7 @@ def _mourn(supervisor: int, abort: str) -> None:
             return
         if is_zombie:
             with contextlib.suppress(OSError):  # cut already, or not permitted
-                Path(abort).write_text("1")
+                os.write(abort, b"1")
             return
 
 
@@ -477,7 +476,10 @@ def main(argv: list[str]) -> None:
     connection.
     """
     if len(argv) > 2:
-        threading.Thread(target=_mourn, args=(os.getppid(), argv[2]), daemon=True).start()
+        with contextlib.suppress(OSError):  # not permitted
+            # Opened now: the open file belongs to this connection, while another mount may get the number.
+            abort = os.open(argv[2], os.O_WRONLY | os.O_CLOEXEC)
+            threading.Thread(target=_mourn, args=(os.getppid(), abort), daemon=True).start()
     # The tracer ends with the socket: dying in the middle of an injection would corrupt the victim's state.
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sig, signal.SIG_IGN)
