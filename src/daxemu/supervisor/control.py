@@ -141,6 +141,8 @@ class ControlSocket:
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             await stream.send_all(_refusal(InvalidArgument(f"not a request: {error}")))
             return
+        if len(asked) > _SENT:
+            await trio.lowlevel.checkpoint()  # the decoding of the longest line is a step of 30 ms
         if isinstance(request, p.Follow):
             with self._hangups.cancelling(stream):
                 await self._follow(stream, request)
