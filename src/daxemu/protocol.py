@@ -32,7 +32,7 @@ from daxemu.fields import (
 R = TypeVar("R", bound=msgspec.Struct)
 
 
-class PoisonedRange(msgspec.Struct):
+class PoisonedRange(msgspec.Struct, gc=False):
     """Result of one range of an injection. ``offset`` and ``length``: device bytes. ``pfn`` and ``nr_pages``:
     the pages that memory_failure() was called for. ``signals``: SIGBUS sent, one for each mapping of each
     victim. ``processes``: distinct processes among the receivers. ``told``: the old name of ``signals``.

@@ -172,8 +172,11 @@ class _Ending:
         """
         session = self._session
         if force:
-            pins = await trio.to_thread.run_sync(pins_of, session.mount, abandon_on_cancel=True)
-            await self._unmount_by_force(patience, pinned=bool(pins))
+            pinned = True  # a mount whose copies cannot be listed in time counts as pinned
+            with trio.move_on_after(patience):
+                pins = await trio.to_thread.run_sync(pins_of, session.mount, abandon_on_cancel=True)
+                pinned = bool(pins)
+            await self._unmount_by_force(patience, pinned=pinned)
         else:
             await trio.to_thread.run_sync(session.unmount, abandon_on_cancel=True)
         self._fs.commit()
