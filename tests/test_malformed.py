@@ -71,6 +71,8 @@ def test_a_hook_keeps_its_words() -> None:
         (b'{"op": "follow", "after": "yesterday"}', "after: expected a whole number, found text"),
         (b'{"op": "dance"}', "op: 'dance' is none of the possible values"),
         (b"{}", "'op' is missing"),
+        (b'{"op": 7}', "op: expected text"),
+        (b'{"op": "inject", "ranges": [[0]]}', "ranges[0]: expected a list of length 2"),
     ],
 )
 def test_a_malformed_request_is_explained(line: bytes, reason: str) -> None:

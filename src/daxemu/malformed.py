@@ -26,7 +26,7 @@ _KINDS = {
     "time": "a time",
 }
 _GOT = re.compile(r"Expected `([^`]+)`, got `([^`]+)`")
-_LIMIT = re.compile(r"Expected `([^`]+)` (.+)")
+_LIMIT = re.compile(r"Expected `([^`]+)`(.*)")
 _UNKNOWN = re.compile(r"Object contains unknown field `([^`]*)`")
 _MISSING = re.compile(r"Object missing required field `([^`]+)`")
 _CHOICE = re.compile(r"Invalid (?:enum )?value (.+)", re.DOTALL)
@@ -64,7 +64,7 @@ def explain(error: Exception) -> Explained:
     if (found := _GOT.match(what)) is not None:
         return Explained(path, f"expected {_kind(found[1])}, found {_kind(found[2])}")
     if (found := _LIMIT.match(what)) is not None:
-        return Explained(path, f"expected {_kind(found[1])} {found[2].replace('`', '')}")
+        return Explained(path, f"expected {_kind(found[1])}{found[2].replace('`', '')}")
     if (found := _CHOICE.match(what)) is not None:
         return Explained(path, f"{found[1]} is none of the possible values")
     if _RANGE.match(what) is not None:

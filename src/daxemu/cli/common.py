@@ -39,32 +39,40 @@ class Size(click.ParamType[int]):
 SIZE = Size()
 
 
-class Whole(click.IntRange):
+class _Explaining(click.ParamType[Any]):
+    """Number with a refusal that says what was expected."""
+
+    def fail(
+        self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None
+    ) -> NoReturn:
+        """See click.ParamType.fail."""
+        super().fail(_expected(message, self), param, ctx)
+
+
+class Whole(_Explaining, click.types.IntParamType):
+    """Whole number."""
+
+
+class WholeRange(_Explaining, click.IntRange):
     """Whole number within limits."""
 
-    def fail(
-        self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None
-    ) -> NoReturn:
-        """See click.ParamType.fail."""
-        super().fail(_expected(message, "a whole number", self), param, ctx)
+
+class Number(_Explaining, click.types.FloatParamType):
+    """Number."""
 
 
-class Number(click.FloatRange):
+class NumberRange(_Explaining, click.FloatRange):
     """Number within limits."""
 
-    def fail(
-        self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None
-    ) -> NoReturn:
-        """See click.ParamType.fail."""
-        super().fail(_expected(message, "a number", self), param, ctx)
 
-
-def _expected(message: str, what: str, limits: click.IntRange | click.FloatRange) -> str:
+def _expected(message: str, kind: click.ParamType[Any]) -> str:
     """Return the text of a refusal: the value, with which click's message begins, and what was expected."""
-    low = "" if limits.min is None else f" {'above' if limits.min_open else 'from'} {limits.min:g}"
-    high = "" if limits.max is None else f" to {limits.max:g}"
-    more = " on" if low.startswith(" from") and not high else ""
-    return f"{message.partition(' is not ')[0]}: expected {what}{low}{high}{more}"
+    what = "a whole number" if isinstance(kind, click.types.IntParamType) else "a number"
+    if isinstance(kind, click.IntRange | click.FloatRange):
+        low = "" if kind.min is None else f" {'above' if kind.min_open else 'from'} {kind.min:g}"
+        high = "" if kind.max is None else f" to {kind.max:g}"
+        what += low + high + (" on" if low.startswith(" from") and not high else "")
+    return f"{message.partition(' is not ')[0]}: expected {what}"
 
 
 class UntouchedPath(click.Path):

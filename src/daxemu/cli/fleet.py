@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from daxemu.cli.common import Number, Whole, emit, json_option, table
+from daxemu.cli.common import NumberRange, WholeRange, emit, json_option, table
 from daxemu.errors import InvalidArgument
 from daxemu.malformed import NOT_JSON, why_not_text
 from daxemu.sizes import human
@@ -38,8 +38,8 @@ HEADER = (
 @click.command()
 @click.argument("plan", type=FILE, metavar="PLAN.toml")
 @click.option("--costs", type=FILE, help="REPORT.json of an evaluation: measured costs of each strategy.")
-@click.option("--devices", type=Whole(1), help="Number of devices. Default: the number in PLAN.")
-@click.option("--years", type=Number(0, min_open=True), help="Years. Default: the years in PLAN.")
+@click.option("--devices", type=WholeRange(1), help="NumberRange of devices. Default: the number in PLAN.")
+@click.option("--years", type=NumberRange(0, min_open=True), help="Years. Default: the years in PLAN.")
 @click.option("--faults", "only", metavar="NAME", help="Simulate only this fault plan.")
 @click.option("--scheduler", metavar="ADDRESS", help="Simulate on this Dask cluster; the result is the same.")
 @click.option(
