@@ -145,6 +145,7 @@ def test_a_request_answered_at_once_waits_for_mappings_too(
                 mappings,
                 lambda ino, tid: None,
                 OpenFiles(),
+                Gates(),
                 nursery,
                 Unexpected(core.events.append),
             )

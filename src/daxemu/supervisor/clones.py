@@ -4,8 +4,8 @@ Serves ``FICLONERANGE`` and copy_file_range(2). As in the kernel (``xfs_reflink_
 effect at one moment. Stores to the target before that moment are lost; later stores go to the target alone.
 The clone has the stores to the source before that moment, and no later store (``Mappings.sharing``).
 
-The blocks are shared in pieces. Until the last piece the I/O lock holds writes to both files, and reads of the
-target. Reads of the source pass: the clone does not change its bytes.
+The blocks are shared in pieces. Until the last piece the I/O lock holds writes to both files, and reads of
+the target. Reads of the source pass: the clone does not change its bytes.
 """
 
 from __future__ import annotations
