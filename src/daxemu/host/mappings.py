@@ -184,10 +184,11 @@ class Mappings(Translations, Protocol):
     ) -> AbstractAsyncContextManager[None]:
         """Hold the bytes ``taken`` and ``replaced`` of two files still while blocks become shared. Loop.
 
-        Within the context, each store to ``taken`` needs a request or a page fault. The caller claims the I/O
-        lock of both files, so that these wait. Each earlier store to ``taken`` is on the media, and no page
-        of ``replaced`` is mapped. Precondition: the caller holds ``mf_mutex``. After the context both files
-        are settled. Raises FsError EAGAIN if this takes too long.
+        From the entry to the first await within the context: each earlier store to ``taken`` is on the media,
+        no later store gets there, and no page of ``replaced`` is mapped. Before that await the caller claims
+        the I/O lock, which holds FUSE requests until all blocks are shared; an implementation that serves
+        page faults holds these itself, to the end of the context. Precondition: the caller holds
+        ``mf_mutex``. After the context both files are settled. Raises FsError EAGAIN after a time limit.
         """
 
     # -- system calls
