@@ -17,6 +17,8 @@ from tools.check_language import (
     docstrings,
     figures,
     measure,
+    replaced_word,
+    replaced_words,
     report,
     too_many,
 )
@@ -115,6 +117,57 @@ def test_a_bare_code_is_named_with_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "test_a.py").write_text('def test_one():\n    """m5."""\n\ndef test_two():\n    """Two."""\n')
     (problem,) = bare_codes(tmp_path, KEYS)
     assert problem.startswith(f"{tmp_path}/test_a.py:1: the docstring begins with the scenario code m5")
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("hurt", "hurt"),
+        ("_healed_by", "heal"),
+        ("isMendable", "mend"),
+        ("MAX_BAD", "bad"),
+        ("TOLD", "told"),
+        ("hidden2", "hidden"),
+        ("bad_block", None),
+        ("_set_bad_blocks", None),
+        ("badblocks", None),
+        ("threshold", None),
+        ("amendment", None),
+        ("_", None),
+    ],
+)
+def test_a_name_with_a_replaced_word_is_found(name: str, word: str | None) -> None:
+    assert replaced_word(name) == word
+
+
+NAMES = """
+class Reply(Struct):
+    told: int
+    sick: int
+
+def f(told, *, hurt=1):
+    x = reply.told + reply.heal
+    g(told=x, mended=x)
+    hidden = bad = x
+    raise click.BadParameter("bad")
+"""
+
+
+def test_a_public_name_is_allowed_as_field_attribute_and_keyword_only(tmp_path: Path) -> None:
+    (tmp_path / "fs").mkdir()
+    (tmp_path / "fs" / "heal.py").write_text(NAMES)
+    found = [line.split(": ")[0:2] for line in replaced_words(tmp_path)]
+    places = sorted((int(place.rpartition(":")[2]), name) for place, name in found)
+    assert places == [
+        (1, "heal"),
+        (4, "sick"),
+        (6, "hurt"),
+        (6, "told"),
+        (7, "heal"),
+        (8, "mended"),
+        (9, "bad"),
+        (9, "hidden"),
+    ]
 
 
 def test_the_working_tree_passes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,6 +183,9 @@ class Counted:
     def __init__(self) -> None:
         self.told: list[tuple[int, int, int]] = []
 
+    def before_poison(self) -> None:
+        """No grant depends on the health of the media."""
+
     def notify_failure(self, offset: int, length: int, flags: int) -> None:
         self.told.append((offset, length, flags))
 

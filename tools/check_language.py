@@ -3,7 +3,9 @@
 The check measures the pronouns per 100 docstring words of each package of src/daxemu, prints the figures, and
 fails where a figure exceeds the limit of the package. A sentence with a pronoun for a subject names neither
 actor nor object. The check also fails for a docstring of tests/ that begins with a bare scenario code: a
-scenario of the kernel recordings is named by its whole key (`m5-mce-cacheline`).
+scenario of the kernel recordings is named by its whole key (`m5-mce-cacheline`). Third, the check fails for a
+name in src/daxemu (module, class, function, parameter, variable) with a word for which docs/glossary.md has
+another.
 
 Exit status: 0 without a problem, 1 otherwise.
 """
@@ -15,6 +17,7 @@ import json
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +40,36 @@ class Ratchet(NamedTuple):
 RATCHETS: dict[str, Ratchet] = {}
 """By package. An entry goes once the figure of its package is at most LIMIT."""
 
+REPLACED = {
+    "bad": "poisoned, or bad_block for poison that the driver knows",
+    "hurt": "failed, poisoned or damaged",
+    "sick": "poisoned",
+    "hidden": "latent",
+    "told": "signalled",
+    "heal": "clear or repair",
+    "mend": "clear or repair",
+}
+"""Words that no name may have, with the words to use. A form of a word (healed, mendable) counts, too."""
+
+PUBLIC = {
+    "told": "field of replies, events and reports: the old name of signals",
+    "bad": "field of the reply of survey, and of a trial's result",
+    "bad_left_off": "field of a trial's result",
+    "hurt": "field of an observation of daxemu apps",
+    "healed": "field of daxemu fsck --json",
+    "mendable": "field of daxemu fsck --json",
+    "mend": "field of daxemu doctor --json",
+}
+"""Names that users have. Each is allowed as a field, an attribute and a keyword, and as no other name."""
+
+LIBRARY = frozenset({"BadParameter"})
+"""Names of libraries: click.BadParameter."""
+
+REBUILT = frozenset({"supervisor/clones.py", "supervisor/consumption.py"})
+"""Files that are rebuilt at this moment: not checked for REPLACED yet."""
+
+_FORMS = re.compile(r"(bad|hurt|sick|hidden|told|heal|mend)(?:s|ed|ing|able)?")
+_CAMEL = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _WORD = re.compile(r"[A-Za-z']+")
 _FIRST = re.compile(r"\W*([a-z]\d+(?:-[\w-]*\w)?)\b")
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -121,6 +154,50 @@ def bare_codes(root: Path, keys: Collection[str]) -> Iterator[str]:
                 )
 
 
+def replaced_word(name: str) -> str | None:
+    """Return the first word of REPLACED in a name; None without one. ``bad_block`` is a term of its own."""
+    words = [word.lower() for word in _CAMEL.findall(name)]
+    for word, following in pairwise([*words, ""]):
+        form = _FORMS.fullmatch(word)
+        if form is not None and not (word == "bad" and following in ("block", "blocks")):
+            return form[1]
+    return None
+
+
+def _names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield (line, name) for each name of a module that a person has chosen; no public field."""
+    fields = {
+        id(node.target)
+        for made in ast.walk(tree)
+        if isinstance(made, ast.ClassDef)
+        for node in made.body
+        if isinstance(node, ast.AnnAssign)
+    }
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name):
+                if not (name in PUBLIC and id(node) in fields):
+                    yield node.lineno, name
+            case ast.Attribute(attr=name) | ast.keyword(arg=str(name)):
+                if name not in PUBLIC:
+                    yield node.lineno, name
+            case ast.arg(arg=name) | ast.alias(name=name):
+                yield node.lineno, name
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                yield node.lineno, name
+
+
+def replaced_words(root: Path) -> Iterator[str]:
+    """Yield a message for each name below ``root`` with a word of REPLACED."""
+    for path in sorted(root.rglob("*.py")):
+        if str(path.relative_to(root)) in REBUILT:
+            continue
+        names = [(1, path.stem), *_names(ast.parse(path.read_text()))]
+        for line, name in dict.fromkeys(names):
+            if name not in LIBRARY and (word := replaced_word(name)) is not None:
+                yield f"{path}:{line}: {name}: not {word!r}, but {REPLACED[word]} (docs/glossary.md)"
+
+
 def report(found: Mapping[str, Figure], ratchets: Mapping[str, Ratchet]) -> Iterator[str]:
     """Yield a line for each package: figure, limit, and the reason of a ratchet."""
     for package, figure in found.items():
@@ -138,7 +215,11 @@ def main() -> int:
     found = figures(top / "src/daxemu")
     for line in report(found, RATCHETS):
         print(line)
-    problems = [*too_many(found, RATCHETS), *bare_codes(top / "tests", keys)]
+    problems = [
+        *too_many(found, RATCHETS),
+        *bare_codes(top / "tests", keys),
+        *replaced_words(top / "src/daxemu"),
+    ]
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

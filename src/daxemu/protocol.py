@@ -32,7 +32,7 @@ from daxemu.fields import (
 R = TypeVar("R", bound=msgspec.Struct)
 
 
-class PoisonedRange(msgspec.Struct):
+class PoisonedRange(msgspec.Struct, gc=False):
     """Result of one range of an injection. ``offset`` and ``length``: device bytes. ``pfn`` and ``nr_pages``:
     the pages that memory_failure() was called for. ``signals``: SIGBUS sent, one for each mapping of each
     victim. ``processes``: distinct processes among the receivers. ``told``: the old name of ``signals``.
@@ -96,6 +96,20 @@ class DamagedRange(msgspec.Struct):
 
 class DamagedList(msgspec.Struct):
     files: list[DamagedRange]
+
+
+class MappedFile(msgspec.Struct):
+    """Mapping of a file by a process: ``length`` bytes from byte ``offset`` of the file on, untouched too."""
+
+    pid: Pid
+    comm: str
+    ino: Ino
+    offset: FileOffset
+    length: Length
+
+
+class MappedFileList(msgspec.Struct):
+    mapped: list[MappedFile]
 
 
 class Extent(msgspec.Struct):
@@ -384,6 +398,10 @@ class GetBadblocks(Request[BadblockList], tag="badblocks"):
 
 class Damaged(Request[DamagedList], tag="damaged"):
     """List the damaged files and their ranges."""
+
+
+class WhoMaps(Request[MappedFileList], tag="who_maps"):
+    """List the mappings of files of the mount, by all processes that the supervisor may look into."""
 
 
 class Map(Request[FileMap], tag="map"):

@@ -30,6 +30,10 @@ class Range(NamedTuple):
         """Return the part inside ``[start, end)``; empty (false) if none is."""
         return Range(max(self.start, start), min(self.end, end))
 
+    def moved(self, by: int) -> Range:
+        """Return the range of the same length that starts ``by`` later."""
+        return Range(self.start + by, self.end + by)
+
     def inner(self, unit: int) -> Range:
         """Return the range of whole aligned units inside; empty (false) if none is."""
         return Range(-(-self.start // unit) * unit, self.end // unit * unit)

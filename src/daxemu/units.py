@@ -6,7 +6,7 @@ Functions in capitals have the names of the kernel's macros.
 from __future__ import annotations
 
 from daxemu.ranges import Range
-from daxemu.uapi import PAGE_SHIFT, SECTOR_SIZE, Pfn
+from daxemu.uapi import PAGE_SHIFT, SECTOR_SIZE, Pfn, Sector
 
 
 def DIV_ROUND_UP(number: int, divisor: int) -> int:
@@ -52,6 +52,16 @@ def sectors_of(area: Range) -> Range:
 def sectors_at(offset: int, length: int) -> Range:
     """Return the sectors that overlap the bytes ``[offset, offset + length)``."""
     return Range(offset // SECTOR_SIZE, -(-(offset + length) // SECTOR_SIZE))
+
+
+def sector_at(offset: int) -> Sector:
+    """Return the sector that holds the byte ``offset``."""
+    return offset // SECTOR_SIZE
+
+
+def pages_at(offset: int, length: int) -> Range:
+    """Return the blocks, or pages, that overlap the bytes ``[offset, offset + length)``."""
+    return Range(offset >> PAGE_SHIFT, -(-(offset + length) >> PAGE_SHIFT))
 
 
 def bytes_of_blocks(blocks: Range) -> Range:

@@ -12,6 +12,7 @@ from daxemu.pmem.device_dir import DeviceConfig
 from tests.support.core import Core
 from tests.support.metadata import metadata_pages, overwrite, poison, superblocks
 from tests.support.mount import DaxMount, daxemu
+from tests.support.words import library_words
 
 
 def _make(device: Path) -> None:
@@ -96,7 +97,7 @@ def _some_of_both(device: Path) -> None:
             _no_poison_list,
             "fsck D",
             3,
-            "D/poison: not a list of 'sector count' lines .*; correct the file, .*",
+            "D/poison: not a list of 'sector count' lines; correct the file, or remove .*",
         ),
         (_garbage, "fsck D", 9, "D: 2 problems, which fsck --repair cannot fix: save what can be read, .*"),
         (_one_superblock, "fsck D", 9, "D: 1 problems; try fsck --repair"),
@@ -125,6 +126,7 @@ def test_a_refusal(
     expected = "daxemu: " + re.sub(r"\bD\b", re.escape(str(device)), said)
     refused = daxemu(*words, status=status)
     assert re.fullmatch(expected + "\n", refused), refused
+    assert library_words(refused) is None
 
 
 @pytest.mark.mount

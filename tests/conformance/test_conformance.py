@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conformance.recording import scenarios
 from tests.conformance.run import run
-from tests.support.zygote import Zygote
+from tests.support.zygote import shared_zygote
 
 pytestmark = [
     pytest.mark.mount,
@@ -22,16 +21,9 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    """Process that forks supervisors."""
-    with Zygote() as made:
-        yield made
-
-
 @pytest.mark.parametrize("name", scenarios())
-def test_as_the_kernel_or_for_a_reason(name: str, zygote: Zygote, tmp_path: Path) -> None:
-    verdict = run(scenarios()[name], zygote, tmp_path)
+def test_as_the_kernel_or_for_a_reason(name: str, tmp_path: Path) -> None:
+    verdict = run(scenarios()[name], shared_zygote(), tmp_path)
     if verdict.not_yet is not None:
         pytest.skip(f"not yet: {verdict.not_yet}")
     unexplained = "\n".join(str(found) for found in verdict.unexplained)

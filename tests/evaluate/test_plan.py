@@ -65,7 +65,7 @@ def test_an_invalid_fault_process_is_refused(process: str, line: int, why: str) 
     [
         ('name = "small"', "nme = 1", 1, "unknown key 'nme'"),
         ('name = "small"', 'name = "small', 1, ""),
-        ("seconds = 0.4", 'seconds = "1"', 3, "expected `float`"),
+        ("seconds = 0.4", 'seconds = "1"', 3, "expected a number"),
         ("seconds = 0.4", "seconds = 0", 3, "more than 0"),
         ("repetitions = 2", "repetitions = 0", 4, "at least one"),
         ('"32M"', '"1M"', 5, "at least 16M"),

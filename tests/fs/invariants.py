@@ -13,7 +13,7 @@ from daxemu.errors import MediaError
 from daxemu.fs import fsck
 from daxemu.fs.namespace import Namespace
 from daxemu.fs.rmap import ReflinkProxy, Rmap
-from daxemu.uapi import PAGE_SIZE, SECTORS_PER_PAGE
+from daxemu.uapi import PAGE_SECTORS, PAGE_SIZE
 from tests.fs.model import Model, Page
 from tests.support.core import Core, touched_poison
 from tests.support.followed import Followed
@@ -150,7 +150,7 @@ class Invariants(RuleBasedStateMachine):
         fs = self.core.fs
         used = {block for block, _ in self.placed().values()} | self.metadata_blocks()
         free = {block for run in fs.allocator.free_ranges() for block in range(*run)}
-        bad = {sector // SECTORS_PER_PAGE for run in self.core.pmem.badblocks for sector in range(*run)}
+        bad = {sector // PAGE_SECTORS for run in self.core.pmem.badblocks for sector in range(*run)}
         assert used.isdisjoint(free)
         assert len(used) + len(free) == fs.allocator.total == 2048
         assert len(self.metadata_blocks()) == sum(o.length for o in fs.rmap.owners(0, 2048) if o.ino == 0)

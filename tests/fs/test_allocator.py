@@ -8,6 +8,7 @@ import pytest
 
 from daxemu.errors import NoSpace
 from daxemu.fs.allocator import Allocator
+from daxemu.fs.reclaimer import Reclaimer
 from daxemu.pmem.inject import inject, scrub
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE
@@ -90,20 +91,21 @@ def test_freed_blocks_keep_their_bytes_and_are_not_used_before_the_commit(
         allocator.allocate(1)
 
 
-def test_reclaim_is_called_when_only_pending_blocks_are_left(allocator: Allocator) -> None:
+def test_reclaim_is_called_when_only_pending_blocks_are_left(core: Core) -> None:
+    core.without_filesystem()
     asked = []
 
     def commit() -> None:
-        asked.append(allocator.free_ranges())
-        allocator.settle()
+        asked.append(full.free_ranges())
+        full.settle()
 
-    allocator.allocate(2048)
-    allocator.free(Range(5, 9))
-    allocator.reclaim = commit
-    assert allocator.allocate(3) == [Range(5, 8)]
+    full = Allocator(core.pmem.dax, Reclaimer(commit))
+    full.allocate(2048)
+    full.free(Range(5, 9))
+    assert full.allocate(3) == [Range(5, 8)]
     assert asked == [[Range(5, 9)]]
     with pytest.raises(NoSpace):
-        allocator.allocate(2)
+        full.allocate(2)
     assert asked == [[Range(5, 9)]]
 
 

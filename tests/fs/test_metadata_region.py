@@ -7,8 +7,8 @@ import pytest
 
 from daxemu.errors import CorruptMetadata, MediaError, NoSpace
 from daxemu.fs.allocator import Allocator
-from daxemu.fs.metadata_page import PAYLOAD
-from daxemu.fs.metadata_region import MetadataFile, MetadataRegion
+from daxemu.fs.metadata_page import PAYLOAD, MetadataFile
+from daxemu.fs.metadata_region import MetadataRegion, OnRewrite
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.fs.superblock import SUPER_BLOCKS, VERSION, Superblock, _checksum
 from daxemu.pmem.inject import inject
@@ -28,12 +28,12 @@ def empty(core: Core) -> Core:
     return core
 
 
-def a_region(core: Core) -> MetadataRegion:
-    return MetadataRegion(core.pmem.dax, Rmap(), Allocator(core.pmem.dax))
+def a_region(core: Core, *on_rewrite: OnRewrite) -> MetadataRegion:
+    return MetadataRegion(core.pmem.dax, Rmap(), Allocator(core.pmem.dax), *on_rewrite)
 
 
-def formatted(core: Core, pages: int = 4) -> MetadataRegion:
-    region = a_region(core)
+def formatted(core: Core, *on_rewrite: OnRewrite, pages: int = 4) -> MetadataRegion:
+    region = a_region(core, *on_rewrite)
     region.format()
     for file in MetadataFile:
         region.grow(file, pages * PAYLOAD)
@@ -207,13 +207,12 @@ def test_repair_writes_every_poisoned_page_from_its_other_copy(empty: Core) -> N
 def test_any_corrupt_byte_of_one_copy_is_noticed_when_read_and_rewritten(
     empty: Core, copy: int, at: int
 ) -> None:
-    region = formatted(empty)
-    told: list[tuple[str, int, int, str]] = []
-    region.on_bad_copy = lambda *bad: told.append(bad)
+    rewritten: list[tuple[str, int, int, str]] = []
+    region = formatted(empty, lambda *copy: rewritten.append(copy))
     flip(empty, copies(region, DB, 2)[copy] + at)
     assert lines(region, is_clean=True) == [f"metadata page 2 of db: copy {copy + 1} has a wrong checksum"]
     assert region.read(DB, 0, 4 * PAYLOAD) == b"A" * 4 * PAYLOAD
-    assert told == [("db", 2, copy + 1, "has a wrong checksum")]
+    assert rewritten == [("db", 2, copy + 1, "has a wrong checksum")]
     assert lines(region, is_clean=True) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 
 import pytest
 
@@ -101,13 +102,19 @@ def test_a_preallocation_that_fails_in_the_middle_makes_its_holes_again(
     assert core.fs.names.get(ino).size == (2 * LINKS - 1) * PAGE_SIZE
 
 
-def test_an_unlinked_file_of_many_links_goes_in_pieces(core: Core) -> None:
-    wanted: list[bool] = []
-    core.fs.unlink_in_pieces(lambda: wanted.append(True))
+@pytest.fixture
+def woken(core: Core) -> Iterator[list[bool]]:
+    """A task that releases blocks only when the test does. One element for each time it was woken."""
+    calls: list[bool] = []
+    with core.fs.reclaimer.served(lambda: calls.append(True)):
+        yield calls
+
+
+def test_an_unlinked_file_of_many_links_goes_in_pieces(core: Core, woken: list[bool]) -> None:
     free = core.fs.allocator.free_blocks
     ino = fragmented(core)
     core.fs.unlink(ROOT_INO, b"f")
-    assert wanted == [True]
+    assert woken == [True]
     steps = 1
     while core.fs.inactivate():
         steps += 1
@@ -121,9 +128,7 @@ def test_an_unlinked_file_of_many_links_goes_in_pieces(core: Core) -> None:
     assert core.fs.allocator.free_blocks >= free - 2
 
 
-def test_a_full_device_takes_what_an_unlinked_file_still_has(core: Core) -> None:
-    core.fs.unlink_in_pieces(lambda: None)
-    core.fs.allocator.on_settle = lambda: None
+def test_a_full_device_takes_what_an_unlinked_file_still_has(core: Core, woken: list[bool]) -> None:
     fragmented(core)
     core.fs.commit()
     core.fs.unlink(ROOT_INO, b"f")
@@ -132,13 +137,13 @@ def test_a_full_device_takes_what_an_unlinked_file_still_has(core: Core) -> None
     assert not core.fs.inodegc.is_busy
 
 
-def test_settled_blocks_are_free_once_drained_and_not_before(core: Core) -> None:
+def test_settled_blocks_are_free_once_drained_and_not_before(core: Core, woken: list[bool]) -> None:
     allocator = core.fs.allocator
-    allocator.on_settle = lambda: None
     ino = core.file(b"f", b"y" * 64 * PAGE_SIZE)
     (part,) = core.fs.device_ranges(ino, 0, 64 * PAGE_SIZE)
     core.fs.unlink(ROOT_INO, b"f")
     core.fs.commit()
+    assert woken == [True]
     assert bytes(core.pmem.dax.direct_access(part.start, 1)) == b"y"
     assert allocator.used_in(Range(part.start // PAGE_SIZE, part.end // PAGE_SIZE)) == 64
     assert allocator.drain(blocks=16)
@@ -147,9 +152,10 @@ def test_settled_blocks_are_free_once_drained_and_not_before(core: Core) -> None
     assert fsck(core.fs) == []
 
 
-def test_usable_blocks_are_free_ones_without_bad_sectors_in_every_state(core: Core) -> None:
+def test_usable_blocks_are_free_ones_without_bad_sectors_in_every_state(
+    core: Core, woken: list[bool]
+) -> None:
     allocator = core.fs.allocator
-    allocator.on_settle = lambda: None
 
     def check() -> None:
         bad = RangeSet(

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from daxemu.errors import Busy, CorruptMetadata, DaxemuError, NoDevice, Unsupported
-from daxemu.events import Event, MemoryFailureHandled, Outcome, OutsideKernelControl
+from daxemu.events import Event, MemoryFailureHandled, Outcome, OutsideKernelControl, no_log
 from daxemu.mm.memory_failure import (
     Incident,
     MappingRange,
@@ -220,10 +220,11 @@ def test_poisoning_a_poisoned_page_is_handled_again(machine: Machine) -> None:
     assert machine.mm.counters[Outcome.RECOVERED] == 2
 
 
-def test_on_count_is_called_after_each_change(machine: Machine) -> None:
-    machine.pagemap(100, 200)
+def test_on_count_is_called_after_each_change() -> None:
     seen: list[int] = []
-    machine.mm.on_count = lambda: seen.append(machine.mm.counters[Outcome.RECOVERED])
+    mm = MemoryFailures(no_log, on_count=lambda counters: seen.append(counters[Outcome.RECOVERED]))
+    machine = Machine(mm, [])
+    machine.pagemap(100, 200)
     machine.fail(100, 1)
     machine.fail(101, 1)
     assert seen == [1, 2]

@@ -10,14 +10,13 @@ import pytest
 from tests.support.mount import DaxMount
 from tests.support.quick import QuickMount, quick_mount_at
 from tests.support.scene import PAGES, Scene
-from tests.support.zygote import Zygote
+from tests.support.zygote import Zygote, shared_zygote
 
 
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
+def zygote() -> Zygote:
     """Process that forks supervisors."""
-    with Zygote() as made:
-        yield made
+    return shared_zygote()
 
 
 @pytest.fixture

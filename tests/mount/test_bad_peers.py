@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.support.mount import PATIENCE, DaxMount
+from tests.support.words import library_words
 
 pytestmark = pytest.mark.mount
 
@@ -116,6 +117,7 @@ def test_a_line_that_is_no_request(dax_mount: DaxMount, line: bytes) -> None:
             assert reply["error"] == "InvalidArgument"
             assert reply["message"]
             assert "\n" not in str(reply["message"])
+            assert library_words(str(reply["message"])) is None
         connected.sendall(b'\n  \n{"op": "status"}\n')
         assert answer(connected)["ok"] is True
     works(dax_mount)

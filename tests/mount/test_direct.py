@@ -1,4 +1,4 @@
-"""``daxemu mount --direct``, not under ``daxemu run``: read(2), write(2), refused mappings, changes of mode."""
+"""``daxemu mount --direct``, not under ``daxemu run``: read(2), write(2), refused mappings, other modes."""
 
 from __future__ import annotations
 

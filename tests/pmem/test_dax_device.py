@@ -20,6 +20,9 @@ class Holder:
         self.told: list[tuple[int, int, int]] = []
         self.error = error
 
+    def before_poison(self) -> None:
+        """No grant depends on the health of the media."""
+
     def notify_failure(self, offset: int, length: int, flags: int) -> None:
         self.told.append((offset, length, flags))
         if self.error is not None:

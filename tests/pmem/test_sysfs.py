@@ -27,6 +27,9 @@ class OneFile:
     mm: MemoryFailures
     base_pfn: int
 
+    def before_poison(self) -> None:
+        """No grant depends on the health of the media."""
+
     def notify_failure(self, offset: int, length: int, flags: int) -> None:
         index, count = offset // PAGE_SIZE, length // PAGE_SIZE
         self.mm.mf_dax_kill_procs(7, index, count, self.base_pfn + index, flags)
@@ -61,7 +64,7 @@ def test_counters_are_one_number_a_file(sysfs: Sysfs, tmp_path: Path) -> None:
 
 def test_badblocks_is_at_most_a_page_of_whole_lines(sysfs: Sysfs, tmp_path: Path) -> None:
     badblocks = Badblocks()
-    badblocks.on_change = lambda: sysfs.show_badblocks(badblocks)
+    badblocks.on_change.register(lambda: sysfs.show_badblocks(badblocks))
     for sector in range(0, 200_000, 100):
         badblocks.set(sector, 2)
     text = (tmp_path / "sysfs" / "badblocks").read_text()
@@ -84,9 +87,8 @@ def test_sysfs_follows_the_device_and_is_created_anew_at_the_next_mount(core: Co
     core.without_filesystem()
     core.pmem.make_struct_pages()
     shown = core.pmem.show_in_sysfs()
-    mm = MemoryFailures(lambda event: None)
+    mm = MemoryFailures(lambda event: None, on_count=shown.show_counters)
     core.pmem.attach(mm)
-    mm.on_count = lambda: shown.show_counters(mm.counters)
     counters = core.path / "sysfs" / "memory_failure"
     pfn = core.pmem.pfn_of(0)
     assert core.pmem.pgmap is not None

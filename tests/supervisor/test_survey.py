@@ -6,11 +6,12 @@ import pytest
 import trio
 
 from daxemu.errors import InvalidArgument
+from daxemu.pmem.device_dir import altmap_bytes
 from daxemu.protocol import Cell, Survey, SurveyReport
 from daxemu.supervisor.verbs.survey import survey
 from daxemu.uapi import PAGE_SIZE as PAGE
 from daxemu.uapi import Ino
-from tests.support.core import Core
+from tests.support.core import Core, core_at
 
 
 def look(
@@ -57,6 +58,15 @@ def test_poison_known_and_latent(core: Core) -> None:
     core.poison(ino, 1)
     core.poison(ino, 2, latent=True)
     found = look(core, place(core, ino), 4 * PAGE, cells=4)
+    assert [(cell.bad, cell.latent) for cell in found.cells] == [(0, 0), (PAGE, 0), (0, PAGE), (0, 0)]
+
+
+def test_poison_is_in_the_cells_of_its_file_on_a_device_with_an_altmap() -> None:
+    with core_at(size=16 << 20, altmap=altmap_bytes(16 << 20)) as core:
+        ino = core.file(b"f", b"x" * 4 * PAGE)
+        core.poison(ino, 1)
+        core.poison(ino, 2, latent=True)
+        found = look(core, place(core, ino), 4 * PAGE, cells=4)
     assert [(cell.bad, cell.latent) for cell in found.cells] == [(0, 0), (PAGE, 0), (0, PAGE), (0, 0)]
 
 

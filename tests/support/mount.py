@@ -18,8 +18,10 @@ from daxemu.client import Client
 from daxemu.host.fuse.session import Session, abort_connection
 from daxemu.host.proc.mountinfo import mount_at
 from tests.support import kinds
+from tests.support.zygote import shared_zygote
 
 DAXEMU = (sys.executable, "-m", "daxemu")
+"""Command that starts a Python of its own. ``daxemu`` below is quicker."""
 PATIENCE = 30.0
 """Time limit of one command in seconds. A hang fails the test."""
 
@@ -79,11 +81,15 @@ class DaxMount:
 
 
 def daxemu(*arguments: str | Path | int, status: int = 0) -> str:
-    """Run ``daxemu ARGUMENTS`` and assert exit status ``status``.
+    """Run ``daxemu ARGUMENTS``, forked where possible, and assert exit status ``status``.
 
     Return stdout, or stderr if ``status`` is not 0.
     """
-    done = subprocess.run([*DAXEMU, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
+    words = list(map(str, arguments))
+    if shared_zygote().is_up_to_date:
+        done = shared_zygote().daxemu(words, PATIENCE)
+    else:
+        done = subprocess.run([*DAXEMU, *words], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == status, (
         f"daxemu {arguments}: exit {done.returncode}\n{done.stdout}{done.stderr}"
     )

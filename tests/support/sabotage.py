@@ -10,7 +10,7 @@ import faulthandler
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import trio
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import Inode
 from daxemu.fs.namespace import Namespace
+from daxemu.host.fuse.handlers import result_of
 from daxemu.host.fuse.operations import Operations
 from daxemu.host.fuse.session import Session
 from daxemu.host.fuse.watchdog import Watchdog
@@ -31,6 +32,7 @@ from daxemu.mm.to_kill import Task
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.pmem.pmem import Pmem
 from daxemu.protocol import BadblockList
+from daxemu.supervisor import clones
 from daxemu.supervisor.verbs import files
 from daxemu.uapi import PAGE_SIZE
 from tests.support.steps import Steps, count_all
@@ -64,13 +66,25 @@ def die_at_own_open() -> None:
 
 def stop_at_remap(directory: str) -> None:
     """Stand still just before blocks are shared, see _stop()."""
-    remap = Filesystem.remap_file_range
+    remap = Filesystem.remap_in_pieces
 
-    def stopped(self: Filesystem, *arguments: int) -> int:
+    def stopped(self: Filesystem, *arguments: int) -> Generator[None, None, int]:
         _stop(Path(directory))
         return remap(self, *arguments)
 
-    Filesystem.remap_file_range = stopped  # type: ignore[assignment,method-assign]
+    Filesystem.remap_in_pieces = stopped  # type: ignore[assignment,method-assign]
+
+
+def stop_between_pieces(directory: str, pieces: int) -> None:
+    """After some steps of a clone, stop the clone as _stop(). The event loop goes on."""
+
+    async def in_two(steps: Generator[None, None, int]) -> int:
+        for _ in range(pieces):
+            next(steps)
+        await trio.to_thread.run_sync(_stop, Path(directory))
+        return await result_of(steps)
+
+    vars(clones)["result_of"] = in_two
 
 
 def stop_in_write_back(directory: str, name: str) -> None:

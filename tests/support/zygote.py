@@ -1,60 +1,83 @@
-"""Zygote: forks supervisors, and other test processes, from a process with all modules imported.
+"""Zygote: forks supervisors, commands, and other test processes, from a process with all modules imported.
 
-    python -m tests.support.zygote      one JSON request a line on stdin, answers on stdout
+    python -m tests.support.zygote FD      requests on a SOCK_SEQPACKET socket: JSON, with descriptors
 
-A fork takes a tenth of the time of a Python start. A forked supervisor equals ``python -m daxemu.supervisor``
-without the execve(2).
+A fork takes a tenth of the time of a Python start. A forked supervisor equals ``python -m
+daxemu.supervisor``, and a forked command ``python -m daxemu``, without the execve(2).
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn, Self
 
 from daxemu.errors import ERRORS, DaxemuError
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 30.0
-LATE = ("daxemu.supervisor.run", "daxemu.mm.memmap")
-"""Modules that a supervisor imports late: the larger part of its start."""
+LATE = ("daxemu.supervisor.run", "daxemu.supervisor.spawn", "daxemu.mm.memmap")
+"""Modules that a supervisor, or a command, imports late: the larger part of its start. The modules of the
+verbs come on top.
+"""
+MAX_REQUEST = 1 << 17
+"""Bytes."""
 
 
 class Zygote:
-    """The forking process. A context manager; forked processes outlive it."""
+    """The forking process. A context manager; forked processes outlive it. Any thread may use a zygote."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.zygote"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
+        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._one_at_a_time = threading.Lock()
+        self._state = _read_at_start()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.zygote", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                cwd=ROOT,
+            )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._process.communicate()
+        self.close()
 
-    def _ask(self, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        assert line, "the zygote died"
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+    def close(self) -> None:
+        """End the zygote."""
+        self._sock.close()
+        self._process.wait(PATIENCE)
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Return True if a new Python would start as the zygote did: in the same mount namespace, and with
+        the same values of the variables that daxemu and Python read at the start.
+        """
+        return self._state == _read_at_start()
+
+    def _ask(self, *descriptors: int, **request: Any) -> dict[str, Any]:
+        with self._one_at_a_time:
+            socket.send_fds(self._sock, [json.dumps(request).encode()], descriptors)
+            answer = self._sock.recv(MAX_REQUEST)
+        assert answer, "the zygote died"
+        found: dict[str, Any] = json.loads(answer)
+        return found
 
     def supervise(
         self, device: Path, mountpoint: Path, sabotage: Sequence[Any] = (), repair: str = "none"
@@ -79,6 +102,62 @@ class Zygote:
     def run(self, function: str, *arguments: Any) -> int:
         """Call "module:function" in a new process; return the pid. Arguments must be JSON-compatible."""
         return int(self._ask(do="run", function=function, arguments=arguments)["pid"])
+
+    def daxemu(self, arguments: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
+        """Run ``daxemu ARGUMENTS`` here, with an empty stdin. Return the result after the end of the command.
+
+        Raises TimeoutExpired after ``timeout`` seconds; the command is killed then. Precondition:
+        ``is_up_to_date``.
+        """
+        ended, status = os.pipe()
+        with (
+            tempfile.TemporaryFile("w+") as out,
+            tempfile.TemporaryFile("w+") as err,
+            os.fdopen(ended) as end,
+        ):
+            try:
+                request = {
+                    "arguments": list(arguments),
+                    "cwd": str(Path.cwd()),
+                    "environment": dict(os.environ),
+                    "umask": _umask(),
+                }
+                descriptors = (out.fileno(), err.fileno(), status)
+                pid = int(self._ask(*descriptors, do="daxemu", **request)["pid"])
+            finally:
+                os.close(status)
+            if not select.select([end], [], [], timeout)[0]:
+                os.kill(pid, signal.SIGKILL)
+                raise subprocess.TimeoutExpired(["daxemu", *arguments], timeout)
+            code = end.readline()
+            assert code, f"daxemu {arguments} was killed"
+            wait_for_end(pid)
+            for output in (out, err):
+                output.seek(0)
+            return subprocess.CompletedProcess(arguments, int(code), out.read(), err.read())
+
+
+_shared: list[Zygote] = []
+
+
+def shared_zygote() -> Zygote:
+    """Return the zygote of this process, which starts at the first call."""
+    if not _shared:
+        _shared.append(Zygote())
+        atexit.register(_shared[0].close)
+    return _shared[0]
+
+
+def _read_at_start() -> tuple[str, dict[str, str]]:
+    """Return what a Python, or a module of daxemu, reads when it starts: see ``is_up_to_date``."""
+    names = ("DAXEMU_", "PYTHON", "LD_")
+    variables = {name: value for name, value in os.environ.items() if name.startswith(names)}
+    return str(Path("/proc/thread-self/ns/mnt").readlink()), variables
+
+
+def _umask() -> int:
+    text = Path("/proc/thread-self/status").read_text()
+    return int(next(line for line in text.splitlines() if line.startswith("Umask:")).split()[1], 8)
 
 
 def wait_for_end(pid: int) -> None:
@@ -113,19 +192,119 @@ def _is_alive(pid: int) -> bool:
 # -- in the zygote
 
 
-def _serve() -> None:
+def _serve(sock: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no wait(2) for children: a pidfd shows their end
     import daxemu.supervisor.__main__ as supervisor
+    from daxemu.cli.main import VERBS
 
-    for module in LATE:
+    for module in (*LATE, *(f"daxemu.cli.{name}" for name in sorted(set(VERBS.values())))):
         importlib.import_module(module)
-    for line in sys.stdin:
-        request = json.loads(line)
-        if request["do"] == "supervise":
-            answer = _supervise(supervisor.main, request)
-        else:
-            answer = {"pid": _fork(lambda r=request: _call(r), "/dev/null")}  # type: ignore[misc]
-        print(json.dumps(answer), flush=True)
+    while True:
+        packet, descriptors, _, _ = socket.recv_fds(sock, MAX_REQUEST, 3)
+        if not packet:
+            return
+        request = json.loads(packet)
+        try:
+            match request["do"]:
+                case "supervise":
+                    answer = _supervise(supervisor.main, request)
+                case "daxemu":
+                    answer = {"pid": _command(request, *descriptors)}
+                case _:
+                    answer = {"pid": _fork(lambda r=request: _call(r), "/dev/null")}  # type: ignore[misc]
+        finally:
+            for fd in descriptors:
+                os.close(fd)
+        sock.send(json.dumps(answer).encode())
+
+
+def _command(request: dict[str, Any], out: int, err: int, status: int) -> int:
+    """Start a command; return its pid. The command writes its exit status to ``status`` at its end."""
+
+    def command() -> int:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _open_standard(os.open(os.devnull, os.O_RDONLY), out, err, keep=[status])
+        os.chdir(request["cwd"])
+        os.umask(request["umask"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        return _run_command(request["arguments"])
+
+    pid = os.fork()
+    if not pid:
+        _end_with(command, lambda code: os.write(status, b"%d\n" % code))
+    return pid
+
+
+def _run_command(arguments: list[str]) -> int:
+    from daxemu.cli.main import main
+    from daxemu.supervisor import spawn
+
+    forking = SimpleNamespace(**vars(subprocess))
+    forking.Popen = ForkedSupervisor
+    vars(spawn)["subprocess"] = forking
+    try:
+        main(arguments, prog_name="daxemu")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+class ForkedSupervisor:
+    """Child forked, not executed, for ``python -m daxemu.supervisor``: the part of subprocess.Popen that
+    supervisor/spawn.py uses.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        stdin: int,
+        stdout: Any,
+        stderr: Any,
+        pass_fds: Sequence[int],
+        start_new_session: bool,
+        cwd: str,
+    ) -> None:
+        assert list(command[:3]) == [sys.executable, "-m", "daxemu.supervisor"]
+        assert (stdin, start_new_session) == (subprocess.DEVNULL, True)
+        device, mountpoint, ready, options = command[3:]
+        self.pid = os.fork()
+        if not self.pid:
+            os.setsid()
+            _open_standard(os.open(os.devnull, os.O_RDONLY), stdout.fileno(), stderr.fileno(), keep=pass_fds)
+            os.chdir(cwd)
+            import daxemu.supervisor.__main__ as supervisor
+
+            _end_with(lambda: supervisor.main(device, mountpoint, int(ready), options))
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end. Raises TimeoutExpired after ``timeout`` seconds."""
+        handle = os.pidfd_open(self.pid)
+        try:
+            if not select.select([handle], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("daxemu.supervisor", timeout or 0.0)
+        finally:
+            os.close(handle)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def _open_standard(*files: int, keep: Sequence[int]) -> None:
+    """Make copies of ``files`` the descriptors 0, 1 and 2, and close all others but those in ``keep``."""
+    for number, fd in enumerate(files):
+        os.dup2(fd, number)
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2 and fd not in keep:
+            with suppress(OSError):  # the descriptor of the listing itself
+                os.close(fd)
 
 
 def _call(request: dict[str, Any]) -> None:
@@ -163,15 +342,22 @@ def _fork(child: Callable[[], object], log: str) -> int:
 
 
 def _become(child: Callable[[], object], log: str) -> NoReturn:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    for number, path in ((0, "/dev/null"), (1, log), (2, log)):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(fd, number)
+        os.close(fd)
+    os.chdir("/")
+    _end_with(child)
+
+
+def _end_with(child: Callable[[], object], last: Callable[[int], object] = lambda status: None) -> NoReturn:
+    """Call ``child``, then ``last`` with the exit status, and end the process. An int that ``child`` returns
+    is the exit status.
+    """
     status = 70
     try:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        os.setsid()
-        for number, path in ((0, "/dev/null"), (1, log), (2, log)):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            os.dup2(fd, number)
-            os.close(fd)
-        os.chdir("/")
         result = child()
         status = result if isinstance(result, int) else 0
     except BaseException:
@@ -182,8 +368,10 @@ def _become(child: Callable[[], object], log: str) -> NoReturn:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        last(status)
         os._exit(status)
 
 
 if __name__ == "__main__":
-    _serve()
+    with socket.socket(fileno=int(sys.argv[1])) as requests:
+        _serve(requests)

@@ -8,6 +8,9 @@
  *   forks N            N forks, each child stores its number to page N and ends; "forked N", with the number of failures
  *   threads T N        the same from T threads at once
  *   stress N           N forks, while another thread stores to all pages again and again
+ *   alarmed N          N forks while a timer signals every millisecond; "failures N signals N"
+ *   limit N            setrlimit(RLIMIT_NPROC)
+ *   reaper             becomes a subreaper
  *   wait               waitpid(-1, __WALL): "wait RESULT ERRNO"
  *   state              everything that the making of an agent must not change
  *   vfork              the child of a vfork stores to page 0, then exits
@@ -23,7 +26,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
+#include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -103,6 +108,25 @@ static int caught;
 static void on_signal(int sig)
 {
 	caught = sig;
+}
+
+static volatile int signals;
+
+static void on_alarm(int sig)
+{
+	(void)sig;
+	signals++;
+}
+
+/* The handlers run in between, and in all children. */
+static void alarmed(int count)
+{
+	struct sigaction action = {.sa_handler = on_alarm, .sa_flags = SA_RESTART};
+	struct itimerval often = {{0, 1000}, {0, 1000}}, never = {{0, 0}, {0, 0}};
+	sigaction(SIGALRM, &action, NULL);
+	setitimer(ITIMER_REAL, &often, NULL);
+	forks(0, count);
+	setitimer(ITIMER_REAL, &never, NULL);
 }
 
 /* What changes in a thread across an mmap, as the kernel shows it and as the program sees it. */
@@ -194,6 +218,9 @@ int main(void)
 		} else if (sscanf(line, "forks %ld", &a) == 1) {
 			forks(0, a);
 			printf("failures %d\n", failures);
+		} else if (sscanf(line, "alarmed %ld", &a) == 1) {
+			alarmed(a);
+			printf("failures %d signals %d\n", failures, signals);
 		} else if (sscanf(line, "bomb %ld", &a) == 1) {
 			bomb(a);
 			printf("failures %d\n", failures);
@@ -220,6 +247,9 @@ int main(void)
 		} else if (!strcmp(line, "reaper\n")) {
 			prctl(PR_SET_CHILD_SUBREAPER, 1);
 			puts("done");
+		} else if (sscanf(line, "limit %ld", &a) == 1) {
+			struct rlimit processes = {a, 200};
+			puts(setrlimit(RLIMIT_NPROC, &processes) ? "no" : "done");
 		} else if (sscanf(line, "state %399s", path) == 1) {
 			state(path);
 		} else if (!strcmp(line, "vfork\n")) {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from daxemu.cli.common import json_option, table
+from daxemu.cli.common import NumberRange, json_option, table
 from daxemu.cli.long_work import INTERRUPTED, interruptible, progress
 from daxemu.cli.output import complain, say, say_json
 from daxemu.errors import DaxemuError, InvalidArgument, Unsupported
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--limit",
-    type=click.FloatRange(1.0),
+    type=NumberRange(1.0),
     default=30.0,
     show_default=True,
     help="Seconds without an answer after which a program counts as hung.",

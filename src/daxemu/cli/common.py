@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import click
 
@@ -37,6 +37,42 @@ class Size(click.ParamType[int]):
 
 
 SIZE = Size()
+
+
+class _Explaining(click.ParamType[Any]):
+    """Number with a refusal that says what was expected."""
+
+    def fail(
+        self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None
+    ) -> NoReturn:
+        """See click.ParamType.fail."""
+        super().fail(_expected(message, self), param, ctx)
+
+
+class Whole(_Explaining, click.types.IntParamType):
+    """Whole number."""
+
+
+class WholeRange(_Explaining, click.IntRange):
+    """Whole number within limits."""
+
+
+class Number(_Explaining, click.types.FloatParamType):
+    """Number."""
+
+
+class NumberRange(_Explaining, click.FloatRange):
+    """Number within limits."""
+
+
+def _expected(message: str, kind: click.ParamType[Any]) -> str:
+    """Return the text of a refusal: the value, with which click's message begins, and what was expected."""
+    what = "a whole number" if isinstance(kind, click.types.IntParamType) else "a number"
+    if isinstance(kind, click.IntRange | click.FloatRange):
+        low = "" if kind.min is None else f" {'above' if kind.min_open else 'from'} {kind.min:g}"
+        high = "" if kind.max is None else f" to {kind.max:g}"
+        what += low + high + (" on" if low.startswith(" from") and not high else "")
+    return f"{message.partition(' is not ')[0]}: expected {what}"
 
 
 class UntouchedPath(click.Path):

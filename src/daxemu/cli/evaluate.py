@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from daxemu.cli.common import emit, json_option
+from daxemu.cli.common import WholeRange, emit, json_option
 from daxemu.cli.long_work import INTERRUPTED, interruptible, progress
 from daxemu.cli.output import complain
 from daxemu.errors import DaxemuError
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 @click.option(
     "-j",
     "--jobs",
-    type=click.IntRange(1),
-    help="Number of trials at a time. Default: half the number of processors.",
+    type=WholeRange(1),
+    help="NumberRange of trials at a time. Default: half the number of processors.",
 )
 @click.option("--scheduler", metavar="ADDRESS", help="Run the trials on this Dask cluster.")
 @json_option

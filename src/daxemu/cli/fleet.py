@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from daxemu.cli.common import emit, json_option, table
+from daxemu.cli.common import NumberRange, WholeRange, emit, json_option, table
 from daxemu.errors import InvalidArgument
+from daxemu.malformed import NOT_JSON, why_not_text
 from daxemu.sizes import human
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ HEADER = (
 @click.command()
 @click.argument("plan", type=FILE, metavar="PLAN.toml")
 @click.option("--costs", type=FILE, help="REPORT.json of an evaluation: measured costs of each strategy.")
-@click.option("--devices", type=click.IntRange(1), help="Number of devices. Default: the number in PLAN.")
-@click.option("--years", type=click.FloatRange(0, min_open=True), help="Years. Default: the years in PLAN.")
+@click.option("--devices", type=WholeRange(1), help="NumberRange of devices. Default: the number in PLAN.")
+@click.option("--years", type=NumberRange(0, min_open=True), help="Years. Default: the years in PLAN.")
 @click.option("--faults", "only", metavar="NAME", help="Simulate only this fault plan.")
 @click.option("--scheduler", metavar="ADDRESS", help="Simulate on this Dask cluster; the result is the same.")
 @click.option(
@@ -82,9 +83,10 @@ def _report(path: Path) -> dict[str, Any]:
     try:
         report = json.loads(path.read_text())
         if not isinstance(report, dict) or "cells" not in report:
-            raise ValueError("no cells")
-    except ValueError as error:
-        raise InvalidArgument(f"{path} is not a REPORT.json of daxemu evaluate: {error}") from error
+            raise InvalidArgument(f"{path}: no key 'cells': give a REPORT.json of daxemu evaluate")
+    except (ValueError, RecursionError) as error:
+        reason = why_not_text(error, NOT_JSON)
+        raise InvalidArgument(f"{path}: {reason}: give a REPORT.json of daxemu evaluate") from error
     return report
 
 

@@ -7,6 +7,7 @@ import os
 import select
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +34,7 @@ from daxemu.host.deadline import Deadline
 from daxemu.host.direct_needs import check_direct
 from daxemu.host.proc.device_lock import PATIENCE, end_holder, wait_for_last_mount
 from daxemu.host.proc.mountinfo import Mount, mount_at, mounts
-from daxemu.host.proc.pins import copies, named, pins_of, pins_of_device
+from daxemu.host.proc.pins import Pin, copies, named, pins_of, pins_of_device
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.protocol import InternalsReport
 from daxemu.supervisor import settings as limits
@@ -166,7 +167,9 @@ def umount(mountpoint: Path, force: bool, as_json: bool) -> None:
       daxemu umount /tmp/pmem
     """
     deadline = Deadline(FORCE_PATIENCE)
-    found = mount_at(Path(os.path.abspath(mountpoint))) or _mounted_elsewhere(mountpoint, force=force)
+    found = mount_at(Path(os.path.abspath(mountpoint))) or _mounted_elsewhere(
+        mountpoint, deadline, force=force
+    )
     if found is None:
         raise NotMounted(f"{mountpoint} is not a daxemu mountpoint: see daxemu status")
     try:
@@ -175,7 +178,7 @@ def umount(mountpoint: Path, force: bool, as_json: bool) -> None:
         else:
             _ask_to_end(found, "unmount")
     except NotMounted:
-        _clear_away(found, deadline, end=force)
+        _clear_away(found, deadline if force else Deadline(FORCE_PATIENCE), end=force)
     except Busy:
         if not force:
             raise
@@ -210,11 +213,14 @@ def powerfail(mountpoint: Path, as_json: bool) -> None:
     emit({"mountpoint": mountpoint, "device": found.device, **answer}, as_json, text)
 
 
-def _mounted_elsewhere(device: Path, *, force: bool) -> Mount | None:
+def _mounted_elsewhere(device: Path, deadline: Deadline, *, force: bool) -> Mount | None:
     """Return the mount of a DEVICE that only other mount namespaces still have. Without ``force``, raise Busy
     with the names of these processes.
     """
-    pins = pins_of_device(device)
+    try:
+        pins = deadline.run(lambda: pins_of_device(device))
+    except TimeoutError as error:
+        raise Busy("the mounts of all processes could not be read from /proc in time: try again") from error
     if pins and not force:
         raise Busy(f"{device} is mounted as {named(pins)}: end that process, or use --force")
     return pins[0].mount if pins else None
@@ -253,12 +259,19 @@ def _wait_for_end(found: Mount, pid: int, process: int, deadline: Deadline | Non
     kept = 0.0 if deadline is None else CUT_PATIENCE
     pinned_since: float | None = None
     while not select.select([process], [], [], min(1.0, until.left(kept)))[0]:
-        pinned_since = (pinned_since or time.monotonic()) if (pins := pins_of(found)) else None
+        pinned_since = (pinned_since or time.monotonic()) if (pins := _pins(found, until, kept)) else None
         limit = STATUS_PATIENCE if deadline is None else 0.0
         if pinned_since is not None and time.monotonic() - pinned_since >= limit:
             raise Busy(f"{found.device} is still mounted as {named(pins)}: umount --force {found.device}")
         if not until.left(kept):
             raise Busy(f"the supervisor (pid {pid}) does not end: see {found.device}/supervisor.log")
+
+
+def _pins(found: Mount, until: Deadline, kept: float) -> list[Pin]:
+    """Return :func:`pins_of`; nothing if the time limit comes first."""
+    with suppress(TimeoutError):
+        return until.run(lambda: pins_of(found), kept)
+    return []
 
 
 def _clear_away(found: Mount, deadline: Deadline, *, end: bool) -> None:
@@ -267,12 +280,18 @@ def _clear_away(found: Mount, deadline: Deadline, *, end: bool) -> None:
     """
     from daxemu.host.fuse.session import Session, abort_connection, is_same
 
-    abort_connection(found)
     still = mount_at(found.mountpoint)
-    if still is not None and is_same(still, found):
-        Session(-1, still).detach()
-    if end and not end_holder(found, deadline, KILL_PATIENCE):
-        raise Busy(f"the supervisor that holds {found.device}/lock does not end: see {found.device}")
+    try:
+        deadline.run(lambda: abort_connection(found), KILL_PATIENCE)
+        if still is not None and is_same(still, found):
+            deadline.run(Session(-1, still).detach, KILL_PATIENCE)
+        if end and not end_holder(found, deadline, KILL_PATIENCE):
+            raise Busy(f"the supervisor that holds {found.device}/lock does not end: see {found.device}")
+    except TimeoutError as error:
+        raise Busy(
+            f"{found.device}: the filesystem that holds the device, or the mountpoint, does not answer: "
+            "end that filesystem first"
+        ) from error
     left = mount_at(found.mountpoint)
     if left is not None and is_same(left, found):
         raise Busy(f"{found.mountpoint} cannot be unmounted: try as root: umount -l {found.mountpoint}")

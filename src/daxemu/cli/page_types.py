@@ -69,7 +69,7 @@ def page_types(device: Path, as_list: bool, as_json: bool) -> None:
 
 
 def _print_counts(memmap: Memmap, as_json: bool) -> None:
-    found = [(kpageflags(kind, bad), kind, pages) for (kind, bad), pages in memmap.count().items()]
+    found = [(kpageflags(kind, hwpoison), kind, pages) for (kind, hwpoison), pages in memmap.count().items()]
     found.sort(key=lambda each: (list(PfnKind).index(each[1]), each[0]))
     total = sum(pages for _, _, pages in found)
     rows = [
@@ -98,8 +98,8 @@ def _print_counts(memmap: Memmap, as_json: bool) -> None:
 
 
 def _print_ranges(memmap: Memmap, as_json: bool) -> None:
-    for pages, kind, bad in memmap.walk():
-        flags = kpageflags(kind, bad)
+    for pages, kind, hwpoison in memmap.walk():
+        flags = kpageflags(kind, hwpoison)
         if not as_json:
             say(f"{pages.start:#x}\t{pages.length:#x}\t{_letters(flags)}\t{kind}", tabs=True)
             continue

@@ -7,7 +7,19 @@ from typing import Any
 
 import click
 
-from daxemu.cli.common import PATH, PATH_TEXT, SIZE, Target, connect, emit, human, json_option, table, target
+from daxemu.cli.common import (
+    PATH,
+    PATH_TEXT,
+    SIZE,
+    Target,
+    Whole,
+    connect,
+    emit,
+    human,
+    json_option,
+    table,
+    target,
+)
 from daxemu.errors import InvalidArgument
 from daxemu.events import signalled
 from daxemu.failure_kind import INJECTED, FailureKind, injected_kind
@@ -57,7 +69,7 @@ def _kind_options(command: Any) -> Any:
 @click.argument("path", type=PATH_TEXT)
 @_range_options
 @_kind_options
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the new bytes of --silent.")
+@click.option("--seed", type=Whole(), default=0, show_default=True, help="Seed of the new bytes of --silent.")
 @json_option
 def inject(
     path: str,

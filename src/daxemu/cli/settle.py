@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from daxemu.cli.common import PATH, connect, emit, json_option
+from daxemu.cli.common import PATH, Number, connect, emit, json_option
 from daxemu.client.connection import SETTLE_PATIENCE
 
 
 @click.command()
 @click.argument("mountpoint", type=PATH)
 @click.option(
-    "--timeout", type=float, default=SETTLE_PATIENCE, show_default=True, help="Maximum wait in seconds."
+    "--timeout", type=Number(), default=SETTLE_PATIENCE, show_default=True, help="Maximum wait in seconds."
 )
 @json_option
 def settle(mountpoint: Path, timeout: float, as_json: bool) -> None:

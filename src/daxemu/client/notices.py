@@ -44,11 +44,11 @@ def notice_of(event: Event, mount: Mount, *, only_mapped: bool) -> Notice | None
 def _own_addresses(event: FileDamaged | StoreLost, mount: Mount) -> list[tuple[int, int]]:
     from daxemu.host.proc import maps
     from daxemu.ranges import Range
-    from daxemu.uapi import PAGE_SHIFT
+    from daxemu.units import PFN_PHYS
 
     found = []
     for vma in maps.read(os.getpid(), mount.dev):
-        first = vma.pgoff << PAGE_SHIFT
+        first = PFN_PHYS(vma.pgoff)
         lost = Range(event.offset, event.offset + event.length).clip(first, first + vma.end - vma.start)
         if vma.ino == event.ino and lost:
             found.append((vma.start + lost.start - first, lost.length))

@@ -60,9 +60,9 @@ def _load(address: int, offset: int, length: int) -> bytes:
             except OSError as error:
                 if error.errno != errno.EIO:
                     raise
-                bad = offset + len(good)
+                lost = offset + len(good)
                 raise MediaError(
-                    f"byte {bad} of the mapping cannot be loaded: see daxemu damaged", good=bytes(good)
+                    f"byte {lost} of the mapping cannot be loaded: see daxemu damaged", good=bytes(good)
                 ) from error
             good += part
     finally:

@@ -103,15 +103,17 @@ def losses(result: Result) -> tuple[Lost, Lost]:
     said = reported(result)
     lost: Lost = []
     silent: Lost = []
-    for bad in result.bad:
-        known = said.get(bad.ino)
-        if bad.state == "unreadable" or result.state == "shut down":
+    for mismatch in result.bad:
+        known = said.get(mismatch.ino)
+        if mismatch.state == "unreadable" or result.state == "shut down":
             known_lost = True
-        elif bad.offset < 0:
+        elif mismatch.offset < 0:
             known_lost = known is not None
         else:
-            known_lost = known is not None and known.overlaps(bad.offset, bad.offset + bad.length)
-        (lost if known_lost else silent).append((bad.path, bad.offset, bad.length))
+            known_lost = known is not None and known.overlaps(
+                mismatch.offset, mismatch.offset + mismatch.length
+            )
+        (lost if known_lost else silent).append((mismatch.path, mismatch.offset, mismatch.length))
     return lost, silent
 
 

@@ -7,7 +7,6 @@ keys; the types below define them.
 from __future__ import annotations
 
 import hashlib
-import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from daxemu.errors import InvalidArgument
 from daxemu.evaluate.plan_lines import line_of
 from daxemu.evaluate.workloads.specs import AnyWorkload
 from daxemu.failure_kind import FailureKind
+from daxemu.malformed import NOT_TOML, explain, toml_line
 from daxemu.sizes import human, parse_size
 from daxemu.uapi import PAGE_SIZE, page_align_down
 
@@ -196,16 +196,14 @@ def parse(text: str, name: str = "plan") -> Plan:
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        found = re.search(r"\(at line (\d+), column \d+\)", str(error))
-        line = found[1] if found else text.count("\n") + 1
-        raise InvalidArgument(f"{name}:{line}: {str(error).partition(' (at ')[0]}") from error
+        raise InvalidArgument(f"{name}:{toml_line(error, text)}: {NOT_TOML}") from error
     except RecursionError as error:
         raise InvalidArgument(f"{name}: nested too deeply: write it as docs/evaluate.md shows") from error
     try:
         plan = msgspec.convert(raw, Plan, dec_hook=_decode)
         _check(plan)
     except msgspec.ValidationError as error:
-        where, what = _explain(str(error))
+        where, what = explain(error)
         raise InvalidArgument(f"{name}:{line_of(text, where)}: {what}") from error
     except _Refused as error:
         raise InvalidArgument(f"{name}:{line_of(text, error.path)}: {error}") from error
@@ -221,22 +219,6 @@ def _decode(kind: type, value: Any) -> Any:
         return Bytes(parse_size(value) if isinstance(value, str) else value)
     except InvalidArgument as error:
         raise ValueError(str(error)) from error
-
-
-def _explain(message: str) -> tuple[list[str | int], str]:
-    """Convert a msgspec message (``Text - at `$.faults[0].process[...]```) to (path, reason)."""
-    what, _, place = message.partition(" - at `")
-    path: list[str | int] = [
-        int(index) if index else key for key, index in re.findall(r"([A-Za-z_]\w*)|\[(\d+)\]", place)
-    ]
-    unknown = re.search(r"unknown field `([^`]+)`", what)
-    if unknown:
-        path.append(unknown[1])
-        return path, f"unknown key {unknown[1]!r}"
-    missing = re.search(r"missing required field `([^`]+)`", what)
-    if missing:
-        return path, f"{missing[1]!r} is missing"
-    return path, what[0].lower() + what[1:]
 
 
 def _check(plan: Plan) -> None:

@@ -193,5 +193,10 @@ def connect(address: str) -> Any:
             # Without a listener, Dask retries for its whole timeout: check the port first.
             socket.create_connection((where[1], int(where[2])), timeout=10).close()
         return DaskClient(address, timeout=10)
-    except (OSError, ValueError, TypeError) as error:
-        raise InvalidArgument(f"no Dask scheduler answers at {address}: {error}") from error
+    except OSError as error:
+        why = error.strerror or "no answer"
+        raise InvalidArgument(
+            f"no Dask scheduler answers at {address}: {why}; start one, or give its address"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise InvalidArgument(f"{address} is no address of a Dask scheduler: give tcp://HOST:PORT") from error

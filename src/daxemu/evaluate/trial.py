@@ -27,7 +27,7 @@ from daxemu.evaluate.workloads.base import Mismatch
 from daxemu.uapi import PAGE_SIZE
 
 MAX_EVENTS = 20_000
-MAX_BAD = 20_000
+MAX_MISMATCHES = 20_000
 
 
 class Key(msgspec.Struct, frozen=True, order=True):
@@ -170,10 +170,10 @@ class _Trial:
         except DaxemuError as error:
             result.unmountable = str(error)
             return
-        *bad, end = ask_worker("check", self.job)
+        *mismatches, end = ask_worker("check", self.job)
         result.size = end["size"]
-        result.bad = [Mismatch(**found) for found in bad[:MAX_BAD]]
-        result.bad_left_off = len(bad) - len(result.bad)
+        result.bad = [Mismatch(**found) for found in mismatches[:MAX_MISMATCHES]]
+        result.bad_left_off = len(mismatches) - len(result.bad)
 
     def _keep_events(self, began: float) -> None:
         events = self.machine.events()

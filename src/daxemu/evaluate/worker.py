@@ -114,11 +114,11 @@ def run(job: Job, workload: Workload) -> None:
 
 def check(workload: Workload) -> None:
     """Read all data back; print each mismatch, then the totals."""
-    bad_bytes = 0
-    for bad in workload.check():
-        bad_bytes += bad.length
-        _say(**bad._asdict())
-    _say(end=True, size=workload.size(), bad=bad_bytes)
+    wrong_bytes = 0
+    for mismatch in workload.check():
+        wrong_bytes += mismatch.length
+        _say(**mismatch._asdict())
+    _say(end=True, size=workload.size(), bad=wrong_bytes)
 
 
 def main(arguments: list[str]) -> int:

@@ -54,4 +54,8 @@ class Event(msgspec.Struct, tag_field="event", kw_only=True):
 
 
 Emit = Callable[[Event], None]
-"""How a layer publishes: it hands the event up and thinks no more of it."""
+"""Publication of an event. A layer calls the function once for each event, and gets no answer."""
+
+
+def no_log(event: Event) -> None:
+    """Drop an event: for a device without a log."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from daxemu.errors import NoSpace
 from daxemu.fs.data_ops import DataOps
 from daxemu.fs.extents import ExtentMap
+from daxemu.fs.reclaimer import Reclaimer
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SIZE, Block
@@ -31,12 +32,13 @@ class Allocator:
     block is *pending* until the commit of the metadata without the block: if the block were used earlier, a
     crash would show new contents in the old file. After the commit the block is *held* while processes may
     still have the block mapped for the old file (:meth:`hold`). Then the block is *settled*: the host gets
-    the memory back, and then the block becomes free. ``reclaim`` is called when only pending blocks are left,
-    and commits.
+    the memory back, and then the block becomes free. ``reclaimer`` commits when only pending blocks are left,
+    and may have a task that drains settled blocks piece by piece.
     """
 
-    def __init__(self, dax: DaxDevice) -> None:
+    def __init__(self, dax: DaxDevice, reclaimer: Reclaimer | None = None) -> None:
         self._dax = dax
+        self._reclaimer = reclaimer or Reclaimer()
         self.total = dax.size // PAGE_SIZE
         self.align = dax.align
         self._free = RangeSet([(0, self.total)])
@@ -47,24 +49,22 @@ class Allocator:
         """Numbers of the holds without a release, in order."""
         self._last_hold = 0
         self._settled = RangeSet()
-        self._bad = RangeSet()
+        self._bad_blocks = RangeSet()
         """Blocks over bad sectors, free or not."""
         self._good: RangeSet | None = None
         """Free blocks without a bad sector; None while no block is bad."""
-        self._bad_later = 0
+        self._later_bad_blocks = 0
         """Number of bad blocks among the pending, held and settled blocks."""
         self._cursor = 0
-        self.on_settle: Callable[[], None] | None = None
-        """Called when blocks are settled. The host then calls :meth:`drain` until no block is left.
-
-        While None, settled blocks become free at once.
-        """
-        dax.badblocks.on_set, dax.badblocks.on_clear = self._set_bad, self._clear_bad
-        self._set_bad(list(dax.badblocks))
-        self.reclaim: Callable[[], None] | None = None
-        self.backlog: Callable[[], int] = lambda: 0
-        """Return the number of blocks of unlinked files. ``reclaim`` frees these blocks."""
+        dax.badblocks.on_set.register(self._set_bad_blocks)
+        dax.badblocks.on_clear.register(self._clear_bad_blocks)
+        self._set_bad_blocks(list(dax.badblocks))
         self.watcher: DataOps | None = None
+
+    def close(self) -> None:
+        """Follow the bad blocks of the device no longer."""
+        self._dax.badblocks.on_set.unregister(self._set_bad_blocks)
+        self._dax.badblocks.on_clear.unregister(self._clear_bad_blocks)
 
     def _later(self) -> Iterator[RangeSet]:
         """Yield the sets of blocks without an owner that cannot be allocated yet."""
@@ -95,26 +95,26 @@ class Allocator:
     @property
     def usable_blocks(self) -> int:
         """Number of free blocks that can be allocated: ``f_bavail`` of statfs(2)."""
-        return self._usable.total + self._blocks_later - self._bad_later
+        return self._usable.total + self._blocks_later - self._later_bad_blocks
 
     @property
     def _usable(self) -> RangeSet:
         """Free blocks without a bad sector."""
         return self._free if self._good is None else self._good
 
-    def _set_bad(self, sectors: list[Range]) -> None:
+    def _set_bad_blocks(self, sectors: list[Range]) -> None:
         """Note sectors added to badblocks."""
         for part in sectors:
-            for block in self._bad.add(*blocks_of_sectors(part)):
+            for block in self._bad_blocks.add(*blocks_of_sectors(part)):
                 if self._good is None:
                     self._good = self._free.copy()
                 self._good.remove(*block)
-                self._bad_later += self._common_later(block)
+                self._later_bad_blocks += self._common_later(block)
 
     def _common_later(self, run: Range) -> int:
         return sum(_common(blocks, run) for blocks in self._later())
 
-    def _clear_bad(self, sectors: list[Range]) -> None:
+    def _clear_bad_blocks(self, sectors: list[Range]) -> None:
         """Note sectors removed from badblocks.
 
         A block becomes usable with the last of its bad sectors cleared.
@@ -123,15 +123,15 @@ class Allocator:
             blocks = blocks_of_sectors(part)
             size = blocks.length * PAGE_SIZE
             left = self._dax.badblocks.overlapping_bytes(blocks.start * PAGE_SIZE, size)
-            still = RangeSet(bad.outer(PAGE_SIZE) for bad in left)
+            still = RangeSet(sectors.outer(PAGE_SIZE) for sectors in left)
             for good in still.gaps(*bytes_of_blocks(blocks)):
                 run = Range(good.start // PAGE_SIZE, good.end // PAGE_SIZE)
-                for block in self._bad.remove(*run):
-                    self._bad_later -= self._common_later(block)
+                for block in self._bad_blocks.remove(*run):
+                    self._later_bad_blocks -= self._common_later(block)
                     if self._good is not None:
                         for free in list(self._free.overlapping(*block)):
                             self._good.add(*free)
-        if not self._bad:
+        if not self._bad_blocks:
             self._good = None
 
     @property
@@ -182,7 +182,7 @@ class Allocator:
 
     def check_free(self, length: int) -> None:
         """Raise NoSpace unless ``length`` blocks have no owner."""
-        if length > self.free_blocks + self.backlog():
+        if length > self.free_blocks + self._reclaimer.backlog:
             raise NoSpace("the device is full: remove files, or make a larger one")
 
     def _or_reclaim(self, length: int, take: Callable[[list[Range]], None], reserve: bool) -> list[Range]:
@@ -197,9 +197,7 @@ class Allocator:
             except NoSpace:
                 if self._settled:
                     self.drain(DRAIN_RUNS, max(length, DRAIN_BLOCKS))
-                elif self.reclaim is not None and (self._pending or self.backlog()):
-                    self.reclaim()
-                else:
+                elif not ((self._pending or self._reclaimer.backlog) and self._reclaimer.reclaim()):
                     raise
 
     def _all_of(self, take: Callable[[list[Range]], None], reserve: bool) -> list[Range]:
@@ -256,13 +254,13 @@ class Allocator:
         ``unit``: bytes of one position.
         """
         while (run := free.first_from(low)) and (run := run.clip(low, high)):
-            bad = next(self._dax.badblocks.overlapping_bytes(run.start * unit, run.length * unit), None)
-            if bad is None:
+            sectors = next(self._dax.badblocks.overlapping_bytes(run.start * unit, run.length * unit), None)
+            if sectors is None:
                 return run
-            first_bad = bad.start // unit
-            if run.start < first_bad:
-                return Range(run.start, first_bad)
-            low = DIV_ROUND_UP(bad.end, unit)
+            first_bad_block = sectors.start // unit
+            if run.start < first_bad_block:
+                return Range(run.start, first_bad_block)
+            low = DIV_ROUND_UP(sectors.end, unit)
         return None
 
     def _remove_free(self, run: Range) -> None:
@@ -273,13 +271,13 @@ class Allocator:
     def _add_free(self, run: Range) -> None:
         self._free.add(*run)
         if self._good is not None:
-            for part in list(self._bad.gaps(*run)):
+            for part in list(self._bad_blocks.gaps(*run)):
                 self._good.add(*part)
 
     def free(self, run: Range) -> None:
         """Free blocks after the next commit. Precondition: no link has any of the blocks."""
         self._pending.add(*run)
-        self._bad_later += _common(self._bad, run)
+        self._later_bad_blocks += _common(self._bad_blocks, run)
 
     def hold(self) -> int:
         """Begin a hold: blocks freed before a commit during the hold are not reused until :meth:`release`.
@@ -316,11 +314,11 @@ class Allocator:
             else:  # few blocks are left, because the host drains faster than the filesystem commits
                 for run in blocks:
                     self._settled.add(*run)
-        if self.on_settle is None:
+        if not self._reclaimer.has_task:
             while self.drain():
                 pass
         elif self._settled:
-            self.on_settle()
+            self._reclaimer.wake()
 
     def drain(self, runs: int = DRAIN_RUNS, blocks: int = DRAIN_BLOCKS) -> bool:
         """Free settled blocks: at most ``runs`` runs, and ``blocks`` blocks with memory. Return True if any
@@ -331,7 +329,7 @@ class Allocator:
         while self._settled and runs > 0 and blocks > 0:
             start, length = byte_span(next(iter(self._settled)))
             run = self._settled.pop(self._dax.discard_limit(start, length, PFN_PHYS(blocks)) // PAGE_SIZE)
-            self._bad_later -= _common(self._bad, run)
+            self._later_bad_blocks -= _common(self._bad_blocks, run)
             self._give_back(run)
             runs, blocks = runs - 1, blocks - run.length
         return bool(self._settled)

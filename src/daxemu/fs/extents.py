@@ -100,6 +100,11 @@ class ExtentMap:
         last = self._index_after(start) + links - 1
         return min(end, self._links[last].file_end) if last + 1 < len(self._links) else end
 
+    def count(self, start: Block, end: Block) -> int:
+        """Return the number of links with blocks in ``[start, end)``."""
+        first = self._index_after(start)
+        return max(0, bisect_left(self._links, end, key=_file_block) - first)
+
     def last_piece(self, start: Block, links: int) -> Block:
         """Return where the last piece of the file from block ``start`` on begins. A piece has at most
         ``links`` links.
@@ -129,7 +134,7 @@ class ExtentMap:
         """
         index = self._index_after(file_block)
         self.blocks += length
-        self._rmap.on_remap(self.ino, Range(file_block, file_block + length))
+        self._rmap.on_remap.call_chain(self.ino, Range(file_block, file_block + length))
         if index:
             before = self._links[index - 1]
             # Growing keeps a sequentially written file at one link. A shared link does not grow: the proxy
@@ -152,7 +157,7 @@ class ExtentMap:
         last = max(first, bisect_left(self._links, end, key=_file_block))
         if start >= end or first == last:
             return []
-        self._rmap.on_remap(
+        self._rmap.on_remap.call_chain(
             self.ino, Range(self._links[first].file_block, self._links[last - 1].file_end).clip(start, end)
         )
         freed: list[Range] = []
@@ -203,7 +208,7 @@ class ExtentMap:
         """
         runs = [(run, run.link) for run in source.runs(src_start, src_start + length) if run.link is not None]
         for run, _ in runs:
-            self._rmap.on_remap(source.ino, Range(run.file_block, run.file_block + run.length))
+            self._rmap.on_remap.call_chain(source.ino, Range(run.file_block, run.file_block + run.length))
         self._rmap.share([link for _, link in runs])
         delta = dst_start - src_start
         # A clone of a whole file reuses the int objects of the source: a hundred owners are found faster so.
@@ -222,7 +227,7 @@ class ExtentMap:
         self._rmap.add(links)
         self.blocks += sum(link.length for link in links)
         for link in links:
-            self._rmap.on_remap(self.ino, Range(link.file_block, link.file_end))
+            self._rmap.on_remap.call_chain(self.ino, Range(link.file_block, link.file_end))
 
     def adopt(self, links: list[Link]) -> None:
         """Take over links read from the store. The store adds the links to the reverse map.

@@ -265,12 +265,12 @@ class FileData:
         if not self._dax.is_poisoned(first, last - first):
             self._dax.direct_access(dev.start, dev.length)[:] = chunk
             return
-        bad = self._dax.poisoned_pages(dev)
-        for good in bad.gaps(*dev):
+        poisoned = self._dax.poisoned_pages(dev)
+        for good in poisoned.gaps(*dev):
             self._dax.direct_access(good.start, good.length)[:] = chunk[
                 good.start - dev.start : good.end - dev.start
             ]
-        for part in bad.overlapping(*dev):
+        for part in poisoned.overlapping(*dev):
             if from_cache:
                 lost.append(Range(part.start - base, part.end - base))
                 if self.watcher is not None:
@@ -298,17 +298,17 @@ class FileData:
         if size % PAGE_SIZE:
             self._zero_in_block(extents, size, page_align_up(size))
 
-    def clear_beyond(self, extents: ExtentMap, size: int) -> None:
-        """Zero all mapped and readable bytes of a file beyond byte ``size``, on the media, even in shared
-        blocks. Poison stays.
+    def clear_beyond(self, extents: ExtentMap, size: int, end: Block = 1 << 52) -> None:
+        """Zero all mapped and readable bytes of a file from byte ``size`` to block ``end``, on the media, even
+        in shared blocks. Poison stays.
         """
-        for run in extents.runs(size // PAGE_SIZE, 1 << 52):
+        for run in extents.runs(size // PAGE_SIZE, end):
             if run.link is None:
                 continue
             base = run.dev_block * PAGE_SIZE
             start = base + max(0, size - run.file_block * PAGE_SIZE)
-            end = base + run.length * PAGE_SIZE
-            for part in RangeSet(self._dax.poisoned(start, end - start)).gaps(start, end):
+            stop = base + run.length * PAGE_SIZE
+            for part in RangeSet(self._dax.poisoned(start, stop - start)).gaps(start, stop):
                 if part.length >= PAGE_SIZE or any(bytes(self._dax.read(part.start, part.length))):
                     self._dax.zero(part.start, part.length)
 

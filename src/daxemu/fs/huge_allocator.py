@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.extents import ExtentMap
+from daxemu.fs.reclaimer import Reclaimer
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import HPAGE_PMD_NR, PMD_SIZE, Block
@@ -26,8 +27,8 @@ class HugeAllocator(Allocator):
     is elsewhere already, blocks are allocated as in the base class.
     """
 
-    def __init__(self, dax: DaxDevice) -> None:
-        super().__init__(dax)
+    def __init__(self, dax: DaxDevice, reclaimer: Reclaimer | None = None) -> None:
+        super().__init__(dax, reclaimer)
         self._whole = RangeSet([(0, self.total // HPAGE_PMD_NR)])
         """Runs that are free as a whole, in units of 2 MiB."""
 
@@ -120,6 +121,6 @@ def _beside(extents: ExtentMap, part: Range) -> Block | None:
     return None
 
 
-def allocator_for(dax: DaxDevice) -> Allocator:
+def allocator_for(dax: DaxDevice, reclaimer: Reclaimer | None = None) -> Allocator:
     """Return the allocator for the alignment of the device."""
-    return HugeAllocator(dax) if dax.align == PMD_SIZE else Allocator(dax)
+    return HugeAllocator(dax, reclaimer) if dax.align == PMD_SIZE else Allocator(dax, reclaimer)

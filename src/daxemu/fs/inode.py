@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 from daxemu.fs.extents import ExtentMap
-from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE, Ino
+from daxemu.uapi import PAGE_SECTORS, PAGE_SIZE, Ino
 
 ROOT_INO: Ino = 1
 RESERVED_INO: Ino = 1 << 62
@@ -61,7 +61,7 @@ class Inode(msgspec.Struct, eq=False, gc=False):
     @property
     def sectors(self) -> int:
         """``st_blocks``: 512-byte sectors used on the device."""
-        return self.extents.blocks * (PAGE_SIZE // SECTOR_SIZE) if self.extents is not None else 0
+        return self.extents.blocks * PAGE_SECTORS if self.extents is not None else 0
 
 
 @dataclass(frozen=True)

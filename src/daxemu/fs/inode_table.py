@@ -22,8 +22,10 @@ from daxemu.uapi import Ino
 class InodeTable:
     """All inodes of a filesystem."""
 
-    def __init__(self, rmap: Rmap) -> None:
+    def __init__(self, rmap: Rmap, on_change: Callable[[Ino], None] = lambda ino: None) -> None:
+        """``on_change`` is called with the number of each inode that changes."""
         self._rmap = rmap
+        self._on_change = on_change
         self._inodes: dict[Ino, Inode] = {}
         self._next_ino = ROOT_INO + 1
         self.dirty_inodes: set[Ino] = set()
@@ -33,8 +35,6 @@ class InodeTable:
         """Time of the oldest uncommitted change, in ns since the epoch; 0 without changes."""
         self.dirty_entries: set[tuple[Ino, bytes]] = set()
         """Uncommitted entries, made or removed, as (directory, name)."""
-        self.on_change: Callable[[Ino], None] = lambda ino: None
-        """Called with the number of each inode that changes."""
         self.name_bytes = 0
         """Bytes of names, symlinks and extended attributes. The store needs room for these besides inodes and
         links.
@@ -64,7 +64,7 @@ class InodeTable:
             inode.mtime = inode.ctime
         self.dirty_since = self.dirty_since or inode.ctime
         self.dirty_inodes.add(inode.ino)
-        self.on_change(inode.ino)
+        self._on_change(inode.ino)
 
     def update_time(self, inode: Inode, now: int) -> None:
         """Record a change of only the bytes of an inode at ``now``, in ns since the epoch
@@ -109,7 +109,7 @@ class InodeTable:
         self._listings.drop(inode.ino)
         self.name_bytes -= self._own_bytes(inode)
         self.dirty_inodes.add(inode.ino)
-        self.on_change(inode.ino)
+        self._on_change(inode.ino)
         del self._inodes[inode.ino]
 
     def adopt(self, inode: Inode) -> None:

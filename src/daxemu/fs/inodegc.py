@@ -1,17 +1,16 @@
 """Unlinked files with many links: the blocks are freed in pieces (xfs_inodegc of fs/xfs/xfs_icache.c).
 
-A host sets ``on_queue``, and then calls Filesystem.inactivate() until no file is left. Between two pieces the
-inode has no name, cannot be opened, and owns the remaining blocks. A crash frees the file as a whole: the
-store has no unlinked files.
+While the reclaimer has a task, the task calls Filesystem.inactivate() until no file is left. Between two
+pieces the inode has no name, cannot be opened, and owns the remaining blocks. A crash frees the file as a
+whole: the store has no unlinked files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.file_data import FileData
 from daxemu.fs.inode import MAX_FILE_SIZE, Inode
+from daxemu.fs.reclaimer import Reclaimer
 from daxemu.uapi import PAGE_SIZE, Ino
 
 MANY = 512
@@ -21,10 +20,9 @@ MANY = 512
 class InodeGc:
     """Queue of unlinked inodes, each pinned once while it is in the queue."""
 
-    def __init__(self) -> None:
+    def __init__(self, reclaimer: Reclaimer) -> None:
         self._queue: dict[Ino, ExtentMap] = {}
-        self.on_queue: Callable[[], None] | None = None
-        """Called when an inode is queued. While None, every file is freed at once."""
+        self._reclaimer = reclaimer
 
     @property
     def is_busy(self) -> bool:
@@ -40,11 +38,11 @@ class InodeGc:
         """Queue an inode without open handles. Return True if the blocks are freed later."""
         if inode.ino in self._queue:
             return True
-        if self.on_queue is None or len(extents) <= MANY:
+        if not self._reclaimer.has_task or len(extents) <= MANY:
             return False
         inode.pins += 1
         self._queue[inode.ino] = extents
-        self.on_queue()
+        self._reclaimer.wake()
         return True
 
     def run(self, data: FileData, links: int) -> Ino | None:

@@ -77,7 +77,6 @@ class Layouts:
         """Files with direct mappings: bytes of the last block beyond the end may be other than zero, so no
         layout goes beyond the end.
         """
-        dax.before_poison = self.break_all
 
     @property
     def count(self) -> int:

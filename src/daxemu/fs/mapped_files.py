@@ -22,8 +22,11 @@ class MappedFiles(SuperBlock):
 
     def follow(self, ops: MappingOps | None) -> None:
         """Report changes of extent maps and sizes to ``ops`` from now on; None ends the reports."""
+        if self._mapping_ops is not None:
+            self.rmap.on_remap.unregister(self._mapping_ops.changed)
         self._mapping_ops = ops
-        self.rmap.on_remap = ops.changed if ops is not None else lambda ino, blocks: None
+        if ops is not None:
+            self.rmap.on_remap.register(ops.changed)
 
     def fault(self, ino: Ino, block: Block, *, is_store: bool, limit: int) -> FileRun:
         """Decide a page fault at a block of a file (xfs_filemap_fault()). Return the run to map.
@@ -110,10 +113,10 @@ class MappedFiles(SuperBlock):
             self._mapping_ops.changed(inode.ino, Range(*ends))
 
     def _zero_exposed_tails(self) -> None:
-        """Zero the bytes beyond the ends of all exposed files. Bytes in poisoned blocks stay."""
+        """Zero the bytes beyond the ends of all exposed files, in their last blocks."""
         for ino in self.layouts.exposed:
             if (inode := self.names.find(ino)) is not None and inode.extents is not None:
-                self._data.clear_beyond(inode.extents, inode.size)
+                self._data.clear_beyond(inode.extents, inode.size, DIV_ROUND_UP(inode.size, PAGE_SIZE))
 
     def close(self) -> None:
         """See SuperBlock."""

@@ -21,14 +21,23 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
-from enum import IntEnum
 
 import msgspec
 
 from daxemu.errors import CorruptMetadata, DaxemuError, MediaError, NoSpace
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.extents import ExtentMap
-from daxemu.fs.metadata_page import PAYLOAD, Copy, CopyState, generation_of, is_intact, is_published, seal
+from daxemu.fs.metadata_page import (
+    PAYLOAD,
+    Copy,
+    CopyState,
+    MetadataFile,
+    generation_of,
+    is_intact,
+    is_published,
+    pages_of,
+    seal,
+)
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.fs.superblock import (
     MAGIC,
@@ -50,21 +59,14 @@ REPLICAS = 2
 _SEALED_AT_ONCE = 256  # pages of a new extent that one store seals
 
 
-class MetadataFile(IntEnum):
-    """Files of the metadata region: database and write-ahead log."""
-
-    DB = 0
-    WAL = 1
-
-
 class MetadataDamage(msgspec.Struct, frozen=True):
-    """Line about a bad page or superblock. ``mendable``: the other copy is good, so a repair is possible."""
+    """Line about a bad page or superblock. ``is_repairable``: the other copy is good."""
 
     line: str
-    mendable: bool
+    is_repairable: bool
 
 
-OnBadCopy = Callable[[str, int, int, CopyState], None]
+OnRewrite = Callable[[str, int, int, CopyState], None]
 """Called with the name of a file, the page, the copy (1 or 2) and the state, after a bad copy was
 rewritten.
 """
@@ -81,7 +83,13 @@ class MetadataRegion:
     version = VERSION
     """Format that :meth:`load` accepts."""
 
-    def __init__(self, dax: DaxDevice, rmap: Rmap, allocator: Allocator) -> None:
+    def __init__(
+        self,
+        dax: DaxDevice,
+        rmap: Rmap,
+        allocator: Allocator,
+        on_rewrite: OnRewrite = lambda file, page, copy, state: None,
+    ) -> None:
         """Claim the blocks of the superblocks. The caller then calls :meth:`format` or :meth:`load`."""
         self._dax = dax
         self._allocator = allocator
@@ -92,12 +100,13 @@ class MetadataRegion:
         """By file, replica and page: device offset in bytes of the page, and of the end of the run of the
         page.
         """
+        self._growth: Iterator[None] = iter(())
         self._last_written = (MetadataFile.DB, -1, memoryview(b""))
         self._generation = self._page_generation = 0
         self._is_published = True
         self.is_read_only = False
         """True if reads do not rewrite a bad copy."""
-        self.on_bad_copy: OnBadCopy = lambda file, page, copy, state: None
+        self._on_rewrite = on_rewrite
         self._super_blocks = super_blocks(allocator.total)
         for index, blocks in enumerate(self._super_blocks):
             allocator.take(blocks)
@@ -164,7 +173,7 @@ class MetadataRegion:
             zip(self._super_blocks, self._superblock_states(), strict=True)
         ):
             if state in (CopyState.CORRUPT, CopyState.STALE):
-                self.on_bad_copy("superblock", blocks.start, copy + 1, state)
+                self._on_rewrite("superblock", blocks.start, copy + 1, state)
         self._write_superblocks()
         self._page_generation = self._generation << 32
 
@@ -224,50 +233,58 @@ class MetadataRegion:
         """Make room for at least ``size`` bytes; new bytes are zeros. Raises NoSpace; then nothing
         changed.
         """
+        for _ in self.grow_in_pieces(file, size):
+            pass
+
+    def grow_in_pieces(self, file: MetadataFile, size: int) -> Iterator[None]:
+        """Run :meth:`grow`, and yield after each allocation and each _SEALED_AT_ONCE pages. Until the end no
+        superblock names the new blocks: after a crash the blocks are free and zeroed.
+        """
+        if DIV_ROUND_UP(size, PAYLOAD) <= self.pages(file):
+            return iter(())
+        for _ in self._growth:  # an earlier growth ends first
+            pass
+        self._growth = self._grow(file, size)
+        return self._growth
+
+    def _grow(self, file: MetadataFile, size: int) -> Iterator[None]:
         had = self.pages(file)
         more = DIV_ROUND_UP(size, PAYLOAD) - had
-        if more <= 0:
-            return
-        taken: list[list[Range]] = []
+        taken: list[tuple[Block, Range]] = []
         try:
             for replica in range(REPLICAS):
                 at = _base(file, replica) + had
-                taken.append(self._allocator.allocate_for(self._extents, [Range(at, at + more)]))
-            for replica, runs in enumerate(taken):
-                at = _base(file, replica) + had
-                for run in runs:
+                for run in self._allocator.allocate_for(self._extents, [Range(at, at + more)]):
                     self._extents.insert(at, run.start, run.length)
+                    taken.append((at, run))
                     at += run.length
-            self._place(file, had, had + more)
-            # Sealed while no superblock names these blocks: after a crash the blocks are free and zeroed.
-            self._seal_new(file, had, had + more)
-            if self._is_published:
-                self._write_superblocks()
+                yield
         except NoSpace:
-            for replica in range(REPLICAS):
-                del self._places[file][replica][had:], self._ends[file][replica][had:]
-                start = _base(file, replica) + had
-                self._extents.remove(start, start + more)
-            for run in (run for runs in taken for run in runs):
+            for at, run in taken:
+                self._extents.remove(at, at + run.length)
                 self._allocator.free(run)
             raise
+        for first in range(had, had + more, _SEALED_AT_ONCE):
+            self._seal_new(file, first, min(first + _SEALED_AT_ONCE, had + more))
+            yield
+        if self._is_published:
+            self._write_superblocks()
 
     def _seal_new(self, file: MetadataFile, first: Block, end: Block) -> None:
+        self._place(file, first, end)
         self._page_generation += 1
-        for start in range(first, end, _SEALED_AT_ONCE):
-            count = min(_SEALED_AT_ONCE, end - start)
-            blocks = memoryview(bytearray(count * PAGE_SIZE))
-            for number in range(count):
-                page = blocks[number * PAGE_SIZE : (number + 1) * PAGE_SIZE]
-                seal(page, file, start + number, self._page_generation)
-            for replica in range(REPLICAS):
-                self._store(file, replica, start, blocks)
+        blocks = memoryview(bytearray((end - first) * PAGE_SIZE))
+        for number in range(first, end):
+            at = (number - first) * PAGE_SIZE
+            seal(blocks[at : at + PAGE_SIZE], file, number, self._page_generation)
+        for replica in range(REPLICAS):
+            self._store(file, replica, first, blocks)
 
     def read(self, file: MetadataFile, offset: int, length: int) -> bytes:
         """Return the bytes ``[offset, offset + length)``. Raises MediaError if both copies of a page are
         bad.
         """
-        parts = [self._good(file, page)[start:end] for page, start, end in _pages(offset, length)]
+        parts = [self._good(file, page)[start:end] for page, start, end in pages_of(offset, length)]
         return b"".join(parts)
 
     def _good(self, file: MetadataFile, page: Block) -> memoryview:
@@ -298,7 +315,7 @@ class MetadataRegion:
             # A poisoned copy stays until fsck or the next write: a write of a whole page clears poison.
             if copy.state in (CopyState.CORRUPT, CopyState.STALE) and not self.is_read_only:
                 self._dax.direct_access(copy.offset, PAGE_SIZE)[:] = data
-                self.on_bad_copy(file.name.lower(), page, number, copy.state)
+                self._on_rewrite(file.name.lower(), page, number, copy.state)
         return data
 
     def _copies(self, file: MetadataFile, page: Block) -> list[Copy]:
@@ -379,8 +396,8 @@ class MetadataRegion:
         """
         for index in range(len(blocks) // PAGE_SIZE):
             block = blocks[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
-            bad = [self._is_poisoned(file, replica, first + index, 1) for replica in range(REPLICAS)]
-            for replica in sorted(range(REPLICAS), key=lambda replica: not bad[replica]):
+            poisoned = [self._is_poisoned(file, replica, first + index, 1) for replica in range(REPLICAS)]
+            for replica in sorted(range(REPLICAS), key=lambda replica: not poisoned[replica]):
                 self._store(file, replica, first + index, block)
 
     def _store(self, file: MetadataFile, replica: int, first: Block, blocks: memoryview) -> None:
@@ -407,26 +424,31 @@ class MetadataRegion:
         """
         found = self.damaged_superblocks(is_clean=is_clean)
         for file, page, copies in self._damaged():
-            bad = [(n, copy.state) for n, copy in enumerate(copies, 1) if copy.state is not CopyState.GOOD]
+            unusable = [
+                (n, copy.state) for n, copy in enumerate(copies, 1) if copy.state is not CopyState.GOOD
+            ]
             name = f"metadata page {page} of {file.name.lower()}"
-            if all(state is CopyState.POISONED for _, state in bad):
-                lost = "both copies are lost" if len(bad) == REPLICAS else "one copy is lost"
-                found.append(MetadataDamage(f"{name} is poisoned: {lost}", len(bad) < REPLICAS))
-            elif len(bad) == REPLICAS:
-                why = ", ".join(f"copy {number} {state}" for number, state in bad)
-                found.append(MetadataDamage(f"{name}: both copies are lost: {why}", mendable=False))
+            if all(state is CopyState.POISONED for _, state in unusable):
+                lost = "both copies are lost" if len(unusable) == REPLICAS else "one copy is lost"
+                found.append(MetadataDamage(f"{name} is poisoned: {lost}", len(unusable) < REPLICAS))
+            elif len(unusable) == REPLICAS:
+                why = ", ".join(f"copy {number} {state}" for number, state in unusable)
+                found.append(MetadataDamage(f"{name}: both copies are lost: {why}", is_repairable=False))
             elif is_clean:
-                found.append(MetadataDamage(f"{name}: copy {bad[0][0]} {bad[0][1]}", mendable=True))
+                found.append(
+                    MetadataDamage(f"{name}: copy {unusable[0][0]} {unusable[0][1]}", is_repairable=True)
+                )
         return found
 
     def damaged_superblocks(self, *, is_clean: bool) -> list[MetadataDamage]:
         """Return the damage of each superblock."""
         states = self._superblock_states()
-        mendable = CopyState.GOOD in states
+        is_repairable = CopyState.GOOD in states
         return [
-            MetadataDamage(f"the {name} superblock {state}", mendable)
+            MetadataDamage(f"the {name} superblock {state}", is_repairable)
             for name, state in zip(("first", "second"), states, strict=True)
-            if state is CopyState.POISONED or (state is not CopyState.GOOD and (is_clean or not mendable))
+            if state is CopyState.POISONED
+            or (state is not CopyState.GOOD and (is_clean or not is_repairable))
         ]
 
     def _superblock_states(self) -> list[CopyState]:
@@ -485,12 +507,3 @@ class MetadataRegion:
         for file, page, copies in self._damaged():
             if any(copy.state is CopyState.GOOD for copy in copies):
                 self._good_of_two(file, page)
-
-
-def _pages(offset: int, length: int) -> list[tuple[Block, int, int]]:
-    """Return (page, start in the page, end in the page) of each page with a part of the range, in bytes."""
-    end = offset + length
-    return [
-        (page, max(offset - page * PAYLOAD, 0), min(end - page * PAYLOAD, PAYLOAD))
-        for page in range(offset // PAYLOAD, DIV_ROUND_UP(end, PAYLOAD))
-    ]

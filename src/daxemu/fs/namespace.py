@@ -45,9 +45,11 @@ class Namespace(InodeTable):
     """Tree of names. Precondition of all verbs: inode numbers come from a lookup."""
 
     @classmethod
-    def new(cls, rmap: Rmap, uid: int, gid: int) -> Namespace:
+    def new(
+        cls, rmap: Rmap, uid: int, gid: int, on_change: Callable[[Ino], None] = lambda ino: None
+    ) -> Namespace:
         """Make an empty tree; its root belongs to ``uid`` and ``gid``."""
-        namespace = cls(rmap)
+        namespace = cls(rmap, on_change)
         root = Inode(ROOT_INO, stat.S_IFDIR | 0o755, uid, gid, nlink=2, parent=ROOT_INO, entries={})
         root.atime = root.mtime = root.ctime = time.time_ns()
         namespace._inodes[ROOT_INO] = root
@@ -179,7 +181,9 @@ class Namespace(InodeTable):
         inode_flags.may_change(inode)
         if inode.nlink == 0:
             self.linkable.remove(ino)
-            self._rmap.mark_all(ino)  # commits have skipped the extents of the file so far
+            self._rmap.mark_all(
+                ino, len(inode.extents or ())
+            )  # commits have skipped the extents of the file so far
         inode.nlink += 1
         self.touch(inode, modified=False)
         self._enter(directory, entries, name, inode)

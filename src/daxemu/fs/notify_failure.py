@@ -59,13 +59,20 @@ class FilesystemHolder:
         mm: MemoryFailures,
         emit: Emit,
         shutdown: Callable[[str], None],
+        before_poison: Callable[[], None],
     ) -> None:
+        """``before_poison`` is called before any new poison, and breaks the layouts."""
         self._dax = dax
         self._rmap = rmap
         self._names = names
         self._mm = mm
         self._emit = emit
         self._shutdown = shutdown
+        self._before_poison = before_poison
+
+    def before_poison(self) -> None:
+        """See DaxHolderOperations.before_poison."""
+        self._before_poison()
 
     def notify_failure(self, offset: int, length: int, flags: int) -> None:
         """Report each owner of the device bytes ``[offset, offset + length)`` (``xfs_dax_notify_failure()``).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from daxemu.errors import CorruptMetadata
-from daxemu.events import Event
+from daxemu.events import no_log
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.fsck import fsck
@@ -45,7 +45,7 @@ def check_device(directory: DeviceDir, *, repair: bool) -> Report:
     try:
         if repair:
             report.upgraded = _upgrade(pmem)
-            report.healed = _rewrite_bad_copies(pmem)
+            report.healed = _rewrite_copies(pmem)
         _check(pmem, report)
     except CorruptMetadata as error:
         report.wrong += _why_unreadable(pmem, error)
@@ -64,10 +64,10 @@ def _why_unreadable(pmem: Pmem, error: CorruptMetadata) -> list[str]:
     store = Store(region, pmem.name)
     try:
         store.open(read_only=True)
-        found = store.bad_values()
+        found = store.wrong_values()
     except CorruptMetadata:
-        bad = region.damaged_superblocks(is_clean=True)
-        lost = [damage.line for damage in bad if not damage.line.endswith(CopyState.STALE)]
+        damaged = region.damaged_superblocks(is_clean=True)
+        lost = [damage.line for damage in damaged if not damage.line.endswith(CopyState.STALE)]
         found = lost if len(lost) == REPLICAS else []
     finally:
         store.close()
@@ -81,7 +81,7 @@ def _upgrade(pmem: Pmem) -> bool:
     return True
 
 
-def _rewrite_bad_copies(pmem: Pmem) -> int:
+def _rewrite_copies(pmem: Pmem) -> int:
     region = MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
     if not region.is_formatted():
         return 0
@@ -90,20 +90,17 @@ def _rewrite_bad_copies(pmem: Pmem) -> int:
 
 
 def _check(pmem: Pmem, report: Report) -> None:
-    def ignore(event: Event) -> None:
-        """Drop the event: an offline check has no followers."""
-
     region = MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
     if not region.is_formatted():
         region.check_blank()
         return  # the first mount makes the filesystem
-    fs = Filesystem(pmem.dax, MemoryFailures(ignore), ignore, read_only=True)
+    fs = Filesystem(pmem.dax, MemoryFailures(no_log), no_log, read_only=True)
     try:
         report.inodes = len(fs.names)
         report.wrong = fsck(fs)
         if report.wrong:
             damage = fs.region.damaged_pages(is_clean=fs.store.is_clean)
-            report.mendable = sum(found.mendable for found in damage)
+            report.mendable = sum(found.is_repairable for found in damage)
         report.damaged = [
             f"{lost.path}: {lost.length} bytes at {lost.offset:#x} are poison"
             for lost in fs.damaged()

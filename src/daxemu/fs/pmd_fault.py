@@ -38,7 +38,7 @@ def pmd_ranges(
         for run, _ in rmap.sharing(piece.start + delta, piece.end + delta):
             found.add(*run.inner(HPAGE_PMD_NR))
     for whole in list(found):
-        for bad in dax.badblocks.overlapping_bytes(*byte_span(whole)):
-            for part in RangeSet([failing]).gaps(*bad):
+        for bad_block in dax.badblocks.overlapping_bytes(*byte_span(whole)):
+            for part in RangeSet([failing]).gaps(*bad_block):
                 found.remove(*blocks_of(part).outer(HPAGE_PMD_NR))
     return tuple(Range(run.start - delta, run.end - delta) for run in found)

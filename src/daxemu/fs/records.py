@@ -50,7 +50,7 @@ def inode_of(row: tuple[Any, ...]) -> Inode:
     try:
         values = msgspec.structs.astuple(msgspec.convert(row, _Row))
     except msgspec.ValidationError as error:
-        raise ValueError(f"inode {row[0]!r}: {_bad_column(row)}") from error
+        raise ValueError(f"inode {row[0]!r}: {_wrong_column(row)}") from error
     inode = Inode(*values[:-1])
     kind = stat.S_IFMT(inode.mode)
     if kind not in _TYPES:
@@ -68,7 +68,7 @@ def inode_of(row: tuple[Any, ...]) -> Inode:
     return inode
 
 
-def _bad_column(row: tuple[Any, ...]) -> str:
+def _wrong_column(row: tuple[Any, ...]) -> str:
     """Describe the first value of a row outside the domain."""
     if len(row) != len(_COLUMNS):
         return f"{len(row)} columns, expected {len(_COLUMNS)}"

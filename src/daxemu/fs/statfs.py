@@ -69,13 +69,13 @@ def damaged_in_pieces(dax: DaxDevice, rmap: Rmap, names: Namespace) -> Iterator[
         yield some
 
 
-def _damage(dax: DaxDevice, rmap: Rmap, names: Namespace, bad: Range) -> Iterator[Damage]:
-    for owner in rmap.owners(*blocks_of(bad)):
+def _damage(dax: DaxDevice, rmap: Rmap, names: Namespace, bad_block: Range) -> Iterator[Damage]:
+    for owner in rmap.owners(*blocks_of(bad_block)):
         if owner.ino in NAMELESS:
-            yield Damage(owner.ino, NAMELESS[owner.ino], bad.start, bad.length)
+            yield Damage(owner.ino, NAMELESS[owner.ino], bad_block.start, bad_block.length)
             continue
         base = owner.dev_block * PAGE_SIZE
-        part = bad.clip(base, base + owner.length * PAGE_SIZE)
+        part = bad_block.clip(base, base + owner.length * PAGE_SIZE)
         at = owner.file_block * PAGE_SIZE + part.start - base
         yield Damage(owner.ino, names.path_of(owner.ino), at, part.length)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from operator import attrgetter
 from typing import NamedTuple
 
 from daxemu.errors import Busy, CorruptMetadata, DaxemuError, NoSpace, Shutdown
 from daxemu.events import Emit, FilesystemShutdown, MetadataRewritten, MetadataUpgraded
 from daxemu.fs.data_ops import DataOps
-from daxemu.fs.fault import Faults
+from daxemu.fs.fault import FaultHandler
 from daxemu.fs.file_data import FileData
 from daxemu.fs.huge_allocator import allocator_for
 from daxemu.fs.inode import MAX_FILE_SIZE
@@ -20,11 +19,13 @@ from daxemu.fs.metadata_page import CopyState
 from daxemu.fs.metadata_region import MetadataRegion
 from daxemu.fs.namespace import Namespace
 from daxemu.fs.notify_failure import FailedRanges, FilesystemHolder, failed_ranges
+from daxemu.fs.reclaimer import Reclaimer
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.fs.store import Store
 from daxemu.fs.superblock import FORMER_VERSION, VERSION
 from daxemu.fs.upgrade import is_former, upgrade
 from daxemu.mm.memory_failure import MemoryFailures
+from daxemu.notifier import NotifierChain
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range, merged
 from daxemu.uapi import (
@@ -77,44 +78,46 @@ class SuperBlock:
         """
         self.shutdown_reason: str | None = None
         self.is_read_only = read_only
-        self._never_commit = read_only
-        self.on_shutdown: Callable[[], None] = lambda: None
+        self._never_commit = True  # until the records are loaded
+        self.on_shutdown: NotifierChain[[]] = NotifierChain()
         """Called at a shutdown: the page cache must not serve the files any longer."""
         if not read_only and is_former(dax):
             upgrade(dax)
             emit(MetadataUpgraded(device=dax.name, before=FORMER_VERSION, now=VERSION))
-        self.rmap = Rmap()
-        self.allocator = allocator_for(dax)
-        self._data = FileData(dax, self.rmap, self.allocator, self.ensure_links)
-        self._faults = Faults(self._data, self.rmap, self.allocator)
         self.layouts = Layouts(dax)
-        self.inodegc = InodeGc()
-        self.region = MetadataRegion(dax, self.rmap, self.allocator)
-        self.region.on_bad_copy = self._on_bad_copy
+        self.rmap = Rmap(self.layouts.break_layout)
+        self.reclaimer = Reclaimer(self._reclaim, lambda: self.inodegc.blocks)
+        self.inodegc = InodeGc(self.reclaimer)
+        self.allocator = allocator_for(dax, self.reclaimer)
+        self._data = FileData(dax, self.rmap, self.allocator, self.ensure_links)
+        self._faults = FaultHandler(self._data, self.rmap, self.allocator)
+        self.region = MetadataRegion(dax, self.rmap, self.allocator, self._on_rewrite)
         self.store = Store(self.region, dax.name)
         try:
             if read_only or self.region.is_formatted():
                 self.store.open(read_only=read_only)
-                self.names = Namespace(self.rmap)
+                self.names = Namespace(self.rmap, self.layouts.break_layout)
                 self.store.load(self.names, self.rmap, self.allocator.total)
                 self._claim_blocks()
             else:
                 self.region.check_blank()
-                self.names = Namespace.new(self.rmap, *owner)
+                self.names = Namespace.new(self.rmap, *owner, self.layouts.break_layout)
                 self.store.format(self.names, self.rmap)
-            self.allocator.reclaim = self.commit
+            self._never_commit = read_only
             self.had_crashed = not self.store.is_clean
             if self.had_crashed and not read_only:
                 self._after_crash()
             self.commit()
         except BaseException:
+            self.allocator.close()
             self.store.close()
             raise
-        self.rmap.on_change = self.names.on_change = self.layouts.break_layout
-        self._holder = FilesystemHolder(dax, self.rmap, self.names, mm, emit, self.shutdown)
+        self._holder = FilesystemHolder(
+            dax, self.rmap, self.names, mm, emit, self.shutdown, self.layouts.break_all
+        )
         dax.hold(self._holder)
 
-    def _on_bad_copy(self, file: str, page: int, copy: int, state: CopyState) -> None:
+    def _on_rewrite(self, file: str, page: int, copy: int, state: CopyState) -> None:
         self.emit(MetadataRewritten(device=self.dax.name, file=file, page=page, copy=copy, reason=state))
 
     def _after_crash(self) -> None:
@@ -137,6 +140,7 @@ class SuperBlock:
             self.commit(clean=True)
         finally:
             self.store.close()
+            self.allocator.close()
             self.dax.release(self._holder)
 
     def _drop_orphans(self) -> None:
@@ -174,6 +178,10 @@ class SuperBlock:
                 self.allocator.take(run)
             except NoSpace as error:
                 raise CorruptMetadata(f"{self.dax.name}: a file has blocks of the metadata") from error
+
+    def _reclaim(self) -> None:
+        """Free the pending blocks."""
+        self.commit()
 
     def commit(self, *, clean: bool = False) -> None:
         """Write all changes to the device, or nothing. Afterwards the freed blocks can be used again.
@@ -225,7 +233,7 @@ class SuperBlock:
         self.shutdown_reason = reason
         self.layouts.suspend()
         self.emit(FilesystemShutdown(device=self.dax.name, reason=self.shutdown_reason))
-        self.on_shutdown()
+        self.on_shutdown.call_chain()
 
     @property
     def changes(self) -> int:

@@ -11,7 +11,8 @@ from daxemu.errors import CorruptMetadata, MediaError, NoSpace
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.huge_allocator import allocator_for
 from daxemu.fs.inode import MAX_FILE_SIZE
-from daxemu.fs.metadata_region import MetadataFile, MetadataRegion
+from daxemu.fs.metadata_page import MetadataFile
+from daxemu.fs.metadata_region import MetadataRegion
 from daxemu.fs.namespace import Namespace
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.fs.store import Store
@@ -82,9 +83,10 @@ def upgrade(dax: DaxDevice) -> None:
     Raises CorruptMetadata if the records are unreadable or wrong, NoSpace without room for both formats; then
     the device holds format 2 as before.
     """
-    former = _FormerRegion(dax, Rmap(), Allocator(dax))
+    before, allocator = Allocator(dax), allocator_for(dax)
+    former = _FormerRegion(dax, Rmap(), before)
     source = Store(former, dax.name)
-    rmap, allocator = Rmap(), allocator_for(dax)
+    rmap = Rmap()
     names = Namespace(rmap)
     target = Store(MetadataRegion(dax, rmap, allocator), dax.name)
     try:
@@ -102,6 +104,8 @@ def upgrade(dax: DaxDevice) -> None:
     finally:
         target.close()
         source.close()
+        before.close()
+        allocator.close()
 
 
 def _take(allocator: Allocator, name: str, runs: list[Range]) -> None:

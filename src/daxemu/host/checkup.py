@@ -74,11 +74,11 @@ def _fuse() -> Finding:
         os.close(os.open(FUSE, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         in_container = "in a container: run it with --device /dev/fuse"
-        mend = {
+        fix = {
             FileNotFoundError: f"modprobe fuse; {in_container}",
             PermissionError: f"{_GIVE_TO_USERS} (as root); {in_container}",
         }.get(type(error), in_container)
-        return Finding("FUSE", "missing", f"{FUSE}: {error.strerror}", mend)
+        return Finding("FUSE", "missing", f"{FUSE}: {error.strerror}", fix)
     return Finding("FUSE", "ok", f"{FUSE} can be opened")
 
 
@@ -215,7 +215,10 @@ def _presence() -> Finding:
             works = pagemap.can_scan()
     except OSError as error:
         return Finding(
-            "pagemap", "worse", f"/proc/self/pagemap: {error.strerror}: nobody is told early", "mount /proc"
+            "pagemap",
+            "worse",
+            f"/proc/self/pagemap: {error.strerror}: no process gets a signal early",
+            "mount /proc",
         )
     if not works:
         return Finding(

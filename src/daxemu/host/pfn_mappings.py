@@ -19,9 +19,9 @@ from daxemu.ranges import Range
 
 def collect(mappings: Iterable[PfnMapping], *, early_kill: bool) -> list[ToKill]:
     """Return the victims of an incident's ``pfn_mappings``; never this process itself."""
-    skip, told = frozenset({os.getpid()}), []
-    for hurt in mappings:
-        wanted = {hurt.file.ino: [Range(hurt.index, hurt.index + hurt.count)]}
-        tasks = collect_tasks(hurt.file.dev, wanted, skip, mapped_runs)
-        told += collect_procs_pfn(hurt, tasks, early_kill=early_kill)
-    return told
+    skip, victims = frozenset({os.getpid()}), []
+    for failed in mappings:
+        wanted = {failed.file.ino: [Range(failed.index, failed.index + failed.count)]}
+        tasks = collect_tasks(failed.file.dev, wanted, skip, mapped_runs)
+        victims += collect_procs_pfn(failed, tasks, early_kill=early_kill)
+    return victims

@@ -298,10 +298,10 @@ class Memmap:
             if all_of_it or kind is not PfnKind.ZONE_DEVICE or not flags & Section.SOME_HWPOISON:
                 yield Walked(run, kind, all_of_it)
                 continue
-            for part, bad in self._hwpoison_flags(run):
-                edges = [0, *(np.flatnonzero(np.diff(bad)) + 1).tolist(), part.length]
+            for part, hwpoison in self._hwpoison_flags(run):
+                edges = [0, *(np.flatnonzero(np.diff(hwpoison)) + 1).tolist(), part.length]
                 for first, last in itertools.pairwise(edges):
-                    yield Walked(Range(part.start + first, part.start + last), kind, bool(bad[first]))
+                    yield Walked(Range(part.start + first, part.start + last), kind, bool(hwpoison[first]))
 
     def _hwpoison_flags(self, run: Range) -> Iterator[tuple[Range, np.ndarray[Any, np.dtype[np.uint8]]]]:
         """Yield the PG_hwpoison flags of a run, at most one section (32768 pages) at a time."""
@@ -314,12 +314,12 @@ class Memmap:
         """Return the number of pages for each (kind, hwpoison)."""
         counts: Counter[tuple[PfnKind, bool]] = Counter()
         for run, kind, flags in self._pieces():
-            bad = 0
+            hwpoison = 0
             if kind is PfnKind.ZONE_DEVICE:
                 if flags & Section.ALL_HWPOISON:
-                    bad = run.length
+                    hwpoison = run.length
                 elif flags & Section.SOME_HWPOISON:
-                    bad = sum(int(np.count_nonzero(pages)) for _, pages in self._hwpoison_flags(run))
-            counts[kind, True] += bad
-            counts[kind, False] += run.length - bad
+                    hwpoison = sum(int(np.count_nonzero(pages)) for _, pages in self._hwpoison_flags(run))
+            counts[kind, True] += hwpoison
+            counts[kind, False] += run.length - hwpoison
         return {key: count for key, count in counts.items() if count}

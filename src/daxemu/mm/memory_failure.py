@@ -7,7 +7,8 @@ are bytes, indexes and counts are pages.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from daxemu.errors import Busy, DaxemuError, NoDevice, Unsupported
 from daxemu.events import Emit, MemoryFailureHandled, Outcome, OutsideKernelControl, PageType
@@ -54,13 +55,20 @@ class MemoryFailures:
     The kernel keeps this state in global variables. An object allows several machines in one process.
     """
 
-    def __init__(self, emit: Emit, *, is_hosted: bool = False) -> None:
-        """``is_hosted``: a host executes each incident and calls :meth:`conclude` after the signals."""
+    def __init__(
+        self,
+        emit: Emit,
+        *,
+        is_hosted: bool = False,
+        on_count: Callable[[Mapping[Outcome, int]], None] = lambda counters: None,
+    ) -> None:
+        """``is_hosted``: a host executes each incident and calls :meth:`conclude` after the signals.
+        ``on_count`` is called with the counters after a change.
+        """
         self.sysctl_early_kill = False
         self.counters: dict[Outcome, int] = dict.fromkeys(Outcome, 0)
         self._emit = emit
-        self.on_count: Callable[[], None] = lambda: None
-        """Called after a counter changed."""
+        self._on_count = on_count
         self._is_hosted = is_hosted
         self.pfn_spaces = PfnAddressSpaces()
         self._pagemaps: list[DevPagemap] = []
@@ -218,6 +226,16 @@ class MemoryFailures:
                 action()
         return bool(incident.after_kill)
 
+    @contextmanager
+    def one_count(self) -> Iterator[None]:
+        """Context in which all changes of counters count as one: ``on_count`` is called once, at the end."""
+        on_count, self._on_count = self._on_count, lambda counters: None
+        try:
+            yield
+        finally:
+            self._on_count = on_count
+            on_count(self.counters)
+
     def action_result(
         self,
         incident: Incident,
@@ -254,7 +272,7 @@ class MemoryFailures:
                     error=str(error) if error else None,
                 )
             )
-        self.on_count()
+        self._on_count(self.counters)
         return worst
 
 

@@ -6,35 +6,38 @@ change of the list signals no process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from daxemu.notifier import NotifierChain
 from daxemu.ranges import Range, RangeSet
-from daxemu.uapi import SECTOR_SIZE, Sector
-from daxemu.units import DIV_ROUND_UP, bytes_of_sectors
+from daxemu.uapi import Sector
+from daxemu.units import bytes_of_sectors, sectors_at
 
 
 class Badblocks:
     """Bad blocks of one device. Sectors count from the first data sector."""
 
     def __init__(self) -> None:
-        self._bad = RangeSet()
-        self.on_change: Callable[[], None] = lambda: None
-        self.on_set: Callable[[list[Range]], None] = lambda sectors: None
+        self._sectors = RangeSet()
+        self.on_change: NotifierChain[[]] = NotifierChain()
+        """Called after any change; within :meth:`one_change`, once at its end."""
+        self.on_set: NotifierChain[[list[Range]]] = NotifierChain()
         """Called with new bad blocks."""
-        self.on_clear: Callable[[list[Range]], None] = lambda sectors: None
+        self.on_clear: NotifierChain[[list[Range]]] = NotifierChain()
         """Called with sectors that are no longer bad blocks."""
+        self._is_one_change = False
 
     def __len__(self) -> int:
-        return len(self._bad)
+        return len(self._sectors)
 
     def __iter__(self) -> Iterator[Range]:
-        return iter(self._bad)
+        return iter(self._sectors)
 
     @property
     def count(self) -> int:
         """Number of bad sectors. (``bb->count`` is the number of entries.)"""
-        return self._bad.total
+        return self._sectors.total
 
     def set(self, sector: Sector, sectors: int) -> list[Range]:
         """Add bad sectors (``badblocks_set``). Return the new ones."""
@@ -44,52 +47,55 @@ class Badblocks:
         """Add many ranges of bad sectors in one change (``nvdimm_badblocks_populate``). Return the new
         ones.
         """
-        added = [new for bad in ranges for new in self._bad.add(*bad)]
+        added = [new for part in ranges for new in self._sectors.add(*part)]
         if added:
-            self.on_set(added)
-            self.on_change()
+            self.on_set.call_chain(added)
+            self._changed()
         return added
 
     @contextmanager
     def one_change(self) -> Iterator[None]:
         """Context in which all changes count as one: ``on_change`` is called once, at the end."""
-        on_change, self.on_change = self.on_change, lambda: None
+        self._is_one_change = True
         try:
             yield
         finally:
-            self.on_change = on_change
-            on_change()
+            self._is_one_change = False
+            self.on_change.call_chain()
+
+    def _changed(self) -> None:
+        if not self._is_one_change:
+            self.on_change.call_chain()
 
     def clear(self, sector: Sector, sectors: int) -> list[Range]:
         """Remove bad sectors (``badblocks_clear``). Return the removed ones."""
-        removed = self._bad.remove(sector, sector + sectors)
+        removed = self._sectors.remove(sector, sector + sectors)
         if removed:
-            self.on_clear(removed)
-            self.on_change()
+            self.on_clear.call_chain(removed)
+            self._changed()
         return removed
 
     def check(self, sector: Sector, sectors: int) -> Range | None:
         """Return the first bad part of the range (``badblocks_check``); None without a bad part."""
-        return next(self._bad.overlapping(sector, sector + sectors), None)
+        return next(self._sectors.overlapping(sector, sector + sectors), None)
 
     def overlapping_bytes(self, offset: int, length: int) -> Iterator[Range]:
         """Yield the bad byte ranges (whole sectors) that overlap ``[offset, offset + length)``."""
-        first, last = offset // SECTOR_SIZE, DIV_ROUND_UP(offset + length, SECTOR_SIZE)
-        for bad in self._bad.overlapping(first, last):
-            yield bytes_of_sectors(bad)
+        for sectors in self._sectors.overlapping(*sectors_at(offset, length)):
+            yield bytes_of_sectors(sectors)
 
     def in_pieces(self, count: int) -> Iterator[list[Range]]:
         """Yield all bad sectors, up to ``count`` ranges at a time. The list may change between two pieces."""
-        return self._bad.in_pieces(0, 1 << 63, count)
+        return self._sectors.in_pieces(0, 1 << 63, count)
 
     def unknown(self, sectors: Range) -> Iterator[Range]:
         """Yield the parts of ``sectors`` outside the bad blocks."""
-        return self._bad.gaps(*sectors)
+        return self._sectors.gaps(*sectors)
 
     def known(self, sectors: Range) -> Iterator[Range]:
         """Yield the parts of ``sectors`` inside the bad blocks."""
-        return self._bad.overlapping(*sectors)
+        return self._sectors.overlapping(*sectors)
 
     def sysfs_text(self) -> str:
         """Return the list in the format of /sys/block/pmem0/badblocks: lines "first-sector count"."""
-        return "".join(f"{bad.start} {bad.length}\n" for bad in self._bad)
+        return "".join(f"{part.start} {part.length}\n" for part in self._sectors)

@@ -12,11 +12,13 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from daxemu.errors import Busy, InvalidArgument, MediaError, NoDevice, Unsupported
+from daxemu.events import Emit, NotifyFailure
+from daxemu.notifier import NotifierChain
 from daxemu.pmem.badblocks import Badblocks
 from daxemu.pmem.media import Media, Memory
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import MF_MEM_PRE_REMOVE, PAGE_SIZE, SECTOR_SIZE, U64_MAX, Pfn
-from daxemu.units import bytes_of_sectors, sectors_at, sectors_of
+from daxemu.units import bytes_of_sectors, sector_at, sectors_at, sectors_of
 
 
 class DaxHolderOperations(Protocol):
@@ -30,12 +32,16 @@ class DaxHolderOperations(Protocol):
         handling.
         """
 
+    def before_poison(self) -> None:
+        """Break grants that new poison makes wrong. Called before any new poison."""
+
 
 class DaxDevice:
     """Dax device: ``size`` bytes of ``media`` from ``data_offset`` on, the bad blocks, and the holder.
 
     ``base_pfn`` is the page frame of device byte 0. ``align``: the largest page, in bytes, that maps the
-    device; device byte 0 is aligned to this size.
+    device; device byte 0 is aligned to this size. ``mkpage_present`` is called with device bytes whose
+    poison was cleared, to update their struct pages. ``emit`` gets an event for each call to the holder.
     """
 
     def __init__(
@@ -45,7 +51,9 @@ class DaxDevice:
         data_offset: int,
         badblocks: Badblocks,
         base_pfn: Pfn,
-        align: int = PAGE_SIZE,
+        align: int,
+        mkpage_present: Callable[[Range], None],
+        emit: Emit,
     ) -> None:
         self.name = name
         self.base_pfn = base_pfn
@@ -60,13 +68,9 @@ class DaxDevice:
         self._media = media
         self._data_offset = data_offset
         self._holder: DaxHolderOperations | None = None
-        self.mkpage_present: Callable[[Range], None] | None = None
-        """Called with device bytes whose poison was cleared, to update their struct pages."""
-        self.on_notify: Callable[[int, int, int], None] = lambda offset, length, flags: None
-        """Called with the arguments of each call to the holder."""
-        self.before_poison: Callable[[], None] = lambda: None
-        """Called before any new poison."""
-        self.before_punch: Callable[[Range], None] = lambda part: None
+        self._mkpage_present = mkpage_present
+        self._emit = emit
+        self.before_punch: NotifierChain[[Range]] = NotifierChain()
         """Called with device bytes about to be poisoned, if the media then takes their pages from every process
         (:attr:`Media.is_direct`).
         """
@@ -102,7 +106,7 @@ class DaxDevice:
             raise NoDevice(f"{self.name}: the device is gone")
         if self._holder is None:
             raise Unsupported(f"{self.name}: no holder")
-        self.on_notify(offset, length, flags)
+        self._emit(NotifyFailure(offset=offset, length=length, flags=flags))
         self._holder.notify_failure(offset, length, flags)
 
     def pre_remove(self) -> None:
@@ -156,22 +160,20 @@ class DaxDevice:
         latent.
         """
         at = self._data_offset
-        return [Range(r.start - at, r.end - at) for r in self._media.poisoned(at + offset, length)]
+        return [part.moved(-at) for part in self._media.poisoned(at + offset, length)]
 
     def poisoned_in_pieces(self, part: Range, count: int) -> Iterator[list[Range]]:
         """Yield as :meth:`poisoned`, up to ``count`` ranges at a time. The poison may change between two
         pieces.
         """
-        shift = self._data_offset // SECTOR_SIZE
-        sectors = sectors_of(part)
-        poison = self._media.poison.in_pieces(sectors.start + shift, sectors.end + shift, count)
-        for bad in poison:
-            yield [Range((r.start - shift) * SECTOR_SIZE, (r.end - shift) * SECTOR_SIZE) for r in bad]
+        at = sector_at(self._data_offset)
+        for poisoned in self._media.poison.in_pieces(*sectors_of(part).moved(at), count):
+            yield [bytes_of_sectors(sectors.moved(-at)) for sectors in poisoned]
 
     def poisoned_pages(self, part: Range) -> RangeSet:
         """Return the pages of ``part`` with poison, as byte ranges."""
         whole = part.outer(PAGE_SIZE)
-        return RangeSet(bad.outer(PAGE_SIZE) for bad in self.poisoned(whole.start, whole.length))
+        return RangeSet(poisoned.outer(PAGE_SIZE) for poisoned in self.poisoned(whole.start, whole.length))
 
     def direct_access(self, offset: int, length: int) -> memoryview:
         """Return the live bytes of the range for reading or writing (``dax_direct_access``).
@@ -240,19 +242,17 @@ class DaxDevice:
         """
         sectors = sectors_at(offset, length)
         self.badblocks.clear(sectors.start, sectors.length)
-        shift = self._data_offset // SECTOR_SIZE
-        cleared = self._media.clear_poison(Range(sectors.start + shift, sectors.end + shift))
-        good = [Range((r.start - shift) * SECTOR_SIZE, (r.end - shift) * SECTOR_SIZE) for r in cleared]
-        if self.mkpage_present is not None:
-            for part in good:
-                self.mkpage_present(part)
+        at = sector_at(self._data_offset)
+        cleared = self._media.clear_poison(sectors.moved(at))
+        good = [bytes_of_sectors(part.moved(-at)) for part in cleared]
+        for part in good:
+            self._mkpage_present(part)
         return good
 
     def clearing(self, ranges: Iterable[Range]) -> AbstractContextManager[None]:
         """Context in which the byte ranges are cleared: see Media.clearing()."""
-        shift = self._data_offset // SECTOR_SIZE
-        bad = (sectors_of(part) for part in ranges)
-        return self._media.clearing(Range(sectors.start + shift, sectors.end + shift) for sectors in bad)
+        at = sector_at(self._data_offset)
+        return self._media.clearing(sectors_of(part).moved(at) for part in ranges)
 
     def make_room_for_poison(self, changes: int) -> None:
         """See Media.make_room()."""
@@ -264,13 +264,14 @@ class DaxDevice:
         """
         for start, end in ranges:
             self._check(start, end - start)
-        self.before_poison()
-        bad = [sectors_of(part) for part in ranges]
-        for sectors in bad if self._media.is_direct else ():
-            self.before_punch(bytes_of_sectors(sectors).outer(PAGE_SIZE))
-        shift = self._data_offset // SECTOR_SIZE
-        self._media.add_poison(*(Range(sectors.start + shift, sectors.end + shift) for sectors in bad))
-        return [bytes_of_sectors(sectors) for sectors in bad]
+        if self._holder is not None:
+            self._holder.before_poison()
+        poisoned = [sectors_of(part) for part in ranges]
+        for sectors in poisoned if self._media.is_direct else ():
+            self.before_punch.call_chain(bytes_of_sectors(sectors).outer(PAGE_SIZE))
+        at = sector_at(self._data_offset)
+        self._media.add_poison(*(sectors.moved(at) for sectors in poisoned))
+        return [bytes_of_sectors(sectors) for sectors in poisoned]
 
     def zero(self, offset: int, length: int) -> None:
         """Store zeros (``dax_zero_page_range``). Precondition: reserved. Raises MediaError on poison."""

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from daxemu.errors import Busy, InvalidArgument, NoSpace, NotADevice, PermissionDenied
+from daxemu.malformed import NOT_TOML, toml_line, why_not_text
 from daxemu.pmem.backing import check_mappable
 from daxemu.pmem.media import Media
 from daxemu.private_path import PRIVATE, PrivatePath
 from daxemu.uapi import PAGE_SIZE, PMD_SIZE, Pfn
+from daxemu.units import PHYS_PFN, round_up
 
 FORMAT_VERSION = 1
 MIN_SIZE = 8 << 20
@@ -75,13 +77,23 @@ class DeviceConfig:
             )
 
 
+def _why_unreadable(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or "input/output error"
+    if isinstance(error, tomllib.TOMLDecodeError):
+        return f"line {toml_line(error, '')} is {NOT_TOML}"
+    return why_not_text(error, NOT_TOML)
+
+
 def altmap_bytes(size: int, align: int = PAGE_SIZE) -> int:
     """Return the size in bytes of a memmap on the device itself: one struct page (64 bytes) for each page."""
-    return -(-size // PAGE_SIZE * STRUCT_PAGE_SIZE // align) * align
+    return round_up(PHYS_PFN(size) * STRUCT_PAGE_SIZE, align)
 
 
 def _integer(table: dict[str, object], name: str) -> int:
     value = table.get(name)
+    if value is None:
+        raise InvalidArgument(f"{name} is missing")
     if type(value) is not int:
         raise InvalidArgument(f"{name} is {value!r}, not a whole number")
     return value
@@ -182,9 +194,9 @@ class DeviceDir:
                 f"{path} is not a daxemu device: make one with: daxemu mkfs {path} --size 1G"
             ) from error
         except (OSError, ValueError, RecursionError) as error:
-            said = " ".join(str(error).split())
             raise NotADevice(
-                f"{path}/device.toml cannot be read: {said}; restore it, or make a new device elsewhere"
+                f"{path}/device.toml cannot be read: {_why_unreadable(error)}; "
+                "restore it, or make a new device elsewhere"
             ) from error
         return device
 

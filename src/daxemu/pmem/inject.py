@@ -37,8 +37,8 @@ def check_range(offset: int, length: int, size: int, what: str) -> None:
 
 def inject(pmem: Pmem, offset: int, length: int, *, latent: bool = False) -> Range:
     """Poison one byte range, as :func:`inject_all`. Return the poisoned range."""
-    (bad,) = inject_all(pmem, [Range(offset, offset + length)], latent=latent)
-    return bad
+    (poisoned,) = inject_all(pmem, [Range(offset, offset + length)], latent=latent)
+    return poisoned
 
 
 def inject_all(pmem: Pmem, ranges: Sequence[Range], *, latent: bool = False) -> list[Range]:
@@ -49,10 +49,10 @@ def inject_all(pmem: Pmem, ranges: Sequence[Range], *, latent: bool = False) -> 
     """
     for start, end in ranges:
         check_range(start, end - start, pmem.dax.size, "the device")
-    bad = pmem.dax.add_poison(*ranges)
+    poisoned = pmem.dax.add_poison(*ranges)
     if not latent:
-        pmem.badblocks.populate(sectors_of(r) for r in bad)
-    return bad
+        pmem.badblocks.populate(sectors_of(r) for r in poisoned)
+    return poisoned
 
 
 def uninject(pmem: Pmem, offset: int, length: int) -> list[Range]:
@@ -86,8 +86,8 @@ def scrub_in_pieces(pmem: Pmem, count: int) -> Iterator[list[Range]]:
     """As :func:`scrub`, at most ``count`` ranges of poison at a time, in order of the offsets."""
     if pmem.badblocks.count == pmem.media.poison.total:
         return  # badblocks is a subset of the poison, so equal sizes mean equal sets
-    for bad in pmem.dax.poisoned_in_pieces(Range(0, pmem.dax.size), count):
-        new = pmem.badblocks.populate(sectors_of(r) for r in bad)
+    for poisoned in pmem.dax.poisoned_in_pieces(Range(0, pmem.dax.size), count):
+        new = pmem.badblocks.populate(sectors_of(r) for r in poisoned)
         yield [bytes_of_sectors(r) for r in new]
 
 
@@ -124,7 +124,7 @@ def _flip(media: memoryview, flips: np.ndarray[tuple[int], np.dtype[np.uint8]]) 
     np.bitwise_xor(np.frombuffer(media, np.uint8), flips, out=np.frombuffer(media, np.uint8))
 
 
-def failed_pages(pmem: Pmem, bad: Range) -> tuple[int, int]:
-    """Return ``(pfn, nr_pages)`` of the pages that overlap the byte range ``bad``."""
-    first = page_align_down(bad.start)
-    return pmem.pfn_of(first), PHYS_PFN(page_align_up(bad.end) - first)
+def failed_pages(pmem: Pmem, poisoned: Range) -> tuple[int, int]:
+    """Return ``(pfn, nr_pages)`` of the pages that overlap the byte range ``poisoned``."""
+    first = page_align_down(poisoned.start)
+    return pmem.pfn_of(first), PHYS_PFN(page_align_up(poisoned.end) - first)

@@ -15,7 +15,7 @@ from daxemu.pmem import backing
 from daxemu.pmem.kept import KeptPages
 from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range, RangeSet
-from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE, SECTORS_PER_PAGE
+from daxemu.uapi import PAGE_SECTORS, PAGE_SIZE, SECTOR_SIZE
 from daxemu.units import blocks_of_sectors, byte_span, bytes_of_sectors, round_up, sectors_at
 
 _POISON_STEP = 4096  # the file of poisoned sectors has whole pages, filled up with empty lines
@@ -221,8 +221,8 @@ class Media:
 
     def _aside_in(self, offset: int, length: int) -> RangeSet:
         """Return the bytes of the pages of the range that are put aside."""
-        bad = self.poison.overlapping(*_sectors_of_pages(offset, length))
-        return RangeSet(bytes_of_sectors(sectors).outer(PAGE_SIZE) for sectors in bad)
+        poisoned = self.poison.overlapping(*_sectors_of_pages(offset, length))
+        return RangeSet(bytes_of_sectors(sectors).outer(PAGE_SIZE) for sectors in poisoned)
 
     def _choose(self, directory: PrivatePath, is_direct: bool | None) -> None:
         """Put the pages with poison aside, or back into the media, as ``is_direct`` says.
@@ -290,15 +290,15 @@ class Media:
         pages = ends | {page for run in kept.pages.overlapping(*whole) for page in range(*run)}
         done: list[int] = []
         for page in sorted(pages):
-            bad = [run.clip(*_sectors_of(page)) for run in self.poison.overlapping(*_sectors_of(page))]
-            cleared = [part for run in bad if (part := run.clip(*sectors))]
+            poisoned = [run.clip(*_sectors_of(page)) for run in self.poison.overlapping(*_sectors_of(page))]
+            cleared = [part for run in poisoned if (part := run.clip(*sectors))]
             if not cleared:
                 continue
             data = kept.get(page)
             for part in cleared:
                 at = bytes_of_sectors(part)
                 data[at.start - page * PAGE_SIZE : at.end - page * PAGE_SIZE] = bytes(at.length)
-            if cleared != bad:
+            if cleared != poisoned:
                 kept.put(page * PAGE_SIZE, data)
             elif page in kept.pages:
                 self._restore(page, data)
@@ -390,7 +390,7 @@ class Media:
             return
         except ValueError as error:
             raise NotADevice(
-                f"{self._poison_file}: not a list of 'sector count' lines ({error}); "
+                f"{self._poison_file}: not a list of 'sector count' lines; "
                 "correct the file, or remove it to have no poison"
             ) from error
 
@@ -465,7 +465,7 @@ def _bytes_of(page: int) -> Range:
 
 
 def _sectors_of(page: int) -> Range:
-    return Range(page * SECTORS_PER_PAGE, (page + 1) * SECTORS_PER_PAGE)
+    return Range(page * PAGE_SECTORS, (page + 1) * PAGE_SECTORS)
 
 
 def _sectors_of_pages(offset: int, length: int) -> Range:
@@ -475,6 +475,6 @@ def _sectors_of_pages(offset: int, length: int) -> Range:
 def _edges(sectors: Range) -> list[int]:
     """Return the pages that hold the ends of ``sectors``, if not whole."""
     pages = blocks_of_sectors(sectors)
-    inside = sectors.inner(SECTORS_PER_PAGE)
+    inside = sectors.inner(PAGE_SECTORS)
     ends = {pages.start, pages.end - 1}
     return sorted(page for page in ends if not inside or not _sectors_of(page).clip(*inside))

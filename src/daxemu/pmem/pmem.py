@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING
 
 from daxemu.errors import InvalidArgument
+from daxemu.events import Emit, no_log
 from daxemu.mm.memory_failure import MemoryFailures, PfnMapping
 from daxemu.mm.pagemap import DevPagemap
 from daxemu.mm.pfn_space import PfnAddressSpace
@@ -16,11 +15,8 @@ from daxemu.pmem.device_dir import DeviceDir
 from daxemu.pmem.media import Media
 from daxemu.pmem.sysfs import Sysfs
 from daxemu.ranges import Range, RangeSet
-from daxemu.uapi import PAGE_SIZE, SECTOR_SIZE, Pfn, page_align_down, page_align_up
-from daxemu.units import PFN_PHYS, PHYS_PFN
-
-if TYPE_CHECKING:
-    from daxemu.mm.memmap import Memmap
+from daxemu.uapi import PAGE_SIZE, Pfn, page_align_down, page_align_up
+from daxemu.units import PFN_PHYS, PHYS_PFN, sectors_of
 
 
 class Pmem:
@@ -29,8 +25,10 @@ class Pmem:
     The constructor adds all poison to badblocks, as the first ARS at boot.
     """
 
-    def __init__(self, device: DeviceDir, *, is_direct: bool | None = None) -> None:
-        """``is_direct``: see Media. Precondition: the device's lock is held. Raises NotADevice."""
+    def __init__(self, device: DeviceDir, emit: Emit = no_log, *, is_direct: bool | None = None) -> None:
+        """``emit`` gets an event for each call to the holder. ``is_direct``: see Media. Precondition: the
+        device's lock is held. Raises NotADevice.
+        """
         config = device.config
         self.name = device.name
         self._root = device.root
@@ -45,6 +43,8 @@ class Pmem:
             self.badblocks,
             config.base_pfn + altmap_pages,
             config.align,
+            self._mkpage_present,
+            emit,
         )
         self.pages = Range(config.base_pfn, config.base_pfn + config.size // PAGE_SIZE)
         self.pgmap: DevPagemap | None = None
@@ -52,8 +52,9 @@ class Pmem:
         self._pfn_space = PfnAddressSpace(device.name, self.pages, self)
         if config.struct_pages:
             self.pgmap = DevPagemap(device.name, (self.pages,), ops=self, altmap_pages=altmap_pages)
-        for bad in self.dax.poisoned(0, self.dax.size):
-            self.badblocks.set(bad.start // SECTOR_SIZE, bad.length // SECTOR_SIZE)
+        for poisoned in self.dax.poisoned(0, self.dax.size):
+            sectors = sectors_of(poisoned)
+            self.badblocks.set(sectors.start, sectors.length)
 
     def attach(self, mm: MemoryFailures) -> None:
         """``pmem_attach_disk()``: register the pfns with ``mm``. Raises Busy.
@@ -90,7 +91,6 @@ class Pmem:
         memmap.add_pages(self.pages, self.pgmap.altmap_pages)
         memmap.memmap_init_zone_device(self.pages)
         self.pgmap.memmap = memmap
-        self.dax.mkpage_present = partial(self._mkpage_present, memmap)
 
     def show_in_sysfs(self) -> Sysfs:
         """Create ``DEVICE/sysfs`` and keep ``badblocks`` there up to date.
@@ -99,17 +99,23 @@ class Pmem:
         """
         sysfs = Sysfs(self._root / "sysfs")
         self._sysfs = sysfs
-        self.badblocks.on_change = lambda: sysfs.show_badblocks(self.badblocks)
+        self.badblocks.on_change.register(lambda: sysfs.show_badblocks(self.badblocks))
         sysfs.show_badblocks(self.badblocks)
         return sysfs
 
-    def _mkpage_present(self, memmap: Memmap, cleared: Range) -> None:
-        """``pmem_mkpage_present()``: clear PG_hwpoison of the pages of ``cleared`` without poison."""
+    def _mkpage_present(self, cleared: Range) -> None:
+        """``pmem_mkpage_present()``: clear PG_hwpoison of the pages of ``cleared`` without poison.
+
+        Does nothing while the device has no memmap.
+        """
+        memmap = self.pgmap.memmap if self.pgmap is not None else None
+        if memmap is None:
+            return
         start, end = page_align_down(cleared.start), page_align_up(cleared.end)
-        bad = RangeSet(
+        poisoned = RangeSet(
             (page_align_down(r.start), page_align_up(r.end)) for r in self.dax.poisoned(start, end - start)
         )
-        good = [Range(self.pfn_of(part.start), self.pfn_of(part.end)) for part in bad.gaps(start, end)]
+        good = [Range(self.pfn_of(part.start), self.pfn_of(part.end)) for part in poisoned.gaps(start, end)]
         memmap.clear_hwpoison(*good)
 
     def close(self) -> None:
@@ -117,7 +123,6 @@ class Pmem:
         if self.pgmap is not None and self.pgmap.memmap is not None:
             self.pgmap.memmap.discard()
             self.pgmap.memmap = None
-            self.dax.mkpage_present = None
         if self._sysfs is not None:
             self._sysfs.close()
         self.media.close()

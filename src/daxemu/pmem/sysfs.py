@@ -58,8 +58,8 @@ class Sysfs:
     def show_badblocks(self, badblocks: Badblocks) -> None:
         """``badblocks_show()``: write as many whole lines as one page holds."""
         text = b""
-        for bad in itertools.islice(badblocks, PAGE_SIZE // len(b"0 1\n")):
-            line = b"%d %d\n" % (bad.start, bad.length)
+        for sectors in itertools.islice(badblocks, PAGE_SIZE // len(b"0 1\n")):
+            line = b"%d %d\n" % (sectors.start, sectors.length)
             if len(text) + len(line) > PAGE_SIZE:
                 break
             text += line

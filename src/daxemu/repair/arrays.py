@@ -57,7 +57,7 @@ class SparseArray:
             raise NoSpace(f"{path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, OverflowError, struct.error) as error:
             raise NotADevice(
-                f"{path} is damaged ({error}): remove it and mount again to create it anew"
+                f"{path} is damaged: expected an array of {length} items; remove it and mount again"
             ) from error
         if self._array.shape != (length,) or self._array.dtype != np.dtype(dtype):
             raise NotADevice(f"{path} has another size: remove it and mount again")

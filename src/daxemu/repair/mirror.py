@@ -121,8 +121,10 @@ class Mirror(ByBlock):
                 self._placed.remove(*part)
 
     def _readable(self, run: Range) -> Iterator[Range]:
-        bad = RangeSet((PHYS_PFN(r.start), DIV_ROUND_UP(r.end, PAGE_SIZE)) for r in self.volume.poison(run))
-        return bad.gaps(*run)
+        poisoned = RangeSet(
+            (PHYS_PFN(r.start), DIV_ROUND_UP(r.end, PAGE_SIZE)) for r in self.volume.poison(run)
+        )
+        return poisoned.gaps(*run)
 
     def allocated(self, blocks: Range) -> None:
         """Drop the copies: a hole stands for a block of zeros."""

@@ -163,13 +163,13 @@ class Parity(ByBlock):
         self._sums.fill(slices, 0)
         area = self._bytes_of(slices)
         blocks = blocks_of(area)
-        bad = self.volume.poison(blocks)
+        poisoned = self.volume.poison(blocks)
         for run in self.volume.in_use(blocks):
-            for part in bad.gaps(*bytes_of_blocks(run).clip(*area)):
+            for part in poisoned.gaps(*bytes_of_blocks(run).clip(*area)):
                 whole = Range(DIV_ROUND_UP(part.start, self._slice), part.end // self._slice)
                 if whole:
                     self._put(whole)
-        damaged = RangeSet(part.outer(self._slice * self._data) for part in bad)
+        damaged = RangeSet(part.outer(self._slice * self._data) for part in poisoned)
         for good in damaged.gaps(
             *self._bytes_of(Range(stripes.start * self._data, stripes.end * self._data))
         ):
@@ -306,8 +306,8 @@ class Parity(ByBlock):
 
     def _verify(self, blocks: Range, by: str) -> None:
         for run in self._followed([blocks]):
-            bad = self.volume.poison(run)
-            for part in bad.gaps(*self._bytes_of(self._slices_of(run))):
+            poisoned = self.volume.poison(run)
+            for part in poisoned.gaps(*self._bytes_of(self._slices_of(run))):
                 whole = Range(DIV_ROUND_UP(part.start, self._slice), part.end // self._slice)
                 if whole:
                     self._verify_readable(whole, by)

@@ -22,11 +22,11 @@ class Quarantine(Strategy):
         """Relocate the blocks. A page with any unreadable sector is lost."""
         verdict = Verdict(transparent=False, reason="the readable sectors were moved")
         for blocks in failure.blocks:
-            data, bad = self.volume.salvage(blocks)
+            data, poisoned = self.volume.salvage(blocks)
             try:
                 self.volume.relocate(blocks, data)
             except NoSpace as error:
                 verdict.reason = str(error)
                 continue
-            (verdict.lost if bad else verdict.recovered).add(*blocks)
+            (verdict.lost if poisoned else verdict.recovered).add(*blocks)
         return verdict

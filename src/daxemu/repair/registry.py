@@ -13,6 +13,7 @@ import msgspec
 from daxemu.errors import InvalidArgument
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.reserved import ReservedFile
+from daxemu.malformed import explain
 from daxemu.private_path import PrivatePath
 from daxemu.repair.arrays import discard
 from daxemu.repair.strategy import Options, Strategy
@@ -109,7 +110,11 @@ def parse(text: str) -> tuple[type[Strategy], Options]:
         return strategy, options
     except msgspec.ValidationError as error:
         known = ", ".join(field.name for field in msgspec.structs.fields(strategy.Options)) or "none"
-        raise InvalidArgument(f"--repair {text}: {error}; its options are: {known}") from error
+        path, reason = explain(error)
+        key = str(path[-1]) if path else ""
+        found = f"{key}={wanted[key]}: " if key in wanted and "unknown" not in reason else ""
+        reason = reason.removesuffix(", found text")  # every value is text on the command line
+        raise InvalidArgument(f"--repair {text}: {found}{reason}; its options are: {known}") from error
 
 
 def forget(

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from daxemu.events import CorruptionFound
-from daxemu.fs import heal
+from daxemu.fs import failed_blocks
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import RESERVED_INO
 from daxemu.fs.reserved import ReservedFile
@@ -107,15 +107,17 @@ class Volume:
         device.
         """
         at, data = blocks.start * PAGE_SIZE, bytearray(blocks.length * PAGE_SIZE)
-        bad = self.poison(blocks)
-        for good in bad.gaps(at, at + len(data)):
+        poisoned = self.poison(blocks)
+        for good in poisoned.gaps(at, at + len(data)):
             data[good.start - at : good.end - at] = self._fs.dax.read(good.start, good.length)
-        return bytes(data), bad
+        return bytes(data), poisoned
 
     def poison(self, blocks: Range) -> RangeSet:
         """Return the unreadable device bytes in ``blocks``, in whole sectors."""
         start, length = blocks.start * PAGE_SIZE, blocks.length * PAGE_SIZE
-        return RangeSet(bad.clip(start, start + length) for bad in self._fs.dax.poisoned(start, length))
+        return RangeSet(
+            poisoned.clip(start, start + length) for poisoned in self._fs.dax.poisoned(start, length)
+        )
 
     def poison_in(self, offset: int, length: int) -> bool:
         """Return True if any of the ``length`` device bytes from ``offset`` on is unreadable."""
@@ -126,7 +128,7 @@ class Volume:
     def rewrite(self, offset: int, data: bytes | memoryview) -> None:
         """Write ``data`` (whole sectors) to the device at byte ``offset``. Poison there is cleared."""
         with self._atomically():
-            heal.rewrite(self._fs, offset, data)
+            failed_blocks.rewrite(self._fs, offset, data)
 
     def relocate(self, blocks: Range, data: bytes | memoryview) -> None:
         """Write ``data`` to newly allocated blocks, and remap all owners of ``blocks`` to the new blocks.
@@ -134,12 +136,12 @@ class Volume:
         Raises NoSpace.
         """
         with self._atomically():
-            heal.relocate(self._fs, blocks, data)
+            failed_blocks.relocate(self._fs, blocks, data)
 
     def punch(self, blocks: Range) -> None:
         """Punch a hole over ``blocks`` in every file that owns a block."""
         with self._atomically():
-            heal.punch(self._fs, blocks)
+            failed_blocks.punch(self._fs, blocks)
 
     def shutdown(self, reason: str) -> None:
         """Shut the whole filesystem down. Every later access is EIO."""

@@ -34,11 +34,11 @@ def main(device: str, mountpoint: str, ready_fd: int, options: str = "{}") -> in
         except BrokenPipeError as error:
             raise DaxemuError("whoever asked for the mount went away") from error
 
-    told, last = False, 0.0
+    is_ready, last = False, 0.0
 
     def ready() -> None:
-        nonlocal told
-        told = True
+        nonlocal is_ready
+        is_ready = True
         say(Reply(True))
         os.close(ready_fd)
 
@@ -54,7 +54,7 @@ def main(device: str, mountpoint: str, ready_fd: int, options: str = "{}") -> in
         chosen = msgspec.json.decode(options, type=MountOptions)
         supervise(Path(device), Path(mountpoint), ready, chosen, progress)
     except DaxemuError as error:
-        if told:
+        if is_ready:
             logging.exception("the supervisor failed")
         else:
             logging.error("%s", error)

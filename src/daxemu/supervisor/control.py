@@ -18,6 +18,7 @@ import trio
 from daxemu import protocol as p
 from daxemu.errors import DaxemuError, FsError, InvalidArgument, PermissionDenied
 from daxemu.host.unexpected import Unexpected, refused
+from daxemu.malformed import dotted, explain
 from daxemu.private_path import PrivatePath
 from daxemu.supervisor.descriptors import Connections, EmergencyDescriptor, Hangups
 from daxemu.supervisor.event_log import EventLog
@@ -140,8 +141,13 @@ class ControlSocket:
         try:
             request = p.decode_request(asked)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-            await stream.send_all(_refusal(InvalidArgument(f"not a request: {error}")))
+            path, reason = explain(error)
+            where = f"{dotted(path)}: " if path else ""
+            refusal = InvalidArgument(f"not a request: {where}{reason}; see docs/protocol.md")
+            await stream.send_all(_refusal(refusal))
             return
+        if len(asked) > _SENT:
+            await trio.lowlevel.checkpoint()  # the decoding of the longest line is a step of 30 ms
         if isinstance(request, p.Attach) and request.pid != peer:
             # Descriptors are taken from the process itself, never from another one.
             await stream.send_all(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from daxemu.events import NotifyFailure
 from daxemu.fs.filesystem import Filesystem
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.pmem import Pmem
@@ -14,12 +13,7 @@ def open_core(pmem: Pmem, log: EventLog, owner: tuple[int, int]) -> tuple[Memory
 
     ``owner``: (uid, gid). Raises CorruptMetadata, Busy, NoSpace.
     """
-    mm = MemoryFailures(log.emit, is_hosted=True)
-    pmem.dax.on_notify = lambda offset, length, flags: log.emit(
-        NotifyFailure(offset=offset, length=length, flags=flags)
-    )
     pmem.make_struct_pages()
+    mm = MemoryFailures(log.emit, is_hosted=True, on_count=pmem.show_in_sysfs().show_counters)
     pmem.attach(mm)
-    sysfs = pmem.show_in_sysfs()
-    mm.on_count = lambda: sysfs.show_counters(mm.counters)
     return mm, Filesystem(pmem.dax, mm, log.emit, owner=owner)

@@ -13,6 +13,7 @@ from daxemu.mm.incident import Incident
 from daxemu.mm.to_kill import PresentRun, Task, cut, without
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SHIFT
+from daxemu.units import PFN_PHYS, PHYS_PFN
 
 
 class Latent:
@@ -31,44 +32,46 @@ class Latent:
 
     def of(self, incident: Incident) -> list[Task]:
         """Return the tasks with pages of ``incident``, each with only these pages. A PMD counts whole."""
-        return [replace(task, present=hurt) for task in self._tasks if (hurt := _split(task, incident)[0])]
+        return [
+            replace(task, present=inside) for task in self._tasks if (inside := _split(task, incident)[0])
+        ]
 
     def take(self, incident: Incident) -> list[Task]:
         """Return the tasks of :meth:`of`, and forget the pages of ``incident``."""
         taken = self.of(incident)
-        rest = (replace(task, present=_split(task, incident)[1]) for task in self._tasks)
-        self._tasks = [task for task in rest if task.present]
+        outside = (replace(task, present=_split(task, incident)[1]) for task in self._tasks)
+        self._tasks = [task for task in outside if task.present]
         return taken
 
 
 def _split(task: Task, incident: Incident) -> tuple[tuple[PresentRun, ...], tuple[PresentRun, ...]]:
     """Return the runs of a task inside an incident, and the runs outside."""
-    hurt: list[PresentRun] = []
-    rest: list[PresentRun] = []
+    inside: list[PresentRun] = []
+    outside: list[PresentRun] = []
     for run in task.present:
         pages = Range(run.index, run.index + run.nr_pages)
-        bad = RangeSet(
+        failed = RangeSet(
             part
             for m in incident.mappings
             if m.mapping == run.mapping and (part := pages.clip(m.index, m.index + m.count))
         )
         if run.shift != PAGE_SHIFT:
-            (hurt if bad else rest).append(run)
+            (inside if failed else outside).append(run)
             continue
-        hurt += [cut(run, part) for part in bad]
-        rest += without(run, bad)
-    return tuple(hurt), tuple(rest)
+        inside += [cut(run, part) for part in failed]
+        outside += without(run, failed)
+    return tuple(inside), tuple(outside)
 
 
 def _addresses(run: PresentRun) -> Range:
-    return Range(run.address, run.address + (run.nr_pages << PAGE_SHIFT))
+    return Range(run.address, run.address + PFN_PHYS(run.nr_pages))
 
 
 def _less(task: Task, addresses: RangeSet) -> Task:
     kept = [
-        cut(run, Range(index, index + (part.length >> PAGE_SHIFT)))
+        cut(run, Range(index, index + PHYS_PFN(part.length)))
         for run in task.present
         for part in addresses.gaps(*_addresses(run))
-        for index in [run.index + ((part.start - run.address) >> PAGE_SHIFT)]
+        for index in [run.index + PHYS_PFN(part.start - run.address)]
     ]
     return replace(task, present=tuple(kept))

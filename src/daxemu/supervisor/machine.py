@@ -99,7 +99,7 @@ class Machine:
         self.operations = Operations(fs, on_access, self._consumption.on_write, mappings, open_files, gates)
         self.operations.contain(unexpected)
         self.layouts = LayoutTable(pmem.dax.memory(), self.operations) if has_layouts else None
-        self._clones = Clones(fs, mappings, self.failures, open_files.writers)
+        self._clones = Clones(fs, mappings, self.failures, open_files.writers, gates.io_lock)
         if supplement_missing is None:
             self._extra = ExtraOperations(
                 fs,
@@ -108,10 +108,11 @@ class Machine:
                 mappings,
                 self.operations.file_modified,
                 open_files,
+                gates,
                 self.nursery,
                 unexpected,
             )
-        fs.on_shutdown = self._on_shutdown
+        fs.on_shutdown.register(self._on_shutdown)
 
         # Requests of the control socket.
         self._repairing = Repairing(pmem, fs, self.failures, self._consumption, repairs, strategy_host, emit)
@@ -149,6 +150,7 @@ class Machine:
             p.GetBadblocks: lambda _: files.badblocks(self.pmem),
             p.Damaged: lambda _: files.damaged(self.fs),
             p.Map: lambda request: files.file_map(self.pmem, self.fs, request.ino),
+            p.WhoMaps: lambda _: files.who_maps(self.mappings),
             p.Reflink: partial(files.reflink, self._clones),
             p.Survey: partial(survey, self.pmem, self.fs),
             p.Set: lambda request: self._settings.set(request.settings),

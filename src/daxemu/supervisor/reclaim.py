@@ -23,9 +23,7 @@ class Reclaim:
     async def run(self) -> None:
         """Release blocks until cancelled. After that the filesystem releases blocks at once."""
         fs = self._fs
-        fs.unlink_in_pieces(self._wake)
-        fs.allocator.on_settle = self._wake
-        try:
+        with fs.reclaimer.served(self._wake):
             while True:
                 await self._wanted.wait()
                 self._wanted = trio.Event()
@@ -36,8 +34,6 @@ class Reclaim:
                         fs.fsync()
                 while fs.allocator.drain():
                     await trio.lowlevel.checkpoint()
-        finally:
-            fs.inodegc.on_queue = fs.allocator.on_settle = None
 
     def _wake(self) -> None:
         self._wanted.set()

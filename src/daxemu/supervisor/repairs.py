@@ -17,7 +17,7 @@ from daxemu.protocol import RepairReport
 from daxemu.ranges import Range, RangeSet
 from daxemu.repair.strategy import Failure, Verdict
 from daxemu.supervisor.strategy_host import StrategyHost
-from daxemu.uapi import PAGE_SHIFT
+from daxemu.units import PFN_PHYS, blocks_of
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ class Repairs:
         found, base = RangeSet(), self._pmem.dax.base_pfn
         for task in tasks:
             for run in task.present:
-                for hurt in incident.mappings if run.writable else ():
+                for failed in incident.mappings if run.writable else ():
                     part = Range(run.index, run.index + run.nr_pages).clip(
-                        hurt.index, hurt.index + hurt.count
+                        failed.index, failed.index + failed.count
                     )
-                    if hurt.mapping == run.mapping and part:
-                        start = hurt.pfn - base + part.start - hurt.index
+                    if failed.mapping == run.mapping and part:
+                        start = failed.pfn - base + part.start - failed.index
                         found.add(start, start + part.length)
         return found
 
@@ -131,9 +131,9 @@ class Repairs:
 
     def _failure(self, blocks: Range, unseen: RangeSet) -> tuple[Failure, list[Owner]]:
         volume = self._host.volume()
-        bad = RangeSet((r.start >> PAGE_SHIFT, -(-r.end >> PAGE_SHIFT)) for r in volume.poison(blocks))
-        used = tuple(part for run in volume.in_use(blocks) for part in bad.overlapping(*run))
-        copies = tuple(position for run in bad for position in volume.reserved.positions(run))
+        poisoned = RangeSet(blocks_of(part) for part in volume.poison(blocks))
+        used = tuple(part for run in volume.in_use(blocks) for part in poisoned.overlapping(*run))
+        copies = tuple(position for run in poisoned for position in volume.reserved.positions(run))
         stale = RangeSet(part for run in used for part in self._host.stale(run))
         owners = [owner for run in used for owner in volume.owners(run)]
         return Failure(used, unseen, stale, copies), owners
@@ -145,5 +145,5 @@ def _not_recovered(owners: list[Owner], recovered: RangeSet) -> list[tuple[int, 
     for owner in owners:
         for part in recovered.gaps(owner.dev_block, owner.dev_block + owner.length):
             at = owner.file_block + part.start - owner.dev_block
-            found.append((owner.ino, at << PAGE_SHIFT, part.length << PAGE_SHIFT))
+            found.append((owner.ino, PFN_PHYS(at), PFN_PHYS(part.length)))
     return found

@@ -93,7 +93,7 @@ def supervise(
         own_log = SupervisorLog(directory.root / "supervisor.log", lambda: events.limit)
         own_log.attach()
         undo.callback(own_log.detach)
-        pmem = Pmem(directory, is_direct=options.direct)
+        pmem = Pmem(directory, events.emit, is_direct=options.direct)
         undo.callback(pmem.close)
         try:
             mm, fs = open_core(pmem, events, (os.geteuid(), os.getegid()))
@@ -172,8 +172,11 @@ class _Ending:
         """
         session = self._session
         if force:
-            pins = await trio.to_thread.run_sync(pins_of, session.mount, abandon_on_cancel=True)
-            await self._unmount_by_force(patience, pinned=bool(pins))
+            pinned = True  # a mount whose copies cannot be listed in time counts as pinned
+            with trio.move_on_after(patience):
+                pins = await trio.to_thread.run_sync(pins_of, session.mount, abandon_on_cancel=True)
+                pinned = bool(pins)
+            await self._unmount_by_force(patience, pinned=pinned)
         else:
             await trio.to_thread.run_sync(session.unmount, abandon_on_cancel=True)
         self._fs.commit()

@@ -26,6 +26,7 @@ from daxemu.host.tracer.messages import Outcome as Delivery
 from daxemu.host.unexpected import Nursery
 from daxemu.mm.to_kill import ToKill
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT, Ino, Pfn
+from daxemu.units import PFN_PHYS, PHYS_PFN
 
 SIGNAL_PATIENCE = 2.0
 """Seconds that a failure waits for the delivery of an AO. After that the signal stays queued."""
@@ -151,8 +152,8 @@ class Signals:
         The tracer looks the page up again: the process may unmap or move the page before the signal.
         """
         for run in victim.task.present:
-            if run.address <= victim.address < run.address + (run.nr_pages << PAGE_SHIFT):
-                index = run.index + ((victim.address - run.address) >> PAGE_SHIFT)
+            if run.address <= victim.address < run.address + PFN_PHYS(run.nr_pages):
+                index = run.index + PHYS_PFN(victim.address - run.address)
                 if victim.file is not None:
                     return FilePage(*victim.file.dev, run.mapping, index)
                 return self._file_page(run.mapping, index)
@@ -225,7 +226,7 @@ class Signals:
         if access.address is not None:
             return await self._leaves_fault(access, access.address, pfn, found=found)
         with trio.move_on_after(ARM_PATIENCE) as patience:
-            page = self._file_page(access.ino, access.offset >> PAGE_SHIFT)
+            page = self._file_page(access.ino, PHYS_PFN(access.offset))
             armed = await self._tracer.arm(access.tid, page=page)
         if patience.cancelled_caught:
             self._inexact(access, pfn, "the tracer did not answer in time")

@@ -1,7 +1,7 @@
 """Programs with direct mappings of a plain file: the test plays the supervisor of a mount.
 
-A program runs under the filter of ``daxemu run``. Its mmap of the file ``Supervisor.path`` becomes a mapping of that
-file in the zone, made by the agent. A missing page is allocated, a write-protected one is released.
+A program runs under the filter of ``daxemu run``. Its mmap of the file ``Supervisor.path`` becomes a mapping
+of that file in the zone, made by the agent. A missing page is allocated, a write-protected one is released.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import trio
 
 from daxemu.host.direct.address_spaces import AddressSpace, AddressSpaces
-from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
+from daxemu.host.direct.errors import AddressSpaceChanging, AddressSpaceGone, AgentRefused
 from daxemu.host.direct.syscalls import mmap_media
 from daxemu.host.direct.userfaultfd import Event, PageFault
 from daxemu.host.run import seccomp, zone
@@ -88,6 +88,19 @@ class Supervisor:
                     space.uffd.wake(page, PAGE_SIZE)
             except AddressSpaceGone:
                 continue
+            except AddressSpaceChanging:  # a fork, whose event is still to be read
+                self._nursery.start_soon(self._release, space, page)
+
+    async def _release(self, space: AddressSpace, page: int) -> None:
+        while not space.is_gone:
+            try:
+                space.uffd.write_protect(page, PAGE_SIZE, False)
+            except AddressSpaceChanging:
+                await trio.sleep(0.001)
+            except AddressSpaceGone:
+                return
+            else:
+                return
 
     def on_forked(self, parent: AddressSpace, child: AddressSpace) -> None:
         self.forks.append((parent, child))
@@ -249,14 +262,15 @@ def play(path: Path, scene: Callable[[Stage], Awaitable[None]], seconds: float =
     trio.run(main)
 
 
-def agents() -> list[int]:
-    """Return the agents that run on this system and are not zombies."""
+def agents(media: Path) -> list[int]:
+    """Return the agents for a media file that are not zombies."""
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            fields = Path(f"/proc/{pid}/stat").read_bytes()
+            comm = Path(f"/proc/{pid}/comm").read_text()
+            is_its = Path(f"/proc/{pid}/fd/1").readlink() == media  # a zombie has no descriptors
         except OSError:
             continue
-        if b"(daxemu-agent)" in fields and fields.rsplit(b")", 1)[1].split()[0] != b"Z":
+        if comm == "daxemu-agent\n" and is_its:
             found.append(int(pid))
     return found

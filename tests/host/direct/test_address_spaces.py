@@ -40,6 +40,16 @@ def media() -> Iterator[Path]:
     path.unlink(missing_ok=True)
 
 
+def write_memory(pid: int, at: int, data: bytes) -> None:
+    with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+        os.pwrite(memory.fileno(), data, at)
+
+
+def files_of(pid: int) -> list[str]:
+    """What the descriptors of a process are open for."""
+    return [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+
+
 def test_a_program_maps_the_media(mapper: str, media: Path) -> None:
     async def scene(stage: Stage) -> None:
         program = await stage.start(mapper)
@@ -51,19 +61,24 @@ def test_a_program_maps_the_media(mapper: str, media: Path) -> None:
         assert await program.ask("wait") == "wait -1 10"
         (space,) = stage.supervisor.spaces
         assert space.tgid == program.pid
-        assert agents() == [space.agent.pid]
+        assert agents(media) == [space.agent.pid]
         assert await program.end() == 0
-        await until(lambda: not agents())
+        await until(lambda: not agents(media))
 
     play(media, scene)
 
 
 def test_a_thread_does_not_notice_that_it_makes_an_agent(mapper: str, media: Path) -> None:
-    """Registers, errno, descriptors, mask, pending and queued signals, handlers and children are as before."""
+    """Registers, errno, descriptors, mask, pending and queued signals, handlers, children: all as before."""
 
     async def scene(stage: Stage) -> None:
         program = await stage.start(mapper)
-        expected = "zone 1 registers 1 errno 77 fds 1 mask 1 pending 111 queued 2 handlers 1 wait -1 10 caught 0 reaper 0"
+        expected = " ".join(
+            (
+                "zone 1 registers 1 errno 77 fds 1 mask 1 pending 111 queued 2 handlers 1",
+                "wait -1 10 caught 0 reaper 0",
+            )
+        )
         assert await program.ask(f"state {media}") == expected
 
     play(media, scene)
@@ -94,7 +109,7 @@ def test_a_stopped_program_gets_its_agent_and_stays_stopped(mapper: str, media: 
         stage.supervisor._handle = stop_first  # type: ignore[method-assign]
         await program.tell(f"map {media} 1")
         await seen.wait()
-        await until(lambda: bool(agents()))
+        await until(lambda: bool(agents(media)))
         await until(lambda: status.read(program.pid).state == "T")
         os.kill(program.pid, signal.SIGCONT)
         assert await program.line() == "at 0x200000000000"
@@ -112,7 +127,7 @@ def test_an_agent_ends_with_its_process(mapper: str, media: Path, end: str) -> N
             program.process.kill()
         else:
             await program.end()
-        await until(lambda: space.is_gone and not agents())
+        await until(lambda: space.is_gone and not agents(media))
         assert stage.supervisor.gone == [space]
         with pytest.raises(AddressSpaceGone):
             await space.agent.run([munmap(0x200000000000, PAGE_SIZE)])
@@ -141,7 +156,7 @@ def test_tasks_that_wait_are_woken_at_the_end(mapper: str, media: Path) -> None:
             await trio.testing.wait_all_tasks_blocked(0.05)
             program.process.kill()
         assert len(raised) == 2
-        await until(lambda: not agents())
+        await until(lambda: not agents(media))
 
     play(media, scene)
 
@@ -176,8 +191,7 @@ def test_a_cancelled_batch_does_not_shift_later_results(mapper: str, media: Path
         request = (ctypes.c_int64 * 2)(0, 50_000_000)  # nanosleep(2) reads it from the program's memory
         at = 0x200100000000
         await space.agent.run([mmap_anonymous(at, PAGE_SIZE, 3)])
-        with open(f"/proc/{program.pid}/mem", "r+b", buffering=0) as memory:
-            os.pwrite(memory.fileno(), bytes(request), at)
+        write_memory(program.pid, at, bytes(request))
         with trio.move_on_after(0.001) as scope:
             await space.agent.run([Syscall(35, (at, 0))])
         assert scope.cancelled_caught
@@ -192,7 +206,7 @@ def test_execve_ends_the_agent_and_the_next_program_gets_another(mapper: str, me
         await program.ask(f"map {media} 4")
         (space,) = stage.supervisor.spaces
         await program.tell(f"exec {mapper}")
-        await until(lambda: space.is_gone and not agents())
+        await until(lambda: space.is_gone and not agents(media))
         assert await program.ask("wait") == "wait -1 10"
         assert (await program.ask(f"map {media} 4")).startswith("at 0x2000")
         (other,) = stage.supervisor.spaces
@@ -225,21 +239,15 @@ def test_the_child_of_a_fork_has_an_agent_of_its_own(mapper: str, media: Path) -
         assert copy is not None
         assert stage.supervisor.forks == [(space, copy)]
         assert copy.tgid == child
-        assert len(set(agents())) == 2
+        assert len(set(agents(media))) == 2
         assert await program.ask("store 3 c") == "stored"
         assert [event.tid for event in stage.supervisor.events if isinstance(event, PageFault)] == [child]
         assert await program.ask("wait") == "wait -1 10"
         assert (await program.ask(f"map {media} 1")).startswith("at 0x2000")
-        assert Path(f"/proc/{child}/fd").exists()
-        names = [
-            os.readlink(f"/proc/{pid}/fd/{fd}")
-            for pid in (child, program.pid)
-            for fd in os.listdir(f"/proc/{pid}/fd")
-        ]
-        assert not [name for name in names if name.startswith("socket:")]
+        assert not [name for pid in (child, program.pid) for name in files_of(pid) if "socket:" in name]
         os.kill(child, signal.SIGKILL)
         assert await program.line() == "child ended 9"
-        await until(lambda: agents() == [space.agent.pid])
+        await until(lambda: agents(media) == [space.agent.pid])
 
     play(media, scene)
 
@@ -258,7 +266,7 @@ def test_every_child_has_an_agent(mapper: str, media: Path, command: str, forks:
         assert len(stage.supervisor.forks) == forks
         assert await program.ask("wait") == "wait -1 10"
         (space,) = stage.supervisor.spaces
-        await until(lambda: agents() == [space.agent.pid])
+        await until(lambda: agents(media) == [space.agent.pid])
 
     play(media, scene, 100)
 
@@ -297,7 +305,7 @@ def test_a_traced_program_is_refused_by_name(mapper: str, media: Path) -> None:
         ptrace.seize(program.pid)
         assert await program.ask(f"map {media} 4") == "error 19"
         ptrace.interrupt(program.pid)
-        os.waitpid(program.pid, ptrace.WALL)
+        await trio.to_thread.run_sync(os.waitid, os.P_PID, program.pid, os.WSTOPPED | ptrace.WALL)
         ptrace.detach(program.pid)
         assert stage.supervisor.refusals == [
             f"process {os.getpid()} traces thread {program.pid}, and a thread has one tracer at a time"
@@ -315,7 +323,7 @@ def test_a_process_without_room_for_an_agent_is_refused_once(mapper: str, media:
         assert await program.ask("wait") == "wait -1 10"
         resource.prlimit(program.pid, resource.RLIMIT_NOFILE, (4, 4))
         assert await program.ask(f"map {media} 4") == "error 19"
-        assert agents() == []
+        assert agents(media) == []
 
     play(media, scene)
 
@@ -328,6 +336,72 @@ def test_the_agent_that_is_killed_takes_its_program_along(mapper: str, media: Pa
         os.kill(space.agent.pid, signal.SIGKILL)
         assert await program.process.wait() == -signal.SIGKILL
         assert stage.supervisor.gone == [space]
+
+    play(media, scene)
+
+
+def test_a_fork_that_fails_leaves_nothing(mapper: str, media: Path) -> None:
+    """RLIMIT_NPROC of another user than root: clone(2) says EAGAIN, to the tracer and to the program."""
+
+    async def scene(stage: Stage) -> None:
+        program = await stage.start("/usr/bin/setpriv", "--reuid", "54321", "--clear-groups", mapper)
+        assert await program.ask(f"map {media} 4") == "at 0x200000000000", stage.supervisor.refusals
+        assert await program.ask("limit 1") == "done"
+        assert await program.ask("fork") == "fork 11"
+        assert not [name for name in files_of(program.pid) if "socket:" in name]
+        assert await program.ask("limit 100") == "done"
+        assert (await program.ask("fork")).startswith("child")
+        assert len(stage.supervisor.forks) == 1
+
+    media.touch()
+    media.chmod(0o666)
+    play(media, scene)
+
+
+def test_a_program_without_room_for_an_agent_is_refused_and_may_try_again(mapper: str, media: Path) -> None:
+    """RLIMIT_NPROC is reached by the first process of the agent."""
+
+    async def scene(stage: Stage) -> None:
+        program = await stage.start("/usr/bin/setpriv", "--reuid", "54322", "--clear-groups", mapper)
+        assert await program.ask("wait") == "wait -1 10"
+        assert await program.ask("limit 1") == "done"
+        assert await program.ask(f"map {media} 4") == "error 19"
+        (refusal,) = stage.supervisor.refusals
+        assert refusal.endswith("clone: Resource temporarily unavailable")
+        assert await program.ask("limit 100") == "done"
+        assert (await program.ask(f"map {media} 4")).startswith("at 0x2000")
+        assert await program.ask("wait") == "wait -1 10"
+
+    media.touch()
+    media.chmod(0o666)
+    play(media, scene)
+
+
+def test_a_traced_program_cannot_fork_once_it_has_mappings(mapper: str, media: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        program = await stage.start(mapper)
+        await program.ask(f"map {media} 4")
+        ptrace.seize(program.pid)
+        assert await program.ask("fork") == "fork 11"
+        program.process.kill()
+
+    play(media, scene)
+
+
+def test_signals_during_forks_are_all_delivered(mapper: str, media: Path) -> None:
+    """A timer interrupts forks at any place; each fork is done once, and each child has its agent."""
+
+    async def scene(stage: Stage) -> None:
+        program = await stage.start(mapper)
+        stage.supervisor.protects = True
+        await program.ask(f"map {media} 64")
+        answer = await program.ask("alarmed 20")
+        assert answer.startswith("failures 0 signals ")
+        assert int(answer.split()[-1]) > 20
+        forks = [child for _, child in stage.supervisor.forks]
+        assert len(forks) == 20
+        assert all(child.tgid for child in forks)
+        assert not [name for name in files_of(program.pid) if "socket:" in name]
 
     play(media, scene)
 
@@ -354,7 +428,8 @@ def work(n):
     with open(sys.argv[1], "r+b") as file:
         at = mmap.mmap(file.fileno(), 16 * 4096)
     at[n * 4096] = 65 + n
-    print(subprocess.run(["/bin/echo", str(n)], capture_output=True).stdout.decode().strip(), at[n * 4096], flush=True)
+    echo = subprocess.run(["/bin/echo", str(n)], capture_output=True).stdout.decode().strip()
+    print(echo, at[n * 4096], flush=True)
 threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
 [t.start() for t in threads]
 [t.join() for t in threads]
@@ -365,7 +440,7 @@ threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
         assert sorted([await program.line() for _ in range(4)]) == [f"{n} {65 + n}" for n in range(4)]
         assert await program.end() == 0
         assert len({space.agent.pid for space, _, _ in stage.supervisor.maps}) == 1
-        await until(lambda: not agents())
+        await until(lambda: not agents(media))
 
     play(media, scene)
 
@@ -389,13 +464,13 @@ def test_agents_end_with_a_killed_supervisor_and_programs_run_on(mapper: str, me
         assert supervisor.stdout is not None
         program = int(supervisor.stdout.readline())
         pidfd = os.pidfd_open(program)
-        ours = [pid for pid in agents()]
+        ours = agents(media)
         assert len(ours) == 1
         os.kill(program, signal.SIGSTOP)  # at the end of its stdin the program would exit
         maps = Path(f"/proc/{program}/maps").read_text()
         supervisor.kill()
         supervisor.wait()
-        while agents():
+        while agents(media):
             time.sleep(0.001)
         assert Path(f"/proc/{program}/maps").read_text() == maps
         assert str(media) in maps

@@ -61,8 +61,8 @@ class _Redis(Application):
     def store(self, place: Place, numbers: Iterable[int]) -> None:
         """Store records. Raises ReportedError."""
         replies = self._ask(place, [f'SET record:{number} "{text(number)}"' for number in numbers])
-        if bad := [line for line in replies if line != "OK"]:
-            raise ReportedError(bad)
+        if refused := [line for line in replies if line != "OK"]:
+            raise ReportedError(refused)
 
     def _ask(self, place: Place, commands: list[str]) -> list[str]:
         client: list[str | Path] = ["redis-cli", "--no-raw", "-s", place.scratch / "redis.sock"]

@@ -2,18 +2,19 @@
 
 Counterpart in Linux: ``struct mm_struct``, from dup_mm() and exec_mmap() to exit_mm().
 
-Purpose: an address space is found for each notified call, made at the first one, copied at a fork, and ended at
-execve(2) and exit. Decisions about mappings and faults belong to the ``Watcher``.
+Purpose: an address space is found for each notified call, made at the first one, copied at a fork, and ended
+at execve(2) and exit. Decisions about mappings and faults belong to the ``Watcher``.
 
-Lookup: the process id names an address space until execve(2), so each lookup is confirmed by kcmp(2). The child of
-a vfork shares the address space of its parent, and is found by kcmp(2) alone.
+Lookup: the process id names an address space until execve(2), so each lookup is confirmed by kcmp(2). The
+child of a vfork shares the address space of its parent, and is found by kcmp(2) alone.
 
-A thread that must be held is in a notified call. The supervisor answers -ERESTARTNOINTR, the tracer does its work,
-and the thread makes the call again: :meth:`AddressSpaces.of` returns None, and finds the space the next time.
+A thread that must be held is in a notified call. The supervisor answers -ERESTARTNOINTR, the tracer does its
+work, and the thread makes the call again: :meth:`AddressSpaces.of` returns None, and finds the space the next
+time.
 
 Invariants:
-- a process makes its agent, or forks, one after the other: the agent's socket is in the program for a moment, and
-  an event of a fork belongs to the one fork under way;
+- a process makes its agent, or forks, one after the other: the agent's socket is in the program for a moment,
+  and an event of a fork belongs to the one fork under way;
 - the child of a fork has its agent before its first instruction, or does not live;
 - a space whose agent was killed by others does not outlive the agent: its process is killed.
 """
@@ -107,8 +108,9 @@ class Watcher(Protocol):
         """Take events of the userfaultfd, in order; no ``Forked`` is among them."""
 
     def on_forked(self, parent: AddressSpace, child: AddressSpace) -> None:
-        """Copy what is known of ``parent``: ``child`` has the same mappings, in place of any event before this call
-        and none after. The agent of ``child`` may be used from now on; batches wait until the agent is made.
+        """Copy what is known of ``parent``: ``child`` has the same mappings, in place of any event before
+        this call and none after. The agent of ``child`` may be used from now on; batches wait until the agent
+        is made.
         """
 
     def on_gone(self, space: AddressSpace) -> None:
@@ -121,8 +123,8 @@ class AddressSpaces:
     def __init__(
         self, link: TracerLink, nursery: Nursery, watcher: Watcher, media: int, void: int, index: int = 0
     ) -> None:
-        """``media``, ``void``: descriptors, opened for reading and writing. ``index``: number of the mount's slice
-        in ``zone.SLICES``; agents of several mounts in a process lie side by side. Raises Unsupported.
+        """``media``, ``void``: descriptors, opened for reading and writing. ``index``: number of the mount's
+        slice in ``zone.SLICES``; agents of several mounts in a process lie side by side. Raises Unsupported.
         """
         self._link = link
         self._nursery = nursery
@@ -143,8 +145,8 @@ class AddressSpaces:
         return iter(tuple(self._spaces.values()))
 
     async def of(self, run: Run, call: NotifiedCall) -> AddressSpace | None:
-        """Return the address space of a call's thread, which still waits for its answer. Make the space first if
-        there is none: then return None, the call is answered, and the thread will make the call again.
+        """Return the address space of a call's thread, which still waits for its answer. Make the space first
+        if there is none: then return None, the call is answered, and the thread will make the call again.
 
         Raises AddressSpaceGone if the thread is dead, AgentRefused with a reason for the user.
         """
@@ -161,8 +163,8 @@ class AddressSpaces:
         return found
 
     def find(self, tid: int) -> AddressSpace | None:
-        """Return the address space of a thread; None if the thread has none, or its fork is not complete. Raises
-        AddressSpaceGone if the thread is dead.
+        """Return the address space of a thread; None if the thread has none, or its fork is not complete.
+        Raises AddressSpaceGone if the thread is dead.
         """
         own = self._spaces.get(_process_of(tid))
         if own is not None:
@@ -172,8 +174,8 @@ class AddressSpaces:
         return next((space for space in self if _shares_memory(tid, space.agent.pid)), None)
 
     async def settled(self, tid: int) -> AddressSpace | None:
-        """Return the address space of a thread as soon as its process does not make an agent, and is not the child
-        of a fork under way. Raises AddressSpaceGone if the thread is dead.
+        """Return the address space of a thread as soon as its process does not make an agent, and is not the
+        child of a fork under way. Raises AddressSpaceGone if the thread is dead.
         """
         found = self.find(tid)
         if found is None:
@@ -186,11 +188,12 @@ class AddressSpaces:
         return found
 
     async def forked(self, run: Run, call: NotifiedCall) -> None:
-        """Answer a fork(2) or a clone(2) without CLONE_VM. The child of a process with direct mappings gets an
-        agent. Without the right to trace the thread the fork fails with EAGAIN.
+        """Answer a fork(2) or a clone(2) without CLONE_VM. The child of a process with direct mappings gets
+        an agent. Without the right to trace the thread the fork fails with EAGAIN.
         """
         try:
-            if call.tid in self._repeating:
+            # After NotTaken the thread is not traced any more, and the supervisor may not know of NotTaken yet.
+            if call.tid in self._repeating and self._is_traced_by_us(call.tid):
                 self._repeating.discard(call.tid)
                 run.answer(call, CONTINUE)
                 return
@@ -325,6 +328,10 @@ class AddressSpaces:
         raise AgentRefused(
             f"process {found.tracer} traces thread {tid}, and a thread has one tracer at a time"
         )
+
+    def _is_traced_by_us(self, tid: int) -> bool:
+        found = status.find(tid)
+        return found is not None and bool(found.tracer) and _process_of(found.tracer) == self._link.pid
 
     def _add(self, space: AddressSpace) -> None:
         """Serve a space whose agent has made a batch."""

@@ -1,9 +1,9 @@
 """Agent: a process that shares the memory of a program (clone(CLONE_VM)), and nothing else of the program.
 
-Purpose: batches of system calls in an address space, without a wait in the event loop. A SEQPACKET socket connects
-the supervisor with the agent (agent.c): a packet with calls goes out, a packet with their results comes back. The
-socket is the agent's life line in both directions: the agent ends when the supervisor has ended, by whatever, and
-the supervisor wakes all waiting tasks when the agent has ended.
+Purpose: batches of system calls in an address space, without a wait in the event loop. A SEQPACKET socket
+connects the supervisor with the agent (agent.c): a packet with calls goes out, a packet with their results
+comes back. The socket is the agent's life line in both directions: the agent ends when the supervisor has
+ended, by whatever, and the supervisor wakes all waiting tasks when the agent has ended.
 
 Invariant: a batch has one reply, which is dropped if the task that waits was cancelled.
 """
@@ -69,8 +69,8 @@ class ProcessAgent:
     """Agent at the other end of a socket. Belongs to the trio thread."""
 
     def __init__(self, sock: socket.socket, fds: Sequence[int]) -> None:
-        """Take over ``sock``, and have the agent receive copies of ``fds`` with its first batch: the media and the
-        void, which become its descriptors MEDIA_FD and VOID_FD. The caller may close ``fds`` at once.
+        """Take over ``sock``, and have the agent receive copies of ``fds`` with its first batch: the media
+        and the void, which become its descriptors MEDIA_FD and VOID_FD. The caller may close ``fds`` at once.
         """
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self.pid = 0
@@ -132,8 +132,9 @@ class ProcessAgent:
             self._expected.popleft().has_come.set()
 
     async def take_userfaultfd(self) -> int:
-        """Have the agent open a userfaultfd of its address space; return a copy of it in this process, for which
-        nobody else has a descriptor. Raises AddressSpaceGone, and OSError of userfaultfd(2) or pidfd_getfd(2).
+        """Have the agent open a userfaultfd of its address space; return a copy of it in this process, for
+        which nobody else has a descriptor. Raises AddressSpaceGone, and OSError of userfaultfd(2) or
+        pidfd_getfd(2).
         """
         (there,) = await self.run([Syscall(NR_USERFAULTFD, (os.O_CLOEXEC | os.O_NONBLOCK,))])
         _raise_for("userfaultfd", there)
@@ -169,7 +170,9 @@ class ProcessAgent:
         return reply.results
 
     def _identify(self, ancillary: list[tuple[int, int, bytes]]) -> None:
-        """Take the agent's pid, in this pid namespace, from the credentials that the kernel put to its packet."""
+        """Take the agent's pid, in this pid namespace, from the credentials that the kernel put to its
+        packet.
+        """
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
                 self.pid = _CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0]

@@ -41,7 +41,9 @@ class PagePresent(DaxemuError):
 
 
 class NotRegistered(DaxemuError):
-    """The range is not mapped, not registered for the request, or not made of whole pages (EINVAL, ENOENT)."""
+    """The range is not mapped, not registered for the request, or not made of whole pages (EINVAL,
+    ENOENT).
+    """
 
     errno = errno.EINVAL
 

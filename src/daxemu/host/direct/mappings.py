@@ -274,7 +274,7 @@ class DirectMappings:
     async def start(self) -> None:
         """See Mappings.start."""
         self._fs.follow(self)
-        self._fs.dax.before_punch = self._before_punch
+        self._fs.dax.before_punch.register(self._before_punch)
         self._parts.nursery.start_soon(self.follow)
 
     async def stop(self) -> None:

@@ -21,7 +21,9 @@ import trio
 from daxemu.errors import DaxemuError, FsError
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host.fuse import fileattr
+from daxemu.host.fuse.gates import Gates
 from daxemu.host.fuse.handlers import in_pieces
+from daxemu.host.fuse.io_lock import Claim
 from daxemu.host.fuse.open_files import OpenFiles
 from daxemu.host.fuse.structs import RawRequest
 from daxemu.host.fuse.supplement import library, unpack
@@ -29,7 +31,8 @@ from daxemu.host.mappings import Mappings
 from daxemu.host.proc.processes import capable
 from daxemu.host.proc.procfs import read_lines
 from daxemu.host.unexpected import Nursery, Unexpected, refused, task_name
-from daxemu.uapi import CAP_SYS_ADMIN, PAGE_SHIFT, PAGE_SIZE, Ino
+from daxemu.uapi import CAP_SYS_ADMIN, PAGE_SIZE, Ino
+from daxemu.units import PFN_PHYS, byte_span, pages_at
 
 
 class CloneOps(Protocol):
@@ -43,7 +46,7 @@ class CloneOps(Protocol):
         """``copy_file_range(2)``."""
         ...
 
-    def is_quick(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int) -> bool:
+    def is_quick(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> bool:
         """Return whether Filesystem.copy_file_range() alone suffices, without a wait."""
         ...
 
@@ -81,6 +84,7 @@ class ExtraOperations:
         mappings: Mappings,
         file_modified: Callable[[Ino, int], None],
         open_files: OpenFiles,
+        gates: Gates,
         nursery: Nursery,
         unexpected: Unexpected,
     ) -> None:
@@ -91,6 +95,7 @@ class ExtraOperations:
         self._mappings = mappings
         self._file_modified = file_modified
         self._open_files = open_files
+        self._gates = gates
         self._nursery = nursery
         self._unexpected = unexpected
         self._fuse = ctypes.CDLL("libfuse3.so.3")
@@ -140,24 +145,31 @@ class ExtraOperations:
         if request.op == _FALLOCATE:
             self._file_modified(ino, request.tid)
             steps = self._fs.fallocate_in_pieces(ino, request.mode, request.offset, request.length)
-            if next(steps, self) is self and self._mappings.is_settled(ino):
+            claim = self._gates.io_lock.claim(ino)
+            try:
+                is_done = claim.is_first and next(steps, self) is self
+            except BaseException:
+                claim.end()
+                raise
+            if is_done and self._mappings.is_settled(ino):
+                claim.end()
                 self._fuse.fuse_reply_err(request.req, 0)
             else:
-                self._start(self._fallocate_later, request.req, ino, steps)
+                self._start(self._fallocate_later, request.req, claim, steps)
         elif request.op == _LSEEK:
             self._lseek(request, ino)
         elif request.op == _COPY_FILE_RANGE:
             target = unpack(request.target_fh).ino
             self._file_modified(target, request.tid)
-            copied = ino, request.offset, target, request.target_offset
+            copied = ino, request.offset, target, request.target_offset, request.length
             if self._clones.is_quick(*copied):
-                done = self._fs.copy_file_range(*copied, request.length)
+                done = self._fs.copy_file_range(*copied)
                 if self._mappings.is_settled(target):
                     self._fuse.fuse_reply_write(request.req, done)
                 else:
                     self._start(self._copied_later, request.req, target, done)
             else:
-                self._start(self._copy_later, request.req, *copied, request.length)
+                self._start(self._copy_later, request.req, *copied)
         elif request.op == _IOCTL:
             self._ioctl(request, request.ino)  # of a directory the handle is no inode number
         else:
@@ -173,10 +185,12 @@ class ExtraOperations:
         await self._mappings.settled(target)
         self._fuse.fuse_reply_write(req, done)
 
-    async def _fallocate_later(self, req: int, ino: Ino, steps: Iterator[None]) -> None:
-        await trio.lowlevel.checkpoint()
-        await in_pieces(steps)
-        await self._mappings.settled(ino)
+    async def _fallocate_later(self, req: int, claim: Claim, steps: Iterator[None]) -> None:
+        async with claim:
+            await trio.lowlevel.checkpoint()
+            await in_pieces(steps)
+            for ino in claim.inos:
+                await self._mappings.settled(ino)
         self._fuse.fuse_reply_err(req, 0)
 
     # -- lseek
@@ -250,16 +264,15 @@ class ExtraOperations:
         start, length, _, _ = MAP_HEADER.unpack_from(data)
         extents = self._fs.extents_of(ino)
         found: list[bytes] = []
-        for run in extents.runs(
-            start >> PAGE_SHIFT, -(-(start + length) // PAGE_SIZE) if length else 1 << 52
-        ):
+        wanted = pages_at(start, length)
+        for run in extents.runs(wanted.start, wanted.end if length else 1 << 52):
             if run.link is None:
                 continue
-            base = (run.file_block - run.dev_block) << PAGE_SHIFT
+            base = PFN_PHYS(run.file_block - run.dev_block)
             for part, shared_by in self._fs.rmap.sharing(run.dev_block, run.dev_block + run.length):
-                device, size = part.start << PAGE_SHIFT, part.length << PAGE_SHIFT
-                bad = self._fs.dax.is_poisoned(device, size)
-                found.append(MAP_EXTENT.pack(base + device, device, size, shared_by, bad))
+                device, size = byte_span(part)
+                poisoned = self._fs.dax.is_poisoned(device, size)
+                found.append(MAP_EXTENT.pack(base + device, device, size, shared_by, poisoned))
             if len(found) >= MAP_ROOM:
                 break
         del found[MAP_ROOM:]

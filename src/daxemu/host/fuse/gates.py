@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from daxemu.host.fuse.freeze import Freeze
+from daxemu.host.fuse.io_lock import IoLock
 
 
 @dataclass(eq=False)
@@ -13,3 +14,5 @@ class Gates:
 
     freeze: Freeze | None = None
     """Holds reads and writes back while the device is removed."""
+    io_lock: IoLock = field(default_factory=IoLock)
+    """Keeps reads, writes and other verbs away from a file while a verb changes its extents in pieces."""

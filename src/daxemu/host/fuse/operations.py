@@ -45,8 +45,9 @@ TMPFILE = b"/"
 
 
 class Operations(pyfuse3.Operations):
-    """Answers the kernel's requests. ``on_access`` is awaited before a read is answered EIO. ``heal`` is
-    awaited before a write to poison is answered EIO, and returns whether to try the write again.
+    """Answers the kernel's requests. ``on_access`` is awaited before a read is answered EIO.
+    ``on_poisoned_write`` is awaited before a write to poison is answered EIO, and returns whether to try the
+    write again.
     """
 
     supports_dot_lookup = True
@@ -56,7 +57,7 @@ class Operations(pyfuse3.Operations):
         self,
         fs: Filesystem,
         on_access: Callable[[Access], Awaitable[Answer]],
-        heal: Callable[[MediaError], Awaitable[bool]],
+        on_poisoned_write: Callable[[MediaError], Awaitable[bool]],
         mappings: Mappings,
         open_files: OpenFiles,
         gates: Gates,
@@ -65,7 +66,7 @@ class Operations(pyfuse3.Operations):
         self._fs = fs
         self._names = fs.names
         self._on_access = on_access
-        self._heal = heal
+        self._on_poisoned_write = on_poisoned_write
         self._mappings = mappings
         self._open_files = open_files
         self._gates = gates
@@ -170,7 +171,8 @@ class Operations(pyfuse3.Operations):
         if removes_privs:
             self._names.file_remove_privs(found, functools.partial(in_group_or_capable, ctx.pid))
         if fields.update_size:
-            await in_pieces(self._fs.set_size_in_pieces(inode, attr.st_size))
+            async with self._gates.io_lock.claim(inode):
+                await in_pieces(self._fs.set_size_in_pieces(inode, attr.st_size))
             await self._mappings.settled(inode)
         node = self._fs.setattr(
             inode,
@@ -342,7 +344,8 @@ class Operations(pyfuse3.Operations):
             if kill_suidgid():
                 self._file_remove_privs(inode, ctx.pid)
             # libfuse asks the kernel to leave the truncation to the filesystem (ATOMIC_O_TRUNC).
-            await in_pieces(self._fs.set_size_in_pieces(inode, 0))
+            async with self._gates.io_lock.claim(inode):
+                await in_pieces(self._fs.set_size_in_pieces(inode, 0))
             await self._mappings.settled(inode)
         return self._opened(self._names.get(inode), flags)
 
@@ -377,6 +380,7 @@ class Operations(pyfuse3.Operations):
         if self._gates.freeze is not None:
             await self._gates.freeze.wait(caller.tid)
         await self._mappings.before_read(caller.ino, off, size)
+        await self._gates.io_lock.before_read(caller.ino)
         try:
             # pyfuse3 takes any buffer: a view of the media goes to the kernel without a copy in Python.
             return self._fs.read(caller.ino, off, size)  # type: ignore[return-value]
@@ -388,6 +392,7 @@ class Operations(pyfuse3.Operations):
                 return bytes(size)
             if answer is Answer.ERROR:
                 raise pyfuse3.FUSEError(error.errno) from None
+            await self._gates.io_lock.before_read(caller.ino)
         try:
             return self._fs.read(caller.ino, off, size)  # type: ignore[return-value]
         except DaxemuError as error:
@@ -404,12 +409,13 @@ class Operations(pyfuse3.Operations):
             await self._gates.freeze.wait(caller.tid)
         unknown = supplement.MISSING is not None  # then any write may be a write-back
         await self._mappings.before_write(caller.ino, off, len(buf), from_cache=caller.from_cache or unknown)
+        await self._gates.io_lock.before_write(caller.ino)
         try:
             written = self._fs.write(caller.ino, off, buf, from_cache=caller.from_cache)
             await self._mappings.settled(caller.ino)
             return written
         except MediaError as error:
-            if not await self._heal(error):
+            if not await self._on_poisoned_write(error):
                 raise pyfuse3.FUSEError(error.errno) from None
             return await self._write(caller, off, buf)
         except DaxemuError as error:

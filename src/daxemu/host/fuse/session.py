@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import os
 import select
 import shutil
 import socket
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from daxemu.errors import Busy, InvalidArgument, PermissionDenied, Unsupported
 from daxemu.host.proc.mountinfo import FS_TYPE, SOURCE_PREFIX, Mount, mount_at, mounts
+from daxemu.host.proc.pins import copies
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -102,10 +105,13 @@ class Session:
         """Cut the connection, the last resort: every waiting request gets ENOTCONN. Return whether the
         connection is cut.
         """
+        return not self._is_connected() or _abort(self.mount, self._is_connected)
+
+    def _is_connected(self) -> bool:
+        """Return False once the connection is cut. A connection that is not cut keeps its device number."""
         poll = select.poll()
         poll.register(self.fd, 0)
-        # The kernel may have given the device number of a dead connection to another mount.
-        return bool(poll.poll(0)) or abort_connection(self.mount)
+        return not poll.poll(0)
 
 
 def _umount(mount: Mount, flags: int) -> int:
@@ -164,12 +170,39 @@ def abort_file(mount: Mount) -> Path:
 
 
 def abort_connection(mount: Mount) -> bool:
-    """Cut a mount's FUSE connection. Return False if the fusectl file could not be written."""
+    """Cut a mount's FUSE connection. Return False if the fusectl file could not be written, or if no mount
+    namespace has the mount any longer.
+    """
+    return _abort(mount, lambda: _is_mounted(mount))
+
+
+def _abort(mount: Mount, is_there: Callable[[], bool]) -> bool:
+    """Cut the connection with the device number of ``mount`` if the number still belongs to the mount.
+
+    The kernel gives the number of an ended mount to the next mount. An open fusectl file belongs to one
+    connection for good (fuse_ctl_remove_conn()). So the file is opened first; then ``is_there`` looks for the
+    mount; then the name must still lead to the open file.
+    """
+    path = abort_file(mount)
     try:
-        abort_file(mount).write_text("1")
+        control = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     except OSError:
         return False
+    try:
+        if not is_there() or not os.path.samestat(os.fstat(control), path.stat()):
+            return False
+        os.write(control, b"1")
+    except OSError:
+        return False
+    finally:
+        os.close(control)
     return True
+
+
+def _is_mounted(mount: Mount) -> bool:
+    """Return whether this or another mount namespace has ``mount``: see :func:`is_same`."""
+    there = itertools.chain(mounts(), (pin.mount for pin in copies()))
+    return any(is_same(now, mount) and now.dev == mount.dev for now in there)
 
 
 def _mount_as_root(source: str, mountpoint: Path) -> int:

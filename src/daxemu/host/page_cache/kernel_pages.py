@@ -1,6 +1,6 @@
 """Pages and attributes of files in the kernel: revoke, write back, ask for attributes again.
 
-Notifications go to the descriptor of /dev/fuse, with a range; the rest goes through files of this mount.
+Revokes are notifications to the kernel (host/fuse/notifications); the rest goes through files of this mount.
 """
 
 from __future__ import annotations
@@ -8,17 +8,16 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import struct
 from contextlib import suppress
 from pathlib import Path
 
+from daxemu.host.fuse import notifications
 from daxemu.host.fuse.session import Session
 from daxemu.host.page_cache import own_files
 from daxemu.uapi import Ino
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-FUSE_NOTIFY_INVAL_INODE = 2
 SETTINGS = {"read_ahead_kb": "1024", "strict_limit": "0"}
 """Settings of the mount's page cache (BDI). ``read_ahead_kb``: as much as one request can hold.
 ``strict_limit`` 0: the mount may have more dirty pages than FUSE's low limit. With the limit, the kernel
@@ -26,8 +25,6 @@ would write pages back all the time, and each store would fault again.
 """
 _SYNC_AND_WAIT = 1 | 2 | 4  # SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE, _WAIT_AFTER
 _BDI = Path("/sys/class/bdi")
-_OUT_HEADER = struct.Struct("=IiQ")
-_INVAL_INODE = struct.Struct("=Qqq")
 
 
 class KernelPages:
@@ -37,29 +34,13 @@ class KernelPages:
         self._fd = session.fd
         self.mount = session.mount
 
-    # -- notifications
-
     def revoke(self, ino: Ino, offset: int, length: int) -> None:
-        """``unmap_mapping_range()``: remove the pages of a range from all page tables and the page cache.
-
-        Bytes; ``length`` 0: to the end of the file. Neighbouring pages stay. The kernel writes dirty pages
-        back to this process during the call: from a worker thread only.
-        """
-        self._notify_inval_inode(ino, offset, length)
+        """See ``notifications.invalidate_pages``. From a worker thread only."""
+        notifications.invalidate_pages(self._fd, ino, offset, length)
 
     def forget_attributes(self, ino: Ino) -> None:
-        """Have the kernel ask for size and times anew at the next use. Does not block."""
-        self._notify_inval_inode(ino, -1, 0)
-
-    def _notify_inval_inode(self, ino: Ino, offset: int, length: int) -> None:
-        body = _INVAL_INODE.pack(ino, offset, length)
-        header = _OUT_HEADER.pack(_OUT_HEADER.size + len(body), FUSE_NOTIFY_INVAL_INODE, 0)
-        try:
-            os.write(self._fd, header + body)
-        except OSError as error:
-            # The inode is not in the kernel's cache, or the connection is gone: no page to revoke.
-            if error.errno not in (errno.ENOENT, errno.ENOTCONN, errno.ENODEV):
-                raise
+        """See ``notifications.invalidate_attributes``. Does not block."""
+        notifications.invalidate_attributes(self._fd, ino)
 
     # -- through files on this mount: from a worker thread only
 

@@ -30,7 +30,8 @@ from daxemu.host.proc.present import (
 from daxemu.mm.incident import Incident, MappingRange
 from daxemu.mm.to_kill import Task, shared_out
 from daxemu.ranges import Range, RangeSet
-from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
+from daxemu.uapi import PAGE_SIZE, Ino
+from daxemu.units import DIV_ROUND_UP, PFN_PHYS
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class PageCacheMappings:
         if any(incident.whole_device for incident in incidents):
             return [collect_tasks(dev, None, skip, self._pages_of) if open_now else [] for _ in incidents]
         wanted: dict[Ino, RangeSet] = defaultdict(RangeSet)
-        hurt: list[list[tuple[Ino, Range]]] = [
+        failed: list[list[tuple[Ino, Range]]] = [
             [
                 (m.mapping, part)
                 for m in incident.mappings
@@ -90,7 +91,7 @@ class PageCacheMappings:
         ranges = {ino: list(pages) for ino, pages in wanted.items()}
         tasks = collect_tasks(dev, ranges, skip, pages_of, self._likely)
         self._likely = {task.pid for task in tasks}
-        return shared_out(tasks, hurt)
+        return shared_out(tasks, failed)
 
     def file_page(self, ino: Ino, index: int) -> FilePage:
         """See Mappings.file_page."""
@@ -108,8 +109,8 @@ class PageCacheMappings:
 
     def revoke(self, incident: Incident) -> None:
         """See Mappings.revoke. One notification for each file range."""
-        for hurt in incident.mappings:
-            self._pages.revoke(hurt.mapping, hurt.index << PAGE_SHIFT, hurt.count << PAGE_SHIFT)
+        for pages in incident.mappings:
+            self._pages.revoke(pages.mapping, PFN_PHYS(pages.index), PFN_PHYS(pages.count))
 
     def revoke_all(self) -> None:
         """See Mappings.revoke_all. One notification for each open file."""
@@ -161,9 +162,6 @@ class PageCacheMappings:
         return await self._populating.passes(access, is_latent=is_latent, discover=discover)
 
     # -- changes of a file's blocks
-
-    def on_changed(self, ino: Ino, blocks: Range) -> None:
-        """See Mappings.on_changed. Pages of the page cache stay as they are."""
 
     def is_settled(self, ino: Ino | None = None) -> bool:
         """See Mappings.is_settled. No mapping shows a block of the media."""
@@ -239,4 +237,4 @@ class PageCacheMappings:
 
 def _whole(inode: Inode) -> Incident:
     """Return an incident of all pages of a file."""
-    return Incident(0, 0, 0, 0, mappings=[MappingRange(inode.ino, 0, -(-inode.size // PAGE_SIZE), 0)])
+    return Incident(0, 0, 0, 0, mappings=[MappingRange(inode.ino, 0, DIV_ROUND_UP(inode.size, PAGE_SIZE), 0)])

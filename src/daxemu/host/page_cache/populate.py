@@ -24,7 +24,8 @@ from daxemu.host.proc.present import collect_tasks, mapped_runs
 from daxemu.host.proc.procfs import GONE, read_whole
 from daxemu.mm.to_kill import Task
 from daxemu.ranges import Range, RangeSet
-from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
+from daxemu.uapi import PAGE_SIZE, Ino
+from daxemu.units import PFN_PHYS, PHYS_PFN
 
 # asm/unistd.h
 _MACHINE = platform.machine()
@@ -125,17 +126,16 @@ def areas_without(pid: int, dev: tuple[int, int], ino: Ino, pages: Range) -> lis
     try:
         with Pagemap(pid) as pagemap:
             for vma in maps.read(pid, dev):
-                part = pages.clip(vma.pgoff, vma.pgoff + vma.nr_pages)
+                part = pages.clip(*vma.pages)
                 if vma.ino != ino or not part:
                     continue
-                start = vma.start + ((part.start - vma.pgoff) << PAGE_SHIFT)
-                end = start + (part.length << PAGE_SHIFT)
+                start, end = vma.addresses_of(part)
                 taken = RangeSet(pagemap.present_in(start, end))
                 for copy in pagemap.present_in(start, end, copies=True):
                     taken.add(*copy)
                 for low, high in taken.gaps(start, end):
-                    index = vma.pgoff + ((low - vma.start) >> PAGE_SHIFT)
-                    found.append(Area(low, high - low, FilePage(*dev, ino, index), vma.copies))
+                    page = FilePage(*dev, ino, vma.page_at(low))
+                    found.append(Area(low, high - low, page, vma.copies))
     except GONE:
         return []
     return found
@@ -154,7 +154,7 @@ def having_present(tasks: Sequence[Task]) -> list[int]:
     for task in tasks:
         with suppress(*GONE), Pagemap(task.pid) as pagemap:
             for run in task.present:
-                end = run.address + (run.nr_pages << PAGE_SHIFT)
+                end = run.address + PFN_PHYS(run.nr_pages)
                 if any(pagemap.present_in(run.address, end)):
                     found.append(task.pid)
                     break
@@ -170,7 +170,7 @@ def copied(pid: int, areas: Sequence[Area]) -> Iterator[tuple[int, FilePage, int
                     continue
                 end = area.address + area.length
                 for low, high in pagemap.present_in(area.address, end, copies=True):
-                    index = area.page.pgoff + ((low - area.address) >> PAGE_SHIFT)
+                    index = area.page.pgoff + PHYS_PFN(low - area.address)
                     yield low, area.page._replace(pgoff=index), high - low
     except GONE:
         return

@@ -37,7 +37,8 @@ from daxemu.host.tracer.messages import Gone, Held, Refused, Resumed
 from daxemu.host.unexpected import Nursery
 from daxemu.mm.to_kill import Task
 from daxemu.ranges import Range
-from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
+from daxemu.uapi import PAGE_SIZE, Ino
+from daxemu.units import PHYS_PFN
 
 Revoke = Callable[[Ino, int, int], None]
 
@@ -111,7 +112,7 @@ class Populating:
             return False
         pages = Range(read.offset, read.offset + read.length).outer(PAGE_SIZE)
         pid = process_of(read.tid)
-        indices = Range(*(at >> PAGE_SHIFT for at in pages))
+        indices = Range(*(PHYS_PFN(at) for at in pages))
 
         def work() -> tuple[list[Area], list[Task]]:
             areas = populate.areas_without(pid, self._dev, read.ino, indices)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from daxemu.host.proc.procfs import cut_short, read_whole
 from daxemu.ranges import Range
-from daxemu.uapi import PAGE_SHIFT, Ino
+from daxemu.uapi import Ino
+from daxemu.units import PFN_PHYS, PHYS_PFN
 
 # uapi/linux/fs.h: PROCMAP_QUERY, since Linux 6.11
 _PROCMAP_QUERY = 3 << 30 | 104 << 16 | ord("f") << 8 | 17
@@ -46,7 +47,12 @@ class Vma(NamedTuple):
     @property
     def nr_pages(self) -> int:
         """Length of the mapping, in pages."""
-        return (self.end - self.start) >> PAGE_SHIFT
+        return PHYS_PFN(self.end - self.start)
+
+    @property
+    def pages(self) -> Range:
+        """Pages of the file that the mapping covers."""
+        return Range(self.pgoff, self.pgoff + self.nr_pages)
 
     @property
     def private(self) -> bool:
@@ -70,11 +76,19 @@ class Vma(NamedTuple):
 
     def page_at(self, address: int) -> int:
         """Return the page of the file at an address of the mapping."""
-        return self.pgoff + ((address - self.start) >> PAGE_SHIFT)
+        return self.pgoff + PHYS_PFN(address - self.start)
+
+    def pages_at(self, addresses: Range) -> Range:
+        """Return the pages of the file at addresses of the mapping."""
+        return Range(self.page_at(addresses.start), self.page_at(addresses.end))
+
+    def addresses_of(self, pages: Range) -> Range:
+        """Return the addresses of pages of the file."""
+        return Range(self.address_of(pages.start), self.address_of(pages.end))
 
     def address_of(self, page: int) -> int:
         """Return the address of a page of the file; outside ``area`` where the mapping lacks the page."""
-        return self.start + ((page - self.pgoff) << PAGE_SHIFT)
+        return self.start + PFN_PHYS(page - self.pgoff)
 
 
 def parse(raw: bytes, dev: tuple[int, int] | None = None) -> Iterator[Vma]:
@@ -94,7 +108,7 @@ def parse(raw: bytes, dev: tuple[int, int] | None = None) -> Iterator[Vma]:
             start, _, end = addresses.partition(b"-")
             major, _, minor = device.partition(b":")
             numbers = (int(major, 16), int(minor, 16)) if dev is None else dev
-            yield Vma(int(start, 16), int(end, 16), int(offset, 16) >> PAGE_SHIFT, int(ino), numbers, mode)
+            yield Vma(int(start, 16), int(end, 16), PHYS_PFN(int(offset, 16)), int(ino), numbers, mode)
 
 
 def read(pid: int, dev: tuple[int, int] | None = None) -> Iterator[Vma]:
@@ -122,7 +136,7 @@ def find_vma(pid: int, address: int) -> Vma | None:
     _, _, _, start, end, flags, _, offset, ino, major, minor, *_ = _QUERY.unpack(query)
     letters = b"".join(letter if flags & bit else b"-" for bit, letter in _VM_FLAGS)
     mode = letters + (b"s" if flags & _VM_SHARED else b"p")
-    return Vma(start, end, offset >> PAGE_SHIFT, ino, (major, minor), mode)
+    return Vma(start, end, PHYS_PFN(offset), ino, (major, minor), mode)
 
 
 def _find_in_text(pid: int, address: int) -> Vma | None:

@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import NamedTuple
 
 from daxemu.ranges import Range, merged
-from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE
+from daxemu.uapi import PAGE_SIZE
+from daxemu.units import PHYS_PFN
 
 # uapi/linux/fs.h
 _PAGE_IS_FILE = 1 << 2
@@ -117,7 +118,7 @@ class Pagemap:
         return True
 
     def _words(self, address: int, nr_pages: int) -> array[int]:
-        raw = os.pread(self._fd, nr_pages * _ENTRY, (address >> PAGE_SHIFT) * _ENTRY)
+        raw = os.pread(self._fd, nr_pages * _ENTRY, PHYS_PFN(address) * _ENTRY)
         return array("Q", raw[: len(raw) // _ENTRY * _ENTRY])
 
     def _scan(self, start: int, end: int, copies: bool = False) -> Iterator[Range]:
@@ -144,6 +145,6 @@ class Pagemap:
         there = _PM_PRESENT | _PM_SWAP if copies else _PM_PRESENT
         for low in range(start, end, _CHUNK * PAGE_SIZE):
             high = min(end, low + _CHUNK * PAGE_SIZE)
-            for index, word in enumerate(self._words(low, (high - low) >> PAGE_SHIFT)):
+            for index, word in enumerate(self._words(low, PHYS_PFN(high - low))):
                 if word & there and bool(word & _PM_FILE) != copies:
                     yield Range(low + index * PAGE_SIZE, low + (index + 1) * PAGE_SIZE)

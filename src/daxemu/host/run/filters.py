@@ -19,7 +19,7 @@ of x32                    4 GiB. No other call of these programs can concern a d
 
 The dynamic loader of glibc maps libraries with MAP_PRIVATE and MAP_DENYWRITE, which the kernel ignores and no
 other program uses. These mappings are the kernel's: some 40 for each execve(2), and each notification takes
-four times as long as the mmap(2) (docs/performance.md). Code of a direct mount is therefore never a direct
+several times as long as the mmap(2) (docs/performance.md). Code of a direct mount is therefore never a direct
 mapping: execve(2) itself maps the program in the kernel.
 
 Everything else is allowed, and so is a call of an agent (``zone.MAGIC``). Calls that no rule names are

@@ -1,16 +1,18 @@
 """Making of an agent: a held thread clones a process that shares the memory of its program. Only x86_64.
 
-Purpose: the stops of a thread from its first one to its last, for ``MakeAgent`` and ``TraceFork``. The code of an
-agent (host/direct/agent.c) arrives in the request. ``tracer.process`` has the loop. Each thread has a *script*: a
-generator that takes the wait status of each stop, lets the thread run on, and returns in the last stop.
+Purpose: the stops of a thread from its first one to its last, for ``MakeAgent`` and ``TraceFork``. The code
+of an agent (host/direct/agent.c) arrives in the request. ``tracer.process`` has the loop. Each thread has a
+*script*: a generator that takes the wait status of each stop, lets the thread run on, and returns in the last
+stop.
 
-The thread waits in a system call that seccomp(2) notified. The supervisor answers -ERESTARTNOINTR once the thread
-is seized: the call did nothing, and the thread makes the call again after the script. In between the thread makes
-other calls, by syscall stops. Neither steps nor breakpoints: their SIGTRAP is a forced signal, which resets the
-disposition of a blocked or ignored SIGTRAP.
+The thread waits in a system call that seccomp(2) notified. The supervisor answers -ERESTARTNOINTR once the
+thread is seized: the call did nothing, and the thread makes the call again after the script. In between the
+thread makes other calls, by syscall stops. Neither steps nor breakpoints: their SIGTRAP is a forced signal,
+which resets the disposition of a blocked or ignored SIGTRAP.
 
 Invariants:
-- registers and signal mask are put back in an EVENT_STOP, because only signal handling restarts a system call;
+- registers and signal mask are put back in an EVENT_STOP, because only signal handling restarts a system
+  call;
 - every signal but SIGKILL and SIGSTOP is blocked meanwhile; a signal that comes first is delivered first;
 - the program gets no child: the first process makes the agent and ends, and the thread reaps it;
 - the program's copy of the agent's socket is closed, whatever fails.
@@ -111,8 +113,8 @@ class AgentMakers:
             self.drop(request.tid)
 
     def on_stop(self, tid: int, status: int) -> bool:
-        """Serve a stop. Return True in the last stop: the caller goes on with the thread, whose registers, mask
-        and options are as before. Precondition: ``tid`` is in here. Raises OSError as ptrace(2) does.
+        """Serve a stop. Return True in the last stop: the caller goes on with the thread, whose registers,
+        mask and options are as before. Precondition: ``tid`` is in here. Raises OSError as ptrace(2) does.
         """
         try:
             self._makers[tid].script.send(status)
@@ -210,8 +212,9 @@ def _make(request: MakeAgent | TraceFork, tid: int) -> Script:
 
 
 def _held(tid: int, steps: Callable[[int], _Part]) -> Generator[None, int, str | None]:
-    """Take steps with all signals blocked and without seccomp filters. Begins and ends in an EVENT_STOP, with equal
-    registers. Return the reason if no step is possible. ``steps`` takes the address of a syscall instruction.
+    """Take steps with all signals blocked and without seccomp filters. Begins and ends in an EVENT_STOP, with
+    equal registers. Return the reason if no step is possible. ``steps`` takes the address of a syscall
+    instruction.
     """
     try:
         registers, insn = injection.registers(tid), injection.find_instruction(tid)

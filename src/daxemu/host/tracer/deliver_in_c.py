@@ -89,9 +89,9 @@ class Deliveries:
         """Serve at most ``most`` stops that have been reported by now. Return the number of stops, and each
         wait that is more than a step of a delivery.
         """
-        waits, told = bytearray(WAIT.size * most), bytearray(_COUNT.size)
-        stops: int = library().daxemu_reap(as_argument(waits), most, as_argument(told))
-        return stops, list(self._meant(memoryview(waits)[: WAIT.size * _COUNT.unpack(told)[0]]))
+        waits, count = bytearray(WAIT.size * most), bytearray(_COUNT.size)
+        stops: int = library().daxemu_reap(as_argument(waits), most, as_argument(count))
+        return stops, list(self._meant(memoryview(waits)[: WAIT.size * _COUNT.unpack(count)[0]]))
 
     def _meant(self, waits: memoryview) -> Iterator[Wait]:
         for tid, status, what in WAIT.iter_unpack(waits):

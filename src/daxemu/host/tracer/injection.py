@@ -1,9 +1,9 @@
 """System call made in the name of another thread, without the knowledge of its program. Only x86_64.
 
 Purpose: to queue a siginfo with si_code > 0 to a thread that blocks its signal, and to give a signal its
-default action back. ``mend_eintr`` is here because registers are needed, too: it restarts system calls that a
-stop of the tracer interrupted. Counterpart in Linux: send_sig_mceerr() of kernel/signal.c for a thread that
-blocks the signal, and the effect of force_sig_info_to_task() on a thread.
+default action back. ``restart_call`` is here because the function needs registers, too: it restarts a system
+call that a stop of the tracer interrupted. Counterpart in Linux: send_sig_mceerr() of kernel/signal.c for a
+thread that blocks the signal, and the effect of force_sig_info_to_task() on a thread.
 
 States of an ``Injection``: prepared -> at the call's entry -> at the call's exit -> undone. The caller that
 steps the thread counts the states (``tracer.held_thread.Phase``).
@@ -106,7 +106,9 @@ def registers(tid: int) -> Registers:
 
 
 def find_instruction(tid: int) -> int:
-    """Return the address of a ``syscall`` instruction in the program of a stopped thread. Raises CannotInject."""
+    """Return the address of a ``syscall`` instruction in the program of a stopped thread. Raises
+    CannotInject.
+    """
     with open_memory(tid) as memory:
         return _find_syscall_insn(tid, _get_regs_64(tid), memory.fileno())
 
@@ -130,7 +132,7 @@ def _get_regs_64(tid: int) -> ctypes.Array[ctypes.c_uint64]:
     return regs
 
 
-def mend_eintr(tid: int) -> None:
+def restart_call(tid: int) -> None:
     """Restart the interrupted system call at an EVENT_STOP if the kernel would not restart the call by
     itself.
 

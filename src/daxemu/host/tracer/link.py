@@ -245,10 +245,11 @@ class TracerLink:
         return pending
 
     async def make_agent(self, request: MakeAgent | TraceFork) -> Armed | Refused | Gone:
-        """Hold the thread of ``request``, whose id is replaced, to make an agent: see MakeAgent and TraceFork.
+        """Hold the thread of ``request``, whose id is replaced, to make an agent: see MakeAgent and
+        TraceFork.
 
-        Once ``Armed``, answer the thread's system call with -ERESTARTNOINTR. Outcome: ``AgentMade``, ``Refused``,
-        ``Gone``, or ``NotTaken`` for a fork without a child.
+        Once ``Armed``, answer the thread's system call with -ERESTARTNOINTR. Outcome: ``AgentMade``,
+        ``Refused``, ``Gone``, or ``NotTaken`` for a fork without a child.
         """
         session = await self._running()
         armed = Armed(next(self._ids), request.tid)

@@ -97,18 +97,19 @@ class _AgentRequest(_Message, frozen=True):
 
 
 class MakeAgent(_AgentRequest, frozen=True):
-    """Make an agent in process ``tgid``. Its thread ``tid`` waits in a system call that seccomp(2) notified; the
-    supervisor answers the call with -ERESTARTNOINTR after ``ArmedAck``.
+    """Make an agent in process ``tgid``. Its thread ``tid`` waits in a system call that seccomp(2) notified;
+    the supervisor answers the call with -ERESTARTNOINTR after ``ArmedAck``.
 
     ``fd``: the agent's socket, a descriptor of the process, closed there in the end. ``code`` goes to address
-    ``place``, with ``length`` bytes of memory in all. ``magic``: upper half of the descriptor in mmap(2), by which
-    the seccomp filter knows an agent's call.
+    ``place``, with ``length`` bytes of memory in all. ``magic``: upper half of the descriptor in mmap(2), by
+    which the seccomp filter knows an agent's call.
     """
 
 
 class TraceFork(_AgentRequest, frozen=True):
-    """Make an agent in the child of a fork, before the child runs. Thread ``tid`` waits in fork(2) or clone(2);
-    otherwise as ``MakeAgent``. The thread repeats the fork, so the supervisor is notified a second time.
+    """Make an agent in the child of a fork, before the child runs. Thread ``tid`` waits in fork(2) or
+    clone(2); otherwise as ``MakeAgent``. The thread repeats the fork, so the supervisor is notified a second
+    time.
     """
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
-from pathlib import Path
 
 from daxemu.host.proc import stat
 
 _MOURNING_INTERVAL = 1.0  # seconds between looks at the supervisor
 
 
-def mourn(supervisor: int, abort: str) -> None:
-    """Cut the mount's connection (by the file ``abort``) once the supervisor has been killed.
+def mourn(supervisor: int, abort: int) -> None:
+    """Cut the mount's connection (by the open fusectl file ``abort``) once the supervisor has been killed.
 
     The connection normally ends with a killed supervisor. Exception: a thread of the supervisor that waits on
     its own mount cannot die before its request is answered. The supervisor then lingers as a zombie, and
@@ -28,5 +28,5 @@ def mourn(supervisor: int, abort: str) -> None:
             return
         if is_zombie:
             with contextlib.suppress(OSError):  # cut already, or not permitted
-                Path(abort).write_text("1")
+                os.write(abort, b"1")
             return

@@ -373,7 +373,7 @@ class Tracer:
         if verdict.kill:
             os.kill(tid, signal.SIGKILL)
         if kind is StopKind.TRAP:
-            injection.mend_eintr(tid)
+            injection.restart_call(tid)
         if verdict.info is not None:
             ptrace.set_siginfo(tid, verdict.info)
         if step is ResumeStep.INJECT:
@@ -485,7 +485,10 @@ def main(argv: list[str]) -> None:
     connection.
     """
     if len(argv) > 2:
-        threading.Thread(target=mourner.mourn, args=(os.getppid(), argv[2]), daemon=True).start()
+        with contextlib.suppress(OSError):  # not permitted
+            # Opened now: the open file belongs to this connection, while another mount may get the number.
+            abort = os.open(argv[2], os.O_WRONLY | os.O_CLOEXEC)
+            threading.Thread(target=mourner.mourn, args=(os.getppid(), abort), daemon=True).start()
     # The tracer ends with the socket: dying in the middle of an injection would corrupt the victim's state.
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sig, signal.SIG_IGN)

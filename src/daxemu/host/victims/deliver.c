@@ -36,7 +36,7 @@ enum { OTHER, DELIVERED, INTERRUPTED, QUEUED }; /* kinds of wait; the last two: 
 static struct daxemu_delivery deliveries[MOST];
 static int32_t tids[MOST], stages[MOST];
 static uint32_t under_way;
-static uint32_t restarted[MOST_CALLS], nr_restarted; /* system calls that mend_eintr() restarts */
+static uint32_t restarted[MOST_CALLS], nr_restarted; /* system calls that restart_call() restarts */
 
 static void forget(uint32_t at)
 {
@@ -123,8 +123,8 @@ static int may_sleep(const struct daxemu_delivery *delivery)
 	return call == SYS_execve || call == SYS_execveat;
 }
 
-/* Restarts the interrupted system call where the kernel would not: see mend_eintr() in host/tracer/injection.py. */
-static void mend_eintr(int tid)
+/* Restarts the interrupted system call where the kernel would not: see restart_call() in host/tracer/injection.py. */
+static void restart_call(int tid)
 {
 #ifdef __x86_64__
 	struct user_regs_struct regs;
@@ -148,7 +148,7 @@ static int queue(const struct daxemu_delivery *delivery)
 {
 	if (!takes_sigbus(delivery) || !shows(delivery))
 		return -1;
-	mend_eintr(delivery->tid);
+	restart_call(delivery->tid);
 	return syscall(SYS_rt_tgsigqueueinfo, delivery->tgid, delivery->tid, SIGBUS, &delivery->mark);
 }
 
@@ -215,17 +215,17 @@ uint32_t daxemu_deliver(const struct daxemu_delivery *each, uint32_t count, uint
 }
 
 /* Serves up to ``most`` stops reported by now, and lists in ``waits`` those for Python. Returns the number of stops. */
-uint32_t daxemu_reap(struct daxemu_wait *waits, uint32_t most, uint32_t *told)
+uint32_t daxemu_reap(struct daxemu_wait *waits, uint32_t most, uint32_t *count)
 {
 	uint32_t stops = 0;
 	hold_sigchld(SIG_BLOCK);
-	for (*told = 0; stops < most; stops++) {
+	for (*count = 0; stops < most; stops++) {
 		int status, tid = waitpid(-1, &status, WNOHANG | __WALL | __WNOTHREAD);
 		if (tid <= 0)
 			break;
 		int at = find(tid), what = at < 0 ? OTHER : step(at, status);
 		if (what >= 0)
-			waits[(*told)++] = (struct daxemu_wait){ tid, status, what };
+			waits[(*count)++] = (struct daxemu_wait){ tid, status, what };
 	}
 	hold_sigchld(SIG_UNBLOCK);
 	return stops;

@@ -1,4 +1,4 @@
-"""The verbs ``map``, ``reflink``, ``damaged`` and ``badblocks``.
+"""The verbs ``map``, ``who_maps``, ``reflink``, ``damaged`` and ``badblocks``.
 
 A reply is made in pieces, with a checkpoint after each. Files may change between two pieces, so a long reply
 describes several moments. Each piece is correct at its moment, and no part of a file or of the device is in
@@ -14,10 +14,12 @@ import trio
 from daxemu import protocol as p
 from daxemu.fs.extents import Mapping
 from daxemu.fs.filesystem import Filesystem
+from daxemu.host.mappings import Mappings
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
 from daxemu.supervisor.clones import Clones
-from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
+from daxemu.uapi import PAGE_SIZE, Ino
+from daxemu.units import DIV_ROUND_UP, PFN_PHYS, byte_span
 
 PIECE = 2048
 """Extents or bad blocks of one step: 10 ms."""
@@ -32,7 +34,7 @@ async def file_map(pmem: Pmem, fs: Filesystem, ino: Ino) -> p.FileMap:
     at = 0
     while True:
         inode, extents = fs.names.regular(ino)
-        end = -(-inode.size // PAGE_SIZE)
+        end = DIV_ROUND_UP(inode.size, PAGE_SIZE)
         if at >= end:
             return p.FileMap(ino, fs.names.path_of(ino), inode.size, found)
         stop = extents.piece(at, end, PIECE)
@@ -44,15 +46,15 @@ async def file_map(pmem: Pmem, fs: Filesystem, ino: Ino) -> p.FileMap:
 
 
 def _extents(pmem: Pmem, fs: Filesystem, run: Mapping) -> Iterator[p.Extent]:
-    offset, length = run.file_block << PAGE_SHIFT, run.length << PAGE_SHIFT
+    offset, length = PFN_PHYS(run.file_block), PFN_PHYS(run.length)
     if run.link is None:
         yield p.Extent(offset, length, None, None, 0, False)
         return
-    base = offset - (run.dev_block << PAGE_SHIFT)
+    base = offset - PFN_PHYS(run.dev_block)
     blocks = Range(run.dev_block, run.dev_block + run.length)
     parts = [(blocks, 1)] if run.link.proxy is None else fs.rmap.sharing(*blocks)
     for part, shared_by in parts:
-        device, size = part.start << PAGE_SHIFT, part.length << PAGE_SHIFT
+        device, size = byte_span(part)
         poisoned = pmem.dax.is_poisoned(device, size)
         yield p.Extent(base + device, size, device, pmem.pfn_of(device), shared_by, poisoned)
 
@@ -75,6 +77,12 @@ async def badblocks(pmem: Pmem) -> p.BadblockList:
         sectors += sum(r.length for r in part)
         await trio.lowlevel.checkpoint()
     return p.BadblockList(found, sectors)
+
+
+async def who_maps(mappings: Mappings) -> p.MappedFileList:
+    """Return the mappings of files of the mount."""
+    found = await trio.to_thread.run_sync(mappings.mapped_files)
+    return p.MappedFileList([p.MappedFile(*each) for each in found])
 
 
 async def reflink(clones: Clones, request: p.Reflink) -> p.Shared:

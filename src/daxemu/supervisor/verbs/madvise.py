@@ -83,8 +83,8 @@ class MadviseInjection:
         if request.simulated:
             flags |= MF_SW_SIMULATED
         else:
-            bad = inject(self._pmem, at, PAGE_SIZE)
-            self._emit(PoisonInjected(offset=bad.start, length=bad.length))
+            poisoned = inject(self._pmem, at, PAGE_SIZE)
+            self._emit(PoisonInjected(offset=poisoned.start, length=poisoned.length))
         incident = self._mm.memory_failure(pfn, 1, flags)
         error = (await self._failures.handle(incident, request.tid)).error
         return error.errno if error is not None else 0

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import trio
 
 from daxemu import protocol as p
-from daxemu.events import Emit, PoisonCleared, PoisonInjected, ScrubFound, SilentlyCorrupted
+from daxemu.events import Emit, Outcome, PoisonCleared, PoisonInjected, ScrubFound, SilentlyCorrupted
 from daxemu.failure_kind import FailureKind
 from daxemu.fs.data_ops import Origin
 from daxemu.fs.filesystem import Filesystem
@@ -19,11 +19,12 @@ from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
 from daxemu.supervisor import incidents
 from daxemu.supervisor.consumption import Consumption
-from daxemu.supervisor.failures import Failures
+from daxemu.supervisor.failures import Failures, Signalled
 from daxemu.supervisor.strategy_host import StrategyHost
 from daxemu.supervisor.verbs.device_ranges import BATCH, check_present, resolve
-from daxemu.supervisor.verbs.repair import Repairing, blocks_of
+from daxemu.supervisor.verbs.repair import Repairing
 from daxemu.uapi import PAGE_SIZE
+from daxemu.units import blocks_of
 
 CLEARED = 16 << 20
 """Bytes cleared in one step of the event loop: 10 ms, in which the host frees pages and supplies zeros."""
@@ -64,30 +65,39 @@ class Poison:
         found, holes = await resolve(self._pmem, self._fs, self._mappings, request.ino, request.ranges)
         latent = (kind := request.failure_kind) is FailureKind.LATENT
         if kind is FailureKind.SILENT:
-            return await self._corrupt(found, holes, request.seed)
+            return await self._corrupt([Range(*part) for part in found], holes, request.seed)
         self._pmem.dax.make_room_for_poison(len(found))
         total = p.Injected([], False, holes)
         for first in range(0, len(found), BATCH):
             check_present(self._pmem)
-            results, rounded = await self._inject_batch(found[first : first + BATCH], latent=latent)
+            batch = [Range(*part) for part in found[first : first + BATCH]]
+            results, rounded = await self._inject_batch(batch, latent=latent)
             total.ranges += results
             total.rounded |= rounded
         return total
 
     async def _inject_batch(self, found: list[Range], *, latent: bool) -> tuple[list[p.PoisonedRange], bool]:
-        done = []
-        for bad, part in self._poison(found, latent=latent):
-            self._emit(PoisonInjected(offset=bad.start, length=bad.length, latent=latent))
-            failure = None if latent else self._mm.memory_failure(*failed_pages(self._pmem, bad), 0)
-            if failure is not None:
-                self._consumption.failing.append((bad, failure))
-            self._consumption.forget(bad)
-            done.append((bad, part, failure))
-        results = [p.PoisonedRange(0, 0, 0, 0, "", 0, 0, 0)] * len(done)
-        async with trio.open_nursery() as nursery:
-            for index, (bad, _, failure) in enumerate(done):
-                nursery.start_soon(self._fail, bad, failure, results, index)
-        return results, any(bad != part for bad, part, _ in done)
+        poisoned: list[Range] = []
+        is_rounded = False
+        failures: list[Incident] = []
+        for area, part in self._poison(found, latent=latent):
+            self._emit(PoisonInjected(offset=area.start, length=area.length, latent=latent))
+            if not latent:
+                failures.append(self._mm.memory_failure(*failed_pages(self._pmem, area), 0))
+                self._consumption.failing.append((area, failures[-1]))
+            self._consumption.forget(area)
+            poisoned.append(area)
+            is_rounded |= area != part
+        if latent:
+            return [await self._revoke_latent(area) for area in poisoned], is_rounded
+        await trio.lowlevel.checkpoint()
+        try:
+            handled = await self._failures.handle_all(failures)
+        finally:
+            for failing in zip(poisoned, failures, strict=True):
+                self._consumption.failing.remove(failing)
+        results = zip(poisoned, handled, strict=True)
+        return [self._result(area, *done[:2]) for area, done in results], is_rounded
 
     def _poison(self, found: list[Range], *, latent: bool) -> Iterator[tuple[Range, Range]]:
         """Poison ranges of device bytes. Yield each range as poisoned, and as requested.
@@ -99,22 +109,18 @@ class Poison:
         for batch in [[part] for part in found] if one_by_one else [found]:
             yield from zip(inject_all(self._pmem, batch, latent=latent), batch, strict=True)
 
-    async def _fail(
-        self, bad: Range, failure: Incident | None, results: list[p.PoisonedRange], index: int
-    ) -> None:
-        pfn, nr_pages = failed_pages(self._pmem, bad)
-        if failure is None:
-            await self._failures.revoke_latent(incidents.of_device_range(self._pmem, self._fs, bad))
-            outcome, (signals, processes) = FailureKind.LATENT.value, (0, 0)
+    async def _revoke_latent(self, poisoned: Range) -> p.PoisonedRange:
+        """Revoke the pages of latent poison, and remember which processes had the pages present."""
+        incident = incidents.of_device_range(self._pmem, self._fs, poisoned)
+        if incident.mappings:
+            await self._failures.revoke_latent(incident)
         else:
-            try:
-                handled = await self._failures.handle(failure)
-            finally:
-                self._consumption.failing.remove((bad, failure))
-            outcome, (signals, processes) = handled.outcome.value, handled.signalled
-        results[index] = p.PoisonedRange(
-            bad.start, bad.length, pfn, nr_pages, outcome, signals, signals, processes
-        )
+            await trio.lowlevel.checkpoint()
+        return self._result(poisoned, FailureKind.LATENT, Signalled(0, 0))
+
+    def _result(self, poisoned: Range, outcome: Outcome | FailureKind, done: Signalled) -> p.PoisonedRange:
+        pages = failed_pages(self._pmem, poisoned)
+        return p.PoisonedRange(poisoned.start, poisoned.length, *pages, outcome.value, done.signals, *done)
 
     async def _corrupt(self, found: list[Range], holes: int, seed: int) -> p.Injected:
         """Change bytes on the media, and revoke their pages so that processes load the new bytes."""
@@ -126,9 +132,7 @@ class Poison:
                 await trio.lowlevel.checkpoint()
             self._emit(SilentlyCorrupted(offset=part.start, length=part.length))
             await self._failures.revoke_latent(incident)
-            pfn, nr_pages = failed_pages(self._pmem, part)
-            silent = FailureKind.SILENT.value
-            results.append(p.PoisonedRange(part.start, part.length, pfn, nr_pages, silent, 0, 0, 0))
+            results.append(self._result(part, FailureKind.SILENT, Signalled(0, 0)))
         return p.Injected(results, False, holes)
 
     async def clear(self, request: p.Clear) -> p.Cleared:
@@ -136,19 +140,19 @@ class Poison:
         check_present(self._pmem)
         found, _ = await resolve(self._pmem, self._fs, self._mappings, request.ino, request.ranges)
         cleared: list[tuple[int, int]] = []
-        for part in found:
+        for part in (Range(*part) for part in found):
             # Sectors may be poisoned between two batches. New poison before the next batch is not cleared.
             for some in self._pmem.dax.poisoned_in_pieces(part, BATCH):
-                for bad in _of_at_most(some, CLEARED):
+                for poisoned in _of_at_most(some, CLEARED):
                     check_present(self._pmem)
-                    cleared += [(r.start, r.length) for r in self._clear_batch(bad)]
+                    cleared += [(r.start, r.length) for r in self._clear_batch(poisoned)]
                     await trio.lowlevel.checkpoint()
         return p.Cleared(cleared, sum(length for _, length in cleared))
 
-    def _clear_batch(self, bad: list[Range]) -> list[Range]:
+    def _clear_batch(self, poisoned: list[Range]) -> list[Range]:
         cleared: list[Range] = []
-        with self._pmem.dax.clearing(bad), self._pmem.badblocks.one_change():
-            for part in bad:
+        with self._pmem.dax.clearing(poisoned), self._pmem.badblocks.one_change():
+            for part in poisoned:
                 blocks = [blocks_of(part)]
                 self._strategy_host.store_begins(blocks, Origin.SYSCALL)
                 for good in uninject(self._pmem, part.start, part.length):

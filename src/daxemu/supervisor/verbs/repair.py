@@ -16,7 +16,7 @@ from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.strategy_host import StrategyHost
 from daxemu.supervisor.verbs.device_ranges import BATCH, check_present
-from daxemu.uapi import PAGE_SHIFT, SECTOR_SIZE
+from daxemu.units import blocks_of, bytes_of_sectors, pages_at
 
 
 class Repairing:
@@ -51,15 +51,15 @@ class Repairing:
             self._emit(SettingChanged(name="repair", value=request.strategy))
         total, reason = p.Repaired(self._strategy_host.text, 0, 0, 0, None), None
         for part in self._pmem.badblocks.in_pieces(BATCH):
-            for bad in part:
-                verdict = await self.repair_now(Range(bad.start * SECTOR_SIZE, bad.end * SECTOR_SIZE))
+            for sectors in part:
+                verdict = await self.repair_now(bytes_of_sectors(sectors))
                 if verdict is not None:
                     total.recovered += verdict.recovered.total
                     total.lost += verdict.lost.total
                     reason = verdict.reason or reason
             await trio.lowlevel.checkpoint()
         for lost in self._fs.damaged_in_pieces():
-            total.left += sum(blocks_of(Range(bad.offset, bad.offset + bad.length)).length for bad in lost)
+            total.left += sum(pages_at(part.offset, part.length).length for part in lost)
             await trio.lowlevel.checkpoint()
         total.reason = reason
         return total
@@ -70,17 +70,12 @@ class Repairing:
         await self._strategy_host.attach(strategy)
         self._consumption.forget(Range(0, self._pmem.dax.size))
 
-    async def repair_now(self, bad: Range) -> Verdict | None:
-        """Ask the strategy about the device bytes ``bad``, which are bad blocks.
+    async def repair_now(self, poisoned: Range) -> Verdict | None:
+        """Ask the strategy about the device bytes ``poisoned``, which are bad blocks.
 
         Return None if there is no strategy, or if the strategy failed.
         """
         if not self._repairs.is_active:
             return None
-        mapped = incidents.of_device_range(self._pmem, self._fs, bad)
-        return self._repairs.repair_now(blocks_of(bad), mapped, await self._failures.holders(mapped))
-
-
-def blocks_of(part: Range) -> Range:
-    """Return the device blocks that hold any of the bytes ``part``."""
-    return Range(part.start >> PAGE_SHIFT, -(-part.end >> PAGE_SHIFT))
+        mapped = incidents.of_device_range(self._pmem, self._fs, poisoned)
+        return self._repairs.repair_now(blocks_of(poisoned), mapped, await self._failures.holders(mapped))

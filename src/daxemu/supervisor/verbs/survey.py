@@ -16,13 +16,14 @@ from daxemu.pmem.inject import check_range
 from daxemu.pmem.pmem import Pmem
 from daxemu.protocol import Cell, FileUse, Survey, SurveyReport
 from daxemu.ranges import Range
-from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, SECTOR_SIZE, Block, Ino, page_align_up
+from daxemu.uapi import Block, Ino, page_align_up
+from daxemu.units import DIV_ROUND_UP, PFN_PHYS, blocks_of, bytes_of_blocks, bytes_of_sectors, sectors_of
 
 MAX_CELLS = 1 << 16
 PIECE = 1024
 """Links, or ranges of poison, of one step: 10 ms."""
 CELLS_PIECE = 8192
-_USED, _METADATA, _SHARED, _BAD, _LATENT = range(5)
+_USED, _METADATA, _SHARED, _BAD_BLOCKS, _LATENT = range(5)
 """Fields of a Cell."""
 
 
@@ -37,31 +38,30 @@ async def survey(pmem: Pmem, fs: Filesystem, wanted: Survey) -> SurveyReport:
     check_range(wanted.offset, length, size, "the device")
     if not 0 < wanted.cells <= MAX_CELLS:
         raise InvalidArgument(f"{wanted.cells} cells: must be from 1 to {MAX_CELLS}")
-    cell = page_align_up(-(-length // wanted.cells))
+    cell = page_align_up(DIV_ROUND_UP(length, wanted.cells))
     whole = Range(wanted.offset, wanted.offset + length)
     counts = _Counts(whole, cell)
     found: dict[Ino, FileUse] = {}
-    for blocks in _parts(fs, Range(whole.start // PAGE_SIZE, -(-whole.end // PAGE_SIZE))):
+    for blocks in _parts(fs, blocks_of(whole)):
         owners = fs.rmap.owners(*blocks)
         for begin, end, count in _sharing(owners):
-            counts.add(_USED, begin << PAGE_SHIFT, end << PAGE_SHIFT)
+            used = bytes_of_blocks(Range(begin, end))
+            counts.add(_USED, used)
             if count > 1:
-                counts.add(_SHARED, begin << PAGE_SHIFT, end << PAGE_SHIFT)
+                counts.add(_SHARED, used)
         for owner in owners:
-            start = owner.dev_block << PAGE_SHIFT
+            part = bytes_of_blocks(Range(owner.dev_block, owner.dev_block + owner.length))
             if owner.ino == METADATA_INO:
-                counts.add(_METADATA, start, start + (owner.length << PAGE_SHIFT))
+                counts.add(_METADATA, part)
             elif wanted.files > 0 and owner.ino >= ROOT_INO:
-                part = Range(start, start + (owner.length << PAGE_SHIFT))
                 _count(found, owner.ino, part, owner.file_block)
         await trio.lowlevel.checkpoint()
-    first, last = whole.start // SECTOR_SIZE, -(-whole.end // SECTOR_SIZE)
-    for poison in pmem.media.poison.in_pieces(first, last, PIECE):
-        for sectors in poison:
-            for bad in pmem.badblocks.known(sectors):
-                counts.add(_BAD, bad.start * SECTOR_SIZE, bad.end * SECTOR_SIZE)
-            for hidden in pmem.badblocks.unknown(sectors):
-                counts.add(_LATENT, hidden.start * SECTOR_SIZE, hidden.end * SECTOR_SIZE)
+    for poison in pmem.dax.poisoned_in_pieces(whole, PIECE):
+        for sectors in map(sectors_of, poison):
+            for known in pmem.badblocks.known(sectors):
+                counts.add(_BAD_BLOCKS, bytes_of_sectors(known))
+            for latent in pmem.badblocks.unknown(sectors):
+                counts.add(_LATENT, bytes_of_sectors(latent))
         await trio.lowlevel.checkpoint()
     most = heapq.nlargest(max(0, wanted.files), found.values(), key=lambda use: use.bytes)
     await trio.lowlevel.checkpoint()
@@ -97,12 +97,12 @@ class _Counts:
     def __init__(self, whole: Range, cell: int) -> None:
         self._whole = whole
         self._cell = cell
-        self.cells = -(-whole.length // cell)
+        self.cells = DIV_ROUND_UP(whole.length, cell)
         self._bytes = np.zeros((len(Cell.__struct_fields__), self.cells), np.int64)
 
-    def add(self, kind: int, start: int, end: int) -> None:
-        """Add the device bytes ``[start, end)`` to the counts of the cells that hold any of the bytes."""
-        part = Range(start, end).clip(*self._whole)
+    def add(self, kind: int, area: Range) -> None:
+        """Add the device bytes ``area`` to the counts of the cells that hold any of the bytes."""
+        part = area.clip(*self._whole)
         if not part:
             return
         begin, stop = part.start - self._whole.start, part.end - self._whole.start
@@ -141,8 +141,8 @@ def _sharing(owners: list[Owner]) -> Iterator[tuple[Block, Block, int]]:
 def _count(found: dict[Ino, FileUse], ino: Ino, part: Range, file_block: int) -> None:
     use = found.get(ino)
     if use is None:
-        found[ino] = FileUse(ino, "", part.length, part.start, file_block << PAGE_SHIFT)
+        found[ino] = FileUse(ino, "", part.length, part.start, PFN_PHYS(file_block))
         return
     use.bytes += part.length
     if part.start < use.device_offset:
-        use.device_offset, use.file_offset = part.start, file_block << PAGE_SHIFT
+        use.device_offset, use.file_offset = part.start, PFN_PHYS(file_block)
