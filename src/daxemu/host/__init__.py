@@ -8,6 +8,7 @@ delivery (``tracer``). The package carries out what the core decided.
 ``tracer``    exact SIGBUS by ptrace(2), in a process of its own
 ``victims``   the hot loops of collecting and signalling in C
 ``run``       ``daxemu run``: seccomp(2) user notification
+``direct``    direct mappings of the media: agents, userfaultfds
 ``mappings``  the only interface to the mappings of processes: collect, revoke
 
 Rules, each learned from a deadlock

@@ -38,7 +38,6 @@ from daxemu.errors import DaxemuError
 from daxemu.host.direct import code
 from daxemu.host.direct.agent import ProcessAgent
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
-from daxemu.host.direct.syscalls import NR_GETPID, Syscall
 from daxemu.host.direct.userfaultfd import Event, Forked, Userfaultfd
 from daxemu.host.proc import status
 from daxemu.host.proc.procfs import read_whole
@@ -87,7 +86,7 @@ class AddressSpace:
         self.agent = agent
         self.uffd = uffd
         self.is_gone = False
-        self._forks = trio.Lock()
+        self._fork_turn = trio.Lock()
         self._next_agent: ProcessAgent | None = None
         """Agent of the child, while a fork is under way."""
         self._child: AddressSpace | None = None
@@ -192,7 +191,7 @@ class AddressSpaces:
         an agent. Without the right to trace the thread the fork fails with EAGAIN.
         """
         try:
-            # After NotTaken the thread is not traced any more, and the supervisor may not know of NotTaken yet.
+            # After NotTaken the thread is not traced any more. The report may still be on its way.
             if call.tid in self._repeating and self._is_traced_by_us(call.tid):
                 self._repeating.discard(call.tid)
                 run.answer(call, CONTINUE)
@@ -201,7 +200,7 @@ class AddressSpaces:
             if parent is None:
                 run.answer(call, CONTINUE)
                 return
-            async with parent._forks:
+            async with parent._fork_turn:
                 await self._fork(run, call, parent)
         except AddressSpaceGone:
             run.answer(call, CONTINUE)
@@ -283,7 +282,7 @@ class AddressSpaces:
                 child = AddressSpace(agent, await _first_batch(agent))
                 self._watcher.on_forked(parent, child)
             else:
-                await agent.run([Syscall(NR_GETPID, ())])
+                await agent.settle()
         except AddressSpaceGone:
             agent.close()
             if child is not None:
