@@ -481,7 +481,7 @@ def _as_mapped_now(request: Send) -> Send | None:
 
 
 def main(argv: list[str]) -> None:
-    """Serve the socket with number ``argv[1]``. ``argv[2]``: file that cuts the mount's connection, if given."""
+    """Serve the socket with number ``argv[1]``. ``argv[2]``: file that cuts the mount's connection."""
     if len(argv) > 2:
         threading.Thread(target=mourner.mourn, args=(os.getppid(), argv[2]), daemon=True).start()
     # The tracer ends with the socket: dying in the middle of an injection would corrupt the victim's state.
