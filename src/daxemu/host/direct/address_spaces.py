@@ -69,7 +69,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 
-class Run(Protocol):
+class NotifiedCalls(Protocol):
     """The calls of one ``daxemu run``: ``host.run.attached.AttachedRun``."""
 
     def add_fd(self, call: NotifiedCall, fd: int, *, number: int | None = None) -> int:
@@ -143,7 +143,7 @@ class AddressSpaces:
     def __iter__(self) -> Iterator[AddressSpace]:
         return iter(tuple(self._spaces.values()))
 
-    async def of(self, run: Run, call: NotifiedCall) -> AddressSpace | None:
+    async def of(self, run: NotifiedCalls, call: NotifiedCall) -> AddressSpace | None:
         """Return the address space of a call's thread, which still waits for its answer. Make the space first
         if there is none: then return None, the call is answered, and the thread will make the call again.
 
@@ -186,7 +186,7 @@ class AddressSpaces:
                 await made.wait()
         return found
 
-    async def forked(self, run: Run, call: NotifiedCall) -> None:
+    async def forked(self, run: NotifiedCalls, call: NotifiedCall) -> None:
         """Answer a fork(2) or a clone(2) without CLONE_VM. The child of a process with direct mappings gets
         an agent. Without the right to trace the thread the fork fails with EAGAIN.
         """
@@ -236,7 +236,7 @@ class AddressSpaces:
         for space in self:
             self.end(space)
 
-    async def _make(self, run: Run, call: NotifiedCall, tgid: int) -> None:
+    async def _make(self, run: NotifiedCalls, call: NotifiedCall, tgid: int) -> None:
         agent, armed = await self._begin(run, call, tgid, MakeAgent)
         run.answer(call, RESTART)
         try:
@@ -251,7 +251,7 @@ class AddressSpaces:
         else:
             self._add(space)
 
-    async def _fork(self, run: Run, call: NotifiedCall, parent: AddressSpace) -> None:
+    async def _fork(self, run: NotifiedCalls, call: NotifiedCall, parent: AddressSpace) -> None:
         agent, armed = await self._begin(run, call, parent.tgid, TraceFork)
         under_way = trio.Event()
         self._forks.add(under_way)
@@ -293,7 +293,7 @@ class AddressSpaces:
             self.end(child)  # execve(2) came first
 
     async def _begin(
-        self, run: Run, call: NotifiedCall, tgid: int, kind: type[MakeAgent] | type[TraceFork]
+        self, run: NotifiedCalls, call: NotifiedCall, tgid: int, kind: type[MakeAgent] | type[TraceFork]
     ) -> tuple[ProcessAgent, Armed]:
         """Give the process the socket of an agent, and hold the thread."""
         self._refuse_traced(call.tid)
