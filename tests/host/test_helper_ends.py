@@ -1,4 +1,4 @@
-"""Ends of a supervisor, of a helper and of a program while calls are forwarded: nothing hangs, nothing is left.
+"""Ends of a supervisor, a helper, a program while calls are forwarded: nothing hangs, nothing is left.
 
 tests/support/forwarded.py says what stands for the mounts and the supervisor.
 """
