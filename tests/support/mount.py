@@ -28,11 +28,14 @@ PATIENCE = 30.0
 
 @dataclass
 class DaxMount:
-    """Mount of ``device`` at ``path``. ``sound``: fsck at the end must find no problem."""
+    """Mount of ``device`` at ``path``. ``sound``: fsck at the end must find no problem. ``is_direct``: mounted
+    with --direct, so actors of a scene are programs under ``daxemu run``.
+    """
 
     device: Path
     path: Path
     sound: bool = True
+    is_direct: bool = False
 
     def run(self, *arguments: str | Path | int, status: int = 0) -> str:
         """Run ``daxemu ARGUMENTS``; return stdout, or stderr if ``status`` is not 0."""
@@ -59,6 +62,7 @@ class DaxMount:
     def mount(self, *options: str) -> None:
         """Mount the device."""
         kinds.require("mount")
+        self.is_direct = "--direct" in options
         self.run("mount", *options, self.device, self.path)
 
     def umount(self, *options: str) -> None:
