@@ -1,5 +1,5 @@
-"""Builds the C of the project: host/fuse/supplement.c with those beside it, host/victims/*.c, host/run/forward.c
-and host/direct/agent.c.
+"""Builds the C of the project: host/fuse/supplement.c with those beside it, host/victims/*.c,
+host/run/forward.c and host/direct/agent.c.
 
 Everything else is in pyproject.toml.
 
