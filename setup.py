@@ -35,6 +35,12 @@ setup(
             optional=True,
         ),
         Extension(
+            "daxemu.host.direct._agent",
+            sources=["src/daxemu/host/direct/agent.c"],
+            extra_compile_args=["-O2", "-Wall", "-Wextra"],
+            optional=True,
+        ),
+        Extension(
             "daxemu.host.victims._victims",
             sources=[f"src/daxemu/host/victims/{part}.c" for part in ("collect", "deliver", "proc")],
             depends=["src/daxemu/host/victims/victims.h"],

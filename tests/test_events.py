@@ -75,7 +75,7 @@ def a_failure(outcome: Outcome) -> MemoryFailureHandled:
 
 
 SAMPLES: list[Event] = [
-    Mounted(seq=1, time=2.5, device="/dev/shm/pmem0", mountpoint="/mnt", size=6 << 40),
+    Mounted(seq=1, time=2.5, device="/dev/shm/pmem0", mountpoint="/mnt", size=6 << 40, mode="direct"),
     DirectMappingRefused(pid=7, tid=8, comm="p0", path="/mnt/f", reason="gdb (5) traces the program"),
     Unmounted(mountpoint="/mnt"),
     DeviceTightened(device="/dev/shm/pmem0", mode="0700", files=3),

@@ -16,9 +16,10 @@ import pytest
 
 from daxemu.events import Outcome, PageType
 from daxemu.failure_kind import FailureKind
+from daxemu.host.page_cache import populating
 from daxemu.host.tracer.messages import Delivered, Gone, Ignored, NotTaken, Refused
 from daxemu.protocol import StatusReport
-from daxemu.supervisor import populate, signals
+from daxemu.supervisor import signals
 from tests.support.pages import TOP
 
 GLOSSARY = (TOP / "docs" / "glossary.md").read_text()
@@ -120,7 +121,7 @@ def results_of_a_signal() -> set[str]:
 
 def results_of_a_populating_call() -> set[str]:
     """Return the possible results of ``PopulateFailed``: the words given to ``Populating._tell``."""
-    calls = re.findall(r"self\._tell\(now, (.*?)[,)]", inspect.getsource(populate.Populating))
+    calls = re.findall(r"self\._tell\(now, (.*?)[,)]", inspect.getsource(populating.Populating))
     return {word for call in calls for word in re.findall(r'"(\w+)"', call)}
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Never, TypeVa
 import msgspec
 
 from daxemu.errors import InvalidArgument
+from daxemu.events.mounts import Mode
 from daxemu.failure_kind import FailureKind, injected_kind
 from daxemu.fields import (
     Address,
@@ -31,7 +32,7 @@ from daxemu.fields import (
 R = TypeVar("R", bound=msgspec.Struct)
 
 
-class PoisonedRange(msgspec.Struct):
+class PoisonedRange(msgspec.Struct, gc=False):
     """Result of one range of an injection. ``offset`` and ``length``: device bytes. ``pfn`` and ``nr_pages``:
     the pages that memory_failure() was called for. ``signals``: SIGBUS sent, one for each mapping of each
     victim. ``processes``: distinct processes among the receivers. ``told``: the old name of ``signals``.
@@ -95,6 +96,20 @@ class DamagedRange(msgspec.Struct):
 
 class DamagedList(msgspec.Struct):
     files: list[DamagedRange]
+
+
+class MappedFile(msgspec.Struct):
+    """Mapping of a file by a process: ``length`` bytes from byte ``offset`` of the file on, untouched too."""
+
+    pid: Pid
+    comm: str
+    ino: Ino
+    offset: FileOffset
+    length: Length
+
+
+class MappedFileList(msgspec.Struct):
+    mapped: list[MappedFile]
 
 
 class Extent(msgspec.Struct):
@@ -227,6 +242,8 @@ class StatusReport(msgspec.Struct):
     tracer: str
     layouts: str = "off"
     """Number of requests that C answered without the filesystem (fs/layouts.py), or "off"."""
+    mode: Mode = "page cache"
+    """Shared mappings are of the kernel's page cache, or of the media itself (``mount --direct``)."""
 
 
 class Settled(msgspec.Struct):
@@ -381,6 +398,10 @@ class GetBadblocks(Request[BadblockList], tag="badblocks"):
 
 class Damaged(Request[DamagedList], tag="damaged"):
     """List the damaged files and their ranges."""
+
+
+class WhoMaps(Request[MappedFileList], tag="who_maps"):
+    """List the mappings of files of the mount, by all processes that the supervisor may look into."""
 
 
 class Map(Request[FileMap], tag="map"):

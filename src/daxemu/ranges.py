@@ -229,6 +229,16 @@ class RangeSet(Generic[U]):
         found = self._at(index)
         return Range(max(found.start, start), found.end)
 
+    def gap_around(self, value: int, bounds: Range[U]) -> Range[U]:
+        """Return the largest part of ``bounds`` with ``value`` and without an integer of the set.
+
+        Precondition: ``value`` is in ``bounds`` and not in the set.
+        """
+        index = self._from(value)
+        start = self._ends[self._starts[index - 1]] if index else bounds.start
+        end = self._starts[index] if index < len(self._starts) else bounds.end
+        return Range(start, end).clip(*bounds)
+
     def add(self, start: int, end: int) -> list[Range[U]]:
         """Add ``[start, end)`` to the set. Return the parts not in the set before."""
         if start >= end:

@@ -43,6 +43,7 @@ MADV_SOFT_OFFLINE = 101
 # uapi/linux/capability.h
 CAP_FSETID = 4
 CAP_LINUX_IMMUTABLE = 9
+CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21
 
 # uapi/asm-generic/siginfo.h: si_code of SIGBUS

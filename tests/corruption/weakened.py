@@ -11,7 +11,8 @@ from crc32c import crc32c
 
 from daxemu.fs import metadata_page, metadata_region, store
 from daxemu.fs.inode import Inode
-from daxemu.fs.metadata_region import MetadataFile, MetadataRegion
+from daxemu.fs.metadata_page import MetadataFile
+from daxemu.fs.metadata_region import MetadataRegion
 from daxemu.uapi import PAGE_SIZE
 
 

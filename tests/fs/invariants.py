@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 from hypothesis import event
+from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from daxemu.errors import MediaError
@@ -14,13 +15,14 @@ from daxemu.fs.namespace import Namespace
 from daxemu.fs.rmap import ReflinkProxy, Rmap
 from daxemu.uapi import PAGE_SECTORS, PAGE_SIZE
 from tests.fs.model import Model, Page
-from tests.support.core import Core
+from tests.support.core import Core, touched_poison
 from tests.support.followed import Followed
 from tests.support.layouts import Holder
 
 IN_MEMORY = (
     fsck._check_extents,
     fsck._check_tails,
+    fsck._check_media,
     fsck._check_rmap,
     fsck._check_free_space,
     fsck._check_tree,
@@ -79,6 +81,11 @@ class Invariants(RuleBasedStateMachine):
     def changes_are_reported(self) -> None:
         """Every block that a direct mapping must show in another way than before the step was reported."""
         assert self.followed.unreported([file.ino for file in self.model.files]) == []
+
+    @invariant()
+    def poisoned_pages_are_not_in_the_media(self) -> None:
+        """With direct mappings, no page with poison has data in the media, so no process has the page."""
+        assert touched_poison(self.core) == []
 
     @invariant()
     def contents_are_the_models(self) -> None:
@@ -171,10 +178,11 @@ class Invariants(RuleBasedStateMachine):
         self.core.fs.store.commit = watched  # type: ignore[method-assign]
         self.begin()
 
-    def mount_again(self, *, save: bool) -> None:
+    def mount_again(self, *, save: bool, is_direct: bool | None) -> None:
         """Unmount or crash, then mount. The committed state must be back, with the sharing of the commit."""
         before, eio = self.sharing(), self.core.fs.lost_store_is_eio
         self.core.close(save=save)
+        self.core.is_direct = is_direct
         self.core.open()
         self.holder = Holder(self.core.fs)
         self.followed = Followed(self.core.fs)
@@ -196,16 +204,16 @@ class Invariants(RuleBasedStateMachine):
         self.watch_commits()
         assert fsck.fsck(self.core.fs) == []
 
-    @rule()
-    def unmount(self) -> None:
+    @rule(is_direct=st.sampled_from([True, False, None]))
+    def unmount(self, is_direct: bool | None) -> None:
         event("unmount")
-        self.mount_again(save=True)
+        self.mount_again(save=True, is_direct=is_direct)
 
-    @rule()
-    def crash(self) -> None:
+    @rule(is_direct=st.sampled_from([True, False, None]))
+    def crash(self, is_direct: bool | None) -> None:
         if not any(page.bad for page in self.tails()):  # a mount cannot zero a tail with poison
             event("crash")
-            self.mount_again(save=False)
+            self.mount_again(save=False, is_direct=is_direct)
 
     def tails(self) -> dict[Page, int]:
         """Return the blocks at or beyond the end of committed files, with the number of bytes inside."""
@@ -216,10 +224,10 @@ class Invariants(RuleBasedStateMachine):
             if (index + 1) * PAGE_SIZE > file.size
         }
 
-    @rule()
-    def crash_again(self) -> None:
+    @rule(is_direct=st.sampled_from([True, False, None]))
+    def crash_again(self, is_direct: bool | None) -> None:
         """Crash twice as often as unmount."""
-        self.crash()
+        self.crash(is_direct)
 
     @invariant()
     def step_is_done(self) -> None:

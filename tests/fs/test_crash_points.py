@@ -20,7 +20,8 @@ import pytest
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.fsck import fsck
 from daxemu.fs.inode import ROOT_INO
-from daxemu.fs.metadata_region import MetadataFile, MetadataRegion
+from daxemu.fs.metadata_page import MetadataFile
+from daxemu.fs.metadata_region import MetadataRegion
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.pmem.device_dir import DeviceDir

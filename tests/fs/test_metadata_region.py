@@ -7,8 +7,8 @@ import pytest
 
 from daxemu.errors import CorruptMetadata, MediaError, NoSpace
 from daxemu.fs.allocator import Allocator
-from daxemu.fs.metadata_page import PAYLOAD
-from daxemu.fs.metadata_region import MetadataFile, MetadataRegion, OnRewrite
+from daxemu.fs.metadata_page import PAYLOAD, MetadataFile
+from daxemu.fs.metadata_region import MetadataRegion, OnRewrite
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.fs.superblock import SUPER_BLOCKS, VERSION, Superblock, _checksum
 from daxemu.pmem.inject import inject

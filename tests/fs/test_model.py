@@ -44,9 +44,14 @@ class FilesystemAgainstModel(Invariants):
     A rule with a predicted error checks the error, and the absence of changes.
     """
 
-    @initialize(prefill=st.integers(0, 7), eio=st.booleans(), align=st.sampled_from([PAGE_SIZE, PMD_SIZE]))
-    def start(self, prefill: int, eio: bool, align: int) -> None:
-        self._context = core_at(align=align)
+    @initialize(
+        prefill=st.integers(0, 7),
+        eio=st.booleans(),
+        align=st.sampled_from([PAGE_SIZE, PMD_SIZE]),
+        is_direct=st.booleans(),
+    )
+    def start(self, prefill: int, eio: bool, align: int, is_direct: bool) -> None:
+        self._context = core_at(align=align, is_direct=is_direct)
         self.core = self._context.__enter__()
         self.model = Model()
         self.committed = Model()

@@ -14,7 +14,7 @@ from daxemu.fs import fsck
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import ROOT_INO, Inode
 from daxemu.fs.inode_flags import APPEND, IMMUTABLE
-from daxemu.fs.metadata_region import MetadataFile
+from daxemu.fs.metadata_page import MetadataFile
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.uapi import PAGE_SIZE
 from tests.support.core import ROOT, Core, pages

@@ -7,7 +7,7 @@ import pytest
 
 from daxemu.errors import CorruptMetadata
 from daxemu.fs import fsck
-from daxemu.fs.metadata_region import MetadataFile
+from daxemu.fs.metadata_page import MetadataFile
 from daxemu.pmem.inject import inject, uninject
 from daxemu.uapi import PAGE_SIZE
 from tests.fs.test_store import a_bit_of_everything, mounted, restore, snapshot, state

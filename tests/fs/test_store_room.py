@@ -8,8 +8,12 @@ from collections.abc import Callable
 import pytest
 
 from daxemu.errors import NoSpace
+from daxemu.fs.fsck import fsck
 from daxemu.fs.inode import ROOT_INO
-from daxemu.uapi import PAGE_SIZE, Ino
+from daxemu.fs.metadata_page import PAYLOAD, MetadataFile
+from daxemu.fs.metadata_region import MetadataRegion
+from daxemu.fs.store import BASE_PAGES, LARGE_PAGES, LINK_BYTES
+from daxemu.uapi import PAGE_SIZE, Block, Ino
 from tests.support.core import ROOT, Core
 
 
@@ -53,6 +57,50 @@ def test_what_was_admitted_can_be_saved(core: Core, kinds: list[str]) -> None:
     before = (len(core.fs.names), core.fs.rmap.link_count, core.fs.names.name_bytes)
     core.reopen()
     assert (len(core.fs.names), core.fs.rmap.link_count, core.fs.names.name_bytes) == before
+
+
+@pytest.mark.parametrize("core", [1 << 30], indirect=True)
+def test_a_large_region_grows_in_pieces(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No change waits for all pages of a growth: each seals a few, ahead of need."""
+    store, sealed = core.fs.store, 0
+    seal_new = MetadataRegion._seal_new
+
+    def counting(self: MetadataRegion, file: MetadataFile, first: Block, end: Block) -> None:
+        nonlocal sealed
+        sealed += end - first
+        seal_new(self, file, first, end)
+
+    monkeypatch.setattr(MetadataRegion, "_seal_new", counting)
+    store.ensure_room(0, LARGE_PAGES * PAYLOAD // LINK_BYTES, 0)
+    store.ensure_room(0, store._room // LINK_BYTES, 0)
+    began, most, total = store._room, 0, 0
+    for links in range(began * 3 // 4 // LINK_BYTES, 2 * began // LINK_BYTES, 500):
+        sealed = 0
+        store.ensure_room(0, links, 0)
+        assert BASE_PAGES * PAGE_SIZE + links * LINK_BYTES <= store._room
+        most, total = max(most, sealed), total + sealed
+        if links % 5000 < 500:
+            assert fsck(core.fs) == []
+    assert store._room > 3 * began // 2
+    assert total > LARGE_PAGES
+    assert most <= 256
+
+
+@pytest.mark.parametrize("core", [1 << 30], indirect=True)
+@pytest.mark.parametrize("save", [True, False])
+def test_a_growth_under_way_leaves_no_bytes_in_free_blocks(core: Core, save: bool) -> None:
+    store = core.fs.store
+    store.ensure_room(0, LARGE_PAGES * PAYLOAD // LINK_BYTES, 0)
+    store.ensure_room(0, store._room // LINK_BYTES, 0)
+    ahead = (store._room * 15 // 16 - BASE_PAGES * PAGE_SIZE) // LINK_BYTES
+    for _ in range(4):
+        store.ensure_room(0, ahead, 0)
+    assert store._growth is not None
+    core.close(save=save)
+    core.open()
+    for run in core.fs.allocator.free_ranges():
+        offset, length = run.start * PAGE_SIZE, min(run.length, 16384) * PAGE_SIZE
+        assert bytes(core.pmem.dax.direct_access(offset, length)) == bytes(length)
 
 
 def test_removing_makes_room_again(core: Core) -> None:

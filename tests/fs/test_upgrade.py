@@ -20,7 +20,8 @@ from daxemu.events import Event, MetadataUpgraded
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.fsck import fsck
-from daxemu.fs.metadata_region import MetadataFile, MetadataRegion
+from daxemu.fs.metadata_page import MetadataFile
+from daxemu.fs.metadata_region import MetadataRegion
 from daxemu.fs.offline import check_device
 from daxemu.fs.rmap import Rmap
 from daxemu.fs.superblock import VERSION, newest

@@ -10,8 +10,8 @@ import msgspec
 
 from daxemu.errors import CorruptMetadata
 from daxemu.fs.allocator import Allocator
-from daxemu.fs.metadata_page import PAYLOAD, seal
-from daxemu.fs.metadata_region import MetadataFile, MetadataRegion
+from daxemu.fs.metadata_page import PAYLOAD, MetadataFile, seal
+from daxemu.fs.metadata_region import MetadataRegion
 from daxemu.fs.records import inode_of
 from daxemu.fs.rmap import Rmap
 from daxemu.fs.store import _row

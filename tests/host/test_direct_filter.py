@@ -359,6 +359,41 @@ os.execv("/bin/echo", ["echo", "done"])
     assert output_of(process).splitlines() == [f"{-errno.ENODEV} 0", "done"]
 
 
+@pytest.mark.mount
+def test_supervisor_starts_again(supervisor: Stub, tmp_path: Path) -> None:
+    """While the mount table changes without a supervisor, mmap(2) stays ENODEV. A new supervisor is attached
+    after the next change, with a slice of its own.
+    """
+    script = """
+assert mapped() > 0
+print("mapped", flush=True)
+for line in sys.stdin:
+    print(mapped() > 0, flush=True)
+"""
+    process = python([supervisor], script, stdin=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout.readline() == "mapped\n"
+
+    def maps_after_a_change() -> bool:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path], check=True)
+        subprocess.run(["umount", tmp_path], check=True)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return process.stdout.readline() == "True\n"
+
+    supervisor.kill()
+    assert [maps_after_a_change() for _ in range(3)] == [False] * 3
+    supervisor.process = supervisor.started()
+    assert any(maps_after_a_change() for _ in range(100))
+    process.stdin.close()
+    assert process.wait(PATIENCE) == 0
+    process.stdout.close()
+    assert [call[3] for call in supervisor.calls()] == [zone.SLICES[0].start, zone.SLICES[1].start]
+
+
 @pytest.mark.parametrize("threads", [1, 600])
 def test_supervisor_killed_meanwhile(supervisor: Stub, threads: int) -> None:
     """Threads that wait for an answer get ENODEV, however many they are."""

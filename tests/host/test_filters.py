@@ -20,7 +20,7 @@ ALLOW, NOTIFY, NO_SUCH = filters.RET_ALLOW, filters.RET_USER_NOTIF, filters.RET_
 IN_ZONE = zone.SLICES[3].start + 0x5000
 BELOW, ABOVE = zone.START - 1, zone.END
 USUAL = 0x7F12_3456_7000
-FIXED, ANONYMOUS, SHARED, PRIVATE = 0x10, 0x20, 1, 2
+FIXED, ANONYMOUS, SHARED, PRIVATE, LOADER = 0x10, 0x20, 1, 2, 0x800
 GARBAGE = 0xDEAD_BEEF << 32
 AARCH64 = 0xC00000B7
 AGENT = zone.MAGIC << 32
@@ -65,6 +65,11 @@ def calls_for_direct() -> Iterator[tuple[int, int, tuple[int, ...]]]:
         yield NOTIFY, Nr.MMAP, (IN_ZONE, 4096, 3, flags, fd(5, GARBAGE), 0)
         yield ALLOW, Nr.MMAP, (IN_ZONE, 4096, 3, flags, fd(5, AGENT), 0)
     yield NOTIFY, Nr.MMAP, (0, 4096, 3, GARBAGE | SHARED, fd(5), 0)
+    yield ALLOW, Nr.MMAP, (0, 4096, 5, PRIVATE | LOADER, fd(3), 0)
+    yield ALLOW, Nr.MMAP, (USUAL, 4096, 5, PRIVATE | LOADER | FIXED, fd(3), 0)
+    yield NOTIFY, Nr.MMAP, (IN_ZONE, 4096, 5, PRIVATE | LOADER | FIXED, fd(3), 0)
+    yield NOTIFY, Nr.MMAP, (0, 4096, 5, SHARED | LOADER, fd(3), 0)
+    yield NOTIFY, Nr.MMAP, (0, 4096, 5, 3 | LOADER, fd(3), 0)
     yield ALLOW, Nr.MMAP, (0, 4096, 3, PRIVATE | ANONYMOUS, 2**64 - 1, 0)
     yield ALLOW, Nr.MMAP, (IN_ZONE, 4096, 3, PRIVATE | ANONYMOUS, 2**64 - 1, 0)  # a hint replaces nothing
     yield ALLOW, Nr.MMAP, (USUAL, 4096, 3, PRIVATE | ANONYMOUS | FIXED, 2**64 - 1, 0)

@@ -10,8 +10,8 @@ import trio
 import trio.testing
 
 from daxemu.errors import FsError
-from daxemu.host.fuse import invalidate_lock
-from daxemu.host.fuse.invalidate_lock import MOST_HELD, InvalidateLock
+from daxemu.host.page_cache import invalidate_lock
+from daxemu.host.page_cache.invalidate_lock import MOST_HELD, InvalidateLock
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE as PAGE
 

@@ -22,7 +22,8 @@ from daxemu.cli.mount import FORCE_PATIENCE, umount
 from daxemu.client import Client
 from daxemu.client.connection import state_of
 from daxemu.errors import Busy, DaxemuError
-from daxemu.host.proc.mountinfo import Mount
+from daxemu.host.fuse.session import _mount_as_root, abort_connection
+from daxemu.host.proc.mountinfo import Mount, mount_at, mount_of
 from daxemu.host.proc.pins import pins_of
 from tests.support.mount import DAXEMU, PATIENCE, DaxMount
 from tests.support.quick import quick_mount_at
@@ -87,10 +88,12 @@ def test_a_stopped_supervisor_holds_up_no_verb(dax_mount: DaxMount) -> None:
         pid = client.pid
     os.kill(pid, signal.SIGSTOP)
     try:
-        for verb in (["status"], ["damaged"], ["inject"], ["settle"], ["umount"]):
-            said = dax_mount.run(*verb, dax_mount.path, status=4)
-            assert f"kill -CONT {pid}" in said
-        states = {each["mountpoint"]: each["state"] for each in json.loads(_status())}
+        verbs = ("status", "damaged", "inject", "settle", "umount")
+        with ThreadPoolExecutor() as threads:  # each waits for its whole patience
+            every = threads.submit(_status)
+            for said in threads.map(lambda verb: dax_mount.run(verb, dax_mount.path, status=4), verbs):
+                assert f"kill -CONT {pid}" in said
+        states = {each["mountpoint"]: each["state"] for each in json.loads(every.result())}
         assert states[str(dax_mount.path)] == "dead"
         dax_mount.umount("--force")
         assert state_of(pid) in ("", "Z")
@@ -233,6 +236,50 @@ def test_force_has_one_deadline_for_all_of_its_steps(fails: str, monkeypatch: py
     assert sent == [signal.SIGTERM, signal.SIGCONT, signal.SIGKILL]
     assert clock.now == pytest.approx(1000 + FORCE_PATIENCE)
     assert FORCE_PATIENCE == 10
+
+
+def test_force_ends_in_time_where_the_device_itself_hangs(tmp_path: Path) -> None:
+    """A filesystem that answers no request is mounted over the device: no lookup of its lock ends."""
+    place = tmp_path / "place"
+    mount = DaxMount(place / "device", tmp_path / "mnt")
+    for directory in (place, mount.path):
+        directory.mkdir()
+    mount.run("mkfs", mount.device, "--size", "64M")
+    mount.mount()
+    pid = mount.client().request("status")["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    silent = _mount_as_root("silent", place)
+    try:
+        command = [*DAXEMU, "umount", "--force", str(mount.path)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=2 * FORCE_PATIENCE, check=False
+        )
+    finally:
+        os.close(silent)
+        subprocess.run(["umount", "-l", place], check=True)
+        os.kill(pid, signal.SIGCONT)
+    assert done.returncode == 4, done
+    assert "does not answer" in done.stderr
+    assert mount_at(mount.path) is None
+    wait_for_end(pid)
+
+
+def test_only_the_mount_itself_is_cut_not_the_next_with_its_number(
+    dax_mount: DaxMount, tmp_path: Path, zygote: Zygote
+) -> None:
+    """The kernel gives the device number of an ended mount to the next mount."""
+    (tmp_path / "other").mkdir()
+    with quick_mount_at(tmp_path / "other", zygote) as other:
+        (other.path / "f").write_bytes(b"kept")
+        ended, there = mount_of(dax_mount.path), mount_of(other.path)
+        dax_mount.umount()
+        assert not abort_connection(ended._replace(dev=there.dev))
+        assert not abort_connection(ended._replace(dev=there.dev, id=there.id))
+        assert (other.path / "f").read_bytes() == b"kept"
+        assert abort_connection(there)
+        with pytest.raises(OSError, match="not connected"):
+            os.listdir(other.path)
+        other.sound = False
 
 
 def _status() -> bytes:

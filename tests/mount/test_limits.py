@@ -18,9 +18,10 @@ import pytest
 
 from daxemu.client import Client
 from daxemu.events import PoisonInjected
-from daxemu.pmem.media import fallocate
+from daxemu.pmem.backing import fallocate
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, PAGE_SIZE
 from tests.support.quick import QuickMount, quick_mount_at
+from tests.support.syscalls import clone_range
 from tests.support.zygote import Zygote
 
 pytestmark = pytest.mark.mount
@@ -168,6 +169,29 @@ def map_many_extents(client: Client, mount: QuickMount) -> None:
     assert [each["shared_by"] for each in extents] == [1, 0] * (MANY - 1) + [1]
 
 
+def clone_many_extents(client: Client, mount: QuickMount) -> None:
+    """A file of many extents cloned, cloned over another, and copied to the end of a third."""
+    source = os.open(_of_many_extents(mount), os.O_RDWR)
+    size = os.fstat(source).st_size
+    expected = os.pread(source, size, 0)
+    target = os.open(mount.path / "clone", os.O_RDWR | os.O_CREAT)
+    clone_range(target, source)
+    assert os.pread(target, size, 0) == expected
+    clone_range(target, source)
+    assert os.pread(target, size, 0) == expected
+    copy = os.open(mount.path / "copy", os.O_RDWR | os.O_CREAT)
+    reader = os.open(mount.path / "extents", os.O_RDONLY)
+    os.close(source)
+    os.close(target)
+    assert os.copy_file_range(reader, copy, size, 0, 0) == size
+    assert os.pread(copy, size, 0) == expected
+    for fd in (reader, copy):
+        os.close(fd)
+    assert {
+        each["shared_by"] for each in client.request("map", ino=_ino(mount.path / "copy"))["extents"]
+    } == {0, 3}
+
+
 def unlink_many_extents(client: Client, mount: QuickMount) -> None:
     """A file of many extents deleted."""
     before = _free(mount)
@@ -283,6 +307,7 @@ CASES = [
     clear_a_gib,
     survey_at_most_cells,
     map_many_extents,
+    clone_many_extents,
     unlink_many_extents,
     truncate_many_extents,
     open_many_extents_to_truncate,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from daxemu import protocol as p
-from daxemu.host.fuse import own_files
+from daxemu.host.page_cache import own_files
 from daxemu.host.proc.mountinfo import mount_of
 from tests.support.actor import Actor
 from tests.support.elsewhere import NOBODY, SYSTEM_PYTHON

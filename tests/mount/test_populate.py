@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from daxemu.host.proc import populate
+from daxemu.host.page_cache import populate
 from daxemu.ranges import Range
 from daxemu.uapi import Ino
 from tests.support.actor import TIMEOUT, Actor, compile_victim

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from daxemu.errors import Busy, DaxemuError, InvalidArgument, NoSpace, NotADevice, Unsupported
-from daxemu.pmem import media
+from daxemu.pmem import backing, media
 from daxemu.pmem.device_dir import MAX_SIZE, MIN_SIZE, DeviceConfig, DeviceDir, altmap_bytes
 from daxemu.private_path import PrivatePath
 from daxemu.uapi import PAGE_SIZE
@@ -137,7 +137,7 @@ def test_a_device_that_cannot_be_mapped_here_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """create() leaves an existing device untouched; load() refuses a device created on another machine."""
-    monkeypatch.setattr(media, "_is_mappable", lambda size: size <= 1 << 40)
+    monkeypatch.setattr(backing, "_is_mappable", lambda size: size <= 1 << 40)
     path = tmp_path / "pmem0"
     DeviceDir.create(path, GOOD)
     with pytest.raises(Unsupported, match="the largest that does is 1T"):
@@ -147,7 +147,7 @@ def test_a_device_that_cannot_be_mapped_here_is_refused(
 
 def test_media_too_large_to_be_mapped_are_refused() -> None:
     """A device may have been created on a machine with a larger address space."""
-    if media._is_mappable(1 << 47):
+    if backing._is_mappable(1 << 47):
         pytest.skip("a process can map 128 TiB here")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         (Path(directory) / "media").touch()

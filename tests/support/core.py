@@ -19,9 +19,12 @@ from daxemu.fs.fsck import fsck
 from daxemu.fs.inode import ROOT_INO, Credentials, Inode
 from daxemu.mm.memory_failure import Incident, MemoryFailures
 from daxemu.pmem import inject
+from daxemu.pmem.backing import has_data
 from daxemu.pmem.device_dir import DeviceConfig, DeviceDir
 from daxemu.pmem.pmem import Pmem
+from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Ino
+from daxemu.units import bytes_of_sectors
 
 ROOT = Credentials(0, 0)
 SHM = Path("/dev/shm")
@@ -38,11 +41,12 @@ sweep()
 
 
 class Core:
-    """Device with its filesystem. ``sound``: fsck must find no problem at the end."""
+    """Device with its filesystem. ``sound``: fsck finds no problem at the end. ``is_direct``: see Media."""
 
-    def __init__(self, path: Path, config: DeviceConfig) -> None:
+    def __init__(self, path: Path, config: DeviceConfig, *, is_direct: bool | None = None) -> None:
         self.path = path
         self.config = config
+        self.is_direct = is_direct
         self.sound = True
         self.events: list[Event] = []
         DeviceDir.create(path, config)
@@ -51,7 +55,7 @@ class Core:
     def open_pmem(self) -> None:
         """Take the lock and probe the device."""
         self.device = DeviceDir.open(self.path)
-        self.pmem = Pmem(self.device)
+        self.pmem = Pmem(self.device, is_direct=self.is_direct)
 
     def open(self) -> None:
         """Probe the device and mount it."""
@@ -134,11 +138,13 @@ class Core:
 
 
 @contextmanager
-def core_at(path: Path | None = None, size: int = 8 << 20, **config: Any) -> Iterator[Core]:
+def core_at(
+    path: Path | None = None, size: int = 8 << 20, *, is_direct: bool | None = None, **config: Any
+) -> Iterator[Core]:
     """A fresh core on ``path`` or in shared memory, deleted afterwards."""
     path = path or SHM / f"daxemu-core-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
-        core = Core(path, DeviceConfig(size, **config))
+        core = Core(path, DeviceConfig(size, **config), is_direct=is_direct)
         try:
             yield core
             if core.is_open and core.sound:
@@ -159,3 +165,15 @@ def core(request: pytest.FixtureRequest) -> Iterator[Core]:
 def pages(text: str) -> bytes:
     """Return one page for each letter, filled with the letter."""
     return b"".join(letter.encode() * PAGE_SIZE for letter in text)
+
+
+def touched_poison(core: Core) -> list[Range]:
+    """Return the pages with poison that have data in the media, in bytes; none without direct mappings."""
+    if not core.pmem.media.is_direct:
+        return []
+    fd = os.open(core.path / "media", os.O_RDONLY)
+    try:
+        pages = [bytes_of_sectors(bad).outer(PAGE_SIZE) for bad in core.pmem.media.poison]
+        return [page for page in pages if has_data(fd, page)]
+    finally:
+        os.close(fd)

@@ -22,7 +22,7 @@ from daxemu.events import Event, MetadataRewritten
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.fsck import fsck
 from daxemu.fs.inode import ROOT_INO
-from daxemu.fs.metadata_region import MetadataFile
+from daxemu.fs.metadata_page import MetadataFile
 from daxemu.fs.offline import check_device
 from daxemu.mm.memmap import Memmap
 from daxemu.mm.memory_failure import MemoryFailures

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from daxemu.fs.allocator import Allocator
-from daxemu.fs.metadata_region import REPLICAS, MetadataFile, MetadataRegion
+from daxemu.fs.metadata_page import MetadataFile
+from daxemu.fs.metadata_region import REPLICAS, MetadataRegion
 from daxemu.fs.rmap import Rmap
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.pmem.inject import inject

@@ -56,10 +56,10 @@ class DaxMount:
         """Return a connection to the supervisor."""
         return Client.at(self.path)
 
-    def mount(self) -> None:
+    def mount(self, *options: str) -> None:
         """Mount the device."""
         kinds.require("mount")
-        self.run("mount", self.device, self.path)
+        self.run("mount", *options, self.device, self.path)
 
     def umount(self, *options: str) -> None:
         """Unmount the device."""

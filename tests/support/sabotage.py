@@ -10,7 +10,7 @@ import faulthandler
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ import trio
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import Inode
 from daxemu.fs.namespace import Namespace
-from daxemu.host.fuse.invalidate_lock import InvalidateLock
+from daxemu.host.fuse.handlers import result_of
 from daxemu.host.fuse.operations import Operations
 from daxemu.host.fuse.session import Session
 from daxemu.host.fuse.watchdog import Watchdog
+from daxemu.host.page_cache.invalidate_lock import InvalidateLock
+from daxemu.host.page_cache.kernel_pages import KernelPages
 from daxemu.host.page_cache.mappings import PageCacheMappings
 from daxemu.host.proc.mountinfo import Mount
 from daxemu.mm.incident import Incident
@@ -30,7 +32,7 @@ from daxemu.mm.to_kill import Task
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.pmem.pmem import Pmem
 from daxemu.protocol import BadblockList
-from daxemu.supervisor.clones import Clones
+from daxemu.supervisor import clones
 from daxemu.supervisor.verbs import files
 from daxemu.uapi import PAGE_SIZE
 from tests.support.steps import Steps, count_all
@@ -64,22 +66,34 @@ def die_at_own_open() -> None:
 
 def stop_at_remap(directory: str) -> None:
     """Stand still just before blocks are shared, see _stop()."""
-    remap = Filesystem.remap_file_range
+    remap = Filesystem.remap_in_pieces
 
-    def stopped(self: Filesystem, *arguments: int) -> int:
+    def stopped(self: Filesystem, *arguments: int) -> Generator[None, None, int]:
         _stop(Path(directory))
         return remap(self, *arguments)
 
-    Filesystem.remap_file_range = stopped  # type: ignore[assignment,method-assign]
+    Filesystem.remap_in_pieces = stopped  # type: ignore[assignment,method-assign]
+
+
+def stop_between_pieces(directory: str, pieces: int) -> None:
+    """After some steps of a clone, stop the clone as _stop(). The event loop goes on."""
+
+    async def in_two(steps: Generator[None, None, int]) -> int:
+        for _ in range(pieces):
+            next(steps)
+        await trio.to_thread.run_sync(_stop, Path(directory))
+        return await result_of(steps)
+
+    vars(clones)["result_of"] = in_two
 
 
 def stop_in_write_back(directory: str, name: str) -> None:
     """Write the first page of this file back, stand still, then write back the others: a pass over many pages
     takes its time.
     """
-    write_back, sync = Session.write_back, ctypes.CDLL(None).sync_file_range
+    write_back, sync = KernelPages.write_back, ctypes.CDLL(None).sync_file_range
 
-    def in_two(self: Session, ino: int, path: bytes | None) -> bool:
+    def in_two(self: KernelPages, ino: int, path: bytes | None) -> bool:
         if path != os.fsencode(f"/{name}"):
             return write_back(self, ino, path)
         # Not closed: that would be a pass over all of them.
@@ -89,7 +103,7 @@ def stop_in_write_back(directory: str, name: str) -> None:
         sync(fd, ctypes.c_int64(PAGE_SIZE), ctypes.c_int64(0), 7)
         return True
 
-    Session.write_back = in_two  # type: ignore[method-assign]
+    KernelPages.write_back = in_two  # type: ignore[method-assign]
 
 
 def stop_in_failure(directory: str, when: str) -> None:
@@ -185,13 +199,13 @@ def wait_in_clone(directory: str) -> None:
     """Before a clone has its source written back, say so by the file ``stopped``, and wait for the file
     ``go``. The event loop goes on.
     """
-    settle = Clones._settle
+    is_clean = PageCacheMappings._is_clean
 
-    async def waiting(self: Clones, lock: InvalidateLock, source: Inode, last_change: int) -> bool:
+    async def waiting(self: PageCacheMappings, lock: InvalidateLock, source: Inode, last_change: int) -> bool:
         await trio.to_thread.run_sync(_stop, Path(directory))
-        return await settle(self, lock, source, last_change)
+        return await is_clean(self, lock, source, last_change)
 
-    Clones._settle = waiting  # type: ignore[method-assign]
+    PageCacheMappings._is_clean = waiting  # type: ignore[method-assign]
 
 
 def measure_steps(report: str) -> None:

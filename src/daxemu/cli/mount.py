@@ -7,6 +7,7 @@ import os
 import select
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,9 +31,10 @@ from daxemu.client import Client
 from daxemu.client.connection import no_answer, state_of
 from daxemu.errors import Busy, DaxemuError, InvalidArgument, NotASupervisor, NotMounted, PermissionDenied
 from daxemu.host.deadline import Deadline
+from daxemu.host.direct_needs import check_direct
 from daxemu.host.proc.device_lock import PATIENCE, end_holder, wait_for_last_mount
 from daxemu.host.proc.mountinfo import Mount, mount_at, mounts
-from daxemu.host.proc.pins import copies, named, pins_of, pins_of_device
+from daxemu.host.proc.pins import Pin, copies, named, pins_of, pins_of_device
 from daxemu.pmem.device_dir import DeviceDir
 from daxemu.protocol import InternalsReport
 from daxemu.supervisor import settings as limits
@@ -79,6 +81,12 @@ SIGKILL.
     envvar="DAXEMU_LAYOUTS",
     help="Answer reads and writes of healthy bytes in C, or all in Python: slower, same answers.",
 )
+@click.option(
+    "--direct",
+    is_flag=True,
+    help="Have programs under daxemu run map the media itself, as on DAX; elsewhere MAP_SHARED is ENODEV. "
+    "Needs root.",
+)
 @as_owner_option
 @json_option
 def mount(
@@ -89,6 +97,7 @@ def mount(
     scrub_interval: str,
     log_size: str,
     layouts: bool,
+    direct: bool,
     as_json: bool,
 ) -> None:
     """Mount DEVICE on MOUNTPOINT. The command returns when the mount can be used; a supervisor serves the
@@ -104,7 +113,10 @@ def mount(
         _option("--scrub-interval", seconds, scrub_interval),
         layouts,
         _option("--log-size", limits.log_size, log_size),
+        direct,
     )
+    if direct:
+        check_direct()
     DeviceDir.load(device).close()
     wait_for_last_mount(device)
 
@@ -155,7 +167,9 @@ def umount(mountpoint: Path, force: bool, as_json: bool) -> None:
       daxemu umount /tmp/pmem
     """
     deadline = Deadline(FORCE_PATIENCE)
-    found = mount_at(Path(os.path.abspath(mountpoint))) or _mounted_elsewhere(mountpoint, force=force)
+    found = mount_at(Path(os.path.abspath(mountpoint))) or _mounted_elsewhere(
+        mountpoint, deadline, force=force
+    )
     if found is None:
         raise NotMounted(f"{mountpoint} is not a daxemu mountpoint: see daxemu status")
     try:
@@ -164,7 +178,7 @@ def umount(mountpoint: Path, force: bool, as_json: bool) -> None:
         else:
             _ask_to_end(found, "unmount")
     except NotMounted:
-        _clear_away(found, deadline, end=force)
+        _clear_away(found, deadline if force else Deadline(FORCE_PATIENCE), end=force)
     except Busy:
         if not force:
             raise
@@ -199,11 +213,14 @@ def powerfail(mountpoint: Path, as_json: bool) -> None:
     emit({"mountpoint": mountpoint, "device": found.device, **answer}, as_json, text)
 
 
-def _mounted_elsewhere(device: Path, *, force: bool) -> Mount | None:
+def _mounted_elsewhere(device: Path, deadline: Deadline, *, force: bool) -> Mount | None:
     """Return the mount of a DEVICE that only other mount namespaces still have. Without ``force``, raise Busy
     with the names of these processes.
     """
-    pins = pins_of_device(device)
+    try:
+        pins = deadline.run(lambda: pins_of_device(device))
+    except TimeoutError as error:
+        raise Busy("the mounts of all processes could not be read from /proc in time: try again") from error
     if pins and not force:
         raise Busy(f"{device} is mounted as {named(pins)}: end that process, or use --force")
     return pins[0].mount if pins else None
@@ -242,12 +259,19 @@ def _wait_for_end(found: Mount, pid: int, process: int, deadline: Deadline | Non
     kept = 0.0 if deadline is None else CUT_PATIENCE
     pinned_since: float | None = None
     while not select.select([process], [], [], min(1.0, until.left(kept)))[0]:
-        pinned_since = (pinned_since or time.monotonic()) if (pins := pins_of(found)) else None
+        pinned_since = (pinned_since or time.monotonic()) if (pins := _pins(found, until, kept)) else None
         limit = STATUS_PATIENCE if deadline is None else 0.0
         if pinned_since is not None and time.monotonic() - pinned_since >= limit:
             raise Busy(f"{found.device} is still mounted as {named(pins)}: umount --force {found.device}")
         if not until.left(kept):
             raise Busy(f"the supervisor (pid {pid}) does not end: see {found.device}/supervisor.log")
+
+
+def _pins(found: Mount, until: Deadline, kept: float) -> list[Pin]:
+    """Return :func:`pins_of`; nothing if the time limit comes first."""
+    with suppress(TimeoutError):
+        return until.run(lambda: pins_of(found), kept)
+    return []
 
 
 def _clear_away(found: Mount, deadline: Deadline, *, end: bool) -> None:
@@ -256,12 +280,18 @@ def _clear_away(found: Mount, deadline: Deadline, *, end: bool) -> None:
     """
     from daxemu.host.fuse.session import Session, abort_connection, is_same
 
-    abort_connection(found)
     still = mount_at(found.mountpoint)
-    if still is not None and is_same(still, found):
-        Session(-1, still).detach()
-    if end and not end_holder(found, deadline, KILL_PATIENCE):
-        raise Busy(f"the supervisor that holds {found.device}/lock does not end: see {found.device}")
+    try:
+        deadline.run(lambda: abort_connection(found), KILL_PATIENCE)
+        if still is not None and is_same(still, found):
+            deadline.run(Session(-1, still).detach, KILL_PATIENCE)
+        if end and not end_holder(found, deadline, KILL_PATIENCE):
+            raise Busy(f"the supervisor that holds {found.device}/lock does not end: see {found.device}")
+    except TimeoutError as error:
+        raise Busy(
+            f"{found.device}: the filesystem that holds the device, or the mountpoint, does not answer: "
+            "end that filesystem first"
+        ) from error
     left = mount_at(found.mountpoint)
     if left is not None and is_same(left, found):
         raise Busy(f"{found.mountpoint} cannot be unmounted: try as root: umount -l {found.mountpoint}")
@@ -331,6 +361,12 @@ def _describe_all(reports: list[dict[str, Any]]) -> list[str]:
     return lines[1:]
 
 
+_MODES = {
+    "page cache": "of the kernel's page cache",
+    "direct": "direct, of programs under daxemu run; elsewhere MAP_SHARED is ENODEV",
+}
+
+
 def _describe(report: dict[str, Any]) -> list[str]:
     state = report["state"] + (f": {report['reason']}" if report.get("reason") else "")
     lines = [f"{report['mountpoint']}  ({report['device']})  {state}"]
@@ -347,6 +383,7 @@ def _describe(report: dict[str, Any]) -> list[str]:
             f"  settings    {settings}",
             f"  repair      {_describe_repair(report.get('repair'))}",
             f"  supervisor  pid {report['pid']}, {report['events']} events, tracer {report['tracer']}",
+            f"  mappings    {_MODES[report.get('mode', 'page cache')]}",
             f"  supplement  {report['supplement']}, layouts {report.get('layouts', 'off')}",
         ]
     return lines

@@ -19,6 +19,8 @@ from daxemu.host.run.runner import Piece, execute
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 _PATIENCE = 5.0
 """Limit in seconds of an exchange with a supervisor about direct mappings."""
+_SHORT_PATIENCE = 1.0
+"""The same before the command starts."""
 """Exit statuses, as of a shell."""
 
 
@@ -76,7 +78,7 @@ def _may_be_direct(only: Mount | None) -> bool:
 
 def _is_direct(mount: Mount) -> bool:
     try:
-        with Client(mount, patience=_PATIENCE) as client:
+        with Client(mount, patience=_SHORT_PATIENCE) as client:
             return client.request("attach", pid=os.getpid())["is_direct"] is True
     except Busy:
         return True

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from daxemu.events.base import Event
 from daxemu.fields import Files, Length, Pid, Seconds, Tid, Time
+
+Mode = Literal["page cache", "direct"]
+"""What a shared mapping of a file is: the kernel's page cache, or the media itself."""
 
 
 class Mounted(Event):
     device: str
     mountpoint: str
     size: Length
+    mode: Mode = "page cache"
 
     def summary(self) -> str:
-        return f"mounted {self.device} on {self.mountpoint}"
+        direct = ", for direct mappings" if self.mode == "direct" else ""
+        return f"mounted {self.device} on {self.mountpoint}{direct}"
 
 
 class DirectMappingRefused(Event):

@@ -244,7 +244,9 @@ class Allocator:
         if reserve:
             self._dax.reserve(*byte_span(run))
         # A new block is written with zeros, and a write clears latent poison.
-        self._dax.clear_poison(*byte_span(run))
+        for good in self._dax.clear_poison(*byte_span(run)) if self._dax.has_poison else ():
+            if reserve:  # pages put aside had no memory in the media before
+                self._dax.reserve(good.start, good.length)
         if self.watcher is not None:
             self.watcher.allocated(run)
 

@@ -100,6 +100,11 @@ class ExtentMap:
         last = self._index_after(start) + links - 1
         return min(end, self._links[last].file_end) if last + 1 < len(self._links) else end
 
+    def count(self, start: Block, end: Block) -> int:
+        """Return the number of links with blocks in ``[start, end)``."""
+        first = self._index_after(start)
+        return max(0, bisect_left(self._links, end, key=_file_block) - first)
+
     def last_piece(self, start: Block, links: int) -> Block:
         """Return where the last piece of the file from block ``start`` on begins. A piece has at most
         ``links`` links.

@@ -62,7 +62,7 @@ class MappingOps(Protocol):
         """
 
 
-class Faults:
+class FaultHandler:
     """Decides faults on the files of one filesystem."""
 
     def __init__(self, data: FileData, rmap: Rmap, allocator: Allocator) -> None:

@@ -16,7 +16,7 @@ from daxemu.fs.data_ops import DataOps, Origin
 from daxemu.fs.extents import ExtentMap, Mapping
 from daxemu.fs.rmap import Link, Rmap
 from daxemu.pmem.dax_device import DaxDevice
-from daxemu.ranges import Range, merged, paired
+from daxemu.ranges import Range, RangeSet, merged, paired
 from daxemu.uapi import PAGE_SIZE, Block, page_align_down, page_align_up
 from daxemu.units import DIV_ROUND_UP, blocks_inside, blocks_of
 
@@ -298,20 +298,18 @@ class FileData:
         if size % PAGE_SIZE:
             self._zero_in_block(extents, size, page_align_up(size))
 
-    def clear_beyond(self, extents: ExtentMap, size: int) -> None:
-        """Zero all mapped bytes of a file beyond byte ``size``, on the media, even in shared blocks.
-
-        Poison stays.
+    def clear_beyond(self, extents: ExtentMap, size: int, end: Block = 1 << 52) -> None:
+        """Zero all mapped and readable bytes of a file from byte ``size`` to block ``end``, on the media, even
+        in shared blocks. Poison stays.
         """
-        for run in extents.runs(size // PAGE_SIZE, 1 << 52):
+        for run in extents.runs(size // PAGE_SIZE, end):
             if run.link is None:
                 continue
             base = run.dev_block * PAGE_SIZE
             start = base + max(0, size - run.file_block * PAGE_SIZE)
-            for part in self._dax.poisoned_pages(Range(start, base + run.length * PAGE_SIZE)).gaps(
-                start, base + run.length * PAGE_SIZE
-            ):
-                if part.length >= PAGE_SIZE or any(bytes(self._dax.direct_access(part.start, part.length))):
+            stop = base + run.length * PAGE_SIZE
+            for part in RangeSet(self._dax.poisoned(start, stop - start)).gaps(start, stop):
+                if part.length >= PAGE_SIZE or any(bytes(self._dax.read(part.start, part.length))):
                     self._dax.zero(part.start, part.length)
 
     def punch(self, extents: ExtentMap, start: int, end: int) -> None:

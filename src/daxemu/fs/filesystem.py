@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, suppress
 
 from daxemu.errors import FsError, MediaError, NoSpace, Shutdown
 from daxemu.events import PoisonCleared, StoreLost
@@ -364,6 +364,12 @@ class Filesystem(MappedFiles):
 
         Raises FsError EOPNOTSUPP for a range that cannot be shared; the kernel then copies the bytes.
         """
+        return pieces.whole(self.copy_in_pieces(src, src_offset, dst, dst_offset, length))
+
+    def copy_in_pieces(
+        self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int
+    ) -> Generator[None, None, int]:
+        """Run :meth:`copy_file_range` in pieces, as :meth:`remap_in_pieces`."""
         self.check_alive()
         source = self.names.regular(src)[0]
         length = min(length, source.size - src_offset)
@@ -373,7 +379,7 @@ class Filesystem(MappedFiles):
         try:
             if not whole:
                 raise FsError(errno.EINVAL)
-            return self.remap_file_range(src, src_offset, dst, dst_offset, whole)
+            return (yield from self.remap_in_pieces(src, src_offset, dst, dst_offset, whole))
         except FsError as error:
             if error.errno == errno.EINVAL:
                 raise FsError(errno.EOPNOTSUPP) from error
@@ -387,6 +393,21 @@ class Filesystem(MappedFiles):
         the source file), lie beyond the end of the source file, or overlap; NoSpace when the metadata region
         is full.
         """
+        return pieces.whole(self.remap_in_pieces(src, src_offset, dst, dst_offset, length))
+
+    def remap_in_pieces(
+        self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int
+    ) -> Generator[None, None, int]:
+        """Run :meth:`remap_file_range`, and yield after each PIECE_LINKS links.
+
+        Between two pieces a prefix of the range is shared, and a longer target ends there
+        (xfs_reflink_remap_blocks() has a transaction for each extent). A crash leaves a prefix. NoSpace is
+        raised before the first piece; later only if other verbs use up the room meanwhile. Both files count
+        as open until the end.
+
+        Precondition: until the end, no other verb changes bytes, size or extents of the two files, and no
+        bytes of ``dst`` are read.
+        """
         self.check_alive()
         source, src_extents = self.names.regular(src)
         target, dst_extents = self.names.regular(dst)
@@ -398,14 +419,25 @@ class Filesystem(MappedFiles):
             return 0
         blocks = DIV_ROUND_UP(length, PAGE_SIZE)
         first, at = src_offset // PAGE_SIZE, dst_offset // PAGE_SIZE
-        self._ensure_room(links=2 + len(src_extents.lookup(first, first + blocks)))
+        for room in pieces.links_to_share(src_extents, first, dst_extents, at, blocks):
+            self._ensure_room(links=room)
+            if room > PIECE_LINKS:
+                yield
         self._zero_exposed_tail(target, dst_extents, dst_offset)
         if self.is_exposed(src):
             self._expose(dst)  # the last block is shared with its bytes beyond the end
-        self._data.remove(dst_extents, at, at + blocks)
-        dst_extents.clone_from(src_extents, first, blocks, at)
-        self._resize(target, max(target.size, dst_offset + length))
-        self.names.touch(target, modified=True)
+        with ExitStack() as opened:
+            for inode in (source, target):
+                self.open(inode)
+                opened.callback(self.release, inode.ino)
+            ensure = self.ensure_links
+            for done in pieces.share(self._data, ensure, src_extents, first, dst_extents, at, blocks):
+                self._resize(target, max(target.size, dst_offset + min(length, done * PAGE_SIZE)))
+                self.names.touch(target, modified=True)
+                if done < blocks:
+                    self.fsync_if_much()
+                    yield
+                    self.check_alive()
         return length
 
     def extents_of(self, ino: Ino) -> ExtentMap:

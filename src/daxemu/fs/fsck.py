@@ -18,7 +18,15 @@ from daxemu.uapi import PAGE_SIZE
 
 def fsck(fs: Filesystem) -> list[str]:
     """Return all problems, one line each; an empty list if the filesystem is sound."""
-    checks = (_check_extents, _check_tails, _check_rmap, _check_free_space, _check_tree, _check_store)
+    checks = (
+        _check_extents,
+        _check_tails,
+        _check_media,
+        _check_rmap,
+        _check_free_space,
+        _check_tree,
+        _check_store,
+    )
     return [problem for check in checks for problem in check(fs)]
 
 
@@ -70,6 +78,14 @@ def _check_tails(fs: Filesystem) -> list[str]:
         if beyond.count(0) != len(beyond):
             wrong.append(f"inode {inode.ino}: its last block holds bytes other than zero beyond its end")
     return wrong
+
+
+def _check_media(fs: Filesystem) -> list[str]:
+    """Check that pages with poison are not in the media, if processes map the media."""
+    return [
+        f"page {page.start // PAGE_SIZE} of the device has poison and is in the media: it can be mapped"
+        for page in fs.dax.strays()
+    ]
 
 
 def _check_rmap(fs: Filesystem) -> list[str]:

@@ -113,10 +113,10 @@ class MappedFiles(SuperBlock):
             self._mapping_ops.changed(inode.ino, Range(*ends))
 
     def _zero_exposed_tails(self) -> None:
-        """Zero the bytes beyond the ends of all exposed files. Bytes in poisoned blocks stay."""
+        """Zero the bytes beyond the ends of all exposed files, in their last blocks."""
         for ino in self.layouts.exposed:
             if (inode := self.names.find(ino)) is not None and inode.extents is not None:
-                self._data.clear_beyond(inode.extents, inode.size)
+                self._data.clear_beyond(inode.extents, inode.size, DIV_ROUND_UP(inode.size, PAGE_SIZE))
 
     def close(self) -> None:
         """See SuperBlock."""

@@ -13,12 +13,13 @@ when the file grows, so a page of zeros is a lost page.
 from __future__ import annotations
 
 import struct
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 from crc32c import crc32c
 from msgspec import Struct
 
-from daxemu.uapi import PAGE_SIZE
+from daxemu.uapi import PAGE_SIZE, Block
+from daxemu.units import DIV_ROUND_UP
 
 _TRAILER = struct.Struct("<IQQ")
 _CRC = struct.Struct("<I")
@@ -26,6 +27,13 @@ _CRC_AT = PAGE_SIZE - _CRC.size
 PAYLOAD = _CRC_AT - _TRAILER.size
 """Bytes of a page that belong to the file."""
 _MAGIC = 0x4D786164 & ~0xFF  # "dax" above one byte for the file
+
+
+class MetadataFile(IntEnum):
+    """Files of the metadata region: database and write-ahead log."""
+
+    DB = 0
+    WAL = 1
 
 
 class CopyState(StrEnum):
@@ -70,3 +78,12 @@ def generation_of(page: memoryview) -> int:
     """Return the generation in the trailer. Precondition: the page is intact."""
     generation: int = _TRAILER.unpack_from(page, PAYLOAD)[2]
     return generation
+
+
+def pages_of(offset: int, length: int) -> list[tuple[Block, int, int]]:
+    """Return (page, start in the page, end in the page) of each page with a part of the range, in bytes."""
+    end = offset + length
+    return [
+        (page, max(offset - page * PAYLOAD, 0), min(end - page * PAYLOAD, PAYLOAD))
+        for page in range(offset // PAYLOAD, DIV_ROUND_UP(end, PAYLOAD))
+    ]

@@ -21,14 +21,23 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
-from enum import IntEnum
 
 import msgspec
 
 from daxemu.errors import CorruptMetadata, DaxemuError, MediaError, NoSpace
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.extents import ExtentMap
-from daxemu.fs.metadata_page import PAYLOAD, Copy, CopyState, generation_of, is_intact, is_published, seal
+from daxemu.fs.metadata_page import (
+    PAYLOAD,
+    Copy,
+    CopyState,
+    MetadataFile,
+    generation_of,
+    is_intact,
+    is_published,
+    pages_of,
+    seal,
+)
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.fs.superblock import (
     MAGIC,
@@ -48,13 +57,6 @@ from daxemu.units import DIV_ROUND_UP, byte_span
 
 REPLICAS = 2
 _SEALED_AT_ONCE = 256  # pages of a new extent that one store seals
-
-
-class MetadataFile(IntEnum):
-    """Files of the metadata region: database and write-ahead log."""
-
-    DB = 0
-    WAL = 1
 
 
 class MetadataDamage(msgspec.Struct, frozen=True):
@@ -98,6 +100,7 @@ class MetadataRegion:
         """By file, replica and page: device offset in bytes of the page, and of the end of the run of the
         page.
         """
+        self._growth: Iterator[None] = iter(())
         self._last_written = (MetadataFile.DB, -1, memoryview(b""))
         self._generation = self._page_generation = 0
         self._is_published = True
@@ -230,50 +233,58 @@ class MetadataRegion:
         """Make room for at least ``size`` bytes; new bytes are zeros. Raises NoSpace; then nothing
         changed.
         """
+        for _ in self.grow_in_pieces(file, size):
+            pass
+
+    def grow_in_pieces(self, file: MetadataFile, size: int) -> Iterator[None]:
+        """Run :meth:`grow`, and yield after each allocation and each _SEALED_AT_ONCE pages. Until the end no
+        superblock names the new blocks: after a crash the blocks are free and zeroed.
+        """
+        if DIV_ROUND_UP(size, PAYLOAD) <= self.pages(file):
+            return iter(())
+        for _ in self._growth:  # an earlier growth ends first
+            pass
+        self._growth = self._grow(file, size)
+        return self._growth
+
+    def _grow(self, file: MetadataFile, size: int) -> Iterator[None]:
         had = self.pages(file)
         more = DIV_ROUND_UP(size, PAYLOAD) - had
-        if more <= 0:
-            return
-        taken: list[list[Range]] = []
+        taken: list[tuple[Block, Range]] = []
         try:
             for replica in range(REPLICAS):
                 at = _base(file, replica) + had
-                taken.append(self._allocator.allocate_for(self._extents, [Range(at, at + more)]))
-            for replica, runs in enumerate(taken):
-                at = _base(file, replica) + had
-                for run in runs:
+                for run in self._allocator.allocate_for(self._extents, [Range(at, at + more)]):
                     self._extents.insert(at, run.start, run.length)
+                    taken.append((at, run))
                     at += run.length
-            self._place(file, had, had + more)
-            # Sealed while no superblock names these blocks: after a crash the blocks are free and zeroed.
-            self._seal_new(file, had, had + more)
-            if self._is_published:
-                self._write_superblocks()
+                yield
         except NoSpace:
-            for replica in range(REPLICAS):
-                del self._places[file][replica][had:], self._ends[file][replica][had:]
-                start = _base(file, replica) + had
-                self._extents.remove(start, start + more)
-            for run in (run for runs in taken for run in runs):
+            for at, run in taken:
+                self._extents.remove(at, at + run.length)
                 self._allocator.free(run)
             raise
+        for first in range(had, had + more, _SEALED_AT_ONCE):
+            self._seal_new(file, first, min(first + _SEALED_AT_ONCE, had + more))
+            yield
+        if self._is_published:
+            self._write_superblocks()
 
     def _seal_new(self, file: MetadataFile, first: Block, end: Block) -> None:
+        self._place(file, first, end)
         self._page_generation += 1
-        for start in range(first, end, _SEALED_AT_ONCE):
-            count = min(_SEALED_AT_ONCE, end - start)
-            blocks = memoryview(bytearray(count * PAGE_SIZE))
-            for number in range(count):
-                page = blocks[number * PAGE_SIZE : (number + 1) * PAGE_SIZE]
-                seal(page, file, start + number, self._page_generation)
-            for replica in range(REPLICAS):
-                self._store(file, replica, start, blocks)
+        blocks = memoryview(bytearray((end - first) * PAGE_SIZE))
+        for number in range(first, end):
+            at = (number - first) * PAGE_SIZE
+            seal(blocks[at : at + PAGE_SIZE], file, number, self._page_generation)
+        for replica in range(REPLICAS):
+            self._store(file, replica, first, blocks)
 
     def read(self, file: MetadataFile, offset: int, length: int) -> bytes:
         """Return the bytes ``[offset, offset + length)``. Raises MediaError if both copies of a page are
         bad.
         """
-        parts = [self._good(file, page)[start:end] for page, start, end in _pages(offset, length)]
+        parts = [self._good(file, page)[start:end] for page, start, end in pages_of(offset, length)]
         return b"".join(parts)
 
     def _good(self, file: MetadataFile, page: Block) -> memoryview:
@@ -496,12 +507,3 @@ class MetadataRegion:
         for file, page, copies in self._damaged():
             if any(copy.state is CopyState.GOOD for copy in copies):
                 self._good_of_two(file, page)
-
-
-def _pages(offset: int, length: int) -> list[tuple[Block, int, int]]:
-    """Return (page, start in the page, end in the page) of each page with a part of the range, in bytes."""
-    end = offset + length
-    return [
-        (page, max(offset - page * PAYLOAD, 0), min(end - page * PAYLOAD, PAYLOAD))
-        for page in range(offset // PAYLOAD, DIV_ROUND_UP(end, PAYLOAD))
-    ]

@@ -12,8 +12,8 @@ from typing import Any
 import apsw
 
 from daxemu.errors import DaxemuError
-from daxemu.fs.metadata_page import PAYLOAD
-from daxemu.fs.metadata_region import MetadataFile, MetadataRegion
+from daxemu.fs.metadata_page import PAYLOAD, MetadataFile
+from daxemu.fs.metadata_region import MetadataRegion
 
 _NAMES = {"db": MetadataFile.DB, "db-wal": MetadataFile.WAL}
 _MAGIC = {

@@ -7,7 +7,8 @@ xfs_free_file_space(), xfs_alloc_file_space(). Positions are bytes where a verb 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import TypeVar
 
 from daxemu.errors import NoSpace
 from daxemu.fs.allocator import Allocator
@@ -22,6 +23,19 @@ PIECE_BLOCKS = (16 << 20) // PAGE_SIZE
 """Number of blocks allocated in one step: 16 MiB of memory to zero, 5 ms."""
 PIECE_LINKS = 512
 """Number of links made or removed in one step: 10 ms."""
+
+
+Result = TypeVar("Result")
+
+
+def whole(steps: Generator[object, None, Result]) -> Result:
+    """Run all ``steps`` at once. Return the result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
 
 
 def _next(extents: ExtentMap, start: Block, end: Block) -> Block:
@@ -93,3 +107,41 @@ def preallocate(
             if number % PIECE_LINKS == 0:
                 yield
         raise
+
+
+def links_to_share(
+    source: ExtentMap, first: Block, target: ExtentMap, at: Block, blocks: int
+) -> Iterator[int]:
+    """Yield numbers of links in steps of PIECE_LINKS, up to the largest number that :func:`share` can add."""
+    replaced = target.count(at, at + blocks)
+    # A piece that ends inside a link of the source leaves one link more in the target.
+    most = 2 + source.count(first, first + blocks) + DIV_ROUND_UP(replaced, PIECE_LINKS)
+    yield from range(PIECE_LINKS, most, PIECE_LINKS)
+    yield most
+
+
+def share(
+    data: FileData,
+    ensure_links: Callable[[int], None],
+    source: ExtentMap,
+    first: Block,
+    target: ExtentMap,
+    at: Block,
+    blocks: int,
+) -> Iterator[int]:
+    """Share ``blocks`` blocks of ``source`` from block ``first`` on with ``target``, at block ``at``. Yields
+    the number of blocks shared so far, the last time all of them.
+
+    ``ensure_links`` raises NoSpace if the metadata region has no room for so many additional links: before a
+    piece, where another verb used the room of :func:`links_to_share`. Precondition: the ranges do not overlap
+    if both maps are one.
+    """
+    done = 0
+    while done < blocks:
+        stop = source.piece(first + done, first + blocks, PIECE_LINKS) - first
+        stop = min(stop, target.piece(at + done, at + blocks, PIECE_LINKS) - at)
+        ensure_links(2 + source.count(first + done, first + stop))
+        data.remove(target, at + done, at + stop)
+        target.clone_from(source, first + done, stop - done, at + done)
+        done = stop
+        yield done

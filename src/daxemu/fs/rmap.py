@@ -79,7 +79,7 @@ class Rmap:
         self.dirty: dict[Ino, RangeSet] = {}
         """File blocks, by inode, whose links differ from the store."""
         self.marks = 0
-        """Changes of links since the last commit."""
+        """Number of changed links since the last commit."""
         self.given_up = RangeSet()
         """Device blocks that lost a link since the last commit and still have another link.
 
@@ -100,13 +100,13 @@ class Rmap:
     def add(self, links: list[Link]) -> None:
         """Add new links of one file, in file order. Each link with a proxy counts as a reference."""
         if links:
-            self._mark(links[0].ino, links[0].file_block, links[-1].file_end)
+            self._mark(links[0].ino, links[0].file_block, links[-1].file_end, len(links))
             self.adopt(links)
 
     def discard(self, links: list[Link]) -> None:
         """Remove links of one file, in file order. Each proxy loses one reference per link."""
         if links:
-            self._mark(links[0].ino, links[0].file_block, links[-1].file_end)
+            self._mark(links[0].ino, links[0].file_block, links[-1].file_end, len(links))
         for link in links:
             self._links.discard(link)
             if link.proxy is not None:
@@ -135,7 +135,7 @@ class Rmap:
             link.proxy = ReflinkProxy(self._next_proxy, refcount=1)
             self._next_proxy += 1
         if alone:
-            self._mark(alone[0].ino, alone[0].file_block, alone[-1].file_end)
+            self._mark(alone[0].ino, alone[0].file_block, alone[-1].file_end, len(alone))
 
     def give_up(self, start: Block, end: Block, unused: list[BlockRange]) -> None:
         """Note the loss of a link to ``[start, end)``. All blocks but ``unused`` still have another link."""
@@ -154,18 +154,20 @@ class Rmap:
         """Use only numbers from ``below`` on for new proxies."""
         self._next_proxy = max(self._next_proxy, below)
 
-    def _mark(self, ino: Ino, start: Block, end: Block) -> None:
-        """Mark a file's links in ``[start, end)`` for the next commit. Unchanged links may be included."""
+    def _mark(self, ino: Ino, start: Block, end: Block, links: int = 1) -> None:
+        """Mark a file's links in ``[start, end)`` for the next commit. Unchanged links may be included.
+        ``links``: number of changed links.
+        """
         self._on_change(ino)
-        self.marks += 1
+        self.marks += links
         ranges = self.dirty.get(ino)
         if ranges is None:
             ranges = self.dirty[ino] = RangeSet()
         ranges.add(start, end)
 
-    def mark_all(self, ino: Ino) -> None:
-        """Mark all links of a file for the next commit."""
-        self._mark(ino, 0, 1 << 52)
+    def mark_all(self, ino: Ino, links: int) -> None:
+        """Mark all ``links`` links of a file for the next commit."""
+        self._mark(ino, 0, 1 << 52, links)
 
     # -- queries
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from daxemu.errors import Busy, CorruptMetadata, DaxemuError, NoSpace, Shutdown
 from daxemu.events import Emit, FilesystemShutdown, MetadataRewritten, MetadataUpgraded
 from daxemu.fs.data_ops import DataOps
-from daxemu.fs.fault import Faults
+from daxemu.fs.fault import FaultHandler
 from daxemu.fs.file_data import FileData
 from daxemu.fs.huge_allocator import allocator_for
 from daxemu.fs.inode import MAX_FILE_SIZE
@@ -90,7 +90,7 @@ class SuperBlock:
         self.inodegc = InodeGc(self.reclaimer)
         self.allocator = allocator_for(dax, self.reclaimer)
         self._data = FileData(dax, self.rmap, self.allocator, self.ensure_links)
-        self._faults = Faults(self._data, self.rmap, self.allocator)
+        self._faults = FaultHandler(self._data, self.rmap, self.allocator)
         self.region = MetadataRegion(dax, self.rmap, self.allocator, self._on_rewrite)
         self.store = Store(self.region, dax.name)
         try:

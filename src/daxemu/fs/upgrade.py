@@ -11,7 +11,8 @@ from daxemu.errors import CorruptMetadata, MediaError, NoSpace
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.huge_allocator import allocator_for
 from daxemu.fs.inode import MAX_FILE_SIZE
-from daxemu.fs.metadata_region import MetadataFile, MetadataRegion
+from daxemu.fs.metadata_page import MetadataFile
+from daxemu.fs.metadata_region import MetadataRegion
 from daxemu.fs.namespace import Namespace
 from daxemu.fs.rmap import METADATA_INO, Rmap
 from daxemu.fs.store import Store

@@ -1,6 +1,6 @@
 """The only code that touches the real kernel: the FUSE mount, /proc, ptrace.
 
-Counterpart in Linux: the VFS (``fuse``), the page cache and its rmap walks (``mappings``, ``proc``), signal
+Counterpart in Linux: the VFS (``fuse``), the page cache and its rmap walks (``page_cache``, ``proc``), signal
 delivery (``tracer``). The package carries out what the core decided.
 
 ``fuse``      the mount: session, requests, notifications, layouts in C, the watchdog
@@ -8,7 +8,8 @@ delivery (``tracer``). The package carries out what the core decided.
 ``tracer``    exact SIGBUS by ptrace(2), in a process of its own
 ``victims``   the hot loops of collecting and signalling in C
 ``run``       ``daxemu run``: seccomp(2) user notification
-``mappings``  the only interface to the mappings of processes: collect, revoke
+``mappings``  the seam: the only interface to the mappings of processes
+``page_cache``  the page cache as mappings, one implementation of the seam; ``mount_parts`` its construction
 
 Rules, each learned from a deadlock
 - Only a worker thread revokes a range. The kernel writes dirty pages back to the supervisor during the call.

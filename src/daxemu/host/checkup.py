@@ -21,6 +21,7 @@ from daxemu.host import victims
 from daxemu.host.proc.mountinfo import Mount, mounts, printable
 from daxemu.host.proc.pagemap import Pagemap
 from daxemu.host.proc.processes import capable
+from daxemu.uapi import CAP_SYS_ADMIN, CAP_SYS_PTRACE
 
 FUSE = Path("/dev/fuse")
 CONNECTIONS = Path("/sys/fs/fuse/connections")
@@ -28,7 +29,6 @@ PTRACE_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
 SHARED = Path("/dev/shm")
 MIN_SHARED = 64 << 20
 _GIVE_TO_USERS = f"chmod 0666 {FUSE}"
-_CAP_SYS_PTRACE, _CAP_SYS_ADMIN = 19, 21
 
 Verdict = Literal["ok", "worse", "missing"]
 """``worse``: a feature is lost or slower; ``missing``: no mount is possible."""
@@ -65,6 +65,7 @@ def check_up(answers: Answers) -> Iterator[Finding]:
     yield _kernel()
     yield _presence()
     yield _seccomp()
+    yield _direct()
     yield from _stale(answers)
 
 
@@ -100,7 +101,7 @@ def _fuse_of_users() -> Finding:
 
 def _mounting() -> Finding:
     if os.geteuid() == 0:
-        if capable("self", _CAP_SYS_ADMIN):
+        if capable("self", CAP_SYS_ADMIN):
             return Finding("mounting", "ok", "root, with CAP_SYS_ADMIN")
         return Finding(
             "mounting",
@@ -171,7 +172,7 @@ def _shared_memory() -> Finding:
 
 def _tracing() -> Finding:
     scope = int(PTRACE_SCOPE.read_text()) if PTRACE_SCOPE.exists() else 0
-    if scope == 0 or (scope < 3 and capable("self", _CAP_SYS_PTRACE)):
+    if scope == 0 or (scope < 3 and capable("self", CAP_SYS_PTRACE)):
         return Finding("ptrace", "ok", f"scope {scope}: signals are exact")
     return Finding(
         "ptrace",
@@ -241,6 +242,14 @@ def _seccomp() -> Finding:
             "use Linux 5.19; in a container: --security-opt seccomp=unconfined",
         )
     return Finding("seccomp", "ok", "user notification works: daxemu run can")
+
+
+def _direct() -> Finding:
+    from daxemu.host import direct_needs
+
+    for what, fix in direct_needs.missing():
+        return Finding("direct mappings", "worse", f"{what}, so no daxemu mount --direct", fix)
+    return Finding("direct mappings", "ok", "daxemu mount --direct can")
 
 
 def _stale(answers: Answers) -> Iterator[Finding]:

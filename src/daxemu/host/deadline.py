@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Thread
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 class Deadline:
@@ -16,3 +22,21 @@ class Deadline:
         time is left.
         """
         return max(0.0, self._until - keep - time.monotonic())
+
+    def run(self, what: Callable[[], Result], keep: float = 0.0) -> Result:
+        """Call ``what`` in a thread, and wait for the result at most as long as :meth:`left`. Exceptions of
+        ``what`` propagate.
+
+        Raises TimeoutError. The thread then goes on, and does not keep the process from ending: for calls
+        that wait for another filesystem and take no time limit.
+        """
+        made: Future[Result] = Future()
+
+        def work() -> None:
+            try:
+                made.set_result(what())
+            except BaseException as error:  # noqa: BLE001 - raised in the caller
+                made.set_exception(error)
+
+        Thread(target=work, name="deadline", daemon=True).start()
+        return made.result(self.left(keep))

@@ -5,8 +5,8 @@ makes the mappings of processes show that: host/page_cache (pages of the kernel'
 FUSE_READ and FUSE_WRITE), or direct mappings of the media. One mount has one implementation, chosen by
 supervisor/run. No caller asks which one.
 
-Ranges of files are bytes, of whole pages, unless a name says blocks (of PAGE_SIZE). Each method names the
-thread that it runs in: *worker* may wait on the kernel, so a worker thread; *loop* is the trio thread.
+Ranges of files are bytes, of whole pages. Each method names the thread that it runs in: *worker* may wait on
+the kernel, so a worker thread; *loop* is the trio thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from daxemu.errors import DaxemuError
 from daxemu.host.proc.file_pages import FilePage
@@ -48,8 +48,21 @@ class Access(NamedTuple):
         return self.length > PAGE_SIZE
 
 
-Answer = Enum("Answer", ["ERROR", "AGAIN", "ZEROS"])
-"""Treatment of a failed access: let the access fail, repeat the access, or answer zeros."""
+Answer = Enum("Answer", ["ERROR", "AGAIN", "ZEROS", "SIGNALLED"])
+"""Treatment of a failed access: let the access fail, repeat the access, answer zeros, or nothing: the thread
+leaves its page fault for a signal.
+"""
+
+
+class HardwareError(Protocol):
+    """Execute madvise(MADV_HWPOISON) or, with ``soft``, madvise(MADV_SOFT_OFFLINE) of a thread on bytes of a
+    file, which the thread has mapped at ``address``.
+    """
+
+    async def __call__(
+        self, tid: int, address: int, ino: Ino, offset: int, length: int, *, soft: bool
+    ) -> int:
+        """Return 0 or an errno. Loop."""
 
 
 class RevokeLatent(Protocol):
@@ -120,6 +133,9 @@ class Mappings(Translations, Protocol):
         ``mf_mutex``.
         """
 
+    def write_back_all(self) -> None:
+        """As ``write_back``, for all files, before the mount ends. Worker. Raises OSError."""
+
     def forget_attributes(self, ino: Ino) -> None:
         """Have the kernel ask for size and times of a file at the next use. Loop; does not block."""
 
@@ -152,18 +168,12 @@ class Mappings(Translations, Protocol):
 
     # -- changes of a file's blocks
 
-    def on_changed(self, ino: Ino, blocks: Range) -> None:
-        """Note that file blocks have other device blocks, or none, from now on. Loop; does not block.
-
-        The filesystem's upcall, within the change: mappings show the old blocks until ``settled`` returns.
-        """
-
     def is_settled(self, ino: Ino | None = None) -> bool:
         """Return whether each mapping of a file, or of all files (None), shows the file's present blocks.
         Loop.
 
-        A freed block must not get another owner before all files are settled: a process could still store to
-        the block.
+        An implementation that maps blocks follows the filesystem's changes of extent maps itself, and holds
+        freed blocks back until no process can store to them.
         """
 
     async def settled(self, ino: Ino) -> None:
@@ -174,9 +184,19 @@ class Mappings(Translations, Protocol):
     ) -> AbstractAsyncContextManager[None]:
         """Hold the bytes ``taken`` and ``replaced`` of two files still while blocks become shared. Loop.
 
-        Within the context, up to its first await, no process can store to ``taken`` unnoticed, each earlier
-        store to ``taken`` is on the media, and no page of ``replaced`` is mapped. Precondition: the caller
-        holds ``mf_mutex``. Raises FsError EAGAIN if this takes too long.
+        From the entry to the first await within the context: each earlier store to ``taken`` is on the media,
+        no later store gets there, and no page of ``replaced`` is mapped. Before that await the caller claims
+        the I/O lock, which holds FUSE requests until all blocks are shared; an implementation that serves
+        page faults holds these itself, to the end of the context. Precondition: the caller holds
+        ``mf_mutex``. After the context both files are settled. Raises FsError EAGAIN after a time limit.
+        """
+
+    # -- system calls
+
+    def system_calls(self, hardware_error: HardwareError) -> Callable[..., Awaitable[Any]] | None:
+        """Return what decides the system calls of programs under ``daxemu run`` (host.run.attached.Handle);
+        None if mappings are the kernel's own. Called once. ``hardware_error`` executes madvise(2) with
+        MADV_HWPOISON.
         """
 
     # -- life

@@ -7,7 +7,8 @@ are bytes, indexes and counts are pages.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from daxemu.errors import Busy, DaxemuError, NoDevice, Unsupported
 from daxemu.events import Emit, MemoryFailureHandled, Outcome, OutsideKernelControl, PageType
@@ -224,6 +225,16 @@ class MemoryFailures:
             for action in incident.after_kill:
                 action()
         return bool(incident.after_kill)
+
+    @contextmanager
+    def one_count(self) -> Iterator[None]:
+        """Context in which all changes of counters count as one: ``on_count`` is called once, at the end."""
+        on_count, self._on_count = self._on_count, lambda counters: None
+        try:
+            yield
+        finally:
+            self._on_count = on_count
+            on_count(self.counters)
 
     def action_result(
         self,

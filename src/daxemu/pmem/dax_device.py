@@ -13,6 +13,7 @@ from typing import Protocol
 
 from daxemu.errors import Busy, InvalidArgument, MediaError, NoDevice, Unsupported
 from daxemu.events import Emit, NotifyFailure
+from daxemu.notifier import NotifierChain
 from daxemu.pmem.badblocks import Badblocks
 from daxemu.pmem.media import Media, Memory
 from daxemu.ranges import ByteRange, InBytes, RangeSet
@@ -69,6 +70,10 @@ class DaxDevice:
         self._holder: DaxHolderOperations | None = None
         self._mkpage_present = mkpage_present
         self._emit = emit
+        self.before_punch: NotifierChain[[ByteRange]] = NotifierChain()
+        """Called with device bytes about to be poisoned, if the media then takes their pages from every process
+        (:attr:`Media.is_direct`).
+        """
 
     # -- who holds it
 
@@ -173,15 +178,35 @@ class DaxDevice:
     def direct_access(self, offset: int, length: int) -> memoryview:
         """Return the live bytes of the range for reading or writing (``dax_direct_access``).
 
-        Raises MediaError if any byte is poison, NoDevice after a removal. Precondition: the range is
-        reserved.
+        Raises MediaError if any byte is poison, or if a part of the range is on pages that are put aside
+        (see :meth:`read` and :meth:`pieces`), NoDevice after a removal. Precondition: the range is reserved.
         """
         self.check_readable(offset, length)
         return self._media.view(self._data_offset + offset, length)
 
+    def pieces(self, offset: int, length: int) -> list[ByteRange]:
+        """Return the range in pieces that :meth:`direct_access` takes: readable bytes of pages put aside, and
+        of others.
+        """
+        at = self._data_offset
+        return [part.moved(-at) for part in self._media.pieces(at + offset, length)]
+
+    def read(self, offset: int, length: int) -> bytes | memoryview:
+        """Return the bytes of the range, for reading only. Raises MediaError if any byte is poison, NoDevice
+        after a removal.
+        """
+        self.check_readable(offset, length)
+        found = [self.direct_access(part.start, part.length) for part in self.pieces(offset, length)]
+        return found[0] if len(found) == 1 else b"".join(found)
+
     def written(self) -> Iterator[memoryview]:
         """Yield each run of the whole media that has data, the altmap and poisoned bytes included."""
         return self._media.written()
+
+    def strays(self) -> list[ByteRange]:
+        """See Media.strays(). Return byte ranges of the device."""
+        at = self._data_offset
+        return [page.moved(-at) for page in self._media.strays()]
 
     def memory(self) -> Memory:
         """Return the place of device byte 0 and the bytes behind, for C code."""
@@ -200,19 +225,20 @@ class DaxDevice:
         """Write whole sectors over poison. The write clears the poison and its bad blocks
         (``dax_recovery_write``).
 
-        Returns the byte ranges that were poison. Precondition: reserved, sector-aligned at both ends.
+        Returns the byte ranges that were poison. Precondition: sector-aligned at both ends. Raises NoSpace
+        without memory for a range that is not reserved.
         """
         self._check(offset, len(data))
         if offset % SECTOR_SIZE or len(data) % SECTOR_SIZE:
             raise InvalidArgument("a write over poison must cover whole sectors")
         cleared = self.clear_poison(offset, len(data))
-        self._media.view(self._data_offset + offset, len(data))[:] = data
+        self._media.overwrite(self._data_offset + offset, data)
         return cleared
 
     def clear_poison(self, offset: int, length: int) -> list[ByteRange]:
         """Make the range readable (``pmem_clear_poison()``). Return the byte ranges that were poison.
 
-        Precondition: the caller overwrites or discards the returned ranges next.
+        Precondition: the caller overwrites, or discards and reserves, the returned ranges next.
         """
         sectors = sectors_at(offset, length)
         self.badblocks.clear(sectors.start, sectors.length)
@@ -241,16 +267,20 @@ class DaxDevice:
         if self._holder is not None:
             self._holder.before_poison()
         poisoned = [sectors_of(part) for part in ranges]
+        for sectors in poisoned if self._media.is_direct else ():
+            self.before_punch.call_chain(bytes_of_sectors(sectors).outer(PAGE_SIZE))
         at = sector_at(self._data_offset)
         self._media.add_poison(*(sectors.moved(at) for sectors in poisoned))
         return [bytes_of_sectors(sectors) for sectors in poisoned]
 
     def zero(self, offset: int, length: int) -> None:
         """Store zeros (``dax_zero_page_range``). Precondition: reserved. Raises MediaError on poison."""
-        self.direct_access(offset, length)[:] = bytes(length)
+        self.check_readable(offset, length)
+        for part in self.pieces(offset, length):
+            self.direct_access(part.start, part.length)[:] = bytes(part.length)
 
     def reserve(self, offset: int, length: int) -> None:
-        """Back the range with memory before its first use. Raises NoSpace."""
+        """Back the range with memory before its first use, except pages put aside. Raises NoSpace."""
         self._check(offset, length)
         self._media.reserve(self._data_offset + offset, length)
 

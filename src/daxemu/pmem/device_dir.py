@@ -11,7 +11,8 @@ from pathlib import Path
 
 from daxemu.errors import Busy, InvalidArgument, NoSpace, NotADevice, PermissionDenied
 from daxemu.malformed import NOT_TOML, toml_line, why_not_text
-from daxemu.pmem.media import Media, check_mappable
+from daxemu.pmem.backing import check_mappable
+from daxemu.pmem.media import Media
 from daxemu.private_path import PRIVATE, PrivatePath
 from daxemu.uapi import PAGE_SIZE, PMD_SIZE, Pfn
 from daxemu.units import PHYS_PFN, round_up
@@ -23,7 +24,7 @@ DEFAULT_BASE_PFN: Pfn = 0x100000  # 4 GiB: where a memmap=nn!4G namespace begins
 STRUCT_PAGE_SIZE = 64
 OWN_FILES = frozenset(
     (
-        *("media", "poison", "poison.new", "device.toml", "lock", "control.sock"),
+        *("media", "kept", "poison", "poison.new", "device.toml", "lock", "control.sock"),
         *("events.jsonl", "events.jsonl.1", "supervisor.log", "supervisor.log.1"),
     )
 )

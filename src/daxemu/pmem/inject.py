@@ -109,7 +109,9 @@ def corrupt_in_pieces(pmem: Pmem, offset: int, length: int, seed: int) -> Iterat
         flips = np.maximum(np.frombuffer(noise.randbytes(piece.length), np.uint8), 1)
         for part in RangeSet(pmem.dax.poisoned(*_span(piece))).gaps(*piece):
             pmem.dax.reserve(part.start, part.length)
-            _flip(pmem.dax.direct_access(part.start, part.length), flips[part.start - at : part.end - at])
+            for some in pmem.dax.pieces(part.start, part.length):
+                view = pmem.dax.direct_access(some.start, some.length)
+                _flip(view, flips[some.start - at : some.end - at])
         yield piece
 
 

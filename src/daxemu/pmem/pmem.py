@@ -25,15 +25,15 @@ class Pmem:
     The constructor adds all poison to badblocks, as the first ARS at boot.
     """
 
-    def __init__(self, device: DeviceDir, emit: Emit = no_log) -> None:
-        """``emit`` gets an event for each call to the holder. Precondition: the device's lock is held. Raises
-        NotADevice.
+    def __init__(self, device: DeviceDir, emit: Emit = no_log, *, is_direct: bool | None = None) -> None:
+        """``emit`` gets an event for each call to the holder. ``is_direct``: see Media. Precondition: the
+        device's lock is held. Raises NotADevice.
         """
         config = device.config
         self.name = device.name
         self._root = device.root
         self._sysfs: Sysfs | None = None
-        self.media = Media(device.root, config.size)
+        self.media = Media(device.root, config.size, is_direct=is_direct)
         self.badblocks = Badblocks()
         altmap_pages = config.altmap // PAGE_SIZE
         self.dax = DaxDevice(

@@ -18,7 +18,7 @@ from crc32c import crc32c
 from mmap_ninja import numpy as ninja
 
 from daxemu.errors import NoSpace, NotADevice
-from daxemu.pmem.media import fallocate
+from daxemu.pmem.backing import fallocate
 from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE, page_align_down, page_align_up

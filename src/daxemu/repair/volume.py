@@ -95,12 +95,12 @@ class Volume:
         """Return a view of the media bytes of ``blocks``. Raises MediaError if any byte is poisoned."""
         return self._fs.dax.direct_access(*byte_span(blocks))
 
-    def read_bytes(self, offset: int, length: int) -> memoryview:
-        """Return a view of ``length`` media bytes from byte ``offset`` on.
+    def read_bytes(self, offset: int, length: int) -> bytes | memoryview:
+        """Return ``length`` media bytes from byte ``offset`` on.
 
         Raises MediaError if any byte is poisoned.
         """
-        return self._fs.dax.direct_access(offset, length)
+        return self._fs.dax.read(offset, length)
 
     def salvage(self, blocks: BlockRange) -> tuple[bytes, RangeSet[InBytes]]:
         """Return the contents of ``blocks``, with zeros for unreadable bytes, and those bytes of the
@@ -109,7 +109,7 @@ class Volume:
         at, data = blocks.start * PAGE_SIZE, bytearray(blocks.length * PAGE_SIZE)
         poisoned = self.poison(blocks)
         for good in poisoned.gaps(at, at + len(data)):
-            data[good.start - at : good.end - at] = self._fs.dax.direct_access(good.start, good.length)
+            data[good.start - at : good.end - at] = self._fs.dax.read(good.start, good.length)
         return bytes(data), poisoned
 
     def poison(self, blocks: BlockRange) -> RangeSet[InBytes]:

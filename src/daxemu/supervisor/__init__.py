@@ -5,8 +5,8 @@
 ``verbs``        requests of the control socket, one module a group
 ``failures``     from a memory failure to its outcome: collect, revoke, repair, signal; ``signals`` SIGBUS
 ``latent``       processes to signal once latent poison is discovered
-``consumption``  loads and reads of poison; ``populate`` system calls that populate a mapping over poison
-``page_cache``   write-back and revoke of files; ``clones`` blocks shared between files
+``consumption``  loads, stores and reads of poison
+``clones``       blocks shared between files
 ``incidents``    pages to collect or revoke without a failure
 ``repairs``      from a failure to a verdict; ``strategy_host`` and ``guard`` calls into the strategy
 ``scrub``        background scrub; ``reclaim`` background release of blocks

@@ -2,47 +2,48 @@
 
 Serves ``FICLONERANGE`` and copy_file_range(2). As in the kernel (``xfs_reflink_remap_prep()``), a clone takes
 effect at one moment. Stores to the target before that moment are lost; later stores go to the target alone.
-The clone has the stores to the source before that moment, and no later store.
+The clone has the stores to the source before that moment, and no later store (``Mappings.sharing``).
 
-1. The target's pages are revoked, and no process gets a page back before the blocks are shared: write-back of
-   an old page would overwrite the clone.
-2. The source's pages are written back until a pass finds no dirty page. Without this, the clone could have a
-   store and lack an earlier one. The pages stay mapped, so that a failure finds the processes with the pages
-   present.
-3. If no pass finds the source clean, the source's pages are revoked, too.
+The blocks are shared in pieces. Until the last piece the I/O lock holds writes to both files, and reads of
+the target. Reads of the source pass: the clone does not change its bytes.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 
 from daxemu.errors import FsError
+from daxemu.fs import pieces
 from daxemu.fs.filesystem import Filesystem
-from daxemu.fs.inode import MAX_FILE_SIZE, Inode
+from daxemu.fs.inode import MAX_FILE_SIZE
 from daxemu.fs.reflink import check_remap
-from daxemu.host.fuse.invalidate_lock import InvalidateLock
+from daxemu.host.fuse.handlers import result_of
+from daxemu.host.fuse.io_lock import IoLock
+from daxemu.host.mappings import Mappings
 from daxemu.ranges import Range
-from daxemu.supervisor import incidents
 from daxemu.supervisor.failures import Failures
-from daxemu.supervisor.page_cache import PageCache
 from daxemu.uapi import PAGE_SIZE, Ino
-
-PASSES = 4
-"""Passes of write-back over the source before its pages are revoked."""
+from daxemu.units import DIV_ROUND_UP
 
 
 class Clones:
     """Shares blocks of files on the mount. Belongs to the trio thread."""
 
     def __init__(
-        self, fs: Filesystem, page_cache: PageCache, failures: Failures, writers: Mapping[Ino, int]
+        self,
+        fs: Filesystem,
+        mappings: Mappings,
+        failures: Failures,
+        writers: Mapping[Ino, int],
+        io_lock: IoLock,
     ) -> None:
         """``writers``: number of handles open for writing, by inode."""
         self._fs = fs
-        self._page_cache = page_cache
+        self._mappings = mappings
         self._failures = failures
         self._writers = writers
+        self._io_lock = io_lock
 
     async def clone(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
         """Share blocks, as ``FICLONERANGE`` does. Return the number of bytes shared.
@@ -55,16 +56,16 @@ class Clones:
         source, target = fs.names.regular(src)[0], fs.names.regular(dst)[0]
         check_remap(source, src_offset, target, dst_offset, length or source.size - src_offset)
 
-        def share() -> int:
-            return fs.remap_file_range(src, src_offset, dst, dst_offset, length)
+        def share() -> Generator[None, None, int]:
+            return fs.remap_in_pieces(src, src_offset, dst, dst_offset, length)
 
-        hurt = _pages(src_offset, length), _pages(dst_offset, length)
-        await self._page_cache.write_back(dst)  # most of the write-back, before mf_mutex is taken
+        taken, replaced = _pages(src_offset, length), _pages(dst_offset, length)
+        await self._mappings.write_back(dst)  # most of the write-back, before mf_mutex is taken
         # The kernel drops the answer to its question for the new size if a revoke comes in between, and a
         # page fault never asks again. Under the mutex no revoke comes in between.
         async with self._failures.mf_mutex:
-            if shared := await self._share(share, source, target, *hurt):
-                await self._page_cache.refresh_attributes(dst)
+            if shared := await self._share(share, src, dst, taken, replaced):
+                await self._mappings.refresh_attributes(dst)
         return shared
 
     async def copy(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> int:
@@ -75,50 +76,48 @@ class Clones:
         """
         fs = self._fs
 
-        def share() -> int:
-            return fs.copy_file_range(src, src_offset, dst, dst_offset, length)
+        def share() -> Generator[None, None, int]:
+            return fs.copy_in_pieces(src, src_offset, dst, dst_offset, length)
 
-        if self.is_quick(src, src_offset, dst, dst_offset):
-            return share()
-        source, target = fs.names.regular(src)[0], fs.names.regular(dst)[0]
-        hurt = _pages(src_offset, length), _pages(dst_offset, length)
+        if self.is_quick(src, src_offset, dst, dst_offset, length):
+            return pieces.whole(share())
+        taken, replaced = _pages(src_offset, length), _pages(dst_offset, length)
         async with self._failures.mf_mutex:
             try:
-                return await self._share(share, source, target, *hurt)
+                return await self._share(share, src, dst, taken, replaced)
             except FsError as error:
                 if error.errno == errno.EAGAIN:
                     raise FsError(errno.EOPNOTSUPP) from error  # the kernel copies the bytes then
                 raise
 
-    def is_quick(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int) -> bool:
-        """Return True if copy_file_range() shares nothing, or concerns no page that can be dirty or stale."""
+    def is_quick(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> bool:
+        """Return True if copy_file_range() shares nothing, or shares in one piece, and concerns no page that
+        can be dirty or stale, nor a file that a verb in pieces is changing.
+        """
         fs = self._fs
-        source, target = fs.names.regular(src)[0], fs.names.regular(dst)[0]
+        (source, extents), target = fs.names.regular(src), fs.names.regular(dst)[0]
         if (src_offset | dst_offset) % PAGE_SIZE or src_offset >= source.size:
             return True
-        return dst_offset >= target.size and not self._writers[src]
+        if dst_offset < target.size or self._writers[src] or self._io_lock.is_held(src, dst):
+            return False
+        end = DIV_ROUND_UP(src_offset + length, PAGE_SIZE)
+        return extents.count(src_offset // PAGE_SIZE, end) <= pieces.PIECE_LINKS
 
     async def _share(
-        self, share: Callable[[], int], source: Inode, target: Inode, taken: Range, replaced: Range
+        self,
+        share: Callable[[], Generator[None, None, int]],
+        source: Ino,
+        target: Ino,
+        taken: Range,
+        replaced: Range,
     ) -> int:
-        """Revoke and write back, then call ``share``. Precondition: ``mf_mutex`` is held."""
-        last_change = source.ctime  # the file's i_version: every write-back changes it
-        await self._page_cache.write_back(source.ino, has_mutex=True)
-        with self._page_cache.invalidate_lock() as lock:
-            await self._page_cache.revoke(lock, target.ino, replaced)
-            if not await self._settle(lock, source, last_change):
-                await self._failures.remember(incidents.of_file(self._fs, source.ino))
-                await self._page_cache.revoke(lock, source.ino, taken)
-            return share()
-
-    async def _settle(self, lock: InvalidateLock, source: Inode, last_change: int) -> bool:
-        """Write back the source until a pass finds no dirty page. Return False after PASSES passes."""
-        for _ in range(PASSES):
-            if source.ctime == last_change and lock.is_complete:
-                return True
-            last_change = source.ctime
-            await self._page_cache.write_back_locked(lock, source.ino)
-        return source.ctime == last_change and lock.is_complete
+        """Share blocks at one moment. Precondition: ``mf_mutex`` is held."""
+        async with (
+            self._mappings.sharing(source, taken, target, replaced),
+            # The clone's moment: from now on no store reaches the media of either file before the last piece.
+            self._io_lock.claim(source, target, readable={source} - {target}),
+        ):
+            return await result_of(share())
 
 
 def _pages(offset: int, length: int) -> Range:

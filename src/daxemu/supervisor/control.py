@@ -146,6 +146,8 @@ class ControlSocket:
             refusal = InvalidArgument(f"not a request: {where}{reason}; see docs/protocol.md")
             await stream.send_all(_refusal(refusal))
             return
+        if len(asked) > _SENT:
+            await trio.lowlevel.checkpoint()  # the decoding of the longest line is a step of 30 ms
         if isinstance(request, p.Attach) and request.pid != peer:
             # Descriptors are taken from the process itself, never from another one.
             await stream.send_all(

@@ -96,7 +96,9 @@ class EventFile:
         return self._fd
 
     def _write(self, data: bytes, start: int) -> None:
-        fd, written = self._open(), 0
+        """Write ``data`` at offset ``start``. Precondition: the file is open. Raises OSError."""
+        assert self._fd is not None
+        fd, written = self._fd, 0
         try:
             while written < len(data):
                 written += os.pwrite(fd, data[written:], start + written)

@@ -90,6 +90,8 @@ class _Turn:
         return bool(incident.mappings or incident.pfn_mappings or incident.whole_device)
 
 
+_UNHANDLED = Handled(Outcome.FAILED, Signalled(0, 0), None)
+
 Repair = Callable[[Incident, Sequence[Task]], RepairResult]
 """Repair of an incident after the revoke. The tasks are the processes that had the pages present."""
 
@@ -136,30 +138,64 @@ class Failures:
           consumer. The victims are the other processes that had the page present at the injection.
         - ``collected``: called in the trio thread with the collected processes, before the first signal.
         """
+        (handled,) = await self._execute([_Turn(incident, current, consumer, collected)])
+        return handled
+
+    async def handle_all(self, incidents: Sequence[Incident]) -> list[Handled]:
+        """Execute incidents, each as :meth:`handle` does, in turns that follow each other. Return the results
+        in the same order.
+
+        Only an incident with victims costs a task: 190,000 failures of free blocks are one loop.
+        """
+        return await self._execute([_Turn(incident, None, None) for incident in incidents])
+
+    async def _execute(self, turns: Sequence[_Turn]) -> list[Handled]:
         # Shielded from cancellation: a cancel before the revoke would leave failed pages mapped, so that
         # processes could load their old bytes.
-        turn = _Turn(incident, current, consumer, collected)
-        self._turns.append(turn)
+        self._turns += turns
+        handled: list[Handled] = [_UNHANDLED] * len(turns)
+
+        async def finish(index: int, turn: _Turn) -> None:
+            handled[index] = await self._signal(turn)
+
         with trio.CancelScope(shield=True):
             try:
-                to_kill = await self._in_turn(turn)
+                await self._in_turn(turns)
             finally:
-                self._turns.remove(turn)
-            try:
-                turn.stage = "signals"
-                self._signalling.append(turn)
-                delivered = await self._signals.kill_procs(to_kill, current)
-                if incident.after_kill:
-                    await trio.to_thread.run_sync(wait_until_run, delivered, HANDLER_PATIENCE)
-                # As xfs_dax_notify_dev_failure(): kill, then shut down. After a shutdown a victim's load ends
-                # in BUS_ADRERR, which must not come before the AO.
-                if self._mm.conclude(incident):
-                    await self.revoke_everything()  # after the shutdown every access is EIO
-            finally:
-                self._signalling.remove(turn)
+                for turn in turns:
+                    self._turns.remove(turn)
+            async with trio.open_nursery() as nursery:
+                with self._mm.one_count():
+                    for index, turn in enumerate(turns):
+                        if turn.to_kill or turn.incident.after_kill:
+                            nursery.start_soon(finish, index, turn)
+                        else:
+                            handled[index] = self._conclude(turn)
+        return handled
+
+    async def _signal(self, turn: _Turn) -> Handled:
+        """Signal the victims of a turn that is over. Return the result of the incident."""
+        incident = turn.incident
+        try:
+            turn.stage = "signals"
+            self._signalling.append(turn)
+            delivered = await self._signals.kill_procs(turn.to_kill or (), turn.current)
+            if incident.after_kill:
+                await trio.to_thread.run_sync(wait_until_run, delivered, HANDLER_PATIENCE)
+            # As xfs_dax_notify_dev_failure(): kill, then shut down. After a shutdown a victim's load ends
+            # in BUS_ADRERR, which must not come before the AO.
+            if self._mm.conclude(incident):
+                await self.revoke_everything()  # after the shutdown every access is EIO
+        finally:
+            self._signalling.remove(turn)
+        return self._conclude(turn)
+
+    def _conclude(self, turn: _Turn) -> Handled:
+        """Count, log and publish the outcome of a turn whose victims are signalled."""
+        to_kill, errors = turn.to_kill or (), turn.repair.errors
         signalled = Signalled(len(to_kill), len({victim.task.pid for victim in to_kill}))
-        outcome = self._mm.action_result(incident, *signalled, turn.repair.errors)
-        return Handled(outcome, signalled, incident.error or next(iter(turn.repair.errors.values()), None))
+        outcome = self._mm.action_result(turn.incident, *signalled, errors)
+        return Handled(outcome, signalled, turn.incident.error or next(iter(errors.values()), None))
 
     def describe_turns(self) -> Iterator[str]:
         """Yield a line for each failure under way, for ``status --internals``: its pages and its stage."""
@@ -208,19 +244,19 @@ class Failures:
         async with self.mf_mutex:
             await trio.to_thread.run_sync(self._mappings.revoke_all)
 
-    async def _in_turn(self, turn: _Turn) -> list[ToKill]:
-        """Collect and revoke in arrival order; return the victims. Plain turns in a row share a collect."""
-        self._waiting.append(turn)
+    async def _in_turn(self, turns: Sequence[_Turn]) -> None:
+        """Collect and revoke in arrival order. Plain turns in a row share a collect."""
+        self._waiting += turns
         try:
             async with self.mf_mutex:
-                while turn.to_kill is None:
+                while any(turn.to_kill is None for turn in turns):
                     batch = list(itertools.takewhile(_Turn.is_plain, self._waiting)) or self._waiting[:1]
                     await self._collect_and_revoke(batch)
                     del self._waiting[: len(batch)]
         finally:
-            if turn.to_kill is None:
-                self._waiting.remove(turn)
-        return turn.to_kill
+            for turn in turns:
+                if turn.to_kill is None:
+                    self._waiting.remove(turn)
 
     async def _collect_and_revoke(self, batch: list[_Turn]) -> None:
         # Each of these failures discovers the latent poison in its pages: the remembered processes become

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from daxemu.fs.filesystem import Filesystem
-from daxemu.mm.incident import Incident, MappingRange
+from daxemu.mm.incident import Incident
 from daxemu.pmem.inject import failed_pages
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
-from daxemu.uapi import PAGE_SIZE, Ino
-from daxemu.units import DIV_ROUND_UP
 
 
 def of_device_range(pmem: Pmem, fs: Filesystem, part: Range) -> Incident:
     """Return an incident of all file pages that hold any of the device bytes ``part``."""
     pfn, nr_pages = failed_pages(pmem, part)
     return Incident(0, pfn, nr_pages, 0, mappings=fs.failed_ranges(part).files)
-
-
-def of_file(fs: Filesystem, ino: Ino) -> Incident:
-    """Return an incident of all pages of a file."""
-    pages = DIV_ROUND_UP(fs.names.get(ino).size, PAGE_SIZE)
-    return Incident(0, 0, 0, 0, mappings=[MappingRange(ino, 0, pages, 0)])

@@ -9,7 +9,7 @@ from pathlib import Path
 import trio
 
 from daxemu.fs.filesystem import Filesystem
-from daxemu.host.fuse.gates import Gates
+from daxemu.host.mappings import Mappings
 from daxemu.host.tracer.link import TracerLink
 from daxemu.protocol import InternalsReport
 from daxemu.supervisor.failures import Failures
@@ -20,13 +20,12 @@ MOST = 1000
 """Most entries of one list: the report is made within one step of the event loop."""
 
 
-def internals(fs: Filesystem, gates: Gates, failures: Failures, tracer: TracerLink) -> InternalsReport:
+def internals(fs: Filesystem, mappings: Mappings, failures: Failures, tracer: TracerLink) -> InternalsReport:
     """Return the state at this moment. Precondition: called in the trio thread."""
-    held = gates.invalidating
     return InternalsReport(
         tasks=_limited(_tasks()),
         turns=_limited(failures.describe_turns()),
-        held=_limited(held.describe_held() if held is not None else iter(())),
+        held=_limited(mappings.describe_held()),
         armed=_limited(tracer.describe_waiting()),
         layouts=fs.layouts.count,
     )

@@ -15,9 +15,11 @@ from daxemu.fs.filesystem import Filesystem
 from daxemu.host.fuse.extra_operations import ExtraOperations
 from daxemu.host.fuse.gates import Gates
 from daxemu.host.fuse.layouts import LayoutTable
+from daxemu.host.fuse.open_files import OpenFiles
 from daxemu.host.fuse.operations import Operations
 from daxemu.host.fuse.session import Session
-from daxemu.host.page_cache.mappings import PageCacheMappings
+from daxemu.host.mappings import Upcalls
+from daxemu.host.mount_parts import MakeMappings, MountParts
 from daxemu.host.tracer.link import TracerLink
 from daxemu.host.unexpected import Unexpected
 from daxemu.mm.memory_failure import MemoryFailures
@@ -27,8 +29,6 @@ from daxemu.supervisor.consumption import Consumption
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.internals import internals
-from daxemu.supervisor.page_cache import PageCache
-from daxemu.supervisor.populate import Populating
 from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.scrub import Scrubber
 from daxemu.supervisor.signals import Signals
@@ -65,12 +65,13 @@ class Machine:
         tracer: TracerLink,
         nursery: trio.Nursery,
         *,
+        make_mappings: MakeMappings,
         supplement_missing: str | None,
         has_layouts: bool,
     ) -> None:
-        """``nursery`` runs tasks that outlive a request. ``supplement_missing``: the reason why the
-        supplement is not loaded; None if loaded. ``has_layouts``: True if C may answer reads and writes of
-        healthy bytes (fs/layouts.py).
+        """``nursery`` runs tasks that outlive a request. ``make_mappings`` makes the implementation of the
+        seam for mappings. ``supplement_missing``: the reason why the supplement is not loaded; None if
+        loaded. ``has_layouts``: True if C may answer reads and writes of healthy bytes (fs/layouts.py).
         """
         emit = log.emit
         self.pmem, self.mm, self.fs, self.session, self.log = pmem, mm, fs, session, log
@@ -78,43 +79,36 @@ class Machine:
         self._repairs = repairs = Repairs(pmem, fs, strategy_host, emit)
         self.supplement_missing = supplement_missing
         self.under_way = UnderWay()
-        self._gates = Gates()
+        self._gates = gates = Gates()
+        self._open_files = open_files = OpenFiles()
         self.nursery = unexpected.nursery(nursery)
         self._counted = Counted(self.nursery, self.under_way, but=("Signals._await_late",))
 
         # Failures: collect, revoke, signal.
-        pfn_map = pmem.pgmap is None
-        mappings = PageCacheMappings(session, lambda: list(self.operations.open_files), pfn_map=pfn_map)
+        parts = MountParts(pmem, fs, session, open_files, gates, tracer, emit, self.nursery, unexpected)
+        self.mappings = mappings = make_mappings(parts)
         signals = Signals(tracer, mappings.file_page, emit, self._counted)
         self.failures = Failures(mm, mappings, signals, repairs.failed)
-        self._page_cache = PageCache(session, fs, self.failures, self._gates)
-        path_of = fs.names.path_of
-        populating = Populating(tracer, session.mount.dev, session.revoke, path_of, emit, self.nursery)
         self._consumption = Consumption(
-            pmem, mm, self.failures, signals, populating, repairs, self._counted, supplement_missing
+            pmem, mm, self.failures, signals, mappings, repairs, self._counted, supplement_missing
         )
+        on_access = self.under_way.counting("a load or read of poison", self._consumption.on_access)
+        mappings.connect(Upcalls(on_access, self.failures.revoke_latent, self.failures.remember))
 
         # Requests of the kernel.
-        self.operations = Operations(
-            fs,
-            self.under_way.counting("a load or read of poison", self._consumption.on_read),
-            self._consumption.on_write,
-            session.forget_attributes,
-            self._page_cache.write_back,
-            self._gates,
-        )
+        self.operations = Operations(fs, on_access, self._consumption.on_write, mappings, open_files, gates)
         self.operations.contain(unexpected)
         self.layouts = LayoutTable(pmem.dax.memory(), self.operations) if has_layouts else None
-        self._clones = Clones(fs, self._page_cache, self.failures, self.operations.writers)
+        self._clones = Clones(fs, mappings, self.failures, open_files.writers, gates.io_lock)
         if supplement_missing is None:
             self._extra = ExtraOperations(
                 fs,
                 session.mount.dev,
                 self._clones,
-                self._page_cache.write_back,
+                mappings,
                 self.operations.file_modified,
-                session.forget_attributes,
-                self.operations.open_files,
+                open_files,
+                gates,
                 self.nursery,
                 unexpected,
             )
@@ -126,19 +120,20 @@ class Machine:
             pmem,
             mm,
             fs,
-            self._page_cache,
+            mappings,
             self.failures,
             self._consumption,
             strategy_host,
             self._repairing,
             emit,
         )
-        self._madvise = MadviseInjection(pmem, mm, fs, self._page_cache, self.failures, signals, emit)
-        self._attachments = Attachments(None, emit, self.nursery, unexpected)
+        self._madvise = MadviseInjection(pmem, mm, fs, mappings, self.failures, signals, emit)
+        handle = mappings.system_calls(self._madvise.of_call)
+        self._attachments = Attachments(handle, emit, self.nursery, unexpected)
         self.scrubber = Scrubber(self._scrub_in_background)
         table = settings_of(mm, fs, log, self.scrubber, strategy_host, self._repairing.choose)
         self._settings = Settings(table, emit)
-        self._remove = partial(remove, pmem, mm, fs, self.failures, self._gates, self.scrubber, emit)
+        self._remove = partial(remove, pmem, mm, fs, self.failures, gates, self.scrubber, emit)
         self._verbs = self._table()
 
     def _table(self) -> dict[type, Verb]:
@@ -155,6 +150,7 @@ class Machine:
             p.GetBadblocks: lambda _: files.badblocks(self.pmem),
             p.Damaged: lambda _: files.damaged(self.fs),
             p.Map: lambda request: files.file_map(self.pmem, self.fs, request.ino),
+            p.WhoMaps: lambda _: files.who_maps(self.mappings),
             p.Reflink: partial(files.reflink, self._clones),
             p.Survey: partial(survey, self.pmem, self.fs),
             p.Set: lambda request: self._settings.set(request.settings),
@@ -181,7 +177,7 @@ class Machine:
             self.log,
             self.layouts,
             settings=self._settings.show(),
-            open_files=len(self.operations.open_files),
+            open_files=len(self._open_files),
             supplement=self.supplement_missing or "loaded",
         )
 
@@ -190,10 +186,10 @@ class Machine:
 
     def internals(self) -> p.InternalsReport:
         """Return the tasks, turns, requests and threads that wait at this moment."""
-        return internals(self.fs, self._gates, self.failures, self.tracer)
+        return internals(self.fs, self.mappings, self.failures, self.tracer)
 
     def _on_shutdown(self) -> None:
-        """End a freeze, and revoke all pages, which the page cache would go on serving.
+        """End a freeze, and revoke all pages, which mappings would go on serving.
 
         During a failure, the failure does the revoke, after the signals.
         """

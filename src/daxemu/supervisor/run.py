@@ -25,10 +25,14 @@ from daxemu.events import DeviceTightened, Emit, Event, Mounted, Unmounted
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.store import FSCK_HINT
 from daxemu.fs.super import MUCH
+from daxemu.host.direct.mappings import DirectMappings
+from daxemu.host.direct_needs import check_direct
 from daxemu.host.fuse import supplement
 from daxemu.host.fuse.loop import FuseLoop
 from daxemu.host.fuse.session import Session, abort_file, check_mountpoint
 from daxemu.host.fuse.watchdog import Watchdog
+from daxemu.host.mappings import Mappings
+from daxemu.host.page_cache.mappings import PageCacheMappings
 from daxemu.host.proc.mountinfo import printable
 from daxemu.host.proc.pins import pins_of
 from daxemu.host.tracer.link import TracerLink
@@ -46,6 +50,7 @@ from daxemu.supervisor.reclaim import Reclaim
 from daxemu.supervisor.settings import PLAIN, MountOptions
 from daxemu.supervisor.strategy_host import StrategyHost
 from daxemu.supervisor.supervisor_log import SupervisorLog
+from daxemu.supervisor.verbs.status import mode_of
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
 
@@ -79,6 +84,8 @@ def supervise(
     raise_descriptor_limit()
     with ExitStack() as undo:
         check_mountpoint(mountpoint)
+        if options.direct:
+            check_direct()
         directory = undo.enter_context(DeviceDir.open(device))
         tightened = directory.tighten()
         events = EventLog(directory.root / "events.jsonl", options.log_size)
@@ -86,7 +93,7 @@ def supervise(
         own_log = SupervisorLog(directory.root / "supervisor.log", lambda: events.limit)
         own_log.attach()
         undo.callback(own_log.detach)
-        pmem = Pmem(directory, events.emit)
+        pmem = Pmem(directory, events.emit, is_direct=options.direct)
         undo.callback(pmem.close)
         try:
             mm, fs = open_core(pmem, events, (os.geteuid(), os.getegid()))
@@ -104,7 +111,9 @@ def supervise(
         undo.callback(session.detach)
         mode = f"{directory.config.mode:04o}"
         where = printable(session.mount.mountpoint)
-        mounted: list[Event] = [Mounted(device=printable(device), mountpoint=where, size=pmem.dax.size)]
+        mounted: list[Event] = [
+            Mounted(device=printable(device), mountpoint=where, size=pmem.dax.size, mode=mode_of(pmem))
+        ]
         if tightened:
             mounted.append(DeviceTightened(device=printable(device), mode=mode, files=tightened))
 
@@ -130,6 +139,7 @@ def supervise(
             events,
             host,
             unexpected,
+            make_mappings=DirectMappings if options.direct else PageCacheMappings,
             supplement_missing=supplement.MISSING,
             has_layouts=options.layouts and supplement.READS,
         )
@@ -152,6 +162,8 @@ class _Ending:
         self._session = session
         self._fs = fs
         self._unexpected = unexpected
+        self.mappings: Mappings | None = None
+        """None before the mount answers requests: until then no process has stored anything."""
 
     async def unmount(self, *, force: bool, patience: float = SYNC_PATIENCE) -> None:
         """Unmount and commit. ``force``: also while in use, in steps of ``patience`` seconds each.
@@ -160,8 +172,11 @@ class _Ending:
         """
         session = self._session
         if force:
-            pins = await trio.to_thread.run_sync(pins_of, session.mount, abandon_on_cancel=True)
-            await self._unmount_by_force(patience, pinned=bool(pins))
+            pinned = True  # a mount whose copies cannot be listed in time counts as pinned
+            with trio.move_on_after(patience):
+                pins = await trio.to_thread.run_sync(pins_of, session.mount, abandon_on_cancel=True)
+                pinned = bool(pins)
+            await self._unmount_by_force(patience, pinned=pinned)
         else:
             await trio.to_thread.run_sync(session.unmount, abandon_on_cancel=True)
         self._fs.commit()
@@ -175,7 +190,8 @@ class _Ending:
                 return
         with trio.move_on_after(patience):
             try:
-                await trio.to_thread.run_sync(session.sync, abandon_on_cancel=True)
+                if self.mappings is not None:
+                    await trio.to_thread.run_sync(self.mappings.write_back_all, abandon_on_cancel=True)
             except OSError as error:  # only other mount namespaces may have the mount: no path from here
                 log.warning("stores of client processes were not written back before the cut: %s", error)
         with trio.move_on_after(patience):
@@ -251,6 +267,7 @@ async def _serve(
         ):
             machine = make(tracer, nursery)
             made(machine)
+            ending.mappings = machine.mappings
             services.start_soon(_log_internals_on_signal, machine)
             services.start_soon(_commit_now_and_then, machine)
             services.start_soon(Reclaim(machine.fs).run)
@@ -260,8 +277,12 @@ async def _serve(
             control = ControlSocket(socket, machine.log, answer, machine.unexpected)
             listener = control.bind()
             nursery.start_soon(control.serve, listener)
-            nursery.start_soon(_announce, session, ready)
-            await FuseLoop().main()
+            nursery.start_soon(_announce, machine.mappings, ready)
+            try:
+                await FuseLoop().main()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await machine.mappings.stop()
             machine.strategy_host.is_ending = True
             with trio.move_on_after(ANSWER_PATIENCE):
                 await control.idle()  # the client of an unmount gets the reply before the socket closes
@@ -286,7 +307,6 @@ async def _commit_now_and_then(machine: Machine) -> None:
                 machine.unexpected.report("the periodic commit", error)
 
 
-async def _announce(session: Session, ready: Callable[[], None]) -> None:
-    if not await trio.to_thread.run_sync(session.tune_page_cache, abandon_on_cancel=True):
-        log.info("the page cache reads ahead and keeps less than it could: needs root, and Linux 6.2")
+async def _announce(mappings: Mappings, ready: Callable[[], None]) -> None:
+    await mappings.start()
     ready()

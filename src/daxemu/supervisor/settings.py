@@ -25,12 +25,14 @@ class MountOptions(msgspec.Struct, frozen=True):
     - ``scrub_interval``: seconds; 0 for no background scrub.
     - ``layouts``: True if C may read and write healthy bytes without the filesystem (fs/layouts.py).
     - ``log_size``: bytes of each log.
+    - ``direct``: True if programs under ``daxemu run`` map the media itself (docs/direct.md).
     """
 
     repair: str = "none"
     scrub_interval: float = 0.0
     layouts: bool = True
     log_size: int = LOG_SIZE
+    direct: bool = False
 
 
 PLAIN = MountOptions()

@@ -17,15 +17,15 @@ import trio
 
 from daxemu.errors import DaxemuError
 from daxemu.events import KILLED_BY_SIGBUS, Emit, SignalSent
-from daxemu.host.fuse.operations import PoisonedRead
+from daxemu.host.mappings import Access
 from daxemu.host.proc.file_pages import FilePage
-from daxemu.host.proc.processes import comm_of, in_page_fault, process_of
+from daxemu.host.proc.processes import comm_of, in_page_fault, is_asleep_in_fault, process_of
 from daxemu.host.tracer.link import Armed, Pending, TracerLink
 from daxemu.host.tracer.messages import Delivered, Gone, Ignored, NotTaken, Refused
 from daxemu.host.tracer.messages import Outcome as Delivery
 from daxemu.host.unexpected import Nursery
 from daxemu.mm.to_kill import ToKill
-from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT, PAGE_SIZE, Ino, Pfn
+from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT, Ino, Pfn
 from daxemu.units import PFN_PHYS, PHYS_PFN
 
 SIGNAL_PATIENCE = 2.0
@@ -53,7 +53,7 @@ class _Signal:
 
 
 class Signals:
-    """Has the tracer send SIGBUS, and emits the result of each signal. Belongs to the trio thread.
+    """Has the tracer send SIGBUS, and emits the result of each signal. Belongs to the trio thread..
 
     ``nursery`` runs tasks that outlive a request. ``file_page``: see Mappings.file_page.
     """
@@ -71,6 +71,8 @@ class Signals:
         """Threads of ``_latest_arm`` whose load discovered the poison. One page fault sends several reads."""
         self._forced: dict[int, int] = {}
         """Threads with a forced SIGBUS on its way, and the request to the tracer for each."""
+        self._leaving: dict[int, Pending] = {}
+        """Threads that leave a page fault in a direct mapping for a forced SIGBUS, and the request of each."""
 
     def _sent(self, sent: _Signal, result: str, reason: str | None) -> None:
         self._emit(
@@ -113,9 +115,9 @@ class Signals:
         )
 
     async def _settled(self, victims: Sequence[ToKill], pending: Pending, since: float) -> int | None:
-        """Wait for the AO of one thread. Return the id of the thread if the AO was delivered, or else None.
+        """Wait for the AO of one thread.. Return the id of the thread if the AO was delivered, or else None.
 
-        ``victims``: failed pages of the thread. The AO of ``victims[0]`` was queued; those of the others
+        ``victims``: failed pages of the thread.. The AO of ``victims[0]`` was queued; those of the others
         merge with that AO. If the thread no longer maps the page of one victim, the AO of the next is sent.
         """
         for position, victim in enumerate(victims):
@@ -200,39 +202,76 @@ class Signals:
     # -- action required, of a consumer
 
     async def consumed(
-        self, read: PoisonedRead, pfn: Pfn, supplement_missing: str | None, *, found: bool
-    ) -> None:
+        self, access: Access, pfn: Pfn, supplement_missing: str | None, *, found: bool
+    ) -> bool:
         """Have the tracer make the SIGBUS of a thread in a page fault over poison a BUS_MCEERR_AR.
 
-        Return when the read may be answered. System calls get EIO and no signal. Requests for several pages
+        Return when the access may be answered; True if no answer must come, because the thread leaves its
+        page fault for the signal. System calls get EIO and no signal. Requests for several pages
         get EIO and no signal, too: these are read-ahead, and the kernel sends another request for the one
         page of a fault. ``found``: True if the read discovered the poison.
         """
-        if read.length > PAGE_SIZE:
-            return
-        if not read.tid:
+        if access.is_read_ahead:
+            return False
+        if not access.tid:
             if supplement_missing is not None:
-                self._inexact(read, pfn, supplement_missing)
-            return
-        faulting = in_page_fault(read.tid)
+                self._inexact(access, pfn, supplement_missing)
+            return False
+        faulting = in_page_fault(access.tid)
         if faulting is False:
-            return
+            return False
         if faulting is None:
-            self._inexact(read, pfn, "not permitted to look at the thread")
-            return
+            self._inexact(access, pfn, "not permitted to look at the thread")
+            return False
+        if access.address is not None:
+            return await self._leaves_fault(access, access.address, pfn, found=found)
         with trio.move_on_after(ARM_PATIENCE) as patience:
-            page = self._file_page(read.ino, PHYS_PFN(read.offset))
-            armed = await self._tracer.arm(read.tid, page=page)
+            page = self._file_page(access.ino, PHYS_PFN(access.offset))
+            armed = await self._tracer.arm(access.tid, page=page)
         if patience.cancelled_caught:
-            self._inexact(read, pfn, "the tracer did not answer in time")
+            self._inexact(access, pfn, "the tracer did not answer in time")
         elif isinstance(armed, Refused):
-            self._inexact(read, pfn, armed.reason)
+            self._inexact(access, pfn, armed.reason)
         elif not isinstance(armed, Gone):
             # The name is read while the thread waits: the thread may be dead at the report of the tracer.
-            consumer = _ar(read, pfn)
+            consumer = _ar(access, pfn)
             if found:
-                self._finders.add(read.tid)
+                self._finders.add(access.tid)
             self._nursery.start_soon(self._await_ar, consumer, armed)
+        return False
+
+    async def _leaves_fault(self, access: Access, address: int, pfn: Pfn, *, found: bool) -> bool:
+        """Force an AR on a thread that waits in a page fault of its own until a signal comes. Return False if
+        the tracer cannot: the access must fail then.
+        """
+        tid = access.tid
+        while (earlier := self._leaving.get(tid)) is not None:
+            # The report of the last signal may come after the next touch. A thread that is awake has left
+            # this fault: another signal interrupted the fault before.
+            await earlier.wait()
+            if self._leaving.get(tid) is earlier:
+                del self._leaving[tid]
+            if not is_asleep_in_fault(tid):
+                return True
+        consumer = replace(_ar(access, pfn), address=address, current=found)
+        with trio.move_on_after(ARM_PATIENCE) as patience:
+            armed = await self._tracer.force_ar(consumer.pid, tid, address)
+        if patience.cancelled_caught:
+            self._inexact(access, pfn, "the tracer did not answer in time")
+            return False
+        if not isinstance(armed, Armed):
+            if isinstance(armed, Refused):
+                self._inexact(access, pfn, armed.reason)
+            return False
+        self._leaving[tid] = armed
+        self._nursery.start_soon(self._await_leaving, consumer, armed)
+        return True
+
+    async def _await_leaving(self, consumer: _Signal, armed: Pending) -> None:
+        outcome = await armed.wait()
+        if self._leaving.get(consumer.tid) is armed:
+            del self._leaving[consumer.tid]
+        self._sent(consumer, *_explain(outcome))
 
     async def _await_ar(self, consumer: _Signal, armed: Pending) -> None:
         tid = consumer.tid
@@ -256,8 +295,8 @@ class Signals:
             consumer = replace(consumer, address=outcome.addr)
         self._sent(consumer, *_explain(outcome))
 
-    def _inexact(self, read: PoisonedRead, pfn: Pfn, reason: str) -> None:
-        self._sent(_ar(read, pfn), "inexact", f"SIGBUS stays BUS_ADRERR: {reason}")
+    def _inexact(self, access: Access, pfn: Pfn, reason: str) -> None:
+        self._sent(_ar(access, pfn), "inexact", f"SIGBUS stays BUS_ADRERR: {reason}")
 
 
 def _merging(to_kill: Sequence[ToKill]) -> list[list[ToKill]]:
@@ -283,10 +322,10 @@ def _ao(victim: ToKill) -> _Signal:
     )
 
 
-def _ar(read: PoisonedRead, pfn: Pfn) -> _Signal:
-    """Return the signal of a consumer. The address is 0 until the kernel has forced SIGBUS on the thread."""
-    pid = process_of(read.tid) if read.tid else 0
-    return _Signal(pid, read.tid, comm_of(pid), BUS_MCEERR_AR, 0, PAGE_SHIFT, pfn)
+def _ar(access: Access, pfn: Pfn) -> _Signal:
+    """Return the signal of a consumer. The address is 0 until the kernel has forced SIGBUS on the thread.."""
+    pid = process_of(access.tid) if access.tid else 0
+    return _Signal(pid, access.tid, comm_of(pid), BUS_MCEERR_AR, 0, PAGE_SHIFT, pfn)
 
 
 def _explain(outcome: Delivery | None) -> tuple[str, str | None]:

@@ -8,8 +8,8 @@ from daxemu.apps.application import Application, Needs, Place, ReportedError, Sp
 from daxemu.apps.process import Ended, Process, TimedOut
 from daxemu.apps.records import ReadBack
 from daxemu.apps.situations import Part
-from daxemu.host.proc import maps
-from daxemu.host.proc.mountinfo import mount_of
+from daxemu.client import Client
+from daxemu.protocol import WhoMaps
 
 BLOCK = 4096
 BLOCKS = 1024
@@ -44,14 +44,14 @@ class Fio(Application):
 
     def warm(self, place: Place, process: Process) -> ReadBack:
         """See Application.warm: wait until fio has mapped the file."""
-        dev = mount_of(place.root).dev
         deadline = time.monotonic() + process.limit
-        while not self._maps(process.pid, dev):
-            if process.status is not None:
-                raise Ended(process.wait())
-            if time.monotonic() > deadline:
-                raise TimedOut(f"the file is not mapped after {process.limit:g} s")
-            time.sleep(0.02)  # no event announces a new mapping
+        with Client.at(place.root) as client:
+            while not any(each.pid == process.pid for each in client.ask(WhoMaps()).mapped):
+                if process.status is not None:
+                    raise Ended(process.wait())
+                if time.monotonic() > deadline:
+                    raise TimedOut(f"the file is not mapped after {process.limit:g} s")
+                time.sleep(0.02)  # no event announces a new mapping
         return ReadBack(right=BLOCKS)
 
     def read(self, place: Place, process: Process) -> ReadBack:
@@ -63,13 +63,6 @@ class Fio(Application):
             verdict = [line for line in process.output if "verify failed" in line or "verify: bad" in line]
             raise ReportedError(verdict or [line for line in process.output if "err=" in line])
         return ReadBack(right=BLOCKS)
-
-    @staticmethod
-    def _maps(pid: int, dev: tuple[int, int]) -> bool:
-        try:
-            return next(maps.read(pid, dev), None) is not None
-        except OSError:
-            return False
 
     @staticmethod
     def _file(place: Place) -> str:

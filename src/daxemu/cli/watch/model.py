@@ -15,15 +15,16 @@ from daxemu.errors import DaxemuError, NotMounted
 from daxemu.events import Event, MemoryFailureHandled, SignalSent, signalled
 from daxemu.failure_kind import FailureKind
 from daxemu.host.proc.mountinfo import Mount, mount_of
-from daxemu.host.proc.present import Mapped, mapped_files
 from daxemu.protocol import (
     Clear,
     Damaged,
     DamagedRange,
     Inject,
+    MappedFile,
     StatusReport,
     Survey,
     SurveyReport,
+    WhoMaps,
     kind_fields,
 )
 from daxemu.protocol import Status as StatusRequest
@@ -46,7 +47,7 @@ class Seen(NamedTuple):
     here: SurveyReport
     """Survey of the part of the device at the cursor."""
     damaged: list[DamagedRange]
-    mapped: list[Mapped]
+    mapped: list[MappedFile]
 
 
 class Model:
@@ -104,11 +105,12 @@ class Model:
             at, length = self._at_cursor(survey, status.size)
             here = self._client.ask(Survey(at, length, 1, FILES))
             damaged = self._client.ask(Damaged()).files
+            mapped = self._client.ask(WhoMaps()).mapped
         except NotMounted:
             self.ended = True
             return
         self._names.update((use.ino, use.path) for use in survey.files + here.files)
-        self.seen = Seen(status, survey, here, damaged, list(mapped_files(self.mount.dev)))
+        self.seen = Seen(status, survey, here, damaged, mapped)
 
     def _survey(self, status: StatusReport, wanted: Survey) -> SurveyReport:
         """Return the survey of the device, from the supervisor only if an event may have changed the survey:
@@ -198,11 +200,7 @@ class Model:
 
     def json(self) -> str:
         """Return the state at the last ``look`` as one JSON object."""
-        shown = {
-            **self.now._asdict(),
-            "rates": self.rates(),
-            "mapped": [m._asdict() for m in self.now.mapped],
-        }
+        shown = {**self.now._asdict(), "rates": self.rates()}
         return msgspec.json.encode(shown).decode()
 
 

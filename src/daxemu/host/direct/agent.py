@@ -1,11 +1,40 @@
-"""Agent: a process that shares the memory of a program (clone(CLONE_VM)), and nothing else with the program."""
+"""Agent: a process that shares the memory of a program (clone(CLONE_VM)), and nothing else of the program.
+
+Purpose: batches of system calls in an address space, without a wait in the event loop. A SEQPACKET socket
+connects the supervisor with the agent (agent.c): a packet with calls goes out, a packet with their results
+comes back. The socket is the agent's life line in both directions: the agent ends when the supervisor has
+ended, by whatever, and the supervisor wakes all waiting tasks when the agent has ended.
+
+Invariant: a batch has one reply, which is dropped if the task that waits was cancelled.
+"""
 
 from __future__ import annotations
 
+import array
+import contextlib
+import ctypes
+import errno
+import os
+import signal
+import socket
+import struct
+from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
-from daxemu.host.direct.syscalls import Syscall
+import trio
+
+from daxemu.host.direct.code import CALLS_IN_BATCH
+from daxemu.host.direct.errors import AddressSpaceGone
+from daxemu.host.direct.syscalls import NR_CLOSE, NR_USERFAULTFD, Syscall
+from daxemu.uapi import U64_MAX
+
+_CALL = struct.Struct("=7Q")
+_CREDENTIALS = struct.Struct("=3i")
+_PIDFD_GETFD = 438  # asm/unistd.h, of every machine
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
 
 
 class Agent(Protocol):
@@ -13,16 +42,153 @@ class Agent(Protocol):
 
     @property
     def pid(self) -> int:
-        """Process id of the agent."""
+        """Process id of the agent; 0 until the agent has made its first batch."""
 
     @property
     def tgid(self) -> int:
-        """Process id of the program."""
+        """Process id of the program; 0 until a fork has made the process."""
 
     async def run(self, batch: Sequence[Syscall]) -> list[int]:
         """Make the system calls in order, all of them whatever their results.
 
-        Return the results; a negative result is -errno. Several tasks may call: batches run in the order of the
-        calls, one after the other. Raises AddressSpaceGone if the process ended, or ends meanwhile: how many of
-        the calls were made is not known then.
+        Return the results; a negative result is -errno. Several tasks may call: batches run in the order of
+        the calls, one after the other. Raises AddressSpaceGone if the process ended, or ends meanwhile: the
+        number of calls made is not known then.
         """
+
+
+class _Reply:
+    """Results of a batch that was sent; None: none will come."""
+
+    def __init__(self) -> None:
+        self.results: list[int] | None = None
+        self.has_come = trio.Event()
+
+
+class ProcessAgent:
+    """Agent at the other end of a socket. Belongs to the trio thread."""
+
+    def __init__(self, sock: socket.socket, fds: Sequence[int]) -> None:
+        """Take over ``sock``, and have the agent receive copies of ``fds`` with its first batch: the media
+        and the void, which become its descriptors MEDIA_FD and VOID_FD. The caller may close ``fds`` at once.
+        """
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self.pid = 0
+        self.tgid = 0
+        self._socket = trio.socket.from_stdlib_socket(sock)
+        self._fds = [os.dup(fd) for fd in fds]
+        self._turn = trio.Lock()
+        self._expected: deque[_Reply] = deque()
+        self._pidfd = -1
+        self._is_closed = False
+        self.ended = trio.Event()
+        """Set when the agent has ended, or is to end."""
+
+    async def run(self, batch: Sequence[Syscall]) -> list[int]:
+        """See :meth:`Agent.run`."""
+        results: list[int] = []
+        async with self._turn:
+            for first in range(0, len(batch), CALLS_IN_BATCH):
+                results += await self._run_one(batch[first : first + CALLS_IN_BATCH])
+        return results
+
+    async def serve(self) -> None:
+        """Receive replies until the agent ends. A task of its own calls this, once."""
+        try:
+            await self._receive()
+        finally:
+            self.close()
+
+    async def _receive(self) -> None:
+        while not self._is_closed:
+            try:
+                packet, ancillary, _, _ = await self._socket.recvmsg(
+                    8 * CALLS_IN_BATCH, socket.CMSG_SPACE(_CREDENTIALS.size)
+                )
+            except (ConnectionResetError, trio.ClosedResourceError):
+                return
+            if not packet:
+                return
+            if not self.pid:
+                self._identify(ancillary)
+            reply = self._expected.popleft()
+            reply.results = [value for (value,) in struct.iter_unpack("=q", packet)]
+            reply.has_come.set()
+
+    def close(self) -> None:
+        """End the agent, and wake all tasks that wait."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self.ended.set()
+        self._socket.close()
+        self._drop_fds()
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            os.close(self._pidfd)
+            self._pidfd = -1
+        while self._expected:
+            self._expected.popleft().has_come.set()
+
+    async def take_userfaultfd(self) -> int:
+        """Have the agent open a userfaultfd of its address space; return a copy of it in this process, for
+        which nobody else has a descriptor. Raises AddressSpaceGone, and OSError of userfaultfd(2) or
+        pidfd_getfd(2).
+        """
+        (there,) = await self.run([Syscall(NR_USERFAULTFD, (os.O_CLOEXEC | os.O_NONBLOCK,))])
+        _raise_for("userfaultfd", there)
+        copy = int(_libc.syscall(_PIDFD_GETFD, self._pidfd, there, 0))
+        number = ctypes.get_errno()
+        await self.run([Syscall(NR_CLOSE, (there,))])
+        if copy < 0:
+            _raise_for("pidfd_getfd", -number)
+        return copy
+
+    async def _run_one(self, calls: Sequence[Syscall]) -> list[int]:
+        packet = b"".join(
+            _CALL.pack(number, *(value & U64_MAX for value in (*args, 0, 0, 0, 0, 0, 0)[:6]))
+            for number, args in calls
+        )
+        reply = _Reply()
+        try:
+            if self._is_closed:
+                raise BrokenPipeError
+            if self._fds:
+                rights = array.array("i", self._fds)
+                self._expected.append(reply)
+                await self._socket.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+                self._drop_fds()
+            else:
+                self._expected.append(reply)
+                await self._socket.send(packet)
+        except (BrokenPipeError, ConnectionResetError, trio.ClosedResourceError):
+            raise self._gone() from None
+        await reply.has_come.wait()
+        if reply.results is None:
+            raise self._gone()
+        return reply.results
+
+    def _identify(self, ancillary: list[tuple[int, int, bytes]]) -> None:
+        """Take the agent's pid, in this pid namespace, from the credentials that the kernel put to its
+        packet.
+        """
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+                self.pid = _CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0]
+                self._pidfd = os.pidfd_open(self.pid)
+
+    def _drop_fds(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []
+
+    def _gone(self) -> AddressSpaceGone:
+        return AddressSpaceGone(f"process {self.tgid} has no agent any more: it ended or called execve(2)")
+
+
+def _raise_for(what: str, result: int) -> None:
+    if result < 0:
+        if result == -errno.ESRCH:
+            raise AddressSpaceGone(f"{what}: the process has ended")
+        raise OSError(-result, f"{what}: {os.strerror(-result)}")

@@ -41,7 +41,9 @@ class PagePresent(DaxemuError):
 
 
 class NotRegistered(DaxemuError):
-    """The range is not mapped, not registered for the request, or not made of whole pages (EINVAL, ENOENT)."""
+    """The range is not mapped, not registered for the request, or not made of whole pages (EINVAL,
+    ENOENT).
+    """
 
     errno = errno.EINVAL
 
@@ -56,3 +58,9 @@ class NotWritable(DaxemuError):
     """The range maps a file shared that was not opened for writing (EPERM)."""
 
     errno = errno.EPERM
+
+
+class AgentRefused(DaxemuError):
+    """No agent can be made in the process; the text says why (EAGAIN)."""
+
+    errno = errno.EAGAIN

@@ -1,25 +1,16 @@
 """System calls that an agent makes in the address space of a program. Only x86_64.
 
-Purpose: numbers, flags, and the mark by which the seccomp filter of ``daxemu run`` lets calls of an agent pass:
-``MAGIC`` in the upper half of a register whose upper half the kernel ignores. The register is that of ``int fd``
-for mmap(2), and r9 (the sixth argument) for calls with fewer arguments.
+Purpose: numbers, flags, and the mark by which the seccomp filter of ``daxemu run`` lets calls of an agent
+pass: ``zone.MAGIC`` in the upper half of a register whose upper half the kernel ignores. The register is
+that of ``int fd`` for mmap(2), and r9 (the sixth argument) for calls with fewer arguments.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from daxemu.host.run import zone
 from daxemu.uapi import U64_MAX
-
-ZONE_START = 0x2000_0000_0000
-ZONE_END = 0x3000_0000_0000
-"""Bounds of the zone, virtual addresses in bytes: every direct mapping lies in the zone."""
-
-ARENAS_START = 0x2F00_0000_0000
-"""The last TiB of the zone holds code and memory of agents, and scratch addresses. Program mappings end below."""
-
-MAGIC = 0x64617865
-"""Upper half (bits 32 to 63) of the marked register."""
 
 MEDIA_FD = 1
 VOID_FD = 2
@@ -67,11 +58,11 @@ class Syscall(NamedTuple):
 def _marked(number: int, *args: int) -> Syscall:
     """Return a call of at most five arguments with the magic in r9."""
     padded = (*args, 0, 0, 0, 0, 0)[:5]
-    return Syscall(number, (*(value & U64_MAX for value in padded), MAGIC << 32))
+    return Syscall(number, (*(value & U64_MAX for value in padded), zone.MAGIC << 32))
 
 
 def _mmap(at: int, length: int, prot: int, flags: int, fd: int, offset: int) -> Syscall:
-    return Syscall(NR_MMAP, (at, length, prot, flags, fd | MAGIC << 32, offset))
+    return Syscall(NR_MMAP, (at, length, prot, flags, fd | zone.MAGIC << 32, offset))
 
 
 def mmap_media(

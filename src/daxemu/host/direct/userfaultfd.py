@@ -1,10 +1,11 @@
 """userfaultfd(2): typed requests, events as values, and a probe of the features of the kernel.
 
-Purpose: no policy. Every failure of the kernel is one of ``host.direct.errors``, or an OSError where no name fits.
+Purpose: no policy. Each failure of the kernel is one of ``host.direct.errors``, or else an OSError.
 Reference in Linux: uapi/linux/userfaultfd.h, Documentation/admin-guide/mm/userfaultfd.rst.
 
-Invariants: no function waits, except for locks of the kernel (mmap_lock of the address space). ``write_protect``
-over much memory takes milliseconds (24 ms for 1 GiB of present pages): callers use a worker thread.
+Invariants: no function waits, except for locks of the kernel (mmap_lock of the address space).
+``write_protect`` over much memory takes milliseconds (24 ms for 1 GiB of present pages): callers use a worker
+thread.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from daxemu.host.direct.errors import (
     RegisteredElsewhere,
 )
 from daxemu.host.direct.syscalls import NR_USERFAULTFD
+from daxemu.uapi import PAGE_SIZE
 
 
 class Feature(IntFlag):
@@ -71,6 +73,9 @@ _WP_DONTWAKE = 1 << 1
 _MESSAGES = 64  # that one read(2) takes
 _ZEROS = 1 << 20  # bytes of one UFFDIO_COPY
 
+_NEVER_REGISTERED = 0x7FFF_FFFF_D000  # a page near the end of the address space
+_DONE = struct.Struct("=q")
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
@@ -103,7 +108,7 @@ class Remapped(NamedTuple):
     length: int
 
 
-class Removed(NamedTuple):
+class RemovedPages(NamedTuple):
     """The pages from address ``start`` to ``end`` (exclusive) were discarded by madvise(2)."""
 
     start: int
@@ -117,7 +122,7 @@ class Unmapped(NamedTuple):
     end: int
 
 
-Event = PageFault | Forked | Remapped | Removed | Unmapped
+Event = PageFault | Forked | Remapped | RemovedPages | Unmapped
 
 
 def _parse(message: bytes) -> Event:
@@ -130,7 +135,7 @@ def _parse(message: bytes) -> Event:
         case structs.REMAP_EVENT:
             return Remapped(*structs.REMAP.unpack(message)[1:])
         case structs.REMOVE_EVENT:
-            return Removed(*structs.REMOVE.unpack(message)[1:])
+            return RemovedPages(*structs.REMOVE.unpack(message)[1:])
         case structs.UNMAP_EVENT:
             return Unmapped(*structs.REMOVE.unpack(message)[1:])
     raise Unsupported(f"userfaultfd: event {message[0]:#x} of the kernel is unknown")
@@ -139,8 +144,8 @@ def _parse(message: bytes) -> Event:
 class Userfaultfd:
     """A userfaultfd of an address space. Owns the descriptor ``fd``, which is non-blocking.
 
-    Addresses are virtual, in bytes. Every range is of whole pages; NotRegistered otherwise. Every request raises
-    AddressSpaceGone if the address space has ended.
+    Addresses are virtual, in bytes. Every range is of whole pages; NotRegistered otherwise. Every request
+    raises AddressSpaceGone if the address space has ended.
     """
 
     def __init__(self, fd: int) -> None:
@@ -148,15 +153,15 @@ class Userfaultfd:
         os.set_blocking(fd, False)
 
     def enable(self, features: Feature = NEEDED) -> None:
-        """Switch features on, once, before any other request. The userfaultfd of a fork has the features of its
-        parent's. Raises Unsupported with the names of missing features.
+        """Switch features on, once, before any other request. The userfaultfd of a fork has the features of
+        its parent's. Raises Unsupported with the names of missing features.
         """
         request = bytearray(structs.API.pack(_API_VERSION, features, 0))
         try:
             fcntl.ioctl(self.fd, structs.UFFDIO_API, request, True)
         except OSError as error:
             if error.errno != errno.EINVAL:
-                _fail(error, "UFFDIO_API", 0, 0)
+                _fail(error, "UFFDIO_API", 0)
             lacking = ", ".join(missing(features)) or "userfaultfd is in use already"
             raise Unsupported(f"userfaultfd of this kernel lacks: {lacking}") from error
 
@@ -191,21 +196,24 @@ class Userfaultfd:
 
         Raises PagePresent, NotRegistered and AddressSpaceChanging.
         """
-        for done in range(0, length, _ZEROS):
+        mode = _COPY_WP if wp else 0
+        done = 0
+        while done < length:
             part = min(_ZEROS, length - done)
-            mode = _COPY_WP if wp else 0
             request = structs.COPY.pack(start + done, _zeros(), part, mode, 0)
-            self._ioctl("UFFDIO_COPY", structs.UFFDIO_COPY, request, done)
+            done += self._fill("UFFDIO_COPY", structs.UFFDIO_COPY, request, part, done)
 
     def poison(self, start: int, length: int, wake: bool = True) -> None:
-        """Make every later access to the pages fail: SIGBUS in user mode, EFAULT in kernel mode; wake threads that
-        wait. The marker stays until madvise(MADV_DONTNEED).
+        """Make every later access to the pages fail: SIGBUS in user mode, EFAULT in kernel mode; wake threads
+        that wait. The marker stays until madvise(MADV_DONTNEED).
 
         Raises PagePresent: end a write protection first, with ``wake=False``. Raises NotRegistered and
         AddressSpaceChanging.
         """
-        request = structs.POISON.pack(start, length, 0 if wake else _DONTWAKE, 0)
-        self._ioctl("UFFDIO_POISON", structs.UFFDIO_POISON, request)
+        mode, done = 0 if wake else _DONTWAKE, 0
+        while done < length:
+            request = structs.POISON.pack(start + done, length - done, mode, 0)
+            done += self._fill("UFFDIO_POISON", structs.UFFDIO_POISON, request, length - done, done)
 
     def wake(self, start: int, length: int) -> None:
         """Wake threads that wait for a page of the range: each repeats its access."""
@@ -220,21 +228,50 @@ class Userfaultfd:
         size = structs.PAGEFAULT.size
         return [_parse(raw[at : at + size]) for at in range(0, len(raw), size)]
 
-    def _ioctl(self, name: str, number: int, packed: bytes, before: int = 0) -> None:
+    def _ioctl(self, name: str, number: int, packed: bytes) -> None:
+        try:
+            fcntl.ioctl(self.fd, number, bytearray(packed), True)
+        except OSError as error:
+            what = f"{name} {_range(packed, 8)}"
+            if error.errno == errno.ENOMEM and self._is_gone():
+                raise AddressSpaceGone(what) from error
+            _fail(error, what, 0)
+
+    def _is_gone(self) -> bool:
+        """Return True if the address space has ended, for which UFFDIO_REGISTER says ENOMEM, as for too many
+        mappings (vm.max_map_count).
+        """
+        request = structs.WRITEPROTECT.pack(_NEVER_REGISTERED, PAGE_SIZE, _WP_DONTWAKE)
+        try:
+            fcntl.ioctl(self.fd, structs.UFFDIO_WRITEPROTECT, bytearray(request), True)
+        except OSError as error:
+            return error.errno == errno.ESRCH
+        return False
+
+    def _fill(self, name: str, number: int, packed: bytes, length: int, before: int) -> int:
+        """Make a request that ends with the number of bytes done; return that number, which is not 0.
+
+        The kernel says EAGAIN for any error after the first page: only the next request has the error itself.
+        """
         request = bytearray(packed)
         try:
             fcntl.ioctl(self.fd, number, request, True)
         except OSError as error:
-            done = before
-            if number in (structs.UFFDIO_COPY, structs.UFFDIO_POISON):
-                done += max(0, struct.unpack_from("=q", request, len(request) - 8)[0])
-            start, length = struct.unpack_from("=QQ", packed)
-            if number == structs.UFFDIO_COPY:
-                length = structs.COPY.unpack(packed)[2]
-            _fail(error, f"{name} {start:#x}, {length} bytes", done, length)
+            done = _DONE.unpack_from(request, len(request) - _DONE.size)[0]
+            if error.errno == errno.EAGAIN and done > 0:
+                return int(done)
+            where = 16 if number == structs.UFFDIO_COPY else 8
+            _fail(error, f"{name} {_range(packed, where)}", before)
+        return length
 
 
-def _fail(error: OSError, what: str, done: int, length: int) -> NoReturn:
+def _range(packed: bytes, length_at: int) -> str:
+    """Return the range of a request, whose length is at byte ``length_at``, for people."""
+    start, length = struct.unpack_from("=Q", packed)[0], struct.unpack_from("=Q", packed, length_at)[0]
+    return f"{start:#x}, {length} bytes"
+
+
+def _fail(error: OSError, what: str, done: int) -> NoReturn:
     """Raise the error of ``host.direct.errors`` for the errno of a request."""
     text = f"{what}: {os.strerror(error.errno or 0)}"
     match error.errno:
@@ -265,7 +302,9 @@ _zero_map: mmap.mmap | None = None
 
 
 def create() -> Userfaultfd:
-    """Return a userfaultfd of this process, not enabled. Raises Unsupported without the right or the kernel."""
+    """Return a userfaultfd of this process, not enabled. Raises Unsupported without the right or the
+    kernel.
+    """
     fd = int(_libc.syscall(NR_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK))
     if fd >= 0:
         return Userfaultfd(fd)
@@ -292,8 +331,8 @@ def available() -> Feature:
 
 
 def missing(needed: Feature = NEEDED) -> list[str]:
-    """Return the names of needed features that the kernel lacks, in the order of their bits. Raises Unsupported as
-    :func:`create`.
+    """Return the names of needed features that the kernel lacks, in the order of their bits. Raises
+    Unsupported as :func:`create`.
     """
     lacking = needed & ~available()
     return [f"UFFD_FEATURE_{feature.name}" for feature in Feature if feature in lacking]

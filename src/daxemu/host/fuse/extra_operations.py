@@ -13,7 +13,7 @@ import errno
 import os
 import struct
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol
 
 import trio
@@ -21,9 +21,13 @@ import trio
 from daxemu.errors import DaxemuError, FsError
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host.fuse import fileattr
+from daxemu.host.fuse.gates import Gates
 from daxemu.host.fuse.handlers import in_pieces
+from daxemu.host.fuse.io_lock import Claim
+from daxemu.host.fuse.open_files import OpenFiles
 from daxemu.host.fuse.structs import RawRequest
 from daxemu.host.fuse.supplement import library, unpack
+from daxemu.host.mappings import Mappings
 from daxemu.host.proc.processes import capable
 from daxemu.host.proc.procfs import read_lines
 from daxemu.host.unexpected import Nursery, Unexpected, refused, task_name
@@ -42,15 +46,9 @@ class CloneOps(Protocol):
         """``copy_file_range(2)``."""
         ...
 
-    def is_quick(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int) -> bool:
+    def is_quick(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> bool:
         """Return whether Filesystem.copy_file_range() alone suffices, without a wait."""
         ...
-
-
-WriteBack = Callable[[Ino], Awaitable[None]]
-"""Has the kernel write back a file's dirty pages. Takes no lock of the inode: the kernel holds the lock
-during the request.
-"""
 
 
 _HANDLER = ctypes.CFUNCTYPE(None, ctypes.POINTER(RawRequest))
@@ -83,23 +81,21 @@ class ExtraOperations:
         fs: Filesystem,
         dev: tuple[int, int],
         clones: CloneOps,
-        write_back: WriteBack,
+        mappings: Mappings,
         file_modified: Callable[[Ino, int], None],
-        forget_attributes: Callable[[Ino], None],
-        open_files: Iterable[Ino],
+        open_files: OpenFiles,
+        gates: Gates,
         nursery: Nursery,
         unexpected: Unexpected,
     ) -> None:
-        """``dev`` is the mount's (major, minor); ``file_modified`` and ``open_files`` see Operations,
-        ``forget_attributes`` see Session.
-        """
+        """``dev`` is the mount's (major, minor); ``file_modified`` see Operations."""
         self._fs = fs
         self._dev = dev
         self._clones = clones
-        self._write_back = write_back
+        self._mappings = mappings
         self._file_modified = file_modified
-        self._forget_attributes = forget_attributes
         self._open_files = open_files
+        self._gates = gates
         self._nursery = nursery
         self._unexpected = unexpected
         self._fuse = ctypes.CDLL("libfuse3.so.3")
@@ -149,21 +145,31 @@ class ExtraOperations:
         if request.op == _FALLOCATE:
             self._file_modified(ino, request.tid)
             steps = self._fs.fallocate_in_pieces(ino, request.mode, request.offset, request.length)
-            if next(steps, self) is self:
+            claim = self._gates.io_lock.claim(ino)
+            try:
+                is_done = claim.is_first and next(steps, self) is self
+            except BaseException:
+                claim.end()
+                raise
+            if is_done and self._mappings.is_settled(ino):
+                claim.end()
                 self._fuse.fuse_reply_err(request.req, 0)
             else:
-                self._start(self._fallocate_later, request.req, steps)
+                self._start(self._fallocate_later, request.req, claim, steps)
         elif request.op == _LSEEK:
             self._lseek(request, ino)
         elif request.op == _COPY_FILE_RANGE:
             target = unpack(request.target_fh).ino
             self._file_modified(target, request.tid)
-            copied = ino, request.offset, target, request.target_offset
+            copied = ino, request.offset, target, request.target_offset, request.length
             if self._clones.is_quick(*copied):
-                done = self._fs.copy_file_range(*copied, request.length)
-                self._fuse.fuse_reply_write(request.req, done)
+                done = self._fs.copy_file_range(*copied)
+                if self._mappings.is_settled(target):
+                    self._fuse.fuse_reply_write(request.req, done)
+                else:
+                    self._start(self._copied_later, request.req, target, done)
             else:
-                self._start(self._copy_later, request.req, *copied, request.length)
+                self._start(self._copy_later, request.req, *copied)
         elif request.op == _IOCTL:
             self._ioctl(request, request.ino)  # of a directory the handle is no inode number
         else:
@@ -175,9 +181,16 @@ class ExtraOperations:
         copied = await self._clones.copy(src, src_offset, dst, dst_offset, length)
         self._fuse.fuse_reply_write(req, copied)
 
-    async def _fallocate_later(self, req: int, steps: Iterator[None]) -> None:
-        await trio.lowlevel.checkpoint()
-        await in_pieces(steps)
+    async def _copied_later(self, req: int, target: Ino, done: int) -> None:
+        await self._mappings.settled(target)
+        self._fuse.fuse_reply_write(req, done)
+
+    async def _fallocate_later(self, req: int, claim: Claim, steps: Iterator[None]) -> None:
+        async with claim:
+            await trio.lowlevel.checkpoint()
+            await in_pieces(steps)
+            for ino in claim.inos:
+                await self._mappings.settled(ino)
         self._fuse.fuse_reply_err(req, 0)
 
     # -- lseek
@@ -192,7 +205,7 @@ class ExtraOperations:
             self._start(self._lseek_later, request.req, ino, request.offset, request.mode)
 
     async def _lseek_later(self, req: int, ino: Ino, offset: int, whence: int) -> None:
-        await self._write_back(ino)
+        await self._mappings.write_back(ino)
         found = self._fs.seek(ino, offset, whence)
         self._fuse.fuse_reply_lseek(req, found)
 
@@ -213,7 +226,7 @@ class ExtraOperations:
             self._fuse.fuse_reply_ioctl(request.req, 0, answer, len(answer))
         elif command in fileattr.SETTERS:
             fileattr.set_(self._fs, ino, command, data, request.tid)
-            self._forget_attributes(ino)  # the ctime
+            self._mappings.forget_attributes(ino)  # the ctime
             self._fuse.fuse_reply_ioctl(request.req, 0, None, 0)
         elif command == XFS_IOC_GOINGDOWN:
             if not capable(request.tid, CAP_SYS_ADMIN):
@@ -238,8 +251,8 @@ class ExtraOperations:
             if how not in (_GOING_DEFAULT, _GOING_LOGFLUSH, _GOING_NOLOGFLUSH):
                 raise FsError(errno.EINVAL)
             if how == _GOING_DEFAULT:
-                for ino in list(self._open_files):
-                    await self._write_back(ino)
+                for ino in self._open_files.inodes():
+                    await self._mappings.write_back(ino)
         except DaxemuError as error:
             self._fuse.fuse_reply_err(req, error.errno)
             return

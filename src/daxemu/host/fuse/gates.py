@@ -1,11 +1,11 @@
-"""Gates: locks at which reads and writes of the mount wait. Both are open most of the time."""
+"""Gates: locks at which accesses to the mount wait. Open most of the time."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from daxemu.host.fuse.freeze import Freeze
-from daxemu.host.fuse.invalidate_lock import InvalidateLock
+from daxemu.host.fuse.io_lock import IoLock
 
 
 @dataclass(eq=False)
@@ -14,5 +14,5 @@ class Gates:
 
     freeze: Freeze | None = None
     """Holds reads and writes back while the device is removed."""
-    invalidating: InvalidateLock | None = None
-    """Keeps pages out of the page cache while blocks are shared."""
+    io_lock: IoLock = field(default_factory=IoLock)
+    """Keeps reads, writes and other verbs away from a file while a verb changes its extents in pieces."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import functools
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from contextlib import closing
 from typing import Any, ParamSpec, TypeVar
 
 import trio
@@ -55,3 +56,15 @@ async def in_pieces(steps: Iterable[object]) -> None:
     """Run ``steps``, with a checkpoint after each."""
     for _ in steps:
         await trio.lowlevel.checkpoint()
+
+
+async def result_of(steps: Generator[object, None, T]) -> T:
+    """Run ``steps``, with a checkpoint after each. Return the result."""
+    with closing(steps):
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            await trio.lowlevel.checkpoint()

@@ -11,10 +11,7 @@ import functools
 import itertools
 import os
 import stat
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from enum import Enum
-from typing import NamedTuple
 
 import trio
 
@@ -29,30 +26,16 @@ from daxemu.host.fuse import supplement
 from daxemu.host.fuse.gates import Gates
 from daxemu.host.fuse.handlers import contained, in_pieces, translated
 from daxemu.host.fuse.layouts import FOREVER
+from daxemu.host.fuse.open_files import OpenFiles
 from daxemu.host.fuse.pyfuse3_internals import HANDLERS
 from daxemu.host.fuse.setattr import is_chown, may_setattr
-from daxemu.host.fuse.supplement import Caller, kill_suidgid, may_store_through_mapping, pack, unpack
+from daxemu.host.fuse.supplement import Caller, kill_suidgid, pack, unpack
+from daxemu.host.mappings import Access, Answer, Mappings
 from daxemu.host.proc.processes import capable, in_group_or_capable
 from daxemu.host.unexpected import Unexpected
 from daxemu.uapi import CAP_FSETID, CAP_SYS_ADMIN, PAGE_SIZE, XATTR_NAME_CAPS, Ino
 
 import pyfuse3  # isort: skip  (after host.supplement, which must be loaded first)
-
-
-class PoisonedRead(NamedTuple):
-    """Failed FUSE_READ: ``error`` is MediaError, or the error of a removed or shut-down filesystem. ``tid``:
-    waiting thread, 0 if unknown.
-    """
-
-    ino: Ino
-    offset: int
-    length: int
-    tid: int
-    error: DaxemuError
-
-
-Answer = Enum("Answer", ["ERROR", "AGAIN", "ZEROS"])
-"""Treatment of a failed read: answer the error, try again, or answer zeros."""
 
 
 LISTING_STEP = 2000
@@ -62,7 +45,7 @@ TMPFILE = b"/"
 
 
 class Operations(pyfuse3.Operations):
-    """Answers the kernel's requests. ``on_poison`` is awaited before a read is answered EIO.
+    """Answers the kernel's requests. ``on_access`` is awaited before a read is answered EIO.
     ``on_poisoned_write`` is awaited before a write to poison is answered EIO, and returns whether to try the
     write again.
     """
@@ -73,29 +56,22 @@ class Operations(pyfuse3.Operations):
     def __init__(
         self,
         fs: Filesystem,
-        on_poison: Callable[[PoisonedRead], Awaitable[Answer]],
+        on_access: Callable[[Access], Awaitable[Answer]],
         on_poisoned_write: Callable[[MediaError], Awaitable[bool]],
-        forget_attributes: Callable[[Ino], None],
-        write_back: Callable[[Ino], Awaitable[None]],
+        mappings: Mappings,
+        open_files: OpenFiles,
         gates: Gates,
     ) -> None:
-        """``write_back`` takes no lock of the inode: the kernel holds the inode's lock during the request."""
         super().__init__()
         self._fs = fs
         self._names = fs.names
-        self._on_poison = on_poison
+        self._on_access = on_access
         self._on_poisoned_write = on_poisoned_write
-        self._forget_attributes = forget_attributes
-        self._write_back = write_back
+        self._mappings = mappings
+        self._open_files = open_files
         self._gates = gates
         self._directories: dict[int, Ino] = {}
         self._directory_handles = itertools.count(1)
-        self.open_files: Counter[Ino] = Counter()
-        """Number of open handles of each inode. A mapping keeps its handle open."""
-        self.writers: Counter[Ino] = Counter()
-        """Number of handles of each inode open for writing."""
-        self.mappable: Counter[Ino] = Counter()
-        """Number of handles of each inode that permit a shared writable mapping."""
 
     def contain(self, unexpected: Unexpected) -> None:
         """Wrap all handlers: an unexpected exception is reported, and its request gets EIO."""
@@ -187,15 +163,17 @@ class Operations(pyfuse3.Operations):
             not fields.update_mode and is_chown(fields)
         )
         may_setattr(self._names.get(inode), fields)
-        if fields.update_mtime and self.mappable[inode]:
+        if fields.update_mtime and self._open_files.mappable[inode]:
             # Linux takes the time of a mapped store at its fault. Here the store gets its time when the page
             # is written back, so pages that are dirty now are written back before the time is set.
-            await self._write_back(inode)
+            await self._mappings.write_back(inode)
         found = self._names.get(inode)
         if removes_privs:
             self._names.file_remove_privs(found, functools.partial(in_group_or_capable, ctx.pid))
         if fields.update_size:
-            await in_pieces(self._fs.set_size_in_pieces(inode, attr.st_size))
+            async with self._gates.io_lock.claim(inode):
+                await in_pieces(self._fs.set_size_in_pieces(inode, attr.st_size))
+            await self._mappings.settled(inode)
         node = self._fs.setattr(
             inode,
             mode=attr.st_mode if fields.update_mode else None,
@@ -209,7 +187,7 @@ class Operations(pyfuse3.Operations):
     def _file_remove_privs(self, ino: Ino, tid: int) -> None:
         """Call ``Namespace.file_remove_privs``; invalidate the mode in the kernel's cache after a change."""
         if self._names.file_remove_privs(self._names.get(ino), functools.partial(in_group_or_capable, tid)):
-            self._forget_attributes(ino)
+            self._mappings.forget_attributes(ino)
 
     def file_modified(self, ino: Ino, tid: int) -> None:
         """``file_modified()``, for requests without a flag of the kernel for the removal of set-id bits."""
@@ -352,10 +330,9 @@ class Operations(pyfuse3.Operations):
     def _opened(self, inode: Inode, flags: int) -> pyfuse3.FileInfo:
         self._fs.open(inode)
         fh = pack(inode.ino, flags)
-        self.open_files[inode.ino] += 1
-        self.writers[inode.ino] += unpack(fh).writable
-        self.mappable[inode.ino] += may_store_through_mapping(fh)
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), keep_cache=True)
+        self._open_files.opened(fh)
+        direct_io = self._mappings.direct_io
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(fh), direct_io=direct_io, keep_cache=not direct_io)
 
     @translated
     async def open(
@@ -367,7 +344,9 @@ class Operations(pyfuse3.Operations):
             if kill_suidgid():
                 self._file_remove_privs(inode, ctx.pid)
             # libfuse asks the kernel to leave the truncation to the filesystem (ATOMIC_O_TRUNC).
-            await in_pieces(self._fs.set_size_in_pieces(inode, 0))
+            async with self._gates.io_lock.claim(inode):
+                await in_pieces(self._fs.set_size_in_pieces(inode, 0))
+            await self._mappings.settled(inode)
         return self._opened(self._names.get(inode), flags)
 
     @translated
@@ -393,31 +372,27 @@ class Operations(pyfuse3.Operations):
 
     def released(self, fh: int) -> None:
         """See ``layouts.Deeds``."""
-        ino, writable = unpack(fh)[:2]
-        self.open_files[ino] -= 1
-        self.writers[ino] -= writable
-        self.mappable[ino] -= may_store_through_mapping(fh)
-        if not self.open_files[ino]:
-            del self.open_files[ino], self.writers[ino], self.mappable[ino]
-        self._fs.release(ino)
+        self._open_files.released(fh)
+        self._fs.release(unpack(fh).ino)
 
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         caller = unpack(fh)
         if self._gates.freeze is not None:
             await self._gates.freeze.wait(caller.tid)
-        if self._gates.invalidating is not None:
-            await self._gates.invalidating.before_read(caller.ino, off, size)
+        await self._mappings.before_read(caller.ino, off, size)
+        await self._gates.io_lock.before_read(caller.ino)
         try:
             # pyfuse3 takes any buffer: a view of the media goes to the kernel without a copy in Python.
             return self._fs.read(caller.ino, off, size)  # type: ignore[return-value]
         except DaxemuError as error:
             answer = Answer.ERROR
             if error.errno == errno.EIO:
-                answer = await self._on_poison(PoisonedRead(caller.ino, off, size, caller.tid, error))
+                answer = await self._on_access(Access(caller.ino, off, size, caller.tid, error))
             if answer is Answer.ZEROS:
                 return bytes(size)
             if answer is Answer.ERROR:
                 raise pyfuse3.FUSEError(error.errno) from None
+            await self._gates.io_lock.before_read(caller.ino)
         try:
             return self._fs.read(caller.ino, off, size)  # type: ignore[return-value]
         except DaxemuError as error:
@@ -432,13 +407,13 @@ class Operations(pyfuse3.Operations):
     async def _write(self, caller: Caller, off: int, buf: bytes) -> int:
         if self._gates.freeze is not None and not caller.from_cache and supplement.MISSING is None:
             await self._gates.freeze.wait(caller.tid)
-        if self._gates.invalidating is not None:
-            unknown = supplement.MISSING is not None  # then any write may be a write-back
-            await self._gates.invalidating.before_write(
-                caller.ino, off, len(buf), from_cache=caller.from_cache or unknown
-            )
+        unknown = supplement.MISSING is not None  # then any write may be a write-back
+        await self._mappings.before_write(caller.ino, off, len(buf), from_cache=caller.from_cache or unknown)
+        await self._gates.io_lock.before_write(caller.ino)
         try:
-            return self._fs.write(caller.ino, off, buf, from_cache=caller.from_cache)
+            written = self._fs.write(caller.ino, off, buf, from_cache=caller.from_cache)
+            await self._mappings.settled(caller.ino)
+            return written
         except MediaError as error:
             if not await self._on_poisoned_write(error):
                 raise pyfuse3.FUSEError(error.errno) from None
@@ -448,7 +423,7 @@ class Operations(pyfuse3.Operations):
         finally:
             if caller.from_cache:
                 # The kernel does not know that a page written back changes the times.
-                self._forget_attributes(caller.ino)
+                self._mappings.forget_attributes(caller.ino)
 
     @translated
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:

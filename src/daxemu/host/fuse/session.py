@@ -1,42 +1,32 @@
-"""The mount: the /dev/fuse descriptor, mount(2) or fusermount3, and revokes of pages by range.
+"""The mount: the /dev/fuse descriptor, mount(2) or fusermount3, umount(2), abort of the connection.
 
-The session opens /dev/fuse itself and passes ``/dev/fd/N`` to pyfuse3: so the session can write notifications
-with a range to the descriptor.
+The session opens /dev/fuse itself and passes ``/dev/fd/N`` to pyfuse3: so daxemu can write notifications with
+a range to the descriptor.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import os
 import select
 import shutil
 import socket
-import struct
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from daxemu.errors import Busy, InvalidArgument, PermissionDenied, Unsupported
-from daxemu.host.fuse import own_files
 from daxemu.host.proc.mountinfo import FS_TYPE, SOURCE_PREFIX, Mount, mount_at, mounts
-from daxemu.uapi import Ino
+from daxemu.host.proc.pins import copies
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 MS_NOSUID, MS_NODEV = 2, 4
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
-_SYNC_AND_WAIT = 1 | 2 | 4  # SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE, _WAIT_AFTER
-FUSE_NOTIFY_INVAL_INODE = 2
-PAGE_CACHE = {"read_ahead_kb": "1024", "strict_limit": "0"}
-"""Settings of the mount's page cache (BDI). ``read_ahead_kb``: as much as one request can hold.
-``strict_limit`` 0: the mount may have more dirty pages than FUSE's low limit. With the limit, the kernel
-would write pages back all the time, and each store would fault again.
-"""
-_BDI = Path("/sys/class/bdi")
 _FUSECTL = Path("/sys/fs/fuse/connections")
-_OUT_HEADER = struct.Struct("=IiQ")
-_INVAL_INODE = struct.Struct("=Qqq")
 
 
 def check_mountpoint(mountpoint: Path) -> None:
@@ -78,80 +68,6 @@ class Session:
             raise Busy(f"{mountpoint}: the mount vanished at once; somebody unmounted it: try again")
         return cls(fd, mount)
 
-    # -- notifications
-
-    def revoke(self, ino: Ino, offset: int, length: int) -> None:
-        """``unmap_mapping_range()``: remove the pages of a range from all page tables and the page cache.
-
-        Bytes; ``length`` 0: to the end of the file. Neighbouring pages stay. The kernel writes dirty pages
-        back to this process during the call: from a worker thread only.
-        """
-        self._notify_inval_inode(ino, offset, length)
-
-    def forget_attributes(self, ino: Ino) -> None:
-        """Have the kernel ask for size and times anew at the next use. Does not block."""
-        self._notify_inval_inode(ino, -1, 0)
-
-    def _notify_inval_inode(self, ino: Ino, offset: int, length: int) -> None:
-        body = _INVAL_INODE.pack(ino, offset, length)
-        header = _OUT_HEADER.pack(_OUT_HEADER.size + len(body), FUSE_NOTIFY_INVAL_INODE, 0)
-        try:
-            os.write(self.fd, header + body)
-        except OSError as error:
-            # The inode is not in the kernel's cache, or the connection is gone: no page to revoke.
-            if error.errno not in (errno.ENOENT, errno.ENOTCONN, errno.ENODEV):
-                raise
-
-    # -- through files on this mount: from a worker thread only
-
-    def write_back(self, ino: Ino, path: bytes | None) -> bool:
-        """Have the kernel write back the dirty pages of a file, which stay mapped.
-
-        ``path``: see ``own_files.open_inode``. Takes no lock of the inode, so also for requests during which
-        the kernel holds the inode's lock. Return False if the file could not be opened, so dirty pages may
-        remain. As root, an inode that the kernel does not hold counts as written back.
-        """
-        try:
-            fd = own_files.open_inode(self.mount, ino, path)
-        except OSError as error:
-            # ESTALE: the kernel does not hold the inode, so no page of the file, either.
-            return error.errno == errno.ESTALE and os.geteuid() == 0
-        try:
-            _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_AND_WAIT)
-        finally:
-            os.close(fd)
-        return True
-
-    def refresh_attributes(self, ino: Ino, path: bytes | None) -> None:
-        """Have the kernel ask for size and times of a file now."""
-        with suppress(OSError):
-            fd = own_files.open_inode(self.mount, ino, path)
-            try:
-                os.fstat(fd)
-            finally:
-                os.close(fd)
-
-    def tune_page_cache(self) -> bool:
-        """Set PAGE_CACHE for this mount. Return whether all settings were made; only root can."""
-        settings = _BDI / "{}:{}".format(*self.mount.dev)
-        try:
-            os.close(own_files.open_directory(self.mount))  # waits for FUSE_INIT, whose answer sets a limit
-            for name, value in PAGE_CACHE.items():
-                (settings / name).write_text(value)
-        except OSError:
-            return False
-        return True
-
-    # -- the end
-
-    def sync(self) -> None:
-        """``syncfs(2)``: write back all dirty pages of the mount. From a worker thread only."""
-        fd = own_files.open_directory(self.mount)
-        try:
-            _libc.syncfs(fd)
-        finally:
-            os.close(fd)
-
     def unmount(self) -> None:
         """``umount(2)``. Raises Busy while a file on the mount is in use, InvalidArgument for another error.
 
@@ -189,10 +105,13 @@ class Session:
         """Cut the connection, the last resort: every waiting request gets ENOTCONN. Return whether the
         connection is cut.
         """
+        return not self._is_connected() or _abort(self.mount, self._is_connected)
+
+    def _is_connected(self) -> bool:
+        """Return False once the connection is cut. A connection that is not cut keeps its device number."""
         poll = select.poll()
         poll.register(self.fd, 0)
-        # The kernel may have given the device number of a dead connection to another mount.
-        return bool(poll.poll(0)) or abort_connection(self.mount)
+        return not poll.poll(0)
 
 
 def _umount(mount: Mount, flags: int) -> int:
@@ -251,12 +170,39 @@ def abort_file(mount: Mount) -> Path:
 
 
 def abort_connection(mount: Mount) -> bool:
-    """Cut a mount's FUSE connection. Return False if the fusectl file could not be written."""
+    """Cut a mount's FUSE connection. Return False if the fusectl file could not be written, or if no mount
+    namespace has the mount any longer.
+    """
+    return _abort(mount, lambda: _is_mounted(mount))
+
+
+def _abort(mount: Mount, is_there: Callable[[], bool]) -> bool:
+    """Cut the connection with the device number of ``mount`` if the number still belongs to the mount.
+
+    The kernel gives the number of an ended mount to the next mount. An open fusectl file belongs to one
+    connection for good (fuse_ctl_remove_conn()). So the file is opened first; then ``is_there`` looks for the
+    mount; then the name must still lead to the open file.
+    """
+    path = abort_file(mount)
     try:
-        abort_file(mount).write_text("1")
+        control = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     except OSError:
         return False
+    try:
+        if not is_there() or not os.path.samestat(os.fstat(control), path.stat()):
+            return False
+        os.write(control, b"1")
+    except OSError:
+        return False
+    finally:
+        os.close(control)
     return True
+
+
+def _is_mounted(mount: Mount) -> bool:
+    """Return whether this or another mount namespace has ``mount``: see :func:`is_same`."""
+    there = itertools.chain(mounts(), (pin.mount for pin in copies()))
+    return any(is_same(now, mount) and now.dev == mount.dev for now in there)
 
 
 def _mount_as_root(source: str, mountpoint: Path) -> int:

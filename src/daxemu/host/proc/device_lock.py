@@ -41,9 +41,10 @@ def wait_for_last_mount(device: Path) -> None:
 def end_holder(mount: Mount, deadline: Deadline, kill_patience: float) -> bool:
     """End the supervisor that holds the lock of a mount's device: by SIGTERM, and ``kill_patience`` seconds
     before the deadline by SIGKILL. Return whether the supervisor has ended. Signals a holder of the lock only
-    if its effective uid is the mount's owner.
+    if its effective uid is the mount's owner. Raises TimeoutError if the filesystem that holds the device
+    does not answer.
     """
-    if (pid := holder_of(mount.device)) is None:
+    if (pid := deadline.run(lambda: holder_of(mount.device), kill_patience)) is None:
         return True
     try:
         process = os.pidfd_open(pid)
@@ -51,7 +52,8 @@ def end_holder(mount: Mount, deadline: Deadline, kill_patience: float) -> bool:
         return True
     try:
         # Second look: only after pidfd_open(2) is the pid certain to mean the same process.
-        if holder_of(mount.device) != pid or _uid_of(pid) != mount.owner:
+        again = deadline.run(lambda: holder_of(mount.device), kill_patience)
+        if again != pid or _uid_of(pid) != mount.owner:
             return False
         # SIGCONT: a supervisor that was stopped can save what no fsync had made durable.
         for signals, kept in (((signal.SIGTERM, signal.SIGCONT), kill_patience), ((signal.SIGKILL,), 0.0)):

@@ -32,6 +32,8 @@ _PM_SWAP = 1 << 62
 _PM_FILE = 1 << 61
 _PM_PFN = (1 << 55) - 1
 _ENTRY = 8  # bytes
+# linux/swapops.h, linux/swap.h: type of a swap entry, and the type of no swap file
+_SWAP_TYPE, _SWP_PTE_MARKER = 31, 31
 _CHUNK = 1 << 16  # pages looked at in one read(2) where PAGEMAP_SCAN is missing
 
 
@@ -49,6 +51,13 @@ class PageEntry(NamedTuple):
     def swapped(self) -> bool:
         """The page is swapped out."""
         return bool(self.word & _PM_SWAP)
+
+    @property
+    def is_marker(self) -> bool:
+        """The page is not there, but marked, as by a write-protection of userfaultfd(2). Such a page counts as
+        swapped out. Needs CAP_SYS_ADMIN.
+        """
+        return not self.present and self.swapped and self.word & _SWAP_TYPE == _SWP_PTE_MARKER
 
     @property
     def is_file(self) -> bool:

@@ -7,22 +7,26 @@ caller may not look into, are left out: the caller cannot signal either.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from operator import attrgetter
 from typing import NamedTuple
 
 from daxemu.host import victims
-from daxemu.host.proc import collect_in_c, maps, stat
+from daxemu.host.proc import collect_in_c, in_time, maps, stat
 from daxemu.host.proc.mapcount import all_found
 from daxemu.host.proc.maps import Vma
 from daxemu.host.proc.pagemap import Pagemap
-from daxemu.host.proc.processes import as_comm, read_comm, read_threads
+from daxemu.host.proc.processes import as_comm, comm_of, read_comm, read_threads
 from daxemu.host.proc.procfs import GONE, pids
 from daxemu.mm.memory_failure import PresentRun, Task, Thread
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SHIFT, Ino
 from daxemu.units import PFN_PHYS
 
+log = logging.getLogger(__name__)
+
+_WHY = "a thread of the process holds mmap_lock in a page fault that another filesystem does not answer"
 _LOOKS = 8  # at a process that keeps mapping and faulting
 
 Wanted = Mapping[Ino, Sequence[Range]] | None
@@ -39,46 +43,55 @@ def collect_tasks(
 ) -> list[Task]:
     """Return every process with a wanted page of a file on ``dev``, with the addresses.
 
-    ``pages_of`` chooses presence (:func:`present_runs`, the default) or mapping (:func:`mapped_runs`).
+    ``pages_of`` chooses presence (:func:`present_runs`, the default) or mapping (:func:`mapped_runs`). Of a
+    process whose page tables cannot be read in time (``in_time``), each mapped page counts as present.
     Processes in ``likely`` come first: the kernel's count of mappings may prove that no other has the page.
     """
     pages_of = pages_of or present_runs
     everyone = [pid for pid in pids() if pid not in skip]
-    found = _look_at_each([pid for pid in everyone if pid in likely], dev, wanted, pages_of)
+    found, are_all = _look_at_each([pid for pid in everyone if pid in likely], dev, wanted, pages_of)
     rest = [pid for pid in everyone if pid not in likely]
     # The proof costs as much as the search of the processes already found.
-    if wanted is not None and pages_of is present_runs and len(found) < len(rest):
+    if wanted is not None and pages_of is present_runs and are_all and len(found) < len(rest):
         everybody = all_found(found, wanted)
         rest = rest if everybody is None else everybody.living_in(rest)
-    found += _look_at_each(rest, dev, wanted, pages_of)
+    found += _look_at_each(rest, dev, wanted, pages_of)[0]
     return sorted(found, key=attrgetter("pid"))
 
 
-def _look_at_each(pids: list[int], dev: tuple[int, int], wanted: Wanted, pages_of: PagesOf) -> list[Task]:
-    tasks = []
-    for found in pids if victims.MISSING else _looked_at(pids, dev, wanted, pages_of):
-        task = found if isinstance(found, Task) else _look_at(found, dev, wanted, pages_of)
-        if task is not None:
-            tasks.append(task)
-    return tasks
-
-
-def _looked_at(
+def _look_at_each(
     pids: list[int], dev: tuple[int, int], wanted: Wanted, pages_of: PagesOf
-) -> Iterator[Task | int]:
-    """Yield the tasks that C found, and the process ids that Python must look at."""
-    is_plain = wanted is not None and pages_of is present_runs
-    for found in collect_in_c.collect(pids, dev, wanted if wanted is not None and is_plain else {}):
-        if isinstance(found, int):
-            yield found
-            continue
-        try:
-            # A single thread is the leader, whose flags C has read from stat.
-            alone = found.nr_threads == 1
-            threads = [Thread(found.pid, found.flags)] if alone else read_threads(found.pid)
-            yield Task(found.pid, as_comm(found.comm), tuple(threads), tuple(map(_present, found.runs)))
-        except GONE:
-            continue
+) -> tuple[list[Task], bool]:
+    """Return the processes with wanted pages, and whether the page tables of all processes could be read."""
+    known = in_time.stuck()
+    free, stuck = [pid for pid in pids if pid not in known], [pid for pid in pids if pid in known]
+    tasks: list[Task] = []
+    if not victims.MISSING:
+        is_plain = wanted is not None and pages_of is present_runs
+        looked, more = collect_in_c.collect(free, dev, wanted if wanted is not None and is_plain else {})
+        stuck += more
+        free = [found for found in looked if isinstance(found, int)]
+        tasks += filter(None, (_as_task(found) for found in looked if not isinstance(found, int)))
+    found, more = in_time.each_by(free, lambda pid: _look_at(pid, dev, wanted, pages_of))
+    stuck += more
+    mapping, unknown = in_time.each_by(stuck, lambda pid: _look_at(pid, dev, wanted, mapped_runs))
+    for task in filter(None, mapping):
+        log.warning("each mapped page of process %d (%s) counts as present: %s", task.pid, task.comm, _WHY)
+    for pid in unknown:
+        log.warning("no pages of process %d (%s) are known: %s", pid, comm_of(pid), _WHY)
+    tasks += filter(None, (*found, *mapping))
+    return tasks, not stuck
+
+
+def _as_task(found: collect_in_c.Found) -> Task | None:
+    """Return a process that C found; None if the process is gone."""
+    try:
+        # A single thread is the leader, whose flags C has read from stat.
+        alone = found.nr_threads == 1
+        threads = [Thread(found.pid, found.flags)] if alone else read_threads(found.pid)
+        return Task(found.pid, as_comm(found.comm), tuple(threads), tuple(map(_present, found.runs)))
+    except GONE:
+        return None
 
 
 def _present(run: collect_in_c.Run) -> PresentRun:

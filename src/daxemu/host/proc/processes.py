@@ -62,6 +62,15 @@ def in_page_fault(tid: int) -> bool | None:
         return None
 
 
+def is_asleep_in_fault(tid: int) -> bool:
+    """Return whether a thread sleeps in its own page fault. False where /proc/TID/syscall cannot be read."""
+    try:
+        with open(f"/proc/{tid}/syscall", "rb") as file:
+            return file.read(2) == b"-1"
+    except OSError:
+        return False
+
+
 def capable(tid: int | str, capability: int) -> bool:
     """Return whether a thread has a capability (CAP_*); False for a thread that is gone.
 

@@ -47,7 +47,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 Handle = Callable[["AttachedRun", NotifiedCall], Awaitable[Answer | None]]
-"""Decide a call. Return the answer; None if the handler has called :meth:`AttachedRun.answer` itself."""
+"""Decide a call. Return the answer; None if :meth:`AttachedRun.answer` was or will be called."""
 
 
 class AttachedRun:
@@ -181,7 +181,6 @@ class AttachedRun:
             self._under_way.discard(call.id)
             if answer is not None:
                 self.answer(call, answer)
-            self._to_acknowledge.discard(call.id)
 
 
 def for_failure(call: NotifiedCall) -> Answer:

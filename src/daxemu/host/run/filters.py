@@ -5,7 +5,8 @@
 ========================  ==================================================================================
 system call               action
 ========================  ==================================================================================
-mmap                      notify for a file; notify for MAP_FIXED in the zone, which replaces direct mappings
+mmap                      notify for a file, except by the dynamic loader (below); notify for MAP_FIXED in the
+                          zone, which replaces direct mappings
 munmap, mprotect, mremap, notify if the address is in the zone
 msync, madvise
 madvise                   notify for MADV_HWPOISON and MADV_SOFT_OFFLINE, at any address
@@ -15,6 +16,11 @@ clone3                    ENOSYS: a filter cannot read its flags; libraries then
 mmap, mmap2 of i386; mmap notify for a file, to refuse direct mappings: a slice of the zone has no place below
 of x32                    4 GiB. No other call of these programs can concern a direct mapping
 ========================  ==================================================================================
+
+The dynamic loader of glibc maps libraries with MAP_PRIVATE and MAP_DENYWRITE, which the kernel ignores and no
+other program uses. These mappings are the kernel's: some 40 for each execve(2), and each notification takes
+several times as long as the mmap(2) (docs/performance.md). Code of a direct mount is therefore never a direct
+mapping: execve(2) itself maps the program in the kernel.
 
 Everything else is allowed, and so is a call of an agent (``zone.MAGIC``). Calls that no rule names are
 allowed by number alone, which the kernel remembers (``seccomp_cache_check_allow``): no program runs for them.
@@ -44,7 +50,8 @@ AUDIT_ARCH_I386 = 0x40000003
 X32 = 0x40000000  # asm/unistd.h: __X32_SYSCALL_BIT
 I386_MMAP, I386_MMAP2 = 90, 192  # asm/unistd_32.h
 
-MAP_FIXED, MAP_ANONYMOUS = 0x10, 0x20  # uapi/linux/mman.h
+# uapi/linux/mman.h, uapi/asm-generic/mman.h. MAP_SHARED_VALIDATE has the bit of MAP_SHARED.
+MAP_SHARED, MAP_FIXED, MAP_ANONYMOUS, MAP_DENYWRITE = 0x01, 0x10, 0x20, 0x800
 CLONE_VM = 0x100  # uapi/linux/sched.h
 
 
@@ -120,7 +127,10 @@ def direct() -> bytes:
     bpf.load(high(4))
     bpf.if_equal(zone.MAGIC, then="allow")
     bpf.load(low(3))
-    bpf.if_any_bit(MAP_ANONYMOUS, otherwise="notify")
+    bpf.if_any_bit(MAP_ANONYMOUS, then="no file to map")
+    bpf.if_any_bit(MAP_DENYWRITE, otherwise="notify")
+    bpf.if_any_bit(MAP_SHARED, then="notify")
+    bpf.label("no file to map")
     bpf.if_any_bit(MAP_FIXED, otherwise="allow")
     _if_in_zone(bpf, then="notify", otherwise="allow")
 

@@ -13,6 +13,7 @@ Only the thread of :meth:`Helper.serve` uses the C loop. Threads hand their resu
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -81,6 +82,7 @@ class Helper:
 
     def serve(self) -> None:
         """Serve until the last process under the filter is gone."""
+        _hurry()
         while True:
             work, raw = self._forwarder.serve()
             if work is Work.ENDED:
@@ -165,3 +167,14 @@ class Helper:
                     seccomp.answer(self._listener, seccomp.parse(raw), Answer(error=errno.ENODEV))
                 else:
                     self._work(self._forwarder.route(raw), raw)
+
+
+def _hurry() -> None:
+    """Let this thread, but none that it starts, run before every ordinary process, where that is permitted.
+
+    Until the helper has received a call, a signal interrupts the caller's wait, and a caller without
+    SA_RESTART gets EINTR, which mmap(2) never returns otherwise. On a busy machine, in a loop of mmap(2),
+    493 of 2000 signals met this window; with this priority 90.
+    """
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))

@@ -21,6 +21,7 @@ import errno
 import os
 import platform
 import struct
+from collections.abc import Sequence
 from io import FileIO
 from signal import SIGBUS
 from typing import NamedTuple
@@ -42,7 +43,8 @@ _NR_MADVISE = 28
 _MADV_DONTNEED_LOCKED = 24  # asm-generic/mman-common.h, since Linux 5.18
 
 # asm/user_64.h: indices into struct user_regs_struct
-_R10, _RAX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP, _CS, _RSP = 7, 10, 12, 13, 14, 15, 16, 17, 19
+_R13, _R12, _R10, _R9, _R8 = 2, 3, 7, 8, 9
+_RAX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP, _CS, _RSP = 10, 12, 13, 14, 15, 16, 17, 19
 _Regs = ctypes.c_uint64 * 27
 # struct user_regs_struct32, of a thread that runs 32-bit code
 _EAX, _ORIG_EAX = 6, 11
@@ -73,6 +75,60 @@ def _get_regs(tid: int) -> ctypes.Array[ctypes.c_uint64] | None:
     regs = _Regs()
     if ptrace.get_regs(tid, regs) != ctypes.sizeof(regs) or regs[_CS] != _USER_CS_64:
         return None
+    return regs
+
+
+class Registers:
+    """General registers of a stopped 64-bit thread, to be put back later."""
+
+    def __init__(self, tid: int, regs: ctypes.Array[ctypes.c_uint64]) -> None:
+        self._tid = tid
+        self._regs = regs
+
+    @property
+    def call(self) -> int:
+        """Number of the system call that the thread is in or returns from; -1 if none."""
+        return ctypes.c_int64(self._regs[_ORIG_RAX]).value
+
+    @property
+    def result(self) -> int:
+        """Result of the system call; negative: -errno."""
+        return ctypes.c_int64(self._regs[_RAX]).value
+
+    def put_back(self) -> None:
+        """Give the thread these registers."""
+        ptrace.set_regs(self._tid, self._regs)
+
+
+def registers(tid: int) -> Registers:
+    """Return the registers of a stopped thread. Raises CannotInject if the thread runs 32-bit code."""
+    return Registers(tid, _get_regs_64(tid))
+
+
+def find_instruction(tid: int) -> int:
+    """Return the address of a ``syscall`` instruction in the program of a stopped thread. Raises
+    CannotInject.
+    """
+    with open_memory(tid) as memory:
+        return _find_syscall_insn(tid, _get_regs_64(tid), memory.fileno())
+
+
+def prepare(tid: int, insn: int, number: int, args: Sequence[int], *, r12: int, r13: int) -> None:
+    """Set the registers of a stopped thread for a system call of up to six arguments, by the instruction at
+    ``insn``. Raises CannotInject.
+    """
+    regs = _get_regs_64(tid)
+    regs[_RIP], regs[_RAX], regs[_R12], regs[_R13] = insn, number, r12, r13
+    regs[_ORIG_RAX] = _MINUS_ONE  # otherwise the kernel would restart the interrupted system call here
+    for register, value in zip((_RDI, _RSI, _RDX, _R10, _R8, _R9), args, strict=False):
+        regs[register] = value & _MINUS_ONE
+    ptrace.set_regs(tid, regs)
+
+
+def _get_regs_64(tid: int) -> ctypes.Array[ctypes.c_uint64]:
+    regs = _get_regs(tid) if _MACHINE == "x86_64" else None
+    if regs is None:
+        raise CannotInject("it runs 32-bit code, or the machine is not x86_64")
     return regs
 
 
@@ -139,7 +195,7 @@ class Injection:
         self._tid = tid
         self._regs = regs
         self._suspends_seccomp = status.seccomp != 0
-        self._memory = _open_memory(tid)  # closed with this object
+        self._memory = open_memory(tid)  # closed with this object
         insn = _find_syscall_insn(tid, regs, self._memory.fileno())
         self._where, self._saved = _write_scratch(self._memory.fileno(), regs[_RSP], call.payload)
         try:
@@ -207,7 +263,8 @@ def begin(tid: int, request: Send | tuple[int, int]) -> Injection:
     return Injection(tid, status, queue_to_itself(status, SIGBUS, info))
 
 
-def _open_memory(tid: int) -> FileIO:
+def open_memory(tid: int) -> FileIO:
+    """Open the memory of a held thread for reading and writing. Raises CannotInject."""
     try:
         return FileIO(f"/proc/{tid}/mem", "r+")
     except PermissionError as error:
@@ -245,23 +302,23 @@ def _find_syscall_insn(tid: int, regs: ctypes.Array[ctypes.c_uint64], memory: in
     """Return the address of a ``syscall`` instruction: the last one that the thread used, one in the vDSO, or
     any other.
     """
-    if regs[_ORIG_RAX] < _MINUS_ONE and _peek(memory, regs[_RIP] - 2, 2) == _SYSCALL_INSN:
+    if regs[_ORIG_RAX] < _MINUS_ONE and peek(memory, regs[_RIP] - 2, 2) == _SYSCALL_INSN:
         return regs[_RIP] - 2
     vdso = _vdso_base(tid)
     for start, length in [(vdso, 2 * PAGE_SIZE), (vdso, PAGE_SIZE)] if vdso else []:
-        found = _peek(memory, start, length).find(_SYSCALL_INSN)
+        found = peek(memory, start, length).find(_SYSCALL_INSN)
         if found >= 0:
             return start + found
     for vma in maps.read(tid):
         if not vma.executable:
             continue
-        found = _peek(memory, vma.start, min(vma.area.length, _SCAN_LIMIT)).find(_SYSCALL_INSN)
+        found = peek(memory, vma.start, min(vma.area.length, _SCAN_LIMIT)).find(_SYSCALL_INSN)
         if found >= 0:
             return vma.start + found
     raise CannotInject("its SIGBUS is blocked, and it has no system call instruction mapped")
 
 
-def _peek(memory: int, where: int, length: int) -> bytes:
+def peek(memory: int, where: int, length: int) -> bytes:
     """Return bytes of a thread's memory; empty if the bytes are not mapped."""
     try:
         return os.pread(memory, length, where)

@@ -42,12 +42,14 @@ from daxemu.host.tracer.messages import (
     Gone,
     Hold,
     LetGo,
+    MakeAgent,
     Outcome,
     Postponed,
     Refused,
     Report,
     Request,
     SendAO,
+    TraceFork,
 )
 from daxemu.uapi import PAGE_SHIFT
 
@@ -241,6 +243,18 @@ class TracerLink:
         pending = Pending(next(self._ids), tid)
         self._submit(session, SendAO(pending.id, tgid, tid, addr, lsb, page), pending)
         return pending
+
+    async def make_agent(self, request: MakeAgent | TraceFork) -> Armed | Refused | Gone:
+        """Hold the thread of ``request``, whose id is replaced, to make an agent: see MakeAgent and
+        TraceFork.
+
+        Once ``Armed``, answer the thread's system call with -ERESTARTNOINTR. Outcome: ``AgentMade``,
+        ``Refused``, ``Gone``, or ``NotTaken`` for a fork without a child.
+        """
+        session = await self._running()
+        armed = Armed(next(self._ids), request.tid)
+        self._submit(session, msgspec.structs.replace(request, id=armed.id), armed)
+        return await armed._answer()
 
     def _submit(self, session: _Session, request: Request, pending: Pending) -> None:
         session.waiting[pending.id] = pending

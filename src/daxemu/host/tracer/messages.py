@@ -86,6 +86,33 @@ class LetGo(_Message, frozen=True):
     error: int = 0
 
 
+class _AgentRequest(_Message, frozen=True):
+    tgid: int
+    tid: int
+    fd: int
+    place: int
+    length: int
+    code: bytes
+    magic: int
+
+
+class MakeAgent(_AgentRequest, frozen=True):
+    """Make an agent in process ``tgid``. Its thread ``tid`` waits in a system call that seccomp(2) notified;
+    the supervisor answers the call with -ERESTARTNOINTR after ``ArmedAck``.
+
+    ``fd``: the agent's socket, a descriptor of the process, closed there in the end. ``code`` goes to address
+    ``place``, with ``length`` bytes of memory in all. ``magic``: upper half of the descriptor in mmap(2), by
+    which the seccomp filter knows an agent's call.
+    """
+
+
+class TraceFork(_AgentRequest, frozen=True):
+    """Make an agent in the child of a fork, before the child runs. Thread ``tid`` waits in fork(2) or
+    clone(2); otherwise as ``MakeAgent``. The thread repeats the fork, so the supervisor is notified a second
+    time.
+    """
+
+
 class ArmedAck(_Message, frozen=True):
     """The thread is held: the supervisor may now fail its fault, or end its system call."""
 
@@ -116,7 +143,13 @@ class Delivered(_Message, frozen=True):
 
 
 class NotTaken(_Message, frozen=True):
-    """No SIGBUS came in time; the thread is let go."""
+    """No SIGBUS came in time, or no child came of a fork; the thread is let go."""
+
+
+class AgentMade(_Message, frozen=True):
+    """Process ``tgid`` has an agent, and runs on: the process of the request, or the child of its fork."""
+
+    tgid: int
 
 
 class Gone(_Message, frozen=True):
@@ -154,8 +187,8 @@ class Postponed(_Message, frozen=True):
     limit: int
 
 
-Request = ArmAR | SendAO | ForceAR | Hold | LetGo
-Outcome = Delivered | Refused | NotTaken | Gone | Ignored | Held | Resumed
+Request = ArmAR | SendAO | ForceAR | Hold | LetGo | MakeAgent | TraceFork
+Outcome = Delivered | Refused | NotTaken | Gone | Ignored | Held | Resumed | AgentMade
 Report = ArmedAck | Asleep | Postponed | Outcome
 
 MOST_IN_PACKET = 128

@@ -31,14 +31,14 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from pathlib import Path
 
 import msgspec
 
 from daxemu.host import victims
-from daxemu.host.proc import file_pages, stat
+from daxemu.host.proc import file_pages
 from daxemu.host.proc.status import find as find_status
-from daxemu.host.tracer import injection, ptrace, siginfo
+from daxemu.host.tracer import injection, mourner, ptrace, siginfo
+from daxemu.host.tracer.agent_maker import AgentMakers
 from daxemu.host.tracer.beside import Besides
 from daxemu.host.tracer.deliver_in_c import Deliveries, Taken, Wait
 from daxemu.host.tracer.held_thread import Discard, HeldThread, Phase, StopVerdict
@@ -54,12 +54,14 @@ from daxemu.host.tracer.messages import (
     Hold,
     Ignored,
     LetGo,
+    MakeAgent,
     Outcome,
     Refused,
     Report,
     Request,
     Send,
     SendAO,
+    TraceFork,
 )
 from daxemu.host.tracer.ptrace import ResumeStep, Stop, StopKind
 from daxemu.host.tracer.siginfo import SIGBUS_BIT
@@ -67,7 +69,6 @@ from daxemu.host.tracer.siginfo import SIGBUS_BIT
 _RETRY = 0.02  # seconds between looks at a pending SIGBUS: no event reports that signalfd(2) took the signal
 _SWEEP = 1.0  # seconds
 _FAREWELL = 2.0  # seconds to let all threads go at the end
-_MOURNING_INTERVAL = 1.0  # seconds between looks at the supervisor
 _BATCH = 256  # stops, or packets of requests, before the other kind is served
 _DECODER = msgspec.json.Decoder(list[Request])
 _ENCODER = msgspec.json.Encoder()
@@ -84,6 +85,8 @@ class Tracer:
         self._threads: dict[int, HeldThread] = {}
         self._injections: dict[int, injection.Injection] = {}
         self._outbox: deque[Report] = deque()
+        self._makers = AgentMakers(self._outbox)
+        self._after_makers: list[Request] = []  # requests for threads that make agents
         self._cookies = itertools.count(secrets.randbits(62) + 1)
         self._deliveries = None if is_beside or victims.MISSING is not None else Deliveries()
         self._stale_at = math.inf  # when these deliveries become ``Thread`` objects
@@ -109,13 +112,13 @@ class Tracer:
             self._unpark(thread)
             self._nudge(thread)
         self._beside.close()
-        while (self._threads or self._beside.are_alive) and time.monotonic() < self._farewell:
+        while (self._threads or self._makers or self._beside.are_alive) and time.monotonic() < self._farewell:
             self._turn(poller)
 
     @property
     def is_idle(self) -> bool:
         """Return True if no thread is held."""
-        return not self._threads
+        return not self._threads and not self._makers
 
     def _turn(self, poller: select.poll) -> None:
         left = 0 if self._more else min(self._due, self._farewell or math.inf) - time.monotonic()
@@ -206,6 +209,9 @@ class Tracer:
             self._outbox.extend(reports)
             self._due = min(self._due, time.monotonic() + _SWEEP)
             return
+        if request.tid in self._makers:
+            self._after_makers.append(request)
+            return
         if isinstance(request, LetGo):
             self._let_go(request)
             return
@@ -213,6 +219,10 @@ class Tracer:
             self._take_over(self._deliveries.take_over(request.tid))
         if request.tid not in self._threads and (refused := self._hold(request)) is not None:
             self._outbox.append(refused)
+            return
+        if isinstance(request, MakeAgent | TraceFork):
+            self._makers.begin(request)
+            self._due = min(self._due, time.monotonic() + _SWEEP)
             return
         thread = self._threads.setdefault(request.tid, HeldThread(request.tid))
         self._want(thread, request)
@@ -260,12 +270,12 @@ class Tracer:
         else:
             self._outbox.append(Gone(request.id))
 
-    def _hold(self, request: ArmAR | Send | Hold) -> Outcome | None:
+    def _hold(self, request: ArmAR | Send | Hold | MakeAgent | TraceFork) -> Outcome | None:
         """Seize the thread; return the final report if the thread cannot be seized."""
         status = find_status(request.tid)
         if status is None or status.is_dead:
             return Gone(request.id)
-        if isinstance(request, Send | Hold) and status.tgid != request.tgid:
+        if not isinstance(request, ArmAR) and status.tgid != request.tgid:
             return Gone(request.id)
         if isinstance(request, SendAO) and siginfo.is_ignored(status):
             return Ignored(request.id)
@@ -299,8 +309,12 @@ class Tracer:
                 self._drop(tid)
                 self._drop(ptrace.event_message(tid))
                 ptrace.detach(tid)
+            elif tid in self._makers:
+                if self._makers.on_stop(tid, status):
+                    self._on_made(tid, status)
             elif thread is None:
-                ptrace.detach(tid, ptrace.classify(status)[1])
+                if not self._makers.is_early(tid, status):
+                    ptrace.detach(tid, ptrace.classify(status)[1])
             elif thread.holds and thread.phase is Phase.NONE:
                 self._outbox.extend(thread.park(status))
             else:
@@ -309,6 +323,16 @@ class Tracer:
             if not ptrace.is_vanished(error):
                 raise
             self._drop(tid)
+
+    def _on_made(self, tid: int, status: int) -> None:
+        """Go on with a thread in the last stop of its script."""
+        if tid in self._threads:
+            self._on_wait(tid, status)
+        else:
+            ptrace.detach(tid)
+        after, self._after_makers = self._after_makers, []
+        for request in after:
+            self._on_request(request)
 
     def _on_stop(self, thread: HeldThread, stop: Stop) -> None:
         if thread.arms and (info := stop.info) is not None:
@@ -378,11 +402,14 @@ class Tracer:
             return
         if now >= self._stale_at:
             self._take_all_over()
-        self._due = now + _SWEEP if self._threads or self._beside else self._stale_at
+        self._due = now + _SWEEP if self._threads or self._makers or self._beside else self._stale_at
         reports, ready = self._beside.tick(now)
         self._outbox.extend(reports)
         for request in ready:
             self._on_request(request)
+        for tid in self._makers:
+            if (status := find_status(tid)) is None or status.tracer != threading.get_native_id():
+                self._drop(tid)
         for thread in list(self._threads.values()):
             thread.expire(now)
             status = find_status(thread.tid)
@@ -421,6 +448,7 @@ class Tracer:
         unknown.
         """
         self._injections.pop(tid, None)
+        self._makers.drop(tid, signal)
         if (thread := self._threads.pop(tid, None)) is not None:
             self._outbox.extend(Gone(id_, signal, thread.fault_at) for id_ in thread.ids())
         elif self._deliveries is not None and tid in self._deliveries:
@@ -452,32 +480,15 @@ def _as_mapped_now(request: Send) -> Send | None:
     return msgspec.structs.replace(request, addr=address) if address is not None else None
 
 
-def _mourn(supervisor: int, abort: str) -> None:
-    """Cut the mount's connection (by the file ``abort``) once the supervisor has been killed.
-
-    The connection normally ends with a killed supervisor. Exception: a thread of the supervisor that waits on
-    its own mount cannot die before its request is answered. The supervisor then lingers as a zombie, and
-    every process that uses the mount waits.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # the other thread's
-    while True:
-        time.sleep(_MOURNING_INTERVAL)
-        try:
-            is_zombie = stat.read(supervisor).state == "Z"
-        except OSError:
-            return
-        if is_zombie:
-            with contextlib.suppress(OSError):  # cut already, or not permitted
-                Path(abort).write_text("1")
-            return
-
-
 def main(argv: list[str]) -> None:
     """Serve the socket whose number is ``argv[1]``. ``argv[2]``, if given, is the file that cuts the mount's
     connection.
     """
     if len(argv) > 2:
-        threading.Thread(target=_mourn, args=(os.getppid(), argv[2]), daemon=True).start()
+        with contextlib.suppress(OSError):  # not permitted
+            # Opened now: the open file belongs to this connection, while another mount may get the number.
+            abort = os.open(argv[2], os.O_WRONLY | os.O_CLOEXEC)
+            threading.Thread(target=mourner.mourn, args=(os.getppid(), abort), daemon=True).start()
     # The tracer ends with the socket: dying in the middle of an injection would corrupt the victim's state.
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sig, signal.SIG_IGN)

@@ -40,8 +40,12 @@ _GETSIGMASK = 0x420A
 _SETSIGMASK = 0x420B
 _DETACH = 17
 _O_TRACESYSGOOD = 0x00000001
+_O_TRACEFORK = 0x00000002
+_O_TRACEVFORK = 0x00000004
+_O_TRACECLONE = 0x00000008
 _O_TRACEEXEC = 0x00000010
 _O_SUSPEND_SECCOMP = 0x00200000
+FORK_EVENTS = (1, 2, 3)  # PTRACE_EVENT_FORK, _VFORK, _CLONE
 EVENT_EXEC = 4
 EVENT_STOP = 128
 SYSCALL_STOP = SIGTRAP | 0x80
@@ -53,6 +57,8 @@ WNOTHREAD = 0x20000000
 
 # TRACEEXEC: a thread that calls execve(2) takes its leader's id; without this stop it would vanish silently.
 OPTIONS = _O_TRACESYSGOOD | _O_TRACEEXEC
+# The child of a traced fork is a tracee with the same options.
+TRACE_FORKS = _O_TRACEFORK | _O_TRACEVFORK | _O_TRACECLONE
 _NT_PRSTATUS = 1
 
 # asm/unistd.h: (tgkill, rt_tgsigqueueinfo)
@@ -117,9 +123,9 @@ def cont(tid: int, sig: int = 0) -> None:
     _ptrace("CONT", _CONT, tid, data=sig)
 
 
-def cont_to_syscall(tid: int) -> None:
-    """Let a stopped thread run until the thread enters or leaves a system call."""
-    _ptrace("SYSCALL", _SYSCALL, tid)
+def cont_to_syscall(tid: int, sig: int = 0) -> None:
+    """Let a stopped thread run until the thread enters or leaves a system call; ``sig`` as in ``cont``."""
+    _ptrace("SYSCALL", _SYSCALL, tid, data=sig)
 
 
 def listen(tid: int) -> None:
@@ -133,7 +139,7 @@ def detach(tid: int, sig: int = 0) -> None:
 
 
 def event_message(tid: int) -> int:
-    """PTRACE_GETEVENTMSG; at EVENT_EXEC the id the thread had before."""
+    """PTRACE_GETEVENTMSG; at EVENT_EXEC the id the thread had before, at FORK_EVENTS the child."""
     message = ctypes.c_ulong()
     _ptrace("GETEVENTMSG", _GETEVENTMSG, tid, data=ctypes.addressof(message))
     return message.value
@@ -152,17 +158,43 @@ def set_siginfo(tid: int, info: bytes) -> None:
     _ptrace("SETSIGINFO", _SETSIGINFO, tid, data=ctypes.addressof(raw))
 
 
-def unblock(tid: int, sig: int) -> None:
-    """Take a signal out of a stopped thread's mask."""
+def get_mask(tid: int) -> int:
+    """Return a stopped thread's signal mask: bit N-1 for signal N."""
     mask = ctypes.c_uint64()
     _ptrace("GETSIGMASK", _GETSIGMASK, tid, ctypes.sizeof(mask), ctypes.addressof(mask))
-    mask.value &= ~(1 << (sig - 1))
-    _ptrace("SETSIGMASK", _SETSIGMASK, tid, ctypes.sizeof(mask), ctypes.addressof(mask))
+    return mask.value
+
+
+def set_mask(tid: int, mask: int) -> None:
+    """Set a stopped thread's signal mask, as in ``get_mask``."""
+    value = ctypes.c_uint64(mask)
+    _ptrace("SETSIGMASK", _SETSIGMASK, tid, ctypes.sizeof(value), ctypes.addressof(value))
+
+
+def unblock(tid: int, sig: int) -> None:
+    """Take a signal out of a stopped thread's mask."""
+    set_mask(tid, get_mask(tid) & ~(1 << (sig - 1)))
+
+
+def set_options(tid: int, options: int) -> None:
+    """Set the options of a stopped thread, which ``seize`` has set to OPTIONS."""
+    _ptrace("SETOPTIONS", _SETOPTIONS, tid, data=options)
 
 
 def suspend_seccomp(tid: int, suspend: bool) -> None:
     """Suspend or resume a stopped thread's seccomp filters. EPERM, EINVAL: not available on this system."""
     _ptrace("SETOPTIONS", _SETOPTIONS, tid, data=OPTIONS | (_O_SUSPEND_SECCOMP if suspend else 0))
+
+
+def can_suspend_seccomp(tid: int) -> bool:
+    """Suspend a stopped thread's seccomp filters where the system allows it; return whether it does."""
+    try:
+        suspend_seccomp(tid, True)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EINVAL):
+            raise
+        return False
+    return True
 
 
 def get_regs(tid: int, regs: ctypes.Array[ctypes.c_uint64]) -> int:

@@ -1,4 +1,4 @@
-"""The verbs ``map``, ``reflink``, ``damaged`` and ``badblocks``.
+"""The verbs ``map``, ``who_maps``, ``reflink``, ``damaged`` and ``badblocks``.
 
 A reply is made in pieces, with a checkpoint after each. Files may change between two pieces, so a long reply
 describes several moments. Each piece is correct at its moment, and no part of a file or of the device is in
@@ -14,6 +14,7 @@ import trio
 from daxemu import protocol as p
 from daxemu.fs.extents import Mapping
 from daxemu.fs.filesystem import Filesystem
+from daxemu.host.mappings import Mappings
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
 from daxemu.supervisor.clones import Clones
@@ -76,6 +77,12 @@ async def badblocks(pmem: Pmem) -> p.BadblockList:
         sectors += sum(r.length for r in part)
         await trio.lowlevel.checkpoint()
     return p.BadblockList(found, sectors)
+
+
+async def who_maps(mappings: Mappings) -> p.MappedFileList:
+    """Return the mappings of files of the mount."""
+    found = await trio.to_thread.run_sync(mappings.mapped_files)
+    return p.MappedFileList([p.MappedFile(*each) for each in found])
 
 
 async def reflink(clones: Clones, request: p.Reflink) -> p.Shared:

@@ -10,17 +10,18 @@ from __future__ import annotations
 import errno
 
 from daxemu import protocol as p
+from daxemu.errors import DaxemuError
 from daxemu.events import Emit, MadviseInjected, PoisonInjected
 from daxemu.fs.filesystem import Filesystem
+from daxemu.host.mappings import Mappings
 from daxemu.host.proc.processes import process_of
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.inject import inject
 from daxemu.pmem.pmem import Pmem
 from daxemu.supervisor.failures import Failures
-from daxemu.supervisor.page_cache import PageCache
 from daxemu.supervisor.signals import Signals
 from daxemu.supervisor.verbs.device_ranges import check_present, device_page
-from daxemu.uapi import MF_ACTION_REQUIRED, MF_SW_SIMULATED, PAGE_SIZE
+from daxemu.uapi import MF_ACTION_REQUIRED, MF_SW_SIMULATED, PAGE_SIZE, Ino
 
 
 class MadviseInjection:
@@ -31,7 +32,7 @@ class MadviseInjection:
         pmem: Pmem,
         mm: MemoryFailures,
         fs: Filesystem,
-        page_cache: PageCache,
+        mappings: Mappings,
         failures: Failures,
         signals: Signals,
         emit: Emit,
@@ -39,7 +40,7 @@ class MadviseInjection:
         self._pmem = pmem
         self._mm = mm
         self._fs = fs
-        self._page_cache = page_cache
+        self._mappings = mappings
         self._failures = failures
         self._signals = signals
         self._emit = emit
@@ -62,8 +63,16 @@ class MadviseInjection:
                 return p.Advised(error)
         return p.Advised(0)
 
+    async def of_call(self, tid: int, address: int, ino: Ino, offset: int, length: int, *, soft: bool) -> int:
+        """See host.mappings.HardwareError."""
+        try:
+            request = p.Madvise(tid=tid, address=address, ino=ino, offset=offset, length=length, soft=soft)
+            return (await self.madvise_inject_error(request)).errno
+        except DaxemuError as error:
+            return error.errno
+
     async def _one_page(self, request: p.Madvise, pid: int, done: int) -> int:
-        at = await device_page(self._fs, self._page_cache, request.ino, request.offset + done)
+        at = await device_page(self._fs, self._mappings, request.ino, request.offset + done)
         if at is None:
             return errno.EBUSY  # a hole is mapped by the zero page, which memory_failure() does not touch
         pfn, address = self._pmem.pfn_of(at), request.address + done

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import trio
 
 from daxemu import protocol as p
-from daxemu.events import Emit, PoisonCleared, PoisonInjected, ScrubFound, SilentlyCorrupted
+from daxemu.events import Emit, Outcome, PoisonCleared, PoisonInjected, ScrubFound, SilentlyCorrupted
 from daxemu.failure_kind import FailureKind
 from daxemu.fs.data_ops import Origin
 from daxemu.fs.filesystem import Filesystem
+from daxemu.host.mappings import Mappings
 from daxemu.mm.incident import Incident
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.inject import corrupt_in_pieces, failed_pages, inject_all, scrub_in_pieces, uninject
@@ -18,8 +19,7 @@ from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
 from daxemu.supervisor import incidents
 from daxemu.supervisor.consumption import Consumption
-from daxemu.supervisor.failures import Failures
-from daxemu.supervisor.page_cache import PageCache
+from daxemu.supervisor.failures import Failures, Signalled
 from daxemu.supervisor.strategy_host import StrategyHost
 from daxemu.supervisor.verbs.device_ranges import BATCH, check_present, resolve
 from daxemu.supervisor.verbs.repair import Repairing
@@ -38,7 +38,7 @@ class Poison:
         pmem: Pmem,
         mm: MemoryFailures,
         fs: Filesystem,
-        page_cache: PageCache,
+        mappings: Mappings,
         failures: Failures,
         consumption: Consumption,
         strategy_host: StrategyHost,
@@ -48,7 +48,7 @@ class Poison:
         self._pmem = pmem
         self._mm = mm
         self._fs = fs
-        self._page_cache = page_cache
+        self._mappings = mappings
         self._failures = failures
         self._consumption = consumption
         self._strategy_host = strategy_host
@@ -62,33 +62,42 @@ class Poison:
         Raises InvalidArgument, NoDevice, NoSpace.
         """
         check_present(self._pmem)
-        found, holes = await resolve(self._pmem, self._fs, self._page_cache, request.ino, request.ranges)
+        found, holes = await resolve(self._pmem, self._fs, self._mappings, request.ino, request.ranges)
         latent = (kind := request.failure_kind) is FailureKind.LATENT
         if kind is FailureKind.SILENT:
-            return await self._corrupt(found, holes, request.seed)
+            return await self._corrupt([Range(*part) for part in found], holes, request.seed)
         self._pmem.dax.make_room_for_poison(len(found))
         total = p.Injected([], False, holes)
         for first in range(0, len(found), BATCH):
             check_present(self._pmem)
-            results, rounded = await self._inject_batch(found[first : first + BATCH], latent=latent)
+            batch = [Range(*part) for part in found[first : first + BATCH]]
+            results, rounded = await self._inject_batch(batch, latent=latent)
             total.ranges += results
             total.rounded |= rounded
         return total
 
     async def _inject_batch(self, found: list[Range], *, latent: bool) -> tuple[list[p.PoisonedRange], bool]:
-        done = []
-        for poisoned, part in self._poison(found, latent=latent):
-            self._emit(PoisonInjected(offset=poisoned.start, length=poisoned.length, latent=latent))
-            failure = None if latent else self._mm.memory_failure(*failed_pages(self._pmem, poisoned), 0)
-            if failure is not None:
-                self._consumption.failing.append((poisoned, failure))
-            self._consumption.forget(poisoned)
-            done.append((poisoned, part, failure))
-        results = [p.PoisonedRange(0, 0, 0, 0, "", 0, 0, 0)] * len(done)
-        async with trio.open_nursery() as nursery:
-            for index, (poisoned, _, failure) in enumerate(done):
-                nursery.start_soon(self._fail, poisoned, failure, results, index)
-        return results, any(poisoned != part for poisoned, part, _ in done)
+        poisoned: list[Range] = []
+        is_rounded = False
+        failures: list[Incident] = []
+        for area, part in self._poison(found, latent=latent):
+            self._emit(PoisonInjected(offset=area.start, length=area.length, latent=latent))
+            if not latent:
+                failures.append(self._mm.memory_failure(*failed_pages(self._pmem, area), 0))
+                self._consumption.failing.append((area, failures[-1]))
+            self._consumption.forget(area)
+            poisoned.append(area)
+            is_rounded |= area != part
+        if latent:
+            return [await self._revoke_latent(area) for area in poisoned], is_rounded
+        await trio.lowlevel.checkpoint()
+        try:
+            handled = await self._failures.handle_all(failures)
+        finally:
+            for failing in zip(poisoned, failures, strict=True):
+                self._consumption.failing.remove(failing)
+        results = zip(poisoned, handled, strict=True)
+        return [self._result(area, *done[:2]) for area, done in results], is_rounded
 
     def _poison(self, found: list[Range], *, latent: bool) -> Iterator[tuple[Range, Range]]:
         """Poison ranges of device bytes. Yield each range as poisoned, and as requested.
@@ -100,22 +109,18 @@ class Poison:
         for batch in [[part] for part in found] if one_by_one else [found]:
             yield from zip(inject_all(self._pmem, batch, latent=latent), batch, strict=True)
 
-    async def _fail(
-        self, poisoned: Range, failure: Incident | None, results: list[p.PoisonedRange], index: int
-    ) -> None:
-        pfn, nr_pages = failed_pages(self._pmem, poisoned)
-        if failure is None:
-            await self._failures.revoke_latent(incidents.of_device_range(self._pmem, self._fs, poisoned))
-            outcome, (signals, processes) = FailureKind.LATENT.value, (0, 0)
+    async def _revoke_latent(self, poisoned: Range) -> p.PoisonedRange:
+        """Revoke the pages of latent poison, and remember which processes had the pages present."""
+        incident = incidents.of_device_range(self._pmem, self._fs, poisoned)
+        if incident.mappings:
+            await self._failures.revoke_latent(incident)
         else:
-            try:
-                handled = await self._failures.handle(failure)
-            finally:
-                self._consumption.failing.remove((poisoned, failure))
-            outcome, (signals, processes) = handled.outcome.value, handled.signalled
-        results[index] = p.PoisonedRange(
-            poisoned.start, poisoned.length, pfn, nr_pages, outcome, signals, signals, processes
-        )
+            await trio.lowlevel.checkpoint()
+        return self._result(poisoned, FailureKind.LATENT, Signalled(0, 0))
+
+    def _result(self, poisoned: Range, outcome: Outcome | FailureKind, done: Signalled) -> p.PoisonedRange:
+        pages = failed_pages(self._pmem, poisoned)
+        return p.PoisonedRange(poisoned.start, poisoned.length, *pages, outcome.value, done.signals, *done)
 
     async def _corrupt(self, found: list[Range], holes: int, seed: int) -> p.Injected:
         """Change bytes on the media, and revoke their pages so that processes load the new bytes."""
@@ -127,17 +132,15 @@ class Poison:
                 await trio.lowlevel.checkpoint()
             self._emit(SilentlyCorrupted(offset=part.start, length=part.length))
             await self._failures.revoke_latent(incident)
-            pfn, nr_pages = failed_pages(self._pmem, part)
-            silent = FailureKind.SILENT.value
-            results.append(p.PoisonedRange(part.start, part.length, pfn, nr_pages, silent, 0, 0, 0))
+            results.append(self._result(part, FailureKind.SILENT, Signalled(0, 0)))
         return p.Injected(results, False, holes)
 
     async def clear(self, request: p.Clear) -> p.Cleared:
         """Clear poison: cleared sectors read as zeros. Raises InvalidArgument, NoDevice."""
         check_present(self._pmem)
-        found, _ = await resolve(self._pmem, self._fs, self._page_cache, request.ino, request.ranges)
+        found, _ = await resolve(self._pmem, self._fs, self._mappings, request.ino, request.ranges)
         cleared: list[tuple[int, int]] = []
-        for part in found:
+        for part in (Range(*part) for part in found):
             # Sectors may be poisoned between two batches. New poison before the next batch is not cleared.
             for some in self._pmem.dax.poisoned_in_pieces(part, BATCH):
                 for poisoned in _of_at_most(some, CLEARED):

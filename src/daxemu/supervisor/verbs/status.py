@@ -7,6 +7,7 @@ from typing import Literal
 
 from daxemu import protocol as p
 from daxemu.events import Outcome
+from daxemu.events.mounts import Mode
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host.fuse.layouts import LayoutTable
 from daxemu.host.proc.mountinfo import Mount, printable
@@ -16,6 +17,11 @@ from daxemu.pmem.pmem import Pmem
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.scrub import Scrubber
+
+
+def mode_of(pmem: Pmem) -> Mode:
+    """Return what a shared mapping of a file is."""
+    return "direct" if pmem.media.is_direct else "page cache"
 
 
 def status(
@@ -62,6 +68,7 @@ def status(
         counters={outcome.value.lower(): mm.counters[outcome] for outcome in Outcome},
         events=log.emitted,
         supplement=supplement,
+        mode=mode_of(pmem),
         layouts="off" if layouts is None else f"{layouts.answered} requests answered",
         tracer=f"pid {tracer.pid}" if tracer.pid is not None else "not running",
     )

@@ -2,7 +2,7 @@
 
 On DAX the kernel does not repeat the failed fault: mmap(MAP_POPULATE), MAP_LOCKED and mlockall(2) ignore the
 failure, mlock(2) returns ENOMEM, and the next load is a SIGBUS. With the page cache the kernel requests the
-page without an end (host/proc/populate). Therefore the thread gets a page of zeros, revoked everywhere
+page without an end (host/page_cache/populate). Therefore the thread gets a page of zeros, revoked everywhere
 as soon as the thread has the page present:
 
     host: hold                  the thread will stop at the return of its system call
@@ -27,10 +27,10 @@ from errno import ENOMEM
 import trio
 
 from daxemu.events import Emit, FaultRepeated, PopulateFailed
-from daxemu.host.fuse.operations import PoisonedRead
-from daxemu.host.proc import populate
-from daxemu.host.proc.populate import Area
-from daxemu.host.proc.populate import PopulatingCall as Call
+from daxemu.host.mappings import Access
+from daxemu.host.page_cache import populate
+from daxemu.host.page_cache.populate import Area
+from daxemu.host.page_cache.populate import PopulatingCall as Call
 from daxemu.host.proc.processes import comm_of, process_of
 from daxemu.host.tracer.link import Armed, TracerLink
 from daxemu.host.tracer.messages import Gone, Held, Refused, Resumed
@@ -100,7 +100,7 @@ class Populating:
         self._repeats: dict[int, tuple[Ino, int, int]] = {}
         """Last failed request of each thread: inode, offset in bytes, number of times in a row."""
 
-    async def passes(self, read: PoisonedRead, *, is_latent: bool, discover: Callable[[], object]) -> bool:
+    async def passes(self, read: Access, *, is_latent: bool, discover: Callable[[], object]) -> bool:
         """Return True if a failed read must be answered with zeros, so that a populating call can return.
 
         Precondition: no page of the request is readable, or the request is for one page. ``discover`` is
@@ -133,7 +133,7 @@ class Populating:
         self._nursery.start_soon(self._take_back, now, pages, areas, others)
         return True
 
-    async def _held(self, read: PoisonedRead, pid: int, call: Call) -> _Populate:
+    async def _held(self, read: Access, pid: int, call: Call) -> _Populate:
         now = self._calls.get(read.tid)
         if now is not None and not now.is_over:
             await now.ready.wait()
@@ -224,7 +224,7 @@ class Populating:
             )
         )
 
-    def _count(self, read: PoisonedRead) -> None:
+    def _count(self, read: Access) -> None:
         """Emit FaultRepeated at ``_REPEATS`` requests of a thread for one page, then at each tenfold."""
         ino, offset, times = self._repeats.pop(read.tid, (read.ino, read.offset, 0))
         times = times + 1 if (ino, offset) == (read.ino, read.offset) else 1

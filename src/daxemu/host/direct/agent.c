@@ -1,0 +1,190 @@
+/*
+ * The code of an agent, as position-independent bytes between two symbols, and the layouts of uapi/linux/userfaultfd.h.
+ *
+ * Entered at its first byte by a thread of the program, held by the tracer (host/tracer/agent_maker.py), which sets:
+ *   rax etc.  clone(CLONE_VM | CLONE_VFORK), with a full signal mask
+ *   r12       memory of the agent, MEMORY bytes, readable and writable
+ *   r13       the agent's socket, a descriptor of the program
+ * The thread leaves at the exit of clone(2), where the tracer sets all registers. Its child, the first process, becomes
+ * independent of the program and makes the agent, which thus has no parent in the program. No instruction touches a
+ * stack, thread-local memory, or a vector register.
+ *
+ * Memory: +0 pid of the agent or -errno (out); +8 zeros for setrlimit(2); +64 struct msghdr; +128 struct iovec;
+ * +192 control message; +4096 a batch: 7 words a system call (number, six arguments), and its results, one word each.
+ * host/direct/agent.py sends a packet for each batch, with the agent's two descriptors in the first one.
+ */
+#include <linux/userfaultfd.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/ioctl.h>
+
+#if defined(__x86_64__)
+__asm__(
+	".pushsection .rodata\n"
+	".balign 16\n"
+	".globl daxemu_agent_start, daxemu_agent_end\n"
+	".hidden daxemu_agent_start, daxemu_agent_end\n"
+	"daxemu_agent_start:\n"
+	"	syscall\n" /* the tracer makes other calls with this instruction, too */
+	"	test %rax, %rax\n"
+	"	jz first\n"
+	"	hlt\n" /* the tracer has set the registers: not reached */
+
+	"first:\n"
+	"	mov $112, %eax\n" /* setsid: no signals of the program's terminal or process group */
+	"	syscall\n"
+	"	mov $80, %eax\n" /* chdir("/"): keeps no mount busy */
+	"	lea root(%rip), %rdi\n"
+	"	syscall\n"
+	"	mov $160, %eax\n" /* setrlimit(RLIMIT_CORE, 0): its core would be the program's memory */
+	"	mov $4, %edi\n"
+	"	lea 8(%r12), %rsi\n"
+	"	syscall\n"
+	"	mov $157, %eax\n" /* prctl(PR_SET_NAME) */
+	"	mov $15, %edi\n"
+	"	lea name(%rip), %rsi\n"
+	"	syscall\n"
+	"	mov $33, %eax\n" /* dup2(socket, 0) */
+	"	mov %r13, %rdi\n"
+	"	xor %esi, %esi\n"
+	"	syscall\n"
+	"	test %rax, %rax\n"
+	"	js failed\n"
+	"	mov $436, %eax\n" /* close_range(1, ~0, 0): keeps no file and no pipe of the program open */
+	"	mov $1, %edi\n"
+	"	mov $-1, %esi\n"
+	"	xor %edx, %edx\n"
+	"	syscall\n"
+	"	test %rax, %rax\n"
+	"	js failed\n"
+	"	mov $56, %eax\n" /* clone(CLONE_VM), no exit signal */
+	"	mov $0x100, %edi\n"
+	"	lea 4096(%r12), %rsi\n"
+	"	xor %edx, %edx\n"
+	"	xor %r10d, %r10d\n"
+	"	xor %r8d, %r8d\n"
+	"	syscall\n"
+	"	test %rax, %rax\n"
+	"	jz next\n"
+	"failed:\n"
+	"	mov %rax, (%r12)\n"
+	"leave:\n"
+	"	mov $231, %eax\n" /* exit_group */
+	"	xor %edi, %edi\n"
+	"	syscall\n"
+	"	hlt\n"
+
+	"next:\n"
+	"	lea 4096(%r12), %r13\n"
+	"	movq $0, 64(%r12)\n" /* struct msghdr: name, namelen, iov, iovlen, control, controllen, flags */
+	"	movq $0, 72(%r12)\n"
+	"	lea 128(%r12), %rax\n"
+	"	mov %rax, 80(%r12)\n"
+	"	movq $1, 88(%r12)\n"
+	"	lea 192(%r12), %rax\n"
+	"	mov %rax, 96(%r12)\n"
+	"	movq $64, 104(%r12)\n"
+	"	movq $0, 112(%r12)\n"
+	"	mov %r13, 128(%r12)\n" /* struct iovec */
+	"	movq $7168, 136(%r12)\n"
+	"	mov $47, %eax\n" /* recvmsg(0, ...): 0 once the supervisor has ended or has closed its end */
+	"	xor %edi, %edi\n"
+	"	lea 64(%r12), %rsi\n"
+	"	xor %edx, %edx\n"
+	"	syscall\n"
+	"	cmp $-4, %rax\n" /* EINTR */
+	"	je next\n"
+	"	cmp $56, %rax\n"
+	"	jl leave\n"
+	"	xor %edx, %edx\n"
+	"	mov $56, %ecx\n"
+	"	div %rcx\n"
+	"	mov %rax, %r14\n" /* calls that are left */
+	"	mov %r13, %r15\n" /* the next call */
+	"	mov %r13, %rbx\n" /* place of its result, never beyond the call itself */
+	"call:\n"
+	"	mov 0(%r15), %rax\n"
+	"	mov 8(%r15), %rdi\n"
+	"	mov 16(%r15), %rsi\n"
+	"	mov 24(%r15), %rdx\n"
+	"	mov 32(%r15), %r10\n"
+	"	mov 40(%r15), %r8\n"
+	"	mov 48(%r15), %r9\n"
+	"	syscall\n"
+	"	mov %rax, (%rbx)\n"
+	"	add $56, %r15\n"
+	"	add $8, %rbx\n"
+	"	dec %r14\n"
+	"	jnz call\n"
+	"send:\n"
+	"	mov $44, %eax\n" /* sendto(0, results, length, MSG_NOSIGNAL) */
+	"	xor %edi, %edi\n"
+	"	mov %r13, %rsi\n"
+	"	mov %rbx, %rdx\n"
+	"	sub %r13, %rdx\n"
+	"	mov $0x4000, %r10d\n"
+	"	xor %r8d, %r8d\n"
+	"	xor %r9d, %r9d\n"
+	"	syscall\n"
+	"	cmp $-4, %rax\n"
+	"	je send\n"
+	"	test %rax, %rax\n"
+	"	js leave\n"
+	"	jmp next\n"
+	"root:	.asciz \"/\"\n"
+	"name:	.asciz \"daxemu-agent\"\n"
+	"daxemu_agent_end:\n"
+	".popsection\n");
+
+extern const char daxemu_agent_start[], daxemu_agent_end[];
+
+const char *daxemu_agent_code(size_t *length)
+{
+	*length = (size_t)(daxemu_agent_end - daxemu_agent_start);
+	return daxemu_agent_start;
+}
+#else
+const char *daxemu_agent_code(size_t *length)
+{
+	*length = 0;
+	return NULL;
+}
+#endif
+
+/* Linux 6.6; the installed header may be older than the kernel */
+struct daxemu_uffdio_poison {
+	struct uffdio_range range;
+	uint64_t mode;
+	int64_t updated;
+};
+
+#define OFFSET(type, member) (uint32_t) offsetof(struct type, member)
+
+/* in the order of host/direct/structs.py; the first number is the count of the others */
+const uint32_t daxemu_userfaultfd_layout[] = {
+	44,
+	sizeof(struct uffdio_api), OFFSET(uffdio_api, api), OFFSET(uffdio_api, features), OFFSET(uffdio_api, ioctls),
+	sizeof(struct uffdio_range), OFFSET(uffdio_range, start), OFFSET(uffdio_range, len),
+	sizeof(struct uffdio_register), OFFSET(uffdio_register, range.start), OFFSET(uffdio_register, range.len),
+	OFFSET(uffdio_register, mode), OFFSET(uffdio_register, ioctls),
+	sizeof(struct uffdio_copy), OFFSET(uffdio_copy, dst), OFFSET(uffdio_copy, src), OFFSET(uffdio_copy, len),
+	OFFSET(uffdio_copy, mode), OFFSET(uffdio_copy, copy),
+	sizeof(struct uffdio_writeprotect), OFFSET(uffdio_writeprotect, range.start), OFFSET(uffdio_writeprotect, range.len),
+	OFFSET(uffdio_writeprotect, mode),
+	sizeof(struct daxemu_uffdio_poison), OFFSET(daxemu_uffdio_poison, range.start),
+	OFFSET(daxemu_uffdio_poison, range.len), OFFSET(daxemu_uffdio_poison, mode), OFFSET(daxemu_uffdio_poison, updated),
+	sizeof(struct uffd_msg), OFFSET(uffd_msg, event), OFFSET(uffd_msg, arg.pagefault.flags),
+	OFFSET(uffd_msg, arg.pagefault.address), OFFSET(uffd_msg, arg.pagefault.feat.ptid),
+	sizeof(struct uffd_msg), OFFSET(uffd_msg, event), OFFSET(uffd_msg, arg.fork.ufd),
+	sizeof(struct uffd_msg), OFFSET(uffd_msg, event), OFFSET(uffd_msg, arg.remap.from), OFFSET(uffd_msg, arg.remap.to),
+	OFFSET(uffd_msg, arg.remap.len),
+	sizeof(struct uffd_msg), OFFSET(uffd_msg, event), OFFSET(uffd_msg, arg.remove.start),
+	OFFSET(uffd_msg, arg.remove.end),
+};
+_Static_assert(sizeof(daxemu_userfaultfd_layout) == 4 * (1 + 44), "the count of the layout");
+
+const uint32_t daxemu_userfaultfd_numbers[] = {
+	7,
+	UFFDIO_API, UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE, UFFDIO_COPY, UFFDIO_WRITEPROTECT,
+	_IOWR(UFFDIO, 0x08, struct daxemu_uffdio_poison),
+};

@@ -1,0 +1,398 @@
+"""Answers to system calls on direct mappings: mmap, munmap, mprotect, mremap, msync, madvise.
+
+Counterpart in Linux: mm/mmap.c, mm/mprotect.c, mm/mremap.c, mm/msync.c, mm/madvise.c; the order of the checks
+is theirs. Each call ends in one of: a value, an errno, or CONTINUE (the kernel carries the call out). A
+change of mappings is made by the agent of the address space under ``Space.lock``, never by CONTINUE: the
+table and the mappings would disagree for a moment, and a replacement could bring an unmapped address back.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from typing import NamedTuple, Protocol
+
+import trio
+
+from daxemu.errors import DaxemuError
+from daxemu.fs.fault import FaultKind, FileRun
+from daxemu.host.direct import planner
+from daxemu.host.direct.changes import FileLocks
+from daxemu.host.direct.page_tables import PageTables
+from daxemu.host.direct.table import PROT_WRITE, Area, Space, Table
+from daxemu.host.mappings import HardwareError
+from daxemu.host.proc import status
+from daxemu.host.run.filters import Nr
+from daxemu.host.run.runner import fault_in
+from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
+from daxemu.ranges import Range
+from daxemu.uapi import (
+    CAP_SYS_ADMIN,
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    MADV_HWPOISON,
+    MADV_SOFT_OFFLINE,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PMD_SIZE,
+    U64_MAX,
+    Ino,
+    page_align_up,
+)
+
+EAGER = 256
+"""Runs of a file up to which a new mapping maps them all at once. Beyond, each run is mapped when touched."""
+
+# uapi/asm-generic/mman-common.h, uapi/linux/mman.h
+MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE, MAP_TYPE = 1, 2, 3, 0x0F
+MAP_FIXED, MAP_ANONYMOUS, MAP_GROWSDOWN = 0x10, 0x20, 0x100
+MAP_SYNC, MAP_FIXED_NOREPLACE = 0x80000, 0x100000
+_VALIDATED = 0xFC0FF9F3 | MAP_SYNC
+"""Flags that MAP_SHARED_VALIDATE accepts: LEGACY_MAP_MASK of linux/mman.h, and MAP_SYNC as on DAX."""
+MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
+MS_ASYNC, MS_INVALIDATE, MS_SYNC = 1, 2, 4
+MADV_DONTNEED, MADV_REMOVE, MADV_DONTNEED_LOCKED = 4, 9, 24
+_PROT = 7
+_TASK_SIZE = (1 << 47) - PAGE_SIZE
+_MAX_FILE = (1 << 63) - 1
+
+
+class OpenFile(NamedTuple):
+    """What a file descriptor of a process stands for: the inode, and the flags of open(2)."""
+
+    ino: Ino
+    flags: int
+
+    @property
+    def can_read(self) -> bool:
+        return self.flags & os.O_ACCMODE != os.O_WRONLY
+
+    @property
+    def can_write(self) -> bool:
+        return self.flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
+
+
+def open_file(tid: int, fd: int) -> OpenFile:
+    """Return the open file of a thread, from /proc, without a request to the file's filesystem.
+
+    Raises OSError: the thread is gone or has no such descriptor.
+    """
+    with open(f"/proc/{tid}/fdinfo/{fd}", encoding="ascii", errors="replace") as file:
+        fields = dict(line.split(":", 1) for line in file if ":" in line)
+    return OpenFile(int(fields["ino"]), int(fields["flags"], 8))
+
+
+class Files(Protocol):
+    """The part of the filesystem that mappings need."""
+
+    def runs(self, ino: Ino, blocks: Range) -> Iterable[FileRun]:
+        """See MappedFiles.runs."""
+
+    def fsync(self) -> None:
+        """See SuperBlock.fsync."""
+
+    def fallocate(self, ino: Ino, mode: int, offset: int, length: int) -> None:
+        """See Filesystem.fallocate."""
+
+
+class Calls:
+    """Answers the calls on one mount. Belongs to the trio thread."""
+
+    def __init__(
+        self,
+        fs: Files,
+        table: Table,
+        page_tables: PageTables,
+        locks: FileLocks,
+        settled: Callable[[Ino], Awaitable[None]],
+        hardware_error: HardwareError,
+    ) -> None:
+        self._fs = fs
+        self._table = table
+        self._page_tables = page_tables
+        self._locks = locks
+        self._settled = settled
+        self._hardware_error = hardware_error
+
+    async def answer(self, call: NotifiedCall, space: Space | None) -> Answer:
+        """Return the answer to a call other than mmap(2) of a file. ``space``: the caller's address space;
+        None if the caller has no direct mapping.
+        """
+        if space is None:
+            return CONTINUE
+        try:
+            return await self._answer(call, space)
+        except _Refused as refused:
+            return Answer(error=refused.errno)
+        except DaxemuError as error:
+            return Answer(error=error.errno)
+        except OSError as error:
+            return Answer(error=error.errno or errno.ENOMEM)
+
+    async def _answer(self, call: NotifiedCall, space: Space) -> Answer:
+        match call.nr:
+            case Nr.MUNMAP:
+                async with space.lock:
+                    return await self._munmap(space, *call.args[:2])
+            case Nr.MPROTECT:
+                async with space.lock:
+                    return await self._mprotect(space, *call.args[:3])
+            case Nr.MREMAP:
+                async with space.lock:
+                    return await self._mremap(space, *call.args[:5])
+            case Nr.MSYNC:
+                return self._msync(space, *call.args[:3])
+            case Nr.MADVISE:
+                return await self._madvise(call.tid, space, *call.args[:3])
+            case Nr.MMAP:
+                return await self._map_anonymous_over(space, *call.args[:4])
+        return CONTINUE
+
+    # -- mmap
+
+    def check_mmap(self, call: NotifiedCall, file: OpenFile) -> int:
+        """Return the errno of an mmap(2) that the arguments forbid; 0 if none (do_mmap())."""
+        address, length, prot, flags, _, offset = call.args
+        how = flags & MAP_TYPE
+        if offset % PAGE_SIZE or not length:
+            return errno.EINVAL
+        if page_align_up(length) > _TASK_SIZE:
+            return errno.ENOMEM
+        if flags & (MAP_FIXED | MAP_FIXED_NOREPLACE) and (address % PAGE_SIZE):
+            return errno.EINVAL
+        if offset + page_align_up(length) > U64_MAX or offset > _MAX_FILE - length:
+            return errno.EOVERFLOW
+        if how == MAP_SHARED_VALIDATE and flags & ~_VALIDATED & 0xFFFFFFFF:
+            return errno.EOPNOTSUPP
+        if how not in (MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE) or flags & MAP_GROWSDOWN:
+            return errno.EINVAL
+        if how != MAP_PRIVATE and prot & PROT_WRITE and not file.can_write:
+            return errno.EACCES
+        return 0 if file.can_read else errno.EACCES
+
+    async def mmap(self, call: NotifiedCall, file: OpenFile, space: Space) -> Answer:
+        """Map a file (mmap(2)). Precondition: check_mmap() has returned 0."""
+        address, length, prot, flags, _, offset = call.args
+        is_shared = flags & MAP_TYPE != MAP_PRIVATE
+        size = page_align_up(length)
+        may_write = not is_shared or file.can_write
+        try:
+            async with self._locks.held(file.ino), space.lock:
+                start = self._place(space, address, size, flags)
+                where = Range(start, start + size)
+                area = Area(space, where, file.ino, offset >> PAGE_SHIFT, prot & _PROT, is_shared, may_write)
+                if space.overlapping(where):
+                    await self._page_tables.map_over(area)
+                    with suppress(OSError):  # the area stays lazy
+                        await self._page_tables.show(planner.media_pieces(area, self._runs(area)))
+                else:
+                    await self._page_tables.map_new(area, planner.media_pieces(area, self._runs(area)))
+        except _Refused as refused:
+            return Answer(error=refused.errno)
+        except DaxemuError as error:
+            return Answer(error=error.errno)
+        except OSError as error:
+            return Answer(error=error.errno or errno.ENOMEM)
+        return Answer(start)
+
+    def _runs(self, area: Area) -> list[FileRun]:
+        """Return the runs to map at once: all, or none of a file with many."""
+        runs = []
+        for run in self._fs.runs(area.ino, area.blocks):
+            if run.kind is FaultKind.MAPPED:
+                runs.append(run)
+            if len(runs) > EAGER:
+                return []
+        return runs
+
+    def _place(self, space: Space, address: int, size: int, flags: int) -> int:
+        """Return the address of a new mapping. Raises _Refused."""
+        where = Range(address, address + size)
+        is_inside = space.zone.start <= where.start and where.end <= space.zone.end
+        if flags & (MAP_FIXED | MAP_FIXED_NOREPLACE):
+            if not is_inside:
+                # munmap(2) there would not be noticed.
+                raise _Refused(errno.ENODEV)
+            if flags & MAP_FIXED_NOREPLACE and space.overlapping(where):
+                raise _Refused(errno.EEXIST)
+            return address
+        if address % PAGE_SIZE == 0 and is_inside and not space.overlapping(where):
+            return address
+        place = space.free_place(size, PMD_SIZE if size >= PMD_SIZE else PAGE_SIZE)
+        if place is None:
+            raise _Refused(errno.ENOMEM)
+        return place
+
+    async def _map_anonymous_over(
+        self, space: Space, address: int, length: int, _prot: int, flags: int
+    ) -> Answer:
+        """mmap(MAP_ANONYMOUS | MAP_FIXED) in the zone: the kernel replaces direct mappings."""
+        where = Range(address, address + page_align_up(length))
+        if flags & MAP_FIXED and address % PAGE_SIZE == 0 and space.overlapping(where):
+            async with space.lock:
+                await self._page_tables.unmap(space, where)
+        return CONTINUE
+
+    # -- munmap, mprotect, mremap: with Space.lock
+
+    async def _munmap(self, space: Space, address: int, length: int) -> Answer:
+        where = Range(address, address + page_align_up(length))
+        if address % PAGE_SIZE or not where or where.end > _TASK_SIZE:
+            raise _Refused(errno.EINVAL)
+        if not space.overlapping(where):
+            return CONTINUE
+        await self._page_tables.unmap(space, where)
+        return Answer(0)
+
+    async def _mprotect(self, space: Space, address: int, length: int, prot: int) -> Answer:
+        where = Range(address, address + page_align_up(length))
+        if address % PAGE_SIZE:
+            raise _Refused(errno.EINVAL)
+        areas = space.overlapping(where)
+        if not areas or prot & ~_PROT:
+            return CONTINUE
+        if prot & PROT_WRITE and any(not area.may_write for area in areas):
+            raise _Refused(errno.EACCES)
+        await self._page_tables.mprotect(space, where, prot)
+        return Answer(0)
+
+    async def _mremap(
+        self, space: Space, address: int, old: int, new: int, flags: int, target: int
+    ) -> Answer:
+        old, new = page_align_up(old), page_align_up(new)
+        known = MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP
+        if address % PAGE_SIZE or not new or flags & ~known or flags & MREMAP_DONTUNMAP:
+            raise _Refused(errno.EINVAL)
+        if flags & MREMAP_FIXED and (
+            not flags & MREMAP_MAYMOVE
+            or target % PAGE_SIZE
+            or Range(target, target + new).clip(address, address + old)
+        ):
+            raise _Refused(errno.EINVAL)
+        area = space.at(address)
+        if area is None:
+            return CONTINUE
+        if not old:
+            raise _Refused(errno.EINVAL)
+        where = Range(address, address + old)
+        if where.end > area.addresses.end:
+            raise _Refused(errno.EFAULT)
+        if flags & MREMAP_FIXED:
+            place = Range(target, target + new)
+            if not (space.zone.start <= place.start and place.end <= space.zone.end):
+                raise _Refused(errno.ENOMEM)
+            if space.overlapping(place):
+                await self._page_tables.unmap(space, place)
+            return await self._moved(space, where, new, target)
+        if new <= old:
+            if new < old:
+                await self._page_tables.unmap(space, Range(address + new, address + old))
+            return Answer(address)
+        added = Range(address + old, address + new)
+        if where.end == area.addresses.end and not space.overlapping(added) and added.end <= space.zone.end:
+            await self._grow(area, added)
+            return Answer(address)
+        if not flags & MREMAP_MAYMOVE:
+            raise _Refused(errno.ENOMEM)
+        free = space.free_place(new, PMD_SIZE if new >= PMD_SIZE else PAGE_SIZE)
+        if free is None:
+            raise _Refused(errno.ENOMEM)
+        return await self._moved(space, where, new, free)
+
+    async def _moved(self, space: Space, where: Range, new: int, to: int) -> Answer:
+        if new < where.length:
+            await self._page_tables.unmap(space, Range(where.start + new, where.end))
+            where = Range(where.start, where.start + new)
+        await self._page_tables.move(space, where, to)
+        if new > where.length and (area := space.at(to)) is not None:
+            await self._grow(area, Range(to + where.length, to + new))
+        return Answer(to)
+
+    async def _grow(self, area: Area, added: Range) -> None:
+        """Map more of the file, lazily, behind an area."""
+        block = area.block + (area.addresses.length >> PAGE_SHIFT)
+        more = Area(area.space, added, area.ino, block, area.prot, area.is_shared, area.may_write)
+        await self._page_tables.map_new(more, [])
+
+    # -- msync, madvise
+
+    def _msync(self, space: Space, address: int, length: int, flags: int) -> Answer:
+        """msync(2): the stores are on the media already, the metadata is committed here."""
+        if address % PAGE_SIZE or flags & ~(MS_ASYNC | MS_INVALIDATE | MS_SYNC):
+            raise _Refused(errno.EINVAL)
+        if flags & MS_ASYNC and flags & MS_SYNC:
+            raise _Refused(errno.EINVAL)
+        where = Range(address, address + page_align_up(length))
+        if not where:
+            return Answer(0)
+        if flags & MS_SYNC and space.overlapping(where):
+            try:
+                self._fs.fsync()
+            except DaxemuError as error:
+                raise _Refused(error.errno) from error
+        return Answer(0) if space.covers(where) else Answer(error=errno.ENOMEM)
+
+    async def _madvise(self, tid: int, space: Space, address: int, length: int, advice: int) -> Answer:
+        advice &= 0xFFFFFFFF
+        where = Range(address, address + page_align_up(length))
+        if not space.overlapping(where):
+            return CONTINUE
+        if address % PAGE_SIZE:
+            raise _Refused(errno.EINVAL)
+        if advice in (MADV_HWPOISON, MADV_SOFT_OFFLINE):
+            return await self._inject(tid, space, where, soft=advice == MADV_SOFT_OFFLINE)
+        if advice == MADV_REMOVE:
+            return await self._remove(space, where)
+        if advice in (MADV_DONTNEED, MADV_DONTNEED_LOCKED):
+            async with space.lock:
+                await self._page_tables.drop(space, where)
+            return Answer(0) if space.covers(where) else Answer(error=errno.ENOMEM)
+        return CONTINUE
+
+    async def _remove(self, space: Space, where: Range) -> Answer:
+        """madvise(MADV_REMOVE): punch a hole (madvise_remove())."""
+        for part in space.parts(where):
+            if not part.is_shared or not part.may_write:
+                raise _Refused(errno.EACCES)
+            mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+            try:
+                self._fs.fallocate(part.ino, mode, part.block << PAGE_SHIFT, part.addresses.length)
+            except DaxemuError as error:
+                raise _Refused(error.errno) from error
+            await self._settled(part.ino)
+        return Answer(0) if space.covers(where) else Answer(error=errno.ENOMEM)
+
+    async def _inject(self, tid: int, space: Space, where: Range, *, soft: bool) -> Answer:
+        """madvise(MADV_HWPOISON): one failure for each part of a file (madvise_inject_error())."""
+        if not _is_capable(tid):
+            raise _Refused(errno.EPERM)
+        at = where.start
+        for part in space.parts(where):
+            start, pages = part.addresses.start, part.addresses.length >> PAGE_SHIFT
+            if start != at:
+                break
+            good = await trio.to_thread.run_sync(fault_in, tid, start, pages)
+            offset, length = part.block << PAGE_SHIFT, good << PAGE_SHIFT
+            failed = await self._hardware_error(tid, start, part.ino, offset, length, soft=soft)
+            if failed:
+                raise _Refused(failed)
+            at = start + length
+            if good < pages:
+                break
+        return Answer(0) if at == where.end else Answer(error=errno.EFAULT)
+
+
+def _is_capable(tid: int) -> bool:
+    """``capable(CAP_SYS_ADMIN)``. In the emulated machine root has the capability, too."""
+    found = status.find(tid)
+    return found is not None and (found.euid == 0 or found.has_capability(CAP_SYS_ADMIN))
+
+
+class _Refused(Exception):
+    """A call ends with an errno."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.errno = number

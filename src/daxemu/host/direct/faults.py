@@ -1,0 +1,259 @@
+"""Page faults of direct mappings: events of userfaultfds, decided by the filesystem.
+
+Counterpart in Linux: dax_iomap_fault() in fs/dax.c. The thread waits in the kernel from the event to the
+wake-up. Steps of a decision, under the lock of the file:
+
+1. The filesystem decides: allocates a hole, copies a shared block, or names the blocks that are there.
+2. Every other mapping of a changed block becomes lazy: from now on no process shows the old block.
+3. The run is mapped where the thread touched it, and the thread is woken.
+
+Poison is decided without the lock, because a repair strategy may wait: see :meth:`PageFaults._consume`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import NamedTuple, Protocol
+
+import trio
+
+from daxemu.errors import DaxemuError, NoSpace
+from daxemu.fs.fault import FaultKind, FileRun
+from daxemu.host.direct import planner
+from daxemu.host.direct.changes import Changes, FileLocks
+from daxemu.host.direct.errors import AddressSpaceGone, NotRegistered
+from daxemu.host.direct.page_tables import PageTables
+from daxemu.host.direct.planner import Piece, Shows
+from daxemu.host.direct.table import Area, Space, Table
+from daxemu.host.direct.userfaultfd import PageFault
+from daxemu.host.mappings import Answer
+from daxemu.host.unexpected import Nursery, Unexpected
+from daxemu.ranges import Range
+from daxemu.uapi import PAGE_SIZE, Block, Ino, page_align_down
+
+MARKED = 0.01
+"""Seconds that a page stays SIGBUS after a failed access. Then the next access is decided anew."""
+SPACE_PATIENCE = 1.0
+"""Seconds that a store waits for freed blocks that processes may still have mapped."""
+_WINDOW = 1 << 30
+"""Blocks of a file that one fault may map."""
+
+
+class Filesystem(Protocol):
+    """The part of the filesystem that decides faults."""
+
+    def fault(self, ino: Ino, block: Block, *, is_store: bool, limit: int) -> FileRun:
+        """See MappedFiles.fault."""
+
+
+class Touch(NamedTuple):
+    """Access to a page: the event, and what is there. ``page``: its addresses."""
+
+    space: Space
+    page: Range
+    event: PageFault
+
+    @property
+    def is_store(self) -> bool:
+        return self.event.is_write or self.event.is_wp
+
+
+Poisoned = Callable[[Touch, Area, FileRun], Awaitable[Answer]]
+"""Decide about an access to poison."""
+
+
+class PageFaults:
+    """Decides and answers page faults. Belongs to the trio thread."""
+
+    def __init__(
+        self,
+        fs: Filesystem,
+        is_poisoned: Callable[[Block], bool],
+        reserve: Callable[[Block], None],
+        table: Table,
+        page_tables: PageTables,
+        changes: Changes,
+        locks: FileLocks,
+        nursery: Nursery,
+        unexpected: Unexpected,
+    ) -> None:
+        """``is_poisoned``: return whether a device block has poison. ``reserve``: give a device block memory
+        if it has none. ``nursery`` runs what follows an answer.
+        """
+        self._fs = fs
+        self._is_poisoned = is_poisoned
+        self._reserve = reserve
+        self._table = table
+        self._page_tables = page_tables
+        self._changes = changes
+        self._locks = locks
+        self._nursery = nursery
+        self._unexpected = unexpected
+        self.on_poison: Poisoned | None = None
+        self.on_store: Callable[[Ino], None] = lambda ino: None
+        """Called after a store changed the blocks or times of a file."""
+        self.waiting = 0
+        """Number of events without an answer yet."""
+
+    async def handle(self, space: Space, event: PageFault) -> None:
+        """Answer one event. The thread never waits for ever: after an unexpected error its access fails."""
+        start = page_align_down(event.address)
+        page = Range(start, start + PAGE_SIZE)
+        touch = Touch(space, page, event)
+        self.waiting += 1
+        try:
+            await self._decide(touch)
+        except AddressSpaceGone:
+            return
+        except NotRegistered:  # the program changed its mappings behind the filter
+            with suppress(NotRegistered, AddressSpaceGone):
+                space.wake(page)
+        except Exception as error:  # noqa: BLE001 - a thread must not wait for ever
+            self._unexpected.report(f"a page fault at {event.address:#x} of process {space.tgid}", error)
+            await self._give_up(touch)
+        finally:
+            self.waiting -= 1
+
+    async def _decide(self, touch: Touch) -> None:
+        space, page, _ = touch
+        may_wait = True
+        while (area := space.at(page.start)) is not None:
+            try:
+                async with self._locks.held(area.ino):
+                    poison = await self._decide_locked(touch, area.ino, may_wait=may_wait)
+            except NoSpace:
+                may_wait = False
+                with trio.move_on_after(SPACE_PATIENCE):
+                    await self._changes.all_settled()
+                continue
+            if poison is None or not await self._consume(touch, area, poison):
+                return
+        space.wake(page)  # unmapped meanwhile
+
+    async def _decide_locked(self, touch: Touch, ino: Ino, *, may_wait: bool) -> FileRun | None:
+        """Decide a fault and answer the event; but return the run if the block is poison.
+
+        Raises NoSpace with ``may_wait``, if freed blocks are not reused yet.
+        """
+        space, page, _ = touch
+        area = space.at(page.start)
+        if area is None or area.ino != ino:
+            space.wake(page)  # another mapping is there now: the thread touches the page again
+            return None
+        block = area.block_at(page.start)
+        is_store = touch.is_store and area.is_shared
+        run = None
+        is_settled = self._changes.is_settled()
+        with self._changes.following(ino):
+            with self._changes.own(ino) as changed:
+                try:
+                    run = self._fs.fault(ino, block, is_store=is_store, limit=_WINDOW)
+                except NoSpace:
+                    if may_wait and not is_settled:
+                        raise
+                except DaxemuError:
+                    pass  # the access fails
+            for blocks in changed:
+                await self._page_tables.hide_blocks(ino, blocks, but=(space, page))
+            if run is not None and self._is_poison(run, block):
+                return run
+            if is_store and run is not None:
+                self.on_store(ino)
+            is_stale = bool(changed) or self._changes.is_noted(ino, block)
+            async with space.lock:
+                now = space.at(page.start)
+                if now is None or now.ino != ino or now.block_at(page.start) != block:
+                    space.wake(page)
+                elif run is None:
+                    await self._fail(now, touch)
+                else:
+                    await self._answer(now, touch, run, is_stale=is_stale)
+        return None
+
+    def _is_poison(self, run: FileRun, block: Block) -> bool:
+        return run.kind is FaultKind.MAPPED and self._is_poisoned(run.dev_block + block - run.file_block)
+
+    async def _answer(self, area: Area, touch: Touch, run: FileRun, *, is_stale: bool) -> None:
+        """Map what the filesystem decided. Precondition: ``Space.lock`` is held."""
+        space, page, _ = touch
+        is_shown = page.start in space.shown
+        if run.kind is FaultKind.BEYOND_EOF:
+            await self._page_tables.show([Piece(area, page, Shows.VOID)])
+        elif run.kind is FaultKind.HOLE:
+            await self._zeros(area, touch)
+        elif not is_shown:
+            gap = space.shown.gap_around(page.start, area.addresses)
+            pieces = planner.media_pieces(area, [run])
+            await self._page_tables.show([p.cut(part) for p in pieces if (part := p.addresses.clip(*gap))])
+        elif is_stale or page.start in space.zeros:
+            pieces = planner.media_pieces(area, [run])
+            await self._page_tables.show([p.cut(page) for p in pieces if p.addresses.clip(*page)])
+        elif touch.event.is_wp:
+            mine = area.addresses_of(Range(run.file_block, run.file_end))
+            for part in list(space.shown.overlapping(*mine)):
+                for media in list(space.zeros.gaps(*part)):
+                    await self._page_tables.unprotect(space, media)
+        else:  # another thread's event had the page mapped, or the media had no memory there
+            self._reserve(run.dev_block + area.block_at(page.start) - run.file_block)
+            space.wake(page)
+
+    async def _zeros(self, area: Area, touch: Touch) -> None:
+        """Show zeros for a hole: to a load, or as a private copy."""
+        space, page, event = touch
+        is_copy = touch.is_store and not area.is_shared
+        if is_copy and event.is_wp:
+            await self._page_tables.unprotect(space, page)
+        else:
+            await self._page_tables.zeros(area, page, protected=not is_copy)
+        if is_copy:
+            space.hidden(page)
+            space.copied.add(*page)
+
+    # -- accesses that fail
+
+    async def _consume(self, touch: Touch, area: Area, run: FileRun) -> bool:
+        """Decide about an access to poison. Return True if the access can be decided anew: the poison is
+        repaired.
+
+        A thread in user mode leaves its page fault for a signal (Answer.SIGNALLED): the next touch is a new
+        event. The access of a system call fails with EFAULT, by UFFDIO_POISON, which leaves a marker in the
+        page table: each access to the page fails without an event. MARKED seconds later the page is lazy.
+        """
+        space, page, _ = touch
+        answer = Answer.ERROR if self.on_poison is None else await self.on_poison(touch, area, run)
+        if answer is not Answer.ERROR:
+            return answer is Answer.AGAIN
+        async with space.lock:
+            if space.at(page.start) is None:
+                space.wake(page)
+                return False
+            await self._mark(touch)
+        return False
+
+    async def _fail(self, area: Area, touch: Touch) -> None:
+        """Let an access fail with BUS_ADRERR: no space, or no filesystem. Precondition: ``Space.lock``."""
+        await self._page_tables.show([Piece(area, touch.page, Shows.VOID)])
+        self._nursery.start_soon(self._decide_anew, touch)
+
+    async def _mark(self, touch: Touch) -> None:
+        """Let an access fail by a marker. Precondition: ``Space.lock`` is held."""
+        space, page, _ = touch
+        # A marker of write-protection would be EEXIST.
+        await self._page_tables.unprotect(space, page, wake=False)
+        space.showing(page)
+        await self._page_tables.mark_poison(space, page)
+        self._nursery.start_soon(self._decide_anew, touch)
+
+    async def _decide_anew(self, touch: Touch) -> None:
+        """Have the next access to a page decided anew, some time after this access failed."""
+        await trio.sleep(MARKED)
+        with suppress(AddressSpaceGone):
+            async with touch.space.lock:
+                await self._page_tables.hide(touch.space, touch.page)
+
+    async def _give_up(self, touch: Touch) -> None:
+        """Let an access fail after an unexpected error, by the means that need least."""
+        with suppress(DaxemuError, OSError):
+            async with touch.space.lock:
+                await self._mark(touch)

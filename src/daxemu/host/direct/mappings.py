@@ -1,0 +1,290 @@
+"""Direct mappings of the media: the second implementation of the seam (host/mappings).
+
+Stores of processes are on the media at once, so nothing is written back. A change of a file's blocks makes
+the old addresses lazy in every process (``settled``). Poison takes the page from every process by one punch
+of the media (pmem/media); this module looks before, which processes had the page present.
+
+Lock order: the lock of a file (FileLocks), then ``Space.lock``. No task holds two of a kind, but for
+``sharing``, which holds two files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
+
+import trio
+
+from daxemu.errors import DaxemuError, MediaError
+from daxemu.fs.fault import FaultKind, FileRun
+from daxemu.host.direct.calls import Calls
+from daxemu.host.direct.changes import Changes, FileLocks
+from daxemu.host.direct.faults import PageFaults, Touch
+from daxemu.host.direct.page_tables import PageTables
+from daxemu.host.direct.presence import Presence, Seen, collected, wanted_of
+from daxemu.host.direct.service import Service
+from daxemu.host.direct.table import Area, Table
+from daxemu.host.fuse import notifications
+from daxemu.host.mappings import Access, Answer, HardwareError, Upcalls
+from daxemu.host.mount_parts import MountParts
+from daxemu.host.proc.file_pages import FilePage
+from daxemu.host.proc.present import Mapped
+from daxemu.host.run.attached import Handle
+from daxemu.mm.incident import Incident
+from daxemu.mm.to_kill import PresentRun, Task
+from daxemu.ranges import Range
+from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Block, Ino
+from daxemu.units import DIV_ROUND_UP, blocks_of, bytes_of_blocks
+
+
+class DirectMappings:
+    """Mappings of the media in the address spaces of programs under ``daxemu run``. See host.mappings."""
+
+    direct_io = True
+
+    def __init__(self, parts: MountParts) -> None:
+        self._fs = fs = parts.fs
+        self._parts = parts
+        self._media = media = parts.pmem.dax.memory()
+        found = os.fstat(media.fd)
+        self._file = os.major(found.st_dev), os.minor(found.st_dev), found.st_ino
+        self._upcalls: Upcalls | None = None
+        self._changes = Changes(fs.allocator)
+        self._locks = FileLocks()
+        self.table = Table()
+        self.table.on_first, self.table.on_last = self._pin, self._unpin
+        self.page_tables = PageTables(self.table, media.offset)
+        # Without struct pages, all pages of a mapping are present (VM_PFNMAP).
+        self.presence = Presence(self.table, pfn_map=parts.pmem.pgmap is None)
+        self.faults = PageFaults(
+            fs,
+            self._is_poisoned,
+            self._reserve,
+            self.table,
+            self.page_tables,
+            self._changes,
+            self._locks,
+            parts.nursery,
+            parts.unexpected,
+        )
+        self.faults.on_poison = self._on_poison
+        self.faults.on_store = self.forget_attributes
+        self._service: Service | None = None
+
+    def calls(self, hardware_error: HardwareError) -> Calls:
+        """Return the answers to system calls on address spaces of this mount."""
+        return Calls(self._fs, self.table, self.page_tables, self._locks, self.settled, hardware_error)
+
+    def system_calls(self, hardware_error: HardwareError) -> Handle:
+        """See Mappings.system_calls."""
+        self._service = Service(
+            self.table, self.faults, self.calls(hardware_error), self._parts, self._media.fd
+        )
+        return self._service.handle
+
+    def _pin(self, ino: Ino) -> None:
+        """Keep the blocks of a file without a name while the file is mapped: a mapping holds a file open."""
+        with suppress(DaxemuError):
+            self._fs.open(self._fs.names.get(ino))
+
+    def _unpin(self, ino: Ino) -> None:
+        with suppress(DaxemuError):
+            self._fs.release(ino)
+
+    # -- the filesystem's answers
+
+    def _is_poisoned(self, block: Block) -> bool:
+        return self._fs.dax.is_poisoned(block * PAGE_SIZE, PAGE_SIZE)
+
+    def _reserve(self, block: Block) -> None:
+        self._fs.dax.reserve(block * PAGE_SIZE, PAGE_SIZE)
+
+    async def _on_poison(self, touch: Touch, area: Area, run: FileRun) -> Answer:
+        """Ask the supervisor about an access to poison."""
+        block = area.block_at(touch.page.start)
+        device = (run.dev_block + block - run.file_block) * PAGE_SIZE
+        try:
+            self._fs.dax.check_readable(device, PAGE_SIZE)
+        except MediaError as error:
+            access = Access(
+                area.ino,
+                block * PAGE_SIZE,
+                PAGE_SIZE,
+                touch.event.tid,
+                error,
+                touch.event.address,
+                touch.is_store,
+            )
+            assert self._upcalls is not None
+            return await self._upcalls.on_access(access)
+        return Answer.AGAIN
+
+    def _before_punch(self, part: Range) -> None:
+        """Note which processes have pages of device bytes present: all processes lose the pages next."""
+        for owner in self._fs.rmap.owners(*blocks_of(part)):
+            self.presence.remember(owner.ino, Range(owner.file_block, owner.file_block + owner.length))
+
+    # -- Translations
+
+    def collect(self, incidents: Sequence[Incident]) -> list[list[Task]]:
+        """See Mappings.collect."""
+        wanted, hurt = wanted_of(incidents)
+        all_files = any(incident.whole_device for incident in incidents)
+
+        def look() -> tuple[list[Seen], list[tuple[int, PresentRun]]]:
+            files = None if all_files else wanted
+            return self.presence.seen(files), self.presence.take_remembered(files)
+
+        seen, remembered = trio.from_thread.run_sync(look)
+        return collected(self.presence, incidents, hurt, seen, remembered)
+
+    def still_mapped(self, task: Task) -> bool:
+        """See Mappings.still_mapped."""
+        return trio.from_thread.run_sync(self.presence.still_maps, task)
+
+    def file_page(self, ino: Ino, index: int) -> FilePage:
+        """See Mappings.file_page: the page of the media."""
+        with suppress(DaxemuError):
+            for run in self._fs.runs(ino, Range(index, index + 1)):
+                if run.kind is FaultKind.MAPPED:
+                    return FilePage(*self._file, (self._media.offset >> PAGE_SHIFT) + run.dev_block)
+        return FilePage(0, 0, 0, 0)
+
+    def revoke(self, incident: Incident) -> None:
+        """See Mappings.revoke. Poisoned pages are gone from every process already."""
+        trio.from_thread.run(self._revoke, incident)
+
+    async def _revoke(self, incident: Incident) -> None:
+        for hurt in incident.mappings:
+            blocks = Range(hurt.index, hurt.index + hurt.count)
+            async with self._locks.held(hurt.mapping):
+                for part in self._healthy(hurt.mapping, blocks):
+                    await self.page_tables.hide_blocks(hurt.mapping, part)
+
+    def _healthy(self, ino: Ino, blocks: Range) -> list[Range]:
+        """Return the blocks of a mapped file that are not poison."""
+        found: list[Range] = []
+        if not self.table.mappers(ino, blocks):
+            return found
+        with suppress(DaxemuError):
+            for run in self._fs.runs(ino, blocks):
+                if run.kind is FaultKind.MAPPED:
+                    device = bytes_of_blocks(Range(run.dev_block, run.dev_block + run.length))
+                    delta = run.file_block - run.dev_block
+                    good = self._fs.dax.poisoned_pages(device).gaps(*device)
+                    found += [Range(*(at // PAGE_SIZE + delta for at in part)) for part in good]
+        return found
+
+    def revoke_all(self) -> None:
+        """See Mappings.revoke_all. From now on every access is SIGBUS with BUS_ADRERR."""
+        trio.from_thread.run(self._revoke_all)
+
+    async def _revoke_all(self) -> None:
+        for space in self.table.spaces():
+            with suppress(DaxemuError, OSError):
+                async with space.lock:
+                    await self.page_tables.end(space)
+
+    def mapped_files(self) -> list[Mapped]:
+        """See Mappings.mapped_files."""
+        return trio.from_thread.run_sync(self.presence.mapped_files)
+
+    # -- data and attributes
+
+    async def write_back(self, ino: Ino, *, has_mutex: bool = False) -> None:
+        """See Mappings.write_back: the stores are on the media."""
+
+    def write_back_all(self) -> None:
+        """See Mappings.write_back_all."""
+
+    def forget_attributes(self, ino: Ino) -> None:
+        """See Mappings.forget_attributes."""
+        notifications.invalidate_attributes(self._parts.session.fd, ino)
+
+    async def refresh_attributes(self, ino: Ino) -> None:
+        """See Mappings.refresh_attributes."""
+        notifications.invalidate_attributes(self._parts.session.fd, ino)
+
+    async def before_read(self, ino: Ino, offset: int, length: int) -> None:
+        """See Mappings.before_read."""
+
+    async def before_write(self, ino: Ino, offset: int, length: int, *, from_cache: bool) -> None:
+        """See Mappings.before_write."""
+
+    async def serves_populate(
+        self, access: Access, *, is_latent: bool, discover: Callable[[], object]
+    ) -> bool:
+        """See Mappings.serves_populate: a touch waits in the userfaultfd, so no system call loops."""
+        return False
+
+    # -- changes
+
+    def on_changed(self, ino: Ino, blocks: Range) -> None:
+        """See Mappings.on_changed."""
+        if self.table.is_mapped(ino):
+            self._changes.note(ino, blocks)
+
+    changed = on_changed  # the filesystem's name of the upcall
+
+    def is_settled(self, ino: Ino | None = None) -> bool:
+        """See Mappings.is_settled."""
+        return self._changes.is_settled(ino)
+
+    async def settled(self, ino: Ino) -> None:
+        """See Mappings.settled."""
+        while not self._changes.is_settled(ino):
+            async with self._locks.held(ino):
+                with self._changes.taken(ino) as changed:
+                    for blocks in changed:
+                        await self._hide(ino, blocks)
+
+    async def _hide(self, ino: Ino, blocks: Range) -> None:
+        """Make changed blocks lazy; beyond the end of the file also private copies (truncate_pagecache())."""
+        inode = self._fs.names.find(ino)
+        end = DIV_ROUND_UP(inode.size, PAGE_SIZE) if inode is not None else 0
+        if inside := blocks.clip(0, end):
+            await self.page_tables.hide_blocks(ino, inside)
+        if beyond := blocks.clip(end, max(end, blocks.end)):
+            await self.page_tables.hide_blocks(ino, beyond, keep_copies=False)
+
+    @asynccontextmanager
+    async def sharing(self, source: Ino, taken: Range, target: Ino, replaced: Range) -> AsyncIterator[None]:
+        """See Mappings.sharing. The blocks of the source stay present, but write-protected."""
+        async with self._locks.held(source, target):
+            await self.page_tables.protect_blocks(source, blocks_of(taken))
+            with self._changes.following(target), self._changes.unnoted(source):
+                yield
+        await self.settled(target)
+
+    async def follow(self) -> None:
+        """Bring mappings up to date after changes that no request waits for. Runs until cancelled."""
+        while True:
+            await self._changes.has_changes.wait()
+            for ino in self._changes.files():
+                with self._parts.unexpected.caught(f"the mappings of inode {ino}"):
+                    await self.settled(ino)
+
+    # -- life
+
+    def connect(self, upcalls: Upcalls) -> None:
+        """See Mappings.connect."""
+        self._upcalls = upcalls
+
+    async def start(self) -> None:
+        """See Mappings.start."""
+        self._fs.follow(self)
+        self._fs.dax.before_punch.register(self._before_punch)
+        self._parts.nursery.start_soon(self.follow)
+
+    async def stop(self) -> None:
+        """See Mappings.stop. Every access from now on is SIGBUS with BUS_ADRERR."""
+        self._fs.follow(None)
+        await self._revoke_all()
+        if self._service is not None:
+            self._service.close()
+
+    def describe_held(self) -> Iterator[str]:
+        """See Mappings.describe_held."""
+        if self.faults.waiting:
+            yield f"{self.faults.waiting} page faults of direct mappings wait for an answer"

@@ -1,0 +1,324 @@
+"""Changes of what address spaces map, carried out by agents and userfaultfds.
+
+Counterpart in Linux: mm/mmap.c, and unmap_mapping_range() of mm/memory.c. Two changes suffice for every
+change of a file: *hide* makes addresses lazy again, so that the next touch is decided by the filesystem, and
+*show* maps a run that the filesystem named. Both replace mappings in one step (planner).
+
+Locks: the caller holds ``Space.lock``. Never call from the task that reads the userfaultfd: an agent's
+mremap(2) waits until that task has read its event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import trio
+
+from daxemu.host.direct import planner, syscalls
+from daxemu.host.direct.errors import (
+    AddressSpaceChanging,
+    AddressSpaceGone,
+    NotRegistered,
+    PagePresent,
+    RegisteredElsewhere,
+)
+from daxemu.host.direct.planner import Piece, Plan, Shows
+from daxemu.host.direct.syscalls import Syscall
+from daxemu.host.direct.table import Area, Space, Table
+from daxemu.host.proc import maps
+from daxemu.host.proc.pagemap import Pagemap
+from daxemu.host.proc.procfs import GONE
+from daxemu.ranges import Range, RangeSet, gaps_between
+from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
+
+MADV_DONTNEED = 4
+_LARGE = 32 << 20
+"""Bytes from which a write-protection runs in a worker thread: 24 ms for 1 GiB."""
+_CHANGING = 0.0002
+"""Seconds between two attempts while the kernel answers EAGAIN: a fork or mremap is not finished."""
+_MAX_MAP_COUNT = "/proc/sys/vm/max_map_count"
+
+
+def most_pieces() -> int:
+    """Return the largest number of shown pieces of an address space.
+
+    A piece counts for two VMAs. A quarter of vm.max_map_count is left to the program.
+    """
+    with open(_MAX_MAP_COUNT, encoding="ascii") as file:
+        return int(file.read()) * 3 // 8
+
+
+class PageTables:
+    """Changes the mappings of address spaces, and keeps the table true. Belongs to the trio thread.
+
+    A change that the kernel refuses raises OSError. AddressSpaceGone: the address space has ended.
+    """
+
+    def __init__(self, table: Table, origin: int) -> None:
+        """``origin``: byte of the media file with byte 0 of the device."""
+        self._table = table
+        self._origin = origin
+        self._most_pieces = most_pieces()
+
+    # -- new mappings
+
+    async def map_new(self, area: Area, pieces: Sequence[Piece]) -> None:
+        """Map ``area`` at addresses that no program uses: ``pieces`` at once, the rest lazily.
+
+        Add the area to the table before the first await: a change of the file meanwhile is then noticed.
+        Raises OSError, DaxemuError; then nothing is mapped.
+        """
+        space = area.space
+        self._table.add(area)
+        for piece in pieces:
+            space.showing(piece.addresses)
+        try:
+            await self._carry_out(space, planner.in_place(area, pieces, self._origin))
+        except (OSError, NotRegistered, RegisteredElsewhere):
+            self._table.remove(space, area.addresses)
+            await self._run(space, [syscalls.munmap(area.addresses.start, area.addresses.length)])
+            raise
+
+    async def map_over(self, area: Area) -> None:
+        """Map ``area`` lazily in place of whatever its addresses map now, as MAP_FIXED does."""
+        await self._replace(area.space, [Piece(area, area.addresses, Shows.LAZY)], keep_copies=False)
+        self._table.remove(area.space, area.addresses)
+        self._table.add(area)
+
+    # -- translations
+
+    async def show(self, pieces: Sequence[Piece]) -> None:
+        """Map pieces of one address space, and wake the threads that wait there.
+
+        Private copies stay. If the address space has too many VMAs, other addresses become lazy first.
+        """
+        if not pieces:
+            return
+        space = pieces[0].area.space
+        if len(space.pieces) + len(pieces) > self._most_pieces:
+            await self._make_room(space)
+        for piece in pieces:
+            space.showing(piece.addresses)
+        try:
+            await self._replace(space, pieces)
+        except (OSError, NotRegistered, RegisteredElsewhere):
+            for piece in pieces:
+                space.hidden(piece.addresses)
+            raise
+        for piece in pieces:
+            space.wake(piece.addresses)
+
+    async def hide(self, space: Space, addresses: Range, *, keep_copies: bool = True) -> None:
+        """Make the shown parts of ``addresses`` lazy (unmap_mapping_range()).
+
+        ``keep_copies``: private copies stay (``even_cows`` of the kernel is 0).
+        """
+        hidden = list(space.shown.overlapping(*addresses))
+        if not keep_copies:
+            hidden = list(RangeSet([*hidden, *space.copied.overlapping(*addresses)]))
+        areas = space.parts(addresses) if hidden else []
+        pieces = [
+            Piece(area, mine, Shows.LAZY)
+            for area in areas
+            for part in hidden
+            if (mine := part.clip(*area.addresses))
+        ]
+        if pieces:
+            await self._replace(space, pieces, keep_copies=keep_copies)
+            for piece in pieces:
+                space.hidden(piece.addresses)
+                if not keep_copies:
+                    space.copied.remove(*piece.addresses)
+                space.wake(piece.addresses)
+
+    async def hide_blocks(
+        self,
+        ino: Ino,
+        blocks: Range,
+        but: tuple[Space, Range] | None = None,
+        *,
+        keep_copies: bool = True,
+    ) -> None:
+        """Make file blocks lazy in every mapping of every process, but at the addresses ``but``: see hide().
+
+        Acquires the lock of each address space. Precondition: the caller holds the lock of the file.
+        """
+        for area, addresses in self._table.mappers(ino, blocks):
+            space = area.space
+            kept = but[1].clip(*addresses) if but is not None and but[0] is space else Range(0, 0)
+            with suppress(AddressSpaceGone):
+                async with space.lock:  # the area may be cut or gone by now
+                    for part in gaps_between([kept] if kept else [], *addresses):
+                        await self.hide(space, part, keep_copies=keep_copies)
+
+    async def protect_blocks(self, ino: Ino, blocks: Range) -> None:
+        """Make each store to file blocks an event, in every shared mapping of every process.
+
+        Acquires the lock of each address space. Precondition: the caller holds the lock of the file.
+        """
+        for area, addresses in self._table.mappers(ino, blocks):
+            if area.is_shared:
+                with suppress(AddressSpaceGone):
+                    async with area.space.lock:
+                        await self.protect(area.space, addresses)
+
+    async def protect(self, space: Space, addresses: Range) -> None:
+        """Make each store to shown addresses an event, until unprotect()."""
+        for part in list(space.shown.overlapping(*addresses)):
+            await self._write_protect(space, part, on=True)
+
+    async def unprotect(self, space: Space, addresses: Range, *, wake: bool = True) -> None:
+        """Let stores to ``addresses`` pass. ``wake``: let the threads go on that wait there."""
+        await self._write_protect(space, addresses, on=False, wake=wake)
+
+    async def zeros(self, area: Area, page: Range, *, protected: bool) -> None:
+        """Show a page of zeros. ``protected``: a store to the page is an event."""
+        area.space.showing(page, zeros=True)
+        with suppress(PagePresent):  # another thread touched the page first
+            await self._ioctl(area.space, lambda: area.space.uffd.copy_zeros(*_extent(page), protected))
+        area.space.wake(page)
+
+    async def mark_poison(self, space: Space, page: Range) -> None:
+        """Make each access to a page fail, until drop(): SIGBUS, or EFAULT in a system call. Wakes.
+
+        Precondition: the page is not write-protected.
+        """
+        with suppress(PagePresent):  # marked for another thread, or the page came back
+            await self._ioctl(space, lambda: space.uffd.poison(*_extent(page)))
+        space.wake(page)
+
+    async def drop(self, space: Space, addresses: Range) -> None:
+        """Remove pages and markers from the page tables, as MADV_DONTNEED does."""
+        await self._run(space, [syscalls.madvise(*_extent(addresses), MADV_DONTNEED)])
+
+    async def end(self, space: Space) -> None:
+        """Make each access to each area fail with BUS_ADRERR, for ever."""
+        whole = [Piece(area, area.addresses, Shows.VOID) for area in space.areas.values()]
+        for piece in whole:
+            space.showing(piece.addresses)
+        await self._run(space, [piece.mmap(piece.addresses.start, self._origin) for piece in whole])
+        for piece in whole:
+            space.wake(piece.addresses)
+
+    # -- calls of the program
+
+    async def unmap(self, space: Space, addresses: Range) -> None:
+        """munmap(2)."""
+        await self._run(space, [syscalls.munmap(*_extent(addresses))])
+        self._table.remove(space, addresses)
+
+    async def mprotect(self, space: Space, addresses: Range, prot: int) -> None:
+        """mprotect(2)."""
+        await self._run(space, [syscalls.mprotect(*_extent(addresses), prot)])
+        self._table.protect(space, addresses, prot)
+
+    async def move(self, space: Space, addresses: Range, to: int) -> None:
+        """Move mappings with all pages and copies, as mremap(2) does. Precondition: nothing is at ``to``."""
+        with _looking_into(space):
+            vmas = [vma.area.clip(*addresses) for vma in maps.read(space.agent.pid)]
+        delta = to - addresses.start
+        calls = [syscalls.mremap(vma.start, vma.length, vma.length, vma.start + delta) for vma in vmas if vma]
+        await self._run(space, calls)
+        self._table.move(space, addresses, to)
+
+    # -- the machinery
+
+    async def _replace(self, space: Space, pieces: Sequence[Piece], *, keep_copies: bool = True) -> None:
+        private = [piece.addresses for piece in pieces if keep_copies and not piece.area.is_shared]
+        for part in private:  # a store waits until the replacement is done
+            await self._write_protect(space, part, on=True)
+        kept = self._copies(space, private)
+        todo = [piece.cut(part) for piece in pieces for part in kept.gaps(*piece.addresses)]
+        if todo:
+            await self._carry_out(space, planner.replacement(todo, space.scratch, self._origin))
+        for part in private:
+            await self._write_protect(space, part, on=False)
+
+    def _copies(self, space: Space, private: Iterable[Range]) -> RangeSet:
+        """Return the private copies at addresses of private mappings."""
+        kept = RangeSet()
+        for part in private:
+            with _looking_into(space), Pagemap(space.agent.pid) as pagemap:
+                for copied in pagemap.present_in(*part, copies=True):
+                    for own in list(space.zeros.gaps(*copied)):
+                        for page in _unmarked(pagemap, own):
+                            kept.add(*page)
+            for copied in space.copied.overlapping(*part):
+                kept.add(*copied)
+        return kept
+
+    async def _carry_out(self, space: Space, plan: Plan) -> None:
+        try:
+            await self._run(space, plan.batch)
+            await self._ioctl(space, lambda: space.uffd.register(*_extent(plan.registered)))
+            for part in plan.protected:
+                await self._write_protect(space, part, on=True)
+            await self._run(space, plan.move)
+        except (OSError, NotRegistered, RegisteredElsewhere):
+            if plan.move:
+                await self._run(space, [syscalls.munmap(*_extent(plan.registered))])
+            raise
+
+    async def _run(self, space: Space, batch: Sequence[Syscall]) -> None:
+        """Have the agent make the calls. Raises OSError with the first error, after all calls are made."""
+        if space.is_gone:
+            raise AddressSpaceGone(f"process {space.tgid} has ended")
+        for call, result in zip(batch, await space.agent.run(batch), strict=True):
+            if -4096 < result < 0:
+                raise OSError(-result, f"system call {call.number} in process {space.tgid}")
+
+    async def _write_protect(self, space: Space, part: Range, *, on: bool, wake: bool = True) -> None:
+        def call() -> None:
+            space.uffd.write_protect(*_extent(part), on, wake)
+
+        await self._ioctl(space, call, in_thread=part.length > _LARGE)
+
+    async def _ioctl(self, space: Space, call: Callable[[], object], *, in_thread: bool = False) -> None:
+        """Make a request to the userfaultfd, again while a fork or mremap of the space is not finished.
+
+        Every request may be repeated: what was done before stays done.
+        """
+        while True:
+            if space.is_gone:
+                raise AddressSpaceGone(f"process {space.tgid} has ended")
+            try:
+                if in_thread:
+                    await trio.to_thread.run_sync(call)
+                else:
+                    call()
+            except AddressSpaceChanging:
+                await trio.sleep(_CHANGING)
+            else:
+                return
+
+    async def _make_room(self, space: Space) -> None:
+        """Make the area with the most pieces lazy."""
+
+        def pieces_of(area: Area) -> int:
+            return sum(1 for _ in space.pieces.irange(*area.addresses, inclusive=(True, False)))
+
+        fullest = max(space.areas.values(), key=pieces_of)
+        await self._replace(space, [Piece(fullest, fullest.addresses, Shows.LAZY)])
+        space.hidden(fullest.addresses)
+
+
+def _unmarked(pagemap: Pagemap, part: Range) -> Iterator[Range]:
+    """Yield the pages of ``part`` that are there: not only marked by the write-protection."""
+    for index, entry in enumerate(pagemap.entries(part.start, part.length >> PAGE_SHIFT)):
+        if not entry.is_marker:
+            at = part.start + (index << PAGE_SHIFT)
+            yield Range(at, at + PAGE_SIZE)
+
+
+@contextmanager
+def _looking_into(space: Space) -> Iterator[None]:
+    """Context for reading /proc of an address space. Raises AddressSpaceGone instead of the errors there."""
+    try:
+        yield
+    except GONE as error:
+        raise AddressSpaceGone(f"process {space.tgid} has ended") from error
+
+
+def _extent(part: Range) -> tuple[int, int]:
+    return part.start, part.length

@@ -1,0 +1,163 @@
+"""System calls and events of programs with direct mappings, from all runs of ``daxemu run`` on one mount.
+
+Each run has address spaces of its own, because each run has another slice of the zone for the mount.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+from daxemu.host.direct.address_spaces import AddressSpace, AddressSpaces
+from daxemu.host.direct.calls import MAP_ANONYMOUS, Calls, open_file
+from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
+from daxemu.host.direct.faults import PageFaults
+from daxemu.host.direct.table import Space, Table
+from daxemu.host.direct.userfaultfd import Event, PageFault
+from daxemu.host.mount_parts import MountParts
+from daxemu.host.run import zone
+from daxemu.host.run.attached import AttachedRun, refused
+from daxemu.host.run.filters import Nr
+from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
+from daxemu.ranges import Range
+
+
+class Service:
+    """Answers calls, and passes events on. Belongs to the trio thread."""
+
+    def __init__(self, table: Table, faults: PageFaults, calls: Calls, parts: MountParts, media: int) -> None:
+        """``media``: descriptor of the media, opened for reading and writing."""
+        self._table = table
+        self._faults = faults
+        self._calls = calls
+        self._parts = parts
+        self._media = media
+        self._void = os.memfd_create("daxemu-void", os.MFD_CLOEXEC)
+        self._runs: WeakKeyDictionary[AttachedRun, _RunSpaces] = WeakKeyDictionary()
+        self._all: list[_RunSpaces] = []
+
+    async def handle(self, run: AttachedRun, call: NotifiedCall) -> Answer | None:
+        """Decide a call: see host.run.attached.Handle."""
+        return await self._of(run).handle(run, call)
+
+    def close(self) -> None:
+        """End all agents."""
+        for each in self._all:
+            each.spaces.close()
+        os.close(self._void)
+
+    def _of(self, run: AttachedRun) -> _RunSpaces:
+        found = self._runs.get(run)
+        if found is None:
+            found = _RunSpaces(run.zone, self._table, self._faults, self._calls, self._parts)
+            found.spaces = AddressSpaces(
+                self._parts.tracer,
+                self._parts.nursery,
+                found,
+                self._media,
+                self._void,
+                zone.SLICES.index(run.zone),
+            )
+            self._runs[run] = found
+            self._all.append(found)
+        return found
+
+
+class _RunSpaces:
+    """Address spaces of one run: the Watcher of ``spaces``."""
+
+    spaces: AddressSpaces
+
+    def __init__(
+        self, given: range, table: Table, faults: PageFaults, calls: Calls, parts: MountParts
+    ) -> None:
+        middle = given.start + len(given) // 2
+        self._zone, self._scratch = Range(given.start, middle), Range(middle, given.stop)
+        self._table = table
+        self._faults = faults
+        self._calls = calls
+        self._parts = parts
+        self._known: dict[AddressSpace, Space] = {}
+        self._forking: set[int] = set()
+        """Threads whose fork is under way."""
+
+    async def handle(self, run: AttachedRun, call: NotifiedCall) -> Answer | None:
+        """Decide a call. None: the call is answered, or the thread makes it again."""
+        try:
+            match call.nr:
+                case Nr.EXECVE | Nr.EXECVEAT:
+                    await self.spaces.executes(call)
+                    return CONTINUE
+                case Nr.FORK | Nr.CLONE:
+                    await self._fork(run, call)
+                    return None
+                case Nr.MMAP if not call.args[3] & MAP_ANONYMOUS:
+                    return await self._mmap(run, call)
+            return await self._calls.answer(call, self._space(self.spaces.find(call.tid)))
+        except AddressSpaceGone:
+            return CONTINUE  # the thread is dead
+        except AgentRefused as why:
+            return refused(call, str(why), self._parts.emit)
+
+    async def _mmap(self, run: AttachedRun, call: NotifiedCall) -> Answer | None:
+        try:
+            file = open_file(call.tid, call.args[4] & 0xFFFFFFFF)
+        except OSError:
+            return CONTINUE  # EBADF, or a dead thread
+        if not run.is_waiting(call):
+            return Answer(error=errno.EINTR)
+        if error := self._calls.check_mmap(call, file):
+            return Answer(error=error)
+        space = self._space(await self.spaces.of(run, call))
+        return None if space is None else await self._calls.mmap(call, file, space)
+
+    async def _fork(self, run: AttachedRun, call: NotifiedCall) -> None:
+        """Answer a fork(2). No mapping of the parent changes between its copy and the copy of the table."""
+        space = self._space(self.spaces.find(call.tid))
+        if space is None or call.tid in self._forking:
+            await self.spaces.forked(run, call)
+            return
+        self._forking.add(call.tid)
+        try:
+            async with space.lock:
+                await self.spaces.forked(run, call)
+        finally:
+            self._forking.discard(call.tid)
+
+    def _space(self, found: AddressSpace | None) -> Space | None:
+        """Return the mappings of an address space, which may be new."""
+        if found is None:
+            return None
+        space = self._known.get(found)
+        if space is None:
+            space = self._known[found] = self._new(found)
+            self._table.add_space(space)
+        return space
+
+    def _new(self, found: AddressSpace) -> Space:
+        return Space(found.agent, found.uffd, self._zone, self._scratch)
+
+    # -- Watcher
+
+    def on_events(self, space: AddressSpace, events: Sequence[Event]) -> None:
+        """See Watcher.on_events."""
+        mine = self._space(space)
+        assert mine is not None
+        for event in events:
+            if isinstance(event, PageFault):
+                self._parts.nursery.start_soon(self._faults.handle, mine, event)
+
+    def on_forked(self, parent: AddressSpace, child: AddressSpace) -> None:
+        """See Watcher.on_forked."""
+        known = self._space(parent)
+        assert known is not None
+        self._known[child] = self._new(child)
+        self._table.fork(known, self._known[child])
+
+    def on_gone(self, space: AddressSpace) -> None:
+        """See Watcher.on_gone."""
+        known = self._known.pop(space, None)
+        if known is not None:
+            self._table.drop_space(known)

@@ -1,0 +1,346 @@
+"""Table of direct mappings: which addresses of which processes map which blocks of which files.
+
+The supervisor makes every direct mapping, so the supervisor knows them without /proc. Counterpart in Linux:
+the maple tree of an ``mm_struct`` (by address) and ``address_space.i_mmap`` (by file block).
+
+Addresses are bytes, positions in files are blocks. A range of addresses consists of whole pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import trio
+from sortedcontainers import SortedDict, SortedSet
+
+from daxemu.host.direct.agent import Agent
+from daxemu.host.direct.userfaultfd import Userfaultfd
+from daxemu.ranges import IntervalIndex, Range, RangeSet
+from daxemu.uapi import PAGE_SHIFT, Block, Ino
+
+PROT_WRITE = 2
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Area:
+    """Mapping of consecutive blocks of a file (``struct vm_area_struct``).
+
+    - ``space``: the address space.
+    - ``ino``, ``block``: the file, and the file block at the first address.
+    - ``prot``: PROT_READ, PROT_WRITE and PROT_EXEC of mmap(2).
+    - ``is_shared``: MAP_SHARED. Stores through any other mapping are private copies.
+    - ``may_write``: False for MAP_SHARED of a file that was opened without write access (VM_MAYWRITE).
+    """
+
+    space: Space
+    addresses: Range
+    ino: Ino
+    block: Block
+    prot: int
+    is_shared: bool
+    may_write: bool
+
+    @property
+    def blocks(self) -> Range:
+        """The blocks of the file."""
+        return Range(self.block, self.block + (self.addresses.length >> PAGE_SHIFT))
+
+    def addresses_of(self, blocks: Range) -> Range:
+        """Return the addresses of file blocks; empty (false) if no block is mapped here."""
+        part = blocks.clip(*self.blocks)
+        start = self.addresses.start + ((part.start - self.block) << PAGE_SHIFT)
+        return Range(start, start + (part.length << PAGE_SHIFT)) if part else Range(start, start)
+
+    def block_at(self, address: int) -> Block:
+        """Return the file block at an address. Precondition: the address is inside."""
+        return self.block + ((address - self.addresses.start) >> PAGE_SHIFT)
+
+    def continues(self, other: Area) -> bool:
+        """Return True if the areas are one area of consecutive addresses and blocks."""
+        alike = (self.ino, self.prot, self.is_shared, self.may_write) == (
+            other.ino,
+            other.prot,
+            other.is_shared,
+            other.may_write,
+        )
+        first, last = (self, other) if self.addresses < other.addresses else (other, self)
+        return alike and (first.addresses.end, first.blocks.end) == (last.addresses.start, last.block)
+
+    def extended(self, end: int) -> Area:
+        """Return the area with another last address."""
+        addresses = Range(self.addresses.start, end)
+        return Area(self.space, addresses, self.ino, self.block, self.prot, self.is_shared, self.may_write)
+
+    def part(self, addresses: Range, *, prot: int | None = None) -> Area:
+        """Return the area cut to ``addresses``, optionally with another protection."""
+        return Area(
+            self.space,
+            addresses,
+            self.ino,
+            self.block_at(addresses.start),
+            self.prot if prot is None else prot,
+            self.is_shared,
+            self.may_write,
+        )
+
+
+@dataclass(eq=False, slots=True)
+class Space:
+    """Address space of one or more processes (``struct mm_struct``), with its agent and userfaultfd.
+
+    Every address of an area is in one of three states:
+
+    - *lazy*: anonymous memory without a page. A touch is an event of the userfaultfd.
+    - *shown*: the address maps the media or the void file (beyond the end of the file), or has a page of
+      zeros for a hole (``zeros``).
+    - *copied*: a page of a private mapping over a hole that was stored to. Copies of pages of the media are
+      known to the page tables only.
+    """
+
+    agent: Agent
+    uffd: Userfaultfd
+    zone: Range
+    """Addresses for the mappings of this mount."""
+    scratch: Range
+    """Addresses where a replacement of a mapping is prepared."""
+    lock: trio.Lock = field(default_factory=trio.Lock)
+    """Held over each change of mappings. Acquired after the lock of a file."""
+    shown: RangeSet = field(default_factory=RangeSet)
+    zeros: RangeSet = field(default_factory=RangeSet)
+    copied: RangeSet = field(default_factory=RangeSet)
+    pieces: SortedSet = field(default_factory=SortedSet)
+    """First addresses of the shown pieces: as many VMAs, and up to as many lazy ones between."""
+    is_gone: bool = False
+    """True after the end of the address space."""
+    areas: SortedDict = field(default_factory=SortedDict)
+    """The areas, by first address. Only :class:`Table` changes the areas."""
+
+    @property
+    def tgid(self) -> int:
+        """Process id of the program; 0 for the child of a fork that is not complete yet."""
+        return self.agent.tgid
+
+    def at(self, address: int) -> Area | None:
+        """Return the area with an address; None if the address is in none."""
+        index = self.areas.bisect_right(address) - 1
+        area: Area | None = self.areas.peekitem(index)[1] if index >= 0 else None
+        return area if area is not None and address < area.addresses.end else None
+
+    def overlapping(self, addresses: Range) -> list[Area]:
+        """Return the areas that overlap ``addresses``, in order."""
+        first = self.areas.bisect_right(addresses.start) - 1
+        found = [self.areas.peekitem(first)[1]] if first >= 0 else []
+        found += [self.areas[start] for start in self.areas.irange(*addresses, inclusive=(False, False))]
+        return [area for area in found if area.addresses.clip(*addresses)]
+
+    def parts(self, addresses: Range) -> list[Area]:
+        """As :meth:`overlapping`, each area cut to ``addresses``."""
+        return [area.part(area.addresses.clip(*addresses)) for area in self.overlapping(addresses)]
+
+    def covers(self, addresses: Range) -> bool:
+        """Return True if every address is in an area."""
+        return sum(part.addresses.length for part in self.parts(addresses)) == addresses.length
+
+    def wake(self, addresses: Range) -> None:
+        """Let the threads go on that wait for an answer to an event at ``addresses``."""
+        self.uffd.wake(addresses.start, addresses.length)
+
+    def showing(self, addresses: Range, *, zeros: bool = False) -> None:
+        """Note that ``addresses`` are shown from now on, as one piece or as a page of ``zeros``."""
+        self.shown.add(*addresses)
+        if zeros:
+            self.zeros.add(*addresses)
+        else:
+            self.zeros.remove(*addresses)
+            self.pieces.add(addresses.start)
+
+    def hidden(self, addresses: Range) -> None:
+        """Note that ``addresses`` are no longer shown."""
+        self.shown.remove(*addresses)
+        self.zeros.remove(*addresses)
+        for start in list(self.pieces.irange(*addresses, inclusive=(True, False))):
+            self.pieces.remove(start)
+
+    def free_place(self, length: int, alignment: int) -> int | None:
+        """Return the start of ``length`` unused bytes of the zone, aligned; None without such a place.
+
+        A page of distance stays between two mappings, so that an overrun is SIGSEGV.
+        """
+        at = self._aligned(self.areas.peekitem()[1].addresses.end if self.areas else None, alignment)
+        if at + length <= self.zone.end:
+            return at
+        before: int | None = None
+        for area in self.areas.values():  # the end of the zone is reached: the first gap that fits
+            at = self._aligned(before, alignment)
+            if at + length + (1 << PAGE_SHIFT) <= area.addresses.start:
+                return at
+            before = area.addresses.end
+        return None
+
+    def _aligned(self, end: int | None, alignment: int) -> int:
+        at = self.zone.start if end is None or end < self.zone.start else end + (1 << PAGE_SHIFT)
+        return -(-at // alignment) * alignment
+
+
+class Mapper(NamedTuple):
+    """Addresses of an area that map some blocks of a file."""
+
+    area: Area
+    addresses: Range
+
+
+def _first_block(area: Area) -> int:
+    return area.block
+
+
+def _length(area: Area) -> int:
+    return area.addresses.length >> PAGE_SHIFT
+
+
+class Table:
+    """The areas of all address spaces, by address and by file block. Belongs to the trio thread.
+
+    Invariants:
+    - areas of one address space are disjoint;
+    - the index of each file has exactly the areas of the file in all address spaces.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Ino, IntervalIndex[Area]] = {}
+        self._spaces: dict[Space, None] = {}
+        self.on_first: Callable[[Ino], None] = lambda ino: None
+        """Called with a file that is mapped from now on."""
+        self.on_last: Callable[[Ino], None] = lambda ino: None
+        """Called with a file that is no longer mapped."""
+        self._emptied: set[Ino] = set()
+        """Files that lost an area since the last call of _tidy()."""
+
+    # -- address spaces
+
+    def space_of(self, tgid: int) -> Space | None:
+        """Return the address space of a process; None if the process has no direct mapping."""
+        return next((space for space in self._spaces if space.tgid == tgid), None)
+
+    def spaces(self) -> list[Space]:
+        """Return every address space."""
+        return list(self._spaces)
+
+    def add_space(self, space: Space) -> None:
+        """Add an address space without areas."""
+        self._spaces[space] = None
+
+    def fork(self, parent: Space, child: Space) -> None:
+        """Give ``child`` the areas of ``parent``, as fork(2) does."""
+        for area in list(parent.areas.values()):
+            self.add(
+                Area(child, area.addresses, area.ino, area.block, area.prot, area.is_shared, area.may_write)
+            )
+        child.shown, child.copied = parent.shown.copy(), parent.copied.copy()
+        child.zeros, child.pieces = parent.zeros.copy(), SortedSet(parent.pieces)
+        self.add_space(child)
+
+    def drop_space(self, space: Space) -> None:
+        """Remove an address space that has ended."""
+        space.is_gone = True
+        self._cut(space, Range(0, 1 << 64))
+        self._tidy()
+        self._spaces.pop(space, None)
+
+    # -- areas
+
+    def add(self, area: Area) -> None:
+        """Add an area, merged with areas that it continues (vma_merge()). Precondition: none of its addresses
+        is in an area of the address space.
+        """
+        space = area.space
+        for other in (space.at(area.addresses.start - 1), space.at(area.addresses.end)):
+            if other is not None and area.continues(other):
+                self._discard(other)
+                first, last = sorted((area, other), key=lambda each: each.addresses)
+                area = first.extended(last.addresses.end)
+        space.areas[area.addresses.start] = area
+        index = self._files.get(area.ino)
+        if index is None:
+            index = self._files[area.ino] = IntervalIndex(_first_block, _length)
+            self.on_first(area.ino)
+        index.add(area)
+
+    def _discard(self, area: Area) -> None:
+        del area.space.areas[area.addresses.start]
+        self._files[area.ino].discard(area)
+        self._emptied.add(area.ino)
+
+    def remove(self, space: Space, addresses: Range) -> None:
+        """Remove ``addresses`` from all areas, as munmap(2) does."""
+        self._cut(space, addresses)
+        space.hidden(addresses)
+        space.copied.remove(*addresses)
+        self._tidy()
+
+    def protect(self, space: Space, addresses: Range, prot: int) -> None:
+        """Set the protection of all areas in ``addresses``, as mprotect(2) does."""
+        for part in self._cut(space, addresses):
+            self.add(part.part(part.addresses, prot=prot))
+
+    def move(self, space: Space, addresses: Range, to: int) -> None:
+        """Move the areas of ``addresses`` to ``to`` on, as mremap(2) does. Precondition: nothing is there."""
+        delta = to - addresses.start
+        sets = (space.shown, space.zeros, space.copied)
+        found = [list(known.overlapping(*addresses)) for known in sets]
+        pieces = list(space.pieces.irange(*addresses, inclusive=(True, False)))
+        parts = self._cut(space, addresses)
+        space.hidden(addresses)
+        space.copied.remove(*addresses)
+        for part in parts:
+            moved = Range(part.addresses.start + delta, part.addresses.end + delta)
+            self.add(Area(space, moved, part.ino, part.block, part.prot, part.is_shared, part.may_write))
+        for known, ranges in zip(sets, found, strict=True):
+            for start, end in ranges:
+                known.add(start + delta, end + delta)
+        space.pieces.update(start + delta for start in pieces)
+
+    def _cut(self, space: Space, addresses: Range) -> list[Area]:
+        """Remove ``addresses`` from all areas. Return the removed parts."""
+        removed = []
+        for area in space.overlapping(addresses):
+            self._discard(area)
+            part = area.addresses.clip(*addresses)
+            removed.append(area.part(part))
+            for rest in (Range(area.addresses.start, part.start), Range(part.end, area.addresses.end)):
+                if rest:
+                    self.add(area.part(rest))
+        return removed
+
+    def _tidy(self) -> None:
+        """Forget the files without an area."""
+        while self._emptied:
+            ino = self._emptied.pop()
+            if ino in self._files and not len(self._files[ino]):
+                del self._files[ino]
+                self.on_last(ino)
+
+    # -- by file
+
+    def files(self) -> list[Ino]:
+        """Return the mapped files."""
+        return [ino for ino, index in self._files.items() if len(index)]
+
+    def is_mapped(self, ino: Ino) -> bool:
+        """Return True if any process maps the file."""
+        return ino in self._files
+
+    def areas_of(self, ino: Ino) -> list[Area]:
+        """Return all areas of a file."""
+        return list(self._files.get(ino, ()))
+
+    def mappers(self, ino: Ino, blocks: Range) -> list[Mapper]:
+        """Return the addresses in all address spaces that map any of ``blocks``.
+
+        The cost is in proportion to the areas found.
+        """
+        index = self._files.get(ino)
+        if index is None:
+            return []
+        return [Mapper(area, area.addresses_of(blocks)) for area in index.overlapping(*blocks)]

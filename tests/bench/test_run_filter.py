@@ -1,0 +1,68 @@
+"""Cost of the filters of daxemu run for system calls that concern no direct mount."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.bench.contenders import compiled
+from tests.bench.report import Line, interleaved, record
+
+pytestmark = [
+    pytest.mark.bench,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(os.geteuid() != 0, reason="direct mappings need root"),
+]
+
+SECTION = "Programs under daxemu run"
+BARE, SMALL, DIRECT = "without", "page cache", "direct"
+ROUNDS = 7
+START = """
+import sys
+from daxemu.host.run import helper
+from daxemu.host.run.runner import execute
+helper.mounts = lambda process: []
+kind, *command = sys.argv[1:]
+execute(command, None, lambda *_: 0, (lambda *_: False) if kind == "direct" else None)
+"""
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(Path(__file__).with_name("calls.c"), tmp_path_factory.mktemp("calls"))
+
+
+def microseconds(calls: Path, side: str, words: list[str]) -> float:
+    start = [] if side == BARE else [sys.executable, "-c", START, side]
+    done = subprocess.run([*start, calls, *words], stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout) * 1e6
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "target"),
+    [
+        ("getppid", ["getppid", "3000"], 0.95),
+        ("madvise", ["madvise", "2000"], 0.95),
+        ("mmap, anonymous", ["anonymous", "20000"], 0.9),
+        ("mmap of a file elsewhere", ["file", "5000", "/usr/bin/env"], 1 / 3),
+        ("mmap of a file in tmpfs", ["file", "5000", "/dev/shm/calls"], 1 / 3),
+        ("fork, exit, wait", ["fork", "300"], 1 / 3),
+        ("spawn of /bin/true, wait", ["exec", "300"], 1 / 3),
+    ],
+)
+def test_calls_not_concerned(calls: Path, name: str, words: list[str], target: float) -> None:
+    file = Path("/dev/shm/calls")
+    file.write_bytes(bytes(4096))
+    try:
+        sides = {side: partial(microseconds, calls, side, words) for side in (DIRECT, SMALL, BARE)}
+        figures = interleaved(sides, ROUNDS)
+    finally:
+        file.unlink()
+    # Any filter, even today's, costs each system call 40 ns in the kernel.
+    against = SMALL if name in ("getppid", "madvise") else BARE
+    record(Line(SECTION, name, "us", figures, against=against, target=target))
