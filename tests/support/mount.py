@@ -28,8 +28,8 @@ PATIENCE = 30.0
 
 @dataclass
 class DaxMount:
-    """Mount of ``device`` at ``path``. ``sound``: fsck at the end must find no problem. ``is_direct``: mounted
-    with --direct, so actors of a scene are programs under ``daxemu run``.
+    """Mount of ``device`` at ``path``. ``sound``: fsck at the end must find no problem. ``is_direct``:
+    mounted with --direct, so actors of a scene are programs under ``daxemu run``.
     """
 
     device: Path
