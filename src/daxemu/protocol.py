@@ -67,14 +67,6 @@ class Advised(msgspec.Struct):
     errno: int
 
 
-class Attached(msgspec.Struct):
-    """``is_direct``: whether programs can have direct mappings of files of the mount. False: nothing was
-    attached.
-    """
-
-    is_direct: bool
-
-
 class Cleared(msgspec.Struct):
     ranges: list[tuple[int, int]]
     bytes: Length
@@ -349,20 +341,14 @@ class Madvise(Request[Advised], tag="madvise"):
     simulated: bool = False
 
 
-class Attach(Request[Attached], tag="attach", omit_defaults=True):
-    """Forward the system calls of a ``daxemu run`` that concern direct mappings of the mount. The supervisor
-    takes copies of two descriptors of the asking process ``pid``: ``listener`` (seccomp(2)), and ``socket``,
-    a socket with the inode number ``socket_ino`` that each call arrives at as a struct seccomp_notif. Direct
-    mappings get addresses from ``start`` to ``end``. Without ``listener``: only report whether the mount is
-    direct.
-    """
+class Attach(Request[Done], tag="attach", omit_defaults=True):
+    """Forward the system calls of a ``daxemu run``, process ``pid``, as packets. Unsupported: not direct.
+    ``descriptors`` of ``pid``: listener of seccomp(2), socket, its inode number; null: only ask. ``zone``:
+    addresses for direct mappings, start and end."""
 
     pid: Pid
-    listener: int | None = None
-    socket: int = -1
-    socket_ino: int = 0
-    start: Address = 0
-    end: Address = 0
+    descriptors: tuple[int, int, int] | None = None
+    zone: tuple[Address, Address] = (0, 0)
 
 
 class Clear(Request[Cleared], tag="clear"):

@@ -25,7 +25,7 @@ from daxemu.host.run.filters import AUDIT_ARCH_X86_64, Nr
 from daxemu.host.run.helper import Handover
 from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
 from daxemu.host.unexpected import Unexpected
-from tests.host.test_direct_filter import ROOT, stub
+from tests.support.forwarded import ROOT, stub
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="direct mappings need root")
 
@@ -200,4 +200,4 @@ def test_no_process_attaches_another() -> None:
     with stub() as direct, Client(mount_at(direct.directory)) as client:
         with pytest.raises(PermissionDenied, match="may not attach"):
             client.request("attach", pid=1)
-        assert client.request("attach", pid=os.getpid()) == {"is_direct": True}
+        assert client.request("attach", pid=os.getpid()) == {}

@@ -1,169 +1,41 @@
 """Programs under the filter for direct mappings, with the real helper and control socket.
 
-Files in shared memory stand for files of a direct mount, files of a memfd for those of a second one; a stub
-supervisor (tests/support/forwarding.py) decides.
+tests/support/forwarded.py says what stands for the mounts and the supervisor.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import pytest
 
 from daxemu.host.run import zone
 from daxemu.host.run.filters import Nr
+from tests.support.forwarded import (
+    PATIENCE,
+    PROGRAM,
+    Stub,
+    output_of,
+    python,
+    says,
+    started,
+    stub,
+)
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="direct mappings need root")
-
-ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 30.0
-START = """
-import os, sys
-from pathlib import Path
-from daxemu.cli.run import _attach
-from daxemu.host.proc.mountinfo import Mount
-from daxemu.host.run import helper
-from daxemu.host.run.runner import execute
-*heres, command = sys.argv[1:]
-memfd = os.memfd_create("second")
-def mount(path, number):
-    return Mount(Path(path), Path(path), (os.major(number), os.minor(number)))
-numbers = [os.stat(heres[0]).st_dev, os.fstat(memfd).st_dev]
-known = [mount(path, number) for path, number in zip(heres, numbers)]
-os.close(memfd)
-helper.mounts = lambda process="self": known
-execute(eval(command), None, lambda tid, piece, soft: 5, _attach)
-"""
-PROGRAM = """
-import ctypes, mmap, os, signal, sys, threading, time
-libc = ctypes.CDLL(None, use_errno=True)
-libc.syscall.restype = ctypes.c_long
-here = sys.argv[1]
-def syscall(number, *args):
-    result = libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, args))
-    return result if result != -1 else -ctypes.get_errno()
-def mapped(at=0, flags=1, path=here + "/f", length=4 * 4096, fd=None):
-    own = os.open(path, os.O_RDWR) if fd is None else fd
-    try:
-        return syscall(9, at, length, 3, flags, own, 0)
-    finally:
-        if fd is None:
-            os.close(own)
-SLICE = 0x2000_0000_0000
-"""
-
-
-class Stub:
-    """A stub supervisor that runs, with its directory."""
-
-    def __init__(self, directory: Path, *, direct: bool = True) -> None:
-        self.directory = directory
-        if not direct:
-            (directory / "mode").write_text("page cache")
-        self.decide("continue")
-        self.process = self.started()
-
-    def started(self) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.forwarding", str(self.directory)],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        return process
-
-    def decide(self, words: str) -> None:
-        """Set the decision for mmap(2)."""
-        (self.directory / "answer").write_text(words)
-
-    def calls(self) -> list[list[Any]]:
-        """Return number, thread, arguments and start of the slice of each forwarded call."""
-        try:
-            return [json.loads(line) for line in (self.directory / "calls").read_text().splitlines()]
-        except FileNotFoundError:
-            return []
-
-    def numbers(self) -> list[int]:
-        return [call[0] for call in self.calls()]
-
-    def refusals(self) -> list[dict[str, Any]]:
-        lines = (self.directory / "events.jsonl").read_text().splitlines()
-        return [event for event in map(json.loads, lines) if event["event"] == "DirectMappingRefused"]
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(PATIENCE)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-
-@contextlib.contextmanager
-def stub(*, direct: bool = True) -> Iterator[Stub]:
-    with TemporaryDirectory(dir="/dev/shm") as path:
-        (Path(path) / "f").write_bytes(b"direct" + bytes(4 * 4096))
-        made = Stub(Path(path), direct=direct)
-        try:
-            yield made
-        finally:
-            made.kill()
 
 
 @pytest.fixture
 def supervisor() -> Iterator[Stub]:
     with stub() as made:
         yield made
-
-
-def started(stubs: Sequence[Stub], command: list[str], **options: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", START, *(str(each.directory) for each in stubs), repr(command)],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        **options,
-    )
-
-
-def python(stubs: Sequence[Stub], script: str, **options: Any) -> subprocess.Popen[str]:
-    return started(
-        stubs, [sys.executable, "-c", PROGRAM + script, *(str(each.directory) for each in stubs)], **options
-    )
-
-
-def output_of(process: subprocess.Popen[str], status: int = 0) -> str:
-    """Return what a process prints; its exit status must be ``status``."""
-    try:
-        out, _ = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-    assert process.returncode == status
-    return out.strip()
-
-
-def says(on: Stub, script: str) -> str:
-    return output_of(python([on], script))
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + PATIENCE
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
 
 
 # -- answers
@@ -335,172 +207,6 @@ def test_32_bit_program_maps_other_files(supervisor: Stub, tmp_path: Path, call:
     process.communicate(timeout=PATIENCE)
     assert process.returncode not in {errno.ENODEV, errno.ENOSYS, errno.EINVAL, errno.EBADF}
     assert supervisor.refusals() == []
-
-
-# -- supervisors and helpers that end
-
-
-def test_supervisor_killed_before(supervisor: Stub) -> None:
-    """mmap(2) of the dead mount is ENODEV; every other call is the kernel's."""
-    script = """
-at = mapped(SLICE, 0x11)
-print(at == SLICE, flush=True)
-sys.stdin.readline()
-print(mapped(), syscall(11, at, 4096), flush=True)
-os.execv("/bin/echo", ["echo", "done"])
-"""
-    process = python([supervisor], script, stdin=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdin is not None
-    assert process.stdout.readline() == "True\n"
-    supervisor.kill()
-    process.stdin.write("\n")
-    process.stdin.flush()
-    assert output_of(process).splitlines() == [f"{-errno.ENODEV} 0", "done"]
-
-
-@pytest.mark.mount
-def test_supervisor_starts_again(supervisor: Stub, tmp_path: Path) -> None:
-    """While the mount table changes without a supervisor, mmap(2) stays ENODEV. A new supervisor is attached
-    after the next change, with a slice of its own.
-    """
-    script = """
-assert mapped() > 0
-print("mapped", flush=True)
-for line in sys.stdin:
-    print(mapped() > 0, flush=True)
-"""
-    process = python([supervisor], script, stdin=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdin is not None
-    assert process.stdout.readline() == "mapped\n"
-
-    def maps_after_a_change() -> bool:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path], check=True)
-        subprocess.run(["umount", tmp_path], check=True)
-        process.stdin.write("\n")
-        process.stdin.flush()
-        return process.stdout.readline() == "True\n"
-
-    supervisor.kill()
-    assert [maps_after_a_change() for _ in range(3)] == [False] * 3
-    supervisor.process = supervisor.started()
-    assert any(maps_after_a_change() for _ in range(100))
-    process.stdin.close()
-    assert process.wait(PATIENCE) == 0
-    process.stdout.close()
-    assert [call[3] for call in supervisor.calls()] == [zone.SLICES[0].start, zone.SLICES[1].start]
-
-
-@pytest.mark.parametrize("threads", [1, 600])
-def test_supervisor_killed_meanwhile(supervisor: Stub, threads: int) -> None:
-    """Threads that wait for an answer get ENODEV, however many they are."""
-    supervisor.decide("hold")
-    script = f"""
-threading.stack_size(65536)
-results = []
-threads = [threading.Thread(target=lambda: results.append(mapped(fd=fd))) for _ in range({threads})]
-fd = os.open(here + "/f", os.O_RDWR)
-for thread in threads:
-    thread.start()
-print("started", flush=True)
-for thread in threads:
-    thread.join()
-print(len(results), set(results))
-"""
-    process = python([supervisor], script)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "started\n"
-    assert eventually(lambda: len(supervisor.calls()) == threads)
-    supervisor.kill()
-    assert output_of(process) == f"{threads} {{{-errno.ENODEV}}}"
-
-
-def test_supervisor_that_is_stopped_delays_only_its_own_calls(supervisor: Stub) -> None:
-    """600 calls for a stopped supervisor: more than a socket takes; other files are mapped meanwhile."""
-    script = """
-threading.stack_size(65536)
-assert mapped() > 0
-fd = os.open(here + "/f", os.O_RDWR)
-print("mapped", flush=True)
-sys.stdin.readline()
-results = []
-threads = [threading.Thread(target=lambda: results.append(mapped(fd=fd) > 0)) for _ in range(600)]
-for thread in threads:
-    thread.start()
-other = os.open("/usr/bin/env", os.O_RDONLY)
-print(mapped(fd=other, flags=2) > 0, results, flush=True)
-for thread in threads:
-    thread.join()
-print(len(results), set(results))
-"""
-    process = python([supervisor], script, stdin=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdin is not None
-    assert process.stdout.readline() == "mapped\n"
-    supervisor.process.send_signal(signal.SIGSTOP)
-    try:
-        process.stdin.write("\n")
-        process.stdin.flush()
-        assert process.stdout.readline() == "True []\n"
-    finally:
-        supervisor.process.send_signal(signal.SIGCONT)
-    assert output_of(process) == "600 {True}"
-
-
-def helper_of(process: subprocess.Popen[str]) -> int:
-    """Return the helper of a run: the process with the same command line as the run had."""
-    assert isinstance(process.args, list)
-    wanted = "\0".join(map(str, process.args)).encode() + b"\0"
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != process.pid:
-            with contextlib.suppress(OSError):
-                if (entry / "cmdline").read_bytes() == wanted:
-                    return int(entry.name)
-    raise AssertionError("no helper")
-
-
-def descriptors(supervisor: Stub) -> list[str]:
-    names = []
-    for entry in Path(f"/proc/{supervisor.process.pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            names.append(str(entry.readlink()))
-    return names
-
-
-def test_supervisor_keeps_nothing_after_the_program(supervisor: Stub) -> None:
-    before = len(descriptors(supervisor))
-    assert says(supervisor, "print(mapped() > 0)") == "True"
-    assert eventually(lambda: len(descriptors(supervisor)) == before)
-    assert not any("seccomp" in name for name in descriptors(supervisor))
-
-
-def test_helper_killed(supervisor: Stub) -> None:
-    """No program hangs: the supervisor gives its copy of the listener up, and calls fail with ENOSYS."""
-    supervisor.decide("hold")
-    script = """
-def waits():
-    print(mapped())
-(thread := threading.Thread(target=waits)).start()
-thread.join()
-print(mapped())
-"""
-    process = python([supervisor], script)
-    assert eventually(lambda: supervisor.numbers() == [Nr.MMAP])
-    os.kill(helper_of(process), signal.SIGKILL)
-    assert output_of(process).split() == [str(-errno.ENOSYS)] * 2
-
-
-def test_waiting_thread_is_killed(supervisor: Stub) -> None:
-    supervisor.decide("hold")
-    process = python([supervisor], "mapped()")
-    assert eventually(lambda: supervisor.numbers() == [Nr.MMAP])
-    process.kill()
-    assert process.wait(PATIENCE) == -signal.SIGKILL
-    supervisor.decide("continue")
-    assert says(supervisor, "print(mapped() > 0)") == "True"
 
 
 # -- several

@@ -19,7 +19,6 @@ from daxemu.fs.fsck import fsck
 from daxemu.fs.inode import ROOT_INO, Credentials, Inode
 from daxemu.mm.memory_failure import Incident, MemoryFailures
 from daxemu.pmem import inject
-from daxemu.pmem.backing import has_data
 from daxemu.pmem.device_dir import DeviceConfig, DeviceDir
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range
@@ -168,12 +167,9 @@ def pages(text: str) -> bytes:
 
 
 def touched_poison(core: Core) -> list[Range]:
-    """Return the pages with poison that have data in the media, in bytes; none without direct mappings."""
+    """Return the pages with poison that have memory in the media, in bytes; none without direct mappings."""
     if not core.pmem.media.is_direct:
         return []
-    fd = os.open(core.path / "media", os.O_RDONLY)
-    try:
-        pages = [bytes_of_sectors(bad).outer(PAGE_SIZE) for bad in core.pmem.media.poison]
-        return [page for page in pages if has_data(fd, page)]
-    finally:
-        os.close(fd)
+    media = core.pmem.media
+    pages = [bytes_of_sectors(bad).outer(PAGE_SIZE) for bad in media.poison]
+    return [page for page in pages if media.count_pages(page.start, page.length) != 0]

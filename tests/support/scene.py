@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.support.actor import Actor, Signal
-from tests.support.mount import DaxMount
+from tests.support.mount import DAXEMU, DaxMount
 
 PAGE = 4096
 PAGES = 128
@@ -54,7 +54,9 @@ class Scene:
         self._actors.close()
 
     def actor(self, name: str = "p0", wrapper: Sequence[str] = ()) -> Actor:
-        """Start a process in the root directory of the mount."""
+        """Start a process in the root directory of the mount, on a direct mount under ``daxemu run``."""
+        if self.mount.is_direct:
+            wrapper = [*DAXEMU, "run", str(self.mount.path), "--", *wrapper]
         return self._actors.enter_context(Actor.spawn(name, cwd=self.mount.path, wrapper=wrapper))
 
     def mapper(

@@ -11,7 +11,7 @@ import click
 from daxemu.cli.common import PATH
 from daxemu.cli.output import complain
 from daxemu.client import Client
-from daxemu.errors import Busy, DaxemuError
+from daxemu.errors import Busy, DaxemuError, Unsupported
 from daxemu.host.proc.mountinfo import Mount, mount_of, mounts
 from daxemu.host.run.helper import Handover
 from daxemu.host.run.runner import Piece, execute
@@ -79,26 +79,24 @@ def _may_be_direct(only: Mount | None) -> bool:
 def _is_direct(mount: Mount) -> bool:
     try:
         with Client(mount, patience=_SHORT_PATIENCE) as client:
-            return client.request("attach", pid=os.getpid())["is_direct"] is True
+            client.request("attach", pid=os.getpid())
+        return True
     except Busy:
         return True
     except (OSError, DaxemuError):
-        return False  # no supervisor, or of an earlier version
+        return False  # in page-cache mode; no supervisor, or of an earlier version
 
 
 def _attach(mount: Mount, offered: Handover) -> bool:
     """Give the descriptors of a run to the supervisor of a mount. Return False in page-cache mode."""
-    with Client(mount, patience=_PATIENCE) as client:
-        reply = client.request(
-            "attach",
-            pid=os.getpid(),
-            listener=offered.listener,
-            socket=offered.socket,
-            socket_ino=os.fstat(offered.socket).st_ino,
-            start=offered.zone.start,
-            end=offered.zone.stop,
-        )
-    return reply["is_direct"] is True
+    descriptors = (offered.listener, offered.socket, os.fstat(offered.socket).st_ino)
+    zone = (offered.zone.start, offered.zone.stop)
+    try:
+        with Client(mount, patience=_PATIENCE) as client:
+            client.request("attach", pid=os.getpid(), descriptors=descriptors, zone=zone)
+    except Unsupported:
+        return False
+    return True
 
 
 def _advise(simulated: bool, tid: int, piece: Piece, soft: bool) -> int:

@@ -299,8 +299,8 @@ class FileData:
             self._zero_in_block(extents, size, page_align_up(size))
 
     def clear_beyond(self, extents: ExtentMap, size: int, end: Block = 1 << 52) -> None:
-        """Zero all mapped and readable bytes of a file from byte ``size`` to block ``end``, on the media, even
-        in shared blocks. Poison stays.
+        """Zero all mapped and readable bytes of a file from byte ``size`` to block ``end``, on the media,
+        even in shared blocks. Poison stays.
         """
         for run in extents.runs(size // PAGE_SIZE, end):
             if run.link is None:

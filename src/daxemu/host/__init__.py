@@ -10,6 +10,7 @@ delivery (``tracer``). The package carries out what the core decided.
 ``run``       ``daxemu run``: seccomp(2) user notification
 ``mappings``  the seam: the only interface to the mappings of processes
 ``page_cache``  the page cache as mappings, one implementation of the seam; ``mount_parts`` its construction
+``direct``    direct mappings of the media, the other implementation: agents, userfaultfds
 
 Rules, each learned from a deadlock
 - Only a worker thread revokes a range. The kernel writes dirty pages back to the supervisor during the call.

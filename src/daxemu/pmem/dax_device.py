@@ -71,8 +71,8 @@ class DaxDevice:
         self._mkpage_present = mkpage_present
         self._emit = emit
         self.before_punch: NotifierChain[[ByteRange]] = NotifierChain()
-        """Called with device bytes about to be poisoned, if the media then takes their pages from every process
-        (:attr:`Media.is_direct`).
+        """Called with device bytes about to be poisoned, if the media then takes their pages from every
+        process (:attr:`Media.is_direct`).
         """
 
     # -- who holds it

@@ -211,12 +211,12 @@ class Media:
         return self.poison.overlaps(*_sectors_of_pages(offset, length))
 
     def strays(self) -> Iterator[Range]:
-        """Yield pages, in bytes, that are put aside and have data in the media all the same: none, unless
-        another program has written to the media.
+        """Yield pages, in bytes, that are put aside and have memory in the media all the same: none, unless
+        another program has written to the media. SEEK_DATA finds no page that is only reserved.
         """
         for sectors in self.poison if self._kept is not None else ():
             pages = bytes_of_sectors(sectors).outer(PAGE_SIZE)
-            if backing.has_data(self._fd, pages):
+            if self.count_pages(*_span(pages)) or backing.has_data(self._fd, pages):
                 yield pages
 
     def _aside_in(self, offset: int, length: int) -> RangeSet:

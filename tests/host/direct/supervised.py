@@ -267,10 +267,10 @@ def agents(media: Path) -> list[int]:
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            comm = Path(f"/proc/{pid}/comm").read_text()
+            comm = Path(f"/proc/{pid}/comm").read_bytes()
             is_its = Path(f"/proc/{pid}/fd/1").readlink() == media  # a zombie has no descriptors
         except OSError:
             continue
-        if comm == "daxemu-agent\n" and is_its:
+        if comm == b"daxemu-agent\n" and is_its:
             found.append(int(pid))
     return found

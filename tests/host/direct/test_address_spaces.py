@@ -152,7 +152,7 @@ def test_tasks_that_wait_are_woken_at_the_end(mapper: str, media: Path) -> None:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wait, Syscall(34, ()))  # pause(2)
-            nursery.start_soon(wait, Syscall(39, ()))
+            nursery.start_soon(wait, Syscall(34, ()))
             await trio.testing.wait_all_tasks_blocked(0.05)
             program.process.kill()
         assert len(raised) == 2

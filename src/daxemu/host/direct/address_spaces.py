@@ -38,7 +38,6 @@ from daxemu.errors import DaxemuError
 from daxemu.host.direct import code
 from daxemu.host.direct.agent import ProcessAgent
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
-from daxemu.host.direct.syscalls import NR_GETPID, Syscall
 from daxemu.host.direct.userfaultfd import Event, Forked, Userfaultfd
 from daxemu.host.proc import status
 from daxemu.host.proc.procfs import read_whole
@@ -70,7 +69,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 
-class Run(Protocol):
+class NotifiedCalls(Protocol):
     """The calls of one ``daxemu run``: ``host.run.attached.AttachedRun``."""
 
     def add_fd(self, call: NotifiedCall, fd: int, *, number: int | None = None) -> int:
@@ -87,7 +86,7 @@ class AddressSpace:
         self.agent = agent
         self.uffd = uffd
         self.is_gone = False
-        self._forks = trio.Lock()
+        self._fork_turn = trio.Lock()
         self._next_agent: ProcessAgent | None = None
         """Agent of the child, while a fork is under way."""
         self._child: AddressSpace | None = None
@@ -144,7 +143,7 @@ class AddressSpaces:
     def __iter__(self) -> Iterator[AddressSpace]:
         return iter(tuple(self._spaces.values()))
 
-    async def of(self, run: Run, call: NotifiedCall) -> AddressSpace | None:
+    async def of(self, run: NotifiedCalls, call: NotifiedCall) -> AddressSpace | None:
         """Return the address space of a call's thread, which still waits for its answer. Make the space first
         if there is none: then return None, the call is answered, and the thread will make the call again.
 
@@ -187,12 +186,12 @@ class AddressSpaces:
                 await made.wait()
         return found
 
-    async def forked(self, run: Run, call: NotifiedCall) -> None:
+    async def forked(self, run: NotifiedCalls, call: NotifiedCall) -> None:
         """Answer a fork(2) or a clone(2) without CLONE_VM. The child of a process with direct mappings gets
         an agent. Without the right to trace the thread the fork fails with EAGAIN.
         """
         try:
-            # After NotTaken the thread is not traced any more, and the supervisor may not know of NotTaken yet.
+            # After NotTaken the thread is not traced any more. The report may still be on its way.
             if call.tid in self._repeating and self._is_traced_by_us(call.tid):
                 self._repeating.discard(call.tid)
                 run.answer(call, CONTINUE)
@@ -201,7 +200,7 @@ class AddressSpaces:
             if parent is None:
                 run.answer(call, CONTINUE)
                 return
-            async with parent._forks:
+            async with parent._fork_turn:
                 await self._fork(run, call, parent)
         except AddressSpaceGone:
             run.answer(call, CONTINUE)
@@ -237,7 +236,7 @@ class AddressSpaces:
         for space in self:
             self.end(space)
 
-    async def _make(self, run: Run, call: NotifiedCall, tgid: int) -> None:
+    async def _make(self, run: NotifiedCalls, call: NotifiedCall, tgid: int) -> None:
         agent, armed = await self._begin(run, call, tgid, MakeAgent)
         run.answer(call, RESTART)
         try:
@@ -252,7 +251,7 @@ class AddressSpaces:
         else:
             self._add(space)
 
-    async def _fork(self, run: Run, call: NotifiedCall, parent: AddressSpace) -> None:
+    async def _fork(self, run: NotifiedCalls, call: NotifiedCall, parent: AddressSpace) -> None:
         agent, armed = await self._begin(run, call, parent.tgid, TraceFork)
         under_way = trio.Event()
         self._forks.add(under_way)
@@ -283,7 +282,7 @@ class AddressSpaces:
                 child = AddressSpace(agent, await _first_batch(agent))
                 self._watcher.on_forked(parent, child)
             else:
-                await agent.run([Syscall(NR_GETPID, ())])
+                await agent.settle()
         except AddressSpaceGone:
             agent.close()
             if child is not None:
@@ -294,7 +293,7 @@ class AddressSpaces:
             self.end(child)  # execve(2) came first
 
     async def _begin(
-        self, run: Run, call: NotifiedCall, tgid: int, kind: type[MakeAgent] | type[TraceFork]
+        self, run: NotifiedCalls, call: NotifiedCall, tgid: int, kind: type[MakeAgent] | type[TraceFork]
     ) -> tuple[ProcessAgent, Armed]:
         """Give the process the socket of an agent, and hold the thread."""
         self._refuse_traced(call.tid)

@@ -26,12 +26,17 @@ import trio
 
 from daxemu.host.direct.code import CALLS_IN_BATCH
 from daxemu.host.direct.errors import AddressSpaceGone
-from daxemu.host.direct.syscalls import NR_CLOSE, NR_USERFAULTFD, Syscall
+from daxemu.host.direct.syscalls import NR_CLOSE, NR_IOCTL, NR_USERFAULTFD, Syscall
 from daxemu.uapi import U64_MAX
 
 _CALL = struct.Struct("=7Q")
 _CREDENTIALS = struct.Struct("=3i")
 _PIDFD_GETFD = 438  # asm/unistd.h, of every machine
+
+# The agent has the rights of its program, and userfaultfd(2) wants more. The device only wants to be opened.
+_DEVICE = "/dev/userfaultfd"  # since Linux 6.1
+_DEVICE_FD = 3  # of the agent, until the agent has a userfaultfd
+_IOC_NEW = 0xAA00  # uapi/linux/userfaultfd.h: USERFAULTFD_IOC_NEW
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -77,6 +82,10 @@ class ProcessAgent:
         self.tgid = 0
         self._socket = trio.socket.from_stdlib_socket(sock)
         self._fds = [os.dup(fd) for fd in fds]
+        self._has_device = False
+        with contextlib.suppress(FileNotFoundError):
+            self._fds.append(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+            self._has_device = True
         self._turn = trio.Lock()
         self._expected: deque[_Reply] = deque()
         self._pidfd = -1
@@ -136,7 +145,13 @@ class ProcessAgent:
         which nobody else has a descriptor. Raises AddressSpaceGone, and OSError of userfaultfd(2) or
         pidfd_getfd(2).
         """
-        (there,) = await self.run([Syscall(NR_USERFAULTFD, (os.O_CLOEXEC | os.O_NONBLOCK,))])
+        flags = os.O_CLOEXEC | os.O_NONBLOCK
+        if self._has_device:
+            there, _ = await self.run(
+                [Syscall(NR_IOCTL, (_DEVICE_FD, _IOC_NEW, flags)), Syscall(NR_CLOSE, (_DEVICE_FD,))]
+            )
+        else:
+            (there,) = await self.run([Syscall(NR_USERFAULTFD, (flags,))])
         _raise_for("userfaultfd", there)
         copy = int(_libc.syscall(_PIDFD_GETFD, self._pidfd, there, 0))
         number = ctypes.get_errno()
@@ -144,6 +159,10 @@ class ProcessAgent:
         if copy < 0:
             _raise_for("pidfd_getfd", -number)
         return copy
+
+    async def settle(self) -> None:
+        """Make the first batch of an agent whose address space has a userfaultfd already: a fork's."""
+        await self.run([Syscall(NR_CLOSE, (_DEVICE_FD,))])
 
     async def _run_one(self, calls: Sequence[Syscall]) -> list[int]:
         packet = b"".join(

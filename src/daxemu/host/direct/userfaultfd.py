@@ -108,7 +108,7 @@ class Remapped(NamedTuple):
     length: int
 
 
-class RemovedPages(NamedTuple):
+class PagesRemoved(NamedTuple):
     """The pages from address ``start`` to ``end`` (exclusive) were discarded by madvise(2)."""
 
     start: int
@@ -122,7 +122,7 @@ class Unmapped(NamedTuple):
     end: int
 
 
-Event = PageFault | Forked | Remapped | RemovedPages | Unmapped
+Event = PageFault | Forked | Remapped | PagesRemoved | Unmapped
 
 
 def _parse(message: bytes) -> Event:
@@ -135,7 +135,7 @@ def _parse(message: bytes) -> Event:
         case structs.REMAP_EVENT:
             return Remapped(*structs.REMAP.unpack(message)[1:])
         case structs.REMOVE_EVENT:
-            return RemovedPages(*structs.REMOVE.unpack(message)[1:])
+            return PagesRemoved(*structs.REMOVE.unpack(message)[1:])
         case structs.UNMAP_EVENT:
             return Unmapped(*structs.REMOVE.unpack(message)[1:])
     raise Unsupported(f"userfaultfd: event {message[0]:#x} of the kernel is unknown")

@@ -126,11 +126,6 @@ static int is_new_address_space(const struct seccomp_notif *call)
 	return call->data.arch == AUDIT_ARCH_X86_64 && (nr == NR_FORK || nr == NR_CLONE || nr == NR_EXECVE || nr == NR_EXECVEAT);
 }
 
-static int is_execve(const struct seccomp_notif *call)
-{
-	return call->data.nr == NR_EXECVE || call->data.nr == NR_EXECVEAT;
-}
-
 static int is_failure(const struct seccomp_notif *call)
 {
 	uint32_t advice = call->data.args[2];
@@ -184,6 +179,11 @@ static int device_of(int tid, int fd, uint32_t *major, uint32_t *minor)
 	return 0;
 }
 
+static int is_tid(uint32_t tid)
+{
+	return tid > 0 && tid < PID_MAX_LIMIT;
+}
+
 /* Returns the process of a thread; -1 if the thread is gone. */
 static int process_of(int tid)
 {
@@ -198,13 +198,7 @@ static int process_of(int tid)
 		return -1;
 	text[got] = 0;
 	line = strstr(text, "\nTgid:");
-	int tgid = line ? atoi(line + 6) : -1;
-	return tgid > 0 && tgid < PID_MAX_LIMIT ? tgid : -1;
-}
-
-static int is_tid(uint32_t tid)
-{
-	return tid > 0 && tid < PID_MAX_LIMIT;
+	return line && is_tid(atoi(line + 6)) ? atoi(line + 6) : -1;
 }
 
 /* -- forwarding */
@@ -363,7 +357,7 @@ static int route_new_address_space(struct helper *helper, const struct seccomp_n
 		return proceed(helper, call);
 	/* After a fork with mappings, children whose numbers are not known here have mappings, too. */
 	uint32_t mounts = helper->threads[tgid].known_to | helper->forked;
-	if (!is_execve(call))
+	if (call->data.nr != NR_EXECVE && call->data.nr != NR_EXECVEAT)
 		helper->forked |= helper->threads[tgid].known_to;
 	return forward_to(helper, call, mounts);
 }
@@ -445,11 +439,9 @@ int daxemu_serve(struct helper *helper, struct seccomp_notif *call)
 		if (polled[1].revents)
 			return WOKEN;
 		if (polled[0].revents & POLLIN) {
-			if (receive(helper, call) == 0) {
-				int left = daxemu_route(helper, call);
-				if (left != DONE)
-					return left;
-			}
+			int left = receive(helper, call) == 0 ? daxemu_route(helper, call) : DONE;
+			if (left != DONE)
+				return left;
 		} else if (polled[0].revents) {
 			return ENDED;
 		}

@@ -86,7 +86,7 @@ class Tracer:
         self._injections: dict[int, injection.Injection] = {}
         self._outbox: deque[Report] = deque()
         self._makers = AgentMakers(self._outbox)
-        self._after_makers: list[Request] = []  # requests for threads that make agents
+        self._after_makers: list[Request] = []  # for threads that make agents
         self._cookies = itertools.count(secrets.randbits(62) + 1)
         self._deliveries = None if is_beside or victims.MISSING is not None else Deliveries()
         self._stale_at = math.inf  # when these deliveries become ``Thread`` objects
@@ -330,8 +330,8 @@ class Tracer:
             self._on_wait(tid, status)
         else:
             ptrace.detach(tid)
-        after, self._after_makers = self._after_makers, []
-        for request in after:
+        requests, self._after_makers = self._after_makers, []
+        for request in requests:
             self._on_request(request)
 
     def _on_stop(self, thread: HeldThread, stop: Stop) -> None:
@@ -481,9 +481,7 @@ def _as_mapped_now(request: Send) -> Send | None:
 
 
 def main(argv: list[str]) -> None:
-    """Serve the socket whose number is ``argv[1]``. ``argv[2]``, if given, is the file that cuts the mount's
-    connection.
-    """
+    """Serve the socket with number ``argv[1]``. ``argv[2]``: file that cuts the mount's connection."""
     if len(argv) > 2:
         with contextlib.suppress(OSError):  # not permitted
             # Opened now: the open file belongs to this connection, while another mount may get the number.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from daxemu import protocol as p
-from daxemu.errors import PermissionDenied
+from daxemu.errors import PermissionDenied, Unsupported
 from daxemu.events import Emit
 from daxemu.host.run.attached import AttachedRun, Handle
 from daxemu.host.run.helper import Handover
@@ -20,18 +20,19 @@ class Attachments:
         self._nursery = nursery
         self._unexpected = unexpected
 
-    async def attach(self, request: p.Attach) -> p.Attached:
+    async def attach(self, request: p.Attach) -> p.Done:
         """Attach a run. Precondition: the control socket has checked that the process ``pid`` asks.
 
-        Raises PermissionDenied for descriptors that cannot be taken.
+        Raises Unsupported in page-cache mode, PermissionDenied for descriptors that cannot be taken.
         """
         if self._handle is None:
-            return p.Attached(False)
-        if request.listener is not None:
-            offered = Handover(request.listener, request.socket, range(request.start, request.end))
+            raise Unsupported("the mount has no direct mappings: mount it with daxemu mount --direct")
+        if request.descriptors is not None:
+            listener, sock, ino = request.descriptors
+            offered = Handover(listener, sock, range(*request.zone))
             try:
-                run = AttachedRun.take(request.pid, offered, request.socket_ino)
+                run = AttachedRun.take(request.pid, offered, ino)
             except OverflowError:
                 raise PermissionDenied("a process or descriptor number out of range") from None
             self._nursery.start_soon(run.serve, self._handle, self._emit, self._nursery, self._unexpected)
-        return p.Attached(True)
+        return p.Done()

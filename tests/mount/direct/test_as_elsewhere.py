@@ -1,0 +1,6 @@
+"""Tests of other mounts that must hold on a direct mount unchanged."""
+
+from __future__ import annotations
+
+from tests.mount.test_action_optional import *  # noqa: F403
+from tests.mount.test_action_required import *  # noqa: F403
