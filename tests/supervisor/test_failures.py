@@ -20,7 +20,7 @@ from daxemu.ranges import Range
 from daxemu.supervisor.failures import Failures, Signalled
 from daxemu.supervisor.signals import Signals
 from tests.support.actor import Actor
-from tests.support.scene import PAGE, ao, ask, told
+from tests.support.scene import PAGE, ao, ask, signals_of
 
 BASE = 0x8000000
 
@@ -76,8 +76,8 @@ def test_processes_that_map_another_drivers_memory_are_signalled(tmp_path: Path)
             ask(actor, "open 0 f rw")
             ask(actor, f"mmap 0 0 {first} 2 shared")
         assert trio.run(fail) == Signalled(signals=1, processes=1)
-        assert told(mapper) == [ao(1)]
-        assert told(elsewhere) == []
+        assert signals_of(mapper) == [ao(1)]
+        assert signals_of(elsewhere) == []
     (sent,) = [event for event in events if isinstance(event, SignalSent)]
     assert (sent.comm, sent.pfn, sent.result) == ("p0", BASE + 1, "delivered")
     (handled,) = [event for event in events if isinstance(event, MemoryFailureHandled)]
