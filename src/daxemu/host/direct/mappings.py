@@ -80,7 +80,6 @@ class DirectMappings:
         """See Mappings.system_calls."""
         self._service = Service(
             self.table,
-            self.page_tables,
             self.faults,
             self.calls(hardware_error),
             self._parts,
