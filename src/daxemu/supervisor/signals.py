@@ -30,7 +30,7 @@ from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SHIFT, PAGE_SIZE, Pfn
 SIGNAL_PATIENCE = 2.0
 """Seconds that a failure waits for the delivery of an AO. After that the signal stays queued."""
 ARM_PATIENCE = 1.0
-"""Seconds that the read of a thread that consumed poison waits for the tracer."""
+"""Seconds that the read of a thread that consumed poison waits for a tracer without work."""
 
 _MERGED = "merged with the SIGBUS that it has pending"
 _POSTPONED = "the process is stopped or asleep in the kernel, as {} others for which the tracer waits"
@@ -217,12 +217,9 @@ class Signals:
         if faulting is None:
             self._inexact(read, pfn, "not permitted to look at the thread")
             return
-        with trio.move_on_after(ARM_PATIENCE) as patience:
-            page = FilePage(*self._dev, read.ino, read.offset >> PAGE_SHIFT)
-            armed = await self._tracer.arm(read.tid, page=page)
-        if patience.cancelled_caught:
-            self._inexact(read, pfn, "the tracer did not answer in time")
-        elif isinstance(armed, Refused):
+        page = FilePage(*self._dev, read.ino, read.offset >> PAGE_SHIFT)
+        armed = await self._tracer.arm(read.tid, page=page, patience=ARM_PATIENCE)
+        if isinstance(armed, Refused):
             self._inexact(read, pfn, armed.reason)
         elif not isinstance(armed, Gone):
             # The name is read while the thread waits: the thread may be dead at the report of the tracer.
