@@ -155,6 +155,18 @@ def _read_at_start() -> tuple[str, dict[str, str]]:
     return str(Path("/proc/thread-self/ns/mnt").readlink()), variables
 
 
+_AT_FIRST = _read_at_start()
+
+
+def forking_zygote() -> Zygote | None:
+    """Return the shared zygote; None where a new Python would start differently, now or at its start, than at
+    the beginning of the tests. A zygote inside a mount namespace of a test would keep the namespace alive.
+    """
+    if _read_at_start() != _AT_FIRST or not shared_zygote().is_up_to_date:
+        return None
+    return shared_zygote()
+
+
 def _umask() -> int:
     text = Path("/proc/thread-self/status").read_text()
     return int(next(line for line in text.splitlines() if line.startswith("Umask:")).split()[1], 8)

@@ -37,7 +37,7 @@ from daxemu.supervisor.latent import Latent
 from daxemu.supervisor.repairs import RepairResult
 from daxemu.supervisor.signals import Signals
 
-HANDLER_PATIENCE = 1.0
+HANDLER_PATIENCE = 5.0
 """Seconds that a shutdown waits for the threads with a delivered AO to run their handlers."""
 
 
