@@ -2,6 +2,8 @@
 # make quick, make unit, make test: see CONTRIBUTING.md for which to run when.
 PY := .venv/bin/python
 STAMP := .venv/.installed
+# Python and pytest keep compiled modules: the tests start thousands of processes.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo quick test test-no-layouts test-asan fuzz check unit bench bench-check bench-accept fidelity protocol man docs recording apps dist posix fstests ltp soak clean
 
@@ -31,9 +33,10 @@ quick: setup
 unit: setup
 	$(PY) -m pytest -m "not mount and not slow" -n auto --dist loadfile -rsfE --durations=10
 
-# A file of tests for each processor at a time. Prints why tests were skipped, and the ten slowest.
+# A file of tests for each processor at a time, in the order of tests/conftest.py: the longest first. Prints why tests were
+# skipped, and the ten slowest.
 test: check
-	$(PY) -m pytest -n auto --dist loadfile -rsfE --durations=10
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder -rsfE --durations=10
 
 # The tests on mounts once more, with every request answered in Python.
 test-no-layouts: setup

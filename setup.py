@@ -1,11 +1,11 @@
-"""Builds the C of the project: host/fuse/supplement.c with those beside it, host/victims/*.c, and
-host/run/forward.c.
+"""Builds the C of the project: host/fuse/supplement.c with those beside it, host/victims/*.c,
+host/run/forward.c and host/direct/agent.c.
 
 Everything else is in pyproject.toml.
 
 All are optional: where libfuse3's headers or a compiler are missing, daxemu installs without them. Without
 the supplement something is missing, and `daxemu status` says what; without host/victims nothing is but speed;
-without host/run `daxemu run` gives no direct mappings.
+without host/run or host/direct `daxemu run` gives no direct mappings.
 """
 
 import shlex

@@ -29,6 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="a benchmark: make bench"))
         if item.get_closest_marker("mount") and not os.access("/dev/fuse", os.R_OK | os.W_OK):
             item.add_marker(pytest.mark.skip(reason="no /dev/fuse here, or no right to use it"))
+    kinds.sort(items)
     counts = config.stash[COUNTS] = kinds.count(items)
     if (output := getattr(config, "workeroutput", None)) is not None:
         output["kinds"] = counts

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import daxemu
-from daxemu.ranges import Range
+from daxemu.pmem.inject import failed_pages
+from daxemu.ranges import BlockRange, ByteRange, PfnRange, Range, SectorRange
 from daxemu.uapi import page_align_down, page_align_up
 from daxemu.units import (
     DIV_ROUND_UP,
@@ -27,6 +28,7 @@ from daxemu.units import (
     sectors_at,
     sectors_of,
 )
+from tests.support.core import Core
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,21 @@ def test_rounding_is_to_multiples(number: int, up: int, down: int) -> None:
     assert page_align_down(number + 4096) == round_down(number + 4096, 4096)
 
 
+def test_a_range_of_another_unit_is_an_error_of_mypy(core: Core) -> None:
+    """Each comment "type: ignore" stands for an error: mypy --strict refuses a comment without an error."""
+    area: ByteRange = Range(0, 4096)
+    blocks: BlockRange = blocks_of(area)
+    sectors: SectorRange = sectors_of(area)
+    pfns: PfnRange = Range(0, 1)
+    assert blocks_of(sectors) == Range(0, 1)  # type: ignore[arg-type]
+    assert bytes_of_sectors(blocks) == Range(0, 512)  # type: ignore[arg-type]
+    assert byte_span(pfns) == (0, 4096)  # type: ignore[arg-type]
+    assert list(core.pmem.badblocks.known(blocks)) == []  # type: ignore[arg-type]
+    assert core.fs.allocator.used_in(area) > 0  # type: ignore[arg-type]
+    assert failed_pages(core.pmem, sectors)[1] == 1  # type: ignore[arg-type]
+    assert blocks_of(Range(0, 1)) == Range(0, 1)  # a range without a unit fits
+
+
 SHIFTS = frozenset({"PAGE_SHIFT", "SECTOR_SHIFT", "PMD_SHIFT"})
 
 ALLOWED = {
@@ -73,9 +90,11 @@ ALLOWED = {
     "units.py": "defines the conversions",
     "ranges.py": "is below units; rounds to any unit",
     "evaluate/fleet.py": "rounds arrays of numpy, which the conversions do not take",
-    "host/run/runner.py": "is rebuilt at this moment",
-    "pmem/media.py": "is rebuilt at this moment",
-    "supervisor/consumption.py": "is rebuilt at this moment",
+    "host/direct/calls.py": "is written at this moment",
+    "host/direct/mappings.py": "is written at this moment",
+    "host/direct/page_tables.py": "is written at this moment",
+    "host/direct/presence.py": "is written at this moment",
+    "host/direct/table.py": "is written at this moment",
 }
 """Files that may convert by hand, with the reason."""
 

@@ -65,8 +65,8 @@ PUBLIC = {
 LIBRARY = frozenset({"BadParameter"})
 """Names of libraries: click.BadParameter."""
 
-REBUILT = frozenset({"supervisor/clones.py", "supervisor/consumption.py"})
-"""Files that are rebuilt at this moment: not checked for REPLACED yet."""
+UNFINISHED = frozenset({"host/direct"})
+"""Packages that are written at this moment: not checked for REPLACED yet."""
 
 _FORMS = re.compile(r"(bad|hurt|sick|hidden|told|heal|mend)(?:s|ed|ing|able)?")
 _CAMEL = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
@@ -190,7 +190,7 @@ def _names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 def replaced_words(root: Path) -> Iterator[str]:
     """Yield a message for each name below ``root`` with a word of REPLACED."""
     for path in sorted(root.rglob("*.py")):
-        if str(path.relative_to(root)) in REBUILT:
+        if str(path.parent.relative_to(root)) in UNFINISHED:
             continue
         names = [(1, path.stem), *_names(ast.parse(path.read_text()))]
         for line, name in dict.fromkeys(names):

@@ -5,7 +5,7 @@ Functions in capitals have the names of the kernel's macros.
 
 from __future__ import annotations
 
-from daxemu.ranges import Range
+from daxemu.ranges import BlockRange, ByteRange, Range, SectorRange
 from daxemu.uapi import PAGE_SHIFT, SECTOR_SIZE, Pfn, Sector
 
 
@@ -34,22 +34,22 @@ def PHYS_PFN(address: int) -> Pfn:
     return address >> PAGE_SHIFT
 
 
-def blocks_of(area: Range) -> Range:
+def blocks_of(area: ByteRange) -> BlockRange:
     """Return the blocks, or pages, that overlap a range of bytes."""
     return Range(area.start >> PAGE_SHIFT, -(-area.end >> PAGE_SHIFT))
 
 
-def blocks_inside(area: Range) -> Range:
+def blocks_inside(area: ByteRange) -> BlockRange:
     """Return the blocks, or pages, that lie whole in a range of bytes; empty (false) if none does."""
     return Range(-(-area.start >> PAGE_SHIFT), area.end >> PAGE_SHIFT)
 
 
-def sectors_of(area: Range) -> Range:
+def sectors_of(area: ByteRange) -> SectorRange:
     """Return the sectors that overlap a range of bytes."""
     return Range(area.start // SECTOR_SIZE, -(-area.end // SECTOR_SIZE))
 
 
-def sectors_at(offset: int, length: int) -> Range:
+def sectors_at(offset: int, length: int) -> SectorRange:
     """Return the sectors that overlap the bytes ``[offset, offset + length)``."""
     return Range(offset // SECTOR_SIZE, -(-(offset + length) // SECTOR_SIZE))
 
@@ -59,26 +59,26 @@ def sector_at(offset: int) -> Sector:
     return offset // SECTOR_SIZE
 
 
-def pages_at(offset: int, length: int) -> Range:
+def pages_at(offset: int, length: int) -> BlockRange:
     """Return the blocks, or pages, that overlap the bytes ``[offset, offset + length)``."""
     return Range(offset >> PAGE_SHIFT, -(-(offset + length) >> PAGE_SHIFT))
 
 
-def bytes_of_blocks(blocks: Range) -> Range:
+def bytes_of_blocks(blocks: BlockRange) -> ByteRange:
     """Return the bytes of a range of blocks, or pages."""
     return Range(blocks.start << PAGE_SHIFT, blocks.end << PAGE_SHIFT)
 
 
-def bytes_of_sectors(sectors: Range) -> Range:
+def bytes_of_sectors(sectors: SectorRange) -> ByteRange:
     """Return the bytes of a range of sectors."""
     return Range(sectors.start * SECTOR_SIZE, sectors.end * SECTOR_SIZE)
 
 
-def blocks_of_sectors(sectors: Range) -> Range:
+def blocks_of_sectors(sectors: SectorRange) -> BlockRange:
     """Return the blocks that overlap a range of sectors."""
     return blocks_of(bytes_of_sectors(sectors))
 
 
-def byte_span(blocks: Range) -> tuple[int, int]:
+def byte_span(blocks: BlockRange) -> tuple[int, int]:
     """Return offset and length in bytes of a range of blocks."""
     return blocks.start << PAGE_SHIFT, (blocks.end - blocks.start) << PAGE_SHIFT

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from daxemu.host.proc.mountinfo import mount_at
 from tests.support.core import core_at
 from tests.support.corruption import Image, Pristine
-from tests.support.mount import DAXEMU, PATIENCE, clear_away
+from tests.support.mount import clear_away, finished
 
 pytestmark = pytest.mark.mount
 
@@ -29,13 +28,14 @@ def pristines() -> Iterator[list[Pristine]]:
 
 def run(*arguments: str | Path) -> str | None:
     """Run a verb. Return None if the verb succeeds; otherwise its error, one line."""
-    done = subprocess.run([*DAXEMU, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE)
+    done = finished(*arguments)
+    said = done.stderr.decode()
     if done.returncode == 0:
         return None
-    assert done.returncode in (3, 5, 9), (arguments, done.returncode, done.stderr)
-    assert done.stderr.startswith("daxemu: "), done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
-    return done.stderr
+    assert done.returncode in (3, 5, 9), (arguments, done.returncode, said)
+    assert said.startswith("daxemu: "), said
+    assert said.count("\n") == 1, said
+    return said
 
 
 def walked(top: Path) -> dict[bytes, tuple[Any, ...]]:

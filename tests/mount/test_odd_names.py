@@ -12,7 +12,7 @@ import pytest
 
 from daxemu.host.proc.mountinfo import printable
 from daxemu.text import for_people, name_bytes
-from tests.support.mount import DAXEMU, PATIENCE
+from tests.support.mount import PATIENCE, finished
 from tests.support.quick import QuickMount
 from tests.support.scene import PAGE
 
@@ -32,7 +32,7 @@ NAMES = [
 
 def daxemu(*arguments: str | bytes | Path, status: int = 0) -> bytes:
     """Run a command; return the output."""
-    done = subprocess.run([*DAXEMU, *arguments], capture_output=True, timeout=PATIENCE, check=False)
+    done = finished(*arguments)
     assert done.returncode == status, done.stdout + done.stderr
     assert b"Traceback" not in done.stderr
     return done.stderr if status else done.stdout
@@ -81,7 +81,8 @@ def test_as_device_and_mountpoint(tmp_path: Path, name: bytes) -> None:
             assert shown["mountpoint"] == printable(Path(os.fsdecode(mountpoint)))
             assert b"mounted" in daxemu("status")
         finally:
-            daxemu("umount", mountpoint)
+            # By force: a test beside this one may have copied the mount into its namespace.
+            daxemu("umount", "--force", mountpoint)
         daxemu("fsck", device)
     finally:
         subprocess.run(["rm", "-rf", b"--", device], check=True)
@@ -99,7 +100,7 @@ LOAD = (
 
 def harmless(*arguments: str | bytes | Path, status: int = 0) -> str:
     """Run a command. The output, in lines of its own, must not act on a terminal. Return stdout."""
-    done = subprocess.run([*DAXEMU, *arguments], capture_output=True, timeout=PATIENCE, check=False)
+    done = finished(*arguments)
     assert done.returncode == status, done.stdout + done.stderr
     for text in (done.stdout.decode(), done.stderr.decode()):
         assert for_people(text.replace("\n", "")) == text.replace("\n", ""), text
@@ -159,7 +160,7 @@ def test_hostile_names_in_every_verb_that_prints_names(tmp_path: Path) -> None:
                 ["status", b"--" + HOSTILE],
             ]
             for command in refused:
-                said = subprocess.run([*DAXEMU, *command], capture_output=True, timeout=PATIENCE, check=False)
+                said = finished(*command)
                 harmless(*command, status=said.returncode)
                 assert said.returncode
             (signal_sent,) = [

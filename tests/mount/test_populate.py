@@ -14,7 +14,7 @@ from daxemu.host.page_cache import populate
 from daxemu.ranges import Range
 from daxemu.uapi import Ino
 from tests.support.actor import TIMEOUT, Actor, compile_victim
-from tests.support.scene import PAGES, Scene, ar, consumes, letter, second_tracer, told
+from tests.support.scene import PAGES, Scene, ar, consumes, letter, second_tracer, signals_of
 
 pytestmark = pytest.mark.mount
 
@@ -88,7 +88,7 @@ def test_after_removal(scene: Scene, name: str, kind: str) -> None:
     assert p0.cmd(CALLS[name][0].format(n=PAGES, kind=kind)).errno == CALLS[name][1]
     for page in (0, BAD, PAGES - 1):
         assert p0.cmd(f"tr 0 {page}").faulted
-    assert {signal["code"] for signal in told(p0)} == {"BUS_ADRERR"}
+    assert {signal["code"] for signal in signals_of(p0)} == {"BUS_ADRERR"}
 
 
 def test_copies_of_before_stay(scene: Scene) -> None:

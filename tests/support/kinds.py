@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,6 +44,18 @@ def count(items: Iterable[pytest.Item]) -> dict[str, int]:
     """Return the number of tests of each kind."""
     found = Counter(map(kind, items))
     return {name: found[name] for name in ("unit", "mount", "slow")}
+
+
+def sort(items: list[pytest.Item]) -> None:
+    """Sort files of tests by the longest kind of test: slow, mount, unit. The order within a file stays.
+
+    The last file of a run has one processor alone: that must be a short file.
+    """
+    order = ("slow", "mount", "unit")
+    of_file: dict[Path, int] = {}
+    for item in items:
+        of_file[item.path] = min(of_file.get(item.path, len(order)), order.index(kind(item)))
+    items.sort(key=lambda item: of_file[item.path])
 
 
 def begin(item: pytest.Item) -> None:

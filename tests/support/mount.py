@@ -28,8 +28,8 @@ PATIENCE = 30.0
 
 @dataclass
 class DaxMount:
-    """Mount of ``device`` at ``path``. ``sound``: fsck at the end must find no problem. ``is_direct``: mounted
-    with --direct, so actors of a scene are programs under ``daxemu run``.
+    """Mount of ``device`` at ``path``. ``sound``: fsck at the end must find no problem. ``is_direct``:
+    mounted with --direct, so actors of a scene are programs under ``daxemu run``.
     """
 
     device: Path
@@ -85,15 +85,18 @@ def daxemu(*arguments: str | Path | int, status: int = 0) -> str:
 
     Return stdout, or stderr if ``status`` is not 0.
     """
-    words = list(map(str, arguments))
+    done = finished(*arguments)
+    stdout, stderr = done.stdout.decode(), done.stderr.decode()
+    assert done.returncode == status, f"daxemu {arguments}: exit {done.returncode}\n{stdout}{stderr}"
+    return stderr if status else stdout
+
+
+def finished(*arguments: str | bytes | Path | int) -> subprocess.CompletedProcess[bytes]:
+    """Run ``daxemu ARGUMENTS``, forked where possible. Return the result, whatever the exit status."""
+    words = [str(each) if isinstance(each, int) else os.fsdecode(each) for each in arguments]
     if shared_zygote().is_up_to_date:
-        done = shared_zygote().daxemu(words, PATIENCE)
-    else:
-        done = subprocess.run([*DAXEMU, *words], capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == status, (
-        f"daxemu {arguments}: exit {done.returncode}\n{done.stdout}{done.stderr}"
-    )
-    return done.stderr if status else done.stdout
+        return shared_zygote().daxemu(words, PATIENCE)
+    return subprocess.run([*DAXEMU, *words], capture_output=True, timeout=PATIENCE, check=False)
 
 
 @contextmanager

@@ -26,11 +26,11 @@ COMMANDS = (
 STATUS = ("SigBlk", "SigIgn", "SigCgt", "Umask", "Seccomp", "NoNewPrivs")
 
 
-def executed(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*DAXEMU, *arguments], capture_output=True, text=True, timeout=PATIENCE)
+def executed(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*DAXEMU, *arguments], capture_output=True, timeout=PATIENCE)
 
 
-def forked(*arguments: str) -> subprocess.CompletedProcess[str]:
+def forked(*arguments: str) -> subprocess.CompletedProcess[bytes]:
     return shared_zygote().daxemu(arguments, PATIENCE)
 
 

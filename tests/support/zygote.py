@@ -103,7 +103,7 @@ class Zygote:
         """Call "module:function" in a new process; return the pid. Arguments must be JSON-compatible."""
         return int(self._ask(do="run", function=function, arguments=arguments)["pid"])
 
-    def daxemu(self, arguments: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    def daxemu(self, arguments: Sequence[str], timeout: float) -> subprocess.CompletedProcess[bytes]:
         """Run ``daxemu ARGUMENTS`` here, with an empty stdin. Return the result after the end of the command.
 
         Raises TimeoutExpired after ``timeout`` seconds; the command is killed then. Precondition:
@@ -111,8 +111,8 @@ class Zygote:
         """
         ended, status = os.pipe()
         with (
-            tempfile.TemporaryFile("w+") as out,
-            tempfile.TemporaryFile("w+") as err,
+            tempfile.TemporaryFile() as out,
+            tempfile.TemporaryFile() as err,
             os.fdopen(ended) as end,
         ):
             try:

@@ -10,7 +10,7 @@ from daxemu.fs.data_ops import DataOps
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.reclaimer import Reclaimer
 from daxemu.pmem.dax_device import DaxDevice
-from daxemu.ranges import Range, RangeSet
+from daxemu.ranges import BlockRange, Range, RangeSet, SectorRange
 from daxemu.uapi import PAGE_SIZE, Block
 from daxemu.units import DIV_ROUND_UP, PFN_PHYS, blocks_of_sectors, byte_span, bytes_of_blocks
 
@@ -20,7 +20,7 @@ DRAIN_BLOCKS = (32 << 20) // PAGE_SIZE
 """Settled blocks that become free in one step: the host takes 32 MiB of memory back in 5 ms."""
 
 
-def _common(blocks: RangeSet, run: Range) -> int:
+def _common(blocks: RangeSet, run: BlockRange) -> int:
     """Return the number of integers of ``run`` in the set."""
     return sum(part.length for part in blocks.overlapping(*run)) if blocks else 0
 
@@ -102,7 +102,7 @@ class Allocator:
         """Free blocks without a bad sector."""
         return self._free if self._good is None else self._good
 
-    def _set_bad_blocks(self, sectors: list[Range]) -> None:
+    def _set_bad_blocks(self, sectors: list[SectorRange]) -> None:
         """Note sectors added to badblocks."""
         for part in sectors:
             for block in self._bad_blocks.add(*blocks_of_sectors(part)):
@@ -111,10 +111,10 @@ class Allocator:
                 self._good.remove(*block)
                 self._later_bad_blocks += self._common_later(block)
 
-    def _common_later(self, run: Range) -> int:
+    def _common_later(self, run: BlockRange) -> int:
         return sum(_common(blocks, run) for blocks in self._later())
 
-    def _clear_bad_blocks(self, sectors: list[Range]) -> None:
+    def _clear_bad_blocks(self, sectors: list[SectorRange]) -> None:
         """Note sectors removed from badblocks.
 
         A block becomes usable with the last of its bad sectors cleared.
@@ -140,11 +140,11 @@ class Allocator:
         runs = len(self._free) + sum(len(blocks) for blocks in self._later())
         return runs + len(self._dax.badblocks)
 
-    def free_ranges(self) -> list[Range]:
+    def free_ranges(self) -> list[BlockRange]:
         """Return all blocks without an owner, in order, including pending, held and settled blocks."""
         return list(RangeSet([*self._free, *(run for blocks in self._later() for run in blocks)]))
 
-    def used_from(self, at: Block) -> Range | None:
+    def used_from(self, at: Block) -> BlockRange | None:
         """Return the first run of used blocks at or after ``at``, cut to begin there; None if all are
         free.
         """
@@ -154,11 +154,11 @@ class Allocator:
         end = free.start if free is not None else self.total
         return Range(at, end) if at < end else None
 
-    def used_in(self, blocks: Range) -> int:
+    def used_in(self, blocks: BlockRange) -> int:
         """Return the number of used blocks in ``blocks``."""
         return blocks.length - sum(part.length for part in self._free.overlapping(*blocks))
 
-    def allocate(self, length: int, goal: Block | None = None) -> list[Range]:
+    def allocate(self, length: int, goal: Block | None = None) -> list[BlockRange]:
         """Allocate ``length`` blocks in few runs, the first at ``goal`` if free.
 
         New blocks are reserved and zero. Raises NoSpace; then nothing has changed.
@@ -166,8 +166,13 @@ class Allocator:
         return self._or_reclaim(length, lambda taken: self._take_next(taken, length, goal), True)
 
     def allocate_for(
-        self, extents: ExtentMap, pieces: Sequence[Range], goal: Block | None = None, *, reserve: bool = True
-    ) -> list[Range]:
+        self,
+        extents: ExtentMap,
+        pieces: Sequence[BlockRange],
+        goal: Block | None = None,
+        *,
+        reserve: bool = True,
+    ) -> list[BlockRange]:
         """As :meth:`allocate`, for the blocks ``pieces`` of a file, in the order of the pieces.
 
         Without ``reserve`` the blocks have no memory yet: for a caller that fills every block by
@@ -176,7 +181,7 @@ class Allocator:
         length = sum(piece.length for piece in pieces)
         return self._or_reclaim(length, lambda taken: self._take_next(taken, length, goal), reserve)
 
-    def max_runs(self, pieces: Sequence[Range]) -> int:
+    def max_runs(self, pieces: Sequence[BlockRange]) -> int:
         """Return the largest number of runs that :meth:`allocate_for` can return."""
         return min(sum(piece.length for piece in pieces), self.fragments)
 
@@ -185,7 +190,9 @@ class Allocator:
         if length > self.free_blocks + self._reclaimer.backlog:
             raise NoSpace("the device is full: remove files, or make a larger one")
 
-    def _or_reclaim(self, length: int, take: Callable[[list[Range]], None], reserve: bool) -> list[Range]:
+    def _or_reclaim(
+        self, length: int, take: Callable[[list[BlockRange]], None], reserve: bool
+    ) -> list[BlockRange]:
         """Return the runs that ``take`` appends, all or nothing.
 
         After NoSpace reclaim, then call ``take`` again.
@@ -200,8 +207,8 @@ class Allocator:
                 elif not ((self._pending or self._reclaimer.backlog) and self._reclaimer.reclaim()):
                     raise
 
-    def _all_of(self, take: Callable[[list[Range]], None], reserve: bool) -> list[Range]:
-        taken: list[Range] = []
+    def _all_of(self, take: Callable[[list[BlockRange]], None], reserve: bool) -> list[BlockRange]:
+        taken: list[BlockRange] = []
         try:
             take(taken)
             for run in taken:
@@ -213,7 +220,7 @@ class Allocator:
         self._cursor = taken[-1].end if taken else self._cursor
         return taken
 
-    def _take_next(self, taken: list[Range], length: int, goal: Block | None) -> None:
+    def _take_next(self, taken: list[BlockRange], length: int, goal: Block | None) -> None:
         missing = length
         at = self._cursor if goal is None else goal
         for low, high in ((at, self.total), (0, at)):
@@ -229,11 +236,11 @@ class Allocator:
                 else "the device is full: freed blocks are still mapped"
             )
 
-    def _take(self, taken: list[Range], run: Range) -> None:
+    def _take(self, taken: list[BlockRange], run: BlockRange) -> None:
         self._remove_free(run)
         taken.append(run)
 
-    def _prepare(self, run: Range, reserve: bool) -> None:
+    def _prepare(self, run: BlockRange, reserve: bool) -> None:
         if reserve:
             self._dax.reserve(*byte_span(run))
         # A new block is written with zeros, and a write clears latent poison.
@@ -243,12 +250,12 @@ class Allocator:
         if self.watcher is not None:
             self.watcher.allocated(run)
 
-    def _next_usable(self, low: Block, high: Block) -> Range | None:
+    def _next_usable(self, low: Block, high: Block) -> BlockRange | None:
         """The first run of free blocks in ``[low, high)`` that are not bad."""
         run = self._usable.first_from(low)
         return (run.clip(low, high) or None) if run is not None else None
 
-    def _next_good(self, free: RangeSet, low: int, high: int, unit: int = PAGE_SIZE) -> Range | None:
+    def _next_good(self, free: RangeSet, low: int, high: int, unit: int = PAGE_SIZE) -> BlockRange | None:
         """Return the first run of ``free`` in ``[low, high)`` without bad sectors.
 
         ``unit``: bytes of one position.
@@ -263,18 +270,18 @@ class Allocator:
             low = DIV_ROUND_UP(sectors.end, unit)
         return None
 
-    def _remove_free(self, run: Range) -> None:
+    def _remove_free(self, run: BlockRange) -> None:
         self._free.remove(*run)
         if self._good is not None:
             self._good.remove(*run)
 
-    def _add_free(self, run: Range) -> None:
+    def _add_free(self, run: BlockRange) -> None:
         self._free.add(*run)
         if self._good is not None:
             for part in list(self._bad_blocks.gaps(*run)):
                 self._good.add(*part)
 
-    def free(self, run: Range) -> None:
+    def free(self, run: BlockRange) -> None:
         """Free blocks after the next commit. Precondition: no link has any of the blocks."""
         self._pending.add(*run)
         self._later_bad_blocks += _common(self._bad_blocks, run)
@@ -334,7 +341,7 @@ class Allocator:
             runs, blocks = runs - 1, blocks - run.length
         return bool(self._settled)
 
-    def _give_back(self, run: Range) -> None:
+    def _give_back(self, run: BlockRange) -> None:
         if self.watcher is not None:
             self.watcher.freed(run)
         self._add_free(run)
@@ -345,7 +352,7 @@ class Allocator:
         for run in self._free:
             self._dax.discard(*byte_span(run))
 
-    def take(self, run: Range) -> None:
+    def take(self, run: BlockRange) -> None:
         """Mark blocks as used, for a record of the store. Raises NoSpace if any block is used already."""
         if not self._free.covers(*run):
             raise NoSpace(f"blocks {run.start}-{run.end} are in use twice")

@@ -10,7 +10,7 @@ import enum
 from collections.abc import Sequence
 from typing import Protocol
 
-from daxemu.ranges import Range
+from daxemu.ranges import BlockRange
 
 
 class Origin(enum.Enum):
@@ -27,25 +27,25 @@ class Origin(enum.Enum):
 class DataOps(Protocol):
     """Notifications of every event on blocks of files."""
 
-    def verify(self, blocks: Range) -> None:
+    def verify(self, blocks: BlockRange) -> None:
         """Check blocks before a read. Raises MediaError if the blocks do not hold the data last written."""
 
-    def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
+    def store_begins(self, blocks: Sequence[BlockRange], origin: Origin) -> None:
         """Prepare for a change of the blocks, whole or in part. The blocks still have the old contents.
 
         New blocks among them read as zeros. Raises NoSpace to refuse the store; then nothing has changed.
         """
 
-    def store_done(self, blocks: Sequence[Range], origin: Origin) -> None:
+    def store_done(self, blocks: Sequence[BlockRange], origin: Origin) -> None:
         """Process the new contents of the blocks of the last store_begins(). Poisoned blocks have none."""
 
-    def store_lost(self, blocks: Range) -> None:
+    def store_lost(self, blocks: BlockRange) -> None:
         """Note a store through a mapping, lost to poison in the blocks."""
 
-    def allocated(self, blocks: Range) -> None:
+    def allocated(self, blocks: BlockRange) -> None:
         """Note the first owner of free blocks. The blocks are zero."""
 
-    def freed(self, blocks: Range) -> None:
+    def freed(self, blocks: BlockRange) -> None:
         """Note the loss of the last owner of blocks. The contents are discarded after the call."""
 
     def committed(self) -> None:

@@ -12,7 +12,7 @@ from daxemu.events import PoisonCleared
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.rmap import METADATA_INO, Owner
-from daxemu.ranges import Range, paired
+from daxemu.ranges import BlockRange, Range, paired
 from daxemu.uapi import PAGE_SIZE, Block
 from daxemu.units import byte_span
 
@@ -26,7 +26,7 @@ def rewrite(fs: Filesystem, offset: int, data: bytes | memoryview) -> None:
         fs.emit(PoisonCleared(offset=good.start, length=good.length, by="repair"))
 
 
-def relocate(fs: Filesystem, blocks: Range, data: bytes | memoryview) -> None:
+def relocate(fs: Filesystem, blocks: BlockRange, data: bytes | memoryview) -> None:
     """Move all owners of ``blocks`` to new blocks with ``data``. Sharing is kept.
 
     The old blocks are free, but not used while poisoned. Raises NoSpace; then nothing has changed.
@@ -48,7 +48,7 @@ def _has(owner: Owner, block: Block) -> bool:
     return owner.dev_block <= block < owner.dev_block + owner.length
 
 
-def _move(fs: Filesystem, owners: list[Owner], old: Range, new: Range) -> None:
+def _move(fs: Filesystem, owners: list[Owner], old: BlockRange, new: BlockRange) -> None:
     """Map ``new`` in place of ``old`` for all ``owners``. Precondition: each owner has all of ``old``."""
     first: tuple[ExtentMap, Block] | None = None
     for owner in owners:
@@ -62,7 +62,7 @@ def _move(fs: Filesystem, owners: list[Owner], old: Range, new: Range) -> None:
             extents.clone_from(first[0], first[1], new.length, at)
 
 
-def punch(fs: Filesystem, blocks: Range) -> None:
+def punch(fs: Filesystem, blocks: BlockRange) -> None:
     """Punch a hole over ``blocks`` in every owner. The blocks are free, but not used while poisoned."""
     if blocks.start < 0 or blocks.end > fs.allocator.total:
         raise InvalidArgument(f"blocks {blocks.start}-{blocks.end} are outside the device")

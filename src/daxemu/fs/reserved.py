@@ -14,7 +14,7 @@ from daxemu.fs.extents import ExtentMap
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import RESERVED_INO, Inode
 from daxemu.fs.pieces import PIECE_LINKS
-from daxemu.ranges import Range
+from daxemu.ranges import BlockRange, Range
 from daxemu.uapi import PAGE_SIZE
 
 
@@ -44,7 +44,7 @@ class ReservedFile:
         inode = self._fs.names.find(RESERVED_INO)
         return inode.extents if inode is not None else None
 
-    def mapped(self, blocks: Range) -> list[Range]:
+    def mapped(self, blocks: BlockRange) -> list[BlockRange]:
         """Return the parts of ``blocks`` that are not holes."""
         extents = self._extents()
         if extents is None:
@@ -52,7 +52,7 @@ class ReservedFile:
         runs = extents.lookup(*blocks)
         return [Range(r.file_block, r.file_block + r.length) for r in runs if r.link is not None]
 
-    def map(self, blocks: Range) -> None:
+    def map(self, blocks: BlockRange) -> None:
         """Allocate device blocks for the holes in ``blocks``. Raises NoSpace; then nothing has changed."""
         extents = self._extents()
         if extents is None:
@@ -75,13 +75,13 @@ class ReservedFile:
         assert inode.extents is not None
         return inode.extents
 
-    def unmap(self, blocks: Range) -> None:
+    def unmap(self, blocks: BlockRange) -> None:
         """Make ``blocks`` a hole, and free the device blocks."""
         if (extents := self._extents()) is not None:
             for run in extents.remove(*blocks):
                 self._fs.allocator.free(run)
 
-    def read(self, blocks: Range) -> bytes:
+    def read(self, blocks: BlockRange) -> bytes:
         """Return the contents of ``blocks``, zeros in holes. Raises MediaError on poison."""
         extents, pieces = self._extents(), []
         if extents is None:
@@ -94,7 +94,7 @@ class ReservedFile:
             )
         return b"".join(pieces)
 
-    def write(self, blocks: Range, data: bytes | memoryview) -> None:
+    def write(self, blocks: BlockRange, data: bytes | memoryview) -> None:
         """Write ``data`` to ``blocks``. Poison there is cleared. Precondition: no holes."""
         extents = self._extents()
         assert extents is not None
@@ -106,7 +106,7 @@ class ReservedFile:
             except MediaError:
                 self._fs.dax.recovery_write(run.dev_block * PAGE_SIZE, chunk)
 
-    def positions(self, blocks: Range) -> list[Range]:
+    def positions(self, blocks: BlockRange) -> list[BlockRange]:
         """Return the positions in the file of the device ``blocks`` that belong to the file."""
         return [
             Range(owner.file_block, owner.file_block + owner.length)

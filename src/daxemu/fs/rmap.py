@@ -16,7 +16,7 @@ import msgspec
 from sortedcontainers import SortedDict
 
 from daxemu.notifier import NotifierChain
-from daxemu.ranges import IntervalIndex, Range, RangeSet, gaps_between, merged
+from daxemu.ranges import BlockRange, IntervalIndex, Range, RangeSet, gaps_between, merged
 from daxemu.uapi import Block, Ino
 
 METADATA_INO: Ino = 0
@@ -87,7 +87,7 @@ class Rmap:
         would restore the lost link.
         """
         self._next_proxy = 1
-        self.on_remap: NotifierChain[[Ino, Range]] = NotifierChain()
+        self.on_remap: NotifierChain[[Ino, BlockRange]] = NotifierChain()
         """Called with the file blocks of a file that are on other device blocks than before, or on none, or
         that were not shared before.
         """
@@ -137,7 +137,7 @@ class Rmap:
         if alone:
             self._mark(alone[0].ino, alone[0].file_block, alone[-1].file_end, len(alone))
 
-    def give_up(self, start: Block, end: Block, unused: list[Range]) -> None:
+    def give_up(self, start: Block, end: Block, unused: list[BlockRange]) -> None:
         """Note the loss of a link to ``[start, end)``. All blocks but ``unused`` still have another link."""
         for part in gaps_between(unused, start, end):
             self.given_up.add(*part)
@@ -189,7 +189,7 @@ class Rmap:
             owners.append(Owner(link.ino, link.file_block + front, place, size))
         return owners
 
-    def sharing(self, start: Block, end: Block) -> list[tuple[Range, int]]:
+    def sharing(self, start: Block, end: Block) -> list[tuple[BlockRange, int]]:
         """Split ``[start, end)`` into runs used by the same number of links.
 
         Return each run with the number (0: free).
@@ -198,7 +198,7 @@ class Rmap:
         for owner in self.owners(start, end):
             for block, step in ((owner.dev_block, 1), (owner.dev_block + owner.length, -1)):
                 steps[block] = steps.get(block, 0) + step
-        runs: list[tuple[Range, int]] = []
+        runs: list[tuple[BlockRange, int]] = []
         count = 0
         for block, following in pairwise(steps):
             count += steps[block]
@@ -208,7 +208,7 @@ class Rmap:
                 runs.append((Range(block, following), count))
         return runs
 
-    def unreferenced(self, start: Block, end: Block) -> list[Range]:
+    def unreferenced(self, start: Block, end: Block) -> list[BlockRange]:
         """Return the parts of ``[start, end)`` without a link."""
         used = sorted((owner.dev_block, owner.dev_block + owner.length) for owner in self.owners(start, end))
         return list(gaps_between(merged(used), start, end))

@@ -247,8 +247,8 @@ def _seccomp() -> Finding:
 def _direct() -> Finding:
     from daxemu.host import direct_needs
 
-    for what, mend in direct_needs.missing():
-        return Finding("direct mappings", "worse", f"{what}, so no daxemu mount --direct", mend)
+    for what, fix in direct_needs.missing():
+        return Finding("direct mappings", "worse", f"{what}, so no daxemu mount --direct", fix)
     return Finding("direct mappings", "ok", "daxemu mount --direct can")
 
 

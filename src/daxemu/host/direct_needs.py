@@ -20,5 +20,5 @@ def missing() -> Iterator[tuple[str, str]]:
 
 def check_direct() -> None:
     """Check that this machine can have direct mappings. Raises Unsupported."""
-    for what, mend in missing():
-        raise Unsupported(f"mount --direct: {what}: {mend}, or mount without --direct")
+    for what, fix in missing():
+        raise Unsupported(f"mount --direct: {what}: {fix}, or mount without --direct")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from daxemu.ranges import Range
+from daxemu.ranges import PfnRange, Range
 from daxemu.uapi import Pfn
 
 if TYPE_CHECKING:
@@ -28,26 +28,26 @@ class DevPagemap:
     """A ``dev_pagemap``. ``altmap_pages`` pages at the start of the first range hold the memmap itself."""
 
     name: str
-    ranges: tuple[Range, ...]
+    ranges: tuple[PfnRange, ...]
     ops: DevPagemapOps | None
     altmap_pages: int = 0
     memmap: Memmap | None = None
     """The struct pages; None on a machine without a memmap."""
 
     @property
-    def altmap(self) -> Range:
+    def altmap(self) -> PfnRange:
         """The pages that hold the memmap; an empty (false) range without an altmap."""
         return Range(self.ranges[0].start, self.ranges[0].start + self.altmap_pages)
 
-    def overlapping(self, start: Pfn, end: Pfn) -> list[Range]:
+    def overlapping(self, start: Pfn, end: Pfn) -> list[PfnRange]:
         """Return the parts of ``[start, end)`` inside the device, altmap and data."""
         return [part for span in self.ranges if (part := span.clip(start, end))]
 
-    def altmap_overlapping(self, start: Pfn, end: Pfn) -> list[Range]:
+    def altmap_overlapping(self, start: Pfn, end: Pfn) -> list[PfnRange]:
         """Return the part of ``[start, end)`` inside the altmap; an empty list if no page is."""
         return [part] if (part := self.altmap.clip(start, end)) else []
 
-    def pfn_valid(self, start: Pfn, end: Pfn) -> list[Range]:
+    def pfn_valid(self, start: Pfn, end: Pfn) -> list[PfnRange]:
         """Return the *data* pages of the device in ``[start, end)`` (``pgmap_pfn_valid()``): no altmap."""
         found = []
         for index, span in enumerate(self.ranges):

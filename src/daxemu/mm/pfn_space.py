@@ -14,7 +14,7 @@ from typing import Protocol
 
 from daxemu.errors import Busy, InvalidArgument
 from daxemu.mm.incident import PfnMapping
-from daxemu.ranges import IntervalIndex, Range
+from daxemu.ranges import IntervalIndex, PfnRange
 from daxemu.uapi import Pfn
 
 
@@ -36,7 +36,7 @@ class PfnAddressSpace:
     """A registered range ``[start, end)`` of pfns, and its driver."""
 
     name: str
-    pages: Range
+    pages: PfnRange
     ops: PfnAddressSpaceOps | None
 
 
@@ -72,7 +72,7 @@ class PfnAddressSpaces:
         if any(other is space for other in self._spaces.overlapping(*space.pages)):
             self._spaces.discard(space)
 
-    def overlapping(self, start: Pfn, end: Pfn) -> Iterator[tuple[PfnAddressSpace, Range]]:
+    def overlapping(self, start: Pfn, end: Pfn) -> Iterator[tuple[PfnAddressSpace, PfnRange]]:
         """Yield the spaces that overlap ``[start, end)``, in order, each with the overlap."""
         found = sorted(self._spaces.overlapping(start, end), key=lambda space: space.pages)
         for space in found:

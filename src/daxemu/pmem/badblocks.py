@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from daxemu.notifier import NotifierChain
-from daxemu.ranges import Range, RangeSet
+from daxemu.ranges import ByteRange, Range, RangeSet, SectorRange
 from daxemu.uapi import Sector
 from daxemu.units import bytes_of_sectors, sectors_at
 
@@ -22,16 +22,16 @@ class Badblocks:
         self._sectors = RangeSet()
         self.on_change: NotifierChain[[]] = NotifierChain()
         """Called after any change; within :meth:`one_change`, once at its end."""
-        self.on_set: NotifierChain[[list[Range]]] = NotifierChain()
+        self.on_set: NotifierChain[[list[SectorRange]]] = NotifierChain()
         """Called with new bad blocks."""
-        self.on_clear: NotifierChain[[list[Range]]] = NotifierChain()
+        self.on_clear: NotifierChain[[list[SectorRange]]] = NotifierChain()
         """Called with sectors that are no longer bad blocks."""
         self._is_one_change = False
 
     def __len__(self) -> int:
         return len(self._sectors)
 
-    def __iter__(self) -> Iterator[Range]:
+    def __iter__(self) -> Iterator[SectorRange]:
         return iter(self._sectors)
 
     @property
@@ -39,11 +39,11 @@ class Badblocks:
         """Number of bad sectors. (``bb->count`` is the number of entries.)"""
         return self._sectors.total
 
-    def set(self, sector: Sector, sectors: int) -> list[Range]:
+    def set(self, sector: Sector, sectors: int) -> list[SectorRange]:
         """Add bad sectors (``badblocks_set``). Return the new ones."""
         return self.populate([Range(sector, sector + sectors)])
 
-    def populate(self, ranges: Iterable[Range]) -> list[Range]:
+    def populate(self, ranges: Iterable[SectorRange]) -> list[SectorRange]:
         """Add many ranges of bad sectors in one change (``nvdimm_badblocks_populate``). Return the new
         ones.
         """
@@ -67,7 +67,7 @@ class Badblocks:
         if not self._is_one_change:
             self.on_change.call_chain()
 
-    def clear(self, sector: Sector, sectors: int) -> list[Range]:
+    def clear(self, sector: Sector, sectors: int) -> list[SectorRange]:
         """Remove bad sectors (``badblocks_clear``). Return the removed ones."""
         removed = self._sectors.remove(sector, sector + sectors)
         if removed:
@@ -75,24 +75,24 @@ class Badblocks:
             self._changed()
         return removed
 
-    def check(self, sector: Sector, sectors: int) -> Range | None:
+    def check(self, sector: Sector, sectors: int) -> SectorRange | None:
         """Return the first bad part of the range (``badblocks_check``); None without a bad part."""
         return next(self._sectors.overlapping(sector, sector + sectors), None)
 
-    def overlapping_bytes(self, offset: int, length: int) -> Iterator[Range]:
+    def overlapping_bytes(self, offset: int, length: int) -> Iterator[ByteRange]:
         """Yield the bad byte ranges (whole sectors) that overlap ``[offset, offset + length)``."""
         for sectors in self._sectors.overlapping(*sectors_at(offset, length)):
             yield bytes_of_sectors(sectors)
 
-    def in_pieces(self, count: int) -> Iterator[list[Range]]:
+    def in_pieces(self, count: int) -> Iterator[list[SectorRange]]:
         """Yield all bad sectors, up to ``count`` ranges at a time. The list may change between two pieces."""
         return self._sectors.in_pieces(0, 1 << 63, count)
 
-    def unknown(self, sectors: Range) -> Iterator[Range]:
+    def unknown(self, sectors: SectorRange) -> Iterator[SectorRange]:
         """Yield the parts of ``sectors`` outside the bad blocks."""
         return self._sectors.gaps(*sectors)
 
-    def known(self, sectors: Range) -> Iterator[Range]:
+    def known(self, sectors: SectorRange) -> Iterator[SectorRange]:
         """Yield the parts of ``sectors`` inside the bad blocks."""
         return self._sectors.overlapping(*sectors)
 

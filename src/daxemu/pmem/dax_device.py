@@ -16,7 +16,7 @@ from daxemu.events import Emit, NotifyFailure
 from daxemu.notifier import NotifierChain
 from daxemu.pmem.badblocks import Badblocks
 from daxemu.pmem.media import Media, Memory
-from daxemu.ranges import Range, RangeSet
+from daxemu.ranges import ByteRange, InBytes, RangeSet
 from daxemu.uapi import MF_MEM_PRE_REMOVE, PAGE_SIZE, SECTOR_SIZE, U64_MAX, Pfn
 from daxemu.units import bytes_of_sectors, sector_at, sectors_at, sectors_of
 
@@ -52,7 +52,7 @@ class DaxDevice:
         badblocks: Badblocks,
         base_pfn: Pfn,
         align: int,
-        mkpage_present: Callable[[Range], None],
+        mkpage_present: Callable[[ByteRange], None],
         emit: Emit,
     ) -> None:
         self.name = name
@@ -70,9 +70,9 @@ class DaxDevice:
         self._holder: DaxHolderOperations | None = None
         self._mkpage_present = mkpage_present
         self._emit = emit
-        self.before_punch: NotifierChain[[Range]] = NotifierChain()
-        """Called with device bytes about to be poisoned, if the media then takes their pages from every process
-        (:attr:`Media.is_direct`).
+        self.before_punch: NotifierChain[[ByteRange]] = NotifierChain()
+        """Called with device bytes about to be poisoned, if the media then takes their pages from every
+        process (:attr:`Media.is_direct`).
         """
 
     # -- who holds it
@@ -155,14 +155,14 @@ class DaxDevice:
         """Return True if any byte of the range is poison, bad block or latent."""
         return self._media.is_poisoned(self._data_offset + offset, length)
 
-    def poisoned(self, offset: int, length: int) -> list[Range]:
+    def poisoned(self, offset: int, length: int) -> list[ByteRange]:
         """Return the poisoned device byte ranges (whole sectors) that overlap the range, bad blocks or
         latent.
         """
         at = self._data_offset
         return [part.moved(-at) for part in self._media.poisoned(at + offset, length)]
 
-    def poisoned_in_pieces(self, part: Range, count: int) -> Iterator[list[Range]]:
+    def poisoned_in_pieces(self, part: ByteRange, count: int) -> Iterator[list[ByteRange]]:
         """Yield as :meth:`poisoned`, up to ``count`` ranges at a time. The poison may change between two
         pieces.
         """
@@ -170,7 +170,7 @@ class DaxDevice:
         for poisoned in self._media.poison.in_pieces(*sectors_of(part).moved(at), count):
             yield [bytes_of_sectors(sectors.moved(-at)) for sectors in poisoned]
 
-    def poisoned_pages(self, part: Range) -> RangeSet:
+    def poisoned_pages(self, part: ByteRange) -> RangeSet[InBytes]:
         """Return the pages of ``part`` with poison, as byte ranges."""
         whole = part.outer(PAGE_SIZE)
         return RangeSet(poisoned.outer(PAGE_SIZE) for poisoned in self.poisoned(whole.start, whole.length))
@@ -184,12 +184,12 @@ class DaxDevice:
         self.check_readable(offset, length)
         return self._media.view(self._data_offset + offset, length)
 
-    def pieces(self, offset: int, length: int) -> list[Range]:
+    def pieces(self, offset: int, length: int) -> list[ByteRange]:
         """Return the range in pieces that :meth:`direct_access` takes: readable bytes of pages put aside, and
         of others.
         """
         at = self._data_offset
-        return [Range(r.start - at, r.end - at) for r in self._media.pieces(at + offset, length)]
+        return [part.moved(-at) for part in self._media.pieces(at + offset, length)]
 
     def read(self, offset: int, length: int) -> bytes | memoryview:
         """Return the bytes of the range, for reading only. Raises MediaError if any byte is poison, NoDevice
@@ -203,10 +203,10 @@ class DaxDevice:
         """Yield each run of the whole media that has data, the altmap and poisoned bytes included."""
         return self._media.written()
 
-    def strays(self) -> list[Range]:
+    def strays(self) -> list[ByteRange]:
         """See Media.strays(). Return byte ranges of the device."""
         at = self._data_offset
-        return [Range(page.start - at, page.end - at) for page in self._media.strays()]
+        return [page.moved(-at) for page in self._media.strays()]
 
     def memory(self) -> Memory:
         """Return the place of device byte 0 and the bytes behind, for C code."""
@@ -221,7 +221,7 @@ class DaxDevice:
         self.check_readable(offset, len(data))
         self._media.store(self._data_offset + offset, data)
 
-    def recovery_write(self, offset: int, data: bytes | memoryview) -> list[Range]:
+    def recovery_write(self, offset: int, data: bytes | memoryview) -> list[ByteRange]:
         """Write whole sectors over poison. The write clears the poison and its bad blocks
         (``dax_recovery_write``).
 
@@ -235,7 +235,7 @@ class DaxDevice:
         self._media.overwrite(self._data_offset + offset, data)
         return cleared
 
-    def clear_poison(self, offset: int, length: int) -> list[Range]:
+    def clear_poison(self, offset: int, length: int) -> list[ByteRange]:
         """Make the range readable (``pmem_clear_poison()``). Return the byte ranges that were poison.
 
         Precondition: the caller overwrites, or discards and reserves, the returned ranges next.
@@ -249,7 +249,7 @@ class DaxDevice:
             self._mkpage_present(part)
         return good
 
-    def clearing(self, ranges: Iterable[Range]) -> AbstractContextManager[None]:
+    def clearing(self, ranges: Iterable[ByteRange]) -> AbstractContextManager[None]:
         """Context in which the byte ranges are cleared: see Media.clearing()."""
         at = sector_at(self._data_offset)
         return self._media.clearing(sectors_of(part).moved(at) for part in ranges)
@@ -258,7 +258,7 @@ class DaxDevice:
         """See Media.make_room()."""
         self._media.make_room(changes)
 
-    def add_poison(self, *ranges: Range) -> list[Range]:
+    def add_poison(self, *ranges: ByteRange) -> list[ByteRange]:
         """Poison byte ranges of the hardware. Return the ranges rounded out to sectors. No process or holder
         is notified.
         """

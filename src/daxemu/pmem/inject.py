@@ -13,7 +13,7 @@ import numpy as np
 
 from daxemu.errors import InvalidArgument
 from daxemu.pmem.pmem import Pmem
-from daxemu.ranges import Range, RangeSet
+from daxemu.ranges import ByteRange, Range, RangeSet
 from daxemu.uapi import page_align_down, page_align_up
 from daxemu.units import PHYS_PFN, bytes_of_sectors, sectors_of
 
@@ -35,13 +35,13 @@ def check_range(offset: int, length: int, size: int, what: str) -> None:
         raise InvalidArgument(f"{offset:#x}+{length:#x} is past the end of {what}, which has {size:#x} bytes")
 
 
-def inject(pmem: Pmem, offset: int, length: int, *, latent: bool = False) -> Range:
+def inject(pmem: Pmem, offset: int, length: int, *, latent: bool = False) -> ByteRange:
     """Poison one byte range, as :func:`inject_all`. Return the poisoned range."""
     (poisoned,) = inject_all(pmem, [Range(offset, offset + length)], latent=latent)
     return poisoned
 
 
-def inject_all(pmem: Pmem, ranges: Sequence[Range], *, latent: bool = False) -> list[Range]:
+def inject_all(pmem: Pmem, ranges: Sequence[ByteRange], *, latent: bool = False) -> list[ByteRange]:
     """Poison byte ranges. Return the poisoned range of each. Unless ``latent``, badblocks gets the sectors.
 
     Raises InvalidArgument for a range outside the device, NoSpace if the poison cannot be recorded; then no
@@ -55,7 +55,7 @@ def inject_all(pmem: Pmem, ranges: Sequence[Range], *, latent: bool = False) -> 
     return poisoned
 
 
-def uninject(pmem: Pmem, offset: int, length: int) -> list[Range]:
+def uninject(pmem: Pmem, offset: int, length: int) -> list[ByteRange]:
     """Clear the poison in a range. Return the byte ranges that were poisoned, and are zero now.
 
     The old data is lost: hardware clears poison by a write, and the only data to write is zeros. Whole pages
@@ -77,12 +77,12 @@ def uninject(pmem: Pmem, offset: int, length: int) -> list[Range]:
     return cleared
 
 
-def scrub(pmem: Pmem) -> list[Range]:
+def scrub(pmem: Pmem) -> list[ByteRange]:
     """Address range scrub: add latent poison to badblocks. Return the byte ranges added."""
     return [new for part in scrub_in_pieces(pmem, 1024) for new in part]
 
 
-def scrub_in_pieces(pmem: Pmem, count: int) -> Iterator[list[Range]]:
+def scrub_in_pieces(pmem: Pmem, count: int) -> Iterator[list[ByteRange]]:
     """As :func:`scrub`, at most ``count`` ranges of poison at a time, in order of the offsets."""
     if pmem.badblocks.count == pmem.media.poison.total:
         return  # badblocks is a subset of the poison, so equal sizes mean equal sets
@@ -100,7 +100,7 @@ def corrupt(pmem: Pmem, offset: int, length: int, seed: int) -> None:
         pass
 
 
-def corrupt_in_pieces(pmem: Pmem, offset: int, length: int, seed: int) -> Iterator[Range]:
+def corrupt_in_pieces(pmem: Pmem, offset: int, length: int, seed: int) -> Iterator[ByteRange]:
     """As :func:`corrupt`, and yield each piece of at most CORRUPT_PIECE bytes after the change."""
     check_range(offset, length, pmem.dax.size, "the device")
     noise = random.Random(seed)
@@ -115,7 +115,7 @@ def corrupt_in_pieces(pmem: Pmem, offset: int, length: int, seed: int) -> Iterat
         yield piece
 
 
-def _span(part: Range) -> tuple[int, int]:
+def _span(part: ByteRange) -> tuple[int, int]:
     return part.start, part.length
 
 
@@ -124,7 +124,7 @@ def _flip(media: memoryview, flips: np.ndarray[tuple[int], np.dtype[np.uint8]]) 
     np.bitwise_xor(np.frombuffer(media, np.uint8), flips, out=np.frombuffer(media, np.uint8))
 
 
-def failed_pages(pmem: Pmem, poisoned: Range) -> tuple[int, int]:
+def failed_pages(pmem: Pmem, poisoned: ByteRange) -> tuple[int, int]:
     """Return ``(pfn, nr_pages)`` of the pages that overlap the byte range ``poisoned``."""
     first = page_align_down(poisoned.start)
     return pmem.pfn_of(first), PHYS_PFN(page_align_up(poisoned.end) - first)

@@ -15,8 +15,8 @@ from daxemu.pmem import backing
 from daxemu.pmem.kept import KeptPages
 from daxemu.private_path import PrivatePath
 from daxemu.ranges import Range, RangeSet
-from daxemu.uapi import PAGE_SECTORS, PAGE_SIZE, SECTOR_SIZE
-from daxemu.units import blocks_of_sectors, byte_span, bytes_of_sectors, round_up, sectors_at
+from daxemu.uapi import PAGE_SECTORS, PAGE_SIZE
+from daxemu.units import blocks_of_sectors, byte_span, bytes_of_sectors, round_up, sector_at, sectors_at
 
 _POISON_STEP = 4096  # the file of poisoned sectors has whole pages, filled up with empty lines
 _FEW = 512
@@ -332,7 +332,7 @@ class Media:
     def make_room(self, changes: int) -> None:
         """Reserve room in the file ``poison`` for ``changes`` more ranges. Raises NoSpace."""
         if len(self.poison) + changes > _FEW:
-            longest = len(f"{_CLEARED}{self.size // SECTOR_SIZE} {self.size // SECTOR_SIZE}\n")
+            longest = len(f"{_CLEARED}{sector_at(self.size)} {sector_at(self.size)}\n")
             with self._writing():
                 self._extend(self._poison_end + changes * longest)
 
@@ -380,7 +380,7 @@ class Media:
             text = self._poison_file.read_bytes().decode().rstrip("\n")
             for line in filter(None, text.split("\n")):
                 first, count = (int(word) for word in line.removeprefix(_CLEARED).split())
-                if first < 0 or count <= 0 or (first + count) * SECTOR_SIZE > self.size:
+                if first < 0 or count <= 0 or first + count > sector_at(self.size):
                     raise ValueError(line)
                 change = self.poison.remove if line.startswith(_CLEARED) else self.poison.add
                 change(first, first + count)

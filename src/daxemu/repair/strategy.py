@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import msgspec
 
 from daxemu.fs.data_ops import Origin
-from daxemu.ranges import Range, RangeSet
+from daxemu.ranges import BlockRange, RangeSet
 from daxemu.repair.volume import Volume
 
 
@@ -23,10 +23,10 @@ class Failure:
     known to be lost. ``copies``: positions (in blocks) of the reserved file whose blocks failed.
     """
 
-    blocks: tuple[Range, ...]
+    blocks: tuple[BlockRange, ...]
     unseen: RangeSet = field(default_factory=RangeSet)
     stale: RangeSet = field(default_factory=RangeSet)
-    copies: tuple[Range, ...] = ()
+    copies: tuple[BlockRange, ...] = ()
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Strategy(Protocol):
         """Create the strategy. ``options`` is an ``Options``. Raises DaxemuError to refuse the mount."""
         self.volume = volume
 
-    def mounted(self, *, after_crash: bool) -> Iterator[Range] | None:
+    def mounted(self, *, after_crash: bool) -> Iterator[BlockRange] | None:
         """Bring the stored repair data up to date. The filesystem is mounted and consistent.
 
         A long update is a generator: each piece of work is bounded, and yields the blocks that were
@@ -116,19 +116,19 @@ class Strategy(Protocol):
 
     # -- see fs/data_ops.py
 
-    def verify(self, blocks: Range) -> None:
+    def verify(self, blocks: BlockRange) -> None:
         """Check blocks before a read. Raises MediaError if the blocks do not hold the data last written."""
 
-    def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
+    def store_begins(self, blocks: Sequence[BlockRange], origin: Origin) -> None:
         """Prepare for a change of ``blocks``. Raises NoSpace to refuse the store."""
 
-    def store_done(self, blocks: Sequence[Range], origin: Origin) -> None:
+    def store_done(self, blocks: Sequence[BlockRange], origin: Origin) -> None:
         """Process the new contents of ``blocks``."""
 
-    def allocated(self, blocks: Range) -> None:
+    def allocated(self, blocks: BlockRange) -> None:
         """Note that ``blocks`` are in use now, and zero."""
 
-    def freed(self, blocks: Range) -> None:
+    def freed(self, blocks: BlockRange) -> None:
         """Note that ``blocks`` are about to become free."""
 
     def committed(self) -> None:
@@ -136,7 +136,7 @@ class Strategy(Protocol):
 
     # -- in the background
 
-    def scrub(self) -> Iterator[Range]:
+    def scrub(self) -> Iterator[BlockRange]:
         """Check all data, in bounded pieces. Yields the checked blocks, in any order."""
         return iter(())
 

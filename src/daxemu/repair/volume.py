@@ -16,7 +16,7 @@ from daxemu.fs.inode import RESERVED_INO
 from daxemu.fs.reserved import ReservedFile
 from daxemu.fs.rmap import METADATA_INO, Owner
 from daxemu.private_path import PrivatePath
-from daxemu.ranges import Range, RangeSet, merged
+from daxemu.ranges import BlockRange, InBlocks, InBytes, Range, RangeSet, merged
 from daxemu.uapi import PAGE_SIZE
 from daxemu.units import byte_span, round_down
 
@@ -60,12 +60,12 @@ class Volume:
         """Number of blocks of the device."""
         return self._fs.allocator.total
 
-    def in_use(self, blocks: Range | None = None) -> RangeSet:
+    def in_use(self, blocks: BlockRange | None = None) -> RangeSet[InBlocks]:
         """Return the blocks of files: all of them, or the blocks inside ``blocks``."""
         owners = self.owners(blocks or Range(0, self.blocks))
         return RangeSet(merged(sorted((o.dev_block, o.dev_block + o.length) for o in owners)))
 
-    def walk(self, most: int, unit: int = 1) -> Iterator[Range]:
+    def walk(self, most: int, unit: int = 1) -> Iterator[BlockRange]:
         """Yield all blocks that are not free, in order, in pieces of ``most`` blocks.
 
         Each piece begins at a multiple of ``unit`` blocks. The allocator is asked again at each step, so
@@ -77,7 +77,7 @@ class Volume:
             at = min(start + most, self.blocks)
             yield Range(start, at)
 
-    def owners(self, blocks: Range) -> Iterator[Owner]:
+    def owners(self, blocks: BlockRange) -> Iterator[Owner]:
         """Yield the owners of ``blocks``, except metadata and the strategy's own copies."""
         for owner in self._fs.rmap.owners(*blocks):
             if owner.ino not in (METADATA_INO, RESERVED_INO):
@@ -91,7 +91,7 @@ class Volume:
         """Return the size of the owner's file, in bytes."""
         return self._fs.names.get(owner.ino).size
 
-    def read(self, blocks: Range) -> memoryview:
+    def read(self, blocks: BlockRange) -> memoryview:
         """Return a view of the media bytes of ``blocks``. Raises MediaError if any byte is poisoned."""
         return self._fs.dax.direct_access(*byte_span(blocks))
 
@@ -102,7 +102,7 @@ class Volume:
         """
         return self._fs.dax.read(offset, length)
 
-    def salvage(self, blocks: Range) -> tuple[bytes, RangeSet]:
+    def salvage(self, blocks: BlockRange) -> tuple[bytes, RangeSet[InBytes]]:
         """Return the contents of ``blocks``, with zeros for unreadable bytes, and those bytes of the
         device.
         """
@@ -112,7 +112,7 @@ class Volume:
             data[good.start - at : good.end - at] = self._fs.dax.read(good.start, good.length)
         return bytes(data), poisoned
 
-    def poison(self, blocks: Range) -> RangeSet:
+    def poison(self, blocks: BlockRange) -> RangeSet[InBytes]:
         """Return the unreadable device bytes in ``blocks``, in whole sectors."""
         start, length = blocks.start * PAGE_SIZE, blocks.length * PAGE_SIZE
         return RangeSet(
@@ -130,7 +130,7 @@ class Volume:
         with self._atomically():
             failed_blocks.rewrite(self._fs, offset, data)
 
-    def relocate(self, blocks: Range, data: bytes | memoryview) -> None:
+    def relocate(self, blocks: BlockRange, data: bytes | memoryview) -> None:
         """Write ``data`` to newly allocated blocks, and remap all owners of ``blocks`` to the new blocks.
 
         Raises NoSpace.
@@ -138,7 +138,7 @@ class Volume:
         with self._atomically():
             failed_blocks.relocate(self._fs, blocks, data)
 
-    def punch(self, blocks: Range) -> None:
+    def punch(self, blocks: BlockRange) -> None:
         """Punch a hole over ``blocks`` in every file that owns a block."""
         with self._atomically():
             failed_blocks.punch(self._fs, blocks)

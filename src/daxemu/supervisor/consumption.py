@@ -22,7 +22,8 @@ from daxemu.ranges import Range, RangeSet
 from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.signals import Signals
-from daxemu.uapi import MF_ACTION_REQUIRED, PAGE_SIZE, SECTOR_SIZE
+from daxemu.uapi import MF_ACTION_REQUIRED, PAGE_SIZE
+from daxemu.units import sectors_of
 
 
 class Consumption:
@@ -53,9 +54,9 @@ class Consumption:
         self._repairs = repairs
         self._tasks = tasks
         self._supplement_missing = supplement_missing
-        self._healing = trio.Lock()
+        self._asking = trio.Lock()
         self.failing: list[tuple[Range, Incident]] = []
-        self._unhealed: dict[Range, Incident] = {}
+        self._unrecovered: dict[Range, Incident] = {}
         """Device bytes of latent poison that the strategy did not recover, and the incident of each."""
 
     async def on_access(self, access: Access) -> Answer:
@@ -66,10 +67,10 @@ class Consumption:
         """
         error = access.error
         ranges = error.ranges if isinstance(error, MediaError) else ()
-        if isinstance(error, MediaError) and await self._heal(error):
+        if isinstance(error, MediaError) and await self._recover(error):
             return Answer.AGAIN
-        bad_bytes = sum(part.outer(PAGE_SIZE).length for part in ranges)
-        if not ranges or access.length <= max(bad_bytes, PAGE_SIZE):
+        poisoned_bytes = sum(part.outer(PAGE_SIZE).length for part in ranges)
+        if not ranges or access.length <= max(poisoned_bytes, PAGE_SIZE):
             badblocks = self._pmem.badblocks
             is_latent = bool(ranges) and not any(
                 any(badblocks.overlapping_bytes(part.start, part.length)) for part in ranges
@@ -91,7 +92,8 @@ class Consumption:
         """
         found = False
         for part in ranges:
-            if self._pmem.badblocks.set(part.start // SECTOR_SIZE, part.length // SECTOR_SIZE):
+            sectors = sectors_of(part)
+            if self._pmem.badblocks.set(sectors.start, sectors.length):
                 found = True
                 # Not awaited: the failure revokes a page that the kernel keeps locked until this read is
                 # answered.
@@ -104,12 +106,12 @@ class Consumption:
 
         No signal is sent.
         """
-        return await self._heal(error)
+        return await self._recover(error)
 
     def forget(self, part: Range) -> None:
         """Allow another question to the strategy about device bytes: poison or strategy are new."""
-        for known in [known for known in self._unhealed if known.clip(*part)]:
-            del self._unhealed[known]
+        for known in [known for known in self._unrecovered if known.clip(*part)]:
+            del self._unrecovered[known]
 
     def _failure(self, part: Range) -> Incident:
         return self._mm.memory_failure(*failed_pages(self._pmem, part), MF_ACTION_REQUIRED)
@@ -119,11 +121,11 @@ class Consumption:
 
         Bytes that the strategy was asked about keep their incident. The rest gets new incidents.
         """
-        asked = {known: incident for known, incident in self._unhealed.items() if known.clip(*part)}
+        asked = {known: incident for known, incident in self._unrecovered.items() if known.clip(*part)}
         self.forget(part)
         return [*asked.values(), *map(self._failure, RangeSet(asked).gaps(*part))]
 
-    async def _heal(self, error: MediaError) -> bool:
+    async def _recover(self, error: MediaError) -> bool:
         """Ask the strategy. Return True if all of the poison was recovered.
 
         The strategy is asked about new poison only, once. No page is revoked, because a read must not wait
@@ -131,22 +133,22 @@ class Consumption:
         """
         if not self._repairs.is_active or not error.ranges:
             return False
-        async with self._healing:
+        async with self._asking:
             for part in error.ranges:
-                if self._pmem.dax.is_poisoned(part.start, part.length) and not await self._is_healed(part):
+                if self._pmem.dax.is_poisoned(part.start, part.length) and not await self._is_recovered(part):
                     return False
         return True
 
-    async def _is_healed(self, part: Range) -> bool:
-        if any(known.clip(*part) for known in self._unhealed):
+    async def _is_recovered(self, part: Range) -> bool:
+        if any(known.clip(*part) for known in self._unrecovered):
             return False
         if any(self._pmem.badblocks.overlapping_bytes(part.start, part.length)):
             latest = reversed(self.failing)
-            under_way = next((incident for bad, incident in latest if bad.clip(*part)), None)
+            under_way = next((incident for failed, incident in latest if failed.clip(*part)), None)
             return under_way is not None and await self._ask(under_way, part)
         incident = self._failure(part)
         if not await self._ask(incident, part):
-            self._unhealed[part] = incident
+            self._unrecovered[part] = incident
             return False
         self._mm.action_result(incident, 0)
         return True

@@ -78,7 +78,9 @@ class Signals:
         self._forced: dict[int, int] = {}
         """Threads with a forced SIGBUS on its way, and the request to the tracer for each."""
         self._leaving: dict[int, Pending] = {}
-        """Threads that leave a page fault in a direct mapping for a forced SIGBUS, and the request of each."""
+        """Threads that leave a page fault in a direct mapping for a forced SIGBUS, and the request of
+        each.
+        """
 
     def _sent(self, sent: _Signal, result: str, reason: str | None) -> None:
         self._emit(

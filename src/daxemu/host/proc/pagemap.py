@@ -54,8 +54,8 @@ class PageEntry(NamedTuple):
 
     @property
     def is_marker(self) -> bool:
-        """The page is not there, but marked, as by a write-protection of userfaultfd(2). Such a page counts as
-        swapped out. Needs CAP_SYS_ADMIN.
+        """The page is not there, but marked, as by a write-protection of userfaultfd(2). Such a page counts
+        as swapped out. Needs CAP_SYS_ADMIN.
         """
         return not self.present and self.swapped and self.word & _SWAP_TYPE == _SWP_PTE_MARKER
 

@@ -46,11 +46,11 @@ from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
 from daxemu.uapi import (
     CAP_SYS_ADMIN,
     MADV_SOFT_OFFLINE,
-    PAGE_SHIFT,
     PAGE_SIZE,
     U64_MAX,
     page_align_up,
 )
+from daxemu.units import PFN_PHYS, PHYS_PFN
 
 _BATCH = 1024  # pages probed by one call: IOV_MAX of uapi/linux/uio.h
 
@@ -196,10 +196,10 @@ def _walk(tid: int, start: int, end: int, vmas: list[tuple[Vma, Mount]]) -> tupl
         if vma.start > start:
             break
         stop = min(end, vma.end)
-        good = start + (fault_in(tid, start, (stop - start) >> PAGE_SHIFT) << PAGE_SHIFT)
-        ours = start + (_files_own(tid, start, (good - start) >> PAGE_SHIFT) << PAGE_SHIFT)
+        good = start + PFN_PHYS(fault_in(tid, start, PHYS_PFN(stop - start)))
+        ours = start + PFN_PHYS(_files_own(tid, start, PHYS_PFN(good - start)))
         if ours > start:
-            offset = (vma.pgoff << PAGE_SHIFT) + start - vma.start
+            offset = PFN_PHYS(vma.pgoff) + start - vma.start
             pieces.append(Piece(mount, start, vma.ino, offset, ours - start))
         if ours < good:
             return pieces, errno.EINVAL
@@ -218,7 +218,7 @@ def fault_in(tid: int, start: int, count: int) -> int:
     for done in range(0, count, _BATCH):
         batch = min(_BATCH, count - done)
         buffer = ctypes.create_string_buffer(batch)
-        first = start + (done << PAGE_SHIFT)
+        first = start + PFN_PHYS(done)
         remote = b"".join(struct.pack("=QQ", first + page * PAGE_SIZE, 1) for page in range(batch))
         local = struct.pack("=QQ", ctypes.addressof(buffer), batch)
         got = _libc.process_vm_readv(tid, local, 1, remote, batch, 0)
