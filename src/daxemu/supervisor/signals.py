@@ -19,7 +19,13 @@ from daxemu.errors import DaxemuError
 from daxemu.events import KILLED_BY_SIGBUS, Emit, SignalSent
 from daxemu.host.mappings import Access
 from daxemu.host.proc.file_pages import FilePage
-from daxemu.host.proc.processes import comm_of, in_page_fault, is_asleep_in_fault, process_of
+from daxemu.host.proc.processes import (
+    comm_of,
+    in_page_fault,
+    is_asleep_in_fault,
+    process_of,
+    tracer_of,
+)
 from daxemu.host.tracer.link import Armed, Pending, TracerLink
 from daxemu.host.tracer.messages import Delivered, Gone, Ignored, NotTaken, Refused
 from daxemu.host.tracer.messages import Outcome as Delivery
@@ -252,6 +258,10 @@ class Signals:
                 del self._leaving[tid]
             if not is_asleep_in_fault(tid):
                 return True
+        if (other := tracer_of(tid)) not in (0, self._tracer.pid):
+            # A forced signal would be a plain one. The failed access gives BUS_ADRERR with the address.
+            self._inexact(access, pfn, f"process {other} traces the thread")
+            return False
         consumer = replace(_ar(access, pfn), address=address, current=found)
         armed = await self._tracer.force_ar(consumer.pid, tid, address, patience=ARM_PATIENCE)
         if not isinstance(armed, Armed):
