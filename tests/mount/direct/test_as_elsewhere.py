@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mount.test_action_optional import *  # noqa: F403
 from tests.mount.test_action_required import *  # noqa: F403
-from tests.support.scene import PAGES, Scene, ar, consumes, letter, told
+from tests.support.scene import PAGES, Scene, ar, consumes, letter, signals_of
 
 del test_through_every_reflink  # noqa: F821
 
@@ -27,5 +27,5 @@ def test_through_every_reflink_but_stores_copy_first(scene: Scene) -> None:
         consumes(p1, f"tr 0 {BAD + 2}", ar(BAD + 2))
         consumes(p2, f"tr 0 {BAD}", ar(BAD))
     assert p1.cmd(f"tw 0 {BAD + 2} x").faulted
-    assert [each["code"] for each in told(p1)] == ["BUS_ADRERR"]
+    assert [each["code"] for each in signals_of(p1)] == ["BUS_ADRERR"]
     assert p1.cmd(f"tr 0 {BAD + 3}").ok == letter(BAD + 1)
