@@ -56,11 +56,19 @@ leaves its page fault for a signal.
 
 class HardwareError(Protocol):
     """Execute madvise(MADV_HWPOISON) or, with ``soft``, madvise(MADV_SOFT_OFFLINE) of a thread on bytes of a
-    file, which the thread has mapped at ``address``.
+    file, which the thread has mapped at ``address``. ``simulated``: without poison.
     """
 
     async def __call__(
-        self, tid: int, address: int, ino: Ino, offset: int, length: int, *, soft: bool
+        self,
+        tid: int,
+        address: int,
+        ino: Ino,
+        offset: int,
+        length: int,
+        *,
+        soft: bool,
+        simulated: bool,
     ) -> int:
         """Return 0 or an errno. Loop."""
 

@@ -116,14 +116,14 @@ class Calls:
         self._settled = settled
         self._hardware_error = hardware_error
 
-    async def answer(self, call: NotifiedCall, space: Space | None) -> Answer:
+    async def answer(self, call: NotifiedCall, space: Space | None, *, simulated: bool = False) -> Answer:
         """Return the answer to a call other than mmap(2) of a file. ``space``: the caller's address space;
-        None if the caller has no direct mapping.
+        None if the caller has no direct mapping. ``simulated``: a failure by madvise(2) poisons nothing.
         """
         if space is None:
             return CONTINUE
         try:
-            return await self._answer(call, space)
+            return await self._answer(call, space, simulated=simulated)
         except _Refused as refused:
             return Answer(error=refused.errno)
         except DaxemuError as error:
@@ -131,7 +131,7 @@ class Calls:
         except OSError as error:
             return Answer(error=error.errno or errno.ENOMEM)
 
-    async def _answer(self, call: NotifiedCall, space: Space) -> Answer:
+    async def _answer(self, call: NotifiedCall, space: Space, *, simulated: bool) -> Answer:
         match call.nr:
             case Nr.MUNMAP:
                 async with space.lock:
@@ -145,7 +145,7 @@ class Calls:
             case Nr.MSYNC:
                 return self._msync(space, *call.args[:3])
             case Nr.MADVISE:
-                return await self._madvise(call.tid, space, *call.args[:3])
+                return await self._madvise(call.tid, space, *call.args[:3], simulated=simulated)
             case Nr.MMAP:
                 return await self._map_anonymous_over(space, *call.args[:4])
         return CONTINUE
@@ -334,7 +334,9 @@ class Calls:
                 raise _Refused(error.errno) from error
         return Answer(0) if space.covers(where) else Answer(error=errno.ENOMEM)
 
-    async def _madvise(self, tid: int, space: Space, address: int, length: int, advice: int) -> Answer:
+    async def _madvise(
+        self, tid: int, space: Space, address: int, length: int, advice: int, *, simulated: bool
+    ) -> Answer:
         advice &= 0xFFFFFFFF
         where = Range(address, address + page_align_up(length))
         if not space.overlapping(where):
@@ -342,7 +344,7 @@ class Calls:
         if address % PAGE_SIZE:
             raise _Refused(errno.EINVAL)
         if advice in (MADV_HWPOISON, MADV_SOFT_OFFLINE):
-            return await self._inject(tid, space, where, soft=advice == MADV_SOFT_OFFLINE)
+            return await self._inject(tid, space, where, advice == MADV_SOFT_OFFLINE, simulated)
         if advice == MADV_REMOVE:
             return await self._remove(space, where)
         if advice in (MADV_DONTNEED, MADV_DONTNEED_LOCKED):
@@ -364,7 +366,7 @@ class Calls:
             await self._settled(part.ino)
         return Answer(0) if space.covers(where) else Answer(error=errno.ENOMEM)
 
-    async def _inject(self, tid: int, space: Space, where: Range, *, soft: bool) -> Answer:
+    async def _inject(self, tid: int, space: Space, where: Range, soft: bool, simulated: bool) -> Answer:
         """madvise(MADV_HWPOISON): one failure for each part of a file (madvise_inject_error())."""
         if not _is_capable(tid):
             raise _Refused(errno.EPERM)
@@ -375,7 +377,9 @@ class Calls:
                 break
             good = await trio.to_thread.run_sync(fault_in, tid, start, pages)
             offset, length = part.block << PAGE_SHIFT, good << PAGE_SHIFT
-            failed = await self._hardware_error(tid, start, part.ino, offset, length, soft=soft)
+            failed = await self._hardware_error(
+                tid, start, part.ino, offset, length, soft=soft, simulated=simulated
+            )
             if failed:
                 raise _Refused(failed)
             at = start + length

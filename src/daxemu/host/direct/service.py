@@ -110,7 +110,8 @@ class _RunSpaces:
                     return None
                 case Nr.MMAP if not call.args[3] & MAP_ANONYMOUS:
                     return await self._mmap(run, call)
-            return await self._calls.answer(call, self._space(self.spaces.find(call.tid)))
+            space = self._space(self.spaces.find(call.tid))
+            return await self._calls.answer(call, space, simulated=run.is_simulated)
         except AddressSpaceGone:
             return CONTINUE  # the thread is dead
         except AgentRefused as why:
