@@ -21,13 +21,23 @@ from daxemu.host.run import zone
 from daxemu.host.run.attached import AttachedRun, refused
 from daxemu.host.run.filters import Nr
 from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
-from daxemu.ranges import Range
+from daxemu.ranges import Range, merged
+
+MOST_DROPPED = 256
+"""Ranges of pages that the child of a fork does not get. It has the pages of further ranges present."""
 
 
 class Service:
     """Answers calls, and passes events on. Belongs to the trio thread."""
 
-    def __init__(self, table: Table, faults: PageFaults, calls: Calls, parts: MountParts, media: int) -> None:
+    def __init__(
+        self,
+        table: Table,
+        faults: PageFaults,
+        calls: Calls,
+        parts: MountParts,
+        media: int,
+    ) -> None:
         """``media``: descriptor of the media, opened for reading and writing."""
         self._table = table
         self._faults = faults
@@ -71,7 +81,12 @@ class _RunSpaces:
     spaces: AddressSpaces
 
     def __init__(
-        self, given: range, table: Table, faults: PageFaults, calls: Calls, parts: MountParts
+        self,
+        given: range,
+        table: Table,
+        faults: PageFaults,
+        calls: Calls,
+        parts: MountParts,
     ) -> None:
         middle = given.start + len(given) // 2
         self._zone, self._scratch = Range(given.start, middle), Range(middle, given.stop)
@@ -114,7 +129,11 @@ class _RunSpaces:
         return None if space is None else await self._calls.mmap(call, file, space)
 
     async def _fork(self, run: AttachedRun, call: NotifiedCall) -> None:
-        """Answer a fork(2). No mapping of the parent changes between its copy and the copy of the table."""
+        """Answer a fork(2). No mapping of the parent changes between its copy and the copy of the table.
+
+        The child gets no page of a shared mapping, as in vma_needs_copy(): without this, fork(2) copies the
+        page tables of mappings with a userfaultfd.
+        """
         space = self._space(self.spaces.find(call.tid))
         if space is None or call.tid in self._forking:
             await self.spaces.forked(run, call)
@@ -122,7 +141,9 @@ class _RunSpaces:
         self._forking.add(call.tid)
         try:
             async with space.lock:
-                await self.spaces.forked(run, call)
+                shared = (area.addresses for area in space.areas.values() if area.is_shared)
+                drop = [(part.start, part.length) for part in merged(shared)][:MOST_DROPPED]
+                await self.spaces.forked(run, call, drop)
         finally:
             self._forking.discard(call.tid)
 
