@@ -59,11 +59,11 @@ def judge(index: int, step: Step, ours: Outcome, world: World) -> Difference | N
             here = replace(here, counters={})
         right, reasons = _right(step, kernel, world)
         if right != here:
-            exact = neighbours_told(step, right, here, world) == right
+            exact = not world.direct and neighbours_told(step, right, here, world) == right
             reasons = (*reasons, CACHE) if exact else (UNEXPLAINED,)
         reason = reasons[0] if reasons else None
         if not reasons and _faults(step.expected) != _faults(ours):
-            reasons = (CACHE,)
+            reasons = (UNEXPLAINED if world.direct else CACHE,)
         if reasons:
             difference = Difference(index, step, kernel, right, here, reasons)
     world.after(step, ours, reason)
@@ -71,9 +71,11 @@ def judge(index: int, step: Step, ours: Outcome, world: World) -> Difference | N
 
 
 def judge_other(
-    index: int, step: Step, other: Outcome, ours: Outcome, found: Difference | None
+    index: int, step: Step, other: Outcome, ours: Outcome, found: Difference | None, *, direct: bool = False
 ) -> Difference | None:
-    """Compare the same step with a kernel other than the reference; ``found`` is the result of ``judge``."""
+    """Compare the same step with a kernel other than the reference; ``found`` is the result of ``judge``.
+    ``direct``: played on a direct mount.
+    """
     assert step.expected is not None
     kernel, reference, here = normal(other), normal(step.expected), normal(ours)
     if not counted(other):
@@ -83,7 +85,7 @@ def judge_other(
     reasons = found.reasons if found is not None else ()
     if kernel != reference:
         reasons = (*reasons, OTHER)
-    return Difference(index, step, kernel, reference, here, reasons or (CACHE,))
+    return Difference(index, step, kernel, reference, here, reasons or (UNEXPLAINED if direct else CACHE,))
 
 
 def _right(step: Step, kernel: Outcome, world: World) -> tuple[Outcome, tuple[str, ...]]:

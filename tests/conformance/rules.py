@@ -14,6 +14,8 @@ from tests.conformance.world import PAGE, Place, World
 
 HARDWARE = "hardware poison"
 CACHE = "FUSE page cache"
+"""Never on a direct mount."""
+UNMAPPED = "poison is unmapped"
 BUG = "kernel bug"
 CANNOT_CLEAR = "cannot clear"
 OVERWRITTEN = "overwritten whole"
@@ -142,6 +144,8 @@ def access(step: Step, kernel: Outcome, world: World) -> Turned | None:
     if kernel.res == "dead already":
         return None
     place = _place(step)
+    if world.direct and _copies_first(step, place, world):
+        return Outcome({"faulted": True}, (_signal(place, "BUS_ADRERR", "during access"),)), HARDWARE
     line = f"MCE: Killing {step.who} due to hardware memory corruption fault at VA"
     if world.process(step.who).disposition == "handler":
         signal = _signal(place, "BUS_MCEERR_AR", "during access", lsb=12)
@@ -152,14 +156,22 @@ def access(step: Step, kernel: Outcome, world: World) -> Turned | None:
         # A store to a shared block is BUS_ADRERR: the kernel copies first. Here write-back copies.
         block = world.block_at(place)
         assert block is not None
-        reason = CACHE if world.shared(block) else world.diverged.get(block)
+        shared = world.shared(block) and not world.direct
+        reason = CACHE if shared else world.diverged.get(block)
         return None if reason is None else (right, reason)
     return right, HARDWARE
 
 
+def _copies_first(step: Step, place: Place, world: World) -> bool:
+    """Return True for a store to a shared block: the copy of poison fails."""
+    block = world.block_at(place)
+    mapping = world.process(step.who).maps[place[1]]
+    return step.do.startswith("tw ") and not mapping.private and block is not None and world.shared(block)
+
+
 def read(step: Step, kernel: Outcome, world: World) -> Turned | None:
-    """read(2) of poison: EIO. The page cache returns the good pages before the poison first, O_DIRECT does
-    not.
+    """read(2) of poison: EIO. The page cache returns the good pages before the poison first; O_DIRECT and a
+    direct mount do not.
     """
     if not step.do.startswith("pread "):
         return None
@@ -169,7 +181,7 @@ def read(step: Step, kernel: Outcome, world: World) -> Turned | None:
     if not bad:
         return None
     good = (offset // PAGE + bad[0]) * PAGE - offset
-    if direct or good <= 0:
+    if direct or world.direct or good <= 0:
         return replace(kernel, res=_error("EIO", "")), HARDWARE
     right = replace(kernel, res=_count(good, letters(world, file, offset, good)))
     return right, CACHE if _failed(kernel.res) else f"{HARDWARE} + {CACHE}"
@@ -213,12 +225,12 @@ def buffer(step: Step, kernel: Outcome, world: World) -> Turned | None:
 
 
 def pagemap(step: Step, kernel: Outcome, world: World) -> Turned | None:
-    """Without a signal the kernel leaves the page mapped. Here the page is unmapped, so that the next load
-    finds the poison.
+    """Without a signal the kernel leaves the page mapped, and a load is a machine check. Here the page is
+    unmapped, so that the next load finds the poison.
     """
     if not step.do.startswith("pagemap ") or not world.bad(world.block_at(_place(step))):
         return None
-    return replace(kernel, res={"present": 0}), CACHE
+    return replace(kernel, res={"present": 0}), UNMAPPED if world.direct else CACHE
 
 
 def badblocks(step: Step, kernel: Outcome, world: World) -> Turned | None:
@@ -267,7 +279,7 @@ def unmapped_at_shutdown(step: Step, kernel: Outcome, world: World) -> Turned | 
     filesystem.
     """
     kept = isinstance(kernel.res, dict) and "ok" in kernel.res
-    if not world.down or not step.do.startswith(("tr ", "tw ")) or not kept or _place(step) in world.copies:
+    if world.direct or not world.down or not step.do.startswith(("tr ", "tw ")) or not kept or _place(step) in world.copies:
         return None
     signal = _signal(_place(step), "BUS_ADRERR", "during access")
     return Outcome({"faulted": True}, (signal,)), CACHE

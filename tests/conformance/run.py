@@ -7,7 +7,16 @@ from pathlib import Path
 
 from daxemu.uapi import PAGE_SIZE, PMD_SIZE
 from tests.conformance.compare import Difference, judge, judge_other
-from tests.conformance.recording import CONFIG, KERNELS, OTHER_CONFIGS, Outcome, Scenario, outcomes
+from tests.conformance.recording import (
+    CONFIG,
+    DIRECT,
+    KERNELS,
+    MODES,
+    OTHER_CONFIGS,
+    Outcome,
+    Scenario,
+    outcomes,
+)
 from tests.conformance.replay import NotYet, by_pmd, not_yet, playing
 from tests.conformance.world import World
 from tests.support.quick import quick_mount_at
@@ -26,6 +35,7 @@ class Verdict:
     """Result of a scenario, against each recording."""
 
     scenario: Scenario
+    mode: str = MODES[0]
     differences: list[Difference] = field(default_factory=list)
     """From the reference kernel."""
     columns: dict[Column, list[Difference] | None] = field(default_factory=dict)
@@ -41,17 +51,18 @@ class Verdict:
         return [found for found in self.differences if not found.explained]
 
 
-def run(scenario: Scenario, zygote: Zygote, directory: Path) -> Verdict:
-    """Play a scenario. A hang, or a command that an actor cannot carry out, is an exception."""
-    verdict = Verdict(scenario)
+def run(scenario: Scenario, zygote: Zygote, directory: Path, mode: str = MODES[0]) -> Verdict:
+    """Play a scenario in a mode. A command that an actor cannot carry out is an exception."""
+    verdict = Verdict(scenario, mode)
     verdict.not_yet = not_yet(scenario)
     if verdict.not_yet is not None:
         return verdict
     ours: dict[int, Outcome] = {}
     judged: dict[int, Difference] = {}
-    world = World()
+    direct = mode == DIRECT
+    world = World(direct=direct)
     align = PMD_SIZE if by_pmd(scenario) else PAGE_SIZE
-    with quick_mount_at(directory, zygote, align=align) as mount:
+    with quick_mount_at(directory, zygote, align=align, direct=direct) as mount:
         mount.sound = not any("superblock" in step.do for step in scenario.steps)
         try:
             with playing(mount, scenario) as player:
@@ -65,12 +76,17 @@ def run(scenario: Scenario, zygote: Zygote, directory: Path) -> Verdict:
             return verdict
     verdict.differences = list(judged.values())
     for column in COLUMNS:
-        verdict.columns[column] = _against(scenario, column, ours, judged)
+        verdict.columns[column] = _against(scenario, column, ours, judged, direct=direct)
     return verdict
 
 
 def _against(
-    scenario: Scenario, column: Column, ours: dict[int, Outcome], judged: dict[int, Difference]
+    scenario: Scenario,
+    column: Column,
+    ours: dict[int, Outcome],
+    judged: dict[int, Difference],
+    *,
+    direct: bool,
 ) -> list[Difference] | None:
     theirs = outcomes(scenario, *column)
     if not theirs:
@@ -78,7 +94,7 @@ def _against(
     if column == (scenario.reference, CONFIG):
         return list(judged.values())
     found = (
-        judge_other(index, scenario.steps[index], other, ours[index], judged.get(index))
+        judge_other(index, scenario.steps[index], other, ours[index], judged.get(index), direct=direct)
         for index, other in theirs.items()
         if index in ours
     )

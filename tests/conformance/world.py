@@ -25,6 +25,8 @@ Place = tuple[str, int, int]
 
 @dataclass
 class World:
+    direct: bool = False
+    """The mount is direct: a mapping is one of the media."""
     files: dict[str, list[Block | None]] = field(default_factory=dict)
     content: dict[Block, str] = field(default_factory=dict)
     """Value of all bytes of the block; "?" mixed."""
