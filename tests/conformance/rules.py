@@ -16,6 +16,11 @@ HARDWARE = "hardware poison"
 CACHE = "FUSE page cache"
 """Never on a direct mount."""
 UNMAPPED = "poison is unmapped"
+MARKED = "just after EFAULT"
+"""Of direct mounts: a page that failed a system call stays SIGBUS for some milliseconds, without the exact
+code.
+"""
+BUFFER_VERBS = ("kread", "kwrite", "pvmread", "pvmwrite")
 BUG = "kernel bug"
 CANNOT_CLEAR = "cannot clear"
 OVERWRITTEN = "overwritten whole"
@@ -29,7 +34,8 @@ def _numbers(step: Step) -> list[int]:
     return [int(word) for word in step.do.split()[1:] if word.isdigit()]
 
 
-def _place(step: Step) -> Place:
+def place_of(step: Step) -> Place:
+    """Return the place that a load, a store or a look at pagemap names."""
     mapping, page, *_ = _numbers(step)
     return step.who, mapping, page
 
@@ -139,11 +145,11 @@ def neighbours_told(step: Step, right: Outcome, ours: Outcome, world: World) -> 
 
 def access(step: Step, kernel: Outcome, world: World) -> Turned | None:
     """A load or store of poison is BUS_MCEERR_AR, forced. The kernel goes on where the page stayed mapped."""
-    if not step.do.startswith(("tr ", "tw ")) or not world.bad(world.block_at(_place(step))):
+    if not step.do.startswith(("tr ", "tw ")) or not world.bad(world.block_at(place_of(step))):
         return None
     if kernel.res == "dead already":
         return None
-    place = _place(step)
+    place = place_of(step)
     if world.direct and _copies_first(step, place, world):
         return Outcome({"faulted": True}, (_signal(place, "BUS_ADRERR", "during access"),)), HARDWARE
     line = f"MCE: Killing {step.who} due to hardware memory corruption fault at VA"
@@ -212,7 +218,7 @@ def write(step: Step, kernel: Outcome, world: World) -> Turned | None:
 def buffer(step: Step, kernel: Outcome, world: World) -> Turned | None:
     """Poison as a system call's buffer: EFAULT, or a short count up to the poison."""
     verb = step.do.split()[0]
-    if verb not in ("kread", "kwrite", "pvmread", "pvmwrite"):
+    if verb not in BUFFER_VERBS:
         return None
     numbers = _numbers(step)
     who = f"p{numbers[0]}" if verb.startswith("pvm") else step.who
@@ -228,7 +234,7 @@ def pagemap(step: Step, kernel: Outcome, world: World) -> Turned | None:
     """Without a signal the kernel leaves the page mapped, and a load is a machine check. Here the page is
     unmapped, so that the next load finds the poison.
     """
-    if not step.do.startswith("pagemap ") or not world.bad(world.block_at(_place(step))):
+    if not step.do.startswith("pagemap ") or not world.bad(world.block_at(place_of(step))):
         return None
     return replace(kernel, res={"present": 0}), UNMAPPED if world.direct else CACHE
 
@@ -237,6 +243,16 @@ def badblocks(step: Step, kernel: Outcome, world: World) -> Turned | None:
     if not step.do.endswith("badblocks") or not world.cleared or world.poison:
         return None
     return replace(kernel, res="0 range(s), 0 bad 512-byte sectors in all"), CANNOT_CLEAR
+
+
+def marked(step: Step, right: Outcome, world: World) -> Outcome | None:
+    """Return the outcome of an access to poison just after a system call with this buffer failed."""
+    before = world.done[-1].do.split()[0] if world.done else ""
+    if not world.direct or before not in BUFFER_VERBS or not step.do.startswith(("tr ", "tw ")):
+        return None
+    if not world.bad(world.block_at(place_of(step))) or not right.signals:
+        return None
+    return Outcome({"faulted": True}, (_signal(place_of(step), "BUS_ADRERR", "during access"),))
 
 
 # -- features that kernels lack
@@ -257,10 +273,10 @@ def other_bytes(step: Step, kernel: Outcome, world: World) -> Turned | None:
     """The outcome follows from the world, its reason from the difference that changed the world."""
     verb = step.do.split()[0]
     if verb in ("tr", "tw"):
-        block = world.block_at(_place(step))
+        block = world.block_at(place_of(step))
         if block not in world.diverged or world.bad(block):
             return None
-        letter = world.letter_at(_place(step)) if verb == "tr" else step.do.split()[3]
+        letter = world.letter_at(place_of(step)) if verb == "tr" else step.do.split()[3]
         return Outcome({"ok": letter}), world.diverged[block]
     if verb not in ("pread", "pwrite"):
         return None
@@ -279,9 +295,9 @@ def unmapped_at_shutdown(step: Step, kernel: Outcome, world: World) -> Turned | 
     filesystem.
     """
     kept = isinstance(kernel.res, dict) and "ok" in kernel.res
-    if world.direct or not world.down or not step.do.startswith(("tr ", "tw ")) or not kept or _place(step) in world.copies:
+    if world.direct or not world.down or not step.do.startswith(("tr ", "tw ")) or not kept or place_of(step) in world.copies:
         return None
-    signal = _signal(_place(step), "BUS_ADRERR", "during access")
+    signal = _signal(place_of(step), "BUS_ADRERR", "during access")
     return Outcome({"faulted": True}, (signal,)), CACHE
 
 

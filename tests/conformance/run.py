@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from daxemu.uapi import PAGE_SIZE, PMD_SIZE
+from daxemu.uapi import PMD_SIZE
 from tests.conformance.compare import Difference, judge, judge_other
 from tests.conformance.recording import (
     CONFIG,
@@ -19,7 +22,7 @@ from tests.conformance.recording import (
 )
 from tests.conformance.replay import NotYet, by_pmd, not_yet, playing
 from tests.conformance.world import World
-from tests.support.quick import quick_mount_at
+from tests.support.quick import QuickMount, quick_mount_at
 from tests.support.zygote import Zygote
 
 Column = tuple[str, str]
@@ -61,8 +64,7 @@ def run(scenario: Scenario, zygote: Zygote, directory: Path, mode: str = MODES[0
     judged: dict[int, Difference] = {}
     direct = mode == DIRECT
     world = World(direct=direct)
-    align = PMD_SIZE if by_pmd(scenario) else PAGE_SIZE
-    with quick_mount_at(directory, zygote, align=align, direct=direct) as mount:
+    with _mount(scenario, zygote, directory, direct=direct) as mount:
         mount.sound = not any("superblock" in step.do for step in scenario.steps)
         try:
             with playing(mount, scenario) as player:
@@ -78,6 +80,36 @@ def run(scenario: Scenario, zygote: Zygote, directory: Path, mode: str = MODES[0
     for column in COLUMNS:
         verdict.columns[column] = _against(scenario, column, ours, judged, direct=direct)
     return verdict
+
+
+@contextmanager
+def _mount(
+    scenario: Scenario, zygote: Zygote, directory: Path, *, direct: bool
+) -> Generator[QuickMount, None, None]:
+    """Mount a fresh device. A direct mount has 2 MiB pages only on a tmpfs with huge pages."""
+    if not by_pmd(scenario):
+        with quick_mount_at(directory, zygote, direct=direct) as mount:
+            yield mount
+    elif not direct:
+        with quick_mount_at(directory, zygote, align=PMD_SIZE) as mount:
+            yield mount
+    else:
+        with (
+            huge_tmpfs(directory / "huge") as where,
+            quick_mount_at(directory, zygote, align=PMD_SIZE, direct=True, where=where) as mount,
+        ):
+            yield mount
+
+
+@contextmanager
+def huge_tmpfs(where: Path) -> Generator[Path, None, None]:
+    """Mount a tmpfs whose files have pages of 2 MiB. Needs root."""
+    where.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "huge=always", "daxemu-test", where], check=True)
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", "-l", where], check=True)
 
 
 def _against(

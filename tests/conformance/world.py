@@ -30,6 +30,9 @@ class World:
     files: dict[str, list[Block | None]] = field(default_factory=dict)
     content: dict[Block, str] = field(default_factory=dict)
     """Value of all bytes of the block; "?" mixed."""
+    unmapped: set[Place] = field(default_factory=set)
+    """Pages present at the failure, and not touched since: the kernel leaves such a page mapped if it
+    signalled no process."""
     poison: set[Block] = field(default_factory=set)
     cleared: bool = False  # or freed: the kernel's device cannot
     done: list[Step] = field(default_factory=list)
@@ -120,6 +123,7 @@ class World:
         for block in self.failing(step):
             self.poison.add(block)
             self.around -= set(self.maybe_at(block))
+            self.unmapped |= set(self.mapped_at(block))
             self.present -= set(self.mapped_at(block))
         self.down |= step.who in ("inj", "host") and ("superblock" in step.do or "unbind" in step.do)
         self._apply(step, ours, reason)
@@ -220,6 +224,7 @@ class World:
             if (mapping.file, mapping.first + other) in self.cached:
                 self.around.add((who, number, other))
         self.present.add((who, number, page))
+        self.unmapped.discard((who, number, page))
         self.cached.add((mapping.file, mapping.first + page))
 
     def _do_pread(self, who: str, w: list[str], _: str | None) -> None:
@@ -234,6 +239,7 @@ class World:
         else:
             self._store(mapping.file, mapping.first + place[2], w[2], whole=True, reason=reason)
             self.present.add(place)
+            self.unmapped.discard(place)
             self.cached.add((mapping.file, mapping.first + place[2]))
 
     def _do_pwrite(self, who: str, w: list[str], reason: str | None) -> None:

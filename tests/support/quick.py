@@ -121,12 +121,13 @@ def quick_mount_at(
     align: int = PAGE_SIZE,
     mount: bool = True,
     direct: bool = False,
+    where: Path = SHM,
 ) -> Iterator[QuickMount]:
-    """Make a device of ``size`` bytes in shared memory and mount it below ``directory``.
+    """Make a device of ``size`` bytes in a directory of shared memory, and mount it below ``directory``.
 
     The device is checked with fsck at the end, unless ``sound`` is False. ``direct``: for direct mappings.
     """
-    device = SHM / f"daxemu-quick-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    device = where / f"daxemu-quick-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     path = directory / "mnt"
     path.mkdir()
     made = QuickMount(device, path, zygote=zygote, is_direct=direct)
