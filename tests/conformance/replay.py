@@ -22,7 +22,7 @@ from daxemu.errors import DaxemuError
 from daxemu.uapi import PMD_SHIFT, Ino
 from tests.conformance.journal import Journal, drop_cache, no_read_ahead, until
 from tests.conformance.recording import Outcome, Records, Scenario, Step, last_touched
-from tests.support.actor import Actor, ActorDied, ActorTimeout
+from tests.support.actor import Actor, ActorDied, ActorError, ActorTimeout
 from tests.support.mount import DAXEMU, DaxMount
 
 PAGE = 4096
@@ -125,7 +125,7 @@ class Player:
         return self._stack.enter_context(actor)
 
     def _launched(self, name: str) -> Actor:
-        """Return a new program under the ``daxemu run`` of the scenario: one start of Python, not one each."""
+        """Return a new program under the ``daxemu run`` of the scenario, which starts one Python for all."""
         if self._launcher is None:
             self._launcher = self._spawned("launcher", under_run=True)
         actor = self._launcher.fork(name)
@@ -159,6 +159,8 @@ class Player:
             return "died"
         except ActorTimeout:
             return self._gave_up_on(actor)
+        except ActorError as error:  # an earlier step ended otherwise: no mapping, no descriptor
+            return f"not possible: {str(error).splitlines()[0]}"
 
     def _gave_up_on(self, actor: Actor) -> str:
         """The actor has been killed."""

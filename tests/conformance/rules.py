@@ -295,7 +295,13 @@ def unmapped_at_shutdown(step: Step, kernel: Outcome, world: World) -> Turned | 
     filesystem.
     """
     kept = isinstance(kernel.res, dict) and "ok" in kernel.res
-    if world.direct or not world.down or not step.do.startswith(("tr ", "tw ")) or not kept or place_of(step) in world.copies:
+    if (
+        world.direct
+        or not world.down
+        or not step.do.startswith(("tr ", "tw "))
+        or not kept
+        or place_of(step) in world.copies
+    ):
         return None
     signal = _signal(place_of(step), "BUS_ADRERR", "during access")
     return Outcome({"faulted": True}, (signal,)), CACHE

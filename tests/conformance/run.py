@@ -21,6 +21,7 @@ from tests.conformance.recording import (
     outcomes,
 )
 from tests.conformance.replay import NotYet, by_pmd, not_yet, playing
+from tests.conformance.tally import Tally
 from tests.conformance.world import World
 from tests.support.quick import QuickMount, quick_mount_at
 from tests.support.zygote import Zygote
@@ -44,6 +45,16 @@ class Verdict:
     columns: dict[Column, list[Difference] | None] = field(default_factory=dict)
     """From each; None where the scenario was not run."""
     not_yet: str | None = None
+    tally: Tally = field(default_factory=Tally)
+    """Facts of the reference that are repeated here."""
+    right: Tally = field(default_factory=Tally)
+    """Facts of the outcomes that the reasons demand."""
+
+    def count(self, kernel: Outcome, ours: Outcome, found: Difference | None) -> None:
+        """Count the facts of one step. ``found``: the difference from the reference."""
+        self.tally.step(kernel, ours, is_same=found is None)
+        right = kernel if found is None else found.right
+        self.right.step(right, ours, is_same=found is None or found.right == found.ours)
 
     @property
     def reasons(self) -> list[str]:
@@ -73,6 +84,8 @@ def run(scenario: Scenario, zygote: Zygote, directory: Path, mode: str = MODES[0
                     found = judge(index, step, outcome, world)
                     if found is not None:
                         judged[index] = found
+                    if step.expected is not None:
+                        verdict.count(step.expected, outcome, found)
         except NotYet as missing:
             verdict.not_yet = str(missing)
             return verdict

@@ -102,13 +102,19 @@ class World:
         self.content[self._last] = holding
         return self._last
 
+    def named(self, file: str) -> str:
+        """Return the key of the file that a failure names, which may be unlinked."""
+        return (
+            file if file in self.files else next((n for n in self.files if n.startswith(f"{file} (")), file)
+        )
+
     def failing(self, step: Step) -> list[Block]:
         """Return the blocks of files that a step poisons."""
         pages: list[tuple[str, int]] = []
         if step.who == "host" and step.do.startswith("machine check"):
-            pages = [("f", last_touched(self.done))]
+            pages = [(self.named("f"), last_touched(self.done))]
         elif step.who == "inj" and (found := re.match(r"poison page (\d+)(?: of (\S+))?", step.do)):
-            pages = [(found.group(2) or "f", int(found.group(1)))]
+            pages = [(self.named(found.group(2) or "f"), int(found.group(1)))]
         elif found := re.match(r"madvise (\d+) (\d+) (\d+) hwpoison", step.do):
             number, first, count = (int(word) for word in found.groups())
             mapping = self.process(step.who).maps[number]
@@ -216,6 +222,28 @@ class World:
     def _do_sig(self, who: str, w: list[str], _: str | None) -> None:
         if w[0] in ("block", "ignore", "default", "handler"):
             self.process(who).disposition = w[0]
+        elif w[0] == "unblock":
+            self.process(who).disposition = "handler"
+
+    def _do_unlink(self, _: str, w: list[str], __: str | None) -> None:
+        """Descriptors and mappings keep the file, under a name that no step can open."""
+        if not self._is_used(w[0]):
+            for page in range(len(self.files.get(w[0], ()))):
+                self._replace(w[0], page, None)
+            self.files.pop(w[0], None)
+            return
+        self._last += 1
+        gone = f"{w[0]} (unlinked, {self._last})"
+        self.files[gone] = self.files.pop(w[0], [])
+        self.cached |= {(gone, page) for name, page in self.cached if name == w[0]}
+        for process in self.processes.values():
+            process.rename(w[0], gone)
+
+    def _is_used(self, file: str) -> bool:
+        return any(
+            file in (*(name for name, _ in p.fds.values()), *(m.file for m in p.maps.values()))
+            for p in self.processes.values()
+        )
 
     def _do_tr(self, who: str, w: list[str], _: str | None) -> None:
         number, page = int(w[0]), int(w[1])

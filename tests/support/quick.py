@@ -53,9 +53,7 @@ class QuickMount(DaxMount):
         """
         kinds.require("mount")
         assert self.zygote is not None
-        self.pid = self.zygote.supervise(
-            self.device, self.path, sabotage, self.repair, direct=self.is_direct
-        )
+        self.pid = self.zygote.supervise(self.device, self.path, sabotage, self.repair, direct=self.is_direct)
 
     def _end(self, op: str, **arguments: bool) -> None:
         with self.client() as client:

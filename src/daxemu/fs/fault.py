@@ -125,8 +125,8 @@ class FaultHandler:
     def store(self, inode: Inode, extents: ExtentMap, block: Block, limit: int) -> FileRun:
         """As :meth:`load`, after the allocation of a hole, or the copy of a shared block.
 
-        Raises NoSpace; MediaError if a shared block is poison. Then nothing has changed. A poisoned block that
-        is shared only until the next commit is not copied.
+        Raises NoSpace; MediaError if a shared block is poison. Then nothing has changed. A poisoned block
+        that is shared only until the next commit is not copied.
         """
         found = self.load(inode, extents, block, limit)
         if found.kind is FaultKind.HOLE:
