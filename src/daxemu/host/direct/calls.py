@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 import trio
 
-from daxemu.errors import DaxemuError
+from daxemu.errors import DaxemuError, Shutdown
 from daxemu.fs.fault import FaultKind, FileRun
 from daxemu.host.direct import planner
 from daxemu.host.direct.changes import FileLocks
@@ -198,13 +198,14 @@ class Calls:
         return Answer(start)
 
     def _runs(self, area: Area) -> list[FileRun]:
-        """Return the runs to map at once: all, or none of a file with many."""
+        """Return the runs to map at once: all, or none of a file with many, or after a shutdown."""
         runs = []
-        for run in self._fs.runs(area.ino, area.blocks):
-            if run.kind is FaultKind.MAPPED:
-                runs.append(run)
-            if len(runs) > EAGER:
-                return []
+        with suppress(Shutdown):  # mmap(2) asks no filesystem: the page faults fail
+            for run in self._fs.runs(area.ino, area.blocks):
+                if run.kind is FaultKind.MAPPED:
+                    runs.append(run)
+                if len(runs) > EAGER:
+                    return []
         return runs
 
     def _place(self, space: Space, address: int, size: int, flags: int) -> int:

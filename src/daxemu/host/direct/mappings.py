@@ -42,6 +42,7 @@ class DirectMappings:
     """Mappings of the media in the address spaces of programs under ``daxemu run``. See host.mappings."""
 
     direct_io = True
+    survive_shutdown = True
 
     def __init__(self, parts: MountParts) -> None:
         self._fs = fs = parts.fs
