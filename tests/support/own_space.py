@@ -25,6 +25,7 @@ from daxemu.host.direct.mappings import DirectMappings
 from daxemu.host.direct.syscalls import MEDIA_FD, VOID_FD, Syscall
 from daxemu.host.direct.table import Space
 from daxemu.host.direct.userfaultfd import PageFault
+from daxemu.host.fuse.open_files import OpenFiles
 from daxemu.host.mappings import Access, Answer, Upcalls
 from daxemu.host.mount_parts import MountParts
 from daxemu.host.run import zone
@@ -161,6 +162,7 @@ class Host:
             nursery=nursery,
             unexpected=unexpected,
             session=SimpleNamespace(fd=null),
+            open_files=OpenFiles(),
         )
         self.mappings = DirectMappings(cast(MountParts, parts))
         self.calls = self.mappings.calls(self._hardware_error)

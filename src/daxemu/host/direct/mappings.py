@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 
 import trio
 
@@ -79,7 +79,12 @@ class DirectMappings:
     def system_calls(self, hardware_error: HardwareError) -> Handle:
         """See Mappings.system_calls."""
         self._service = Service(
-            self.table, self.faults, self.calls(hardware_error), self._parts, self._media.fd
+            self.table,
+            self.page_tables,
+            self.faults,
+            self.calls(hardware_error),
+            self._parts,
+            self._media.fd,
         )
         return self._service.handle
 
@@ -87,8 +92,10 @@ class DirectMappings:
         """Keep the blocks of a file without a name while the file is mapped: a mapping holds a file open."""
         with suppress(DaxemuError):
             self._fs.open(self._fs.names.get(ino))
+        self._parts.open_files.mapped(ino)
 
     def _unpin(self, ino: Ino) -> None:
+        self._parts.open_files.unmapped(ino)
         with suppress(DaxemuError):
             self._fs.release(ino)
 
@@ -252,8 +259,11 @@ class DirectMappings:
     async def sharing(self, source: Ino, taken: Range, target: Ino, replaced: Range) -> AsyncIterator[None]:
         """See Mappings.sharing. The blocks of the source stay present, but write-protected."""
         async with self._locks.held(source, target):
+            await self.page_tables.hide_blocks(target, blocks_of(replaced))
             await self.page_tables.protect_blocks(source, blocks_of(taken))
-            with self._changes.following(target), self._changes.unnoted(source):
+            # The source's mappings stay right. In one file, mappings of the replaced blocks must follow.
+            unnoted = self._changes.unnoted(source) if source != target else nullcontext()
+            with self._changes.following(target), unnoted:
                 yield
         await self.settled(target)
 

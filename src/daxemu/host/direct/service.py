@@ -8,12 +8,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from weakref import WeakKeyDictionary
 
 from daxemu.host.direct.address_spaces import AddressSpace, AddressSpaces
 from daxemu.host.direct.calls import MAP_ANONYMOUS, Calls, open_file
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
 from daxemu.host.direct.faults import PageFaults
+from daxemu.host.direct.page_tables import PageTables
 from daxemu.host.direct.table import Space, Table
 from daxemu.host.direct.userfaultfd import Event, PageFault
 from daxemu.host.mount_parts import MountParts
@@ -27,11 +29,20 @@ from daxemu.ranges import Range
 class Service:
     """Answers calls, and passes events on. Belongs to the trio thread."""
 
-    def __init__(self, table: Table, faults: PageFaults, calls: Calls, parts: MountParts, media: int) -> None:
+    def __init__(
+        self,
+        table: Table,
+        page_tables: PageTables,
+        faults: PageFaults,
+        calls: Calls,
+        parts: MountParts,
+        media: int,
+    ) -> None:
         """``media``: descriptor of the media, opened for reading and writing."""
         self._table = table
         self._faults = faults
         self._calls = calls
+        self._page_tables = page_tables
         self._parts = parts
         self._media = media
         self._void = os.memfd_create("daxemu-void", os.MFD_CLOEXEC)
@@ -51,7 +62,9 @@ class Service:
     def _of(self, run: AttachedRun) -> _RunSpaces:
         found = self._runs.get(run)
         if found is None:
-            found = _RunSpaces(run.zone, self._table, self._faults, self._calls, self._parts)
+            found = _RunSpaces(
+                run.zone, self._table, self._page_tables, self._faults, self._calls, self._parts
+            )
             found.spaces = AddressSpaces(
                 self._parts.tracer,
                 self._parts.nursery,
@@ -71,13 +84,20 @@ class _RunSpaces:
     spaces: AddressSpaces
 
     def __init__(
-        self, given: range, table: Table, faults: PageFaults, calls: Calls, parts: MountParts
+        self,
+        given: range,
+        table: Table,
+        page_tables: PageTables,
+        faults: PageFaults,
+        calls: Calls,
+        parts: MountParts,
     ) -> None:
         middle = given.start + len(given) // 2
         self._zone, self._scratch = Range(given.start, middle), Range(middle, given.stop)
         self._table = table
         self._faults = faults
         self._calls = calls
+        self._page_tables = page_tables
         self._parts = parts
         self._known: dict[AddressSpace, Space] = {}
         self._forking: set[int] = set()
@@ -153,8 +173,20 @@ class _RunSpaces:
         """See Watcher.on_forked."""
         known = self._space(parent)
         assert known is not None
-        self._known[child] = self._new(child)
-        self._table.fork(known, self._known[child])
+        self._known[child] = made = self._new(child)
+        self._table.fork(known, made)
+        self._parts.nursery.start_soon(self._drop_copied, made)
+
+    async def _drop_copied(self, space: Space) -> None:
+        """Remove pages from the page tables of a fork's child that fork(2) has copied for the userfaultfd.
+
+        In the kernel a child has no page of a shared mapping present (vma_needs_copy()).
+        """
+        with suppress(AddressSpaceGone):
+            async with space.lock:
+                for area in list(space.areas.values()):
+                    if area.is_shared:
+                        await self._page_tables.drop(space, area.addresses)
 
     def on_gone(self, space: AddressSpace) -> None:
         """See Watcher.on_gone."""

@@ -25,6 +25,15 @@ class OpenFiles:
         """Return the inodes with open handles. From any thread."""
         return list(self._opened)
 
+    def mapped(self, ino: Ino) -> None:
+        """Count a direct mapping, which holds the file open for writing without a handle."""
+        self._opened[ino] += 1
+        self.writers[ino] += 1
+
+    def unmapped(self, ino: Ino) -> None:
+        """Forget a direct mapping."""
+        self._closed(ino, writable=True, mappable=False)
+
     def opened(self, fh: int) -> None:
         """Count a new handle."""
         ino, writable = unpack(fh)[:2]
@@ -35,8 +44,11 @@ class OpenFiles:
     def released(self, fh: int) -> None:
         """Forget a handle."""
         ino, writable = unpack(fh)[:2]
+        self._closed(ino, writable=writable, mappable=may_store_through_mapping(fh))
+
+    def _closed(self, ino: Ino, *, writable: bool, mappable: bool) -> None:
         self._opened[ino] -= 1
         self.writers[ino] -= writable
-        self.mappable[ino] -= may_store_through_mapping(fh)
+        self.mappable[ino] -= mappable
         if not self._opened[ino]:
             del self._opened[ino], self.writers[ino], self.mappable[ino]
