@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 
 from tests.support.mount import DAXEMU, PATIENCE, DaxMount
-from tests.support.scene import PAGE, PAGES, Scene, ao, append_until_full, ar, ask, consumes, letter, present, told
+from tests.support.scene import (
+    PAGE,
+    PAGES,
+    Scene,
+    ao,
+    append_until_full,
+    ar,
+    ask,
+    consumes,
+    letter,
+    present,
+    told,
+)
 
 pytestmark = pytest.mark.mount
 

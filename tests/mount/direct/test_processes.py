@@ -40,7 +40,7 @@ def under_run(mount: DaxMount | None, *command: str | Path, before: tuple[str, .
 @contextmanager
 def waiting(mount: DaxMount, program: Path, path: Path) -> Iterator[subprocess.Popen[str]]:
     """Start a program that maps a file, stores, and waits. The program is killed at the end."""
-    argv = [*DAXEMU, "run", mount.path, "--", program, "wait", path]
+    argv = [*DAXEMU, "run", str(mount.path), "--", str(program), "wait", str(path)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -206,7 +206,7 @@ def test_go(dax_mount: DaxMount, tmp_path: Path) -> None:
     source = tmp_path / "main.go"
     source.write_text(GO)
     environment = {**os.environ, "GOCACHE": str(tmp_path / "cache"), "CGO_ENABLED": "0"}
-    words = ["go", "build", "-o", tmp_path / "program", source]
+    words = ["go", "build", "-o", str(tmp_path / "program"), str(source)]
     subprocess.run(words, check=True, env=environment, timeout=LIMIT)
     assert under_run(dax_mount, tmp_path / "program", dax_mount.path / "f") == "3\n"
 
