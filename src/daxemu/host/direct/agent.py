@@ -118,8 +118,8 @@ class ProcessAgent:
                 return
             if not packet:
                 return
-            if not self.pid:
-                self._identify(ancillary)
+            if not self.pid and not self._identify(ancillary):
+                return
             reply = self._expected.popleft()
             reply.results = [value for (value,) in struct.iter_unpack("=q", packet)]
             reply.has_come.set()
@@ -188,14 +188,19 @@ class ProcessAgent:
             raise self._gone()
         return reply.results
 
-    def _identify(self, ancillary: list[tuple[int, int, bytes]]) -> None:
+    def _identify(self, ancillary: list[tuple[int, int, bytes]]) -> bool:
         """Take the agent's pid, in this pid namespace, from the credentials that the kernel put to its
-        packet.
+        packet. Return False if the agent has ended since.
         """
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
-                self.pid = _CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0]
-                self._pidfd = os.pidfd_open(self.pid)
+                pid = _CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0]
+                try:
+                    self._pidfd = os.pidfd_open(pid)
+                except ProcessLookupError:
+                    return False
+                self.pid = pid
+        return True
 
     def _drop_fds(self) -> None:
         for fd in self._fds:
