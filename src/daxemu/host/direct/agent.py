@@ -26,6 +26,7 @@ import trio
 
 from daxemu.host.direct.code import CALLS_IN_BATCH
 from daxemu.host.direct.errors import AddressSpaceGone
+from daxemu.host.direct.locking import held
 from daxemu.host.direct.syscalls import NR_CLOSE, NR_IOCTL, NR_USERFAULTFD, Syscall
 from daxemu.uapi import U64_MAX
 
@@ -80,6 +81,8 @@ class ProcessAgent:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self.pid = 0
         self.tgid = 0
+        sock.setblocking(False)
+        self._raw = sock
         self._socket = trio.socket.from_stdlib_socket(sock)
         self._fds = [os.dup(fd) for fd in fds]
         self._has_device = False
@@ -96,7 +99,7 @@ class ProcessAgent:
     async def run(self, batch: Sequence[Syscall]) -> list[int]:
         """See :meth:`Agent.run`."""
         results: list[int] = []
-        async with self._turn:
+        async with held(self._turn):
             for first in range(0, len(batch), CALLS_IN_BATCH):
                 results += await self._run_one(batch[first : first + CALLS_IN_BATCH])
         return results
@@ -180,7 +183,10 @@ class ProcessAgent:
                 self._drop_fds()
             else:
                 self._expected.append(reply)
-                await self._socket.send(packet)
+                try:
+                    self._raw.send(packet)  # a send of trio is a step of the event loop more
+                except BlockingIOError:
+                    await self._socket.send(packet)
         except (BrokenPipeError, ConnectionResetError, trio.ClosedResourceError):
             raise self._gone() from None
         await reply.has_come.wait()

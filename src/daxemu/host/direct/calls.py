@@ -20,6 +20,7 @@ from daxemu.errors import DaxemuError
 from daxemu.fs.fault import FaultKind, FileRun
 from daxemu.host.direct import planner
 from daxemu.host.direct.changes import FileLocks
+from daxemu.host.direct.locking import held
 from daxemu.host.direct.page_tables import PageTables
 from daxemu.host.direct.table import PROT_WRITE, Area, Space, Table
 from daxemu.host.mappings import HardwareError
@@ -134,13 +135,13 @@ class Calls:
     async def _answer(self, call: NotifiedCall, space: Space) -> Answer:
         match call.nr:
             case Nr.MUNMAP:
-                async with space.lock:
+                async with held(space.lock):
                     return await self._munmap(space, *call.args[:2])
             case Nr.MPROTECT:
-                async with space.lock:
+                async with held(space.lock):
                     return await self._mprotect(space, *call.args[:3])
             case Nr.MREMAP:
-                async with space.lock:
+                async with held(space.lock):
                     return await self._mremap(space, *call.args[:5])
             case Nr.MSYNC:
                 return self._msync(space, *call.args[:3])
@@ -179,7 +180,7 @@ class Calls:
         size = page_align_up(length)
         may_write = not is_shared or file.can_write
         try:
-            async with self._locks.held(file.ino), space.lock:
+            async with self._locks.held(file.ino), held(space.lock):
                 start = self._place(space, address, size, flags)
                 where = Range(start, start + size)
                 area = Area(space, where, file.ino, offset >> PAGE_SHIFT, prot & _PROT, is_shared, may_write)
@@ -231,7 +232,7 @@ class Calls:
         """mmap(MAP_ANONYMOUS | MAP_FIXED) in the zone: the kernel replaces direct mappings."""
         where = Range(address, address + page_align_up(length))
         if flags & MAP_FIXED and address % PAGE_SIZE == 0 and space.overlapping(where):
-            async with space.lock:
+            async with held(space.lock):
                 await self._page_tables.unmap(space, where)
         return CONTINUE
 
@@ -346,7 +347,7 @@ class Calls:
         if advice == MADV_REMOVE:
             return await self._remove(space, where)
         if advice in (MADV_DONTNEED, MADV_DONTNEED_LOCKED):
-            async with space.lock:
+            async with held(space.lock):
                 await self._page_tables.drop(space, where)
             return Answer(0) if space.covers(where) else Answer(error=errno.ENOMEM)
         return CONTINUE

@@ -23,6 +23,7 @@ from daxemu.host.direct.errors import (
     PagePresent,
     RegisteredElsewhere,
 )
+from daxemu.host.direct.locking import held
 from daxemu.host.direct.planner import Piece, Plan, Shows
 from daxemu.host.direct.syscalls import Syscall
 from daxemu.host.direct.table import Area, Space, Table
@@ -148,7 +149,7 @@ class PageTables:
             space = area.space
             kept = but[1].clip(*addresses) if but is not None and but[0] is space else Range(0, 0)
             with suppress(AddressSpaceGone):
-                async with space.lock:  # the area may be cut or gone by now
+                async with held(space.lock):  # the area may be cut or gone by now
                     for part in gaps_between([kept] if kept else [], *addresses):
                         await self.hide(space, part, keep_copies=keep_copies)
 
@@ -160,7 +161,7 @@ class PageTables:
         for area, addresses in self._table.mappers(ino, blocks):
             if area.is_shared:
                 with suppress(AddressSpaceGone):
-                    async with area.space.lock:
+                    async with held(area.space.lock):
                         await self.protect(area.space, addresses)
 
     async def protect(self, space: Space, addresses: Range) -> None:

@@ -14,6 +14,7 @@ from daxemu.host.direct.address_spaces import AddressSpace, AddressSpaces
 from daxemu.host.direct.calls import MAP_ANONYMOUS, Calls, open_file
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
 from daxemu.host.direct.faults import PageFaults
+from daxemu.host.direct.locking import held
 from daxemu.host.direct.table import Space, Table
 from daxemu.host.direct.userfaultfd import Event, PageFault
 from daxemu.host.mount_parts import MountParts
@@ -121,7 +122,7 @@ class _RunSpaces:
             return
         self._forking.add(call.tid)
         try:
-            async with space.lock:
+            async with held(space.lock):
                 await self.spaces.forked(run, call)
         finally:
             self._forking.discard(call.tid)
