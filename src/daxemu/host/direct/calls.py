@@ -43,8 +43,13 @@ from daxemu.uapi import (
     page_align_up,
 )
 
-EAGER = 256
-"""Runs of a file up to which a new mapping maps them all at once. Beyond, each run is mapped when touched."""
+EAGER = 12_000
+"""Runs of a file up to which a new mapping maps them all at once: 0.1 s. Beyond, and where the address space
+has less than twice the room, runs are mapped when touched.
+"""
+
+_EAGER_OVER = 256
+"""As EAGER, for a mapping over another one: each run is moved to its place, which is an event."""
 
 # uapi/asm-generic/mman-common.h, uapi/linux/mman.h
 MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE, MAP_TYPE = 1, 2, 3, 0x0F
@@ -187,9 +192,11 @@ class Calls:
                 if space.overlapping(where):
                     await self._page_tables.map_over(area)
                     with suppress(OSError):  # the area stays lazy
-                        await self._page_tables.show(planner.media_pieces(area, self._runs(area)))
+                        runs = self._runs(area, _EAGER_OVER)
+                        await self._page_tables.show(list(planner.media_pieces(area, runs)))
                 else:
-                    await self._page_tables.map_new(area, planner.media_pieces(area, self._runs(area)))
+                    runs = self._runs(area, min(EAGER, self._page_tables.room(space) // 2))
+                    await self._page_tables.map_new(area, planner.media_pieces(area, runs))
         except _Refused as refused:
             return Answer(error=refused.errno)
         except DaxemuError as error:
@@ -198,13 +205,13 @@ class Calls:
             return Answer(error=error.errno or errno.ENOMEM)
         return Answer(start)
 
-    def _runs(self, area: Area) -> list[FileRun]:
-        """Return the runs to map at once: all, or none of a file with many."""
+    def _runs(self, area: Area, most: int) -> list[FileRun]:
+        """Return the runs to map at once: all, or none of a file with more than ``most``."""
         runs = []
         for run in self._fs.runs(area.ino, area.blocks):
             if run.kind is FaultKind.MAPPED:
                 runs.append(run)
-            if len(runs) > EAGER:
+            if len(runs) > most:
                 return []
         return runs
 

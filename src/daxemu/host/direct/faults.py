@@ -185,10 +185,10 @@ class PageFaults:
             await self._zeros(area, touch)
         elif not is_shown:
             gap = space.shown.gap_around(page.start, area.addresses)
-            pieces = planner.media_pieces(area, [run])
+            pieces = list(planner.media_pieces(area, [run]))
             await self._page_tables.show([p.cut(part) for p in pieces if (part := p.addresses.clip(*gap))])
         elif is_stale or page.start in space.zeros:
-            pieces = planner.media_pieces(area, [run])
+            pieces = list(planner.media_pieces(area, [run]))
             await self._page_tables.show([p.cut(page) for p in pieces if p.addresses.clip(*page)])
         elif touch.event.is_wp:
             mine = area.addresses_of(Range(run.file_block, run.file_end))
