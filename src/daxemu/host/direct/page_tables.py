@@ -85,8 +85,8 @@ class PageTables:
         protected = RangeSet()
         try:
             while batch:
+                space.showing_all([piece.addresses for piece in chunk])
                 for piece in chunk:
-                    space.showing(piece.addresses)
                     if piece.is_protected:
                         protected.add(*piece.addresses)
                 await self._run(space, batch)
