@@ -3,12 +3,13 @@
  *
  *   persist FILE COUNT    store a byte and make it durable, by cache line if FILE takes MAP_SYNC, else by msync;
  *                         a page each time, one call
+ *   touch FILE            mmap FILE and load each page; not the first mapping of the process
+ *   first FILE            the first mmap of a process
  *   map FILE COUNT        mmap and munmap, one pair
  *   fork FILE COUNT       fork, exit and wait, while FILE is mapped and touched; one fork
  *   cow FILE COPY         clone FILE, then the first store to each page of a mapping, one store
  *   cowsync FILE COPY     the same; each store is followed by msync
  *   clone FILE COPY       clone FILE, all pages of which are mapped and stored to
- *   extents FILE STEP     mmap FILE, and load a byte of each STEP bytes
  *   pmd FILE              mmap FILE and load each page; prints kB of PMD mappings of all kB, by smaps
  */
 #define _GNU_SOURCE
@@ -79,11 +80,11 @@ static void store_all(volatile char *map, off_t size)
 		map[at] = 'x';
 }
 
-static long load_all(volatile char *map, off_t size, off_t step)
+static long load_all(volatile char *map, off_t size)
 {
 	long sum = 0;
 
-	for (off_t at = 0; at < size; at += step)
+	for (off_t at = 0; at < size; at += PAGE)
 		sum += map[at];
 	return sum;
 }
@@ -187,19 +188,27 @@ static double do_clone(const char *path, const char *copy)
 	return now() - began;
 }
 
-static double do_extents(const char *path, off_t step)
+static double do_touch(const char *path)
 {
 	int fd = opened(path, O_RDWR);
 	off_t size = size_of(fd);
 
 	mapped(fd, PAGE);
 	double began = now();
-	volatile char *map = mapped(fd, size);
-	long sum = load_all(map, size, step);
+	long sum = load_all(mapped(fd, size), size);
 	double took = now() - began;
 	if (!sum)
 		fail("the file is empty");
 	return took;
+}
+
+static double do_first(const char *path)
+{
+	int fd = opened(path, O_RDWR);
+	double began = now();
+
+	mapped(fd, PAGE);
+	return now() - began;
 }
 
 static void do_pmd(const char *path)
@@ -211,7 +220,7 @@ static void do_pmd(const char *path)
 	char line[4096];
 	FILE *smaps = fopen("/proc/self/smaps", "r");
 
-	if (!load_all(map, size, PAGE) || !smaps)
+	if (!load_all(map, size) || !smaps)
 		fail("smaps");
 	while (fgets(line, sizeof(line), smaps)) {
 		if (sscanf(line, "%lx-%lx %*4c", &start, &end) == 2)
@@ -231,6 +240,10 @@ int main(int argc, char **argv)
 
 	if (!strcmp(verb, "persist") && argc == 4)
 		took = do_persist(path, atol(last));
+	else if (!strcmp(verb, "touch") && argc == 3)
+		took = do_touch(path);
+	else if (!strcmp(verb, "first") && argc == 3)
+		took = do_first(path);
 	else if (!strcmp(verb, "map") && argc == 4)
 		took = do_map(path, atol(last));
 	else if (!strcmp(verb, "fork") && argc == 4)
@@ -241,8 +254,6 @@ int main(int argc, char **argv)
 		took = do_cow(path, last, 1);
 	else if (!strcmp(verb, "clone") && argc == 4)
 		took = do_clone(path, last);
-	else if (!strcmp(verb, "extents") && argc == 4)
-		took = do_extents(path, atol(last));
 	else if (!strcmp(verb, "pmd") && argc == 3) {
 		do_pmd(path);
 		return 0;

@@ -137,7 +137,7 @@ def test_first_touch_with_4_kib_pages(made: Sides) -> None:
         "first load of each page, 1 GiB, 4 KiB pages",
         "ms",
         1e3,
-        lambda side: made.seconds(side, "load", "touch", "@/large"),
+        lambda side: made.seconds(side, "direct", "touch", "@/large"),
         target=1 / 8,
     )
 
@@ -152,7 +152,7 @@ def test_first_touch_with_2_mib_pages() -> None:
             "first load of each page, 1 GiB, 2 MiB pages",
             "ms",
             1e3,
-            lambda side: huge.seconds(side, "load", "touch", "@/large"),
+            lambda side: huge.seconds(side, "direct", "touch", "@/large"),
             target=1 / 1.2,
             among=(DIRECT, TMPFS),
         )
@@ -175,6 +175,16 @@ def test_persist(made: Sides) -> None:
         1e6,
         lambda side: made.seconds(side, "direct", "persist", "@/small", 2000),
         target=1.0,
+    )
+
+
+def test_first_mmap_of_a_process(made: Sides) -> None:
+    made.race(
+        "first mmap of a process",
+        "us",
+        1e6,
+        lambda side: made.seconds(side, "direct", "first", "@/small"),
+        target=None,
     )
 
 
@@ -234,7 +244,7 @@ def test_a_file_of_many_extents(made: Sides) -> None:
         "map a file of 10,000 extents, load from each",
         "ms",
         1e3,
-        lambda side: made.seconds(side, "direct", "extents", "@/extents", PAGE),
+        lambda side: made.seconds(side, "direct", "touch", "@/extents"),
         target=100.0,
         against=None,
     )
