@@ -14,6 +14,7 @@ from daxemu.host.direct.address_spaces import AddressSpace, AddressSpaces
 from daxemu.host.direct.calls import MAP_ANONYMOUS, MAP_FIXED, MAP_FIXED_NOREPLACE, Calls, open_file
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
 from daxemu.host.direct.faults import PageFaults
+from daxemu.host.direct.locking import held
 from daxemu.host.direct.table import Space, Table
 from daxemu.host.direct.userfaultfd import Event, PageFault
 from daxemu.host.mount_parts import MountParts
@@ -149,7 +150,7 @@ class _RunSpaces:
             return
         self._forking.add(call.tid)
         try:
-            async with space.lock:
+            async with held(space.lock):
                 shared = (area.addresses for area in space.areas.values() if area.is_shared)
                 drop = [(part.start, part.length) for part in merged(shared)][:MOST_DROPPED]
                 await self.spaces.forked(run, call, drop)
