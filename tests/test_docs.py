@@ -151,3 +151,15 @@ def test_the_demo_keeps_its_promises() -> None:
     done = subprocess.run([BIN / "daxemu", "demo"], capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "NOT" not in done.stdout
+    assert "ok   a store is on the media at once" in done.stdout
+
+
+@pytest.mark.mount
+def test_the_demo_says_why_a_machine_has_no_direct_mappings() -> None:
+    without = ("setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-all")
+    done = subprocess.run(
+        [*without, sys.executable, "-m", "daxemu", "demo"], capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = re.findall(r"^   left out: .*$", done.stdout, re.MULTILINE)
+    assert "CAP_SYS_PTRACE" in line
