@@ -139,8 +139,9 @@ def scenario_counts(verdicts: Sequence[Verdict]) -> Counter[str]:
 def summary(played: Sequence[Sequence[Verdict]]) -> list[str]:
     """Return the counts of each mode: scenarios by reason, and facts by kind."""
     by_reason = [scenario_counts(verdicts) for verdicts in played]
+    number = len(played[0])
     lines = [
-        f"{len(played[0])} scenarios, compared with the reference (some differ for several reasons):",
+        f"{number} scenarios, compared with the reference (some differ for several reasons):",
         "",
         *head(["scenarios", *MODES]),
     ]
@@ -155,9 +156,9 @@ def summary(played: Sequence[Sequence[Verdict]]) -> list[str]:
     tallies = [*recorded, *right]
     lines += [
         "",
-        "The same in numbers of facts. *Recorded*: facts of the recording that daxemu repeats; `more`: facts that",
-        "the recording lacks, such as the SIGBUS of a load that only hardware refuses. *Right*: facts of the",
-        "outcomes that the reasons demand, which tests/conformance/rules.py derives from the recording.",
+        "The same in numbers of facts. *Recorded*: facts of the recording that daxemu repeats; `more`:",
+        "facts that the recording lacks, such as the SIGBUS of a load that only hardware refuses. *Right*:",
+        "facts of the outcomes that the reasons demand (tests/conformance/rules.py).",
         "",
         *head(["facts", *(f"{mode}: {what}" for what in ("recorded", "right") for mode in MODES)]),
     ]

@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MODES, ids=("cache", "direct"))
 @pytest.mark.parametrize("name", scenarios())
 def test_as_the_kernel_or_for_a_reason(name: str, mode: str, tmp_path: Path) -> None:
     verdict = run(scenarios()[name], shared_zygote(), tmp_path, mode)

@@ -57,7 +57,7 @@ def codes(outcome: Outcome) -> list[tuple[str, str]]:
 AO, AR = ("BUS_MCEERR_AO", "m0+0x1000"), ("BUS_MCEERR_AR", "m0+0x1000")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MODES, ids=("cache", "direct"))
 def test_poison_of_an_unlinked_file_signals_the_process_that_has_the_file_mapped(
     mode: str, tmp_path: Path
 ) -> None:
@@ -68,7 +68,7 @@ def test_poison_of_an_unlinked_file_signals_the_process_that_has_the_file_mapped
     assert codes(touched) == [AR]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MODES, ids=("cache", "direct"))
 def test_a_blocked_signal_arrives_when_unblocked(mode: str, tmp_path: Path) -> None:
     steps = [("p0", "sig block"), POISON, ("p0", "sig pending"), ("p0", "sig unblock"), ("p0", "tr 0 1")]
     _, poisoned, pending, unblocked, touched = play(steps, mode, tmp_path)
@@ -76,7 +76,7 @@ def test_a_blocked_signal_arrives_when_unblocked(mode: str, tmp_path: Path) -> N
     assert codes(touched) == [AR]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MODES, ids=("cache", "direct"))
 def test_a_file_mapped_twice_has_a_log_line_for_each_mapping(mode: str, tmp_path: Path) -> None:
     steps = [
         ("p0", "mmap 1 0 1 2 shared"),

@@ -234,7 +234,7 @@ class PageTables:
     async def move(self, space: Space, addresses: Range, to: int) -> None:
         """Move mappings with all pages and copies, as mremap(2) does. Precondition: nothing is at ``to``."""
         with _looking_into(space):
-            vmas = [vma.area.clip(*addresses) for vma in maps.read(space.agent.pid)]
+            vmas = [vma.area.clip(*addresses) for vma in maps.read(space.pid)]
         delta = to - addresses.start
         calls = [syscalls.mremap(vma.start, vma.length, vma.length, vma.start + delta) for vma in vmas if vma]
         await self._run(space, calls)
@@ -257,7 +257,7 @@ class PageTables:
         """Return the private copies at addresses of private mappings."""
         kept = RangeSet()
         for part in private:
-            with _looking_into(space), Pagemap(space.agent.pid) as pagemap:
+            with _looking_into(space), Pagemap(space.pid) as pagemap:
                 for copied in pagemap.present_in(*part, copies=True):
                     for own in list(space.zeros.gaps(*copied)):
                         for page in _unmarked(pagemap, own):

@@ -122,6 +122,13 @@ class Space:
         """Process id of the program; 0 for the child of a fork that is not complete yet."""
         return self.agent.tgid
 
+    @property
+    def pid(self) -> int:
+        """Process id under which /proc shows the address space: the agent, which outlives the leader of the
+        program; the program until the agent of a fork's child has answered.
+        """
+        return self.agent.pid or self.tgid
+
     def at(self, address: int) -> Area | None:
         """Return the area with an address; None if the address is in none."""
         index = self.areas.bisect_right(address) - 1
