@@ -100,12 +100,14 @@ def finished(*arguments: str | bytes | Path | int) -> subprocess.CompletedProces
 
 
 @contextmanager
-def dax_mount_at(directory: Path, size: str = "1G", *options: str, mount: bool = True) -> Iterator[DaxMount]:
+def dax_mount_at(
+    directory: Path, size: str = "1G", *options: str, mount: bool = True, shm: Path = Path("/dev/shm")
+) -> Iterator[DaxMount]:
     """Make a device of ``size`` in shared memory and mount it below ``directory``.
 
-    ``options``: more options of mkfs.
+    ``options``: more options of mkfs. ``shm``: the tmpfs of the device.
     """
-    device = Path("/dev/shm") / f"daxemu-test-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    device = shm / f"daxemu-test-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     path = directory / "mnt"
     path.mkdir()
     made = DaxMount(device, path)

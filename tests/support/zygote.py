@@ -80,7 +80,13 @@ class Zygote:
         return found
 
     def supervise(
-        self, device: Path, mountpoint: Path, sabotage: Sequence[Any] = (), repair: str = "none"
+        self,
+        device: Path,
+        mountpoint: Path,
+        sabotage: Sequence[Any] = (),
+        repair: str = "none",
+        *,
+        direct: bool = False,
     ) -> int:
         """Mount with a repair strategy; return the supervisor's pid. Raises the error of a refused mount.
 
@@ -93,6 +99,7 @@ class Zygote:
             mountpoint=str(mountpoint),
             sabotage=list(sabotage),
             repair=repair,
+            direct=direct,
         )
         reply = answer["reply"]
         if not reply["ok"]:
@@ -333,7 +340,7 @@ def _supervise(main: Callable[[str, str, int, str], int], request: dict[str, Any
             name, *arguments = request["sabotage"]
             getattr(importlib.import_module("tests.support.sabotage"), name)(*arguments)
         layouts = os.environ.get("DAXEMU_LAYOUTS", "1") != "0"
-        options = json.dumps({"repair": request["repair"], "layouts": layouts})
+        options = json.dumps({"repair": request["repair"], "direct": request["direct"], "layouts": layouts})
         return main(request["device"], request["mountpoint"], theirs, options)
 
     try:

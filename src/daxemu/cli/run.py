@@ -61,7 +61,7 @@ def run(ctx: click.Context, mountpoint: Path | None, simulated: bool) -> None:
         raise click.UsageError("give the command after --, such as: daxemu run /tmp/pmem -- ls -l", ctx)
     only = mount_of(mountpoint) if mountpoint is not None else None
     try:
-        attach = _attach if _may_be_direct(only) else None
+        attach = partial(_attach, simulated) if _may_be_direct(only) else None
         execute(command, only, partial(_advise, simulated), attach)
     except OSError as error:
         complain(f"daxemu: {command[0]}: {error.strerror or error}")
@@ -88,13 +88,15 @@ def _is_direct(mount: Mount) -> bool:
         return False  # in page-cache mode; no supervisor, or of an earlier version
 
 
-def _attach(mount: Mount, offered: Handover) -> bool:
+def _attach(simulated: bool, mount: Mount, offered: Handover) -> bool:
     """Give the descriptors of a run to the supervisor of a mount. Return False in page-cache mode."""
     descriptors = (offered.listener, offered.socket, os.fstat(offered.socket).st_ino)
     zone = (offered.zone.start, offered.zone.stop)
     try:
         with Client(mount, patience=_PATIENCE) as client:
-            client.request("attach", pid=os.getpid(), descriptors=descriptors, zone=zone)
+            client.request(
+                "attach", pid=os.getpid(), descriptors=descriptors, zone=zone, simulated=simulated
+            )
     except Unsupported:
         return False
     return True

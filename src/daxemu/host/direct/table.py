@@ -8,7 +8,7 @@ Addresses are bytes, positions in files are blocks. A range of addresses consist
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -155,6 +155,20 @@ class Space:
         else:
             self.zeros.remove(*addresses)
             self.pieces.add(addresses.start)
+
+    def showing_all(self, pieces: Sequence[Range]) -> None:
+        """Note that new ``pieces`` are shown from now on. Precondition: none of them is shown, and they are
+        in order.
+        """
+        whole = Range(0, 0)
+        for piece in pieces:
+            if whole and piece.start == whole.end:
+                whole = Range(whole.start, piece.end)
+                continue
+            self.shown.add(*whole)
+            whole = piece
+        self.shown.add(*whole)
+        self.pieces.update(piece.start for piece in pieces)
 
     def hidden(self, addresses: Range) -> None:
         """Note that ``addresses`` are no longer shown."""

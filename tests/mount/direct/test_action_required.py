@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tests.mount.test_action_optional import *  # noqa: F403
 from tests.mount.test_action_required import *  # noqa: F403
 from tests.support.scene import PAGES, Scene, ar, consumes, letter, signals_of
 
