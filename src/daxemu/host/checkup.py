@@ -257,8 +257,8 @@ def _direct(seccomp: Finding) -> Finding:
     lacking = list(direct_needs.missing())
     if lacking:
         found = "; ".join(what for what, _ in lacking)
-        mend = "; ".join(fix for _, fix in lacking)
-        return Finding("direct mappings", "worse", f"{found}: no daxemu mount --direct", mend)
+        fixes = "; ".join(fix for _, fix in lacking)
+        return Finding("direct mappings", "worse", f"{found}: no daxemu mount --direct", fixes)
     if seccomp.verdict != "ok":
         found = "daxemu mount --direct can, but without daxemu run no program has a direct mapping"
         return Finding("direct mappings", "worse", found, seccomp.mend)
