@@ -111,6 +111,12 @@ class Translations(Protocol):
     def revoke(self, incident: Incident) -> None:
         """``unmap_mapping_range()`` for every file range of the incident: the next access faults. Worker."""
 
+    @property
+    def survive_shutdown(self) -> bool:
+        """True if pages stay mapped after a shutdown, as on DAX; False if revoke_all() must take the pages
+        away, because the pages are copies of the media.
+        """
+
     def revoke_all(self) -> None:
         """Revoke all pages of all files: after a shutdown or a removal every access fails. Worker."""
 
@@ -141,12 +147,6 @@ class Mappings(Translations, Protocol):
 
     async def refresh_attributes(self, ino: Ino) -> None:
         """Have the kernel ask for size and times of a file, and wait for the end of that request. Loop."""
-
-    @property
-    def survive_shutdown(self) -> bool:
-        """True if pages stay mapped after a shutdown, as on DAX; False if revoke_all() must take the pages
-        away, because the pages are copies of the media.
-        """
 
     # -- requests that bring data into mappings or take data from mappings
 
