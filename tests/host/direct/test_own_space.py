@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 import trio
 
+from daxemu.host.direct import calls
 from daxemu.host.direct.calls import (
     MAP_FIXED,
     MAP_PRIVATE,
@@ -205,12 +206,39 @@ def test_a_private_copy_stays_when_the_file_changes(core: Core) -> None:
     run(core, test)
 
 
-def test_a_lazy_mapping_of_many_extents_shows_each_run_when_touched(core: Core) -> None:
+def scattered(core: Core, count: int) -> int:
+    """Return a file of ``count`` extents of one block, with the letter a in each."""
+    a, b = core.file(b"a"), core.file(b"b")
+    for page in range(count):
+        core.fs.write(a, page * PAGE_SIZE, pages("a"))
+        core.fs.write(b, page * PAGE_SIZE, pages("b"))
+    return a
+
+
+def test_a_mapping_of_many_extents_shows_all_at_once(core: Core) -> None:
     async def test(host: Host) -> None:
-        a, b = core.file(b"a"), core.file(b"b")
-        for page in range(300):
-            core.fs.write(a, page * PAGE_SIZE, pages("a"))
-            core.fs.write(b, page * PAGE_SIZE, pages("b"))
+        a, target = scattered(core, 600), core.file(b"")
+        await host.clone(a, target)
+        core.fs.write(a, 300 * PAGE_SIZE, pages("n"))  # neighbours are shared, this block is not
+        process = host.process()
+        at = await process.mmap(a, 600)
+        assert process.space.shown.total == 600 * PAGE_SIZE
+        assert await process.letters(at, 600) == "a" * 300 + "n" + "a" * 299
+        for page in (0, 299, 300, 301, 599):
+            assert await process.store(at + page * PAGE_SIZE, b"s")
+            assert core.read(a)[page * PAGE_SIZE :][:1] == b"s"
+        assert core.read(target) == pages("a" * 600)
+
+    run(core, test)
+
+
+def test_a_lazy_mapping_of_many_extents_shows_each_run_when_touched(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "EAGER", 256)
+
+    async def test(host: Host) -> None:
+        a = scattered(core, 300)
         process = host.process()
         at = await process.mmap(a, 300)
         assert process.space.shown.total == 0

@@ -1,7 +1,7 @@
 """Locks that cost no step of the event loop while no other task has them.
 
-``trio.Lock.acquire`` lets all other tasks run, even if the lock is free. A page fault takes four locks, and a
-step of the event loop costs 20 to 40 us: more than all the system calls of the fault.
+``trio.Lock.acquire`` lets all other tasks run, even if the lock is free. A copy at the store took 14 steps of
+the event loop, and takes 7 without those of free locks and of sent packets.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ MADV_DONTNEED = 4
 _LARGE = 32 << 20
 """Bytes from which a write-protection runs in a worker thread: 24 ms for 1 GiB."""
 _PIECES_IN_STEP = 512
-"""Pieces of a new area in one step of the event loop: 4 ms."""
+"""Pieces of a new area that one step of the event loop maps."""
 _CHANGING = 0.0002
 """Seconds between two attempts while the kernel answers EAGAIN: a fork or mremap is not finished."""
 _MAX_MAP_COUNT = "/proc/sys/vm/max_map_count"
