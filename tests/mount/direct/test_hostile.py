@@ -55,6 +55,59 @@ def test_a_mapping_that_moves_while_its_file_is_truncated_shows_no_other_file(da
         (dax_mount.path / "g").unlink()
 
 
+_MAPS = """
+import ctypes, mmap, os
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + 3 * [ctypes.c_int] + [ctypes.c_long]
+libc.syscall.restype = ctypes.c_long
+libc.syscall.argtypes = 6 * [ctypes.c_long]
+f = os.open("f", os.O_RDONLY)
+def mapped(how=mmap.MAP_SHARED):
+    ctypes.set_errno(0)
+    return libc.mmap(None, 4096, mmap.PROT_READ, how, f, 0)
+"""
+
+
+def test_another_user_gets_no_direct_mapping(dax_mount: DaxMount) -> None:
+    """An agent has the whole media open, in the memory of its program."""
+    dax_mount.make_file("f", 1)
+    code = """
+os.setresuid(65534, 65534, 65534)
+assert mapped() == ctypes.c_void_p(-1).value and ctypes.get_errno() == 19, ctypes.get_errno()
+private = mapped(mmap.MAP_PRIVATE)
+assert ctypes.string_at(private, 1) == b"A"
+"""
+    program(dax_mount, _MAPS + code)
+    (event,) = dax_mount.events("DirectMappingRefused")
+    assert "uid 65534" in event["reason"]
+
+
+def test_no_call_maps_another_page_of_the_media_or_keeps_a_page(dax_mount: DaxMount) -> None:
+    dax_mount.make_file("f", 1)
+    code = """
+at = mapped()
+for number, *arguments in (
+    (216, at, 4096, 0, 9, 0),  # remap_file_pages
+    (462, at, 4096, 0, 0, 0),  # mseal
+):
+    ctypes.set_errno(0)
+    assert libc.syscall(number, *arguments) == -1 and ctypes.get_errno() == 22, (number, ctypes.get_errno())
+assert ctypes.string_at(at, 1) == b"A"
+"""
+    program(dax_mount, _MAPS + code)
+
+
+def test_pkey_mprotect_does_not_make_a_mapping_writable_whose_file_is_not(dax_mount: DaxMount) -> None:
+    dax_mount.make_file("f", 1)
+    code = """
+at = mapped()
+assert libc.syscall(329, at, 4096, 3, -1, 0) == -1 and ctypes.get_errno() == 13, ctypes.get_errno()
+assert libc.syscall(329, at, 4096, 1, -1, 0) == 0, ctypes.get_errno()
+"""
+    program(dax_mount, _MAPS + code)
+
+
 def program(mount: DaxMount, code: str, *wrapper: str) -> None:
     """Run Python code under ``daxemu run`` in the root directory of the mount."""
     argv = [*DAXEMU, "run", str(mount.path), "--", *wrapper, sys.executable, "-c", code]
