@@ -108,6 +108,41 @@ assert libc.syscall(329, at, 4096, 1, -1, 0) == 0, ctypes.get_errno()
     program(dax_mount, _MAPS + code)
 
 
+_FULL = (
+    _MAPS
+    + """
+import signal, sys
+size = 8 * 4096
+f = os.open("f", os.O_RDWR)
+at = libc.mmap(None, size, 3, mmap.MAP_SHARED, f, 0)
+other = os.fork()
+if other:
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
+assert ctypes.string_at(at + 3 * 4096, 1) == b"D"
+most = int(open("/proc/sys/vm/max_map_count").read())
+block = libc.mmap(None, (most + 10) * 4096, 0, 0x4022, -1, 0)
+for page in range(1, most + 10, 2):
+    if libc.syscall(10, block + page * 4096, 4096, 1, 0, 0):
+        break
+else:
+    raise AssertionError("the address space is not full")
+assert ctypes.get_errno() == 12
+os.ftruncate(f, 4096)
+os.ftruncate(f, size)
+if not os.fork():
+    os._exit(ctypes.string_at(at + 3 * 4096, 1) != bytes(1))
+found = os.waitstatus_to_exitcode(os.wait()[1])
+sys.exit(found not in (0, -signal.SIGBUS))
+"""
+)
+
+
+def test_an_address_space_without_room_cannot_follow_and_loses_its_mappings(dax_mount: DaxMount) -> None:
+    """No access shows the old block, which may be another file's next. The truncation succeeds."""
+    dax_mount.make_file("f", 8)
+    program(dax_mount, _FULL)
+
+
 def program(mount: DaxMount, code: str, *wrapper: str) -> None:
     """Run Python code under ``daxemu run`` in the root directory of the mount."""
     argv = [*DAXEMU, "run", str(mount.path), "--", *wrapper, sys.executable, "-c", code]
