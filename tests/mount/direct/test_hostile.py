@@ -143,6 +143,28 @@ def test_an_address_space_without_room_cannot_follow_and_loses_its_mappings(dax_
     program(dax_mount, _FULL)
 
 
+_ZEROES_AND_CLONES = """
+import ctypes, mmap, os
+libc = ctypes.CDLL(None)
+PAGES = 64
+f, g = (os.open(name, os.O_RDWR | os.O_CREAT) for name in "fg")
+os.pwrite(f, b"F" * PAGES * 4096, 0)
+shown = mmap.mmap(f, PAGES * 4096)
+if not os.fork():
+    for _ in range(300):
+        os.copy_file_range(f, g, PAGES * 4096, 0, 0)
+    os._exit(0)
+for turn in range(300):
+    assert libc.fallocate(f, 0x10 | 1, ctypes.c_long(turn % PAGES * 4096), ctypes.c_long(4096)) == 0
+    shown[turn % PAGES * 4096] = 70
+assert os.wait()[1] == 0
+"""
+
+
+def test_zeroing_a_mapped_file_while_it_is_cloned_does_not_hang(dax_mount: DaxMount) -> None:
+    program(dax_mount, _ZEROES_AND_CLONES)
+
+
 def program(mount: DaxMount, code: str, *wrapper: str) -> None:
     """Run Python code under ``daxemu run`` in the root directory of the mount."""
     argv = [*DAXEMU, "run", str(mount.path), "--", *wrapper, sys.executable, "-c", code]
