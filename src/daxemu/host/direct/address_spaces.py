@@ -228,10 +228,12 @@ class AddressSpaces:
         space.is_gone = True
         if self._spaces.get(space.tgid) is space:
             del self._spaces[space.tgid]
-        for fd in (space.uffd.fd, space._process):
-            if fd >= 0:
-                trio.lowlevel.notify_closing(fd)
-                os.close(fd)
+        if space.uffd.fd >= 0:
+            trio.lowlevel.notify_closing(space.uffd.fd)
+            space.uffd.close()
+        if space._process >= 0:
+            trio.lowlevel.notify_closing(space._process)
+            os.close(space._process)
         space.agent.close()
         self._watcher.on_gone(space)
 
@@ -452,6 +454,18 @@ def _process_of(tid: int) -> int:
 def _shares_memory(tid: int, agent: int) -> bool:
     """Return True if a thread has the address space of an agent. A dead thread has none."""
     return bool(agent) and int(_libc.syscall(_NR_KCMP, tid, agent, _KCMP_VM, 0, 0)) == 0
+
+
+async def kill(tgid: int, agent: int) -> None:
+    """Kill the process with the address space of an agent, and wait for the end of its last thread."""
+    with suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(tgid)
+        try:
+            if _shares_memory(tgid, agent):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
 
 
 def _call_of(tid: int) -> bytes:

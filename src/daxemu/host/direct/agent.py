@@ -128,6 +128,10 @@ class ProcessAgent:
                 )
             except (ConnectionResetError, trio.ClosedResourceError):
                 return
+            except OSError:
+                if self._is_closed:  # EBADF, if closed at the checkpoint before the call
+                    return
+                raise
             if not packet:
                 return
             if not self.pid and not self._identify(ancillary):

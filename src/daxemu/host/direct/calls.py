@@ -61,6 +61,8 @@ MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 MS_ASYNC, MS_INVALIDATE, MS_SYNC = 1, 2, 4
 MADV_DONTNEED, MADV_REMOVE, MADV_DONTNEED_LOCKED = 4, 9, 24
 _PROT = 7
+_NO_KEY = 0xFFFFFFFF
+"""Argument of pkey_mprotect(2) that makes the call an mprotect(2)."""
 _TASK_SIZE = (1 << 47) - PAGE_SIZE
 _MAX_FILE = (1 << 63) - 1
 
@@ -144,6 +146,11 @@ class Calls:
                     return await self._munmap(space, *call.args[:2])
             case Nr.MPROTECT:
                 async with held(space.lock):
+                    return await self._mprotect(space, *call.args[:3])
+            case Nr.PKEY_MPROTECT:
+                if call.args[3] & 0xFFFFFFFF != _NO_KEY:
+                    return Answer(error=errno.EINVAL)
+                async with space.lock:
                     return await self._mprotect(space, *call.args[:3])
             case Nr.MREMAP:
                 async with held(space.lock):

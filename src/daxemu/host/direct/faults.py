@@ -181,6 +181,9 @@ class PageFaults:
         is_shown = page.start in space.shown
         if run.kind is FaultKind.BEYOND_EOF:
             await self._page_tables.show([Piece(area, page, Shows.VOID)])
+        elif run.kind is FaultKind.HOLE and is_shown and page.start not in space.zeros:
+            # The void, for an earlier event before the file grew: UFFDIO_COPY there is EFAULT.
+            await self._page_tables.hide(space, page)
         elif run.kind is FaultKind.HOLE:
             await self._zeros(area, touch)
         elif not is_shown:

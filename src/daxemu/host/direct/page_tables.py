@@ -10,13 +10,15 @@ mremap(2) waits until that task has read its event.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 
 import trio
 
 from daxemu.host.direct import planner, syscalls
+from daxemu.host.direct.address_spaces import kill
 from daxemu.host.direct.errors import (
     AddressSpaceChanging,
     AddressSpaceGone,
@@ -33,6 +35,8 @@ from daxemu.host.proc.pagemap import Pagemap
 from daxemu.host.proc.procfs import GONE
 from daxemu.ranges import Range, RangeSet, gaps_between
 from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
+
+log = logging.getLogger(__name__)
 
 MADV_DONTNEED = 4
 _LARGE = 32 << 20
@@ -162,24 +166,56 @@ class PageTables:
 
         Acquires the lock of each address space. Precondition: the caller holds the lock of the file.
         """
-        for area, addresses in self._table.mappers(ino, blocks):
-            space = area.space
+
+        async def change(space: Space, addresses: Range) -> None:
             kept = but[1].clip(*addresses) if but is not None and but[0] is space else Range(0, 0)
-            with suppress(AddressSpaceGone):
-                async with held(space.lock):  # the area may be cut or gone by now
-                    for part in gaps_between([kept] if kept else [], *addresses):
-                        await self.hide(space, part, keep_copies=keep_copies)
+            for part in gaps_between([kept] if kept else [], *addresses):
+                await self.hide(space, part, keep_copies=keep_copies)
+
+        await self._in_each_space(ino, blocks, change)
 
     async def protect_blocks(self, ino: Ino, blocks: Range) -> None:
         """Make each store to file blocks an event, in every shared mapping of every process.
 
         Acquires the lock of each address space. Precondition: the caller holds the lock of the file.
         """
-        for area, addresses in self._table.mappers(ino, blocks):
-            if area.is_shared:
+
+        async def change(space: Space, addresses: Range) -> None:
+            for area in space.parts(addresses):
+                if area.is_shared:
+                    await self.protect(space, area.addresses)
+
+        await self._in_each_space(ino, blocks, change)
+
+    async def _in_each_space(
+        self, ino: Ino, blocks: Range, change: Callable[[Space, Range], Awaitable[None]]
+    ) -> None:
+        """Change all addresses that map file blocks, with the address space locked, until no space is new.
+
+        fork(2) and mremap(2) hold ``Space.lock`` alone: while this task waits for the lock of a space, they
+        make mappings that an earlier look did not find. An address space that cannot follow loses its
+        mappings: the blocks may belong to another file next.
+        """
+        done: set[Space] = set()
+        while new := {area.space for area, _ in self._table.mappers(ino, blocks)} - done:
+            for space in new:
+                done.add(space)
                 with suppress(AddressSpaceGone):
-                    async with held(area.space.lock):
-                        await self.protect(area.space, addresses)
+                    async with held(space.lock):
+                        try:
+                            for addresses in space.mapping(ino, blocks):
+                                await change(space, addresses)
+                        except (OSError, NotRegistered, RegisteredElsewhere) as error:
+                            await self._end_or_kill(space, error)
+
+    async def _end_or_kill(self, space: Space, error: Exception) -> None:
+        """Make every access of an address space fail; if the kernel refuses that too, kill the process."""
+        try:
+            log.warning("process %s loses its direct mappings: %s", space.tgid, error)
+            await self.end(space)
+        except OSError as refused:
+            log.warning("process %s is killed: its direct mappings cannot end: %s", space.tgid, refused)
+            await kill(space.tgid, space.agent.pid)
 
     async def protect(self, space: Space, addresses: Range) -> None:
         """Make each store to shown addresses an event, until unprotect()."""

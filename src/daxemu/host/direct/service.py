@@ -11,13 +11,22 @@ from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 from daxemu.host.direct.address_spaces import AddressSpace, AddressSpaces
-from daxemu.host.direct.calls import MAP_ANONYMOUS, MAP_FIXED, MAP_FIXED_NOREPLACE, Calls, open_file
+from daxemu.host.direct.calls import (
+    MAP_ANONYMOUS,
+    MAP_FIXED,
+    MAP_FIXED_NOREPLACE,
+    MAP_PRIVATE,
+    MAP_TYPE,
+    Calls,
+    open_file,
+)
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
 from daxemu.host.direct.faults import PageFaults
 from daxemu.host.direct.locking import held
 from daxemu.host.direct.table import Space, Table
 from daxemu.host.direct.userfaultfd import Event, PageFault
 from daxemu.host.mount_parts import MountParts
+from daxemu.host.proc import status
 from daxemu.host.run import zone
 from daxemu.host.run.attached import AttachedRun, refused
 from daxemu.host.run.filters import Nr
@@ -81,6 +90,21 @@ class Service:
         return found
 
 
+def _not_trusted(tid: int) -> str | None:
+    """Return the reason to refuse direct mappings to a thread; None for root and the supervisor's user.
+
+    The agent shares the memory of its program, and has the whole media open: the program can make the agent
+    read and write the files of all users.
+    """
+    found = status.find(tid)
+    if found is None or found.euid in (0, os.geteuid()):
+        return None
+    return (
+        f"the program runs as uid {found.euid}, and direct mappings give a program the whole device: "
+        f"run it as root or uid {os.geteuid()}, or mount without --direct"
+    )
+
+
 class _RunSpaces:
     """Address spaces of one run: the Watcher of ``spaces``."""
 
@@ -132,6 +156,9 @@ class _RunSpaces:
             return Answer(error=errno.EINTR)
         if error := self._calls.check_mmap(call, file):
             return Answer(error=error)
+        if (reason := _not_trusted(call.tid)) is not None:
+            is_private = call.args[3] & MAP_TYPE == MAP_PRIVATE
+            return CONTINUE if is_private else refused(call, reason, self._parts.emit)
         is_fixed = call.args[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE)
         if is_fixed and not self._zone.start <= call.args[0] < self._zone.end:
             return refused(call, _FIXED_ELSEWHERE, self._parts.emit)

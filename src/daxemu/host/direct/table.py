@@ -146,6 +146,11 @@ class Space:
         """As :meth:`overlapping`, each area cut to ``addresses``."""
         return [area.part(area.addresses.clip(*addresses)) for area in self.overlapping(addresses)]
 
+    def mapping(self, ino: Ino, blocks: Range) -> list[Range]:
+        """Return the addresses that map any of ``blocks`` of a file."""
+        areas = [area for area in self.areas.values() if area.ino == ino and area.blocks.clip(*blocks)]
+        return [area.addresses_of(blocks) for area in areas]
+
     def covers(self, addresses: Range) -> bool:
         """Return True if every address is in an area."""
         return sum(part.addresses.length for part in self.parts(addresses)) == addresses.length

@@ -142,7 +142,7 @@ def _parse(message: bytes) -> Event:
 
 
 class Userfaultfd:
-    """A userfaultfd of an address space. Owns the descriptor ``fd``, which is non-blocking.
+    """A userfaultfd of an address space. Owns the descriptor ``fd``, which is non-blocking; -1 once closed.
 
     Addresses are virtual, in bytes. Every range is of whole pages; NotRegistered otherwise. Every request
     raises AddressSpaceGone if the address space has ended.
@@ -168,6 +168,7 @@ class Userfaultfd:
     def close(self) -> None:
         """Unregister all ranges and wake all threads that wait."""
         os.close(self.fd)
+        self.fd = -1  # the number may be another file's next
 
     def register(self, start: int, length: int, missing: bool = True, wp: bool = True) -> None:
         """Have faults reported: of missing pages, and of stores to write-protected pages.
@@ -229,6 +230,7 @@ class Userfaultfd:
         return [_parse(raw[at : at + size]) for at in range(0, len(raw), size)]
 
     def _ioctl(self, name: str, number: int, packed: bytes) -> None:
+        self._raise_if_closed(name)
         try:
             fcntl.ioctl(self.fd, number, bytearray(packed), True)
         except OSError as error:
@@ -236,6 +238,10 @@ class Userfaultfd:
             if error.errno == errno.ENOMEM and self._is_gone():
                 raise AddressSpaceGone(what) from error
             _fail(error, what, 0)
+
+    def _raise_if_closed(self, name: str) -> None:
+        if self.fd < 0:
+            raise AddressSpaceGone(f"{name}: the userfaultfd is closed")
 
     def _is_gone(self) -> bool:
         """Return True if the address space has ended, for which UFFDIO_REGISTER says ENOMEM, as for too many
@@ -253,6 +259,7 @@ class Userfaultfd:
 
         The kernel says EAGAIN for any error after the first page: only the next request has the error itself.
         """
+        self._raise_if_closed(name)
         request = bytearray(packed)
         try:
             fcntl.ioctl(self.fd, number, request, True)

@@ -189,8 +189,9 @@ class ExtraOperations:
         async with claim:
             await trio.lowlevel.checkpoint()
             await in_pieces(steps)
-            for ino in claim.inos:
-                await self._mappings.settled(ino)
+        # After the claim: a clone waits for the claim with the locks of files that this wait needs.
+        for ino in claim.inos:
+            await self._mappings.settled(ino)
         self._fuse.fuse_reply_err(req, 0)
 
     # -- lseek

@@ -8,7 +8,10 @@ system call               action
 mmap                      notify for a file, except by the dynamic loader (below); notify for MAP_FIXED in the
                           zone, which replaces direct mappings
 munmap, mprotect, mremap, notify if the address is in the zone
-msync, madvise
+msync, madvise,
+pkey_mprotect
+remap_file_pages, mseal   EINVAL if the address is in the zone: the first maps any page of the media, and the
+                          second keeps a page that a truncation must unmap
 madvise                   notify for MADV_HWPOISON and MADV_SOFT_OFFLINE, at any address
 execve, execveat, fork    notify
 clone                     notify without CLONE_VM: a new address space
@@ -67,8 +70,11 @@ class Nr(IntEnum):
     CLONE = 56
     FORK = 57
     EXECVE = 59
+    REMAP_FILE_PAGES = 216
+    PKEY_MPROTECT = 329
     EXECVEAT = 322
     CLONE3 = 435
+    MSEAL = 462
 
 
 class Abi(NamedTuple):
@@ -114,8 +120,10 @@ def direct() -> bytes:
     bpf.if_equal(AUDIT_ARCH_X86_64, otherwise="another machine")
     bpf.load(NUMBER)
     bpf.if_equal(Nr.MMAP, then="mmap")
-    for number in (Nr.MUNMAP, Nr.MPROTECT, Nr.MREMAP, Nr.MSYNC):
+    for number in (Nr.MUNMAP, Nr.MPROTECT, Nr.MREMAP, Nr.MSYNC, Nr.PKEY_MPROTECT):
         bpf.if_equal(number, then="by address")
+    for number in (Nr.REMAP_FILE_PAGES, Nr.MSEAL):
+        bpf.if_equal(number, then="refuse in the zone")
     bpf.if_equal(Nr.MADVISE, then="madvise")
     for number in (Nr.FORK, Nr.EXECVE, Nr.EXECVEAT):
         bpf.if_equal(number, then="notify")
@@ -144,6 +152,9 @@ def direct() -> bytes:
     bpf.load(high(5))
     bpf.if_equal(zone.MAGIC, then="allow", otherwise="notify")
 
+    bpf.label("refuse in the zone")
+    _if_in_zone(bpf, then="invalid", otherwise="allow")
+
     bpf.label("clone")
     bpf.load(low(0))
     bpf.if_any_bit(CLONE_VM, then="allow", otherwise="notify")
@@ -161,6 +172,8 @@ def direct() -> bytes:
     _actions(bpf)
     bpf.label("no such call")
     bpf.give(RET_ERRNO | errno.ENOSYS)
+    bpf.label("invalid")
+    bpf.give(RET_ERRNO | errno.EINVAL)
     return bpf.assemble()
 
 
