@@ -93,9 +93,7 @@ def _attach(simulated: bool, mount: Mount, offered: Handover) -> bool:
     zone = (offered.zone.start, offered.zone.stop)
     try:
         with Client(mount, patience=_PATIENCE) as client:
-            client.request(
-                "attach", pid=os.getpid(), descriptors=descriptors, zone=zone, simulated=simulated
-            )
+            client.request("attach", pid=os.getpid(), descriptors=descriptors, zone=zone, simulated=simulated)
     except Unsupported:
         return False
     return True
