@@ -92,3 +92,12 @@ def test_discarding_an_unknown_item_is_a_value_error() -> None:
 def test_range_clip() -> None:
     assert Range(2, 9).clip(4, 20) == Range(4, 9)
     assert not Range(2, 4).clip(4, 20)
+
+
+def test_the_gap_around_an_integer() -> None:
+    known = RangeSet([(10, 20), (30, 40)])
+    bounds = Range(5, 50)
+    assert known.gap_around(7, bounds) == Range(5, 10)
+    assert known.gap_around(25, bounds) == Range(20, 30)
+    assert known.gap_around(40, bounds) == Range(40, 50)
+    assert known.gap_around(25, Range(22, 26)) == Range(22, 26)

@@ -27,7 +27,7 @@ def dmesg(scene: Scene) -> list[str]:
     """The log, in the recordings' form."""
     lines = scene.mount.run("log", scene.mount.path, "--dmesg").splitlines()
     lines = [re.sub(r"0x1[0-9a-f]{5}\b", "PFN", line.partition("] ")[2]) for line in lines]
-    return [re.sub(r"(p\d):\d+", r"\1", re.sub(r"0x7[0-9a-f]{11}\b", "VA", line)) for line in lines]
+    return [re.sub(r"(p\d):\d+", r"\1", re.sub(r"0x[27][0-9a-f]{11}\b", "VA", line)) for line in lines]
 
 
 INJECTING = "Injecting memory failure for pfn PFN at process virtual address VA"

@@ -55,7 +55,7 @@ class Scene:
 
     def actor(self, name: str = "p0", wrapper: Sequence[str] = ()) -> Actor:
         """Start a process in the root directory of the mount, on a direct mount under ``daxemu run``."""
-        if self.mount.is_direct:
+        if self.mount.is_direct and "run" not in wrapper:
             wrapper = [*DAXEMU, "run", str(self.mount.path), "--", *wrapper]
         return self._actors.enter_context(Actor.spawn(name, cwd=self.mount.path, wrapper=wrapper))
 

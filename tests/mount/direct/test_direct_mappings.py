@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -162,6 +163,20 @@ def test_a_killed_program_leaves_no_agent(scene: Scene) -> None:
 def test_an_unmount_by_force_ends_the_mappings(scene: Scene) -> None:
     p0 = scene.mapper(touch=[1])
     scene.mount.umount("--force")
+    assert p0.cmd("tr 0 1").faulted
+    assert [each["code"] for each in signals_of(p0)] == ["BUS_ADRERR"]
+
+
+def test_a_killed_supervisor_ends_the_mappings(scene: Scene) -> None:
+    scene.mount.sound = False
+    p0 = scene.mapper(touch=[1])
+    mine = agents()
+    supervisor = scene.mount.json("status", scene.mount.path)["pid"]
+    os.kill(supervisor, signal.SIGKILL)
+    deadline = time.monotonic() + PATIENCE
+    while set(mine) <= set(agents()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     assert p0.cmd("tr 0 1").faulted
     assert [each["code"] for each in signals_of(p0)] == ["BUS_ADRERR"]
 

@@ -129,7 +129,12 @@ class Calls:
         None if the caller has no direct mapping. ``simulated``: a failure by madvise(2) poisons nothing.
         """
         if space is None:
-            return CONTINUE
+            # The kernel must never poison real memory behind a mapping.
+            poisons = call.nr == Nr.MADVISE and call.args[2] & 0xFFFFFFFF in (
+                MADV_HWPOISON,
+                MADV_SOFT_OFFLINE,
+            )
+            return Answer(error=errno.EINVAL) if poisons else CONTINUE
         try:
             return await self._answer(call, space, simulated=simulated)
         except _Refused as refused:
@@ -357,11 +362,12 @@ class Calls:
     ) -> Answer:
         advice &= 0xFFFFFFFF
         where = Range(address, address + page_align_up(length))
-        if not space.overlapping(where):
+        poisons = advice in (MADV_HWPOISON, MADV_SOFT_OFFLINE)
+        if not space.overlapping(where) and not poisons:
             return CONTINUE
         if address % PAGE_SIZE:
             raise _Refused(errno.EINVAL)
-        if advice in (MADV_HWPOISON, MADV_SOFT_OFFLINE):
+        if poisons:
             return await self._inject(tid, space, where, advice == MADV_SOFT_OFFLINE, simulated)
         if advice == MADV_REMOVE:
             return await self._remove(space, where)

@@ -140,7 +140,7 @@ class _RunSpaces:
                     return None
                 case Nr.MMAP if not call.args[3] & MAP_ANONYMOUS:
                     return await self._mmap(run, call)
-            space = self._space(self.spaces.find(call.tid))
+            space = self._space(await self.spaces.settled(call.tid))
             return await self._calls.answer(call, space, simulated=run.is_simulated)
         except AddressSpaceGone:
             return CONTINUE  # the thread is dead
@@ -171,7 +171,7 @@ class _RunSpaces:
         The child gets no page of a shared mapping, as in vma_needs_copy(): without this, fork(2) copies the
         page tables of mappings with a userfaultfd.
         """
-        space = self._space(self.spaces.find(call.tid))
+        space = self._space(await self.spaces.settled(call.tid))
         if space is None or call.tid in self._forking:
             await self.spaces.forked(run, call)
             return
