@@ -227,7 +227,9 @@ class AddressSpaces:
         for fd in (space.uffd.fd, space._process):
             if fd >= 0:
                 trio.lowlevel.notify_closing(fd)
-                os.close(fd)
+        space.uffd.close()
+        if space._process >= 0:
+            os.close(space._process)
         space.agent.close()
         self._watcher.on_gone(space)
 
