@@ -344,11 +344,12 @@ class Madvise(Request[Advised], tag="madvise"):
 class Attach(Request[Done], tag="attach", omit_defaults=True):
     """Forward the system calls of a ``daxemu run``, process ``pid``, as packets. Unsupported: not direct.
     ``descriptors`` of ``pid``: listener of seccomp(2), socket, its inode number; null: only ask. ``zone``:
-    addresses for direct mappings, start and end."""
+    addresses for direct mappings, start and end. ``simulated``: failures by madvise(2) without poison."""
 
     pid: Pid
     descriptors: tuple[int, int, int] | None = None
     zone: tuple[Address, Address] = (0, 0)
+    simulated: bool = False
 
 
 class Clear(Request[Cleared], tag="clear"):

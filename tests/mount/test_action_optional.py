@@ -21,7 +21,7 @@ from tests.support.scene import (
     letter,
     present,
     second_tracer,
-    told,
+    signals_of,
 )
 
 pytestmark = pytest.mark.mount
@@ -37,7 +37,7 @@ def test_late_is_the_default_and_nothing_happens_then(scene: Scene) -> None:
     p0 = scene.mapper(touch=[BAD])
     (outcome,) = scene.poison(BAD)
     assert (outcome["outcome"], outcome["told"]) == ("Recovered", 0)
-    assert told(p0) == []
+    assert signals_of(p0) == []
     assert scene.mount.events("SignalSent") == []
     assert p0.cmd("tr 0 0").ok == letter(0)
 
@@ -46,7 +46,7 @@ def test_early_by_the_sysctl(early: Scene) -> None:
     p0 = early.mapper(touch=[BAD])
     (outcome,) = early.poison(BAD)
     assert (outcome["outcome"], outcome["told"]) == ("Recovered", 1)
-    assert told(p0) == [ao(BAD)]
+    assert signals_of(p0) == [ao(BAD)]
     assert not present(p0, 0, BAD)
     assert p0.cmd("tr 0 0").ok == letter(0)
     assert p0.cmd("tr 0 2").ok == letter(2)
@@ -57,21 +57,21 @@ def test_early_by_prctl(scene: Scene) -> None:
     p1 = scene.mapper("p1", touch=[BAD])
     (outcome,) = scene.poison(BAD)
     assert outcome["told"] == 1
-    assert told(p0) == [ao(BAD)]
-    assert told(p1) == []
+    assert signals_of(p0) == [ao(BAD)]
+    assert signals_of(p1) == []
 
 
 def test_late_by_prctl_outweighs_the_sysctl(early: Scene) -> None:
     p0 = early.mapper(touch=[BAD], before=["mcekill late"])
     (outcome,) = early.poison(BAD)
     assert (outcome["outcome"], outcome["told"]) == ("Recovered", 0)
-    assert told(p0) == []
+    assert signals_of(p0) == []
 
 
 def test_policy_default_by_prctl_is_the_sysctl(early: Scene) -> None:
     p0 = early.mapper(touch=[BAD], before=["mcekill late", "mcekill default"])
     early.poison(BAD)
-    assert told(p0) == [ao(BAD)]
+    assert signals_of(p0) == [ao(BAD)]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_the_signalled_thread_follows_the_kill_policies(
     scene.set(early_kill=sysctl)
     p0 = scene.mapper(touch=[BAD], before=[f"threads {policies}", f"mcekill {main}"])
     scene.poison(BAD)
-    assert told(p0) == ([] if chosen is None else [ao(BAD, thread=chosen)])
+    assert signals_of(p0) == ([] if chosen is None else [ao(BAD, thread=chosen)])
     if chosen is not None:
         (event,) = scene.signal_events(p0)
         assert (event["tid"], event["comm"], event["result"]) == (p0.tid(chosen), "p0", "delivered")
@@ -113,9 +113,9 @@ def test_only_processes_with_the_page_present_are_signalled(early: Scene) -> Non
     assert not present(untouched, 0, BAD)
     (outcome,) = early.poison(BAD)
     assert outcome["told"] == 1
-    assert told(p0) == [ao(BAD)]
+    assert signals_of(p0) == [ao(BAD)]
     for other in (elsewhere, untouched, opener, unmapped):
-        assert told(other) == []
+        assert signals_of(other) == []
     assert elsewhere.cmd("tr 0 0").ok == letter(BAD + FAR)
     assert untouched.cmd(f"tr 0 {BAD + FAR}").ok == letter(BAD + FAR)
     consumes(untouched, f"tr 0 {BAD}", ar(BAD))
@@ -128,9 +128,9 @@ def test_address_is_that_of_the_page_in_ones_own_mapping(early: Scene) -> None:
     for command in ("open 0 f rw", "mmap 0 0 0 2 shared", "mmap 1 0 40 1 ro", "tr 1 0"):
         p2.cmd(command)
     early.poison(40)
-    assert told(p0) == [ao(40)]
-    assert told(p1) == [ao(8)]
-    assert told(p2) == [ao(0, mapping=1)]
+    assert signals_of(p0) == [ao(40)]
+    assert signals_of(p1) == [ao(8)]
+    assert signals_of(p2) == [ao(0, mapping=1)]
 
 
 def sending_lines(scene: Scene, actor: Actor) -> int:
@@ -146,7 +146,7 @@ def test_two_mappings_of_the_page_in_one_process_get_one_signal(early: Scene) ->
     first, second = sorted((0, 1), key=lambda mapping: -p0.addr(mapping, BAD))
     (outcome,) = early.poison(BAD)
     assert outcome["told"] == 2
-    assert told(p0) == [ao(BAD, mapping=first)]
+    assert signals_of(p0) == [ao(BAD, mapping=first)]
     assert [(e["result"], e["address"]) for e in early.signal_events(p0)] == [
         ("delivered", p0.addr(first, BAD)),
         ("merged", p0.addr(second, BAD)),
@@ -162,7 +162,7 @@ def test_the_mapping_from_the_lowest_page_of_the_file_is_signalled(early: Scene)
     ask(p0, "mmap 1 0 0 8 shared")
     assert p0.cmd(f"tr 1 {BAD}").ok == letter(BAD)
     early.poison(BAD)
-    assert told(p0) == [ao(BAD, mapping=1)]
+    assert signals_of(p0) == [ao(BAD, mapping=1)]
     assert sending_lines(early, p0) == 2
 
 
@@ -170,8 +170,8 @@ def test_several_ranges_in_one_call(early: Scene) -> None:
     bad = [BAD, BAD + FAR, BAD + 2 * FAR]
     p0, p1 = early.mapper("p0", touch=bad), early.mapper("p1", touch=bad[:2])
     assert [outcome["told"] for outcome in early.poison(*bad)] == [2, 2, 1]
-    assert sorted(told(p0), key=lambda s: int(str(s["addr"])[3:], 16)) == [ao(page) for page in bad]
-    assert sorted(told(p1), key=lambda s: int(str(s["addr"])[3:], 16)) == [ao(page) for page in bad[:2]]
+    assert sorted(signals_of(p0), key=lambda s: int(str(s["addr"])[3:], 16)) == [ao(page) for page in bad]
+    assert sorted(signals_of(p1), key=lambda s: int(str(s["addr"])[3:], 16)) == [ao(page) for page in bad[:2]]
 
 
 def test_a_stat_takes_no_page_away(early: Scene) -> None:
@@ -186,7 +186,7 @@ def test_a_stat_takes_no_page_away(early: Scene) -> None:
     assert path.stat().st_size == PAGES * PAGE
     assert present(p0, 0, BAD)
     early.poison(BAD)
-    assert told(p0) == [ao(BAD)]
+    assert signals_of(p0) == [ao(BAD)]
 
 
 def test_a_file_that_does_not_share_the_page(early: Scene) -> None:
@@ -194,8 +194,8 @@ def test_a_file_that_does_not_share_the_page(early: Scene) -> None:
     p0 = early.mapper("p0", "g", touch=[BAD])
     p1 = early.mapper("p1", touch=[BAD])
     early.poison(BAD)
-    assert told(p1) == [ao(BAD)]
-    assert told(p0) == []
+    assert signals_of(p1) == [ao(BAD)]
+    assert signals_of(p0) == []
     assert present(p0, 0, BAD)
     assert p0.cmd(f"tr 0 {BAD}").ok == letter(BAD)
     assert p0.cmd(f"tw 0 {BAD} x").ok == "x"
@@ -211,8 +211,8 @@ def test_a_fork_without_the_page(early: Scene) -> None:
     p0 = early.mapper(touch=[BAD])
     p1 = p0.fork("p1")
     early.poison(BAD)
-    assert told(p0) == [ao(BAD)]
-    assert told(p1) == []
+    assert signals_of(p0) == [ao(BAD)]
+    assert signals_of(p1) == []
     consumes(p1, f"tr 0 {BAD}", ar(BAD))
 
 
@@ -222,8 +222,8 @@ def test_a_fork_that_touched(early: Scene) -> None:
     p1 = p0.fork("p1")
     assert p1.cmd(f"tr 0 {BAD}").ok == letter(BAD)
     early.poison(BAD)
-    assert told(p0) == [ao(BAD)]
-    assert told(p1) == [ao(BAD)]
+    assert signals_of(p0) == [ao(BAD)]
+    assert signals_of(p1) == [ao(BAD)]
 
 
 def test_private_mappings(early: Scene) -> None:
@@ -236,9 +236,9 @@ def test_private_mappings(early: Scene) -> None:
     assert copier.cmd(f"tw 0 {BAD} c").ok == "c"
     (outcome,) = early.poison(BAD)
     assert outcome["told"] == 2
-    assert told(reader) == [ao(BAD)]
-    assert told(sharer) == [ao(BAD)]
-    assert told(copier) == []
+    assert signals_of(reader) == [ao(BAD)]
+    assert signals_of(sharer) == [ao(BAD)]
+    assert signals_of(copier) == []
     assert copier.cmd(f"tr 0 {BAD}").ok == "c"
     consumes(reader, f"tr 0 {BAD}", ar(BAD))
 
@@ -252,7 +252,7 @@ def test_a_blocked_sigbus_is_pending_with_its_siginfo(early: Scene) -> None:
     early.poison(BAD)
     assert ask(p0, "sig pending") == 1
     assert ask(p0, "sig take") == signal.SIGBUS
-    assert told(p0) == [ao(BAD, how="pending, taken with sigtimedwait")]
+    assert signals_of(p0) == [ao(BAD, how="pending, taken with sigtimedwait")]
     assert ask(p0, "sig pending") == 0
     assert [event["result"] for event in early.signal_events(p0)] == ["delivered"]
 
@@ -267,7 +267,7 @@ def test_a_process_that_ignores_sigbus_gets_no_signal(early: Scene) -> None:
     """A process that ignores SIGBUS gets no AO (`e1-ignore-early`)."""
     p0 = early.mapper(touch=[BAD], before=["sig ignore"])
     early.poison(BAD)
-    assert told(p0) == []
+    assert signals_of(p0) == []
     assert p0.alive
     assert [event["result"] for event in early.signal_events(p0)] == ["ignored"]
 
@@ -278,7 +278,7 @@ def test_the_default_action_kills_the_process(early: Scene) -> None:
     p1 = early.mapper("p1", touch=[BAD], before=["sig default", "mcekill late"])
     early.poison(BAD)
     assert p0.wait_death().signal is signal.SIGBUS
-    assert told(p1) == []
+    assert signals_of(p1) == []
     assert [event["result"] for event in early.signal_events(p0)] == ["delivered"]
 
 
@@ -293,11 +293,11 @@ def test_a_victim_traced_by_another_process_gets_a_plain_sigbus(early: Scene) ->
         got = p0.wait_signal()
         assert is_plain_sigbus(got), got
         assert outcome["told"] == 2
-        assert told(p0) == []
+        assert signals_of(p0) == []
         (event,) = early.signal_events(p0)
         assert event["result"] == "inexact"
         assert "trace" in event["reason"]
-    assert told(p1) == [ao(BAD)]
+    assert signals_of(p1) == [ao(BAD)]
 
 
 def stop(actor: Actor) -> None:
@@ -310,7 +310,7 @@ def test_a_stopped_process_does_not_hold_up_anybody(early: Scene) -> None:
     stop(p0)
     (outcome,) = early.poison(BAD)
     assert outcome["told"] == 2
-    assert told(p1) == [ao(BAD)]
+    assert signals_of(p1) == [ao(BAD)]
     assert [event["result"] for event in early.signal_events(p0)] == ["pending"]
     early.poison(BAD + FAR)
     os.kill(p0.pid, signal.SIGCONT)

@@ -19,7 +19,7 @@ from tests.support.scene import (
     present,
     refused,
     second_tracer,
-    told,
+    signals_of,
 )
 
 pytestmark = pytest.mark.mount
@@ -87,7 +87,7 @@ def test_neighbours_are_untouched(scene: Scene) -> None:
         assert p0.cmd(f"tr 0 {page}").ok == letter(page)
     for page in (BAD - 1, BAD + 1):
         assert p0.cmd(f"tw 0 {page} x").ok == "x"
-    assert told(p0) == []
+    assert signals_of(p0) == []
 
 
 def test_a_loop_of_loads_ends_with_ar_when_the_page_fails(scene: Scene) -> None:
@@ -96,7 +96,7 @@ def test_a_loop_of_loads_ends_with_ar_when_the_page_fails(scene: Scene) -> None:
     p0.start_spin(0, BAD)
     scene.poison(BAD)
     assert p0.reply().faulted
-    assert told(p0) == [ar(BAD)]
+    assert signals_of(p0) == [ar(BAD)]
 
 
 # -- the thread that is signalled
@@ -105,7 +105,7 @@ def test_a_loop_of_loads_ends_with_ar_when_the_page_fails(scene: Scene) -> None:
 def test_early_process_gets_both(early: Scene) -> None:
     p0 = early.mapper(touch=[BAD])
     early.poison(BAD)
-    assert told(p0) == [ao(BAD)]
+    assert signals_of(p0) == [ao(BAD)]
     consumes(p0, f"tr 0 {BAD}", ar(BAD))
 
 
@@ -114,7 +114,7 @@ def test_the_thread_that_touches(scene: Scene, access: str) -> None:
     p0 = scene.mapper(touch=[BAD], before=["threads n n e"])
     ask(p0, "mcekill late")
     scene.poison(BAD)
-    assert told(p0) == [ao(BAD, thread=3)]
+    assert signals_of(p0) == [ao(BAD, thread=3)]
     consumes(p0, access, ar(BAD, thread=2))
     assert [e["tid"] for e in scene.signal_events(p0)] == [p0.tid(3), p0.tid(2)]
 
@@ -144,7 +144,7 @@ def test_many_at_once(scene: Scene) -> None:
         actor.send(f"tr 0 {BAD}")
     for actor in actors:
         assert actor.reply().faulted
-        assert told(actor) == [ar(BAD)]
+        assert signals_of(actor) == [ar(BAD)]
     counts = [len(scene.signal_events(actor)) for actor in actors]
     assert counts == [1] * len(actors)
 
@@ -176,7 +176,7 @@ def test_private_copy_goes_on(scene: Scene) -> None:
     scene.poison(BAD)
     assert p0.cmd(f"tr 0 {BAD}").ok == "c"
     assert p0.cmd(f"tw 0 {BAD} d").ok == "d"
-    assert told(p0) == []
+    assert signals_of(p0) == []
 
 
 def test_a_consumer_traced_by_another_process_gets_bus_adrerr(scene: Scene) -> None:
@@ -201,7 +201,7 @@ def test_latent_poison_is_found_by_the_touch(scene: Scene) -> None:
     (outcome,) = scene.mount.inject("f", (BAD * PAGE, PAGE), latent=True)["ranges"]
     assert (outcome["outcome"], outcome["told"]) == ("latent", 0)
     assert scene.badblocks() == []
-    assert told(p0) == []
+    assert signals_of(p0) == []
     consumes(p0, f"tr 0 {BAD}", ar(BAD))
     assert scene.badblocks() == [[scene.device_offset("f", BAD) // 512, 8]]
     assert scene.damaged() == [("/f", BAD * PAGE, PAGE)]
@@ -262,7 +262,7 @@ def test_whole_block_write_makes_every_mapping_work_again(scene: Scene) -> None:
         assert actor.cmd(f"tr 0 {BAD}").ok == "n"
     assert p1.cmd(f"tw 0 {BAD} z").ok == "z"
     assert p0.cmd(f"tr 0 {BAD}").ok == "z"
-    assert [told(actor) for actor in (p0, p1, p2)] == [[], [], []]
+    assert [signals_of(actor) for actor in (p0, p1, p2)] == [[], [], []]
     scene.poison(BAD)
     consumes(p0, f"tr 0 {BAD}", ar(BAD))
     scene.mount.run("clear", scene.mount.path / "f", "--offset", BAD * PAGE)

@@ -13,7 +13,7 @@ import pytest
 
 from daxemu.host.proc.mountinfo import mount_at
 from tests.support.mount import DaxMount, daxemu
-from tests.support.scene import PAGE, PAGES, Scene, ask, letter, told
+from tests.support.scene import PAGE, PAGES, Scene, ask, letter, signals_of
 from tests.support.words import library_words
 
 pytestmark = pytest.mark.mount
@@ -73,7 +73,7 @@ def test_ranges(scene: Scene, verb: str, options: Words, about: str) -> None:
     before = everything(scene.mount)
     p0 = scene.mapper(touch=[0], before=["mcekill early"])
     assert about in refuse(verb, scene.mount.path / "f", *options, status=INVALID)
-    assert told(p0) == []
+    assert signals_of(p0) == []
     assert p0.cmd("tr 0 0").ok == letter(0)
     assert everything(scene.mount) == before
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.quick import QuickMount
-from tests.support.scene import PAGE, Scene, present, told
+from tests.support.scene import PAGE, Scene, present, signals_of
 
 pytestmark = pytest.mark.mount
 
@@ -35,9 +35,9 @@ def test_a_crash_leaves_poison_and_no_signal(
         assert present(p0, 0, 0) is (when == "before")
         quick_mount.kill()
         assert isinstance(injecting.exception(30), AssertionError)
-        assert told(p0) == []
+        assert signals_of(p0) == []
         assert p0.cmd("tr 0 0").faulted is bool(signals)
-        assert [signal["code"] for signal in told(p0)] == signals
+        assert [signal["code"] for signal in signals_of(p0)] == signals
     quick_mount.mount()
     with quick_mount.client() as client:
         assert client.request("badblocks")["sectors"] == PAGE // 512

@@ -14,7 +14,7 @@ import pytest
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR
 from tests.mount.test_held_up import started
 from tests.support.mount import PATIENCE, DaxMount
-from tests.support.scene import Scene, ao, told
+from tests.support.scene import Scene, ao, signals_of
 
 pytestmark = pytest.mark.mount
 
@@ -45,7 +45,7 @@ def test_threads_that_come_and_go(scene: Scene) -> None:
     with started("exiter", scene.mount.path / "f", "0", str(PAGES), "threads") as process:
         for page in range(PAGES):
             scene.poison(page)
-            assert told(other) == [ao(page)]
+            assert signals_of(other) == [ao(page)]
         assert process.stdin is not None
         process.stdin.close()
         process.stdin = None

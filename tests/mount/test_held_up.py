@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.actor import Actor, compile_victim
 from tests.support.mount import PATIENCE
-from tests.support.scene import FAR, PAGE, Scene, ao, ar, consumes, second_tracer, told
+from tests.support.scene import FAR, PAGE, Scene, ao, ar, consumes, second_tracer, signals_of
 
 pytestmark = pytest.mark.mount
 
@@ -105,7 +105,7 @@ def test_the_others_are_signalled_exactly(
     with held(stuck):
         early.poison(BAD)
         for other in others:
-            assert told(other) == [ao(BAD)]
+            assert signals_of(other) == [ao(BAD)]
             consumes(other, f"tr 0 {BAD}", ar(BAD))
         early.poison(BAD + 1)
         (result,) = [e["result"] for e in early.signal_events(stuck)][:1]
@@ -141,7 +141,7 @@ def test_beside_a_storm_of_faults(
             peekers.enter_context(started("peeker", early.mount.path / "f", str(storm)))
         with held(stuck):
             early.poison(bad)
-            assert told(other) == [ao(bad)]
+            assert signals_of(other) == [ao(bad)]
             assert [e["result"] for e in early.signal_events(stuck)] == ["pending"]
         assert stuck.wait_signal().code == "BUS_MCEERR_AO"
 
@@ -155,7 +155,7 @@ def test_a_victim_in_vfork(early: Scene) -> None:
         until(lambda: state(stuck) == "D")
         other = early.mapper("p1", touch=[BAD])
         early.poison(BAD)
-        assert told(other) == [ao(BAD)]
+        assert signals_of(other) == [ao(BAD)]
         assert state(stuck) == "D"
         assert stuck.communicate(timeout=PATIENCE)[0] == "5\n5\n"
 
@@ -167,7 +167,7 @@ def test_a_victim_whose_leader_has_ended(early: Scene) -> None:
         until(lambda: state(stuck) == "Z")
         other = early.mapper("p1", touch=[BAD])
         early.poison(BAD)
-        assert told(other) == [ao(BAD)]
+        assert signals_of(other) == [ao(BAD)]
         assert stuck.communicate(timeout=PATIENCE)[0].splitlines()[-1] == "4"
 
 
@@ -178,7 +178,7 @@ def test_a_victim_stopped_by_a_debugger(early: Scene) -> None:
         os.kill(traced.pid, signal.SIGSTOP)
         until(lambda: state(traced) in "tT")
         early.poison(BAD)
-        assert told(other) == [ao(BAD)]
+        assert signals_of(other) == [ao(BAD)]
         assert [e["result"] for e in early.signal_events(traced)] == ["inexact"]
     os.kill(traced.pid, signal.SIGCONT)
     assert traced.wait_signal().sig == "SIGBUS"

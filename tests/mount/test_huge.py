@@ -14,7 +14,7 @@ from daxemu.uapi import HPAGE_PMD_NR as NR
 from daxemu.uapi import PAGE_SIZE, PMD_SIZE
 from tests.support.mount import DAXEMU
 from tests.support.quick import quick_mount_at
-from tests.support.scene import FAR, Scene, ao, ar, ask, consumes, letter, present, told
+from tests.support.scene import FAR, Scene, ao, ar, ask, consumes, letter, present, signals_of
 from tests.support.zygote import Zygote
 
 pytestmark = pytest.mark.mount
@@ -48,7 +48,7 @@ def test_ao_has_lsb_21_at_the_page_and_ar_has_12(scene: Scene) -> None:
     p0 = mapper(scene, touch=[BAD, NEAR, 5, 2 * NR])
     (outcome,) = scene.poison(BAD)
     assert (outcome["outcome"], outcome["told"]) == ("Recovered", 1)
-    assert told(p0) == [ao21(BAD)]
+    assert signals_of(p0) == [ao21(BAD)]
     (event,) = scene.signal_events(p0)
     assert (event["address"], event["lsb"], event["result"]) == (p0.addr(0, BAD), 21, "delivered")
     assert not present(p0, 0, BAD)
@@ -67,15 +67,15 @@ def test_a_touch_of_any_page_of_the_2_mib_makes_the_failed_page_present(scene: S
     assert not present(near, 0, BAD)
     (outcome,) = scene.poison(BAD)
     assert outcome["told"] == 1
-    assert told(near) == [ao21(BAD)]
-    assert told(elsewhere) == []
+    assert signals_of(near) == [ao21(BAD)]
+    assert signals_of(elsewhere) == []
 
 
 def test_stores_to_the_rest_of_the_2_mib_are_kept(scene: Scene) -> None:
     p0 = mapper(scene, touch=[NEAR])
     assert p0.cmd(f"tw 0 {NEAR} x").ok == "x"
     scene.poison(BAD)
-    assert told(p0) == [ao21(BAD)]
+    assert signals_of(p0) == [ao21(BAD)]
     assert p0.cmd(f"tr 0 {NEAR}").ok == "x"
     with open(scene.mount.path / "f", "rb") as file:
         file.seek(NEAR * PAGE_SIZE)
@@ -85,13 +85,13 @@ def test_stores_to_the_rest_of_the_2_mib_are_kept(scene: Scene) -> None:
 def test_a_known_bad_block_keeps_its_2_mib_mapped_by_pages(scene: Scene) -> None:
     p0 = mapper(scene, touch=[NEAR])
     scene.poison(BAD)
-    assert told(p0) == [ao21(BAD)]
+    assert signals_of(p0) == [ao21(BAD)]
     for page in (NEAR, NEAR + FAR):
         assert p0.cmd(f"tr 0 {page}").ok == letter(page)
     scene.poison(NEAR + 2 * FAR)
-    assert told(p0) == []
+    assert signals_of(p0) == []
     scene.poison(NEAR)
-    assert told(p0) == [ao(NEAR)]
+    assert signals_of(p0) == [ao(NEAR)]
     assert present(p0, 0, NEAR + FAR)
 
 
@@ -99,7 +99,7 @@ def test_late_no_process_is_signalled_and_only_the_failed_page_is_unmapped(scene
     p0 = mapper(scene, touch=[BAD, NEAR], before=["mcekill late"])
     (outcome,) = scene.poison(BAD)
     assert outcome["told"] == 0
-    assert told(p0) == []
+    assert signals_of(p0) == []
     assert not present(p0, 0, BAD)
     assert present(p0, 0, NEAR)
     consumes(p0, f"tr 0 {BAD}", ar(BAD))
@@ -110,16 +110,16 @@ def test_a_mapping_that_has_not_room_for_2_mib_is_by_pages(scene: Scene) -> None
     part = scene.mapper("p1", first=NR, pages=NR - 1, touch=[BAD - NR, NEAR - NR])
     untouched = scene.mapper("p2", first=NR, pages=NR - 1, touch=[NEAR - NR])
     scene.poison(BAD)
-    assert told(whole) == [ao21(BAD)]
-    assert told(part) == [ao(BAD - NR)]
-    assert told(untouched) == []
+    assert signals_of(whole) == [ao21(BAD)]
+    assert signals_of(part) == [ao(BAD - NR)]
+    assert signals_of(untouched) == []
     assert not present(untouched, 0, NEAR - NR), "the 2 MiB of the file are unmapped from everybody"
 
 
 def test_without_a_2_mib_mapping_the_neighbours_stay(scene: Scene) -> None:
     part = scene.mapper(first=NR, pages=NR - 1, touch=[BAD - NR, NEAR - NR])
     scene.poison(BAD)
-    assert told(part) == [ao(BAD - NR)]
+    assert signals_of(part) == [ao(BAD - NR)]
     assert present(part, 0, NEAR - NR)
 
 
@@ -130,8 +130,8 @@ def test_on_a_default_device_nothing_of_this(tmp_path: Path, zygote: Zygote) -> 
         p0 = mapper(scene, "p0", touch=[BAD, NEAR])
         near = mapper(scene, "p1", touch=[NEAR])
         scene.poison(BAD)
-        assert told(p0) == [ao(BAD)]
-        assert told(near) == []
+        assert signals_of(p0) == [ao(BAD)]
+        assert signals_of(near) == []
         assert present(p0, 0, NEAR)
 
 
@@ -140,8 +140,8 @@ def test_a_private_mapping_is_by_2_mib_until_it_has_a_copy_there(scene: Scene) -
     writer = mapper(scene, "p1", kind="private", touch=[NEAR])
     assert writer.cmd(f"tw 0 {NEAR + FAR} x").ok == "x"
     scene.poison(BAD)
-    assert told(reader) == [ao21(BAD)]
-    assert told(writer) == []
+    assert signals_of(reader) == [ao21(BAD)]
+    assert signals_of(writer) == []
     assert writer.cmd(f"tr 0 {NEAR + FAR}").ok == "x"
 
 
@@ -149,13 +149,13 @@ def test_a_hole_in_the_2_mib_or_a_new_end_splits_them(scene: Scene) -> None:
     p0 = mapper(scene, touch=[NEAR, 5, BAD])
     ask(p0, f"punch 0 {(NEAR + FAR) * PAGE_SIZE} {PAGE_SIZE}")
     scene.poison(BAD)
-    assert told(p0) == [ao(BAD)]
+    assert signals_of(p0) == [ao(BAD)]
     assert present(p0, 0, NEAR)
     assert p0.cmd("tr 0 9").ok == letter(9)
     ask(p0, f"trunc 0 {100 * PAGE_SIZE}")
     assert p0.cmd("tr 0 5").ok == letter(5)
     scene.poison(9)
-    assert told(p0) == [ao(9)]
+    assert signals_of(p0) == [ao(9)]
 
 
 def test_a_clone_of_the_whole_file_is_by_2_mib_too(scene: Scene) -> None:
@@ -163,7 +163,7 @@ def test_a_clone_of_the_whole_file_is_by_2_mib_too(scene: Scene) -> None:
     p0 = mapper(scene, "p0", touch=[NEAR])
     p1 = mapper(scene, "p1", file="g", touch=[NEAR])
     scene.poison(BAD)
-    assert told(p0) == told(p1) == [ao21(BAD)]
+    assert signals_of(p0) == signals_of(p1) == [ao21(BAD)]
     assert not present(p0, 0, NEAR)
     assert not present(p1, 0, NEAR)
 
@@ -174,15 +174,15 @@ def test_copy_on_write_of_a_page_splits_both_files(scene: Scene) -> None:
     p1 = mapper(scene, "p1", file="g", touch=[NEAR])
     ask(p1, f"pwrite 0 {(NEAR + FAR) * PAGE_SIZE} {PAGE_SIZE} x")
     scene.poison(BAD)
-    assert told(p0) == [ao(BAD)]
-    assert told(p1) == []
+    assert signals_of(p0) == [ao(BAD)]
+    assert signals_of(p1) == []
 
 
 def test_a_failure_of_many_2_mib_is_one_signal(scene: Scene) -> None:
     p0 = mapper(scene, touch=[5, NEAR])
     (outcome,) = scene.mount.inject("f", (100 * PAGE_SIZE, NR * PAGE_SIZE))["ranges"]
     assert outcome["told"] == 1
-    assert told(p0) == [ao21(100)]
+    assert signals_of(p0) == [ao21(100)]
     assert not present(p0, 0, 5)
     assert not present(p0, 0, NEAR)
 
@@ -190,7 +190,7 @@ def test_a_failure_of_many_2_mib_is_one_signal(scene: Scene) -> None:
 def test_two_pages_of_the_same_2_mib_in_one_call(scene: Scene) -> None:
     p0 = mapper(scene, touch=[NEAR + FAR])
     assert {outcome["told"] for outcome in scene.poison(BAD, NEAR)} == {0, 1}
-    assert told(p0) == [ao21(BAD)]
+    assert signals_of(p0) == [ao21(BAD)]
 
 
 def test_found_latent_poison_is_signalled_to_all_with_the_2_mib_present(scene: Scene) -> None:
@@ -203,7 +203,7 @@ def test_found_latent_poison_is_signalled_to_all_with_the_2_mib_present(scene: S
     for other in (bad, near):
         signal = other.wait_signal().recorded()
         assert signal == ao21(BAD)
-        assert told(other) == []
+        assert signals_of(other) == []
     assert not present(near, 0, NEAR)
 
 
@@ -212,7 +212,7 @@ def test_madvise_gets_lsb_21(scene: Scene) -> None:
     for command in ("open 0 f rw", f"mmap 0 0 0 {3 * NR} shared", f"tr 0 {NEAR}"):
         p0.cmd(command)
     p0.cmd(f"madvise 0 {BAD} 1 hwpoison")
-    (signal,) = told(p0)
+    (signal,) = signals_of(p0)
     assert signal == ar(BAD) | {"lsb": 21, "how": signal["how"]}
 
 
@@ -222,4 +222,4 @@ def test_it_is_so_again_after_a_mount(scene: Scene) -> None:
     scene.set(early_kill=1)
     p0 = mapper(scene, touch=[NEAR])
     scene.poison(BAD)
-    assert told(p0) == [ao21(BAD)]
+    assert signals_of(p0) == [ao21(BAD)]

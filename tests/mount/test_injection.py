@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.scene import PAGE, Scene, ao, ar, ask, consumes, letter, present, refused, told
+from tests.support.scene import PAGE, Scene, ao, ar, ask, consumes, letter, present, refused, signals_of
 
 pytestmark = pytest.mark.mount
 
@@ -49,8 +49,8 @@ def test_across_two_extents(early: Scene) -> None:
         ("/joined", 7 * PAGE, PAGE),
         ("/joined", 8 * PAGE, PAGE),
     ]
-    assert sorted(told(p0), key=str) == sorted([ao(7), ao(64)], key=str)
-    assert sorted(told(p1), key=str) == sorted([ao(7), ao(8)], key=str)
+    assert sorted(signals_of(p0), key=str) == sorted([ao(7), ao(64)], key=str)
+    assert sorted(signals_of(p1), key=str) == sorted([ao(7), ao(8)], key=str)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_device_range(early: Scene) -> None:
     offset = early.device_offset("f", BAD)
     result = early.mount.inject("", (offset, PAGE))
     assert [(r["offset"], r["told"]) for r in result["ranges"]] == [(offset, 1)]
-    assert told(p0) == [ao(BAD)]
+    assert signals_of(p0) == [ao(BAD)]
 
 
 # -- holes
@@ -114,7 +114,7 @@ def test_store_into_a_hole_that_is_not_written_back_yet(early: Scene) -> None:
     assert p0.cmd(f"tw 0 {BAD} x").ok == "x"
     (result,) = early.mount.inject("sparse", (AT, PAGE))["ranges"]
     assert result["told"] == 1
-    assert told(p0) == [ao(BAD)]
+    assert signals_of(p0) == [ao(BAD)]
     consumes(p0, f"tr 0 {BAD}", ar(BAD))
     assert early.mount.events("StoreLost") == []
 

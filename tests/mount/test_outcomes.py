@@ -10,7 +10,7 @@ import pytest
 
 from daxemu.events import Outcome, PageType
 from tests.support.mount import DaxMount
-from tests.support.scene import PAGE, Scene, told
+from tests.support.scene import PAGE, Scene, signals_of
 
 pytestmark = pytest.mark.mount
 
@@ -45,9 +45,9 @@ def test_recovered(scene: Scene) -> None:
     """A page of a file, the same once more (poisoned already), and a free one."""
     p0 = scene.mapper(touch=[BAD], before=["mcekill early"])
     assert outcome(scene.mount, "f", BAD * PAGE) == "Recovered"
-    assert len(told(p0)) == 1
+    assert len(signals_of(p0)) == 1
     assert outcome(scene.mount, "f", BAD * PAGE) == "Recovered"
-    assert told(p0) == [], "it has the page no longer"
+    assert signals_of(p0) == [], "it has the page no longer"
     assert outcome(scene.mount, "", FREE) == "Recovered"
     assert counters(scene.mount) == {"recovered": 3}
     assert recovery_actions(scene.mount) == ["dax page: Recovered"] * 3

@@ -19,7 +19,7 @@ from daxemu.host.proc.mountinfo import mount_of
 from tests.support.actor import Actor
 from tests.support.elsewhere import NOBODY, SYSTEM_PYTHON
 from tests.support.mount import PATIENCE, DaxMount
-from tests.support.scene import PAGE, Scene, ask, present, told
+from tests.support.scene import PAGE, Scene, ask, present, signals_of
 from tests.support.syscalls import clone_range
 
 pytestmark = pytest.mark.mount
@@ -65,10 +65,10 @@ def test_poison_of_a_hole_that_was_stored_to(scene: Scene, has_name: bool, early
     for actor in actors[:2]:
         if not early_kill:
             assert actor.cmd("tr 0 64").faulted
-        assert [(s.get("code"), s.get("addr")) for s in told(actor)] == [
+        assert [(s.get("code"), s.get("addr")) for s in signals_of(actor)] == [
             ("BUS_MCEERR_AO" if early_kill else "BUS_MCEERR_AR", f"m0+{64 * PAGE:#x}")
         ]
-    assert told(actors[2]) == []
+    assert signals_of(actors[2]) == []
 
 
 @pytest.mark.parametrize("early_kill", [0, 1])
@@ -88,8 +88,10 @@ def test_poison_of_two_stores_in_either_order(
         for actor in actors[:2]:
             if not early_kill:
                 assert actor.cmd(f"tr 0 {page}").faulted
-            assert [(s.get("code"), s.get("addr")) for s in told(actor)] == [(code, f"m0+{page * PAGE:#x}")]
-    assert told(actors[2]) == []
+            assert [(s.get("code"), s.get("addr")) for s in signals_of(actor)] == [
+                (code, f"m0+{page * PAGE:#x}")
+            ]
+    assert signals_of(actors[2]) == []
 
 
 def test_a_clone_of_an_unlinked_file_revokes_no_page(early: Scene) -> None:
@@ -109,8 +111,10 @@ def test_a_clone_of_an_unlinked_file_revokes_no_page(early: Scene) -> None:
     (outcome,) = early.poison(64, file="clone")
     assert (outcome["outcome"], outcome["processes"]) == ("Recovered", 2)
     for actor in actors[:2]:
-        assert [(s["code"], s["addr"]) for s in told(actor)] == [("BUS_MCEERR_AO", f"m0+{64 * PAGE:#x}")]
-    assert told(actors[2]) == []
+        assert [(s["code"], s["addr"]) for s in signals_of(actor)] == [
+            ("BUS_MCEERR_AO", f"m0+{64 * PAGE:#x}")
+        ]
+    assert signals_of(actors[2]) == []
 
 
 @pytest.mark.parametrize("has_name", [True, False])
@@ -125,8 +129,8 @@ def test_seek_data_takes_no_page_away(early: Scene, has_name: bool) -> None:
         assert all(present(actor, 0, 64) for actor in actors[:2])
     assert poison_hole(early, ino, 64) == ["Recovered"]
     for actor in actors[:2]:
-        assert [s["code"] for s in told(actor)] == ["BUS_MCEERR_AO"]
-    assert told(actors[2]) == []
+        assert [s["code"] for s in signals_of(actor)] == ["BUS_MCEERR_AO"]
+    assert signals_of(actors[2]) == []
 
 
 def _descriptor(actor: Actor, ino: int) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.mount import DaxMount, daxemu
-from tests.support.scene import FAR, PAGE, Scene, ao, ar, consumes, letter, present, refused, told
+from tests.support.scene import FAR, PAGE, Scene, ao, ar, consumes, letter, present, refused, signals_of
 from tests.support.syscalls import clone_range
 from tests.support.under_run import under_run
 
@@ -33,18 +33,18 @@ def test_every_process_that_maps_the_page_is_signalled(scene: Scene) -> None:
     (outcome,) = scene.poison(BAD)
     assert (outcome["outcome"], outcome["told"]) == ("Recovered", 3)
     for actor in (early, late, untouched):
-        assert told(actor) == [ao(BAD)]
+        assert signals_of(actor) == [ao(BAD)]
         consumes(actor, f"tr 0 {BAD}", ar(BAD))
         assert actor.cmd("tr 0 0").ok == letter(0)
     for actor in (elsewhere, opener):
-        assert told(actor) == []
+        assert signals_of(actor) == []
     assert refused(opener, f"pread 0 {BAD * PAGE} {PAGE}") == "EIO"
 
 
 def test_the_policy_chooses_the_thread(scene: Scene) -> None:
     p0 = scene.mapper(touch=[BAD], before=["threads l e n", "mcekill late"])
     scene.poison(BAD)
-    assert told(p0) == [ao(BAD, thread=2)]
+    assert signals_of(p0) == [ao(BAD, thread=2)]
 
 
 def test_a_failure_without_struct_pages_is_on_no_counter(scene: Scene) -> None:
@@ -69,14 +69,14 @@ def test_every_owner_is_signalled_at_its_own_address(scene: Scene) -> None:
     one, two = scene.mapper("p0"), scene.mapper("p1", "clone", pages=3)
     (outcome,) = scene.poison(BAD)
     assert outcome["told"] == 2
-    assert told(one) == [ao(BAD)]
-    assert told(two) == [ao(BAD + 1)]
+    assert signals_of(one) == [ao(BAD)]
+    assert signals_of(two) == [ao(BAD + 1)]
 
 
 def test_latent_poison_is_found_by_a_load(scene: Scene) -> None:
     consumer, other = scene.mapper("p0", touch=[BAD]), scene.mapper("p1")
     scene.mount.inject("f", (BAD * PAGE, PAGE), latent=True)
-    assert told(other) == []
+    assert signals_of(other) == []
     consumes(consumer, f"tr 0 {BAD}", ar(BAD))
     assert other.wait_signal().recorded() == ao(BAD)
 
@@ -84,7 +84,7 @@ def test_latent_poison_is_found_by_a_load(scene: Scene) -> None:
 def test_writing_the_page_clears_the_poison(scene: Scene) -> None:
     p0 = scene.mapper(touch=[BAD])
     scene.poison(BAD)
-    assert told(p0) == [ao(BAD)]
+    assert signals_of(p0) == [ao(BAD)]
     with (scene.mount.path / "f").open("r+b") as file:
         file.seek(BAD * PAGE)
         file.write(b"z" * PAGE)
@@ -95,8 +95,8 @@ def test_writing_the_page_clears_the_poison(scene: Scene) -> None:
 def test_removal_signals_every_process_with_a_mapping(scene: Scene) -> None:
     touched, untouched = scene.mapper("p0", touch=[BAD]), scene.mapper("p1")
     assert scene.mount.json("remove", scene.mount.path)["told"] == 2
-    assert told(touched) == [ao(0)]
-    assert told(untouched) == [ao(0)]
+    assert signals_of(touched) == [ao(0)]
+    assert signals_of(untouched) == [ao(0)]
 
 
 def test_madvise_gets_no_page_of_it(scene: Scene) -> None:

@@ -18,7 +18,7 @@ from tests.support.scene import (
     consumes,
     letter,
     refused,
-    told,
+    signals_of,
 )
 
 pytestmark = pytest.mark.mount
@@ -64,7 +64,7 @@ def test_read(scene: Scene) -> None:
     reads(p0, 0, AT + PAGE, PAGE, letter(BAD + 1))
     reads(p0, 0, AT + PAGE, 8 * PAGE, "EFGHIJKL")
     assert ask(p0, "fsync 0") == 0
-    assert told(p0) == []
+    assert signals_of(p0) == []
 
 
 def test_one_bad_sector_makes_its_page_unreadable(scene: Scene) -> None:
@@ -169,7 +169,7 @@ def test_write_that_covers_the_page(scene: Scene, fd: int, offset: int, length: 
     assert ask(p0, "fsync 0") == 0
     ask(p0, "open 4 f direct")
     reads(p0, 4, AT, PAGE, "n")
-    assert told(p0) == []
+    assert signals_of(p0) == []
 
 
 def test_write_over_several_poisoned_pages(scene: Scene) -> None:
@@ -219,7 +219,7 @@ def test_buffer_in_the_poisoned_page(scene: Scene, tmp_path: Path) -> None:
     assert refused(p0, f"kwrite 0 {BAD} 0 0 {PAGE}") == "EFAULT"
     reads(p0, 5, 0, PAGE, "A")
     reads(p0, 0, 0, PAGE, "A")
-    assert told(p0) == []
+    assert signals_of(p0) == []
     assert scene.signal_events(p0) == []
 
 
@@ -229,8 +229,8 @@ def test_buffer_of_another_process(scene: Scene) -> None:
     scene.poison(BAD)
     for verb in ("pvmread", "pvmwrite"):
         assert p1.pvm(verb, p0, 0, BAD, PAGE).errno == "EFAULT"
-    assert told(p0) == []
-    assert told(p1) == []
+    assert signals_of(p0) == []
+    assert signals_of(p1) == []
 
 
 # -- removing the file, or its end
@@ -269,7 +269,7 @@ def test_punch_hole_and_zero_range(scene: Scene, verb: str) -> None:
     assert ask(p0, f"pwrite 0 {AT} {PAGE} m") == PAGE
     assert p1.cmd(f"tr 0 {BAD}").ok == "m"
     assert scene.damaged() == []
-    assert told(p0) == []
+    assert signals_of(p0) == []
 
 
 def test_truncate_inside_the_page(scene: Scene) -> None:

@@ -38,7 +38,7 @@ from tests.support.races import (
     why_not_last_signal,
     why_not_log,
 )
-from tests.support.scene import Scene, told
+from tests.support.scene import Scene, signals_of
 
 SECONDS = float(os.environ.get("DAXEMU_RACE_SECONDS", "4"))
 SEED = int(os.environ.get("DAXEMU_RACE_SEED", "1"))
@@ -125,7 +125,7 @@ def _end(mount: QuickMount, directory: Path, rng: random.Random, how: str, racer
             injecting = pool.submit(_inject, Injector(mount.path, rng.randrange(1 << 30)), stop)
             time.sleep(rng.random() * LONGEST)  # at any moment: the property under test
             try:
-                wrong = {"remove": _remove, "umount": _umount}[how](mount, racers, lambda: told(holder))
+                wrong = {"remove": _remove, "umount": _umount}[how](mount, racers, lambda: signals_of(holder))
             finally:
                 stop.set()
             injecting.result(PATIENCE)

@@ -25,7 +25,7 @@ from tests.support.scene import (
     present,
     refused,
     second_tracer,
-    told,
+    signals_of,
 )
 
 pytestmark = pytest.mark.mount
@@ -44,13 +44,13 @@ def faults_plainly(actor: Actor, command: str, addr: str) -> None:
     """The device is gone: no memory failure any more, but BUS_ADRERR at the address."""
     result = actor.cmd(command)
     assert result.faulted, f"{actor.name}: {command}: {result}"
-    got = told(actor)
+    got = signals_of(actor)
     assert [(s["sig"], s["code"], s["addr"]) for s in got] == [("SIGBUS", "BUS_ADRERR", addr)]
 
 
 def is_signalled_once(actor: Actor, pages: set[int]) -> None:
     """Check for one AO, at one of the pages that the process had present."""
-    (got,) = told(actor)
+    (got,) = signals_of(actor)
     assert (got["code"], got["lsb"], got["thread"], got["how"]) == ("BUS_MCEERR_AO", 12, 0, "async")
     assert got["addr"] in {f"m0+{page * PAGE:#x}" for page in pages}
 
@@ -74,7 +74,7 @@ def test_every_process_with_a_page_present_is_signalled_whatever_the_policy(scen
     for actor in (default, early, other):
         is_signalled_once(actor, set(range(PAGES)))
     for actor in (untouched, opener, stranger):
-        assert told(actor) == []
+        assert signals_of(actor) == []
     for actor in (default, late, early, other):
         assert not any(present(actor, 0, page) for page in range(PAGES))
 
@@ -91,7 +91,7 @@ def test_default_disposition_dies_and_ignoring_lives(scene: Scene) -> None:
     p1 = scene.mapper("p1", touch=[1], before=["sig ignore"])
     remove(scene)
     assert p0.wait_death().signal is signal.SIGBUS
-    assert told(p1) == []
+    assert signals_of(p1) == []
     p1.send("tr 0 1")
     assert p1.wait_death().signal is signal.SIGBUS
 
@@ -117,7 +117,7 @@ def test_everything_is_eio_and_faults_are_bus_adrerr(scene: Scene) -> None:
     p0, p1 = scene.mapper("p0", touch=[1]), scene.mapper("p1")
     ask(p0, "open 3 f direct")
     remove(scene)
-    told(p0)
+    signals_of(p0)
     assert state(scene) == "removed"
     for command in (
         f"pread 0 0 {PAGE}",
@@ -170,7 +170,7 @@ def test_unmount_and_mount_again(scene: Scene) -> None:
     (path / "d" / "note").write_bytes(b"kept")
     p0 = scene.mapper(touch=[1])
     remove(scene)
-    told(p0)
+    signals_of(p0)
     scene.mount.run("umount", path, status=4)
     p0.close()
     scene.mount.umount()
@@ -180,7 +180,7 @@ def test_unmount_and_mount_again(scene: Scene) -> None:
     assert (path / "d" / "note").read_bytes() == b"kept"
     p1 = scene.mapper(touch=[1])
     assert p1.cmd("pread 0 0 8192").pages == "AB"
-    assert told(p1) == []
+    assert signals_of(p1) == []
 
 
 def test_struct_pages_are_gone_with_the_device(scene: Scene) -> None:
@@ -235,7 +235,7 @@ def test_damaged_metadata_shuts_the_filesystem_down(scene: Scene) -> None:
     p0 = scene.mapper(touch=[1], before=["mcekill early"])
     (outcome,) = scene.mount.inject("", (0, PAGE))["ranges"]
     assert (outcome["outcome"], outcome["told"]) == ("Failed", 0)
-    assert told(p0) == []
+    assert signals_of(p0) == []
     report = scene.mount.json("status", scene.mount.path)
     assert report["state"] == "shut down"
     assert report["counters"]["failed"] == 1
@@ -256,7 +256,7 @@ def test_poison_in_free_blocks_signals_no_process(early: Scene) -> None:
     p0 = early.mapper(touch=[1])
     (outcome,) = early.mount.inject("", ((1 << 30) - 64 * PAGE, 64 * PAGE))["ranges"]
     assert (outcome["outcome"], outcome["told"]) == ("Recovered", 0)
-    assert told(p0) == []
+    assert signals_of(p0) == []
     assert state(early) == "mounted"
     assert early.damaged() == []
     assert p0.cmd("tr 0 1").ok == letter(1)
@@ -270,7 +270,7 @@ def test_a_damaged_file_and_damaged_metadata_in_one_range(early: Scene) -> None:
     p0 = early.mapper(touch=[1])
     (outcome,) = early.mount.inject("", (0, 1 << 30))["ranges"]
     assert outcome["outcome"] == "Failed"
-    assert told(p0) != []
+    assert signals_of(p0) != []
     assert state(early) == "shut down"
 
 

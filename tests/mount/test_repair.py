@@ -14,7 +14,19 @@ import pytest
 
 from tests.support.mount import DaxMount, dax_mount_at
 from tests.support.quick import QuickMount
-from tests.support.scene import PAGE, PAGES, Scene, ao, ar, ask, consumes, letter, present, refused, told
+from tests.support.scene import (
+    PAGE,
+    PAGES,
+    Scene,
+    ao,
+    ar,
+    ask,
+    consumes,
+    letter,
+    present,
+    refused,
+    signals_of,
+)
 
 pytestmark = pytest.mark.mount
 
@@ -60,7 +72,7 @@ def test_a_transparent_repair_needs_no_signal(repaired: Scene) -> None:
     p0 = repaired.mapper(touch=[BAD], kind="ro")
     (outcome,) = repaired.poison(BAD)
     assert (outcome["outcome"], outcome["told"]) == ("Recovered", 0)
-    assert told(p0) == []
+    assert signals_of(p0) == []
     assert p0.cmd(f"tr 0 {BAD}").ok == letter(BAD)
     assert verdicts(repaired.mount) == ["recovered"]
     assert (repaired.badblocks(), repaired.damaged()) == ([], [])
@@ -75,8 +87,8 @@ def test_a_load_of_latent_poison_gets_the_data(repaired: Scene) -> None:
     p1 = repaired.mapper("p1", touch=[BAD], kind="ro")
     repaired.mount.inject("f", (BAD * PAGE, PAGE), latent=True)
     assert p0.cmd(f"tr 0 {BAD}").ok == letter(BAD)
-    assert told(p0) == []
-    assert told(p1) == []
+    assert signals_of(p0) == []
+    assert signals_of(p1) == []
     assert verdicts(repaired.mount) == ["recovered"]
 
 
@@ -168,7 +180,7 @@ def test_mapped_for_writing_is_not_believed(repaired: Scene) -> None:
     p0 = repaired.mapper("p0", touch=[BAD])
     (outcome,) = repaired.poison(BAD)
     assert outcome["told"] == 1
-    assert told(p0) == [ao(BAD)]
+    assert signals_of(p0) == [ao(BAD)]
     consumes(p0, f"tr 0 {BAD}", ar(BAD))
     assert verdicts(repaired.mount) == ["cannot"]
 
@@ -177,11 +189,11 @@ def test_mapped_for_writing_is_not_believed(repaired: Scene) -> None:
 def test_mapped_for_writing_may_be_trusted_but_a_lost_store_never(repaired: Scene) -> None:
     p0 = repaired.mapper("p0", touch=[BAD, BAD + 1])
     repaired.poison(BAD)
-    assert told(p0) == []
+    assert signals_of(p0) == []
     assert p0.cmd(f"tr 0 {BAD}").ok == letter(BAD)
     assert p0.cmd(f"tw 0 {BAD} z").ok is not None
     repaired.poison(BAD)
-    assert told(p0) == [ao(BAD)]
+    assert signals_of(p0) == [ao(BAD)]
     assert verdicts(repaired.mount) == ["recovered", "cannot"]
     assert len(repaired.mount.events("StoreLost")) == 1
 
@@ -190,7 +202,7 @@ def test_mapped_for_writing_may_be_trusted_but_a_lost_store_never(repaired: Scen
 def test_a_lost_page_is_signalled_and_usable_again(repaired: Scene) -> None:
     p0 = repaired.mapper(touch=[BAD])
     repaired.poison(BAD)
-    assert told(p0) == [ao(BAD)]
+    assert signals_of(p0) == [ao(BAD)]
     assert p0.cmd(f"tr 0 {BAD}").ok in ("0", "\0")
     assert verdicts(repaired.mount) == ["lost"]
     assert repaired.damaged() == []
@@ -217,7 +229,7 @@ def test_every_owner_moves_with_the_block(repaired: Scene) -> None:
 def test_a_fence_gives_everything_up(repaired: Scene) -> None:
     p0 = repaired.mapper(touch=[BAD])
     repaired.poison(BAD)
-    assert ao(BAD) in told(p0)
+    assert ao(BAD) in signals_of(p0)
     assert refused(p0, "pread 0 0 4096") == "EIO"
     assert repaired.mount.json("status", repaired.mount.path)["state"] == "shut down"
 

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from tests.support.actor import Death, compile_victim
-from tests.support.scene import FAR, PAGE, Scene, ao, ar, ask, consumes, refused, told
+from tests.support.scene import FAR, PAGE, Scene, ao, ar, ask, consumes, refused, signals_of
 from tests.support.syscalls import clone_range
 from tests.support.under_run import at_return, run, under_run
 
@@ -44,7 +44,7 @@ def test_whatever_its_policy(scene: Scene, policy: str) -> None:
     p0 = under_run(scene)
     ask(p0, f"mcekill {policy}")
     assert ask(p0, f"madvise 0 {BAD} 1 hwpoison") == 0
-    assert told(p0) == [at_return(BAD)]
+    assert signals_of(p0) == [at_return(BAD)]
     assert dmesg(scene) == [INJECTING, SENDING, RECOVERED]
     consumes(p0, f"tr 0 {BAD}", ar(BAD))
     assert scene.damaged() == [("/f", BAD * PAGE, PAGE)]
@@ -54,7 +54,7 @@ def test_two_pages_one_signal(scene: Scene) -> None:
     """An madvise(2) over two pages fails both pages; the caller sees one signal (`k2-madvise-2pages`)."""
     p0 = under_run(scene)
     assert ask(p0, f"madvise 0 {BAD} 2 hwpoison") == 0
-    assert told(p0) == [at_return(BAD)]
+    assert signals_of(p0) == [at_return(BAD)]
     assert dmesg(scene) == [INJECTING, SENDING, RECOVERED] * 2
     assert scene.mount.json("status", scene.mount.path)["counters"]["recovered"] == 2
     assert [e["result"] for e in scene.signal_events(p0)] == ["delivered", "pending"]
@@ -65,7 +65,7 @@ def test_soft_offline_is_refused(scene: Scene) -> None:
     p0 = under_run(scene)
     assert refused(p0, f"madvise 0 {BAD} 1 soft") == "EIO"
     assert p0.cmd(f"tr 0 {BAD}").ok == "B"
-    assert told(p0) == []
+    assert signals_of(p0) == []
     assert dmesg(scene) == ["Soft offlining pfn PFN at process virtual address VA"]
     assert scene.badblocks() == []
 
@@ -78,7 +78,7 @@ def test_simulated_the_media_stays_good(scene: Scene) -> None:
     assert p0.cmd(f"tw 0 {BAD} x").ok == "x"
     for _ in range(2):
         ask(p0, f"madvise 0 {BAD} 1 hwpoison")
-        assert told(p0) == [at_return(BAD)]
+        assert signals_of(p0) == [at_return(BAD)]
         assert p0.cmd(f"tr 0 {BAD}").ok == "x"
     assert p0.cmd(f"pread 0 {BAD * PAGE} {PAGE}").ret == PAGE
     assert ask(p0, "fsync 0") == 0
@@ -98,9 +98,9 @@ def test_others_by_their_policy(scene: Scene) -> None:
     assert also.cmd(f"tr 0 {BAD}").ok == "B"
     p0 = under_run(scene)
     ask(p0, f"madvise 0 {BAD} 1 hwpoison")
-    assert told(p0) == [at_return(BAD)]
-    assert told(early) == told(also) == [ao(BAD)]
-    assert told(late) == []
+    assert signals_of(p0) == [at_return(BAD)]
+    assert signals_of(early) == signals_of(also) == [ao(BAD)]
+    assert signals_of(late) == []
     consumes(late, f"tr 0 {BAD}", ar(BAD))
     consumes(also, f"tr 0 {BAD}", ar(BAD))
 
@@ -109,7 +109,7 @@ def test_other_injections_reach_it_as_anybody(early: Scene) -> None:
     p0 = under_run(early)
     assert p0.cmd(f"tr 0 {BAD + FAR}").ok is not None
     early.poison(BAD + FAR)
-    assert told(p0) == [ao(BAD + FAR)]
+    assert signals_of(p0) == [ao(BAD + FAR)]
 
 
 @pytest.mark.parametrize("how", ["block", "ignore", "default"])
@@ -121,10 +121,10 @@ def test_action_optional_when_it_is_not_handled(early: Scene, how: str) -> None:
     if how == "default":
         assert p0.wait_death() == SIGBUS_DEATH
     elif how == "ignore":
-        assert told(p0) == []
+        assert signals_of(p0) == []
     else:
         assert ask(p0, "sig take") == signal.SIGBUS
-        assert told(p0) == [ao(BAD + FAR, how="pending, taken with sigtimedwait")]
+        assert signals_of(p0) == [ao(BAD + FAR, how="pending, taken with sigtimedwait")]
 
 
 # -- forced
@@ -200,20 +200,20 @@ def test_forked_and_executed_actors(scene: Scene) -> None:
     p0 = under_run(scene)
     p1 = p0.fork("p1")
     ask(p1, "madvise 0 1 1 hwpoison")
-    assert told(p1) == [at_return(1)]
-    assert told(p0) == []
+    assert signals_of(p1) == [at_return(1)]
+    assert signals_of(p0) == []
     p0.exec()
     ask(p0, "open 0 f rw")
     ask(p0, "mmap 0 0 0 128 shared")
     ask(p0, "madvise 0 2 1 hwpoison")
-    assert told(p0) == [at_return(2)]
+    assert signals_of(p0) == [at_return(2)]
 
 
 def test_one_after_another(scene: Scene) -> None:
     p0 = under_run(scene)
     for page in range(64):
         ask(p0, f"madvise 0 {page} 1 hwpoison")
-        assert told(p0) == [at_return(page)]
+        assert signals_of(p0) == [at_return(page)]
     assert len(scene.mount.events("MadviseInjected")) == 64
 
 
@@ -230,6 +230,6 @@ def test_many_at_once(early: Scene) -> None:
     for actor in actors:
         assert actor.reply().ret == 0
     for index, actor in enumerate(actors):
-        signals = told(actor)
+        signals = signals_of(actor)
         assert [s["addr"] for s in signals if s["code"] == "BUS_MCEERR_AR"] == [f"m0+{index * PAGE:#x}"]
     assert len(early.damaged()) == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.mount import dax_mount_at
-from tests.support.scene import PAGE, Scene, ask, refused, told
+from tests.support.scene import PAGE, Scene, ask, refused, signals_of
 from tests.support.under_run import at_return, run, under_run
 
 pytestmark = pytest.mark.mount
@@ -94,16 +94,16 @@ def test_poison_cannot_be_poisoned_again(scene: Scene) -> None:
     p0 = under_run(scene)
     ask(p0, "madvise 0 1 1 hwpoison")
     assert refused(p0, "madvise 0 1 1 hwpoison") == "EFAULT"
-    assert told(p0) == [at_return(1)]
+    assert signals_of(p0) == [at_return(1)]
 
 
 def test_a_removed_device(scene: Scene) -> None:
     p0 = under_run(scene)
     scene.mount.sound = False
     scene.mount.run("remove", scene.mount.path)
-    told(p0)
+    signals_of(p0)
     assert refused(p0, "madvise 0 1 1 hwpoison") == "EFAULT"
-    assert told(p0) == []
+    assert signals_of(p0) == []
 
 
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv")
@@ -143,5 +143,5 @@ def test_no_supervisor_no_failure(scene: Scene) -> None:
     pid = scene.mount.json("status", scene.mount.path)["pid"]
     subprocess.run(["kill", "-9", str(pid)], check=True)
     assert refused(p0, f"madvise 0 {BAD} 1 hwpoison") == "EIO"
-    assert told(p0) == []
+    assert signals_of(p0) == []
     p0.close()

@@ -7,7 +7,7 @@ import pytest
 from daxemu.client import Client
 from daxemu.host.proc.mountinfo import mount_of
 from tests.support.mount import PATIENCE, DaxMount
-from tests.support.scene import PAGE, Scene, ar, consumes, told
+from tests.support.scene import PAGE, Scene, ar, consumes, signals_of
 
 pytestmark = pytest.mark.mount
 
@@ -35,7 +35,7 @@ def test_a_scrub_finds_latent_poison_and_signals_no_process(scene: Scene) -> Non
     assert (found["offset"], found["length"]) == (at, PAGE)
     assert scene.badblocks() == [[at // 512, 8]]
     assert scene.damaged() == [("/f", BAD * PAGE, PAGE)]
-    assert told(p0) == []
+    assert signals_of(p0) == []
     assert scene.mount.events("MemoryFailureHandled") == []
     consumes(p0, f"tr 0 {BAD}", ar(BAD))
     # The scrub goes on, and reports each page once.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.scene import PAGE, Scene, ao, ask, letter, told
+from tests.support.scene import PAGE, Scene, ao, ask, letter, signals_of
 
 pytestmark = pytest.mark.mount
 
@@ -36,9 +36,9 @@ def test_every_owner_is_signalled_at_its_own_offset(early: Scene) -> None:
     assert p2.cmd(f"tr 1 {BAD + 2}").ok == letter(BAD)
     (outcome,) = early.poison(BAD)
     assert outcome["told"] == 4
-    assert told(p0) == [ao(BAD)]
-    assert told(p1) == [ao(BAD + 2)]
-    assert sorted(told(p2), key=lambda s: str(s["addr"])) == [ao(BAD), ao(BAD + 2, mapping=1)]
+    assert signals_of(p0) == [ao(BAD)]
+    assert signals_of(p1) == [ao(BAD + 2)]
+    assert sorted(signals_of(p2), key=lambda s: str(s["addr"])) == [ao(BAD), ao(BAD + 2, mapping=1)]
     assert sorted(early.damaged()) == [("/clone", (BAD + 2) * PAGE, PAGE), ("/f", BAD * PAGE, PAGE)]
 
 
@@ -51,7 +51,7 @@ def test_poison_found_through_a_clone(early: Scene) -> None:
     (outcome,) = early.poison(BAD, file="clone3")
     assert outcome["told"] == 6
     for actor in (p0, *others):
-        assert told(actor) == [ao(BAD)]
+        assert signals_of(actor) == [ao(BAD)]
 
 
 def test_a_file_with_a_block_of_its_own_again(early: Scene) -> None:
@@ -63,12 +63,12 @@ def test_a_file_with_a_block_of_its_own_again(early: Scene) -> None:
     ask(p0, f"pwrite 0 {BAD * PAGE} {PAGE} c")
     assert p0.cmd(f"tr 0 {BAD}").ok == "c"
     early.poison(BAD)
-    assert told(p0) == [ao(BAD)]
-    assert told(p1) == []
+    assert signals_of(p0) == [ao(BAD)]
+    assert signals_of(p1) == []
     assert p1.cmd(f"tr 0 {BAD}").ok == letter(BAD)
     ask(p0, f"pwrite 0 {BAD * PAGE} {PAGE} d")
     assert p0.cmd(f"tr 0 {BAD}").ok == "d"
     early.poison(BAD, file="clone")
-    assert told(p0) == []
-    assert told(p1) == [ao(BAD)]
+    assert signals_of(p0) == []
+    assert signals_of(p1) == [ao(BAD)]
     assert p0.cmd(f"tr 0 {BAD}").ok == "d"

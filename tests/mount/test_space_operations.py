@@ -14,7 +14,7 @@ import pytest
 from tests.support.actor import Actor
 from tests.support.mount import DaxMount
 from tests.support.quick import QuickMount
-from tests.support.scene import PAGE, Scene, append_until_full, ar, ask, consumes, letter, told
+from tests.support.scene import PAGE, Scene, append_until_full, ar, ask, consumes, letter, signals_of
 from tests.support.syscalls import (
     COLLAPSE_RANGE,
     INSERT_RANGE,
@@ -261,7 +261,7 @@ def _usable_again(scene: Scene, p0: Actor, fd: int, bad_device: int) -> None:
     assert scene.device_offset("f", BAD) != bad_device
     assert scene.damaged() == []
     assert [[bad_device // 512, 8]] == scene.badblocks(), "the freed block stays known as bad"
-    assert told(p0) == []
+    assert signals_of(p0) == []
 
 
 @pytest.mark.parametrize("mode", [PUNCH, ZERO_RANGE])

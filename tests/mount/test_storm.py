@@ -14,7 +14,7 @@ from daxemu.cli.log import BURST
 from daxemu.errors import InvalidArgument
 from tests.support.actor import Actor
 from tests.support.mount import PATIENCE, DaxMount
-from tests.support.scene import PAGE, Scene, ao, ar, ask, letter, present, told
+from tests.support.scene import PAGE, Scene, ao, ar, ask, letter, present, signals_of
 
 pytestmark = pytest.mark.mount
 
@@ -86,7 +86,7 @@ def test_a_hundred_ranges_and_twenty_processes(early: Scene) -> None:
     outcomes = early.poison(*bad, file="big")
     assert [outcome["told"] for outcome in outcomes] == [VICTIMS] * RANGES
     for actor in actors:
-        got = told(actor)
+        got = signals_of(actor)
         assert addresses(got) == [ao(page)["addr"] for page in bad]
         assert all(s == ao(int(str(s["addr"])[3:], 16) // PAGE) for s in got)
     events = early.mount.events("SignalSent")
@@ -97,7 +97,7 @@ def test_a_hundred_ranges_and_twenty_processes(early: Scene) -> None:
     for actor in actors:
         assert actor.cmd("tr 0 1").ok == letter(1)
         assert actor.cmd("tr 0 0").faulted
-        assert told(actor) == [ar(0)]
+        assert signals_of(actor) == [ar(0)]
 
 
 def test_a_hundred_ranges_one_after_the_other(early: Scene) -> None:
@@ -108,7 +108,7 @@ def test_a_hundred_ranges_one_after_the_other(early: Scene) -> None:
     for page in bad:
         poison(early.mount, "big", page)
     for actor in actors:
-        assert addresses(told(actor)) == [ao(page)["addr"] for page in bad]
+        assert addresses(signals_of(actor)) == [ao(page)["addr"] for page in bad]
 
 
 def test_blocked_and_stormed(early: Scene) -> None:
@@ -120,7 +120,7 @@ def test_blocked_and_stormed(early: Scene) -> None:
     while len(got) < len(bad):
         if ask(p0, "sig pending"):
             assert ask(p0, "sig take") == signal.SIGBUS
-            got += [s["addr"] for s in told(p0)]
+            got += [s["addr"] for s in signals_of(p0)]
     assert sorted(got, key=str) == sorted((ao(page)["addr"] for page in bad), key=str)
     assert ask(p0, "sig pending") == 0
 
@@ -134,7 +134,7 @@ def test_many_processes_touch_pages_that_are_being_poisoned(scene: Scene) -> Non
     scene.poison(*pages)
     for actor, page in zip(actors, pages, strict=True):
         assert actor.reply().faulted
-        assert told(actor) == [ar(page)]
+        assert signals_of(actor) == [ar(page)]
 
 
 # -- at the same time
@@ -149,7 +149,7 @@ def test_two_clients_inject_at_once(early: Scene) -> None:
         pass
     expected = {ao(page)["addr"] for pages in halves for page in (*pages, 126)}
     for actor in actors:
-        got = [s["addr"] for s in told(actor)]
+        got = [s["addr"] for s in signals_of(actor)]
         assert set(got) == expected
         assert len(got) == len(expected), "told twice of what was present once"
     assert sum(count for _, count in early.badblocks()) == 121 * 8
@@ -165,10 +165,10 @@ def test_victims_that_die_meanwhile(early: Scene) -> None:
         for actor in actors[::2]:
             actor.kill()
     for actor in actors[1::2]:
-        assert addresses(told(actor)) == [ao(page)["addr"] for page in bad]
+        assert addresses(signals_of(actor)) == [ao(page)["addr"] for page in bad]
     poison(early.mount, "big", 1)
     for actor in actors[1::2]:
-        assert told(actor) == [ao(1)]
+        assert signals_of(actor) == [ao(1)]
 
 
 def test_victims_that_die_of_it(early: Scene) -> None:
@@ -185,11 +185,11 @@ def test_victims_that_die_of_it(early: Scene) -> None:
 
 def still_learns(actor: Actor, page: int) -> None:
     """Check that the process was signalled for the page, or is at the next touch of the page."""
-    if ao(page) in told(actor):
+    if ao(page) in signals_of(actor):
         return
     result = actor.cmd(f"tr 0 {page}")
     assert result.faulted, f"{actor.name} read {result} and was told nothing"
-    assert told(actor) == [ar(page)]
+    assert signals_of(actor) == [ar(page)]
 
 
 def test_files_that_are_unlinked_meanwhile(early: Scene) -> None:
@@ -230,7 +230,7 @@ def test_files_that_are_truncated_meanwhile(early: Scene) -> None:
         with Background(partial(try_poison, early.mount, ino, 5, 12)):
             assert ask(p0, f"trunc 0 {8 * PAGE}") == 0
         assert p0.cmd("tr 0 12").faulted
-        codes = {s["code"] for s in told(p0) if s["addr"] == ao(12)["addr"]}
+        codes = {s["code"] for s in signals_of(p0) if s["addr"] == ao(12)["addr"]}
         assert codes <= {"BUS_ADRERR", "BUS_MCEERR_AO"}
         assert "BUS_ADRERR" in codes
         if early.damaged():
@@ -244,7 +244,7 @@ def test_files_that_are_truncated_meanwhile(early: Scene) -> None:
 
 def refuses_to_be_read(actor: Actor, page: int) -> bool:
     faulted = actor.cmd(f"tr 0 {page}").faulted
-    return faulted and told(actor) == [ar(page)]
+    return faulted and signals_of(actor) == [ar(page)]
 
 
 def try_poison(mount: DaxMount, ino: int, *pages: int) -> None:
@@ -275,7 +275,7 @@ def test_files_that_are_cloned_meanwhile(early: Scene) -> None:
             ask(p1, "mmap 0 0 0 16 shared")
             p1.cmd("tr 0 5")
         still_learns(p0, 5)
-        if not told(p1):
+        if not signals_of(p1):
             still_learns(p1, 5)
         for actor in (p0, p1):
             assert actor.cmd("tr 0 6").ok == letter(6), round_

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.hung_fuse import stuck_victim
-from tests.support.scene import Scene, ao, ar, consumes, told
+from tests.support.scene import Scene, ao, ar, consumes, signals_of
 from tests.support.scene import present as is_present
 
 pytestmark = [
@@ -34,7 +34,7 @@ def test_the_others_are_signalled_and_every_verb_ends(early: Scene, other: Path,
         for page in (BAD, BAD + 1):
             early.poison(page)
             for victim in victims:
-                assert told(victim) == [ao(page)]
+                assert signals_of(victim) == [ao(page)]
                 assert not is_present(victim, 0, page)
                 consumes(victim, f"tr 0 {page}", ar(page))
         sent = [e["result"] for e in early.mount.events("SignalSent") if e["pid"] == pid]

@@ -18,7 +18,7 @@ import pytest
 import daxemu as package
 from tests.support.actor import Actor
 from tests.support.mount import PATIENCE, DaxMount, clear_away
-from tests.support.scene import PAGE, letter, told
+from tests.support.scene import PAGE, letter, signals_of
 from tests.support.syscalls import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, clone_range, extent_map, fallocate
 
 pytestmark = pytest.mark.mount
@@ -118,9 +118,9 @@ def test_poison(bare: BareMount) -> None:
         for command in ("open 0 f rw", "mmap 0 0 0 64 shared", "tr 0 40"):
             p0.cmd(command)
         bare.inject("f", (40 * PAGE, PAGE))
-        assert [(s["code"], s["addr"]) for s in told(p0)] == [("BUS_MCEERR_AO", f"m0+{40 * PAGE:#x}")]
+        assert [(s["code"], s["addr"]) for s in signals_of(p0)] == [("BUS_MCEERR_AO", f"m0+{40 * PAGE:#x}")]
         assert p0.cmd("tr 0 40").faulted
-        assert [(s["sig"], s["addr"]) for s in told(p0)] == [("SIGBUS", f"m0+{40 * PAGE:#x}")]
+        assert [(s["sig"], s["addr"]) for s in signals_of(p0)] == [("SIGBUS", f"m0+{40 * PAGE:#x}")]
         assert p0.cmd("pread 0 163840 4096").errno == "EIO"
         assert p0.cmd("pwrite 0 163840 4096 n").ret == PAGE
         assert p0.cmd("tr 0 40").ok == "n"

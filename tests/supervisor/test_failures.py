@@ -9,17 +9,18 @@ from pathlib import Path
 import trio
 import trio.testing
 
-from daxemu.events import Event, MemoryFailureHandled, SignalSent
+from daxemu.events import Event, MemoryFailureHandled, Outcome, PageType, SignalSent
 from daxemu.host.mappings import Translations
 from daxemu.host.proc.file_pages import FilePage
 from daxemu.host.tracer.link import TracerLink
+from daxemu.mm.incident import Part
 from daxemu.mm.memory_failure import FileId, Incident, MappingRange, MemoryFailures, PfnMapping, Task
 from daxemu.mm.pfn_space import PfnAddressSpace
 from daxemu.ranges import Range
 from daxemu.supervisor.failures import Failures, Signalled
 from daxemu.supervisor.signals import Signals
 from tests.support.actor import Actor
-from tests.support.scene import PAGE, ao, ask, told
+from tests.support.scene import PAGE, ao, ask, signals_of
 
 BASE = 0x8000000
 
@@ -40,6 +41,8 @@ class Accelerator:
 
 class NoMount(Translations):
     """Machine without mappings on a mount."""
+
+    survive_shutdown = False
 
     def collect(self, incidents: Sequence[Incident]) -> list[list[Task]]:
         return [[] for _ in incidents]
@@ -75,8 +78,8 @@ def test_processes_that_map_another_drivers_memory_are_signalled(tmp_path: Path)
             ask(actor, "open 0 f rw")
             ask(actor, f"mmap 0 0 {first} 2 shared")
         assert trio.run(fail) == Signalled(signals=1, processes=1)
-        assert told(mapper) == [ao(1)]
-        assert told(elsewhere) == []
+        assert signals_of(mapper) == [ao(1)]
+        assert signals_of(elsewhere) == []
     (sent,) = [event for event in events if isinstance(event, SignalSent)]
     assert (sent.comm, sent.pfn, sent.result) == ("p0", BASE + 1, "delivered")
     (handled,) = [event for event in events if isinstance(event, MemoryFailureHandled)]
@@ -119,3 +122,43 @@ def test_failures_that_wait_for_their_turn_are_seen_to_together_but_removal_alon
 
     trio.run(storm)
     assert mappings.looks == [5, 1, 3]
+
+
+class Tasks(trio.abc.Instrument):
+    """Counts the started tasks of failures."""
+
+    def __init__(self) -> None:
+        self.started = 0
+
+    def task_spawned(self, task: trio.lowlevel.Task) -> None:
+        self.started += "Failures" in task.name
+
+
+def test_many_failures_without_a_victim_cost_no_task_and_one_write_of_the_counters() -> None:
+    events: list[Event] = []
+    tasks, written = Tasks(), 0
+
+    def write(counters: object) -> None:
+        nonlocal written
+        written += 1
+
+    mm = MemoryFailures(events.append, on_count=write)
+    mappings = NoMount()
+
+    async def storm() -> None:
+        async with TracerLink.open() as tracer, trio.open_nursery() as nursery:
+            failures = Failures(mm, mappings, Signals(tracer, mappings.file_page, events.append, nursery))
+            many = [
+                Incident(n, BASE + n, 1, 0, [], parts=(Part(PageType.DAX, BASE + n, 1),)) for n in range(100)
+            ]
+            trio.lowlevel.add_instrument(tasks)
+            handled = await failures.handle_all(many)
+            trio.lowlevel.remove_instrument(tasks)
+            assert {each.outcome for each in handled} == {Outcome.RECOVERED}
+
+    trio.run(storm)
+    assert [event.pfn for event in events if isinstance(event, MemoryFailureHandled)] == list(
+        range(BASE, BASE + 100)
+    )
+    assert (tasks.started, written) == (0, 1)
+    assert mm.counters[Outcome.RECOVERED] == 100

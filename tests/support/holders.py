@@ -11,7 +11,7 @@ from daxemu.host.proc.mountinfo import mount_of
 from tests.support.actor import Actor
 from tests.support.quick import QuickMount
 from tests.support.racer import PATIENCE
-from tests.support.scene import PAGE, Scene, ao, ar, present, told
+from tests.support.scene import PAGE, Scene, ao, ar, present, signals_of
 
 PAGES = 32
 
@@ -68,4 +68,4 @@ class Holders:
     def _consumes(actor: Actor, page: int) -> None:
         result = actor.cmd(f"tr 0 {page}")
         assert result.faulted, f"{actor.name} read {result} of poison\n{actor.transcript[-2000:]}"
-        assert told(actor) == [ar(page)]
+        assert signals_of(actor) == [ar(page)]

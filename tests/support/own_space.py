@@ -233,7 +233,7 @@ class Host:
         raise AssertionError("nothing to remember here")
 
     async def _hardware_error(
-        self, tid: int, address: int, ino: Ino, offset: int, length: int, *, soft: bool
+        self, tid: int, address: int, ino: Ino, offset: int, length: int, *, soft: bool, simulated: bool
     ) -> int:
         self.injected.append((ino, offset, length))
         return 0

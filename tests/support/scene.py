@@ -157,7 +157,7 @@ def present(actor: Actor, mapping: int, page: int) -> bool:
     return bool(actor.cmd(f"pagemap {mapping} {page}").res["present"])
 
 
-def told(actor: Actor) -> list[dict[str, Any]]:
+def signals_of(actor: Actor) -> list[dict[str, Any]]:
     """Return the signals since the last call, in the form of the recordings.
 
     Every signal sent so far has arrived.
@@ -186,7 +186,7 @@ def consumes(actor: Actor, command: str, expected: dict[str, Any]) -> None:
     """Assert that an access faults, with exactly the expected signal."""
     result = actor.cmd(command)
     assert result.faulted, f"{actor.name}: {command}: {result}"
-    assert told(actor) == [expected]
+    assert signals_of(actor) == [expected]
 
 
 def is_plain_sigbus(signal: Signal) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tests.support.actor import Actor
 from tests.support.quick import QuickMount, quick_mount_at
-from tests.support.scene import PAGE, Scene, ask, present, told
+from tests.support.scene import PAGE, Scene, ask, present, signals_of
 from tests.support.zygote import Zygote
 
 FILES = ("db", "snap")
@@ -100,7 +100,7 @@ class Example:
     def take_signals(self) -> None:
         """Make each process report the signals received since the last call."""
         for name, actor in (("p0", self.p0), ("p1", self.p1)):
-            for signal in told(actor):
+            for signal in signals_of(actor):
                 assert (signal["addr"], signal["lsb"]) == ("m0+0x0", 12)
                 self._signals[name].append(CODES[signal["code"]])
 

@@ -17,11 +17,11 @@ from daxemu.host.run.helper import Handover
 from daxemu.host.run.runner import Piece, execute
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
+"""Exit statuses, as of a shell."""
 _PATIENCE = 5.0
 """Limit in seconds of an exchange with a supervisor about direct mappings."""
 _SHORT_PATIENCE = 1.0
 """The same before the command starts."""
-"""Exit statuses, as of a shell."""
 
 
 class _Run(click.Command):
@@ -42,8 +42,8 @@ class _Run(click.Command):
 @click.pass_context
 def run(ctx: click.Context, mountpoint: Path | None, simulated: bool) -> None:
     """Run COMMAND with working madvise(MADV_HWPOISON) and madvise(MADV_SOFT_OFFLINE), on mappings of files of
-    MOUNTPOINT or, without MOUNTPOINT, of any daxemu mount. The same holds for children of COMMAND. Other
-    system calls are not changed.
+    MOUNTPOINT or, without MOUNTPOINT, of any daxemu mount. On a mount of daxemu mount --direct, mmap(2) of
+    COMMAND maps the media itself. The same holds for children of COMMAND.
 
     COMMAND replaces this process, with the same process id and terminal; signals reach COMMAND, and the exit
     status is that of COMMAND. Without root, COMMAND cannot gain privileges (no_new_privs). Exit
@@ -54,13 +54,14 @@ def run(ctx: click.Context, mountpoint: Path | None, simulated: bool) -> None:
       daxemu run /tmp/pmem -- ./my-test --poison
       daxemu run -- sh -c './writer | ./reader'
       daxemu run --simulated -- ./check xfs/550
+      daxemu mount --direct /dev/shm/pmem0 /tmp/pmem && daxemu run /tmp/pmem -- ./my-test
     """
     command: list[str] = ctx.meta[__name__]
     if not command:
         raise click.UsageError("give the command after --, such as: daxemu run /tmp/pmem -- ls -l", ctx)
     only = mount_of(mountpoint) if mountpoint is not None else None
     try:
-        attach = _attach if _may_be_direct(only) else None
+        attach = partial(_attach, simulated) if _may_be_direct(only) else None
         execute(command, only, partial(_advise, simulated), attach)
     except OSError as error:
         complain(f"daxemu: {command[0]}: {error.strerror or error}")
@@ -87,13 +88,15 @@ def _is_direct(mount: Mount) -> bool:
         return False  # in page-cache mode; no supervisor, or of an earlier version
 
 
-def _attach(mount: Mount, offered: Handover) -> bool:
+def _attach(simulated: bool, mount: Mount, offered: Handover) -> bool:
     """Give the descriptors of a run to the supervisor of a mount. Return False in page-cache mode."""
     descriptors = (offered.listener, offered.socket, os.fstat(offered.socket).st_ino)
     zone = (offered.zone.start, offered.zone.stop)
     try:
         with Client(mount, patience=_PATIENCE) as client:
-            client.request("attach", pid=os.getpid(), descriptors=descriptors, zone=zone)
+            client.request(
+                "attach", pid=os.getpid(), descriptors=descriptors, zone=zone, simulated=simulated
+            )
     except Unsupported:
         return False
     return True

@@ -56,11 +56,19 @@ leaves its page fault for a signal.
 
 class HardwareError(Protocol):
     """Execute madvise(MADV_HWPOISON) or, with ``soft``, madvise(MADV_SOFT_OFFLINE) of a thread on bytes of a
-    file, which the thread has mapped at ``address``.
+    file, which the thread has mapped at ``address``. ``simulated``: without poison.
     """
 
     async def __call__(
-        self, tid: int, address: int, ino: Ino, offset: int, length: int, *, soft: bool
+        self,
+        tid: int,
+        address: int,
+        ino: Ino,
+        offset: int,
+        length: int,
+        *,
+        soft: bool,
+        simulated: bool,
     ) -> int:
         """Return 0 or an errno. Loop."""
 
@@ -110,6 +118,12 @@ class Translations(Protocol):
 
     def revoke(self, incident: Incident) -> None:
         """``unmap_mapping_range()`` for every file range of the incident: the next access faults. Worker."""
+
+    @property
+    def survive_shutdown(self) -> bool:
+        """True if pages stay mapped after a shutdown, as on DAX; False if revoke_all() must take the pages
+        away, because the pages are copies of the media.
+        """
 
     def revoke_all(self) -> None:
         """Revoke all pages of all files: after a shutdown or a removal every access fails. Worker."""

@@ -9,9 +9,9 @@
     core: action_result             counts, logs and publishes the outcome
 
 Collect comes before revoke, because addresses and presence are read from live mappings. The media is poisoned
-before the collect: a process that faults in a failed page between the two consumes the poison in that page
-fault. Signals are sent after the release of the mutex, so that a stopped victim does not delay the next
-failure.
+before both: a process whose page fault brings a failed page in between collect and revoke consumes the poison
+in that page fault. Signals are sent after the release of the mutex, so that a stopped victim does not delay
+the next failure.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from daxemu.supervisor.latent import Latent
 from daxemu.supervisor.repairs import RepairResult
 from daxemu.supervisor.signals import Signals
 
-HANDLER_PATIENCE = 1.0
+HANDLER_PATIENCE = 5.0
 """Seconds that a shutdown waits for the threads with a delivered AO to run their handlers."""
 
 
@@ -61,8 +61,8 @@ class _Turn:
     """One incident's time under the mutex. ``to_kill`` (the victims) is None until the turn is over."""
 
     incident: Incident
-    current: int | None  # thread id
-    consumer: int | None  # process id
+    current: int | None  # id of the thread that is itself in memory_failure()
+    consumer: int | None  # id of the process whose load discovered latent poison
     collected: Callable[[Sequence[Task]], None] | None = None
     """Called with the collected processes before the first signal."""
     latent: list[Task] = field(default_factory=list)
@@ -76,8 +76,11 @@ class _Turn:
     def is_plain(self) -> bool:
         """Return True if other plain turns may share one collect with this turn.
 
-        Three kinds of incident are collected alone: a removal, a discovery by a load, and a failure in pages
-        mapped by PMDs, because other failures may be in the same PMD.
+        Three kinds of incident are collected alone:
+
+        - a removal;
+        - a discovery by a load;
+        - a failure in pages mapped by PMDs: another failure may be in the same PMD.
         """
         incident = self.incident
         by_pmd = any(mapping.pmds for mapping in incident.mappings)
@@ -93,7 +96,7 @@ class _Turn:
 _UNHANDLED = Handled(Outcome.FAILED, Signalled(0, 0), None)
 
 Repair = Callable[[Incident, Sequence[Task]], RepairResult]
-"""Repair of an incident after the revoke. The tasks are the processes that had the pages present."""
+"""Repair of an incident, called after the revoke. The tasks are the processes that had the pages present."""
 
 
 def no_repair(incident: Incident, tasks: Sequence[Task]) -> RepairResult:
@@ -120,7 +123,11 @@ class Failures:
         self._signalling: list[_Turn] = []  # failures after their turn, until the last signal is settled
         self._waiting: list[_Turn] = []  # failures that wait for mf_mutex
         self.mf_mutex = trio.Lock()
-        """Held from collect to revoke: another revoke in between would hide victims from the collect."""
+        """Held from collect to revoke.
+
+        If another incident could revoke pages before the collect, no process would have these pages present,
+        and the collect would find no victim.
+        """
 
     async def handle(
         self,
@@ -145,7 +152,8 @@ class Failures:
         """Execute incidents, each as :meth:`handle` does, in turns that follow each other. Return the results
         in the same order.
 
-        Only an incident with victims costs a task: 190,000 failures of free blocks are one loop.
+        A task is started only for an incident with victims: 190,000 failures of free blocks are handled in
+        one loop.
         """
         return await self._execute([_Turn(incident, None, None) for incident in incidents])
 
@@ -185,7 +193,7 @@ class Failures:
             # As xfs_dax_notify_dev_failure(): kill, then shut down. After a shutdown a victim's load ends
             # in BUS_ADRERR, which must not come before the AO.
             if self._mm.conclude(incident):
-                await self.revoke_everything()  # after the shutdown every access is EIO
+                await self.revoke_everything(is_removed=incident.whole_device)
         finally:
             self._signalling.remove(turn)
         return self._conclude(turn)
@@ -236,11 +244,13 @@ class Failures:
         """Forget which processes had pages of ``incident`` present: the poison was cleared."""
         self._latent.take(incident)
 
-    async def revoke_everything(self) -> None:
-        """Revoke all pages of all open files, once ``mf_mutex`` is free.
+    async def revoke_everything(self, *, is_removed: bool = False) -> None:
+        """Revoke all pages of all open files after a shutdown, once ``mf_mutex`` is free.
 
-        After a shutdown every access must end in EIO. Pages that stay mapped would go on serving loads.
+        Every new access must end in EIO. Pages of the media stay mapped, unless the device is removed.
         """
+        if self._mappings.survive_shutdown and not is_removed:
+            return
         async with self.mf_mutex:
             await trio.to_thread.run_sync(self._mappings.revoke_all)
 
@@ -292,8 +302,8 @@ class Failures:
     def _victims(self, turn: _Turn, found: list[Task]) -> list[Task]:
         """Return the processes with failed pages present now, or at the injection of latent poison.
 
-        A process of the second kind must still have the pages mapped. The consumer is left out, because the
-        page fault signals the consumer.
+        A process remembered from the injection must still have the pages mapped. The consumer is left out,
+        because the page fault signals the consumer.
         """
         tasks = present_as_mapped(turn.incident, found)
         known = {task.pid for task in tasks} | {turn.consumer}

@@ -19,7 +19,13 @@ from daxemu.errors import DaxemuError
 from daxemu.events import KILLED_BY_SIGBUS, Emit, SignalSent
 from daxemu.host.mappings import Access
 from daxemu.host.proc.file_pages import FilePage
-from daxemu.host.proc.processes import comm_of, in_page_fault, is_asleep_in_fault, process_of
+from daxemu.host.proc.processes import (
+    comm_of,
+    in_page_fault,
+    is_asleep_in_fault,
+    process_of,
+    tracer_of,
+)
 from daxemu.host.tracer.link import Armed, Pending, TracerLink
 from daxemu.host.tracer.messages import Delivered, Gone, Ignored, NotTaken, Refused
 from daxemu.host.tracer.messages import Outcome as Delivery
@@ -31,7 +37,7 @@ from daxemu.units import PFN_PHYS, PHYS_PFN
 SIGNAL_PATIENCE = 2.0
 """Seconds that a failure waits for the delivery of an AO. After that the signal stays queued."""
 ARM_PATIENCE = 1.0
-"""Seconds that the read of a thread that consumed poison waits for the tracer."""
+"""Seconds that the read of a thread that consumed poison waits for a tracer without work."""
 
 _MERGED = "merged with the SIGBUS that it has pending"
 _POSTPONED = "the process is stopped or asleep in the kernel, as {} others for which the tracer waits"
@@ -227,12 +233,9 @@ class Signals:
             return False
         if access.address is not None:
             return await self._leaves_fault(access, access.address, pfn, found=found)
-        with trio.move_on_after(ARM_PATIENCE) as patience:
-            page = self._file_page(access.ino, PHYS_PFN(access.offset))
-            armed = await self._tracer.arm(access.tid, page=page)
-        if patience.cancelled_caught:
-            self._inexact(access, pfn, "the tracer did not answer in time")
-        elif isinstance(armed, Refused):
+        page = self._file_page(access.ino, PHYS_PFN(access.offset))
+        armed = await self._tracer.arm(access.tid, page=page, patience=ARM_PATIENCE)
+        if isinstance(armed, Refused):
             self._inexact(access, pfn, armed.reason)
         elif not isinstance(armed, Gone):
             # The name is read while the thread waits: the thread may be dead at the report of the tracer.
@@ -255,12 +258,12 @@ class Signals:
                 del self._leaving[tid]
             if not is_asleep_in_fault(tid):
                 return True
-        consumer = replace(_ar(access, pfn), address=address, current=found)
-        with trio.move_on_after(ARM_PATIENCE) as patience:
-            armed = await self._tracer.force_ar(consumer.pid, tid, address)
-        if patience.cancelled_caught:
-            self._inexact(access, pfn, "the tracer did not answer in time")
+        if (other := tracer_of(tid)) not in (0, self._tracer.pid):
+            # A forced signal would be a plain one. The failed access gives BUS_ADRERR with the address.
+            self._inexact(access, pfn, f"process {other} traces the thread")
             return False
+        consumer = replace(_ar(access, pfn), address=address, current=found)
+        armed = await self._tracer.force_ar(consumer.pid, tid, address, patience=ARM_PATIENCE)
         if not isinstance(armed, Armed):
             if isinstance(armed, Refused):
                 self._inexact(access, pfn, armed.reason)

@@ -22,7 +22,7 @@ from tests.support.scene import (
     consumes,
     letter,
     present,
-    told,
+    signals_of,
 )
 
 pytestmark = pytest.mark.mount
@@ -86,7 +86,7 @@ def test_a_store_into_a_hole_of_a_full_device_is_sigbus(scene: Scene) -> None:
     append_until_full(scene.mount.path / "large", b"x")
     p0 = scene.mapper(file="h", pages=8)
     assert p0.cmd("tw 0 3 n").faulted
-    assert [(each["code"], each["addr"]) for each in told(p0)] == [("BUS_ADRERR", f"m0+{3 * PAGE:#x}")]
+    assert [(each["code"], each["addr"]) for each in signals_of(p0)] == [("BUS_ADRERR", f"m0+{3 * PAGE:#x}")]
     assert p0.cmd("tr 0 2").ok == "0"
 
 
@@ -95,7 +95,7 @@ def test_truncation_and_growth(scene: Scene) -> None:
     p0 = scene.mapper(touch=[0, 1, 2])
     os.truncate(path, PAGE)
     assert p0.cmd("tr 0 1").faulted
-    assert [each["code"] for each in told(p0)] == ["BUS_ADRERR"]
+    assert [each["code"] for each in signals_of(p0)] == ["BUS_ADRERR"]
     os.truncate(path, 3 * PAGE)
     assert p0.cmd("tr 0 1").ok == "0"
     assert p0.cmd("tw 0 2 n").ok == "n"
@@ -117,7 +117,7 @@ def test_poison_takes_the_page_from_every_process(early: Scene) -> None:
     p0, p1 = early.mappers(2, touch=[1, 2])
     p2 = early.mapper("p2", touch=[2])
     early.poison(1)
-    assert (told(p0), told(p1), told(p2)) == ([ao(1)], [ao(1)], [])
+    assert (signals_of(p0), signals_of(p1), signals_of(p2)) == ([ao(1)], [ao(1)], [])
     assert [present(each, 0, 1) for each in (p0, p1)] == [False, False]
     assert [present(each, 0, 2) for each in (p0, p1, p2)] == [True, True, True]
     for each in (p0, p1, p2):
@@ -140,9 +140,9 @@ def test_after_a_removal_every_access_is_sigbus(early: Scene) -> None:
     early.mount.sound = False
     p0 = early.mapper(touch=[1])
     early.mount.run("remove", early.mount.path)
-    assert [each["code"] for each in told(p0)] == ["BUS_MCEERR_AO"]
+    assert [each["code"] for each in signals_of(p0)] == ["BUS_MCEERR_AO"]
     assert p0.cmd("tr 0 1").faulted
-    assert [each["code"] for each in told(p0)] == ["BUS_ADRERR"]
+    assert [each["code"] for each in signals_of(p0)] == ["BUS_ADRERR"]
 
 
 def test_a_killed_program_leaves_no_agent(scene: Scene) -> None:
@@ -163,7 +163,7 @@ def test_an_unmount_by_force_ends_the_mappings(scene: Scene) -> None:
     p0 = scene.mapper(touch=[1])
     scene.mount.umount("--force")
     assert p0.cmd("tr 0 1").faulted
-    assert [each["code"] for each in told(p0)] == ["BUS_ADRERR"]
+    assert [each["code"] for each in signals_of(p0)] == ["BUS_ADRERR"]
 
 
 def test_a_program_outside_of_run_is_refused(scene: Scene) -> None:

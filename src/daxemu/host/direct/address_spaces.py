@@ -28,8 +28,9 @@ import os
 import platform
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -186,9 +187,12 @@ class AddressSpaces:
                 await made.wait()
         return found
 
-    async def forked(self, run: NotifiedCalls, call: NotifiedCall) -> None:
+    async def forked(
+        self, run: NotifiedCalls, call: NotifiedCall, drop: Sequence[tuple[int, int]] = ()
+    ) -> None:
         """Answer a fork(2) or a clone(2) without CLONE_VM. The child of a process with direct mappings gets
-        an agent. Without the right to trace the thread the fork fails with EAGAIN.
+        an agent, and no pages at the addresses ``drop`` (start, length). Without the right to trace the
+        thread the fork fails with EAGAIN.
         """
         try:
             # After NotTaken the thread is not traced any more. The report may still be on its way.
@@ -201,7 +205,7 @@ class AddressSpaces:
                 run.answer(call, CONTINUE)
                 return
             async with parent._fork_turn:
-                await self._fork(run, call, parent)
+                await self._fork(run, call, parent, tuple(drop))
         except AddressSpaceGone:
             run.answer(call, CONTINUE)
         except AgentRefused as why:
@@ -253,8 +257,14 @@ class AddressSpaces:
         else:
             self._add(space)
 
-    async def _fork(self, run: NotifiedCalls, call: NotifiedCall, parent: AddressSpace) -> None:
-        agent, armed = await self._begin(run, call, parent.tgid, TraceFork)
+    async def _fork(
+        self,
+        run: NotifiedCalls,
+        call: NotifiedCall,
+        parent: AddressSpace,
+        drop: tuple[tuple[int, int], ...],
+    ) -> None:
+        agent, armed = await self._begin(run, call, parent.tgid, partial(TraceFork, drop=drop))
         under_way = trio.Event()
         self._forks.add(under_way)
         parent._next_agent = agent
@@ -295,7 +305,11 @@ class AddressSpaces:
             self.end(child)  # execve(2) came first
 
     async def _begin(
-        self, run: NotifiedCalls, call: NotifiedCall, tgid: int, kind: type[MakeAgent] | type[TraceFork]
+        self,
+        run: NotifiedCalls,
+        call: NotifiedCall,
+        tgid: int,
+        kind: Callable[..., MakeAgent | TraceFork],
     ) -> tuple[ProcessAgent, Armed]:
         """Give the process the socket of an agent, and hold the thread."""
         self._refuse_traced(call.tid)

@@ -95,7 +95,7 @@ __asm__(
 	"	cmp $-4, %rax\n" /* EINTR */
 	"	je next\n"
 	"	cmp $56, %rax\n"
-	"	jl leave\n"
+	"	jl will\n"
 	"	xor %edx, %edx\n"
 	"	mov $56, %ecx\n"
 	"	div %rcx\n"
@@ -131,6 +131,22 @@ __asm__(
 	"	test %rax, %rax\n"
 	"	js leave\n"
 	"	jmp next\n"
+	"will:\n" /* without the supervisor: map the void over the slice of the mount, so that every access is SIGBUS */
+	"	movabs $0x2f0000001000, %rax\n" /* zone.ARENAS.start, and a page of code */
+	"	mov %r12, %rdi\n"
+	"	sub %rax, %rdi\n"
+	"	shr $20, %rdi\n" /* ARENA_SIZE: the number of the slice */
+	"	shl $40, %rdi\n" /* SLICE_SIZE */
+	"	movabs $0x200000000000, %rax\n" /* zone.START */
+	"	add %rax, %rdi\n"
+	"	movabs $0x10000000000, %rsi\n"
+	"	mov $3, %edx\n"
+	"	mov $0x4011, %r10d\n" /* MAP_SHARED | MAP_FIXED | MAP_NORESERVE */
+	"	movabs $0x6461786500000002, %r8\n" /* VOID_FD, and zone.MAGIC above */
+	"	xor %r9d, %r9d\n"
+	"	mov $9, %eax\n"
+	"	syscall\n"
+	"	jmp leave\n"
 	"root:	.asciz \"/\"\n"
 	"name:	.asciz \"daxemu-agent\"\n"
 	"daxemu_agent_end:\n"

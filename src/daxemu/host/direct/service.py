@@ -8,14 +8,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from weakref import WeakKeyDictionary
 
 from daxemu.host.direct.address_spaces import AddressSpace, AddressSpaces
 from daxemu.host.direct.calls import MAP_ANONYMOUS, MAP_FIXED, MAP_FIXED_NOREPLACE, Calls, open_file
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
 from daxemu.host.direct.faults import PageFaults
-from daxemu.host.direct.page_tables import PageTables
+from daxemu.host.direct.locking import held
 from daxemu.host.direct.table import Space, Table
 from daxemu.host.direct.userfaultfd import Event, PageFault
 from daxemu.host.mount_parts import MountParts
@@ -23,7 +22,10 @@ from daxemu.host.run import zone
 from daxemu.host.run.attached import AttachedRun, refused
 from daxemu.host.run.filters import Nr
 from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
-from daxemu.ranges import Range
+from daxemu.ranges import Range, merged
+
+MOST_DROPPED = 256
+"""Ranges of pages that the child of a fork does not get. It has the pages of further ranges present."""
 
 _FIXED_ELSEWHERE = (
     "MAP_FIXED over other memory: daxemu would not notice a munmap(2) there; map without MAP_FIXED, or over "
@@ -37,7 +39,6 @@ class Service:
     def __init__(
         self,
         table: Table,
-        page_tables: PageTables,
         faults: PageFaults,
         calls: Calls,
         parts: MountParts,
@@ -47,7 +48,6 @@ class Service:
         self._table = table
         self._faults = faults
         self._calls = calls
-        self._page_tables = page_tables
         self._parts = parts
         self._media = media
         self._void = os.memfd_create("daxemu-void", os.MFD_CLOEXEC)
@@ -67,9 +67,7 @@ class Service:
     def _of(self, run: AttachedRun) -> _RunSpaces:
         found = self._runs.get(run)
         if found is None:
-            found = _RunSpaces(
-                run.zone, self._table, self._page_tables, self._faults, self._calls, self._parts
-            )
+            found = _RunSpaces(run.zone, self._table, self._faults, self._calls, self._parts)
             found.spaces = AddressSpaces(
                 self._parts.tracer,
                 self._parts.nursery,
@@ -92,7 +90,6 @@ class _RunSpaces:
         self,
         given: range,
         table: Table,
-        page_tables: PageTables,
         faults: PageFaults,
         calls: Calls,
         parts: MountParts,
@@ -102,7 +99,6 @@ class _RunSpaces:
         self._table = table
         self._faults = faults
         self._calls = calls
-        self._page_tables = page_tables
         self._parts = parts
         self._known: dict[AddressSpace, Space] = {}
         self._forking: set[int] = set()
@@ -120,7 +116,8 @@ class _RunSpaces:
                     return None
                 case Nr.MMAP if not call.args[3] & MAP_ANONYMOUS:
                     return await self._mmap(run, call)
-            return await self._calls.answer(call, self._space(self.spaces.find(call.tid)))
+            space = self._space(self.spaces.find(call.tid))
+            return await self._calls.answer(call, space, simulated=run.is_simulated)
         except AddressSpaceGone:
             return CONTINUE  # the thread is dead
         except AgentRefused as why:
@@ -142,15 +139,21 @@ class _RunSpaces:
         return None if space is None else await self._calls.mmap(call, file, space)
 
     async def _fork(self, run: AttachedRun, call: NotifiedCall) -> None:
-        """Answer a fork(2). No mapping of the parent changes between its copy and the copy of the table."""
+        """Answer a fork(2). No mapping of the parent changes between its copy and the copy of the table.
+
+        The child gets no page of a shared mapping, as in vma_needs_copy(): without this, fork(2) copies the
+        page tables of mappings with a userfaultfd.
+        """
         space = self._space(self.spaces.find(call.tid))
         if space is None or call.tid in self._forking:
             await self.spaces.forked(run, call)
             return
         self._forking.add(call.tid)
         try:
-            async with space.lock:
-                await self.spaces.forked(run, call)
+            async with held(space.lock):
+                shared = (area.addresses for area in space.areas.values() if area.is_shared)
+                drop = [(part.start, part.length) for part in merged(shared)][:MOST_DROPPED]
+                await self.spaces.forked(run, call, drop)
         finally:
             self._forking.discard(call.tid)
 
@@ -181,20 +184,8 @@ class _RunSpaces:
         """See Watcher.on_forked."""
         known = self._space(parent)
         assert known is not None
-        self._known[child] = made = self._new(child)
-        self._table.fork(known, made)
-        self._parts.nursery.start_soon(self._drop_copied, made)
-
-    async def _drop_copied(self, space: Space) -> None:
-        """Remove pages from the page tables of a fork's child that fork(2) has copied for the userfaultfd.
-
-        In the kernel a child has no page of a shared mapping present (vma_needs_copy()).
-        """
-        with suppress(AddressSpaceGone):
-            async with space.lock:
-                for area in list(space.areas.values()):
-                    if area.is_shared:
-                        await self._page_tables.drop(space, area.addresses)
+        self._known[child] = self._new(child)
+        self._table.fork(known, self._known[child])
 
     def on_gone(self, space: AddressSpace) -> None:
         """See Watcher.on_gone."""

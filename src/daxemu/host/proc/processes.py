@@ -62,6 +62,12 @@ def in_page_fault(tid: int) -> bool | None:
         return None
 
 
+def tracer_of(tid: int) -> int:
+    """Return the id of the process that traces a thread; 0 for none, and for a thread that is gone."""
+    found = status.find(tid)
+    return process_of(found.tracer) if found is not None and found.tracer else 0
+
+
 def is_asleep_in_fault(tid: int) -> bool:
     """Return whether a thread sleeps in its own page fault. False where /proc/TID/syscall cannot be read."""
     try:

@@ -58,6 +58,8 @@ class AttachedRun:
     def __init__(self, listener: int, sock: socket.socket, given: range) -> None:
         """Take over both descriptors."""
         self.zone = given
+        self.is_simulated = False
+        """True if failures by madvise(2) poison nothing (``daxemu run --simulated``)."""
         self._listener = listener
         self._socket = sock
         self._to_acknowledge: set[int] = set()

@@ -45,12 +45,13 @@ from daxemu.host.tracer.messages import (
 from daxemu.uapi import PAGE_SIZE, U64_MAX
 
 # asm/unistd_64.h
-_NR_CLOSE, _NR_MMAP, _NR_CLONE, _NR_FORK, _NR_WAIT4, _NR_PRCTL = 3, 9, 56, 57, 61, 157
+_NR_CLOSE, _NR_MMAP, _NR_MADVISE, _NR_CLONE, _NR_FORK, _NR_WAIT4, _NR_PRCTL = 3, 9, 28, 56, 57, 61, 157
 # uapi/linux/mman.h, uapi/linux/sched.h, uapi/linux/wait.h, uapi/linux/prctl.h
 _PROT_RWX, _MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_FIXED_NOREPLACE = 7, 0x02, 0x20, 0x100000
 _CLONE_VM, _CLONE_VFORK, _WALL = 0x100, 0x4000, 0x40000000
 _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 _NO_FD = 0xFFFF_FFFF
+_MADV_DONTNEED = 4
 # linux/errno.h: ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND. The call did nothing yet.
 _RESTARTS = (-512, -513, -514)
 _ERESTARTNOINTR = 513
@@ -198,6 +199,8 @@ def _make(request: MakeAgent | TraceFork, tid: int) -> Script:
         nonlocal outcome
         try:
             yield from _cloned(request, tid, insn)
+            if isinstance(request, TraceFork):
+                yield from _dropped(request, tid, insn)
         except (_Failed, CannotInject) as why:
             outcome = Refused(request.id, str(why))
         yield from _close(tid, insn, request.fd)
@@ -252,6 +255,12 @@ def _cloned(request: MakeAgent | TraceFork, tid: int, insn: int) -> _Part:
             yield from _call(tid, insn, _NR_PRCTL, _PR_SET_CHILD_SUBREAPER, 1)
         _check("clone", first)
         _check("the first process of the agent", _WORD.unpack(_read(memory, room, _WORD.size))[0])
+
+
+def _dropped(request: TraceFork, tid: int, insn: int) -> _Part:
+    for start, length in request.drop:
+        args = (start, length, _MADV_DONTNEED, 0, 0, request.magic << 32)
+        _check(f"madvise at {start:#x}", (yield from _call(tid, insn, _NR_MADVISE, *args)))
 
 
 def _mapped(request: MakeAgent | TraceFork, tid: int, insn: int, memory: FileIO) -> _Part:

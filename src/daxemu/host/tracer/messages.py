@@ -109,8 +109,10 @@ class MakeAgent(_AgentRequest, frozen=True):
 class TraceFork(_AgentRequest, frozen=True):
     """Make an agent in the child of a fork, before the child runs. Thread ``tid`` waits in fork(2) or
     clone(2); otherwise as ``MakeAgent``. The thread repeats the fork, so the supervisor is notified a second
-    time.
+    time. ``drop``: addresses and lengths, in bytes, whose pages the child does not get (MADV_DONTNEED).
     """
+
+    drop: tuple[tuple[int, int], ...] = ()
 
 
 class ArmedAck(_Message, frozen=True):

@@ -34,5 +34,6 @@ class Attachments:
                 run = AttachedRun.take(request.pid, offered, ino)
             except OverflowError:
                 raise PermissionDenied("a process or descriptor number out of range") from None
+            run.is_simulated = request.simulated
             self._nursery.start_soon(run.serve, self._handle, self._emit, self._nursery, self._unexpected)
         return p.Done()

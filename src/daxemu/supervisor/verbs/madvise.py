@@ -63,10 +63,21 @@ class MadviseInjection:
                 return p.Advised(error)
         return p.Advised(0)
 
-    async def of_call(self, tid: int, address: int, ino: Ino, offset: int, length: int, *, soft: bool) -> int:
+    async def of_call(
+        self,
+        tid: int,
+        address: int,
+        ino: Ino,
+        offset: int,
+        length: int,
+        *,
+        soft: bool,
+        simulated: bool,
+    ) -> int:
         """See host.mappings.HardwareError."""
+        where = {"tid": tid, "address": address, "ino": ino, "offset": offset, "length": length}
         try:
-            request = p.Madvise(tid=tid, address=address, ino=ino, offset=offset, length=length, soft=soft)
+            request = p.Madvise(**where, soft=soft, simulated=simulated)
             return (await self.madvise_inject_error(request)).errno
         except DaxemuError as error:
             return error.errno

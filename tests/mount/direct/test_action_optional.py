@@ -3,4 +3,3 @@
 from __future__ import annotations
 
 from tests.mount.test_action_optional import *  # noqa: F403
-from tests.mount.test_action_required import *  # noqa: F403
