@@ -278,3 +278,25 @@ def test_an_unprivileged_process_is_told_what_to_do() -> None:
             os._exit(0 if "become root" in str(why) else 1)
         os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_request_after_the_close_has_no_descriptor() -> None:
+    """A fault may be decided after its process has ended: its number may be another file's by then."""
+    uffd = userfaultfd.create()
+    number = uffd.fd
+    uffd.close()
+    other = userfaultfd.create()
+    assert other.fd == number
+    requests: tuple[Callable[[], None], ...] = (
+        lambda: uffd.register(0, PAGE_SIZE),
+        lambda: uffd.wake(0, PAGE_SIZE),
+        lambda: uffd.write_protect(0, PAGE_SIZE, on=False),
+        lambda: uffd.copy_zeros(0, PAGE_SIZE, wp=False),
+        lambda: uffd.poison(0, PAGE_SIZE),
+    )
+    for request in requests:
+        with pytest.raises(AddressSpaceGone):
+            request()
+    uffd.close()
+    os.fstat(number)  # the other one is open
+    other.close()

@@ -6,8 +6,10 @@ The steps are in tests/victims/direct.c.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,6 +169,39 @@ def test_the_first_process_of_a_pid_namespace(dax_mount: DaxMount, program: Path
 
 def test_run_in_a_mount_namespace(dax_mount: DaxMount, program: Path, path: Path) -> None:
     assert under_run(dax_mount, program, "fork", path, before=("unshare", "--mount")) == "ok\n"
+
+
+MAP_SHARED = """
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+try:
+    mmap.mmap(fd, 4096)
+except OSError as error:
+    print(os.strerror(error.errno))
+print(mmap.mmap(fd, 4096, mmap.MAP_PRIVATE)[:1])
+"""
+
+
+@pytest.mark.parametrize("namespace", [("--pid", "--fork"), ("--pid", "--fork", "--mount-proc")])
+def test_run_in_a_pid_namespace_has_no_direct_mappings(
+    dax_mount: DaxMount, path: Path, namespace: tuple[str, ...]
+) -> None:
+    """As elsewhere: MAP_SHARED is ENODEV, and MAP_PRIVATE works."""
+    said = under_run(dax_mount, sys.executable, "-c", MAP_SHARED, path, before=("unshare", *namespace))
+    assert said.splitlines() == ["No such device", "b'A'"]
+
+
+def test_a_program_under_a_tracer_has_no_direct_mappings(dax_mount: DaxMount, path: Path) -> None:
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    argv = [*DAXEMU, "run", str(dax_mount.path), "--", "strace", "-f", "-o", "/dev/null"]
+    done = subprocess.run(
+        [*argv, sys.executable, "-c", MAP_SHARED, path], capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.stdout == "No such device\n"  # and MAP_PRIVATE fails alike
+    assert done.returncode == 1
+    (refused, *_) = dax_mount.events("DirectMappingRefused")
+    assert "traces the program" in refused["reason"] or "traces thread" in refused["reason"]
 
 
 def test_two_direct_mounts_in_one_program(

@@ -75,6 +75,8 @@ def _head(model: Model) -> Group:
     status = model.now.status
     used = (status.blocks - status.free_blocks) * 4096
     state = status.state + (f": {status.reason}" if status.reason else "")
+    if status.mode == "direct":
+        state += ", direct"
     counters = ", ".join(f"{count} {name}" for name, count in status.counters.items() if count) or "none"
     rates = ", ".join(f"{rate:.1f} {name}/s" for name, rate in model.rates().items())
     return Group(

@@ -228,11 +228,11 @@ class AddressSpaces:
         space.is_gone = True
         if self._spaces.get(space.tgid) is space:
             del self._spaces[space.tgid]
-        if space.uffd.fd >= 0:
-            trio.lowlevel.notify_closing(space.uffd.fd)
-            space.uffd.close()
+        for fd in (space.uffd.fd, space._process):
+            if fd >= 0:
+                trio.lowlevel.notify_closing(fd)
+        space.uffd.close()
         if space._process >= 0:
-            trio.lowlevel.notify_closing(space._process)
             os.close(space._process)
         space.agent.close()
         self._watcher.on_gone(space)

@@ -166,9 +166,12 @@ class Userfaultfd:
             raise Unsupported(f"userfaultfd of this kernel lacks: {lacking}") from error
 
     def close(self) -> None:
-        """Unregister all ranges and wake all threads that wait."""
-        os.close(self.fd)
-        self.fd = -1  # the number may be another file's next
+        """Unregister all ranges and wake all threads that wait. Idempotent. A later request raises
+        AddressSpaceGone: the number may be another file's by then.
+        """
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
 
     def register(self, start: int, length: int, missing: bool = True, wp: bool = True) -> None:
         """Have faults reported: of missing pages, and of stores to write-protected pages.
@@ -230,18 +233,18 @@ class Userfaultfd:
         return [_parse(raw[at : at + size]) for at in range(0, len(raw), size)]
 
     def _ioctl(self, name: str, number: int, packed: bytes) -> None:
-        self._raise_if_closed(name)
         try:
-            fcntl.ioctl(self.fd, number, bytearray(packed), True)
+            fcntl.ioctl(self._open_fd(), number, bytearray(packed), True)
         except OSError as error:
             what = f"{name} {_range(packed, 8)}"
             if error.errno == errno.ENOMEM and self._is_gone():
                 raise AddressSpaceGone(what) from error
             _fail(error, what, 0)
 
-    def _raise_if_closed(self, name: str) -> None:
+    def _open_fd(self) -> int:
         if self.fd < 0:
-            raise AddressSpaceGone(f"{name}: the userfaultfd is closed")
+            raise AddressSpaceGone("the address space of the userfaultfd has ended")
+        return self.fd
 
     def _is_gone(self) -> bool:
         """Return True if the address space has ended, for which UFFDIO_REGISTER says ENOMEM, as for too many
@@ -259,10 +262,9 @@ class Userfaultfd:
 
         The kernel says EAGAIN for any error after the first page: only the next request has the error itself.
         """
-        self._raise_if_closed(name)
         request = bytearray(packed)
         try:
-            fcntl.ioctl(self.fd, number, request, True)
+            fcntl.ioctl(self._open_fd(), number, request, True)
         except OSError as error:
             done = _DONE.unpack_from(request, len(request) - _DONE.size)[0]
             if error.errno == errno.EAGAIN and done > 0:
