@@ -44,8 +44,8 @@ from daxemu.uapi import (
 )
 
 EAGER = 12_000
-"""Runs of a file up to which a new mapping maps them all at once. 10,000: 0.14 s. Beyond, and where the address space
-has less than twice the room, runs are mapped when touched.
+"""Runs of a file up to which a new mapping maps them all at once: 0.14 s for 10,000. Beyond, and
+where the address space has less than twice the room, runs are mapped when touched.
 """
 
 _EAGER_OVER = 256
