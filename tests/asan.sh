@@ -5,6 +5,7 @@ set -eu
 cd "$(dirname "$0")/.."
 PY=$(realpath -s "${PY:-.venv/bin/python}")
 top=$PWD/build/asan
+unset PYTHONPATH
 
 # A build tree: the installed copy in src/ stays as it is.
 rm -rf "$top"
@@ -20,13 +21,13 @@ for part in fuse/_supplement victims/_victims run/_forward; do
 done
 
 # Python itself has no sanitizer, so the runtimes are preloaded, into Python alone: ASan finds errors of other programs as
-# well (aligned_alloc in dd). Tests expect SIGBUS and SIGSEGV as the kernel sends them. Leaks are not reported: Python
+# well (aligned_alloc in dd). A PYTHONPATH that a test sets comes first. Tests expect SIGBUS and SIGSEGV as the kernel sends them. Leaks are not reported: Python
 # keeps memory until its end.
 runtime="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 options="log_path=$top/log:exitcode=99:detect_leaks=0:handle_segv=0:handle_sigbus=0:handle_abort=0:handle_sigill=0"
 printf '%s\n' "#!/bin/sh" \
     "export ASAN_OPTIONS='$options:handle_sigfpe=0' UBSAN_OPTIONS='log_path=$top/log:print_stacktrace=1'" \
-    "export PYTHONPATH='$top/lib' PYTHONMALLOC=malloc LD_PRELOAD='$runtime'" \
+    "export PYTHONPATH=\"\${PYTHONPATH:+\$PYTHONPATH:}$top/lib\" PYTHONMALLOC=malloc LD_PRELOAD='$runtime'" \
     "exec '$PY' \"\$@\"" >"$top/python"
 chmod +x "$top/python"
 # Interpreters of the virtual environment that are started by their own path, as by the script daxemu, start anew.

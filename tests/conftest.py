@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import kinds
 from tests.support.core import core as core
 from tests.support.mount import DaxMount, dax_mount_at
+
+# A busy machine is no failure: tests assert nothing about time.
+settings.register_profile("daxemu", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("daxemu")
 
 COUNTS = pytest.StashKey[dict[str, int]]()
 """Number of collected tests of each kind. Under pytest-xdist a worker sends the numbers to the controller."""

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from ctypes.util import find_library
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ PAGES = [TOP / "README.md", *sorted((TOP / "docs").rglob("*.md"))]
 def test_a_page_prints_the_output_shown(page: Path, tmp_path: Path) -> None:
     if "socat" in page.read_text() and shutil.which("socat") is None:
         pytest.skip("no socat here: apt-get install socat")
+    if "libpmem.so" in page.read_text() and find_library("pmem") is None:
+        pytest.skip("no libpmem here: apt-get install libpmem1")
     run_page(page, tmp_path)
 
 
@@ -151,3 +154,15 @@ def test_the_demo_keeps_its_promises() -> None:
     done = subprocess.run([BIN / "daxemu", "demo"], capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "NOT" not in done.stdout
+    assert "ok   a store is on the media at once" in done.stdout
+
+
+@pytest.mark.mount
+def test_the_demo_says_why_a_machine_has_no_direct_mappings() -> None:
+    without = ("setpriv", "--bounding-set", "-sys_ptrace", "--inh-caps", "-all")
+    done = subprocess.run(
+        [*without, sys.executable, "-m", "daxemu", "demo"], capture_output=True, text=True, timeout=90
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = re.findall(r"^   left out: .*$", done.stdout, re.MULTILINE)
+    assert "CAP_SYS_PTRACE" in line

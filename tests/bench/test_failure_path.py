@@ -36,11 +36,11 @@ def timed(action: Callable[[], object]) -> float:
 
 
 class Crowd:
-    """``count`` processes made by tests/victims/crowd.c."""
+    """``count`` processes made by tests/victims/crowd.c. ``start``: words before its command."""
 
-    def __init__(self, file: Path, count: int, kind: str) -> None:
+    def __init__(self, file: Path, count: int, kind: str, start: tuple[str | Path, ...] = ()) -> None:
         self._process = subprocess.Popen(
-            [compile_victim("crowd"), file, str(count), kind],
+            [*start, compile_victim("crowd"), file, str(count), kind],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

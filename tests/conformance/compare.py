@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.conformance.recording import Outcome, Step
-from tests.conformance.rules import CACHE, RULES, neighbours_told
+from tests.conformance.rules import CACHE, MARKED, RULES, UNMAPPED, marked, neighbours_told, place_of
 from tests.conformance.world import World
 
 OTHER = "not the reference"
@@ -59,21 +59,33 @@ def judge(index: int, step: Step, ours: Outcome, world: World) -> Difference | N
             here = replace(here, counters={})
         right, reasons = _right(step, kernel, world)
         if right != here:
-            exact = neighbours_told(step, right, here, world) == right
-            reasons = (*reasons, CACHE) if exact else (UNEXPLAINED,)
+            if world.direct:
+                extra = MARKED if here == marked(step, right, world) else UNEXPLAINED
+            else:
+                extra = CACHE if neighbours_told(step, right, here, world) == right else UNEXPLAINED
+            reasons = (extra,) if extra == UNEXPLAINED else (*reasons, extra)
         reason = reasons[0] if reasons else None
         if not reasons and _faults(step.expected) != _faults(ours):
-            reasons = (CACHE,)
+            reasons = (_of_faults(step, ours, world),)
         if reasons:
             difference = Difference(index, step, kernel, right, here, reasons)
     world.after(step, ours, reason)
     return difference
 
 
+def _of_faults(step: Step, ours: Outcome, world: World) -> str:
+    """Return the reason of page faults that the kernel did not take, or took and daxemu did not."""
+    if not world.direct:
+        return CACHE
+    return UNMAPPED if _faults(ours) and place_of(step) in world.unmapped else UNEXPLAINED
+
+
 def judge_other(
-    index: int, step: Step, other: Outcome, ours: Outcome, found: Difference | None
+    index: int, step: Step, other: Outcome, ours: Outcome, found: Difference | None, *, direct: bool = False
 ) -> Difference | None:
-    """Compare the same step with a kernel other than the reference; ``found`` is the result of ``judge``."""
+    """Compare the same step with a kernel other than the reference; ``found`` is the result of ``judge``.
+    ``direct``: played on a direct mount.
+    """
     assert step.expected is not None
     kernel, reference, here = normal(other), normal(step.expected), normal(ours)
     if not counted(other):
@@ -83,7 +95,7 @@ def judge_other(
     reasons = found.reasons if found is not None else ()
     if kernel != reference:
         reasons = (*reasons, OTHER)
-    return Difference(index, step, kernel, reference, here, reasons or (CACHE,))
+    return Difference(index, step, kernel, reference, here, reasons or (UNEXPLAINED if direct else CACHE,))
 
 
 def _right(step: Step, kernel: Outcome, world: World) -> tuple[Outcome, tuple[str, ...]]:

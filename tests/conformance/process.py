@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Process:
 
     def early(self, sysctl: bool) -> bool:
         return "e" in self.policies or (sysctl and "n" in self.policies)
+
+    def rename(self, file: str, name: str) -> None:
+        """Call an open or mapped file by another name."""
+        self.fds = {fd: (name if f == file else f, direct) for fd, (f, direct) in self.fds.items()}
+        self.maps = {m: replace(at, file=name) if at.file == file else at for m, at in self.maps.items()}
 
     def child(self) -> Process:
         return Process(dict(self.fds), dict(self.maps), self.disposition, self.policies[:1])

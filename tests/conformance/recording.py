@@ -18,6 +18,10 @@ CONFIG = "xfs-dax"
 """Reflink and rmapbt: the filesystem with daxemu's features."""
 OTHER_CONFIGS = ("xfs-dax-normap", "ext4-dax")
 
+MODES = ("page cache", "direct")
+"""Modes of a mount: mappings of the page cache, or of the media (``mount --direct``)."""
+DIRECT = MODES[1]
+
 _NOT_PLAYED = re.compile(r"unpoison|kernel stack|SIGKILL|all mappers killed|is the unbind|1\.5 s later|note$")
 
 

@@ -4,6 +4,8 @@ recordings' form.
 Three measures make the mount as similar to DAX as possible, so that only failures are compared: files are
 made and their cached pages dropped; read-ahead is off (a touched page caches no neighbours); FICLONE, which
 the kernel does not forward to FUSE, becomes copy_file_range(2), which shares blocks.
+
+On a direct mount all processes are programs under one ``daxemu run``.
 """
 
 from __future__ import annotations
@@ -11,21 +13,26 @@ from __future__ import annotations
 import errno
 import re
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
 from daxemu.cli.main import VERBS
 from daxemu.errors import DaxemuError
-from daxemu.uapi import PMD_SHIFT
+from daxemu.uapi import PMD_SHIFT, Ino
 from tests.conformance.journal import Journal, drop_cache, no_read_ahead, until
 from tests.conformance.recording import Outcome, Records, Scenario, Step, last_touched
-from tests.support.actor import Actor, ActorDied, ActorTimeout
+from tests.support.actor import Actor, ActorDied, ActorError, ActorTimeout
 from tests.support.mount import DAXEMU, DaxMount
 
 PAGE = 4096
 PATIENCE = 10.0
 """Seconds that one command may take: a hang is an outcome, not a wait."""
+FORK_KNOWN = 0.1
+"""Seconds until the supervisor of a direct mount surely knows the child of a fork: a known fault, see
+docs/fidelity.md.
+"""
 OTHER_ACTOR = re.compile(r"(pvmread|pvmwrite) (\d+) (\d+) (\d+) (\d+)")
 POISON_FILE = re.compile(r"poison page (\d+)(?: of (\S+))?")
 
@@ -63,6 +70,9 @@ class Player:
         self._stack.callback(socket.setdefaulttimeout, None)
         self._client = self._stack.enter_context(mount.client())
         self._actors: dict[str, Actor] = {}
+        self._launcher: Actor | None = None
+        """Parent of all actors on a direct mount. The launcher maps no file."""
+        self._unlinked: dict[str, Ino] = {}
         self._buried: set[str] = set()
         self._stuck: set[str] = set()
         self._spun: Any = None
@@ -110,10 +120,22 @@ class Player:
 
     def _actor(self, name: str) -> Actor:
         if name not in self._actors:
-            wrapper = (*DAXEMU, "run", str(self._mount.path), "--") if needs_run(self._scenario) else ()
-            actor = Actor.spawn(name, cwd=self._mount.path, wrapper=wrapper)
-            self._actors[name] = self._stack.enter_context(actor)
+            self._actors[name] = self._launched(name) if self._mount.is_direct else self._spawned(name)
         return self._actors[name]
+
+    def _spawned(self, name: str, *, under_run: bool = False) -> Actor:
+        under_run |= needs_run(self._scenario)
+        wrapper = (*DAXEMU, "run", str(self._mount.path), "--") if under_run else ()
+        actor = Actor.spawn(name, cwd=self._mount.path, wrapper=wrapper)
+        return self._stack.enter_context(actor)
+
+    def _launched(self, name: str) -> Actor:
+        """Return a new program under the ``daxemu run`` of the scenario, which starts one Python for all."""
+        if self._launcher is None:
+            self._launcher = self._spawned("launcher", under_run=True)
+        actor = self._launcher.fork(name)
+        actor.exec()
+        return actor
 
     def _act(self, actor: Actor, step: Step) -> Any:
         if step.do.startswith("spin"):
@@ -126,12 +148,16 @@ class Player:
         try:
             if words[0] == "fork":
                 self._actors[f"p{words[1]}"] = actor.fork(f"p{words[1]}")
+                if self._mount.is_direct:
+                    time.sleep(FORK_KNOWN)
                 return {"ret": 0, "errno": "0"}
             if pvm := OTHER_ACTOR.fullmatch(step.do):
                 verb, other, mapping, page, length = pvm.groups()
                 return actor.pvm(verb, self._actor(f"p{other}"), int(mapping), int(page), int(length)).res
             if words[0] in ("ficlone", "clonerange"):
                 return self._clone(actor, words)
+            if words[0] == "unlink":
+                self._unlinked[words[1]] = self._ino(words[1])
             res = actor.cmd(step.do, PATIENCE).res
             if words[0] == "tw" and "ok" in res:
                 self._fill(actor, *words[1:])
@@ -140,6 +166,8 @@ class Player:
             return "died"
         except ActorTimeout:
             return self._gave_up_on(actor)
+        except ActorError as error:  # an earlier step ended otherwise: no mapping, no descriptor
+            return f"not possible: {str(error).splitlines()[0]}"
 
     def _gave_up_on(self, actor: Actor) -> str:
         """The actor has been killed."""
@@ -215,7 +243,7 @@ class Player:
         return "sent"
 
     def _injected(self, name: str | None, offset: int, length: int, *, latent: bool = False) -> Any:
-        ino = None if name is None else (self._mount.path / name).stat().st_ino
+        ino = None if name is None else self._ino(name)
         try:
             done = self._client.request("inject", ino=ino, ranges=[[offset, length]], latent=latent)
         except DaxemuError as error:
@@ -224,6 +252,10 @@ class Player:
         if outcome in ("Recovered", "Delayed", "latent"):
             return {"ret": 0, "errno": "0"}
         return {"ret": -1, "errno": {"Failed": "EUCLEAN", "Ignored": "EBUSY"}[outcome]}
+
+    def _ino(self, name: str) -> Ino:
+        """Return the inode number of a file, also of a file that the scenario has unlinked."""
+        return self._unlinked.get(name) or (self._mount.path / name).stat().st_ino
 
     # -- outcomes
 

@@ -14,6 +14,13 @@ from tests.conformance.world import PAGE, Place, World
 
 HARDWARE = "hardware poison"
 CACHE = "FUSE page cache"
+"""Never on a direct mount."""
+UNMAPPED = "poison is unmapped"
+MARKED = "just after EFAULT"
+"""Of direct mounts: a page that failed a system call stays SIGBUS for some milliseconds, without the exact
+code.
+"""
+BUFFER_VERBS = ("kread", "kwrite", "pvmread", "pvmwrite")
 BUG = "kernel bug"
 CANNOT_CLEAR = "cannot clear"
 OVERWRITTEN = "overwritten whole"
@@ -27,7 +34,8 @@ def _numbers(step: Step) -> list[int]:
     return [int(word) for word in step.do.split()[1:] if word.isdigit()]
 
 
-def _place(step: Step) -> Place:
+def place_of(step: Step) -> Place:
+    """Return the place that a load, a store or a look at pagemap names."""
     mapping, page, *_ = _numbers(step)
     return step.who, mapping, page
 
@@ -137,11 +145,13 @@ def neighbours_told(step: Step, right: Outcome, ours: Outcome, world: World) -> 
 
 def access(step: Step, kernel: Outcome, world: World) -> Turned | None:
     """A load or store of poison is BUS_MCEERR_AR, forced. The kernel goes on where the page stayed mapped."""
-    if not step.do.startswith(("tr ", "tw ")) or not world.bad(world.block_at(_place(step))):
+    if not step.do.startswith(("tr ", "tw ")) or not world.bad(world.block_at(place_of(step))):
         return None
     if kernel.res == "dead already":
         return None
-    place = _place(step)
+    place = place_of(step)
+    if world.direct and _copies_first(step, place, world):
+        return Outcome({"faulted": True}, (_signal(place, "BUS_ADRERR", "during access"),)), HARDWARE
     line = f"MCE: Killing {step.who} due to hardware memory corruption fault at VA"
     if world.process(step.who).disposition == "handler":
         signal = _signal(place, "BUS_MCEERR_AR", "during access", lsb=12)
@@ -152,14 +162,22 @@ def access(step: Step, kernel: Outcome, world: World) -> Turned | None:
         # A store to a shared block is BUS_ADRERR: the kernel copies first. Here write-back copies.
         block = world.block_at(place)
         assert block is not None
-        reason = CACHE if world.shared(block) else world.diverged.get(block)
+        shared = world.shared(block) and not world.direct
+        reason = CACHE if shared else world.diverged.get(block)
         return None if reason is None else (right, reason)
     return right, HARDWARE
 
 
+def _copies_first(step: Step, place: Place, world: World) -> bool:
+    """Return True for a store to a shared block: the copy of poison fails."""
+    block = world.block_at(place)
+    mapping = world.process(step.who).maps[place[1]]
+    return step.do.startswith("tw ") and not mapping.private and block is not None and world.shared(block)
+
+
 def read(step: Step, kernel: Outcome, world: World) -> Turned | None:
-    """read(2) of poison: EIO. The page cache returns the good pages before the poison first, O_DIRECT does
-    not.
+    """read(2) of poison: EIO. The page cache returns the good pages before the poison first; O_DIRECT and a
+    direct mount do not.
     """
     if not step.do.startswith("pread "):
         return None
@@ -169,7 +187,7 @@ def read(step: Step, kernel: Outcome, world: World) -> Turned | None:
     if not bad:
         return None
     good = (offset // PAGE + bad[0]) * PAGE - offset
-    if direct or good <= 0:
+    if direct or world.direct or good <= 0:
         return replace(kernel, res=_error("EIO", "")), HARDWARE
     right = replace(kernel, res=_count(good, letters(world, file, offset, good)))
     return right, CACHE if _failed(kernel.res) else f"{HARDWARE} + {CACHE}"
@@ -200,7 +218,7 @@ def write(step: Step, kernel: Outcome, world: World) -> Turned | None:
 def buffer(step: Step, kernel: Outcome, world: World) -> Turned | None:
     """Poison as a system call's buffer: EFAULT, or a short count up to the poison."""
     verb = step.do.split()[0]
-    if verb not in ("kread", "kwrite", "pvmread", "pvmwrite"):
+    if verb not in BUFFER_VERBS:
         return None
     numbers = _numbers(step)
     who = f"p{numbers[0]}" if verb.startswith("pvm") else step.who
@@ -213,18 +231,28 @@ def buffer(step: Step, kernel: Outcome, world: World) -> Turned | None:
 
 
 def pagemap(step: Step, kernel: Outcome, world: World) -> Turned | None:
-    """Without a signal the kernel leaves the page mapped. Here the page is unmapped, so that the next load
-    finds the poison.
+    """Without a signal the kernel leaves the page mapped, and a load is a machine check. Here the page is
+    unmapped, so that the next load finds the poison.
     """
-    if not step.do.startswith("pagemap ") or not world.bad(world.block_at(_place(step))):
+    if not step.do.startswith("pagemap ") or not world.bad(world.block_at(place_of(step))):
         return None
-    return replace(kernel, res={"present": 0}), CACHE
+    return replace(kernel, res={"present": 0}), UNMAPPED if world.direct else CACHE
 
 
 def badblocks(step: Step, kernel: Outcome, world: World) -> Turned | None:
     if not step.do.endswith("badblocks") or not world.cleared or world.poison:
         return None
     return replace(kernel, res="0 range(s), 0 bad 512-byte sectors in all"), CANNOT_CLEAR
+
+
+def marked(step: Step, right: Outcome, world: World) -> Outcome | None:
+    """Return the outcome of an access to poison just after a system call with this buffer failed."""
+    before = world.done[-1].do.split()[0] if world.done else ""
+    if not world.direct or before not in BUFFER_VERBS or not step.do.startswith(("tr ", "tw ")):
+        return None
+    if not world.bad(world.block_at(place_of(step))) or not right.signals:
+        return None
+    return Outcome({"faulted": True}, (_signal(place_of(step), "BUS_ADRERR", "during access"),))
 
 
 # -- features that kernels lack
@@ -245,10 +273,10 @@ def other_bytes(step: Step, kernel: Outcome, world: World) -> Turned | None:
     """The outcome follows from the world, its reason from the difference that changed the world."""
     verb = step.do.split()[0]
     if verb in ("tr", "tw"):
-        block = world.block_at(_place(step))
+        block = world.block_at(place_of(step))
         if block not in world.diverged or world.bad(block):
             return None
-        letter = world.letter_at(_place(step)) if verb == "tr" else step.do.split()[3]
+        letter = world.letter_at(place_of(step)) if verb == "tr" else step.do.split()[3]
         return Outcome({"ok": letter}), world.diverged[block]
     if verb not in ("pread", "pwrite"):
         return None
@@ -267,9 +295,15 @@ def unmapped_at_shutdown(step: Step, kernel: Outcome, world: World) -> Turned | 
     filesystem.
     """
     kept = isinstance(kernel.res, dict) and "ok" in kernel.res
-    if not world.down or not step.do.startswith(("tr ", "tw ")) or not kept or _place(step) in world.copies:
+    if (
+        world.direct
+        or not world.down
+        or not step.do.startswith(("tr ", "tw "))
+        or not kept
+        or place_of(step) in world.copies
+    ):
         return None
-    signal = _signal(_place(step), "BUS_ADRERR", "during access")
+    signal = _signal(place_of(step), "BUS_ADRERR", "during access")
     return Outcome({"faulted": True}, (signal,)), CACHE
 
 

@@ -114,3 +114,46 @@ def test_fault_around_makes_neighbours_present() -> None:
 def find_with(name: str, do: str, ours: Outcome) -> tuple[int, Step, Outcome, World]:
     index, step, world = find(name, do)
     return index, step, ours, world
+
+
+def test_the_world_keeps_an_unlinked_file_that_is_mapped() -> None:
+    world = World()
+    for who, do in (
+        ("-", "mkfile f pages 2 first A"),
+        ("p0", "open 0 f rw"),
+        ("p0", "mmap 0 0 0 2 shared"),
+        ("p0", "tr 0 1"),
+        ("p0", "unlink f"),
+        ("-", "mkfile g pages 2 first K"),
+    ):
+        world.after(Step(who, do), Outcome({"ret": 0, "ok": "?"}), None)
+    poison = Step("inj", "poison page 1 of f (corrupt-pfn)")
+    (block,) = world.failing(poison)
+    assert list(world.mapped_at(block)) == [("p0", 0, 1)]
+    assert world.letter_at(("p0", 0, 1)) == "B"
+    world.after(poison, Outcome({"ret": 0}), None)
+    assert world.bad(world.block_at(("p0", 0, 1)))
+
+
+def test_a_direct_mount_has_no_difference_of_the_page_cache() -> None:
+    """The outcomes of a page cache are unexplained: good bytes before poison, and a neighbour present."""
+    index, step, world = find("p1-nobody-maps", "pread 0 0 32768")
+    world.direct = True
+    found = judge(index, step, Outcome({"ret": 4096, "errno": "0", "pages": "A"}), world)
+    assert found is not None
+    assert found.reasons == (UNEXPLAINED,)
+    index, step, world = find("p1-nobody-maps", "pread 0 0 32768")
+    world.direct = True
+    found = judge(index, step, Outcome({"ret": -1, "errno": "EIO", "pages": ""}), world)
+    assert found is not None
+    assert found.reasons == (HARDWARE,)
+
+
+def test_a_direct_mount_explains_page_faults_only_after_poison() -> None:
+    index, step, world = find("a1-early-sysctl", "tr 0 2")
+    world.direct = True
+    assert step.expected is not None
+    ours = Outcome({"ok": "C", "faults": 0 if step.expected.res["faults"] else 1})
+    found = judge(index, step, ours, world)
+    assert found is not None
+    assert found.reasons == (UNEXPLAINED,)

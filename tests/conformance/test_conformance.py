@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.recording import scenarios
+from tests.conformance.recording import MODES, scenarios
 from tests.conformance.run import run
 from tests.support.zygote import shared_zygote
 
@@ -21,9 +21,10 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("mode", MODES, ids=("cache", "direct"))
 @pytest.mark.parametrize("name", scenarios())
-def test_as_the_kernel_or_for_a_reason(name: str, tmp_path: Path) -> None:
-    verdict = run(scenarios()[name], shared_zygote(), tmp_path)
+def test_as_the_kernel_or_for_a_reason(name: str, mode: str, tmp_path: Path) -> None:
+    verdict = run(scenarios()[name], shared_zygote(), tmp_path, mode)
     if verdict.not_yet is not None:
         pytest.skip(f"not yet: {verdict.not_yet}")
     unexplained = "\n".join(str(found) for found in verdict.unexplained)

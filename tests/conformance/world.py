@@ -25,9 +25,14 @@ Place = tuple[str, int, int]
 
 @dataclass
 class World:
+    direct: bool = False
+    """The mount is direct: a mapping is one of the media."""
     files: dict[str, list[Block | None]] = field(default_factory=dict)
     content: dict[Block, str] = field(default_factory=dict)
     """Value of all bytes of the block; "?" mixed."""
+    unmapped: set[Place] = field(default_factory=set)
+    """Pages present at the failure, and not touched since: the kernel leaves such a page mapped if it
+    signalled no process."""
     poison: set[Block] = field(default_factory=set)
     cleared: bool = False  # or freed: the kernel's device cannot
     done: list[Step] = field(default_factory=list)
@@ -97,13 +102,19 @@ class World:
         self.content[self._last] = holding
         return self._last
 
+    def named(self, file: str) -> str:
+        """Return the key of the file that a failure names, which may be unlinked."""
+        return (
+            file if file in self.files else next((n for n in self.files if n.startswith(f"{file} (")), file)
+        )
+
     def failing(self, step: Step) -> list[Block]:
         """Return the blocks of files that a step poisons."""
         pages: list[tuple[str, int]] = []
         if step.who == "host" and step.do.startswith("machine check"):
-            pages = [("f", last_touched(self.done))]
+            pages = [(self.named("f"), last_touched(self.done))]
         elif step.who == "inj" and (found := re.match(r"poison page (\d+)(?: of (\S+))?", step.do)):
-            pages = [(found.group(2) or "f", int(found.group(1)))]
+            pages = [(self.named(found.group(2) or "f"), int(found.group(1)))]
         elif found := re.match(r"madvise (\d+) (\d+) (\d+) hwpoison", step.do):
             number, first, count = (int(word) for word in found.groups())
             mapping = self.process(step.who).maps[number]
@@ -118,6 +129,7 @@ class World:
         for block in self.failing(step):
             self.poison.add(block)
             self.around -= set(self.maybe_at(block))
+            self.unmapped |= set(self.mapped_at(block))
             self.present -= set(self.mapped_at(block))
         self.down |= step.who in ("inj", "host") and ("superblock" in step.do or "unbind" in step.do)
         self._apply(step, ours, reason)
@@ -210,6 +222,28 @@ class World:
     def _do_sig(self, who: str, w: list[str], _: str | None) -> None:
         if w[0] in ("block", "ignore", "default", "handler"):
             self.process(who).disposition = w[0]
+        elif w[0] == "unblock":
+            self.process(who).disposition = "handler"
+
+    def _do_unlink(self, _: str, w: list[str], __: str | None) -> None:
+        """Descriptors and mappings keep the file, under a name that no step can open."""
+        if not self._is_used(w[0]):
+            for page in range(len(self.files.get(w[0], ()))):
+                self._replace(w[0], page, None)
+            self.files.pop(w[0], None)
+            return
+        self._last += 1
+        gone = f"{w[0]} (unlinked, {self._last})"
+        self.files[gone] = self.files.pop(w[0], [])
+        self.cached |= {(gone, page) for name, page in self.cached if name == w[0]}
+        for process in self.processes.values():
+            process.rename(w[0], gone)
+
+    def _is_used(self, file: str) -> bool:
+        return any(
+            file in (*(name for name, _ in p.fds.values()), *(m.file for m in p.maps.values()))
+            for p in self.processes.values()
+        )
 
     def _do_tr(self, who: str, w: list[str], _: str | None) -> None:
         number, page = int(w[0]), int(w[1])
@@ -218,6 +252,7 @@ class World:
             if (mapping.file, mapping.first + other) in self.cached:
                 self.around.add((who, number, other))
         self.present.add((who, number, page))
+        self.unmapped.discard((who, number, page))
         self.cached.add((mapping.file, mapping.first + page))
 
     def _do_pread(self, who: str, w: list[str], _: str | None) -> None:
@@ -232,6 +267,7 @@ class World:
         else:
             self._store(mapping.file, mapping.first + place[2], w[2], whole=True, reason=reason)
             self.present.add(place)
+            self.unmapped.discard(place)
             self.cached.add((mapping.file, mapping.first + place[2]))
 
     def _do_pwrite(self, who: str, w: list[str], reason: str | None) -> None:

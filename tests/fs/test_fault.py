@@ -136,6 +136,17 @@ def test_poison_of_an_own_block_is_mapped_and_of_a_shared_block_refuses_the_copy
     assert core.fs.extents_of(ino).lookup(0, 1)[0].dev_block == before
 
 
+def test_poison_of_a_block_that_is_shared_only_until_the_commit_is_mapped(core: Core) -> None:
+    ino = core.file(data=pages("AB"))
+    clone = core.clone(ino, b"clone")
+    core.fs.commit()
+    core.poison(ino, 0)
+    core.fs.write(clone, 0, pages("C"))
+    assert core.fs.fault(ino, 0, is_store=True, limit=1).is_shared
+    core.fs.commit()
+    assert not core.fs.fault(ino, 0, is_store=True, limit=1).is_shared
+
+
 def test_a_full_device_refuses_a_store_fault_and_changes_nothing(core: Core) -> None:
     ino = core.file()
     core.fs.set_size(ino, 4 * PAGE_SIZE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from daxemu.errors import Busy, NotMounted
-from daxemu.host import checkup
+from daxemu.errors import Busy, NotMounted, Unsupported
+from daxemu.host import checkup, direct_needs
 from daxemu.host.checkup import Finding
+from daxemu.host.direct import userfaultfd
 from daxemu.host.proc.mountinfo import Mount
 from daxemu.host.proc.pagemap import Pagemap
 from tests.support.elsewhere import NOBODY, daxemu_as_user
@@ -44,6 +46,7 @@ def test_this_machine(dax_mount: DaxMount) -> None:
         "kernel",
         "pagemap",
         "seccomp",
+        "direct mappings",
         "mounts",
     ]
     assert set(wanted) <= set(verdicts)
@@ -183,3 +186,46 @@ def test_stale_mounts(monkeypatch: Patch) -> None:
         "daxemu umount --force /hangs",
     ]
     assert [finding.verdict for finding in checkup._stale(lambda mount: None)] == ["ok"]
+
+
+def ready() -> Finding:
+    return Finding("seccomp", "ok", "user notification works")
+
+
+def test_direct_mappings_without_a_right_a_machine_or_a_kernel(monkeypatch: Patch) -> None:
+    """Each missing need is named, with its own fix."""
+    monkeypatch.setattr(direct_needs, "capable", lambda *_: True)
+    monkeypatch.setattr(userfaultfd, "missing", list)
+    assert found(lambda: checkup._direct(ready()))[0] == "ok"
+
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(userfaultfd, "missing", lambda: ["UFFD_FEATURE_POISON", "UFFD_FEATURE_EVENT_FORK"])
+    verdict, what, mend = found(lambda: checkup._direct(ready()))
+    assert verdict == "worse"
+    assert "not on aarch64" in what
+    assert "lacks UFFD_FEATURE_POISON, UFFD_FEATURE_EVENT_FORK" in what
+    assert mend == "use x86_64; use Linux 6.6"
+    with pytest.raises(Unsupported, match="aarch64"):
+        direct_needs.check_direct()
+
+    monkeypatch.setattr(direct_needs, "capable", lambda *_: False)
+    assert "CAP_SYS_PTRACE" in found(lambda: checkup._direct(ready()))[1]
+
+
+def test_direct_mappings_on_a_kernel_without_userfaultfd(monkeypatch: Patch) -> None:
+    def refuse() -> list[str]:
+        raise Unsupported("userfaultfd: not in this kernel (CONFIG_USERFAULTFD)")
+
+    monkeypatch.setattr(direct_needs, "capable", lambda *_: True)
+    monkeypatch.setattr(userfaultfd, "missing", refuse)
+    assert "not in this kernel" in found(lambda: checkup._direct(ready()))[1]
+    with pytest.raises(Unsupported, match="CONFIG_USERFAULTFD"):
+        direct_needs.check_direct()
+
+
+def test_direct_mappings_without_user_notification(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(direct_needs, "missing", lambda: iter(()))
+    without = Finding("seccomp", "worse", "no user notification", "use Linux 5.19")
+    verdict, what, mend = found(lambda: checkup._direct(without))
+    assert (verdict, mend) == ("worse", "use Linux 5.19")
+    assert "daxemu run" in what

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from daxemu.host.proc import progress
 from daxemu.host.tracer.beside import LIMIT
 from daxemu.host.tracer.link import Armed, TracerLink
 from daxemu.host.tracer.messages import Delivered, Gone, Refused
@@ -31,6 +32,38 @@ def test_tracer_killed_then_restarted() -> None:
         await deliver(link, tracee, tracee.map)
         assert await tracee.line() == f"BUS 5 {tracee.map:x} 12 {tracee.pid}"
         assert link.pid != first
+
+    scenario(play)
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_tracer_that_gets_no_processor_is_awaited(monkeypatch: pytest.MonkeyPatch, busy: bool) -> None:
+    """The tracer stands still for longer than the patience. A tracer that wants to run is awaited."""
+    monkeypatch.setattr(progress, "runtime", lambda tid: 0 if busy else None)
+
+    async def play(link: TracerLink, start: Start) -> None:
+        tracee = await start()
+        assert link.pid is not None
+        os.kill(link.pid, signal.SIGSTOP)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(continue_later, link.pid)
+                armed = await link.arm(tracee.pid, 1000, patience=0.05)
+                pending = await link.send_ao(tracee.pid, tracee.pid, tracee.map)
+                outcome = await link.settled(pending, trio.current_time(), 0.05)
+        finally:
+            os.kill(link.pid, signal.SIGCONT)
+        if busy:
+            assert isinstance(armed, Armed)
+            assert isinstance(outcome, Delivered)
+        else:
+            assert isinstance(armed, Refused)
+            assert armed.reason == "the tracer did not answer in time"
+            assert outcome is None
+
+    async def continue_later(pid: int) -> None:
+        await trio.sleep(1.0)
+        os.kill(pid, signal.SIGCONT)
 
     scenario(play)
 

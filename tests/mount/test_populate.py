@@ -14,6 +14,7 @@ from daxemu.host.page_cache import populate
 from daxemu.ranges import Range
 from daxemu.uapi import Ino
 from tests.support.actor import TIMEOUT, Actor, compile_victim
+from tests.support.mount import dax_mount_at
 from tests.support.scene import PAGES, Scene, ar, consumes, letter, second_tracer, signals_of
 
 pytestmark = pytest.mark.mount
@@ -53,6 +54,21 @@ def test_known_poison(scene: Scene, name: str, kind: str) -> None:
     (event,) = scene.mount.events("PopulateFailed")
     assert event["result"] == ("ENOMEM" if CALLS[name][1] == "ENOMEM" else "ignored")
     assert (event["pid"], event["offset"], event["length"]) == (p0.pid, BAD * 4096, 2 * 4096)
+
+
+def test_before_the_tracer_has_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tracer that takes long to start kills no process. It starts once the mount serves requests."""
+    slow = "import sys, time\nuntil = time.monotonic() + 2.5\n"
+    slow += "while 'daxemu.host.tracer.process' in sys.orig_argv and time.monotonic() < until: pass\n"
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with dax_mount_at(tmp_path) as mount, Scene(mount) as scene:
+        mount.make_file("f", PAGES)
+        with mount.client() as client:
+            client.request("inject", ino=(mount.path / "f").stat().st_ino, ranges=[[BAD * 4096, 4096]])
+        p0 = scene.actor()
+        assert call(p0, "mlock", "shared") == "ENOMEM"
+        consumes(p0, f"tr 0 {BAD}", ar(BAD))
 
 
 @pytest.mark.parametrize("name", CALLS)

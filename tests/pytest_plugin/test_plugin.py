@@ -368,3 +368,65 @@ def test_a_kind_of_failure_is_injected(pytester: pytest.Pytester) -> None:
         """,
     )
     result.assert_outcomes(passed=1)
+
+
+def test_a_direct_mount(pytester: pytest.Pytester) -> None:
+    result = run(
+        pytester,
+        """
+        import mmap, subprocess, sys, textwrap
+        import pytest
+        from daxemu.events import Mounted, SignalSent
+        from daxemu.protocol import Status
+
+        STORE = '''
+        import mmap, sys
+        with open(sys.argv[1], "r+b") as file:
+            view = mmap.mmap(file.fileno(), 0)
+        view[5] = 33
+        print("stored", flush=True)
+        input()
+        view[0]
+        '''
+
+        @pytest.mark.dax(direct=True)
+        def test_direct(dax_mount, inject, dax_events):
+            assert dax_mount.is_direct
+            with dax_mount.client() as client:
+                assert client.ask(Status()).mode == "direct"
+            assert [event.mode for event in dax_events(Mounted)] == ["direct"]
+            file = dax_mount / "f"
+            file.write_bytes(b"x" * 8192)
+            with open(file, "r+b") as opened, pytest.raises(OSError):
+                mmap.mmap(opened.fileno(), 0)
+            command = dax_mount.under_run(sys.executable, "-c", textwrap.dedent(STORE), file)
+            with subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            ) as program:
+                assert program.stdout.readline() == "stored\\n"
+                assert file.read_bytes()[4:7] == b"x!x"
+                inject(file, 0)
+                program.communicate("\\n", timeout=30)
+            assert program.returncode == -7
+            assert [event.pid for event in dax_events.exactly(1)] == [program.pid]
+
+        def test_page_cache(dax_mount):
+            assert not dax_mount.is_direct
+            with dax_mount.client() as client:
+                assert client.ask(Status()).mode == "page cache"
+        """,
+    )
+    result.assert_outcomes(passed=2)
+
+
+def test_the_marker_of_the_mode_takes_no_other_word(pytester: pytest.Pytester) -> None:
+    result = run(
+        pytester,
+        """
+        import pytest
+        @pytest.mark.dax(dirct=True)
+        def test_it(dax_mount): pass
+        """,
+    )
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*dax takes the keyword direct*"])

@@ -42,6 +42,8 @@ class Accelerator:
 class NoMount(Translations):
     """Machine without mappings on a mount."""
 
+    survive_shutdown = False
+
     def collect(self, incidents: Sequence[Incident]) -> list[list[Task]]:
         return [[] for _ in incidents]
 

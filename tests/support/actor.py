@@ -41,16 +41,21 @@ PIDFD_INFO_EXIT = 1 << 3  # since 6.15
 T = TypeVar("T")
 
 
-def compile_victim(name: str, build: Path = BUILD) -> Path:
-    """The binary of tests/victims/NAME.c, compiled first if need be; many processes may ask at once."""
+def compile_victim(name: str, build: Path = BUILD, options: tuple[str, ...] = ()) -> Path:
+    """The binary of tests/victims/NAME.c, compiled first if need be; many processes may ask at once.
+
+    ``options``: more options of gcc.
+    """
     source = VICTIMS / f"{name}.c"
-    key = hashlib.sha256(source.read_bytes() + " ".join(GCC).encode()).hexdigest()[:16]
+    key = hashlib.sha256(source.read_bytes() + " ".join((*GCC, *options)).encode()).hexdigest()[:16]
     binary = build / f"{name}-{key}"
     if not binary.exists():
         build.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=build) as scratch:
             fresh = Path(scratch) / name
-            done = subprocess.run([*GCC, "-o", str(fresh), str(source)], capture_output=True, text=True)
+            done = subprocess.run(
+                [*GCC, *options, "-o", str(fresh), str(source)], capture_output=True, text=True
+            )
             if done.returncode != 0:
                 raise RuntimeError(f"cannot compile {source}:\n{done.stderr}")
             fresh.replace(binary)

@@ -18,7 +18,7 @@ from daxemu.client import Client
 from daxemu.host.fuse.session import Session, abort_connection
 from daxemu.host.proc.mountinfo import mount_at
 from tests.support import kinds
-from tests.support.zygote import shared_zygote
+from tests.support.zygote import forking_zygote
 
 DAXEMU = (sys.executable, "-m", "daxemu")
 """Command that starts a Python of its own. ``daxemu`` below is quicker."""
@@ -94,18 +94,20 @@ def daxemu(*arguments: str | Path | int, status: int = 0) -> str:
 def finished(*arguments: str | bytes | Path | int) -> subprocess.CompletedProcess[bytes]:
     """Run ``daxemu ARGUMENTS``, forked where possible. Return the result, whatever the exit status."""
     words = [str(each) if isinstance(each, int) else os.fsdecode(each) for each in arguments]
-    if shared_zygote().is_up_to_date:
-        return shared_zygote().daxemu(words, PATIENCE)
+    if (zygote := forking_zygote()) is not None:
+        return zygote.daxemu(words, PATIENCE)
     return subprocess.run([*DAXEMU, *words], capture_output=True, timeout=PATIENCE, check=False)
 
 
 @contextmanager
-def dax_mount_at(directory: Path, size: str = "1G", *options: str, mount: bool = True) -> Iterator[DaxMount]:
+def dax_mount_at(
+    directory: Path, size: str = "1G", *options: str, mount: bool = True, shm: Path = Path("/dev/shm")
+) -> Iterator[DaxMount]:
     """Make a device of ``size`` in shared memory and mount it below ``directory``.
 
-    ``options``: more options of mkfs.
+    ``options``: more options of mkfs. ``shm``: the tmpfs of the device.
     """
-    device = Path("/dev/shm") / f"daxemu-test-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    device = shm / f"daxemu-test-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     path = directory / "mnt"
     path.mkdir()
     made = DaxMount(device, path)

@@ -53,7 +53,7 @@ class QuickMount(DaxMount):
         """
         kinds.require("mount")
         assert self.zygote is not None
-        self.pid = self.zygote.supervise(self.device, self.path, sabotage, self.repair)
+        self.pid = self.zygote.supervise(self.device, self.path, sabotage, self.repair, direct=self.is_direct)
 
     def _end(self, op: str, **arguments: bool) -> None:
         with self.client() as client:
@@ -112,16 +112,23 @@ class QuickMount(DaxMount):
 
 @contextmanager
 def quick_mount_at(
-    directory: Path, zygote: Zygote, size: int = 1 << 30, *, align: int = PAGE_SIZE, mount: bool = True
+    directory: Path,
+    zygote: Zygote,
+    size: int = 1 << 30,
+    *,
+    align: int = PAGE_SIZE,
+    mount: bool = True,
+    direct: bool = False,
+    where: Path = SHM,
 ) -> Iterator[QuickMount]:
-    """Make a device of ``size`` bytes in shared memory and mount it below ``directory``.
+    """Make a device of ``size`` bytes in a directory of shared memory, and mount it below ``directory``.
 
-    The device is checked with fsck at the end, unless ``sound`` is False.
+    The device is checked with fsck at the end, unless ``sound`` is False. ``direct``: for direct mappings.
     """
-    device = SHM / f"daxemu-quick-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    device = where / f"daxemu-quick-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     path = directory / "mnt"
     path.mkdir()
-    made = QuickMount(device, path, zygote=zygote)
+    made = QuickMount(device, path, zygote=zygote, is_direct=direct)
     try:
         DeviceDir.create(device, DeviceConfig(size, align=align))
         if mount:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import mount
+from tests.support import mount, zygote
 from tests.support.mount import DAXEMU, PATIENCE, DaxMount, dax_mount_at
-from tests.support.zygote import Zygote, shared_zygote
+from tests.support.zygote import Zygote, forking_zygote, shared_zygote
 
 COMMANDS = (
     ["--version"],
@@ -105,13 +105,18 @@ def test_the_end_of_a_command_is_not_awaited_for_ever(tmp_path: Path) -> None:
 def test_where_a_new_python_would_start_differently_a_command_starts_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with Zygote() as zygote:
-        monkeypatch.setattr(mount, "shared_zygote", lambda: zygote)
-        assert zygote.is_up_to_date
-        monkeypatch.setenv("DAXEMU_VICTIMS", "python")
-        assert not zygote.is_up_to_date
-        monkeypatch.setattr(Zygote, "daxemu", None)  # not callable: a fork would be an error
-        assert "daxemu, version" in mount.daxemu("--version")
+    assert forking_zygote() is shared_zygote()
+    monkeypatch.setenv("DAXEMU_VICTIMS", "python")
+    assert forking_zygote() is None
+    monkeypatch.setattr(Zygote, "daxemu", None)  # not callable: a fork would be an error
+    assert "daxemu, version" in mount.daxemu("--version")
+
+
+def test_no_zygote_starts_in_a_changed_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zygote, "_shared", [])
+    monkeypatch.setenv("DAXEMU_VICTIMS", "python")
+    assert forking_zygote() is None
+    assert zygote._shared == []
 
 
 @pytest.mark.mount

@@ -80,7 +80,13 @@ class Zygote:
         return found
 
     def supervise(
-        self, device: Path, mountpoint: Path, sabotage: Sequence[Any] = (), repair: str = "none"
+        self,
+        device: Path,
+        mountpoint: Path,
+        sabotage: Sequence[Any] = (),
+        repair: str = "none",
+        *,
+        direct: bool = False,
     ) -> int:
         """Mount with a repair strategy; return the supervisor's pid. Raises the error of a refused mount.
 
@@ -93,6 +99,7 @@ class Zygote:
             mountpoint=str(mountpoint),
             sabotage=list(sabotage),
             repair=repair,
+            direct=direct,
         )
         reply = answer["reply"]
         if not reply["ok"]:
@@ -153,6 +160,18 @@ def _read_at_start() -> tuple[str, dict[str, str]]:
     names = ("DAXEMU_", "PYTHON", "LD_")
     variables = {name: value for name, value in os.environ.items() if name.startswith(names)}
     return str(Path("/proc/thread-self/ns/mnt").readlink()), variables
+
+
+_AT_FIRST = _read_at_start()
+
+
+def forking_zygote() -> Zygote | None:
+    """Return the shared zygote; None where a new Python would start differently, now or at its start, than at
+    the beginning of the tests. A zygote inside a mount namespace of a test would keep the namespace alive.
+    """
+    if _read_at_start() != _AT_FIRST or not shared_zygote().is_up_to_date:
+        return None
+    return shared_zygote()
 
 
 def _umask() -> int:
@@ -321,7 +340,7 @@ def _supervise(main: Callable[[str, str, int, str], int], request: dict[str, Any
             name, *arguments = request["sabotage"]
             getattr(importlib.import_module("tests.support.sabotage"), name)(*arguments)
         layouts = os.environ.get("DAXEMU_LAYOUTS", "1") != "0"
-        options = json.dumps({"repair": request["repair"], "layouts": layouts})
+        options = json.dumps({"repair": request["repair"], "direct": request["direct"], "layouts": layouts})
         return main(request["device"], request["mountpoint"], theirs, options)
 
     try:

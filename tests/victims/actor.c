@@ -6,7 +6,8 @@
  *
  * tests/support/actor.py drives it. The commands are those of the kernel recordings:
  *
- *   open FD NAME rw|ro|direct|creat      close FD      fsync FD      syncfs FD      trunc FD LEN
+ *   open FD NAME rw|ro|direct|creat      close FD      fsync FD      fdatasync FD
+ *   syncfs FD      trunc FD LEN          unlink NAME
  *   pread FD OFF LEN                     pwrite FD OFF LEN C
  *   punch FD OFF LEN                     zero FD OFF LEN
  *   ficlone DST SRC                      clonerange DST SRC SRCOFF LEN DSTOFF      copyrange (the same)
@@ -538,6 +539,20 @@ static void cmd_fsync(void)
 		reply_call(fsync(fd));
 }
 
+static void cmd_fdatasync(void)
+{
+	int fd = fd_at(1);
+	if (!bad)
+		reply_call(fdatasync(fd));
+}
+
+static void cmd_unlink(void)
+{
+	const char *path = word(1);
+	if (!bad)
+		reply_call(unlink(path));
+}
+
 static void cmd_syncfs(void)
 {
 	int fd = fd_at(1);
@@ -1021,14 +1036,15 @@ static const struct {
 } commands[] = {
 	{"addr", cmd_addr}, {"barrier", cmd_barrier}, {"clonerange", cmd_clonerange}, {"close", cmd_close},
 	{"copyrange", cmd_copyrange}, {"exec", cmd_exec}, {"exit", cmd_exit}, {"ficlone", cmd_ficlone}, {"fixbuf", cmd_fixbuf},
-	{"fork", cmd_fork}, {"fsync", cmd_fsync}, {"kread", cmd_kread}, {"kwrite", cmd_kwrite},
+	{"fdatasync", cmd_fdatasync}, {"fork", cmd_fork}, {"fsync", cmd_fsync}, {"kread", cmd_kread}, {"kwrite", cmd_kwrite},
 	{"madvise", cmd_madvise}, {"mcekill", cmd_mcekill}, {"mlock", cmd_mlock},
 	{"mlock2", cmd_mlock2}, {"mlockall", cmd_mlockall}, {"mmap", cmd_mmap}, {"msync", cmd_msync},
 	{"munmap", cmd_munmap}, {"open", cmd_open}, {"pagemap", cmd_pagemap}, {"pread", cmd_pread},
 	{"punch", cmd_punch}, {"pvmread", cmd_pvmread}, {"pvmwrite", cmd_pvmwrite}, {"pwrite", cmd_pwrite},
 	{"queue", cmd_queue}, {"sig", cmd_sig}, {"sleep", cmd_sleep}, {"spin", cmd_spin},
 	{"syncfs", cmd_syncfs}, {"threads", cmd_threads}, {"tid", cmd_tid}, {"tr", cmd_tr},
-	{"trunc", cmd_trunc}, {"ttr", cmd_ttr}, {"ttw", cmd_ttw}, {"tw", cmd_tw}, {"vmsplice", cmd_vmsplice},
+	{"trunc", cmd_trunc}, {"ttr", cmd_ttr}, {"ttw", cmd_ttw}, {"tw", cmd_tw}, {"unlink", cmd_unlink},
+	{"vmsplice", cmd_vmsplice},
 	{"zero", cmd_zero},
 };
 

@@ -85,7 +85,7 @@ SIGKILL.
     "--direct",
     is_flag=True,
     help="Have programs under daxemu run map the media itself, as on DAX; elsewhere MAP_SHARED is ENODEV. "
-    "Needs root.",
+    "Needs root, with CAP_SYS_PTRACE.",
 )
 @as_owner_option
 @json_option
@@ -103,9 +103,13 @@ def mount(
     """Mount DEVICE on MOUNTPOINT. The command returns when the mount can be used; a supervisor serves the
     mount in the background.
 
+    With --direct, programs under daxemu run MOUNTPOINT -- COMMAND map the media itself. Programs started
+    elsewhere have read(2), write(2) and MAP_PRIVATE.
+
     \b
     Example:
       daxemu mount /dev/shm/pmem0 /tmp/pmem
+      daxemu mount --direct /dev/shm/pmem0 /tmp/pmem
     """
     mountpoint = mountpoint.absolute()
     options = MountOptions(

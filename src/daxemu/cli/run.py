@@ -17,11 +17,11 @@ from daxemu.host.run.helper import Handover
 from daxemu.host.run.runner import Piece, execute
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
+"""Exit statuses, as of a shell."""
 _PATIENCE = 5.0
 """Limit in seconds of an exchange with a supervisor about direct mappings."""
 _SHORT_PATIENCE = 1.0
 """The same before the command starts."""
-"""Exit statuses, as of a shell."""
 
 
 class _Run(click.Command):
@@ -42,8 +42,8 @@ class _Run(click.Command):
 @click.pass_context
 def run(ctx: click.Context, mountpoint: Path | None, simulated: bool) -> None:
     """Run COMMAND with working madvise(MADV_HWPOISON) and madvise(MADV_SOFT_OFFLINE), on mappings of files of
-    MOUNTPOINT or, without MOUNTPOINT, of any daxemu mount. The same holds for children of COMMAND. Other
-    system calls are not changed.
+    MOUNTPOINT or, without MOUNTPOINT, of any daxemu mount. On a mount of daxemu mount --direct, mmap(2) of
+    COMMAND maps the media itself. The same holds for children of COMMAND.
 
     COMMAND replaces this process, with the same process id and terminal; signals reach COMMAND, and the exit
     status is that of COMMAND. Without root, COMMAND cannot gain privileges (no_new_privs). Exit
@@ -54,6 +54,7 @@ def run(ctx: click.Context, mountpoint: Path | None, simulated: bool) -> None:
       daxemu run /tmp/pmem -- ./my-test --poison
       daxemu run -- sh -c './writer | ./reader'
       daxemu run --simulated -- ./check xfs/550
+      daxemu mount --direct /dev/shm/pmem0 /tmp/pmem && daxemu run /tmp/pmem -- ./my-test
     """
     command: list[str] = ctx.meta[__name__]
     if not command:

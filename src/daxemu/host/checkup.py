@@ -64,8 +64,9 @@ def check_up(answers: Answers) -> Iterator[Finding]:
     yield _abort()
     yield _kernel()
     yield _presence()
-    yield _seccomp()
-    yield _direct()
+    seccomp = _seccomp()
+    yield seccomp
+    yield _direct(seccomp)
     yield from _stale(answers)
 
 
@@ -244,11 +245,23 @@ def _seccomp() -> Finding:
     return Finding("seccomp", "ok", "user notification works: daxemu run can")
 
 
-def _direct() -> Finding:
+def direct_mappings() -> Finding:
+    """Return the finding about direct mappings alone."""
+    return _direct(_seccomp())
+
+
+def _direct(seccomp: Finding) -> Finding:
+    """Return the finding about direct mappings. ``seccomp``: the finding about user notification."""
     from daxemu.host import direct_needs
 
-    for what, fix in direct_needs.missing():
-        return Finding("direct mappings", "worse", f"{what}, so no daxemu mount --direct", fix)
+    lacking = list(direct_needs.missing())
+    if lacking:
+        found = "; ".join(what for what, _ in lacking)
+        fixes = "; ".join(fix for _, fix in lacking)
+        return Finding("direct mappings", "worse", f"{found}: no daxemu mount --direct", fixes)
+    if seccomp.verdict != "ok":
+        found = "daxemu mount --direct can, but without daxemu run no program has a direct mapping"
+        return Finding("direct mappings", "worse", found, seccomp.mend)
     return Finding("direct mappings", "ok", "daxemu mount --direct can")
 
 

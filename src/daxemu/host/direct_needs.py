@@ -1,4 +1,4 @@
-"""What ``daxemu mount --direct`` needs of this machine."""
+"""Needs of ``daxemu mount --direct`` on this machine. No check changes anything."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ def missing() -> Iterator[tuple[str, str]]:
         yield f"direct mappings are made on x86_64 only, not on {platform.machine()}", "use x86_64"
     if not capable("self", CAP_SYS_PTRACE):
         yield "no CAP_SYS_PTRACE", "run this as root; in a container: --cap-add SYS_PTRACE"
-        return
+        return  # without the capability userfaultfd(2) is refused, too
     try:
-        if lacking := userfaultfd.missing():
-            yield f"this kernel lacks {', '.join(lacking)}", "use Linux 6.6 or later"
-    except Unsupported as why:
-        yield str(why), "use a kernel with CONFIG_USERFAULTFD, as root"
+        lacking = userfaultfd.missing()
+    except Unsupported as error:
+        fix = "use a kernel with CONFIG_USERFAULTFD; in a container: --security-opt seccomp=unconfined"
+        yield str(error), fix
+    else:
+        if lacking:
+            yield f"userfaultfd of this kernel lacks {', '.join(lacking)}", "use Linux 6.6"
 
 
 def check_direct() -> None:

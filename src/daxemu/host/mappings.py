@@ -119,6 +119,12 @@ class Translations(Protocol):
     def revoke(self, incident: Incident) -> None:
         """``unmap_mapping_range()`` for every file range of the incident: the next access faults. Worker."""
 
+    @property
+    def survive_shutdown(self) -> bool:
+        """True if pages stay mapped after a shutdown, as on DAX; False if revoke_all() must take the pages
+        away, because the pages are copies of the media.
+        """
+
     def revoke_all(self) -> None:
         """Revoke all pages of all files: after a shutdown or a removal every access fails. Worker."""
 

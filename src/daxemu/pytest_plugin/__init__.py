@@ -1,7 +1,7 @@
 """Pytest plugin (entry point ``daxemu``): each test gets a mount of its own, with memory failures on demand.
 
 Fixtures  ``dax_device``, ``dax_mount``, ``inject``, ``dax_events``
-Markers   ``dax_size``, ``dax_policy``, ``dax_repair``, ``dax_mkfs``, ``dax_timeout``
+Markers   ``dax``, ``dax_size``, ``dax_policy``, ``dax_repair``, ``dax_mkfs``, ``dax_timeout``
 
 A failed test shows the events of its mount and the damaged files. The name of a device contains the process
 id, so workers of pytest-xdist use separate devices. A mount ends with the process of its test run, also if
@@ -29,6 +29,7 @@ DEFAULT_SIZE = "1G"
 DEFAULT_TIMEOUT = 60.0
 SHOWN_EVENTS = 100
 _MARKERS = (
+    "dax(direct=False): the mode of the mount; direct=True is daxemu mount --direct, which needs root",
     'dax_size(size): size of the device, such as "6T"',
     'dax_policy(**settings): settings of the mount, as of daxemu set: early_kill=1, lost_store="eio"',
     'dax_repair(strategy): repair strategy, as of daxemu mount --repair: "NAME" or "NAME:key=value,..."',
@@ -96,7 +97,8 @@ def dax_mount(request: pytest.FixtureRequest, dax_device: Path, tmp_path: Path) 
     mountpoint.mkdir()
     policy = request.node.get_closest_marker("dax_policy")
     settings = {name: str(value) for name, value in (policy.kwargs if policy else {}).items()}
-    mount = DaxMount(dax_device, mountpoint, settings, _argument(request.node, "dax_repair", None))
+    repair = _argument(request.node, "dax_repair", None)
+    mount = DaxMount(dax_device, mountpoint, settings, repair, is_direct=_is_direct(request.node))
     try:
         mount.mount()
         yield mount
@@ -149,6 +151,15 @@ def _mount_of(item: pytest.Item) -> DaxMount | None:
     from daxemu.pytest_plugin.mount import DaxMount
 
     return found if isinstance(found, DaxMount) else None
+
+
+def _is_direct(node: Any) -> bool:
+    marker = node.get_closest_marker("dax")
+    if marker is None:
+        return False
+    if marker.args or set(marker.kwargs) - {"direct"}:
+        raise pytest.UsageError("dax takes the keyword direct: dax(direct=True)")
+    return bool(marker.kwargs.get("direct", False))
 
 
 def _argument(node: Any, name: str, default: Any) -> Any:

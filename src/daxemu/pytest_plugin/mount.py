@@ -83,13 +83,23 @@ def _sweep(parent: Path) -> None:
 
 
 class DaxMount:
-    """Mount of a test. ``path`` is the mountpoint, ``device`` the DEVICE. The object is a path-like
+    """Mount of a test. ``path`` is the mountpoint, ``device`` the DEVICE. ``is_direct``: mounted with
+    ``--direct``, so programs map the media if they run under :meth:`under_run`. The object is a path-like
     object.
     """
 
-    def __init__(self, device: Path, path: Path, settings: dict[str, str], repair: str | None) -> None:
+    def __init__(
+        self,
+        device: Path,
+        path: Path,
+        settings: dict[str, str],
+        repair: str | None,
+        *,
+        is_direct: bool = False,
+    ) -> None:
         self.device = device
         self.path = path
+        self.is_direct = is_direct
         self._settings = settings
         self._repair = repair
         self._supervisor: subprocess.Popen[bytes] | None = None
@@ -135,7 +145,22 @@ class DaxMount:
         """
         repair = [] if self._repair is None else ["--repair", self._repair]
         mount = ["mount", str(self.device), str(self.path), "--foreground", "--json"]
-        return [sys.executable, "-c", _WITH_PARENT, *mount, *repair]
+        direct = ["--direct"] if self.is_direct else []
+        return [sys.executable, "-c", _WITH_PARENT, *mount, *direct, *repair]
+
+    def under_run(self, *command: str | os.PathLike[str]) -> list[str]:
+        """Return the command that runs ``command`` under ``daxemu run`` on this mount, for subprocess. On a
+        direct mount, only programs started in this way have shared mappings.
+        """
+        return [
+            sys.executable,
+            "-m",
+            "daxemu",
+            "run",
+            str(self.path),
+            "--",
+            *(os.fspath(word) for word in command),
+        ]
 
     def umount(self) -> None:
         """Unmount, also if processes still use the mount."""

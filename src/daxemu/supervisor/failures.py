@@ -37,7 +37,7 @@ from daxemu.supervisor.latent import Latent
 from daxemu.supervisor.repairs import RepairResult
 from daxemu.supervisor.signals import Signals
 
-HANDLER_PATIENCE = 1.0
+HANDLER_PATIENCE = 5.0
 """Seconds that a shutdown waits for the threads with a delivered AO to run their handlers."""
 
 
@@ -193,7 +193,7 @@ class Failures:
             # As xfs_dax_notify_dev_failure(): kill, then shut down. After a shutdown a victim's load ends
             # in BUS_ADRERR, which must not come before the AO.
             if self._mm.conclude(incident):
-                await self.revoke_everything()  # after the shutdown every access is EIO
+                await self.revoke_everything(is_removed=incident.whole_device)
         finally:
             self._signalling.remove(turn)
         return self._conclude(turn)
@@ -244,11 +244,13 @@ class Failures:
         """Forget which processes had pages of ``incident`` present: the poison was cleared."""
         self._latent.take(incident)
 
-    async def revoke_everything(self) -> None:
-        """Revoke all pages of all open files, once ``mf_mutex`` is free.
+    async def revoke_everything(self, *, is_removed: bool = False) -> None:
+        """Revoke all pages of all open files after a shutdown, once ``mf_mutex`` is free.
 
-        After a shutdown every access must end in EIO. Pages that stay mapped would go on serving loads.
+        Every new access must end in EIO. Pages of the media stay mapped, unless the device is removed.
         """
+        if self._mappings.survive_shutdown and not is_removed:
+            return
         async with self.mf_mutex:
             await trio.to_thread.run_sync(self._mappings.revoke_all)
 

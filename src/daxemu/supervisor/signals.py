@@ -37,7 +37,7 @@ from daxemu.units import PFN_PHYS, PHYS_PFN
 SIGNAL_PATIENCE = 2.0
 """Seconds that a failure waits for the delivery of an AO. After that the signal stays queued."""
 ARM_PATIENCE = 1.0
-"""Seconds that the read of a thread that consumed poison waits for the tracer."""
+"""Seconds that the read of a thread that consumed poison waits for a tracer without work."""
 
 _MERGED = "merged with the SIGBUS that it has pending"
 _POSTPONED = "the process is stopped or asleep in the kernel, as {} others for which the tracer waits"
@@ -233,12 +233,9 @@ class Signals:
             return False
         if access.address is not None:
             return await self._leaves_fault(access, access.address, pfn, found=found)
-        with trio.move_on_after(ARM_PATIENCE) as patience:
-            page = self._file_page(access.ino, PHYS_PFN(access.offset))
-            armed = await self._tracer.arm(access.tid, page=page)
-        if patience.cancelled_caught:
-            self._inexact(access, pfn, "the tracer did not answer in time")
-        elif isinstance(armed, Refused):
+        page = self._file_page(access.ino, PHYS_PFN(access.offset))
+        armed = await self._tracer.arm(access.tid, page=page, patience=ARM_PATIENCE)
+        if isinstance(armed, Refused):
             self._inexact(access, pfn, armed.reason)
         elif not isinstance(armed, Gone):
             # The name is read while the thread waits: the thread may be dead at the report of the tracer.
@@ -266,11 +263,7 @@ class Signals:
             self._inexact(access, pfn, f"process {other} traces the thread")
             return False
         consumer = replace(_ar(access, pfn), address=address, current=found)
-        with trio.move_on_after(ARM_PATIENCE) as patience:
-            armed = await self._tracer.force_ar(consumer.pid, tid, address)
-        if patience.cancelled_caught:
-            self._inexact(access, pfn, "the tracer did not answer in time")
-            return False
+        armed = await self._tracer.force_ar(consumer.pid, tid, address, patience=ARM_PATIENCE)
         if not isinstance(armed, Armed):
             if isinstance(armed, Refused):
                 self._inexact(access, pfn, armed.reason)

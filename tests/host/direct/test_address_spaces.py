@@ -6,6 +6,7 @@ import ctypes
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 import trio
 import trio.testing
 
+from daxemu.host.direct.agent import ProcessAgent
 from daxemu.host.direct.errors import AddressSpaceGone
 from daxemu.host.direct.syscalls import Syscall, mmap_anonymous, munmap
 from daxemu.host.direct.userfaultfd import PageFault
@@ -476,3 +478,17 @@ def test_agents_end_with_a_killed_supervisor_and_programs_run_on(mapper: str, me
         assert str(media) in maps
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         os.close(pidfd)
+
+
+def test_an_agent_that_ended_after_its_first_reply_is_gone() -> None:
+    """As at the end of a pid namespace."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    agent = ProcessAgent(ours, [])
+    child = os.fork()
+    if child == 0:
+        theirs.send(bytes(8))
+        os._exit(0)
+    theirs.close()
+    os.waitpid(child, 0)
+    trio.run(agent.serve)
+    assert agent.ended.is_set()

@@ -16,12 +16,13 @@ from typing import Any
 
 import click
 
+from daxemu.cli.demo import direct
 from daxemu.cli.demo.programs import Program, compile_program
+from daxemu.cli.demo.tour import Tour, unmount
 from daxemu.cli.output import say, say_json
 from daxemu.client import Client
 from daxemu.errors import DaxemuError, Unsupported
-from daxemu.host.fuse.session import Session, abort_connection
-from daxemu.host.proc.mountinfo import mount_at, mount_of
+from daxemu.host.proc.mountinfo import mount_of
 from daxemu.pmem.device_dir import DeviceConfig, DeviceDir
 from daxemu.supervisor.spawn import spawn
 
@@ -30,55 +31,16 @@ PATIENCE = 20.0
 """Limit in seconds of the wait for an expected event."""
 
 
-class Tour:
-    """A mount for the tour, and the record of the checked promises."""
-
-    def __init__(self, mountpoint: Path, scratch: Path, quiet: bool) -> None:
-        self.mountpoint = mountpoint
-        self.scratch = scratch
-        self.checks: list[dict[str, object]] = []
-        self._quiet = quiet
-
-    def chapter(self, title: str) -> None:
-        """Print the heading of a part."""
-        if not self._quiet:
-            say("", f"== {title}", bold=True)
-
-    def say(self, text: str) -> None:
-        """Print a line about an action or an observation."""
-        if not self._quiet:
-            say(f"   {text}")
-
-    def check(self, promise: str, kept: bool) -> None:
-        """Record and print a promise, kept or not."""
-        self.checks.append({"promise": promise, "kept": kept})
-        if not self._quiet:
-            say(f"   {'ok  ' if kept else 'NOT '} {promise}", fg="green" if kept else "red")
-
-    def request(self, op: str, **arguments: object) -> dict[str, object]:
-        """Send a request to the supervisor and return the reply."""
-        with Client.at(self.mountpoint) as client:
-            return client.request(op, **arguments)
-
-    def inject(self, file: Path, offset: int) -> None:
-        """Poison the page at byte ``offset`` of ``file``."""
-        self.say(f"$ daxemu inject {file} --offset {offset:#x}")
-        self.request("inject", ino=file.stat().st_ino, ranges=[[offset, PAGE]])
-
-    def program(self, name: str, *arguments: str | Path) -> Program:
-        """Start one of the C programs of the demo."""
-        return Program([str(self.scratch / name), *map(str, arguments)])
-
-
 @click.command()
 @click.option(
     "--json", "as_json", is_flag=True, help="Print each promise, and if it was kept, as one JSON object."
 )
 def demo(as_json: bool) -> None:
-    """Take the tour: a 6 TiB device, real programs, poison, reflinks, surprise removal. Takes less than a
-    minute.
+    """Take the tour: a 6 TiB device, real programs, poison, reflinks, surprise removal, direct
+    mappings. Takes less than a minute.
 
-    Exit status 0 only if every promise was kept. No file, mount or process remains.
+    Exit status 0 only if every promise was kept. Direct mappings need root: without root, one line says so.
+    No file, mount or process remains.
 
     \b
     Example:
@@ -88,7 +50,7 @@ def demo(as_json: bool) -> None:
         if shutil.which(tool) is None:
             raise Unsupported(f"the demo needs {tool}: apt-get install {tool}")
     with _mounted(as_json) as tour:
-        for chapter in (_sqlite, _recovery, _reflinks, _removal):
+        for chapter in (_sqlite, _recovery, _reflinks, _removal, direct.chapter):
             chapter(tour)
         kept = all(check["kept"] for check in tour.checks)
         if as_json:
@@ -109,7 +71,7 @@ def _mounted(quiet: bool) -> Iterator[Tour]:
         mountpoint.mkdir()
         signal.signal(signal.SIGTERM, _end)
         undo.callback(shutil.rmtree, device, ignore_errors=True)
-        undo.callback(_unmount, mountpoint)
+        undo.callback(unmount, mountpoint)
         tour = Tour(mountpoint, scratch, quiet)
         tour.chapter("A 6 TiB device in shared memory, and a filesystem on it")
         DeviceDir.create(device, DeviceConfig(size=6 << 40))
@@ -131,23 +93,6 @@ def _mounted(quiet: bool) -> Iterator[Tour]:
 
 def _end(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _unmount(mountpoint: Path) -> None:
-    """Unmount and wait for the end of the supervisor. A mount that does not answer is cut."""
-    found = mount_at(mountpoint)
-    if found is None:
-        return
-    try:
-        with Client(found) as client:
-            process = os.pidfd_open(client.request("status")["pid"])
-            client.request("unmount", force=True)
-            os.waitid(os.P_PIDFD, process, os.WEXITED)
-            os.close(process)
-    except (DaxemuError, OSError):
-        abort_connection(found)
-    if mount_at(mountpoint) is not None:
-        Session(-1, found).detach()
 
 
 def _sqlite(tour: Tour) -> None:

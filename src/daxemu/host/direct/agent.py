@@ -26,6 +26,7 @@ import trio
 
 from daxemu.host.direct.code import CALLS_IN_BATCH
 from daxemu.host.direct.errors import AddressSpaceGone
+from daxemu.host.direct.locking import held
 from daxemu.host.direct.syscalls import NR_CLOSE, NR_IOCTL, NR_USERFAULTFD, Syscall
 from daxemu.uapi import U64_MAX
 
@@ -37,6 +38,9 @@ _PIDFD_GETFD = 438  # asm/unistd.h, of every machine
 _DEVICE = "/dev/userfaultfd"  # since Linux 6.1
 _DEVICE_FD = 3  # of the agent, until the agent has a userfaultfd
 _IOC_NEW = 0xAA00  # uapi/linux/userfaultfd.h: USERFAULTFD_IOC_NEW
+
+_CALLS_UNDER_WAY = 4 * CALLS_IN_BATCH
+"""Calls sent without a reply. A packet fits into the socket's buffer several times."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -80,6 +84,8 @@ class ProcessAgent:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self.pid = 0
         self.tgid = 0
+        sock.setblocking(False)
+        self._raw = sock
         self._socket = trio.socket.from_stdlib_socket(sock)
         self._fds = [os.dup(fd) for fd in fds]
         self._has_device = False
@@ -96,9 +102,15 @@ class ProcessAgent:
     async def run(self, batch: Sequence[Syscall]) -> list[int]:
         """See :meth:`Agent.run`."""
         results: list[int] = []
-        async with self._turn:
-            for first in range(0, len(batch), CALLS_IN_BATCH):
-                results += await self._run_one(batch[first : first + CALLS_IN_BATCH])
+        async with held(self._turn):
+            for first in range(0, len(batch), _CALLS_UNDER_WAY):
+                burst = batch[first : first + _CALLS_UNDER_WAY]
+                packets = range(0, len(burst), CALLS_IN_BATCH)
+                for reply in [await self._sent(burst[at : at + CALLS_IN_BATCH]) for at in packets]:
+                    await reply.has_come.wait()
+                    if reply.results is None:
+                        raise self._gone()
+                    results += reply.results
         return results
 
     async def serve(self) -> None:
@@ -118,8 +130,8 @@ class ProcessAgent:
                 return
             if not packet:
                 return
-            if not self.pid:
-                self._identify(ancillary)
+            if not self.pid and not self._identify(ancillary):
+                return
             reply = self._expected.popleft()
             reply.results = [value for (value,) in struct.iter_unpack("=q", packet)]
             reply.has_come.set()
@@ -164,7 +176,8 @@ class ProcessAgent:
         """Make the first batch of an agent whose address space has a userfaultfd already: a fork's."""
         await self.run([Syscall(NR_CLOSE, (_DEVICE_FD,))])
 
-    async def _run_one(self, calls: Sequence[Syscall]) -> list[int]:
+    async def _sent(self, calls: Sequence[Syscall]) -> _Reply:
+        """Send a packet of calls; return its reply, which has not come yet."""
         packet = b"".join(
             _CALL.pack(number, *(value & U64_MAX for value in (*args, 0, 0, 0, 0, 0, 0)[:6]))
             for number, args in calls
@@ -180,22 +193,27 @@ class ProcessAgent:
                 self._drop_fds()
             else:
                 self._expected.append(reply)
-                await self._socket.send(packet)
+                try:
+                    self._raw.send(packet)  # a send of trio is a step of the event loop more
+                except BlockingIOError:
+                    await self._socket.send(packet)
         except (BrokenPipeError, ConnectionResetError, trio.ClosedResourceError):
             raise self._gone() from None
-        await reply.has_come.wait()
-        if reply.results is None:
-            raise self._gone()
-        return reply.results
+        return reply
 
-    def _identify(self, ancillary: list[tuple[int, int, bytes]]) -> None:
+    def _identify(self, ancillary: list[tuple[int, int, bytes]]) -> bool:
         """Take the agent's pid, in this pid namespace, from the credentials that the kernel put to its
-        packet.
+        packet. Return False if the agent has ended since.
         """
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
-                self.pid = _CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0]
-                self._pidfd = os.pidfd_open(self.pid)
+                pid = _CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0]
+                try:
+                    self._pidfd = os.pidfd_open(pid)
+                except ProcessLookupError:
+                    return False
+                self.pid = pid
+        return True
 
     def _drop_fds(self) -> None:
         for fd in self._fds:

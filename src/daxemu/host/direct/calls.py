@@ -16,10 +16,11 @@ from typing import NamedTuple, Protocol
 
 import trio
 
-from daxemu.errors import DaxemuError
+from daxemu.errors import DaxemuError, Shutdown
 from daxemu.fs.fault import FaultKind, FileRun
 from daxemu.host.direct import planner
 from daxemu.host.direct.changes import FileLocks
+from daxemu.host.direct.locking import held
 from daxemu.host.direct.page_tables import PageTables
 from daxemu.host.direct.table import PROT_WRITE, Area, Space, Table
 from daxemu.host.mappings import HardwareError
@@ -42,8 +43,13 @@ from daxemu.uapi import (
     page_align_up,
 )
 
-EAGER = 256
-"""Runs of a file up to which a new mapping maps them all at once. Beyond, each run is mapped when touched."""
+EAGER = 12_000
+"""Runs of a file up to which a new mapping maps them all at once: 0.1 s. Beyond, and where the address space
+has less than twice the room, runs are mapped when touched.
+"""
+
+_EAGER_OVER = 256
+"""As EAGER, for a mapping over another one: each run is moved to its place, which is an event."""
 
 # uapi/asm-generic/mman-common.h, uapi/linux/mman.h
 MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE, MAP_TYPE = 1, 2, 3, 0x0F
@@ -139,13 +145,13 @@ class Calls:
     async def _answer(self, call: NotifiedCall, space: Space, *, simulated: bool) -> Answer:
         match call.nr:
             case Nr.MUNMAP:
-                async with space.lock:
+                async with held(space.lock):
                     return await self._munmap(space, *call.args[:2])
             case Nr.MPROTECT:
-                async with space.lock:
+                async with held(space.lock):
                     return await self._mprotect(space, *call.args[:3])
             case Nr.MREMAP:
-                async with space.lock:
+                async with held(space.lock):
                     return await self._mremap(space, *call.args[:5])
             case Nr.MSYNC:
                 return self._msync(space, *call.args[:3])
@@ -184,16 +190,18 @@ class Calls:
         size = page_align_up(length)
         may_write = not is_shared or file.can_write
         try:
-            async with self._locks.held(file.ino), space.lock:
+            async with self._locks.held(file.ino), held(space.lock):
                 start = self._place(space, address, size, flags)
                 where = Range(start, start + size)
                 area = Area(space, where, file.ino, offset >> PAGE_SHIFT, prot & _PROT, is_shared, may_write)
                 if space.overlapping(where):
                     await self._page_tables.map_over(area)
                     with suppress(OSError):  # the area stays lazy
-                        await self._page_tables.show(planner.media_pieces(area, self._runs(area)))
+                        runs = self._runs(area, _EAGER_OVER)
+                        await self._page_tables.show(list(planner.media_pieces(area, runs)))
                 else:
-                    await self._page_tables.map_new(area, planner.media_pieces(area, self._runs(area)))
+                    runs = self._runs(area, min(EAGER, self._page_tables.room(space) // 2))
+                    await self._page_tables.map_new(area, planner.media_pieces(area, runs))
         except _Refused as refused:
             return Answer(error=refused.errno)
         except DaxemuError as error:
@@ -202,14 +210,17 @@ class Calls:
             return Answer(error=error.errno or errno.ENOMEM)
         return Answer(start)
 
-    def _runs(self, area: Area) -> list[FileRun]:
-        """Return the runs to map at once: all, or none of a file with many."""
+    def _runs(self, area: Area, most: int) -> list[FileRun]:
+        """Return the runs to map at once: all, or none of a file with more than ``most``, or after a
+        shutdown.
+        """
         runs = []
-        for run in self._fs.runs(area.ino, area.blocks):
-            if run.kind is FaultKind.MAPPED:
-                runs.append(run)
-            if len(runs) > EAGER:
-                return []
+        with suppress(Shutdown):  # mmap(2) asks no filesystem: the page faults fail
+            for run in self._fs.runs(area.ino, area.blocks):
+                if run.kind is FaultKind.MAPPED:
+                    runs.append(run)
+                if len(runs) > most:
+                    return []
         return runs
 
     def _place(self, space: Space, address: int, size: int, flags: int) -> int:
@@ -236,7 +247,7 @@ class Calls:
         """mmap(MAP_ANONYMOUS | MAP_FIXED) in the zone: the kernel replaces direct mappings."""
         where = Range(address, address + page_align_up(length))
         if flags & MAP_FIXED and address % PAGE_SIZE == 0 and space.overlapping(where):
-            async with space.lock:
+            async with held(space.lock):
                 await self._page_tables.unmap(space, where)
         return CONTINUE
 
@@ -354,7 +365,7 @@ class Calls:
         if advice == MADV_REMOVE:
             return await self._remove(space, where)
         if advice in (MADV_DONTNEED, MADV_DONTNEED_LOCKED):
-            async with space.lock:
+            async with held(space.lock):
                 await self._page_tables.drop(space, where)
             return Answer(0) if space.covers(where) else Answer(error=errno.ENOMEM)
         return CONTINUE

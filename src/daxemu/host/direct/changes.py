@@ -12,6 +12,7 @@ from typing import Protocol
 
 import trio
 
+from daxemu.host.direct.locking import acquire
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import Block, Ino
 
@@ -36,7 +37,7 @@ class FileLocks:
         acquired: list[Ino] = []
         try:
             for ino in wanted:
-                await self._locks[ino][0].acquire()
+                await acquire(self._locks[ino][0])
                 acquired.append(ino)
             yield
         finally:

@@ -23,6 +23,7 @@ from daxemu.fs.fault import FaultKind, FileRun
 from daxemu.host.direct import planner
 from daxemu.host.direct.changes import Changes, FileLocks
 from daxemu.host.direct.errors import AddressSpaceGone, NotRegistered
+from daxemu.host.direct.locking import held
 from daxemu.host.direct.page_tables import PageTables
 from daxemu.host.direct.planner import Piece, Shows
 from daxemu.host.direct.table import Area, Space, Table
@@ -161,7 +162,7 @@ class PageFaults:
             if is_store and run is not None:
                 self.on_store(ino)
             is_stale = bool(changed) or self._changes.is_noted(ino, block)
-            async with space.lock:
+            async with held(space.lock):
                 now = space.at(page.start)
                 if now is None or now.ino != ino or now.block_at(page.start) != block:
                     space.wake(page)
@@ -184,10 +185,10 @@ class PageFaults:
             await self._zeros(area, touch)
         elif not is_shown:
             gap = space.shown.gap_around(page.start, area.addresses)
-            pieces = planner.media_pieces(area, [run])
+            pieces = list(planner.media_pieces(area, [run]))
             await self._page_tables.show([p.cut(part) for p in pieces if (part := p.addresses.clip(*gap))])
         elif is_stale or page.start in space.zeros:
-            pieces = planner.media_pieces(area, [run])
+            pieces = list(planner.media_pieces(area, [run]))
             await self._page_tables.show([p.cut(page) for p in pieces if p.addresses.clip(*page)])
         elif touch.event.is_wp:
             mine = area.addresses_of(Range(run.file_block, run.file_end))
@@ -224,7 +225,7 @@ class PageFaults:
         answer = Answer.ERROR if self.on_poison is None else await self.on_poison(touch, area, run)
         if answer is not Answer.ERROR:
             return answer is Answer.AGAIN
-        async with space.lock:
+        async with held(space.lock):
             if space.at(page.start) is None:
                 space.wake(page)
                 return False
@@ -249,11 +250,11 @@ class PageFaults:
         """Have the next access to a page decided anew, some time after this access failed."""
         await trio.sleep(MARKED)
         with suppress(AddressSpaceGone):
-            async with touch.space.lock:
+            async with held(touch.space.lock):
                 await self._page_tables.hide(touch.space, touch.page)
 
     async def _give_up(self, touch: Touch) -> None:
         """Let an access fail after an unexpected error, by the means that need least."""
         with suppress(DaxemuError, OSError):
-            async with touch.space.lock:
+            async with held(touch.space.lock):
                 await self._mark(touch)

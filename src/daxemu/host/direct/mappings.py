@@ -21,6 +21,7 @@ from daxemu.fs.fault import FaultKind, FileRun
 from daxemu.host.direct.calls import Calls
 from daxemu.host.direct.changes import Changes, FileLocks
 from daxemu.host.direct.faults import PageFaults, Touch
+from daxemu.host.direct.locking import held
 from daxemu.host.direct.page_tables import PageTables
 from daxemu.host.direct.presence import Presence, Seen, collected, wanted_of
 from daxemu.host.direct.service import Service
@@ -42,6 +43,7 @@ class DirectMappings:
     """Mappings of the media in the address spaces of programs under ``daxemu run``. See host.mappings."""
 
     direct_io = True
+    survive_shutdown = True
 
     def __init__(self, parts: MountParts) -> None:
         self._fs = fs = parts.fs
@@ -189,7 +191,7 @@ class DirectMappings:
     async def _revoke_all(self) -> None:
         for space in self.table.spaces():
             with suppress(DaxemuError, OSError):
-                async with space.lock:
+                async with held(space.lock):
                     await self.page_tables.end(space)
 
     def mapped_files(self) -> list[Mapped]:

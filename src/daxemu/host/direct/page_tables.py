@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 
 import trio
 
@@ -23,6 +24,7 @@ from daxemu.host.direct.errors import (
     PagePresent,
     RegisteredElsewhere,
 )
+from daxemu.host.direct.locking import held
 from daxemu.host.direct.planner import Piece, Plan, Shows
 from daxemu.host.direct.syscalls import Syscall
 from daxemu.host.direct.table import Area, Space, Table
@@ -35,6 +37,8 @@ from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
 MADV_DONTNEED = 4
 _LARGE = 32 << 20
 """Bytes from which a write-protection runs in a worker thread: 24 ms for 1 GiB."""
+_PIECES_IN_STEP = 512
+"""Pieces of a new area in one step of the event loop: 4 ms."""
 _CHANGING = 0.0002
 """Seconds between two attempts while the kernel answers EAGAIN: a fork or mremap is not finished."""
 _MAX_MAP_COUNT = "/proc/sys/vm/max_map_count"
@@ -61,9 +65,13 @@ class PageTables:
         self._origin = origin
         self._most_pieces = most_pieces()
 
+    def room(self, space: Space) -> int:
+        """Return the number of pieces that an address space can show beside those shown."""
+        return max(0, self._most_pieces - len(space.pieces))
+
     # -- new mappings
 
-    async def map_new(self, area: Area, pieces: Sequence[Piece]) -> None:
+    async def map_new(self, area: Area, pieces: Iterable[Piece]) -> None:
         """Map ``area`` at addresses that no program uses: ``pieces`` at once, the rest lazily.
 
         Add the area to the table before the first await: a change of the file meanwhile is then noticed.
@@ -71,10 +79,20 @@ class PageTables:
         """
         space = area.space
         self._table.add(area)
-        for piece in pieces:
-            space.showing(piece.addresses)
+        rest = iter(pieces)
+        chunk = list(islice(rest, _PIECES_IN_STEP))
+        batch = planner.in_place(area, chunk, self._origin)
+        protected = RangeSet()
         try:
-            await self._carry_out(space, planner.in_place(area, pieces, self._origin))
+            while batch:
+                space.showing_all([piece.addresses for piece in chunk])
+                for piece in chunk:
+                    if piece.is_protected:
+                        protected.add(*piece.addresses)
+                await self._run(space, batch)
+                chunk = list(islice(rest, _PIECES_IN_STEP))
+                batch = [piece.mmap(piece.addresses.start, self._origin) for piece in chunk]
+            await self._carry_out(space, Plan([], area.addresses, list(protected), []))
         except (OSError, NotRegistered, RegisteredElsewhere):
             self._table.remove(space, area.addresses)
             await self._run(space, [syscalls.munmap(area.addresses.start, area.addresses.length)])
@@ -148,7 +166,7 @@ class PageTables:
             space = area.space
             kept = but[1].clip(*addresses) if but is not None and but[0] is space else Range(0, 0)
             with suppress(AddressSpaceGone):
-                async with space.lock:  # the area may be cut or gone by now
+                async with held(space.lock):  # the area may be cut or gone by now
                     for part in gaps_between([kept] if kept else [], *addresses):
                         await self.hide(space, part, keep_copies=keep_copies)
 
@@ -160,7 +178,7 @@ class PageTables:
         for area, addresses in self._table.mappers(ino, blocks):
             if area.is_shared:
                 with suppress(AddressSpaceGone):
-                    async with area.space.lock:
+                    async with held(area.space.lock):
                         await self.protect(area.space, addresses)
 
     async def protect(self, space: Space, addresses: Range) -> None:
@@ -216,7 +234,7 @@ class PageTables:
     async def move(self, space: Space, addresses: Range, to: int) -> None:
         """Move mappings with all pages and copies, as mremap(2) does. Precondition: nothing is at ``to``."""
         with _looking_into(space):
-            vmas = [vma.area.clip(*addresses) for vma in maps.read(space.agent.pid)]
+            vmas = [vma.area.clip(*addresses) for vma in maps.read(space.pid)]
         delta = to - addresses.start
         calls = [syscalls.mremap(vma.start, vma.length, vma.length, vma.start + delta) for vma in vmas if vma]
         await self._run(space, calls)
@@ -239,7 +257,7 @@ class PageTables:
         """Return the private copies at addresses of private mappings."""
         kept = RangeSet()
         for part in private:
-            with _looking_into(space), Pagemap(space.agent.pid) as pagemap:
+            with _looking_into(space), Pagemap(space.pid) as pagemap:
                 for copied in pagemap.present_in(*part, copies=True):
                     for own in list(space.zeros.gaps(*copied)):
                         for page in _unmarked(pagemap, own):

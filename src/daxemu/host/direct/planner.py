@@ -15,7 +15,7 @@ Addresses are bytes. Lengths are in proportion to the extents of a file, never t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -70,27 +70,24 @@ class Plan(NamedTuple):
     move: list[Syscall]
 
 
-def media_pieces(area: Area, runs: Iterable[FileRun]) -> list[Piece]:
-    """Return the pieces of an area that map the media. Holes, and blocks beyond the end, are left out."""
-    pieces = []
+def media_pieces(area: Area, runs: Iterable[FileRun]) -> Iterator[Piece]:
+    """Yield the pieces of an area that map the media. Holes, and blocks beyond the end, are left out."""
     for run in runs:
         addresses = area.addresses_of(Range(run.file_block, run.file_end))
         if run.kind is FaultKind.MAPPED and addresses:
             offset = (run.dev_block + area.block_at(addresses.start) - run.file_block) * PAGE_SIZE
-            pieces.append(Piece(area, addresses, Shows.MEDIA, offset, run.is_shared and area.is_shared))
-    return pieces
+            yield Piece(area, addresses, Shows.MEDIA, offset, run.is_shared and area.is_shared)
 
 
-def in_place(area: Area, pieces: Sequence[Piece], origin: int) -> Plan:
-    """Return the plan of a new area: lazy, but for ``pieces``.
+def in_place(area: Area, pieces: Sequence[Piece], origin: int) -> list[Syscall]:
+    """Return the batch of a new area: lazy, but for ``pieces``.
 
     Precondition: no program uses the addresses of the area.
     """
     whole = Piece(area, area.addresses, Shows.LAZY)
     maps_all = len(pieces) == 1 and pieces[0].addresses == area.addresses
     batch = [piece.mmap(piece.addresses.start, origin) for piece in ([] if maps_all else [whole])]
-    batch += [piece.mmap(piece.addresses.start, origin) for piece in pieces]
-    return Plan(batch, area.addresses, [piece.addresses for piece in pieces if piece.is_protected], [])
+    return batch + [piece.mmap(piece.addresses.start, origin) for piece in pieces]
 
 
 def replacement(pieces: Sequence[Piece], scratch: Range, origin: int) -> Plan:

@@ -28,7 +28,7 @@ class Seen(NamedTuple):
     """
 
     tgid: int
-    pid: int  # of the agent: /proc/PID/pagemap works there when the leader of the process has ended
+    pid: int  # Space.pid
     ino: Ino
     block: Block
     addresses: Range
@@ -155,9 +155,7 @@ def _seen(area: Area, addresses: Range) -> Seen:
     space: Space = area.space
     writable = area.is_shared and bool(area.prot & 2)
     block = area.block_at(addresses.start)
-    return Seen(
-        space.tgid, space.agent.pid, area.ino, block, addresses, area.addresses, area.is_shared, writable
-    )
+    return Seen(space.tgid, space.pid, area.ino, block, addresses, area.addresses, area.is_shared, writable)
 
 
 def _blocks(seen: Seen, part: Range) -> Range:

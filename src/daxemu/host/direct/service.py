@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 from daxemu.host.direct.address_spaces import AddressSpace, AddressSpaces
-from daxemu.host.direct.calls import MAP_ANONYMOUS, Calls, open_file
+from daxemu.host.direct.calls import MAP_ANONYMOUS, MAP_FIXED, MAP_FIXED_NOREPLACE, Calls, open_file
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
 from daxemu.host.direct.faults import PageFaults
+from daxemu.host.direct.locking import held
 from daxemu.host.direct.table import Space, Table
 from daxemu.host.direct.userfaultfd import Event, PageFault
 from daxemu.host.mount_parts import MountParts
@@ -25,6 +26,11 @@ from daxemu.ranges import Range, merged
 
 MOST_DROPPED = 256
 """Ranges of pages that the child of a fork does not get. It has the pages of further ranges present."""
+
+_FIXED_ELSEWHERE = (
+    "MAP_FIXED over other memory: daxemu would not notice a munmap(2) there; map without MAP_FIXED, or over "
+    "a direct mapping"
+)
 
 
 class Service:
@@ -126,6 +132,9 @@ class _RunSpaces:
             return Answer(error=errno.EINTR)
         if error := self._calls.check_mmap(call, file):
             return Answer(error=error)
+        is_fixed = call.args[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE)
+        if is_fixed and not self._zone.start <= call.args[0] < self._zone.end:
+            return refused(call, _FIXED_ELSEWHERE, self._parts.emit)
         space = self._space(await self.spaces.of(run, call))
         return None if space is None else await self._calls.mmap(call, file, space)
 
@@ -141,7 +150,7 @@ class _RunSpaces:
             return
         self._forking.add(call.tid)
         try:
-            async with space.lock:
+            async with held(space.lock):
                 shared = (area.addresses for area in space.areas.values() if area.is_shared)
                 drop = [(part.start, part.length) for part in merged(shared)][:MOST_DROPPED]
                 await self.spaces.forked(run, call, drop)

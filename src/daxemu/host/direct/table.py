@@ -8,7 +8,7 @@ Addresses are bytes, positions in files are blocks. A range of addresses consist
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -122,6 +122,13 @@ class Space:
         """Process id of the program; 0 for the child of a fork that is not complete yet."""
         return self.agent.tgid
 
+    @property
+    def pid(self) -> int:
+        """Process id under which /proc shows the address space: the agent, which outlives the leader of the
+        program; the program until the agent of a fork's child has answered.
+        """
+        return self.agent.pid or self.tgid
+
     def at(self, address: int) -> Area | None:
         """Return the area with an address; None if the address is in none."""
         index = self.areas.bisect_right(address) - 1
@@ -155,6 +162,20 @@ class Space:
         else:
             self.zeros.remove(*addresses)
             self.pieces.add(addresses.start)
+
+    def showing_all(self, pieces: Sequence[Range]) -> None:
+        """Note that new ``pieces`` are shown from now on. Precondition: none of them is shown, and they are
+        in order.
+        """
+        whole = Range(0, 0)
+        for piece in pieces:
+            if whole and piece.start == whole.end:
+                whole = Range(whole.start, piece.end)
+                continue
+            self.shown.add(*whole)
+            whole = piece
+        self.shown.add(*whole)
+        self.pieces.update(piece.start for piece in pieces)
 
     def hidden(self, addresses: Range) -> None:
         """Note that ``addresses`` are no longer shown."""

@@ -47,6 +47,7 @@ class PageCacheMappings:
     """
 
     direct_io = False
+    survive_shutdown = False
 
     def __init__(self, parts: MountParts) -> None:
         self._fs = parts.fs

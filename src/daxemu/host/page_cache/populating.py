@@ -42,7 +42,7 @@ from daxemu.units import PHYS_PFN
 
 Revoke = Callable[[Ino, int, int], None]
 
-_HOLD_PATIENCE = 1.0  # seconds for the tracer to hold a thread
+_HOLD_PATIENCE = 1.0  # seconds for a tracer without other work to hold a thread
 _PATIENCE = 1.0  # seconds for a thread to map the page of zeros; otherwise the kernel requests the page again
 _LOOKS = 20  # most looks at a thread that has sent a request and is not asleep yet
 _LOOK_INTERVAL = 0.001  # seconds
@@ -140,9 +140,7 @@ class Populating:
             return now
         now = self._calls[read.tid] = _Populate(pid, read.tid, comm_of(pid), call, read.ino)
         try:
-            armed = None
-            with trio.move_on_after(_HOLD_PATIENCE):
-                armed = await self._tracer.hold(pid, read.tid)
+            armed = await self._tracer.hold(pid, read.tid, _HOLD_PATIENCE)
             if isinstance(armed, Armed):
                 now.armed = armed
                 self._nursery.start_soon(self._let_go, now, armed)
@@ -252,9 +250,7 @@ def _is_milestone(times: int) -> bool:
     return times == _REPEATS
 
 
-def _why_not(armed: Refused | Gone | None) -> str:
-    if armed is None:
-        return "the tracer did not answer in time"
+def _why_not(armed: Refused | Gone) -> str:
     return armed.reason if isinstance(armed, Refused) else "the thread is gone"
 
 

@@ -14,6 +14,12 @@ from daxemu.host.proc import stat
 from daxemu.host.proc.procfs import read_whole
 
 _INTERVAL = 0.001  # seconds; a running thread's time is brought up to date once a tick
+_LEAST_RUN = 500_000
+"""Nanoseconds on a processor after which a thread has entered its signal handler.
+
+A thread that leaves its ptrace stop runs in the kernel first. A cgroup with a limit of processor time
+(cpu.max) throttles the thread there, before the first instruction of the handler: since Linux 6.18 always.
+"""
 
 
 def wait_until_run(tids: Iterable[int], patience: float) -> list[int]:
@@ -21,15 +27,21 @@ def wait_until_run(tids: Iterable[int], patience: float) -> list[int]:
 
     Precondition: the signals were delivered before. Blocks: from a worker thread only.
     """
-    waiting = {tid: since for tid in tids if (since := _runtime(tid)) is not None}
+    waiting = {tid: since for tid in tids if (since := runtime(tid)) is not None}
     deadline = time.monotonic() + patience
     while waiting and time.monotonic() < deadline:
         time.sleep(_INTERVAL)
-        waiting = {tid: since for tid, since in waiting.items() if _runtime(tid) == since}
+        waiting = {tid: since for tid, since in waiting.items() if starves(tid, since)}
     return list(waiting)
 
 
-def _runtime(tid: int) -> bytes | None:
+def starves(tid: int, since: int | None) -> bool:
+    """Return True if a thread wants to run, but has had no processor since its ``runtime`` was ``since``."""
+    now = runtime(tid)
+    return now is not None and since is not None and now - since < _LEAST_RUN
+
+
+def runtime(tid: int) -> int | None:
     """Return the nanoseconds on a processor of a thread that is runnable (R) or in a ptrace stop (t).
 
     None for any other thread, and for a kernel without CONFIG_SCHED_INFO.
@@ -37,6 +49,6 @@ def _runtime(tid: int) -> bytes | None:
     try:
         if stat.read(tid).state not in "Rt":
             return None
-        return read_whole(f"/proc/{tid}/schedstat").split()[0]
+        return int(read_whole(f"/proc/{tid}/schedstat").split()[0])
     except (OSError, IndexError):
         return None

@@ -31,6 +31,7 @@ import msgspec
 import trio
 
 import daxemu
+from daxemu.host.proc import progress
 from daxemu.host.proc.file_pages import FilePage
 from daxemu.host.tracer.messages import (
     MAX_PACKET,
@@ -57,6 +58,7 @@ log = logging.getLogger(__name__)
 
 _DIED = "the tracer died"
 _CLOSED = "the tracer was told to stop"
+_SILENT = "the tracer did not answer in time"
 _EXIT_PATIENCE = 5.0  # seconds for the tracer to let its threads go, when the link closes
 _IDLE = 0.25  # seconds without a report: the tracer has no work that it can do
 _GATHER = 0.1  # seconds from the first output of the tracer on stderr to the message in supervisor.log
@@ -182,6 +184,7 @@ class TracerLink:
         tid: int,
         timeout: float = 1.0,  # noqa: ASYNC109
         page: FilePage | None = None,
+        patience: float = math.inf,
     ) -> Armed | Refused | Gone:
         """Hold thread ``tid``, which is about to consume poison: force_sig_mceerr(BUS_MCEERR_AR).
 
@@ -189,32 +192,36 @@ class TracerLink:
         thread's mask and handler, and the thread receives BUS_MCEERR_AR with the same address and lsb 12. The
         thread is let go unchanged, with ``NotTaken``, if no BUS_ADRERR comes within ``timeout`` seconds (the
         fault was interrupted, or a system call took the fault), or only a BUS_ADRERR for a page other than
-        ``page``.
+        ``page``. ``patience``: see ``_answered``.
         """
         session = await self._running()
         armed = Armed(next(self._ids), tid)
         self._submit(session, ArmAR(armed.id, tid, timeout, page), armed)
-        return await armed._answer()
+        return await self._answered(armed, patience)
 
-    async def force_ar(self, tgid: int, tid: int, addr: int, lsb: int = PAGE_SHIFT) -> Armed | Refused | Gone:
+    async def force_ar(
+        self, tgid: int, tid: int, addr: int, lsb: int = PAGE_SHIFT, *, patience: float = math.inf
+    ) -> Armed | Refused | Gone:
         """Signal thread ``tid``, which consumed poison in a system call: force_sig_mceerr(BUS_MCEERR_AR).
 
         Once ``Armed``, the call may end: the signal arrives at the return of the call, before any instruction
-        of the program. A thread that blocks or ignores SIGBUS dies of the signal.
+        of the program. A thread that blocks or ignores SIGBUS dies of the signal. ``patience``: see
+        ``_answered``.
         """
         session = await self._running()
         armed = Armed(next(self._ids), tid)
         self._submit(session, ForceAR(armed.id, tgid, tid, addr, lsb), armed)
-        return await armed._answer()
+        return await self._answered(armed, patience)
 
-    async def hold(self, tgid: int, tid: int) -> Armed | Refused | Gone:
+    async def hold(self, tgid: int, tid: int, patience: float = math.inf) -> Armed | Refused | Gone:
         """Stop thread ``tid``, which is in a system call, when the call returns. ``Armed`` leads to ``Held``,
-        ``Gone`` or ``Refused``. A ``Held`` thread sleeps until :meth:`let_go`.
+        ``Gone`` or ``Refused``. A ``Held`` thread sleeps until :meth:`let_go`. ``patience``: see
+        ``_answered``.
         """
         session = await self._running()
         armed = Armed(next(self._ids), tid)
         self._submit(session, Hold(armed.id, tgid, tid), armed)
-        return await armed._answer()
+        return await self._answered(armed, patience)
 
     async def let_go(
         self, tid: int, discard: Sequence[tuple[int, FilePage, int]], number: int, error: int
@@ -329,14 +336,38 @@ class TracerLink:
         """Return the outcome of a request. Return None without an outcome ``patience`` seconds after
         ``since``, if the tracer has been idle lately or knows that the thread is asleep. The caller may ask
         again.
+
+        A tracer, or a thread, that wants to run and gets no processor is not idle: see ``progress``.
         """
         deadline, limit = since + patience, since + _LONGEST_QUEUE
+        ran: int | None = None
         while (outcome := await pending.wait(max(0.0, deadline - trio.current_time()))) is None:
             now = trio.current_time()
-            if pending.is_asleep or now >= min(limit, self._heard_at + _IDLE):
+            is_first, is_starved = ran is None, progress.starves(pending.tid, ran)
+            ran = progress.runtime(pending.tid)
+            may_go_on = is_starved or (is_first and ran is not None) or self._has_work()
+            if pending.is_asleep or now >= limit or (now >= self._heard_at + _IDLE and not may_go_on):
                 return None
             deadline = min(limit, now + _IDLE)
         return outcome
+
+    async def _answered(self, armed: Armed, patience: float) -> Armed | Refused | Gone:
+        """Return the answer to a request. Return Refused without an answer after ``patience`` seconds, or
+        later while the tracer is runnable: the tracer may have begun a moment ago, or get no processor.
+        """
+        since = trio.current_time()
+        deadline, limit = since + patience, since + max(patience, _LONGEST_QUEUE)
+        while True:
+            with trio.move_on_at(deadline):
+                return await armed._answer()
+            now = trio.current_time()
+            if now >= limit or not self._has_work():
+                return Refused(armed.id, _SILENT)
+            deadline = min(limit, now + _IDLE)
+
+    def _has_work(self) -> bool:
+        """Return True if the tracer is runnable."""
+        return (tracer := self.pid) is not None and progress.runtime(tracer) is not None
 
     def _finish(self, session: _Session, outcome: Outcome) -> None:
         self._heard_at = trio.current_time()
