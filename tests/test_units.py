@@ -90,11 +90,6 @@ ALLOWED = {
     "units.py": "defines the conversions",
     "ranges.py": "is below units; rounds to any unit",
     "evaluate/fleet.py": "rounds arrays of numpy, which the conversions do not take",
-    "host/direct/calls.py": "is written at this moment",
-    "host/direct/mappings.py": "is written at this moment",
-    "host/direct/page_tables.py": "is written at this moment",
-    "host/direct/presence.py": "is written at this moment",
-    "host/direct/table.py": "is written at this moment",
 }
 """Files that may convert by hand, with the reason."""
 

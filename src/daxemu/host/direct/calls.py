@@ -35,13 +35,13 @@ from daxemu.uapi import (
     FALLOC_FL_PUNCH_HOLE,
     MADV_HWPOISON,
     MADV_SOFT_OFFLINE,
-    PAGE_SHIFT,
     PAGE_SIZE,
     PMD_SIZE,
     U64_MAX,
     Ino,
     page_align_up,
 )
+from daxemu.units import PFN_PHYS, PHYS_PFN
 
 EAGER = 12_000
 """Runs of a file up to which a new mapping maps them all at once: 0.14 s for 10,000. Beyond, and
@@ -137,7 +137,7 @@ class Calls:
             return Answer(error=errno.EINVAL) if poisons else CONTINUE
         try:
             return await self._answer(call, space, simulated=simulated)
-        except _Refused as refused:
+        except _CallRefused as refused:
             return Answer(error=refused.errno)
         except DaxemuError as error:
             return Answer(error=error.errno)
@@ -200,7 +200,7 @@ class Calls:
             async with self._locks.held(file.ino), held(space.lock):
                 start = self._place(space, address, size, flags)
                 where = Range(start, start + size)
-                area = Area(space, where, file.ino, offset >> PAGE_SHIFT, prot & _PROT, is_shared, may_write)
+                area = Area(space, where, file.ino, PHYS_PFN(offset), prot & _PROT, is_shared, may_write)
                 if space.overlapping(where):
                     await self._page_tables.map_over(area)
                     with suppress(OSError):  # the area stays lazy
@@ -209,7 +209,7 @@ class Calls:
                 else:
                     runs = self._runs(area, min(EAGER, self._page_tables.room(space) // 2))
                     await self._page_tables.map_new(area, planner.media_pieces(area, runs))
-        except _Refused as refused:
+        except _CallRefused as refused:
             return Answer(error=refused.errno)
         except DaxemuError as error:
             return Answer(error=error.errno)
@@ -231,21 +231,21 @@ class Calls:
         return runs
 
     def _place(self, space: Space, address: int, size: int, flags: int) -> int:
-        """Return the address of a new mapping. Raises _Refused."""
+        """Return the address of a new mapping. Raises _CallRefused."""
         where = Range(address, address + size)
         is_inside = space.zone.start <= where.start and where.end <= space.zone.end
         if flags & (MAP_FIXED | MAP_FIXED_NOREPLACE):
             if not is_inside:
                 # munmap(2) there would not be noticed.
-                raise _Refused(errno.ENODEV)
+                raise _CallRefused(errno.ENODEV)
             if flags & MAP_FIXED_NOREPLACE and space.overlapping(where):
-                raise _Refused(errno.EEXIST)
+                raise _CallRefused(errno.EEXIST)
             return address
         if address % PAGE_SIZE == 0 and is_inside and not space.overlapping(where):
             return address
         place = space.free_place(size, PMD_SIZE if size >= PMD_SIZE else PAGE_SIZE)
         if place is None:
-            raise _Refused(errno.ENOMEM)
+            raise _CallRefused(errno.ENOMEM)
         return place
 
     async def _map_anonymous_over(
@@ -263,7 +263,7 @@ class Calls:
     async def _munmap(self, space: Space, address: int, length: int) -> Answer:
         where = Range(address, address + page_align_up(length))
         if address % PAGE_SIZE or not where or where.end > _TASK_SIZE:
-            raise _Refused(errno.EINVAL)
+            raise _CallRefused(errno.EINVAL)
         if not space.overlapping(where):
             return CONTINUE
         await self._page_tables.unmap(space, where)
@@ -272,12 +272,12 @@ class Calls:
     async def _mprotect(self, space: Space, address: int, length: int, prot: int) -> Answer:
         where = Range(address, address + page_align_up(length))
         if address % PAGE_SIZE:
-            raise _Refused(errno.EINVAL)
+            raise _CallRefused(errno.EINVAL)
         areas = space.overlapping(where)
         if not areas or prot & ~_PROT:
             return CONTINUE
         if prot & PROT_WRITE and any(not area.may_write for area in areas):
-            raise _Refused(errno.EACCES)
+            raise _CallRefused(errno.EACCES)
         await self._page_tables.mprotect(space, where, prot)
         return Answer(0)
 
@@ -287,25 +287,25 @@ class Calls:
         old, new = page_align_up(old), page_align_up(new)
         known = MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP
         if address % PAGE_SIZE or not new or flags & ~known or flags & MREMAP_DONTUNMAP:
-            raise _Refused(errno.EINVAL)
+            raise _CallRefused(errno.EINVAL)
         if flags & MREMAP_FIXED and (
             not flags & MREMAP_MAYMOVE
             or target % PAGE_SIZE
             or Range(target, target + new).clip(address, address + old)
         ):
-            raise _Refused(errno.EINVAL)
+            raise _CallRefused(errno.EINVAL)
         area = space.at(address)
         if area is None:
             return CONTINUE
         if not old:
-            raise _Refused(errno.EINVAL)
+            raise _CallRefused(errno.EINVAL)
         where = Range(address, address + old)
         if where.end > area.addresses.end:
-            raise _Refused(errno.EFAULT)
+            raise _CallRefused(errno.EFAULT)
         if flags & MREMAP_FIXED:
             place = Range(target, target + new)
             if not (space.zone.start <= place.start and place.end <= space.zone.end):
-                raise _Refused(errno.ENOMEM)
+                raise _CallRefused(errno.ENOMEM)
             if space.overlapping(place):
                 await self._page_tables.unmap(space, place)
             return await self._moved(space, where, new, target)
@@ -318,10 +318,10 @@ class Calls:
             await self._grow(area, added)
             return Answer(address)
         if not flags & MREMAP_MAYMOVE:
-            raise _Refused(errno.ENOMEM)
+            raise _CallRefused(errno.ENOMEM)
         free = space.free_place(new, PMD_SIZE if new >= PMD_SIZE else PAGE_SIZE)
         if free is None:
-            raise _Refused(errno.ENOMEM)
+            raise _CallRefused(errno.ENOMEM)
         return await self._moved(space, where, new, free)
 
     async def _moved(self, space: Space, where: Range, new: int, to: int) -> Answer:
@@ -335,7 +335,7 @@ class Calls:
 
     async def _grow(self, area: Area, added: Range) -> None:
         """Map more of the file, lazily, behind an area."""
-        block = area.block + (area.addresses.length >> PAGE_SHIFT)
+        block = area.block + PHYS_PFN(area.addresses.length)
         more = Area(area.space, added, area.ino, block, area.prot, area.is_shared, area.may_write)
         await self._page_tables.map_new(more, [])
 
@@ -344,9 +344,9 @@ class Calls:
     def _msync(self, space: Space, address: int, length: int, flags: int) -> Answer:
         """msync(2): the stores are on the media already, the metadata is committed here."""
         if address % PAGE_SIZE or flags & ~(MS_ASYNC | MS_INVALIDATE | MS_SYNC):
-            raise _Refused(errno.EINVAL)
+            raise _CallRefused(errno.EINVAL)
         if flags & MS_ASYNC and flags & MS_SYNC:
-            raise _Refused(errno.EINVAL)
+            raise _CallRefused(errno.EINVAL)
         where = Range(address, address + page_align_up(length))
         if not where:
             return Answer(0)
@@ -354,7 +354,7 @@ class Calls:
             try:
                 self._fs.fsync()
             except DaxemuError as error:
-                raise _Refused(error.errno) from error
+                raise _CallRefused(error.errno) from error
         return Answer(0) if space.covers(where) else Answer(error=errno.ENOMEM)
 
     async def _madvise(
@@ -366,7 +366,7 @@ class Calls:
         if not space.overlapping(where) and not poisons:
             return CONTINUE
         if address % PAGE_SIZE:
-            raise _Refused(errno.EINVAL)
+            raise _CallRefused(errno.EINVAL)
         if poisons:
             return await self._inject(tid, space, where, advice == MADV_SOFT_OFFLINE, simulated)
         if advice == MADV_REMOVE:
@@ -381,31 +381,31 @@ class Calls:
         """madvise(MADV_REMOVE): punch a hole (madvise_remove())."""
         for part in space.parts(where):
             if not part.is_shared or not part.may_write:
-                raise _Refused(errno.EACCES)
+                raise _CallRefused(errno.EACCES)
             mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
             try:
-                self._fs.fallocate(part.ino, mode, part.block << PAGE_SHIFT, part.addresses.length)
+                self._fs.fallocate(part.ino, mode, PFN_PHYS(part.block), part.addresses.length)
             except DaxemuError as error:
-                raise _Refused(error.errno) from error
+                raise _CallRefused(error.errno) from error
             await self._settled(part.ino)
         return Answer(0) if space.covers(where) else Answer(error=errno.ENOMEM)
 
     async def _inject(self, tid: int, space: Space, where: Range, soft: bool, simulated: bool) -> Answer:
         """madvise(MADV_HWPOISON): one failure for each part of a file (madvise_inject_error())."""
         if not _is_capable(tid):
-            raise _Refused(errno.EPERM)
+            raise _CallRefused(errno.EPERM)
         at = where.start
         for part in space.parts(where):
-            start, pages = part.addresses.start, part.addresses.length >> PAGE_SHIFT
+            start, pages = part.addresses.start, PHYS_PFN(part.addresses.length)
             if start != at:
                 break
             good = await trio.to_thread.run_sync(fault_in, tid, start, pages)
-            offset, length = part.block << PAGE_SHIFT, good << PAGE_SHIFT
+            offset, length = PFN_PHYS(part.block), PFN_PHYS(good)
             failed = await self._hardware_error(
                 tid, start, part.ino, offset, length, soft=soft, simulated=simulated
             )
             if failed:
-                raise _Refused(failed)
+                raise _CallRefused(failed)
             at = start + length
             if good < pages:
                 break
@@ -418,7 +418,7 @@ def _is_capable(tid: int) -> bool:
     return found is not None and (found.euid == 0 or found.has_capability(CAP_SYS_ADMIN))
 
 
-class _Refused(Exception):
+class _CallRefused(Exception):
     """A call ends with an errno."""
 
     def __init__(self, number: int) -> None:

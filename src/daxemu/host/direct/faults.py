@@ -25,7 +25,7 @@ from daxemu.host.direct.changes import Changes, FileLocks
 from daxemu.host.direct.errors import AddressSpaceGone, NotRegistered
 from daxemu.host.direct.locking import held
 from daxemu.host.direct.page_tables import PageTables
-from daxemu.host.direct.planner import Piece, Shows
+from daxemu.host.direct.planner import MappingPiece, Shows
 from daxemu.host.direct.table import Area, Space, Table
 from daxemu.host.direct.userfaultfd import PageFault
 from daxemu.host.mappings import Answer
@@ -41,7 +41,7 @@ _WINDOW = 1 << 30
 """Blocks of a file that one fault may map."""
 
 
-class Filesystem(Protocol):
+class FaultOps(Protocol):
     """The part of the filesystem that decides faults."""
 
     def fault(self, ino: Ino, block: Block, *, is_store: bool, limit: int) -> FileRun:
@@ -69,7 +69,7 @@ class PageFaults:
 
     def __init__(
         self,
-        fs: Filesystem,
+        fs: FaultOps,
         is_poisoned: Callable[[Block], bool],
         reserve: Callable[[Block], None],
         table: Table,
@@ -180,7 +180,7 @@ class PageFaults:
         space, page, _ = touch
         is_shown = page.start in space.shown
         if run.kind is FaultKind.BEYOND_EOF:
-            await self._page_tables.show([Piece(area, page, Shows.VOID)])
+            await self._page_tables.show([MappingPiece(area, page, Shows.VOID)])
         elif run.kind is FaultKind.HOLE and is_shown and page.start not in space.zeros:
             # The void, for an earlier event before the file grew: UFFDIO_COPY there is EFAULT.
             await self._page_tables.hide(space, page)
@@ -211,7 +211,7 @@ class PageFaults:
         else:
             await self._page_tables.zeros(area, page, protected=not is_copy)
         if is_copy:
-            space.hidden(page)
+            space.hiding(page)
             space.copied.add(*page)
 
     # -- accesses that fail
@@ -237,7 +237,7 @@ class PageFaults:
 
     async def _fail(self, area: Area, touch: Touch) -> None:
         """Let an access fail with BUS_ADRERR: no space, or no filesystem. Precondition: ``Space.lock``."""
-        await self._page_tables.show([Piece(area, touch.page, Shows.VOID)])
+        await self._page_tables.show([MappingPiece(area, touch.page, Shows.VOID)])
         self._nursery.start_soon(self._decide_anew, touch)
 
     async def _mark(self, touch: Touch) -> None:

@@ -23,7 +23,7 @@ from daxemu.host.direct.changes import Changes, FileLocks
 from daxemu.host.direct.faults import PageFaults, Touch
 from daxemu.host.direct.locking import held
 from daxemu.host.direct.page_tables import PageTables
-from daxemu.host.direct.presence import Presence, Seen, collected, wanted_of
+from daxemu.host.direct.presence import AreaToScan, Presence, collected, wanted_of
 from daxemu.host.direct.service import Service
 from daxemu.host.direct.table import Area, Table
 from daxemu.host.fuse import notifications
@@ -35,8 +35,8 @@ from daxemu.host.run.attached import Handle
 from daxemu.mm.incident import Incident
 from daxemu.mm.to_kill import PresentRun, Task
 from daxemu.ranges import Range
-from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Block, Ino
-from daxemu.units import DIV_ROUND_UP, blocks_of, bytes_of_blocks
+from daxemu.uapi import PAGE_SIZE, Block, Ino
+from daxemu.units import DIV_ROUND_UP, PHYS_PFN, blocks_of, bytes_of_blocks
 
 
 class DirectMappings:
@@ -137,15 +137,15 @@ class DirectMappings:
 
     def collect(self, incidents: Sequence[Incident]) -> list[list[Task]]:
         """See Mappings.collect."""
-        wanted, hurt = wanted_of(incidents)
+        wanted, pages = wanted_of(incidents)
         all_files = any(incident.whole_device for incident in incidents)
 
-        def look() -> tuple[list[Seen], list[tuple[int, PresentRun]]]:
+        def look() -> tuple[list[AreaToScan], list[tuple[int, PresentRun]]]:
             files = None if all_files else wanted
             return self.presence.seen(files), self.presence.take_remembered(files)
 
         seen, remembered = trio.from_thread.run_sync(look)
-        return collected(self.presence, incidents, hurt, seen, remembered)
+        return collected(self.presence, incidents, pages, seen, remembered)
 
     def still_mapped(self, task: Task) -> bool:
         """See Mappings.still_mapped."""
@@ -156,7 +156,7 @@ class DirectMappings:
         with suppress(DaxemuError):
             for run in self._fs.runs(ino, Range(index, index + 1)):
                 if run.kind is FaultKind.MAPPED:
-                    return FilePage(*self._file, (self._media.offset >> PAGE_SHIFT) + run.dev_block)
+                    return FilePage(*self._file, PHYS_PFN(self._media.offset) + run.dev_block)
         return FilePage(0, 0, 0, 0)
 
     def revoke(self, incident: Incident) -> None:
@@ -164,11 +164,11 @@ class DirectMappings:
         trio.from_thread.run(self._revoke, incident)
 
     async def _revoke(self, incident: Incident) -> None:
-        for hurt in incident.mappings:
-            blocks = Range(hurt.index, hurt.index + hurt.count)
-            async with self._locks.held(hurt.mapping):
-                for part in self._healthy(hurt.mapping, blocks):
-                    await self.page_tables.hide_blocks(hurt.mapping, part)
+        for pages in incident.mappings:
+            blocks = Range(pages.index, pages.index + pages.count)
+            async with self._locks.held(pages.mapping):
+                for part in self._healthy(pages.mapping, blocks):
+                    await self.page_tables.hide_blocks(pages.mapping, part)
 
     def _healthy(self, ino: Ino, blocks: Range) -> list[Range]:
         """Return the blocks of a mapped file that are not poison."""

@@ -27,14 +27,15 @@ from daxemu.host.direct.errors import (
     RegisteredElsewhere,
 )
 from daxemu.host.direct.locking import held
-from daxemu.host.direct.planner import Piece, Plan, Shows
+from daxemu.host.direct.planner import MappingPiece, MappingPlan, Shows
 from daxemu.host.direct.syscalls import Syscall
 from daxemu.host.direct.table import Area, Space, Table
 from daxemu.host.proc import maps
 from daxemu.host.proc.pagemap import Pagemap
 from daxemu.host.proc.procfs import GONE
 from daxemu.ranges import Range, RangeSet, gaps_between
-from daxemu.uapi import PAGE_SHIFT, PAGE_SIZE, Ino
+from daxemu.uapi import PAGE_SIZE, Ino
+from daxemu.units import PFN_PHYS, PHYS_PFN
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class PageTables:
 
     # -- new mappings
 
-    async def map_new(self, area: Area, pieces: Iterable[Piece]) -> None:
+    async def map_new(self, area: Area, pieces: Iterable[MappingPiece]) -> None:
         """Map ``area`` at addresses that no program uses: ``pieces`` at once, the rest lazily.
 
         Add the area to the table before the first await: a change of the file meanwhile is then noticed.
@@ -96,7 +97,7 @@ class PageTables:
                 await self._run(space, batch)
                 chunk = list(islice(rest, _PIECES_IN_STEP))
                 batch = [piece.mmap(piece.addresses.start, self._origin) for piece in chunk]
-            await self._carry_out(space, Plan([], area.addresses, list(protected), []))
+            await self._carry_out(space, MappingPlan([], area.addresses, list(protected), []))
         except (OSError, NotRegistered, RegisteredElsewhere):
             self._table.remove(space, area.addresses)
             await self._run(space, [syscalls.munmap(area.addresses.start, area.addresses.length)])
@@ -104,13 +105,13 @@ class PageTables:
 
     async def map_over(self, area: Area) -> None:
         """Map ``area`` lazily in place of whatever its addresses map now, as MAP_FIXED does."""
-        await self._replace(area.space, [Piece(area, area.addresses, Shows.LAZY)], keep_copies=False)
+        await self._replace(area.space, [MappingPiece(area, area.addresses, Shows.LAZY)], keep_copies=False)
         self._table.remove(area.space, area.addresses)
         self._table.add(area)
 
     # -- translations
 
-    async def show(self, pieces: Sequence[Piece]) -> None:
+    async def show(self, pieces: Sequence[MappingPiece]) -> None:
         """Map pieces of one address space, and wake the threads that wait there.
 
         Private copies stay. If the address space has too many VMAs, other addresses become lazy first.
@@ -126,7 +127,7 @@ class PageTables:
             await self._replace(space, pieces)
         except (OSError, NotRegistered, RegisteredElsewhere):
             for piece in pieces:
-                space.hidden(piece.addresses)
+                space.hiding(piece.addresses)
             raise
         for piece in pieces:
             space.wake(piece.addresses)
@@ -136,20 +137,20 @@ class PageTables:
 
         ``keep_copies``: private copies stay (``even_cows`` of the kernel is 0).
         """
-        hidden = list(space.shown.overlapping(*addresses))
+        there = list(space.shown.overlapping(*addresses))
         if not keep_copies:
-            hidden = list(RangeSet([*hidden, *space.copied.overlapping(*addresses)]))
-        areas = space.parts(addresses) if hidden else []
+            there = list(RangeSet([*there, *space.copied.overlapping(*addresses)]))
+        areas = space.parts(addresses) if there else []
         pieces = [
-            Piece(area, mine, Shows.LAZY)
+            MappingPiece(area, mine, Shows.LAZY)
             for area in areas
-            for part in hidden
+            for part in there
             if (mine := part.clip(*area.addresses))
         ]
         if pieces:
             await self._replace(space, pieces, keep_copies=keep_copies)
             for piece in pieces:
-                space.hidden(piece.addresses)
+                space.hiding(piece.addresses)
                 if not keep_copies:
                     space.copied.remove(*piece.addresses)
                 space.wake(piece.addresses)
@@ -248,7 +249,7 @@ class PageTables:
 
     async def end(self, space: Space) -> None:
         """Make each access to each area fail with BUS_ADRERR, for ever."""
-        whole = [Piece(area, area.addresses, Shows.VOID) for area in space.areas.values()]
+        whole = [MappingPiece(area, area.addresses, Shows.VOID) for area in space.areas.values()]
         for piece in whole:
             space.showing(piece.addresses)
         await self._run(space, [piece.mmap(piece.addresses.start, self._origin) for piece in whole])
@@ -278,7 +279,9 @@ class PageTables:
 
     # -- the machinery
 
-    async def _replace(self, space: Space, pieces: Sequence[Piece], *, keep_copies: bool = True) -> None:
+    async def _replace(
+        self, space: Space, pieces: Sequence[MappingPiece], *, keep_copies: bool = True
+    ) -> None:
         private = [piece.addresses for piece in pieces if keep_copies and not piece.area.is_shared]
         for part in private:  # a store waits until the replacement is done
             await self._write_protect(space, part, on=True)
@@ -302,7 +305,7 @@ class PageTables:
                 kept.add(*copied)
         return kept
 
-    async def _carry_out(self, space: Space, plan: Plan) -> None:
+    async def _carry_out(self, space: Space, plan: MappingPlan) -> None:
         try:
             await self._run(space, plan.batch)
             await self._ioctl(space, lambda: space.uffd.register(*_extent(plan.registered)))
@@ -353,15 +356,15 @@ class PageTables:
             return sum(1 for _ in space.pieces.irange(*area.addresses, inclusive=(True, False)))
 
         fullest = max(space.areas.values(), key=pieces_of)
-        await self._replace(space, [Piece(fullest, fullest.addresses, Shows.LAZY)])
-        space.hidden(fullest.addresses)
+        await self._replace(space, [MappingPiece(fullest, fullest.addresses, Shows.LAZY)])
+        space.hiding(fullest.addresses)
 
 
 def _unmarked(pagemap: Pagemap, part: Range) -> Iterator[Range]:
     """Yield the pages of ``part`` that are there: not only marked by the write-protection."""
-    for index, entry in enumerate(pagemap.entries(part.start, part.length >> PAGE_SHIFT)):
+    for index, entry in enumerate(pagemap.entries(part.start, PHYS_PFN(part.length))):
         if not entry.is_marker:
-            at = part.start + (index << PAGE_SHIFT)
+            at = part.start + PFN_PHYS(index)
             yield Range(at, at + PAGE_SIZE)
 
 

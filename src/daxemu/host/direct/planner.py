@@ -30,7 +30,7 @@ Shows = Enum("Shows", ["LAZY", "MEDIA", "VOID"])
 """What addresses map: anonymous memory without a page, the media, or the empty file (SIGBUS)."""
 
 
-class Piece(NamedTuple):
+class MappingPiece(NamedTuple):
     """Addresses of an area that map alike, by one mmap(2).
 
     ``offset``: byte of the device; 0 unless MEDIA. ``is_protected``: a store is an event of the userfaultfd.
@@ -42,7 +42,7 @@ class Piece(NamedTuple):
     offset: int = 0
     is_protected: bool = False
 
-    def cut(self, addresses: Range) -> Piece:
+    def cut(self, addresses: Range) -> MappingPiece:
         """Return the piece cut to ``addresses``. Precondition: ``addresses`` are inside."""
         offset = self.offset + addresses.start - self.addresses.start if self.shows is Shows.MEDIA else 0
         return self._replace(addresses=addresses, offset=offset)
@@ -59,7 +59,7 @@ class Piece(NamedTuple):
         return syscalls.mmap_anonymous(at, length, area.prot)
 
 
-class Plan(NamedTuple):
+class MappingPlan(NamedTuple):
     """``batch`` maps; then ``registered`` is registered, and ``protected`` write-protected; then ``move``
     moves the mappings over their places.
     """
@@ -70,27 +70,27 @@ class Plan(NamedTuple):
     move: list[Syscall]
 
 
-def media_pieces(area: Area, runs: Iterable[FileRun]) -> Iterator[Piece]:
+def media_pieces(area: Area, runs: Iterable[FileRun]) -> Iterator[MappingPiece]:
     """Yield the pieces of an area that map the media. Holes, and blocks beyond the end, are left out."""
     for run in runs:
         addresses = area.addresses_of(Range(run.file_block, run.file_end))
         if run.kind is FaultKind.MAPPED and addresses:
             offset = (run.dev_block + area.block_at(addresses.start) - run.file_block) * PAGE_SIZE
-            yield Piece(area, addresses, Shows.MEDIA, offset, run.is_shared and area.is_shared)
+            yield MappingPiece(area, addresses, Shows.MEDIA, offset, run.is_shared and area.is_shared)
 
 
-def in_place(area: Area, pieces: Sequence[Piece], origin: int) -> list[Syscall]:
+def in_place(area: Area, pieces: Sequence[MappingPiece], origin: int) -> list[Syscall]:
     """Return the batch of a new area: lazy, but for ``pieces``.
 
     Precondition: no program uses the addresses of the area.
     """
-    whole = Piece(area, area.addresses, Shows.LAZY)
+    whole = MappingPiece(area, area.addresses, Shows.LAZY)
     maps_all = len(pieces) == 1 and pieces[0].addresses == area.addresses
     batch = [piece.mmap(piece.addresses.start, origin) for piece in ([] if maps_all else [whole])]
     return batch + [piece.mmap(piece.addresses.start, origin) for piece in pieces]
 
 
-def replacement(pieces: Sequence[Piece], scratch: Range, origin: int) -> Plan:
+def replacement(pieces: Sequence[MappingPiece], scratch: Range, origin: int) -> MappingPlan:
     """Return the plan that replaces what the addresses of ``pieces`` map now.
 
     Precondition: the pieces fit into ``scratch``, with a page of distance between two pieces.
@@ -104,4 +104,4 @@ def replacement(pieces: Sequence[Piece], scratch: Range, origin: int) -> Plan:
             protected.append(place)
         move.append(syscalls.mremap(place.start, place.length, place.length, piece.addresses.start))
         at = place.end
-    return Plan(batch, Range(scratch.start, at), protected, move)
+    return MappingPlan(batch, Range(scratch.start, at), protected, move)

@@ -19,9 +19,10 @@ from daxemu.mm.incident import Incident
 from daxemu.mm.to_kill import PresentRun, Task, shared_out
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SHIFT, Block, Ino
+from daxemu.units import PFN_PHYS, PHYS_PFN
 
 
-class Seen(NamedTuple):
+class AreaToScan(NamedTuple):
     """Addresses of an area to look at, and the file blocks there. A value for a worker thread.
 
     ``is_shown``: False for a lazy area, where no page of the file can be present.
@@ -38,8 +39,8 @@ class Seen(NamedTuple):
 
     def run(self, present: Range, copies: tuple[Range, ...]) -> PresentRun:
         """Return the present addresses as a run of the file."""
-        index = self.block + ((present.start - self.addresses.start) >> PAGE_SHIFT)
-        count = present.length >> PAGE_SHIFT
+        index = self.block + PHYS_PFN(present.start - self.addresses.start)
+        count = PHYS_PFN(present.length)
         return PresentRun(self.ino, index, count, present.start, PAGE_SHIFT, self.area, copies, self.writable)
 
 
@@ -57,7 +58,7 @@ class Presence:
 
     # -- trio thread
 
-    def seen(self, wanted: dict[Ino, RangeSet] | None) -> list[Seen]:
+    def seen(self, wanted: dict[Ino, RangeSet] | None) -> list[AreaToScan]:
         """Return the addresses that show wanted blocks; None: all blocks of all files."""
         files: Iterable[tuple[Ino, Iterable[Range]]] = (
             ((ino, [Range(0, 1 << 52)]) for ino in self._table.files()) if wanted is None else wanted.items()
@@ -101,7 +102,7 @@ class Presence:
     def mapped_files(self) -> list[Mapped]:
         """Return every mapping."""
         return [
-            Mapped(space.tgid, comm_of(space.tgid), area.ino, area.block << PAGE_SHIFT, area.addresses.length)
+            Mapped(space.tgid, comm_of(space.tgid), area.ino, PFN_PHYS(area.block), area.addresses.length)
             for space in self._table.spaces()
             for area in space.areas.values()
         ]
@@ -109,14 +110,19 @@ class Presence:
     # -- worker threads
 
     def tasks(
-        self, seen: Sequence[Seen], remembered: Sequence[tuple[int, PresentRun]], *, one: bool, copies: bool
+        self,
+        seen: Sequence[AreaToScan],
+        remembered: Sequence[tuple[int, PresentRun]],
+        *,
+        one: bool,
+        copies: bool,
     ) -> list[Task]:
         """Return the processes with pages present at the addresses, sorted by process id.
 
         ``one``: a single run of each process is enough. ``copies``: each run lists the private copies of its
         mapping.
         """
-        by_process: dict[int, list[Seen]] = defaultdict(list)
+        by_process: dict[int, list[AreaToScan]] = defaultdict(list)
         for each in seen:
             by_process[each.tgid].append(each)
         before: dict[int, list[PresentRun]] = defaultdict(list)
@@ -134,7 +140,7 @@ class Presence:
                 found.append(task)
         return found
 
-    def _runs(self, seen: Seen, *, copies: bool) -> Iterator[PresentRun]:
+    def _runs(self, seen: AreaToScan, *, copies: bool) -> Iterator[PresentRun]:
         """Yield the present pages. An address space that has ended has none."""
         if self._pfn_map:
             yield seen.run(seen.addresses, ())
@@ -151,16 +157,18 @@ class Presence:
             return
 
 
-def _seen(area: Area, addresses: Range) -> Seen:
+def _seen(area: Area, addresses: Range) -> AreaToScan:
     space: Space = area.space
     writable = area.is_shared and bool(area.prot & 2)
     block = area.block_at(addresses.start)
-    return Seen(space.tgid, space.pid, area.ino, block, addresses, area.addresses, area.is_shared, writable)
+    return AreaToScan(
+        space.tgid, space.pid, area.ino, block, addresses, area.addresses, area.is_shared, writable
+    )
 
 
-def _blocks(seen: Seen, part: Range) -> Range:
-    base = seen.block - (seen.addresses.start >> PAGE_SHIFT)
-    return Range(base + (part.start >> PAGE_SHIFT), base + (part.end >> PAGE_SHIFT))
+def _blocks(seen: AreaToScan, part: Range) -> Range:
+    base = seen.block - PHYS_PFN(seen.addresses.start)
+    return Range(base + PHYS_PFN(part.start), base + PHYS_PFN(part.end))
 
 
 def _task(tgid: int, runs: Sequence[PresentRun]) -> Task | None:
@@ -176,7 +184,7 @@ def _task(tgid: int, runs: Sequence[PresentRun]) -> Task | None:
 def wanted_of(incidents: Sequence[Incident]) -> tuple[dict[Ino, RangeSet], list[list[tuple[Ino, Range]]]]:
     """Return the wanted blocks of each file, and for each incident the blocks that no earlier one has."""
     wanted: dict[Ino, RangeSet] = defaultdict(RangeSet)
-    hurt = [
+    pages = [
         [
             (m.mapping, part)
             for m in incident.mappings
@@ -185,18 +193,18 @@ def wanted_of(incidents: Sequence[Incident]) -> tuple[dict[Ino, RangeSet], list[
         ]
         for incident in incidents
     ]
-    return dict(wanted), hurt
+    return dict(wanted), pages
 
 
 def collected(
     presence: Presence,
     incidents: Sequence[Incident],
-    hurt: Sequence[Sequence[tuple[Ino, Range]]],
-    seen: Sequence[Seen],
+    pages: Sequence[Sequence[tuple[Ino, Range]]],
+    seen: Sequence[AreaToScan],
     remembered: Sequence[tuple[int, PresentRun]],
 ) -> list[list[Task]]:
     """``collect_procs()`` for each incident, see host.mappings. In a worker thread."""
     if any(incident.whole_device for incident in incidents):
         return [presence.tasks(seen, remembered, one=True, copies=False) for _ in incidents]
     pmds = any(m.pmds for incident in incidents for m in incident.mappings)
-    return shared_out(presence.tasks(seen, remembered, one=False, copies=pmds), hurt)
+    return shared_out(presence.tasks(seen, remembered, one=False, copies=pmds), pages)

@@ -18,7 +18,8 @@ from sortedcontainers import SortedDict, SortedSet
 from daxemu.host.direct.agent import Agent
 from daxemu.host.direct.userfaultfd import Userfaultfd
 from daxemu.ranges import IntervalIndex, Range, RangeSet
-from daxemu.uapi import PAGE_SHIFT, Block, Ino
+from daxemu.uapi import PAGE_SIZE, Block, Ino
+from daxemu.units import PFN_PHYS, PHYS_PFN, round_up
 
 PROT_WRITE = 2
 
@@ -45,17 +46,17 @@ class Area:
     @property
     def blocks(self) -> Range:
         """The blocks of the file."""
-        return Range(self.block, self.block + (self.addresses.length >> PAGE_SHIFT))
+        return Range(self.block, self.block + PHYS_PFN(self.addresses.length))
 
     def addresses_of(self, blocks: Range) -> Range:
         """Return the addresses of file blocks; empty (false) if no block is mapped here."""
         part = blocks.clip(*self.blocks)
-        start = self.addresses.start + ((part.start - self.block) << PAGE_SHIFT)
-        return Range(start, start + (part.length << PAGE_SHIFT)) if part else Range(start, start)
+        start = self.addresses.start + PFN_PHYS(part.start - self.block)
+        return Range(start, start + PFN_PHYS(part.length)) if part else Range(start, start)
 
     def block_at(self, address: int) -> Block:
         """Return the file block at an address. Precondition: the address is inside."""
-        return self.block + ((address - self.addresses.start) >> PAGE_SHIFT)
+        return self.block + PHYS_PFN(address - self.addresses.start)
 
     def continues(self, other: Area) -> bool:
         """Return True if the areas are one area of consecutive addresses and blocks."""
@@ -182,7 +183,7 @@ class Space:
         self.shown.add(*whole)
         self.pieces.update(piece.start for piece in pieces)
 
-    def hidden(self, addresses: Range) -> None:
+    def hiding(self, addresses: Range) -> None:
         """Note that ``addresses`` are no longer shown."""
         self.shown.remove(*addresses)
         self.zeros.remove(*addresses)
@@ -200,14 +201,14 @@ class Space:
         before: int | None = None
         for area in self.areas.values():  # the end of the zone is reached: the first gap that fits
             at = self._aligned(before, alignment)
-            if at + length + (1 << PAGE_SHIFT) <= area.addresses.start:
+            if at + length + PAGE_SIZE <= area.addresses.start:
                 return at
             before = area.addresses.end
         return None
 
     def _aligned(self, end: int | None, alignment: int) -> int:
-        at = self.zone.start if end is None or end < self.zone.start else end + (1 << PAGE_SHIFT)
-        return -(-at // alignment) * alignment
+        at = self.zone.start if end is None or end < self.zone.start else end + PAGE_SIZE
+        return round_up(at, alignment)
 
 
 class Mapper(NamedTuple):
@@ -222,7 +223,7 @@ def _first_block(area: Area) -> int:
 
 
 def _length(area: Area) -> int:
-    return area.addresses.length >> PAGE_SHIFT
+    return PHYS_PFN(area.addresses.length)
 
 
 class Table:
@@ -301,7 +302,7 @@ class Table:
     def remove(self, space: Space, addresses: Range) -> None:
         """Remove ``addresses`` from all areas, as munmap(2) does."""
         self._cut(space, addresses)
-        space.hidden(addresses)
+        space.hiding(addresses)
         space.copied.remove(*addresses)
         self._tidy()
 
@@ -317,7 +318,7 @@ class Table:
         found = [list(known.overlapping(*addresses)) for known in sets]
         pieces = list(space.pieces.irange(*addresses, inclusive=(True, False)))
         parts = self._cut(space, addresses)
-        space.hidden(addresses)
+        space.hiding(addresses)
         space.copied.remove(*addresses)
         for part in parts:
             moved = Range(part.addresses.start + delta, part.addresses.end + delta)

@@ -107,7 +107,7 @@ def _is_32_bit(tid: int, words: Sequence[bytes]) -> bool:
         return True
 
 
-class Area(NamedTuple):
+class PopulatedArea(NamedTuple):
     """Address range, in bytes, that maps consecutive pages of a file from ``page`` on, none of them present.
     ``copies``: the mapping is private and writable, so a populating call copies pages.
     """
@@ -118,11 +118,11 @@ class Area(NamedTuple):
     copies: bool
 
 
-def areas_without(pid: int, dev: tuple[int, int], ino: Ino, pages: Range) -> list[Area]:
+def areas_without(pid: int, dev: tuple[int, int], ino: Ino, pages: Range) -> list[PopulatedArea]:
     """Return the areas in which a process maps ``pages`` of a file with none present; empty for a dead
     process.
     """
-    found: list[Area] = []
+    found: list[PopulatedArea] = []
     try:
         with Pagemap(pid) as pagemap:
             for vma in maps.read(pid, dev):
@@ -135,7 +135,7 @@ def areas_without(pid: int, dev: tuple[int, int], ino: Ino, pages: Range) -> lis
                     taken.add(*copy)
                 for low, high in taken.gaps(start, end):
                     page = FilePage(*dev, ino, vma.page_at(low))
-                    found.append(Area(low, high - low, page, vma.copies))
+                    found.append(PopulatedArea(low, high - low, page, vma.copies))
     except GONE:
         return []
     return found
@@ -161,7 +161,7 @@ def having_present(tasks: Sequence[Task]) -> list[int]:
     return found
 
 
-def copied(pid: int, areas: Sequence[Area]) -> Iterator[tuple[int, FilePage, int]]:
+def copied(pid: int, areas: Sequence[PopulatedArea]) -> Iterator[tuple[int, FilePage, int]]:
     """Yield the private copies of a process in ``areas``: (address, page of the file, bytes)."""
     try:
         with Pagemap(pid) as pagemap:
@@ -176,7 +176,9 @@ def copied(pid: int, areas: Sequence[Area]) -> Iterator[tuple[int, FilePage, int
         return
 
 
-def wait_until_present(pid: int, areas: Sequence[Area], is_over: Callable[[], bool], patience: float) -> None:
+def wait_until_present(
+    pid: int, areas: Sequence[PopulatedArea], is_over: Callable[[], bool], patience: float
+) -> None:
     """Block until a process has the last page of any area present, ``is_over`` is true or ``patience``
     seconds are over.
     """

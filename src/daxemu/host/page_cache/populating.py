@@ -29,7 +29,7 @@ import trio
 from daxemu.events import Emit, FaultRepeated, PopulateFailed
 from daxemu.host.mappings import Access
 from daxemu.host.page_cache import populate
-from daxemu.host.page_cache.populate import Area
+from daxemu.host.page_cache.populate import PopulatedArea
 from daxemu.host.page_cache.populate import PopulatingCall as Call
 from daxemu.host.proc.processes import comm_of, process_of
 from daxemu.host.tracer.link import Armed, TracerLink
@@ -68,7 +68,7 @@ class _Populate:
     fails: bool = False
     """True if a fault on DAX would have failed. DAX maps latent poison without a read."""
     pages: list[Range] = field(default_factory=list)
-    areas: list[Area] = field(default_factory=list)
+    areas: list[PopulatedArea] = field(default_factory=list)
     revoking: int = 0
     all_revoked: trio.Event = field(default_factory=trio.Event)
 
@@ -114,7 +114,7 @@ class Populating:
         pid = process_of(read.tid)
         indices = Range(*(PHYS_PFN(at) for at in pages))
 
-        def work() -> tuple[list[Area], list[Task]]:
+        def work() -> tuple[list[PopulatedArea], list[Task]]:
             areas = populate.areas_without(pid, self._dev, read.ino, indices)
             return areas, populate.others_mapping(pid, self._dev, read.ino, indices)
 
@@ -151,7 +151,9 @@ class Populating:
             now.ready.set()
         return now
 
-    async def _take_back(self, now: _Populate, pages: Range, areas: list[Area], others: list[Task]) -> None:
+    async def _take_back(
+        self, now: _Populate, pages: Range, areas: list[PopulatedArea], others: list[Task]
+    ) -> None:
         """Revoke the pages of zeros once the thread has them present."""
 
         def work() -> list[int]:
