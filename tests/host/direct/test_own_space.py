@@ -205,7 +205,11 @@ def test_a_private_copy_stays_when_the_file_changes(core: Core) -> None:
     run(core, test)
 
 
-def test_a_lazy_mapping_of_many_extents_shows_each_run_when_touched(core: Core) -> None:
+def test_a_lazy_mapping_of_many_extents_shows_each_run_when_touched(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("daxemu.host.direct.calls.EAGER", 256)
+
     async def test(host: Host) -> None:
         ino = core.file(b"a")
         for page in range(0, 600, 2):  # a hole behind each page
