@@ -78,9 +78,12 @@ class PageFaults:
         locks: FileLocks,
         nursery: Nursery,
         unexpected: Unexpected,
+        on_poison: Poisoned,
+        on_store: Callable[[Ino], None],
     ) -> None:
         """``is_poisoned``: return whether a device block has poison. ``reserve``: give a device block memory
-        if it has none. ``nursery`` runs what follows an answer.
+        if it has none. ``nursery`` runs what follows an answer. ``on_poison`` decides about an access to
+        poison. ``on_store`` is called after a store changed the blocks or times of a file.
         """
         self._fs = fs
         self._is_poisoned = is_poisoned
@@ -91,9 +94,8 @@ class PageFaults:
         self._locks = locks
         self._nursery = nursery
         self._unexpected = unexpected
-        self.on_poison: Poisoned | None = None
-        self.on_store: Callable[[Ino], None] = lambda ino: None
-        """Called after a store changed the blocks or times of a file."""
+        self._on_poison = on_poison
+        self._on_store = on_store
         self.waiting = 0
         """Number of events without an answer yet."""
 
@@ -160,7 +162,7 @@ class PageFaults:
             if run is not None and self._is_poison(run, block):
                 return run
             if is_store and run is not None:
-                self.on_store(ino)
+                self._on_store(ino)
             is_stale = bool(changed) or self._changes.is_noted(ino, block)
             async with held(space.lock):
                 now = space.at(page.start)
@@ -225,7 +227,7 @@ class PageFaults:
         page table: each access to the page fails without an event. MARKED seconds later the page is lazy.
         """
         space, page, _ = touch
-        answer = Answer.ERROR if self.on_poison is None else await self.on_poison(touch, area, run)
+        answer = await self._on_poison(touch, area, run)
         if answer is not Answer.ERROR:
             return answer is Answer.AGAIN
         async with held(space.lock):

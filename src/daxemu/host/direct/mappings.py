@@ -54,8 +54,7 @@ class DirectMappings:
         self._upcalls: Upcalls | None = None
         self._changes = Changes(fs.allocator)
         self._locks = FileLocks()
-        self.table = Table()
-        self.table.on_first, self.table.on_last = self._pin, self._unpin
+        self.table = Table(self._pin, self._unpin)
         self.page_tables = PageTables(self.table, media.offset)
         # Without struct pages, all pages of a mapping are present (VM_PFNMAP).
         self.presence = Presence(self.table, pfn_map=parts.pmem.pgmap is None)
@@ -69,9 +68,9 @@ class DirectMappings:
             self._locks,
             parts.nursery,
             parts.unexpected,
+            self._on_poison,
+            self.forget_attributes,
         )
-        self.faults.on_poison = self._on_poison
-        self.faults.on_store = self.forget_attributes
         self._service: Service | None = None
 
     def calls(self, hardware_error: HardwareError) -> Calls:

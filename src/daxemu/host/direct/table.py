@@ -234,13 +234,17 @@ class Table:
     - the index of each file has exactly the areas of the file in all address spaces.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        on_first: Callable[[Ino], None] = lambda ino: None,
+        on_last: Callable[[Ino], None] = lambda ino: None,
+    ) -> None:
+        """``on_first`` is called with a file that is mapped from now on, ``on_last`` with a file that is no
+        longer mapped.
+        """
+        self._on_first, self._on_last = on_first, on_last
         self._files: dict[Ino, IntervalIndex[Area]] = {}
         self._spaces: dict[Space, None] = {}
-        self.on_first: Callable[[Ino], None] = lambda ino: None
-        """Called with a file that is mapped from now on."""
-        self.on_last: Callable[[Ino], None] = lambda ino: None
-        """Called with a file that is no longer mapped."""
         self._emptied: set[Ino] = set()
         """Files that lost an area since the last call of _tidy()."""
 
@@ -291,7 +295,7 @@ class Table:
         index = self._files.get(area.ino)
         if index is None:
             index = self._files[area.ino] = IntervalIndex(_first_block, _length)
-            self.on_first(area.ino)
+            self._on_first(area.ino)
         index.add(area)
 
     def _discard(self, area: Area) -> None:
@@ -346,7 +350,7 @@ class Table:
             ino = self._emptied.pop()
             if ino in self._files and not len(self._files[ino]):
                 del self._files[ino]
-                self.on_last(ino)
+                self._on_last(ino)
 
     # -- by file
 
