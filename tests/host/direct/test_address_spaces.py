@@ -163,6 +163,25 @@ def test_tasks_that_wait_are_woken_at_the_end(mapper: str, media: Path) -> None:
     play(media, scene)
 
 
+def test_a_process_whose_agent_never_answers_is_killed(
+    mapper: str, media: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change of a file must not wait for a frozen process, and no stale mapping may stay."""
+    monkeypatch.setattr("daxemu.host.direct.agent.ANSWER_PATIENCE", 0.2)
+
+    async def scene(stage: Stage) -> None:
+        program = await stage.start(mapper)
+        await program.ask(f"map {media} 4")
+        (space,) = stage.supervisor.spaces
+        os.kill(space.agent.pid, signal.SIGSTOP)
+        with pytest.raises(AddressSpaceGone):
+            await space.agent.run([Syscall(39, ())])  # getpid(2)
+        assert await program.process.wait() == -signal.SIGKILL
+        await until(lambda: not agents(media))
+
+    play(media, scene)
+
+
 def test_a_batch_of_any_length_keeps_its_order(mapper: str, media: Path) -> None:
     """The third call of each triple fails: munmap of no whole page."""
 
@@ -447,8 +466,8 @@ threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
     play(media, scene)
 
 
-def test_agents_end_with_a_killed_supervisor_and_programs_run_on(mapper: str, media: Path) -> None:
-    """The supervisor is a process of its own here, killed by SIGKILL."""
+def test_agents_end_with_a_killed_supervisor_and_map_the_void_before(mapper: str, media: Path) -> None:
+    """The supervisor is a process of its own here, killed by SIGKILL. No program maps the media after that."""
     script = (
         "import sys, trio\n"
         "from pathlib import Path\n"
@@ -469,13 +488,14 @@ def test_agents_end_with_a_killed_supervisor_and_programs_run_on(mapper: str, me
         ours = agents(media)
         assert len(ours) == 1
         os.kill(program, signal.SIGSTOP)  # at the end of its stdin the program would exit
-        maps = Path(f"/proc/{program}/maps").read_text()
+        assert str(media) in Path(f"/proc/{program}/maps").read_text()
         supervisor.kill()
         supervisor.wait()
         while agents(media):
             time.sleep(0.001)
-        assert Path(f"/proc/{program}/maps").read_text() == maps
-        assert str(media) in maps
+        maps = Path(f"/proc/{program}/maps").read_text()
+        assert str(media) not in maps
+        assert maps.startswith("200000000000-") and "memfd:void" in maps.partition("\n")[0]
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         os.close(pidfd)
 

@@ -398,7 +398,9 @@ class AddressSpaces:
     async def _await_loss(self, space: AddressSpace) -> None:
         await space.agent.ended.wait()
         if not space.is_gone:
-            log.warning("the agent of process %s was killed: so is the process", space.tgid)
+            log.warning(
+                "the agent of process %s was killed, or did not answer: the process is killed", space.tgid
+            )
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(space._process, signal.SIGKILL)
             self.end(space)

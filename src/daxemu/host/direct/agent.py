@@ -30,6 +30,10 @@ from daxemu.host.direct.locking import held
 from daxemu.host.direct.syscalls import NR_CLOSE, NR_IOCTL, NR_USERFAULTFD, Syscall
 from daxemu.uapi import U64_MAX
 
+ANSWER_PATIENCE = 20.0
+"""Seconds of a batch without a reply after which an address space cannot follow changes of files any more:
+the process is frozen, or a thread holds mmap_lock in a page fault that a foreign server never answers.
+"""
 _CALL = struct.Struct("=7Q")
 _CREDENTIALS = struct.Struct("=3i")
 _PIDFD_GETFD = 438  # asm/unistd.h, of every machine
@@ -100,15 +104,17 @@ class ProcessAgent:
         """Set when the agent has ended, or is to end."""
 
     async def run(self, batch: Sequence[Syscall]) -> list[int]:
-        """See :meth:`Agent.run`."""
+        """See :meth:`Agent.run`. Ends the agent after ANSWER_PATIENCE without a reply."""
         results: list[int] = []
         async with held(self._turn):
             for first in range(0, len(batch), _CALLS_UNDER_WAY):
                 burst = batch[first : first + _CALLS_UNDER_WAY]
                 packets = range(0, len(burst), CALLS_IN_BATCH)
                 for reply in [await self._sent(burst[at : at + CALLS_IN_BATCH]) for at in packets]:
-                    await reply.has_come.wait()
+                    with trio.move_on_after(ANSWER_PATIENCE):
+                        await reply.has_come.wait()
                     if reply.results is None:
+                        self.close()
                         raise self._gone()
                     results += reply.results
         return results
