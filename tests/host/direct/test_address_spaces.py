@@ -467,7 +467,7 @@ threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
 
 
 def test_agents_end_with_a_killed_supervisor_and_map_the_void_before(mapper: str, media: Path) -> None:
-    """The supervisor is a process of its own here, killed by SIGKILL. No program maps the media after that."""
+    """The supervisor is a process of its own here, killed by SIGKILL. No program maps the media then."""
     script = (
         "import sys, trio\n"
         "from pathlib import Path\n"
@@ -495,7 +495,8 @@ def test_agents_end_with_a_killed_supervisor_and_map_the_void_before(mapper: str
             time.sleep(0.001)
         maps = Path(f"/proc/{program}/maps").read_text()
         assert str(media) not in maps
-        assert maps.startswith("200000000000-") and "memfd:void" in maps.partition("\n")[0]
+        assert maps.startswith("200000000000-")
+        assert "memfd:void" in maps.partition("\n")[0]
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         os.close(pidfd)
 
