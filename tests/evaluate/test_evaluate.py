@@ -189,7 +189,7 @@ def test_nobody_at_the_scheduler(tmp_path: Path) -> None:
         (("evaluate", "/nowhere.toml", "-o", "r"), 2, "does not exist"),
         (("fleet", "PLAN"), 2, "no rate or fit_per_mbit"),
         (("fleet", "PLAN", "--faults", "none"), 2, "no fault plan 'none'"),
-        (("fleet", "PLAN", "--check", "PLAN"), 2, "is not a REPORT.json"),
+        (("fleet", "PLAN", "--check", "PLAN"), 2, "give a REPORT.json"),
     ],
 )
 def test_bad_input(tmp_path: Path, arguments: tuple[str, ...], status: int, said: str) -> None:

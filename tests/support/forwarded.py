@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 30.0
 START = """
-import os, sys
+import functools, os, sys
 from pathlib import Path
 from daxemu.cli.run import _attach
 from daxemu.host.proc.mountinfo import Mount
@@ -33,7 +33,7 @@ numbers = [os.stat(heres[0]).st_dev, os.fstat(memfd).st_dev]
 known = [mount(path, number) for path, number in zip(heres, numbers)]
 os.close(memfd)
 helper.mounts = lambda process="self": known
-execute(eval(command), None, lambda tid, piece, soft: 5, _attach)
+execute(eval(command), None, lambda tid, piece, soft: 5, functools.partial(_attach, False))
 """
 PROGRAM = """
 import ctypes, mmap, os, signal, sys, threading, time
