@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
+from tests.host.direct.supervised import agents
 from tests.support.mount import DAXEMU, PATIENCE, DaxMount
 from tests.support.scene import (
     PAGE,
@@ -147,13 +147,11 @@ def test_after_a_removal_every_access_is_sigbus(early: Scene) -> None:
 
 
 def test_a_killed_program_leaves_no_agent(scene: Scene) -> None:
-    before = agents()
     p0 = scene.mapper(touch=[1])
-    mine = set(agents()) - set(before)
-    assert mine
+    assert agents(scene.mount.device / "media")
     p0.kill()
     deadline = time.monotonic() + PATIENCE
-    while mine & set(agents()):
+    while agents(scene.mount.device / "media"):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     p1 = scene.mapper("p1", touch=[1])
@@ -170,11 +168,10 @@ def test_an_unmount_by_force_ends_the_mappings(scene: Scene) -> None:
 def test_a_killed_supervisor_ends_the_mappings(scene: Scene) -> None:
     scene.mount.sound = False
     p0 = scene.mapper(touch=[1])
-    mine = agents()
     supervisor = scene.mount.json("status", scene.mount.path)["pid"]
     os.kill(supervisor, signal.SIGKILL)
     deadline = time.monotonic() + PATIENCE
-    while set(mine) <= set(agents()):
+    while agents(scene.mount.device / "media"):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert p0.cmd("tr 0 1").faulted
@@ -223,15 +220,3 @@ def run_python(mount: DaxMount, code: str) -> None:
     argv = [*DAXEMU, "run", str(mount.path), "--", sys.executable, "-c", code]
     done = subprocess.run(argv, cwd=mount.path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def agents() -> list[int]:
-    """Return the process ids of all agents on this machine."""
-    found = []
-    for comm in Path("/proc").glob("[0-9]*/comm"):
-        try:
-            if comm.read_text() == "daxemu-agent\n":
-                found.append(int(comm.parent.name))
-        except OSError:
-            continue
-    return found
