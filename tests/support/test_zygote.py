@@ -63,7 +63,10 @@ def descriptors(pid: int) -> list[str]:
     deadline = time.monotonic() + PATIENCE
     while len(looks) < 5 or any(look != looks[0] for look in looks):
         assert time.monotonic() < deadline, looks
-        links = [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+        try:
+            links = [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+        except FileNotFoundError:  # closed between listing and readlink(2)
+            continue
         looks.append(sorted(link.partition(":[")[0] for link in links))
         time.sleep(0.02)
     return looks[0]

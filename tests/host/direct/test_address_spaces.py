@@ -390,7 +390,8 @@ def test_a_program_without_room_for_an_agent_is_refused_and_may_try_again(mapper
         (refusal,) = stage.supervisor.refusals
         assert refusal.endswith("clone: Resource temporarily unavailable")
         assert await program.ask("limit 100") == "done"
-        assert (await program.ask(f"map {media} 4")).startswith("at 0x2000")
+        answer = await program.ask(f"map {media} 4")
+        assert answer.startswith("at 0x2000"), stage.supervisor.refusals
         assert await program.ask("wait") == "wait -1 10"
 
     media.touch()

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from daxemu.cli.demo.programs import Program, compile_program
@@ -14,6 +14,7 @@ from daxemu.cli.demo.tour import Tour, unmount
 from daxemu.client import Client
 from daxemu.host.checkup import direct_mappings
 from daxemu.pmem.device_dir import DeviceConfig, DeviceDir
+from daxemu.private_path import PrivatePath
 from daxemu.supervisor.settings import MountOptions
 from daxemu.supervisor.spawn import spawn
 from daxemu.uapi import PAGE_SIZE
@@ -77,7 +78,10 @@ def _play(tour: Tour, program: Program, client: Client, device: Path, original: 
     tour.check("the two reflinks share each page frame", ask("frames") == "one page frame")
     ask("store")
     (first, *_) = client.request("map", ino=original.stat().st_ino)["extents"]
-    with open(device / "media", "rb") as media:
+    with (
+        closing(PrivatePath.at(device, reading=True)) as root,
+        open((root / "media").open(os.O_RDONLY), "rb") as media,
+    ):
         on_media = os.pread(media.fileno(), 1, first["device_offset"])
     tour.say(f"the program stores 'S' into the original; the media holds {on_media.decode()!r}")
     tour.check("a store is on the media at once, without msync(2)", on_media == b"S")

@@ -150,11 +150,13 @@ class AddressSpaces:
 
         Raises AddressSpaceGone if the thread is dead, AgentRefused with a reason for the user.
         """
-        if (failure := self._failures.pop(call.tid, None)) is not None:
-            raise failure
         tgid = _process_of(call.tid)
         found = await self.settled(call.tid)
+        # The call may be made again before the failure is known: only now no agent is in the making.
+        failure = self._failures.pop(call.tid, None)
         if found is None:
+            if failure is not None:
+                raise failure
             self._making[tgid] = trio.Event()
             try:
                 await self._make(run, call, tgid)
