@@ -7,8 +7,9 @@ import os
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ CONNECTIONS = Path("/sys/fs/fuse/connections")
 CLONE_NEWNS = 0x0002_0000
 MS_BIND, MS_REC, MS_PRIVATE = 1 << 12, 1 << 14, 1 << 18
 MNT_DETACH = 2
+THREAD = "/proc/thread-self/ns/mnt"
+PATIENCE = 30.0
+"""Time limit in seconds for the end of threads."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -31,7 +35,7 @@ def fuse_for_everybody() -> Iterator[None]:
     The machine's own node stays as it is. Skips the test, with the reason, where ordinary users cannot open
     the node and no node can be made. Precondition: the main thread.
     """
-    outside = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    outside = os.open(THREAD, os.O_RDONLY | os.O_CLOEXEC)
     here = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         refused = _enter()
@@ -39,12 +43,24 @@ def fuse_for_everybody() -> Iterator[None]:
             _require_node(refused)
             yield
         finally:
-            with suppress(OSError):  # not entered, and no right to
-                _check(_libc.setns(outside, CLONE_NEWNS), "setns")
-            os.fchdir(here)  # setns(2) moves the thread to the root directory
+            if Path(THREAD).readlink() != Path(f"/proc/self/fd/{outside}").readlink():
+                _leave(outside)
+                os.fchdir(here)  # setns(2) moves the thread to the root directory
     finally:
         os.close(here)
         os.close(outside)
+
+
+def _leave(outside: int) -> None:
+    """Return to a mount namespace. EINVAL while a thread that was started inside is alive."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return _check(_libc.setns(outside, CLONE_NEWNS), "setns")
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
 
 
 def _enter() -> str:

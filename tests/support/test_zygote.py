@@ -108,6 +108,7 @@ def test_the_end_of_a_command_is_not_awaited_for_ever(tmp_path: Path) -> None:
 def test_where_a_new_python_would_start_differently_a_command_starts_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    assert zygote._read_at_start() == zygote._AT_FIRST  # otherwise another test has left something behind
     assert forking_zygote() is shared_zygote()
     monkeypatch.setenv("DAXEMU_VICTIMS", "python")
     assert forking_zygote() is None
