@@ -107,8 +107,9 @@ def check_report(directory: Path) -> None:
 
 
 @pytest.fixture
-def cluster() -> Iterator[str]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Start a Dask cluster of two workers. Returns the address of its scheduler."""
+    monkeypatch.setenv("PYTHONHASHSEED", "0")  # Dask sets the variable for good; monkeypatch undoes that
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None

@@ -152,6 +152,15 @@ static void step_vfork_first(const char *path, const char *other unused)
 	must(map[PAGE] == 'x');
 	more[PAGE] = 'y';
 	must(map[PAGE] == 'y');
+	/* The mapping that the child made outlives the child, and follows changes of the file. */
+	int ends[2];
+	must(pipe(ends) == 0);
+	usleep(300000);
+	must(write(ends[1], (const char *)more + PAGE, 1) == 1);
+	must(truncate(path, 0) == 0);
+	must(write(ends[1], (const char *)more + PAGE, 1) == -1 && errno == EFAULT);
+	close(ends[0]);
+	close(ends[1]);
 }
 
 static void step_spawn(const char *path, const char *other unused)
