@@ -40,7 +40,7 @@ from daxemu.host.direct import code
 from daxemu.host.direct.agent import ProcessAgent
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
 from daxemu.host.direct.userfaultfd import Event, Forked, Userfaultfd
-from daxemu.host.proc import status
+from daxemu.host.proc import stat, status
 from daxemu.host.proc.procfs import read_whole
 from daxemu.host.run import zone
 from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
@@ -249,7 +249,7 @@ class AddressSpaces:
         run.answer(call, RESTART)
         try:
             _raise_unless_made(await armed.wait())
-            agent.tgid = tgid
+            agent.tgid = _owner_of(call.tid)
             space = AddressSpace(agent, await _first_batch(agent))
         except AddressSpaceGone:
             agent.close()
@@ -453,6 +453,18 @@ def _process_of(tid: int) -> int:
     if found is None:
         raise AddressSpaceGone(f"thread {tid} has ended")
     return found.tgid
+
+
+def _owner_of(tid: int) -> int:
+    """Return the process whose memory a thread uses: its own, or the outermost ancestor with the same memory.
+
+    A child of vfork(2) ends, or executes a program, before its parent: the address space is the parent's.
+    """
+    tgid = _process_of(tid)
+    with suppress(OSError):  # the process ends at this moment
+        while (parent := stat.read(tgid).parent) > 1 and _shares_memory(tgid, parent):
+            tgid = parent
+    return tgid
 
 
 def _shares_memory(tid: int, agent: int) -> bool:
