@@ -40,7 +40,7 @@ SIZE = Size()
 
 
 class _Explaining(click.ParamType[Any]):
-    """Number with a refusal that says what was expected."""
+    """Number. A refusal states the expected form."""
 
     def fail(
         self, message: str, param: click.Parameter | None = None, ctx: click.Context | None = None

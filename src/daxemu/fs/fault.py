@@ -22,7 +22,7 @@ from daxemu.units import DIV_ROUND_UP
 
 
 class FaultKind(enum.Enum):
-    """What a mapping shows at a run of blocks."""
+    """Content of a mapping at a run of blocks."""
 
     HOLE = "hole"
     """Zeros, until a store."""

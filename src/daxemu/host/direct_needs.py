@@ -12,7 +12,7 @@ from daxemu.uapi import CAP_SYS_PTRACE
 
 
 def missing() -> Iterator[tuple[str, str]]:
-    """Yield each missing need, with a command or a place that has it."""
+    """Yield each missing need, and the command or place that supplies the need."""
     if platform.machine() != "x86_64":
         yield f"direct mappings are made on x86_64 only, not on {platform.machine()}", "use x86_64"
     if not capable("self", CAP_SYS_PTRACE):
@@ -29,6 +29,6 @@ def missing() -> Iterator[tuple[str, str]]:
 
 
 def check_direct() -> None:
-    """Check that this machine can have direct mappings. Raises Unsupported."""
+    """Check the needs of direct mappings on the present machine. Raises Unsupported."""
     for what, fix in missing():
         raise Unsupported(f"mount --direct: {what}: {fix}, or mount without --direct")

@@ -6,11 +6,8 @@ import ctypes
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ import pytest
 import trio
 import trio.testing
 
-from daxemu.host.direct.agent import ProcessAgent
 from daxemu.host.direct.errors import AddressSpaceGone
 from daxemu.host.direct.syscalls import Syscall, mmap_anonymous, munmap
 from daxemu.host.direct.userfaultfd import PageFault
@@ -27,19 +23,6 @@ from daxemu.host.tracer import ptrace
 from daxemu.uapi import PAGE_SIZE
 from tests.host.direct.supervised import Stage, agents, play
 from tests.host.tracee import until
-from tests.support.actor import compile_victim
-
-
-@pytest.fixture(scope="session")
-def mapper(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(compile_victim("mapper"))
-
-
-@pytest.fixture
-def media() -> Iterator[Path]:
-    path = Path(f"/dev/shm/daxemu-test-media-{os.getpid()}")
-    yield path
-    path.unlink(missing_ok=True)
 
 
 def write_memory(pid: int, at: int, data: bytes) -> None:
@@ -465,52 +448,3 @@ threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
         await until(lambda: not agents(media))
 
     play(media, scene)
-
-
-def test_agents_end_with_a_killed_supervisor_and_map_the_void_before(mapper: str, media: Path) -> None:
-    """The supervisor is a process of its own here, killed by SIGKILL. No program maps the media then."""
-    script = (
-        "import sys, trio\n"
-        "from pathlib import Path\n"
-        "from tests.host.direct.supervised import play\n"
-        "async def scene(stage):\n"
-        "    program = await stage.start(sys.argv[1])\n"
-        "    await program.ask(f'map {sys.argv[2]} 4')\n"
-        "    print(program.pid, flush=True)\n"
-        "    await trio.sleep_forever()\n"
-        "play(Path(sys.argv[2]), scene)\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", script, mapper, str(media)], stdout=subprocess.PIPE
-    ) as supervisor:
-        assert supervisor.stdout is not None
-        program = int(supervisor.stdout.readline())
-        pidfd = os.pidfd_open(program)
-        ours = agents(media)
-        assert len(ours) == 1
-        os.kill(program, signal.SIGSTOP)  # at the end of its stdin the program would exit
-        assert str(media) in Path(f"/proc/{program}/maps").read_text()
-        supervisor.kill()
-        supervisor.wait()
-        while agents(media):
-            time.sleep(0.001)
-        maps = Path(f"/proc/{program}/maps").read_text()
-        assert str(media) not in maps
-        assert maps.startswith("200000000000-")
-        assert "memfd:void" in maps.partition("\n")[0]
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        os.close(pidfd)
-
-
-def test_an_agent_that_ended_after_its_first_reply_is_gone() -> None:
-    """As at the end of a pid namespace."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    agent = ProcessAgent(ours, [])
-    child = os.fork()
-    if child == 0:
-        theirs.send(bytes(8))
-        os._exit(0)
-    theirs.close()
-    os.waitpid(child, 0)
-    trio.run(agent.serve)
-    assert agent.ended.is_set()

@@ -68,7 +68,7 @@ _MAX_FILE = (1 << 63) - 1
 
 
 class OpenFile(NamedTuple):
-    """What a file descriptor of a process stands for: the inode, and the flags of open(2)."""
+    """File behind a descriptor of a process: inode, and flags of open(2)."""
 
     ino: Ino
     flags: int

@@ -18,7 +18,7 @@ from daxemu.uapi import Block, Ino
 
 
 class FileLocks:
-    """One lock for each file in use. Belongs to the trio thread.
+    """Locks of files, each made at the first use of a file. Belongs to the trio thread.
 
     The lock of a file is held over each decision about its pages, together with the changes of mappings that
     follow from the decision. Acquired before ``Space.lock``.

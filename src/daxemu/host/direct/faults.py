@@ -49,7 +49,7 @@ class FaultOps(Protocol):
 
 
 class Touch(NamedTuple):
-    """Access to a page: the event, and what is there. ``page``: its addresses."""
+    """Access to a page. ``page``: addresses of the page. ``event``: event of the userfaultfd."""
 
     space: Space
     page: Range

@@ -50,7 +50,7 @@ _NO_FD = 0xFFFF_FFFF
 
 
 class Syscall(NamedTuple):
-    """A system call: its number, and its arguments as 64-bit register values."""
+    """System call: number, and arguments as 64-bit register values."""
 
     number: int
     args: tuple[int, ...]

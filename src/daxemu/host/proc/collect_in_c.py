@@ -85,7 +85,7 @@ class _Batch:
         return sum(1 for _ in takewhile(lambda verdict: verdict != _NOT_YET, verdicts))
 
     def found(self, count: int) -> list[Found | int]:
-        """Return what was found at the first ``count`` processes. Precondition: these are finished."""
+        """Return the findings at the first ``count`` processes. Precondition: ``count`` <= ``done``."""
         used = RUNS.unpack(self._filled)[2]
         runs = map(Run._make, RUN.iter_unpack(memoryview(self._runs)[: used * RUN.size]))
         looked: list[Found | int] = []

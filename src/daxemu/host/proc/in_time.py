@@ -37,7 +37,7 @@ class Walk(Protocol[T_co]):
         """Return the number of processes that are finished."""
 
     def found(self, count: int) -> Sequence[T_co]:
-        """Return what was found at the first ``count`` processes. Precondition: these are finished."""
+        """Return the findings at the first ``count`` processes. Precondition: ``count`` <= ``done``."""
 
 
 class _Looks(Generic[T]):

@@ -38,6 +38,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+import msgspec
+
+from daxemu.host.proc import file_pages
 from daxemu.host.proc.file_pages import FilePage
 from daxemu.host.tracer import siginfo
 from daxemu.host.tracer.messages import (
@@ -331,3 +334,14 @@ class HeldThread:
             return ResumeStep.FORCE
         self.phase = Phase.ENTER
         return ResumeStep.INJECT
+
+
+def as_mapped_now(request: Send) -> Send | None:
+    """Return the request with the present address of its page; None if the page is not mapped any more.
+
+    Precondition: the thread is held, so that a later execve(2) does not go unnoticed.
+    """
+    if not isinstance(request, SendAO) or request.page is None:
+        return request
+    address = file_pages.find_page(request.tgid, request.page, request.addr)
+    return msgspec.structs.replace(request, addr=address) if address is not None else None

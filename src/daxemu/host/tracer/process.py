@@ -41,7 +41,7 @@ from daxemu.host.tracer import injection, mourner, ptrace, siginfo
 from daxemu.host.tracer.agent_maker import AgentMakers
 from daxemu.host.tracer.beside import Besides
 from daxemu.host.tracer.deliver_in_c import Deliveries, Taken, Wait
-from daxemu.host.tracer.held_thread import Discard, HeldThread, Phase, StopVerdict
+from daxemu.host.tracer.held_thread import Discard, HeldThread, Phase, StopVerdict, as_mapped_now
 from daxemu.host.tracer.messages import (
     MAX_PACKET,
     MOST_IN_PACKET,
@@ -265,7 +265,7 @@ class Tracer:
             thread.arm(request.id, time.monotonic() + request.timeout, request.page)
         elif isinstance(request, Hold):
             thread.hold(request)
-        elif is_its and (current := _as_mapped_now(request)) is not None:
+        elif is_its and (current := as_mapped_now(request)) is not None:
             thread.send(current)
         else:
             self._outbox.append(Gone(request.id))
@@ -467,17 +467,6 @@ def _reap(most: int) -> tuple[int, list[Wait]]:
             break
         waits.append(Wait(tid, status))
     return len(waits), waits
-
-
-def _as_mapped_now(request: Send) -> Send | None:
-    """Return the request with the present address of its page; None if the page is not mapped any more.
-
-    Precondition: the thread is held, so that a later execve(2) does not go unnoticed.
-    """
-    if not isinstance(request, SendAO) or request.page is None:
-        return request
-    address = file_pages.find_page(request.tgid, request.page, request.addr)
-    return msgspec.structs.replace(request, addr=address) if address is not None else None
 
 
 def main(argv: list[str]) -> None:
