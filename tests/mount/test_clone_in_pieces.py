@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 
 from daxemu.fs.pieces import PIECE_LINKS
-from daxemu.host.fuse.session import abort_file
-from daxemu.host.proc.mountinfo import mount_of
 from tests.support.quick import QuickMount
+from tests.support.requests import PATIENCE, until, waiting
 from tests.support.scene import PAGE
 from tests.support.syscalls import ZERO_RANGE, clone_range, extent_map, fallocate
 
@@ -29,21 +28,8 @@ EXTENTS = 2 * PIECE_LINKS + 100
 PIECES = EXTENTS // PIECE_LINKS + 2
 """Steps of a clone of EXTENTS extents up to the end of its first piece: steps before make room."""
 SIZE = (2 * EXTENTS - 1) * PAGE
-PATIENCE = 20.0
 
 _libc = ctypes.CDLL(None)
-
-
-def _until(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def _waiting(mount: QuickMount) -> int:
-    """Return the number of requests that the supervisor has not answered."""
-    return int((abort_file(mount_of(mount.path)).parent / "waiting").read_text())
 
 
 def _sparse(path: Path, letter: bytes) -> int:
@@ -79,13 +65,13 @@ class Stopped:
 
     def begin(self) -> None:
         self.cloning = self.pool.submit(clone_range, self.target, self.source)
-        _until((self._directory / "stopped").exists)
+        until((self._directory / "stopped").exists)
 
     def waits(self, what: Callable[[], object]) -> Future[object]:
         """Call ``what`` in a thread; assert that its request waits for the clone."""
-        before = _waiting(self.mount)
+        before = waiting(self.mount)
         called = self.pool.submit(what)
-        _until(lambda: called.done() or _waiting(self.mount) > before)
+        until(lambda: called.done() or waiting(self.mount) > before)
         time.sleep(0.05)  # not enough for a request that does not wait
         assert not called.done()
         return called
@@ -173,7 +159,7 @@ def test_a_failure_meanwhile_counts_as_before_the_clone(stopped: Stopped) -> Non
             return client.request("inject", ino=os.fstat(stopped.source).st_ino, ranges=[[place, PAGE]])
 
     injected = stopped.pool.submit(inject)
-    _until(lambda: bool(mount.events("PoisonInjected")))
+    until(lambda: bool(mount.events("PoisonInjected")))
     stopped.go()
     injected.result(PATIENCE)
     for fd in (stopped.source, stopped.target):

@@ -16,17 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from daxemu.host.fuse.session import abort_file
-from daxemu.host.proc.mountinfo import mount_of
 from tests.support.actor import Result
 from tests.support.files import Files, content, is_clone
 from tests.support.quick import QuickMount
+from tests.support.requests import PATIENCE, until, waiting
 from tests.support.scene import PAGE, Scene
 from tests.support.syscalls import clone_range
 from tests.support.zygote import Zygote
 
 SECONDS = float(os.environ.get("DAXEMU_RACE_SECONDS", "4"))
-PATIENCE = 20.0
 WORD = 8
 
 pytestmark = [pytest.mark.mount, pytest.mark.timeout(60 + 2 * SECONDS)]
@@ -50,18 +48,6 @@ def files(quick_mount: QuickMount) -> Iterator[Files]:
         yield made
 
 
-def _until(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def _waiting(mount: QuickMount) -> int:
-    """Return the number of requests that the supervisor has not answered."""
-    return int((abort_file(mount_of(mount.path)).parent / "waiting").read_text())
-
-
 @as_root
 @pytest.mark.parametrize("verb", [_clone, _copy])
 def test_a_store_to_the_target_meanwhile(
@@ -80,11 +66,11 @@ def test_a_store_to_the_target_meanwhile(
         for command in ("open 0 g rw", "mmap 0 0 0 8 shared", "tr 0 1", "tr 0 2", "tw 0 2 w"):
             mapper.cmd(command)
         cloning = pool.submit(verb, target, source)
-        _until((tmp_path / "stopped").exists)
+        until((tmp_path / "stopped").exists)
         storing: Future[Result] = pool.submit(mapper.cmd, "tw 0 1 z")
-        _until(lambda: storing.done() or _waiting(mount) >= 2)
+        until(lambda: storing.done() or waiting(mount) >= 2)
         written = pool.submit(_libc.sync_file_range, target, ctypes.c_int64(0), ctypes.c_int64(0), 7)
-        _until(lambda: written.done() or _waiting(mount) >= 2)
+        until(lambda: written.done() or waiting(mount) >= 2)
         (tmp_path / "go").touch()
         cloning.result(PATIENCE)
         assert not storing.result(PATIENCE).faulted
@@ -109,7 +95,7 @@ def test_stores_to_the_source_meanwhile(files: Files, tmp_path: Path) -> None:
     with mmap.mmap(source, 0) as view, ThreadPoolExecutor(1) as pool:
         view[far * PAGE] = view[far * PAGE]
         cloning = pool.submit(_clone, target, source)
-        _until((tmp_path / "stopped").exists)
+        until((tmp_path / "stopped").exists)
         view[0] = ord("x")
         view[far * PAGE] = ord("y")
         (tmp_path / "go").touch()
@@ -174,7 +160,7 @@ class _Busy:
     def __exit__(self, *exc: object) -> None:
         self._run.unlink()
         for pid in self._pids:
-            _until(lambda pid=pid: not Path("/proc", str(pid)).exists())  # type: ignore[misc]
+            until(lambda pid=pid: not Path("/proc", str(pid)).exists())  # type: ignore[misc]
 
 
 def _numbers(data: bytes) -> list[int]:
