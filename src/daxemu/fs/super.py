@@ -94,13 +94,13 @@ class SuperBlock:
         self.region = MetadataRegion(dax, self.rmap, self.allocator, self._on_rewrite)
         self.store = Store(self.region, dax.name)
         try:
-            if read_only or self.region.is_formatted():
+            if read_only or self.region.superblocks.is_formatted():
                 self.store.open(read_only=read_only)
                 self.names = Namespace(self.rmap, self.layouts.break_layout)
                 self.store.load(self.names, self.rmap, self.allocator.total)
                 self._claim_blocks()
             else:
-                self.region.check_blank()
+                self.region.superblocks.check_blank()
                 self.names = Namespace.new(self.rmap, *owner, self.layouts.break_layout)
                 self.store.format(self.names, self.rmap)
             self._never_commit = read_only
