@@ -139,13 +139,13 @@ print(len(results), set(results))
 
 
 def helper_of(process: subprocess.Popen[str]) -> int:
-    """Return the helper of a run: the process with the same command line as the run had."""
+    """Return the helper of a run: the process with the same arguments as the run had."""
     assert isinstance(process.args, list)
-    wanted = "\0".join(map(str, process.args)).encode() + b"\0"
+    wanted = [str(word).encode() for word in process.args[1:]]  # the interpreter may be a script (tests/asan.sh)
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != process.pid:
             with contextlib.suppress(OSError):
-                if (entry / "cmdline").read_bytes() == wanted:
+                if (entry / "cmdline").read_bytes().split(b"\0")[1:-1] == wanted:
                     return int(entry.name)
     raise AssertionError("no helper")
 
