@@ -219,7 +219,7 @@ class InternalsReport(msgspec.Struct):
     turns: list[str]
     """Failures that are under way."""
     held: list[str]
-    """Requests that wait for the invalidate lock."""
+    """Requests that wait for the invalidate lock. Of a direct mount: page faults, and runs of daxemu run."""
     armed: list[str]
     """Threads that the tracer has a request for."""
     layouts: int

@@ -394,7 +394,7 @@ def test_a_traced_program_cannot_fork_once_it_has_mappings(mapper: str, media: P
 
 
 def test_signals_during_forks_are_all_delivered(mapper: str, media: Path) -> None:
-    """A timer interrupts forks at any place; each fork is done once, and each child has its agent."""
+    """A timer interrupts forks at any place. Each fork is done once, and each child has its agent."""
 
     async def scene(stage: Stage) -> None:
         program = await stage.start(mapper)

@@ -144,6 +144,11 @@ class AddressSpaces:
     def __iter__(self) -> Iterator[AddressSpace]:
         return iter(tuple(self._spaces.values()))
 
+    @property
+    def is_in_use(self) -> bool:
+        """True while an address space lives or is made."""
+        return bool(self._spaces or self._making or self._forks)
+
     async def of(self, run: NotifiedCalls, call: NotifiedCall) -> AddressSpace | None:
         """Return the address space of a call's thread, which still waits for its answer. Make the space first
         if there is none: then return None, the call is answered, and the thread will make the call again.

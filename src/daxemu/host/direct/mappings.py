@@ -298,3 +298,5 @@ class DirectMappings:
         """See Mappings.describe_held."""
         if self.faults.waiting:
             yield f"{self.faults.waiting} page faults of direct mappings wait for an answer"
+        if self._service is not None and (runs := self._service.runs):
+            yield f"runs of daxemu run that have direct mappings or may get some: {runs}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
 
 from daxemu.host.direct.address_spaces import AddressSpace, AddressSpaces
 from daxemu.host.direct.calls import (
@@ -60,8 +59,7 @@ class Service:
         self._parts = parts
         self._media = media
         self._void = os.memfd_create("daxemu-void", os.MFD_CLOEXEC)
-        self._runs: WeakKeyDictionary[AttachedRun, _RunSpaces] = WeakKeyDictionary()
-        self._all: list[_RunSpaces] = []
+        self._runs: dict[AttachedRun, _RunSpaces] = {}
 
     async def handle(self, run: AttachedRun, call: NotifiedCall) -> Answer | None:
         """Decide a call: see host.run.attached.Handle."""
@@ -69,13 +67,26 @@ class Service:
 
     def close(self) -> None:
         """End all agents."""
-        for each in self._all:
+        for each in self._runs.values():
             each.spaces.close()
         os.close(self._void)
+
+    @property
+    def runs(self) -> int:
+        """Number of runs that are attached, or whose programs still have direct mappings."""
+        self._forget_finished()
+        return len(self._runs)
+
+    def _forget_finished(self) -> None:
+        """Forget each run whose helper and address spaces have ended: nothing follows from it any more."""
+        self._runs = {
+            run: each for run, each in self._runs.items() if not run.is_closed or each.spaces.is_in_use
+        }
 
     def _of(self, run: AttachedRun) -> _RunSpaces:
         found = self._runs.get(run)
         if found is None:
+            self._forget_finished()
             found = _RunSpaces(run.zone, self._table, self._faults, self._calls, self._parts)
             found.spaces = AddressSpaces(
                 self._parts.tracer,
@@ -86,7 +97,6 @@ class Service:
                 zone.SLICES.index(run.zone),
             )
             self._runs[run] = found
-            self._all.append(found)
         return found
 
 

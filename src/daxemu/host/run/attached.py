@@ -15,16 +15,20 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import platform
+import select
 import socket
 import stat
 import struct
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 import trio
 
-from daxemu.errors import PermissionDenied
+from daxemu.errors import Busy, PermissionDenied
 from daxemu.events import DirectMappingRefused, Emit
 from daxemu.host.proc import status
 from daxemu.host.proc.mountinfo import printable
@@ -42,6 +46,10 @@ _BATCH = 64
 _ID = struct.Struct("=Q")
 _LISTENER = "anon_inode:seccomp notify"
 _PIDFD_GETFD = 438  # asm/unistd.h, of every machine
+_NR_KCMP = {"x86_64": 312}.get(platform.machine(), 272)  # asm/unistd.h
+_KCMP_FILE = 0  # uapi/linux/kcmp.h
+_MOST_FD = 2**31 - 1
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -56,7 +64,14 @@ class AttachedRun:
     """
 
     def __init__(self, listener: int, sock: socket.socket, given: range) -> None:
-        """Take over both descriptors."""
+        """Take over both descriptors. Raises OSError, with ``sock`` detached, if no descriptor is free."""
+        try:
+            # Readable once the last process under the filter has ended: EPOLLHUP. Calls are POLLIN.
+            self._exits = select.epoll()
+        except OSError:
+            sock.detach()
+            raise
+        self._exits.register(listener, 0)
         self.zone = given
         self.is_simulated = False
         """True if failures by madvise(2) poison nothing (``daxemu run --simulated``)."""
@@ -68,22 +83,29 @@ class AttachedRun:
     @classmethod
     def take(cls, pid: int, offered: Handover, socket_ino: int) -> Self:
         """Copy the descriptors of process ``pid``. Precondition: ``pid`` is the process that asks. Raises
-        PermissionDenied for descriptors of another kind, or that this process may not copy.
+        PermissionDenied for descriptors of another kind, or that this process may not copy; Busy
+        if this process has no free descriptor.
 
         ``socket_ino``: inode number of the socket; a request that waited too long may name a descriptor that
         means another socket by now.
         """
         if offered.zone not in zone.SLICES:
             raise PermissionDenied(f"{offered.zone.start:#x} is not the start of a slice of the zone")
-        listener, sock = _copies(pid, offered.listener, offered.socket)
-        if _name(listener) != _LISTENER or not _is_socket(sock, socket_ino):
-            os.close(listener)
-            os.close(sock)
-            raise PermissionDenied(
-                f"descriptors {offered.listener} and {offered.socket} of process {pid} are not a listener of "
-                f"seccomp(2) and the socket with inode {socket_ino}"
-            )
-        return cls(listener, socket.socket(fileno=sock), offered.zone)
+        with ExitStack() as undo:
+            listener, sock = _copies(pid, offered.listener, offered.socket)
+            undo.callback(os.close, listener)
+            undo.callback(os.close, sock)
+            try:
+                if _name(listener) != _LISTENER or not _is_connected_socket(sock, socket_ino):
+                    raise PermissionDenied(
+                        f"descriptors {offered.listener} and {offered.socket} of process {pid} are not a "
+                        f"listener of seccomp(2) and a connected SOCK_SEQPACKET socket, inode {socket_ino}"
+                    )
+                made = cls(listener, socket.socket(fileno=sock), offered.zone)
+            except OSError as error:
+                raise _no_descriptor(error) from error
+            undo.pop_all()
+        return made
 
     async def serve(self, handle: Handle, emit: Emit, nursery: Nursery, unexpected: Unexpected) -> None:
         """Give each call to ``handle``, in a task of ``nursery``, until the helper or its last process ends.
@@ -91,27 +113,62 @@ class AttachedRun:
         A handler may still be at work at the return: its answer then has no effect.
         """
         try:
-            while True:
-                await trio.lowlevel.wait_readable(self._socket)
-                for _ in range(_BATCH):
-                    raw = self._packet()
-                    if raw is None:
-                        break
-                    if not raw:
-                        return
-                    if len(raw) == seccomp.NOTIFICATION.size:
-                        self._start(raw, handle, emit, nursery, unexpected)
-                await trio.lowlevel.checkpoint()
+            async with trio.open_nursery() as waits:
+                waits.start_soon(self._await_last_exit, waits.cancel_scope)
+                await self._receive(partial(self._start, handle, emit, nursery, unexpected))
+                waits.cancel_scope.cancel()
         finally:
             self.close()
+
+    async def _receive(self, start: Callable[[bytes], None]) -> None:
+        """Pass calls on until the helper closes the socket."""
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            for _ in range(_BATCH):
+                raw = self._packet()
+                if raw is None:
+                    break
+                if not raw:
+                    return
+                if len(raw) == seccomp.NOTIFICATION.size:
+                    start(raw)
+            await trio.lowlevel.checkpoint()
+
+    async def _await_last_exit(self, scope: trio.CancelScope) -> None:
+        """Cancel ``scope`` when no process under the filter is left, whoever has the socket still open."""
+        await trio.lowlevel.wait_readable(self._exits.fileno())
+        scope.cancel()
+
+    def has_listener_of(self, other: AttachedRun) -> bool:
+        """Return whether both runs have the same listener, and the helper of this one has not ended."""
+        if self.is_closed or other.is_closed:
+            return False
+        own = os.getpid()
+        is_same = _libc.syscall(_NR_KCMP, own, own, _KCMP_FILE, self._listener, other._listener) == 0
+        return is_same and not self._helper_has_ended()
+
+    def _helper_has_ended(self) -> bool:
+        try:
+            return not self._socket.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def close(self) -> None:
         """Close both descriptors: the helper then answers for this mount."""
         if self._listener >= 0:
             trio.lowlevel.notify_closing(self._socket)
+            trio.lowlevel.notify_closing(self._exits.fileno())
+            self._exits.close()  # before the listener: other copies of the listener would stay in the epoll
             self._socket.close()
             os.close(self._listener)
             self._listener = -1
+
+    @property
+    def is_closed(self) -> bool:
+        """True once no more call can come: the helper or the last process under the filter has ended."""
+        return self._listener < 0
 
     def is_waiting(self, call: NotifiedCall) -> bool:
         """Return True if the thread still waits: data read of /proc/TID before is then the thread's own."""
@@ -159,7 +216,7 @@ class AttachedRun:
             return b""
 
     def _start(
-        self, raw: bytes, handle: Handle, emit: Emit, nursery: Nursery, unexpected: Unexpected
+        self, handle: Handle, emit: Emit, nursery: Nursery, unexpected: Unexpected, raw: bytes
     ) -> None:
         call = seccomp.parse(raw)
         if call.id in self._under_way or not self.is_waiting(call):
@@ -221,6 +278,8 @@ def tracer_of(tid: int) -> str | None:
 def _copies(pid: int, *fds: int) -> list[int]:
     """Return copies of descriptors of another process. Raises PermissionDenied."""
     copies: list[int] = []
+    if wrong := [fd for fd in fds if not 0 <= fd <= _MOST_FD]:
+        raise PermissionDenied(f"{wrong[0]} is no descriptor of process {pid}")
     try:
         pidfd = os.pidfd_open(pid)
         try:
@@ -235,17 +294,30 @@ def _copies(pid: int, *fds: int) -> list[int]:
     except (OSError, ctypes.ArgumentError) as error:
         for copy in copies:
             os.close(copy)
+        if isinstance(error, OSError) and error.errno in _NO_DESCRIPTOR:
+            raise _no_descriptor(error) from error
         raise PermissionDenied(f"cannot copy descriptors of process {pid}: {error}") from error
     return copies
+
+
+def _no_descriptor(error: OSError) -> Busy:
+    return Busy(f"the supervisor has no free descriptor: {error.strerror}: end some programs of daxemu run")
 
 
 def _name(fd: int) -> str:
     return str(Path(f"/proc/self/fd/{fd}").readlink())
 
 
-def _is_socket(fd: int, ino: int) -> bool:
+def _is_connected_socket(fd: int, ino: int) -> bool:
+    """Return whether a descriptor is a connected socket for packets with an inode number. Raises OSError."""
     found = os.fstat(fd)
     if not stat.S_ISSOCK(found.st_mode) or found.st_ino != ino:
         return False
     with socket.socket(fileno=os.dup(fd)) as sock:
-        return (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+            return False
+        try:
+            sock.getpeername()
+        except OSError:  # ENOTCONN: listening, or never connected
+            return False
+    return True
