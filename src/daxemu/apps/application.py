@@ -20,9 +20,10 @@ from daxemu.errors import DaxemuError
 from daxemu.evaluate.machine import DAXEMU
 
 COMPLAINT = re.compile(
-    r"(?i).*\b(error|fatal|panic|exception|cannot|can't|could not|failed|malformed|corrupt\w*|invalid)\b"
+    r"(?i)(?!\t).*\b"
+    r"(error|fatal|panic|exception|cannot|can't|could not|failed|malformed|corrupt\w*|invalid)\b"
 )
-"""Line of output reporting an error."""
+"""Line of output reporting an error. A line that begins with a tab is part of a stack trace."""
 
 
 class Needs(NamedTuple):
