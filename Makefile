@@ -94,7 +94,7 @@ recording: setup
 
 # docs/applications.md, from a real run of every program that is here: about ten minutes.
 apps: setup
-	.venv/bin/daxemu apps -o docs/applications.md
+	.venv/bin/daxemu apps --both -o docs/applications.md
 
 dist: setup
 	$(PY) -m build --outdir build/dist .
