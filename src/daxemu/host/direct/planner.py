@@ -27,9 +27,9 @@ from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE
 
 RESERVE = 8 * PAGE_SIZE
-"""Bytes of the reserve: eight VMAs. Where the kernel refuses another VMA, the address space gives the reserve
-up to make addresses lazy: mremap(2) wants four VMAs (move_vma()), and the replacement of a part of a VMA takes
-three.
+"""Bytes of the reserve: eight VMAs. Where the kernel refuses another VMA, the address space gives up the
+reserve to make addresses lazy: mremap(2) wants four VMAs (move_vma()), and the replacement of a part of a VMA
+takes three.
 """
 _PROT_READ = 1
 
