@@ -36,7 +36,7 @@ from typing import Protocol
 import trio
 
 from daxemu.errors import DaxemuError
-from daxemu.host.direct import code
+from daxemu.host.direct import code, descriptors
 from daxemu.host.direct.agent import ProcessAgent
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
 from daxemu.host.direct.userfaultfd import Event, Forked, Userfaultfd
@@ -324,9 +324,9 @@ class AddressSpaces:
         agent = ProcessAgent(ours, self._fds)
         try:
             with theirs:
-                fd = run.add_fd(call, theirs.fileno())
+                fd, limit = descriptors.add_socket(run.add_fd, call, tgid, theirs.fileno())
             length = PAGE_SIZE + code.MEMORY
-            request = kind(0, tgid, call.tid, fd, self._place, length, self._code, zone.MAGIC)
+            request = kind(0, tgid, call.tid, fd, self._place, length, self._code, zone.MAGIC, limit)
             armed = await self._link.make_agent(request)
             if not isinstance(armed, Armed):
                 _raise_unless_made(armed)
@@ -336,7 +336,7 @@ class AddressSpaces:
             raise AddressSpaceGone(f"thread {call.tid} does not wait any more") from None
         except OSError as error:
             agent.close()
-            raise AgentRefused(f"no descriptor in process {tgid}: {error}") from error
+            raise AgentRefused(f"process {tgid} has no free descriptor (RLIMIT_NOFILE): {error}") from error
         except BaseException:
             agent.close()
             raise

@@ -207,8 +207,7 @@ class Calls:
                         runs = self._runs(area, _EAGER_OVER)
                         await self._page_tables.show(list(planner.media_pieces(area, runs)))
                 else:
-                    runs = self._runs(area, min(EAGER, self._page_tables.room(space) // 2))
-                    await self._page_tables.map_new(area, planner.media_pieces(area, runs))
+                    await self._map_new(area)
         except _CallRefused as refused:
             return Answer(error=refused.errno)
         except DaxemuError as error:
@@ -216,6 +215,16 @@ class Calls:
         except OSError as error:
             return Answer(error=error.errno or errno.ENOMEM)
         return Answer(start)
+
+    async def _map_new(self, area: Area) -> None:
+        """Map an area at once, or lazily. Raises OSError, DaxemuError."""
+        runs = self._runs(area, min(EAGER, self._page_tables.room(area.space) // 2))
+        try:
+            await self._page_tables.map_new(area, planner.media_pieces(area, runs))
+        except OSError as error:
+            if error.errno != errno.ENOMEM or not runs:
+                raise
+            await self._page_tables.map_new(area, [])  # one VMA
 
     def _runs(self, area: Area, most: int) -> list[FileRun]:
         """Return the runs to map at once: all, or none of a file with more than ``most``, or after a

@@ -259,7 +259,11 @@ class PageFaults:
                 await self._page_tables.hide(touch.space, touch.page)
 
     async def _give_up(self, touch: Touch) -> None:
-        """Let an access fail after an unexpected error, by the means that need least."""
+        """Let an access fail after an unexpected error, by the means that need least.
+
+        A block that the page still shows may be another file's, too: a store must not reach the block.
+        """
         with suppress(DaxemuError, OSError):
             async with held(touch.space.lock):
-                await self._mark(touch)
+                if await self._page_tables.hide_or_end(touch.space, touch.page):
+                    await self._mark(touch)

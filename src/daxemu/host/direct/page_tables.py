@@ -10,6 +10,7 @@ mremap(2) waits until that task has read its event.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,7 +28,7 @@ from daxemu.host.direct.errors import (
     RegisteredElsewhere,
 )
 from daxemu.host.direct.locking import held
-from daxemu.host.direct.planner import MappingPiece, MappingPlan, Shows
+from daxemu.host.direct.planner import RESERVE, MappingPiece, MappingPlan, Shows
 from daxemu.host.direct.syscalls import Syscall
 from daxemu.host.direct.table import Area, Space, Table
 from daxemu.host.proc import maps
@@ -72,7 +73,7 @@ class PageTables:
 
     def room(self, space: Space) -> int:
         """Return the number of pieces that an address space can show beside those shown."""
-        return max(0, self._most_pieces - len(space.pieces))
+        return max(0, self._most_pieces - space.refused - len(space.pieces))
 
     # -- new mappings
 
@@ -84,6 +85,7 @@ class PageTables:
         """
         space = area.space
         self._table.add(area)
+        await self._keep_reserve(space)
         rest = iter(pieces)
         chunk = list(islice(rest, _PIECES_IN_STEP))
         batch = planner.in_place(area, chunk, self._origin)
@@ -105,7 +107,7 @@ class PageTables:
 
     async def map_over(self, area: Area) -> None:
         """Map ``area`` lazily in place of whatever its addresses map now, as MAP_FIXED does."""
-        await self._replace(area.space, [MappingPiece(area, area.addresses, Shows.LAZY)], keep_copies=False)
+        await self._make_lazy(area.space, [MappingPiece(area, area.addresses, Shows.LAZY)], keep_copies=False)
         self._table.remove(area.space, area.addresses)
         self._table.add(area)
 
@@ -114,13 +116,33 @@ class PageTables:
     async def show(self, pieces: Sequence[MappingPiece]) -> None:
         """Map pieces of one address space, and wake the threads that wait there.
 
-        Private copies stay. If the address space has too many VMAs, other addresses become lazy first.
+        Private copies stay. If the address space has too many VMAs, other addresses become lazy first. Raises
+        OSError, NotRegistered, RegisteredElsewhere; then the addresses map what they mapped before.
         """
         if not pieces:
             return
         space = pieces[0].area.space
-        if len(space.pieces) + len(pieces) > self._most_pieces:
+        if self.room(space) < len(pieces):
             await self._make_room(space)
+        try:
+            await self._show(space, pieces)
+        except OSError as error:
+            if error.errno != errno.ENOMEM or not space.pieces:
+                raise
+            # The program has many VMAs of its own: three quarters of the pieces that fit are left to daxemu.
+            space.refused = self._most_pieces - len(space.pieces) * 3 // 4
+            await self._make_room(space)
+            await self._show(space, pieces)
+        for piece in pieces:
+            space.wake(piece.addresses)
+
+    async def _show(self, space: Space, pieces: Sequence[MappingPiece]) -> None:
+        before = [
+            (part, known is space.zeros)
+            for piece in pieces
+            for known in (space.shown, space.zeros)
+            for part in known.overlapping(*piece.addresses)
+        ]
         for piece in pieces:
             space.showing(piece.addresses)
         try:
@@ -128,9 +150,9 @@ class PageTables:
         except (OSError, NotRegistered, RegisteredElsewhere):
             for piece in pieces:
                 space.hiding(piece.addresses)
+            for part, is_zeros in before:
+                space.showing(part, zeros=is_zeros)
             raise
-        for piece in pieces:
-            space.wake(piece.addresses)
 
     async def hide(self, space: Space, addresses: Range, *, keep_copies: bool = True) -> None:
         """Make the shown parts of ``addresses`` lazy (unmap_mapping_range()).
@@ -148,7 +170,7 @@ class PageTables:
             if (mine := part.clip(*area.addresses))
         ]
         if pieces:
-            await self._replace(space, pieces, keep_copies=keep_copies)
+            await self._make_lazy(space, pieces, keep_copies=keep_copies)
             for piece in pieces:
                 space.hiding(piece.addresses)
                 if not keep_copies:
@@ -208,6 +230,17 @@ class PageTables:
                                 await change(space, addresses)
                         except (OSError, NotRegistered, RegisteredElsewhere) as error:
                             await self._end_or_kill(space, error)
+
+    async def hide_or_end(self, space: Space, addresses: Range) -> bool:
+        """Make addresses lazy; if the kernel refuses, end all mappings of the address space, and return
+        False.
+        """
+        try:
+            await self.hide(space, addresses)
+        except (OSError, NotRegistered, RegisteredElsewhere) as error:
+            await self._end_or_kill(space, error)
+            return False
+        return True
 
     async def _end_or_kill(self, space: Space, error: Exception) -> None:
         """Make every access of an address space fail; if the kernel refuses that too, kill the process."""
@@ -350,14 +383,35 @@ class PageTables:
                 return
 
     async def _make_room(self, space: Space) -> None:
-        """Make the area with the most pieces lazy."""
+        """Make the area with the most pieces lazy. Raises OSError."""
 
         def pieces_of(area: Area) -> int:
             return sum(1 for _ in space.pieces.irange(*area.addresses, inclusive=(True, False)))
 
         fullest = max(space.areas.values(), key=pieces_of)
-        await self._replace(space, [MappingPiece(fullest, fullest.addresses, Shows.LAZY)])
+        await self._make_lazy(space, [MappingPiece(fullest, fullest.addresses, Shows.LAZY)])
         space.hiding(fullest.addresses)
+
+    async def _make_lazy(
+        self, space: Space, pieces: Sequence[MappingPiece], *, keep_copies: bool = True
+    ) -> None:
+        """As _replace(), for lazy pieces: in an address space without room, by the reserve."""
+        try:
+            await self._replace(space, pieces, keep_copies=keep_copies)
+        except OSError as error:
+            if error.errno != errno.ENOMEM or not space.has_reserve:
+                raise
+            space.has_reserve = False
+            await self._run(space, [syscalls.munmap(space.scratch.end - RESERVE, RESERVE)])
+            await self._replace(space, pieces, keep_copies=keep_copies)
+            await self._keep_reserve(space)
+
+    async def _keep_reserve(self, space: Space) -> None:
+        """Make the reserve of an address space, if the address space has room."""
+        if not space.has_reserve:
+            with suppress(OSError):
+                await self._run(space, planner.reserve(space.scratch.end - RESERVE))
+                space.has_reserve = True
 
 
 def _unmarked(pagemap: Pagemap, part: Range) -> Iterator[Range]:

@@ -22,6 +22,7 @@ from daxemu.host.direct.calls import (
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
 from daxemu.host.direct.faults import PageFaults
 from daxemu.host.direct.locking import held
+from daxemu.host.direct.planner import RESERVE
 from daxemu.host.direct.table import Space, Table
 from daxemu.host.direct.userfaultfd import Event, PageFault
 from daxemu.host.mount_parts import MountParts
@@ -129,7 +130,7 @@ class _RunSpaces:
         parts: MountParts,
     ) -> None:
         middle = given.start + len(given) // 2
-        self._zone, self._scratch = Range(given.start, middle), Range(middle, given.stop)
+        self._zone, self._scratch = Range(given.start, middle - RESERVE), Range(middle, given.stop)
         self._table = table
         self._faults = faults
         self._calls = calls

@@ -105,7 +105,7 @@ class Space:
     zone: Range
     """Addresses for the mappings of this mount."""
     scratch: Range
-    """Addresses where a replacement of a mapping is prepared."""
+    """Addresses where a replacement of a mapping is prepared. The reserve is at the end (planner.RESERVE)."""
     lock: trio.Lock = field(default_factory=trio.Lock)
     """Held over each change of mappings. Acquired after the lock of a file."""
     shown: RangeSet = field(default_factory=RangeSet)
@@ -113,6 +113,9 @@ class Space:
     copied: RangeSet = field(default_factory=RangeSet)
     pieces: SortedSet = field(default_factory=SortedSet)
     """First addresses of the shown pieces: as many VMAs, and up to as many lazy ones between."""
+    refused: int = 0
+    """Number of pieces by which the VMAs of the program make the room of the address space smaller."""
+    has_reserve: bool = False
     is_gone: bool = False
     """True after the end of the address space."""
     areas: SortedDict = field(default_factory=SortedDict)
@@ -270,6 +273,7 @@ class Table:
             )
         child.shown, child.copied = parent.shown.copy(), parent.copied.copy()
         child.zeros, child.pieces = parent.zeros.copy(), SortedSet(parent.pieces)
+        child.refused, child.has_reserve = parent.refused, parent.has_reserve
         self.add_space(child)
 
     def drop_space(self, space: Space) -> None:
