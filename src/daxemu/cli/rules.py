@@ -89,25 +89,38 @@ def add_rule(client: PatientClient, rule: RuleOptions, action: Action, *, as_jso
 @click.option("--delete", "deleted", metavar="NAME", multiple=True, help="Delete a rule; repeatable.")
 @click.option("--delete-all", is_flag=True, help="Delete all rules.")
 @json_option
-def rules(mountpoint: Path, deleted: tuple[str, ...], delete_all: bool, as_json: bool) -> None:
-    """List, or delete, the rules of a mount: what happens when an operation of a program matches. A rule is
-    made by --on of inject, clear, powerfail and remove. Rules end with the mount.
+@rule_options
+def rules(
+    mountpoint: Path,
+    deleted: tuple[str, ...],
+    delete_all: bool,
+    as_json: bool,
+    rule: RuleOptions | None,
+) -> None:
+    """List the rules of a mount, delete rules, or add a rule: what happens when an operation of a program
+    matches. inject, clear, powerfail and remove have --on, too. Rules end with the mount.
 
     \b
     Example:
       daxemu inject /tmp/pmem --on 'read:*.sst:3' --by mydb
+      daxemu rules /tmp/pmem --on 'rename:CURRENT:2+' --then kill
       daxemu rules /tmp/pmem
     """
-    if deleted and delete_all:
-        raise InvalidArgument("--delete and --delete-all: give one of them")
+    if (rule is not None) + bool(deleted) + delete_all > 1:
+        raise InvalidArgument("--on, --delete and --delete-all: give one of them")
+    if rule is not None and not rule.then:
+        raise InvalidArgument("--on without --then does nothing: give --then, or see daxemu inject --on")
     with connect(mountpoint) as client:
+        if rule is not None:
+            add_rule(client, rule, rule.then.pop(0), as_json=as_json)
+            return
         if deleted or delete_all:
             result = client.request("delete_rules", names=list(deleted))
         else:
             result = client.request("rules")
     rows = [
-        (rule["name"], rule["on"], ", ".join(rule["then"]), str(rule["matched"]), str(rule["fired"]))
-        for rule in result["rules"]
+        (found["name"], found["on"], ", ".join(found["then"]), str(found["matched"]), str(found["fired"]))
+        for found in result["rules"]
     ]
     header = ("DELETED" if deleted or delete_all else "RULE", "ON", "THEN", "MATCHED", "FIRED")
     emit(result, as_json, lambda: table(rows, header) if rows else "no rules")

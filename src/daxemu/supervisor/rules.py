@@ -112,11 +112,9 @@ class Rules:
         paths = self._paths_of(operation)
         for counted in tuple(self._rules.values()):
             on = counted.rule.on
-            matches = operation.op in counted.ops or not counted.ops.isdisjoint(operation.also)
-            matches = (
-                matches and on.after is after and any(map(on.names, paths)) and _is_by(operation.tid, on.by)
-            )
-            if matches and counted.fires():
+            does = operation.op in counted.ops or not counted.ops.isdisjoint(operation.also)
+            is_here = does and on.after is after and any(map(on.names, paths))
+            if is_here and _is_by(operation.tid, on.by) and counted.fires():
                 await self._fire(counted, operation, paths[0])
 
     async def _fire(self, counted: _Counted, operation: Operation, path: str) -> None:
