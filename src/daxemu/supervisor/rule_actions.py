@@ -51,6 +51,8 @@ class RuleActions:
         self._remove = remove
         self._power_fail = power_fail
         self._tasks = tasks
+        self.ending: trio.Event | None = None
+        """Not set while the mount or the device ends after an operation: no later operation may begin."""
 
     async def take(self, action: Action, operation: Operation, *, after: bool) -> None:
         """Take an action. Raises DaxemuError if the action is not possible."""
@@ -63,15 +65,27 @@ class RuleActions:
             os.kill(process_of(operation.tid), signal.SIGSTOP)
         elif after:
             # The answer goes out before the event loop begins this task.
+            self.ending = trio.Event()
+            self._fs.layouts.break_all()
             self._tasks.start_soon(self._end, action)
         elif isinstance(action, RemoveAction) and operation.holds_pages:
             self._tasks.start_soon(self._end, action)
-            await trio.lowlevel.checkpoint()  # the removal holds reads and writes back from its first step on
+            while (
+                not self._fs.dax.is_leaving
+            ):  # from its first step on, a removal holds reads and writes back
+                await trio.lowlevel.checkpoint()
         else:
             await self._end(action)
 
     async def _end(self, action: Action) -> None:
-        """Take an action that ends the mount, or the device."""
+        """Take an action that ends the mount, or the device. Then end ``ending``."""
+        try:
+            await self._take_last(action)
+        finally:
+            if self.ending is not None:
+                self.ending.set()
+
+    async def _take_last(self, action: Action) -> None:
         if isinstance(action, RemoveAction):
             await self._remove(p.Remove())
         elif isinstance(action, PowerFailAction):
@@ -102,9 +116,8 @@ class RuleActions:
         """
         if action.ranges and action.ino is None and not action.of_file:
             return list(action.ranges)
-        ino = self._file_of(operation)
-        if action.ranges and action.ino is not None:
-            ino = action.ino
+        is_given = bool(action.ranges) and action.ino is not None
+        ino = action.ino if is_given and action.ino is not None else self._file_of(operation)
         wanted = list(action.ranges) or [self._pages_of(operation)]
         found = await file_ranges(self._fs, ino, wanted)
         if not found:

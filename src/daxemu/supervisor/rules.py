@@ -11,11 +11,12 @@ from daxemu.events.rules import RuleFailed, RuleFired
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host.observer import Operation
 from daxemu.host.proc.processes import comm_of, process_of
-from daxemu.rule import RANGED, InjectAction, Op, Rule
+from daxemu.pmem.inject import check_range
+from daxemu.rule import RANGED, ClearAction, InjectAction, Op, Rule
 from daxemu.supervisor.observation import Observation
 from daxemu.supervisor.rule_actions import RuleActions
 from daxemu.text import name_text
-from daxemu.uapi import Ino
+from daxemu.uapi import U64_MAX, Ino
 
 MOST = 1000
 """Maximum of rules of a mount: each operation is compared with every rule."""
@@ -60,7 +61,7 @@ class Rules:
             raise InvalidArgument(f"there is a rule {name!r} already: choose another name, or delete it")
         if len(self._rules) >= MOST:
             raise InvalidArgument(f"the mount has {MOST} rules already: delete some")
-        _check(rule)
+        _check(rule, self._fs.dax.size)
         counted = _Counted(rule)
         if not self._rules:
             self._observation.add(self)
@@ -92,13 +93,17 @@ class Rules:
                 return name
 
     def _names_file(self, ino: Ino) -> bool:
+        if self._actions.ending is not None:
+            return True
         path = self._fs.names.path_of(ino)
         return any(counted.rule.on.names(path) for counted in self._rules.values())
 
     # -- observer
 
     async def before(self, operation: Operation) -> None:
-        """See Observer."""
+        """See Observer. Waits while the mount or the device ends after an earlier operation."""
+        if self._actions.ending is not None:
+            await self._actions.ending.wait()
         await self._match(operation, after=False)
 
     async def after(self, operation: Operation, seconds: float, error: int) -> None:
@@ -154,12 +159,19 @@ class Rules:
         ]
 
 
-def _check(rule: Rule) -> None:
-    """Raise InvalidArgument for a rule that cannot fire, or cannot do what it should."""
+def _check(rule: Rule, device_size: int) -> None:
+    """Raise InvalidArgument for a rule that cannot fire, or cannot do what it should. ``device_size``: bytes.
+    A file may grow until the rule fires.
+    """
     if not rule.then:
         raise InvalidArgument("a rule without an action: give at least one")
     for action in rule.then:
-        if isinstance(action, InjectAction) and not action.ranges and not rule.on.ops & RANGED:
+        if not isinstance(action, InjectAction | ClearAction):
+            continue
+        is_of_device = action.ino is None and not action.of_file
+        for offset, length in action.ranges:
+            check_range(offset, length, device_size if is_of_device else U64_MAX, "the device")
+        if not action.ranges and not rule.on.ops & RANGED:
             raise InvalidArgument(
                 f"{rule.on.op} is no operation on bytes: give the bytes to poison by --offset or --length"
             )
