@@ -102,9 +102,8 @@ def rules(
 
     \b
     Example:
-      daxemu inject /tmp/pmem --on 'read:*.sst:3' --by mydb
-      daxemu rules /tmp/pmem --on 'rename:CURRENT:2+' --then kill
       daxemu rules /tmp/pmem
+      daxemu rules /tmp/pmem --on 'rename:CURRENT:2+' --then kill
     """
     if (rule is not None) + bool(deleted) + delete_all > 1:
         raise InvalidArgument("--on, --delete and --delete-all: give one of them")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from daxemu.events.base import Event
-from daxemu.fields import FileOffset, Length, Pid, Tid
+from daxemu.fields import FileOffset, Ino, Length, Pid, Tid
 
 
 class RuleFired(Event):
     """An operation fired rule ``rule``. ``number``: number of the match, from 1. ``offset`` and ``length``:
-    bytes of the operation, 0 if it has no range. ``then``: the actions. The events of the actions follow.
+    bytes of the operation, 0 if it has no range. ``ino``: null for a name that
+    may not exist. ``then``: the actions. The events of the actions follow.
     """
 
     rule: str
     number: int
     op: str
+    ino: Ino | None
     path: str
     pid: Pid
     tid: Tid

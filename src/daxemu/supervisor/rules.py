@@ -131,6 +131,7 @@ class Rules:
                 rule=rule.name,
                 number=counted.matched,
                 op=operation.op.value,
+                ino=operation.ino,
                 path=path,
                 pid=pid,
                 tid=operation.tid,

@@ -74,14 +74,14 @@ XFS_IOC_GOINGDOWN = 2 << 30 | 4 << 16 | ord("X") << 8 | 125
 _GOING_DEFAULT, _GOING_LOGFLUSH, _GOING_NOLOGFLUSH = 0, 1, 2
 
 
-class Reply(NamedTuple):
+class Answered(NamedTuple):
     """``send``: send the reply to a request of libfuse. ``errno``: 0 for success."""
 
     send: Callable[[int], object]
     errno: int = 0
 
 
-Later = Coroutine[Any, Any, Reply]
+Later = Coroutine[Any, Any, Answered]
 """Service of a request that waits."""
 
 
@@ -144,7 +144,7 @@ class ExtraOperations:
             answer = self._dispatch(request)
         except Exception as error:  # noqa: BLE001 - the caller is C, and the request must be answered
             answer = self._failed(_NAMES.get(request.op, str(request.op)), error)
-        if isinstance(answer, Reply):
+        if isinstance(answer, Answered):
             answer.send(request.req)
         else:
             self._nursery.start_soon(self._answer, request.req, answer)
@@ -153,14 +153,14 @@ class ExtraOperations:
         """Answer ``req`` by ``later``."""
         (await self._reply_of(later)).send(req)
 
-    async def _reply_of(self, later: Later) -> Reply:
+    async def _reply_of(self, later: Later) -> Answered:
         """Return the reply of ``later``; an exception becomes an errno, an unexpected one EIO."""
         try:
             return await later
         except Exception as error:  # noqa: BLE001 - the request must be answered
             return self._failed(getattr(later, "__qualname__", "request"), error)
 
-    def _failed(self, what: str, error: Exception) -> Reply:
+    def _failed(self, what: str, error: Exception) -> Answered:
         refusal = refused(error)
         if refusal is None:
             self._unexpected.report(f"FUSE {what}", error)
@@ -174,7 +174,7 @@ class ExtraOperations:
         began = time.monotonic()
         try:
             answer = self._dispatch(request)
-            reply = answer if isinstance(answer, Reply) else await self._reply_of(answer)
+            reply = answer if isinstance(answer, Answered) else await self._reply_of(answer)
         except Exception as error:  # noqa: BLE001 - the request must be answered
             reply = self._failed(operation.op, error)
         await observer.after(operation, time.monotonic() - began, reply.errno)
@@ -182,23 +182,23 @@ class ExtraOperations:
 
     # -- replies
 
-    def _error(self, error: int) -> Reply:
+    def _error(self, error: int) -> Answered:
         """Return a reply of an errno; 0 is success."""
-        return Reply(lambda req: self._fuse.fuse_reply_err(req, error), error)
+        return Answered(lambda req: self._fuse.fuse_reply_err(req, error), error)
 
-    def _written(self, length: int) -> Reply:
-        return Reply(lambda req: self._fuse.fuse_reply_write(req, length))
+    def _written(self, length: int) -> Answered:
+        return Answered(lambda req: self._fuse.fuse_reply_write(req, length))
 
-    def _found(self, offset: int) -> Reply:
-        return Reply(lambda req: self._fuse.fuse_reply_lseek(req, offset))
+    def _found(self, offset: int) -> Answered:
+        return Answered(lambda req: self._fuse.fuse_reply_lseek(req, offset))
 
-    def _output(self, output: bytes = b"") -> Reply:
+    def _output(self, output: bytes = b"") -> Answered:
         """Return a reply of an ioctl that succeeded."""
-        return Reply(lambda req: self._fuse.fuse_reply_ioctl(req, 0, output or None, len(output)))
+        return Answered(lambda req: self._fuse.fuse_reply_ioctl(req, 0, output or None, len(output)))
 
     # -- requests
 
-    def _dispatch(self, request: RawRequest) -> Reply | Later:
+    def _dispatch(self, request: RawRequest) -> Answered | Later:
         """Serve a request, or return the coroutine that serves it. Raises DaxemuError."""
         ino = unpack(request.fh).ino
         if request.op == _FALLOCATE:
@@ -229,14 +229,16 @@ class ExtraOperations:
             return self._ioctl(request, request.ino)  # of a directory the handle is no inode number
         raise FsError(errno.ENOSYS)
 
-    async def _copy_later(self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int) -> Reply:
+    async def _copy_later(
+        self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int
+    ) -> Answered:
         return self._written(await self._clones.copy(src, src_offset, dst, dst_offset, length))
 
-    async def _copied_later(self, target: Ino, done: int) -> Reply:
+    async def _copied_later(self, target: Ino, done: int) -> Answered:
         await self._mappings.settled(target)
         return self._written(done)
 
-    async def _fallocate_later(self, claim: Claim, steps: Iterator[None]) -> Reply:
+    async def _fallocate_later(self, claim: Claim, steps: Iterator[None]) -> Answered:
         async with claim:
             await trio.lowlevel.checkpoint()
             await in_pieces(steps)
@@ -247,7 +249,7 @@ class ExtraOperations:
 
     # -- lseek
 
-    def _lseek(self, request: RawRequest, ino: Ino) -> Reply | Later:
+    def _lseek(self, request: RawRequest, ino: Ino) -> Answered | Later:
         inode, extents = self._fs.names.regular(ino)
         if extents.blocks * PAGE_SIZE >= inode.size:
             return self._found(self._fs.seek(ino, request.offset, request.mode))
@@ -255,13 +257,13 @@ class ExtraOperations:
         # kernel writes the page back.
         return self._lseek_later(ino, request.offset, request.mode)
 
-    async def _lseek_later(self, ino: Ino, offset: int, whence: int) -> Reply:
+    async def _lseek_later(self, ino: Ino, offset: int, whence: int) -> Answered:
         await self._mappings.write_back(ino)
         return self._found(self._fs.seek(ino, offset, whence))
 
     # -- ioctl
 
-    def _ioctl(self, request: RawRequest, ino: Ino) -> Reply | Later:
+    def _ioctl(self, request: RawRequest, ino: Ino) -> Answered | Later:
         command = _command_of(request)
         data = ctypes.string_at(request.data, request.data_size) if request.data_size else b""
         if command == DAXEMU_IOC_CLONE_RANGE and len(data) == CLONE_RANGE.size:
@@ -282,14 +284,14 @@ class ExtraOperations:
             return self._ioctl_goingdown(request.tid, request.offset)
         raise FsError(errno.ENOTTY)
 
-    async def _ioctl_clone(self, tid: int, target: Ino, data: bytes) -> Reply:
+    async def _ioctl_clone(self, tid: int, target: Ino, data: bytes) -> Answered:
         fd, offset, length, target_offset = CLONE_RANGE.unpack(data)
         source = await trio.to_thread.run_sync(_source_of, tid, fd, self._dev)
         self._file_modified(target, tid)
         await self._clones.clone(source, offset, target, target_offset, length)
         return self._output()
 
-    async def _ioctl_goingdown(self, tid: int, address: int) -> Reply:
+    async def _ioctl_goingdown(self, tid: int, address: int) -> Answered:
         """``xfs_fs_goingdown()``. Reads the argument at ``address`` of the thread: by the ioctl's number, the
         argument is output only, so the kernel does not copy its value into the request.
         """
