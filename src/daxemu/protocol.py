@@ -28,6 +28,7 @@ from daxemu.fields import (
     Signals,
     Tid,
 )
+from daxemu.rule import Action, On
 from daxemu.survey_report import SurveyReport
 
 R = TypeVar("R", bound=msgspec.Struct)
@@ -444,6 +445,47 @@ class Follow(Request[Never], tag="follow"):
     files: list[FileRange] | None = None
     ranges: list[tuple[int, int]] | None = None
     pids: list[Pid] | None = None
+
+
+class RuleAdded(msgspec.Struct):
+    """``name``: the name by which the rule can be deleted."""
+
+    name: str
+
+
+class RuleReport(msgspec.Struct):
+    """A rule in words. ``matched``: number of matches so far. ``fired``: number of times it has fired."""
+
+    name: str
+    on: str
+    then: list[str]
+    matched: int
+    fired: int
+
+
+class RuleList(msgspec.Struct):
+    rules: list[RuleReport]
+
+
+class AddRule(Request[RuleAdded], tag="add_rule", omit_defaults=True):
+    """Have ``then`` happen when an operation of a program matches ``on``. Without a ``name`` the rule gets
+    one. ``seed``: of the probability in ``on``. Rules end with the mount.
+    """
+
+    on: On
+    then: list[Action]
+    name: str | None = None
+    seed: int = 0
+
+
+class ListRules(Request[RuleList], tag="rules"):
+    """List the rules of the mount."""
+
+
+class DeleteRules(Request[RuleList], tag="delete_rules"):
+    """Delete rules by their names; without ``names``, all rules. The reply lists the deleted rules."""
+
+    names: list[str] = []
 
 
 class PowerFailed(msgspec.Struct):

@@ -29,7 +29,10 @@ from daxemu.supervisor.consumption import Consumption
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.internals import internals
+from daxemu.supervisor.observation import Observation
 from daxemu.supervisor.repairs import Repairs
+from daxemu.supervisor.rule_actions import RuleActions
+from daxemu.supervisor.rules import Rules
 from daxemu.supervisor.scrub import Scrubber
 from daxemu.supervisor.signals import Signals
 from daxemu.supervisor.strategy_host import StrategyHost
@@ -66,12 +69,14 @@ class Machine:
         nursery: trio.Nursery,
         *,
         make_mappings: MakeMappings,
+        power_fail: Callable[[], Awaitable[object]],
         supplement_missing: str | None,
         has_layouts: bool,
     ) -> None:
         """``nursery`` runs tasks that outlive a request. ``make_mappings`` makes the implementation of the
-        seam for mappings. ``supplement_missing``: the reason why the supplement is not loaded; None if
-        loaded. ``has_layouts``: True if C may answer reads and writes of healthy bytes (fs/layouts.py).
+        seam for mappings. ``power_fail`` ends the mount. ``supplement_missing``: the reason why the
+        supplement is not loaded; None if loaded.
+        ``has_layouts``: True if C may answer reads and writes of healthy bytes (fs/layouts.py).
         """
         emit = log.emit
         self.pmem, self.mm, self.fs, self.session, self.log = pmem, mm, fs, session, log
@@ -133,7 +138,13 @@ class Machine:
         self.scrubber = Scrubber(self._scrub_in_background)
         table = settings_of(mm, fs, log, self.scrubber, strategy_host, self._repairing.choose)
         self._settings = Settings(table, emit)
-        self._remove = partial(remove, pmem, mm, fs, self.failures, gates, self.scrubber, emit)
+        removal = partial(remove, pmem, mm, fs, self.failures, gates, self.scrubber, emit)
+        self._remove = self.under_way.counting("the removal of the device", removal)
+        sources = [self.operations.observe]
+        if supplement_missing is None:
+            sources.append(self._extra.observe)
+        actions = RuleActions(fs, self._poison, self._remove, power_fail, self._counted)
+        self._rules = Rules(fs, actions, Observation(sources), emit)
         self._verbs = self._table()
 
     def _table(self) -> dict[type, Verb]:
@@ -146,7 +157,10 @@ class Machine:
             p.Scrub: lambda _: self._poison.scrub(),
             p.Settle: lambda request: self.under_way.settle(request.patience),
             p.Repair: self._repairing.repair,
-            p.Remove: self.under_way.counting("the removal of the device", self._remove),
+            p.Remove: self._remove,
+            p.AddRule: self._rules.add,
+            p.ListRules: self._rules.report,
+            p.DeleteRules: self._rules.delete,
             p.GetBadblocks: lambda _: files.badblocks(self.pmem),
             p.Damaged: lambda _: files.damaged(self.fs),
             p.Map: lambda request: files.file_map(self.pmem, self.fs, request.ino),
