@@ -28,7 +28,8 @@ from daxemu.fields import (
     Signals,
     Tid,
 )
-from daxemu.rule import Action, On
+from daxemu.internals_report import InternalsReport
+from daxemu.rule import Action, On, RuleAdded, RuleList
 from daxemu.survey_report import SurveyReport
 
 R = TypeVar("R", bound=msgspec.Struct)
@@ -209,29 +210,6 @@ class Settled(msgspec.Struct):
     """``seconds``: duration of the wait."""
 
     seconds: Seconds
-
-
-class InternalsReport(msgspec.Struct):
-    """State of the supervisor, one line an entry, for people: the text of entries may change. ``layouts``:
-    number of files with a layout out.
-    """
-
-    tasks: list[str]
-    turns: list[str]
-    """Failures that are under way."""
-    held: list[str]
-    """Requests that wait for the invalidate lock. Of a direct mount: page faults, and runs of daxemu run."""
-    armed: list[str]
-    """Threads that the tracer has a request for."""
-    layouts: int
-
-    def lines(self) -> list[str]:
-        """Return the report as text for people."""
-        lines = []
-        for title in ("tasks", "turns", "held", "armed"):
-            entries: list[str] = getattr(self, title)
-            lines += [f"{title}: {len(entries)}", *(f"  {entry}" for entry in entries)]
-        return [*lines, f"layouts out: {self.layouts} files"]
 
 
 class Done(msgspec.Struct):
@@ -445,26 +423,6 @@ class Follow(Request[Never], tag="follow"):
     files: list[FileRange] | None = None
     ranges: list[tuple[int, int]] | None = None
     pids: list[Pid] | None = None
-
-
-class RuleAdded(msgspec.Struct):
-    """``name``: the name by which the rule can be deleted."""
-
-    name: str
-
-
-class RuleReport(msgspec.Struct):
-    """A rule in words. ``matched``: number of matches so far. ``fired``: number of times it has fired."""
-
-    name: str
-    on: str
-    then: list[str]
-    matched: int
-    fired: int
-
-
-class RuleList(msgspec.Struct):
-    rules: list[RuleReport]
 
 
 class AddRule(Request[RuleAdded], tag="add_rule", omit_defaults=True):

@@ -243,3 +243,23 @@ class Rule(msgspec.Struct, frozen=True):
     on: On
     then: list[Action]
     seed: int = 0
+
+
+class RuleAdded(msgspec.Struct):
+    """``name``: the name by which the rule can be deleted."""
+
+    name: str
+
+
+class RuleReport(msgspec.Struct):
+    """A rule in words. ``matched``: number of matches so far. ``fired``: number of times it has fired."""
+
+    name: str
+    on: str
+    then: list[str]
+    matched: int
+    fired: int
+
+
+class RuleList(msgspec.Struct):
+    rules: list[RuleReport]

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from daxemu.errors import InvalidArgument
-from daxemu.protocol import AddRule, Damaged, DeleteRules, ListRules, RuleReport
-from daxemu.rule import ALONE, Action, ClearAction, InjectAction, parse_on
+from daxemu.protocol import AddRule, Damaged, DeleteRules, ListRules
+from daxemu.rule import ALONE, Action, ClearAction, InjectAction, RuleReport, parse_on
 from daxemu.uapi import PAGE_SIZE
 from tests.support.mount import DaxMount
 from tests.support.quick import QuickMount

@@ -36,8 +36,8 @@ from daxemu.host.direct_needs import check_direct
 from daxemu.host.proc.device_lock import PATIENCE, end_holder, wait_for_last_mount
 from daxemu.host.proc.mountinfo import Mount, mount_at, mounts
 from daxemu.host.proc.pins import Pin, copies, named, pins_of, pins_of_device
+from daxemu.internals_report import InternalsReport
 from daxemu.pmem.device_dir import DeviceDir
-from daxemu.protocol import InternalsReport
 from daxemu.rule import PowerFailAction
 from daxemu.supervisor import settings as limits
 from daxemu.supervisor.settings import LOG_SIZE, MountOptions, seconds

@@ -22,6 +22,7 @@ from daxemu.host.mappings import Upcalls
 from daxemu.host.mount_parts import MakeMappings, MountParts
 from daxemu.host.tracer.link import TracerLink
 from daxemu.host.unexpected import Unexpected
+from daxemu.internals_report import InternalsReport
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.pmem import Pmem
 from daxemu.supervisor.clones import Clones
@@ -198,7 +199,7 @@ class Machine:
     async def _internals(self, request: p.Internals) -> msgspec.Struct:
         return self.internals()
 
-    def internals(self) -> p.InternalsReport:
+    def internals(self) -> InternalsReport:
         """Return the tasks, turns, requests and threads that wait at this moment."""
         return internals(self.fs, self.mappings, self.failures, self.tracer)
 

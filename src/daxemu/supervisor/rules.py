@@ -12,7 +12,7 @@ from daxemu.fs.filesystem import Filesystem
 from daxemu.host.observer import Operation
 from daxemu.host.proc.processes import comm_of, process_of
 from daxemu.pmem.inject import check_range
-from daxemu.rule import RANGED, ClearAction, InjectAction, Op, Rule
+from daxemu.rule import RANGED, ClearAction, InjectAction, Op, Rule, RuleAdded, RuleList, RuleReport
 from daxemu.supervisor.observation import Observation
 from daxemu.supervisor.rule_actions import RuleActions
 from daxemu.text import name_text
@@ -53,7 +53,7 @@ class Rules:
 
     # -- requests
 
-    async def add(self, request: p.AddRule) -> p.RuleAdded:
+    async def add(self, request: p.AddRule) -> RuleAdded:
         """Add a rule. Raises InvalidArgument for a name that is in use, or a rule that cannot fire."""
         name = request.name or self._new_name()
         rule = Rule(name, request.on, request.then, request.seed)
@@ -68,13 +68,13 @@ class Rules:
             self._fs.layouts.withhold(self._names_file)
         self._fs.layouts.break_all()
         self._rules[name] = counted
-        return p.RuleAdded(name)
+        return RuleAdded(name)
 
-    async def report(self, request: p.ListRules) -> p.RuleList:
+    async def report(self, request: p.ListRules) -> RuleList:
         """List the rules, in the order of their addition."""
-        return p.RuleList([_report(counted) for counted in self._rules.values()])
+        return RuleList([_report(counted) for counted in self._rules.values()])
 
-    async def delete(self, request: p.DeleteRules) -> p.RuleList:
+    async def delete(self, request: p.DeleteRules) -> RuleList:
         """Delete rules by name, all if none is named. Return the deleted ones. Raises InvalidArgument."""
         names = request.names or list(self._rules)
         for name in names:
@@ -84,7 +84,7 @@ class Rules:
         if deleted and not self._rules:
             self._observation.remove(self)
             self._fs.layouts.withhold(None)
-        return p.RuleList(deleted)
+        return RuleList(deleted)
 
     def _new_name(self) -> str:
         while True:
@@ -189,7 +189,7 @@ def _is_by(tid: int, by: int | str | None) -> bool:
     return pid == by if isinstance(by, int) else comm_of(pid) == by
 
 
-def _report(counted: _Counted) -> p.RuleReport:
+def _report(counted: _Counted) -> RuleReport:
     rule = counted.rule
     then = [str(action) for action in rule.then]
-    return p.RuleReport(rule.name, str(rule.on), then, counted.matched, counted.fired)
+    return RuleReport(rule.name, str(rule.on), then, counted.matched, counted.fired)
