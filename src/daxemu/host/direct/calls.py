@@ -59,7 +59,7 @@ _VALIDATED = 0xFC0FF9F3 | MAP_SYNC
 """Flags that MAP_SHARED_VALIDATE accepts: LEGACY_MAP_MASK of linux/mman.h, and MAP_SYNC as on DAX."""
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 MS_ASYNC, MS_INVALIDATE, MS_SYNC = 1, 2, 4
-MADV_DONTNEED, MADV_REMOVE, MADV_DONTNEED_LOCKED = 4, 9, 24
+MADV_DONTNEED, MADV_FREE, MADV_REMOVE, MADV_WIPEONFORK, MADV_DONTNEED_LOCKED = 4, 8, 9, 18, 24
 _PROT = 7
 _NO_KEY = 0xFFFFFFFF
 """Argument of pkey_mprotect(2) that makes the call an mprotect(2)."""
@@ -378,6 +378,8 @@ class Calls:
             raise _CallRefused(errno.EINVAL)
         if poisons:
             return await self._inject(tid, space, where, advice == MADV_SOFT_OFFLINE, simulated)
+        if advice in (MADV_FREE, MADV_WIPEONFORK):  # for anonymous memory only, as lazy addresses are
+            raise _CallRefused(errno.EINVAL)
         if advice == MADV_REMOVE:
             return await self._remove(space, where)
         if advice in (MADV_DONTNEED, MADV_DONTNEED_LOCKED):

@@ -162,7 +162,10 @@ class PageTables:
         there = list(space.shown.overlapping(*addresses))
         if not keep_copies:
             there = list(RangeSet([*there, *space.copied.overlapping(*addresses)]))
-        areas = space.parts(addresses) if there else []
+        await self._make_lazy(space, there, keep_copies=keep_copies)
+
+    async def _make_lazy(self, space: Space, there: Sequence[Range], *, keep_copies: bool) -> None:
+        areas = space.parts(Range(there[0].start, there[-1].end)) if there else []
         pieces = [
             MappingPiece(area, mine, Shows.LAZY)
             for area in areas
@@ -277,7 +280,11 @@ class PageTables:
         space.wake(page)
 
     async def drop(self, space: Space, addresses: Range) -> None:
-        """Remove pages and markers from the page tables, as MADV_DONTNEED does."""
+        """Remove pages and markers from the page tables, as MADV_DONTNEED does.
+
+        Under a private copy may be a block that the file had before: such addresses become lazy.
+        """
+        await self._make_lazy(space, list(space.copied.overlapping(*addresses)), keep_copies=False)
         await self._run(space, [syscalls.madvise(*_extent(addresses), MADV_DONTNEED)])
 
     async def end(self, space: Space) -> None:
@@ -319,6 +326,8 @@ class PageTables:
         for part in private:  # a store waits until the replacement is done
             await self._write_protect(space, part, on=True)
         kept = self._copies(space, private)
+        for part in kept:
+            space.copied.add(*part)
         todo = [piece.cut(part) for piece in pieces for part in kept.gaps(*piece.addresses)]
         if todo:
             await self._carry_out(space, planner.replacement(todo, space.scratch, self._origin))

@@ -96,8 +96,8 @@ class Space:
     - *lazy*: anonymous memory without a page. A touch is an event of the userfaultfd.
     - *shown*: the address maps the media or the void file (beyond the end of the file), or has a page of
       zeros for a hole (``zeros``).
-    - *copied*: a page of a private mapping over a hole that was stored to. Copies of pages of the media are
-      known to the page tables only.
+    - *copied*: a private copy of a hole, or of a block that the file may not have any more. The page tables
+      alone know the copies of shown blocks.
     """
 
     agent: Agent
