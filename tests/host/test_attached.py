@@ -94,7 +94,16 @@ def test_answers_without_a_waiting_call() -> None:
 
 
 def test_failed_handlers_have_an_answer() -> None:
-    for nr, answer in ((Nr.MMAP, Answer(error=errno.ENODEV)), (Nr.MUNMAP, CONTINUE), (Nr.EXECVE, CONTINUE)):
+    """No call changes mappings, or copies an address space, without the supervisor."""
+    answers = {
+        Nr.MMAP: Answer(error=errno.ENODEV),
+        Nr.MUNMAP: Answer(error=errno.ENOMEM),
+        Nr.MREMAP: Answer(error=errno.ENOMEM),
+        Nr.FORK: Answer(error=errno.EAGAIN),
+        Nr.CLONE: Answer(error=errno.EAGAIN),
+        Nr.EXECVE: CONTINUE,
+    }
+    for nr, answer in answers.items():
         assert for_failure(NotifiedCall(1, 1, nr, (0, 0, 0, 0, 0, 0))) == answer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -267,16 +268,63 @@ def seccomp_listeners(pid: int) -> list[str]:
 def test_a_supervisor_without_a_free_descriptor_says_so(dax_mount: DaxMount) -> None:
     with nothing_left(dax_mount) as pid, program() as (_, listener), dax_mount.client() as client:
         client.request("status")
-        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        for free in range(3):  # the request needs four
+        for free in range(5):
             ours, theirs = packets()
-            used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
-            most = [number for number in range(len(used) + 4) if number not in used][free]
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, limits[1]))
-            try:
-                with pytest.raises(Busy, match="no free descriptor"):
-                    ask(client, offer(listener, theirs.fileno(), ino_of(theirs)))
-            finally:
-                resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
-                ours.close()
-                theirs.close()
+            with free_descriptors(pid, free), pytest.raises(Busy, match="no free descriptor"):
+                ask(client, offer(listener, theirs.fileno(), ino_of(theirs)))
+            ours.close()
+            theirs.close()
+
+
+@contextmanager
+def free_descriptors(pid: int, count: int) -> Iterator[None]:
+    """Set the limit of a process so that ``count`` descriptors are free, during the context."""
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    most = [number for number in range(len(used) + count + 1) if number not in used][count]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+
+
+_FORKS = """
+import mmap, os, sys
+file = open("f", "r+b")
+at = mmap.mmap(file.fileno(), 4096)
+print("mapped", flush=True)
+for line in sys.stdin:
+    try:
+        if not (pid := os.fork()):
+            at[1] = at[0]
+            os._exit(at[0] != 65)
+        print(os.wait()[1], flush=True)
+    except OSError as error:
+        print("errno", error.errno, flush=True)
+"""
+
+
+def test_a_fork_without_a_free_descriptor_fails(dax_mount: DaxMount) -> None:
+    """No child runs whose mappings do not follow; a later fork works."""
+    dax_mount.make_file("f", 1)
+    argv = [*DAXEMU, "run", str(dax_mount.path), "--", sys.executable, "-c", _FORKS]
+    process = subprocess.Popen(
+        argv, cwd=dax_mount.path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "mapped\n"
+    pid = supervisor_of(dax_mount)
+    for free in range(8):
+        with free_descriptors(pid, free):
+            process.stdin.write("fork\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == f"errno {errno.EAGAIN}\n"
+    process.stdin.write("fork\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "0\n"
+    process.stdin.close()
+    assert process.wait(PATIENCE) == 0
+    process.stdout.close()
+    assert "its memory is not protected" not in (dax_mount.device / "supervisor.log").read_text()

@@ -27,7 +27,6 @@ import logging
 import os
 import platform
 import signal
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -39,6 +38,7 @@ from daxemu.errors import DaxemuError
 from daxemu.host.direct import code, descriptors
 from daxemu.host.direct.agent import ProcessAgent
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
+from daxemu.host.direct.scarce import kill_child, kill_unfollowed, next_events
 from daxemu.host.direct.userfaultfd import Event, Forked, Userfaultfd
 from daxemu.host.proc import stat, status
 from daxemu.host.proc.procfs import read_whole
@@ -305,6 +305,7 @@ class AddressSpaces:
         except AddressSpaceGone:
             agent.close()
             if child is not None:
+                kill_child(outcome.tgid, parent.tgid)
                 self.end(child)
             return
         self._add(child)
@@ -320,8 +321,7 @@ class AddressSpaces:
     ) -> tuple[ProcessAgent, Armed]:
         """Give the process the socket of an agent, and hold the thread."""
         self._refuse_traced(call.tid)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        agent = ProcessAgent(ours, self._fds)
+        agent, theirs = ProcessAgent.pair(self._fds)
         try:
             with theirs:
                 fd, limit = descriptors.add_socket(run.add_fd, call, tgid, theirs.fileno())
@@ -359,7 +359,8 @@ class AddressSpaces:
         """Serve a space whose agent has made a batch."""
         try:
             space._process = os.pidfd_open(space.tgid)
-        except ProcessLookupError:
+        except OSError:  # the process has ended, or no descriptor is free
+            kill_unfollowed(space.tgid)
             self.end(space)
             return
         self._spaces[space.tgid] = space
@@ -369,11 +370,11 @@ class AddressSpaces:
     async def _read_events(self, space: AddressSpace) -> None:
         while not space.is_gone:
             try:
-                await trio.lowlevel.wait_readable(space.uffd.fd)
+                found = await next_events(space.uffd)
             except trio.ClosedResourceError:
                 return
             events: list[Event] = []
-            for event in space.uffd.read():
+            for event in found:
                 if isinstance(event, Forked):
                     self._deliver(space, events)
                     events = []

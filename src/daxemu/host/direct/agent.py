@@ -20,12 +20,13 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 import trio
 
+from daxemu.host.descriptors import is_in_reserve
 from daxemu.host.direct.code import CALLS_IN_BATCH
-from daxemu.host.direct.errors import AddressSpaceGone
+from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
 from daxemu.host.direct.locking import held
 from daxemu.host.direct.syscalls import NR_CLOSE, NR_IOCTL, NR_USERFAULTFD, Syscall
 from daxemu.uapi import U64_MAX
@@ -84,6 +85,7 @@ class ProcessAgent:
     def __init__(self, sock: socket.socket, fds: Sequence[int]) -> None:
         """Take over ``sock``, and have the agent receive copies of ``fds`` with its first batch: the media
         and the void, which become its descriptors MEDIA_FD and VOID_FD. The caller may close ``fds`` at once.
+        Raises OSError, with ``sock`` closed, if no descriptor is free.
         """
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self.pid = 0
@@ -91,17 +93,44 @@ class ProcessAgent:
         sock.setblocking(False)
         self._raw = sock
         self._socket = trio.socket.from_stdlib_socket(sock)
-        self._fds = [os.dup(fd) for fd in fds]
+        self._fds: list[int] = []
         self._has_device = False
-        with contextlib.suppress(FileNotFoundError):
-            self._fds.append(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
-            self._has_device = True
+        try:
+            for fd in fds:
+                self._fds.append(os.dup(fd))
+            with contextlib.suppress(FileNotFoundError):
+                self._fds.append(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+                self._has_device = True
+        except OSError:
+            self._drop_fds()
+            self._socket.close()
+            raise
         self._turn = trio.Lock()
         self._expected: deque[_Reply] = deque()
         self._pidfd = -1
         self._is_closed = False
         self.ended = trio.Event()
         """Set when the agent has ended, or is to end."""
+
+    @classmethod
+    def pair(cls, fds: Sequence[int]) -> tuple[Self, socket.socket]:
+        """Return an agent, and the socket that the agent is to get. Raises AgentRefused if no descriptor is
+        free but those in reserve.
+        """
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                if is_in_reserve(max(ours.fileno(), theirs.fileno())):
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+                return cls(ours, fds), theirs
+            except OSError:
+                ours.close()
+                theirs.close()
+                raise
+        except OSError as error:
+            raise AgentRefused(
+                f"the supervisor has no free descriptor ({error.strerror}): end some programs of daxemu run"
+            ) from error
 
     async def run(self, batch: Sequence[Syscall]) -> list[int]:
         """See :meth:`Agent.run`. Ends the agent after ANSWER_PATIENCE without a reply."""

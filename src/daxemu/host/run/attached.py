@@ -5,8 +5,7 @@ takes no part in it. A call that several supervisors must see carries the flag `
 the last: in place of CONTINUE such a supervisor returns the id to the helper.
 
 Invariants:
-- each call gets an answer: the handler's, or the answer for a failed handler (ENODEV for mmap(2), otherwise
-  CONTINUE);
+- each call gets an answer: the handler's, or the answer for a failed handler (``for_failure``);
 - a packet that is no call is dropped; the kernel refuses an answer for an id that does not wait.
 """
 
@@ -30,6 +29,7 @@ import trio
 
 from daxemu.errors import Busy, PermissionDenied
 from daxemu.events import DirectMappingRefused, Emit
+from daxemu.host.descriptors import EXHAUSTED, is_in_reserve
 from daxemu.host.proc import status
 from daxemu.host.proc.mountinfo import printable
 from daxemu.host.proc.processes import comm_of, process_of
@@ -49,7 +49,6 @@ _PIDFD_GETFD = 438  # asm/unistd.h, of every machine
 _NR_KCMP = {"x86_64": 312}.get(platform.machine(), 272)  # asm/unistd.h
 _KCMP_FILE = 0  # uapi/linux/kcmp.h
 _MOST_FD = 2**31 - 1
-_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -95,6 +94,8 @@ class AttachedRun:
             listener, sock = _copies(pid, offered.listener, offered.socket)
             undo.callback(os.close, listener)
             undo.callback(os.close, sock)
+            if is_in_reserve(max(listener, sock)):
+                raise _no_descriptor()
             try:
                 if _name(listener) != _LISTENER or not _is_connected_socket(sock, socket_ino):
                     raise PermissionDenied(
@@ -103,7 +104,7 @@ class AttachedRun:
                     )
                 made = cls(listener, socket.socket(fileno=sock), offered.zone)
             except OSError as error:
-                raise _no_descriptor(error) from error
+                raise _no_descriptor() from error
             undo.pop_all()
         return made
 
@@ -231,11 +232,14 @@ class AttachedRun:
         nursery.start_soon(self._one, call, handle, unexpected)
 
     async def _one(self, call: NotifiedCall, handle: Handle, unexpected: Unexpected) -> None:
-        answer: Answer | None = for_failure(call)
+        answer: Answer | None = (
+            Answer(error=errno.ENODEV) if call.nr == Nr.MMAP else CONTINUE
+        )  # at the unmount
         try:
             answer = await handle(self, call)
         except Exception as error:  # noqa: BLE001 - ends this call only
             unexpected.report(f"the system call {call.nr} of thread {call.tid}", error)
+            answer = for_failure(call)
         finally:
             self._under_way.discard(call.id)
             if answer is not None:
@@ -243,8 +247,17 @@ class AttachedRun:
 
 
 def for_failure(call: NotifiedCall) -> Answer:
-    """Return the answer for a call that cannot be decided: ENODEV for mmap(2), otherwise CONTINUE."""
-    return Answer(error=errno.ENODEV) if call.nr == Nr.MMAP else CONTINUE
+    """Return the answer for a call that cannot be decided: an error, because a call of the kernel alone would
+    change mappings unseen. Only execve(2), which ends all mappings, goes on.
+    """
+    match call.nr:
+        case Nr.MMAP:
+            return Answer(error=errno.ENODEV)
+        case Nr.EXECVE | Nr.EXECVEAT:
+            return CONTINUE
+        case Nr.FORK | Nr.CLONE:
+            return Answer(error=errno.EAGAIN)
+    return Answer(error=errno.ENOMEM)
 
 
 def refused(call: NotifiedCall, reason: str, emit: Emit) -> Answer:
@@ -294,14 +307,14 @@ def _copies(pid: int, *fds: int) -> list[int]:
     except (OSError, ctypes.ArgumentError) as error:
         for copy in copies:
             os.close(copy)
-        if isinstance(error, OSError) and error.errno in _NO_DESCRIPTOR:
-            raise _no_descriptor(error) from error
+        if isinstance(error, OSError) and error.errno in EXHAUSTED:
+            raise _no_descriptor() from error
         raise PermissionDenied(f"cannot copy descriptors of process {pid}: {error}") from error
     return copies
 
 
-def _no_descriptor(error: OSError) -> Busy:
-    return Busy(f"the supervisor has no free descriptor: {error.strerror}: end some programs of daxemu run")
+def _no_descriptor() -> Busy:
+    return Busy("the supervisor has no free descriptor: end some programs of daxemu run")
 
 
 def _name(fd: int) -> str:

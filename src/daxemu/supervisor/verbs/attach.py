@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 from daxemu import protocol as p
-from daxemu.errors import PermissionDenied, Unsupported
+from daxemu.errors import Busy, PermissionDenied, Unsupported
 from daxemu.events import Emit
 from daxemu.host.run.attached import AttachedRun, Handle
 from daxemu.host.run.helper import Handover
 from daxemu.host.unexpected import Nursery, Unexpected
+
+log = logging.getLogger(__name__)
 
 
 class Attachments:
@@ -36,6 +40,9 @@ class Attachments:
                 run = AttachedRun.take(request.pid, offered, ino)
             except OverflowError:
                 raise PermissionDenied("a process or descriptor number out of range") from None
+            except Busy as error:
+                log.warning("process %s gets no direct mappings: %s", request.pid, error)
+                raise
             run.is_simulated = request.simulated
             if any(each.has_listener_of(run) for each in self._runs):
                 run.close()
