@@ -96,8 +96,9 @@ def _opening(plan: Plan, results: Sequence[Result], failed: Sequence[Result]) ->
         f"{counted(len(plan.workload), 'workload')} under {counted(len(plan.faults), 'fault plan')}, in "
         f"{counted(len(results), 'trial')} of {plan.seconds:g} s, each on a fresh {human(plan.device)} "
         f"device, {MOUNTED[plan.mode]}. The faults were the same for every strategy "
-        f"(seed {plan.seed}). Baseline: <b>{for_html(plan.baseline)}</b>. Made with daxemu {for_html(versions)}, an emulator: its times "
-        "are those of this machine, not of persistent memory.</p>"
+        f"(seed {plan.seed}). Baseline: <b>{for_html(plan.baseline)}</b>. Made with daxemu "
+        f"{for_html(versions)}, an emulator: its times are those of this machine, not of persistent "
+        "memory.</p>"
     )
     if failed:
         rows = "".join(
