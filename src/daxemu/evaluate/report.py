@@ -95,9 +95,10 @@ def _opening(plan: Plan, results: Sequence[Result], failed: Sequence[Result]) ->
         f"<h1>{for_html(plan.name)}</h1><p>Repair strategies: {len(plan.strategies)}, on "
         f"{counted(len(plan.workload), 'workload')} under {counted(len(plan.faults), 'fault plan')}, in "
         f"{counted(len(results), 'trial')} of {plan.seconds:g} s, each on a fresh {human(plan.device)} "
-        f"device, {MOUNTED[plan.mode]}. The faults were the same for every strategy (seed "
-        f"{plan.seed}). Baseline: <b>{for_html(plan.baseline)}</b>. Made with daxemu {for_html(versions)}, "
-        "an emulator: its times are those of this machine, not of persistent memory.</p>"
+        f"device, {MOUNTED[plan.mode]}. The faults were the same for every strategy "
+        f"(seed {plan.seed}). Baseline: <b>{for_html(plan.baseline)}</b>. Made with daxemu "
+        f"{for_html(versions)}, an emulator: its times are those of this machine, not of persistent "
+        "memory.</p>"
     )
     if failed:
         rows = "".join(

@@ -36,7 +36,8 @@ class FileRun(NamedTuple):
     """A run of a file that a mapping shows alike (``struct iomap``).
 
     ``dev_block``: first device block; 0 unless MAPPED. ``is_shared``: True if a store needs a new block, so
-    the mapping must be write-protected.
+    the mapping must be write-protected. ``is_watched``: True if the filesystem must know the first store to
+    each block, for a repair strategy.
     """
 
     kind: FaultKind
@@ -44,6 +45,7 @@ class FileRun(NamedTuple):
     length: int
     dev_block: Block = 0
     is_shared: bool = False
+    is_watched: bool = False
 
     @property
     def file_end(self) -> Block:
@@ -60,6 +62,9 @@ class MappingOps(Protocol):
         of the extent map or the size, and where unshared blocks become shared. Not called where shared blocks
         become unshared: a mapping that stays write-protected is right.
         """
+
+    def stored_to(self) -> Iterator[tuple[Ino, Range]]:
+        """Yield the file blocks that programs can store to through shared mappings now."""
 
 
 class FaultHandler:

@@ -115,6 +115,7 @@ class Calls:
         page_tables: PageTables,
         locks: FileLocks,
         settled: Callable[[Ino], Awaitable[None]],
+        synced: Callable[[Ino], Awaitable[None]],
         hardware_error: HardwareError,
     ) -> None:
         self._fs = fs
@@ -122,6 +123,7 @@ class Calls:
         self._page_tables = page_tables
         self._locks = locks
         self._settled = settled
+        self._synced = synced
         self._hardware_error = hardware_error
 
     async def answer(self, call: NotifiedCall, space: Space | None, *, simulated: bool = False) -> Answer:
@@ -161,7 +163,7 @@ class Calls:
                 async with held(space.lock):
                     return await self._mremap(space, *call.args[:5])
             case Nr.MSYNC:
-                return self._msync(space, *call.args[:3])
+                return await self._msync(space, *call.args[:3])
             case Nr.MADVISE:
                 return await self._madvise(call.tid, space, *call.args[:3], simulated=simulated)
             case Nr.MMAP:
@@ -350,8 +352,10 @@ class Calls:
 
     # -- msync, madvise
 
-    def _msync(self, space: Space, address: int, length: int, flags: int) -> Answer:
-        """msync(2): the stores are on the media already, the metadata is committed here."""
+    async def _msync(self, space: Space, address: int, length: int, flags: int) -> Answer:
+        """msync(2): the stores are on the media already, and are shown to the filesystem here. The metadata
+        is committed.
+        """
         if address % PAGE_SIZE or flags & ~(MS_ASYNC | MS_INVALIDATE | MS_SYNC):
             raise _CallRefused(errno.EINVAL)
         if flags & MS_ASYNC and flags & MS_SYNC:
@@ -359,8 +363,10 @@ class Calls:
         where = Range(address, address + page_align_up(length))
         if not where:
             return Answer(0)
-        if flags & MS_SYNC and space.overlapping(where):
+        if flags & MS_SYNC and (areas := space.overlapping(where)):
             try:
+                for ino in {area.ino for area in areas if area.is_shared}:
+                    await self._synced(ino)
                 self._fs.fsync()
             except DaxemuError as error:
                 raise _CallRefused(error.errno) from error

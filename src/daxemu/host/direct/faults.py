@@ -195,6 +195,8 @@ class PageFaults:
         elif is_stale or page.start in space.zeros:
             pieces = list(planner.media_pieces(area, [run]))
             await self._page_tables.show([p.cut(page) for p in pieces if p.addresses.clip(*page)])
+        elif touch.event.is_wp and run.is_watched and area.is_shared:
+            await self._page_tables.unprotect(space, page)
         elif touch.event.is_wp:
             mine = area.addresses_of(Range(run.file_block, run.file_end))
             for part in list(space.shown.overlapping(*mine)):
@@ -202,6 +204,8 @@ class PageFaults:
                     await self._page_tables.unprotect(space, media)
         else:  # another thread's event had the page mapped, or the media had no memory there
             self._reserve(run.dev_block + area.block_at(page.start) - run.file_block)
+            if run.is_watched and area.is_shared:  # a repair strategy's page may have come back writable
+                await self._page_tables.protect(space, page)
             space.wake(page)
 
     async def _zeros(self, area: Area, touch: Touch) -> None:

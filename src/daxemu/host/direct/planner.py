@@ -83,7 +83,8 @@ def media_pieces(area: Area, runs: Iterable[FileRun]) -> Iterator[MappingPiece]:
         addresses = area.addresses_of(Range(run.file_block, run.file_end))
         if run.kind is FaultKind.MAPPED and addresses:
             offset = (run.dev_block + area.block_at(addresses.start) - run.file_block) * PAGE_SIZE
-            yield MappingPiece(area, addresses, Shows.MEDIA, offset, run.is_shared and area.is_shared)
+            is_protected = (run.is_shared or run.is_watched) and area.is_shared
+            yield MappingPiece(area, addresses, Shows.MEDIA, offset, is_protected)
 
 
 def in_place(area: Area, pieces: Sequence[MappingPiece], origin: int) -> list[Syscall]:

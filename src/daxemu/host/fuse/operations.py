@@ -439,6 +439,7 @@ class Operations(pyfuse3.Operations):
 
     @translated
     async def fsync(self, fh: pyfuse3.FileHandleT, datasync: bool) -> None:
+        await self._mappings.synced(unpack(fh).ino)
         self._fs.fsync(datasync=datasync)
 
     # -- extended attributes
