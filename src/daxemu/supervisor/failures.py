@@ -200,8 +200,8 @@ class Failures:
             began = time.time()
             self._signalling.append(turn)
             delivered = await self._signals.kill_procs(turn.to_kill or (), turn.current)
-            told = f"{len(turn.to_kill or ())} signals"
-            self._steps.took(incident, turn.number, "kill_procs", began, told)
+            sent = f"{len(turn.to_kill or ())} signals"
+            self._steps.took(incident, turn.number, "kill_procs", began, sent)
             if incident.after_kill:
                 await trio.to_thread.run_sync(wait_until_run, delivered, HANDLER_PATIENCE)
             # As xfs_dax_notify_dev_failure(): kill, then shut down. After a shutdown a victim's load ends
