@@ -462,6 +462,15 @@ class PowerFail(Request[PowerFailed], tag="powerfail"):
     """
 
 
+class Trace(Request[Never], tag="trace"):
+    """Send an empty reply, then a record of each operation of a program and of each step of a failure
+    (daxemu.trace_record). ``file``: a glob, for operations on these files only. As with ``follow``, the
+    connection takes no further request.
+    """
+
+    file: str | None = None
+
+
 class Unmount(Request[Done], tag="unmount"):
     """Unmount, and end the supervisor. With ``force``, also while files are open."""
 

@@ -6,9 +6,11 @@ of a mount (supervisor/rules.py) and its traces.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from daxemu.rule import Op
+from daxemu.text import name_text
 from daxemu.uapi import Ino
 
 
@@ -30,6 +32,15 @@ class Operation(NamedTuple):
     length: int = 0
     also: frozenset[Op] = frozenset()
 
+    def paths(self, path_of: Callable[[Ino], str]) -> list[str]:
+        """Return the paths of the operation: two for a rename, the old one first."""
+        names = [] if self.old is None else [self.old]
+        if self.parent is not None and self.name is not None:
+            names.append((self.parent, self.name))
+        if not names:
+            return ["" if self.ino is None else path_of(self.ino)]
+        return [f"{path_of(directory).removesuffix('/')}/{name_text(name)}" for directory, name in names]
+
     @property
     def holds_pages(self) -> bool:
         """True if the kernel keeps pages of the file locked until the answer: no revoke may be waited for."""
@@ -38,6 +49,9 @@ class Operation(NamedTuple):
 
 class Observer(Protocol):
     """Receiver of operations. Belongs to the trio thread."""
+
+    def wants(self, ino: Ino) -> bool:
+        """Return whether each page fault of a file must be an operation, which makes mappings slower."""
 
     async def before(self, operation: Operation) -> None:
         """Take note of an operation that is not served yet. The thread waits."""

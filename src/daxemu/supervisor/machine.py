@@ -36,7 +36,9 @@ from daxemu.supervisor.rule_actions import RuleActions
 from daxemu.supervisor.rules import Rules
 from daxemu.supervisor.scrub import Scrubber
 from daxemu.supervisor.signals import Signals
+from daxemu.supervisor.steps import Steps
 from daxemu.supervisor.strategy_host import StrategyHost
+from daxemu.supervisor.trace import Traces
 from daxemu.supervisor.under_way import Counted, UnderWay
 from daxemu.supervisor.verbs import files
 from daxemu.supervisor.verbs.attach import Attachments
@@ -94,7 +96,7 @@ class Machine:
         parts = MountParts(pmem, fs, session, open_files, gates, tracer, emit, self.nursery, unexpected)
         self.mappings = mappings = make_mappings(parts)
         signals = Signals(tracer, mappings.file_page, emit, self._counted)
-        self.failures = Failures(mm, mappings, signals, repairs.failed)
+        self.failures = Failures(mm, mappings, signals, repairs.failed, steps := Steps())
         self._consumption = Consumption(
             pmem, mm, self.failures, signals, mappings, repairs, self._counted, supplement_missing
         )
@@ -145,7 +147,9 @@ class Machine:
         if supplement_missing is None:
             sources.append(self._extra.observe)
         actions = RuleActions(fs, self._poison, self._remove, power_fail, self._counted)
-        self._rules = Rules(fs, actions, Observation(sources), emit)
+        observation = Observation(sources)
+        self._rules = Rules(fs, actions, observation, emit)
+        self.traces = Traces(fs, observation, steps)
         self._verbs = self._table()
 
     def _table(self) -> dict[type, Verb]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from daxemu.host.observer import Observer, Operation
+from daxemu.uapi import Ino
 
 
 class Observation:
@@ -32,6 +33,10 @@ class Observation:
     def _switch(self, observer: Observer | None) -> None:
         for observe in self._observe:
             observe(observer)
+
+    def wants(self, ino: Ino) -> bool:
+        """See Observer."""
+        return any(observer.wants(ino) for observer in self._observers)
 
     async def before(self, operation: Operation) -> None:
         """See Observer."""

@@ -12,10 +12,20 @@ from daxemu.fs.filesystem import Filesystem
 from daxemu.host.observer import Operation
 from daxemu.host.proc.processes import comm_of, process_of
 from daxemu.pmem.inject import check_range
-from daxemu.rule import RANGED, ClearAction, InjectAction, Op, Rule, RuleAdded, RuleList, RuleReport
+from daxemu.rule import (
+    FAULT,
+    GROUPS,
+    RANGED,
+    ClearAction,
+    InjectAction,
+    Op,
+    Rule,
+    RuleAdded,
+    RuleList,
+    RuleReport,
+)
 from daxemu.supervisor.observation import Observation
 from daxemu.supervisor.rule_actions import RuleActions
-from daxemu.text import name_text
 from daxemu.uapi import U64_MAX, Ino
 
 MOST = 1000
@@ -100,6 +110,12 @@ class Rules:
 
     # -- observer
 
+    def wants(self, ino: Ino) -> bool:
+        """See Observer."""
+        path = self._fs.names.path_of(ino)
+        of_faults = [found.rule.on for found in self._rules.values() if found.ops & GROUPS[FAULT]]
+        return any(on.names(path) for on in of_faults)
+
     async def before(self, operation: Operation) -> None:
         """See Observer. Waits while the mount or the device ends after an earlier operation."""
         if self._actions.ending is not None:
@@ -114,7 +130,7 @@ class Rules:
             await self._match(operation, after=True)
 
     async def _match(self, operation: Operation, *, after: bool) -> None:
-        paths = self._paths_of(operation)
+        paths = operation.paths(self._fs.names.path_of)
         for counted in tuple(self._rules.values()):
             on = counted.rule.on
             does = operation.op in counted.ops or not counted.ops.isdisjoint(operation.also)
@@ -146,18 +162,6 @@ class Rules:
                 await self._actions.take(action, operation, after=rule.on.after)
             except (DaxemuError, OSError) as error:
                 self._emit(RuleFailed(rule=rule.name, action=str(action), reason=str(error)))
-
-    def _paths_of(self, operation: Operation) -> list[str]:
-        """Return the paths of an operation: two for a rename, the old one first."""
-        names = [operation.old] if operation.old is not None else []
-        if operation.parent is not None and operation.name is not None:
-            names.append((operation.parent, operation.name))
-        elif operation.ino is not None:
-            return [self._fs.names.path_of(operation.ino)]
-        return [
-            f"{self._fs.names.path_of(directory).removesuffix('/')}/{name_text(name)}"
-            for directory, name in names
-        ]
 
 
 def _check(rule: Rule, device_size: int) -> None:

@@ -275,7 +275,7 @@ async def _serve(
             services.start_soon(machine.strategy_host.tick, machine.unexpected)
             services.start_soon(machine.scrubber.run)
             answer = partial(_answer, machine, ending, watchdog)
-            control = ControlSocket(socket, machine.log, answer, machine.unexpected)
+            control = ControlSocket(socket, machine.log, machine.traces, answer, machine.unexpected)
             listener = control.bind()
             nursery.start_soon(control.serve, listener)
             nursery.start_soon(_announce, machine.mappings, ready)
