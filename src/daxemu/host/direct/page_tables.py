@@ -19,6 +19,7 @@ import trio
 
 from daxemu.host.direct import planner, syscalls
 from daxemu.host.direct.address_spaces import kill
+from daxemu.host.direct.agent import Reply
 from daxemu.host.direct.errors import (
     AddressSpaceChanging,
     AddressSpaceGone,
@@ -132,6 +133,21 @@ class PageTables:
         for piece in pieces:
             space.wake(piece.addresses)
 
+    def begin_in_place(self, area: Area, page: Range, device: int) -> Reply | None:
+        """Begin to map a page of a shared area to byte ``device`` of the device: see Agent.begin.
+
+        The caller registers the page next. Precondition: no other file has the block.
+        """
+        piece = MappingPiece(area, page, Shows.MEDIA, device)
+        return area.space.agent.begin([piece.mmap(page.start, self._origin)])
+
+    async def register(self, space: Space, page: Range) -> None:
+        """Have the faults of a page reported that begin_in_place() has mapped."""
+        try:
+            await self._ioctl(space, lambda: space.uffd.register(*_extent(page)))
+        except (OSError, NotRegistered, RegisteredElsewhere) as error:
+            await self._end_or_kill(space, error)
+
     async def hide(self, space: Space, addresses: Range, *, keep_copies: bool = True) -> None:
         """Make the shown parts of ``addresses`` lazy (unmap_mapping_range()).
 
@@ -226,6 +242,19 @@ class PageTables:
     async def unprotect(self, space: Space, addresses: Range, *, wake: bool = True) -> None:
         """Let stores to ``addresses`` pass. ``wake``: let the threads go on that wait there."""
         await self._write_protect(space, addresses, on=False, wake=wake)
+
+    def unprotect_now(self, area: Area, blocks: Range) -> bool:
+        """Let stores to shown file blocks of an area pass, and the threads go on that wait there.
+
+        Return False for a range so large that a worker thread must do it: then nothing has changed.
+        """
+        space, mine = area.space, area.addresses_of(blocks)
+        if mine.length > _LARGE:
+            return False
+        for part in list(space.shown.overlapping(*mine)):
+            for media in list(space.zeros.gaps(*part)):
+                space.uffd.write_protect(*_extent(media), False)
+        return True
 
     async def zeros(self, area: Area, page: Range, *, protected: bool) -> None:
         """Show a page of zeros. ``protected``: a store to the page is an event."""
