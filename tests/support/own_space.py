@@ -23,6 +23,7 @@ import trio.from_thread
 from daxemu.events import Event
 from daxemu.fs.inode import Inode
 from daxemu.host.direct import userfaultfd
+from daxemu.host.direct.agent import Reply as AgentReply
 from daxemu.host.direct.calls import MAP_SHARED, OpenFile
 from daxemu.host.direct.mappings import DirectMappings
 from daxemu.host.direct.syscalls import MEDIA_FD, VOID_FD, Syscall
@@ -66,6 +67,18 @@ class OwnAgent:
         """See Agent.run."""
         self.calls += len(batch)
         return await trio.to_thread.run_sync(lambda: [self._call(call) for call in batch])
+
+    def begin(self, batch: Sequence[Syscall]) -> AgentReply | None:
+        """See Agent.begin."""
+        self.calls += len(batch)
+        reply = AgentReply()
+        reply.results = [self._call(call) for call in batch]
+        return reply
+
+    async def completed(self, reply: AgentReply) -> list[int]:
+        """See Agent.completed."""
+        assert reply.results is not None
+        return reply.results
 
     def _call(self, call: Syscall) -> int:
         args = [*call.args, *[0] * (6 - len(call.args))]
@@ -202,7 +215,7 @@ class Host:
                 return
             for event in space.uffd.read():
                 if isinstance(event, PageFault):
-                    self._nursery.start_soon(self.mappings.faults.handle, space, event)
+                    self.mappings.faults.take(space, event)
 
     async def write(self, ino: Ino, offset: int, data: bytes) -> None:
         """write(2): returns once every mapping shows the bytes."""

@@ -74,7 +74,7 @@ class Supervisor:
 
     # -- Watcher
 
-    def on_events(self, space: AddressSpace, events: Sequence[Event]) -> None:
+    def on_events(self, space: AddressSpace, events: Sequence[Event]) -> bool:
         self.events += events
         for event in events:
             assert isinstance(event, PageFault)
@@ -90,6 +90,7 @@ class Supervisor:
                 continue
             except AddressSpaceChanging:  # a fork, whose event is still to be read
                 self._nursery.start_soon(self._release, space, page)
+        return False
 
     async def _release(self, space: AddressSpace, page: int) -> None:
         while not space.is_gone:

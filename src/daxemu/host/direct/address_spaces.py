@@ -37,6 +37,7 @@ import trio
 from daxemu.errors import DaxemuError
 from daxemu.host.direct import code, descriptors
 from daxemu.host.direct.agent import ProcessAgent
+from daxemu.host.direct.bursts import Burst
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
 from daxemu.host.direct.scarce import kill_child, kill_unfollowed, next_events
 from daxemu.host.direct.userfaultfd import Event, Forked, Userfaultfd
@@ -104,8 +105,10 @@ class AddressSpace:
 class Watcher(Protocol):
     """Decides faults. Every method is called in the trio thread, and must not wait."""
 
-    def on_events(self, space: AddressSpace, events: Sequence[Event]) -> None:
-        """Take events of the userfaultfd, in order; no ``Forked`` is among them."""
+    def on_events(self, space: AddressSpace, events: Sequence[Event]) -> bool:
+        """Take events of the userfaultfd, in order; no ``Forked`` is among them. Return True if all are
+        answered already.
+        """
 
     def on_forked(self, parent: AddressSpace, child: AddressSpace) -> None:
         """Copy what is known of ``parent``: ``child`` has the same mappings, in place of any event before
@@ -368,24 +371,26 @@ class AddressSpaces:
             self._nursery.start_soon(task, space)
 
     async def _read_events(self, space: AddressSpace) -> None:
+        burst = Burst()
         while not space.is_gone:
             try:
-                found = await next_events(space.uffd)
+                found = await next_events(space.uffd, burst.readable)
             except trio.ClosedResourceError:
                 return
             events: list[Event] = []
             for event in found:
                 if isinstance(event, Forked):
+                    burst.end()
                     self._deliver(space, events)
                     events = []
                     self._adopt(space, event)
                 else:
                     events.append(event)
-            self._deliver(space, events)
+            if not self._deliver(space, events):
+                burst.end()
 
-    def _deliver(self, space: AddressSpace, events: list[Event]) -> None:
-        if events:
-            self._watcher.on_events(space, events)
+    def _deliver(self, space: AddressSpace, events: list[Event]) -> bool:
+        return not events or self._watcher.on_events(space, events)
 
     def _adopt(self, parent: AddressSpace, event: Forked) -> None:
         agent = parent._next_agent

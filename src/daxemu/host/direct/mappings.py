@@ -36,7 +36,7 @@ from daxemu.host.run.attached import Handle
 from daxemu.mm.incident import Incident
 from daxemu.mm.to_kill import PresentRun, Task
 from daxemu.ranges import Range
-from daxemu.uapi import PAGE_SIZE, Block, Ino
+from daxemu.uapi import PAGE_SIZE, Ino
 from daxemu.units import DIV_ROUND_UP, PHYS_PFN, blocks_of, bytes_of_blocks
 
 SYNC_INTERVAL = 5.0
@@ -66,8 +66,7 @@ class DirectMappings:
         self.presence = Presence(self.table, pfn_map=parts.pmem.pgmap is None)
         self.faults = PageFaults(
             fs,
-            self._is_poisoned,
-            self._reserve,
+            fs.dax,
             self.table,
             self.page_tables,
             self._changes,
@@ -110,12 +109,6 @@ class DirectMappings:
             self._fs.release(ino)
 
     # -- the filesystem's answers
-
-    def _is_poisoned(self, block: Block) -> bool:
-        return self._fs.dax.is_poisoned(block * PAGE_SIZE, PAGE_SIZE)
-
-    def _reserve(self, block: Block) -> None:
-        self._fs.dax.reserve(block * PAGE_SIZE, PAGE_SIZE)
 
     async def _on_poison(self, touch: Touch, area: Area, run: FileRun) -> Answer:
         """Ask the supervisor about an access to poison."""

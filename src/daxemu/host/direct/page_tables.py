@@ -20,6 +20,7 @@ import trio
 
 from daxemu.host.direct import planner, syscalls
 from daxemu.host.direct.address_spaces import kill
+from daxemu.host.direct.agent import Reply
 from daxemu.host.direct.errors import (
     AddressSpaceChanging,
     AddressSpaceGone,
@@ -154,6 +155,21 @@ class PageTables:
                 space.showing(part, zeros=is_zeros)
             raise
 
+    def begin_in_place(self, area: Area, page: Range, device: int) -> Reply | None:
+        """Begin to map a page of a shared area to byte ``device`` of the device: see Agent.begin.
+
+        The caller registers the page next. Precondition: no other file has the block.
+        """
+        piece = MappingPiece(area, page, Shows.MEDIA, device)
+        return area.space.agent.begin([piece.mmap(page.start, self._origin)])
+
+    async def register(self, space: Space, page: Range) -> None:
+        """Have the faults of a page reported that begin_in_place() has mapped."""
+        try:
+            await self._ioctl(space, lambda: space.uffd.register(*_extent(page)))
+        except (OSError, NotRegistered, RegisteredElsewhere) as error:
+            await self._end_or_kill(space, error)
+
     async def hide(self, space: Space, addresses: Range, *, keep_copies: bool = True) -> None:
         """Make the shown parts of ``addresses`` lazy (unmap_mapping_range()).
 
@@ -162,9 +178,9 @@ class PageTables:
         there = list(space.shown.overlapping(*addresses))
         if not keep_copies:
             there = list(RangeSet([*there, *space.copied.overlapping(*addresses)]))
-        await self._make_lazy(space, there, keep_copies=keep_copies)
+        await self._hide_parts(space, there, keep_copies=keep_copies)
 
-    async def _make_lazy(self, space: Space, there: Sequence[Range], *, keep_copies: bool) -> None:
+    async def _hide_parts(self, space: Space, there: Sequence[Range], *, keep_copies: bool) -> None:
         areas = space.parts(Range(there[0].start, there[-1].end)) if there else []
         pieces = [
             MappingPiece(area, mine, Shows.LAZY)
@@ -263,6 +279,19 @@ class PageTables:
         """Let stores to ``addresses`` pass. ``wake``: let the threads go on that wait there."""
         await self._write_protect(space, addresses, on=False, wake=wake)
 
+    def unprotect_now(self, area: Area, blocks: Range) -> bool:
+        """Let stores to shown file blocks of an area pass, and the threads go on that wait there.
+
+        Return False for a range so large that a worker thread must do it: then nothing has changed.
+        """
+        space, mine = area.space, area.addresses_of(blocks)
+        if mine.length > _LARGE:
+            return False
+        for part in list(space.shown.overlapping(*mine)):
+            for media in list(space.zeros.gaps(*part)):
+                space.uffd.write_protect(*_extent(media), False)
+        return True
+
     async def zeros(self, area: Area, page: Range, *, protected: bool) -> None:
         """Show a page of zeros. ``protected``: a store to the page is an event."""
         area.space.showing(page, zeros=True)
@@ -284,7 +313,7 @@ class PageTables:
 
         Under a private copy may be a block that the file had before: such addresses become lazy.
         """
-        await self._make_lazy(space, list(space.copied.overlapping(*addresses)), keep_copies=False)
+        await self._hide_parts(space, list(space.copied.overlapping(*addresses)), keep_copies=False)
         await self._run(space, [syscalls.madvise(*_extent(addresses), MADV_DONTNEED)])
 
     async def end(self, space: Space) -> None:

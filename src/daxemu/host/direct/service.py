@@ -210,13 +210,15 @@ class _RunSpaces:
 
     # -- Watcher
 
-    def on_events(self, space: AddressSpace, events: Sequence[Event]) -> None:
+    def on_events(self, space: AddressSpace, events: Sequence[Event]) -> bool:
         """See Watcher.on_events."""
         mine = self._space(space)
         assert mine is not None
+        is_answered = True
         for event in events:
             if isinstance(event, PageFault):
-                self._parts.nursery.start_soon(self._faults.handle, mine, event)
+                is_answered &= self._faults.take(mine, event)
+        return is_answered
 
     def on_forked(self, parent: AddressSpace, child: AddressSpace) -> None:
         """See Watcher.on_forked."""

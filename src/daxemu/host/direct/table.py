@@ -16,6 +16,7 @@ import trio
 from sortedcontainers import SortedDict, SortedSet
 
 from daxemu.host.direct.agent import Agent
+from daxemu.host.direct.locking import transferable
 from daxemu.host.direct.userfaultfd import Userfaultfd
 from daxemu.ranges import IntervalIndex, Range, RangeSet
 from daxemu.uapi import PAGE_SIZE, Block, Ino
@@ -106,7 +107,7 @@ class Space:
     """Addresses for the mappings of this mount."""
     scratch: Range
     """Addresses where a replacement of a mapping is prepared. The reserve is at the end (planner.RESERVE)."""
-    lock: trio.Lock = field(default_factory=trio.Lock)
+    lock: trio.Semaphore = field(default_factory=transferable)
     """Held over each change of mappings. Acquired after the lock of a file."""
     shown: RangeSet = field(default_factory=RangeSet)
     zeros: RangeSet = field(default_factory=RangeSet)
@@ -162,6 +163,11 @@ class Space:
     def wake(self, addresses: Range) -> None:
         """Let the threads go on that wait for an answer to an event at ``addresses``."""
         self.uffd.wake(addresses.start, addresses.length)
+
+    @property
+    def is_free(self) -> bool:
+        """Return True if no task has the lock."""
+        return self.lock.value > 0
 
     def showing(self, addresses: Range, *, zeros: bool = False) -> None:
         """Note that ``addresses`` are shown from now on, as one piece or as a page of ``zeros``."""
