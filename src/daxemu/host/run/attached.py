@@ -55,13 +55,14 @@ class AttachedRun:
     the trio thread.
     """
 
-    def __init__(self, listener: int, sock: socket.socket, given: range) -> None:
-        """Take over both descriptors."""
+    def __init__(self, listener: int, sock: socket.socket, given: range, filters: int = 1) -> None:
+        """Take over both descriptors. ``filters``: number of seccomp(2) filters of the run's command."""
         self.zone = given
         self.is_simulated = False
         """True if failures by madvise(2) poison nothing (``daxemu run --simulated``)."""
         self._listener = listener
         self._socket = sock
+        self.filters = filters
         self._to_acknowledge: set[int] = set()
         self._under_way: set[int] = set()
 
@@ -83,7 +84,9 @@ class AttachedRun:
                 f"descriptors {offered.listener} and {offered.socket} of process {pid} are not a listener of "
                 f"seccomp(2) and the socket with inode {socket_ino}"
             )
-        return cls(listener, socket.socket(fileno=sock), offered.zone)
+        helper = status.find(pid)
+        filters = 1 + (helper.seccomp_filters if helper is not None else 0)
+        return cls(listener, socket.socket(fileno=sock), offered.zone, filters)
 
     async def serve(self, handle: Handle, emit: Emit, nursery: Nursery, unexpected: Unexpected) -> None:
         """Give each call to ``handle``, in a task of ``nursery``, until the helper or its last process ends.
@@ -116,6 +119,21 @@ class AttachedRun:
     def is_waiting(self, call: NotifiedCall) -> bool:
         """Return True if the thread still waits: data read of /proc/TID before is then the thread's own."""
         return self._listener >= 0 and seccomp.is_waiting(self._listener, call)
+
+    @property
+    def listener(self) -> int:
+        """Descriptor of the listener; -1 after the end of the helper."""
+        return self._listener
+
+    def is_last(self, call: NotifiedCall) -> bool:
+        """Return True if no other supervisor must see the call."""
+        return call.id not in self._to_acknowledge
+
+    def restarted(self, call: NotifiedCall) -> None:
+        """Note that the call was answered by ``listener``, and is made again."""
+        if call.id in self._to_acknowledge:
+            self._to_acknowledge.discard(call.id)
+            self._acknowledge(call)  # the helper forgets the call
 
     def add_fd(self, call: NotifiedCall, fd: int, *, number: int | None = None) -> int:
         """Copy a descriptor into the process that waits: see ``seccomp.add_fd``. Raises FileNotFoundError
