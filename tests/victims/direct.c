@@ -491,16 +491,19 @@ static void step_two_mounts(const char *path, const char *other)
 	one[PAGE] = '1';
 	two[PAGE] = '2';
 	must(at(path, PAGE) == '1' && at(other, PAGE) == '2');
-	pid_t child = fork();
-	if (child < 0) {
-		printf("fork: %s\n", strerrorname_np(errno));
-	} else if (child == 0) {
-		one[2 * PAGE] = '3';
-		two[2 * PAGE] = '4';
-		_exit(0);
-	} else {
+	pid_t child;
+	for (int round = 0; round < 10; round++) {
+		child = fork();
+		must(child >= 0);
+		if (child == 0) {
+			one[2 * PAGE] = (char)('a' + round);
+			two[2 * PAGE] = (char)('A' + round);
+			must(map_file(path)[2 * PAGE] == 'a' + round);
+			_exit(0);
+		}
 		reap(child);
-		must(one[2 * PAGE] == '3' && two[2 * PAGE] == '4');
+		must(one[2 * PAGE] == 'a' + round && two[2 * PAGE] == 'A' + round);
+		must(waitpid(-1, NULL, __WALL) == -1 && errno == ECHILD);
 	}
 	must(posix_spawnp(&child, "true", NULL, NULL, (char *[]){"true", NULL}, environ) == 0);
 	reap(child);
