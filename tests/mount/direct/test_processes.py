@@ -28,6 +28,7 @@ LIMIT = 60
 PAGE = 4096
 STEPS = (
     *("store", "fork", "vfork", "vfork-mmap", "vfork-first", "spawn", "exec", "thread-exec", "failed-exec"),
+    *("many-mappings", "raw-fork", "forking-handler"),
     *("threads", "forking-threads", "proc", "parts", "private", "locked", "shared-memory"),
 )
 

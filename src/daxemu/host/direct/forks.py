@@ -89,12 +89,13 @@ class Forks:
             self._under_way.add(under_way)
             try:
                 record = redirect.find_record(call.tid, self._making.place, run.filters)
+                magic = zone.MAGIC if run.is_last(call) else 0
                 agent, fd = self._making.give_socket(run, call)
                 parent.next_agent = agent
                 if record is None or not self._seize(run, call):
                     await self._trace(run, call, parent, agent, fd, drop)
                 else:
-                    await self._redirect(run, call, parent, agent, fd, drop, record)
+                    await self._redirect(call, parent, agent, fd, drop, record, magic)
             finally:
                 self._traced.discard(call.tid)
                 self._redirected.discard(call.tid)
@@ -129,17 +130,16 @@ class Forks:
 
     async def _redirect(
         self,
-        run: NotifiedCalls,
         call: NotifiedCall,
         parent: AddressSpace,
         agent: ProcessAgent,
         fd: int,
         drop: Ranges,
         record: redirect.Record,
+        magic: int,
     ) -> None:
         agent.awaits_child()
         most = redirect.layout().most_drops
-        magic = zone.MAGIC if run.is_last(call) else 0
         try:
             if await redirect.redirect(call.tid, self._making.place, record, fd, drop[:most], magic):
                 await agent.told.wait()
