@@ -6,6 +6,9 @@
 #include <signal.h>
 #include <spawn.h>
 #include <stdint.h>
+#include <sys/uio.h>
+#include <sys/time.h>
+#include <sys/syscall.h>
 
 static void step_store(const char *path, const char *other unused)
 {
@@ -241,22 +244,172 @@ static void step_proc(const char *path, const char *other unused)
 }
 
 /* Two files, of two direct mounts. */
+/* The child of a fork has no page of a shared mapping, whatever the number of mappings. */
+static void step_many_mappings(const char *path, const char *other unused)
+{
+	enum { COUNT = 700 };
+	static volatile char *maps[COUNT];
+	int fd = open_file(path), pagemap;
+	for (int i = 0; i < COUNT; i++) {
+		maps[i] = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (i % 2) * PAGE);
+		must(maps[i] != MAP_FAILED && *maps[i] == 'A' + i % 2);
+	}
+	pid_t child = fork();
+	must(child >= 0);
+	if (child == 0) {
+		uint64_t entry;
+		must((pagemap = open("/proc/self/pagemap", O_RDONLY)) >= 0);
+		for (int i = 0; i < COUNT; i++) {
+			must(pread(pagemap, &entry, 8, (uintptr_t)maps[i] / PAGE * 8) == 8);
+			must(!(entry >> 63));
+			must(*maps[i] == 'A' + i % 2);
+		}
+		_exit(0);
+	}
+	reap(child);
+}
+
+#if defined(__x86_64__)
+static int descriptors(void)
+{
+	int count = 0;
+	DIR *dir = opendir("/proc/self/fd");
+	while (readdir(dir))
+		count++;
+	closedir(dir);
+	return count;
+}
+
+/* A clone(2) with given flags changes no register but rax, rcx and r11, in the parent and in the child. */
+static pid_t raw_clone(long number, long flags)
+{
+	uint64_t in[13], out[13];
+	long result;
+	for (int i = 0; i < 13; i++)
+		in[i] = 0x1111111111111111u * (i + 1);
+	in[1] = in[2] = in[3] = in[4] = 0; /* stack, parent_tid, child_tid, tls */
+	in[0] = flags;
+	__asm__ volatile("push %%rbp\n"
+			 "push %%rbx\n"
+			 "push %[out]\n"
+			 "mov %[number], %%rax\n"
+			 "mov %[in], %%rbp\n"
+			 "mov 0(%%rbp), %%rdi\n"
+			 "mov 8(%%rbp), %%rsi\n"
+			 "mov 16(%%rbp), %%rdx\n"
+			 "mov 24(%%rbp), %%r10\n"
+			 "mov 32(%%rbp), %%r8\n"
+			 "mov 40(%%rbp), %%r9\n"
+			 "mov 48(%%rbp), %%rbx\n"
+			 "mov 64(%%rbp), %%r12\n"
+			 "mov 72(%%rbp), %%r13\n"
+			 "mov 80(%%rbp), %%r14\n"
+			 "mov 88(%%rbp), %%r15\n"
+			 "mov 56(%%rbp), %%rbp\n"
+			 "syscall\n"
+			 "mov (%%rsp), %%rcx\n"
+			 "mov %%rdi, 0(%%rcx)\n"
+			 "mov %%rsi, 8(%%rcx)\n"
+			 "mov %%rdx, 16(%%rcx)\n"
+			 "mov %%r10, 24(%%rcx)\n"
+			 "mov %%r8, 32(%%rcx)\n"
+			 "mov %%r9, 40(%%rcx)\n"
+			 "mov %%rbx, 48(%%rcx)\n"
+			 "mov %%rbp, 56(%%rcx)\n"
+			 "mov %%r12, 64(%%rcx)\n"
+			 "mov %%r13, 72(%%rcx)\n"
+			 "mov %%r14, 80(%%rcx)\n"
+			 "mov %%r15, 88(%%rcx)\n"
+			 "pop %%rcx\n"
+			 "pop %%rbx\n"
+			 "pop %%rbp\n"
+			 : "=a"(result)
+			 : [out] "c"(out), [in] "S"(in), [number] "a"(number)
+			 : "rdi", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "memory");
+	must(!memcmp(in, out, 12 * sizeof *in));
+	return (pid_t)result;
+}
+
+static void step_raw_fork(const char *path, const char *other unused)
+{
+	volatile char *map = map_file(path);
+	int before = descriptors();
+	sigset_t mask, now;
+	sigemptyset(&mask);
+	sigaddset(&mask, SIGUSR1);
+	must(sigprocmask(SIG_SETMASK, &mask, NULL) == 0);
+	const struct {
+		long number, flags;
+	} ways[] = { { 57, 0 }, { 56, SIGCHLD }, { 56, SIGCHLD | CLONE_FILES }, { 56, SIGCHLD | CLONE_FS | CLONE_VFORK } };
+	for (unsigned i = 0; i < sizeof ways / sizeof *ways; i++) {
+		pid_t child = raw_clone(ways[i].number, ways[i].flags);
+		must(child >= 0);
+		must(sigprocmask(SIG_SETMASK, NULL, &now) == 0);
+		must(sigismember(&now, SIGUSR1) && !sigismember(&now, SIGUSR2) && !sigismember(&now, SIGTERM));
+		if (child == 0) {
+			map[PAGE * (i + 1)] = (char)('0' + i);
+			must(descriptors() == before);
+			_exit(0);
+		}
+		reap(child);
+		must(map[PAGE * (i + 1)] == (char)('0' + i));
+		must(descriptors() == before);
+	}
+}
+
+static volatile sig_atomic_t forked_by_handler;
+
+static void fork_in_handler(int sig unused)
+{
+	pid_t child = fork();
+	must(child >= 0);
+	if (child == 0)
+		_exit(0);
+	must(waitpid(child, NULL, 0) == child);
+	forked_by_handler++;
+}
+
+/* A handler that forks runs where another fork of the thread ends. */
+static void step_forking_handler(const char *path, const char *other unused)
+{
+	volatile char *map = map_file(path);
+	struct itimerval each = { { 0, 3000 }, { 0, 3000 } }, never = { 0 };
+	struct sigaction action = { .sa_handler = fork_in_handler, .sa_flags = SA_RESTART };
+	must(sigaction(SIGALRM, &action, NULL) == 0);
+	must(setitimer(ITIMER_REAL, &each, NULL) == 0);
+	for (int i = 0; i < 40 || forked_by_handler < 20; i++) {
+		pid_t child = fork();
+		must(child >= 0);
+		if (child == 0) {
+			map[PAGE] = (char)i;
+			_exit(0);
+		}
+		must(waitpid(child, NULL, 0) == child);
+		must(map[PAGE] == (char)i);
+	}
+	must(setitimer(ITIMER_REAL, &never, NULL) == 0);
+}
+#endif
+
 static void step_two_mounts(const char *path, const char *other)
 {
 	volatile char *one = map_file(path), *two = map_file(other);
 	one[PAGE] = '1';
 	two[PAGE] = '2';
 	must(at(path, PAGE) == '1' && at(other, PAGE) == '2');
-	pid_t child = fork();
-	if (child < 0) {
-		printf("fork: %s\n", strerrorname_np(errno));
-	} else if (child == 0) {
-		one[2 * PAGE] = '3';
-		two[2 * PAGE] = '4';
-		_exit(0);
-	} else {
+	pid_t child;
+	for (int round = 0; round < 10; round++) {
+		child = fork();
+		must(child >= 0);
+		if (child == 0) {
+			one[2 * PAGE] = (char)('a' + round);
+			two[2 * PAGE] = (char)('A' + round);
+			must(map_file(path)[2 * PAGE] == 'a' + round);
+			_exit(0);
+		}
 		reap(child);
-		must(one[2 * PAGE] == '3' && two[2 * PAGE] == '4');
+		must(one[2 * PAGE] == 'a' + round && two[2 * PAGE] == 'A' + round);
+		must(waitpid(-1, NULL, __WALL) == -1 && errno == ECHILD);
 	}
 	must(posix_spawnp(&child, "true", NULL, NULL, (char *[]){"true", NULL}, environ) == 0);
 	reap(child);
@@ -309,6 +462,11 @@ static const struct step steps[] = {
 	{"threads", step_threads},
 	{"forking-threads", step_forking_threads},
 	{"proc", step_proc},
+	{"many-mappings", step_many_mappings},
+#if defined(__x86_64__)
+	{"raw-fork", step_raw_fork},
+	{"forking-handler", step_forking_handler},
+#endif
 	{"two-mounts", step_two_mounts},
 	{"wait", step_wait},
 	{"shared-memory", step_shared_memory},

@@ -29,7 +29,7 @@ from daxemu.host.descriptors import is_in_reserve
 from daxemu.host.direct.code import CALLS_IN_BATCH
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
 from daxemu.host.direct.locking import held
-from daxemu.host.direct.syscalls import NR_CLOSE, NR_IOCTL, NR_USERFAULTFD, Syscall
+from daxemu.host.direct.syscalls import NR_CLOSE, NR_FUTEX, NR_IOCTL, NR_PRCTL, NR_USERFAULTFD, Syscall
 from daxemu.uapi import U64_MAX
 
 ANSWER_PATIENCE = 20.0
@@ -45,6 +45,8 @@ _PIDFD_GETFD = 438  # asm/unistd.h, of every machine
 # The agent has the rights of its program, and userfaultfd(2) wants more. The device only wants to be opened.
 _DEVICE = "/dev/userfaultfd"  # since Linux 6.1
 _DEVICE_FD = 3  # of the agent, until the agent has a userfaultfd
+_PR_GET_CHILD_SUBREAPER = 37  # uapi/linux/prctl.h
+_FUTEX_WAKE = 1  # uapi/linux/futex.h
 _IOC_NEW = 0xAA00  # uapi/linux/userfaultfd.h: USERFAULTFD_IOC_NEW
 
 _CALLS_UNDER_WAY = 4 * CALLS_IN_BATCH
@@ -129,6 +131,9 @@ class ProcessAgent:
         self._is_closed = False
         self.ended = trio.Event()
         """Set when the agent has ended, or is to end."""
+        self._awaits_child = False
+        self.told = trio.Event()
+        """Set when the child of a fork has told its process id, or never will."""
 
     @classmethod
     def pair(cls, fds: Sequence[int]) -> tuple[Self, socket.socket]:
@@ -193,6 +198,10 @@ class ProcessAgent:
         finally:
             self.close()
 
+    def awaits_child(self) -> None:
+        """Expect a packet of the child of a fork, which makes its agent: see ``told``."""
+        self._awaits_child = True
+
     async def _receive(self) -> None:
         while not self._is_closed:
             try:
@@ -207,7 +216,12 @@ class ProcessAgent:
                 raise
             if not packet:
                 return
-            if not self.pid and not self._identify(ancillary):
+            if self._awaits_child:
+                self._awaits_child = False
+                self.tgid = _sender(ancillary)
+                self.told.set()
+                continue
+            if not self.pid and not self._identify(_sender(ancillary)):
                 return
             self._take(packet)
 
@@ -222,6 +236,7 @@ class ProcessAgent:
             return
         self._is_closed = True
         self.ended.set()
+        self.told.set()
         self._socket.close()
         self._drop_fds()
         if self._pidfd >= 0:
@@ -252,9 +267,14 @@ class ProcessAgent:
             _raise_for("pidfd_getfd", -number)
         return copy
 
-    async def settle(self) -> None:
-        """Make the first batch of an agent whose address space has a userfaultfd already: a fork's."""
-        await self.run([Syscall(NR_CLOSE, (_DEVICE_FD,))])
+    async def settle(self, word: int = 0) -> None:
+        """Make the first batch of an agent whose address space has a userfaultfd already: a fork's.
+
+        ``word``: address of the word that the child waits for, until the word is 0 (agent.c); 0: the child
+        does not wait. prctl(2) is a system call that stores a 0 of 4 bytes.
+        """
+        go = [Syscall(NR_PRCTL, (_PR_GET_CHILD_SUBREAPER, word)), Syscall(NR_FUTEX, (word, _FUTEX_WAKE, 1))]
+        await self.run([Syscall(NR_CLOSE, (_DEVICE_FD,)), *(go if word else [])])
 
     async def _sent(self, calls: Sequence[Syscall]) -> Reply:
         """Send a packet of calls; return its reply, which has not come yet."""
@@ -278,18 +298,13 @@ class ProcessAgent:
             raise self._gone() from None
         return reply
 
-    def _identify(self, ancillary: list[tuple[int, int, bytes]]) -> bool:
-        """Take the agent's pid, in this pid namespace, from the credentials that the kernel put to its
-        packet. Return False if the agent has ended since.
-        """
-        for level, kind, data in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
-                pid = _CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0]
-                try:
-                    self._pidfd = os.pidfd_open(pid)
-                except ProcessLookupError:
-                    return False
-                self.pid = pid
+    def _identify(self, pid: int) -> bool:
+        """Note the agent's process id. Return False if the agent has ended since."""
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return False
+        self.pid = pid
         return True
 
     def _drop_fds(self) -> None:
@@ -306,6 +321,14 @@ def _packed(calls: Sequence[Syscall]) -> bytes:
         _CALL.pack(number, *(value & U64_MAX for value in (*args, 0, 0, 0, 0, 0, 0)[:6]))
         for number, args in calls
     )
+
+
+def _sender(ancillary: list[tuple[int, int, bytes]]) -> int:
+    """Return the process id of a packet's sender, in this pid namespace, from the kernel's credentials."""
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+            return int(_CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0])
+    raise AssertionError("SO_PASSCRED is set")
 
 
 def _raise_for(what: str, result: int) -> None:

@@ -19,7 +19,6 @@ from itertools import islice
 import trio
 
 from daxemu.host.direct import planner, syscalls
-from daxemu.host.direct.address_spaces import kill
 from daxemu.host.direct.agent import Reply
 from daxemu.host.direct.errors import (
     AddressSpaceChanging,
@@ -29,6 +28,7 @@ from daxemu.host.direct.errors import (
     RegisteredElsewhere,
 )
 from daxemu.host.direct.locking import held
+from daxemu.host.direct.memory import kill
 from daxemu.host.direct.planner import RESERVE, MappingPiece, MappingPlan, Shows
 from daxemu.host.direct.syscalls import Syscall
 from daxemu.host.direct.table import Area, Space, Table

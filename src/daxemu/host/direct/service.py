@@ -9,7 +9,8 @@ import errno
 import os
 from collections.abc import Sequence
 
-from daxemu.host.direct.address_spaces import AddressSpace, AddressSpaces
+from daxemu.host.direct.address_space import AddressSpace
+from daxemu.host.direct.address_spaces import AddressSpaces
 from daxemu.host.direct.calls import (
     MAP_ANONYMOUS,
     MAP_FIXED,
@@ -32,9 +33,6 @@ from daxemu.host.run.attached import AttachedRun, refused
 from daxemu.host.run.filters import Nr
 from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
 from daxemu.ranges import Range, merged
-
-MOST_DROPPED = 256
-"""Ranges of pages that the child of a fork does not get. It has the pages of further ranges present."""
 
 _FIXED_ELSEWHERE = (
     "MAP_FIXED over other memory: daxemu would not notice a munmap(2) there; map without MAP_FIXED, or over "
@@ -136,8 +134,6 @@ class _RunSpaces:
         self._calls = calls
         self._parts = parts
         self._known: dict[AddressSpace, Space] = {}
-        self._forking: set[int] = set()
-        """Threads whose fork is under way."""
 
     async def handle(self, run: AttachedRun, call: NotifiedCall) -> Answer | None:
         """Decide a call. None: the call is answered, or the thread makes it again."""
@@ -182,18 +178,17 @@ class _RunSpaces:
         The child gets no page of a shared mapping, as in vma_needs_copy(): without this, fork(2) copies the
         page tables of mappings with a userfaultfd.
         """
+        if self.spaces.is_repeated(call):
+            run.answer(call, CONTINUE)
+            return
         space = self._space(await self.spaces.settled(call.tid))
-        if space is None or call.tid in self._forking:
+        if space is None:
             await self.spaces.forked(run, call)
             return
-        self._forking.add(call.tid)
-        try:
-            async with held(space.lock):
-                shared = (area.addresses for area in space.areas.values() if area.is_shared)
-                drop = [(part.start, part.length) for part in merged(shared)][:MOST_DROPPED]
-                await self.spaces.forked(run, call, drop)
-        finally:
-            self._forking.discard(call.tid)
+        async with held(space.lock):
+            shared = (area.addresses for area in space.areas.values() if area.is_shared)
+            drop = [(part.start, part.length) for part in merged(shared)]
+            await self.spaces.forked(run, call, drop)
 
     def _space(self, found: AddressSpace | None) -> Space | None:
         """Return the mappings of an address space, which may be new."""
