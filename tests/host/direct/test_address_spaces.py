@@ -24,6 +24,9 @@ from daxemu.uapi import PAGE_SIZE
 from tests.host.direct.supervised import Listener, Stage, agents, play
 from tests.host.tracee import until
 
+USER = 100_000 + os.getpid()
+"""A user of this test run alone: RLIMIT_NPROC counts the processes of a user in the whole machine."""
+
 
 def write_memory(pid: int, at: int, data: bytes) -> None:
     with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
@@ -360,7 +363,7 @@ def test_a_fork_that_fails_leaves_nothing(mapper: str, media: Path) -> None:
     """RLIMIT_NPROC of another user than root: clone(2) says EAGAIN, to the tracer and to the program."""
 
     async def scene(stage: Stage) -> None:
-        program = await stage.start("/usr/bin/setpriv", "--reuid", "54321", "--clear-groups", mapper)
+        program = await stage.start("/usr/bin/setpriv", "--reuid", str(USER), "--clear-groups", mapper)
         assert await program.ask(f"map {media} 4") == "at 0x200000000000", stage.supervisor.refusals
         assert await program.ask("limit 1") == "done"
         assert await program.ask("fork") == "fork 11"
@@ -378,7 +381,7 @@ def test_a_program_without_room_for_an_agent_is_refused_and_may_try_again(mapper
     """RLIMIT_NPROC is reached by the first process of the agent."""
 
     async def scene(stage: Stage) -> None:
-        program = await stage.start("/usr/bin/setpriv", "--reuid", "54322", "--clear-groups", mapper)
+        program = await stage.start("/usr/bin/setpriv", "--reuid", str(USER), "--clear-groups", mapper)
         assert await program.ask("wait") == "wait -1 10"
         assert await program.ask("limit 1") == "done"
         assert await program.ask(f"map {media} 4") == "error 19"
