@@ -256,11 +256,11 @@ class AddressSpaces:
             _raise_unless_made(await armed.wait())
             agent.tgid = _owner_of(call.tid)
             space = AddressSpace(agent, await _first_batch(agent))
-        except AddressSpaceGone:
-            agent.close()
         except (DaxemuError, OSError) as why:
             agent.close()
-            self._failures[call.tid] = AgentRefused(f"no agent in process {tgid}: {why}")
+            # Without a failure, a live thread would make the call for ever.
+            if not isinstance(why, AddressSpaceGone) or _is_alive(call.tid):
+                self._failures[call.tid] = AgentRefused(f"no agent in process {tgid}: {why}")
         else:
             self._add(space)
 
@@ -424,8 +424,7 @@ class AddressSpaces:
                     return
                 # A thread that is not the leader takes the leader's id.
                 for each in (tid, space.tgid):
-                    found = status.find(each)
-                    if found is not None and not found.is_dead:
+                    if _is_alive(each):
                         break
                 else:
                     return
@@ -459,6 +458,11 @@ def _process_of(tid: int) -> int:
     if found is None:
         raise AddressSpaceGone(f"thread {tid} has ended")
     return found.tgid
+
+
+def _is_alive(tid: int) -> bool:
+    found = status.find(tid)
+    return found is not None and not found.is_dead
 
 
 def _owner_of(tid: int) -> int:
