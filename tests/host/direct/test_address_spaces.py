@@ -21,7 +21,7 @@ from daxemu.host.direct.userfaultfd import PageFault
 from daxemu.host.proc import status
 from daxemu.host.tracer import ptrace
 from daxemu.uapi import PAGE_SIZE
-from tests.host.direct.supervised import Stage, agents, play
+from tests.host.direct.supervised import Listener, Stage, agents, play
 from tests.host.tracee import until
 
 
@@ -233,6 +233,7 @@ def test_a_failed_execve_leaves_the_agent(mapper: str, media: Path) -> None:
     play(media, scene)
 
 
+@pytest.mark.usefixtures("way")
 def test_the_child_of_a_fork_has_an_agent_of_its_own(mapper: str, media: Path) -> None:
     async def scene(stage: Stage) -> None:
         program = await stage.start(mapper)
@@ -256,6 +257,15 @@ def test_the_child_of_a_fork_has_an_agent_of_its_own(mapper: str, media: Path) -
     play(media, scene)
 
 
+@pytest.fixture(params=["by the code of an agent", "under the tracer"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The two ways of a fork: a program with a seccomp(2) filter of its own forks under the tracer."""
+    if request.param == "under the tracer":
+        monkeypatch.setattr(Listener, "filters", 0)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     ("command", "forks"), [("forks 10", 10), ("bomb 50", 50), ("threads 8 4", 32), ("stress 10", 10)]
 )
@@ -275,6 +285,7 @@ def test_every_child_has_an_agent(mapper: str, media: Path, command: str, forks:
     play(media, scene, 100)
 
 
+@pytest.mark.usefixtures("way")
 def test_a_fork_without_registered_ranges_gives_the_child_a_userfaultfd(mapper: str, media: Path) -> None:
     async def scene(stage: Stage) -> None:
         program = await stage.start(mapper)
@@ -344,6 +355,7 @@ def test_the_agent_that_is_killed_takes_its_program_along(mapper: str, media: Pa
     play(media, scene)
 
 
+@pytest.mark.usefixtures("way")
 def test_a_fork_that_fails_leaves_nothing(mapper: str, media: Path) -> None:
     """RLIMIT_NPROC of another user than root: clone(2) says EAGAIN, to the tracer and to the program."""
 
@@ -393,6 +405,7 @@ def test_a_traced_program_cannot_fork_once_it_has_mappings(mapper: str, media: P
     play(media, scene)
 
 
+@pytest.mark.usefixtures("way")
 def test_signals_during_forks_are_all_delivered(mapper: str, media: Path) -> None:
     """A timer interrupts forks at any place. Each fork is done once, and each child has its agent."""
 

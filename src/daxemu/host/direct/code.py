@@ -12,8 +12,8 @@ from daxemu.errors import Unsupported
 from daxemu.host.c_layout import REBUILD, refusal
 from daxemu.host.direct import structs
 
-MEMORY = 3 * 4096
-"""Bytes of memory that an agent needs beside its code."""
+MEMORY = 6 * 4096
+"""Bytes of memory that an agent needs beside its code: redirect.h has the places."""
 
 CALLS_IN_BATCH = 128
 """Most system calls of one batch; agent.c has room for as many."""

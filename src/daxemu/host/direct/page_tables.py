@@ -10,6 +10,7 @@ mremap(2) waits until that task has read its event.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ from itertools import islice
 import trio
 
 from daxemu.host.direct import planner, syscalls
-from daxemu.host.direct.address_spaces import kill
+from daxemu.host.direct.agent import Reply
 from daxemu.host.direct.errors import (
     AddressSpaceChanging,
     AddressSpaceGone,
@@ -27,7 +28,8 @@ from daxemu.host.direct.errors import (
     RegisteredElsewhere,
 )
 from daxemu.host.direct.locking import held
-from daxemu.host.direct.planner import MappingPiece, MappingPlan, Shows
+from daxemu.host.direct.memory import kill
+from daxemu.host.direct.planner import RESERVE, MappingPiece, MappingPlan, Shows
 from daxemu.host.direct.syscalls import Syscall
 from daxemu.host.direct.table import Area, Space, Table
 from daxemu.host.proc import maps
@@ -72,7 +74,7 @@ class PageTables:
 
     def room(self, space: Space) -> int:
         """Return the number of pieces that an address space can show beside those shown."""
-        return max(0, self._most_pieces - len(space.pieces))
+        return max(0, self._most_pieces - space.refused - len(space.pieces))
 
     # -- new mappings
 
@@ -84,6 +86,7 @@ class PageTables:
         """
         space = area.space
         self._table.add(area)
+        await self._keep_reserve(space)
         rest = iter(pieces)
         chunk = list(islice(rest, _PIECES_IN_STEP))
         batch = planner.in_place(area, chunk, self._origin)
@@ -105,7 +108,7 @@ class PageTables:
 
     async def map_over(self, area: Area) -> None:
         """Map ``area`` lazily in place of whatever its addresses map now, as MAP_FIXED does."""
-        await self._replace(area.space, [MappingPiece(area, area.addresses, Shows.LAZY)], keep_copies=False)
+        await self._make_lazy(area.space, [MappingPiece(area, area.addresses, Shows.LAZY)], keep_copies=False)
         self._table.remove(area.space, area.addresses)
         self._table.add(area)
 
@@ -114,13 +117,33 @@ class PageTables:
     async def show(self, pieces: Sequence[MappingPiece]) -> None:
         """Map pieces of one address space, and wake the threads that wait there.
 
-        Private copies stay. If the address space has too many VMAs, other addresses become lazy first.
+        Private copies stay. If the address space has too many VMAs, other addresses become lazy first. Raises
+        OSError, NotRegistered, RegisteredElsewhere; then the addresses map what they mapped before.
         """
         if not pieces:
             return
         space = pieces[0].area.space
-        if len(space.pieces) + len(pieces) > self._most_pieces:
+        if self.room(space) < len(pieces):
             await self._make_room(space)
+        try:
+            await self._show(space, pieces)
+        except OSError as error:
+            if error.errno != errno.ENOMEM or not space.pieces:
+                raise
+            # The program has many VMAs of its own: three quarters of the pieces that fit are left to daxemu.
+            space.refused = self._most_pieces - len(space.pieces) * 3 // 4
+            await self._make_room(space)
+            await self._show(space, pieces)
+        for piece in pieces:
+            space.wake(piece.addresses)
+
+    async def _show(self, space: Space, pieces: Sequence[MappingPiece]) -> None:
+        before = [
+            (part, known is space.zeros)
+            for piece in pieces
+            for known in (space.shown, space.zeros)
+            for part in known.overlapping(*piece.addresses)
+        ]
         for piece in pieces:
             space.showing(piece.addresses)
         try:
@@ -128,9 +151,24 @@ class PageTables:
         except (OSError, NotRegistered, RegisteredElsewhere):
             for piece in pieces:
                 space.hiding(piece.addresses)
+            for part, is_zeros in before:
+                space.showing(part, zeros=is_zeros)
             raise
-        for piece in pieces:
-            space.wake(piece.addresses)
+
+    def begin_in_place(self, area: Area, page: Range, device: int) -> Reply | None:
+        """Begin to map a page of a shared area to byte ``device`` of the device: see Agent.begin.
+
+        The caller registers the page next. Precondition: no other file has the block.
+        """
+        piece = MappingPiece(area, page, Shows.MEDIA, device)
+        return area.space.agent.begin([piece.mmap(page.start, self._origin)])
+
+    async def register(self, space: Space, page: Range) -> None:
+        """Have the faults of a page reported that begin_in_place() has mapped."""
+        try:
+            await self._ioctl(space, lambda: space.uffd.register(*_extent(page)))
+        except (OSError, NotRegistered, RegisteredElsewhere) as error:
+            await self._end_or_kill(space, error)
 
     async def hide(self, space: Space, addresses: Range, *, keep_copies: bool = True) -> None:
         """Make the shown parts of ``addresses`` lazy (unmap_mapping_range()).
@@ -140,7 +178,10 @@ class PageTables:
         there = list(space.shown.overlapping(*addresses))
         if not keep_copies:
             there = list(RangeSet([*there, *space.copied.overlapping(*addresses)]))
-        areas = space.parts(addresses) if there else []
+        await self._hide_parts(space, there, keep_copies=keep_copies)
+
+    async def _hide_parts(self, space: Space, there: Sequence[Range], *, keep_copies: bool) -> None:
+        areas = space.parts(Range(there[0].start, there[-1].end)) if there else []
         pieces = [
             MappingPiece(area, mine, Shows.LAZY)
             for area in areas
@@ -148,7 +189,7 @@ class PageTables:
             if (mine := part.clip(*area.addresses))
         ]
         if pieces:
-            await self._replace(space, pieces, keep_copies=keep_copies)
+            await self._make_lazy(space, pieces, keep_copies=keep_copies)
             for piece in pieces:
                 space.hiding(piece.addresses)
                 if not keep_copies:
@@ -209,6 +250,17 @@ class PageTables:
                         except (OSError, NotRegistered, RegisteredElsewhere) as error:
                             await self._end_or_kill(space, error)
 
+    async def hide_or_end(self, space: Space, addresses: Range) -> bool:
+        """Make addresses lazy; if the kernel refuses, end all mappings of the address space, and return
+        False.
+        """
+        try:
+            await self.hide(space, addresses)
+        except (OSError, NotRegistered, RegisteredElsewhere) as error:
+            await self._end_or_kill(space, error)
+            return False
+        return True
+
     async def _end_or_kill(self, space: Space, error: Exception) -> None:
         """Make every access of an address space fail; if the kernel refuses that too, kill the process."""
         try:
@@ -227,6 +279,19 @@ class PageTables:
         """Let stores to ``addresses`` pass. ``wake``: let the threads go on that wait there."""
         await self._write_protect(space, addresses, on=False, wake=wake)
 
+    def unprotect_now(self, area: Area, blocks: Range) -> bool:
+        """Let stores to shown file blocks of an area pass, and the threads go on that wait there.
+
+        Return False for a range so large that a worker thread must do it: then nothing has changed.
+        """
+        space, mine = area.space, area.addresses_of(blocks)
+        if mine.length > _LARGE:
+            return False
+        for part in list(space.shown.overlapping(*mine)):
+            for media in list(space.zeros.gaps(*part)):
+                space.uffd.write_protect(*_extent(media), False)
+        return True
+
     async def zeros(self, area: Area, page: Range, *, protected: bool) -> None:
         """Show a page of zeros. ``protected``: a store to the page is an event."""
         area.space.showing(page, zeros=True)
@@ -244,7 +309,11 @@ class PageTables:
         space.wake(page)
 
     async def drop(self, space: Space, addresses: Range) -> None:
-        """Remove pages and markers from the page tables, as MADV_DONTNEED does."""
+        """Remove pages and markers from the page tables, as MADV_DONTNEED does.
+
+        Under a private copy may be a block that the file had before: such addresses become lazy.
+        """
+        await self._hide_parts(space, list(space.copied.overlapping(*addresses)), keep_copies=False)
         await self._run(space, [syscalls.madvise(*_extent(addresses), MADV_DONTNEED)])
 
     async def end(self, space: Space) -> None:
@@ -286,6 +355,8 @@ class PageTables:
         for part in private:  # a store waits until the replacement is done
             await self._write_protect(space, part, on=True)
         kept = self._copies(space, private)
+        for part in kept:
+            space.copied.add(*part)
         todo = [piece.cut(part) for piece in pieces for part in kept.gaps(*piece.addresses)]
         if todo:
             await self._carry_out(space, planner.replacement(todo, space.scratch, self._origin))
@@ -350,14 +421,35 @@ class PageTables:
                 return
 
     async def _make_room(self, space: Space) -> None:
-        """Make the area with the most pieces lazy."""
+        """Make the area with the most pieces lazy. Raises OSError."""
 
         def pieces_of(area: Area) -> int:
             return sum(1 for _ in space.pieces.irange(*area.addresses, inclusive=(True, False)))
 
         fullest = max(space.areas.values(), key=pieces_of)
-        await self._replace(space, [MappingPiece(fullest, fullest.addresses, Shows.LAZY)])
+        await self._make_lazy(space, [MappingPiece(fullest, fullest.addresses, Shows.LAZY)])
         space.hiding(fullest.addresses)
+
+    async def _make_lazy(
+        self, space: Space, pieces: Sequence[MappingPiece], *, keep_copies: bool = True
+    ) -> None:
+        """As _replace(), for lazy pieces: in an address space without room, by the reserve."""
+        try:
+            await self._replace(space, pieces, keep_copies=keep_copies)
+        except OSError as error:
+            if error.errno != errno.ENOMEM or not space.has_reserve:
+                raise
+            space.has_reserve = False
+            await self._run(space, [syscalls.munmap(space.scratch.end - RESERVE, RESERVE)])
+            await self._replace(space, pieces, keep_copies=keep_copies)
+            await self._keep_reserve(space)
+
+    async def _keep_reserve(self, space: Space) -> None:
+        """Make the reserve of an address space, if the address space has room."""
+        if not space.has_reserve:
+            with suppress(OSError):
+                await self._run(space, planner.reserve(space.scratch.end - RESERVE))
+                space.has_reserve = True
 
 
 def _unmarked(pagemap: Pagemap, part: Range) -> Iterator[Range]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import trio
@@ -22,12 +23,12 @@ _RETRY = 0.1
 """Seconds between two reads of a userfaultfd while a fork waits for a free descriptor of this process."""
 
 
-async def next_events(uffd: Userfaultfd) -> list[Event]:
-    """Wait for events and read them. The event of a fork needs a descriptor: the fork waits until one is
-    free. Raises trio.ClosedResourceError after ``close``.
+async def next_events(uffd: Userfaultfd, readable: Callable[[int], Awaitable[None]]) -> list[Event]:
+    """Wait for events by ``readable``, and read them. The event of a fork needs a descriptor: the fork waits
+    until one is free. Raises trio.ClosedResourceError after ``close``.
     """
     while True:
-        await trio.lowlevel.wait_readable(uffd.fd)
+        await readable(uffd.fd)
         try:
             return uffd.read()
         except OSError as error:

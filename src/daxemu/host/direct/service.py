@@ -9,7 +9,8 @@ import errno
 import os
 from collections.abc import Sequence
 
-from daxemu.host.direct.address_spaces import AddressSpace, AddressSpaces
+from daxemu.host.direct.address_space import AddressSpace
+from daxemu.host.direct.address_spaces import AddressSpaces
 from daxemu.host.direct.calls import (
     MAP_ANONYMOUS,
     MAP_FIXED,
@@ -22,6 +23,7 @@ from daxemu.host.direct.calls import (
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
 from daxemu.host.direct.faults import PageFaults
 from daxemu.host.direct.locking import held
+from daxemu.host.direct.planner import RESERVE
 from daxemu.host.direct.table import Space, Table
 from daxemu.host.direct.userfaultfd import Event, PageFault
 from daxemu.host.mount_parts import MountParts
@@ -31,9 +33,6 @@ from daxemu.host.run.attached import AttachedRun, refused
 from daxemu.host.run.filters import Nr
 from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
 from daxemu.ranges import Range, merged
-
-MOST_DROPPED = 256
-"""Ranges of pages that the child of a fork does not get. It has the pages of further ranges present."""
 
 _FIXED_ELSEWHERE = (
     "MAP_FIXED over other memory: daxemu would not notice a munmap(2) there; map without MAP_FIXED, or over "
@@ -129,14 +128,12 @@ class _RunSpaces:
         parts: MountParts,
     ) -> None:
         middle = given.start + len(given) // 2
-        self._zone, self._scratch = Range(given.start, middle), Range(middle, given.stop)
+        self._zone, self._scratch = Range(given.start, middle - RESERVE), Range(middle, given.stop)
         self._table = table
         self._faults = faults
         self._calls = calls
         self._parts = parts
         self._known: dict[AddressSpace, Space] = {}
-        self._forking: set[int] = set()
-        """Threads whose fork is under way."""
 
     async def handle(self, run: AttachedRun, call: NotifiedCall) -> Answer | None:
         """Decide a call. None: the call is answered, or the thread makes it again."""
@@ -181,18 +178,17 @@ class _RunSpaces:
         The child gets no page of a shared mapping, as in vma_needs_copy(): without this, fork(2) copies the
         page tables of mappings with a userfaultfd.
         """
+        if self.spaces.is_repeated(call):
+            run.answer(call, CONTINUE)
+            return
         space = self._space(await self.spaces.settled(call.tid))
-        if space is None or call.tid in self._forking:
+        if space is None:
             await self.spaces.forked(run, call)
             return
-        self._forking.add(call.tid)
-        try:
-            async with held(space.lock):
-                shared = (area.addresses for area in space.areas.values() if area.is_shared)
-                drop = [(part.start, part.length) for part in merged(shared)][:MOST_DROPPED]
-                await self.spaces.forked(run, call, drop)
-        finally:
-            self._forking.discard(call.tid)
+        async with held(space.lock):
+            shared = (area.addresses for area in space.areas.values() if area.is_shared)
+            drop = [(part.start, part.length) for part in merged(shared)]
+            await self.spaces.forked(run, call, drop)
 
     def _space(self, found: AddressSpace | None) -> Space | None:
         """Return the mappings of an address space, which may be new."""
@@ -209,13 +205,15 @@ class _RunSpaces:
 
     # -- Watcher
 
-    def on_events(self, space: AddressSpace, events: Sequence[Event]) -> None:
+    def on_events(self, space: AddressSpace, events: Sequence[Event]) -> bool:
         """See Watcher.on_events."""
         mine = self._space(space)
         assert mine is not None
+        is_answered = True
         for event in events:
             if isinstance(event, PageFault):
-                self._parts.nursery.start_soon(self._faults.handle, mine, event)
+                is_answered &= self._faults.take(mine, event)
+        return is_answered
 
     def on_forked(self, parent: AddressSpace, child: AddressSpace) -> None:
         """See Watcher.on_forked."""

@@ -62,8 +62,10 @@ class AttachedRun:
     the trio thread.
     """
 
-    def __init__(self, listener: int, sock: socket.socket, given: range) -> None:
-        """Take over both descriptors. Raises OSError, with ``sock`` detached, if no descriptor is free."""
+    def __init__(self, listener: int, sock: socket.socket, given: range, filters: int = 1) -> None:
+        """Take over both descriptors. ``filters``: number of seccomp(2) filters of the run's command. Raises
+        OSError, with ``sock`` detached, if no descriptor is free.
+        """
         try:
             # Readable once the last process under the filter has ended: EPOLLHUP. Calls are POLLIN.
             self._exits = select.epoll()
@@ -76,6 +78,7 @@ class AttachedRun:
         """True if failures by madvise(2) poison nothing (``daxemu run --simulated``)."""
         self._listener = listener
         self._socket = sock
+        self.filters = filters
         self._to_acknowledge: set[int] = set()
         self._under_way: set[int] = set()
 
@@ -102,7 +105,9 @@ class AttachedRun:
                         f"descriptors {offered.listener} and {offered.socket} of process {pid} are not a "
                         f"listener of seccomp(2) and a connected SOCK_SEQPACKET socket, inode {socket_ino}"
                     )
-                made = cls(listener, socket.socket(fileno=sock), offered.zone)
+                helper = status.find(pid)
+                filters = 1 + (helper.seccomp_filters if helper is not None else 0)
+                made = cls(listener, socket.socket(fileno=sock), offered.zone, filters)
             except OSError as error:
                 raise _no_descriptor() from error
             undo.pop_all()
@@ -174,6 +179,21 @@ class AttachedRun:
     def is_waiting(self, call: NotifiedCall) -> bool:
         """Return True if the thread still waits: data read of /proc/TID before is then the thread's own."""
         return self._listener >= 0 and seccomp.is_waiting(self._listener, call)
+
+    @property
+    def listener(self) -> int:
+        """Descriptor of the listener; -1 after the end of the helper."""
+        return self._listener
+
+    def is_last(self, call: NotifiedCall) -> bool:
+        """Return True if no other supervisor must see the call."""
+        return call.id not in self._to_acknowledge
+
+    def restarted(self, call: NotifiedCall) -> None:
+        """Note that the call was answered by ``listener``, and is made again."""
+        if call.id in self._to_acknowledge:
+            self._to_acknowledge.discard(call.id)
+            self._acknowledge(call)  # the helper forgets the call
 
     def add_fd(self, call: NotifiedCall, fd: int, *, number: int | None = None) -> int:
         """Copy a descriptor into the process that waits: see ``seccomp.add_fd``. Raises FileNotFoundError
