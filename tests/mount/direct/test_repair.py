@@ -1,8 +1,8 @@
 """Tests of other mounts that must hold on a direct mount unchanged.
 
-Left out: tests in which a page counts as stored to because the page is mapped for writing, or in which a store
-is lost. On a direct mount each first store is known, and is on the media at once: test_unseen_stores. A load of
-silently corrupt bytes is no event, as on DAX.
+Left out: tests in which a page counts as stored to because the page is mapped for writing, or in which a
+store is lost. On a direct mount each first store is known, and is on the media at once: test_unseen_stores.
+A load of silently corrupt bytes is no event, as on DAX.
 """
 
 from __future__ import annotations
