@@ -27,7 +27,7 @@ from daxemu.host.proc.processes import (
     tracer_of,
 )
 from daxemu.host.tracer.link import Armed, Pending, TracerLink
-from daxemu.host.tracer.messages import Delivered, Gone, Ignored, NotTaken, Refused
+from daxemu.host.tracer.messages import MOST_IN_PACKET, Delivered, Gone, Ignored, NotTaken, Refused
 from daxemu.host.tracer.messages import Outcome as Delivery
 from daxemu.host.unexpected import Nursery
 from daxemu.mm.to_kill import ToKill
@@ -114,6 +114,8 @@ class Signals:
                     await self._force(victim)
             else:
                 sent.append((victims, await self._send_ao(victims[0], pages)))
+                if len(sent) % MOST_IN_PACKET == 0:
+                    await trio.lowlevel.checkpoint()  # the tracer begins with a full packet meanwhile
         since = trio.current_time()
         settled = [await self._settled(victims, pending, since) for victims, pending in sent]
         return [tid for tid in settled if tid is not None]
