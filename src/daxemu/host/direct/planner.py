@@ -24,7 +24,7 @@ from daxemu.host.direct import syscalls
 from daxemu.host.direct.syscalls import Syscall
 from daxemu.host.direct.table import Area
 from daxemu.ranges import Range
-from daxemu.uapi import PAGE_SIZE
+from daxemu.units import PFN_PHYS
 
 Shows = Enum("Shows", ["LAZY", "MEDIA", "VOID"])
 """What addresses map: anonymous memory without a page, the media, or the empty file (SIGBUS)."""
@@ -72,10 +72,13 @@ class MappingPlan(NamedTuple):
 
 def media_pieces(area: Area, runs: Iterable[FileRun]) -> Iterator[MappingPiece]:
     """Yield the pieces of an area that map the media. Holes, and blocks beyond the end, are left out."""
+    first, last = area.blocks
+    origin = area.addresses.start - PFN_PHYS(first)
     for run in runs:
-        addresses = area.addresses_of(Range(run.file_block, run.file_end))
-        if run.kind is FaultKind.MAPPED and addresses:
-            offset = (run.dev_block + area.block_at(addresses.start) - run.file_block) * PAGE_SIZE
+        start, end = max(first, run.file_block), min(last, run.file_end)
+        if run.kind is FaultKind.MAPPED and start < end:
+            addresses = Range(origin + PFN_PHYS(start), origin + PFN_PHYS(end))
+            offset = PFN_PHYS(run.dev_block + start - run.file_block)
             yield MappingPiece(area, addresses, Shows.MEDIA, offset, run.is_shared and area.is_shared)
 
 
