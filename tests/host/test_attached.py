@@ -65,7 +65,9 @@ def test_nonsense_is_dropped(packets: list[bytes]) -> None:
         call = None
         while call is None:
             call = seccomp.receive(listener)
-        real = seccomp.NOTIFICATION.pack(call.id, call.tid, 0, call.nr, AUDIT_ARCH_X86_64, call.ip, *call.args)
+        real = seccomp.NOTIFICATION.pack(
+            call.id, call.tid, 0, call.nr, AUDIT_ARCH_X86_64, call.ip, *call.args
+        )
         ours.send(real)
         ours.send(real)  # the same call twice
         run = AttachedRun(os.dup(listener), theirs, zone.SLICES[0])
