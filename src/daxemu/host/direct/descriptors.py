@@ -32,7 +32,7 @@ def add_socket(
     Raises OSError; then the limit is as before.
     """
     limit = None
-    with suppress(PermissionError):  # of another user, without CAP_SYS_RESOURCE: the limit stays
+    with suppress(PermissionError):  # another user's process, without CAP_SYS_RESOURCE
         if 0 <= resource.prlimit(tgid, resource.RLIMIT_NOFILE)[0] < _OF_AGENT:
             limit = _raise(tgid)
     try:
