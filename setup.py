@@ -50,6 +50,7 @@ setup(
         Extension(
             "daxemu.host.run._forward",
             sources=["src/daxemu/host/run/forward.c"],
+            depends=["src/daxemu/host/run/thread.h"],
             extra_compile_args=["-O2", "-Wall", "-Wextra"],
             optional=True,
         ),

@@ -21,11 +21,9 @@ Invariants:
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import logging
 import os
-import platform
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -39,9 +37,9 @@ from daxemu.errors import DaxemuError
 from daxemu.host.direct import code
 from daxemu.host.direct.agent import ProcessAgent
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
-from daxemu.host.direct.userfaultfd import Event, Forked, Userfaultfd
-from daxemu.host.proc import stat, status
-from daxemu.host.proc.procfs import read_whole
+from daxemu.host.direct.same_memory import call_of, owner_of, process_of, shares_memory
+from daxemu.host.direct.userfaultfd import OUTSIDE, Event, Forked, Userfaultfd
+from daxemu.host.proc import status
 from daxemu.host.run import zone
 from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
 from daxemu.host.tracer.link import Armed, TracerLink
@@ -57,17 +55,12 @@ RESTART = Answer(error=513)
 ARENA_SIZE = 1 << 20
 """Bytes of the arenas slice that each mount has: place for its agent in every address space."""
 
-_NR_KCMP = {"x86_64": 312}.get(platform.machine(), 272)  # asm/unistd.h
-_KCMP_VM = 1  # uapi/linux/kcmp.h
 # /proc/TID/syscall: execve and execveat of asm/unistd_64.h, or on a processor
 _MAYBE_EXECVE = (b"59", b"322", b"running")
 _FIRST_LOOK, _LONGEST_LOOK = 0.001, 0.1
 """Seconds between looks at a thread in execve(2)."""
 _LONGEST_WATCH = 60.0
 """Seconds. The lookup by the next notified call or the exit notices an execve(2) that takes longer."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
 
 
 class NotifiedCalls(Protocol):
@@ -86,6 +79,8 @@ class AddressSpace:
     def __init__(self, agent: ProcessAgent, uffd: Userfaultfd) -> None:
         self.agent = agent
         self.uffd = uffd
+        self.outside = Userfaultfd()
+        """Userfaultfd of the mappings outside the zone; closed while the space has none."""
         self.is_gone = False
         self._fork_turn = trio.Lock()
         self._next_agent: ProcessAgent | None = None
@@ -150,7 +145,7 @@ class AddressSpaces:
 
         Raises AddressSpaceGone if the thread is dead, AgentRefused with a reason for the user.
         """
-        tgid = _process_of(call.tid)
+        tgid = process_of(call.tid)
         found = await self.settled(call.tid)
         # The call may be made again before the failure is known: only now no agent is in the making.
         failure = self._failures.pop(call.tid, None)
@@ -168,12 +163,12 @@ class AddressSpaces:
         """Return the address space of a thread; None if the thread has none, or its fork is not complete.
         Raises AddressSpaceGone if the thread is dead.
         """
-        own = self._spaces.get(_process_of(tid))
+        own = self._spaces.get(process_of(tid))
         if own is not None:
-            if _shares_memory(tid, own.agent.pid):
+            if shares_memory(tid, own.agent.pid):
                 return own
             self.end(own)
-        return next((space for space in self if _shares_memory(tid, space.agent.pid)), None)
+        return next((space for space in self if shares_memory(tid, space.agent.pid)), None)
 
     async def settled(self, tid: int) -> AddressSpace | None:
         """Return the address space of a thread as soon as its process does not make an agent, and is not the
@@ -184,7 +179,7 @@ class AddressSpaces:
             for fork in tuple(self._forks):
                 await fork.wait()
             while (found := self.find(tid)) is None:
-                if (made := self._making.get(_process_of(tid))) is None:
+                if (made := self._making.get(process_of(tid))) is None:
                     break
                 await made.wait()
         return found
@@ -218,7 +213,7 @@ class AddressSpaces:
         """Note an execve(2), before the call is answered with CONTINUE: its address space may end."""
         try:
             space = await self.settled(call.tid)
-            if space is not None and space.tgid == _process_of(call.tid):
+            if space is not None and space.tgid == process_of(call.tid):
                 self._nursery.start_soon(self._watch_execve, space, call.tid)
         except AddressSpaceGone:
             return
@@ -230,10 +225,11 @@ class AddressSpaces:
         space.is_gone = True
         if self._spaces.get(space.tgid) is space:
             del self._spaces[space.tgid]
-        for fd in (space.uffd.fd, space._process):
+        for fd in (space.uffd.fd, space.outside.fd, space._process):
             if fd >= 0:
                 trio.lowlevel.notify_closing(fd)
         space.uffd.close()
+        space.outside.close()
         if space._process >= 0:
             os.close(space._process)
         space.agent.close()
@@ -249,8 +245,8 @@ class AddressSpaces:
         run.answer(call, RESTART)
         try:
             _raise_unless_made(await armed.wait())
-            agent.tgid = _owner_of(call.tid)
-            space = AddressSpace(agent, await _first_batch(agent))
+            agent.tgid = owner_of(call.tid)
+            space = AddressSpace(agent, await _first_batch(agent, Userfaultfd()))
         except AddressSpaceGone:
             agent.close()
         except (DaxemuError, OSError) as why:
@@ -293,8 +289,10 @@ class AddressSpaces:
         agent.tgid = outcome.tgid
         try:
             if child is None:  # no range was registered, so the kernel sent no event
-                child = AddressSpace(agent, await _first_batch(agent))
+                child = AddressSpace(agent, await _first_batch(agent, Userfaultfd()))
                 self._watcher.on_forked(parent, child)
+            elif child.uffd.fd < 0:  # no range of the zone was registered
+                await _first_batch(agent, child.uffd)
             else:
                 await agent.settle()
         except AddressSpaceGone:
@@ -303,7 +301,7 @@ class AddressSpaces:
                 self.end(child)
             return
         self._add(child)
-        if not _shares_memory(child.tgid, agent.pid):
+        if not shares_memory(child.tgid, agent.pid):
             self.end(child)  # execve(2) came first
 
     async def _begin(
@@ -317,6 +315,7 @@ class AddressSpaces:
         self._refuse_traced(call.tid)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         agent = ProcessAgent(ours, self._fds)
+        agent.memory = self._place + PAGE_SIZE
         try:
             with theirs:
                 fd = run.add_fd(call, theirs.fileno())
@@ -340,7 +339,7 @@ class AddressSpaces:
 
     def _refuse_traced(self, tid: int) -> None:
         found = status.find(tid)
-        if found is None or not found.tracer or _process_of(found.tracer) == self._link.pid:
+        if found is None or not found.tracer or process_of(found.tracer) == self._link.pid:
             return
         raise AgentRefused(
             f"process {found.tracer} traces thread {tid}, and a thread has one tracer at a time"
@@ -348,7 +347,7 @@ class AddressSpaces:
 
     def _is_traced_by_us(self, tid: int) -> bool:
         found = status.find(tid)
-        return found is not None and bool(found.tracer) and _process_of(found.tracer) == self._link.pid
+        return found is not None and bool(found.tracer) and process_of(found.tracer) == self._link.pid
 
     def _add(self, space: AddressSpace) -> None:
         """Serve a space whose agent has made a batch."""
@@ -358,37 +357,61 @@ class AddressSpaces:
             self.end(space)
             return
         self._spaces[space.tgid] = space
-        for task in (self._read_events, self._await_exit, self._await_loss):
+        for task in (self._await_exit, self._await_loss):
             self._nursery.start_soon(task, space)
+        for uffd in (space.uffd, space.outside):
+            if uffd.fd >= 0:
+                self._nursery.start_soon(self._read_events, space, uffd)
 
-    async def _read_events(self, space: AddressSpace) -> None:
+    async def open_outside(self, space: AddressSpace) -> None:
+        """Give a space a userfaultfd for mappings outside the zone, if the space has none. Precondition: no
+        other task does. Raises AddressSpaceGone, and the exceptions of ProcessAgent.take_userfaultfd.
+        """
+        if space.outside.fd < 0:
+            fd = await space.agent.take_userfaultfd()
+            if space.is_gone:
+                os.close(fd)
+                raise AddressSpaceGone(f"process {space.tgid} has ended")
+            space.outside.take(fd)
+            space.outside.enable(OUTSIDE)
+            self._nursery.start_soon(self._read_events, space, space.outside)
+
+    async def _read_events(self, space: AddressSpace, uffd: Userfaultfd) -> None:
         while not space.is_gone:
             try:
-                await trio.lowlevel.wait_readable(space.uffd.fd)
+                await trio.lowlevel.wait_readable(uffd.fd)
             except trio.ClosedResourceError:
                 return
-            events: list[Event] = []
-            for event in space.uffd.read():
-                if isinstance(event, Forked):
-                    self._deliver(space, events)
-                    events = []
-                    self._adopt(space, event)
-                else:
-                    events.append(event)
-            self._deliver(space, events)
+            self.take_events(space, uffd)
+
+    def take_events(self, space: AddressSpace, uffd: Userfaultfd) -> None:
+        """Read the events that have come, and pass them on."""
+        events: list[Event] = []
+        for event in uffd.read() if uffd.fd >= 0 else ():
+            if isinstance(event, Forked):
+                self._deliver(space, events)
+                events = []
+                self._adopt(space, event, uffd)
+            else:
+                events.append(event)
+        self._deliver(space, events)
 
     def _deliver(self, space: AddressSpace, events: list[Event]) -> None:
         if events:
             self._watcher.on_events(space, events)
 
-    def _adopt(self, parent: AddressSpace, event: Forked) -> None:
-        agent = parent._next_agent
-        if agent is None or parent._child is not None:
+    def _adopt(self, parent: AddressSpace, event: Forked, uffd: Userfaultfd) -> None:
+        """Take the child of a fork: one event of each userfaultfd with a range, in any order."""
+        agent, child = parent._next_agent, parent._child
+        if agent is not None and child is None:
+            child = parent._child = AddressSpace(agent, Userfaultfd())
+            self._watcher.on_forked(parent, child)
+        its = Userfaultfd() if child is None else child.outside if uffd is parent.outside else child.uffd
+        if child is None or its.fd >= 0:
             os.close(event.fd)
             log.warning("process %s made a child unseen: its memory is not protected", parent.tgid)
             return
-        parent._child = AddressSpace(agent, Userfaultfd(event.fd))
-        self._watcher.on_forked(parent, parent._child)
+        its.take(event.fd)
 
     async def _await_exit(self, space: AddressSpace) -> None:
         if space.is_gone:  # before this task began: its descriptors may be others' by now
@@ -423,15 +446,15 @@ class AddressSpaces:
                         break
                 else:
                     return
-                if not _shares_memory(each, space.agent.pid):
+                if not shares_memory(each, space.agent.pid):
                     self.end(space)
                     return
-                if each != tid or _call_of(tid) not in _MAYBE_EXECVE:
+                if each != tid or call_of(tid) not in _MAYBE_EXECVE:
                     return
 
 
-async def _first_batch(agent: ProcessAgent) -> Userfaultfd:
-    uffd = Userfaultfd(await agent.take_userfaultfd())
+async def _first_batch(agent: ProcessAgent, uffd: Userfaultfd) -> Userfaultfd:
+    uffd.take(await agent.take_userfaultfd())
     try:
         uffd.enable()
     except BaseException:
@@ -446,46 +469,3 @@ def _raise_unless_made(outcome: Outcome | None) -> None:
         raise AgentRefused(outcome.reason)
     if not isinstance(outcome, AgentMade):
         raise AddressSpaceGone("the thread has ended")
-
-
-def _process_of(tid: int) -> int:
-    found = status.find(tid)
-    if found is None:
-        raise AddressSpaceGone(f"thread {tid} has ended")
-    return found.tgid
-
-
-def _owner_of(tid: int) -> int:
-    """Return the process whose memory a thread uses: its own, or the outermost ancestor with the same memory.
-
-    A child of vfork(2) ends, or executes a program, before its parent: the address space is the parent's.
-    """
-    tgid = _process_of(tid)
-    with suppress(OSError):  # the process ends at this moment
-        while (parent := stat.read(tgid).parent) > 1 and _shares_memory(tgid, parent):
-            tgid = parent
-    return tgid
-
-
-def _shares_memory(tid: int, agent: int) -> bool:
-    """Return True if a thread has the address space of an agent. A dead thread has none."""
-    return bool(agent) and int(_libc.syscall(_NR_KCMP, tid, agent, _KCMP_VM, 0, 0)) == 0
-
-
-async def kill(tgid: int, agent: int) -> None:
-    """Kill the process with the address space of an agent, and wait for the end of its last thread."""
-    with suppress(ProcessLookupError):
-        pidfd = os.pidfd_open(tgid)
-        try:
-            if _shares_memory(tgid, agent):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                await trio.lowlevel.wait_readable(pidfd)
-        finally:
-            os.close(pidfd)
-
-
-def _call_of(tid: int) -> bytes:
-    try:
-        return read_whole(f"/proc/{tid}/syscall").split(b" ", 1)[0].strip()
-    except OSError:
-        return b""

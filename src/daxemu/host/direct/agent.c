@@ -10,7 +10,8 @@
  * stack, thread-local memory, or a vector register.
  *
  * Memory: +0 pid of the agent or -errno (out); +8 zeros for setrlimit(2); +64 struct msghdr; +128 struct iovec;
- * +192 control message; +4096 a batch: 7 words a system call (number, six arguments), and its results, one word each.
+ * +192 control message; +4096 a batch: 7 words a system call (number, six arguments), and its results, one word each;
+ * +11264 the will: start and length of each mapping outside the zone, then zeros (in; host/direct/agent.py).
  * host/direct/agent.py sends a packet for each batch, with the agent's two descriptors in the first one.
  */
 #include <linux/userfaultfd.h>
@@ -131,7 +132,7 @@ __asm__(
 	"	test %rax, %rax\n"
 	"	js leave\n"
 	"	jmp next\n"
-	"will:\n" /* without the supervisor: map the void over the slice of the mount, so that every access is SIGBUS */
+	"will:\n" /* without the supervisor: map the void over all direct mappings, so that every access is SIGBUS */
 	"	movabs $0x2f0000001000, %rax\n" /* zone.ARENAS.start, and a page of code */
 	"	mov %r12, %rdi\n"
 	"	sub %rax, %rdi\n"
@@ -144,8 +145,15 @@ __asm__(
 	"	mov $0x4011, %r10d\n" /* MAP_SHARED | MAP_FIXED | MAP_NORESERVE */
 	"	movabs $0x6461786500000002, %r8\n" /* VOID_FD, and zone.MAGIC above */
 	"	xor %r9d, %r9d\n"
-	"	mov $9, %eax\n"
+	"	lea 11264(%r12), %r13\n"
+	"void:\n"
+	"	mov $9, %eax\n" /* mmap: of the slice, then of each mapping outside the zone */
 	"	syscall\n"
+	"	mov 0(%r13), %rdi\n"
+	"	mov 8(%r13), %rsi\n"
+	"	add $16, %r13\n"
+	"	test %rsi, %rsi\n"
+	"	jnz void\n"
 	"	jmp leave\n"
 	"root:	.asciz \"/\"\n"
 	"name:	.asciz \"daxemu-agent\"\n"

@@ -24,10 +24,11 @@ from typing import Protocol
 
 import trio
 
-from daxemu.host.direct.code import CALLS_IN_BATCH
+from daxemu.host.direct.code import CALLS_IN_BATCH, MEMORY, WILL
 from daxemu.host.direct.errors import AddressSpaceGone
 from daxemu.host.direct.locking import held
-from daxemu.host.direct.syscalls import NR_CLOSE, NR_IOCTL, NR_USERFAULTFD, Syscall
+from daxemu.host.direct.syscalls import NR_CLOSE, NR_GETPID, NR_IOCTL, NR_USERFAULTFD, Syscall
+from daxemu.ranges import Range
 from daxemu.uapi import U64_MAX
 
 ANSWER_PATIENCE = 20.0
@@ -36,11 +37,14 @@ the process is frozen, or a thread holds mmap_lock in a page fault that a foreig
 """
 _CALL = struct.Struct("=7Q")
 _CREDENTIALS = struct.Struct("=3i")
+_HEIR = struct.Struct("=2Q")
+MOST_OUTSIDE = (MEMORY - WILL) // _HEIR.size - 1
+"""Ranges of addresses outside the zone that an address space can map."""
 _PIDFD_GETFD = 438  # asm/unistd.h, of every machine
 
 # The agent has the rights of its program, and userfaultfd(2) wants more. The device only wants to be opened.
 _DEVICE = "/dev/userfaultfd"  # since Linux 6.1
-_DEVICE_FD = 3  # of the agent, until the agent has a userfaultfd
+_DEVICE_FD = 3  # of the agent: a second userfaultfd is made for mappings outside the zone
 _IOC_NEW = 0xAA00  # uapi/linux/userfaultfd.h: USERFAULTFD_IOC_NEW
 
 _CALLS_UNDER_WAY = 4 * CALLS_IN_BATCH
@@ -69,6 +73,13 @@ class Agent(Protocol):
         number of calls made is not known then.
         """
 
+    def bequeath(self, ranges: Sequence[Range]) -> None:
+        """Have each access to ``ranges``, outside the zone, fail once the supervisor has ended. Replaces the
+        ranges of the last call.
+
+        Precondition: at most MOST_OUTSIDE ranges. Raises AddressSpaceGone.
+        """
+
 
 class _Reply:
     """Results of a batch that was sent; None: none will come."""
@@ -88,6 +99,8 @@ class ProcessAgent:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self.pid = 0
         self.tgid = 0
+        self.memory = 0
+        """Address of the agent's memory."""
         sock.setblocking(False)
         self._raw = sock
         self._socket = trio.socket.from_stdlib_socket(sock)
@@ -169,9 +182,7 @@ class ProcessAgent:
         """
         flags = os.O_CLOEXEC | os.O_NONBLOCK
         if self._has_device:
-            there, _ = await self.run(
-                [Syscall(NR_IOCTL, (_DEVICE_FD, _IOC_NEW, flags)), Syscall(NR_CLOSE, (_DEVICE_FD,))]
-            )
+            (there,) = await self.run([Syscall(NR_IOCTL, (_DEVICE_FD, _IOC_NEW, flags))])
         else:
             (there,) = await self.run([Syscall(NR_USERFAULTFD, (flags,))])
         _raise_for("userfaultfd", there)
@@ -184,7 +195,18 @@ class ProcessAgent:
 
     async def settle(self) -> None:
         """Make the first batch of an agent whose address space has a userfaultfd already: a fork's."""
-        await self.run([Syscall(NR_CLOSE, (_DEVICE_FD,))])
+        await self.run([Syscall(NR_GETPID, ())])
+
+    def bequeath(self, ranges: Sequence[Range]) -> None:
+        """See :meth:`Agent.bequeath`."""
+        packed = b"".join(_HEIR.pack(part.start, part.length) for part in ranges) + bytes(_HEIR.size)
+        here = struct.pack(
+            "=2Q", ctypes.addressof(buffer := ctypes.create_string_buffer(packed)), len(packed)
+        )
+        there = struct.pack("=2Q", self.memory + WILL, len(packed))
+        if _libc.process_vm_writev(self.pid, here, 1, there, 1, 0) != len(packed):
+            raise self._gone()
+        del buffer
 
     async def _sent(self, calls: Sequence[Syscall]) -> _Reply:
         """Send a packet of calls; return its reply, which has not come yet."""

@@ -12,8 +12,11 @@ from daxemu.errors import Unsupported
 from daxemu.host.c_layout import REBUILD, refusal
 from daxemu.host.direct import structs
 
-MEMORY = 3 * 4096
+MEMORY = 4 * 4096
 """Bytes of memory that an agent needs beside its code."""
+
+WILL = 11264
+"""Byte of the memory with the will: start and length of each mapping outside the zone, then zeros."""
 
 CALLS_IN_BATCH = 128
 """Most system calls of one batch; agent.c has room for as many."""

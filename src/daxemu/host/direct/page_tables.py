@@ -17,8 +17,7 @@ from itertools import islice
 
 import trio
 
-from daxemu.host.direct import planner, syscalls
-from daxemu.host.direct.address_spaces import kill
+from daxemu.host.direct import outside, planner, syscalls
 from daxemu.host.direct.errors import (
     AddressSpaceChanging,
     AddressSpaceGone,
@@ -28,11 +27,14 @@ from daxemu.host.direct.errors import (
 )
 from daxemu.host.direct.locking import held
 from daxemu.host.direct.planner import MappingPiece, MappingPlan, Shows
+from daxemu.host.direct.same_memory import kill
 from daxemu.host.direct.syscalls import Syscall
 from daxemu.host.direct.table import Area, Space, Table
+from daxemu.host.direct.userfaultfd import Userfaultfd
 from daxemu.host.proc import maps
 from daxemu.host.proc.pagemap import Pagemap
 from daxemu.host.proc.procfs import GONE
+from daxemu.host.run import zone
 from daxemu.ranges import Range, RangeSet, gaps_between
 from daxemu.uapi import PAGE_SIZE, Ino
 from daxemu.units import PFN_PHYS, PHYS_PFN
@@ -83,12 +85,16 @@ class PageTables:
         Raises OSError, DaxemuError; then nothing is mapped.
         """
         space = area.space
+        if not zone.has(area.addresses.start):
+            self._table.remove(space, area.addresses)  # what the program unmapped while a page was shown
+            space.unmapped.remove(*area.addresses)
         self._table.add(area)
         rest = iter(pieces)
         chunk = list(islice(rest, _PIECES_IN_STEP))
         batch = planner.in_place(area, chunk, self._origin)
         protected = RangeSet()
         try:
+            outside.bequeath(space)
             while batch:
                 space.showing_all([piece.addresses for piece in chunk])
                 for piece in chunk:
@@ -97,17 +103,18 @@ class PageTables:
                 await self._run(space, batch)
                 chunk = list(islice(rest, _PIECES_IN_STEP))
                 batch = [piece.mmap(piece.addresses.start, self._origin) for piece in chunk]
-            await self._carry_out(space, MappingPlan([], area.addresses, list(protected), []))
+            await self._carry_out(space, MappingPlan([], area.addresses, list(protected), [], []))
         except (OSError, NotRegistered, RegisteredElsewhere):
-            self._table.remove(space, area.addresses)
-            await self._run(space, [syscalls.munmap(area.addresses.start, area.addresses.length)])
+            await self.unmap(space, area.addresses)
             raise
 
     async def map_over(self, area: Area) -> None:
         """Map ``area`` lazily in place of whatever its addresses map now, as MAP_FIXED does."""
+        area.space.unmapped.remove(*area.addresses)
         await self._replace(area.space, [MappingPiece(area, area.addresses, Shows.LAZY)], keep_copies=False)
         self._table.remove(area.space, area.addresses)
         self._table.add(area)
+        outside.bequeath(area.space)
 
     # -- translations
 
@@ -119,6 +126,7 @@ class PageTables:
         if not pieces:
             return
         space = pieces[0].area.space
+        asked, pieces = pieces, outside.as_now(self._table, space, pieces)
         if len(space.pieces) + len(pieces) > self._most_pieces:
             await self._make_room(space)
         for piece in pieces:
@@ -129,7 +137,7 @@ class PageTables:
             for piece in pieces:
                 space.hiding(piece.addresses)
             raise
-        for piece in pieces:
+        for piece in asked:
             space.wake(piece.addresses)
 
     async def hide(self, space: Space, addresses: Range, *, keep_copies: bool = True) -> None:
@@ -147,6 +155,7 @@ class PageTables:
             for part in there
             if (mine := part.clip(*area.addresses))
         ]
+        pieces = outside.as_now(self._table, space, pieces)
         if pieces:
             await self._replace(space, pieces, keep_copies=keep_copies)
             for piece in pieces:
@@ -229,9 +238,10 @@ class PageTables:
 
     async def zeros(self, area: Area, page: Range, *, protected: bool) -> None:
         """Show a page of zeros. ``protected``: a store to the page is an event."""
+        uffd = area.space.uffd_at(page.start)
         area.space.showing(page, zeros=True)
         with suppress(PagePresent):  # another thread touched the page first
-            await self._ioctl(area.space, lambda: area.space.uffd.copy_zeros(*_extent(page), protected))
+            await self._ioctl(area.space, lambda: uffd.copy_zeros(*_extent(page), protected))
         area.space.wake(page)
 
     async def mark_poison(self, space: Space, page: Range) -> None:
@@ -240,7 +250,7 @@ class PageTables:
         Precondition: the page is not write-protected.
         """
         with suppress(PagePresent):  # marked for another thread, or the page came back
-            await self._ioctl(space, lambda: space.uffd.poison(*_extent(page)))
+            await self._ioctl(space, lambda: space.uffd_at(page.start).poison(*_extent(page)))
         space.wake(page)
 
     async def drop(self, space: Space, addresses: Range) -> None:
@@ -249,10 +259,12 @@ class PageTables:
 
     async def end(self, space: Space) -> None:
         """Make each access to each area fail with BUS_ADRERR, for ever."""
+        space.drain()
         whole = [MappingPiece(area, area.addresses, Shows.VOID) for area in space.areas.values()]
         for piece in whole:
             space.showing(piece.addresses)
-        await self._run(space, [piece.mmap(piece.addresses.start, self._origin) for piece in whole])
+        with outside.expecting(space, (piece.addresses for piece in whole)):
+            await self._run(space, [piece.mmap(piece.addresses.start, self._origin) for piece in whole])
         for piece in whole:
             space.wake(piece.addresses)
 
@@ -260,8 +272,10 @@ class PageTables:
 
     async def unmap(self, space: Space, addresses: Range) -> None:
         """munmap(2)."""
-        await self._run(space, [syscalls.munmap(*_extent(addresses))])
+        with outside.expecting(space, [addresses]):
+            await self._run(space, [syscalls.munmap(*_extent(addresses))])
         self._table.remove(space, addresses)
+        outside.bequeath(space)
 
     async def mprotect(self, space: Space, addresses: Range, prot: int) -> None:
         """mprotect(2)."""
@@ -269,13 +283,29 @@ class PageTables:
         self._table.protect(space, addresses, prot)
 
     async def move(self, space: Space, addresses: Range, to: int) -> None:
-        """Move mappings with all pages and copies, as mremap(2) does. Precondition: nothing is at ``to``."""
+        """Move mappings with all pages and copies, as mremap(2) does. Precondition: no direct mapping is at
+        ``to``.
+        """
+        if zone.has(to) != zone.has(addresses.start):
+            await self._change_sides(space, addresses, space.uffd_at(to))
         with _looking_into(space):
-            vmas = [vma.area.clip(*addresses) for vma in maps.read(space.pid)]
+            vmas = [vma.area.clip(*addresses) for vma in maps.within(space.pid, addresses)]
         delta = to - addresses.start
-        calls = [syscalls.mremap(vma.start, vma.length, vma.length, vma.start + delta) for vma in vmas if vma]
-        await self._run(space, calls)
+        calls = [syscalls.mremap(vma.start, vma.length, vma.length, vma.start + delta) for vma in vmas]
+        there = [Range(vma.start + delta, vma.end + delta) for vma in vmas]
+        with outside.expecting(space, [*vmas, *there]):
+            await self._run(space, calls)
         self._table.move(space, addresses, to)
+        outside.bequeath(space)
+
+    async def _change_sides(self, space: Space, addresses: Range, uffd: Userfaultfd) -> None:
+        """Register ``addresses`` with the userfaultfd of the other side of the zone's border.
+
+        The end of a registration is the end of write protections, so no shared block is shown then.
+        """
+        await self.hide(space, addresses)
+        await self._ioctl(space, lambda: space.uffd_at(addresses.start).unregister(*_extent(addresses)))
+        await self._ioctl(space, lambda: uffd.register(*_extent(addresses)))
 
     # -- the machinery
 
@@ -306,16 +336,21 @@ class PageTables:
         return kept
 
     async def _carry_out(self, space: Space, plan: MappingPlan) -> None:
+        uffd = space.uffd_at((plan.places or [plan.registered])[0].start)
         try:
             await self._run(space, plan.batch)
-            await self._ioctl(space, lambda: space.uffd.register(*_extent(plan.registered)))
+            await self._ioctl(space, lambda: uffd.register(*_extent(plan.registered)))
             for part in plan.protected:
                 await self._write_protect(space, part, on=True)
-            await self._run(space, plan.move)
+            with outside.expecting(space, plan.places):
+                await self._run(space, plan.move)
         except (OSError, NotRegistered, RegisteredElsewhere):
             if plan.move:
                 await self._run(space, [syscalls.munmap(*_extent(plan.registered))])
             raise
+        for place in plan.places if space.unmapped else ():
+            for gone in list(space.unmapped.overlapping(*place)):
+                await self.unmap(space, gone)
 
     async def _run(self, space: Space, batch: Sequence[Syscall]) -> None:
         """Have the agent make the calls. Raises OSError with the first error, after all calls are made."""
@@ -327,7 +362,7 @@ class PageTables:
 
     async def _write_protect(self, space: Space, part: Range, *, on: bool, wake: bool = True) -> None:
         def call() -> None:
-            space.uffd.write_protect(*_extent(part), on, wake)
+            space.uffd_at(part.start).write_protect(*_extent(part), on, wake)
 
         await self._ioctl(space, call, in_thread=part.length > _LARGE)
 
@@ -356,7 +391,8 @@ class PageTables:
             return sum(1 for _ in space.pieces.irange(*area.addresses, inclusive=(True, False)))
 
         fullest = max(space.areas.values(), key=pieces_of)
-        await self._replace(space, [MappingPiece(fullest, fullest.addresses, Shows.LAZY)])
+        lazy = [MappingPiece(fullest, fullest.addresses, Shows.LAZY)]
+        await self._replace(space, outside.as_now(self._table, space, lazy))
         space.hiding(fullest.addresses)
 
 

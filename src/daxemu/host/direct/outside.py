@@ -1,0 +1,125 @@
+"""Mappings outside the zone, at addresses that the program names: MAP_FIXED, or a hint.
+
+Outside the zone the filter of ``daxemu run`` sees mmap(2) of a file, mremap(2) and msync(2). All other
+calls are the kernel's at once, and the supervisor learns of them in another way:
+
+- munmap(2), and an mmap(2) over a mapping: by an event of a second userfaultfd (UFFD_FEATURE_EVENT_UNMAP).
+  The call waits until the event is read.
+- mprotect(2): not at all. Before a replacement, the protection is read from /proc/PID/maps.
+- madvise(MADV_DONTNEED): not at all. The next touch is a page fault as in the zone.
+
+The kernel sends the same event for the agent's own calls: these ranges are *expected*. The userfaultfd of the
+zone has no such event, which would be two round trips more for each copy at the store.
+
+An unmapped address may have memory of the program the next moment. Therefore a replacement first takes the
+events that have come, and a range that the program unmaps during the replacement is unmapped again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from daxemu.host.direct import syscalls
+from daxemu.host.direct.agent import MOST_OUTSIDE
+from daxemu.host.direct.errors import AddressSpaceGone
+from daxemu.host.direct.planner import MappingPiece
+from daxemu.host.direct.syscalls import PROT_EXEC, PROT_READ, PROT_WRITE
+from daxemu.host.direct.table import Space, Table
+from daxemu.host.proc import maps
+from daxemu.host.proc.maps import Vma
+from daxemu.host.proc.procfs import GONE
+from daxemu.host.run import zone
+from daxemu.ranges import Range, RangeSet, merged
+
+_PROTECTIONS = ((b"r", PROT_READ), (b"w", PROT_WRITE), (b"x", PROT_EXEC))
+
+
+def is_outside(addresses: Range) -> bool:
+    """Return True if no address is in the zone."""
+    return addresses.end <= zone.START or addresses.start >= zone.END
+
+
+def parts_of(addresses: Range) -> Iterator[Range]:
+    """Yield the parts of ``addresses`` below and above the zone."""
+    for part in (addresses.clip(0, zone.START), addresses.clip(zone.END, max(zone.END, addresses.end))):
+        if part:
+            yield part
+
+
+def bequeath(space: Space) -> None:
+    """Tell the agent which addresses outside the zone are mapped: the agent maps the void there once the
+    supervisor has ended.
+
+    Raises OSError (ENOMEM) for more ranges than an agent has room for; then nothing is changed.
+    """
+    found = (area.addresses for area in space.areas.values())
+    ranges = list(merged(part for part in found if is_outside(part)))
+    if len(ranges) > MOST_OUTSIDE:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    if space.outside.fd >= 0:
+        space.agent.bequeath(ranges)
+
+
+async def reserve(space: Space, addresses: Range) -> bool:
+    """Take addresses for a mapping, without access. Return False if any has memory. Raises OSError."""
+    call = syscalls.mmap_anonymous(addresses.start, addresses.length, 0, replace=False)
+    (result,) = await space.agent.run([call])
+    if result == -errno.EEXIST:
+        return False
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return True
+
+
+@contextmanager
+def expecting(space: Space, ranges: Iterable[Range]) -> Iterator[None]:
+    """Context in which the agent unmaps or replaces ``ranges``. Precondition: ``Space.lock`` is held.
+
+    The agent's call returns after its event is read, so no event is left at the end.
+    """
+    space.expected.update(part for part in ranges if not zone.has(part.start))
+    try:
+        yield
+    finally:
+        space.expected.clear()
+
+
+def unmapped(table: Table, space: Space, addresses: Range) -> None:
+    """Take the event of an unmap: forget the areas, unless the agent itself unmapped them."""
+    if space.expected[addresses]:
+        space.expected[addresses] -= 1
+        return
+    for part in parts_of(addresses):
+        if space.overlapping(part):
+            table.remove(space, part)
+            bequeath(space)
+            space.unmapped.add(*part)
+
+
+def as_now(table: Table, space: Space, pieces: Sequence[MappingPiece]) -> list[MappingPiece]:
+    """Return the pieces that are still mapped, with their present protection. Raises AddressSpaceGone."""
+    if not pieces or zone.has(pieces[0].addresses.start):
+        return list(pieces)
+    space.unmapped = RangeSet()
+    space.drain()
+    try:
+        for piece in pieces:
+            for vma in maps.within(space.pid, piece.addresses):
+                prot = _protection(vma)
+                for part in space.parts(vma.area.clip(*piece.addresses)):
+                    if part.prot != prot:
+                        table.protect(space, part.addresses, prot)
+    except GONE as error:
+        raise AddressSpaceGone(f"process {space.tgid} has ended") from error
+    return [
+        piece.cut(area.addresses)._replace(area=area)
+        for piece in pieces
+        for area in space.parts(piece.addresses)
+    ]
+
+
+def _protection(vma: Vma) -> int:
+    return sum(bit for letter, bit in _PROTECTIONS if letter in vma.mode)
