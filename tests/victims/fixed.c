@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -265,6 +266,7 @@ static void step_churn(char **files)
 	pthread_t threads[2];
 	pid_t child = fork();
 	if (child == 0) {
+		must(prctl(PR_SET_PDEATHSIG, SIGKILL) == 0);
 		for (;;)
 			must(truncate(files[0], 0) == 0 && truncate(files[0], SIZE) == 0);
 	}
@@ -273,7 +275,7 @@ static void step_churn(char **files)
 	for (int turn = 0; turn < 300; turn++) {
 		char byte, *base = map(files[0], reserve(SIZE), MAP_FIXED);
 		(void)load(base + PAGE, &byte), (void)store(base + 2 * PAGE, 's');
-		if (munmap(base, SIZE) != 0) { fprintf(stderr, "munmap %p turn %d\n", (void*)base, turn); kill(child, 9); must(0); }
+		must(munmap(base, SIZE) == 0);
 	}
 	stop = 1;
 	for (int i = 0; i < 2; i++)

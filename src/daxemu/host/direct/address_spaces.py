@@ -374,6 +374,7 @@ class AddressSpaces:
                 raise AddressSpaceGone(f"process {space.tgid} has ended")
             space.outside.take(fd)
             space.outside.enable(OUTSIDE)
+            space.agent.give(fd)
             self._nursery.start_soon(self._read_events, space, space.outside)
 
     async def _read_events(self, space: AddressSpace, uffd: Userfaultfd) -> None:
@@ -412,6 +413,8 @@ class AddressSpaces:
             log.warning("process %s made a child unseen: its memory is not protected", parent.tgid)
             return
         its.take(event.fd)
+        if its is child.outside:
+            child.agent.give(event.fd)
 
     async def _await_exit(self, space: AddressSpace) -> None:
         if space.is_gone:  # before this task began: its descriptors may be others' by now

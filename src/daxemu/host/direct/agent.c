@@ -12,7 +12,8 @@
  * Memory: +0 pid of the agent or -errno (out); +8 zeros for setrlimit(2); +64 struct msghdr; +128 struct iovec;
  * +192 control message; +4096 a batch: 7 words a system call (number, six arguments), and its results, one word each;
  * +11264 the will: start and length of each mapping outside the zone, then zeros (in; host/direct/agent.py).
- * host/direct/agent.py sends a packet for each batch, with the agent's two descriptors in the first one.
+ * host/direct/agent.py sends a packet for each batch, with the agent's descriptors in the first one. The upper half of a
+ * number is 1 for a guard: if a guard fails, the calls behind it are not made, and their results are -ECANCELED.
  */
 #include <linux/userfaultfd.h>
 #include <stddef.h>
@@ -104,7 +105,8 @@ __asm__(
 	"	mov %r13, %r15\n" /* the next call */
 	"	mov %r13, %rbx\n" /* place of its result, never beyond the call itself */
 	"call:\n"
-	"	mov 0(%r15), %rax\n"
+	"	mov 0(%r15), %eax\n"
+	"	mov 4(%r15), %ebp\n" /* 1: a guard */
 	"	mov 8(%r15), %rdi\n"
 	"	mov 16(%r15), %rsi\n"
 	"	mov 24(%r15), %rdx\n"
@@ -116,7 +118,16 @@ __asm__(
 	"	add $56, %r15\n"
 	"	add $8, %rbx\n"
 	"	dec %r14\n"
-	"	jnz call\n"
+	"	jz send\n"
+	"	test %ebp, %ebp\n"
+	"	jz call\n"
+	"	test %rax, %rax\n"
+	"	jns call\n"
+	"cancel:\n"
+	"	movq $-125, (%rbx)\n" /* -ECANCELED */
+	"	add $8, %rbx\n"
+	"	dec %r14\n"
+	"	jnz cancel\n"
 	"send:\n"
 	"	mov $44, %eax\n" /* sendto(0, results, length, MSG_NOSIGNAL) */
 	"	xor %edi, %edi\n"

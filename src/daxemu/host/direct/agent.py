@@ -24,7 +24,7 @@ from typing import Protocol
 
 import trio
 
-from daxemu.host.direct.code import CALLS_IN_BATCH, MEMORY, WILL
+from daxemu.host.direct.code import BATCH, CALLS_IN_BATCH, MEMORY, WILL
 from daxemu.host.direct.errors import AddressSpaceGone
 from daxemu.host.direct.locking import held
 from daxemu.host.direct.syscalls import NR_CLOSE, NR_GETPID, NR_IOCTL, NR_USERFAULTFD, Syscall
@@ -36,6 +36,7 @@ ANSWER_PATIENCE = 20.0
 the process is frozen, or a thread holds mmap_lock in a page fault that a foreign server never answers.
 """
 _CALL = struct.Struct("=7Q")
+_FOURTH = 4 * 8  # offset of the fourth argument in a call
 _CREDENTIALS = struct.Struct("=3i")
 _HEIR = struct.Struct("=2Q")
 MOST_OUTSIDE = (MEMORY - WILL) // _HEIR.size - 1
@@ -72,6 +73,10 @@ class Agent(Protocol):
         the calls, one after the other. Raises AddressSpaceGone if the process ended, or ends meanwhile: the
         number of calls made is not known then.
         """
+
+    @property
+    def guard_fd(self) -> int:
+        """Descriptor of the agent for ``syscalls.guard``: the userfaultfd of mappings outside the zone."""
 
     def bequeath(self, ranges: Sequence[Range]) -> None:
         """Have each access to ``ranges``, outside the zone, fail once the supervisor has ended. Replaces the
@@ -193,6 +198,15 @@ class ProcessAgent:
             _raise_for("pidfd_getfd", -number)
         return copy
 
+    @property
+    def guard_fd(self) -> int:
+        """See :meth:`Agent.guard_fd`."""
+        return _DEVICE_FD + self._has_device
+
+    def give(self, fd: int) -> None:
+        """Have the agent receive a copy of ``fd`` with the next batch: the userfaultfd of ``guard_fd``."""
+        self._fds.append(os.dup(fd))
+
     async def settle(self) -> None:
         """Make the first batch of an agent whose address space has a userfaultfd already: a fork's."""
         await self.run([Syscall(NR_GETPID, ())])
@@ -210,10 +224,7 @@ class ProcessAgent:
 
     async def _sent(self, calls: Sequence[Syscall]) -> _Reply:
         """Send a packet of calls; return its reply, which has not come yet."""
-        packet = b"".join(
-            _CALL.pack(number, *(value & U64_MAX for value in (*args, 0, 0, 0, 0, 0, 0)[:6]))
-            for number, args in calls
-        )
+        packet = b"".join(self._packed(index, call) for index, call in enumerate(calls))
         reply = _Reply()
         try:
             if self._is_closed:
@@ -232,6 +243,12 @@ class ProcessAgent:
         except (BrokenPipeError, ConnectionResetError, trio.ClosedResourceError):
             raise self._gone() from None
         return reply
+
+    def _packed(self, index: int, call: Syscall) -> bytes:
+        args = [value & U64_MAX for value in (*call.args, 0, 0, 0, 0, 0, 0)[:6]]
+        if call.is_guard:
+            args[2] = self.memory + BATCH + index * _CALL.size + _FOURTH
+        return _CALL.pack(call.number | call.is_guard << 32, *args)
 
     def _identify(self, ancillary: list[tuple[int, int, bytes]]) -> bool:
         """Take the agent's pid, in this pid namespace, from the credentials that the kernel put to its

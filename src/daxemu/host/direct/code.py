@@ -19,7 +19,10 @@ WILL = 11264
 """Byte of the memory with the will: start and length of each mapping outside the zone, then zeros."""
 
 CALLS_IN_BATCH = 128
-"""Most system calls of one batch; agent.c has room for as many."""
+"""Most system calls of one packet; agent.c has room for as many. Even: a guard and its call stay together."""
+
+BATCH = 4096
+"""Byte of the memory with the calls of a packet."""
 
 
 @cache

@@ -12,7 +12,9 @@ The kernel sends the same event for the agent's own calls: these ranges are *exp
 zone has no such event, which would be two round trips more for each copy at the store.
 
 An unmapped address may have memory of the program the next moment. Therefore a replacement first takes the
-events that have come, and a range that the program unmaps during the replacement is unmapped again.
+events that have come, and a guard of the agent (``syscalls.guard``) precedes each mremap(2): while the event
+of a munmap(2) is not read, and over memory of the program, the guard fails, and the replacement is planned
+anew. Between guard and mremap(2) of the agent lie some 100 ns.
 """
 
 from __future__ import annotations
@@ -26,13 +28,13 @@ from daxemu.host.direct import syscalls
 from daxemu.host.direct.agent import MOST_OUTSIDE
 from daxemu.host.direct.errors import AddressSpaceGone
 from daxemu.host.direct.planner import MappingPiece
-from daxemu.host.direct.syscalls import PROT_EXEC, PROT_READ, PROT_WRITE
+from daxemu.host.direct.syscalls import PROT_EXEC, PROT_READ, PROT_WRITE, Syscall
 from daxemu.host.direct.table import Space, Table
 from daxemu.host.proc import maps
 from daxemu.host.proc.maps import Vma
 from daxemu.host.proc.procfs import GONE
 from daxemu.host.run import zone
-from daxemu.ranges import Range, RangeSet, merged
+from daxemu.ranges import Range, merged
 
 _PROTECTIONS = ((b"r", PROT_READ), (b"w", PROT_WRITE), (b"x", PROT_EXEC))
 
@@ -87,23 +89,63 @@ def expecting(space: Space, ranges: Iterable[Range]) -> Iterator[None]:
         space.expected.clear()
 
 
+class Interrupted(Exception):
+    """The program unmaps addresses of a replacement, or has unmapped them.
+
+    ``foreign``: addresses that are not registered, although no event has come.
+    """
+
+    def __init__(self, foreign: Sequence[Range] = ()) -> None:
+        super().__init__(foreign)
+        self.foreign = foreign
+
+
+async def guarded(table: Table, space: Space, calls: Sequence[tuple[Range, Syscall]]) -> None:
+    """Have the agent make calls that replace mappings outside the zone: the addresses of each, and the call.
+
+    Raises OSError, and Interrupted if a call was not made. Precondition: ``Space.lock`` is held.
+    """
+    fd = space.agent.guard_fd
+    batch = [each for place, call in calls for each in (syscalls.guard(*_extent(place), fd), call)]
+    space.expected.update(place for place, _ in calls)
+    try:
+        results = await space.agent.run(batch)
+    finally:
+        left = space.expected.copy()
+        space.expected.clear()
+    is_interrupted = False
+    for (place, _), result in zip(calls, results[1::2], strict=True):
+        if result == -errno.ECANCELED:
+            is_interrupted = True
+            if not left[place]:  # the event that came was the program's
+                unmapped(table, space, place)
+        elif -4096 < result < 0:
+            raise OSError(-result, os.strerror(-result))
+    if is_interrupted:
+        guards = zip(calls, results[::2], strict=True)
+        raise Interrupted([place for (place, _), result in guards if result == -errno.ENOENT])
+
+
 def unmapped(table: Table, space: Space, addresses: Range) -> None:
     """Take the event of an unmap: forget the areas, unless the agent itself unmapped them."""
     if space.expected[addresses]:
         space.expected[addresses] -= 1
         return
+    forget(table, space, addresses)
+
+
+def forget(table: Table, space: Space, addresses: Range) -> None:
+    """Remove the areas of addresses outside the zone, which the program has unmapped."""
     for part in parts_of(addresses):
         if space.overlapping(part):
             table.remove(space, part)
             bequeath(space)
-            space.unmapped.add(*part)
 
 
 def as_now(table: Table, space: Space, pieces: Sequence[MappingPiece]) -> list[MappingPiece]:
     """Return the pieces that are still mapped, with their present protection. Raises AddressSpaceGone."""
     if not pieces or zone.has(pieces[0].addresses.start):
         return list(pieces)
-    space.unmapped = RangeSet()
     space.drain()
     try:
         for piece in pieces:
@@ -119,6 +161,10 @@ def as_now(table: Table, space: Space, pieces: Sequence[MappingPiece]) -> list[M
         for piece in pieces
         for area in space.parts(piece.addresses)
     ]
+
+
+def _extent(part: Range) -> tuple[int, int]:
+    return part.start, part.length
 
 
 def _protection(vma: Vma) -> int:

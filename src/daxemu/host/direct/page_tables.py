@@ -48,6 +48,8 @@ _PIECES_IN_STEP = 512
 """Pieces of a new area that one step of the event loop maps."""
 _CHANGING = 0.0002
 """Seconds between two attempts while the kernel answers EAGAIN: a fork or mremap is not finished."""
+_MOST_ATTEMPTS = 1000
+"""Attempts of a replacement outside the zone while the program unmaps."""
 _MAX_MAP_COUNT = "/proc/sys/vm/max_map_count"
 
 
@@ -87,7 +89,6 @@ class PageTables:
         space = area.space
         if not zone.has(area.addresses.start):
             self._table.remove(space, area.addresses)  # what the program unmapped while a page was shown
-            space.unmapped.remove(*area.addresses)
         self._table.add(area)
         rest = iter(pieces)
         chunk = list(islice(rest, _PIECES_IN_STEP))
@@ -110,8 +111,8 @@ class PageTables:
 
     async def map_over(self, area: Area) -> None:
         """Map ``area`` lazily in place of whatever its addresses map now, as MAP_FIXED does."""
-        area.space.unmapped.remove(*area.addresses)
-        await self._replace(area.space, [MappingPiece(area, area.addresses, Shows.LAZY)], keep_copies=False)
+        lazy = [MappingPiece(area, area.addresses, Shows.LAZY)]
+        await self._replace(area.space, lazy, keep_copies=False, is_guarded=False)
         self._table.remove(area.space, area.addresses)
         self._table.add(area)
         outside.bequeath(area.space)
@@ -132,7 +133,7 @@ class PageTables:
         for piece in pieces:
             space.showing(piece.addresses)
         try:
-            await self._replace(space, pieces)
+            await self._replace_now(space, pieces)
         except (OSError, NotRegistered, RegisteredElsewhere):
             for piece in pieces:
                 space.hiding(piece.addresses)
@@ -155,9 +156,8 @@ class PageTables:
             for part in there
             if (mine := part.clip(*area.addresses))
         ]
-        pieces = outside.as_now(self._table, space, pieces)
         if pieces:
-            await self._replace(space, pieces, keep_copies=keep_copies)
+            await self._replace_now(space, pieces, keep_copies=keep_copies)
             for piece in pieces:
                 space.hiding(piece.addresses)
                 if not keep_copies:
@@ -259,12 +259,14 @@ class PageTables:
 
     async def end(self, space: Space) -> None:
         """Make each access to each area fail with BUS_ADRERR, for ever."""
-        space.drain()
         whole = [MappingPiece(area, area.addresses, Shows.VOID) for area in space.areas.values()]
         for piece in whole:
             space.showing(piece.addresses)
-        with outside.expecting(space, (piece.addresses for piece in whole)):
-            await self._run(space, [piece.mmap(piece.addresses.start, self._origin) for piece in whole])
+        inside = [piece for piece in whole if zone.has(piece.addresses.start)]
+        await self._run(space, [piece.mmap(piece.addresses.start, self._origin) for piece in inside])
+        for piece in whole:
+            if not zone.has(piece.addresses.start):
+                await self._replace_now(space, [piece], keep_copies=False)
         for piece in whole:
             space.wake(piece.addresses)
 
@@ -309,8 +311,41 @@ class PageTables:
 
     # -- the machinery
 
-    async def _replace(
+    async def _replace_now(
         self, space: Space, pieces: Sequence[MappingPiece], *, keep_copies: bool = True
+    ) -> None:
+        """Replace what the addresses of pieces map, as far as they are still mapped: outside the zone a
+        program unmaps without the supervisor.
+        """
+        if not pieces:
+            return
+        if zone.has(pieces[0].addresses.start):
+            await self._replace(space, pieces, keep_copies=keep_copies, is_guarded=False)
+            return
+        for attempt in range(_MOST_ATTEMPTS):
+            present = outside.as_now(self._table, space, pieces)
+            try:
+                if present:
+                    await self._replace(space, present, keep_copies=keep_copies, is_guarded=True)
+            except outside.Interrupted as interrupted:
+                # An event may still be on its way. Addresses without one are the program's since long.
+                for addresses in interrupted.foreign if attempt > 1 else ():
+                    outside.forget(self._table, space, addresses)
+            except NotRegistered:
+                if attempt == _MOST_ATTEMPTS - 1:
+                    raise
+            else:
+                return
+            await trio.sleep(_CHANGING)
+        raise NotRegistered(f"process {space.tgid} unmaps its direct mappings without end")
+
+    async def _replace(
+        self,
+        space: Space,
+        pieces: Sequence[MappingPiece],
+        *,
+        keep_copies: bool = True,
+        is_guarded: bool,
     ) -> None:
         private = [piece.addresses for piece in pieces if keep_copies and not piece.area.is_shared]
         for part in private:  # a store waits until the replacement is done
@@ -318,7 +353,8 @@ class PageTables:
         kept = self._copies(space, private)
         todo = [piece.cut(part) for piece in pieces for part in kept.gaps(*piece.addresses)]
         if todo:
-            await self._carry_out(space, planner.replacement(todo, space.scratch, self._origin))
+            plan = planner.replacement(todo, space.scratch, self._origin)
+            await self._carry_out(space, plan, is_guarded=is_guarded)
         for part in private:
             await self._write_protect(space, part, on=False)
 
@@ -335,22 +371,22 @@ class PageTables:
                 kept.add(*copied)
         return kept
 
-    async def _carry_out(self, space: Space, plan: MappingPlan) -> None:
+    async def _carry_out(self, space: Space, plan: MappingPlan, *, is_guarded: bool = False) -> None:
         uffd = space.uffd_at((plan.places or [plan.registered])[0].start)
         try:
             await self._run(space, plan.batch)
             await self._ioctl(space, lambda: uffd.register(*_extent(plan.registered)))
             for part in plan.protected:
                 await self._write_protect(space, part, on=True)
-            with outside.expecting(space, plan.places):
-                await self._run(space, plan.move)
-        except (OSError, NotRegistered, RegisteredElsewhere):
+            if is_guarded:
+                await outside.guarded(self._table, space, list(zip(plan.places, plan.move, strict=True)))
+            else:
+                with outside.expecting(space, plan.places):
+                    await self._run(space, plan.move)
+        except (OSError, NotRegistered, RegisteredElsewhere, outside.Interrupted):
             if plan.move:
                 await self._run(space, [syscalls.munmap(*_extent(plan.registered))])
             raise
-        for place in plan.places if space.unmapped else ():
-            for gone in list(space.unmapped.overlapping(*place)):
-                await self.unmap(space, gone)
 
     async def _run(self, space: Space, batch: Sequence[Syscall]) -> None:
         """Have the agent make the calls. Raises OSError with the first error, after all calls are made."""
@@ -392,7 +428,7 @@ class PageTables:
 
         fullest = max(space.areas.values(), key=pieces_of)
         lazy = [MappingPiece(fullest, fullest.addresses, Shows.LAZY)]
-        await self._replace(space, outside.as_now(self._table, space, lazy))
+        await self._replace_now(space, lazy)
         space.hiding(fullest.addresses)
 
 

@@ -126,8 +126,6 @@ class Space:
     """Takes the events of ``outside`` that have come."""
     expected: Counter[Range] = field(default_factory=Counter)
     """Addresses outside the zone that the agent unmaps at this moment: an event for each comes."""
-    unmapped: RangeSet = field(default_factory=RangeSet)
-    """Addresses outside the zone that the program unmapped during the change under way."""
     lock: trio.Lock = field(default_factory=trio.Lock)
     """Held over each change of mappings, but for munmap(2) by the program outside the zone. Acquired after
     the lock of a file.
