@@ -33,6 +33,8 @@ static siginfo_t last;
 static void on_signal(int number, siginfo_t *info, void *context)
 {
 	(void)number, (void)context;
+	if (info->si_code == BUS_MCEERR_AO)
+		return;
 	last = *info;
 	siglongjmp(back, 1);
 }
@@ -283,7 +285,7 @@ static void step_churn(char **files)
 	must(kill(child, SIGKILL) == 0 && reap(child) == SIGKILL);
 }
 
-/* Waits for lines: "L": load of page 3, "S": load from another page. Prints the signal, its code and address. */
+/* Loads the page that each line names: a to p. Prints the letter, or signal, code, offset of the address, and lsb. */
 static void step_wait(char **files)
 {
 	char byte, line[8], *base = map(files[0], reserve(GIB) + GIB / 2, MAP_FIXED);
@@ -308,7 +310,7 @@ int main(int argc, char **argv)
 	} steps[] = {{"reservation", step_reservation}, {"parts", step_parts}, {"moves", step_moves}, {"fork", step_fork},
 		     {"protection", step_protection}, {"hint", step_hint}, {"advice", step_advice}, {"churn", step_churn},
 		     {"wait", step_wait}};
-	struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_SIGINFO};
+	struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART};
 	must(argc > 2 && sigaction(SIGBUS, &action, NULL) == 0 && sigaction(SIGSEGV, &action, NULL) == 0);
 	for (size_t i = 0; i < sizeof steps / sizeof *steps; i++)
 		if (!strcmp(argv[1], steps[i].name)) {

@@ -27,7 +27,7 @@ LIMIT = 60
 PAGE = 4096
 STEPS = (
     *("store", "fork", "vfork", "vfork-mmap", "vfork-first", "spawn", "exec", "thread-exec", "failed-exec"),
-    *("threads", "forking-threads", "proc", "parts", "private", "locked", "shared-memory"),
+    *("threads", "forking-threads", "proc", "parts", "private", "locked", "shared-memory", "mremap", "fixed"),
 )
 
 
@@ -106,18 +106,6 @@ def test_the_kernel_reads_into_a_mapping(
     if len(said) == 2:
         pytest.skip(said[0])
     assert said == ["ok"]
-
-
-def test_mremap_out_of_the_addresses_of_direct_mappings_is_refused(
-    dax_mount: DaxMount, program: Path, path: Path
-) -> None:
-    said = under_run(dax_mount, program, "mremap", path).splitlines()
-    assert said == ["outside of the zone: ENOMEM", "ok"]
-
-
-def test_map_fixed_elsewhere_is_refused(dax_mount: DaxMount, program: Path, path: Path) -> None:
-    said = under_run(dax_mount, program, "fixed", path).splitlines()
-    assert said == ["outside of the zone: ENODEV", "ok"]
 
 
 def test_nothing_is_left_of_a_killed_program(dax_mount: DaxMount, program: Path, path: Path) -> None:

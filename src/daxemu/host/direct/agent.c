@@ -144,6 +144,11 @@ __asm__(
 	"	js leave\n"
 	"	jmp next\n"
 	"will:\n" /* without the supervisor: map the void over all direct mappings, so that every access is SIGBUS */
+	"	mov $436, %eax\n" /* close_range(3, ~0, 0): an unmap would wait for a reader of the userfaultfd */
+	"	mov $3, %edi\n"
+	"	mov $-1, %esi\n"
+	"	xor %edx, %edx\n"
+	"	syscall\n"
 	"	movabs $0x2f0000001000, %rax\n" /* zone.ARENAS.start, and a page of code */
 	"	mov %r12, %rdi\n"
 	"	sub %rax, %rdi\n"
