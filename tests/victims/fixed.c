@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -302,6 +303,33 @@ static void step_wait(char **files)
 	}
 }
 
+/* Each call on a poisoned page fails with EFAULT. The next instruction that loads from the page gets AR. */
+static void step_calls(char **files)
+{
+	char byte, buffer[PAGE], *base = map(files[0], NULL, 0), *bad = base + 3 * PAGE;
+	int ends[2], fd = open_file(files[1]);
+	struct iovec here = {buffer, PAGE}, there = {bad, PAGE};
+	must(pipe(ends) == 0 && write(ends[1], buffer, 100) == 100);
+	puts("mapped"), fflush(stdout);
+	must(getchar() == '\n');
+	for (int turn = 0; turn < 20; turn++) {
+		for (int call = 0; call < 5; call++) {
+			long result = call == 0   ? write(ends[1], bad, 100)
+				      : call == 1 ? read(ends[0], bad, 100)
+				      : call == 2 ? pwrite(fd, bad, PAGE, 0)
+				      : call == 3 ? (long)open(bad, O_RDONLY)
+						  : process_vm_readv(getpid(), &here, 1, &there, 1, 0);
+			must(result == -1 && errno == EFAULT);
+			must(load(bad + call, &byte) == SIGBUS && last.si_addr == bad + call);
+			if (last.si_code != 4) {
+				printf("turn %d, call %d: code %d\n", turn, call, last.si_code);
+				_exit(1);
+			}
+		}
+	}
+	must(base[2 * PAGE] == 'C' && base[4 * PAGE] == 'E');
+}
+
 int main(int argc, char **argv)
 {
 	static const struct {
@@ -309,7 +337,7 @@ int main(int argc, char **argv)
 		void (*run)(char **);
 	} steps[] = {{"reservation", step_reservation}, {"parts", step_parts}, {"moves", step_moves}, {"fork", step_fork},
 		     {"protection", step_protection}, {"hint", step_hint}, {"advice", step_advice}, {"churn", step_churn},
-		     {"wait", step_wait}};
+		     {"wait", step_wait}, {"calls", step_calls}};
 	struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART};
 	must(argc > 2 && sigaction(SIGBUS, &action, NULL) == 0 && sigaction(SIGSEGV, &action, NULL) == 0);
 	for (size_t i = 0; i < sizeof steps / sizeof *steps; i++)

@@ -82,6 +82,18 @@ def test_poison_is_signalled_by_its_address(dax_mount: DaxMount, program: Path) 
         assert load(process, "f") == "F"
 
 
+def test_a_load_after_a_failed_system_call_is_ar(dax_mount: DaxMount, program: Path) -> None:
+    """The marker by which the call fails is gone before the thread leaves the kernel."""
+    words = argv(dax_mount, program, "calls")
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "mapped\n"
+        dax_mount.inject("f", (3 * PAGE, PAGE))
+        assert (process.communicate("\n", timeout=LIMIT)[0], process.returncode) == ("ok\n", 0)
+    assert not dax_mount.events("UnexpectedError")
+
+
 def test_after_the_supervisor_was_killed_every_access_is_sigbus(dax_mount: DaxMount, program: Path) -> None:
     dax_mount.sound = False
     with waiting(dax_mount, program) as process:

@@ -70,6 +70,7 @@ class DirectMappings:
             parts.unexpected,
             self._on_poison,
             self.forget_attributes,
+            parts.tracer,
         )
         self._service: Service | None = None
 
