@@ -94,7 +94,7 @@ recording: setup
 
 # docs/applications.md, from a real run of every program that is here: about ten minutes.
 apps: setup
-	.venv/bin/daxemu apps -o docs/applications.md
+	.venv/bin/daxemu apps --both -o docs/applications.md
 
 dist: setup
 	$(PY) -m build --outdir build/dist .
@@ -118,7 +118,8 @@ soak: setup
 	DAXEMU_CRASH_ROUNDS=5000 $(PY) -m pytest tests/mount/test_crash_loop.py --timeout 7200
 	DAXEMU_RACE_SECONDS=600 $(PY) -m pytest tests/mount/test_races.py -s
 	DAXEMU_SOAK=3600 $(PY) -m pytest tests/mount/test_soak.py -s
-	DAXEMU_MODEL_RANDOM=1 DAXEMU_MODEL_EXAMPLES=500 $(PY) -m pytest tests/mount/test_model.py
+	DAXEMU_MODEL_RANDOM=1 DAXEMU_MODEL_EXAMPLES=500 $(PY) -m pytest tests/fs tests/host/direct/test_model.py tests/repair/test_model.py \
+		tests/mount/test_model.py --timeout 7200
 
 clean:
 	rm -rf .venv build src/*.egg-info

@@ -36,7 +36,8 @@ setup(
         ),
         Extension(
             "daxemu.host.direct._agent",
-            sources=["src/daxemu/host/direct/agent.c"],
+            sources=["src/daxemu/host/direct/agent.c", "src/daxemu/host/direct/redirect.c"],
+            depends=["src/daxemu/host/direct/redirect.h"],
             extra_compile_args=["-O2", "-Wall", "-Wextra"],
             optional=True,
         ),

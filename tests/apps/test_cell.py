@@ -23,7 +23,9 @@ from daxemu.apps.cell import Behaviour, CellRequest, CellRun, MatrixCell
 from daxemu.apps.process import Process
 from daxemu.apps.records import COUNT, ReadBack, compare_lines, lines
 from daxemu.apps.situations import Part
+from daxemu.events.mounts import Mode
 from daxemu.host.proc.mountinfo import mounts
+from daxemu.host.run import zone
 from tests.support.mount import DAXEMU, daxemu
 
 pytestmark = pytest.mark.mount
@@ -58,10 +60,12 @@ class Faulty(Application):
         return compare_lines(process.until("end"), re.compile("error.*"))
 
 
-def make(name: str, situation: str, tmp_path: Path, limit: float = 20.0) -> tuple[MatrixCell, list[str]]:
+def make(
+    name: str, situation: str, tmp_path: Path, limit: float = 20.0, mode: Mode = "page cache"
+) -> tuple[MatrixCell, list[str]]:
     """Run a cell; return the cell and its steps. Assert that no directory, device or mount is left."""
     unique = f"daxemu-apps-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    request = CellRequest(name, situation, limit, str(tmp_path / unique), f"/dev/shm/{unique}")
+    request = CellRequest(name, situation, limit, str(tmp_path / unique), f"/dev/shm/{unique}", mode)
     steps: list[str] = []
     cell = CellRun(request, lambda step: steps.append(step.text)).make()
     assert not Path(request.directory).exists()
@@ -147,6 +151,36 @@ def test_git_dies_of_ao_at_a_removal_and_is_right_when_the_device_is_back(tmp_pa
     cell, _ = make("git", "remove", tmp_path)
     assert behaviours(cell) == (Behaviour.AO, Behaviour.RIGHT)
     assert cell.hurt == "the whole device"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="direct mounts need root")
+def test_on_a_direct_mount_numpy_maps_the_media_and_dies_of_ar(tmp_path: Path) -> None:
+    cell, steps = make("numpy-memmap", "late", tmp_path, mode="direct")
+    assert behaviours(cell) == (Behaviour.AR, Behaviour.AR)
+    assert cell.first is not None
+    (signal,) = cell.first.signals
+    found = re.search(r"at (0x\w+), lsb 12: delivered", signal)
+    assert found is not None
+    address = int(found[1], 16)
+    assert any(address in each for each in zone.SLICES), "only direct mappings have addresses in the zone"
+    assert any(line.startswith("   $ daxemu run MOUNTPOINT -- ") for line in steps)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="direct mounts need root")
+def test_the_command_names_the_mode_of_each_cell() -> None:
+    asked = ("--only", "numpy-memmap", "--situation", "healthy")
+    shown = json.loads(daxemu("apps", *asked, "--both", "--json"))
+    assert shown["modes"] == ["page cache", "direct"]
+    assert [(c["mode"], c["first"]["outcome"]) for c in shown["cells"]] == [
+        ("page cache", "right"),
+        ("direct", "right"),
+    ]
+
+
+def test_one_mode_or_both() -> None:
+    done = subprocess.run([*DAXEMU, "apps", "--direct", "--both"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "daxemu: --direct and --both exclude each other: give one of them\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 
+import msgspec
+import pytest
+
 from daxemu.apps.application import Application
 from daxemu.apps.cell import Behaviour, MatrixCell, ProgramLife
+from daxemu.apps.differences import EXPLANATIONS, Explanation, differences
 from daxemu.apps.matrix import Wanted
 from daxemu.apps.programs import application_called
 from daxemu.apps.report import as_markdown, summary
@@ -13,6 +17,8 @@ from daxemu.apps.situations import BY_NAME
 
 NUMPY = application_called("numpy-memmap")
 SQLITE = application_called("sqlite3")
+
+CACHE = {"mode": "page cache"}
 
 
 def want(application: type[Application], situation: str, why_not: str = "") -> Wanted:
@@ -70,7 +76,42 @@ def test_the_summary_is_json() -> None:
     assert [c["situation"] for c in found["cells"]] == ["silent", "journal", "silent", "remove"]
     assert found["cells"][0]["first"]["outcome"] == "wrong"
     assert found["not_made"] == [
-        {"application": "sqlite3", "situation": "remove", "reason": "absent: sqlite3"},
-        {"application": "numpy-memmap", "situation": "journal", "reason": "no journal"},
+        {"application": "sqlite3", "situation": "remove", **CACHE, "reason": "absent: sqlite3"},
+        {"application": "numpy-memmap", "situation": "journal", **CACHE, "reason": "no journal"},
     ]
     assert found["programs"]["numpy-memmap"]["versions"]["numpy"]
+
+
+def direct(cell: MatrixCell, first: Behaviour) -> MatrixCell:
+    """Return ``cell`` as observed on a direct mount, with another outcome of the first life."""
+    return msgspec.structs.replace(cell, mode="direct", first=ProgramLife(first))
+
+
+BOTH = [*WANTED, *(cell._replace(mode="direct") for cell in WANTED)]
+OBSERVED = [*MADE, direct(MADE[0], Behaviour.WRONG), direct(MADE[1], Behaviour.AR)]
+
+
+def test_a_page_of_both_modes_has_a_matrix_of_each() -> None:
+    page = as_markdown(BOTH, OBSERVED)
+    cache, _, hardware = page.partition("## The matrix on direct mounts, as on DAX hardware")
+    assert "| `sqlite3` | **wrong** / **wrong** | reports / right | absent |" in cache
+    assert "| `sqlite3` | **wrong** / **wrong** | SIGBUS AR / right | absent |" in hardware
+    assert "### On direct mounts\n\nOf 2 cells" in page
+    assert "### sqlite3, direct\n" in page
+
+
+def test_only_cells_with_another_behaviour_are_listed_as_differences() -> None:
+    (found,) = differences(OBSERVED)
+    assert (found.direct.application, found.direct.situation) == ("sqlite3", "journal")
+    row = "| `sqlite3` | Journal | reports / right | SIGBUS AR / right |"
+    assert [line for line in as_markdown(BOTH, OBSERVED).splitlines() if line.startswith(row)]
+
+
+def test_a_page_of_one_mode_lists_no_differences() -> None:
+    assert "## Cells that differ" not in as_markdown(WANTED, MADE)
+
+
+@pytest.mark.parametrize("each", EXPLANATIONS, ids=lambda each: each.programs[0])
+def test_an_explanation_names_programs_and_situations(each: Explanation) -> None:
+    assert {application_called(name).name for name in each.programs} == set(each.programs)
+    assert set(each.situations) <= set(BY_NAME)

@@ -18,6 +18,7 @@ import pytest
 from daxemu.evaluate.metrics import figures
 from daxemu.evaluate.trial import Key, Result, TrialRequest, make_trial
 from daxemu.host.proc.mountinfo import mounts
+from daxemu.host.run import zone
 from tests.evaluate.plans import SMALL
 from tests.support.mount import DAXEMU
 
@@ -174,6 +175,21 @@ def test_what_takes_the_whole_filesystem(tmp_path: Path, faults: str, state: str
     assert figures(result).values["bytes_lost"] == (result.size if lost else 0)
     assert msgspec.json.decode(msgspec.json.encode(result), type=Result) == result
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="direct mounts need root")
+def test_on_a_direct_mount_the_workload_maps_the_media(tmp_path: Path) -> None:
+    text = SMALL.replace('name = "small"', 'name = "small"\nmode = "direct"\nearly_kill = true')
+    text = text.replace('"access"', '"reported"').replace("repetitions = 2", "repetitions = 1")
+    plan = plan_file(tmp_path, text)
+    run("evaluate", plan, "-o", tmp_path / "r.html")
+    (trial,) = trials(tmp_path)
+    assert trial["mode"] == "direct"
+    addresses = [event["address"] for event in trial["events"] if event["event"] == "SignalSent"]
+    assert addresses
+    assert all(any(address in each for each in zone.SLICES) for address in addresses)
+    assert json.loads((tmp_path / "r.json").read_text())["modes"] == ["direct"]
+    assert "mounted for direct mappings" in (tmp_path / "r.html").read_text()
 
 
 def test_nobody_at_the_scheduler(tmp_path: Path) -> None:

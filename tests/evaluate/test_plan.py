@@ -147,3 +147,9 @@ def test_every_example_is_a_valid_plan() -> None:
     assert examples
     for example in examples:
         assert isinstance(load(example), Plan)
+
+
+def test_only_direct_mounts_change_the_fingerprint_of_a_trial() -> None:
+    plain = parse(SMALL).fingerprint("dataset", "pages")
+    assert parse('mode = "page cache"\n' + SMALL).fingerprint("dataset", "pages") == plain
+    assert parse('mode = "direct"\n' + SMALL).fingerprint("dataset", "pages") != plain

@@ -330,7 +330,12 @@ def test_programs_print_the_same(supervisor: Stub, tmp_path: Path) -> None:
         ["ls", "-la", "/usr/bin"],
         ["git", "-C", str(tmp_path), "status", "--short"],
         ["sh", "-c", "seq 1000 | sort -r | head -3 | tr 0 x; exit 5"],
-        ["bash", "-c", "set -m; sleep 0.05 & kill -STOP %1; jobs; kill -CONT %1; wait %1; echo $?"],
+        # The first wait ends when the job has stopped.
+        [
+            "bash",
+            "-c",
+            "set -m; sleep 60 & kill -STOP %1; wait %1; jobs; kill -CONT %1; kill %1; wait %1; echo $?",
+        ],
         ["sh", "-c", "kill -TERM $$"],
         ["no-such-program-here"],
     ]

@@ -261,7 +261,6 @@ def _case(machine: type[RepairModel]) -> type:
     machine.TestCase.settings = settings(
         max_examples=int(os.environ.get("DAXEMU_MODEL_EXAMPLES", "12")),
         stateful_step_count=25,
-        derandomize="DAXEMU_MODEL_RANDOM" not in os.environ,
         deadline=None,
         phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if os.environ.get("DAXEMU_SHRINK") else [])],
         suppress_health_check=list(HealthCheck),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from daxemu.fs.fault import FaultKind, FileRun
 from daxemu.fs.filesystem import Filesystem
 from daxemu.ranges import Range
@@ -26,6 +28,10 @@ class Followed:
     def changed(self, ino: Ino, blocks: Range) -> None:
         """See MappingOps."""
         self.seen.setdefault(ino, set()).update(range(blocks.start, min(blocks.end, 1 << 20)))
+
+    def stored_to(self) -> Iterator[tuple[Ino, Range]]:
+        """See MappingOps."""
+        return iter(())
 
     def since(self, ino: Ino) -> set[int]:
         """Return the blocks of a file reported since the last call, and forget all reports."""

@@ -17,11 +17,13 @@ from daxemu.apps.process import Process, TimedOut, no_core
 from daxemu.apps.records import DATA_TARGET, HEAD, JOURNAL_TARGET, ReadBack, text
 from daxemu.apps.situations import Part
 from daxemu.errors import DaxemuError
+from daxemu.evaluate.machine import DAXEMU
 
 COMPLAINT = re.compile(
-    r"(?i).*\b(error|fatal|panic|exception|cannot|can't|could not|failed|malformed|corrupt\w*|invalid)\b"
+    r"(?i)(?!\t).*\b"
+    r"(error|fatal|panic|exception|cannot|can't|could not|failed|malformed|corrupt\w*|invalid)\b"
 )
-"""Line of output reporting an error."""
+"""Line of output reporting an error. A line that begins with a tab is part of a stack trace."""
 
 
 class Needs(NamedTuple):
@@ -62,28 +64,35 @@ class Place:
     """Environment of a program.
 
     ``root``: directory on the mount. ``scratch``: directory off the mount. ``user``: user for the processes
-    if daxemu runs as root; None: no change of user.
+    if daxemu runs as root; None: no change of user. ``wrapper``: verb of daxemu in front of every command.
     """
 
     def __init__(
-        self, root: Path, scratch: Path, limit: float, user: str | None, say: Callable[[str], None]
+        self,
+        root: Path,
+        scratch: Path,
+        limit: float,
+        user: str | None,
+        say: Callable[[str], None],
+        wrapper: Sequence[str] = (),
     ) -> None:
         self.root = root
         self.scratch = scratch
         self.limit = limit
         self.say = say
         self.started: list[Process] = []
-        self._become: list[str] = []
+        self._before = list(wrapper)
+        self._shown = f"daxemu {' '.join(wrapper[len(DAXEMU) :])} " if wrapper else ""
         if user is not None and os.geteuid() == 0:
-            self._become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]
+            self._before += ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]
             scratch.parent.chmod(0o755)  # independent of the umask
             for directory in (root, scratch):
                 shutil.chown(directory, user, user)
 
     def _command(self, argv: Sequence[str | Path]) -> list[str]:
         words = [str(word) for word in argv]
-        self.say(f"   $ {' '.join(words)}")
-        return self._become + words
+        self.say(f"   $ {self._shown}{' '.join(words)}")
+        return self._before + words
 
     @property
     def _environment(self) -> dict[str, str]:

@@ -29,6 +29,7 @@ from daxemu.apps.situations import BY_NAME, Situation
 from daxemu.errors import DaxemuError
 from daxemu.evaluate.machine import PATIENCE, TrialMachine, daxemu, directories, ending
 from daxemu.events import signalled
+from daxemu.events.mounts import Mode
 from daxemu.failure_kind import FailureKind
 from daxemu.protocol import kind_fields
 from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR, PAGE_SIZE
@@ -79,13 +80,15 @@ class ProgramLife(msgspec.Struct):
 
 
 class MatrixCell(msgspec.Struct, tag="cell"):
-    """Observations of one cell. ``first``: under the harm. ``again``: after the restart.
+    """Observations of one cell. ``mode``: mode of the mount. ``first``: under the harm. ``again``: after the
+    restart.
 
     ``failed``: reason for missing observations. ``hurt``: the injected range.
     """
 
     application: str
     situation: str
+    mode: Mode = "page cache"
     failed: str | None = None
     hurt: str = ""
     first: ProgramLife | None = None
@@ -105,6 +108,7 @@ class CellRequest(msgspec.Struct):
     limit: float
     directory: str = ""
     device: str = ""
+    mode: Mode = "page cache"
 
 
 class CellRun:
@@ -114,8 +118,8 @@ class CellRun:
         self.request = request
         self.app: Application = application_called(request.application)()
         self.situation: Situation = BY_NAME[request.situation]
-        self.cell = MatrixCell(request.application, request.situation)
-        self.machine = TrialMachine(Path(request.directory), Path(request.device), "none")
+        self.cell = MatrixCell(request.application, request.situation, request.mode)
+        self.machine = TrialMachine(Path(request.directory), Path(request.device), "none", request.mode)
         self._tell = tell
         self._names = (
             (str(self.machine.mountpoint), "MOUNTPOINT"),
@@ -153,7 +157,7 @@ class CellRun:
         scratch.mkdir()
         root = machine.mountpoint / "data"
         root.mkdir()
-        place = Place(root, scratch, self.request.limit, self.app.user, self._say)
+        place = Place(root, scratch, self.request.limit, self.app.user, self._say, machine.wrapper)
         try:
             self._say(f"-- {self.app.name} makes its data")
             try:

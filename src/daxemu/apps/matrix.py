@@ -20,6 +20,7 @@ from daxemu.apps.programs import APPLICATIONS, application_called
 from daxemu.apps.situations import BY_NAME, SITUATIONS, Situation
 from daxemu.errors import InvalidArgument
 from daxemu.evaluate.machine import clear_away, start_worker
+from daxemu.events.mounts import Mode
 
 LIMIT = 30.0
 """Default seconds for each wait; a longer wait counts as a hang."""
@@ -33,10 +34,16 @@ class Wanted(NamedTuple):
     application: type[Application]
     situation: Situation
     why_not: str = ""
+    mode: Mode = "page cache"
 
 
-def wanted(only: Sequence[str] = (), situations: Sequence[str] = ()) -> list[Wanted]:
-    """Return the cells of the named programs and situations (default: all). Raises InvalidArgument."""
+def wanted(
+    only: Sequence[str] = (), situations: Sequence[str] = (), modes: Sequence[Mode] = ("page cache",)
+) -> list[Wanted]:
+    """Return the cells of the named programs and situations (default: all), mode by mode.
+
+    Raises InvalidArgument.
+    """
     programs = [application_called(name) for name in only] or APPLICATIONS
     for name in situations:
         if name not in BY_NAME:
@@ -53,7 +60,7 @@ def wanted(only: Sequence[str] = (), situations: Sequence[str] = ()) -> list[Wan
             elif lacking:
                 why_not = f"absent: {', '.join(lacking)}"
             found.append(Wanted(application, situation, why_not))
-    return found
+    return [cell._replace(mode=mode) for mode in modes for cell in found]
 
 
 def make(cell: Wanted, limit: float, tell: Callable[[CellStep], None]) -> MatrixCell:
@@ -64,7 +71,8 @@ def make(cell: Wanted, limit: float, tell: Callable[[CellStep], None]) -> Matrix
     name = f"daxemu-apps-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     directory = Path(tempfile.gettempdir()) / name
     device = (_SHM if os.access(_SHM, os.W_OK) else Path(tempfile.gettempdir())) / f"{name}.device"
-    request = CellRequest(cell.application.name, cell.situation.name, limit, str(directory), str(device))
+    application, situation = cell.application.name, cell.situation.name
+    request = CellRequest(application, situation, limit, str(directory), str(device), cell.mode)
     made: MatrixCell | None = None
     process = start_worker("daxemu.apps.cell")
     try:
@@ -89,7 +97,7 @@ def make(cell: Wanted, limit: float, tell: Callable[[CellStep], None]) -> Matrix
         clear_away(directory, device)
     if made is None:
         why = f"the cell ended with status {process.returncode}: {errors}"
-        return MatrixCell(request.application, request.situation, failed=why)
+        return MatrixCell(application, situation, cell.mode, failed=why)
     return made
 
 

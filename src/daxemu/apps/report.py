@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -12,9 +11,11 @@ import msgspec
 import daxemu
 from daxemu.apps.application import Application
 from daxemu.apps.cell import Behaviour, MatrixCell, ProgramLife
+from daxemu.apps.differences import differences
 from daxemu.apps.install import versions
 from daxemu.apps.matrix import Wanted
 from daxemu.apps.situations import BY_NAME, Situation
+from daxemu.events.mounts import Mode
 from daxemu.text import for_people
 
 MEANING = {
@@ -38,10 +39,16 @@ def summary(cells: Sequence[Wanted], made: Sequence[MatrixCell]) -> dict[str, An
     return {
         "version": daxemu.__version__,
         "system": _system(),
+        "modes": list(dict.fromkeys(cell.mode for cell in cells)),
         "programs": {a.name: {"about": a.about, "versions": versions(a.needs)} for a in programs},
         "cells": msgspec.to_builtins(made),
         "not_made": [
-            {"application": c.application.name, "situation": c.situation.name, "reason": c.why_not}
+            {
+                "application": c.application.name,
+                "situation": c.situation.name,
+                "mode": c.mode,
+                "reason": c.why_not,
+            }
             for c in cells
             if c.why_not
         ],
@@ -52,12 +59,10 @@ def as_markdown(cells: Sequence[Wanted], made: Sequence[MatrixCell]) -> str:
     """Return the page."""
     programs = list(dict.fromkeys(cell.application for cell in cells))
     situations = list(dict.fromkeys(cell.situation for cell in cells))
-    found = {(cell.application, cell.situation): cell for cell in made}
-    reasons = {(c.application.name, c.situation.name): c.why_not for c in cells}
+    modes = list(dict.fromkeys(cell.mode for cell in cells))
     parts = [
         _HEAD.format(system=_system(), version=daxemu.__version__),
-        _matrix(programs, situations, found, reasons),
-        "",
+        *_matrices(modes, programs, situations, cells, made),
         *(f"- **{outcome}**: {text}" for outcome, text in MEANING.items() if _occurs(made, outcome)),
         *(["- **+**: the program did not end when asked to, and was killed"] if _stays(made) else []),
         "- **-**: the program has no journal",
@@ -66,10 +71,10 @@ def as_markdown(cells: Sequence[Wanted], made: Sequence[MatrixCell]) -> str:
         "",
         *(f"- **{s.title}** (`--situation {s.name}`): {s.about}" for s in situations),
         "",
+        *(_differing(made) if len(modes) > 1 else ()),
         "## How to read this",
         "",
-        _reading(made),
-        "",
+        *_readings(modes, made),
         _AGAIN,
         "",
         "## The programs",
@@ -86,16 +91,55 @@ def as_markdown(cells: Sequence[Wanted], made: Sequence[MatrixCell]) -> str:
         "",
         _DETAIL,
     ]
-    for name, group in groupby(made, lambda cell: cell.application):
-        parts += [
-            "",
-            f"### {name}",
-            "",
-            "| situation | injected at | first run | restarted |",
-            "|---|---|---|---|",
-        ]
-        parts += [_row(cell) for cell in group]
+    for a in programs:
+        parts += _details(a, modes, made)
     return "\n".join(parts) + "\n"
+
+
+def _matrices(
+    modes: Sequence[Mode],
+    programs: Sequence[type[Application]],
+    situations: Sequence[Situation],
+    cells: Sequence[Wanted],
+    made: Sequence[MatrixCell],
+) -> Iterator[str]:
+    """Yield the matrix of each mode, with its title."""
+    for mode in modes:
+        found = {(cell.application, cell.situation): cell for cell in made if cell.mode == mode}
+        reasons = {(c.application.name, c.situation.name): c.why_not for c in cells if c.mode == mode}
+        yield from (TITLES[mode], "", _matrix(programs, situations, found, reasons), "")
+
+
+def _differing(made: Sequence[MatrixCell]) -> Iterator[str]:
+    """Yield the list of the cells that depend on the mode."""
+    found = list(differences(made))
+    total = len({(cell.application, cell.situation) for cell in made if cell.mode == "direct"})
+    yield from ("## Cells that differ between the modes", "")
+    yield from (f"{len(found)} of {total} cells. In all others the behaviour is the same in both modes.", "")
+    yield from ("| program | situation | page cache | direct | reason |", "|---|---|---|---|---|")
+    for each in found:
+        name, situation = each.direct.application, each.direct.situation
+        shown = f"{_short(each.cached)} | {_short(each.direct)} | {each.reason or 'not explained'}"
+        yield f"| `{name}` | {BY_NAME[situation].title} | {shown} |"
+    yield ""
+
+
+def _readings(modes: Sequence[Mode], made: Sequence[MatrixCell]) -> Iterator[str]:
+    for mode in modes:
+        if len(modes) > 1:
+            yield from (f"### {'On direct mounts' if mode == 'direct' else 'In page-cache mode'}", "")
+        yield from (_reading([cell for cell in made if cell.mode == mode]), "")
+
+
+def _details(a: type[Application], modes: Sequence[Mode], made: Sequence[MatrixCell]) -> Iterator[str]:
+    """Yield the section of a program under "Each cell"."""
+    for mode in modes:
+        mine = [cell for cell in made if cell.application == a.name and cell.mode == mode]
+        if not mine:
+            continue
+        yield from ("", f"### {a.name}" + (", direct" if mode == "direct" else ""), "")
+        yield from ("| situation | injected at | first run | restarted |", "|---|---|---|---|")
+        yield from (_row(cell) for cell in mine)
 
 
 _HEAD = """\
@@ -105,18 +149,27 @@ Unmodified programs with data on a daxemu mount, one fresh mount for each cell. 
 the program under the harm, then its behaviour after a restart with the harm still in place. All behaviour is
 observed, none predicted: `daxemu apps` starts the program, poisons the page of a known record (or changes 16
 bytes of the record), has the program read everything, and compares each of the 2400 records with the record
-written. [Fidelity](fidelity.md) lists the differences between a mount and DAX on hardware. One of them shows
-here: a read(2) of good pages followed by poison returns EIO on hardware, and the good bytes first on a mount.
+written.
+
+- On [direct](direct.md) mounts the programs run under `daxemu run`, and a mapping is the media. A read(2)
+  with poison in its range returns EIO and no bytes. DAX hardware does the same.
+- In page-cache mode, the default of a mount, a mapping is one of the kernel's page cache. A read(2) of good
+  pages followed by poison returns the good bytes first.
+
+[Fidelity](fidelity.md) lists all differences.
 
 Made by `make apps` with daxemu {version} on {system}.
-
-## The matrix
 """
+TITLES: dict[Mode, str] = {
+    "page cache": "## The matrix in page-cache mode",
+    "direct": "## The matrix on direct mounts, as on DAX hardware",
+}
 
 _AGAIN = """\
 ## Repeat one cell
 
     daxemu apps --only PROGRAM --situation SITUATION
+    daxemu apps --direct --only PROGRAM --situation SITUATION
 
 prints each step: commands, the injected range, signals, and the messages of the program:
 

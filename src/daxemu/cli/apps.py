@@ -17,6 +17,7 @@ from daxemu.errors import DaxemuError, InvalidArgument, Unsupported
 if TYPE_CHECKING:
     from daxemu.apps.cell import MatrixCell
     from daxemu.apps.matrix import Wanted
+    from daxemu.events.mounts import Mode
 
 
 @click.command()
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
 @click.option(
     "--situation", metavar="NAME", multiple=True, help="Run only this situation; repeat for several."
 )
+@click.option(
+    "--direct",
+    is_flag=True,
+    help="Run on direct mounts, with the programs under daxemu run: as on DAX hardware. Needs root.",
+)
+@click.option("--both", is_flag=True, help="Run every cell in page-cache mode and on a direct mount.")
 @click.option(
     "--limit",
     type=NumberRange(1.0),
@@ -51,6 +58,8 @@ def apps(
     install: bool,
     only: tuple[str, ...],
     situation: tuple[str, ...],
+    direct: bool,
+    both: bool,
     limit: float,
     output: tuple[Path, ...],
     as_json: bool,
@@ -65,6 +74,7 @@ def apps(
     \b
     Example:
       daxemu apps --only sqlite3-mmap --situation late
+      daxemu apps --direct --only sqlite3-mmap --situation late
     """
     from daxemu.apps import install as installing
     from daxemu.apps.matrix import wanted
@@ -75,11 +85,12 @@ def apps(
             raise InvalidArgument(f"{path}: give a name that ends in .md or .json")
         if not path.parent.is_dir():
             raise InvalidArgument(f"{path}: make the directory {path.parent} first")
-    cells = wanted(only, situation)
+    modes = _modes(direct=direct, both=both)
+    cells = wanted(only, situation, modes)
     chosen = list(dict.fromkeys(cell.application for cell in cells))
     if install:
         installing.install((a.needs for a in chosen), lambda text: complain(text))
-        cells = wanted(only, situation)
+        cells = wanted(only, situation, modes)
     if listing:
         _list(cells, as_json)
         return
@@ -99,9 +110,20 @@ def apps(
         say(*_table(cells, made))
     failed = [cell for cell in made if cell.failed]
     for cell in failed:
-        complain(f"daxemu: not observed: {cell.application}, {cell.situation}: {cell.failed}")
+        complain(f"daxemu: not observed: {_title(cell)}: {cell.failed}")
     if failed:
         sys.exit(DaxemuError.exit_status)
+
+
+def _modes(*, direct: bool, both: bool) -> tuple[Mode, ...]:
+    """Return the modes of the mounts. Raises InvalidArgument for both options at once."""
+    from daxemu.host.direct_needs import check_direct
+
+    if direct and both:
+        raise InvalidArgument("--direct and --both exclude each other: give one of them")
+    if direct or both:
+        check_direct()
+    return ("page cache", "direct") if both else ("direct",) if direct else ("page cache",)
 
 
 def _make(cells: list[Wanted], limit: float, *, print_steps: bool) -> list[MatrixCell]:
@@ -113,17 +135,22 @@ def _make(cells: list[Wanted], limit: float, *, print_steps: bool) -> list[Matri
             if print_steps:
                 (cell,) = cells
                 made.append(make(cell, limit, lambda step: say(step.text)))
-                say(f"{made[0].application}, {made[0].situation}: {_outcomes(made[0])}")
+                say(f"{_title(made[0])}: {_outcomes(made[0])}")
                 return made
             with progress(len(cells), "cells") as done:
                 for cell in cells:
                     made.append(make(cell, limit, lambda step: None))
-                    name = f"{cell.application.name} / {cell.situation.name}"
+                    name = f"{cell.application.name} / {cell.situation.name} / {cell.mode}"
                     done(name, f": {_outcomes(made[-1])}, {made[-1].seconds:.1f} s")
     except KeyboardInterrupt:
         complain(f"daxemu: stopped after {len(made)} of {len(cells)} cells")
         sys.exit(INTERRUPTED)
     return made
+
+
+def _title(cell: MatrixCell) -> str:
+    direct = ", direct mount" if cell.mode == "direct" else ""
+    return f"{cell.application}, {cell.situation}{direct}"
 
 
 def _outcomes(cell: MatrixCell) -> str:
@@ -133,13 +160,13 @@ def _outcomes(cell: MatrixCell) -> str:
 
 
 def _table(cells: list[Wanted], made: list[MatrixCell]) -> list[str]:
-    found = {(cell.application, cell.situation): _outcomes(cell) for cell in made}
+    found = {(cell.application, cell.situation, cell.mode): _outcomes(cell) for cell in made}
     rows = [
-        (a, s, found.get((a, s), cell.why_not))
+        (*key, found.get(key, cell.why_not))
         for cell in cells
-        for a, s in [(cell.application.name, cell.situation.name)]
+        for key in [(cell.application.name, cell.situation.name, cell.mode)]
     ]
-    return table(rows, ("PROGRAM", "SITUATION", "OUTCOME"))
+    return table(rows, ("PROGRAM", "SITUATION", "MODE", "OUTCOME"))
 
 
 def _list(cells: list[Wanted], as_json: bool) -> None:

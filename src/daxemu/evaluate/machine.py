@@ -17,6 +17,7 @@ from typing import Any
 
 from daxemu.client import Client
 from daxemu.errors import DaxemuError
+from daxemu.events.mounts import Mode
 from daxemu.host.proc.mountinfo import mount_at
 
 DAXEMU = (sys.executable, "-m", "daxemu")
@@ -95,13 +96,22 @@ ending = Ending()
 class TrialMachine:
     """Device and mount of a trial.
 
-    ``directory`` belongs to the trial; the mount point is ``directory``/mnt.
+    ``directory`` belongs to the trial; the mount point is ``directory``/mnt. ``mode``: mode of every mount of
+    the device.
     """
 
-    def __init__(self, directory: Path, device: Path, strategy: str) -> None:
+    def __init__(self, directory: Path, device: Path, strategy: str, mode: Mode = "page cache") -> None:
         self.device = device
         self.mountpoint = directory / "mnt"
         self.strategy = strategy
+        self.mode = mode
+
+    @property
+    def wrapper(self) -> tuple[str, ...]:
+        """Return the command in front of a program on the mount: ``daxemu run`` on a direct mount."""
+        if self.mode == "page cache":
+            return ()
+        return (*DAXEMU, "run", str(self.mountpoint), "--")
 
     def make(self, size: int, *, early_kill: bool) -> None:
         """Make the device with ``size`` bytes and mount it. Raises DaxemuError."""
@@ -115,9 +125,10 @@ class TrialMachine:
         """Mount the device with the trial's repair strategy. Raises DaxemuError."""
         # The default strategy is not passed as an option: a plan with only the default runs on every version.
         repair = [] if self.strategy == NO_PROTECTION else ["--repair", self.strategy]
+        direct = ["--direct"] if self.mode == "direct" else []
         # A killed mount command may complete the mount after clear_away() ran.
         with ending.hold():
-            daxemu("mount", self.device, self.mountpoint, *repair)
+            daxemu("mount", self.device, self.mountpoint, *direct, *repair)
 
     def client(self) -> Client:
         """Return a connection to the supervisor. Raises NotMounted."""

@@ -223,6 +223,7 @@ def summary(plan: Plan, results: Sequence[Result], failed: Sequence[Result]) -> 
     """Return all figures of a report as JSON-compatible builtins."""
     return {
         "plan": msgspec.to_builtins(plan, enc_hook=int),
+        "modes": sorted({result.mode for result in results}),
         "versions": sorted({result.version for result in results}),
         "trials": len(results),
         "failed": [{"trial": str(result.key), "why": result.failed} for result in failed],

@@ -16,6 +16,7 @@ import msgspec
 from daxemu.errors import InvalidArgument
 from daxemu.evaluate.plan_lines import line_of
 from daxemu.evaluate.workloads.specs import AnyWorkload
+from daxemu.events.mounts import Mode
 from daxemu.failure_kind import FailureKind
 from daxemu.malformed import NOT_TOML, explain, toml_line
 from daxemu.sizes import human, parse_size
@@ -140,6 +141,8 @@ class Plan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
     device: Bytes = Bytes(64 << 20)
     baseline: str = "none"
     early_kill: bool = False
+    mode: Mode = "page cache"
+    """Mode of every mount. On a direct mount all processes of the workload are under ``daxemu run``."""
     fleet: FleetPlan = FleetPlan()
 
     def fingerprint(self, workload: str, faults: str) -> str:
@@ -147,7 +150,7 @@ class Plan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
 
         More repetitions, strategies or workloads in a plan keep the fingerprints of earlier trials.
         """
-        meaning = (
+        meaning: tuple[Any, ...] = (
             self.seed,
             self.seconds,
             int(self.device),
@@ -155,6 +158,8 @@ class Plan(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True
             self.workload_called(workload),
             self.faults_called(faults),
         )
+        if self.mode != "page cache":  # trials from before there were modes keep their fingerprints
+            meaning += (self.mode,)
         text = msgspec.json.encode(msgspec.to_builtins(meaning, enc_hook=int), order="sorted")
         return hashlib.blake2b(text, digest_size=8).hexdigest()
 

@@ -25,9 +25,20 @@ from daxemu.evaluate.plots import (
 )
 from daxemu.evaluate.statistics import Estimate
 from daxemu.evaluate.trial import Result
+from daxemu.events.mounts import Mode
 from daxemu.sizes import counted, human
 from daxemu.text import for_html
 
+MOUNTED: dict[Mode, str] = {
+    "page cache": "mounted in page-cache mode",
+    "direct": "mounted for direct mappings (daxemu mount --direct), the workload under daxemu run",
+}
+MAPPED: dict[Mode, str] = {
+    "page cache": "A page-cache mapping stands for a DAX mapping: a strategy sees a store through a mapping "
+    "only when the page is written back. The measured cost and protection of such stores are an upper bound.",
+    "direct": "A mapping is one of the media, as on DAX: a store through a mapping is on the media at once, "
+    "and a strategy sees the store at the next msync or fsync.",
+}
 LATENCIES = ("repair_median", "repair_p99", "handled_median", "handled_p99")
 
 
@@ -84,9 +95,10 @@ def _opening(plan: Plan, results: Sequence[Result], failed: Sequence[Result]) ->
         f"<h1>{for_html(plan.name)}</h1><p>Repair strategies: {len(plan.strategies)}, on "
         f"{counted(len(plan.workload), 'workload')} under {counted(len(plan.faults), 'fault plan')}, in "
         f"{counted(len(results), 'trial')} of {plan.seconds:g} s, each on a fresh {human(plan.device)} "
-        f"device. The faults were the same for every strategy (seed {plan.seed}). Baseline: "
-        f"<b>{for_html(plan.baseline)}</b>. Made with daxemu {for_html(versions)}, an emulator: its times "
-        "are those of this machine, not of persistent memory.</p>"
+        f"device, {MOUNTED[plan.mode]}. The faults were the same for every strategy "
+        f"(seed {plan.seed}). Baseline: <b>{for_html(plan.baseline)}</b>. Made with daxemu "
+        f"{for_html(versions)}, an emulator: its times are those of this machine, not of persistent "
+        "memory.</p>"
     )
     if failed:
         rows = "".join(
@@ -299,9 +311,8 @@ def _how_to_read(plan: Plan) -> str:
         "<p>Below a value: its 95 % confidence interval, Student's t over trials for means, a bootstrap over "
         "trials and values for medians and 99th percentiles. No interval: too few observations. Timelines: "
         "<b class=bad>▮</b> fault or loss, <b class=good>▮</b> recovered, <b class=warn>▮</b> signal or "
-        "other result, <b class=faint>▮</b> no data was affected. A page-cache mapping stands for a DAX "
-        "mapping: a strategy sees a store through a mapping only when the page is written back. The measured "
-        "cost and protection of such stores are an upper bound.</p>"
+        "other result, <b class=faint>▮</b> no data was affected. "
+        f"{MAPPED[plan.mode]}</p>"
         "<h3>The plan</h3><details><summary>as read from the file</summary>"
         f"<pre>{for_html(_plan_text(plan))}</pre></details></section>"
     )

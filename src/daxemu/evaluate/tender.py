@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,31 @@ PATIENCE = 120.0
 MAX_LIVES = 100
 
 
-def worker(phase: str, job: Job) -> list[str]:
-    """Return the command line of a worker process."""
-    return [sys.executable, "-m", "daxemu.evaluate.worker", phase, msgspec.json.encode(job).decode()]
+def worker(phase: str, job: Job, wrapper: Sequence[str] = ()) -> list[str]:
+    """Return the command line of a worker process. ``wrapper``: the command in front."""
+    return [
+        *wrapper,
+        sys.executable,
+        "-m",
+        "daxemu.evaluate.worker",
+        phase,
+        msgspec.json.encode(job).decode(),
+    ]
 
 
-def ask_worker(phase: str, job: Job) -> list[dict[str, Any]]:
-    """Run phase ``prepare`` or ``check`` to the end; return the printed JSON objects.
+def ask_worker(phase: str, job: Job, wrapper: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Run phase ``prepare`` or ``check`` to the end; return the printed JSON objects. ``wrapper``: the
+    command in front.
 
     Raises DaxemuError on a timeout (PATIENCE) or on exit status != 0.
     """
     try:
         done = subprocess.run(
-            worker(phase, job), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE
+            worker(phase, job, wrapper),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
         )
     except subprocess.TimeoutExpired as error:
         raise DaxemuError(f"{phase} of {job.spec.label} did not end within {PATIENCE:g} s") from error
@@ -66,12 +79,14 @@ class WorkloadLife(msgspec.Struct):
 class Tender(threading.Thread):
     """Thread running a workload for its planned time.
 
-    ``samples``: (time, operations, bytes, errors), cumulative.
+    ``samples``: (time, operations, bytes, errors), cumulative. ``wrapper``: the command in front of every
+    worker.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, wrapper: Sequence[str] = ()) -> None:
         super().__init__(daemon=True)
         self.job = job
+        self._wrapper = wrapper
         self.samples: list[tuple[float, int, int, int]] = []
         self.lives: list[WorkloadLife] = []
         self.running = threading.Event()
@@ -112,7 +127,11 @@ class Tender(threading.Thread):
         errors = Path(job.state) / f"stderr-{number}"
         with open(errors, "wb") as stderr:
             self._process = subprocess.Popen(
-                worker("run", job), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True
+                worker("run", job, self._wrapper),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
             )
         process = self._process
         limit = threading.Timer(job.seconds + PATIENCE, self._give_up, [life, process])

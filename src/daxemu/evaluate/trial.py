@@ -24,6 +24,7 @@ from daxemu.evaluate.plan import FaultPlan, Plan, parse
 from daxemu.evaluate.tender import Tender, WorkloadLife, ask_worker
 from daxemu.evaluate.worker import Job
 from daxemu.evaluate.workloads.base import Mismatch
+from daxemu.events.mounts import Mode
 from daxemu.uapi import PAGE_SIZE
 
 MAX_EVENTS = 20_000
@@ -60,6 +61,8 @@ class Result(msgspec.Struct, kw_only=True):
     key: Key
     fingerprint: str
     version: str = daxemu.__version__
+    mode: Mode = "page cache"
+    """Mode of the mount, as ``daxemu status`` said."""
     failed: str | None = None
     """Reason for a missing result: the machine could not be made, or the trial broke off."""
     wall: float = 0.0
@@ -108,7 +111,7 @@ class _Trial:
         key = request.key
         self.faults: FaultPlan = plan.faults_called(key.faults)
         directory = Path(request.directory)
-        self.machine = TrialMachine(directory, Path(request.device), key.strategy)
+        self.machine = TrialMachine(directory, Path(request.device), key.strategy, plan.mode)
         self.root = self.machine.mountpoint / "work"
         state = directory / "state"
         state.mkdir()
@@ -124,9 +127,10 @@ class _Trial:
     def run(self) -> None:
         result, plan = self.result, self.plan
         self.machine.make(plan.device, early_kill=plan.early_kill)
+        result.mode = self.machine.status().get("mode", "page cache")
         self.root.mkdir()
-        result.size = ask_worker("prepare", self.job)[-1]["size"]
-        tender = Tender(self.job)
+        result.size = ask_worker("prepare", self.job, self.machine.wrapper)[-1]["size"]
+        tender = Tender(self.job, self.machine.wrapper)
         with self.machine.client() as client:
             injector = Injector(client, self.root, files_of(self.root), int(plan.device))
             try:
@@ -170,7 +174,7 @@ class _Trial:
         except DaxemuError as error:
             result.unmountable = str(error)
             return
-        *mismatches, end = ask_worker("check", self.job)
+        *mismatches, end = ask_worker("check", self.job, self.machine.wrapper)
         result.size = end["size"]
         result.bad = [Mismatch(**found) for found in mismatches[:MAX_MISMATCHES]]
         result.bad_left_off = len(mismatches) - len(result.bad)

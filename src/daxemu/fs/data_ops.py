@@ -39,6 +39,18 @@ class DataOps(Protocol):
     def store_done(self, blocks: Sequence[BlockRange], origin: Origin) -> None:
         """Process the new contents of the blocks of the last store_begins(). Poisoned blocks have none."""
 
+    def mapped(self, blocks: BlockRange) -> None:
+        """Note that programs can store to the blocks through direct mappings from now on, unseen.
+
+        Raises NoSpace to refuse the store.
+        """
+
+    def unmapped(self, blocks: BlockRange) -> bool:
+        """Process the contents of blocks to which no program can store through a mapping any more.
+
+        Return False if the contents cannot be processed now: the blocks stay as after mapped().
+        """
+
     def store_lost(self, blocks: BlockRange) -> None:
         """Note a store through a mapping, lost to poison in the blocks."""
 

@@ -36,7 +36,8 @@ class FileRun(NamedTuple):
     """A run of a file that a mapping shows alike (``struct iomap``).
 
     ``dev_block``: first device block; 0 unless MAPPED. ``is_shared``: True if a store needs a new block, so
-    the mapping must be write-protected.
+    the mapping must be write-protected. ``is_watched``: True if the filesystem must know the first store to
+    each block, for a repair strategy.
     """
 
     kind: FaultKind
@@ -44,6 +45,7 @@ class FileRun(NamedTuple):
     length: int
     dev_block: Block = 0
     is_shared: bool = False
+    is_watched: bool = False
 
     @property
     def file_end(self) -> Block:
@@ -60,6 +62,9 @@ class MappingOps(Protocol):
         of the extent map or the size, and where unshared blocks become shared. Not called where shared blocks
         become unshared: a mapping that stays write-protected is right.
         """
+
+    def stored_to(self) -> Iterator[tuple[Ino, Range]]:
+        """Yield the file blocks that programs can store to through shared mappings now."""
 
 
 class FaultHandler:
@@ -126,29 +131,33 @@ class FaultHandler:
         return next(run for run in self._mapped(around, around.link) if block < run.file_end)
 
     def store(self, inode: Inode, extents: ExtentMap, block: Block, limit: int) -> FileRun:
-        """As :meth:`load`, after the allocation of a hole, or the copy of a shared block.
+        """As :meth:`load`, after the allocation of a hole. A shared block is copied; the run then is the copy
+        alone (dax_iomap_copy_around(), xfs_reflink_end_cow()).
 
         Raises NoSpace; MediaError if a shared block is poison. Then nothing has changed. A poisoned block
         that is shared only until the next commit is not copied.
         """
+        shared = self._shared(inode, extents, block)
+        if shared is not None:
+            try:
+                return FileRun(FaultKind.MAPPED, block, 1, self._data.copy_block(extents, block))
+            except MediaError:
+                if self._rmap.count(shared, shared + 1) > 1:
+                    raise
         found = self.load(inode, extents, block, limit)
         if found.kind is FaultKind.HOLE:
             self._allocate(inode, extents, block, limit)
-        elif found.is_shared:
-            try:
-                self._copy(extents, block)
-            except MediaError:
-                if self._has_other_links(found, block):
-                    raise
-                return found
-        else:
-            return found
-        return self.load(inode, extents, block, limit)
+            return self.load(inode, extents, block, limit)
+        return found
 
-    def _has_other_links(self, run: FileRun, block: Block) -> bool:
-        """Return whether another file, or another place, has the block now; not just at the last commit."""
-        device = run.dev_block + block - run.file_block
-        return self._rmap.count(device, device + 1) > 1
+    def _shared(self, inode: Inode, extents: ExtentMap, block: Block) -> Block | None:
+        """Return the device block of a file block that a store must copy; None if the store needs none."""
+        if block >= DIV_ROUND_UP(inode.size, PAGE_SIZE):
+            return None
+        here = extents.around(block, Range(block, block + 1))
+        if here.link is None or not self._rmap.is_shared(here.link, here.dev_block):
+            return None
+        return here.dev_block
 
     def _allocate(self, inode: Inode, extents: ExtentMap, block: Block, limit: int) -> None:
         """Allocate a block, or the 2 MiB around the block where dax_iomap_pmd_fault() would map them."""
@@ -166,11 +175,6 @@ class FaultHandler:
             else:
                 return
         self._data.preallocate(extents, block, block + 1)
-
-    def _copy(self, extents: ExtentMap, block: Block) -> None:
-        """Copy one shared block to a new block (dax_iomap_copy_around(), xfs_reflink_end_cow())."""
-        source = self._data.read(extents, block * PAGE_SIZE, PAGE_SIZE)
-        self._data.store(extents, block * PAGE_SIZE, source, from_cache=False)
 
 
 def _continues(before: FileRun, run: FileRun) -> bool:

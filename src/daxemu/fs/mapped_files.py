@@ -49,7 +49,10 @@ class MappedFiles(SuperBlock):
             self.layouts.break_attributes(ino)
         if found.kind is FaultKind.MAPPED:
             self._expose(ino)
-        return found
+            at = found.dev_block + block - found.file_block
+            if is_store and not self.dax.is_poisoned(at * PAGE_SIZE, PAGE_SIZE):
+                self._mapped_store(Range(at, at + 1))
+        return self._watched(found)
 
     def _store_fault(self, inode: Inode, extents: ExtentMap, block: Block, limit: int) -> FileRun:
         must_copy = bool(self.rmap.given_up)  # see Filesystem.write()
@@ -70,7 +73,34 @@ class MappedFiles(SuperBlock):
         self.check_alive()
         inode, extents = self.names.regular(ino)
         self._expose(ino)
-        return self._faults.runs(inode, extents, blocks)
+        return map(self._watched, self._faults.runs(inode, extents, blocks))
+
+    # -- stores that a repair strategy does not see
+
+    def _watched(self, run: FileRun) -> FileRun:
+        return run if self._data.watcher is None else run._replace(is_watched=True)
+
+    def _mapped_store(self, blocks: Range) -> None:
+        """Note that programs can store to device blocks from now on. Raises NoSpace."""
+        if self._data.watcher is not None and not self.mapped_stores.covers(*blocks):
+            self._data.watcher.mapped(blocks)
+            self.mapped_stores.add(*blocks)
+
+    def note_stored_to(self) -> None:
+        """Note the blocks that programs can store to now: a watcher begins. Raises NoSpace."""
+        for ino, blocks in self._mapping_ops.stored_to() if self._mapping_ops is not None else ():
+            for run in self.runs(ino, blocks):
+                if run.kind is FaultKind.MAPPED:
+                    self._mapped_store(Range(run.dev_block, run.dev_block + run.length))
+
+    def mapped_stores_end(self, blocks: Range) -> None:
+        """Show the contents of device blocks to the watcher, and forget the blocks in ``mapped_stores``.
+
+        Precondition: no program can store to the blocks through a mapping.
+        """
+        for part in list(self.mapped_stores.overlapping(*blocks)):
+            if self._data.watcher is not None and self._data.watcher.unmapped(part):
+                self.mapped_stores.remove(*part)
 
     # -- the end of a mapped file
 

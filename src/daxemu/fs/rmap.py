@@ -230,6 +230,16 @@ class Rmap:
                 shared.add(*Range(other.dev_block, other.dev_end).clip(start, end))
         return shared
 
+    def is_shared(self, link: Link, block: Block) -> bool:
+        """As shared_parts() for one device block of ``link``."""
+        if link.proxy is None:
+            return False
+        if self.given_up.overlaps(block, block + 1):
+            return True
+        return link.proxy.refcount > 1 and any(
+            other is not link for other in self._links.overlapping(block, block + 1)
+        )
+
     def proxy_of(self, block: Block) -> ReflinkProxy | None:
         """Return the proxy of one device block; None if the block is free or was never shared."""
         for link in self._links.overlapping(block, block + 1):

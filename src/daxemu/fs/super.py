@@ -27,7 +27,7 @@ from daxemu.fs.upgrade import is_former, upgrade
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.notifier import NotifierChain
 from daxemu.pmem.dax_device import DaxDevice
-from daxemu.ranges import Range, merged
+from daxemu.ranges import InBlocks, Range, RangeSet, merged
 from daxemu.uapi import (
     PAGE_SIZE,
 )
@@ -78,6 +78,10 @@ class SuperBlock:
         """
         self.shutdown_reason: str | None = None
         self.is_read_only = read_only
+        self.mapped_stores: RangeSet[InBlocks] = RangeSet()
+        """Device blocks that programs can store to through direct mappings, or could when the watcher last
+        saw their contents. Empty without a watcher.
+        """
         self._never_commit = True  # until the records are loaded
         self.on_shutdown: NotifierChain[[]] = NotifierChain()
         """Called at a shutdown: the page cache must not serve the files any longer."""
@@ -94,13 +98,13 @@ class SuperBlock:
         self.region = MetadataRegion(dax, self.rmap, self.allocator, self._on_rewrite)
         self.store = Store(self.region, dax.name)
         try:
-            if read_only or self.region.is_formatted():
+            if read_only or self.region.superblocks.is_formatted():
                 self.store.open(read_only=read_only)
                 self.names = Namespace(self.rmap, self.layouts.break_layout)
                 self.store.load(self.names, self.rmap, self.allocator.total)
                 self._claim_blocks()
             else:
-                self.region.check_blank()
+                self.region.superblocks.check_blank()
                 self.names = Namespace.new(self.rmap, *owner, self.layouts.break_layout)
                 self.store.format(self.names, self.rmap)
             self._never_commit = read_only
@@ -251,6 +255,7 @@ class SuperBlock:
     def watch(self, watcher: DataOps | None) -> None:
         """Call ``watcher`` for each operation on the bytes of files from now on; None ends the calls."""
         self._data.watcher = self.allocator.watcher = watcher
+        self.mapped_stores = RangeSet()
         self.layouts.watch(watcher is not None)
 
     def failed_ranges(self, failed: Range) -> FailedRanges:

@@ -147,6 +147,12 @@ class Mappings(Translations, Protocol):
         ``mf_mutex``.
         """
 
+    async def synced(self, ino: Ino | None = None) -> None:
+        """Show stores through mappings of a file, or of all files (None), to the filesystem. Loop.
+
+        Called at fsync(2): the kernel has written the pages of its cache back before.
+        """
+
     def write_back_all(self) -> None:
         """As ``write_back``, for all files, before the mount ends. Worker. Raises OSError."""
 

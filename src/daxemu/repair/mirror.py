@@ -223,7 +223,8 @@ class Mirror(ByBlock):
         for piece in self.volume.walk(PIECE):
             for blocks in self._followed(list(self.volume.in_use(piece))):
                 for part in self._readable(blocks):
-                    self._compare(part)
+                    for settled in self.volume.settled(part):
+                        self._compare(settled)
             yield piece
 
     def _compare(self, blocks: Range) -> None:

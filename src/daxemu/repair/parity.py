@@ -305,7 +305,7 @@ class Parity(ByBlock):
         self._verify(blocks, "read")
 
     def _verify(self, blocks: Range, by: str) -> None:
-        for run in self._followed([blocks]):
+        for run in self._followed(list(self.volume.settled(blocks))):
             poisoned = self.volume.poison(run)
             for part in poisoned.gaps(*self._bytes_of(self._slices_of(run))):
                 whole = Range(DIV_ROUND_UP(part.start, self._slice), part.end // self._slice)

@@ -19,6 +19,8 @@ from daxemu.repair.arrays import discard
 from daxemu.repair.strategy import Options, Strategy
 
 GROUP = "daxemu.repair"
+MAPPED = "mapped"
+"""Array with a mark for each block of ``Filesystem.mapped_stores``."""
 INCOMPLETE = "incomplete"
 """The file that is there while what is kept for repair is not complete."""
 OWN = {
@@ -126,7 +128,8 @@ def forget(
     file. Yields between two pieces.
     """
     for name in root.names() if root.exists() else ():
-        if root / name != keep and name != INCOMPLETE:
+        is_kept = name == MAPPED and keep is not None and keep.exists()
+        if root / name != keep and name != INCOMPLETE and not is_kept:
             yield from discard(root / name)
     if keep is None or not keep.exists() or kind is None or not kind.has_copies:
         yield from ReservedFile(fs).discard_in_pieces()

@@ -123,6 +123,13 @@ class Volume:
         """Return True if any of the ``length`` device bytes from ``offset`` on is unreadable."""
         return self._fs.dax.is_poisoned(offset, length)
 
+    def settled(self, blocks: BlockRange) -> Iterator[BlockRange]:
+        """Yield the parts of ``blocks`` to which no program can store through a direct mapping.
+
+        Such a store is unseen: the other parts may differ from the data that the strategy saw last.
+        """
+        yield from self._fs.mapped_stores.gaps(*blocks)
+
     # -- changes
 
     def rewrite(self, offset: int, data: bytes | memoryview) -> None:

@@ -23,6 +23,7 @@ from daxemu.private_path import PrivatePath
 from daxemu.supervisor.descriptors import Connections, EmergencyDescriptor, Hangups
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.selection import selects
+from daxemu.supervisor.trace import Traces
 
 MAX_LINE = 4 << 20
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
@@ -40,13 +41,16 @@ Answer = Callable[[p.AnyRequest], Awaitable[msgspec.Struct]]
 class ControlSocket:
     """Serves the socket ``path``. ``answer`` executes a request, and raises DaxemuError to refuse."""
 
-    def __init__(self, path: PrivatePath, log: EventLog, answer: Answer, unexpected: Unexpected) -> None:
+    def __init__(
+        self, path: PrivatePath, log: EventLog, traces: Traces, answer: Answer, unexpected: Unexpected
+    ) -> None:
         self._unexpected = unexpected
         self._connections = Connections()
         self._hangups = Hangups()
         self._emergency = EmergencyDescriptor()
         self._path = path
         self._log = log
+        self._traces = traces
         self._answer = answer
         self._answering = 0
         self._idle = trio.Event()
@@ -153,6 +157,11 @@ class ControlSocket:
             await stream.send_all(
                 _refusal(PermissionDenied(f"process {peer} may not attach process {request.pid}"))
             )
+        elif isinstance(request, p.Trace):
+            with self._hangups.cancelling(stream), self._traces.one(request) as trace:
+                await stream.send_all(msgspec.json.encode(p.Reply(True, result=msgspec.Raw(b"{}"))) + b"\n")
+                async for lines in trace.lines():
+                    await stream.send_all(b"\n".join(lines) + b"\n")
         elif isinstance(request, p.Follow):
             with self._hangups.cancelling(stream):
                 await self._follow(stream, request)

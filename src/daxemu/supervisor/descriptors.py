@@ -17,11 +17,10 @@ from contextlib import contextmanager, suppress
 import trio
 
 from daxemu.errors import Busy
+from daxemu.host.descriptors import RESERVE
 
 MOST_CONNECTIONS = 512
 """Connections that one user may have open at a time."""
-RESERVE = 256
-"""Descriptors not for peers: 40 worker threads with a few files of /proc each, and the device."""
 
 
 def raise_descriptor_limit() -> None:

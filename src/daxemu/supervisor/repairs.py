@@ -92,8 +92,12 @@ class Repairs:
         return self._repair(blocks, self._writable(mapped, tasks)) if self._host.is_active else Verdict()
 
     def _writable(self, incident: Incident, tasks: Sequence[Task]) -> RangeSet:
-        """Return the device blocks of the incident that are present in a writable mapping of ``tasks``."""
-        found, base = RangeSet(), self._pmem.dax.base_pfn
+        """Return the device blocks of the incident that may hold stores that the strategy has not seen: those
+        present in a writable mapping of ``tasks``. The filesystem knows each store through a direct mapping.
+        """
+        found, base = self._fs.mapped_stores.copy(), self._pmem.dax.base_pfn
+        if self._pmem.media.is_direct:
+            return found
         for task in tasks:
             for run in task.present:
                 for failed in incident.mappings if run.writable else ():
@@ -135,6 +139,9 @@ class Repairs:
         used = tuple(part for run in volume.in_use(blocks) for part in poisoned.overlapping(*run))
         copies = tuple(position for run in poisoned for position in volume.reserved.positions(run))
         stale = RangeSet(part for run in used for part in self._host.stale(run))
+        for run in used:  # no option makes a strategy trust a copy that is known to be too old
+            for part in self._fs.mapped_stores.overlapping(*run):
+                stale.add(*part.clip(*run))
         owners = [owner for run in used for owner in volume.owners(run)]
         return Failure(used, unseen, stale, copies), owners
 

@@ -25,7 +25,8 @@ from daxemu.private_path import PrivatePath
 from daxemu.protocol import Progress
 from daxemu.ranges import Range, RangeSet
 from daxemu.repair import registry
-from daxemu.repair.registry import INCOMPLETE
+from daxemu.repair.arrays import SparseArray
+from daxemu.repair.registry import INCOMPLETE, MAPPED
 from daxemu.repair.strategy import Failure, Options, Strategy, Verdict
 from daxemu.repair.volume import Volume
 from daxemu.supervisor.guard import Guard, Hung
@@ -63,6 +64,8 @@ class StrategyHost:
         """The text of the last call of :meth:`choose`; a new object for each call."""
         self._lost = RangeSet()
         """Blocks with a mapped store lost to poison since the last write to the block."""
+        self._mapped: SparseArray | None = None
+        """Marks of ``Filesystem.mapped_stores``, which outlive a crash; None without a watching strategy."""
         self.text = "none"
         self.broken: str | None = None
         self.progress: Progress | None = None
@@ -105,6 +108,7 @@ class StrategyHost:
                 raise NotMounted("the mount ends: at the next one the strategy begins anew")
         volume = Volume(self._fs, directory, self._guard.atomically)
         strategy: Strategy | None = None
+        unseen: list[Range] = []
         try:
             if kind.watches and not directory.exists():
                 self._root.mkdir()
@@ -113,8 +117,16 @@ class StrategyHost:
             self.text, self.broken = text, None
             if kind.watches:
                 self._fs.watch(self)
+                self._mapped = SparseArray(self._root / MAPPED, "uint8", self._fs.allocator.total)
+                # Stores of a mount that crashed, seen below.
+                unseen = list(self._mapped.nonzero())
+                for blocks in unseen:
+                    self._fs.mapped_stores.add(*blocks)
+                self._fs.note_stored_to()
             pieces = self._guard.call(BEGIN_LIMIT, strategy.mounted, after_crash=after_crash)
             yield from self._see_to(strategy, pieces, choice)
+            for blocks in unseen:
+                self._fs.mapped_stores_end(blocks)
             (self._root / INCOMPLETE).unlink()
         except Exception as error:
             if self._strategy is strategy and not self.is_ending:
@@ -167,7 +179,7 @@ class StrategyHost:
 
     def _drop(self) -> None:
         strategy, self._strategy = self._strategy, None
-        self._fs.watch(None)
+        self._unwatch()
         self._lost, self.text, self.progress = RangeSet(), "none", None
         if strategy is not None:
             self._try(strategy.discard)
@@ -177,8 +189,14 @@ class StrategyHost:
         strategy, self._strategy = self._strategy, None
         if strategy is not None:
             self._try(strategy.unmounting)
-        self._fs.watch(None)
+        self._unwatch()
         self._guard.close()
+
+    def _unwatch(self) -> None:
+        self._fs.watch(None)
+        if self._mapped is not None:
+            self._mapped.close()
+            self._mapped = None
 
     @property
     def is_active(self) -> bool:
@@ -206,7 +224,7 @@ class StrategyHost:
     def _fail(self, where: str, error: BaseException) -> None:
         self.broken = f"{where}: {error!r}" if not isinstance(error, Hung) else f"{where}: {error}"
         self._strategy = None
-        self._fs.watch(None)
+        self._unwatch()
         self._emit(RepairStrategyFailed(strategy=self.text, reason=self.broken))
         # As text: a traceback object would keep views of the media, and the media could not be unmapped.
         said = "".join(traceback.format_exception(error))
@@ -266,8 +284,9 @@ class StrategyHost:
 
     def verify(self, blocks: Range) -> None:
         """See DataOps."""
-        if self._strategy is not None:
-            self._ask(self._strategy.verify, blocks)
+        for settled in self._fs.mapped_stores.gaps(*blocks):
+            if self._strategy is not None:
+                self._ask(self._strategy.verify, settled)
 
     def store_begins(self, blocks: Sequence[Range], origin: Origin) -> None:
         """See DataOps."""
@@ -282,6 +301,26 @@ class StrategyHost:
         if self._strategy is not None:
             self._try_hook(self._strategy.store_done, blocks, origin)
 
+    def mapped(self, blocks: Range) -> None:
+        """See DataOps."""
+        if self._mapped is not None:
+            self._mapped.fill(blocks, 1)
+
+    def unmapped(self, blocks: Range) -> bool:
+        """See DataOps. The strategy is told of a store at this moment, as at a write-back."""
+        for run in self.volume().in_use(blocks):
+            if self._strategy is None:
+                return False
+            try:
+                self._ask(self._strategy.store_begins, [run], Origin.MAPPED)
+            except DaxemuError as error:
+                log.warning("blocks %d-%d stay without protection: %s", run.start, run.end, error)
+                return False
+            self.store_done([run], Origin.MAPPED)
+        if self._mapped is not None:
+            self._mapped.fill(blocks, 0)
+        return True
+
     def store_lost(self, blocks: Range) -> None:
         """See DataOps."""
         self._lost.add(*blocks)
@@ -294,6 +333,9 @@ class StrategyHost:
     def freed(self, blocks: Range) -> None:
         """See DataOps."""
         self._lost.remove(*blocks)
+        if self._mapped is not None and self._fs.mapped_stores.overlaps(*blocks):
+            self._fs.mapped_stores.remove(*blocks)
+            self._mapped.fill(blocks, 0)
         if self._strategy is not None:
             self._try_hook(self._strategy.freed, blocks)
 

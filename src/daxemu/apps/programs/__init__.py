@@ -13,6 +13,7 @@ from daxemu.apps.programs.driven import (
     RocksDb,
     RocksDbMmap,
 )
+from daxemu.apps.programs.etcd import Etcd
 from daxemu.apps.programs.fio import Fio
 from daxemu.apps.programs.git import Git
 from daxemu.apps.programs.postgresql import PostgreSql, PostgreSqlChecksums
@@ -33,6 +34,7 @@ APPLICATIONS: tuple[type[Application], ...] = (
     RocksDb,
     RocksDbMmap,
     Lmdb,
+    Etcd,
     Git,
     NumpyMemmap,
     RaggedTraining,

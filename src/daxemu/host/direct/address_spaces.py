@@ -13,9 +13,8 @@ work, and the thread makes the call again: :meth:`AddressSpaces.of` returns None
 time.
 
 Invariants:
-- a process makes its agent, or forks, one after the other: the agent's socket is in the program for a moment,
-  and an event of a fork belongs to the one fork under way;
-- the child of a fork has its agent before its first instruction, or does not live;
+- a process makes one agent at a time: the agent's socket is in the program for a moment;
+- the child of a fork has its agent before its first instruction, or does not live (``forks``);
 - a space whose agent was killed by others does not outlive the agent: its process is killed.
 """
 
@@ -25,35 +24,27 @@ import errno
 import logging
 import os
 import signal
-import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import partial
-from typing import Protocol
 
 import trio
 
 from daxemu.errors import DaxemuError
-from daxemu.host.direct import code
-from daxemu.host.direct.agent import ProcessAgent
+from daxemu.host.direct.address_space import AddressSpace, NotifiedCalls, Watcher
+from daxemu.host.direct.bursts import Burst
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
-from daxemu.host.direct.same_memory import call_of, owner_of, process_of, shares_memory
+from daxemu.host.direct.forks import Forks
+from daxemu.host.direct.making import AgentMaking, first_batch, raise_unless_made
+from daxemu.host.direct.memory import owner_of, process_of, shares_memory
+from daxemu.host.direct.scarce import kill_unfollowed, next_events
 from daxemu.host.direct.userfaultfd import OUTSIDE, Event, Forked, Userfaultfd
 from daxemu.host.proc import status
-from daxemu.host.run import zone
-from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
-from daxemu.host.tracer.link import Armed, TracerLink
-from daxemu.host.tracer.messages import AgentMade, MakeAgent, Outcome, Refused, TraceFork
+from daxemu.host.proc.procfs import read_whole
+from daxemu.host.run.seccomp import CONTINUE, RESTART, Answer, NotifiedCall
+from daxemu.host.tracer.link import TracerLink
 from daxemu.host.unexpected import Nursery
-from daxemu.uapi import PAGE_SIZE
 
 log = logging.getLogger(__name__)
-
-RESTART = Answer(error=513)
-"""ERESTARTNOINTR of linux/errno.h: the thread makes the call again, if the tracer has interrupted it."""
-
-ARENA_SIZE = 1 << 20
-"""Bytes of the arenas slice that each mount has: place for its agent in every address space."""
 
 # /proc/TID/syscall: execve and execveat of asm/unistd_64.h, or on a processor
 _MAYBE_EXECVE = (b"59", b"322", b"running")
@@ -61,55 +52,6 @@ _FIRST_LOOK, _LONGEST_LOOK = 0.001, 0.1
 """Seconds between looks at a thread in execve(2)."""
 _LONGEST_WATCH = 60.0
 """Seconds. The lookup by the next notified call or the exit notices an execve(2) that takes longer."""
-
-
-class NotifiedCalls(Protocol):
-    """The calls of one ``daxemu run``: ``host.run.attached.AttachedRun``."""
-
-    def add_fd(self, call: NotifiedCall, fd: int, *, number: int | None = None) -> int:
-        """Copy a descriptor into the process that waits."""
-
-    def answer(self, call: NotifiedCall, answer: Answer) -> bool:
-        """Let the call return."""
-
-
-class AddressSpace:
-    """Memory of one process. ``is_gone``: ended, with agent and userfaultfd."""
-
-    def __init__(self, agent: ProcessAgent, uffd: Userfaultfd) -> None:
-        self.agent = agent
-        self.uffd = uffd
-        self.outside = Userfaultfd()
-        """Userfaultfd of the mappings outside the zone; closed while the space has none."""
-        self.is_gone = False
-        self._fork_turn = trio.Lock()
-        self._next_agent: ProcessAgent | None = None
-        """Agent of the child, while a fork is under way."""
-        self._child: AddressSpace | None = None
-        """Child of the fork under way, once its event was read."""
-        self._process = -1
-        """pidfd of the process."""
-
-    @property
-    def tgid(self) -> int:
-        """Process id; 0 for the child of a fork that is not complete yet."""
-        return self.agent.tgid
-
-
-class Watcher(Protocol):
-    """Decides faults. Every method is called in the trio thread, and must not wait."""
-
-    def on_events(self, space: AddressSpace, events: Sequence[Event]) -> None:
-        """Take events of the userfaultfd, in order; no ``Forked`` is among them."""
-
-    def on_forked(self, parent: AddressSpace, child: AddressSpace) -> None:
-        """Copy what is known of ``parent``: ``child`` has the same mappings, in place of any event before
-        this call and none after. The agent of ``child`` may be used from now on; batches wait until the agent
-        is made.
-        """
-
-    def on_gone(self, space: AddressSpace) -> None:
-        """Forget the space: its process has ended or runs another program."""
 
 
 class AddressSpaces:
@@ -121,23 +63,22 @@ class AddressSpaces:
         """``media``, ``void``: descriptors, opened for reading and writing. ``index``: number of the mount's
         slice in ``zone.SLICES``; agents of several mounts in a process lie side by side. Raises Unsupported.
         """
-        self._link = link
         self._nursery = nursery
         self._watcher = watcher
-        self._fds = (media, void)
-        self._place = zone.ARENAS.start + index * ARENA_SIZE
-        self._code = code.agent_code()
+        self._making = AgentMaking(link, nursery, media, void, index)
+        self._forks = Forks(self._making, watcher, self._add, self.end)
         self._spaces: dict[int, AddressSpace] = {}
-        self._making: dict[int, trio.Event] = {}
-        self._forks: set[trio.Event] = set()
-        """Forks whose child may run already, but has no space yet."""
-        self._repeating: set[int] = set()
-        """Threads whose next fork is the one that is traced."""
+        self._in_the_making: dict[int, trio.Event] = {}
         self._failures: dict[int, DaxemuError] = {}
         """Reasons for the calls of threads that were answered RESTART, and got no agent."""
 
     def __iter__(self) -> Iterator[AddressSpace]:
         return iter(tuple(self._spaces.values()))
+
+    @property
+    def is_in_use(self) -> bool:
+        """True while an address space lives or is made."""
+        return bool(self._spaces or self._in_the_making or self._forks.is_under_way)
 
     async def of(self, run: NotifiedCalls, call: NotifiedCall) -> AddressSpace | None:
         """Return the address space of a call's thread, which still waits for its answer. Make the space first
@@ -152,11 +93,11 @@ class AddressSpaces:
         if found is None:
             if failure is not None:
                 raise failure
-            self._making[tgid] = trio.Event()
+            self._in_the_making[tgid] = trio.Event()
             try:
                 await self._make(run, call, tgid)
             finally:
-                self._making.pop(tgid).set()
+                self._in_the_making.pop(tgid).set()
         return found
 
     def find(self, tid: int) -> AddressSpace | None:
@@ -176,10 +117,9 @@ class AddressSpaces:
         """
         found = self.find(tid)
         if found is None:
-            for fork in tuple(self._forks):
-                await fork.wait()
+            await self._forks.none_under_way()
             while (found := self.find(tid)) is None:
-                if (made := self._making.get(process_of(tid))) is None:
+                if (made := self._in_the_making.get(process_of(tid))) is None:
                     break
                 await made.wait()
         return found
@@ -192,22 +132,20 @@ class AddressSpaces:
         thread the fork fails with EAGAIN.
         """
         try:
-            # After NotTaken the thread is not traced any more. The report may still be on its way.
-            if call.tid in self._repeating and self._is_traced_by_us(call.tid):
-                self._repeating.discard(call.tid)
-                run.answer(call, CONTINUE)
-                return
-            parent = await self.settled(call.tid)
+            parent = None if self._forks.is_repeated(call) else await self.settled(call.tid)
             if parent is None:
                 run.answer(call, CONTINUE)
-                return
-            async with parent._fork_turn:
-                await self._fork(run, call, parent, tuple(drop))
+            else:
+                await self._forks.fork(run, call, parent, drop)
         except AddressSpaceGone:
             run.answer(call, CONTINUE)
         except AgentRefused as why:
             log.warning("fork of process %s fails: %s", call.tid, why)
             run.answer(call, Answer(error=errno.EAGAIN))
+
+    def is_repeated(self, call: NotifiedCall) -> bool:
+        """Return True for a fork that the thread makes once more: :meth:`forked` has not returned yet."""
+        return self._forks.is_repeated(call)
 
     async def executes(self, call: NotifiedCall) -> None:
         """Note an execve(2), before the call is answered with CONTINUE: its address space may end."""
@@ -225,13 +163,13 @@ class AddressSpaces:
         space.is_gone = True
         if self._spaces.get(space.tgid) is space:
             del self._spaces[space.tgid]
-        for fd in (space.uffd.fd, space.outside.fd, space._process):
+        for fd in (space.uffd.fd, space.outside.fd, space.process):
             if fd >= 0:
                 trio.lowlevel.notify_closing(fd)
         space.uffd.close()
         space.outside.close()
-        if space._process >= 0:
-            os.close(space._process)
+        if space.process >= 0:
+            os.close(space.process)
         space.agent.close()
         self._watcher.on_gone(space)
 
@@ -241,12 +179,13 @@ class AddressSpaces:
             self.end(space)
 
     async def _make(self, run: NotifiedCalls, call: NotifiedCall, tgid: int) -> None:
-        agent, armed = await self._begin(run, call, tgid, MakeAgent)
+        agent, fd, limit = self._making.give_socket(run, call)
+        armed = await self._making.hold(agent, fd, limit, call)
         run.answer(call, RESTART)
         try:
-            _raise_unless_made(await armed.wait())
+            raise_unless_made(await armed.wait())
             agent.tgid = owner_of(call.tid)
-            space = AddressSpace(agent, await _first_batch(agent, Userfaultfd()))
+            space = AddressSpace(agent, await first_batch(agent))
         except AddressSpaceGone:
             agent.close()
         except (DaxemuError, OSError) as why:
@@ -255,105 +194,12 @@ class AddressSpaces:
         else:
             self._add(space)
 
-    async def _fork(
-        self,
-        run: NotifiedCalls,
-        call: NotifiedCall,
-        parent: AddressSpace,
-        drop: tuple[tuple[int, int], ...],
-    ) -> None:
-        agent, armed = await self._begin(run, call, parent.tgid, partial(TraceFork, drop=drop))
-        under_way = trio.Event()
-        self._forks.add(under_way)
-        parent._next_agent = agent
-        self._repeating.add(call.tid)
-        run.answer(call, RESTART)
-        try:
-            await self._complete(parent, agent, await armed.wait())
-        finally:
-            self._repeating.discard(call.tid)
-            parent._next_agent = parent._child = None
-            self._forks.discard(under_way)
-            under_way.set()
-
-    async def _complete(self, parent: AddressSpace, agent: ProcessAgent, outcome: Outcome | None) -> None:
-        """Make the space of the child, or forget the child."""
-        child = parent._child
-        if not isinstance(outcome, AgentMade):
-            if isinstance(outcome, Refused):
-                log.warning("the child of process %s was killed: %s", parent.tgid, outcome.reason)
-            if child is not None:
-                self.end(child)
-            agent.close()
-            return
-        agent.tgid = outcome.tgid
-        try:
-            if child is None:  # no range was registered, so the kernel sent no event
-                child = AddressSpace(agent, await _first_batch(agent, Userfaultfd()))
-                self._watcher.on_forked(parent, child)
-            elif child.uffd.fd < 0:  # no range of the zone was registered
-                await _first_batch(agent, child.uffd)
-            else:
-                await agent.settle()
-        except AddressSpaceGone:
-            agent.close()
-            if child is not None:
-                self.end(child)
-            return
-        self._add(child)
-        if not shares_memory(child.tgid, agent.pid):
-            self.end(child)  # execve(2) came first
-
-    async def _begin(
-        self,
-        run: NotifiedCalls,
-        call: NotifiedCall,
-        tgid: int,
-        kind: Callable[..., MakeAgent | TraceFork],
-    ) -> tuple[ProcessAgent, Armed]:
-        """Give the process the socket of an agent, and hold the thread."""
-        self._refuse_traced(call.tid)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        agent = ProcessAgent(ours, self._fds)
-        agent.memory = self._place + PAGE_SIZE
-        try:
-            with theirs:
-                fd = run.add_fd(call, theirs.fileno())
-            length = PAGE_SIZE + code.MEMORY
-            request = kind(0, tgid, call.tid, fd, self._place, length, self._code, zone.MAGIC)
-            armed = await self._link.make_agent(request)
-            if not isinstance(armed, Armed):
-                _raise_unless_made(armed)
-                raise AssertionError(armed)
-        except FileNotFoundError:
-            agent.close()
-            raise AddressSpaceGone(f"thread {call.tid} does not wait any more") from None
-        except OSError as error:
-            agent.close()
-            raise AgentRefused(f"no descriptor in process {tgid}: {error}") from error
-        except BaseException:
-            agent.close()
-            raise
-        self._nursery.start_soon(agent.serve)
-        return agent, armed
-
-    def _refuse_traced(self, tid: int) -> None:
-        found = status.find(tid)
-        if found is None or not found.tracer or process_of(found.tracer) == self._link.pid:
-            return
-        raise AgentRefused(
-            f"process {found.tracer} traces thread {tid}, and a thread has one tracer at a time"
-        )
-
-    def _is_traced_by_us(self, tid: int) -> bool:
-        found = status.find(tid)
-        return found is not None and bool(found.tracer) and process_of(found.tracer) == self._link.pid
-
     def _add(self, space: AddressSpace) -> None:
         """Serve a space whose agent has made a batch."""
         try:
-            space._process = os.pidfd_open(space.tgid)
-        except ProcessLookupError:
+            space.process = os.pidfd_open(space.tgid)
+        except OSError:  # the process has ended, or no descriptor is free
+            kill_unfollowed(space.tgid)
             self.end(space)
             return
         self._spaces[space.tgid] = space
@@ -378,49 +224,45 @@ class AddressSpaces:
             self._nursery.start_soon(self._read_events, space, space.outside)
 
     async def _read_events(self, space: AddressSpace, uffd: Userfaultfd) -> None:
+        burst = Burst()
         while not space.is_gone:
             try:
-                await trio.lowlevel.wait_readable(uffd.fd)
+                found = await next_events(uffd, burst.readable)
             except trio.ClosedResourceError:
                 return
-            self.take_events(space, uffd)
+            if not self._take(space, uffd, found):
+                burst.end()
 
-    def take_events(self, space: AddressSpace, uffd: Userfaultfd) -> None:
-        """Read the events that have come, and pass them on."""
+    def drain(self, space: AddressSpace) -> None:
+        """Take the events of mappings outside the zone that have come. Without a free descriptor the event of
+        a fork is left to the task that reads.
+        """
+        if space.outside.fd >= 0:
+            with suppress(OSError):
+                self._take(space, space.outside, space.outside.read())
+
+    def _take(self, space: AddressSpace, uffd: Userfaultfd, found: Sequence[Event]) -> bool:
+        """Pass events on. Return True if all are answered already."""
         events: list[Event] = []
-        for event in uffd.read() if uffd.fd >= 0 else ():
+        is_answered = True
+        for event in found:
             if isinstance(event, Forked):
+                is_answered = False
                 self._deliver(space, events)
                 events = []
-                self._adopt(space, event, uffd)
+                self._forks.adopt(space, event, uffd)
             else:
                 events.append(event)
-        self._deliver(space, events)
+        return self._deliver(space, events) and is_answered
 
-    def _deliver(self, space: AddressSpace, events: list[Event]) -> None:
-        if events:
-            self._watcher.on_events(space, events)
-
-    def _adopt(self, parent: AddressSpace, event: Forked, uffd: Userfaultfd) -> None:
-        """Take the child of a fork: one event of each userfaultfd with a range, in any order."""
-        agent, child = parent._next_agent, parent._child
-        if agent is not None and child is None:
-            child = parent._child = AddressSpace(agent, Userfaultfd())
-            self._watcher.on_forked(parent, child)
-        its = Userfaultfd() if child is None else child.outside if uffd is parent.outside else child.uffd
-        if child is None or its.fd >= 0:
-            os.close(event.fd)
-            log.warning("process %s made a child unseen: its memory is not protected", parent.tgid)
-            return
-        its.take(event.fd)
-        if its is child.outside:
-            child.agent.give(event.fd)
+    def _deliver(self, space: AddressSpace, events: list[Event]) -> bool:
+        return not events or self._watcher.on_events(space, events)
 
     async def _await_exit(self, space: AddressSpace) -> None:
         if space.is_gone:  # before this task began: its descriptors may be others' by now
             return
         with suppress(trio.ClosedResourceError):
-            await trio.lowlevel.wait_readable(space._process)
+            await trio.lowlevel.wait_readable(space.process)
             self.end(space)
 
     async def _await_loss(self, space: AddressSpace) -> None:
@@ -430,7 +272,7 @@ class AddressSpaces:
                 "the agent of process %s was killed, or did not answer: the process is killed", space.tgid
             )
             with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(space._process, signal.SIGKILL)
+                signal.pidfd_send_signal(space.process, signal.SIGKILL)
             self.end(space)
 
     async def _watch_execve(self, space: AddressSpace, tid: int) -> None:
@@ -452,23 +294,12 @@ class AddressSpaces:
                 if not shares_memory(each, space.agent.pid):
                     self.end(space)
                     return
-                if each != tid or call_of(tid) not in _MAYBE_EXECVE:
+                if each != tid or _call_of(tid) not in _MAYBE_EXECVE:
                     return
 
 
-async def _first_batch(agent: ProcessAgent, uffd: Userfaultfd) -> Userfaultfd:
-    uffd.take(await agent.take_userfaultfd())
+def _call_of(tid: int) -> bytes:
     try:
-        uffd.enable()
-    except BaseException:
-        uffd.close()
-        raise
-    return uffd
-
-
-def _raise_unless_made(outcome: Outcome | None) -> None:
-    """Raise AgentRefused or AddressSpaceGone for any other outcome than AgentMade."""
-    if isinstance(outcome, Refused):
-        raise AgentRefused(outcome.reason)
-    if not isinstance(outcome, AgentMade):
-        raise AddressSpaceGone("the thread has ended")
+        return read_whole(f"/proc/{tid}/syscall").split(b" ", 1)[0].strip()
+    except OSError:
+        return b""

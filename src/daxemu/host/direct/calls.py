@@ -63,7 +63,7 @@ _VALIDATED = 0xFC0FF9F3 | MAP_SYNC
 """Flags that MAP_SHARED_VALIDATE accepts: LEGACY_MAP_MASK of linux/mman.h, and MAP_SYNC as on DAX."""
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 MS_ASYNC, MS_INVALIDATE, MS_SYNC = 1, 2, 4
-MADV_DONTNEED, MADV_DONTNEED_LOCKED = 4, 24
+MADV_DONTNEED, MADV_FREE, MADV_WIPEONFORK, MADV_DONTNEED_LOCKED = 4, 8, 18, 24
 _PROT = 7
 _NO_KEY = 0xFFFFFFFF
 """Argument of pkey_mprotect(2) that makes the call an mprotect(2)."""
@@ -119,6 +119,7 @@ class Calls:
         page_tables: PageTables,
         locks: FileLocks,
         settled: Callable[[Ino], Awaitable[None]],
+        synced: Callable[[Ino], Awaitable[None]],
         hardware_error: HardwareError,
     ) -> None:
         self._fs = fs
@@ -126,6 +127,7 @@ class Calls:
         self._page_tables = page_tables
         self._locks = locks
         self._settled = settled
+        self._synced = synced
         self._hardware_error = hardware_error
 
     async def answer(self, call: NotifiedCall, space: Space | None, *, simulated: bool = False) -> Answer:
@@ -165,7 +167,7 @@ class Calls:
                 async with held(space.lock):
                     return await self._mremap(space, *call.args[:5])
             case Nr.MSYNC:
-                return self._msync(space, *call.args[:3])
+                return await self._msync(space, *call.args[:3])
             case Nr.MADVISE:
                 return await self._madvise(call.tid, space, *call.args[:3], simulated=simulated)
             case Nr.MMAP:
@@ -211,8 +213,7 @@ class Calls:
                         runs = self._runs(area, _EAGER_OVER)
                         await self._page_tables.show(list(planner.media_pieces(area, runs)))
                 else:
-                    runs = self._runs(area, min(EAGER, self._page_tables.room(space) // 2))
-                    await self._page_tables.map_new(area, planner.media_pieces(area, runs))
+                    await self._map_new(area)
         except _CallRefused as refused:
             return Answer(error=refused.errno)
         except DaxemuError as error:
@@ -220,6 +221,16 @@ class Calls:
         except OSError as error:
             return Answer(error=error.errno or errno.ENOMEM)
         return Answer(start)
+
+    async def _map_new(self, area: Area) -> None:
+        """Map an area at once, or lazily. Raises OSError, DaxemuError."""
+        runs = self._runs(area, min(EAGER, self._page_tables.room(area.space) // 2))
+        try:
+            await self._page_tables.map_new(area, planner.media_pieces(area, runs))
+        except OSError as error:
+            if error.errno != errno.ENOMEM or not runs:
+                raise
+            await self._page_tables.map_new(area, [])  # one VMA
 
     def _runs(self, area: Area, most: int) -> list[FileRun]:
         """Return the runs to map at once: all, or none of a file with more than ``most``, or after a
@@ -344,7 +355,7 @@ class Calls:
                 await self._page_tables.unmap(space, Range(address + new, address + old))
             return Answer(address)
         added = Range(address + old, address + new)
-        fits = added.end <= space.zone.end or (zone.has(address) is False and is_outside(added))
+        fits = added.end <= space.zone.end or (not zone.has(address) and is_outside(added))
         if where.end == area.addresses.end and fits and await self._is_free(space, added):
             await self._grow(area, added)
             return Answer(address)
@@ -372,8 +383,10 @@ class Calls:
 
     # -- msync, madvise
 
-    def _msync(self, space: Space, address: int, length: int, flags: int) -> Answer:
-        """msync(2): the stores are on the media already, the metadata is committed here."""
+    async def _msync(self, space: Space, address: int, length: int, flags: int) -> Answer:
+        """msync(2): the stores are on the media already, and are shown to the filesystem here. The metadata
+        is committed.
+        """
         if address % PAGE_SIZE or flags & ~(MS_ASYNC | MS_INVALIDATE | MS_SYNC):
             raise _CallRefused(errno.EINVAL)
         if flags & MS_ASYNC and flags & MS_SYNC:
@@ -381,10 +394,13 @@ class Calls:
         where = Range(address, address + page_align_up(length))
         if not where:
             return Answer(0)
-        if not space.overlapping(where):
+        areas = space.overlapping(where)
+        if not areas:
             return CONTINUE
         if flags & MS_SYNC:
             try:
+                for ino in {area.ino for area in areas if area.is_shared}:
+                    await self._synced(ino)
                 self._fs.fsync()
             except DaxemuError as error:
                 raise _CallRefused(error.errno) from error
@@ -403,6 +419,8 @@ class Calls:
             raise _CallRefused(errno.EINVAL)
         if poisons:
             return await self._inject(tid, space, where, advice == MADV_SOFT_OFFLINE, simulated)
+        if advice in (MADV_FREE, MADV_WIPEONFORK):  # for anonymous memory only, as lazy addresses are
+            raise _CallRefused(errno.EINVAL)
         if advice == MADV_REMOVE:
             return await self._remove(space, where)
         if advice in (MADV_DONTNEED, MADV_DONTNEED_LOCKED):

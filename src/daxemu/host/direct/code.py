@@ -12,10 +12,10 @@ from daxemu.errors import Unsupported
 from daxemu.host.c_layout import REBUILD, refusal
 from daxemu.host.direct import structs
 
-MEMORY = 4 * 4096
-"""Bytes of memory that an agent needs beside its code."""
+MEMORY = 7 * 4096
+"""Bytes of memory that an agent needs beside its code: redirect.h has the places."""
 
-WILL = 11264
+WILL = 24576
 """Byte of the memory with the will: start and length of each mapping outside the zone, then zeros."""
 
 CALLS_IN_BATCH = 128

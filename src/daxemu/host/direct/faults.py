@@ -23,6 +23,7 @@ from daxemu.fs.fault import FaultKind, FileRun
 from daxemu.host.direct import planner
 from daxemu.host.direct.changes import Changes, FileLocks
 from daxemu.host.direct.errors import AddressSpaceGone, NotRegistered
+from daxemu.host.direct.immediate import WINDOW, FaultOps, ImmediateAnswers, MediaOps
 from daxemu.host.direct.locking import held
 from daxemu.host.direct.page_tables import PageTables
 from daxemu.host.direct.planner import MappingPiece, Shows
@@ -45,15 +46,6 @@ RETURN_PATIENCE = 1.0
 """Seconds that a page stays SIGBUS for a held thread whose system call does not return."""
 SPACE_PATIENCE = 1.0
 """Seconds that a store waits for freed blocks that processes may still have mapped."""
-_WINDOW = 1 << 30
-"""Blocks of a file that one fault may map."""
-
-
-class FaultOps(Protocol):
-    """The part of the filesystem that decides faults."""
-
-    def fault(self, ino: Ino, block: Block, *, is_store: bool, limit: int) -> FileRun:
-        """See MappedFiles.fault."""
 
 
 class Touch(NamedTuple):
@@ -109,8 +101,7 @@ class PageFaults:
     def __init__(
         self,
         fs: FaultOps,
-        is_poisoned: Callable[[Block], bool],
-        reserve: Callable[[Block], None],
+        media: MediaOps,
         table: Table,
         page_tables: PageTables,
         changes: Changes,
@@ -121,13 +112,11 @@ class PageFaults:
         on_store: Callable[[Ino], None],
         tracer: Holder,
     ) -> None:
-        """``is_poisoned``: return whether a device block has poison. ``reserve``: give a device block memory
-        if it has none. ``nursery`` runs what follows an answer. ``on_poison`` decides about an access to
-        poison. ``on_store`` is called after a store changed the blocks or times of a file.
+        """``nursery`` runs what follows an answer. ``on_poison`` decides about an access to poison.
+        ``on_store`` is called after a store changed the blocks or times of a file.
         """
         self._fs = fs
-        self._is_poisoned = is_poisoned
-        self._reserve = reserve
+        self._media = media
         self._table = table
         self._page_tables = page_tables
         self._changes = changes
@@ -139,8 +128,18 @@ class PageFaults:
         self._tracer = tracer
         self._calls: dict[int, _Call] = {}
         """The system call that touches poison, of each thread."""
+        self._immediate = ImmediateAnswers(
+            fs, media, table, page_tables, changes, locks, nursery, unexpected, on_store
+        )
         self.waiting = 0
         """Number of events without an answer yet."""
+
+    def take(self, space: Space, event: PageFault) -> bool:
+        """Answer one event at once, and return True; or in a task of its own."""
+        if self._immediate.answered(space, event):
+            return True
+        self._nursery.start_soon(self.handle, space, event)
+        return False
 
     async def handle(self, space: Space, event: PageFault) -> None:
         """Answer one event. The thread never waits for ever: after an unexpected error its access fails."""
@@ -194,7 +193,7 @@ class PageFaults:
         with self._changes.following(ino):
             with self._changes.own(ino) as changed:
                 try:
-                    run = self._fs.fault(ino, block, is_store=is_store, limit=_WINDOW)
+                    run = self._fs.fault(ino, block, is_store=is_store, limit=WINDOW)
                 except NoSpace:
                     if may_wait and not is_settled:
                         raise
@@ -218,7 +217,7 @@ class PageFaults:
         return None
 
     def _is_poison(self, run: FileRun, block: Block) -> bool:
-        return run.kind is FaultKind.MAPPED and self._is_poisoned(run.dev_block + block - run.file_block)
+        return run.kind is FaultKind.MAPPED and self._media.is_poisoned(_device(run, block), PAGE_SIZE)
 
     async def _answer(self, area: Area, touch: Touch, run: FileRun, *, is_stale: bool) -> None:
         """Map what the filesystem decided. Precondition: ``Space.lock`` is held."""
@@ -238,13 +237,17 @@ class PageFaults:
         elif is_stale or page.start in space.zeros:
             pieces = list(planner.media_pieces(area, [run]))
             await self._page_tables.show([p.cut(page) for p in pieces if p.addresses.clip(*page)])
+        elif touch.event.is_wp and run.is_watched and area.is_shared:
+            await self._page_tables.unprotect(space, page)
         elif touch.event.is_wp:
             mine = area.addresses_of(Range(run.file_block, run.file_end))
             for part in list(space.shown.overlapping(*mine)):
                 for media in list(space.zeros.gaps(*part)):
                     await self._page_tables.unprotect(space, media)
         else:  # another thread's event had the page mapped, or the media had no memory there
-            self._reserve(run.dev_block + area.block_at(page.start) - run.file_block)
+            self._media.reserve(_device(run, area.block_at(page.start)), PAGE_SIZE)
+            if run.is_watched and area.is_shared:  # a repair strategy's page may have come back writable
+                await self._page_tables.protect(space, page)
             space.wake(page)
 
     async def _zeros(self, area: Area, touch: Touch) -> None:
@@ -350,7 +353,16 @@ class PageFaults:
                 call.is_clean.set()
 
     async def _give_up(self, touch: Touch) -> None:
-        """Let an access fail after an unexpected error, by the means that need least."""
+        """Let an access fail after an unexpected error, by the means that need least.
+
+        A block that the page still shows may be another file's, too: a store must not reach the block.
+        """
         with suppress(DaxemuError, OSError):
             async with held(touch.space.lock):
-                await self._mark(touch)
+                if await self._page_tables.hide_or_end(touch.space, touch.page):
+                    await self._mark(touch)
+
+
+def _device(run: FileRun, block: Block) -> int:
+    """Return the byte of the device with a file block of a run."""
+    return (run.dev_block + block - run.file_block) * PAGE_SIZE

@@ -18,6 +18,7 @@ import trio
 
 from daxemu.errors import DaxemuError, MediaError
 from daxemu.fs.fault import FaultKind, FileRun
+from daxemu.fs.rmap import Owner
 from daxemu.host.direct.calls import Calls
 from daxemu.host.direct.changes import Changes, FileLocks
 from daxemu.host.direct.faults import PageFaults, Touch
@@ -35,8 +36,13 @@ from daxemu.host.run.attached import Handle
 from daxemu.mm.incident import Incident
 from daxemu.mm.to_kill import PresentRun, Task
 from daxemu.ranges import Range
-from daxemu.uapi import PAGE_SIZE, Block, Ino
+from daxemu.uapi import PAGE_SIZE, Ino
 from daxemu.units import DIV_ROUND_UP, PHYS_PFN, blocks_of, bytes_of_blocks
+
+SYNC_INTERVAL = 5.0
+"""Seconds between two write-backs of stores without an msync(2), as in dirty_writeback_centisecs."""
+_SYNC_PIECE = 256
+"""Blocks whose contents one step of the event loop shows to the filesystem."""
 
 
 class DirectMappings:
@@ -60,8 +66,7 @@ class DirectMappings:
         self.presence = Presence(self.table, pfn_map=parts.pmem.pgmap is None)
         self.faults = PageFaults(
             fs,
-            self._is_poisoned,
-            self._reserve,
+            fs.dax,
             self.table,
             self.page_tables,
             self._changes,
@@ -76,7 +81,9 @@ class DirectMappings:
 
     def calls(self, hardware_error: HardwareError) -> Calls:
         """Return the answers to system calls on address spaces of this mount."""
-        return Calls(self._fs, self.table, self.page_tables, self._locks, self.settled, hardware_error)
+        return Calls(
+            self._fs, self.table, self.page_tables, self._locks, self.settled, self.synced, hardware_error
+        )
 
     def system_calls(self, hardware_error: HardwareError) -> Handle:
         """See Mappings.system_calls."""
@@ -96,17 +103,13 @@ class DirectMappings:
         self._parts.open_files.mapped(ino)
 
     def _unpin(self, ino: Ino) -> None:
+        if self._fs.mapped_stores:
+            self._parts.nursery.start_soon(self.synced, ino)
         self._parts.open_files.unmapped(ino)
         with suppress(DaxemuError):
             self._fs.release(ino)
 
     # -- the filesystem's answers
-
-    def _is_poisoned(self, block: Block) -> bool:
-        return self._fs.dax.is_poisoned(block * PAGE_SIZE, PAGE_SIZE)
-
-    def _reserve(self, block: Block) -> None:
-        self._fs.dax.reserve(block * PAGE_SIZE, PAGE_SIZE)
 
     async def _on_poison(self, touch: Touch, area: Area, run: FileRun) -> Answer:
         """Ask the supervisor about an access to poison."""
@@ -203,6 +206,43 @@ class DirectMappings:
     async def write_back(self, ino: Ino, *, has_mutex: bool = False) -> None:
         """See Mappings.write_back: the stores are on the media."""
 
+    async def synced(self, ino: Ino | None = None) -> None:
+        """See Mappings.synced: protect the pages, so the next store is an event, then show the contents."""
+        for part in list(self._fs.mapped_stores):
+            for low in range(part.start, part.end, _SYNC_PIECE):
+                piece = Range(low, min(low + _SYNC_PIECE, part.end))
+                for owner in list(self._fs.rmap.owners(*piece)):
+                    if ino in (None, owner.ino):
+                        await self._synced(owner)
+
+    async def _synced(self, owner: Owner) -> None:
+        """Show the blocks of a file, if the file still has the blocks. A block of several files is
+        write-protected everywhere.
+        """
+        async with self._locks.held(owner.ino):
+            blocks = Range(owner.file_block, owner.file_block + owner.length)
+            device = Range(owner.dev_block, owner.dev_block + owner.length)
+            if owner not in list(self._fs.rmap.owners(*device)):
+                return  # changed meanwhile: the next call finds the new owner
+            await self.page_tables.protect_blocks(owner.ino, blocks)
+            if self._fs.shutdown_reason is None:
+                self._fs.mapped_stores_end(device)
+
+    async def _sync_now_and_then(self) -> None:
+        """Show stores every SYNC_INTERVAL seconds, as the kernel writes dirty pages back."""
+        while True:
+            await trio.sleep(SYNC_INTERVAL)
+            with self._parts.unexpected.caught("the periodic write-back of stores through mappings"):
+                await self.synced()
+
+    def stored_to(self) -> Iterator[tuple[Ino, Range]]:
+        """See fs.fault.MappingOps."""
+        for ino in self.table.files():
+            for area in self.table.areas_of(ino):
+                for part in area.space.shown.overlapping(*area.addresses) if area.is_shared else ():
+                    start = area.block_at(part.start)
+                    yield ino, Range(start, start + PHYS_PFN(part.length))
+
     def write_back_all(self) -> None:
         """See Mappings.write_back_all."""
 
@@ -287,11 +327,15 @@ class DirectMappings:
         self._fs.follow(self)
         self._fs.dax.before_punch.register(self._before_punch)
         self._parts.nursery.start_soon(self.follow)
+        self._parts.nursery.start_soon(self._sync_now_and_then)
 
     async def stop(self) -> None:
         """See Mappings.stop. Every access from now on is SIGBUS with BUS_ADRERR."""
         self._fs.follow(None)
         await self._revoke_all()
+        if self._fs.shutdown_reason is None:
+            for part in list(self._fs.mapped_stores):
+                self._fs.mapped_stores_end(part)
         if self._service is not None:
             self._service.close()
 
@@ -299,3 +343,5 @@ class DirectMappings:
         """See Mappings.describe_held."""
         if self.faults.waiting:
             yield f"{self.faults.waiting} page faults of direct mappings wait for an answer"
+        if self._service is not None and (runs := self._service.runs):
+            yield f"runs of daxemu run that have direct mappings or may get some: {runs}"

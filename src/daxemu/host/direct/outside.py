@@ -21,12 +21,14 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+
+import trio
 
 from daxemu.host.direct import syscalls
 from daxemu.host.direct.agent import MOST_OUTSIDE
-from daxemu.host.direct.errors import AddressSpaceGone
+from daxemu.host.direct.errors import AddressSpaceGone, NotRegistered
 from daxemu.host.direct.planner import MappingPiece
 from daxemu.host.direct.syscalls import PROT_EXEC, PROT_READ, PROT_WRITE, Syscall
 from daxemu.host.direct.table import Space, Table
@@ -36,6 +38,9 @@ from daxemu.host.proc.procfs import GONE
 from daxemu.host.run import zone
 from daxemu.ranges import Range, merged
 
+_MOST_ATTEMPTS = 1000
+_AGAIN = 0.0002
+"""Seconds between two attempts of a replacement while the program unmaps."""
 _PROTECTIONS = ((b"r", PROT_READ), (b"w", PROT_WRITE), (b"x", PROT_EXEC))
 
 
@@ -124,6 +129,33 @@ async def guarded(table: Table, space: Space, calls: Sequence[tuple[Range, Sysca
     if is_interrupted:
         guards = zip(calls, results[::2], strict=True)
         raise Interrupted([place for (place, _), result in guards if result == -errno.ENOENT])
+
+
+async def replaced(
+    table: Table,
+    space: Space,
+    pieces: Sequence[MappingPiece],
+    replace: Callable[[Sequence[MappingPiece]], Awaitable[None]],
+) -> None:
+    """Replace the pieces that are still mapped, again while the program unmaps. ``replace`` raises
+    Interrupted. Raises the other exceptions of ``replace``, and NotRegistered after _MOST_ATTEMPTS.
+    """
+    for attempt in range(_MOST_ATTEMPTS):
+        present = as_now(table, space, pieces)
+        try:
+            if present:
+                await replace(present)
+        except Interrupted as interrupted:
+            # An event may still be on its way. Addresses without one are the program's since long.
+            for addresses in interrupted.foreign if attempt > 1 else ():
+                forget(table, space, addresses)
+        except NotRegistered:
+            if attempt == _MOST_ATTEMPTS - 1:
+                raise
+        else:
+            return
+        await trio.sleep(_AGAIN)
+    raise NotRegistered(f"process {space.tgid} unmaps its direct mappings without end")
 
 
 def unmapped(table: Table, space: Space, addresses: Range) -> None:

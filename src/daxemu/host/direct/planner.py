@@ -26,6 +26,13 @@ from daxemu.host.direct.table import Area
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE
 
+RESERVE = 8 * PAGE_SIZE
+"""Bytes of the reserve: eight VMAs. Where the kernel refuses another VMA, the address space gives up the
+reserve to make addresses lazy: mremap(2) wants four VMAs (move_vma()), and the replacement of a part of a VMA
+takes three.
+"""
+_PROT_READ = 1
+
 Shows = Enum("Shows", ["LAZY", "MEDIA", "VOID"])
 """What addresses map: anonymous memory without a page, the media, or the empty file (SIGBUS)."""
 
@@ -77,7 +84,8 @@ def media_pieces(area: Area, runs: Iterable[FileRun]) -> Iterator[MappingPiece]:
         addresses = area.addresses_of(Range(run.file_block, run.file_end))
         if run.kind is FaultKind.MAPPED and addresses:
             offset = (run.dev_block + area.block_at(addresses.start) - run.file_block) * PAGE_SIZE
-            yield MappingPiece(area, addresses, Shows.MEDIA, offset, run.is_shared and area.is_shared)
+            is_protected = (run.is_shared or run.is_watched) and area.is_shared
+            yield MappingPiece(area, addresses, Shows.MEDIA, offset, is_protected)
 
 
 def in_place(area: Area, pieces: Sequence[MappingPiece], origin: int) -> list[Syscall]:
@@ -108,3 +116,10 @@ def replacement(pieces: Sequence[MappingPiece], scratch: Range, origin: int) -> 
     return MappingPlan(
         batch, Range(scratch.start, at), protected, move, [piece.addresses for piece in pieces]
     )
+
+
+def reserve(at: int) -> list[Syscall]:
+    """Return the batch that makes the reserve: pages without access and pages to read, in turn."""
+    pages = range(at + PAGE_SIZE, at + RESERVE, 2 * PAGE_SIZE)
+    batch = [syscalls.mmap_anonymous(at, RESERVE, 0)]
+    return batch + [syscalls.mprotect(page, PAGE_SIZE, _PROT_READ) for page in pages]

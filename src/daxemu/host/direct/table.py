@@ -18,6 +18,7 @@ from sortedcontainers import SortedDict, SortedSet
 
 from daxemu.errors import Unsupported
 from daxemu.host.direct.agent import Agent
+from daxemu.host.direct.locking import transferable
 from daxemu.host.direct.userfaultfd import Userfaultfd
 from daxemu.host.run import zone
 from daxemu.ranges import IntervalIndex, Range, RangeSet
@@ -108,8 +109,8 @@ class Space:
     - *lazy*: anonymous memory without a page. A touch is an event of the userfaultfd.
     - *shown*: the address maps the media or the void file (beyond the end of the file), or has a page of
       zeros for a hole (``zeros``).
-    - *copied*: a page of a private mapping over a hole that was stored to. Copies of pages of the media are
-      known to the page tables only.
+    - *copied*: a private copy of a hole, or of a block that the file may not have any more. The page tables
+      alone know the copies of shown blocks.
     """
 
     agent: Agent
@@ -117,7 +118,7 @@ class Space:
     zone: Range
     """Addresses for the mappings of this mount."""
     scratch: Range
-    """Addresses where a replacement of a mapping is prepared."""
+    """Addresses where a replacement of a mapping is prepared. The reserve is at the end (planner.RESERVE)."""
     outside: Userfaultfd = field(default_factory=Userfaultfd)
     """Userfaultfd of the areas outside the zone, with events of munmap(2)."""
     open_outside: Callable[[], Awaitable[None]] = no_outside
@@ -126,7 +127,7 @@ class Space:
     """Takes the events of ``outside`` that have come."""
     expected: Counter[Range] = field(default_factory=Counter)
     """Addresses outside the zone that the agent unmaps at this moment: an event for each comes."""
-    lock: trio.Lock = field(default_factory=trio.Lock)
+    lock: trio.Semaphore = field(default_factory=transferable)
     """Held over each change of mappings, but for munmap(2) by the program outside the zone. Acquired after
     the lock of a file.
     """
@@ -135,6 +136,9 @@ class Space:
     copied: RangeSet = field(default_factory=RangeSet)
     pieces: SortedSet = field(default_factory=SortedSet)
     """First addresses of the shown pieces: as many VMAs, and up to as many lazy ones between."""
+    refused: int = 0
+    """Number of pieces by which the VMAs of the program make the room of the address space smaller."""
+    has_reserve: bool = False
     is_gone: bool = False
     """True after the end of the address space."""
     areas: SortedDict = field(default_factory=SortedDict)
@@ -185,6 +189,11 @@ class Space:
     def wake(self, addresses: Range) -> None:
         """Let the threads go on that wait for an answer to an event at ``addresses``."""
         self.uffd_at(addresses.start).wake(addresses.start, addresses.length)
+
+    @property
+    def is_free(self) -> bool:
+        """Return True if no task has the lock."""
+        return self.lock.value > 0
 
     def showing(self, addresses: Range, *, zeros: bool = False) -> None:
         """Note that ``addresses`` are shown from now on, as one piece or as a page of ``zeros``."""
@@ -298,6 +307,7 @@ class Table:
             )
         child.shown, child.copied = parent.shown.copy(), parent.copied.copy()
         child.zeros, child.pieces = parent.zeros.copy(), SortedSet(parent.pieces)
+        child.refused, child.has_reserve = parent.refused, parent.has_reserve
         self.add_space(child)
 
     def drop_space(self, space: Space) -> None:

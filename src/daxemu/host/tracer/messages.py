@@ -94,6 +94,7 @@ class _AgentRequest(_Message, frozen=True):
     length: int
     code: bytes
     magic: int
+    limit: tuple[int, int] | None = None
 
 
 class MakeAgent(_AgentRequest, frozen=True):
@@ -102,7 +103,7 @@ class MakeAgent(_AgentRequest, frozen=True):
 
     ``fd``: the agent's socket, a descriptor of the process, closed there in the end. ``code`` goes to address
     ``place``, with ``length`` bytes of memory in all. ``magic``: upper half of the descriptor in mmap(2), by
-    which the seccomp filter knows an agent's call.
+    which the seccomp filter knows an agent's call. ``limit``: RLIMIT_NOFILE to put back, soft and hard.
     """
 
 

@@ -1,4 +1,4 @@
-"""Which processes share an address space: kcmp(2), with an agent as the name of the address space."""
+"""Processes that share memory: kcmp(2) compares the address spaces of two threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import trio
 
 from daxemu.host.direct.errors import AddressSpaceGone
 from daxemu.host.proc import stat, status
-from daxemu.host.proc.procfs import read_whole
 
 _NR_KCMP = {"x86_64": 312}.get(platform.machine(), 272)  # asm/unistd.h
 _KCMP_VM = 1  # uapi/linux/kcmp.h
@@ -22,6 +21,7 @@ _libc.syscall.restype = ctypes.c_long
 
 
 def process_of(tid: int) -> int:
+    """Return the process id of a thread. Raises AddressSpaceGone if the thread has ended."""
     found = status.find(tid)
     if found is None:
         raise AddressSpaceGone(f"thread {tid} has ended")
@@ -55,10 +55,3 @@ async def kill(tgid: int, agent: int) -> None:
                 await trio.lowlevel.wait_readable(pidfd)
         finally:
             os.close(pidfd)
-
-
-def call_of(tid: int) -> bytes:
-    try:
-        return read_whole(f"/proc/{tid}/syscall").split(b" ", 1)[0].strip()
-    except OSError:
-        return b""
