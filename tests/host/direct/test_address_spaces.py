@@ -316,6 +316,22 @@ def test_the_child_of_a_vfork_uses_the_agent_of_its_parent(mapper: str, media: P
     play(media, scene)
 
 
+def test_an_agent_made_by_the_child_of_a_vfork_belongs_to_the_parent(mapper: str, media: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        program = await stage.start(mapper)
+        assert await program.ask(f"vfork {media}") == "vfork 0"
+        (space,) = stage.supervisor.spaces
+        assert space.tgid == program.pid
+        assert (await program.ask(f"map {media} 4")).startswith("at 0x2000")
+        assert [each for each, _, _ in stage.supervisor.maps] == [space, space]
+        assert await program.ask("load 0") == f"byte {ord('V')}"
+        assert not space.is_gone
+        assert await program.end() == 0
+        await until(lambda: space.is_gone)
+
+    play(media, scene)
+
+
 def test_a_traced_program_is_refused_by_name(mapper: str, media: Path) -> None:
     async def scene(stage: Stage) -> None:
         program = await stage.start(mapper)

@@ -21,6 +21,7 @@ import trio
 
 from daxemu.host.direct import outside, planner, syscalls
 from daxemu.host.direct.agent import Reply
+from daxemu.host.direct.batches import in_order
 from daxemu.host.direct.errors import (
     AddressSpaceChanging,
     AddressSpaceGone,
@@ -87,14 +88,15 @@ class PageTables:
         protected = RangeSet()
         try:
             outside.bequeath(space)
-            while batch:
-                space.showing_all([piece.addresses for piece in chunk])
-                for piece in chunk:
-                    if piece.is_protected:
-                        protected.add(*piece.addresses)
-                await self._run(space, batch)
-                chunk = list(islice(rest, _PIECES_IN_STEP))
-                batch = [piece.mmap(piece.addresses.start, self._origin) for piece in chunk]
+            async with in_order(partial(self._run, space)) as submit:
+                while batch:
+                    space.showing_all([piece.addresses for piece in chunk])
+                    for piece in chunk:
+                        if piece.is_protected:
+                            protected.add(*piece.addresses)
+                    chunk = list(islice(rest, _PIECES_IN_STEP))
+                    await submit(batch, is_last=not chunk)
+                    batch = [piece.mmap(piece.addresses.start, self._origin) for piece in chunk]
             await self._carry_out(space, MappingPlan([], area.addresses, list(protected), [], []))
         except (OSError, NotRegistered, RegisteredElsewhere):
             self._table.remove(space, area.addresses)

@@ -51,6 +51,7 @@ MREMAP_MAYMOVE = 1
 MREMAP_FIXED = 2
 
 _NO_FD = 0xFFFF_FFFF
+_HERE = -1  # the agent's side puts the address
 
 
 class Syscall(NamedTuple):
@@ -126,7 +127,7 @@ def guard(at: int, length: int, fd: int) -> Syscall:
     agent, and no munmap(2) of any range of ``fd`` is under way (UFFDIO_WRITEPROTECT). The bytes become
     write-protected.
     """
-    return Syscall(NR_IOCTL, (fd, UFFDIO_WRITEPROTECT, 0, at, length, 1), is_guard=True)
+    return Syscall(NR_IOCTL, (fd, UFFDIO_WRITEPROTECT, _HERE, at, length, 1), is_guard=True)
 
 
 def _place(replace: bool) -> int:

@@ -319,6 +319,15 @@ def send_plain(tgid: int, tid: int) -> bool:
     return True
 
 
+def is_traced_by(tid: int, process: int) -> bool:
+    """Return True if a thread of ``process`` traces thread ``tid``."""
+    found = status.find(tid)
+    if found is None or not found.tracer:
+        return False
+    tracer = status.find(found.tracer)
+    return tracer is not None and tracer.tgid == process
+
+
 def refusal(tid: int, error: OSError) -> str | None:
     """Return the reason for a refused PTRACE_SEIZE; None if the thread is gone."""
     found = status.find(tid)
