@@ -51,6 +51,7 @@ setup(
         Extension(
             "daxemu.host.run._forward",
             sources=["src/daxemu/host/run/forward.c"],
+            depends=["src/daxemu/host/run/thread.h"],
             extra_compile_args=["-O2", "-Wall", "-Wextra"],
             optional=True,
         ),

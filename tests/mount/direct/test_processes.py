@@ -31,7 +31,7 @@ STEPS = (
     *("many-mappings", "raw-fork", "forking-handler"),
     *("threads", "forking-threads", "proc", "shared-memory"),
 )
-MEMORY_STEPS = ("parts", "private", "locked")
+MEMORY_STEPS = ("parts", "private", "locked", "mremap", "fixed")
 
 
 def under_run(mount: DaxMount | None, *command: str | Path, before: tuple[str, ...] = ()) -> str:
@@ -123,18 +123,6 @@ def test_the_kernel_reads_into_a_mapping(
     if len(said) == 2:
         pytest.skip(said[0])
     assert said == ["ok"]
-
-
-def test_mremap_out_of_the_addresses_of_direct_mappings_is_refused(
-    dax_mount: DaxMount, memory_program: Path, path: Path
-) -> None:
-    said = under_run(dax_mount, memory_program, "mremap", path).splitlines()
-    assert said == ["outside of the zone: ENOMEM", "ok"]
-
-
-def test_map_fixed_elsewhere_is_refused(dax_mount: DaxMount, memory_program: Path, path: Path) -> None:
-    said = under_run(dax_mount, memory_program, "fixed", path).splitlines()
-    assert said == ["outside of the zone: ENODEV", "ok"]
 
 
 def test_nothing_is_left_of_a_killed_program(dax_mount: DaxMount, program: Path, path: Path) -> None:

@@ -75,6 +75,7 @@ class DirectMappings:
             parts.unexpected,
             self._on_poison,
             self.forget_attributes,
+            parts.tracer,
         )
         self._service: Service | None = None
 

@@ -69,13 +69,14 @@ class MappingPiece(NamedTuple):
 
 class MappingPlan(NamedTuple):
     """``batch`` maps; then ``registered`` is registered, and ``protected`` write-protected; then ``move``
-    moves the mappings over their places.
+    moves the mappings over their ``places``. A mapping in place has neither.
     """
 
     batch: list[Syscall]
     registered: Range
     protected: list[Range]
     move: list[Syscall]
+    places: list[Range]
 
 
 def media_pieces(area: Area, runs: Iterable[FileRun]) -> Iterator[MappingPiece]:
@@ -116,7 +117,9 @@ def replacement(pieces: Sequence[MappingPiece], scratch: Range, origin: int) -> 
             protected.append(place)
         move.append(syscalls.mremap(place.start, place.length, place.length, piece.addresses.start))
         at = place.end
-    return MappingPlan(batch, Range(scratch.start, at), protected, move)
+    return MappingPlan(
+        batch, Range(scratch.start, at), protected, move, [piece.addresses for piece in pieces]
+    )
 
 
 def reserve(at: int) -> list[Syscall]:
