@@ -29,6 +29,8 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "threads.h"
+
 #define MAX_MOUNTS 15 /* slices of the zone: zone.SLICES */
 #define PID_MAX_LIMIT (1 << 22) /* linux/threads.h */
 #define ANONYMOUS_DEVICES (1 << 20) /* minor numbers of major 0: fs/super.c */
@@ -86,6 +88,7 @@ struct kept {
 
 struct helper {
 	int listener, mountinfo, wake;
+	int proc; /* /proc of this pid namespace, whose thread ids the listener gives */
 	uint32_t asked; /* minor number of the last DEVICE */
 	uint32_t used, forked; /* mounts that got an mmap(2); a fork(2) of a process with mappings */
 	struct mount mounts[MAX_MOUNTS];
@@ -167,38 +170,9 @@ static int read_arguments(struct seccomp_notif *call)
 	return 0;
 }
 
-/* Finds the device of an open file without a request to its filesystem: with an empty mask FUSE gives st_dev alone. */
-static int device_of(int tid, int fd, uint32_t *major, uint32_t *minor)
-{
-	char path[48];
-	struct statx found;
-	snprintf(path, sizeof path, "/proc/%d/fd/%d", tid, fd);
-	if (statx(AT_FDCWD, path, AT_STATX_DONT_SYNC | AT_NO_AUTOMOUNT, 0, &found))
-		return -1;
-	*major = found.stx_dev_major, *minor = found.stx_dev_minor;
-	return 0;
-}
-
 static int is_tid(uint32_t tid)
 {
 	return tid > 0 && tid < PID_MAX_LIMIT;
-}
-
-/* Returns the process of a thread; -1 if the thread is gone. */
-static int process_of(int tid)
-{
-	char path[32], text[512], *line;
-	snprintf(path, sizeof path, "/proc/%d/status", tid);
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
-		return -1;
-	ssize_t got = read(fd, text, sizeof text - 1);
-	close(fd);
-	if (got <= 0)
-		return -1;
-	text[got] = 0;
-	line = strstr(text, "\nTgid:");
-	return line && is_tid(atoi(line + 6)) ? atoi(line + 6) : -1;
 }
 
 /* -- forwarding */
@@ -210,8 +184,10 @@ static void forward(struct helper *helper, struct kept *kept)
 	struct thread *thread = &helper->threads[kept->call.pid];
 	*thread = (struct thread){ kept->call.id, thread->known_to, 1 + kept->mount, is_mmap(&kept->call) };
 	kept->call.flags = kept->left ? ACKNOWLEDGE : 0;
-	ssize_t sent = send(mount->socket, &kept->call, sizeof kept->call, MSG_DONTWAIT | MSG_NOSIGNAL);
+	ssize_t sent = daxemu_send_call(mount->socket, &kept->call);
 	kept->is_sent = sent == (ssize_t)sizeof kept->call;
+	if (sent < 0 && errno == ESRCH)
+		kept->is_sent = 1, kept->left = 0; /* the thread is dead: no mount waits for the call */
 }
 
 static void drop(struct helper *helper, struct kept *kept)
@@ -327,7 +303,7 @@ static int route_mmap(struct helper *helper, const struct seccomp_notif *notifie
 	if (!is_tid(call->pid) || read_arguments(call))
 		return proceed(helper, call);
 	uint32_t flags = call->data.args[3];
-	if (!(flags & MAP_ANONYMOUS) && device_of(call->pid, (int)call->data.args[4], &major, &minor) == 0 && major == 0 &&
+	if (!(flags & MAP_ANONYMOUS) && daxemu_device_of(helper->proc, call->pid, (int)call->data.args[4], &major, &minor) == 0 && major == 0 &&
 	    minor < ANONYMOUS_DEVICES) {
 		at = by_device(helper, minor);
 		if (at < 0 && !(helper->not_ours[minor / 8] & 1 << minor % 8)) {
@@ -340,7 +316,7 @@ static int route_mmap(struct helper *helper, const struct seccomp_notif *notifie
 		return DONE;
 	}
 	if (at >= 0) {
-		int tgid = process_of(call->pid);
+		int tgid = daxemu_process_of(helper->proc, call->pid);
 		if (tgid > 0)
 			helper->threads[tgid].known_to |= 1u << at;
 		helper->used |= 1u << at;
@@ -352,7 +328,7 @@ static int route_mmap(struct helper *helper, const struct seccomp_notif *notifie
 
 static int route_new_address_space(struct helper *helper, const struct seccomp_notif *call)
 {
-	int tgid = helper->used && is_tid(call->pid) ? process_of(call->pid) : -1;
+	int tgid = helper->used && is_tid(call->pid) ? daxemu_process_of(helper->proc, call->pid) : -1;
 	if (tgid < 0)
 		return proceed(helper, call);
 	/* After a fork with mappings, children whose numbers are not known here have mappings, too. */
@@ -457,6 +433,7 @@ struct helper *daxemu_helper(int listener, int mountinfo, int wake)
 	helper->listener = listener;
 	helper->mountinfo = mountinfo;
 	helper->wake = wake;
+	helper->proc = daxemu_open_proc();
 	/* Only the pages of thread ids that occur take memory. */
 	helper->threads = mmap(NULL, PID_MAX_LIMIT * sizeof *helper->threads, PROT_READ | PROT_WRITE,
 			       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
