@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from itertools import islice
-from typing import Protocol
 
 import trio
 
@@ -49,13 +49,9 @@ _PIECES_IN_STEP = 512
 """Pieces of a new area that one step of the event loop maps."""
 _CHANGING = 0.0002
 """Seconds between two attempts while the kernel answers EAGAIN: a fork or mremap is not finished."""
+_Submit = Callable[[Sequence[Syscall]], Awaitable[None]]
+"""Have a batch of system calls made after the batches before."""
 _MAX_MAP_COUNT = "/proc/sys/vm/max_map_count"
-
-
-class _Submit(Protocol):
-    """Have a batch of system calls made after the batches before."""
-
-    async def __call__(self, batch: Sequence[Syscall], *, is_last: bool) -> None: ...
 
 
 def most_pieces() -> int:
@@ -98,14 +94,17 @@ class PageTables:
         batch = planner.in_place(area, chunk, self._origin)
         protected = RangeSet()
         try:
-            async with self._in_order(space) as submit:
+            async with AsyncExitStack() as stack:
+                submit: _Submit = partial(self._run, space)
+                if len(chunk) == _PIECES_IN_STEP:
+                    submit = await stack.enter_async_context(self._side_by_side(space))
                 while batch:
                     space.showing_all([piece.addresses for piece in chunk])
                     for piece in chunk:
                         if piece.is_protected:
                             protected.add(*piece.addresses)
+                    await submit(batch)
                     chunk = list(islice(rest, _PIECES_IN_STEP))
-                    await submit(batch, is_last=not chunk)
                     batch = [piece.mmap(piece.addresses.start, self._origin) for piece in chunk]
             await self._carry_out(space, MappingPlan([], area.addresses, list(protected), []))
         except (OSError, NotRegistered, RegisteredElsewhere):
@@ -364,9 +363,9 @@ class PageTables:
                 raise OSError(-result, f"system call {call.number} in process {space.tgid}")
 
     @asynccontextmanager
-    async def _in_order(self, space: Space) -> AsyncIterator[_Submit]:
-        """Context that gives a function to have batches made. The agent makes a batch while the next is
-        planned; the last is awaited at once. Raises as _run(), at the end of the context.
+    async def _side_by_side(self, space: Space) -> AsyncIterator[_Submit]:
+        """Context that gives a function to have batches made in order. The agent makes a batch while the
+        caller plans the next. Raises as _run(), at the end of the context.
         """
         errors: list[Exception] = []
 
@@ -378,12 +377,9 @@ class PageTables:
 
         async with trio.open_nursery() as nursery:
 
-            async def submit(batch: Sequence[Syscall], *, is_last: bool) -> None:
-                if is_last:
-                    await run(batch)
-                else:
-                    nursery.start_soon(run, batch)
-                    await trio.lowlevel.checkpoint()
+            async def submit(batch: Sequence[Syscall]) -> None:
+                nursery.start_soon(run, batch)
+                await trio.lowlevel.checkpoint()
 
             yield submit
         if errors:
