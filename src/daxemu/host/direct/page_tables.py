@@ -11,6 +11,7 @@ mremap(2) waits until that task has read its event.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -37,14 +38,15 @@ from daxemu.host.proc import maps
 from daxemu.host.proc.pagemap import Pagemap
 from daxemu.host.proc.procfs import GONE
 from daxemu.ranges import Range, RangeSet, gaps_between
-from daxemu.uapi import PAGE_SIZE, Ino
-from daxemu.units import PFN_PHYS, PHYS_PFN
+from daxemu.uapi import PAGE_SIZE, PMD_SIZE, Ino
+from daxemu.units import DIV_ROUND_UP, PFN_PHYS, PHYS_PFN, round_up
 
 log = logging.getLogger(__name__)
 
 MADV_DONTNEED = 4
 _LARGE = 32 << 20
-"""Bytes from which a write-protection runs in a worker thread: 24 ms for 1 GiB."""
+"""Bytes from which a write-protection runs in worker threads: 24 ms for 1 GiB in one, 13 ms in two."""
+_MOST_THREADS = 4
 _PIECES_IN_STEP = 512
 """Pieces of a new area that one step of the event loop maps."""
 _CHANGING = 0.0002
@@ -386,10 +388,24 @@ class PageTables:
             raise errors[0]
 
     async def _write_protect(self, space: Space, part: Range, *, on: bool, wake: bool = True) -> None:
-        def call() -> None:
-            space.uffd.write_protect(*_extent(part), on, wake)
+        if part.length <= _LARGE:
+            await self._ioctl(space, lambda: space.uffd.write_protect(*_extent(part), on, wake))
+            return
+        errors: list[Exception] = []
 
-        await self._ioctl(space, call, in_thread=part.length > _LARGE)
+        async def protect(share: Range) -> None:
+            try:
+                await self._ioctl(
+                    space, lambda: space.uffd.write_protect(*_extent(share), on, wake), in_thread=True
+                )
+            except (OSError, DaxemuError) as error:
+                errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for share in _shares(part):
+                nursery.start_soon(protect, share)
+        if errors:
+            raise errors[0]
 
     async def _ioctl(self, space: Space, call: Callable[[], object], *, in_thread: bool = False) -> None:
         """Make a request to the userfaultfd, again while a fork or mremap of the space is not finished.
@@ -435,6 +451,14 @@ def _looking_into(space: Space) -> Iterator[None]:
         yield
     except GONE as error:
         raise AddressSpaceGone(f"process {space.tgid} has ended") from error
+
+
+def _shares(part: Range) -> Iterator[Range]:
+    """Yield a part for each processor: the kernel takes mmap_lock for reading (UFFDIO_WRITEPROTECT)."""
+    count = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    length = round_up(DIV_ROUND_UP(part.length, count), PMD_SIZE)
+    for start in range(part.start, part.end, length):
+        yield Range(start, min(part.end, start + length))
 
 
 def _extent(part: Range) -> tuple[int, int]:
