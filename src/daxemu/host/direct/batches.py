@@ -21,25 +21,39 @@ class Submit(Protocol):
 @asynccontextmanager
 async def in_order(run: Callable[[Sequence[Syscall]], Awaitable[None]]) -> AsyncIterator[Submit]:
     """Context that gives a function to have batches made by ``run``. The agent makes a batch while the next
-    is planned; the last is awaited at once. Raises OSError, DaxemuError of ``run`` at the end of the context.
+    is planned; a single batch is awaited at once. After an error the rest of the batches is not made. Raises
+    OSError, DaxemuError of ``run`` at the end of the context.
+
+    One task makes all batches: two tasks that become runnable at one moment run in any order.
     """
     errors: list[Exception] = []
+    send, receive = trio.open_memory_channel[Sequence[Syscall]](1)
+    is_begun = False
 
-    async def attempt(batch: Sequence[Syscall]) -> None:
+    async def make(batch: Sequence[Syscall]) -> None:
         try:
             await run(batch)
         except (OSError, DaxemuError) as error:
             errors.append(error)
 
+    async def make_all() -> None:
+        async for batch in receive:
+            if not errors:
+                await make(batch)
+
     async with trio.open_nursery() as nursery:
 
         async def submit(batch: Sequence[Syscall], *, is_last: bool) -> None:
-            if is_last:
-                await attempt(batch)
-            else:
-                nursery.start_soon(attempt, batch)
-                await trio.lowlevel.checkpoint()
+            nonlocal is_begun
+            if is_last and not is_begun:
+                await make(batch)
+                return
+            if not is_begun:
+                is_begun = True
+                nursery.start_soon(make_all)
+            await send.send(batch)
 
-        yield submit
+        async with send:
+            yield submit
     if errors:
         raise errors[0]
