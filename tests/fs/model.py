@@ -82,6 +82,8 @@ class Model:
         A store of no bytes changes nothing, not even the size (generic_write_checks()).
         """
         lost = []
+        if grow and data:
+            self.zero_tail(file, offset)
         counts = self.counts()  # before the store: all blocks of one store are handled alike
         for index in _indexes(offset, len(data)):
             low, high = max(offset, index * PAGE_SIZE), min(offset + len(data), (index + 1) * PAGE_SIZE)
@@ -103,9 +105,40 @@ class Model:
         """Move the end. Bytes cut off read as zeros if the file grows again."""
         if size < file.size and size % PAGE_SIZE and size // PAGE_SIZE in file.pages:
             self.write(file, size, bytes(PAGE_SIZE - size % PAGE_SIZE), grow=False)
+        self.zero_tail(file, size)
         if size < file.size:
             file.pages = {i: page for i, page in file.pages.items() if i * PAGE_SIZE < size}
         file.size = size
+
+    # -- bytes that a mapping stored beyond the end
+
+    def store_through_mapping(self, file: File, offset: int, data: bytes) -> None:
+        """Store ``data`` into one block, also beyond the end of the file. Precondition: no poison."""
+        index, at = divmod(offset, PAGE_SIZE)
+        first = self.content(file)[index * PAGE_SIZE : index * PAGE_SIZE + 1]
+        self.write(file, index * PAGE_SIZE, first)  # allocates or copies the block
+        file.pages[index].data[at : at + len(data)] = data
+
+    @staticmethod
+    def tail(file: File, end: int) -> Page | None:
+        """Return the block with bytes beyond the end of the file that a growth to byte ``end`` would show."""
+        return file.pages.get(file.size // PAGE_SIZE) if file.size % PAGE_SIZE and file.size < end else None
+
+    def zero_tail(self, file: File, end: int) -> None:
+        """Zero the bytes of :meth:`tail`, before the file grows."""
+        if self._tail_bytes(file, end):
+            self.write(file, file.size, bytes(len(self._tail_bytes(file, end))), grow=False)
+
+    def tail_copies(self, file: File, end: int) -> int:
+        """Return the number of new blocks for :meth:`zero_tail`."""
+        dirty = self._tail_bytes(file, end)
+        return self.needed(file, file.size, len(dirty))
+
+    def _tail_bytes(self, file: File, end: int) -> bytes:
+        """Return the bytes of :meth:`tail`; none if all are zero."""
+        page, start = self.tail(file, end), file.size % PAGE_SIZE
+        found = bytes(page.data[start : start + end - file.size]) if page is not None else b""
+        return found if any(found) else b""
 
     def preallocate(self, file: File, first: int, last: int) -> None:
         """Replace holes by blocks of zeros."""
@@ -134,9 +167,9 @@ class Model:
             return False
         return src is not dst or abs(src_offset - dst_offset) >= length
 
-    @staticmethod
-    def clone(src: File, src_offset: int, dst: File, dst_offset: int, length: int) -> None:
+    def clone(self, src: File, src_offset: int, dst: File, dst_offset: int, length: int) -> None:
         """Put ``src``'s page objects into ``dst``, and holes for holes."""
+        self.zero_tail(dst, dst_offset)
         for i in _indexes(0, length):
             page = src.pages.get(src_offset // PAGE_SIZE + i)
             dst.pages.pop(dst_offset // PAGE_SIZE + i, None)

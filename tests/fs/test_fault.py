@@ -256,14 +256,14 @@ def store(core: Core, ino: Ino, offset: int, data: bytes) -> None:
     core.fs.dax.direct_access(at, len(data))[:] = data
 
 
-@pytest.mark.parametrize(
-    "grow",
-    [
-        lambda fs, ino: fs.set_size(ino, 2 * PAGE_SIZE),
-        lambda fs, ino: fs.write(ino, 2 * PAGE_SIZE - 1, b"\0"),
-        lambda fs, ino: fs.fallocate(ino, 0, 0, 2 * PAGE_SIZE),
-    ],
-)
+GROWTH = [
+    lambda fs, ino: fs.set_size(ino, 2 * PAGE_SIZE),
+    lambda fs, ino: fs.write(ino, 2 * PAGE_SIZE - 1, b"\0"),
+    lambda fs, ino: fs.fallocate(ino, 0, 0, 2 * PAGE_SIZE),
+]
+
+
+@pytest.mark.parametrize("grow", GROWTH)
 def test_a_store_beyond_the_end_is_not_seen_after_the_file_grows(
     core: Core, grow: Callable[[Filesystem, Ino], object]
 ) -> None:
@@ -271,6 +271,19 @@ def test_a_store_beyond_the_end_is_not_seen_after_the_file_grows(
     store(core, ino, 50, b"m" * 200)
     grow(core.fs, ino)
     assert core.read(ino) == b"A" * 50 + b"m" * 50 + bytes(2 * PAGE_SIZE - 100)
+
+
+@pytest.mark.parametrize("grow", GROWTH)
+def test_a_mapped_file_does_not_grow_over_poison_in_its_last_block(
+    core: Core, grow: Callable[[Filesystem, Ino], object]
+) -> None:
+    """xfs_zero_range() fails."""
+    ino = core.file(data=b"A" * 100)
+    store(core, ino, 50, b"m" * 200)
+    core.poison(ino, 0)
+    with pytest.raises(MediaError):
+        grow(core.fs, ino)
+    assert core.fs.names.get(ino).size == 100
 
 
 def test_a_clone_has_no_store_beyond_the_end_either(core: Core) -> None:

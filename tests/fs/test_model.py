@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, Phase, event, given, settings
@@ -146,7 +147,14 @@ class FilesystemAgainstModel(Invariants):
             assert not model.write(file, offset, data, from_cache=from_cache)
             event("store by a layout")
             return True
-        room = fs.statfs().available
+        copies = self.settle_tail(file, offset)
+        if refusal := self.tail_refusal(file, offset):
+            event("growth over poison, or of a full device")
+            with pytest.raises(refusal):
+                fs.write(file.ino, offset, data)
+            return False
+        model.zero_tail(file, offset)
+        room = fs.statfs().available - copies
         before = len(self.core.events)
         if not from_cache and model.meets_poison(file, offset, len(data)):
             event("partial write over poison")
@@ -183,6 +191,22 @@ class FilesystemAgainstModel(Invariants):
         cleared = [e for e in self.core.events[before:] if isinstance(e, PoisonCleared)]
         assert sum(e.length for e in cleared) == (0 if from_cache else cleared_sectors * SECTOR_SIZE)
         return True
+
+    def settle_tail(self, file: File, end: int) -> int:
+        """Return the number of blocks that are copied before the file grows. After a commit, so that the copy
+        needs none.
+        """
+        if self.model.tail_copies(file, end):
+            self.core.fs.commit()
+            self.model.given_up = set()
+        return self.model.tail_copies(file, end)
+
+    def tail_refusal(self, file: File, end: int) -> type[Exception] | None:
+        """Return the error of a growth to byte ``end``, because the last block cannot be zeroed."""
+        page = self.model.tail(file, end)
+        if page is not None and page.bad and self.core.fs.is_exposed(file.ino):
+            return MediaError
+        return NoSpace if self.model.tail_copies(file, end) > self.core.fs.statfs().available else None
 
     @precondition(lambda self: self.model.files)
     @rule(
@@ -223,7 +247,7 @@ class FilesystemAgainstModel(Invariants):
             assert fs.fault(file.ino, block, is_store=True, limit=1).kind is FaultKind.BEYOND_EOF
             return
         if page is not None and page.bad:
-            if model.is_shared(page):
+            if model.links_of(page) > 1:
                 with pytest.raises(MediaError):
                     fs.fault(file.ino, block, is_store=True, limit=1)
             return
@@ -241,14 +265,14 @@ class FilesystemAgainstModel(Invariants):
         assert (run.kind, run.file_block, run.length, run.is_shared) == (FaultKind.MAPPED, block, 1, False)
         data = NOISE[seed : seed + min(length, PAGE_SIZE - at)]
         fs.dax.direct_access(run.dev_block * PAGE_SIZE + at, len(data))[:] = data
-        first = bytes(model.content(file)[block * PAGE_SIZE : block * PAGE_SIZE + 1])
-        model.write(file, block * PAGE_SIZE, first)  # allocates or copies the block
-        model.write(file, offset, data[: max(0, file.size - offset)])
+        model.store_through_mapping(file, offset, data)
 
     @precondition(lambda self: self.model.files)
     @rule(index=which, keep=st.integers(0, 3))
     def fill_the_device(self, index: int, keep: int) -> None:
         file = self.pick(index)
+        if self.tail_refusal(file, file.size + PAGE_SIZE) or self.settle_tail(file, file.size + PAGE_SIZE):
+            return
         for count in (256, 32, 4, 1):
             while self.core.fs.statfs().available >= count + keep:
                 at = -(-file.size // PAGE_SIZE) * PAGE_SIZE
@@ -261,7 +285,8 @@ class FilesystemAgainstModel(Invariants):
         file = self.pick(index)
         self.begin()
         tail = PAGE_SIZE - size % PAGE_SIZE
-        refusal: type[Exception] | None = None
+        self.settle_tail(file, size)
+        refusal = self.tail_refusal(file, size)
         if size < file.size and size % PAGE_SIZE and size // PAGE_SIZE in file.pages:
             if self.model.meets_poison(file, size, tail):
                 refusal = MediaError
@@ -290,12 +315,15 @@ class FilesystemAgainstModel(Invariants):
         self.model.given_up = set()
         if mode & ~1 and self.model.meets_poison(file, offset, length):
             return  # refused, but an edge before the poisoned one may be zeroed already
+        if not mode & 1 and self.tail_refusal(file, offset + length):
+            return  # refused, but blocks may be allocated already
         fs.fallocate(file.ino, mode, offset, length)
         if mode & ~1:
             self.model.punch(file, offset, length)
         if mode != 3:
             self.model.preallocate(file, offset // PAGE_SIZE, -(-(offset + length) // PAGE_SIZE))
         if not mode & 1:
+            self.model.zero_tail(file, offset + length)
             file.size = max(file.size, offset + length)
 
     @precondition(lambda self: self.model.files)
@@ -310,6 +338,11 @@ class FilesystemAgainstModel(Invariants):
             return
         if not self.model.may_clone(src, src_offset, dst, dst_offset, length):
             with pytest.raises(FsError):
+                self.core.fs.remap_file_range(src.ino, src_offset, dst.ino, dst_offset, length)
+            return
+        self.settle_tail(dst, dst_offset)
+        if refusal := self.tail_refusal(dst, dst_offset):
+            with pytest.raises(refusal):
                 self.core.fs.remap_file_range(src.ino, src_offset, dst.ino, dst_offset, length)
             return
         assert self.core.fs.remap_file_range(src.ino, src_offset, dst.ino, dst_offset, length) == length
@@ -372,22 +405,77 @@ FilesystemAgainstModel.TestCase.settings = settings(
 TestFilesystemAgainstModel = FilesystemAgainstModel.TestCase
 
 
-@pytest.mark.parametrize("at", [0, 1, 2, PAGE_SIZE - 1])
-def test_a_store_through_a_mapping_beyond_the_end_changes_neither_size_nor_bytes(at: int) -> None:
+def play(steps: Callable[[FilesystemAgainstModel], None], prefill: int = 0) -> None:
+    """Play fixed steps, and check after them: an example that failed once."""
+
     @settings(max_examples=1)
     @given(st.none())  # the rules note events, which hypothesis allows in a test of its own only
-    def steps(_: None) -> None:
+    def played(_: None) -> None:
         state = FilesystemAgainstModel()
         try:
-            state.start(prefill=0, eio=False, align=PAGE_SIZE, is_direct=False)
-            state.truncate(index=0, size=1)
-            state.store_through_mapping(index=0, length=PAGE_SIZE, offset=at, seed=0)
-            state.contents_are_the_models()
-            assert state.pick(0).size == 1
-            state.truncate(index=0, size=PAGE_SIZE)  # the bytes beyond the end must not come back
-            state.contents_are_the_models()
-            state.fsck_finds_nothing()
+            state.start(prefill=prefill, eio=False, align=PAGE_SIZE, is_direct=False)
+            state.step_is_done()
+            steps(state)
+            check(state)
         finally:
             state.teardown()
 
-    steps()
+    played()
+
+
+def check(state: FilesystemAgainstModel) -> None:
+    state.step_is_done()
+    state.contents_are_the_models()
+    state.blocks_keep_their_proxy()
+    state.free_space_is_the_rest()
+    state.fsck_finds_nothing()
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, PAGE_SIZE - 1])
+def test_a_store_through_a_mapping_beyond_the_end_changes_neither_size_nor_bytes(at: int) -> None:
+    def steps(state: FilesystemAgainstModel) -> None:
+        state.truncate(index=0, size=1)
+        state.store_through_mapping(index=0, length=PAGE_SIZE, offset=at, seed=0)
+        check(state)
+        assert state.pick(0).size == 1
+        state.truncate(index=0, size=PAGE_SIZE)  # the bytes beyond the end must not come back
+
+    play(steps)
+
+
+def test_growth_zeroes_a_block_that_a_clone_shares_in_a_copy() -> None:
+    def steps(state: FilesystemAgainstModel) -> None:
+        state.truncate(index=0, size=100)
+        state.store_through_mapping(index=0, length=PAGE_SIZE, offset=50, seed=0)
+        state.clone(source=0, dest=1, src_block=0, dst_block=0, count=0)
+        check(state)
+        state.truncate(index=1, size=PAGE_SIZE)
+        check(state)
+        state.write(index=0, offset=2 * PAGE_SIZE, length=1, seed=0, whole=False)
+
+    play(steps)
+
+
+def test_a_mapped_file_does_not_grow_over_poison_in_its_last_block() -> None:
+    def steps(state: FilesystemAgainstModel) -> None:
+        state.truncate(index=0, size=100)
+        state.store_through_mapping(index=0, length=10, offset=0, seed=0)
+        state.write(index=1, offset=0, length=PAGE_SIZE, seed=0, whole=True)
+        state.poison(index=0, offset=0, length=1, latent=False)
+        state.write(index=0, offset=2 * PAGE_SIZE, length=1, seed=0, whole=False)
+        state.truncate(index=0, size=PAGE_SIZE)
+        state.fallocate(index=0, mode=0, offset=0, length=2 * PAGE_SIZE, whole=False)
+        state.clone(source=1, dest=0, src_block=0, dst_block=1, count=1)
+        state.fill_the_device(index=0, keep=0)
+        assert state.pick(0).size == 100
+
+    play(steps)
+
+
+def test_poison_that_is_shared_only_until_the_commit_is_mapped_for_a_store() -> None:
+    def steps(state: FilesystemAgainstModel) -> None:
+        state.rename(index=0, new=b"b")  # the other owner of the blocks is gone
+        state.step_is_done()
+        state.store_through_mapping(index=0, length=PAGE_SIZE, offset=0, seed=0)
+
+    play(steps, prefill=4)
