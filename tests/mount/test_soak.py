@@ -125,4 +125,5 @@ def test_mixed_work_does_not_make_the_supervisor_grow(tmp_path: Path, mode: str)
             f"{warm / 1e6:.1f} MB, then {end / 1e6:.1f} MB; {kept_at_end - kept} events more are kept"
         )
         assert work.steps > 100
+        assert client.request("who_maps")["mapped"]
         assert end - warm < SLACK + (kept_at_end - kept) * EVENT_BYTES
