@@ -36,6 +36,7 @@ from daxemu.host.run import zone
 from daxemu.host.run.filters import Nr
 from daxemu.host.run.seccomp import Answer as Reply
 from daxemu.host.run.seccomp import NotifiedCall
+from daxemu.host.tracer.messages import Refused
 from daxemu.host.unexpected import Unexpected
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Ino
@@ -80,6 +81,15 @@ class OwnAgent:
         assert reply.results is not None
         return reply.results
 
+    @property
+    def guard_fd(self) -> int:
+        """See Agent.guard_fd."""
+        return -1
+
+    def bequeath(self, ranges: Sequence[Range]) -> None:
+        """See Agent.bequeath. No mapping of a test is outside the zone."""
+        assert not ranges
+
     def _call(self, call: Syscall) -> int:
         args = [*call.args, *[0] * (6 - len(call.args))]
         if call.number == _MMAP:
@@ -87,6 +97,14 @@ class OwnAgent:
             args[4] = self._fds.get(low, -1)
         result: int = libc.syscall(ctypes.c_long(call.number), *(ctypes.c_long(each) for each in args))
         return result if result != -1 else -ctypes.get_errno()
+
+
+class NoTracer:
+    """Holds no thread."""
+
+    async def hold(self, tgid: int, tid: int, patience: float) -> Refused:
+        """See Holder.hold."""
+        return Refused(0, "no tracer")
 
 
 class Process:
@@ -182,6 +200,7 @@ class Host:
             unexpected=unexpected,
             session=SimpleNamespace(fd=self._null),
             open_files=OpenFiles(),
+            tracer=NoTracer(),
         )
         self.mappings = DirectMappings(cast(MountParts, parts))
         self.calls = self.mappings.calls(self._hardware_error)

@@ -21,13 +21,14 @@ from hypothesis.stateful import (
 )
 
 from daxemu.fs.fsck import fsck
-from daxemu.host.direct.calls import MADV_DONTNEED, MAP_PRIVATE, MAP_SHARED
+from daxemu.host.direct.calls import MADV_DONTNEED, MAP_FIXED, MAP_PRIVATE, MAP_SHARED
 from daxemu.host.run.filters import Nr
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE
 from tests.support.core import core_at
 from tests.support.own_space import HostInThread, Process
 
 FILES, PROCESSES, PAGES = 3, 2, 8
+EXAMPLES = int(os.environ.get("DAXEMU_MODEL_EXAMPLES", "40"))
 
 page = st.integers(0, PAGES - 1)
 count = st.integers(1, PAGES)
@@ -120,18 +121,29 @@ class Machine(RuleBasedStateMachine):
             self.mapped.append(Mapped(where, address, file, at, pages, is_shared))
 
     @precondition(lambda self: self.mapped)
+    @rule(data=st.data(), file=file, at=page, is_shared=st.booleans())
+    def mmap_over(self, data: st.DataObject, file: int, at: int, is_shared: bool) -> None:
+        """Map a file in place of the first pages of a mapping."""
+        mapped = data.draw(st.sampled_from(self.mapped))
+        pages = data.draw(st.integers(1, mapped.pages))
+        process, start = mapped.process, mapped.address
+        flags = MAP_FIXED | (MAP_SHARED if is_shared else MAP_PRIVATE)
+        assert self.do(process.mmap, self.inos[file], pages, 3, flags, at, start) == start
+        self._cut(mapped, pages)
+        self.mapped.append(Mapped(process, start, file, at, pages, is_shared))
+
+    @precondition(lambda self: self.mapped)
     @rule(data=st.data())
     def munmap(self, data: st.DataObject) -> None:
         mapped = data.draw(st.sampled_from(self.mapped))
         first = data.draw(st.integers(0, mapped.pages - 1))
         assert self.do(mapped.process.call, Nr.MUNMAP, mapped.address, (first + 1) * PAGE_SIZE) == 0
-        if first + 1 == mapped.pages:
-            self.mapped.remove(mapped)
-        else:
-            self._cut(mapped, first + 1)
+        self._cut(mapped, first + 1)
 
     def _cut(self, mapped: Mapped, pages: int) -> None:
         """Remove the first ``pages`` of a mapping of the model."""
+        if pages == mapped.pages:
+            self.mapped.remove(mapped)
         mapped.address += pages * PAGE_SIZE
         mapped.first += pages
         mapped.pages -= pages
@@ -200,11 +212,11 @@ class Machine(RuleBasedStateMachine):
             assert self.now(fsck, self.core.fs) == []
 
 
-@pytest.mark.timeout(600)  # for shrinking a failing example; a passing run takes 5 s
+@pytest.mark.timeout(200 + 15 * EXAMPLES)  # for shrinking a failing example; a passing run takes 5 s
 @pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd(2) needs root")
 def test_mappings_show_what_the_model_shows() -> None:
     machine = settings(
-        max_examples=int(os.environ.get("DAXEMU_MODEL_EXAMPLES", "40")),
+        max_examples=EXAMPLES,
         stateful_step_count=25,
         deadline=None,
         suppress_health_check=list(HealthCheck),

@@ -31,7 +31,7 @@ STEPS = (
     *("many-mappings", "raw-fork", "forking-handler"),
     *("threads", "forking-threads", "proc", "shared-memory"),
 )
-MEMORY_STEPS = ("parts", "private", "locked")
+MEMORY_STEPS = ("parts", "private", "locked", "mremap", "fixed")
 
 
 def under_run(mount: DaxMount | None, *command: str | Path, before: tuple[str, ...] = ()) -> str:
@@ -125,18 +125,6 @@ def test_the_kernel_reads_into_a_mapping(
     assert said == ["ok"]
 
 
-def test_mremap_out_of_the_addresses_of_direct_mappings_is_refused(
-    dax_mount: DaxMount, memory_program: Path, path: Path
-) -> None:
-    said = under_run(dax_mount, memory_program, "mremap", path).splitlines()
-    assert said == ["outside of the zone: ENOMEM", "ok"]
-
-
-def test_map_fixed_elsewhere_is_refused(dax_mount: DaxMount, memory_program: Path, path: Path) -> None:
-    said = under_run(dax_mount, memory_program, "fixed", path).splitlines()
-    assert said == ["outside of the zone: ENODEV", "ok"]
-
-
 def test_nothing_is_left_of_a_killed_program(dax_mount: DaxMount, program: Path, path: Path) -> None:
     with waiting(dax_mount, program, path) as process:
         assert len(agents(dax_mount)) == 1
@@ -199,13 +187,37 @@ print(mmap.mmap(fd, 4096, mmap.MAP_PRIVATE)[:1])
 """
 
 
-@pytest.mark.parametrize("namespace", [("--pid", "--fork"), ("--pid", "--fork", "--mount-proc")])
-def test_run_in_a_pid_namespace_has_no_direct_mappings(
-    dax_mount: DaxMount, path: Path, namespace: tuple[str, ...]
+OF_A_SHELL = ("sh", "-c", '"$@"; exit $?', "sh")
+"""Words before a command that shall not be the first process of a pid namespace."""
+NAMESPACES = (("--pid", "--fork"), ("--pid", "--fork", "--mount-proc"))
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("step", ["fork", "raw-fork", "exec", "threads"])
+def test_run_in_a_pid_namespace(
+    dax_mount: DaxMount, program: Path, path: Path, step: str, namespace: tuple[str, ...]
 ) -> None:
-    """As elsewhere: MAP_SHARED is ENODEV, and MAP_PRIVATE works."""
-    said = under_run(dax_mount, sys.executable, "-c", MAP_SHARED, path, before=("unshare", *namespace))
-    assert said.splitlines() == ["No such device", "b'A'"]
+    before = ("unshare", *namespace, *OF_A_SHELL)
+    assert under_run(dax_mount, program, step, path, before=before) == "ok\n"
+    assert not dax_mount.events("DirectMappingRefused")
+    assert not dax_mount.events("UnexpectedError")
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("where", ["run inside", "run outside"])
+def test_consumption_in_a_pid_namespace(
+    dax_mount: DaxMount, program: Path, path: Path, where: str, namespace: tuple[str, ...]
+) -> None:
+    """The supervisor, and the program, have other ids for the thread."""
+    dax_mount.inject("f", (3 * PAGE, PAGE))
+    into = ("unshare", *namespace, *OF_A_SHELL)
+    if where == "run inside":
+        said = under_run(dax_mount, program, "consume", path, before=into)
+    else:
+        said = under_run(dax_mount, *into, program, "consume", path)
+    assert said == "code 4 page 3\nok\n"
+    (consumed,) = dax_mount.events("SignalSent")
+    assert consumed["result"] == "delivered"
 
 
 def test_a_program_under_a_tracer_has_no_direct_mappings(dax_mount: DaxMount, path: Path) -> None:

@@ -42,6 +42,8 @@ class AddressSpace:
     def __init__(self, agent: ProcessAgent, uffd: Userfaultfd) -> None:
         self.agent = agent
         self.uffd = uffd
+        self.outside = Userfaultfd()
+        """Userfaultfd of the mappings outside the zone; closed while the space has none."""
         self.is_gone = False
         self.fork_turn = trio.Lock()
         self.next_agent: ProcessAgent | None = None

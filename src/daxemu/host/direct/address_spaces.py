@@ -37,7 +37,7 @@ from daxemu.host.direct.forks import Forks
 from daxemu.host.direct.making import AgentMaking, first_batch, raise_unless_made
 from daxemu.host.direct.memory import owner_of, process_of, shares_memory
 from daxemu.host.direct.scarce import kill_unfollowed, next_events
-from daxemu.host.direct.userfaultfd import Event, Forked
+from daxemu.host.direct.userfaultfd import OUTSIDE, Event, Forked, Userfaultfd
 from daxemu.host.proc import status
 from daxemu.host.proc.procfs import read_whole
 from daxemu.host.run.seccomp import CONTINUE, RESTART, Answer, NotifiedCall
@@ -163,10 +163,11 @@ class AddressSpaces:
         space.is_gone = True
         if self._spaces.get(space.tgid) is space:
             del self._spaces[space.tgid]
-        for fd in (space.uffd.fd, space.process):
+        for fd in (space.uffd.fd, space.outside.fd, space.process):
             if fd >= 0:
                 trio.lowlevel.notify_closing(fd)
         space.uffd.close()
+        space.outside.close()
         if space.process >= 0:
             os.close(space.process)
         space.agent.close()
@@ -202,27 +203,57 @@ class AddressSpaces:
             self.end(space)
             return
         self._spaces[space.tgid] = space
-        for task in (self._read_events, self._await_exit, self._await_loss):
+        for task in (self._await_exit, self._await_loss):
             self._nursery.start_soon(task, space)
+        for uffd in (space.uffd, space.outside):
+            if uffd.fd >= 0:
+                self._nursery.start_soon(self._read_events, space, uffd)
 
-    async def _read_events(self, space: AddressSpace) -> None:
+    async def open_outside(self, space: AddressSpace) -> None:
+        """Give a space a userfaultfd for mappings outside the zone, if the space has none. Precondition: no
+        other task does. Raises AddressSpaceGone, and the exceptions of ProcessAgent.take_userfaultfd.
+        """
+        if space.outside.fd < 0:
+            fd = await space.agent.take_userfaultfd()
+            if space.is_gone:
+                os.close(fd)
+                raise AddressSpaceGone(f"process {space.tgid} has ended")
+            space.outside.take(fd)
+            space.outside.enable(OUTSIDE)
+            space.agent.give(fd)
+            self._nursery.start_soon(self._read_events, space, space.outside)
+
+    async def _read_events(self, space: AddressSpace, uffd: Userfaultfd) -> None:
         burst = Burst()
         while not space.is_gone:
             try:
-                found = await next_events(space.uffd, burst.readable)
+                found = await next_events(uffd, burst.readable)
             except trio.ClosedResourceError:
                 return
-            events: list[Event] = []
-            for event in found:
-                if isinstance(event, Forked):
-                    burst.end()
-                    self._deliver(space, events)
-                    events = []
-                    self._forks.adopt(space, event)
-                else:
-                    events.append(event)
-            if not self._deliver(space, events):
+            if not self._take(space, uffd, found):
                 burst.end()
+
+    def drain(self, space: AddressSpace) -> None:
+        """Take the events of mappings outside the zone that have come. Without a free descriptor the event of
+        a fork is left to the task that reads.
+        """
+        if space.outside.fd >= 0:
+            with suppress(OSError):
+                self._take(space, space.outside, space.outside.read())
+
+    def _take(self, space: AddressSpace, uffd: Userfaultfd, found: Sequence[Event]) -> bool:
+        """Pass events on. Return True if all are answered already."""
+        events: list[Event] = []
+        is_answered = True
+        for event in found:
+            if isinstance(event, Forked):
+                is_answered = False
+                self._deliver(space, events)
+                events = []
+                self._forks.adopt(space, event, uffd)
+            else:
+                events.append(event)
+        return self._deliver(space, events) and is_answered
 
     def _deliver(self, space: AddressSpace, events: list[Event]) -> bool:
         return not events or self._watcher.on_events(space, events)

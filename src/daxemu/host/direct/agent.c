@@ -16,8 +16,10 @@
  *
  * Memory: +0 pid of the agent or -errno (out); +8 zeros for setrlimit(2); +64 struct msghdr; +128 struct iovec;
  * +192 control message; +4096 a batch: 7 words a system call (number, six arguments), and its results, one word each;
- * RECORDS struct record of threads that fork; DROPS addresses and lengths whose pages the child does not get.
- * host/direct/agent.py sends a packet for each batch, with the agent's two descriptors in the first one.
+ * RECORDS struct record of threads that fork; DROPS addresses and lengths whose pages the child does not get;
+ * WILL start and length of each mapping outside the zone, then zeros (in; host/direct/agent.py).
+ * host/direct/agent.py sends a packet for each batch, with the agent's descriptors in the first one. The upper half of a
+ * number is 1 for a guard: if a guard fails, the calls behind it are not made, and their results are -ECANCELED.
  */
 #include <linux/userfaultfd.h>
 #include <stddef.h>
@@ -113,7 +115,8 @@ __asm__(
 	"	mov %r13, %r15\n" /* the next call */
 	"	mov %r13, %rbx\n" /* place of its result, never beyond the call itself */
 	"call:\n"
-	"	mov 0(%r15), %rax\n"
+	"	mov 0(%r15), %eax\n"
+	"	mov 4(%r15), %ebp\n" /* 1: a guard */
 	"	mov 8(%r15), %rdi\n"
 	"	mov 16(%r15), %rsi\n"
 	"	mov 24(%r15), %rdx\n"
@@ -125,7 +128,16 @@ __asm__(
 	"	add $56, %r15\n"
 	"	add $8, %rbx\n"
 	"	dec %r14\n"
-	"	jnz call\n"
+	"	jz send\n"
+	"	test %ebp, %ebp\n"
+	"	jz call\n"
+	"	test %rax, %rax\n"
+	"	jns call\n"
+	"cancel:\n"
+	"	movq $-125, (%rbx)\n" /* -ECANCELED */
+	"	add $8, %rbx\n"
+	"	dec %r14\n"
+	"	jnz cancel\n"
 	"send:\n"
 	"	mov $44, %eax\n" /* sendto(0, results, length, MSG_NOSIGNAL) */
 	"	xor %edi, %edi\n"
@@ -141,7 +153,12 @@ __asm__(
 	"	test %rax, %rax\n"
 	"	js leave\n"
 	"	jmp next\n"
-	"will:\n" /* without the supervisor: map the void over the slice of the mount, so that every access is SIGBUS */
+	"will:\n" /* without the supervisor: map the void over all direct mappings, so that every access is SIGBUS */
+	"	mov $436, %eax\n" /* close_range(3, ~0, 0): an unmap would wait for a reader of the userfaultfd */
+	"	mov $3, %edi\n"
+	"	mov $-1, %esi\n"
+	"	xor %edx, %edx\n"
+	"	syscall\n"
 	"	movabs $0x2f0000001000, %rax\n" /* zone.ARENAS.start, and a page of code */
 	"	mov %r12, %rdi\n"
 	"	sub %rax, %rdi\n"
@@ -154,8 +171,15 @@ __asm__(
 	"	mov $0x4011, %r10d\n" /* MAP_SHARED | MAP_FIXED | MAP_NORESERVE */
 	"	movabs $0x6461786500000002, %r8\n" /* VOID_FD, and zone.MAGIC above */
 	"	xor %r9d, %r9d\n"
-	"	mov $9, %eax\n"
+	"	lea " TEXT(WILL) "(%r12), %r13\n"
+	"void:\n"
+	"	mov $9, %eax\n" /* mmap: of the slice, then of each mapping outside the zone */
 	"	syscall\n"
+	"	mov 0(%r13), %rdi\n"
+	"	mov 8(%r13), %rsi\n"
+	"	add $16, %r13\n"
+	"	test %rsi, %rsi\n"
+	"	jnz void\n"
 	"	jmp leave\n"
 	".globl daxemu_agent_fork\n"
 	".hidden daxemu_agent_fork\n"

@@ -26,10 +26,20 @@ from typing import Protocol, Self
 import trio
 
 from daxemu.host.descriptors import is_in_reserve
-from daxemu.host.direct.code import CALLS_IN_BATCH
+from daxemu.host.direct.code import BATCH, CALLS_IN_BATCH, MEMORY, WILL
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
 from daxemu.host.direct.locking import held
-from daxemu.host.direct.syscalls import NR_CLOSE, NR_FUTEX, NR_IOCTL, NR_PRCTL, NR_USERFAULTFD, Syscall
+from daxemu.host.direct.syscalls import (
+    NR_CLOSE,
+    NR_FUTEX,
+    NR_GETPID,
+    NR_IOCTL,
+    NR_MREMAP,
+    NR_PRCTL,
+    NR_USERFAULTFD,
+    Syscall,
+)
+from daxemu.ranges import Range
 from daxemu.uapi import U64_MAX
 
 ANSWER_PATIENCE = 20.0
@@ -39,16 +49,22 @@ the process is frozen, or a thread holds mmap_lock in a page fault that a foreig
 SOON = 2
 """Milliseconds for which Agent.begin() waits: an agent answers in 0.04 ms, if a processor is free."""
 _CALL = struct.Struct("=7Q")
+_FOURTH = 4 * 8  # offset of the fourth argument in a call
 _CREDENTIALS = struct.Struct("=3i")
+_HEIR = struct.Struct("=2Q")
+MOST_OUTSIDE = (MEMORY - WILL) // _HEIR.size - 1
+"""Ranges of addresses outside the zone that an address space can map."""
 _PIDFD_GETFD = 438  # asm/unistd.h, of every machine
 
 # The agent has the rights of its program, and userfaultfd(2) wants more. The device only wants to be opened.
 _DEVICE = "/dev/userfaultfd"  # since Linux 6.1
-_DEVICE_FD = 3  # of the agent, until the agent has a userfaultfd
+_DEVICE_FD = 3  # of the agent: a second userfaultfd is made for mappings outside the zone
 _PR_GET_CHILD_SUBREAPER = 37  # uapi/linux/prctl.h
 _FUTEX_WAKE = 1  # uapi/linux/futex.h
 _IOC_NEW = 0xAA00  # uapi/linux/userfaultfd.h: USERFAULTFD_IOC_NEW
 
+_FEW = 4
+"""Calls that an agent makes in some 20 us."""
 _CALLS_UNDER_WAY = 4 * CALLS_IN_BATCH
 """Calls sent without a reply. A packet fits into the socket's buffer several times."""
 
@@ -76,7 +92,7 @@ class Agent(Protocol):
         """
 
     def begin(self, batch: Sequence[Syscall]) -> Reply | None:
-        """Send a batch of at most CALLS_IN_BATCH calls, and wait for its reply up to SOON, in which nothing
+        """Send a batch of 1 to CALLS_IN_BATCH calls, and wait for its reply up to SOON, in which nothing
         else runs in this process. Return the reply, which may not have come yet; None if the agent is not
         idle, or has ended: then nothing is sent.
 
@@ -86,6 +102,17 @@ class Agent(Protocol):
     async def completed(self, reply: Reply) -> list[int]:
         """Return the results of a batch, once they have come. Raises AddressSpaceGone. Ends the agent after
         ANSWER_PATIENCE.
+        """
+
+    @property
+    def guard_fd(self) -> int:
+        """Descriptor of the agent for ``syscalls.guard``: the userfaultfd of mappings outside the zone."""
+
+    def bequeath(self, ranges: Sequence[Range]) -> None:
+        """Have each access to ``ranges``, outside the zone, fail once the supervisor has ended. Replaces the
+        ranges of the last call.
+
+        Precondition: at most MOST_OUTSIDE ranges. Raises AddressSpaceGone.
         """
 
 
@@ -100,6 +127,9 @@ class Reply:
 class ProcessAgent:
     """Agent at the other end of a socket. Belongs to the trio thread."""
 
+    _immediate = 0
+    """Number of batches answered without a step of the event loop, of all agents."""
+
     def __init__(self, sock: socket.socket, fds: Sequence[int]) -> None:
         """Take over ``sock``, and have the agent receive copies of ``fds`` with its first batch: the media
         and the void, which become its descriptors MEDIA_FD and VOID_FD. The caller may close ``fds`` at once.
@@ -108,6 +138,8 @@ class ProcessAgent:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self.pid = 0
         self.tgid = 0
+        self.memory = 0
+        """Address of the agent's memory."""
         sock.setblocking(False)
         self._raw = sock
         self._socket = trio.socket.from_stdlib_socket(sock)
@@ -156,8 +188,19 @@ class ProcessAgent:
             ) from error
 
     async def run(self, batch: Sequence[Syscall]) -> list[int]:
-        """See :meth:`Agent.run`. Ends the agent after ANSWER_PATIENCE without a reply."""
+        """See :meth:`Agent.run`. Ends the agent after ANSWER_PATIENCE without a reply.
+
+        A batch of few calls is answered without a step of the event loop, but for every sixteenth. A
+        mremap(2) may wait until another task has read its event.
+        """
         results: list[int] = []
+        if 0 < len(batch) <= _FEW and not any(call.number == NR_MREMAP for call in batch):
+            reply = self.begin(batch)
+            if reply is not None:
+                ProcessAgent._immediate += 1
+                if ProcessAgent._immediate % 16 == 0:
+                    await trio.lowlevel.checkpoint()
+                return await self.completed(reply)
         async with held(self._turn):
             for first in range(0, len(batch), _CALLS_UNDER_WAY):
                 burst = batch[first : first + _CALLS_UNDER_WAY]
@@ -168,6 +211,8 @@ class ProcessAgent:
 
     async def completed(self, reply: Reply) -> list[int]:
         """See :meth:`Agent.completed`."""
+        if reply.results is not None:
+            return reply.results
         with trio.move_on_after(ANSWER_PATIENCE):
             await reply.has_come.wait()
         if reply.results is None:
@@ -180,7 +225,7 @@ class ProcessAgent:
         if self._is_closed or self._fds or self._expected or self._turn.locked():
             return None
         try:
-            self._raw.send(_packed(batch))
+            self._raw.send(self._packed(batch))
         except OSError:  # no room, or the agent has ended
             return None
         reply = Reply()
@@ -254,9 +299,7 @@ class ProcessAgent:
         """
         flags = os.O_CLOEXEC | os.O_NONBLOCK
         if self._has_device:
-            there, _ = await self.run(
-                [Syscall(NR_IOCTL, (_DEVICE_FD, _IOC_NEW, flags)), Syscall(NR_CLOSE, (_DEVICE_FD,))]
-            )
+            (there,) = await self.run([Syscall(NR_IOCTL, (_DEVICE_FD, _IOC_NEW, flags))])
         else:
             (there,) = await self.run([Syscall(NR_USERFAULTFD, (flags,))])
         _raise_for("userfaultfd", there)
@@ -267,6 +310,24 @@ class ProcessAgent:
             _raise_for("pidfd_getfd", -number)
         return copy
 
+    @property
+    def guard_fd(self) -> int:
+        """See :meth:`Agent.guard_fd`."""
+        return _DEVICE_FD + self._has_device
+
+    def give(self, fd: int) -> None:
+        """Have the agent receive a copy of ``fd`` with the next batch: the userfaultfd of ``guard_fd``."""
+        self._fds.append(os.dup(fd))
+
+    def bequeath(self, ranges: Sequence[Range]) -> None:
+        """See :meth:`Agent.bequeath`."""
+        packed = b"".join(_HEIR.pack(part.start, part.length) for part in ranges) + bytes(_HEIR.size)
+        buffer = ctypes.create_string_buffer(packed)
+        here = struct.pack("=2Q", ctypes.addressof(buffer), len(packed))
+        there = struct.pack("=2Q", self.memory + WILL, len(packed))
+        if _libc.process_vm_writev(self.pid, here, 1, there, 1, 0) != len(packed):
+            raise self._gone()
+
     async def settle(self, word: int = 0) -> None:
         """Make the first batch of an agent whose address space has a userfaultfd already: a fork's.
 
@@ -274,11 +335,11 @@ class ProcessAgent:
         does not wait. prctl(2) is a system call that stores a 0 of 4 bytes.
         """
         go = [Syscall(NR_PRCTL, (_PR_GET_CHILD_SUBREAPER, word)), Syscall(NR_FUTEX, (word, _FUTEX_WAKE, 1))]
-        await self.run([Syscall(NR_CLOSE, (_DEVICE_FD,)), *(go if word else [])])
+        await self.run(go if word else [Syscall(NR_GETPID, ())])
 
     async def _sent(self, calls: Sequence[Syscall]) -> Reply:
         """Send a packet of calls; return its reply, which has not come yet."""
-        packet = _packed(calls)
+        packet = self._packed(calls)
         reply = Reply()
         try:
             if self._is_closed:
@@ -298,6 +359,18 @@ class ProcessAgent:
             raise self._gone() from None
         return reply
 
+    def _packed(self, calls: Sequence[Syscall]) -> bytes:
+        try:  # most calls have six arguments, none of them negative
+            return b"".join([_CALL.pack(call.number, *call.args) for call in calls])
+        except struct.error:
+            return b"".join(self._packed_call(index, call) for index, call in enumerate(calls))
+
+    def _packed_call(self, index: int, call: Syscall) -> bytes:
+        args = [value & U64_MAX for value in (*call.args, 0, 0, 0, 0, 0, 0)[:6]]
+        if call.is_guard:
+            args[2] = self.memory + BATCH + index * _CALL.size + _FOURTH
+        return _CALL.pack(call.number | call.is_guard << 32, *args)
+
     def _identify(self, pid: int) -> bool:
         """Note the agent's process id. Return False if the agent has ended since."""
         try:
@@ -314,13 +387,6 @@ class ProcessAgent:
 
     def _gone(self) -> AddressSpaceGone:
         return AddressSpaceGone(f"process {self.tgid} has no agent any more: it ended or called execve(2)")
-
-
-def _packed(calls: Sequence[Syscall]) -> bytes:
-    return b"".join(
-        _CALL.pack(number, *(value & U64_MAX for value in (*args, 0, 0, 0, 0, 0, 0)[:6]))
-        for number, args in calls
-    )
 
 
 def _sender(ancillary: list[tuple[int, int, bytes]]) -> int:

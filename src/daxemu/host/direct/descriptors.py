@@ -32,8 +32,9 @@ def add_socket(
     Raises OSError; then the limit is as before.
     """
     limit = None
-    if 0 <= resource.prlimit(tgid, resource.RLIMIT_NOFILE)[0] < _OF_AGENT:
-        limit = _raise(tgid)
+    with suppress(PermissionError):  # another user's process, without CAP_SYS_RESOURCE
+        if 0 <= resource.prlimit(tgid, resource.RLIMIT_NOFILE)[0] < _OF_AGENT:
+            limit = _raise(tgid)
     try:
         try:
             return add_fd(call, fd), limit

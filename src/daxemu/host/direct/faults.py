@@ -12,9 +12,9 @@ Poison is decided without the lock, because a repair strategy may wait: see :met
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import trio
 
@@ -30,12 +30,20 @@ from daxemu.host.direct.planner import MappingPiece, Shows
 from daxemu.host.direct.table import Area, Space, Table
 from daxemu.host.direct.userfaultfd import PageFault
 from daxemu.host.mappings import Answer
+from daxemu.host.proc.file_pages import FilePage
+from daxemu.host.proc.processes import in_page_fault, process_of
+from daxemu.host.tracer.link import Armed
+from daxemu.host.tracer.messages import Gone, Held, Outcome, Refused
 from daxemu.host.unexpected import Nursery, Unexpected
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Block, Ino, page_align_down
 
 MARKED = 0.01
 """Seconds that a page stays SIGBUS after a failed access. Then the next access is decided anew."""
+HOLD_PATIENCE = 0.2
+"""Seconds that a system call waits for a tracer without work, before its access to poison fails."""
+RETURN_PATIENCE = 1.0
+"""Seconds that a page stays SIGBUS for a held thread whose system call does not return."""
 SPACE_PATIENCE = 1.0
 """Seconds that a store waits for freed blocks that processes may still have mapped."""
 
@@ -52,8 +60,39 @@ class Touch(NamedTuple):
         return self.event.is_write or self.event.is_wp
 
 
+class Holder(Protocol):
+    """The part of the tracer that stops a thread at the end of its system call: ``TracerLink``."""
+
+    async def hold(self, tgid: int, tid: int, patience: float) -> Armed | Refused | Gone:
+        """See TracerLink.hold."""
+
+    async def let_go(
+        self, tid: int, discard: Sequence[tuple[int, FilePage, int]], number: int, error: int
+    ) -> Outcome | None:
+        """See TracerLink.let_go."""
+
+
 Poisoned = Callable[[Touch, Area, FileRun], Awaitable[Answer]]
 """Decide about an access to poison."""
+
+
+class _Call:
+    """System call of a thread that touched poison. ``armed``: the thread will stop at the end of the call."""
+
+    def __init__(self, tid: int) -> None:
+        self.tid = tid
+        self.armed: Armed | None = None
+        self.is_held = trio.Event()
+        """Set once ``armed`` is known."""
+        self.has_returned = trio.Event()
+        self.marked = 0
+        """Pages that are not lazy again yet."""
+        self.is_clean = trio.Event()
+
+    @property
+    def has_ended(self) -> bool:
+        """True if the thread has left the call: an event of the call is out of date."""
+        return self.armed is not None and self.armed.outcome is not None
 
 
 class PageFaults:
@@ -71,6 +110,7 @@ class PageFaults:
         unexpected: Unexpected,
         on_poison: Poisoned,
         on_store: Callable[[Ino], None],
+        tracer: Holder,
     ) -> None:
         """``nursery`` runs what follows an answer. ``on_poison`` decides about an access to poison.
         ``on_store`` is called after a store changed the blocks or times of a file.
@@ -85,6 +125,9 @@ class PageFaults:
         self._unexpected = unexpected
         self._on_poison = on_poison
         self._on_store = on_store
+        self._tracer = tracer
+        self._calls: dict[int, _Call] = {}
+        """The system call that touches poison, of each thread."""
         self._immediate = ImmediateAnswers(
             fs, media, table, page_tables, changes, locks, nursery, unexpected, on_store
         )
@@ -227,39 +270,87 @@ class PageFaults:
 
         A thread in user mode leaves its page fault for a signal (Answer.SIGNALLED): the next touch is a new
         event. The access of a system call fails with EFAULT, by UFFDIO_POISON, which leaves a marker in the
-        page table: each access to the page fails without an event. MARKED seconds later the page is lazy.
+        page table: each access to the page fails without an event. The tracer holds the thread at the end of
+        the call until the page is lazy again. Without a tracer the page is lazy MARKED seconds later.
         """
-        space, page, _ = touch
-        answer = await self._on_poison(touch, area, run)
-        if answer is not Answer.ERROR:
-            return answer is Answer.AGAIN
+        space, page, event = touch
+        call = self._calls.get(event.tid)
+        if call is None:
+            answer = await self._on_poison(touch, area, run)
+            if answer is not Answer.ERROR:
+                return answer is Answer.AGAIN
+            if in_page_fault(event.tid) is False:
+                call = self._calls[event.tid] = _Call(event.tid)
+                self._nursery.start_soon(self._hold, call)
+        if call is not None:
+            await call.is_held.wait()
         async with held(space.lock):
-            if space.at(page.start) is None:
+            if space.at(page.start) is None or (call is not None and call.has_ended):
                 space.wake(page)
-                return False
-            await self._mark(touch)
+            else:
+                await self._mark(touch, call)
         return False
+
+    async def _hold(self, call: _Call) -> None:
+        """Have the tracer stop the thread of a failed call at the end of the call, until all pages that the
+        call touched are lazy again. From the interrupt on the thread does not sleep in its page fault: events
+        come until the page is marked.
+        """
+        tid = call.tid
+        armed = None
+        try:
+            armed = await self._tracer.hold(process_of(tid), tid, HOLD_PATIENCE)
+        finally:
+            call.armed = armed if isinstance(armed, Armed) else None
+            call.is_held.set()
+        if call.armed is None:
+            del self._calls[tid]
+            return
+        outcome = await call.armed.wait(RETURN_PATIENCE)
+        call.has_returned.set()
+        outcome = outcome or await call.armed.wait()
+        while call.marked:
+            call.is_clean = trio.Event()
+            await call.is_clean.wait()
+        del self._calls[tid]
+        if isinstance(outcome, Held):
+            await self._tracer.let_go(tid, [], -1, 0)
 
     async def _fail(self, area: Area, touch: Touch) -> None:
         """Let an access fail with BUS_ADRERR: no space, or no filesystem. Precondition: ``Space.lock``."""
         await self._page_tables.show([MappingPiece(area, touch.page, Shows.VOID)])
         self._nursery.start_soon(self._decide_anew, touch)
 
-    async def _mark(self, touch: Touch) -> None:
-        """Let an access fail by a marker. Precondition: ``Space.lock`` is held."""
+    async def _mark(self, touch: Touch, call: _Call | None = None) -> None:
+        """Let an access fail by a marker. Precondition: ``Space.lock`` is held. ``call``: the system call
+        that makes the access.
+        """
         space, page, _ = touch
         # A marker of write-protection would be EEXIST.
         await self._page_tables.unprotect(space, page, wake=False)
         space.showing(page)
         await self._page_tables.mark_poison(space, page)
-        self._nursery.start_soon(self._decide_anew, touch)
+        if call is not None and call.armed is not None:
+            call.marked += 1
+        self._nursery.start_soon(self._decide_anew, touch, call)
 
-    async def _decide_anew(self, touch: Touch) -> None:
-        """Have the next access to a page decided anew, some time after this access failed."""
-        await trio.sleep(MARKED)
-        with suppress(AddressSpaceGone):
-            async with held(touch.space.lock):
-                await self._page_tables.hide(touch.space, touch.page)
+    async def _decide_anew(self, touch: Touch, call: _Call | None = None) -> None:
+        """Have the next access to a page decided anew: before the thread of ``call`` leaves the kernel, or
+        some time after this access failed.
+        """
+        is_held = call is not None and call.armed is not None
+        if call is not None and is_held:
+            await call.has_returned.wait()
+        else:
+            await trio.sleep(MARKED)
+        try:
+            with suppress(AddressSpaceGone):
+                async with held(touch.space.lock):
+                    await self._page_tables.hide(touch.space, touch.page)
+        finally:
+            if call is not None and is_held:
+                call.marked -= 1
+                call.is_clean.set()
 
     async def _give_up(self, touch: Touch) -> None:
         """Let an access fail after an unexpected error, by the means that need least.

@@ -111,15 +111,22 @@ class Forks:
                 self._under_way.discard(under_way)
                 under_way.set()
 
-    def adopt(self, parent: AddressSpace, event: Forked) -> None:
-        """Make the space of a child, from the event of its fork. The child does not run yet."""
-        agent = parent.next_agent
-        if agent is None or parent.child is not None:
+    def adopt(self, parent: AddressSpace, event: Forked, uffd: Userfaultfd) -> None:
+        """Make the space of a child, from the events of its fork: one of each userfaultfd of the parent with
+        a range, in any order. The child does not run yet.
+        """
+        agent, child = parent.next_agent, parent.child
+        if agent is not None and child is None:
+            child = parent.child = AddressSpace(agent, Userfaultfd())
+            self._watcher.on_forked(parent, child)
+        its = Userfaultfd() if child is None else child.outside if uffd is parent.outside else child.uffd
+        if child is None or its.fd >= 0:
             os.close(event.fd)
             log.warning("process %s made a child unseen: its memory is not protected", parent.tgid)
             return
-        parent.child = AddressSpace(agent, Userfaultfd(event.fd))
-        self._watcher.on_forked(parent, parent.child)
+        its.take(event.fd)
+        if its is child.outside:
+            child.agent.give(event.fd)
 
     # -- by the code of the agent
 
@@ -143,7 +150,7 @@ class Forks:
         agent: ProcessAgent,
         fd: int,
         drop: Ranges,
-        record: redirect.Record,
+        record: redirect.ForkRecord,
         magic: int,
     ) -> None:
         agent.awaits_child()
@@ -166,7 +173,7 @@ class Forks:
         agent.close()
 
     async def _welcome(
-        self, parent: AddressSpace, agent: ProcessAgent, record: redirect.Record, drop: Ranges
+        self, parent: AddressSpace, agent: ProcessAgent, record: redirect.ForkRecord, drop: Ranges
     ) -> None:
         """Make the space of a child that waits, and let the child run. Raises AddressSpaceGone."""
         child = parent.child
@@ -179,6 +186,8 @@ class Forks:
         if child is None:  # no range was registered, so the kernel sent no event
             child = AddressSpace(agent, await first_batch(agent))
             self._watcher.on_forked(parent, child)
+        elif child.uffd.fd < 0:  # no range of the zone was registered
+            await first_batch(agent, child.uffd)
         await agent.settle(record.word)
         self._served(child)
 
@@ -219,6 +228,8 @@ class Forks:
             if child is None:  # no range was registered, so the kernel sent no event
                 child = AddressSpace(agent, await first_batch(agent))
                 self._watcher.on_forked(parent, child)
+            elif child.uffd.fd < 0:  # no range of the zone was registered
+                await first_batch(agent, child.uffd)
             else:
                 await agent.settle()
         except AddressSpaceGone:

@@ -26,6 +26,7 @@ from daxemu.host.direct.errors import AddressSpaceChanging, AddressSpaceGone
 from daxemu.host.direct.page_tables import PageTables
 from daxemu.host.direct.table import Area, Space, Table
 from daxemu.host.direct.userfaultfd import PageFault
+from daxemu.host.run import zone
 from daxemu.host.unexpected import Nursery, Unexpected
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Block, Ino, page_align_down
@@ -112,6 +113,8 @@ class ImmediateAnswers:
         if not event.is_write or space.is_gone or not space.is_free:
             return None
         start = page_align_down(event.address)
+        if not zone.has(start):  # a mapping in place needs a guard (outside)
+            return None
         area = space.at(start)
         if area is None or not area.is_shared or not self._locks.is_free(area.ino):
             return None

@@ -38,6 +38,7 @@ class AgentMaking:
         """
         self._refuse_traced(call.tid)
         agent, theirs = ProcessAgent.pair(self._fds)
+        agent.memory = self.place + PAGE_SIZE
         tgid = process_of(call.tid)
         try:
             with theirs:
@@ -95,9 +96,12 @@ class AgentMaking:
         )
 
 
-async def first_batch(agent: ProcessAgent) -> Userfaultfd:
-    """Make the first batch of an agent whose address space has no userfaultfd; return the userfaultfd."""
-    uffd = Userfaultfd(await agent.take_userfaultfd())
+async def first_batch(agent: ProcessAgent, uffd: Userfaultfd | None = None) -> Userfaultfd:
+    """Make the first batch of an agent whose address space has no userfaultfd; return the userfaultfd:
+    ``uffd``, which was closed until now, or a new one.
+    """
+    uffd = uffd or Userfaultfd()
+    uffd.take(await agent.take_userfaultfd())
     try:
         uffd.enable()
     except BaseException:

@@ -12,6 +12,7 @@
 #define NR_RECORDS 16
 #define DROPS 16384
 #define NR_DROPS 512
+#define WILL 24576
 
 /* Offsets in struct record as text, for assembly. */
 #define OFFSET_busy 0

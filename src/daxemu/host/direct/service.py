@@ -8,7 +8,9 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from functools import partial
 
+from daxemu.host.direct import outside
 from daxemu.host.direct.address_space import AddressSpace
 from daxemu.host.direct.address_spaces import AddressSpaces
 from daxemu.host.direct.calls import (
@@ -25,7 +27,7 @@ from daxemu.host.direct.faults import PageFaults
 from daxemu.host.direct.locking import held
 from daxemu.host.direct.planner import RESERVE
 from daxemu.host.direct.table import Space, Table
-from daxemu.host.direct.userfaultfd import Event, PageFault
+from daxemu.host.direct.userfaultfd import Event, PageFault, Unmapped
 from daxemu.host.mount_parts import MountParts
 from daxemu.host.proc import status
 from daxemu.host.run import zone
@@ -35,8 +37,8 @@ from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
 from daxemu.ranges import Range, merged
 
 _FIXED_ELSEWHERE = (
-    "MAP_FIXED over other memory: daxemu would not notice a munmap(2) there; map without MAP_FIXED, or over "
-    "a direct mapping"
+    "MAP_FIXED at addresses of another mount or of agents, which have "
+    f"{zone.START:#x} to {zone.END:#x}: map elsewhere"
 )
 
 
@@ -167,7 +169,9 @@ class _RunSpaces:
             is_private = call.args[3] & MAP_TYPE == MAP_PRIVATE
             return CONTINUE if is_private else refused(call, reason, self._parts.emit)
         is_fixed = call.args[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE)
-        if is_fixed and not self._zone.start <= call.args[0] < self._zone.end:
+        where = Range(call.args[0], call.args[0] + call.args[1])
+        is_ours = self._zone.start <= where.start < self._zone.end or outside.is_outside(where)
+        if is_fixed and not is_ours:
             return refused(call, _FIXED_ELSEWHERE, self._parts.emit)
         space = self._space(await self.spaces.of(run, call))
         return None if space is None else await self._calls.mmap(call, file, space)
@@ -201,7 +205,15 @@ class _RunSpaces:
         return space
 
     def _new(self, found: AddressSpace) -> Space:
-        return Space(found.agent, found.uffd, self._zone, self._scratch)
+        return Space(
+            found.agent,
+            found.uffd,
+            self._zone,
+            self._scratch,
+            found.outside,
+            partial(self.spaces.open_outside, found),
+            partial(self.spaces.drain, found),
+        )
 
     # -- Watcher
 
@@ -213,6 +225,8 @@ class _RunSpaces:
         for event in events:
             if isinstance(event, PageFault):
                 is_answered &= self._faults.take(mine, event)
+            elif isinstance(event, Unmapped):
+                outside.unmapped(self._table, mine, Range(event.start, event.end))
         return is_answered
 
     def on_forked(self, parent: AddressSpace, child: AddressSpace) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from daxemu.host.direct.structs import UFFDIO_WRITEPROTECT
 from daxemu.host.run import zone
 from daxemu.uapi import U64_MAX
 
@@ -50,13 +51,19 @@ MREMAP_MAYMOVE = 1
 MREMAP_FIXED = 2
 
 _NO_FD = 0xFFFF_FFFF
+_HERE = -1  # the agent's side puts the address
 
 
 class Syscall(NamedTuple):
-    """System call: number, and arguments as 64-bit register values."""
+    """System call: number, and arguments as 64-bit register values.
+
+    ``is_guard``: an ioctl(2) whose third argument is the address of the last three. If the ioctl fails, the
+    agent makes none of the calls behind it in the packet: the result of each is -ECANCELED.
+    """
 
     number: int
     args: tuple[int, ...]
+    is_guard: bool = False
 
 
 def _marked(number: int, *args: int) -> Syscall:
@@ -113,6 +120,14 @@ def mprotect(at: int, length: int, prot: int) -> Syscall:
 def madvise(at: int, length: int, advice: int) -> Syscall:
     """Give an advice for ``length`` bytes from address ``at`` on."""
     return _marked(NR_MADVISE, at, length, advice)
+
+
+def guard(at: int, length: int, fd: int) -> Syscall:
+    """Fail unless ``length`` bytes from address ``at`` on are registered with the userfaultfd ``fd`` of the
+    agent, and no munmap(2) of any range of ``fd`` is under way (UFFDIO_WRITEPROTECT). The bytes become
+    write-protected.
+    """
+    return Syscall(NR_IOCTL, (fd, UFFDIO_WRITEPROTECT, _HERE, at, length, 1), is_guard=True)
 
 
 def _place(replace: bool) -> int:
