@@ -41,6 +41,8 @@ printf '%s\n' "import os, sys" \
     "    os.environ['LD_PRELOAD'] = '$runtime'" \
     "    os.execv(sys.executable, sys.orig_argv)" >"$top/lib/sitecustomize.py"
 
+# A race of each kind needs more time; freed memory is kept.
+export DAXEMU_RACE_SECONDS=${DAXEMU_RACE_SECONDS:-30} DAXEMU_ASAN=1
 status=0
 "$top/python" -m pytest "$@" || status=$?
 

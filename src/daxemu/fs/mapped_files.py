@@ -64,6 +64,11 @@ class MappedFiles(SuperBlock):
             self.commit()
             return self._faults.store(inode, extents, block, limit)
 
+    def is_regular(self, ino: Ino) -> bool:
+        """Return whether an inode is a regular file, which can be mapped; False without such an inode."""
+        inode = self.names.find(ino)
+        return inode is not None and inode.extents is not None
+
     def runs(self, ino: Ino, blocks: Range) -> Iterator[FileRun]:
         """Yield what a mapping of the file shows at ``blocks``: runs in order, without gaps, each as long as
         possible. The cost is in proportion to the extents of the range.

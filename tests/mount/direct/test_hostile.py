@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -108,6 +111,41 @@ assert libc.syscall(329, at, 4096, 1, -1, 0) == 0, ctypes.get_errno()
     program(dax_mount, _MAPS + code)
 
 
+_KINDS = """
+import stat
+os.mkfifo("fifo")
+os.mkdir("directory")
+os.symlink("f", "link")
+def errors(name, flags):
+    global f
+    f = os.open(name, flags)
+    found = []
+    for how in (mmap.MAP_SHARED, mmap.MAP_PRIVATE, 3):
+        at = mapped(how)
+        found.append(ctypes.get_errno() if at == ctypes.c_void_p(-1).value else 0)
+    return found
+print(errors("fifo", os.O_RDWR), errors("directory", os.O_RDONLY), errors("f", os.O_PATH),
+      errors("link", os.O_PATH | os.O_NOFOLLOW), errors("f", os.O_WRONLY))
+"""
+
+
+def test_what_is_no_open_regular_file_is_refused_as_by_the_kernel(dax_mount: DaxMount) -> None:
+    """Directories, FIFOs, and descriptors of O_PATH, which need no right to read the file."""
+    dax_mount.make_file("f", 1)
+    said = program(dax_mount, _MAPS + _KINDS)
+    elsewhere = Path("/dev/shm") / f"daxemu-kinds-{os.getpid()}"
+    elsewhere.mkdir()
+    try:
+        (elsewhere / "f").write_bytes(bytes(4096))
+        argv = [sys.executable, "-c", _MAPS + _KINDS]
+        done = subprocess.run(
+            argv, cwd=elsewhere, capture_output=True, text=True, timeout=PATIENCE, check=True
+        )
+        assert said == done.stdout
+    finally:
+        shutil.rmtree(elsewhere)
+
+
 _FULL = (
     _MAPS
     + """
@@ -165,8 +203,9 @@ def test_zeroing_a_mapped_file_while_it_is_cloned_does_not_hang(dax_mount: DaxMo
     program(dax_mount, _ZEROES_AND_CLONES)
 
 
-def program(mount: DaxMount, code: str, *wrapper: str) -> None:
-    """Run Python code under ``daxemu run`` in the root directory of the mount."""
+def program(mount: DaxMount, code: str, *wrapper: str) -> str:
+    """Run Python code under ``daxemu run`` in the root directory of the mount; return its output."""
     argv = [*DAXEMU, "run", str(mount.path), "--", *wrapper, sys.executable, "-c", code]
     done = subprocess.run(argv, cwd=mount.path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -89,15 +89,21 @@ class OpenFile(NamedTuple):
 def open_file(tid: int, fd: int) -> OpenFile:
     """Return the open file of a thread, from /proc, without a request to the file's filesystem.
 
-    Raises OSError: the thread is gone or has no such descriptor.
+    Raises OSError: the thread is gone, has no such descriptor, or has one of O_PATH.
     """
     with open(f"/proc/{tid}/fdinfo/{fd}", encoding="ascii", errors="replace") as file:
         fields = dict(line.split(":", 1) for line in file if ":" in line)
-    return OpenFile(int(fields["ino"]), int(fields["flags"], 8))
+    flags = int(fields["flags"], 8)
+    if flags & os.O_PATH:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    return OpenFile(int(fields["ino"]), flags)
 
 
 class Files(Protocol):
     """The part of the filesystem that mappings need."""
+
+    def is_regular(self, ino: Ino) -> bool:
+        """See MappedFiles.is_regular."""
 
     def runs(self, ino: Ino, blocks: Range) -> Iterable[FileRun]:
         """See MappedFiles.runs."""
@@ -194,7 +200,9 @@ class Calls:
             return errno.EINVAL
         if how != MAP_PRIVATE and prot & PROT_WRITE and not file.can_write:
             return errno.EACCES
-        return 0 if file.can_read else errno.EACCES
+        if not file.can_read:
+            return errno.EACCES
+        return 0 if self._fs.is_regular(file.ino) else errno.ENODEV
 
     async def mmap(self, call: NotifiedCall, file: OpenFile, space: Space) -> Answer:
         """Map a file (mmap(2)). Precondition: check_mmap() has returned 0."""
