@@ -112,13 +112,14 @@ fstests: setup
 ltp: setup
 	bash tests/ltp.sh "$(LTP)" $(TESTS)
 
-# Thousands of crashes and races, an hour of mixed work: what CI has no time for.
+# Thousands of crashes and races, an hour of mixed work in each mode: what CI has no time for.
 soak: setup
 	DAXEMU_CORRUPTION_IMAGES=100000 $(PY) -m pytest tests/corruption -n auto
 	DAXEMU_CRASH_ROUNDS=5000 $(PY) -m pytest tests/mount/test_crash_loop.py --timeout 7200
 	DAXEMU_RACE_SECONDS=600 $(PY) -m pytest tests/mount/test_races.py -s
 	DAXEMU_SOAK=3600 $(PY) -m pytest tests/mount/test_soak.py -s
-	DAXEMU_MODEL_RANDOM=1 DAXEMU_MODEL_EXAMPLES=500 $(PY) -m pytest tests/mount/test_model.py
+	DAXEMU_MODEL_RANDOM=1 DAXEMU_MODEL_EXAMPLES=500 $(PY) -m pytest tests/fs tests/host/direct/test_model.py tests/repair/test_model.py \
+		tests/mount/test_model.py --timeout 7200
 
 clean:
 	rm -rf .venv build src/*.egg-info

@@ -1,5 +1,5 @@
 """Builds the C of the project: host/fuse/supplement.c with those beside it, host/victims/*.c,
-host/run/forward.c and host/direct/agent.c.
+host/run/*.c and host/direct/*.c.
 
 Everything else is in pyproject.toml.
 
@@ -36,7 +36,8 @@ setup(
         ),
         Extension(
             "daxemu.host.direct._agent",
-            sources=["src/daxemu/host/direct/agent.c"],
+            sources=["src/daxemu/host/direct/agent.c", "src/daxemu/host/direct/redirect.c"],
+            depends=["src/daxemu/host/direct/redirect.h"],
             extra_compile_args=["-O2", "-Wall", "-Wextra"],
             optional=True,
         ),
@@ -49,7 +50,8 @@ setup(
         ),
         Extension(
             "daxemu.host.run._forward",
-            sources=["src/daxemu/host/run/forward.c"],
+            sources=["src/daxemu/host/run/forward.c", "src/daxemu/host/run/threads.c"],
+            depends=["src/daxemu/host/run/threads.h"],
             extra_compile_args=["-O2", "-Wall", "-Wextra"],
             optional=True,
         ),

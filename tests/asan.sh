@@ -13,7 +13,7 @@ mkdir -p "$top"
 sanitize="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 CFLAGS="$sanitize -g -O1" LDFLAGS="$sanitize" \
     "$PY" -W ignore setup.py -q build --build-temp "$top/temp" --build-lib "$top/lib"
-for part in fuse/_supplement victims/_victims run/_forward; do
+for part in fuse/_supplement victims/_victims run/_forward direct/_agent; do
     nm -D "$top"/lib/daxemu/host/$part.*.so | grep -q __asan_init || {
         echo "daxemu: $part was not built with AddressSanitizer: see what setup.py said above" >&2
         exit 1
@@ -30,12 +30,16 @@ printf '%s\n' "#!/bin/sh" \
     "export PYTHONPATH=\"\${PYTHONPATH:+\$PYTHONPATH:}$top/lib\" PYTHONMALLOC=malloc LD_PRELOAD='$runtime'" \
     "exec '$PY' \"\$@\"" >"$top/python"
 chmod +x "$top/python"
-# Interpreters of the virtual environment that are started by their own path, as by the script daxemu, start anew.
+# Interpreters that are started by their own path, as by the script daxemu or by another user, start anew.
 printf '%s\n' "import os, sys" \
-    "if sys.prefix == '$(dirname "$(dirname "$PY")")':" \
-    "    if os.environ.pop('LD_PRELOAD', None) is None:" \
-    "        os.execv('$top/python', ['$top/python', *sys.orig_argv[1:]])" \
-    "    sys.executable = '$top/python'" >"$top/lib/sitecustomize.py"
+    "is_ours = sys.prefix == '$(dirname "$(dirname "$PY")")'" \
+    "if os.environ.pop('LD_PRELOAD', None) is not None:" \
+    "    sys.executable = '$top/python' if is_ours else sys.executable" \
+    "elif is_ours:" \
+    "    os.execv('$top/python', ['$top/python', *sys.orig_argv[1:]])" \
+    "else:" \
+    "    os.environ['LD_PRELOAD'] = '$runtime'" \
+    "    os.execv(sys.executable, sys.orig_argv)" >"$top/lib/sitecustomize.py"
 
 status=0
 "$top/python" -m pytest "$@" || status=$?

@@ -15,7 +15,13 @@ from tests.support.core import core as core
 from tests.support.mount import DaxMount, dax_mount_at
 
 # A busy machine is no failure: tests assert nothing about time.
-settings.register_profile("daxemu", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Each run has the same examples; `make soak` has others.
+settings.register_profile(
+    "daxemu",
+    deadline=None,
+    derandomize="DAXEMU_MODEL_RANDOM" not in os.environ,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("daxemu")
 
 COUNTS = pytest.StashKey[dict[str, int]]()

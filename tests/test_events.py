@@ -39,6 +39,8 @@ from daxemu.events import (
     RepairFinished,
     RepairProgress,
     RepairStrategyFailed,
+    RuleFailed,
+    RuleFired,
     ScrubFound,
     SettingChanged,
     SignalSent,
@@ -126,6 +128,20 @@ SAMPLES: list[Event] = [
     FilesystemShutdown(device="pmem0", reason="Device is about to be removed!"),
     DaxActiveAtRemove(device="pmem0"),
     DeviceRemoved(device="pmem0", told=3),
+    RuleFired(
+        rule="rule1",
+        number=3,
+        op="read",
+        ino=2,
+        path="/db",
+        pid=7,
+        tid=8,
+        comm="p0",
+        offset=4096,
+        length=4096,
+        then=["poison in the bytes of the operation"],
+    ),
+    RuleFailed(rule="rule1", action="powerfail", reason="the connection cannot be cut"),
 ]
 
 

@@ -77,14 +77,16 @@ def _fields(kind: type[msgspec.Struct], depth: int = 0) -> Iterator[str]:
     for field in msgspec.structs.fields(kind):
         if field.name in _COMMON and issubclass(kind, Event):
             continue
-        default = "" if field.required else f", default `{_json(field.default)}`"
+        default = "" if field.required else f", default `{_json(_default(field))}`"
         note = f": {notes[field.name]}" if field.name in notes else ""
         declared = _plain(str(inspect.get_annotations(kind)[field.name]))
         unit = f" ({units[field.name]})" if field.name in units else ""
         yield f"{'    ' * depth}- `{field.name}`: `{declared}`{unit}{default}{note}"
         for part in _structs(field.type):
+            config = part.__struct_config__
+            tag = f"with `{config.tag_field}` `{config.tag}`: " if config.tag else ""
             if prose := _prose(part):
-                yield f"{'    ' * (depth + 1)}- {' '.join(prose.split())}"
+                yield f"{'    ' * (depth + 1)}- {tag}{' '.join(prose.split())}"
             yield from _fields(part, depth + 1)
 
 
@@ -112,6 +114,11 @@ def _notes(kind: type) -> dict[str, str]:
             assert isinstance(below.value, ast.Constant)
             found[field.target.id] = " ".join(str(below.value.value).split()).replace("``", "`")
     return found
+
+
+def _default(field: msgspec.structs.FieldInfo) -> object:
+    """Return the default of a field that is not required."""
+    return field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
 
 
 def _json(value: object) -> str:

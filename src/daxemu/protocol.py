@@ -28,6 +28,9 @@ from daxemu.fields import (
     Signals,
     Tid,
 )
+from daxemu.internals_report import InternalsReport
+from daxemu.rule import Action, On, RuleAdded, RuleList
+from daxemu.survey_report import SurveyReport
 
 R = TypeVar("R", bound=msgspec.Struct)
 
@@ -139,41 +142,6 @@ class Removed(msgspec.Struct):
     processes: Processes
 
 
-class Cell(msgspec.Struct):
-    """Equal part of a range of the device; all counts in bytes. ``used``: bytes in use.
-    ``metadata``: used bytes that hold the filesystem's own records. ``shared``: used bytes with more than one
-    link. ``bad``: bytes in bad blocks. ``latent``: bytes of latent poison.
-    """
-
-    used: int = 0
-    metadata: int = 0
-    shared: int = 0
-    bad: int = 0
-    latent: int = 0
-
-
-class FileUse(msgspec.Struct):
-    """Use of a range of the device by one file. ``bytes``: bytes of the range in the file.
-    ``device_offset`` and ``file_offset``: place of the first such byte.
-    """
-
-    ino: Ino
-    path: str
-    bytes: Length
-    device_offset: DeviceOffset
-    file_offset: FileOffset
-
-
-class SurveyReport(msgspec.Struct):
-    """``cell``: bytes of each part, whole pages; the last part may reach past the end of the device."""
-
-    offset: DeviceOffset
-    cell: Length
-    cells: list[Cell]
-    files: list[FileUse]
-    """The files with the most bytes in the range."""
-
-
 class Progress(msgspec.Struct):
     """Progress of a newly chosen strategy: bytes processed, of all bytes to process."""
 
@@ -242,29 +210,6 @@ class Settled(msgspec.Struct):
     """``seconds``: duration of the wait."""
 
     seconds: Seconds
-
-
-class InternalsReport(msgspec.Struct):
-    """State of the supervisor, one line an entry, for people: the text of entries may change. ``layouts``:
-    number of files with a layout out.
-    """
-
-    tasks: list[str]
-    turns: list[str]
-    """Failures that are under way."""
-    held: list[str]
-    """Requests that wait for the invalidate lock."""
-    armed: list[str]
-    """Threads that the tracer has a request for."""
-    layouts: int
-
-    def lines(self) -> list[str]:
-        """Return the report as text for people."""
-        lines = []
-        for title in ("tasks", "turns", "held", "armed"):
-            entries: list[str] = getattr(self, title)
-            lines += [f"{title}: {len(entries)}", *(f"  {entry}" for entry in entries)]
-        return [*lines, f"layouts out: {self.layouts} files"]
 
 
 class Done(msgspec.Struct):
@@ -480,6 +425,27 @@ class Follow(Request[Never], tag="follow"):
     pids: list[Pid] | None = None
 
 
+class AddRule(Request[RuleAdded], tag="add_rule", omit_defaults=True):
+    """Have ``then`` happen when an operation of a program matches ``on``. Without a ``name`` the rule gets
+    one. ``seed``: of the probability in ``on``. Rules end with the mount.
+    """
+
+    on: On
+    then: list[Action]
+    name: str | None = None
+    seed: int = 0
+
+
+class ListRules(Request[RuleList], tag="rules"):
+    """List the rules of the mount."""
+
+
+class DeleteRules(Request[RuleList], tag="delete_rules"):
+    """Delete rules by their names; without ``names``, all rules. The reply lists the deleted rules."""
+
+    names: list[str] = []
+
+
 class PowerFailed(msgspec.Struct):
     """``dropped``: number of changed inodes and directory entries that were lost. ``oldest``: age of the
     oldest lost change in seconds, null if no change was lost. Dirty pages of mappings are not counted: only
@@ -494,6 +460,15 @@ class PowerFail(Request[PowerFailed], tag="powerfail"):
     """Lose power: the page cache, the uncommitted changes and the mount are gone. sync(1) and syncfs(2)
     commit nothing: the kernel does not forward them to FUSE.
     """
+
+
+class Trace(Request[Never], tag="trace"):
+    """Send an empty reply, then a record of each operation of a program and of each step of a failure
+    (daxemu.trace_record). ``file``: a glob, for operations on these files only. As with ``follow``, the
+    connection takes no further request.
+    """
+
+    file: str | None = None
 
 
 class Unmount(Request[Done], tag="unmount"):

@@ -246,6 +246,12 @@ class RangeSet(Generic[U]):
         added = []
         # Neighbours that only touch are merged, too, so that the stored ranges stay non-adjacent.
         index = self._from(start - 1)
+        if (
+            index < len(self._starts)
+            and self._starts[index] <= start
+            and end <= self._ends[self._starts[index]]
+        ):
+            return []
         low, high, at = start, end, start
         while index < len(self._starts):
             found = self._at(index)

@@ -12,55 +12,16 @@
  *   clone FILE COPY       clone FILE, all pages of which are mapped and stored to
  *   pmd FILE              mmap FILE and load each page; prints kB of PMD mappings of all kB, by smaps
  */
-#define _GNU_SOURCE
-#include <fcntl.h>
-#include <stdio.h>
-#include <stdlib.h>
+#include "work.h"
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <sys/wait.h>
-#include <time.h>
-#include <unistd.h>
 
 #ifndef MAP_SYNC
 #define MAP_SYNC 0x80000
 #endif
-#define PAGE 4096
 
 static int is_sync;
-
-static void fail(const char *what)
-{
-	perror(what);
-	exit(1);
-}
-
-static double now(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec + t.tv_nsec / 1e9;
-}
-
-static int opened(const char *path, int flags)
-{
-	int fd = open(path, flags, 0644);
-
-	if (fd < 0)
-		fail(path);
-	return fd;
-}
-
-static off_t size_of(int fd)
-{
-	struct stat st;
-
-	if (fstat(fd, &st))
-		fail("fstat");
-	return st.st_size;
-}
 
 static volatile char *mapped(int fd, off_t size)
 {

@@ -14,46 +14,16 @@
  *   mapped FILE                  loads and stores over a mapping that was stored to before
  *   copy FROM TO                 FICLONE, else copy_file_range, else read and write
  */
-#define _GNU_SOURCE
+#include "work.h"
 #include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <linux/fs.h>
 #include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
 
-#define PAGE 4096
 #define PASSES 8
-
-static void fail(const char *what)
-{
-	perror(what);
-	exit(1);
-}
-
-static double now(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec + t.tv_nsec / 1e9;
-}
-
-static int opened(const char *path, int flags)
-{
-	int fd = open(path, flags, 0644);
-
-	if (fd < 0)
-		fail(path);
-	return fd;
-}
 
 static void expect(ssize_t done, size_t wanted, const char *what)
 {
@@ -63,15 +33,6 @@ static void expect(ssize_t done, size_t wanted, const char *what)
 		fprintf(stderr, "%s: %zd of %zu\n", what, done, wanted);
 		exit(1);
 	}
-}
-
-static off_t size_of(int fd)
-{
-	struct stat st;
-
-	if (fstat(fd, &st))
-		fail("fstat");
-	return st.st_size;
 }
 
 static void drop(int fd)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from daxemu.cli.watch.view import glyph, map_size
-from daxemu.protocol import Cell
+from daxemu.survey_report import Cell
 from tests.support.mount import DAXEMU, DaxMount, daxemu
 from tests.support.terminal import Terminal
 

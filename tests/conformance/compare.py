@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tests.conformance.recording import Outcome, Step
-from tests.conformance.rules import CACHE, MARKED, RULES, UNMAPPED, marked, neighbours_told, place_of
+from tests.conformance.rules import CACHE, RULES, UNMAPPED, neighbours_told, place_of
 from tests.conformance.world import World
 
 OTHER = "not the reference"
@@ -59,10 +59,8 @@ def judge(index: int, step: Step, ours: Outcome, world: World) -> Difference | N
             here = replace(here, counters={})
         right, reasons = _right(step, kernel, world)
         if right != here:
-            if world.direct:
-                extra = MARKED if here == marked(step, right, world) else UNEXPLAINED
-            else:
-                extra = CACHE if neighbours_told(step, right, here, world) == right else UNEXPLAINED
+            is_cache = not world.direct and neighbours_told(step, right, here, world) == right
+            extra = CACHE if is_cache else UNEXPLAINED
             reasons = (extra,) if extra == UNEXPLAINED else (*reasons, extra)
         reason = reasons[0] if reasons else None
         if not reasons and _faults(step.expected) != _faults(ours):

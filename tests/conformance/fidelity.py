@@ -18,7 +18,6 @@ from tests.conformance.rules import (
     CACHE,
     CANNOT_CLEAR,
     HARDWARE,
-    MARKED,
     OVERWRITTEN,
     PROPOSED,
     UNMAPPED,
@@ -31,7 +30,6 @@ MARKS = {
     HARDWARE: "H",
     CACHE: "C",
     UNMAPPED: "U",
-    MARKED: "E",
     BUG: "B",
     CANNOT_CLEAR: "W",
     OVERWRITTEN: "S",
@@ -54,7 +52,6 @@ recordings of real kernels. The reasons are explained in [fidelity.md](fidelity.
 | {MARKS[HARDWARE]} | hardware poison: the kernel could still read the bytes; daxemu's media cannot be read |
 | {MARKS[CACHE]} | FUSE page cache: a mapping is not one of the media; never on a direct mount |
 | {MARKS[UNMAPPED]} | direct mount: no process has poison mapped, also where the kernel leaves the page |
-| {MARKS[MARKED]} | direct mount: for 10 ms after EFAULT an access to the page is BUS_ADRERR: a fault |
 | {MARKS[BUG]} | a bug of that kernel, not copied |
 | {MARKS[CANNOT_CLEAR]} | the recorded NVDIMM cannot clear errors; daxemu does at a write of the whole page |
 | {MARKS[OVERWRITTEN]} | write of a whole shared block: only the kernel reads the old block first |

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import re
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self
@@ -29,10 +28,6 @@ from tests.support.mount import DAXEMU, DaxMount
 PAGE = 4096
 PATIENCE = 10.0
 """Seconds that one command may take: a hang is an outcome, not a wait."""
-FORK_KNOWN = 0.1
-"""Seconds until the supervisor of a direct mount surely knows the child of a fork: a known fault, see
-docs/fidelity.md.
-"""
 OTHER_ACTOR = re.compile(r"(pvmread|pvmwrite) (\d+) (\d+) (\d+) (\d+)")
 POISON_FILE = re.compile(r"poison page (\d+)(?: of (\S+))?")
 
@@ -148,8 +143,6 @@ class Player:
         try:
             if words[0] == "fork":
                 self._actors[f"p{words[1]}"] = actor.fork(f"p{words[1]}")
-                if self._mount.is_direct:
-                    time.sleep(FORK_KNOWN)
                 return {"ret": 0, "errno": "0"}
             if pvm := OTHER_ACTOR.fullmatch(step.do):
                 verb, other, mapping, page, length = pvm.groups()

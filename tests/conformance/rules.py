@@ -16,10 +16,6 @@ HARDWARE = "hardware poison"
 CACHE = "FUSE page cache"
 """Never on a direct mount."""
 UNMAPPED = "poison is unmapped"
-MARKED = "just after EFAULT"
-"""Of direct mounts: a page that failed a system call stays SIGBUS for some milliseconds, without the exact
-code.
-"""
 BUFFER_VERBS = ("kread", "kwrite", "pvmread", "pvmwrite")
 BUG = "kernel bug"
 CANNOT_CLEAR = "cannot clear"
@@ -243,16 +239,6 @@ def badblocks(step: Step, kernel: Outcome, world: World) -> Turned | None:
     if not step.do.endswith("badblocks") or not world.cleared or world.poison:
         return None
     return replace(kernel, res="0 range(s), 0 bad 512-byte sectors in all"), CANNOT_CLEAR
-
-
-def marked(step: Step, right: Outcome, world: World) -> Outcome | None:
-    """Return the outcome of an access to poison just after a system call with this buffer failed."""
-    before = world.done[-1].do.split()[0] if world.done else ""
-    if not world.direct or before not in BUFFER_VERBS or not step.do.startswith(("tr ", "tw ")):
-        return None
-    if not world.bad(world.block_at(place_of(step))) or not right.signals:
-        return None
-    return Outcome({"faulted": True}, (_signal(place_of(step), "BUS_ADRERR", "during access"),))
 
 
 # -- features that kernels lack

@@ -77,7 +77,10 @@ class Model:
     def write(
         self, file: File, offset: int, data: bytes, *, from_cache: bool = False, grow: bool = True
     ) -> list[int]:
-        """Store ``data``. Return the indexes of pages whose store was lost to poison."""
+        """Store ``data``. Return the indexes of pages whose store was lost to poison.
+
+        A store of no bytes changes nothing, not even the size (generic_write_checks()).
+        """
         lost = []
         counts = self.counts()  # before the store: all blocks of one store are handled alike
         for index in _indexes(offset, len(data)):
@@ -92,7 +95,7 @@ class Model:
                 continue
             page.bad.clear()
             page.data[low - index * PAGE_SIZE : high - index * PAGE_SIZE] = data[low - offset : high - offset]
-        if grow:
+        if grow and data:
             file.size = max(file.size, offset + len(data))
         return lost
 

@@ -181,7 +181,7 @@ def test_checkpoints_and_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with core_at() as core:
         crashes = Crashes(core, tmp_path)
         watch(crashes, monkeypatch, every=7)
-        generation = core.fs.region._generation
+        generation = core.fs.region.superblocks.generation
         for number in range(3):
             for i in range(100):
                 core.file(b"%d-%d" % (number, i) + b"x" * 220)
@@ -191,7 +191,7 @@ def test_checkpoints_and_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         crashes.commit()
         assert crashes.writes[MetadataFile.DB] > 20
         assert crashes.writes[MetadataFile.WAL] > 50
-        assert core.fs.region._generation > generation
+        assert core.fs.region.superblocks.generation > generation
 
 
 def test_unmounting(crashes: Crashes) -> None:

@@ -49,7 +49,7 @@ def loaded(core: Core) -> MetadataRegion:
 
 def place_of(core: Core, which: int) -> int:
     """The device offset of the first or the second superblock."""
-    return a_region(core)._super_blocks[which].start * PAGE_SIZE
+    return a_region(core).superblocks.blocks[which].start * PAGE_SIZE
 
 
 def copies(region: MetadataRegion, file: MetadataFile, page: int) -> list[int]:
@@ -76,9 +76,9 @@ def put_superblocks(core: Core, superblock: object) -> None:
 
 
 def test_an_empty_device_is_not_formatted(empty: Core) -> None:
-    assert not a_region(empty).is_formatted()
+    assert not a_region(empty).superblocks.is_formatted()
     a_region(empty).format()
-    assert a_region(empty).is_formatted()
+    assert a_region(empty).superblocks.is_formatted()
 
 
 def test_what_is_written_comes_back(empty: Core) -> None:
@@ -355,14 +355,14 @@ def test_two_poisoned_superblocks_are_corrupt_metadata_but_not_an_empty_device(e
     formatted(empty)
     for which in (FIRST, SECOND):
         inject(empty.pmem, place_of(empty, which), 1)
-    assert a_region(empty).is_formatted()
+    assert a_region(empty).superblocks.is_formatted()
     with pytest.raises(CorruptMetadata):
         loaded(empty)
 
 
 def test_poison_on_an_empty_device_is_not_overwritten_by_a_new_filesystem(empty: Core) -> None:
     inject(empty.pmem, place_of(empty, SECOND), 1)
-    assert a_region(empty).is_formatted()
+    assert a_region(empty).superblocks.is_formatted()
 
 
 DB0, DB1, WAL0, WAL1 = (n << 40 for n in (1, 2, 3, 4))

@@ -5,10 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,49 +18,13 @@ from daxemu.host.proc.mountinfo import Mount
 from daxemu.host.run import seccomp, zone
 from daxemu.host.run.attached import AttachedRun, for_failure
 from daxemu.host.run.filters import AUDIT_ARCH_X86_64, Nr
-from daxemu.host.run.helper import Handover
+from daxemu.host.run.helper import Handover, Helper
 from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
 from daxemu.host.unexpected import Unexpected
-from tests.support.forwarded import ROOT, stub
+from tests.support.forwarded import stub
+from tests.support.under_filter import program
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="direct mappings need root")
-
-# A process under the filter hands its listener over, waits for a byte, and maps a file.
-WAITING = """
-import array, mmap, os, socket, sys
-from daxemu.host.run import filters, seccomp
-sock = socket.socket(fileno=int(sys.argv[1]))
-fd = os.open("/usr/bin/env", os.O_RDONLY)
-listener = seccomp.install(filters.direct())
-socket.send_fds(sock, [b"x"], [listener])
-os.close(listener)
-while True:
-    sock.recv(1)
-    try:
-        mmap.mmap(fd, 4096, prot=1).close()
-        sock.send(b"0")
-    except OSError as error:
-        sock.send(bytes([error.errno]))
-"""
-
-
-@contextmanager
-def program() -> Iterator[tuple[socket.socket, int]]:
-    """A program under the filter: a socket to it, and the listener."""
-    ours, theirs = socket.socketpair()
-    process = subprocess.Popen(
-        [sys.executable, "-c", WAITING, str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT
-    )
-    theirs.close()
-    try:
-        ours.settimeout(20)
-        _, (listener,), _, _ = socket.recv_fds(ours, 1, 1)
-        yield ours, listener
-        os.close(listener)
-    finally:
-        process.kill()
-        process.wait()
-        ours.close()
 
 
 def raw_call(id_: int, tid: int, nr: int = Nr.MMAP, flags: int = 0) -> bytes:
@@ -105,7 +65,9 @@ def test_nonsense_is_dropped(packets: list[bytes]) -> None:
         call = None
         while call is None:
             call = seccomp.receive(listener)
-        real = seccomp.NOTIFICATION.pack(call.id, call.tid, 0, call.nr, AUDIT_ARCH_X86_64, 0, *call.args)
+        real = seccomp.NOTIFICATION.pack(
+            call.id, call.tid, 0, call.nr, AUDIT_ARCH_X86_64, call.ip, *call.args
+        )
         ours.send(real)
         ours.send(real)  # the same call twice
         run = AttachedRun(os.dup(listener), theirs, zone.SLICES[0])
@@ -134,7 +96,16 @@ def test_answers_without_a_waiting_call() -> None:
 
 
 def test_failed_handlers_have_an_answer() -> None:
-    for nr, answer in ((Nr.MMAP, Answer(error=errno.ENODEV)), (Nr.MUNMAP, CONTINUE), (Nr.EXECVE, CONTINUE)):
+    """No call changes mappings, or copies an address space, without the supervisor."""
+    answers = {
+        Nr.MMAP: Answer(error=errno.ENODEV),
+        Nr.MUNMAP: Answer(error=errno.ENOMEM),
+        Nr.MREMAP: Answer(error=errno.ENOMEM),
+        Nr.FORK: Answer(error=errno.EAGAIN),
+        Nr.CLONE: Answer(error=errno.EAGAIN),
+        Nr.EXECVE: CONTINUE,
+    }
+    for nr, answer in answers.items():
         assert for_failure(NotifiedCall(1, 1, nr, (0, 0, 0, 0, 0, 0))) == answer
 
 
@@ -194,6 +165,24 @@ def test_which_mounts_may_be_direct(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert not cli._may_be_direct(None)
         direct.process.send_signal(19)
         assert cli._may_be_direct(mount_at(direct.directory))
+
+
+def test_a_mount_of_another_user_is_never_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its supervisor is foreign: a call would wait for an answer that may never come."""
+    asked: list[Mount] = []
+
+    def attach(mount: Mount, offered: Handover) -> bool:
+        asked.append(mount)
+        return False
+
+    with program() as (_, listener):
+        helper = Helper(listener, None, lambda call: None, attach)
+        for owner, times in ((1000, 0), (0, 1), (None, 2)):
+            monkeypatch.setattr(
+                "daxemu.host.run.helper.mounts", lambda process, owner=owner: [mount_at(tmp_path, owner)]
+            )
+            assert not helper._ask(1, os.getpid()).is_refused
+            assert len(asked) == times
 
 
 def test_no_process_attaches_another() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
 import stat
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +21,8 @@ from daxemu.host.checkup import Finding
 from daxemu.host.direct import userfaultfd
 from daxemu.host.proc.mountinfo import Mount
 from daxemu.host.proc.pagemap import Pagemap
+from daxemu.host.proc.processes import capable
+from daxemu.uapi import CAP_SYS_PTRACE
 from tests.support.elsewhere import NOBODY, daxemu_as_user
 from tests.support.mount import DaxMount, daxemu
 
@@ -194,6 +198,7 @@ def ready() -> Finding:
 
 def test_direct_mappings_without_a_right_a_machine_or_a_kernel(monkeypatch: Patch) -> None:
     """Each missing need is named, with its own fix."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(direct_needs, "capable", lambda *_: True)
     monkeypatch.setattr(userfaultfd, "missing", list)
     assert found(lambda: checkup._direct(ready()))[0] == "ok"
@@ -216,11 +221,32 @@ def test_direct_mappings_on_a_kernel_without_userfaultfd(monkeypatch: Patch) -> 
     def refuse() -> list[str]:
         raise Unsupported("userfaultfd: not in this kernel (CONFIG_USERFAULTFD)")
 
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(direct_needs, "capable", lambda *_: True)
     monkeypatch.setattr(userfaultfd, "missing", refuse)
     assert "not in this kernel" in found(lambda: checkup._direct(ready()))[1]
     with pytest.raises(Unsupported, match="CONFIG_USERFAULTFD"):
         direct_needs.check_direct()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which only root can")
+def test_direct_mappings_are_roots_alone() -> None:
+    """Another user has none, with CAP_SYS_PTRACE."""
+    pid = os.fork()
+    if not pid:
+        libc = ctypes.CDLL(None)
+        libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
+        os.setresuid(65534, 65534, 65534)
+        own = 1 << CAP_SYS_PTRACE
+        libc.capset(struct.pack("=Ii", 0x20080522, 0), struct.pack("=6I", own, own, 0, 0, 0, 0))
+        try:
+            assert capable("self", CAP_SYS_PTRACE)
+            direct_needs.check_direct()
+        except Unsupported as refused:
+            os._exit(0 if "root's, also where uid 65534" in str(refused) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_direct_mappings_without_user_notification(monkeypatch: Patch) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from daxemu.host.run import zone
 from daxemu.host.run.filters import Nr
-from tests.support.forwarded import PATIENCE, Stub, eventually, output_of, python, says, stub
+from tests.support.forwarded import PATIENCE, Stub, eventually, helper_of, output_of, python, says, stub
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="direct mappings need root")
 
@@ -136,18 +136,6 @@ print(len(results), set(results))
     finally:
         supervisor.process.send_signal(signal.SIGCONT)
     assert output_of(process) == "600 {True}"
-
-
-def helper_of(process: subprocess.Popen[str]) -> int:
-    """Return the helper of a run: the process with the same command line as the run had."""
-    assert isinstance(process.args, list)
-    wanted = "\0".join(map(str, process.args)).encode() + b"\0"
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != process.pid:
-            with contextlib.suppress(OSError):
-                if (entry / "cmdline").read_bytes() == wanted:
-                    return int(entry.name)
-    raise AssertionError("no helper")
 
 
 def descriptors(supervisor: Stub) -> list[str]:

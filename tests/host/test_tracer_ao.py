@@ -8,6 +8,7 @@ import signal
 import pytest
 import trio
 
+from daxemu.host.tracer import ptrace
 from daxemu.host.tracer.link import TracerLink
 from daxemu.host.tracer.messages import Delivered, Ignored, Refused
 from tests.host.tracee import Start, deliver, scenario, status_of, until
@@ -44,6 +45,24 @@ def test_ao_to_the_second_of_three_threads() -> None:
         assert await tracee.line() == f"BUS 5 {tracee.map:x} 12 {tids[0]}"
         await tracee.free(tids[0])
         assert [status_of(tid).tracer for tid in (tracee.pid, *tids)] == [0, 0, 0]
+
+    scenario(play)
+
+
+def test_ao_waits_while_the_supervisor_traces_the_thread() -> None:
+    """The supervisor traces a thread that forks, until the thread has stopped: host/direct/redirect.c."""
+
+    async def play(link: TracerLink, start: Start) -> None:
+        tracee = await start()
+        ptrace.seize(tracee.pid)
+        pending = await link.send_ao(tracee.pid, tracee.pid, tracee.map + 0x3000)
+        assert await pending.wait(0.05) is None
+        ptrace.interrupt(tracee.pid)
+        await trio.to_thread.run_sync(os.waitid, os.P_PID, tracee.pid, os.WSTOPPED | ptrace.WALL)
+        ptrace.detach(tracee.pid)
+        assert isinstance(await pending.wait(10), Delivered)
+        assert await tracee.line() == f"BUS 5 {tracee.map + 0x3000:x} 12 {tracee.pid}"
+        await tracee.free()
 
     scenario(play)
 

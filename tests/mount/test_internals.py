@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from daxemu.protocol import Inject, Internals, InternalsReport, Reflink
+from daxemu.internals_report import InternalsReport
+from daxemu.protocol import Inject, Internals, Reflink
 from tests.support.mount import DaxMount
 from tests.support.quick import quick_mount_at
 from tests.support.zygote import Zygote

@@ -289,7 +289,6 @@ class MountAgainstModel(RuleBasedStateMachine):
 
 
 MountAgainstModel.TestCase.settings = settings(
-    derandomize="DAXEMU_MODEL_RANDOM" not in os.environ,  # `make soak` plays others
     max_examples=EXAMPLES,
     stateful_step_count=40,
     deadline=None,

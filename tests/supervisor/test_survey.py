@@ -7,8 +7,9 @@ import trio
 
 from daxemu.errors import InvalidArgument
 from daxemu.pmem.device_dir import altmap_bytes
-from daxemu.protocol import Cell, Survey, SurveyReport
+from daxemu.protocol import Survey
 from daxemu.supervisor.verbs.survey import survey
+from daxemu.survey_report import Cell, SurveyReport
 from daxemu.uapi import PAGE_SIZE as PAGE
 from daxemu.uapi import Ino
 from tests.support.core import Core, core_at

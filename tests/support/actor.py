@@ -47,7 +47,8 @@ def compile_victim(name: str, build: Path = BUILD, options: tuple[str, ...] = ()
     ``options``: more options of gcc.
     """
     source = VICTIMS / f"{name}.c"
-    key = hashlib.sha256(source.read_bytes() + " ".join((*GCC, *options)).encode()).hexdigest()[:16]
+    read = b"".join(each.read_bytes() for each in (source, *sorted(VICTIMS.glob("*.h"))))
+    key = hashlib.sha256(read + " ".join((*GCC, *options)).encode()).hexdigest()[:16]
     binary = build / f"{name}-{key}"
     if not binary.exists():
         build.mkdir(parents=True, exist_ok=True)

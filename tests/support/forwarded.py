@@ -141,6 +141,20 @@ def says(on: Stub, script: str) -> str:
     return output_of(python([on], script))
 
 
+def helper_of(process: subprocess.Popen[str]) -> int:
+    """Return the helper of a run: the process with the same arguments as the run had."""
+    assert isinstance(process.args, list)
+    wanted = [
+        str(word).encode() for word in process.args[1:]
+    ]  # the interpreter may be a script (tests/asan.sh)
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != process.pid:
+            with contextlib.suppress(OSError):
+                if (entry / "cmdline").read_bytes().split(b"\0")[1:-1] == wanted:
+                    return int(entry.name)
+    raise AssertionError("no helper")
+
+
 def eventually(condition: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + PATIENCE
     while not condition() and time.monotonic() < deadline:

@@ -54,7 +54,7 @@ def superblocks(device: Path) -> tuple[int, int]:
     """The device offsets of both."""
     with probed(device) as pmem:
         region = MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
-        first, second = (blocks.start * PAGE_SIZE for blocks in region._super_blocks)
+        first, second = (blocks.start * PAGE_SIZE for blocks in region.superblocks.blocks)
         return first, second
 
 

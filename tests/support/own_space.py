@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import os
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
-from typing import cast
+from typing import TypeVar, cast
 
 import trio
+import trio.from_thread
 
 from daxemu.events import Event
 from daxemu.fs.inode import Inode
 from daxemu.host.direct import userfaultfd
+from daxemu.host.direct.agent import Reply as AgentReply
 from daxemu.host.direct.calls import MAP_SHARED, OpenFile
 from daxemu.host.direct.mappings import DirectMappings
 from daxemu.host.direct.syscalls import MEDIA_FD, VOID_FD, Syscall
@@ -32,6 +36,7 @@ from daxemu.host.run import zone
 from daxemu.host.run.filters import Nr
 from daxemu.host.run.seccomp import Answer as Reply
 from daxemu.host.run.seccomp import NotifiedCall
+from daxemu.host.tracer.messages import Refused
 from daxemu.host.unexpected import Unexpected
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Ino
@@ -39,6 +44,9 @@ from tests.support.core import Core
 
 READ, WRITE = 1, 2
 BOTH = READ | WRITE
+LIMIT = 60
+"""Seconds for one call of HostInThread. A longer call hangs."""
+T = TypeVar("T")
 _PIPE = 1 << 16
 _MMAP = 9
 
@@ -61,6 +69,27 @@ class OwnAgent:
         self.calls += len(batch)
         return await trio.to_thread.run_sync(lambda: [self._call(call) for call in batch])
 
+    def begin(self, batch: Sequence[Syscall]) -> AgentReply | None:
+        """See Agent.begin."""
+        self.calls += len(batch)
+        reply = AgentReply()
+        reply.results = [self._call(call) for call in batch]
+        return reply
+
+    async def completed(self, reply: AgentReply) -> list[int]:
+        """See Agent.completed."""
+        assert reply.results is not None
+        return reply.results
+
+    @property
+    def guard_fd(self) -> int:
+        """See Agent.guard_fd."""
+        return -1
+
+    def bequeath(self, ranges: Sequence[Range]) -> None:
+        """See Agent.bequeath. No mapping of a test is outside the zone."""
+        assert not ranges
+
     def _call(self, call: Syscall) -> int:
         args = [*call.args, *[0] * (6 - len(call.args))]
         if call.number == _MMAP:
@@ -68,6 +97,14 @@ class OwnAgent:
             args[4] = self._fds.get(low, -1)
         result: int = libc.syscall(ctypes.c_long(call.number), *(ctypes.c_long(each) for each in args))
         return result if result != -1 else -ctypes.get_errno()
+
+
+class NoTracer:
+    """Holds no thread."""
+
+    async def hold(self, tgid: int, tid: int, patience: float) -> Refused:
+        """See Holder.hold."""
+        return Refused(0, "no tracer")
 
 
 class Process:
@@ -155,14 +192,15 @@ class Host:
         self._nursery = nursery
         self.accesses: list[Access] = []
         self.answers: list[Answer] = []
-        null = os.open(os.devnull, os.O_RDWR)
+        self._null = os.open(os.devnull, os.O_RDWR)
         parts = SimpleNamespace(
             fs=core.fs,
             pmem=core.pmem,
             nursery=nursery,
             unexpected=unexpected,
-            session=SimpleNamespace(fd=null),
+            session=SimpleNamespace(fd=self._null),
             open_files=OpenFiles(),
+            tracer=NoTracer(),
         )
         self.mappings = DirectMappings(cast(MountParts, parts))
         self.calls = self.mappings.calls(self._hardware_error)
@@ -196,7 +234,7 @@ class Host:
                 return
             for event in space.uffd.read():
                 if isinstance(event, PageFault):
-                    self._nursery.start_soon(self.mappings.faults.handle, space, event)
+                    self.mappings.faults.take(space, event)
 
     async def write(self, ino: Ino, offset: int, data: bytes) -> None:
         """write(2): returns once every mapping shows the bytes."""
@@ -244,23 +282,87 @@ class Host:
         for process in self.processes:
             for area in list(process.space.areas.values()):
                 await process.call(Nr.MUNMAP, area.addresses.start, area.addresses.length)
+        assert self.unexpected == []
+
+    def end(self) -> None:
+        """Close every descriptor. Threads that still wait for a page go on."""
+        for process in self.processes:
             trio.lowlevel.notify_closing(process.space.uffd.fd)
-            os.close(process.space.uffd.fd)
+            process.space.uffd.close()
             self.mappings.table.drop_space(process.space)
             os.close(process.pipe[0])
             os.close(process.pipe[1])
-        os.close(self._media)
-        os.close(self._void)
-        assert self.unexpected == []
+        for fd in (self._media, self._void, self._null):
+            os.close(fd)
 
 
 @asynccontextmanager
 async def host_of(core: Core, seconds: float = 20) -> AsyncIterator[Host]:
     """Serve direct mappings of a core during the context. A test that takes longer than ``seconds`` fails."""
     async with trio.open_nursery() as nursery:
-        with trio.fail_after(seconds):
-            host = Host(core, nursery)
-            await host.mappings.start()
-            yield host
-            await host.close()
-        nursery.cancel_scope.cancel()
+        host = Host(core, nursery)
+        try:
+            with trio.fail_after(seconds):
+                await host.mappings.start()
+                yield host
+                await host.close()
+        finally:
+            host.end()
+            nursery.cancel_scope.cancel()
+
+
+class HostInThread:
+    """A Host whose event loop has a thread of its own, for a test without an event loop.
+
+    Until :meth:`close`, every use of the core is a call of :meth:`do` or :meth:`now`: the core belongs to one
+    thread.
+    """
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._is_ready = threading.Event()
+        self._is_over = trio.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+        assert self._is_ready.wait(LIMIT), "the event loop did not start"
+
+    def _serve(self) -> None:
+        try:
+            trio.run(self._main)
+        except BaseException as error:  # noqa: BLE001 - close() raises it
+            self._error = error
+        finally:
+            self._is_ready.set()
+
+    async def _main(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        async with host_of(self._core, math.inf) as self.host:
+            self._is_ready.set()
+            await self._is_over.wait()
+
+    def do(self, call: Callable[..., Awaitable[T]], *args: object) -> T:
+        """Return what an async function returns in the event loop."""
+
+        async def in_time() -> T:
+            try:
+                with trio.fail_after(LIMIT):
+                    return await call(*args)
+            except trio.TooSlowError as error:
+                held = list(self.host.mappings.describe_held())
+                raise AssertionError(f"{call} did not return in {LIMIT} s: {held}") from error
+
+        return trio.from_thread.run(in_time, trio_token=self._token)
+
+    def now(self, call: Callable[..., T], *args: object) -> T:
+        """Return what a function returns in the event loop."""
+        return trio.from_thread.run_sync(call, *args, trio_token=self._token)
+
+    def close(self) -> None:
+        """End the event loop. Raises the error that ended it before."""
+        with suppress(trio.RunFinishedError):
+            self.now(self._is_over.set)
+        self._thread.join(LIMIT)
+        assert not self._thread.is_alive(), "the event loop did not end"
+        if self._error is not None:
+            raise self._error

@@ -1,75 +1,14 @@
-/* Steps of a program on a direct mount: direct STEP FILE [ARGUMENTS]. FILE has at least 16 pages of letters A to
-   P. Prints "ok", or the line and the expression that did not hold, with errno. tests/mount/direct/test_processes.py */
-#define _GNU_SOURCE
+/* Processes and threads with direct mappings: direct STEP FILE [OTHER], see direct.h. */
+#include "direct.h"
 #include <dirent.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <linux/io_uring.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <spawn.h>
 #include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
 #include <sys/uio.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
-#define unused __attribute__((unused))
-#define PAGE 4096UL
-#define SIZE (16 * PAGE)
-#define must(condition)                                                                                               \
-	do {                                                                                                          \
-		if (!(condition)) {                                                                                   \
-			printf("line %d: %s: %s\n", __LINE__, #condition, strerror(errno));                           \
-			fflush(stdout);                                                                               \
-			_exit(1);                                                                                     \
-		}                                                                                                     \
-	} while (0)
-
-extern char **environ;
-static const char *self;
-
-static int open_file(const char *path)
-{
-	int fd = open(path, O_RDWR | O_CLOEXEC);
-	must(fd >= 0);
-	return fd;
-}
-
-static volatile char *map_file(const char *path)
-{
-	int fd = open_file(path);
-	volatile char *map = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED_VALIDATE | MAP_SYNC, fd, 0);
-	must(map != MAP_FAILED);
-	must(map[0] == 'A');
-	close(fd);
-	return map;
-}
-
-static char at(const char *path, off_t offset)
-{
-	char byte = 0;
-	int fd = open_file(path);
-	must(pread(fd, &byte, 1, offset) == 1);
-	close(fd);
-	return byte;
-}
-
-/* Wait for a child, which must exit with 0, and for which nobody is left to wait afterwards. */
-static void reap(pid_t child)
-{
-	int status = -1;
-	must(child > 0);
-	must(waitpid(child, &status, 0) == child);
-	must(status == 0);
-	must(waitpid(-1, NULL, __WALL) == -1 && errno == ECHILD);
-}
+#include <sys/time.h>
+#include <sys/syscall.h>
 
 static void step_store(const char *path, const char *other unused)
 {
@@ -123,36 +62,36 @@ static void step_vfork(const char *path, const char *other unused)
 	must(map[PAGE] == 'v');
 }
 
-static void step_vfork_mmap(const char *path, const char *other unused)
+/* Have a child that shares the memory map the file and store x. The mapping outlives the child. */
+static volatile char *mapped_by_vfork(const char *path)
 {
-	volatile char *map = map_file(path);
-	volatile char *volatile more = NULL;
+	volatile char *volatile made = NULL;
 	pid_t child = vfork();
 	if (child == 0) {
-		more = map_file(path);
-		more[PAGE] = 'x';
+		made = map_file(path);
+		made[PAGE] = 'x';
 		_exit(0);
 	}
 	reap(child);
-	must(map[PAGE] == 'x' && more[PAGE] == 'x');
+	must(made[PAGE] == 'x');
+	return made;
+}
+
+static void step_vfork_mmap(const char *path, const char *other unused)
+{
+	volatile char *map = map_file(path);
+	mapped_by_vfork(path);
+	must(map[PAGE] == 'x');
 }
 
 static void step_vfork_first(const char *path, const char *other unused)
 {
-	volatile char *volatile more = NULL;
-	pid_t child = vfork();
-	if (child == 0) {
-		more = map_file(path);
-		more[PAGE] = 'x';
-		_exit(0);
-	}
-	reap(child);
-	must(more[PAGE] == 'x');
+	volatile char *more = mapped_by_vfork(path);
 	volatile char *map = map_file(path);
 	must(map[PAGE] == 'x');
 	more[PAGE] = 'y';
 	must(map[PAGE] == 'y');
-	/* The mapping that the child made outlives the child, and follows changes of the file. */
+	/* The mapping follows changes of the file. */
 	int ends[2];
 	must(pipe(ends) == 0);
 	usleep(300000);
@@ -304,203 +243,206 @@ static void step_proc(const char *path, const char *other unused)
 		must(sigaction(sig, NULL, &action) == 0 && (sig == SIGALRM || action.sa_handler != SIG_IGN));
 }
 
-static void step_parts(const char *path, const char *other unused)
+/* Two files, of two direct mounts. */
+/* The child of a fork has no page of a shared mapping, whatever the number of mappings. */
+static void step_many_mappings(const char *path, const char *other unused)
 {
-	volatile char *map = map_file(path);
-	must(munmap((void *)(map + 4 * PAGE), 2 * PAGE) == 0);
-	must(map[3 * PAGE] == 'D' && map[6 * PAGE] == 'G');
+	enum { COUNT = 700 };
+	static volatile char *maps[COUNT];
+	int fd = open_file(path), pagemap;
+	for (int i = 0; i < COUNT; i++) {
+		maps[i] = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, (i % 2) * PAGE);
+		must(maps[i] != MAP_FAILED && *maps[i] == 'A' + i % 2);
+	}
 	pid_t child = fork();
+	must(child >= 0);
 	if (child == 0) {
-		(void)map[4 * PAGE];
-		_exit(0);
-	}
-	int status;
-	must(waitpid(child, &status, 0) == child && WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV);
-	must(mprotect((void *)(map + 8 * PAGE), PAGE, PROT_READ) == 0);
-	child = fork();
-	if (child == 0) {
-		map[8 * PAGE] = 'x';
-		_exit(0);
-	}
-	must(waitpid(child, &status, 0) == child && WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV);
-	map[7 * PAGE] = 'x';
-	map[9 * PAGE] = 'x';
-	must(mprotect((void *)(map + 8 * PAGE), PAGE, PROT_READ | PROT_WRITE) == 0);
-	map[8 * PAGE] = 'y';
-	must(at(path, 8 * PAGE) == 'y');
-	must(madvise((void *)(map + 8 * PAGE), 2 * PAGE, MADV_DONTNEED) == 0);
-	must(map[8 * PAGE] == 'y' && map[9 * PAGE] == 'x');
-	must(msync((void *)map, 4 * PAGE, MS_SYNC) == 0);
-	must(msync((void *)map, SIZE, MS_SYNC) == -1 && errno == ENOMEM);
-	must(msync((void *)(map + 6 * PAGE), 10 * PAGE, MS_ASYNC) == 0);
-	must(munmap((void *)map, SIZE) == 0);
-}
-
-static void step_mremap(const char *path, const char *other unused)
-{
-	int fd = open_file(path);
-	char *map = mmap(NULL, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	must(map != MAP_FAILED && map[0] == 'A');
-	char *grown = mremap(map, 4 * PAGE, 8 * PAGE, MREMAP_MAYMOVE);
-	must(grown != MAP_FAILED && grown[7 * PAGE] == 'H');
-	must(mremap(grown, 8 * PAGE, 2 * PAGE, 0) == grown && grown[PAGE] == 'B');
-	char *elsewhere = mmap(NULL, 16 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	char *moved = mremap(grown, 2 * PAGE, 2 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, elsewhere);
-	if (moved == MAP_FAILED) {
-		must(errno == ENOMEM);
-		printf("outside of the zone: ENOMEM\n");
-		moved = grown;
-	}
-	moved[PAGE] = 'r';
-	must(at(path, PAGE) == 'r');
-}
-
-static void step_fixed(const char *path, const char *other unused)
-{
-	int fd = open_file(path);
-	char *place = mmap(NULL, 16 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	char *map = mmap(place, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
-	if (map == MAP_FAILED) {
-		must(errno == ENODEV);
-		printf("outside of the zone: ENODEV\n");
-	} else {
-		map[PAGE] = 'r';
-		must(at(path, PAGE) == 'r');
-	}
-	map = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	must(map != MAP_FAILED);
-	must(mmap(map + PAGE, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 9 * PAGE) == map + PAGE);
-	must(map[0] == 'A' && map[PAGE] == 'J' && map[2 * PAGE] == 'C');
-	must(mmap(map + 2 * PAGE, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
-	     map + 2 * PAGE);
-	map[2 * PAGE] = 'z';
-	must(at(path, 2 * PAGE) == 'C' && map[3 * PAGE] == 'D');
-}
-
-static void step_private(const char *path, const char *other unused)
-{
-	int fd = open_file(path);
-	char *map = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 0);
-	must(map != MAP_FAILED && map[PAGE] == 'B');
-	map[PAGE] = 'p';
-	must(at(path, PAGE) == 'B');
-	pid_t child = fork();
-	if (child == 0) {
-		must(map[PAGE] == 'p');
-		map[PAGE] = 'q';
-		map[2 * PAGE] = 'q';
+		uint64_t entry;
+		must((pagemap = open("/proc/self/pagemap", O_RDONLY)) >= 0);
+		for (int i = 0; i < COUNT; i++) {
+			must(pread(pagemap, &entry, 8, (uintptr_t)maps[i] / PAGE * 8) == 8);
+			must(!(entry >> 63));
+			must(*maps[i] == 'A' + i % 2);
+		}
 		_exit(0);
 	}
 	reap(child);
-	must(map[PAGE] == 'p' && map[2 * PAGE] == 'C' && at(path, 2 * PAGE) == 'C');
 }
 
-static void step_locked(const char *path, const char *other unused)
+#if defined(__x86_64__)
+static int descriptors(void)
 {
-	unsigned char present[16];
-	int fd = open_file(path);
-	char *map = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_LOCKED, fd, 0);
-	must(map != MAP_FAILED && map[PAGE] == 'B');
-	map[PAGE] = 'l';
-	must(at(path, PAGE) == 'l');
-	must(munlock(map, SIZE) == 0);
-	must(mlock(map, SIZE) == 0);
-	must(mincore(map, SIZE, present) == 0);
-	must(mlockall(MCL_CURRENT) == 0);
-	must(munlockall() == 0);
-	map = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
-	must(map != MAP_FAILED && map[PAGE] == 'l');
-	must(munmap(map, SIZE) == 0);
+	int count = 0;
+	DIR *dir = opendir("/proc/self/fd");
+	while (readdir(dir))
+		count++;
+	closedir(dir);
+	return count;
 }
 
-/* read(2) and writev(2) with the mapping as buffer, over a hole. argv[3]: a file for O_DIRECT. */
-static void step_kernel_mode(const char *path, const char *other)
+/* A clone(2) with given flags changes no register but rax, rcx and r11, in the parent and in the child. */
+static pid_t raw_clone(long number, long flags)
 {
-	int ends[2], fd = open_file(path);
-	must(ftruncate(fd, 32 * PAGE) == 0);
-	char *map = mmap(NULL, 32 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	must(map != MAP_FAILED);
-	must(pipe(ends) == 0);
-	must(write(ends[1], "pipe", 4) == 4);
-	must(read(ends[0], map + 20 * PAGE - 2, 4) == 4);
-	must(!memcmp(map + 20 * PAGE - 2, "pipe", 4));
-	must(at(path, 20 * PAGE) == 'p');
-	must(write(ends[1], map + 20 * PAGE - 2, 4) == 4);
-	struct iovec from = {map + 3 * PAGE, 2 * PAGE};
-	must(writev(ends[1], &from, 1) == (ssize_t)(2 * PAGE));
-	/* From the file into its own mapping, and from its own mapping into the file. */
-	must(pread(fd, map + 21 * PAGE, PAGE, 3 * PAGE) == (ssize_t)PAGE && map[21 * PAGE] == 'D');
-	must(pwrite(fd, map + 3 * PAGE, PAGE, 22 * PAGE) == (ssize_t)PAGE && map[22 * PAGE] == 'D');
-	must(pread(fd, map + 23 * PAGE, PAGE, 23 * PAGE) == (ssize_t)PAGE && map[23 * PAGE] == 0);
-	int from_disk = open(other, O_RDONLY | O_DIRECT);
-	if (from_disk < 0) {
-		must(errno == EINVAL);
-		printf("no O_DIRECT there\n");
-		return;
-	}
-	must(pread(from_disk, map + 24 * PAGE, 4 * PAGE, 0) == (ssize_t)(4 * PAGE));
-	must(map[24 * PAGE] == 'o' && map[27 * PAGE] == 'o' && at(path, 26 * PAGE) == 'o');
-	int direct = open(path, O_RDONLY | O_DIRECT);
-	must(pread(direct, map + 28 * PAGE, PAGE, 26 * PAGE) == (ssize_t)PAGE && map[28 * PAGE] == 'o');
+	uint64_t in[13], out[13];
+	long result;
+	for (int i = 0; i < 13; i++)
+		in[i] = 0x1111111111111111u * (i + 1);
+	in[1] = in[2] = in[3] = in[4] = 0; /* stack, parent_tid, child_tid, tls */
+	in[0] = flags;
+	__asm__ volatile("push %%rbp\n"
+			 "push %%rbx\n"
+			 "push %[out]\n"
+			 "mov %[number], %%rax\n"
+			 "mov %[in], %%rbp\n"
+			 "mov 0(%%rbp), %%rdi\n"
+			 "mov 8(%%rbp), %%rsi\n"
+			 "mov 16(%%rbp), %%rdx\n"
+			 "mov 24(%%rbp), %%r10\n"
+			 "mov 32(%%rbp), %%r8\n"
+			 "mov 40(%%rbp), %%r9\n"
+			 "mov 48(%%rbp), %%rbx\n"
+			 "mov 64(%%rbp), %%r12\n"
+			 "mov 72(%%rbp), %%r13\n"
+			 "mov 80(%%rbp), %%r14\n"
+			 "mov 88(%%rbp), %%r15\n"
+			 "mov 56(%%rbp), %%rbp\n"
+			 "syscall\n"
+			 "mov (%%rsp), %%rcx\n"
+			 "mov %%rdi, 0(%%rcx)\n"
+			 "mov %%rsi, 8(%%rcx)\n"
+			 "mov %%rdx, 16(%%rcx)\n"
+			 "mov %%r10, 24(%%rcx)\n"
+			 "mov %%r8, 32(%%rcx)\n"
+			 "mov %%r9, 40(%%rcx)\n"
+			 "mov %%rbx, 48(%%rcx)\n"
+			 "mov %%rbp, 56(%%rcx)\n"
+			 "mov %%r12, 64(%%rcx)\n"
+			 "mov %%r13, 72(%%rcx)\n"
+			 "mov %%r14, 80(%%rcx)\n"
+			 "mov %%r15, 88(%%rcx)\n"
+			 "pop %%rcx\n"
+			 "pop %%rbx\n"
+			 "pop %%rbp\n"
+			 : "=a"(result)
+			 : [out] "c"(out), [in] "S"(in), [number] "a"(number)
+			 : "rdi", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "memory");
+	must(!memcmp(in, out, 12 * sizeof *in));
+	return (pid_t)result;
 }
 
-/* IORING_OP_READ of a file into a hole, once by the thread and once by a worker of the kernel. */
-static void step_io_uring(const char *path, const char *other)
+static void step_raw_fork(const char *path, const char *other unused)
 {
-	struct io_uring_params parameters = {0};
-	int ring = syscall(SYS_io_uring_setup, 4, &parameters), fd = open_file(path);
-	if (ring < 0) {
-		printf("no io_uring: %s\n", strerror(errno));
-		return;
-	}
-	must(ftruncate(fd, 32 * PAGE) == 0);
-	char *map = mmap(NULL, 32 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	must(map != MAP_FAILED);
-	char *sq = mmap(NULL, parameters.sq_off.array + 4 * sizeof(unsigned), PROT_READ | PROT_WRITE,
-			MAP_SHARED | MAP_POPULATE, ring, IORING_OFF_SQ_RING);
-	char *cq = mmap(NULL, parameters.cq_off.cqes + 8 * sizeof(struct io_uring_cqe), PROT_READ | PROT_WRITE,
-			MAP_SHARED | MAP_POPULATE, ring, IORING_OFF_CQ_RING);
-	struct io_uring_sqe *sqes = mmap(NULL, 4 * sizeof(*sqes), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE,
-					 ring, IORING_OFF_SQES);
-	must(sq != MAP_FAILED && cq != MAP_FAILED && sqes != MAP_FAILED);
-	int source = open(other, O_RDONLY);
-	must(source >= 0);
-	for (unsigned i = 0; i < 2; i++) {
-		memset(&sqes[i], 0, sizeof(*sqes));
-		sqes[i].opcode = IORING_OP_READ;
-		sqes[i].flags = i ? IOSQE_ASYNC : 0;
-		sqes[i].fd = source;
-		sqes[i].addr = (uintptr_t)(map + (24 + 4 * i) * PAGE);
-		sqes[i].len = 2 * PAGE;
-		((unsigned *)(sq + parameters.sq_off.array))[i] = i;
-		__atomic_store_n((unsigned *)(sq + parameters.sq_off.tail), i + 1, __ATOMIC_RELEASE);
-		must(syscall(SYS_io_uring_enter, ring, 1, 1, IORING_ENTER_GETEVENTS, NULL, 0) == 1);
-		struct io_uring_cqe *done = (struct io_uring_cqe *)(cq + parameters.cq_off.cqes) + i;
-		errno = -done->res;
-		must(done->res == (int)(2 * PAGE));
-		must(map[(24 + 4 * i) * PAGE] == 'o' && map[(26 + 4 * i) * PAGE - 1] == 'o');
-		must(at(path, (24 + 4 * i) * PAGE) == 'o');
-		__atomic_store_n((unsigned *)(cq + parameters.cq_off.head), i + 1, __ATOMIC_RELEASE);
+	volatile char *map = map_file(path);
+	int before = descriptors();
+	sigset_t mask, now;
+	sigemptyset(&mask);
+	sigaddset(&mask, SIGUSR1);
+	must(sigprocmask(SIG_SETMASK, &mask, NULL) == 0);
+	const struct {
+		long number, flags;
+	} ways[] = { { 57, 0 }, { 56, SIGCHLD }, { 56, SIGCHLD | CLONE_FILES }, { 56, SIGCHLD | CLONE_FS | CLONE_VFORK } };
+	for (unsigned i = 0; i < sizeof ways / sizeof *ways; i++) {
+		pid_t child = raw_clone(ways[i].number, ways[i].flags);
+		must(child >= 0);
+		must(sigprocmask(SIG_SETMASK, NULL, &now) == 0);
+		must(sigismember(&now, SIGUSR1) && !sigismember(&now, SIGUSR2) && !sigismember(&now, SIGTERM));
+		if (child == 0) {
+			map[PAGE * (i + 1)] = (char)('0' + i);
+			must(descriptors() == before);
+			_exit(0);
+		}
+		reap(child);
+		must(map[PAGE * (i + 1)] == (char)('0' + i));
+		must(descriptors() == before);
 	}
 }
 
-/* Two files, of two direct mounts. */
+static volatile sig_atomic_t forked_by_handler;
+
+static void fork_in_handler(int sig unused)
+{
+	pid_t child = fork();
+	must(child >= 0);
+	if (child == 0)
+		_exit(0);
+	must(waitpid(child, NULL, 0) == child);
+	forked_by_handler++;
+}
+
+/* A handler that forks runs where another fork of the thread ends. */
+static void step_forking_handler(const char *path, const char *other unused)
+{
+	volatile char *map = map_file(path);
+	struct itimerval each = { { 0, 3000 }, { 0, 3000 } }, never = { 0 };
+	struct sigaction action = { .sa_handler = fork_in_handler, .sa_flags = SA_RESTART };
+	must(sigaction(SIGALRM, &action, NULL) == 0);
+	must(setitimer(ITIMER_REAL, &each, NULL) == 0);
+	for (int i = 0; i < 40 || forked_by_handler < 20; i++) {
+		pid_t child = fork();
+		must(child >= 0);
+		if (child == 0) {
+			map[PAGE] = (char)i;
+			_exit(0);
+		}
+		must(waitpid(child, NULL, 0) == child);
+		must(map[PAGE] == (char)i);
+	}
+	must(setitimer(ITIMER_REAL, &never, NULL) == 0);
+}
+#endif
+
+static volatile char *consumed_in;
+
+static void say_and_exit(int sig unused, siginfo_t *info, void *context unused)
+{
+	printf("code %d page %ld\nok\n", info->si_code, (long)((char *)info->si_addr - consumed_in) / (long)PAGE);
+	fflush(stdout);
+	_exit(0);
+}
+
+/* A thread of a child loads from page 3, which has poison. */
+static void *consume(void *unused_too unused)
+{
+	(void)consumed_in[3 * PAGE];
+	return NULL;
+}
+
+static void step_consume(const char *path, const char *other unused)
+{
+	consumed_in = map_file(path);
+	struct sigaction action = { .sa_sigaction = say_and_exit, .sa_flags = SA_SIGINFO };
+	must(sigaction(SIGBUS, &action, NULL) == 0);
+	pid_t child = fork();
+	if (child == 0) {
+		pthread_t thread;
+		must(pthread_create(&thread, NULL, consume, NULL) == 0);
+		pthread_join(thread, NULL);
+		must(!"no signal");
+	}
+	int status;
+	must(waitpid(child, &status, 0) == child && status == 0);
+	_exit(0);
+}
+
 static void step_two_mounts(const char *path, const char *other)
 {
 	volatile char *one = map_file(path), *two = map_file(other);
 	one[PAGE] = '1';
 	two[PAGE] = '2';
 	must(at(path, PAGE) == '1' && at(other, PAGE) == '2');
-	pid_t child = fork();
-	if (child < 0) {
-		printf("fork: %s\n", strerrorname_np(errno));
-	} else if (child == 0) {
-		one[2 * PAGE] = '3';
-		two[2 * PAGE] = '4';
-		_exit(0);
-	} else {
+	pid_t child;
+	for (int round = 0; round < 10; round++) {
+		child = fork();
+		must(child >= 0);
+		if (child == 0) {
+			one[2 * PAGE] = (char)('a' + round);
+			two[2 * PAGE] = (char)('A' + round);
+			must(map_file(path)[2 * PAGE] == 'a' + round);
+			_exit(0);
+		}
 		reap(child);
-		must(one[2 * PAGE] == '3' && two[2 * PAGE] == '4');
+		must(one[2 * PAGE] == 'a' + round && two[2 * PAGE] == 'A' + round);
+		must(waitpid(-1, NULL, __WALL) == -1 && errno == ECHILD);
 	}
 	must(posix_spawnp(&child, "true", NULL, NULL, (char *[]){"true", NULL}, environ) == 0);
 	reap(child);
@@ -539,10 +481,7 @@ static void step_shared_memory(const char *path, const char *other unused)
 	must(map[PAGE] == 'o');
 }
 
-static const struct {
-	const char *name;
-	void (*run)(const char *path, const char *other);
-} steps[] = {
+static const struct step steps[] = {
 	{"store", step_store},
 	{"fork", step_fork},
 	{"vfork", step_vfork},
@@ -556,28 +495,19 @@ static const struct {
 	{"threads", step_threads},
 	{"forking-threads", step_forking_threads},
 	{"proc", step_proc},
-	{"parts", step_parts},
-	{"mremap", step_mremap},
-	{"fixed", step_fixed},
-	{"private", step_private},
-	{"locked", step_locked},
-	{"kernel-mode", step_kernel_mode},
-	{"io-uring", step_io_uring},
+	{"many-mappings", step_many_mappings},
+#if defined(__x86_64__)
+	{"raw-fork", step_raw_fork},
+	{"forking-handler", step_forking_handler},
+#endif
+	{"consume", step_consume},
 	{"two-mounts", step_two_mounts},
 	{"wait", step_wait},
 	{"shared-memory", step_shared_memory},
+	{NULL, NULL},
 };
 
 int main(int argc, char **argv)
 {
-	alarm(20);
-	self = argv[0];
-	for (unsigned i = 0; argc >= 3 && i < sizeof(steps) / sizeof(*steps); i++)
-		if (!strcmp(steps[i].name, argv[1])) {
-			steps[i].run(argv[2], argv[3]);
-			puts("ok");
-			return 0;
-		}
-	fprintf(stderr, "usage: %s STEP FILE [OTHER]\n", argv[0]);
-	return 2;
+	return run_step(steps, argc, argv);
 }

@@ -8,12 +8,12 @@
  *   forks N            N forks, each child stores its number to page N and ends; "forked N", with the number of failures
  *   threads T N        the same from T threads at once
  *   stress N           N forks, while another thread stores to all pages again and again
- *   alarmed N          N forks while a timer signals every millisecond; "failures N signals N"
+ *   alarmed N          N forks while a timer signals again and again; "failures N signals N"
  *   limit N            setrlimit(RLIMIT_NPROC)
  *   reaper             becomes a subreaper
  *   wait               waitpid(-1, __WALL): "wait RESULT ERRNO"
  *   state              everything that the making of an agent must not change
- *   vfork              the child of a vfork stores to page 0, then exits
+ *   vfork [PATH]       the child of a vfork maps PATH, or the file of the last command, stores to page 0, then exits
  *   exec PATH          execv(PATH)
  */
 #define _GNU_SOURCE
@@ -111,22 +111,34 @@ static void on_signal(int sig)
 }
 
 static volatile int signals;
+static volatile long wait_us;
 
+static void set_timer(long microseconds)
+{
+	struct itimerval once = {{0, 0}, {microseconds / 1000000, microseconds % 1000000}};
+	setitimer(ITIMER_REAL, &once, NULL);
+}
+
+/* Each wait is twice the one before: a fork begins anew at a signal, and must end on a slow machine, too. */
 static void on_alarm(int sig)
 {
 	(void)sig;
 	signals++;
+	wait_us *= 2;
+	set_timer(wait_us);
 }
 
-/* The handlers run in between, and in all children. */
 static void alarmed(int count)
 {
 	struct sigaction action = {.sa_handler = on_alarm, .sa_flags = SA_RESTART};
-	struct itimerval often = {{0, 1000}, {0, 1000}}, never = {{0, 0}, {0, 0}};
 	sigaction(SIGALRM, &action, NULL);
-	setitimer(ITIMER_REAL, &often, NULL);
-	forks(0, count);
-	setitimer(ITIMER_REAL, &never, NULL);
+	for (int i = 0; i < count; i++) {
+		set_timer(0);
+		wait_us = 250;
+		set_timer(wait_us);
+		forks(i, 1);
+	}
+	set_timer(0);
 }
 
 /* What changes in a thread across an mmap, as the kernel shows it and as the program sees it. */
@@ -252,7 +264,7 @@ int main(void)
 			puts(setrlimit(RLIMIT_NPROC, &processes) ? "no" : "done");
 		} else if (sscanf(line, "state %399s", path) == 1) {
 			state(path);
-		} else if (!strcmp(line, "vfork\n")) {
+		} else if (!strcmp(line, "vfork\n") || sscanf(line, "vfork %399s", path) == 1) {
 			pid_t child = vfork();
 			int status;
 			if (!child) {

@@ -36,8 +36,10 @@ static void step_pmem(const char *path)
 	must(pmem_unmap(base, length) == 0);
 }
 
-static void step_pmem2(const char *path)
+/* `reserved`: bytes that the program reserves for the mapping; 0: the library reserves. */
+static void step_pmem2(const char *path, size_t reserved)
 {
+	struct pmem2_vm_reservation *reservation = NULL;
 	struct pmem2_config *config;
 	struct pmem2_source *source;
 	struct pmem2_map *map;
@@ -45,6 +47,10 @@ static void step_pmem2(const char *path)
 	must(fd >= 0 && ftruncate(fd, 1 << 20) == 0);
 	must(pmem2_config_new(&config) == 0 && pmem2_source_from_fd(&source, fd) == 0);
 	must(pmem2_config_set_required_store_granularity(config, PMEM2_GRANULARITY_PAGE) == 0);
+	if (reserved) {
+		must(pmem2_vm_reservation_new(&reservation, NULL, reserved) == 0);
+		must(pmem2_config_set_vm_reservation(config, reservation, reserved / 2) == 0);
+	}
 	if (pmem2_map_new(&map, config, source)) {
 		printf("pmem2_map_new: %s\n", pmem2_errormsg());
 		exit(1);
@@ -55,6 +61,11 @@ static void step_pmem2(const char *path)
 	memcpy(base + 100, "stored", 6);
 	pmem2_get_persist_fn(map)(base + 100, 6);
 	must(pmem2_map_delete(&map) == 0);
+	if (reserved) { /* the place is reserved again, and can be mapped again */
+		must(pmem2_map_new(&map, config, source) == 0 && pmem2_map_get_address(map) == base);
+		must(!memcmp(base + 100, "stored", 6) && pmem2_map_delete(&map) == 0);
+		must(pmem2_vm_reservation_delete(&reservation) == 0);
+	}
 }
 
 /* Transactions that keep both counts equal, until killed. */
@@ -107,7 +118,9 @@ int main(int argc, char **argv)
 	if (!strcmp(argv[1], "pmem"))
 		step_pmem(argv[2]);
 	else if (!strcmp(argv[1], "pmem2"))
-		step_pmem2(argv[2]);
+		step_pmem2(argv[2], 0);
+	else if (!strcmp(argv[1], "pmem2-reservation"))
+		step_pmem2(argv[2], 1 << 30);
 	else if (!strcmp(argv[1], "count"))
 		step_count(argv[2]);
 	else if (!strcmp(argv[1], "check"))

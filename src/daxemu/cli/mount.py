@@ -27,16 +27,19 @@ from daxemu.cli.common import (
 from daxemu.cli.patience import PATIENCE as STATUS_PATIENCE
 from daxemu.cli.patience import PatientClient
 from daxemu.cli.progress import choose, describe, line
+from daxemu.cli.rules import RuleOptions, add_rule, rule_options
 from daxemu.client import Client
 from daxemu.client.connection import no_answer, state_of
 from daxemu.errors import Busy, DaxemuError, InvalidArgument, NotASupervisor, NotMounted, PermissionDenied
 from daxemu.host.deadline import Deadline
+from daxemu.host.descriptors import check_limit
 from daxemu.host.direct_needs import check_direct
 from daxemu.host.proc.device_lock import PATIENCE, end_holder, wait_for_last_mount
 from daxemu.host.proc.mountinfo import Mount, mount_at, mounts
 from daxemu.host.proc.pins import Pin, copies, named, pins_of, pins_of_device
+from daxemu.internals_report import InternalsReport
 from daxemu.pmem.device_dir import DeviceDir
-from daxemu.protocol import InternalsReport
+from daxemu.rule import PowerFailAction
 from daxemu.supervisor import settings as limits
 from daxemu.supervisor.settings import LOG_SIZE, MountOptions, seconds
 from daxemu.text import name_text
@@ -119,6 +122,7 @@ def mount(
         _option("--log-size", limits.log_size, log_size),
         direct,
     )
+    check_limit()
     if direct:
         check_direct()
     DeviceDir.load(device).close()
@@ -193,21 +197,27 @@ def umount(mountpoint: Path, force: bool, as_json: bool) -> None:
 @click.command()
 @click.argument("mountpoint", type=PATH)
 @json_option
-def powerfail(mountpoint: Path, as_json: bool) -> None:
+@rule_options
+def powerfail(mountpoint: Path, as_json: bool, rule: RuleOptions | None) -> None:
     """Lose power. The page cache and each unsynced store are lost, and the mount ends.
 
     Data and names after an fsync(2) are present at the next mount; nothing else is certain. sync(1), sync -f
     and syncfs(2) make nothing durable: the kernel does not forward these to FUSE. The command prints the
     number of changed inodes and names that were lost. Stores through mappings are not counted: only the
-    kernel knew the dirty pages.
+    kernel knew the dirty pages. With --on, the power failure waits for an operation of a program.
 
     \b
     Example:
       daxemu powerfail /tmp/pmem
+      daxemu powerfail /tmp/pmem --on 'fsync:*.wal:2' --after
     """
     found = mount_at(Path(os.path.abspath(mountpoint)))
     if found is None:
         raise NotMounted(f"{mountpoint} is not a daxemu mountpoint: see daxemu status")
+    if rule is not None:
+        with connect(mountpoint) as client:
+            add_rule(client, rule, PowerFailAction(), as_json=as_json)
+        return
     answer = _ask_to_end(found, "powerfail")
     text = f"{mountpoint} lost power"
     if answer.get("dropped"):

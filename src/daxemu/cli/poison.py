@@ -20,10 +20,12 @@ from daxemu.cli.common import (
     table,
     target,
 )
+from daxemu.cli.rules import RuleOptions, add_rule, rule_options
 from daxemu.errors import InvalidArgument
 from daxemu.events import signalled
 from daxemu.failure_kind import INJECTED, FailureKind, injected_kind
 from daxemu.protocol import kind_fields
+from daxemu.rule import ClearAction, InjectAction, RemoveAction
 from daxemu.uapi import PAGE_SIZE
 
 
@@ -58,6 +60,12 @@ def _range_options(command: Any) -> Any:
     )(command)
 
 
+def _of_file_option(command: Any) -> Any:
+    return click.option(
+        "--of-file", is_flag=True, help="With --on: --offset and --length are of the operation's file."
+    )(command)
+
+
 def _kind_options(command: Any) -> Any:
     for kind in reversed(INJECTED):
         if kind.traits.option:
@@ -70,13 +78,17 @@ def _kind_options(command: Any) -> Any:
 @_range_options
 @_kind_options
 @click.option("--seed", type=Whole(), default=0, show_default=True, help="Seed of the new bytes of --silent.")
+@_of_file_option
 @json_option
+@rule_options
 def inject(
     path: str,
     offsets: tuple[int, ...],
     lengths: tuple[int, ...],
     seed: int,
+    of_file: bool,
     as_json: bool,
+    rule: RuleOptions | None,
     **kinds: bool,
 ) -> None:
     """Poison memory: a range of the file PATH or, if PATH is a mountpoint, of the device.
@@ -84,8 +96,12 @@ def inject(
     Poison covers whole 512-byte sectors, and mappings lose whole 4096-byte pages: ranges are rounded out to
     these units. Each range is one failure. If one range is invalid, nothing is poisoned.
 
+    With --on, the failure waits for an operation of a program. If PATH is the mountpoint, and no range is
+    given, the pages of the operation are poisoned.
+
     \b
     Example:
+      daxemu inject /tmp/pmem --on 'read:*.sst:3' --by mydb
       daxemu inject /tmp/pmem/db --offset 8K --length 4K
       daxemu inject /tmp/pmem --offset 1G --offset 2G --length 64K
     """
@@ -94,6 +110,11 @@ def inject(
         raise InvalidArgument(f"{' and '.join(f'--{kind}' for kind in given)}: give one of them")
     kind = given[0] if given else FailureKind.POISON
     with (found := target(path)).client as client:
+        if rule is not None:
+            ranges = _ranges_of_rule(found, offsets, lengths, of_file=of_file)
+            add_rule(client, rule, InjectAction(kind, ranges, found.ino, of_file, seed), as_json=as_json)
+            return
+        _refuse_of_file(of_file)
         result = client.request(
             "inject",
             ino=found.ino,
@@ -121,19 +142,49 @@ def _describe_injection(result: dict[str, Any]) -> list[str]:
 @click.command()
 @click.argument("path", type=PATH_TEXT)
 @_range_options
+@_of_file_option
 @json_option
-def clear(path: str, offsets: tuple[int, ...], lengths: tuple[int, ...], as_json: bool) -> None:
+@rule_options
+def clear(
+    path: str,
+    offsets: tuple[int, ...],
+    lengths: tuple[int, ...],
+    of_file: bool,
+    as_json: bool,
+    rule: RuleOptions | None,
+) -> None:
     """Clear poison: the media can be read again, and lost bytes read as zeros. Without a range, clear the
-    whole file or, if PATH is a mountpoint, the whole device.
+    whole file or, if PATH is a mountpoint, the whole device. With --on, the range is as with inject.
 
     \b
     Example:
       daxemu clear /tmp/pmem/db --offset 8K
     """
     with (found := target(path)).client as client:
+        if rule is not None:
+            wanted = _ranges_of_rule(found, offsets, lengths, of_file=of_file)
+            add_rule(client, rule, ClearAction(wanted, found.ino, of_file), as_json=as_json)
+            return
+        _refuse_of_file(of_file)
         ranges = _everything(found) if not offsets and not lengths else _ranges(offsets, lengths, found.size)
         result = client.request("clear", ino=found.ino, ranges=ranges)
     emit(result, as_json, f"cleared {result['bytes']} bytes of poison in {len(result['ranges'])} ranges")
+
+
+def _ranges_of_rule(
+    found: Target, offsets: tuple[int, ...], lengths: tuple[int, ...], *, of_file: bool
+) -> list[tuple[int, int]]:
+    """Return the ranges of a rule; none for the pages of the operation."""
+    if of_file and found.ino is not None:
+        raise InvalidArgument("--of-file is for the file of the operation: give the mountpoint as PATH")
+    if not offsets and not lengths and found.ino is None and not of_file:
+        return []
+    return [(offset, length) for offset, length in _ranges(offsets, lengths, found.size)]
+
+
+def _refuse_of_file(of_file: bool) -> None:
+    if of_file:
+        raise InvalidArgument("--of-file belongs to --on: give --on, too")
 
 
 def _everything(found: Target) -> list[list[int]]:
@@ -194,15 +245,19 @@ def damaged(mountpoint: Path, as_json: bool) -> None:
 @click.command()
 @click.argument("mountpoint", type=PATH)
 @json_option
-def remove(mountpoint: Path, as_json: bool) -> None:
+@rule_options
+def remove(mountpoint: Path, as_json: bool, rule: RuleOptions | None) -> None:
     """Surprise removal: the device goes away while in use. Processes that have pages of it present are
-    signalled; each later access is EIO.
+    signalled; each later access is EIO. With --on, the removal waits for an operation of a program.
 
     \b
     Example:
       daxemu remove /tmp/pmem
     """
     with connect(mountpoint) as client:
+        if rule is not None:
+            add_rule(client, rule, RemoveAction(), as_json=as_json)
+            return
         size = client.request("status")["size"]
         result = client.request("remove")
     count = signalled(result["processes"], result["signals"])

@@ -127,6 +127,15 @@ class Client:
         self._send(subscribe)
         return map(partial(wire.event_of, self.mount), _EventLines(self))
 
+    def trace_lines(self, file: str | None = None) -> Iterator[bytes]:
+        """Iterate over the records of a trace (daxemu.trace_record), each as a line of JSON, until the mount
+        ends. ``file``: a glob, for operations on these files only. The trace has begun when this method
+        returns.
+        """
+        line = self._converse(wire.encode({"op": "trace", "file": file}))
+        wire.result_of(self.mount, line)
+        return _EventLines(self)
+
     def notices(self, *files: wire.File, after: int | None = None) -> Iterator[Notice]:
         """Iterate over notices for the calling process: lost bytes of ``files``, and the end of the device.
         Without ``files``, lost bytes of each file of the mount that the process has mapped. ``after``: the

@@ -14,7 +14,8 @@ from daxemu.client import Client
 from daxemu.errors import DaxemuError, NotMounted
 from daxemu.evaluate.faults import Fault, span
 from daxemu.failure_kind import FailureKind
-from daxemu.protocol import Survey, SurveyReport, kind_fields
+from daxemu.protocol import Survey, kind_fields
+from daxemu.survey_report import SurveyReport
 from daxemu.uapi import PAGE_SIZE
 
 CELLS = 4096

@@ -11,6 +11,7 @@ A subclass of ``Event`` in one of these modules is an event: its class is the on
 ``media``     poison, silent corruption, damaged files
 ``failures``  memory_failure(), signals, removal
 ``repairs``   repair strategies
+``rules``     rules that fired
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from daxemu.events.failures import *  # noqa: F403
 from daxemu.events.media import *  # noqa: F403
 from daxemu.events.mounts import *  # noqa: F403
 from daxemu.events.repairs import *  # noqa: F403
+from daxemu.events.rules import *  # noqa: F403
 
 EVENT_TYPES: tuple[type[Event], ...] = tuple(Event.__subclasses__())
 """Every class of events, in the order of definition."""

@@ -40,6 +40,10 @@ from daxemu.events.repairs import (
     RepairProgress,
     RepairStrategyFailed,
 )
+from daxemu.events.rules import (
+    RuleFailed,
+    RuleFired,
+)
 
 AnyEvent = (
     CorruptionFound
@@ -65,6 +69,8 @@ AnyEvent = (
     | RepairFinished
     | RepairProgress
     | RepairStrategyFailed
+    | RuleFailed
+    | RuleFired
     | ScrubFound
     | SettingChanged
     | SignalSent

@@ -108,8 +108,9 @@ class FaultHandler:
     def _mapped(self, run: Mapping, link: Link) -> Iterator[FileRun]:
         start, end = run.dev_block, run.dev_block + run.length
         delta = run.file_block - start
-        shared = self._rmap.shared_parts(link, start, end)
-        if not shared:  # most files: without the sort below
+        # Most files have no shared block.
+        shared = self._rmap.shared_parts(link, start, end) if link.proxy is not None else None
+        if not shared:
             yield FileRun(FaultKind.MAPPED, run.file_block, run.length, start)
             return
         parts = [(part, True) for part in shared] + [(part, False) for part in shared.gaps(start, end)]
@@ -131,29 +132,33 @@ class FaultHandler:
         return next(run for run in self._mapped(around, around.link) if block < run.file_end)
 
     def store(self, inode: Inode, extents: ExtentMap, block: Block, limit: int) -> FileRun:
-        """As :meth:`load`, after the allocation of a hole, or the copy of a shared block.
+        """As :meth:`load`, after the allocation of a hole. A shared block is copied; the run then is the copy
+        alone (dax_iomap_copy_around(), xfs_reflink_end_cow()).
 
         Raises NoSpace; MediaError if a shared block is poison. Then nothing has changed. A poisoned block
         that is shared only until the next commit is not copied.
         """
+        shared = self._shared(inode, extents, block)
+        if shared is not None:
+            try:
+                return FileRun(FaultKind.MAPPED, block, 1, self._data.copy_block(extents, block))
+            except MediaError:
+                if self._rmap.count(shared, shared + 1) > 1:
+                    raise
         found = self.load(inode, extents, block, limit)
         if found.kind is FaultKind.HOLE:
             self._allocate(inode, extents, block, limit)
-        elif found.is_shared:
-            try:
-                self._copy(extents, block)
-            except MediaError:
-                if self._has_other_links(found, block):
-                    raise
-                return found
-        else:
-            return found
-        return self.load(inode, extents, block, limit)
+            return self.load(inode, extents, block, limit)
+        return found
 
-    def _has_other_links(self, run: FileRun, block: Block) -> bool:
-        """Return whether another file, or another place, has the block now; not just at the last commit."""
-        device = run.dev_block + block - run.file_block
-        return self._rmap.count(device, device + 1) > 1
+    def _shared(self, inode: Inode, extents: ExtentMap, block: Block) -> Block | None:
+        """Return the device block of a file block that a store must copy; None if the store needs none."""
+        if block >= DIV_ROUND_UP(inode.size, PAGE_SIZE):
+            return None
+        here = extents.around(block, Range(block, block + 1))
+        if here.link is None or not self._rmap.is_shared(here.link, here.dev_block):
+            return None
+        return here.dev_block
 
     def _allocate(self, inode: Inode, extents: ExtentMap, block: Block, limit: int) -> None:
         """Allocate a block, or the 2 MiB around the block where dax_iomap_pmd_fault() would map them."""
@@ -171,11 +176,6 @@ class FaultHandler:
             else:
                 return
         self._data.preallocate(extents, block, block + 1)
-
-    def _copy(self, extents: ExtentMap, block: Block) -> None:
-        """Copy one shared block to a new block (dax_iomap_copy_around(), xfs_reflink_end_cow())."""
-        source = self._data.read(extents, block * PAGE_SIZE, PAGE_SIZE)
-        self._data.store(extents, block * PAGE_SIZE, source, from_cache=False)
 
 
 def _continues(before: FileRun, run: FileRun) -> bool:

@@ -130,6 +130,29 @@ class FileData:
             self.watcher.store_done(touched, origin)
         return Stored(cleared, lost)
 
+    def copy_block(self, extents: ExtentMap, block: Block) -> Block:
+        """Copy one shared block of a file to a new block, and map the new block; return it.
+
+        As a store of the block's own bytes, at a third of the time. Raises MediaError if the block is
+        poisoned, NoSpace. Then nothing has changed.
+        """
+        source = self.read(extents, block * PAGE_SIZE, PAGE_SIZE)
+        here = [Range(block, block + 1)]
+        if self.watcher is None:
+            self._ensure_links(2 + self._allocator.max_runs(here))
+            (fresh,) = self._allocator.allocate_for(extents, here, extents.goal(block), reserve=False)
+            try:
+                self._dax.copy_from_iter(fresh.start * PAGE_SIZE, memoryview(source))
+            except NoSpace:  # the general way reserves the memory first
+                self._allocator.free(fresh)
+            else:
+                for run in extents.remove(block, block + 1):
+                    self._allocator.free(run)
+                extents.insert(block, fresh.start, 1)
+                return fresh.start
+        self.store(extents, block * PAGE_SIZE, source, from_cache=False)
+        return extents.lookup(block, block + 1)[0].dev_block
+
     def _store_begins(self, segments: list[_Segment], fresh: list[Range], origin: Origin) -> list[Range]:
         """Announce the blocks of a store to the watcher.
 

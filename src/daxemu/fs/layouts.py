@@ -8,7 +8,7 @@ anywhere breaks all layouts. The holder reports writes before any other call to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -72,6 +72,7 @@ class Layouts:
         self._holder: LayoutOps | None = None
         self._out: set[Ino] = set()
         self._is_watched = False
+        self._withheld: Callable[[Ino], bool] | None = None
         self._suspended = 0
         self.exposed: set[Ino] = set()
         """Files with direct mappings: bytes of the last block beyond the end may be other than zero, so no
@@ -93,6 +94,11 @@ class Layouts:
         self.break_all()
         self._is_watched = is_watched
 
+    def withhold(self, withheld: Callable[[Ino], bool] | None) -> None:
+        """Grant no layout of files that ``withheld`` names; None: of no file is it withheld."""
+        self.break_all()
+        self._withheld = withheld
+
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Context without layouts: all requests come to the filesystem."""
@@ -110,6 +116,8 @@ class Layouts:
     def _whom(self, inode: Inode) -> LayoutOps | None:
         """Return the holder for a grant on ``inode``; None if no grant is allowed."""
         if self._is_watched or self._suspended or self._holder is None:
+            return None
+        if self._withheld is not None and self._withheld(inode.ino):
             return None
         if inode.ino not in self._out:
             if len(self._out) >= MAX_FILES:

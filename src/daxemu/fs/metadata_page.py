@@ -53,6 +53,13 @@ class Copy(Struct, frozen=True):
     state: CopyState
 
 
+class MetadataDamage(Struct, frozen=True):
+    """Line about a bad page or superblock. ``is_repairable``: the other copy is good."""
+
+    line: str
+    is_repairable: bool
+
+
 def seal(page: memoryview, file: int, number: int, generation: int) -> None:
     """Write the trailer of ``page``, whose payload is complete."""
     _TRAILER.pack_into(page, PAYLOAD, _MAGIC | file, number, generation)

@@ -22,48 +22,29 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator
 
-import msgspec
-
-from daxemu.errors import CorruptMetadata, DaxemuError, MediaError, NoSpace
+from daxemu.errors import CorruptMetadata, MediaError, NoSpace
 from daxemu.fs.allocator import Allocator
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.metadata_page import (
     PAYLOAD,
     Copy,
     CopyState,
+    MetadataDamage,
     MetadataFile,
     generation_of,
     is_intact,
-    is_published,
     pages_of,
     seal,
 )
 from daxemu.fs.rmap import METADATA_INO, Rmap
-from daxemu.fs.superblock import (
-    MAGIC,
-    SUPER_BLOCKS,
-    VERSION,
-    Superblock,
-    names_filesystem,
-    newest,
-    sealed,
-    super_blocks,
-    unsealed,
-)
+from daxemu.fs.superblock import SUPER_BLOCKS, VERSION, Superblocks
 from daxemu.pmem.dax_device import DaxDevice
 from daxemu.ranges import Range
-from daxemu.uapi import PAGE_SIZE, Block, page_align_down
+from daxemu.uapi import PAGE_SIZE, Block
 from daxemu.units import DIV_ROUND_UP, byte_span
 
 REPLICAS = 2
 _SEALED_AT_ONCE = 256  # pages of a new extent that one store seals
-
-
-class MetadataDamage(msgspec.Struct, frozen=True):
-    """Line about a bad page or superblock. ``is_repairable``: the other copy is good."""
-
-    line: str
-    is_repairable: bool
 
 
 OnRewrite = Callable[[str, int, int, CopyState], None]
@@ -102,62 +83,36 @@ class MetadataRegion:
         """
         self._growth: Iterator[None] = iter(())
         self._last_written = (MetadataFile.DB, -1, memoryview(b""))
-        self._generation = self._page_generation = 0
+        self._page_generation = 0
         self._is_published = True
         self.is_read_only = False
         """True if reads do not rewrite a bad copy."""
         self._on_rewrite = on_rewrite
-        self._super_blocks = super_blocks(allocator.total)
-        for index, blocks in enumerate(self._super_blocks):
+        self.superblocks = Superblocks(dax)
+        for index, blocks in enumerate(self.superblocks.blocks):
             allocator.take(blocks)
             self._extents.insert(index * SUPER_BLOCKS, blocks.start, blocks.length)
             dax.reserve(*byte_span(blocks))
 
-    # -- the superblocks
-
-    def is_formatted(self) -> bool:
-        """Return True if the device holds a filesystem. Poison at the place of a superblock counts as a
-        filesystem, so that the filesystem is not overwritten.
-        """
-        for blocks in self._super_blocks:
-            offset = blocks.start * PAGE_SIZE
-            if self._dax.is_poisoned(offset, PAGE_SIZE) or any(self._dax.direct_access(offset, PAGE_SIZE)):
-                return True
-        return False
-
-    def check_blank(self) -> None:
-        """Raise CorruptMetadata where the media holds metadata of a filesystem that was in use.
-
-        Precondition: both superblocks are zeros. A new filesystem would silently replace the one whose
-        superblocks were lost, or lie elsewhere since ``altmap`` in device.toml was changed.
-        """
-        for written in self._dax.written():
-            for start in range(0, len(written), PAGE_SIZE):
-                page = written[start : start + PAGE_SIZE]
-                if names_filesystem(page) or is_published(page):
-                    raise CorruptMetadata(
-                        f"{self._dax.name}: both superblocks are zeros, but the device holds a filesystem's "
-                        "metadata: restore a superblock or device.toml, or mkfs --force"
-                    )
+    # -- life
 
     def prepare(self, after: int) -> None:
         """Begin a new filesystem. No superblock names the filesystem before :meth:`format`, so a crash leaves
         no filesystem. ``after``: the generation of the replaced filesystem, or 0.
         """
         self._is_published = False
-        self._generation = after
+        self.superblocks.generation = after
 
     def format(self) -> None:
         """Write the superblocks of a new filesystem, with the present files."""
         self._allocator.discard_free()  # a first mount that was killed may have left data
         self._is_published = True
-        self._write_superblocks()
-        self._page_generation = self._generation << 32
+        self._publish()
+        self._page_generation = self.superblocks.generation << 32
 
     def load(self) -> None:
         """Claim the blocks that the newest readable superblock names. Raises CorruptMetadata."""
-        superblock = newest(self._dax, version=self.version)
-        self._generation = superblock.generation
+        superblock = self.superblocks.load(version=self.version)
         self._page_generation = superblock.generation << 32
         for file_block, dev_block, length in superblock.runs:
             self._claim(file_block, Range(dev_block, dev_block + length))
@@ -169,13 +124,12 @@ class MetadataRegion:
 
     def begin(self) -> None:
         """Begin a mount that writes: rewrite the superblocks, with a generation above that of any page."""
-        for copy, (blocks, state) in enumerate(
-            zip(self._super_blocks, self._superblock_states(), strict=True)
-        ):
+        states = self.superblocks.states()
+        for copy, (blocks, state) in enumerate(zip(self.superblocks.blocks, states, strict=True), 1):
             if state in (CopyState.CORRUPT, CopyState.STALE):
-                self._on_rewrite("superblock", blocks.start, copy + 1, state)
-        self._write_superblocks()
-        self._page_generation = self._generation << 32
+                self._on_rewrite("superblock", blocks.start, copy, state)
+        self._publish()
+        self._page_generation = self.superblocks.generation << 32
 
     def _place(self, file: MetadataFile, first: Block, end: Block) -> None:
         """Record the place of the pages ``[first, end)``. Precondition: the pages are mapped."""
@@ -207,17 +161,6 @@ class MetadataRegion:
         if any(run.link is None for run in runs[:-1]):
             raise CorruptMetadata(f"{self._dax.name}: a replica has a hole")
         return sum(run.length for run in runs if run.link is not None)
-
-    def _write_superblocks(self) -> None:
-        self._generation += 1
-        runs = [(e.file_block, e.dev_block, e.length) for e in self._extents if e.file_block >> 40]
-        superblock = Superblock(MAGIC, VERSION, self._generation, self._allocator.total, runs)
-        data = sealed(superblock)
-        # A poisoned copy stays poisoned while the other copy is good, so that fsck finds the poison.
-        offsets = [blocks.start * PAGE_SIZE for blocks in self._super_blocks]
-        good = [at for at in offsets if not self._dax.is_poisoned(at, len(data))]
-        for offset in good or offsets:
-            self._dax.recovery_write(offset, data)
 
     # -- the files
 
@@ -268,7 +211,13 @@ class MetadataRegion:
             self._seal_new(file, first, min(first + _SEALED_AT_ONCE, had + more))
             yield
         if self._is_published:
-            self._write_superblocks()
+            self._publish()
+
+    def _publish(self) -> None:
+        """Have the superblocks name the present runs of the files."""
+        self.superblocks.write(
+            [(e.file_block, e.dev_block, e.length) for e in self._extents if e.file_block >> 40]
+        )
 
     def _seal_new(self, file: MetadataFile, first: Block, end: Block) -> None:
         self._place(file, first, end)
@@ -422,7 +371,7 @@ class MetadataRegion:
         """Compare all copies. After a crash (not ``is_clean``), a write may have reached one copy only; a
         single bad copy without poison is then left to :meth:`settle`, and does not count as damage.
         """
-        found = self.damaged_superblocks(is_clean=is_clean)
+        found = self.superblocks.damaged(is_clean=is_clean)
         for file, page, copies in self._damaged():
             unusable = [
                 (n, copy.state) for n, copy in enumerate(copies, 1) if copy.state is not CopyState.GOOD
@@ -439,33 +388,6 @@ class MetadataRegion:
                     MetadataDamage(f"{name}: copy {unusable[0][0]} {unusable[0][1]}", is_repairable=True)
                 )
         return found
-
-    def damaged_superblocks(self, *, is_clean: bool) -> list[MetadataDamage]:
-        """Return the damage of each superblock."""
-        states = self._superblock_states()
-        is_repairable = CopyState.GOOD in states
-        return [
-            MetadataDamage(f"the {name} superblock {state}", is_repairable)
-            for name, state in zip(("first", "second"), states, strict=True)
-            if state is CopyState.POISONED
-            or (state is not CopyState.GOOD and (is_clean or not is_repairable))
-        ]
-
-    def _superblock_states(self) -> list[CopyState]:
-        """Return the state of each superblock, relative to the generation of :meth:`load`. Without ``load``
-        no superblock is GOOD.
-        """
-        states = []
-        for blocks in self._super_blocks:
-            if self._dax.is_poisoned(*byte_span(blocks)):
-                states.append(CopyState.POISONED)
-                continue
-            try:
-                is_current = unsealed(self._dax, blocks).generation == self._generation
-                states.append(CopyState.GOOD if is_current else CopyState.STALE)
-            except DaxemuError:
-                states.append(CopyState.CORRUPT)
-        return states
 
     def _damaged(self) -> Iterator[tuple[MetadataFile, Block, list[Copy]]]:
         for file in MetadataFile:
@@ -485,20 +407,10 @@ class MetadataRegion:
                 if copy.state is not CopyState.GOOD and good is not None:
                     self._put(copy.offset, self._dax.direct_access(good.offset, PAGE_SIZE))
                     rewritten += 1
-        return rewritten + self._repair_superblocks()
-
-    def _repair_superblocks(self) -> int:
-        rewritten = 0
-        for blocks in self._super_blocks:
-            for part in self._dax.poisoned(*byte_span(blocks)):
-                first = page_align_down(part.start)
-                last = min(DIV_ROUND_UP(part.end, PAGE_SIZE), blocks.end) * PAGE_SIZE
-                self._dax.recovery_write(max(first, blocks.start * PAGE_SIZE), bytes(last - first))
-                rewritten += (last - first) // PAGE_SIZE
-        stale = sum(state is not CopyState.GOOD for state in self._superblock_states())
+        freed, stale = self.superblocks.clear_poison(), self.superblocks.unusable()
         if stale:
-            self._write_superblocks()
-        return max(rewritten, stale)
+            self._publish()
+        return rewritten + max(freed, stale)
 
     def settle(self) -> None:
         """Make both copies of each page equal, after a crash. A write before the crash may have reached one

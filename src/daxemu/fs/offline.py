@@ -66,7 +66,7 @@ def _why_unreadable(pmem: Pmem, error: CorruptMetadata) -> list[str]:
         store.open(read_only=True)
         found = store.wrong_values()
     except CorruptMetadata:
-        damaged = region.damaged_superblocks(is_clean=True)
+        damaged = region.superblocks.damaged(is_clean=True)
         lost = [damage.line for damage in damaged if not damage.line.endswith(CopyState.STALE)]
         found = lost if len(lost) == REPLICAS else []
     finally:
@@ -83,7 +83,7 @@ def _upgrade(pmem: Pmem) -> bool:
 
 def _rewrite_copies(pmem: Pmem) -> int:
     region = MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
-    if not region.is_formatted():
+    if not region.superblocks.is_formatted():
         return 0
     region.load()
     return region.repair()
@@ -91,8 +91,8 @@ def _rewrite_copies(pmem: Pmem) -> int:
 
 def _check(pmem: Pmem, report: Report) -> None:
     region = MetadataRegion(pmem.dax, Rmap(), Allocator(pmem.dax))
-    if not region.is_formatted():
-        region.check_blank()
+    if not region.superblocks.is_formatted():
+        region.superblocks.check_blank()
         return  # the first mount makes the filesystem
     fs = Filesystem(pmem.dax, MemoryFailures(no_log), no_log, read_only=True)
     try:

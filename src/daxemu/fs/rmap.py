@@ -165,10 +165,6 @@ class Rmap:
             ranges = self.dirty[ino] = RangeSet()
         ranges.add(start, end)
 
-    def mark_all(self, ino: Ino, links: int) -> None:
-        """Mark all ``links`` links of a file for the next commit."""
-        self._mark(ino, 0, 1 << 52, links)
-
     # -- queries
 
     def count(self, start: Block, end: Block) -> int:
@@ -229,6 +225,16 @@ class Rmap:
             if other is not link:
                 shared.add(*Range(other.dev_block, other.dev_end).clip(start, end))
         return shared
+
+    def is_shared(self, link: Link, block: Block) -> bool:
+        """As shared_parts() for one device block of ``link``."""
+        if link.proxy is None:
+            return False
+        if self.given_up.overlaps(block, block + 1):
+            return True
+        return link.proxy.refcount > 1 and any(
+            other is not link for other in self._links.overlapping(block, block + 1)
+        )
 
     def proxy_of(self, block: Block) -> ReflinkProxy | None:
         """Return the proxy of one device block; None if the block is free or was never shared."""

@@ -28,11 +28,6 @@ class _FormerRegion(MetadataRegion):
 
     version = FORMER_VERSION
 
-    @property
-    def generation(self) -> int:
-        """The superblock's."""
-        return self._generation
-
     def size(self, file: MetadataFile) -> int:
         return self.pages(file) * PAGE_SIZE
 
@@ -100,7 +95,7 @@ def upgrade(dax: DaxDevice) -> None:
         _take(allocator, dax.name, [*former.blocks(), *merged(sorted(files))])
         _mark_all(names, rmap)
         # Not clean: the next open zeroes the blocks of format 2, which are free now.
-        target.format(names, rmap, after=former.generation)
+        target.format(names, rmap, after=former.superblocks.generation)
     finally:
         target.close()
         source.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 
@@ -15,8 +16,12 @@ def missing() -> Iterator[tuple[str, str]]:
     """Yield each missing need, and the command or place that supplies the need."""
     if platform.machine() != "x86_64":
         yield f"direct mappings are made on x86_64 only, not on {platform.machine()}", "use x86_64"
+    if (uid := os.geteuid()) != 0:
+        # daxemu run offers the listener of a program to the supervisors of root alone.
+        yield f"direct mounts are root's, also where uid {uid} has CAP_SYS_PTRACE", "run this as root"
+        return
     if not capable("self", CAP_SYS_PTRACE):
-        yield "no CAP_SYS_PTRACE", "run this as root; in a container: --cap-add SYS_PTRACE"
+        yield "no CAP_SYS_PTRACE", "in a container: --cap-add SYS_PTRACE"
         return  # without the capability userfaultfd(2) is refused, too
     try:
         lacking = userfaultfd.missing()

@@ -208,6 +208,10 @@ class DaxDevice:
         at = self._data_offset
         return [page.moved(-at) for page in self._media.strays()]
 
+    def drop_strays(self, offset: int, length: int) -> None:
+        """See Media.drop_strays(). Bytes of the device."""
+        self._media.drop_strays(self._data_offset + offset, length)
+
     def memory(self) -> Memory:
         """Return the place of device byte 0 and the bytes behind, for C code."""
         return self._media.memory(self._data_offset)

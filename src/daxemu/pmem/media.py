@@ -219,6 +219,14 @@ class Media:
             if self.count_pages(*_span(pages)) or backing.has_data(self._fd, pages):
                 yield pages
 
+    def drop_strays(self, offset: int, length: int) -> None:
+        """Take the memory of pages away that are put aside: a touch through a mapping that no userfaultfd
+        watched has made pages of zeros.
+        """
+        if self._kept is not None:
+            for part in self._aside_in(offset, length).overlapping(offset, offset + length):
+                backing.punch(self._fd, *_span(part))
+
     def _aside_in(self, offset: int, length: int) -> RangeSet:
         """Return the bytes of the pages of the range that are put aside."""
         poisoned = self.poison.overlapping(*_sectors_of_pages(offset, length))

@@ -17,12 +17,14 @@ import trio
 
 from daxemu import protocol as p
 from daxemu.errors import DaxemuError, FsError, InvalidArgument, PermissionDenied
+from daxemu.host.proc import status
 from daxemu.host.unexpected import Unexpected, refused
 from daxemu.malformed import dotted, explain
 from daxemu.private_path import PrivatePath
 from daxemu.supervisor.descriptors import Connections, EmergencyDescriptor, Hangups
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.selection import selects
+from daxemu.supervisor.trace import Traces
 
 MAX_LINE = 4 << 20
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
@@ -40,13 +42,16 @@ Answer = Callable[[p.AnyRequest], Awaitable[msgspec.Struct]]
 class ControlSocket:
     """Serves the socket ``path``. ``answer`` executes a request, and raises DaxemuError to refuse."""
 
-    def __init__(self, path: PrivatePath, log: EventLog, answer: Answer, unexpected: Unexpected) -> None:
+    def __init__(
+        self, path: PrivatePath, log: EventLog, traces: Traces, answer: Answer, unexpected: Unexpected
+    ) -> None:
         self._unexpected = unexpected
         self._connections = Connections()
         self._hangups = Hangups()
         self._emergency = EmergencyDescriptor()
         self._path = path
         self._log = log
+        self._traces = traces
         self._answer = answer
         self._answering = 0
         self._idle = trio.Event()
@@ -148,11 +153,18 @@ class ControlSocket:
             return
         if len(asked) > _SENT:
             await trio.lowlevel.checkpoint()  # the decoding of the longest line is a step of 30 ms
+        if isinstance(request, p.Attach) and _is_itself(peer, request.pid):
+            request = msgspec.structs.replace(request, pid=peer)
         if isinstance(request, p.Attach) and request.pid != peer:
             # Descriptors are taken from the process itself, never from another one.
             await stream.send_all(
                 _refusal(PermissionDenied(f"process {peer} may not attach process {request.pid}"))
             )
+        elif isinstance(request, p.Trace):
+            with self._hangups.cancelling(stream), self._traces.one(request) as trace:
+                await stream.send_all(msgspec.json.encode(p.Reply(True, result=msgspec.Raw(b"{}"))) + b"\n")
+                async for lines in trace.lines():
+                    await stream.send_all(b"\n".join(lines) + b"\n")
         elif isinstance(request, p.Follow):
             with self._hangups.cancelling(stream):
                 await self._follow(stream, request)
@@ -232,3 +244,9 @@ async def _try_to_send(stream: trio.SocketStream, line: bytes) -> None:
 def _refusal(error: DaxemuError) -> bytes:
     kind = InvalidArgument.__name__ if isinstance(error, FsError) else type(error).__name__
     return msgspec.json.encode(p.Reply(False, error=kind, message=str(error))) + b"\n"
+
+
+def _is_itself(peer: int, pid: int) -> bool:
+    """Return whether a process in another pid namespace gives its process id there."""
+    found = status.find(peer)
+    return found is not None and found.ns_tgid == pid

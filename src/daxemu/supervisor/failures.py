@@ -17,6 +17,7 @@ the next failure.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from daxemu.mm.to_kill import Task, ToKill, collect_procs, spare
 from daxemu.supervisor.latent import Latent
 from daxemu.supervisor.repairs import RepairResult
 from daxemu.supervisor.signals import Signals
+from daxemu.supervisor.steps import Steps, Stopwatch
 
 HANDLER_PATIENCE = 5.0
 """Seconds that a shutdown waits for the threads with a delivered AO to run their handlers."""
@@ -71,6 +73,8 @@ class _Turn:
     """Processes with failed pages present, those of ``latent`` included. Set before the revoke."""
     to_kill: list[ToKill] | None = None
     repair: RepairResult = field(default_factory=RepairResult)
+    number: int = 0
+    """Number in traces."""
     stage: str = "waits for mf_mutex"  # shown by status --internals
 
     def is_plain(self) -> bool:
@@ -113,11 +117,13 @@ class Failures:
         mappings: Translations,
         signals: Signals,
         repair: Repair = no_repair,
+        steps: Steps | None = None,
     ) -> None:
         self._mm = mm
         self._repair = repair
         self._mappings = mappings
         self._signals = signals
+        self._steps = steps or Steps()
         self._latent = Latent()
         self._turns: list[_Turn] = []  # failures before the end of their turn
         self._signalling: list[_Turn] = []  # failures after their turn, until the last signal is settled
@@ -161,6 +167,9 @@ class Failures:
         # Shielded from cancellation: a cancel before the revoke would leave failed pages mapped, so that
         # processes could load their old bytes.
         self._turns += turns
+        began = time.time()
+        for turn in turns:
+            turn.number = self._steps.next_number()
         handled: list[Handled] = [_UNHANDLED] * len(turns)
 
         async def finish(index: int, turn: _Turn) -> None:
@@ -179,6 +188,8 @@ class Failures:
                             nursery.start_soon(finish, index, turn)
                         else:
                             handled[index] = self._conclude(turn)
+        for turn, result in zip(turns, handled, strict=True):
+            self._steps.took(turn.incident, turn.number, "memory_failure", began, result.outcome.value)
         return handled
 
     async def _signal(self, turn: _Turn) -> Handled:
@@ -186,8 +197,11 @@ class Failures:
         incident = turn.incident
         try:
             turn.stage = "signals"
+            began = time.time()
             self._signalling.append(turn)
             delivered = await self._signals.kill_procs(turn.to_kill or (), turn.current)
+            sent = f"{len(turn.to_kill or ())} signals"
+            self._steps.took(incident, turn.number, "kill_procs", began, sent)
             if incident.after_kill:
                 await trio.to_thread.run_sync(wait_until_run, delivered, HANDLER_PATIENCE)
             # As xfs_dax_notify_dev_failure(): kill, then shut down. After a shutdown a victim's load ends
@@ -274,15 +288,18 @@ class Failures:
         for turn in batch:
             turn.latent, turn.stage = self._latent.take(turn.incident), "collects and unmaps"
         early_kill = self._mm.sysctl_early_kill
+        watch = Stopwatch()
 
         def work() -> list[tuple[list[Task], list[ToKill], list[ToKill]]]:
-            collected = self._mappings.collect([turn.incident for turn in batch])
+            with watch.timed("collect_procs"):
+                collected = self._mappings.collect([turn.incident for turn in batch])
             chosen = []
             for turn, found in zip(batch, collected, strict=True):
                 turn.tasks = tasks = self._victims(turn, found)
                 to_kill = collect_procs(turn.incident, tasks, early_kill=early_kill, force_tid=turn.current)
                 if not turn.incident.whole_device:  # a whole device is revoked after the shutdown
-                    self._mappings.revoke(to_unmap(turn.incident, to_kill))
+                    with watch.timed("unmap_mapping_range"):
+                        self._mappings.revoke(to_unmap(turn.incident, to_kill))
                 elsewhere = pfn_mappings.collect(turn.incident.pfn_mappings, early_kill=early_kill)
                 chosen.append((tasks, to_kill, elsewhere))
             return chosen
@@ -291,10 +308,14 @@ class Failures:
             chosen = await trio.to_thread.run_sync(work)
         else:
             chosen = [([], [], []) for _ in batch]
+        for step in watch.steps:
+            self._steps.lasted(batch[0].incident, batch[0].number, *step)
         for turn, (tasks, to_kill, elsewhere) in zip(batch, chosen, strict=True):
             if turn.collected is not None:
                 turn.collected(tasks)
+            began = time.time()
             turn.repair = self._repair(turn.incident, tasks)
+            self._steps.took(turn.incident, turn.number, "repair", began)
             if turn.repair.spared:
                 to_kill = spare(turn.incident, to_kill, turn.repair.spared)
             turn.to_kill = to_kill + elsewhere

@@ -11,7 +11,7 @@ import trio
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host.mappings import Mappings
 from daxemu.host.tracer.link import TracerLink
-from daxemu.protocol import InternalsReport
+from daxemu.internals_report import InternalsReport
 from daxemu.supervisor.failures import Failures
 
 log = logging.getLogger(__name__)

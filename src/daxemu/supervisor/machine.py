@@ -22,6 +22,7 @@ from daxemu.host.mappings import Upcalls
 from daxemu.host.mount_parts import MakeMappings, MountParts
 from daxemu.host.tracer.link import TracerLink
 from daxemu.host.unexpected import Unexpected
+from daxemu.internals_report import InternalsReport
 from daxemu.mm.memory_failure import MemoryFailures
 from daxemu.pmem.pmem import Pmem
 from daxemu.supervisor.clones import Clones
@@ -29,10 +30,15 @@ from daxemu.supervisor.consumption import Consumption
 from daxemu.supervisor.event_log import EventLog
 from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.internals import internals
+from daxemu.supervisor.observation import Observation
 from daxemu.supervisor.repairs import Repairs
+from daxemu.supervisor.rule_actions import RuleActions
+from daxemu.supervisor.rules import Rules
 from daxemu.supervisor.scrub import Scrubber
 from daxemu.supervisor.signals import Signals
+from daxemu.supervisor.steps import Steps
 from daxemu.supervisor.strategy_host import StrategyHost
+from daxemu.supervisor.trace import Traces
 from daxemu.supervisor.under_way import Counted, UnderWay
 from daxemu.supervisor.verbs import files
 from daxemu.supervisor.verbs.attach import Attachments
@@ -66,12 +72,14 @@ class Machine:
         nursery: trio.Nursery,
         *,
         make_mappings: MakeMappings,
+        power_fail: Callable[[], Awaitable[object]],
         supplement_missing: str | None,
         has_layouts: bool,
     ) -> None:
         """``nursery`` runs tasks that outlive a request. ``make_mappings`` makes the implementation of the
-        seam for mappings. ``supplement_missing``: the reason why the supplement is not loaded; None if
-        loaded. ``has_layouts``: True if C may answer reads and writes of healthy bytes (fs/layouts.py).
+        seam for mappings. ``power_fail`` ends the mount. ``supplement_missing``: the reason why the
+        supplement is not loaded; None if loaded.
+        ``has_layouts``: True if C may answer reads and writes of healthy bytes (fs/layouts.py).
         """
         emit = log.emit
         self.pmem, self.mm, self.fs, self.session, self.log = pmem, mm, fs, session, log
@@ -88,7 +96,7 @@ class Machine:
         parts = MountParts(pmem, fs, session, open_files, gates, tracer, emit, self.nursery, unexpected)
         self.mappings = mappings = make_mappings(parts)
         signals = Signals(tracer, mappings.file_page, emit, self._counted)
-        self.failures = Failures(mm, mappings, signals, repairs.failed)
+        self.failures = Failures(mm, mappings, signals, repairs.failed, steps := Steps())
         self._consumption = Consumption(
             pmem, mm, self.failures, signals, mappings, repairs, self._counted, supplement_missing
         )
@@ -133,7 +141,15 @@ class Machine:
         self.scrubber = Scrubber(self._scrub_in_background)
         table = settings_of(mm, fs, log, self.scrubber, strategy_host, self._repairing.choose)
         self._settings = Settings(table, emit)
-        self._remove = partial(remove, pmem, mm, fs, self.failures, gates, self.scrubber, emit)
+        removal = partial(remove, pmem, mm, fs, self.failures, gates, self.scrubber, emit)
+        self._remove = self.under_way.counting("the removal of the device", removal)
+        sources = [self.operations.observe]
+        if supplement_missing is None:
+            sources.append(self._extra.observe)
+        actions = RuleActions(fs, self._poison, self._remove, power_fail, self._counted)
+        observation = Observation(sources)
+        self._rules = Rules(fs, actions, observation, emit)
+        self.traces = Traces(fs, observation, steps)
         self._verbs = self._table()
 
     def _table(self) -> dict[type, Verb]:
@@ -146,7 +162,10 @@ class Machine:
             p.Scrub: lambda _: self._poison.scrub(),
             p.Settle: lambda request: self.under_way.settle(request.patience),
             p.Repair: self._repairing.repair,
-            p.Remove: self.under_way.counting("the removal of the device", self._remove),
+            p.Remove: self._remove,
+            p.AddRule: self._rules.add,
+            p.ListRules: self._rules.report,
+            p.DeleteRules: self._rules.delete,
             p.GetBadblocks: lambda _: files.badblocks(self.pmem),
             p.Damaged: lambda _: files.damaged(self.fs),
             p.Map: lambda request: files.file_map(self.pmem, self.fs, request.ino),
@@ -184,7 +203,7 @@ class Machine:
     async def _internals(self, request: p.Internals) -> msgspec.Struct:
         return self.internals()
 
-    def internals(self) -> p.InternalsReport:
+    def internals(self) -> InternalsReport:
         """Return the tasks, turns, requests and threads that wait at this moment."""
         return internals(self.fs, self.mappings, self.failures, self.tracer)
 

@@ -130,6 +130,7 @@ def supervise(
             undo.callback(events.emit, Unmounted(mountpoint=where))
 
         unexpected = Unexpected(events.emit)
+        ending = _Ending(session, fs, unexpected)
         make = partial(
             Machine,
             pmem,
@@ -139,11 +140,11 @@ def supervise(
             events,
             host,
             unexpected,
+            power_fail=ending.power_fail,
             make_mappings=DirectMappings if options.direct else PageCacheMappings,
             supplement_missing=supplement.MISSING,
             has_layouts=options.layouts and supplement.READS,
         )
-        ending = _Ending(session, fs, unexpected)
         trio.run(_serve, make, made, ending, session, events.emit, directory.root / "control.sock", ready)
 
 
@@ -274,7 +275,7 @@ async def _serve(
             services.start_soon(machine.strategy_host.tick, machine.unexpected)
             services.start_soon(machine.scrubber.run)
             answer = partial(_answer, machine, ending, watchdog)
-            control = ControlSocket(socket, machine.log, answer, machine.unexpected)
+            control = ControlSocket(socket, machine.log, machine.traces, answer, machine.unexpected)
             listener = control.bind()
             nursery.start_soon(control.serve, listener)
             nursery.start_soon(_announce, machine.mappings, ready)

@@ -18,10 +18,12 @@ from pathlib import Path
 
 import trio
 
-from daxemu.host.direct.address_spaces import AddressSpace, AddressSpaces
+from daxemu.host.direct.address_space import AddressSpace
+from daxemu.host.direct.address_spaces import AddressSpaces
 from daxemu.host.direct.errors import AddressSpaceChanging, AddressSpaceGone, AgentRefused
 from daxemu.host.direct.syscalls import mmap_media
 from daxemu.host.direct.userfaultfd import Event, PageFault
+from daxemu.host.proc import status
 from daxemu.host.run import seccomp, zone
 from daxemu.host.run.filters import Nr
 from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
@@ -49,6 +51,18 @@ class Listener:
     def add_fd(self, call: NotifiedCall, fd: int, *, number: int | None = None) -> int:
         return seccomp.add_fd(self.fd, call, fd, number=number)
 
+    filters = 1 + status.read("self").seccomp_filters
+
+    @property
+    def listener(self) -> int:
+        return self.fd
+
+    def is_last(self, call: NotifiedCall) -> bool:
+        return True
+
+    def restarted(self, call: NotifiedCall) -> None:
+        pass
+
     def answer(self, call: NotifiedCall, answer: Answer) -> bool:
         return seccomp.answer(self.fd, call, answer)
 
@@ -74,7 +88,7 @@ class Supervisor:
 
     # -- Watcher
 
-    def on_events(self, space: AddressSpace, events: Sequence[Event]) -> None:
+    def on_events(self, space: AddressSpace, events: Sequence[Event]) -> bool:
         self.events += events
         for event in events:
             assert isinstance(event, PageFault)
@@ -90,6 +104,7 @@ class Supervisor:
                 continue
             except AddressSpaceChanging:  # a fork, whose event is still to be read
                 self._nursery.start_soon(self._release, space, page)
+        return False
 
     async def _release(self, space: AddressSpace, page: int) -> None:
         while not space.is_gone:

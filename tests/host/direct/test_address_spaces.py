@@ -21,8 +21,11 @@ from daxemu.host.direct.userfaultfd import PageFault
 from daxemu.host.proc import status
 from daxemu.host.tracer import ptrace
 from daxemu.uapi import PAGE_SIZE
-from tests.host.direct.supervised import Stage, agents, play
+from tests.host.direct.supervised import Listener, Stage, agents, play
 from tests.host.tracee import until
+
+USER = 100_000 + os.getpid()
+"""A user of this test run alone: RLIMIT_NPROC counts the processes of a user in the whole machine."""
 
 
 def write_memory(pid: int, at: int, data: bytes) -> None:
@@ -233,6 +236,7 @@ def test_a_failed_execve_leaves_the_agent(mapper: str, media: Path) -> None:
     play(media, scene)
 
 
+@pytest.mark.usefixtures("way")
 def test_the_child_of_a_fork_has_an_agent_of_its_own(mapper: str, media: Path) -> None:
     async def scene(stage: Stage) -> None:
         program = await stage.start(mapper)
@@ -256,6 +260,15 @@ def test_the_child_of_a_fork_has_an_agent_of_its_own(mapper: str, media: Path) -
     play(media, scene)
 
 
+@pytest.fixture(params=["by the code of an agent", "under the tracer"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The two ways of a fork: a program with a seccomp(2) filter of its own forks under the tracer."""
+    if request.param == "under the tracer":
+        monkeypatch.setattr(Listener, "filters", 0)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     ("command", "forks"), [("forks 10", 10), ("bomb 50", 50), ("threads 8 4", 32), ("stress 10", 10)]
 )
@@ -275,6 +288,7 @@ def test_every_child_has_an_agent(mapper: str, media: Path, command: str, forks:
     play(media, scene, 100)
 
 
+@pytest.mark.usefixtures("way")
 def test_a_fork_without_registered_ranges_gives_the_child_a_userfaultfd(mapper: str, media: Path) -> None:
     async def scene(stage: Stage) -> None:
         program = await stage.start(mapper)
@@ -298,6 +312,22 @@ def test_the_child_of_a_vfork_uses_the_agent_of_its_parent(mapper: str, media: P
         assert await program.ask("vfork") == "vfork 0"
         assert list(stage.supervisor.spaces) == [space]
         assert [each for each, _, _ in stage.supervisor.maps] == [space, space]
+
+    play(media, scene)
+
+
+def test_an_agent_made_by_the_child_of_a_vfork_belongs_to_the_parent(mapper: str, media: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        program = await stage.start(mapper)
+        assert await program.ask(f"vfork {media}") == "vfork 0"
+        (space,) = stage.supervisor.spaces
+        assert space.tgid == program.pid
+        assert (await program.ask(f"map {media} 4")).startswith("at 0x2000")
+        assert [each for each, _, _ in stage.supervisor.maps] == [space, space]
+        assert await program.ask("load 0") == f"byte {ord('V')}"
+        assert not space.is_gone
+        assert await program.end() == 0
+        await until(lambda: space.is_gone)
 
     play(media, scene)
 
@@ -344,11 +374,12 @@ def test_the_agent_that_is_killed_takes_its_program_along(mapper: str, media: Pa
     play(media, scene)
 
 
+@pytest.mark.usefixtures("way")
 def test_a_fork_that_fails_leaves_nothing(mapper: str, media: Path) -> None:
     """RLIMIT_NPROC of another user than root: clone(2) says EAGAIN, to the tracer and to the program."""
 
     async def scene(stage: Stage) -> None:
-        program = await stage.start("/usr/bin/setpriv", "--reuid", "54321", "--clear-groups", mapper)
+        program = await stage.start("/usr/bin/setpriv", "--reuid", str(USER), "--clear-groups", mapper)
         assert await program.ask(f"map {media} 4") == "at 0x200000000000", stage.supervisor.refusals
         assert await program.ask("limit 1") == "done"
         assert await program.ask("fork") == "fork 11"
@@ -366,7 +397,7 @@ def test_a_program_without_room_for_an_agent_is_refused_and_may_try_again(mapper
     """RLIMIT_NPROC is reached by the first process of the agent."""
 
     async def scene(stage: Stage) -> None:
-        program = await stage.start("/usr/bin/setpriv", "--reuid", "54322", "--clear-groups", mapper)
+        program = await stage.start("/usr/bin/setpriv", "--reuid", str(USER), "--clear-groups", mapper)
         assert await program.ask("wait") == "wait -1 10"
         assert await program.ask("limit 1") == "done"
         assert await program.ask(f"map {media} 4") == "error 19"
@@ -393,8 +424,9 @@ def test_a_traced_program_cannot_fork_once_it_has_mappings(mapper: str, media: P
     play(media, scene)
 
 
+@pytest.mark.usefixtures("way")
 def test_signals_during_forks_are_all_delivered(mapper: str, media: Path) -> None:
-    """A timer interrupts forks at any place; each fork is done once, and each child has its agent."""
+    """A timer interrupts forks at any place. Each fork is done once, and each child has its agent."""
 
     async def scene(stage: Stage) -> None:
         program = await stage.start(mapper)

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+import resource
 import select
 import signal
 import struct
@@ -13,10 +14,11 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
+import trio
 
 from daxemu.errors import Unsupported
 from daxemu.host.c_layout import refusal
-from daxemu.host.direct import code, structs, userfaultfd
+from daxemu.host.direct import code, scarce, structs, userfaultfd
 from daxemu.host.direct.errors import (
     AddressSpaceChanging,
     AddressSpaceGone,
@@ -193,6 +195,34 @@ def test_a_fork_is_an_event_with_the_userfaultfd_of_the_child(scene: Scene) -> N
     with pytest.raises(AddressSpaceGone):
         child.register(scene.at, PAGE_SIZE)
     child.close()
+
+
+def test_a_fork_waits_for_a_free_descriptor(scene: Scene) -> None:
+    scene.uffd.register(scene.at, PAGES * PAGE_SIZE)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def main() -> Event:
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            with trio.move_on_after(0.5) as waited:
+                await scarce.next_events(scene.uffd, trio.lowlevel.wait_readable)
+            assert waited.cancelled_caught
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        with trio.fail_after(20):
+            (event,) = await scarce.next_events(scene.uffd, trio.lowlevel.wait_readable)
+        return event
+
+    forking = Accessing(lambda: libc.syscall(NR_FORK))
+    event = trio.run(main)
+    assert isinstance(event, Forked)
+    os.close(event.fd)
+    pid = forking.join()
+    assert isinstance(pid, int)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def test_a_move_waits_for_its_event_and_requests_say_so(scene: Scene) -> None:

@@ -1,6 +1,6 @@
 """Processes with direct mappings: fork, vfork, threads, execve, exit, namespaces, buffers of system calls.
 
-The steps are in tests/victims/direct.c.
+The steps are in tests/victims/direct.c, and those about memory in direct_memory.c.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,10 @@ LIMIT = 60
 PAGE = 4096
 STEPS = (
     *("store", "fork", "vfork", "vfork-mmap", "vfork-first", "spawn", "exec", "thread-exec", "failed-exec"),
-    *("threads", "forking-threads", "proc", "parts", "private", "locked", "shared-memory"),
+    *("many-mappings", "raw-fork", "forking-handler"),
+    *("threads", "forking-threads", "proc", "shared-memory"),
 )
+MEMORY_STEPS = ("parts", "private", "locked", "mremap", "fixed")
 
 
 def under_run(mount: DaxMount | None, *command: str | Path, before: tuple[str, ...] = ()) -> str:
@@ -73,6 +76,11 @@ def program() -> Path:
 
 
 @pytest.fixture
+def memory_program() -> Path:
+    return compile_victim("direct_memory")
+
+
+@pytest.fixture
 def path(dax_mount: DaxMount) -> Path:
     return dax_mount.make_file("f", 16)
 
@@ -87,6 +95,15 @@ def other(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("step", STEPS)
 def test_step(dax_mount: DaxMount, program: Path, path: Path, step: str) -> None:
+    does(dax_mount, program, step, path)
+
+
+@pytest.mark.parametrize("step", MEMORY_STEPS)
+def test_step_about_memory(dax_mount: DaxMount, memory_program: Path, path: Path, step: str) -> None:
+    does(dax_mount, memory_program, step, path)
+
+
+def does(dax_mount: DaxMount, program: Path, step: str, path: Path) -> None:
     assert under_run(dax_mount, program, step, path).split()[-1] == "ok"
     assert not dax_mount.events("UnexpectedError")
     assert eventually(lambda: not agents(dax_mount))
@@ -100,24 +117,12 @@ def test_step_of_a_static_program(dax_mount: DaxMount, path: Path, step: str) ->
 
 @pytest.mark.parametrize("step", ["kernel-mode", "io-uring"])
 def test_the_kernel_reads_into_a_mapping(
-    dax_mount: DaxMount, program: Path, path: Path, other: Path, step: str
+    dax_mount: DaxMount, memory_program: Path, path: Path, other: Path, step: str
 ) -> None:
-    said = under_run(dax_mount, program, step, path, other).splitlines()
+    said = under_run(dax_mount, memory_program, step, path, other).splitlines()
     if len(said) == 2:
         pytest.skip(said[0])
     assert said == ["ok"]
-
-
-def test_mremap_out_of_the_addresses_of_direct_mappings_is_refused(
-    dax_mount: DaxMount, program: Path, path: Path
-) -> None:
-    said = under_run(dax_mount, program, "mremap", path).splitlines()
-    assert said == ["outside of the zone: ENOMEM", "ok"]
-
-
-def test_map_fixed_elsewhere_is_refused(dax_mount: DaxMount, program: Path, path: Path) -> None:
-    said = under_run(dax_mount, program, "fixed", path).splitlines()
-    assert said == ["outside of the zone: ENODEV", "ok"]
 
 
 def test_nothing_is_left_of_a_killed_program(dax_mount: DaxMount, program: Path, path: Path) -> None:
@@ -182,13 +187,37 @@ print(mmap.mmap(fd, 4096, mmap.MAP_PRIVATE)[:1])
 """
 
 
-@pytest.mark.parametrize("namespace", [("--pid", "--fork"), ("--pid", "--fork", "--mount-proc")])
-def test_run_in_a_pid_namespace_has_no_direct_mappings(
-    dax_mount: DaxMount, path: Path, namespace: tuple[str, ...]
+OF_A_SHELL = ("sh", "-c", '"$@"; exit $?', "sh")
+"""Words before a command that shall not be the first process of a pid namespace."""
+NAMESPACES = (("--pid", "--fork"), ("--pid", "--fork", "--mount-proc"))
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("step", ["fork", "raw-fork", "exec", "threads"])
+def test_run_in_a_pid_namespace(
+    dax_mount: DaxMount, program: Path, path: Path, step: str, namespace: tuple[str, ...]
 ) -> None:
-    """As elsewhere: MAP_SHARED is ENODEV, and MAP_PRIVATE works."""
-    said = under_run(dax_mount, sys.executable, "-c", MAP_SHARED, path, before=("unshare", *namespace))
-    assert said.splitlines() == ["No such device", "b'A'"]
+    before = ("unshare", *namespace, *OF_A_SHELL)
+    assert under_run(dax_mount, program, step, path, before=before) == "ok\n"
+    assert not dax_mount.events("DirectMappingRefused")
+    assert not dax_mount.events("UnexpectedError")
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("where", ["run inside", "run outside"])
+def test_consumption_in_a_pid_namespace(
+    dax_mount: DaxMount, program: Path, path: Path, where: str, namespace: tuple[str, ...]
+) -> None:
+    """The supervisor, and the program, have other ids for the thread."""
+    dax_mount.inject("f", (3 * PAGE, PAGE))
+    into = ("unshare", *namespace, *OF_A_SHELL)
+    if where == "run inside":
+        said = under_run(dax_mount, program, "consume", path, before=into)
+    else:
+        said = under_run(dax_mount, *into, program, "consume", path)
+    assert said == "code 4 page 3\nok\n"
+    (consumed,) = dax_mount.events("SignalSent")
+    assert consumed["result"] == "delivered"
 
 
 def test_a_program_under_a_tracer_has_no_direct_mappings(dax_mount: DaxMount, path: Path) -> None:
@@ -207,9 +236,15 @@ def test_a_program_under_a_tracer_has_no_direct_mappings(dax_mount: DaxMount, pa
 def test_two_direct_mounts_in_one_program(
     dax_mount: DaxMount, tmp_path: Path, program: Path, path: Path
 ) -> None:
-    """fork(2) of a program that maps files of both is refused; posix_spawn(3) works."""
+    """fork(2) and posix_spawn(3) of a program that maps files of both."""
     (tmp_path / "second").mkdir()
     with dax_mount_at(tmp_path / "second", "64M", mount=False) as second:
         second.mount("--direct")
-        said = under_run(None, program, "two-mounts", path, second.make_file("f", 16)).splitlines()
-        assert said == ["fork: EAGAIN", "ok"]
+        assert under_run(None, program, "two-mounts", path, second.make_file("f", 16)) == "ok\n"
+        for mount in (dax_mount, second):
+            assert eventually(partial(_has_no_agent, mount))
+            assert not mount.events("UnexpectedError")
+
+
+def _has_no_agent(mount: DaxMount) -> bool:
+    return not agents(mount)

@@ -369,13 +369,13 @@ def test_libpmem_takes_the_mount_for_persistent_memory(dax_mount: DaxMount, pmdk
     assert said == ["is_pmem 1 1", "ok"]
 
 
-def test_libpmem2_is_refused(dax_mount: DaxMount, pmdk: Path) -> None:
-    """libpmem2 maps with MAP_FIXED over memory that it has reserved (docs/direct.md, Limits)."""
-    words = argv(dax_mount, pmdk, "pmem2", dax_mount.path / "f")
-    done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT)
-    assert (done.returncode, done.stdout) == (1, "pmem2_map_new: mmap: No such device\n")
-    (refused,) = dax_mount.events("DirectMappingRefused")
-    assert "MAP_FIXED" in refused["reason"]
+@pytest.mark.parametrize("step", ["pmem2", "pmem2-reservation"])
+def test_libpmem2_stores_by_cache_line(dax_mount: DaxMount, pmdk: Path, step: str) -> None:
+    """libpmem2 maps with MAP_FIXED over memory that it, or the program, has reserved."""
+    said = under_run(dax_mount, pmdk, step, dax_mount.path / "f").splitlines()
+    assert said == ["granularity cache line", "ok"]
+    assert (dax_mount.path / "f").read_bytes()[100:106] == b"stored"
+    assert not dax_mount.events("DirectMappingRefused")
 
 
 def test_a_libpmemobj_pool_is_whole_after_kill_9_and_remount(dax_mount: DaxMount, pmdk: Path) -> None:

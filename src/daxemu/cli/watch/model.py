@@ -23,11 +23,11 @@ from daxemu.protocol import (
     MappedFile,
     StatusReport,
     Survey,
-    SurveyReport,
     WhoMaps,
     kind_fields,
 )
 from daxemu.protocol import Status as StatusRequest
+from daxemu.survey_report import SurveyReport
 from daxemu.uapi import PAGE_SIZE, page_align_down
 from daxemu.units import DIV_ROUND_UP
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from daxemu.cli.common import human
 from daxemu.cli.output import for_people
 from daxemu.cli.watch.model import Model
-from daxemu.protocol import Cell
+from daxemu.survey_report import Cell
 
 HEAD, FOOT, FRAME = 3, 1, 2
 MIN_PANEL = 3

@@ -13,108 +13,45 @@ work, and the thread makes the call again: :meth:`AddressSpaces.of` returns None
 time.
 
 Invariants:
-- a process makes its agent, or forks, one after the other: the agent's socket is in the program for a moment,
-  and an event of a fork belongs to the one fork under way;
-- the child of a fork has its agent before its first instruction, or does not live;
+- a process makes one agent at a time: the agent's socket is in the program for a moment;
+- the child of a fork has its agent before its first instruction, or does not live (``forks``);
 - a space whose agent was killed by others does not outlive the agent: its process is killed.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import logging
 import os
-import platform
 import signal
-import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import partial
-from typing import Protocol
 
 import trio
 
 from daxemu.errors import DaxemuError
-from daxemu.host.direct import code
-from daxemu.host.direct.agent import ProcessAgent
+from daxemu.host.direct.address_space import AddressSpace, NotifiedCalls, Watcher
+from daxemu.host.direct.bursts import Burst
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
-from daxemu.host.direct.userfaultfd import Event, Forked, Userfaultfd
-from daxemu.host.proc import stat, status
+from daxemu.host.direct.forks import Forks
+from daxemu.host.direct.making import AgentMaking, first_batch, raise_unless_made
+from daxemu.host.direct.memory import owner_of, process_of, shares_memory
+from daxemu.host.direct.scarce import kill_unfollowed, next_events
+from daxemu.host.direct.userfaultfd import OUTSIDE, Event, Forked, Userfaultfd
+from daxemu.host.proc import status
 from daxemu.host.proc.procfs import read_whole
-from daxemu.host.run import zone
-from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
-from daxemu.host.tracer.link import Armed, TracerLink
-from daxemu.host.tracer.messages import AgentMade, MakeAgent, Outcome, Refused, TraceFork
+from daxemu.host.run.seccomp import CONTINUE, RESTART, Answer, NotifiedCall
+from daxemu.host.tracer.link import TracerLink
 from daxemu.host.unexpected import Nursery
-from daxemu.uapi import PAGE_SIZE
 
 log = logging.getLogger(__name__)
 
-RESTART = Answer(error=513)
-"""ERESTARTNOINTR of linux/errno.h: the thread makes the call again, if the tracer has interrupted it."""
-
-ARENA_SIZE = 1 << 20
-"""Bytes of the arenas slice that each mount has: place for its agent in every address space."""
-
-_NR_KCMP = {"x86_64": 312}.get(platform.machine(), 272)  # asm/unistd.h
-_KCMP_VM = 1  # uapi/linux/kcmp.h
 # /proc/TID/syscall: execve and execveat of asm/unistd_64.h, or on a processor
 _MAYBE_EXECVE = (b"59", b"322", b"running")
 _FIRST_LOOK, _LONGEST_LOOK = 0.001, 0.1
 """Seconds between looks at a thread in execve(2)."""
 _LONGEST_WATCH = 60.0
 """Seconds. The lookup by the next notified call or the exit notices an execve(2) that takes longer."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-
-
-class NotifiedCalls(Protocol):
-    """The calls of one ``daxemu run``: ``host.run.attached.AttachedRun``."""
-
-    def add_fd(self, call: NotifiedCall, fd: int, *, number: int | None = None) -> int:
-        """Copy a descriptor into the process that waits."""
-
-    def answer(self, call: NotifiedCall, answer: Answer) -> bool:
-        """Let the call return."""
-
-
-class AddressSpace:
-    """Memory of one process. ``is_gone``: ended, with agent and userfaultfd."""
-
-    def __init__(self, agent: ProcessAgent, uffd: Userfaultfd) -> None:
-        self.agent = agent
-        self.uffd = uffd
-        self.is_gone = False
-        self._fork_turn = trio.Lock()
-        self._next_agent: ProcessAgent | None = None
-        """Agent of the child, while a fork is under way."""
-        self._child: AddressSpace | None = None
-        """Child of the fork under way, once its event was read."""
-        self._process = -1
-        """pidfd of the process."""
-
-    @property
-    def tgid(self) -> int:
-        """Process id; 0 for the child of a fork that is not complete yet."""
-        return self.agent.tgid
-
-
-class Watcher(Protocol):
-    """Decides faults. Every method is called in the trio thread, and must not wait."""
-
-    def on_events(self, space: AddressSpace, events: Sequence[Event]) -> None:
-        """Take events of the userfaultfd, in order; no ``Forked`` is among them."""
-
-    def on_forked(self, parent: AddressSpace, child: AddressSpace) -> None:
-        """Copy what is known of ``parent``: ``child`` has the same mappings, in place of any event before
-        this call and none after. The agent of ``child`` may be used from now on; batches wait until the agent
-        is made.
-        """
-
-    def on_gone(self, space: AddressSpace) -> None:
-        """Forget the space: its process has ended or runs another program."""
 
 
 class AddressSpaces:
@@ -126,23 +63,22 @@ class AddressSpaces:
         """``media``, ``void``: descriptors, opened for reading and writing. ``index``: number of the mount's
         slice in ``zone.SLICES``; agents of several mounts in a process lie side by side. Raises Unsupported.
         """
-        self._link = link
         self._nursery = nursery
         self._watcher = watcher
-        self._fds = (media, void)
-        self._place = zone.ARENAS.start + index * ARENA_SIZE
-        self._code = code.agent_code()
+        self._making = AgentMaking(link, nursery, media, void, index)
+        self._forks = Forks(self._making, watcher, self._add, self.end)
         self._spaces: dict[int, AddressSpace] = {}
-        self._making: dict[int, trio.Event] = {}
-        self._forks: set[trio.Event] = set()
-        """Forks whose child may run already, but has no space yet."""
-        self._repeating: set[int] = set()
-        """Threads whose next fork is the one that is traced."""
+        self._in_the_making: dict[int, trio.Event] = {}
         self._failures: dict[int, DaxemuError] = {}
         """Reasons for the calls of threads that were answered RESTART, and got no agent."""
 
     def __iter__(self) -> Iterator[AddressSpace]:
         return iter(tuple(self._spaces.values()))
+
+    @property
+    def is_in_use(self) -> bool:
+        """True while an address space lives or is made."""
+        return bool(self._spaces or self._in_the_making or self._forks.is_under_way)
 
     async def of(self, run: NotifiedCalls, call: NotifiedCall) -> AddressSpace | None:
         """Return the address space of a call's thread, which still waits for its answer. Make the space first
@@ -150,30 +86,30 @@ class AddressSpaces:
 
         Raises AddressSpaceGone if the thread is dead, AgentRefused with a reason for the user.
         """
-        tgid = _process_of(call.tid)
+        tgid = process_of(call.tid)
         found = await self.settled(call.tid)
         # The call may be made again before the failure is known: only now no agent is in the making.
         failure = self._failures.pop(call.tid, None)
         if found is None:
             if failure is not None:
                 raise failure
-            self._making[tgid] = trio.Event()
+            self._in_the_making[tgid] = trio.Event()
             try:
                 await self._make(run, call, tgid)
             finally:
-                self._making.pop(tgid).set()
+                self._in_the_making.pop(tgid).set()
         return found
 
     def find(self, tid: int) -> AddressSpace | None:
         """Return the address space of a thread; None if the thread has none, or its fork is not complete.
         Raises AddressSpaceGone if the thread is dead.
         """
-        own = self._spaces.get(_process_of(tid))
+        own = self._spaces.get(process_of(tid))
         if own is not None:
-            if _shares_memory(tid, own.agent.pid):
+            if shares_memory(tid, own.agent.pid):
                 return own
             self.end(own)
-        return next((space for space in self if _shares_memory(tid, space.agent.pid)), None)
+        return next((space for space in self if shares_memory(tid, space.agent.pid)), None)
 
     async def settled(self, tid: int) -> AddressSpace | None:
         """Return the address space of a thread as soon as its process does not make an agent, and is not the
@@ -181,10 +117,9 @@ class AddressSpaces:
         """
         found = self.find(tid)
         if found is None:
-            for fork in tuple(self._forks):
-                await fork.wait()
+            await self._forks.none_under_way()
             while (found := self.find(tid)) is None:
-                if (made := self._making.get(_process_of(tid))) is None:
+                if (made := self._in_the_making.get(process_of(tid))) is None:
                     break
                 await made.wait()
         return found
@@ -197,28 +132,26 @@ class AddressSpaces:
         thread the fork fails with EAGAIN.
         """
         try:
-            # After NotTaken the thread is not traced any more. The report may still be on its way.
-            if call.tid in self._repeating and self._is_traced_by_us(call.tid):
-                self._repeating.discard(call.tid)
-                run.answer(call, CONTINUE)
-                return
-            parent = await self.settled(call.tid)
+            parent = None if self._forks.is_repeated(call) else await self.settled(call.tid)
             if parent is None:
                 run.answer(call, CONTINUE)
-                return
-            async with parent._fork_turn:
-                await self._fork(run, call, parent, tuple(drop))
+            else:
+                await self._forks.fork(run, call, parent, drop)
         except AddressSpaceGone:
             run.answer(call, CONTINUE)
         except AgentRefused as why:
             log.warning("fork of process %s fails: %s", call.tid, why)
             run.answer(call, Answer(error=errno.EAGAIN))
 
+    def is_repeated(self, call: NotifiedCall) -> bool:
+        """Return True for a fork that the thread makes once more: :meth:`forked` has not returned yet."""
+        return self._forks.is_repeated(call)
+
     async def executes(self, call: NotifiedCall) -> None:
         """Note an execve(2), before the call is answered with CONTINUE: its address space may end."""
         try:
             space = await self.settled(call.tid)
-            if space is not None and space.tgid == _process_of(call.tid):
+            if space is not None and space.tgid == process_of(call.tid):
                 self._nursery.start_soon(self._watch_execve, space, call.tid)
         except AddressSpaceGone:
             return
@@ -230,12 +163,13 @@ class AddressSpaces:
         space.is_gone = True
         if self._spaces.get(space.tgid) is space:
             del self._spaces[space.tgid]
-        for fd in (space.uffd.fd, space._process):
+        for fd in (space.uffd.fd, space.outside.fd, space.process):
             if fd >= 0:
                 trio.lowlevel.notify_closing(fd)
         space.uffd.close()
-        if space._process >= 0:
-            os.close(space._process)
+        space.outside.close()
+        if space.process >= 0:
+            os.close(space.process)
         space.agent.close()
         self._watcher.on_gone(space)
 
@@ -245,156 +179,90 @@ class AddressSpaces:
             self.end(space)
 
     async def _make(self, run: NotifiedCalls, call: NotifiedCall, tgid: int) -> None:
-        agent, armed = await self._begin(run, call, tgid, MakeAgent)
+        agent, fd, limit = self._making.give_socket(run, call)
+        armed = await self._making.hold(agent, fd, limit, call)
         run.answer(call, RESTART)
         try:
-            _raise_unless_made(await armed.wait())
-            agent.tgid = _owner_of(call.tid)
-            space = AddressSpace(agent, await _first_batch(agent))
-        except AddressSpaceGone:
-            agent.close()
+            raise_unless_made(await armed.wait())
+            agent.tgid = owner_of(call.tid)
+            space = AddressSpace(agent, await first_batch(agent))
         except (DaxemuError, OSError) as why:
             agent.close()
-            self._failures[call.tid] = AgentRefused(f"no agent in process {tgid}: {why}")
+            # Without a failure, a live thread would make the call for ever.
+            if not isinstance(why, AddressSpaceGone) or _is_alive(call.tid):
+                self._failures[call.tid] = AgentRefused(f"no agent in process {tgid}: {why}")
         else:
             self._add(space)
-
-    async def _fork(
-        self,
-        run: NotifiedCalls,
-        call: NotifiedCall,
-        parent: AddressSpace,
-        drop: tuple[tuple[int, int], ...],
-    ) -> None:
-        agent, armed = await self._begin(run, call, parent.tgid, partial(TraceFork, drop=drop))
-        under_way = trio.Event()
-        self._forks.add(under_way)
-        parent._next_agent = agent
-        self._repeating.add(call.tid)
-        run.answer(call, RESTART)
-        try:
-            await self._complete(parent, agent, await armed.wait())
-        finally:
-            self._repeating.discard(call.tid)
-            parent._next_agent = parent._child = None
-            self._forks.discard(under_way)
-            under_way.set()
-
-    async def _complete(self, parent: AddressSpace, agent: ProcessAgent, outcome: Outcome | None) -> None:
-        """Make the space of the child, or forget the child."""
-        child = parent._child
-        if not isinstance(outcome, AgentMade):
-            if isinstance(outcome, Refused):
-                log.warning("the child of process %s was killed: %s", parent.tgid, outcome.reason)
-            if child is not None:
-                self.end(child)
-            agent.close()
-            return
-        agent.tgid = outcome.tgid
-        try:
-            if child is None:  # no range was registered, so the kernel sent no event
-                child = AddressSpace(agent, await _first_batch(agent))
-                self._watcher.on_forked(parent, child)
-            else:
-                await agent.settle()
-        except AddressSpaceGone:
-            agent.close()
-            if child is not None:
-                self.end(child)
-            return
-        self._add(child)
-        if not _shares_memory(child.tgid, agent.pid):
-            self.end(child)  # execve(2) came first
-
-    async def _begin(
-        self,
-        run: NotifiedCalls,
-        call: NotifiedCall,
-        tgid: int,
-        kind: Callable[..., MakeAgent | TraceFork],
-    ) -> tuple[ProcessAgent, Armed]:
-        """Give the process the socket of an agent, and hold the thread."""
-        self._refuse_traced(call.tid)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        agent = ProcessAgent(ours, self._fds)
-        try:
-            with theirs:
-                fd = run.add_fd(call, theirs.fileno())
-            length = PAGE_SIZE + code.MEMORY
-            request = kind(0, tgid, call.tid, fd, self._place, length, self._code, zone.MAGIC)
-            armed = await self._link.make_agent(request)
-            if not isinstance(armed, Armed):
-                _raise_unless_made(armed)
-                raise AssertionError(armed)
-        except FileNotFoundError:
-            agent.close()
-            raise AddressSpaceGone(f"thread {call.tid} does not wait any more") from None
-        except OSError as error:
-            agent.close()
-            raise AgentRefused(f"no descriptor in process {tgid}: {error}") from error
-        except BaseException:
-            agent.close()
-            raise
-        self._nursery.start_soon(agent.serve)
-        return agent, armed
-
-    def _refuse_traced(self, tid: int) -> None:
-        found = status.find(tid)
-        if found is None or not found.tracer or _process_of(found.tracer) == self._link.pid:
-            return
-        raise AgentRefused(
-            f"process {found.tracer} traces thread {tid}, and a thread has one tracer at a time"
-        )
-
-    def _is_traced_by_us(self, tid: int) -> bool:
-        found = status.find(tid)
-        return found is not None and bool(found.tracer) and _process_of(found.tracer) == self._link.pid
 
     def _add(self, space: AddressSpace) -> None:
         """Serve a space whose agent has made a batch."""
         try:
-            space._process = os.pidfd_open(space.tgid)
-        except ProcessLookupError:
+            space.process = os.pidfd_open(space.tgid)
+        except OSError:  # the process has ended, or no descriptor is free
+            kill_unfollowed(space.tgid)
             self.end(space)
             return
         self._spaces[space.tgid] = space
-        for task in (self._read_events, self._await_exit, self._await_loss):
+        for task in (self._await_exit, self._await_loss):
             self._nursery.start_soon(task, space)
+        for uffd in (space.uffd, space.outside):
+            if uffd.fd >= 0:
+                self._nursery.start_soon(self._read_events, space, uffd)
 
-    async def _read_events(self, space: AddressSpace) -> None:
+    async def open_outside(self, space: AddressSpace) -> None:
+        """Give a space a userfaultfd for mappings outside the zone, if the space has none. Precondition: no
+        other task does. Raises AddressSpaceGone, and the exceptions of ProcessAgent.take_userfaultfd.
+        """
+        if space.outside.fd < 0:
+            fd = await space.agent.take_userfaultfd()
+            if space.is_gone:
+                os.close(fd)
+                raise AddressSpaceGone(f"process {space.tgid} has ended")
+            space.outside.take(fd)
+            space.outside.enable(OUTSIDE)
+            space.agent.give(fd)
+            self._nursery.start_soon(self._read_events, space, space.outside)
+
+    async def _read_events(self, space: AddressSpace, uffd: Userfaultfd) -> None:
+        burst = Burst()
         while not space.is_gone:
             try:
-                await trio.lowlevel.wait_readable(space.uffd.fd)
+                found = await next_events(uffd, burst.readable)
             except trio.ClosedResourceError:
                 return
-            events: list[Event] = []
-            for event in space.uffd.read():
-                if isinstance(event, Forked):
-                    self._deliver(space, events)
-                    events = []
-                    self._adopt(space, event)
-                else:
-                    events.append(event)
-            self._deliver(space, events)
+            if not self._take(space, uffd, found):
+                burst.end()
 
-    def _deliver(self, space: AddressSpace, events: list[Event]) -> None:
-        if events:
-            self._watcher.on_events(space, events)
+    def drain(self, space: AddressSpace) -> None:
+        """Take the events of mappings outside the zone that have come. Without a free descriptor the event of
+        a fork is left to the task that reads.
+        """
+        if space.outside.fd >= 0:
+            with suppress(OSError):
+                self._take(space, space.outside, space.outside.read())
 
-    def _adopt(self, parent: AddressSpace, event: Forked) -> None:
-        agent = parent._next_agent
-        if agent is None or parent._child is not None:
-            os.close(event.fd)
-            log.warning("process %s made a child unseen: its memory is not protected", parent.tgid)
-            return
-        parent._child = AddressSpace(agent, Userfaultfd(event.fd))
-        self._watcher.on_forked(parent, parent._child)
+    def _take(self, space: AddressSpace, uffd: Userfaultfd, found: Sequence[Event]) -> bool:
+        """Pass events on. Return True if all are answered already."""
+        events: list[Event] = []
+        is_answered = True
+        for event in found:
+            if isinstance(event, Forked):
+                is_answered = False
+                self._deliver(space, events)
+                events = []
+                self._forks.adopt(space, event, uffd)
+            else:
+                events.append(event)
+        return self._deliver(space, events) and is_answered
+
+    def _deliver(self, space: AddressSpace, events: list[Event]) -> bool:
+        return not events or self._watcher.on_events(space, events)
 
     async def _await_exit(self, space: AddressSpace) -> None:
         if space.is_gone:  # before this task began: its descriptors may be others' by now
             return
         with suppress(trio.ClosedResourceError):
-            await trio.lowlevel.wait_readable(space._process)
+            await trio.lowlevel.wait_readable(space.process)
             self.end(space)
 
     async def _await_loss(self, space: AddressSpace) -> None:
@@ -404,7 +272,7 @@ class AddressSpaces:
                 "the agent of process %s was killed, or did not answer: the process is killed", space.tgid
             )
             with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(space._process, signal.SIGKILL)
+                signal.pidfd_send_signal(space.process, signal.SIGKILL)
             self.end(space)
 
     async def _watch_execve(self, space: AddressSpace, tid: int) -> None:
@@ -418,70 +286,20 @@ class AddressSpaces:
                     return
                 # A thread that is not the leader takes the leader's id.
                 for each in (tid, space.tgid):
-                    found = status.find(each)
-                    if found is not None and not found.is_dead:
+                    if _is_alive(each):
                         break
                 else:
                     return
-                if not _shares_memory(each, space.agent.pid):
+                if not shares_memory(each, space.agent.pid):
                     self.end(space)
                     return
                 if each != tid or _call_of(tid) not in _MAYBE_EXECVE:
                     return
 
 
-async def _first_batch(agent: ProcessAgent) -> Userfaultfd:
-    uffd = Userfaultfd(await agent.take_userfaultfd())
-    try:
-        uffd.enable()
-    except BaseException:
-        uffd.close()
-        raise
-    return uffd
-
-
-def _raise_unless_made(outcome: Outcome | None) -> None:
-    """Raise AgentRefused or AddressSpaceGone for any other outcome than AgentMade."""
-    if isinstance(outcome, Refused):
-        raise AgentRefused(outcome.reason)
-    if not isinstance(outcome, AgentMade):
-        raise AddressSpaceGone("the thread has ended")
-
-
-def _process_of(tid: int) -> int:
+def _is_alive(tid: int) -> bool:
     found = status.find(tid)
-    if found is None:
-        raise AddressSpaceGone(f"thread {tid} has ended")
-    return found.tgid
-
-
-def _owner_of(tid: int) -> int:
-    """Return the process whose memory a thread uses: its own, or the outermost ancestor with the same memory.
-
-    A child of vfork(2) ends, or executes a program, before its parent: the address space is the parent's.
-    """
-    tgid = _process_of(tid)
-    with suppress(OSError):  # the process ends at this moment
-        while (parent := stat.read(tgid).parent) > 1 and _shares_memory(tgid, parent):
-            tgid = parent
-    return tgid
-
-
-def _shares_memory(tid: int, agent: int) -> bool:
-    """Return True if a thread has the address space of an agent. A dead thread has none."""
-    return bool(agent) and int(_libc.syscall(_NR_KCMP, tid, agent, _KCMP_VM, 0, 0)) == 0
-
-
-async def kill(tgid: int, agent: int) -> None:
-    """Kill the process with the address space of an agent, and wait for the end of its last thread."""
-    with suppress(ProcessLookupError):
-        pidfd = os.pidfd_open(tgid)
-        try:
-            if _shares_memory(tgid, agent):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                await trio.lowlevel.wait_readable(pidfd)
-        finally:
-            os.close(pidfd)
+    return found is not None and not found.is_dead
 
 
 def _call_of(tid: int) -> bytes:

@@ -9,14 +9,24 @@
  * independent of the program and makes the agent, which thus has no parent in the program. No instruction touches a
  * stack, thread-local memory, or a vector register.
  *
+ * Entered at daxemu_agent_fork by a thread that forks (redirect.c), with all signals blocked, and r12 = struct record.
+ * The thread forks. Its child sends a packet, makes an agent, and waits until the agent clears a word of the record, in its
+ * first batch: by then the supervisor knows the child. Parent and child go on behind the program's fork(2), with all
+ * registers but the three that every system call may change.
+ *
  * Memory: +0 pid of the agent or -errno (out); +8 zeros for setrlimit(2); +64 struct msghdr; +128 struct iovec;
- * +192 control message; +4096 a batch: 7 words a system call (number, six arguments), and its results, one word each.
- * host/direct/agent.py sends a packet for each batch, with the agent's two descriptors in the first one.
+ * +192 control message; +4096 a batch: 7 words a system call (number, six arguments), and its results, one word each;
+ * RECORDS struct record of threads that fork; DROPS addresses and lengths whose pages the child does not get;
+ * WILL start and length of each mapping outside the zone, then zeros (in; host/direct/agent.py).
+ * host/direct/agent.py sends a packet for each batch, with the agent's descriptors in the first one. The upper half of a
+ * number is 1 for a guard: if a guard fails, the calls behind it are not made, and their results are -ECANCELED.
  */
 #include <linux/userfaultfd.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/ioctl.h>
+
+#include "redirect.h"
 
 #if defined(__x86_64__)
 __asm__(
@@ -27,10 +37,12 @@ __asm__(
 	"daxemu_agent_start:\n"
 	"	syscall\n" /* the tracer makes other calls with this instruction, too */
 	"	test %rax, %rax\n"
-	"	jz first\n"
+	"	jz 1f\n"
 	"	hlt\n" /* the tracer has set the registers: not reached */
+	"1:	xor %r14d, %r14d\n"
+	"	mov $0x100, %r15d\n" /* CLONE_VM */
 
-	"first:\n"
+	"first:\n" /* r14, r15: a word, and flags of clone(2) */
 	"	mov $112, %eax\n" /* setsid: no signals of the program's terminal or process group */
 	"	syscall\n"
 	"	mov $80, %eax\n" /* chdir("/"): keeps no mount busy */
@@ -57,11 +69,11 @@ __asm__(
 	"	syscall\n"
 	"	test %rax, %rax\n"
 	"	js failed\n"
-	"	mov $56, %eax\n" /* clone(CLONE_VM), no exit signal */
-	"	mov $0x100, %edi\n"
+	"	mov $56, %eax\n" /* clone, no exit signal */
+	"	mov %r15, %rdi\n"
 	"	lea 4096(%r12), %rsi\n"
-	"	xor %edx, %edx\n"
-	"	xor %r10d, %r10d\n"
+	"	mov %r14, %rdx\n"
+	"	mov %r14, %r10\n"
 	"	xor %r8d, %r8d\n"
 	"	syscall\n"
 	"	test %rax, %rax\n"
@@ -103,7 +115,8 @@ __asm__(
 	"	mov %r13, %r15\n" /* the next call */
 	"	mov %r13, %rbx\n" /* place of its result, never beyond the call itself */
 	"call:\n"
-	"	mov 0(%r15), %rax\n"
+	"	mov 0(%r15), %eax\n"
+	"	mov 4(%r15), %ebp\n" /* 1: a guard */
 	"	mov 8(%r15), %rdi\n"
 	"	mov 16(%r15), %rsi\n"
 	"	mov 24(%r15), %rdx\n"
@@ -115,7 +128,16 @@ __asm__(
 	"	add $56, %r15\n"
 	"	add $8, %rbx\n"
 	"	dec %r14\n"
-	"	jnz call\n"
+	"	jz send\n"
+	"	test %ebp, %ebp\n"
+	"	jz call\n"
+	"	test %rax, %rax\n"
+	"	jns call\n"
+	"cancel:\n"
+	"	movq $-125, (%rbx)\n" /* -ECANCELED */
+	"	add $8, %rbx\n"
+	"	dec %r14\n"
+	"	jnz cancel\n"
 	"send:\n"
 	"	mov $44, %eax\n" /* sendto(0, results, length, MSG_NOSIGNAL) */
 	"	xor %edi, %edi\n"
@@ -131,7 +153,12 @@ __asm__(
 	"	test %rax, %rax\n"
 	"	js leave\n"
 	"	jmp next\n"
-	"will:\n" /* without the supervisor: map the void over the slice of the mount, so that every access is SIGBUS */
+	"will:\n" /* without the supervisor: map the void over all direct mappings, so that every access is SIGBUS */
+	"	mov $436, %eax\n" /* close_range(3, ~0, 0): an unmap would wait for a reader of the userfaultfd */
+	"	mov $3, %edi\n"
+	"	mov $-1, %esi\n"
+	"	xor %edx, %edx\n"
+	"	syscall\n"
 	"	movabs $0x2f0000001000, %rax\n" /* zone.ARENAS.start, and a page of code */
 	"	mov %r12, %rdi\n"
 	"	sub %rax, %rdi\n"
@@ -144,9 +171,121 @@ __asm__(
 	"	mov $0x4011, %r10d\n" /* MAP_SHARED | MAP_FIXED | MAP_NORESERVE */
 	"	movabs $0x6461786500000002, %r8\n" /* VOID_FD, and zone.MAGIC above */
 	"	xor %r9d, %r9d\n"
-	"	mov $9, %eax\n"
+	"	lea " TEXT(WILL) "(%r12), %r13\n"
+	"void:\n"
+	"	mov $9, %eax\n" /* mmap: of the slice, then of each mapping outside the zone */
 	"	syscall\n"
+	"	mov 0(%r13), %rdi\n"
+	"	mov 8(%r13), %rsi\n"
+	"	add $16, %r13\n"
+	"	test %rsi, %rsi\n"
+	"	jnz void\n"
 	"	jmp leave\n"
+	".globl daxemu_agent_fork\n"
+	".hidden daxemu_agent_fork\n"
+	"daxemu_agent_fork:\n"
+	"	syscall\n" /* clone(2) as the program called it; r9 is the mark of an agent's call */
+	"	test %rax, %rax\n"
+	"	jz child\n"
+	"	mov %rax, %r14\n"
+	"	js 1f\n"
+	"	testb $1, " OF(shares_files) "(%r12)\n" /* then the child closes for both */
+	"	jnz back\n"
+	"1:	mov $3, %eax\n" /* close */
+	"	mov " OF(socket) "(%r12), %rdi\n"
+	"	syscall\n"
+	"back:\n"
+	"	mov $14, %eax\n" /* rt_sigprocmask(SIG_SETMASK): a handler may run here */
+	"	mov $2, %edi\n"
+	"	lea " OF(mask) "(%r12), %rsi\n"
+	"	xor %edx, %edx\n"
+	"	mov $8, %r10d\n"
+	"	syscall\n"
+	"	mov %r14, %rax\n"
+	"	mov " OF(rdi) "(%r12), %rdi\n"
+	"	mov " OF(rsi) "(%r12), %rsi\n"
+	"	mov " OF(rdx) "(%r12), %rdx\n"
+	"	mov " OF(r10) "(%r12), %r10\n"
+	"	mov " OF(r8) "(%r12), %r8\n"
+	"	mov " OF(r9) "(%r12), %r9\n"
+	"	mov " OF(rbp) "(%r12), %rbp\n"
+	"	mov " OF(r13) "(%r12), %r13\n"
+	"	mov " OF(r14) "(%r12), %r14\n"
+	"	mov " OF(r15) "(%r12), %r15\n"
+	"	mov " OF(rip) "(%r12), %rcx\n" /* as after every system call */
+	"	mov " OF(r12) "(%r12), %r11\n"
+	"	movq $0, " OF(busy) "(%r12)\n"
+	"	mov %r11, %r12\n"
+	"	jmp *%rcx\n"
+
+	"child:\n"
+	"	mov $44, %eax\n" /* sendto(socket, record, 8, MSG_NOSIGNAL): by its credentials the supervisor knows the child */
+	"	mov " OF(socket) "(%r12), %rdi\n"
+	"	mov %r12, %rsi\n"
+	"	mov $8, %edx\n"
+	"	mov $0x4000, %r10d\n"
+	"	xor %r8d, %r8d\n"
+	"	xor %r9d, %r9d\n"
+	"	syscall\n"
+	"	mov %r12, %rbp\n"
+	"	mov " OF(room) "(%rbp), %r12\n"
+	"	mov " OF(socket) "(%rbp), %r13\n"
+	"	mov " OF(drops) "(%rbp), %r10\n"
+	"	lea " TEXT(DROPS) "(%r12), %r8\n"
+	"	movabs $0x6461786500000000, %r9\n" /* zone.MAGIC above */
+	"1:	test %r10, %r10\n"
+	"	jz 2f\n"
+	"	mov $28, %eax\n" /* madvise(MADV_DONTNEED) */
+	"	mov 0(%r8), %rdi\n"
+	"	mov 8(%r8), %rsi\n"
+	"	mov $4, %edx\n"
+	"	syscall\n"
+	"	add $16, %r8\n"
+	"	dec %r10\n"
+	"	jmp 1b\n"
+	"2:	movq $-3, (%r12)\n" /* -ESRCH, of a first process that is killed */
+	"	lea " OF(agent) "(%rbp), %r14\n"
+	"	mov $0x300100, %r15d\n" /* CLONE_VM | CLONE_PARENT_SETTID | CLONE_CHILD_CLEARTID */
+	"	mov $56, %eax\n" /* clone(CLONE_VM | CLONE_VFORK), no exit signal */
+	"	mov $0x4100, %edi\n"
+	"	lea 4096(%r12), %rsi\n"
+	"	xor %edx, %edx\n"
+	"	xor %r10d, %r10d\n"
+	"	xor %r8d, %r8d\n"
+	"	syscall\n"
+	"	test %rax, %rax\n"
+	"	jz first\n"
+	"	js 4f\n"
+	"	mov %rax, %rdi\n"
+	"	mov $61, %eax\n" /* wait4(first, NULL, __WALL) */
+	"	xor %esi, %esi\n"
+	"	mov $0x40000000, %edx\n"
+	"	xor %r10d, %r10d\n"
+	"	syscall\n"
+	"	cmpq $0, (%r12)\n"
+	"	jl 4f\n"
+	"3:	mov (%r14), %edx\n" /* 0: the supervisor knows the child, or the agent has ended */
+	"	test %edx, %edx\n"
+	"	jz 5f\n"
+	"	mov $202, %eax\n" /* futex(FUTEX_WAIT) */
+	"	mov %r14, %rdi\n"
+	"	xor %esi, %esi\n"
+	"	xor %r10d, %r10d\n"
+	"	syscall\n"
+	"	jmp 3b\n"
+	"4:	mov $39, %eax\n" /* kill(getpid(), SIGKILL): no child lives without an agent */
+	"	syscall\n"
+	"	mov %rax, %rdi\n"
+	"	mov $62, %eax\n"
+	"	mov $9, %esi\n"
+	"	syscall\n"
+	"	jmp 4b\n"
+	"5:	mov $3, %eax\n" /* close */
+	"	mov %r13, %rdi\n"
+	"	syscall\n"
+	"	mov %rbp, %r12\n"
+	"	xor %r14d, %r14d\n"
+	"	jmp back\n"
 	"root:	.asciz \"/\"\n"
 	"name:	.asciz \"daxemu-agent\"\n"
 	"daxemu_agent_end:\n"

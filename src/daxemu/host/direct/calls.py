@@ -21,10 +21,12 @@ from daxemu.fs.fault import FaultKind, FileRun
 from daxemu.host.direct import planner
 from daxemu.host.direct.changes import FileLocks
 from daxemu.host.direct.locking import held
+from daxemu.host.direct.outside import is_outside, reserve
 from daxemu.host.direct.page_tables import PageTables
 from daxemu.host.direct.table import PROT_WRITE, Area, Space, Table
 from daxemu.host.mappings import HardwareError
 from daxemu.host.proc import status
+from daxemu.host.run import zone
 from daxemu.host.run.filters import Nr
 from daxemu.host.run.runner import fault_in
 from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
@@ -34,11 +36,13 @@ from daxemu.uapi import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
     MADV_HWPOISON,
+    MADV_REMOVE,
     MADV_SOFT_OFFLINE,
     PAGE_SIZE,
     PMD_SIZE,
     U64_MAX,
     Ino,
+    page_align_down,
     page_align_up,
 )
 from daxemu.units import PFN_PHYS, PHYS_PFN
@@ -59,7 +63,7 @@ _VALIDATED = 0xFC0FF9F3 | MAP_SYNC
 """Flags that MAP_SHARED_VALIDATE accepts: LEGACY_MAP_MASK of linux/mman.h, and MAP_SYNC as on DAX."""
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 MS_ASYNC, MS_INVALIDATE, MS_SYNC = 1, 2, 4
-MADV_DONTNEED, MADV_REMOVE, MADV_DONTNEED_LOCKED = 4, 9, 24
+MADV_DONTNEED, MADV_FREE, MADV_WIPEONFORK, MADV_DONTNEED_LOCKED = 4, 8, 18, 24
 _PROT = 7
 _NO_KEY = 0xFFFFFFFF
 """Argument of pkey_mprotect(2) that makes the call an mprotect(2)."""
@@ -200,7 +204,7 @@ class Calls:
         may_write = not is_shared or file.can_write
         try:
             async with self._locks.held(file.ino), held(space.lock):
-                start = self._place(space, address, size, flags)
+                start = await self._place(space, address, size, flags)
                 where = Range(start, start + size)
                 area = Area(space, where, file.ino, PHYS_PFN(offset), prot & _PROT, is_shared, may_write)
                 if space.overlapping(where):
@@ -209,8 +213,7 @@ class Calls:
                         runs = self._runs(area, _EAGER_OVER)
                         await self._page_tables.show(list(planner.media_pieces(area, runs)))
                 else:
-                    runs = self._runs(area, min(EAGER, self._page_tables.room(space) // 2))
-                    await self._page_tables.map_new(area, planner.media_pieces(area, runs))
+                    await self._map_new(area)
         except _CallRefused as refused:
             return Answer(error=refused.errno)
         except DaxemuError as error:
@@ -218,6 +221,16 @@ class Calls:
         except OSError as error:
             return Answer(error=error.errno or errno.ENOMEM)
         return Answer(start)
+
+    async def _map_new(self, area: Area) -> None:
+        """Map an area at once, or lazily. Raises OSError, DaxemuError."""
+        runs = self._runs(area, min(EAGER, self._page_tables.room(area.space) // 2))
+        try:
+            await self._page_tables.map_new(area, planner.media_pieces(area, runs))
+        except OSError as error:
+            if error.errno != errno.ENOMEM or not runs:
+                raise
+            await self._page_tables.map_new(area, [])  # one VMA
 
     def _runs(self, area: Area, most: int) -> list[FileRun]:
         """Return the runs to map at once: all, or none of a file with more than ``most``, or after a
@@ -232,23 +245,40 @@ class Calls:
                     return []
         return runs
 
-    def _place(self, space: Space, address: int, size: int, flags: int) -> int:
-        """Return the address of a new mapping. Raises _CallRefused."""
+    async def _place(self, space: Space, address: int, size: int, flags: int) -> int:
+        """Return the address of a new mapping; a place outside the zone that must be free is taken. Raises
+        _CallRefused.
+        """
         where = Range(address, address + size)
-        is_inside = space.zone.start <= where.start and where.end <= space.zone.end
         if flags & (MAP_FIXED | MAP_FIXED_NOREPLACE):
-            if not is_inside:
-                # munmap(2) there would not be noticed.
-                raise _CallRefused(errno.ENODEV)
-            if flags & MAP_FIXED_NOREPLACE and space.overlapping(where):
+            if where.end > _TASK_SIZE:
+                raise _CallRefused(errno.ENOMEM)
+            if not _is_in(space.zone, where) and not is_outside(where):
+                raise _CallRefused(errno.ENODEV)  # the place of other mounts and of agents
+            if flags & MAP_FIXED_NOREPLACE and not await self._is_free(space, where):
                 raise _CallRefused(errno.EEXIST)
+            if is_outside(where):
+                await space.open_outside()
             return address
-        if address % PAGE_SIZE == 0 and is_inside and not space.overlapping(where):
-            return address
+        if address:
+            hint = max(page_align_down(address), page_align_up(_mmap_min_addr()))  # round_hint_to_min()
+            where = Range(hint, hint + size)
+            fits = _is_in(space.zone, where) or (is_outside(where) and where.end <= _TASK_SIZE)
+            if fits and await self._is_free(space, where):
+                return hint
         place = space.free_place(size, PMD_SIZE if size >= PMD_SIZE else PAGE_SIZE)
         if place is None:
             raise _CallRefused(errno.ENOMEM)
         return place
+
+    async def _is_free(self, space: Space, where: Range) -> bool:
+        """Return True if no memory is at ``where``; outside the zone the place is taken by then."""
+        if space.overlapping(where):
+            return False
+        if not is_outside(where):
+            return True
+        await space.open_outside()
+        return await reserve(space, where)
 
     async def _map_anonymous_over(
         self, space: Space, address: int, length: int, _prot: int, flags: int
@@ -288,6 +318,8 @@ class Calls:
     ) -> Answer:
         old, new = page_align_up(old), page_align_up(new)
         known = MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP
+        if space.at(address) is None and not (flags & MREMAP_FIXED and zone.has(target)):
+            return CONTINUE
         if address % PAGE_SIZE or not new or flags & ~known or flags & MREMAP_DONTUNMAP:
             raise _CallRefused(errno.EINVAL)
         if flags & MREMAP_FIXED and (
@@ -298,6 +330,9 @@ class Calls:
             raise _CallRefused(errno.EINVAL)
         area = space.at(address)
         if area is None:
+            place = Range(target, target + new)
+            if flags & MREMAP_FIXED and zone.has(target) and space.overlapping(place):
+                await self._page_tables.unmap(space, place)  # outside the zone the kernel reports this
             return CONTINUE
         if not old:
             raise _CallRefused(errno.EINVAL)
@@ -306,8 +341,12 @@ class Calls:
             raise _CallRefused(errno.EFAULT)
         if flags & MREMAP_FIXED:
             place = Range(target, target + new)
-            if not (space.zone.start <= place.start and place.end <= space.zone.end):
+            if place.end > _TASK_SIZE:
+                raise _CallRefused(errno.EINVAL)
+            if not _is_in(space.zone, place) and not is_outside(place):
                 raise _CallRefused(errno.ENOMEM)
+            if is_outside(place):
+                await space.open_outside()
             if space.overlapping(place):
                 await self._page_tables.unmap(space, place)
             return await self._moved(space, where, new, target)
@@ -316,7 +355,8 @@ class Calls:
                 await self._page_tables.unmap(space, Range(address + new, address + old))
             return Answer(address)
         added = Range(address + old, address + new)
-        if where.end == area.addresses.end and not space.overlapping(added) and added.end <= space.zone.end:
+        fits = added.end <= space.zone.end or (not zone.has(address) and is_outside(added))
+        if where.end == area.addresses.end and fits and await self._is_free(space, added):
             await self._grow(area, added)
             return Answer(address)
         if not flags & MREMAP_MAYMOVE:
@@ -354,14 +394,17 @@ class Calls:
         where = Range(address, address + page_align_up(length))
         if not where:
             return Answer(0)
-        if flags & MS_SYNC and (areas := space.overlapping(where)):
+        areas = space.overlapping(where)
+        if not areas:
+            return CONTINUE
+        if flags & MS_SYNC:
             try:
                 for ino in {area.ino for area in areas if area.is_shared}:
                     await self._synced(ino)
                 self._fs.fsync()
             except DaxemuError as error:
                 raise _CallRefused(error.errno) from error
-        return Answer(0) if space.covers(where) else Answer(error=errno.ENOMEM)
+        return Answer(0) if space.covers(where) else CONTINUE
 
     async def _madvise(
         self, tid: int, space: Space, address: int, length: int, advice: int, *, simulated: bool
@@ -369,12 +412,15 @@ class Calls:
         advice &= 0xFFFFFFFF
         where = Range(address, address + page_align_up(length))
         poisons = advice in (MADV_HWPOISON, MADV_SOFT_OFFLINE)
-        if not space.overlapping(where) and not poisons:
-            return CONTINUE
+        if not space.overlapping(where):
+            # The kernel must never poison real memory behind a mapping.
+            return Answer(error=errno.EINVAL) if poisons else CONTINUE
         if address % PAGE_SIZE:
             raise _CallRefused(errno.EINVAL)
         if poisons:
             return await self._inject(tid, space, where, advice == MADV_SOFT_OFFLINE, simulated)
+        if advice in (MADV_FREE, MADV_WIPEONFORK):  # for anonymous memory only, as lazy addresses are
+            raise _CallRefused(errno.EINVAL)
         if advice == MADV_REMOVE:
             return await self._remove(space, where)
         if advice in (MADV_DONTNEED, MADV_DONTNEED_LOCKED):
@@ -416,6 +462,15 @@ class Calls:
             if good < pages:
                 break
         return Answer(0) if at == where.end else Answer(error=errno.EFAULT)
+
+
+def _is_in(zone: Range, addresses: Range) -> bool:
+    return zone.start <= addresses.start and addresses.end <= zone.end
+
+
+def _mmap_min_addr() -> int:
+    with open("/proc/sys/vm/mmap_min_addr", encoding="ascii") as file:
+        return int(file.read())
 
 
 def _is_capable(tid: int) -> bool:

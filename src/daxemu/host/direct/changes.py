@@ -12,7 +12,7 @@ from typing import Protocol
 
 import trio
 
-from daxemu.host.direct.locking import acquire
+from daxemu.host.direct.locking import acquire, transferable
 from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import Block, Ino
 
@@ -25,14 +25,32 @@ class FileLocks:
     """
 
     def __init__(self) -> None:
-        self._locks: dict[Ino, tuple[trio.Lock, int]] = {}
+        self._locks: dict[Ino, tuple[trio.Semaphore, int]] = {}
+
+    def is_free(self, ino: Ino) -> bool:
+        """Return True if no task has the lock of a file, or waits for it."""
+        return ino not in self._locks
+
+    @contextmanager
+    def taken(self, ino: Ino) -> Iterator[None]:
+        """Hold the lock of a file, which another task may release. Precondition: is_free()."""
+        lock = transferable()
+        lock.acquire_nowait()
+        self._locks[ino] = lock, 1
+        try:
+            yield
+        finally:
+            lock.release()
+            lock, users = self._locks.pop(ino)
+            if users > 1:
+                self._locks[ino] = lock, users - 1
 
     @asynccontextmanager
     async def held(self, *inos: Ino) -> AsyncIterator[None]:
         """Hold the locks of files, acquired in the order of the inode numbers."""
         wanted = sorted(set(inos))
         for ino in wanted:
-            lock, users = self._locks.get(ino) or (trio.Lock(), 0)
+            lock, users = self._locks.get(ino) or (transferable(), 0)
             self._locks[ino] = lock, users + 1
         acquired: list[Ino] = []
         try:

@@ -12,11 +12,17 @@ from daxemu.errors import Unsupported
 from daxemu.host.c_layout import REBUILD, refusal
 from daxemu.host.direct import structs
 
-MEMORY = 3 * 4096
-"""Bytes of memory that an agent needs beside its code."""
+MEMORY = 7 * 4096
+"""Bytes of memory that an agent needs beside its code: redirect.h has the places."""
+
+WILL = 24576
+"""Byte of the memory with the will: start and length of each mapping outside the zone, then zeros."""
 
 CALLS_IN_BATCH = 128
-"""Most system calls of one batch; agent.c has room for as many."""
+"""Most system calls of one packet; agent.c has room for as many. Even: a guard and its call stay together."""
+
+BATCH = 4096
+"""Byte of the memory with the calls of a packet."""
 
 
 @cache

@@ -12,7 +12,7 @@ Poison is decided without the lock, because a repair strategy may wait: see :met
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
@@ -23,29 +23,29 @@ from daxemu.fs.fault import FaultKind, FileRun
 from daxemu.host.direct import planner
 from daxemu.host.direct.changes import Changes, FileLocks
 from daxemu.host.direct.errors import AddressSpaceGone, NotRegistered
+from daxemu.host.direct.immediate import WINDOW, FaultOps, ImmediateAnswers, MediaOps
 from daxemu.host.direct.locking import held
 from daxemu.host.direct.page_tables import PageTables
 from daxemu.host.direct.planner import MappingPiece, Shows
 from daxemu.host.direct.table import Area, Space, Table
 from daxemu.host.direct.userfaultfd import PageFault
 from daxemu.host.mappings import Answer
+from daxemu.host.proc.file_pages import FilePage
+from daxemu.host.proc.processes import in_page_fault, process_of
+from daxemu.host.tracer.link import Armed
+from daxemu.host.tracer.messages import Gone, Held, Outcome, Refused
 from daxemu.host.unexpected import Nursery, Unexpected
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Block, Ino, page_align_down
 
 MARKED = 0.01
 """Seconds that a page stays SIGBUS after a failed access. Then the next access is decided anew."""
+HOLD_PATIENCE = 0.2
+"""Seconds that a system call waits for a tracer without work, before its access to poison fails."""
+RETURN_PATIENCE = 1.0
+"""Seconds that a page stays SIGBUS for a held thread whose system call does not return."""
 SPACE_PATIENCE = 1.0
 """Seconds that a store waits for freed blocks that processes may still have mapped."""
-_WINDOW = 1 << 30
-"""Blocks of a file that one fault may map."""
-
-
-class FaultOps(Protocol):
-    """The part of the filesystem that decides faults."""
-
-    def fault(self, ino: Ino, block: Block, *, is_store: bool, limit: int) -> FileRun:
-        """See MappedFiles.fault."""
 
 
 class Touch(NamedTuple):
@@ -60,8 +60,39 @@ class Touch(NamedTuple):
         return self.event.is_write or self.event.is_wp
 
 
+class Holder(Protocol):
+    """The part of the tracer that stops a thread at the end of its system call: ``TracerLink``."""
+
+    async def hold(self, tgid: int, tid: int, patience: float) -> Armed | Refused | Gone:
+        """See TracerLink.hold."""
+
+    async def let_go(
+        self, tid: int, discard: Sequence[tuple[int, FilePage, int]], number: int, error: int
+    ) -> Outcome | None:
+        """See TracerLink.let_go."""
+
+
 Poisoned = Callable[[Touch, Area, FileRun], Awaitable[Answer]]
 """Decide about an access to poison."""
+
+
+class _Call:
+    """System call of a thread that touched poison. ``armed``: the thread will stop at the end of the call."""
+
+    def __init__(self, tid: int) -> None:
+        self.tid = tid
+        self.armed: Armed | None = None
+        self.is_held = trio.Event()
+        """Set once ``armed`` is known."""
+        self.has_returned = trio.Event()
+        self.marked = 0
+        """Pages that are not lazy again yet."""
+        self.is_clean = trio.Event()
+
+    @property
+    def has_ended(self) -> bool:
+        """True if the thread has left the call: an event of the call is out of date."""
+        return self.armed is not None and self.armed.outcome is not None
 
 
 class PageFaults:
@@ -70,8 +101,7 @@ class PageFaults:
     def __init__(
         self,
         fs: FaultOps,
-        is_poisoned: Callable[[Block], bool],
-        reserve: Callable[[Block], None],
+        media: MediaOps,
         table: Table,
         page_tables: PageTables,
         changes: Changes,
@@ -80,14 +110,13 @@ class PageFaults:
         unexpected: Unexpected,
         on_poison: Poisoned,
         on_store: Callable[[Ino], None],
+        tracer: Holder,
     ) -> None:
-        """``is_poisoned``: return whether a device block has poison. ``reserve``: give a device block memory
-        if it has none. ``nursery`` runs what follows an answer. ``on_poison`` decides about an access to
-        poison. ``on_store`` is called after a store changed the blocks or times of a file.
+        """``nursery`` runs what follows an answer. ``on_poison`` decides about an access to poison.
+        ``on_store`` is called after a store changed the blocks or times of a file.
         """
         self._fs = fs
-        self._is_poisoned = is_poisoned
-        self._reserve = reserve
+        self._media = media
         self._table = table
         self._page_tables = page_tables
         self._changes = changes
@@ -96,8 +125,21 @@ class PageFaults:
         self._unexpected = unexpected
         self._on_poison = on_poison
         self._on_store = on_store
+        self._tracer = tracer
+        self._calls: dict[int, _Call] = {}
+        """The system call that touches poison, of each thread."""
+        self._immediate = ImmediateAnswers(
+            fs, media, table, page_tables, changes, locks, nursery, unexpected, on_store
+        )
         self.waiting = 0
         """Number of events without an answer yet."""
+
+    def take(self, space: Space, event: PageFault) -> bool:
+        """Answer one event at once, and return True; or in a task of its own."""
+        if self._immediate.answered(space, event):
+            return True
+        self._nursery.start_soon(self.handle, space, event)
+        return False
 
     async def handle(self, space: Space, event: PageFault) -> None:
         """Answer one event. The thread never waits for ever: after an unexpected error its access fails."""
@@ -151,7 +193,7 @@ class PageFaults:
         with self._changes.following(ino):
             with self._changes.own(ino) as changed:
                 try:
-                    run = self._fs.fault(ino, block, is_store=is_store, limit=_WINDOW)
+                    run = self._fs.fault(ino, block, is_store=is_store, limit=WINDOW)
                 except NoSpace:
                     if may_wait and not is_settled:
                         raise
@@ -175,7 +217,7 @@ class PageFaults:
         return None
 
     def _is_poison(self, run: FileRun, block: Block) -> bool:
-        return run.kind is FaultKind.MAPPED and self._is_poisoned(run.dev_block + block - run.file_block)
+        return run.kind is FaultKind.MAPPED and self._media.is_poisoned(_device(run, block), PAGE_SIZE)
 
     async def _answer(self, area: Area, touch: Touch, run: FileRun, *, is_stale: bool) -> None:
         """Map what the filesystem decided. Precondition: ``Space.lock`` is held."""
@@ -203,7 +245,7 @@ class PageFaults:
                 for media in list(space.zeros.gaps(*part)):
                     await self._page_tables.unprotect(space, media)
         else:  # another thread's event had the page mapped, or the media had no memory there
-            self._reserve(run.dev_block + area.block_at(page.start) - run.file_block)
+            self._media.reserve(_device(run, area.block_at(page.start)), PAGE_SIZE)
             if run.is_watched and area.is_shared:  # a repair strategy's page may have come back writable
                 await self._page_tables.protect(space, page)
             space.wake(page)
@@ -228,42 +270,99 @@ class PageFaults:
 
         A thread in user mode leaves its page fault for a signal (Answer.SIGNALLED): the next touch is a new
         event. The access of a system call fails with EFAULT, by UFFDIO_POISON, which leaves a marker in the
-        page table: each access to the page fails without an event. MARKED seconds later the page is lazy.
+        page table: each access to the page fails without an event. The tracer holds the thread at the end of
+        the call until the page is lazy again. Without a tracer the page is lazy MARKED seconds later.
         """
-        space, page, _ = touch
-        answer = await self._on_poison(touch, area, run)
-        if answer is not Answer.ERROR:
-            return answer is Answer.AGAIN
+        space, page, event = touch
+        call = self._calls.get(event.tid)
+        if call is None:
+            answer = await self._on_poison(touch, area, run)
+            if answer is not Answer.ERROR:
+                return answer is Answer.AGAIN
+            if in_page_fault(event.tid) is False:
+                call = self._calls[event.tid] = _Call(event.tid)
+                self._nursery.start_soon(self._hold, call)
+        if call is not None:
+            await call.is_held.wait()
         async with held(space.lock):
-            if space.at(page.start) is None:
+            if space.at(page.start) is None or (call is not None and call.has_ended):
                 space.wake(page)
-                return False
-            await self._mark(touch)
+            else:
+                await self._mark(touch, call)
         return False
+
+    async def _hold(self, call: _Call) -> None:
+        """Have the tracer stop the thread of a failed call at the end of the call, until all pages that the
+        call touched are lazy again. From the interrupt on the thread does not sleep in its page fault: events
+        come until the page is marked.
+        """
+        tid = call.tid
+        armed = None
+        try:
+            armed = await self._tracer.hold(process_of(tid), tid, HOLD_PATIENCE)
+        finally:
+            call.armed = armed if isinstance(armed, Armed) else None
+            call.is_held.set()
+        if call.armed is None:
+            del self._calls[tid]
+            return
+        outcome = await call.armed.wait(RETURN_PATIENCE)
+        call.has_returned.set()
+        outcome = outcome or await call.armed.wait()
+        while call.marked:
+            call.is_clean = trio.Event()
+            await call.is_clean.wait()
+        del self._calls[tid]
+        if isinstance(outcome, Held):
+            await self._tracer.let_go(tid, [], -1, 0)
 
     async def _fail(self, area: Area, touch: Touch) -> None:
         """Let an access fail with BUS_ADRERR: no space, or no filesystem. Precondition: ``Space.lock``."""
         await self._page_tables.show([MappingPiece(area, touch.page, Shows.VOID)])
         self._nursery.start_soon(self._decide_anew, touch)
 
-    async def _mark(self, touch: Touch) -> None:
-        """Let an access fail by a marker. Precondition: ``Space.lock`` is held."""
+    async def _mark(self, touch: Touch, call: _Call | None = None) -> None:
+        """Let an access fail by a marker. Precondition: ``Space.lock`` is held. ``call``: the system call
+        that makes the access.
+        """
         space, page, _ = touch
         # A marker of write-protection would be EEXIST.
         await self._page_tables.unprotect(space, page, wake=False)
         space.showing(page)
         await self._page_tables.mark_poison(space, page)
-        self._nursery.start_soon(self._decide_anew, touch)
+        if call is not None and call.armed is not None:
+            call.marked += 1
+        self._nursery.start_soon(self._decide_anew, touch, call)
 
-    async def _decide_anew(self, touch: Touch) -> None:
-        """Have the next access to a page decided anew, some time after this access failed."""
-        await trio.sleep(MARKED)
-        with suppress(AddressSpaceGone):
-            async with held(touch.space.lock):
-                await self._page_tables.hide(touch.space, touch.page)
+    async def _decide_anew(self, touch: Touch, call: _Call | None = None) -> None:
+        """Have the next access to a page decided anew: before the thread of ``call`` leaves the kernel, or
+        some time after this access failed.
+        """
+        is_held = call is not None and call.armed is not None
+        if call is not None and is_held:
+            await call.has_returned.wait()
+        else:
+            await trio.sleep(MARKED)
+        try:
+            with suppress(AddressSpaceGone):
+                async with held(touch.space.lock):
+                    await self._page_tables.hide(touch.space, touch.page)
+        finally:
+            if call is not None and is_held:
+                call.marked -= 1
+                call.is_clean.set()
 
     async def _give_up(self, touch: Touch) -> None:
-        """Let an access fail after an unexpected error, by the means that need least."""
+        """Let an access fail after an unexpected error, by the means that need least.
+
+        A block that the page still shows may be another file's, too: a store must not reach the block.
+        """
         with suppress(DaxemuError, OSError):
             async with held(touch.space.lock):
-                await self._mark(touch)
+                if await self._page_tables.hide_or_end(touch.space, touch.page):
+                    await self._mark(touch)
+
+
+def _device(run: FileRun, block: Block) -> int:
+    """Return the byte of the device with a file block of a run."""
+    return (run.dev_block + block - run.file_block) * PAGE_SIZE

@@ -10,8 +10,16 @@ from types import TracebackType
 
 import trio
 
+Lock = trio.Lock | trio.Semaphore
+"""A semaphore of one is a lock that another task may release than the one that acquired it."""
 
-async def acquire(lock: trio.Lock) -> None:
+
+def transferable() -> trio.Semaphore:
+    """Return a lock that one task may acquire, and another release."""
+    return trio.Semaphore(1, max_value=1)
+
+
+async def acquire(lock: Lock) -> None:
     """Acquire a lock. A checkpoint only if another task has the lock."""
     try:
         lock.acquire_nowait()
@@ -22,7 +30,7 @@ async def acquire(lock: trio.Lock) -> None:
 class held:
     """Context in which a lock is held."""
 
-    def __init__(self, lock: trio.Lock) -> None:
+    def __init__(self, lock: Lock) -> None:
         self._lock = lock
 
     async def __aenter__(self) -> None:

@@ -23,6 +23,7 @@ from daxemu.host.direct.calls import Calls
 from daxemu.host.direct.changes import Changes, FileLocks
 from daxemu.host.direct.faults import PageFaults, Touch
 from daxemu.host.direct.locking import held
+from daxemu.host.direct.memory import thread_of
 from daxemu.host.direct.page_tables import PageTables
 from daxemu.host.direct.presence import AreaToScan, Presence, collected, wanted_of
 from daxemu.host.direct.service import Service
@@ -35,8 +36,8 @@ from daxemu.host.proc.present import Mapped
 from daxemu.host.run.attached import Handle
 from daxemu.mm.incident import Incident
 from daxemu.mm.to_kill import PresentRun, Task
-from daxemu.ranges import Range
-from daxemu.uapi import PAGE_SIZE, Block, Ino
+from daxemu.ranges import Range, RangeSet
+from daxemu.uapi import PAGE_SIZE, Ino
 from daxemu.units import DIV_ROUND_UP, PHYS_PFN, blocks_of, bytes_of_blocks
 
 SYNC_INTERVAL = 5.0
@@ -66,8 +67,7 @@ class DirectMappings:
         self.presence = Presence(self.table, pfn_map=parts.pmem.pgmap is None)
         self.faults = PageFaults(
             fs,
-            self._is_poisoned,
-            self._reserve,
+            fs.dax,
             self.table,
             self.page_tables,
             self._changes,
@@ -76,6 +76,7 @@ class DirectMappings:
             parts.unexpected,
             self._on_poison,
             self.forget_attributes,
+            parts.tracer,
         )
         self._service: Service | None = None
 
@@ -111,12 +112,6 @@ class DirectMappings:
 
     # -- the filesystem's answers
 
-    def _is_poisoned(self, block: Block) -> bool:
-        return self._fs.dax.is_poisoned(block * PAGE_SIZE, PAGE_SIZE)
-
-    def _reserve(self, block: Block) -> None:
-        self._fs.dax.reserve(block * PAGE_SIZE, PAGE_SIZE)
-
     async def _on_poison(self, touch: Touch, area: Area, run: FileRun) -> Answer:
         """Ask the supervisor about an access to poison."""
         block = area.block_at(touch.page.start)
@@ -128,7 +123,7 @@ class DirectMappings:
                 area.ino,
                 block * PAGE_SIZE,
                 PAGE_SIZE,
-                touch.event.tid,
+                thread_of(touch.event.tid, touch.space.tgid, touch.space.agent.pid),
                 error,
                 touch.event.address,
                 touch.is_store,
@@ -151,10 +146,21 @@ class DirectMappings:
 
         def look() -> tuple[list[AreaToScan], list[tuple[int, PresentRun]]]:
             files = None if all_files else wanted
-            return self.presence.seen(files), self.presence.take_remembered(files)
+            return self.presence.seen(self._in_media(files)), self.presence.take_remembered(files)
 
         seen, remembered = trio.from_thread.run_sync(look)
         return collected(self.presence, incidents, pages, seen, remembered)
+
+    def _in_media(self, wanted: dict[Ino, RangeSet] | None) -> dict[Ino, RangeSet] | None:
+        """Return the wanted blocks without those that poison took out of the media: _before_punch() has noted
+        which processes had these present.
+        """
+        if wanted is None or not self._fs.dax.has_poison or self._parts.pmem.pgmap is None:
+            return wanted
+        return {
+            ino: RangeSet(part for blocks in ranges for part in self._healthy(ino, blocks))
+            for ino, ranges in wanted.items()
+        }
 
     def still_mapped(self, task: Task) -> bool:
         """See Mappings.still_mapped."""
@@ -349,3 +355,5 @@ class DirectMappings:
         """See Mappings.describe_held."""
         if self.faults.waiting:
             yield f"{self.faults.waiting} page faults of direct mappings wait for an answer"
+        if self._service is not None and (runs := self._service.runs):
+            yield f"runs of daxemu run that have direct mappings or may get some: {runs}"

@@ -10,15 +10,18 @@ mremap(2) waits until that task has read its event.
 
 from __future__ import annotations
 
+import errno
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
 from itertools import islice
 
 import trio
 
-from daxemu.host.direct import planner, syscalls
-from daxemu.host.direct.address_spaces import kill
+from daxemu.host.direct import outside, planner, syscalls
+from daxemu.host.direct.agent import Reply
+from daxemu.host.direct.batches import in_order
 from daxemu.host.direct.errors import (
     AddressSpaceChanging,
     AddressSpaceGone,
@@ -26,16 +29,18 @@ from daxemu.host.direct.errors import (
     PagePresent,
     RegisteredElsewhere,
 )
+from daxemu.host.direct.limits import most_pieces
 from daxemu.host.direct.locking import held
-from daxemu.host.direct.planner import MappingPiece, MappingPlan, Shows
+from daxemu.host.direct.memory import kill
+from daxemu.host.direct.planner import RESERVE, MappingPiece, MappingPlan, Shows
+from daxemu.host.direct.private_copies import looking_into, private_copies
 from daxemu.host.direct.syscalls import Syscall
 from daxemu.host.direct.table import Area, Space, Table
+from daxemu.host.direct.userfaultfd import Userfaultfd
 from daxemu.host.proc import maps
-from daxemu.host.proc.pagemap import Pagemap
-from daxemu.host.proc.procfs import GONE
+from daxemu.host.run import zone
 from daxemu.ranges import Range, RangeSet, gaps_between
-from daxemu.uapi import PAGE_SIZE, Ino
-from daxemu.units import PFN_PHYS, PHYS_PFN
+from daxemu.uapi import Ino
 
 log = logging.getLogger(__name__)
 
@@ -46,16 +51,6 @@ _PIECES_IN_STEP = 512
 """Pieces of a new area that one step of the event loop maps."""
 _CHANGING = 0.0002
 """Seconds between two attempts while the kernel answers EAGAIN: a fork or mremap is not finished."""
-_MAX_MAP_COUNT = "/proc/sys/vm/max_map_count"
-
-
-def most_pieces() -> int:
-    """Return the largest number of shown pieces of an address space.
-
-    A piece counts for two VMAs. A quarter of vm.max_map_count is left to the program.
-    """
-    with open(_MAX_MAP_COUNT, encoding="ascii") as file:
-        return int(file.read()) * 3 // 8
 
 
 class PageTables:
@@ -72,7 +67,7 @@ class PageTables:
 
     def room(self, space: Space) -> int:
         """Return the number of pieces that an address space can show beside those shown."""
-        return max(0, self._most_pieces - len(space.pieces))
+        return max(0, self._most_pieces - space.refused - len(space.pieces))
 
     # -- new mappings
 
@@ -83,54 +78,99 @@ class PageTables:
         Raises OSError, DaxemuError; then nothing is mapped.
         """
         space = area.space
+        if not zone.has(area.addresses.start):
+            self._table.remove(space, area.addresses)  # what the program unmapped while a page was shown
         self._table.add(area)
+        await self._keep_reserve(space)
         rest = iter(pieces)
         chunk = list(islice(rest, _PIECES_IN_STEP))
         batch = planner.in_place(area, chunk, self._origin)
         protected = RangeSet()
         try:
-            while batch:
-                space.showing_all([piece.addresses for piece in chunk])
-                for piece in chunk:
-                    if piece.is_protected:
-                        protected.add(*piece.addresses)
-                await self._run(space, batch)
-                chunk = list(islice(rest, _PIECES_IN_STEP))
-                batch = [piece.mmap(piece.addresses.start, self._origin) for piece in chunk]
-            await self._carry_out(space, MappingPlan([], area.addresses, list(protected), []))
+            outside.bequeath(space)
+            async with in_order(partial(self._run, space)) as submit:
+                while batch:
+                    space.showing_all([piece.addresses for piece in chunk])
+                    for piece in chunk:
+                        if piece.is_protected:
+                            protected.add(*piece.addresses)
+                    chunk = list(islice(rest, _PIECES_IN_STEP))
+                    await submit(batch, is_last=not chunk)
+                    batch = [piece.mmap(piece.addresses.start, self._origin) for piece in chunk]
+            await self._carry_out(space, MappingPlan([], area.addresses, list(protected), [], []))
         except (OSError, NotRegistered, RegisteredElsewhere):
             self._table.remove(space, area.addresses)
-            await self._run(space, [syscalls.munmap(area.addresses.start, area.addresses.length)])
+            with outside.expecting(space, [area.addresses]):
+                await self._run(space, [syscalls.munmap(*_extent(area.addresses))])
+            outside.bequeath(space)
             raise
 
     async def map_over(self, area: Area) -> None:
         """Map ``area`` lazily in place of whatever its addresses map now, as MAP_FIXED does."""
-        await self._replace(area.space, [MappingPiece(area, area.addresses, Shows.LAZY)], keep_copies=False)
+        lazy = [MappingPiece(area, area.addresses, Shows.LAZY)]
+        await self._make_lazy(area.space, lazy, keep_copies=False, is_over=True)
         self._table.remove(area.space, area.addresses)
         self._table.add(area)
+        outside.bequeath(area.space)
 
     # -- translations
 
     async def show(self, pieces: Sequence[MappingPiece]) -> None:
         """Map pieces of one address space, and wake the threads that wait there.
 
-        Private copies stay. If the address space has too many VMAs, other addresses become lazy first.
+        Private copies stay. If the address space has too many VMAs, other addresses become lazy first. Raises
+        OSError, NotRegistered, RegisteredElsewhere; then the addresses map what they mapped before.
         """
         if not pieces:
             return
         space = pieces[0].area.space
-        if len(space.pieces) + len(pieces) > self._most_pieces:
+        asked, pieces = pieces, outside.as_now(self._table, space, pieces)
+        if self.room(space) < len(pieces):
             await self._make_room(space)
+        try:
+            await self._show(space, pieces)
+        except OSError as error:
+            if error.errno != errno.ENOMEM or not space.pieces:
+                raise
+            # The program has many VMAs of its own: three quarters of the pieces that fit are left to daxemu.
+            space.refused = self._most_pieces - len(space.pieces) * 3 // 4
+            await self._make_room(space)
+            await self._show(space, pieces)
+        for piece in asked:
+            space.wake(piece.addresses)
+
+    async def _show(self, space: Space, pieces: Sequence[MappingPiece]) -> None:
+        before = [
+            (part, known is space.zeros)
+            for piece in pieces
+            for known in (space.shown, space.zeros)
+            for part in known.overlapping(*piece.addresses)
+        ]
         for piece in pieces:
             space.showing(piece.addresses)
         try:
-            await self._replace(space, pieces)
+            await self._replace_now(space, pieces)
         except (OSError, NotRegistered, RegisteredElsewhere):
             for piece in pieces:
                 space.hiding(piece.addresses)
+            for part, is_zeros in before:
+                space.showing(part, zeros=is_zeros)
             raise
-        for piece in pieces:
-            space.wake(piece.addresses)
+
+    def begin_in_place(self, area: Area, page: Range, device: int) -> Reply | None:
+        """Begin to map a page of a shared area to byte ``device`` of the device: see Agent.begin.
+
+        The caller registers the page next. Precondition: no other file has the block.
+        """
+        piece = MappingPiece(area, page, Shows.MEDIA, device)
+        return area.space.agent.begin([piece.mmap(page.start, self._origin)])
+
+    async def register(self, space: Space, page: Range) -> None:
+        """Have the faults of a page reported that begin_in_place() has mapped."""
+        try:
+            await self._ioctl(space, lambda: space.uffd.register(*_extent(page)))
+        except (OSError, NotRegistered, RegisteredElsewhere) as error:
+            await self._end_or_kill(space, error)
 
     async def hide(self, space: Space, addresses: Range, *, keep_copies: bool = True) -> None:
         """Make the shown parts of ``addresses`` lazy (unmap_mapping_range()).
@@ -140,7 +180,10 @@ class PageTables:
         there = list(space.shown.overlapping(*addresses))
         if not keep_copies:
             there = list(RangeSet([*there, *space.copied.overlapping(*addresses)]))
-        areas = space.parts(addresses) if there else []
+        await self._hide_parts(space, there, keep_copies=keep_copies)
+
+    async def _hide_parts(self, space: Space, there: Sequence[Range], *, keep_copies: bool) -> None:
+        areas = space.parts(Range(there[0].start, there[-1].end)) if there else []
         pieces = [
             MappingPiece(area, mine, Shows.LAZY)
             for area in areas
@@ -148,7 +191,7 @@ class PageTables:
             if (mine := part.clip(*area.addresses))
         ]
         if pieces:
-            await self._replace(space, pieces, keep_copies=keep_copies)
+            await self._make_lazy(space, pieces, keep_copies=keep_copies)
             for piece in pieces:
                 space.hiding(piece.addresses)
                 if not keep_copies:
@@ -209,6 +252,17 @@ class PageTables:
                         except (OSError, NotRegistered, RegisteredElsewhere) as error:
                             await self._end_or_kill(space, error)
 
+    async def hide_or_end(self, space: Space, addresses: Range) -> bool:
+        """Make addresses lazy; if the kernel refuses, end all mappings of the address space, and return
+        False.
+        """
+        try:
+            await self.hide(space, addresses)
+        except (OSError, NotRegistered, RegisteredElsewhere) as error:
+            await self._end_or_kill(space, error)
+            return False
+        return True
+
     async def _end_or_kill(self, space: Space, error: Exception) -> None:
         """Make every access of an address space fail; if the kernel refuses that too, kill the process."""
         try:
@@ -227,11 +281,25 @@ class PageTables:
         """Let stores to ``addresses`` pass. ``wake``: let the threads go on that wait there."""
         await self._write_protect(space, addresses, on=False, wake=wake)
 
+    def unprotect_now(self, area: Area, blocks: Range) -> bool:
+        """Let stores to shown file blocks of an area pass, and the threads go on that wait there.
+
+        Return False for a range so large that a worker thread must do it: then nothing has changed.
+        """
+        space, mine = area.space, area.addresses_of(blocks)
+        if mine.length > _LARGE:
+            return False
+        for part in list(space.shown.overlapping(*mine)):
+            for media in list(space.zeros.gaps(*part)):
+                space.uffd.write_protect(*_extent(media), False)
+        return True
+
     async def zeros(self, area: Area, page: Range, *, protected: bool) -> None:
         """Show a page of zeros. ``protected``: a store to the page is an event."""
+        uffd = area.space.uffd_at(page.start)
         area.space.showing(page, zeros=True)
         with suppress(PagePresent):  # another thread touched the page first
-            await self._ioctl(area.space, lambda: area.space.uffd.copy_zeros(*_extent(page), protected))
+            await self._ioctl(area.space, lambda: uffd.copy_zeros(*_extent(page), protected))
         area.space.wake(page)
 
     async def mark_poison(self, space: Space, page: Range) -> None:
@@ -240,11 +308,15 @@ class PageTables:
         Precondition: the page is not write-protected.
         """
         with suppress(PagePresent):  # marked for another thread, or the page came back
-            await self._ioctl(space, lambda: space.uffd.poison(*_extent(page)))
+            await self._ioctl(space, lambda: space.uffd_at(page.start).poison(*_extent(page)))
         space.wake(page)
 
     async def drop(self, space: Space, addresses: Range) -> None:
-        """Remove pages and markers from the page tables, as MADV_DONTNEED does."""
+        """Remove pages and markers from the page tables, as MADV_DONTNEED does.
+
+        Under a private copy may be a block that the file had before: such addresses become lazy.
+        """
+        await self._hide_parts(space, list(space.copied.overlapping(*addresses)), keep_copies=False)
         await self._run(space, [syscalls.madvise(*_extent(addresses), MADV_DONTNEED)])
 
     async def end(self, space: Space) -> None:
@@ -252,7 +324,11 @@ class PageTables:
         whole = [MappingPiece(area, area.addresses, Shows.VOID) for area in space.areas.values()]
         for piece in whole:
             space.showing(piece.addresses)
-        await self._run(space, [piece.mmap(piece.addresses.start, self._origin) for piece in whole])
+        inside = [piece for piece in whole if zone.has(piece.addresses.start)]
+        await self._run(space, [piece.mmap(piece.addresses.start, self._origin) for piece in inside])
+        for piece in whole:
+            if not zone.has(piece.addresses.start):
+                await self._replace_now(space, [piece], keep_copies=False)
         for piece in whole:
             space.wake(piece.addresses)
 
@@ -260,8 +336,10 @@ class PageTables:
 
     async def unmap(self, space: Space, addresses: Range) -> None:
         """munmap(2)."""
-        await self._run(space, [syscalls.munmap(*_extent(addresses))])
+        with outside.expecting(space, [addresses]):
+            await self._run(space, [syscalls.munmap(*_extent(addresses))])
         self._table.remove(space, addresses)
+        outside.bequeath(space)
 
     async def mprotect(self, space: Space, addresses: Range, prot: int) -> None:
         """mprotect(2)."""
@@ -269,50 +347,76 @@ class PageTables:
         self._table.protect(space, addresses, prot)
 
     async def move(self, space: Space, addresses: Range, to: int) -> None:
-        """Move mappings with all pages and copies, as mremap(2) does. Precondition: nothing is at ``to``."""
-        with _looking_into(space):
-            vmas = [vma.area.clip(*addresses) for vma in maps.read(space.pid)]
+        """Move mappings with all pages and copies, as mremap(2) does. Precondition: no direct mapping is at
+        ``to``.
+        """
+        if zone.has(to) != zone.has(addresses.start):
+            await self._change_sides(space, addresses, space.uffd_at(to))
+        with looking_into(space):
+            vmas = [vma.area.clip(*addresses) for vma in maps.within(space.pid, addresses)]
         delta = to - addresses.start
-        calls = [syscalls.mremap(vma.start, vma.length, vma.length, vma.start + delta) for vma in vmas if vma]
-        await self._run(space, calls)
+        calls = [syscalls.mremap(vma.start, vma.length, vma.length, vma.start + delta) for vma in vmas]
+        there = [Range(vma.start + delta, vma.end + delta) for vma in vmas]
+        with outside.expecting(space, [*vmas, *there]):
+            await self._run(space, calls)
         self._table.move(space, addresses, to)
+        outside.bequeath(space)
+
+    async def _change_sides(self, space: Space, addresses: Range, uffd: Userfaultfd) -> None:
+        """Register ``addresses`` with the userfaultfd of the other side of the zone's border.
+
+        The end of a registration is the end of write protections, so no shared block is shown then.
+        """
+        await self.hide(space, addresses)
+        await self._ioctl(space, lambda: space.uffd_at(addresses.start).unregister(*_extent(addresses)))
+        await self._ioctl(space, lambda: uffd.register(*_extent(addresses)))
 
     # -- the machinery
 
-    async def _replace(
+    async def _replace_now(
         self, space: Space, pieces: Sequence[MappingPiece], *, keep_copies: bool = True
+    ) -> None:
+        """Replace what the addresses of pieces map, as far as they are still mapped: outside the zone a
+        program unmaps without the supervisor.
+        """
+        is_guarded = bool(pieces) and not zone.has(pieces[0].addresses.start)
+        replace = partial(self._replace, space, keep_copies=keep_copies, is_guarded=is_guarded)
+        await (outside.replaced(self._table, space, pieces, replace) if is_guarded else replace(pieces))
+
+    async def _replace(
+        self,
+        space: Space,
+        pieces: Sequence[MappingPiece],
+        *,
+        keep_copies: bool = True,
+        is_guarded: bool,
     ) -> None:
         private = [piece.addresses for piece in pieces if keep_copies and not piece.area.is_shared]
         for part in private:  # a store waits until the replacement is done
             await self._write_protect(space, part, on=True)
-        kept = self._copies(space, private)
+        kept = private_copies(space, private)
+        for part in kept:
+            space.copied.add(*part)
         todo = [piece.cut(part) for piece in pieces for part in kept.gaps(*piece.addresses)]
         if todo:
-            await self._carry_out(space, planner.replacement(todo, space.scratch, self._origin))
+            plan = planner.replacement(todo, space.scratch, self._origin)
+            await self._carry_out(space, plan, is_guarded=is_guarded)
         for part in private:
             await self._write_protect(space, part, on=False)
 
-    def _copies(self, space: Space, private: Iterable[Range]) -> RangeSet:
-        """Return the private copies at addresses of private mappings."""
-        kept = RangeSet()
-        for part in private:
-            with _looking_into(space), Pagemap(space.pid) as pagemap:
-                for copied in pagemap.present_in(*part, copies=True):
-                    for own in list(space.zeros.gaps(*copied)):
-                        for page in _unmarked(pagemap, own):
-                            kept.add(*page)
-            for copied in space.copied.overlapping(*part):
-                kept.add(*copied)
-        return kept
-
-    async def _carry_out(self, space: Space, plan: MappingPlan) -> None:
+    async def _carry_out(self, space: Space, plan: MappingPlan, *, is_guarded: bool = False) -> None:
+        uffd = space.uffd_at((plan.places or [plan.registered])[0].start)
         try:
             await self._run(space, plan.batch)
-            await self._ioctl(space, lambda: space.uffd.register(*_extent(plan.registered)))
+            await self._ioctl(space, lambda: uffd.register(*_extent(plan.registered)))
             for part in plan.protected:
                 await self._write_protect(space, part, on=True)
-            await self._run(space, plan.move)
-        except (OSError, NotRegistered, RegisteredElsewhere):
+            if is_guarded:
+                await outside.guarded(self._table, space, list(zip(plan.places, plan.move, strict=True)))
+            else:
+                with outside.expecting(space, plan.places):
+                    await self._run(space, plan.move)
+        except (OSError, NotRegistered, RegisteredElsewhere, outside.Interrupted):
             if plan.move:
                 await self._run(space, [syscalls.munmap(*_extent(plan.registered))])
             raise
@@ -327,7 +431,7 @@ class PageTables:
 
     async def _write_protect(self, space: Space, part: Range, *, on: bool, wake: bool = True) -> None:
         def call() -> None:
-            space.uffd.write_protect(*_extent(part), on, wake)
+            space.uffd_at(part.start).write_protect(*_extent(part), on, wake)
 
         await self._ioctl(space, call, in_thread=part.length > _LARGE)
 
@@ -350,31 +454,45 @@ class PageTables:
                 return
 
     async def _make_room(self, space: Space) -> None:
-        """Make the area with the most pieces lazy."""
+        """Make the area with the most pieces lazy. Raises OSError."""
 
         def pieces_of(area: Area) -> int:
             return sum(1 for _ in space.pieces.irange(*area.addresses, inclusive=(True, False)))
 
         fullest = max(space.areas.values(), key=pieces_of)
-        await self._replace(space, [MappingPiece(fullest, fullest.addresses, Shows.LAZY)])
+        await self._make_lazy(space, [MappingPiece(fullest, fullest.addresses, Shows.LAZY)])
         space.hiding(fullest.addresses)
 
+    async def _make_lazy(
+        self,
+        space: Space,
+        pieces: Sequence[MappingPiece],
+        *,
+        keep_copies: bool = True,
+        is_over: bool = False,
+    ) -> None:
+        """As _replace_now(), for lazy pieces: in an address space without room, by the reserve. ``is_over``:
+        the program asked for the addresses, whatever they map.
+        """
 
-def _unmarked(pagemap: Pagemap, part: Range) -> Iterator[Range]:
-    """Yield the pages of ``part`` that are there: not only marked by the write-protection."""
-    for index, entry in enumerate(pagemap.entries(part.start, PHYS_PFN(part.length))):
-        if not entry.is_marker:
-            at = part.start + PFN_PHYS(index)
-            yield Range(at, at + PAGE_SIZE)
+        how = partial(self._replace, is_guarded=False) if is_over else self._replace_now
+        replace = partial(how, space, pieces, keep_copies=keep_copies)
+        try:
+            await replace()
+        except OSError as error:
+            if error.errno != errno.ENOMEM or not space.has_reserve:
+                raise
+            space.has_reserve = False
+            await self._run(space, [syscalls.munmap(space.scratch.end - RESERVE, RESERVE)])
+            await replace()
+            await self._keep_reserve(space)
 
-
-@contextmanager
-def _looking_into(space: Space) -> Iterator[None]:
-    """Context for reading /proc of an address space. Raises AddressSpaceGone instead of the errors there."""
-    try:
-        yield
-    except GONE as error:
-        raise AddressSpaceGone(f"process {space.tgid} has ended") from error
+    async def _keep_reserve(self, space: Space) -> None:
+        """Make the reserve of an address space, if the address space has room."""
+        if not space.has_reserve:
+            with suppress(OSError):
+                await self._run(space, planner.reserve(space.scratch.end - RESERVE))
+                space.has_reserve = True
 
 
 def _extent(part: Range) -> tuple[int, int]:

@@ -25,6 +25,14 @@ from daxemu.host.direct.syscalls import Syscall
 from daxemu.host.direct.table import Area
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE
+from daxemu.units import PFN_PHYS
+
+RESERVE = 8 * PAGE_SIZE
+"""Bytes of the reserve: eight VMAs. Where the kernel refuses another VMA, the address space gives up the
+reserve to make addresses lazy: mremap(2) wants four VMAs (move_vma()), and the replacement of a part of a VMA
+takes three.
+"""
+_PROT_READ = 1
 
 Shows = Enum("Shows", ["LAZY", "MEDIA", "VOID"])
 """What addresses map: anonymous memory without a page, the media, or the empty file (SIGBUS)."""
@@ -61,21 +69,25 @@ class MappingPiece(NamedTuple):
 
 class MappingPlan(NamedTuple):
     """``batch`` maps; then ``registered`` is registered, and ``protected`` write-protected; then ``move``
-    moves the mappings over their places.
+    moves the mappings over their ``places``. A mapping in place has neither.
     """
 
     batch: list[Syscall]
     registered: Range
     protected: list[Range]
     move: list[Syscall]
+    places: list[Range]
 
 
 def media_pieces(area: Area, runs: Iterable[FileRun]) -> Iterator[MappingPiece]:
     """Yield the pieces of an area that map the media. Holes, and blocks beyond the end, are left out."""
+    first, last = area.blocks
+    origin = area.addresses.start - PFN_PHYS(first)
     for run in runs:
-        addresses = area.addresses_of(Range(run.file_block, run.file_end))
-        if run.kind is FaultKind.MAPPED and addresses:
-            offset = (run.dev_block + area.block_at(addresses.start) - run.file_block) * PAGE_SIZE
+        start, end = max(first, run.file_block), min(last, run.file_end)
+        if run.kind is FaultKind.MAPPED and start < end:
+            addresses = Range(origin + PFN_PHYS(start), origin + PFN_PHYS(end))
+            offset = PFN_PHYS(run.dev_block + start - run.file_block)
             is_protected = (run.is_shared or run.is_watched) and area.is_shared
             yield MappingPiece(area, addresses, Shows.MEDIA, offset, is_protected)
 
@@ -105,4 +117,13 @@ def replacement(pieces: Sequence[MappingPiece], scratch: Range, origin: int) -> 
             protected.append(place)
         move.append(syscalls.mremap(place.start, place.length, place.length, piece.addresses.start))
         at = place.end
-    return MappingPlan(batch, Range(scratch.start, at), protected, move)
+    return MappingPlan(
+        batch, Range(scratch.start, at), protected, move, [piece.addresses for piece in pieces]
+    )
+
+
+def reserve(at: int) -> list[Syscall]:
+    """Return the batch that makes the reserve: pages without access and pages to read, in turn."""
+    pages = range(at + PAGE_SIZE, at + RESERVE, 2 * PAGE_SIZE)
+    batch = [syscalls.mmap_anonymous(at, RESERVE, 0)]
+    return batch + [syscalls.mprotect(page, PAGE_SIZE, _PROT_READ) for page in pages]

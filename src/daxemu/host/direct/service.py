@@ -8,9 +8,11 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
+from functools import partial
 
-from daxemu.host.direct.address_spaces import AddressSpace, AddressSpaces
+from daxemu.host.direct import outside
+from daxemu.host.direct.address_space import AddressSpace
+from daxemu.host.direct.address_spaces import AddressSpaces
 from daxemu.host.direct.calls import (
     MAP_ANONYMOUS,
     MAP_FIXED,
@@ -23,8 +25,9 @@ from daxemu.host.direct.calls import (
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
 from daxemu.host.direct.faults import PageFaults
 from daxemu.host.direct.locking import held
+from daxemu.host.direct.planner import RESERVE
 from daxemu.host.direct.table import Space, Table
-from daxemu.host.direct.userfaultfd import Event, PageFault
+from daxemu.host.direct.userfaultfd import Event, PageFault, Unmapped
 from daxemu.host.mount_parts import MountParts
 from daxemu.host.proc import status
 from daxemu.host.run import zone
@@ -33,12 +36,9 @@ from daxemu.host.run.filters import Nr
 from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
 from daxemu.ranges import Range, merged
 
-MOST_DROPPED = 256
-"""Ranges of pages that the child of a fork does not get. It has the pages of further ranges present."""
-
 _FIXED_ELSEWHERE = (
-    "MAP_FIXED over other memory: daxemu would not notice a munmap(2) there; map without MAP_FIXED, or over "
-    "a direct mapping"
+    "MAP_FIXED at addresses of another mount or of agents, which have "
+    f"{zone.START:#x} to {zone.END:#x}: map elsewhere"
 )
 
 
@@ -60,8 +60,7 @@ class Service:
         self._parts = parts
         self._media = media
         self._void = os.memfd_create("daxemu-void", os.MFD_CLOEXEC)
-        self._runs: WeakKeyDictionary[AttachedRun, _RunSpaces] = WeakKeyDictionary()
-        self._all: list[_RunSpaces] = []
+        self._runs: dict[AttachedRun, _RunSpaces] = {}
 
     async def handle(self, run: AttachedRun, call: NotifiedCall) -> Answer | None:
         """Decide a call: see host.run.attached.Handle."""
@@ -69,13 +68,26 @@ class Service:
 
     def close(self) -> None:
         """End all agents."""
-        for each in self._all:
+        for each in self._runs.values():
             each.spaces.close()
         os.close(self._void)
+
+    @property
+    def runs(self) -> int:
+        """Number of runs that are attached, or whose programs still have direct mappings."""
+        self._forget_finished()
+        return len(self._runs)
+
+    def _forget_finished(self) -> None:
+        """Forget each run whose helper and address spaces have ended: nothing follows from it any more."""
+        self._runs = {
+            run: each for run, each in self._runs.items() if not run.is_closed or each.spaces.is_in_use
+        }
 
     def _of(self, run: AttachedRun) -> _RunSpaces:
         found = self._runs.get(run)
         if found is None:
+            self._forget_finished()
             found = _RunSpaces(run.zone, self._table, self._faults, self._calls, self._parts)
             found.spaces = AddressSpaces(
                 self._parts.tracer,
@@ -86,7 +98,6 @@ class Service:
                 zone.SLICES.index(run.zone),
             )
             self._runs[run] = found
-            self._all.append(found)
         return found
 
 
@@ -119,14 +130,12 @@ class _RunSpaces:
         parts: MountParts,
     ) -> None:
         middle = given.start + len(given) // 2
-        self._zone, self._scratch = Range(given.start, middle), Range(middle, given.stop)
+        self._zone, self._scratch = Range(given.start, middle - RESERVE), Range(middle, given.stop)
         self._table = table
         self._faults = faults
         self._calls = calls
         self._parts = parts
         self._known: dict[AddressSpace, Space] = {}
-        self._forking: set[int] = set()
-        """Threads whose fork is under way."""
 
     async def handle(self, run: AttachedRun, call: NotifiedCall) -> Answer | None:
         """Decide a call. None: the call is answered, or the thread makes it again."""
@@ -160,7 +169,9 @@ class _RunSpaces:
             is_private = call.args[3] & MAP_TYPE == MAP_PRIVATE
             return CONTINUE if is_private else refused(call, reason, self._parts.emit)
         is_fixed = call.args[3] & (MAP_FIXED | MAP_FIXED_NOREPLACE)
-        if is_fixed and not self._zone.start <= call.args[0] < self._zone.end:
+        where = Range(call.args[0], call.args[0] + call.args[1])
+        is_ours = self._zone.start <= where.start < self._zone.end or outside.is_outside(where)
+        if is_fixed and not is_ours:
             return refused(call, _FIXED_ELSEWHERE, self._parts.emit)
         space = self._space(await self.spaces.of(run, call))
         return None if space is None else await self._calls.mmap(call, file, space)
@@ -171,18 +182,17 @@ class _RunSpaces:
         The child gets no page of a shared mapping, as in vma_needs_copy(): without this, fork(2) copies the
         page tables of mappings with a userfaultfd.
         """
+        if self.spaces.is_repeated(call):
+            run.answer(call, CONTINUE)
+            return
         space = self._space(await self.spaces.settled(call.tid))
-        if space is None or call.tid in self._forking:
+        if space is None:
             await self.spaces.forked(run, call)
             return
-        self._forking.add(call.tid)
-        try:
-            async with held(space.lock):
-                shared = (area.addresses for area in space.areas.values() if area.is_shared)
-                drop = [(part.start, part.length) for part in merged(shared)][:MOST_DROPPED]
-                await self.spaces.forked(run, call, drop)
-        finally:
-            self._forking.discard(call.tid)
+        async with held(space.lock):
+            shared = (area.addresses for area in space.areas.values() if area.is_shared)
+            drop = [(part.start, part.length) for part in merged(shared)]
+            await self.spaces.forked(run, call, drop)
 
     def _space(self, found: AddressSpace | None) -> Space | None:
         """Return the mappings of an address space, which may be new."""
@@ -195,17 +205,29 @@ class _RunSpaces:
         return space
 
     def _new(self, found: AddressSpace) -> Space:
-        return Space(found.agent, found.uffd, self._zone, self._scratch)
+        return Space(
+            found.agent,
+            found.uffd,
+            self._zone,
+            self._scratch,
+            found.outside,
+            partial(self.spaces.open_outside, found),
+            partial(self.spaces.drain, found),
+        )
 
     # -- Watcher
 
-    def on_events(self, space: AddressSpace, events: Sequence[Event]) -> None:
+    def on_events(self, space: AddressSpace, events: Sequence[Event]) -> bool:
         """See Watcher.on_events."""
         mine = self._space(space)
         assert mine is not None
+        is_answered = True
         for event in events:
             if isinstance(event, PageFault):
-                self._parts.nursery.start_soon(self._faults.handle, mine, event)
+                is_answered &= self._faults.take(mine, event)
+            elif isinstance(event, Unmapped):
+                outside.unmapped(self._table, mine, Range(event.start, event.end))
+        return is_answered
 
     def on_forked(self, parent: AddressSpace, child: AddressSpace) -> None:
         """See Watcher.on_forked."""

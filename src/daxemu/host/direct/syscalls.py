@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from daxemu.host.direct.structs import UFFDIO_WRITEPROTECT
 from daxemu.host.run import zone
 from daxemu.uapi import U64_MAX
 
@@ -30,6 +31,8 @@ NR_CLONE = 56
 NR_FORK = 57
 NR_VFORK = 58
 NR_EXECVE = 59
+NR_PRCTL = 157
+NR_FUTEX = 202
 NR_EXECVEAT = 322
 NR_USERFAULTFD = 323
 
@@ -43,17 +46,24 @@ MAP_FIXED = 0x10
 MAP_ANONYMOUS = 0x20
 MAP_NORESERVE = 0x4000
 MAP_FIXED_NOREPLACE = 0x100000
+MADV_DONTNEED = 4
 MREMAP_MAYMOVE = 1
 MREMAP_FIXED = 2
 
 _NO_FD = 0xFFFF_FFFF
+_HERE = -1  # the agent's side puts the address
 
 
 class Syscall(NamedTuple):
-    """System call: number, and arguments as 64-bit register values."""
+    """System call: number, and arguments as 64-bit register values.
+
+    ``is_guard``: an ioctl(2) whose third argument is the address of the last three. If the ioctl fails, the
+    agent makes none of the calls behind it in the packet: the result of each is -ECANCELED.
+    """
 
     number: int
     args: tuple[int, ...]
+    is_guard: bool = False
 
 
 def _marked(number: int, *args: int) -> Syscall:
@@ -110,6 +120,14 @@ def mprotect(at: int, length: int, prot: int) -> Syscall:
 def madvise(at: int, length: int, advice: int) -> Syscall:
     """Give an advice for ``length`` bytes from address ``at`` on."""
     return _marked(NR_MADVISE, at, length, advice)
+
+
+def guard(at: int, length: int, fd: int) -> Syscall:
+    """Fail unless ``length`` bytes from address ``at`` on are registered with the userfaultfd ``fd`` of the
+    agent, and no munmap(2) of any range of ``fd`` is under way (UFFDIO_WRITEPROTECT). The bytes become
+    write-protected.
+    """
+    return Syscall(NR_IOCTL, (fd, UFFDIO_WRITEPROTECT, _HERE, at, length, 1), is_guard=True)
 
 
 def _place(replace: bool) -> int:

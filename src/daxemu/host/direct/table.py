@@ -8,15 +8,19 @@ Addresses are bytes, positions in files are blocks. A range of addresses consist
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import trio
 from sortedcontainers import SortedDict, SortedSet
 
+from daxemu.errors import Unsupported
 from daxemu.host.direct.agent import Agent
+from daxemu.host.direct.locking import transferable
 from daxemu.host.direct.userfaultfd import Userfaultfd
+from daxemu.host.run import zone
 from daxemu.ranges import IntervalIndex, Range, RangeSet
 from daxemu.uapi import PAGE_SIZE, Block, Ino
 from daxemu.units import PFN_PHYS, PHYS_PFN, round_up
@@ -87,6 +91,15 @@ class Area:
         )
 
 
+def nothing() -> None:
+    """Do nothing."""
+
+
+async def no_outside() -> None:
+    """Refuse: the address space is in the zone alone."""
+    raise Unsupported("no userfaultfd for mappings outside the zone")
+
+
 @dataclass(eq=False, slots=True)
 class Space:
     """Address space of one or more processes (``struct mm_struct``), with its agent and userfaultfd.
@@ -96,8 +109,8 @@ class Space:
     - *lazy*: anonymous memory without a page. A touch is an event of the userfaultfd.
     - *shown*: the address maps the media or the void file (beyond the end of the file), or has a page of
       zeros for a hole (``zeros``).
-    - *copied*: a page of a private mapping over a hole that was stored to. Copies of pages of the media are
-      known to the page tables only.
+    - *copied*: a private copy of a hole, or of a block that the file may not have any more. The page tables
+      alone know the copies of shown blocks.
     """
 
     agent: Agent
@@ -105,14 +118,27 @@ class Space:
     zone: Range
     """Addresses for the mappings of this mount."""
     scratch: Range
-    """Addresses where a replacement of a mapping is prepared."""
-    lock: trio.Lock = field(default_factory=trio.Lock)
-    """Held over each change of mappings. Acquired after the lock of a file."""
+    """Addresses where a replacement of a mapping is prepared. The reserve is at the end (planner.RESERVE)."""
+    outside: Userfaultfd = field(default_factory=Userfaultfd)
+    """Userfaultfd of the areas outside the zone, with events of munmap(2)."""
+    open_outside: Callable[[], Awaitable[None]] = no_outside
+    """Opens ``outside``, if closed. Precondition: the caller holds ``lock``."""
+    drain: Callable[[], None] = nothing
+    """Takes the events of ``outside`` that have come."""
+    expected: Counter[Range] = field(default_factory=Counter)
+    """Addresses outside the zone that the agent unmaps at this moment: an event for each comes."""
+    lock: trio.Semaphore = field(default_factory=transferable)
+    """Held over each change of mappings, but for munmap(2) by the program outside the zone. Acquired after
+    the lock of a file.
+    """
     shown: RangeSet = field(default_factory=RangeSet)
     zeros: RangeSet = field(default_factory=RangeSet)
     copied: RangeSet = field(default_factory=RangeSet)
     pieces: SortedSet = field(default_factory=SortedSet)
     """First addresses of the shown pieces: as many VMAs, and up to as many lazy ones between."""
+    refused: int = 0
+    """Number of pieces by which the VMAs of the program make the room of the address space smaller."""
+    has_reserve: bool = False
     is_gone: bool = False
     """True after the end of the address space."""
     areas: SortedDict = field(default_factory=SortedDict)
@@ -156,9 +182,18 @@ class Space:
         """Return True if every address is in an area."""
         return sum(part.addresses.length for part in self.parts(addresses)) == addresses.length
 
+    def uffd_at(self, address: int) -> Userfaultfd:
+        """Return the userfaultfd of the areas on this side of the zone's borders."""
+        return self.uffd if zone.has(address) else self.outside
+
     def wake(self, addresses: Range) -> None:
         """Let the threads go on that wait for an answer to an event at ``addresses``."""
-        self.uffd.wake(addresses.start, addresses.length)
+        self.uffd_at(addresses.start).wake(addresses.start, addresses.length)
+
+    @property
+    def is_free(self) -> bool:
+        """Return True if no task has the lock."""
+        return self.lock.value > 0
 
     def showing(self, addresses: Range, *, zeros: bool = False) -> None:
         """Note that ``addresses`` are shown from now on, as one piece or as a page of ``zeros``."""
@@ -195,19 +230,21 @@ class Space:
 
         A page of distance stays between two mappings, so that an overrun is SIGSEGV.
         """
-        at = self._aligned(self.areas.peekitem()[1].addresses.end if self.areas else None, alignment)
+        last = next(self.areas.irange(*self.zone, inclusive=(True, False), reverse=True), None)
+        at = self._aligned(None if last is None else self.areas[last].addresses.end, alignment)
         if at + length <= self.zone.end:
             return at
         before: int | None = None
-        for area in self.areas.values():  # the end of the zone is reached: the first gap that fits
+        # The end of the zone is reached: the first gap that fits.
+        for start in self.areas.irange(*self.zone, inclusive=(True, False)):
             at = self._aligned(before, alignment)
-            if at + length + PAGE_SIZE <= area.addresses.start:
+            if at + length + PAGE_SIZE <= start:
                 return at
-            before = area.addresses.end
+            before = self.areas[start].addresses.end
         return None
 
     def _aligned(self, end: int | None, alignment: int) -> int:
-        at = self.zone.start if end is None or end < self.zone.start else end + PAGE_SIZE
+        at = self.zone.start if end is None else end + PAGE_SIZE
         return round_up(at, alignment)
 
 
@@ -270,6 +307,7 @@ class Table:
             )
         child.shown, child.copied = parent.shown.copy(), parent.copied.copy()
         child.zeros, child.pieces = parent.zeros.copy(), SortedSet(parent.pieces)
+        child.refused, child.has_reserve = parent.refused, parent.has_reserve
         self.add_space(child)
 
     def drop_space(self, space: Space) -> None:

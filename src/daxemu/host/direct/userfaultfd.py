@@ -61,6 +61,9 @@ NEEDED = (
 )
 """Features without which direct mappings are Unsupported. All are in Linux 6.6."""
 
+OUTSIDE = NEEDED | Feature.EVENT_UNMAP
+"""Features of the userfaultfd of mappings outside the zone, since Linux 4.11."""
+
 _API_VERSION = 0xAA
 _FLAG_WRITE = 1 << 0
 _FLAG_WP = 1 << 1
@@ -142,13 +145,19 @@ def _parse(message: bytes) -> Event:
 
 
 class Userfaultfd:
-    """A userfaultfd of an address space. Owns the descriptor ``fd``, which is non-blocking; -1 once closed.
+    """A userfaultfd of an address space. Owns the descriptor ``fd``, which is non-blocking; -1 while closed.
 
     Addresses are virtual, in bytes. Every range is of whole pages; NotRegistered otherwise. Every request
     raises AddressSpaceGone if the address space has ended.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int = -1) -> None:
+        self.fd = -1
+        if fd >= 0:
+            self.take(fd)
+
+    def take(self, fd: int) -> None:
+        """Own the descriptor ``fd`` from now on. Precondition: closed."""
         self.fd = fd
         os.set_blocking(fd, False)
 

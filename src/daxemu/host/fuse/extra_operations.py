@@ -13,12 +13,13 @@ import errno
 import os
 import struct
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Protocol
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import trio
 
-from daxemu.errors import DaxemuError, FsError
+from daxemu.errors import FsError
 from daxemu.fs.filesystem import Filesystem
 from daxemu.host.fuse import fileattr
 from daxemu.host.fuse.gates import Gates
@@ -28,9 +29,11 @@ from daxemu.host.fuse.open_files import OpenFiles
 from daxemu.host.fuse.structs import RawRequest
 from daxemu.host.fuse.supplement import library, unpack
 from daxemu.host.mappings import Mappings
+from daxemu.host.observer import Observer, Operation
 from daxemu.host.proc.processes import capable
 from daxemu.host.proc.procfs import read_lines
-from daxemu.host.unexpected import Nursery, Unexpected, refused, task_name
+from daxemu.host.unexpected import Nursery, Unexpected, refused
+from daxemu.rule import Op
 from daxemu.uapi import CAP_SYS_ADMIN, PAGE_SIZE, Ino
 from daxemu.units import PFN_PHYS, byte_span, pages_at
 
@@ -71,6 +74,17 @@ XFS_IOC_GOINGDOWN = 2 << 30 | 4 << 16 | ord("X") << 8 | 125
 _GOING_DEFAULT, _GOING_LOGFLUSH, _GOING_NOLOGFLUSH = 0, 1, 2
 
 
+class Answered(NamedTuple):
+    """``send``: send the reply to a request of libfuse. ``errno``: 0 for success."""
+
+    send: Callable[[int], object]
+    errno: int = 0
+
+
+Later = Coroutine[Any, Any, Answered]
+"""Service of a request that waits."""
+
+
 class ExtraOperations:
     """Answers the requests from supplement.c, from construction until close(). A process has one session, so
     at most one open object of this class.
@@ -98,6 +112,7 @@ class ExtraOperations:
         self._gates = gates
         self._nursery = nursery
         self._unexpected = unexpected
+        self._observer: Observer | None = None
         self._fuse = ctypes.CDLL("libfuse3.so.3")
         self._fuse.fuse_reply_err.argtypes = (ctypes.c_void_p, ctypes.c_int)
         self._fuse.fuse_reply_lseek.argtypes = (ctypes.c_void_p, ctypes.c_int64)
@@ -116,31 +131,75 @@ class ExtraOperations:
         """Answer ENOSYS to all later requests."""
         self._slot.value = None
 
+    def observe(self, observer: Observer | None) -> None:
+        """Tell ``observer`` about each operation from now on; None: nobody."""
+        self._observer = observer
+
     def _handle(self, pointer: ctypes._Pointer[RawRequest]) -> None:
         request = pointer.contents
         try:
-            self._dispatch(request)
-        except DaxemuError as error:
-            self._fuse.fuse_reply_err(request.req, error.errno)
+            if self._observer is not None:
+                self._nursery.start_soon(self._observed, self._observer, _Kept(request))
+                return
+            answer = self._dispatch(request)
         except Exception as error:  # noqa: BLE001 - the caller is C, and the request must be answered
-            self._unexpected.report(f"FUSE {_NAMES.get(request.op, request.op)}", error)
-            self._fuse.fuse_reply_err(request.req, errno.EIO)
+            answer = self._failed(_NAMES.get(request.op, str(request.op)), error)
+        if isinstance(answer, Answered):
+            answer.send(request.req)
+        else:
+            self._nursery.start_soon(self._answer, request.req, answer)
 
-    def _start(self, verb: Callable[..., Awaitable[None]], req: int, *arguments: object) -> None:
-        """Start a task that answers ``req``."""
-        self._nursery.start_soon(self._answer, verb, req, *arguments)
+    async def _answer(self, req: int, later: Later) -> None:
+        """Answer ``req`` by ``later``."""
+        (await self._reply_of(later)).send(req)
 
-    async def _answer(self, verb: Callable[..., Awaitable[None]], req: int, *arguments: object) -> None:
-        """Answer ``req`` by ``verb``; an exception of ``verb`` becomes an errno, an unexpected one EIO."""
+    async def _reply_of(self, later: Later) -> Answered:
+        """Return the reply of ``later``; an exception becomes an errno, an unexpected one EIO."""
         try:
-            await verb(req, *arguments)
+            return await later
         except Exception as error:  # noqa: BLE001 - the request must be answered
-            refusal = refused(error)
-            if refusal is None:
-                self._unexpected.report(f"FUSE {task_name(verb)}", error)
-            self._fuse.fuse_reply_err(req, errno.EIO if refusal is None else refusal.errno)
+            return self._failed(getattr(later, "__qualname__", "request"), error)
 
-    def _dispatch(self, request: RawRequest) -> None:
+    def _failed(self, what: str, error: Exception) -> Answered:
+        refusal = refused(error)
+        if refusal is None:
+            self._unexpected.report(f"FUSE {what}", error)
+        return self._error(errno.EIO if refusal is None else refusal.errno)
+
+    async def _observed(self, observer: Observer, kept: _Kept) -> None:
+        """Serve a request, and tell ``observer`` before and after."""
+        request = kept.request
+        operation = _described(request)
+        await observer.before(operation)
+        began = time.monotonic()
+        try:
+            answer = self._dispatch(request)
+            reply = answer if isinstance(answer, Answered) else await self._reply_of(answer)
+        except Exception as error:  # noqa: BLE001 - the request must be answered
+            reply = self._failed(operation.op, error)
+        await observer.after(operation, time.monotonic() - began, reply.errno)
+        reply.send(request.req)
+
+    # -- replies
+
+    def _error(self, error: int) -> Answered:
+        """Return a reply of an errno; 0 is success."""
+        return Answered(lambda req: self._fuse.fuse_reply_err(req, error), error)
+
+    def _written(self, length: int) -> Answered:
+        return Answered(lambda req: self._fuse.fuse_reply_write(req, length))
+
+    def _found(self, offset: int) -> Answered:
+        return Answered(lambda req: self._fuse.fuse_reply_lseek(req, offset))
+
+    def _output(self, output: bytes = b"") -> Answered:
+        """Return a reply of an ioctl that succeeded."""
+        return Answered(lambda req: self._fuse.fuse_reply_ioctl(req, 0, output or None, len(output)))
+
+    # -- requests
+
+    def _dispatch(self, request: RawRequest) -> Answered | Later:
+        """Serve a request, or return the coroutine that serves it. Raises DaxemuError."""
         ino = unpack(request.fh).ino
         if request.op == _FALLOCATE:
             self._file_modified(ino, request.tid)
@@ -153,113 +212,98 @@ class ExtraOperations:
                 raise
             if is_done and self._mappings.is_settled(ino):
                 claim.end()
-                self._fuse.fuse_reply_err(request.req, 0)
-            else:
-                self._start(self._fallocate_later, request.req, claim, steps)
-        elif request.op == _LSEEK:
-            self._lseek(request, ino)
-        elif request.op == _COPY_FILE_RANGE:
+                return self._error(0)
+            return self._fallocate_later(claim, steps)
+        if request.op == _LSEEK:
+            return self._lseek(request, ino)
+        if request.op == _COPY_FILE_RANGE:
             target = unpack(request.target_fh).ino
             self._file_modified(target, request.tid)
             copied = ino, request.offset, target, request.target_offset, request.length
             if self._clones.is_quick(*copied):
                 done = self._fs.copy_file_range(*copied)
-                if self._mappings.is_settled(target):
-                    self._fuse.fuse_reply_write(request.req, done)
-                else:
-                    self._start(self._copied_later, request.req, target, done)
-            else:
-                self._start(self._copy_later, request.req, *copied)
-        elif request.op == _IOCTL:
-            self._ioctl(request, request.ino)  # of a directory the handle is no inode number
-        else:
-            raise FsError(errno.ENOSYS)
+                settled = self._mappings.is_settled(target)
+                return self._written(done) if settled else self._copied_later(target, done)
+            return self._copy_later(*copied)
+        if request.op == _IOCTL:
+            return self._ioctl(request, request.ino)  # of a directory the handle is no inode number
+        raise FsError(errno.ENOSYS)
 
     async def _copy_later(
-        self, req: int, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int
-    ) -> None:
-        copied = await self._clones.copy(src, src_offset, dst, dst_offset, length)
-        self._fuse.fuse_reply_write(req, copied)
+        self, src: Ino, src_offset: int, dst: Ino, dst_offset: int, length: int
+    ) -> Answered:
+        return self._written(await self._clones.copy(src, src_offset, dst, dst_offset, length))
 
-    async def _copied_later(self, req: int, target: Ino, done: int) -> None:
+    async def _copied_later(self, target: Ino, done: int) -> Answered:
         await self._mappings.settled(target)
-        self._fuse.fuse_reply_write(req, done)
+        return self._written(done)
 
-    async def _fallocate_later(self, req: int, claim: Claim, steps: Iterator[None]) -> None:
+    async def _fallocate_later(self, claim: Claim, steps: Iterator[None]) -> Answered:
         async with claim:
             await trio.lowlevel.checkpoint()
             await in_pieces(steps)
         # After the claim: a clone waits for the claim with the locks of files that this wait needs.
         for ino in claim.inos:
             await self._mappings.settled(ino)
-        self._fuse.fuse_reply_err(req, 0)
+        return self._error(0)
 
     # -- lseek
 
-    def _lseek(self, request: RawRequest, ino: Ino) -> None:
+    def _lseek(self, request: RawRequest, ino: Ino) -> Answered | Later:
         inode, extents = self._fs.names.regular(ino)
         if extents.blocks * PAGE_SIZE >= inode.size:
-            self._fuse.fuse_reply_lseek(request.req, self._fs.seek(ino, request.offset, request.mode))
-        else:
-            # A store into a hole through a mapping is data, but the filesystem learns of the store only when
-            # the kernel writes the page back.
-            self._start(self._lseek_later, request.req, ino, request.offset, request.mode)
+            return self._found(self._fs.seek(ino, request.offset, request.mode))
+        # A store into a hole through a mapping is data, but the filesystem learns of the store only when the
+        # kernel writes the page back.
+        return self._lseek_later(ino, request.offset, request.mode)
 
-    async def _lseek_later(self, req: int, ino: Ino, offset: int, whence: int) -> None:
+    async def _lseek_later(self, ino: Ino, offset: int, whence: int) -> Answered:
         await self._mappings.write_back(ino)
-        found = self._fs.seek(ino, offset, whence)
-        self._fuse.fuse_reply_lseek(req, found)
+        return self._found(self._fs.seek(ino, offset, whence))
 
     # -- ioctl
 
-    def _ioctl(self, request: RawRequest, ino: Ino) -> None:
-        command = request.mode & 0xFFFFFFFF
+    def _ioctl(self, request: RawRequest, ino: Ino) -> Answered | Later:
+        command = _command_of(request)
         data = ctypes.string_at(request.data, request.data_size) if request.data_size else b""
         if command == DAXEMU_IOC_CLONE_RANGE and len(data) == CLONE_RANGE.size:
             if not unpack(request.fh).writable:
                 raise FsError(errno.EBADF)
-            self._start(self._ioctl_clone, request.req, request.tid, ino, data)
-        elif command == DAXEMU_IOC_MAP and len(data) >= MAP_HEADER.size:
-            answer = self._map(ino, data)
-            self._fuse.fuse_reply_ioctl(request.req, 0, answer, len(answer))
-        elif command in fileattr.GETTERS:
-            answer = fileattr.get(self._fs, ino, command)
-            self._fuse.fuse_reply_ioctl(request.req, 0, answer, len(answer))
-        elif command in fileattr.SETTERS:
+            return self._ioctl_clone(request.tid, ino, data)
+        if command == DAXEMU_IOC_MAP and len(data) >= MAP_HEADER.size:
+            return self._output(self._map(ino, data))
+        if command in fileattr.GETTERS:
+            return self._output(fileattr.get(self._fs, ino, command))
+        if command in fileattr.SETTERS:
             fileattr.set_(self._fs, ino, command, data, request.tid)
             self._mappings.forget_attributes(ino)  # the ctime
-            self._fuse.fuse_reply_ioctl(request.req, 0, None, 0)
-        elif command == XFS_IOC_GOINGDOWN:
+            return self._output()
+        if command == XFS_IOC_GOINGDOWN:
             if not capable(request.tid, CAP_SYS_ADMIN):
                 raise FsError(errno.EPERM)
-            self._nursery.start_soon(self._ioctl_goingdown, request.req, request.tid, request.offset)
-        else:
-            raise FsError(errno.ENOTTY)
+            return self._ioctl_goingdown(request.tid, request.offset)
+        raise FsError(errno.ENOTTY)
 
-    async def _ioctl_clone(self, req: int, tid: int, target: Ino, data: bytes) -> None:
+    async def _ioctl_clone(self, tid: int, target: Ino, data: bytes) -> Answered:
         fd, offset, length, target_offset = CLONE_RANGE.unpack(data)
         source = await trio.to_thread.run_sync(_source_of, tid, fd, self._dev)
         self._file_modified(target, tid)
         await self._clones.clone(source, offset, target, target_offset, length)
-        self._fuse.fuse_reply_ioctl(req, 0, None, 0)
+        return self._output()
 
-    async def _ioctl_goingdown(self, req: int, tid: int, address: int) -> None:
+    async def _ioctl_goingdown(self, tid: int, address: int) -> Answered:
         """``xfs_fs_goingdown()``. Reads the argument at ``address`` of the thread: by the ioctl's number, the
         argument is output only, so the kernel does not copy its value into the request.
         """
-        try:
-            how = await trio.to_thread.run_sync(_word_of, tid, address)
-            if how not in (_GOING_DEFAULT, _GOING_LOGFLUSH, _GOING_NOLOGFLUSH):
-                raise FsError(errno.EINVAL)
-            if how == _GOING_DEFAULT:
-                for ino in self._open_files.inodes():
-                    await self._mappings.write_back(ino)
-        except DaxemuError as error:
-            self._fuse.fuse_reply_err(req, error.errno)
-            return
+        how = await trio.to_thread.run_sync(_word_of, tid, address)
+        if how not in (_GOING_DEFAULT, _GOING_LOGFLUSH, _GOING_NOLOGFLUSH):
+            raise FsError(errno.EINVAL)
+        if how == _GOING_DEFAULT:
+            for ino in self._open_files.inodes():
+                await self._mappings.write_back(ino)
         reason = "User initiated shutdown received.  Shutting down filesystem."
         self._fs.shutdown(reason, save=how != _GOING_NOLOGFLUSH)
-        self._fuse.fuse_reply_ioctl(req, 0, None, 0)
+        return self._output()
 
     def _map(self, ino: Ino, data: bytes) -> bytes:
         start, length, _, _ = MAP_HEADER.unpack_from(data)
@@ -279,6 +323,39 @@ class ExtraOperations:
         del found[MAP_ROOM:]
         room = MAP_HEADER.size + MAP_ROOM * MAP_EXTENT.size
         return (MAP_HEADER.pack(start, length, len(found), 0) + b"".join(found)).ljust(room, b"\0")
+
+
+class _Kept:
+    """Copy of a request, and of the data that its pointer names: both are gone after the callback of C."""
+
+    def __init__(self, request: RawRequest) -> None:
+        self.request = RawRequest.from_buffer_copy(request)
+        if request.data_size:
+            self._data = ctypes.create_string_buffer(
+                ctypes.string_at(request.data, request.data_size), request.data_size
+            )
+            self.request.data = ctypes.addressof(self._data)
+
+
+def _command_of(request: RawRequest) -> int:
+    """Return the number of an ioctl."""
+    return int(request.mode) & 0xFFFFFFFF
+
+
+def _described(request: RawRequest) -> Operation:
+    """Return the operation of a request. A copy is about its target."""
+    ino, tid = unpack(request.fh).ino, request.tid
+    if request.op == _FALLOCATE:
+        return Operation(Op.FALLOCATE, tid, ino, offset=request.offset, length=request.length)
+    if request.op == _COPY_FILE_RANGE:
+        target = unpack(request.target_fh).ino
+        return Operation(Op.CLONE, tid, target, offset=request.target_offset, length=request.length)
+    if request.op == _LSEEK:
+        return Operation(Op.LSEEK, tid, ino)
+    if _command_of(request) == DAXEMU_IOC_CLONE_RANGE and request.data_size == CLONE_RANGE.size:
+        _, _, length, offset = CLONE_RANGE.unpack(ctypes.string_at(request.data, request.data_size))
+        return Operation(Op.CLONE, tid, request.ino, offset=offset, length=length)
+    return Operation(Op.IOCTL, tid, request.ino)
 
 
 def _word_of(tid: int, address: int) -> int:

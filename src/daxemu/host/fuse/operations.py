@@ -12,6 +12,7 @@ import itertools
 import os
 import stat
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import trio
 
@@ -26,11 +27,13 @@ from daxemu.host.fuse import supplement
 from daxemu.host.fuse.gates import Gates
 from daxemu.host.fuse.handlers import contained, in_pieces, translated
 from daxemu.host.fuse.layouts import FOREVER
+from daxemu.host.fuse.observed import DESCRIBED, observed
 from daxemu.host.fuse.open_files import OpenFiles
 from daxemu.host.fuse.pyfuse3_internals import HANDLERS
 from daxemu.host.fuse.setattr import is_chown, may_setattr
 from daxemu.host.fuse.supplement import Caller, kill_suidgid, pack, unpack
 from daxemu.host.mappings import Access, Answer, Mappings
+from daxemu.host.observer import Observer
 from daxemu.host.proc.processes import capable, in_group_or_capable
 from daxemu.host.unexpected import Unexpected
 from daxemu.uapi import CAP_FSETID, CAP_SYS_ADMIN, PAGE_SIZE, XATTR_NAME_CAPS, Ino
@@ -72,11 +75,20 @@ class Operations(pyfuse3.Operations):
         self._gates = gates
         self._directories: dict[int, Ino] = {}
         self._directory_handles = itertools.count(1)
+        self._served: dict[str, Callable[..., Any]] = {}
 
     def contain(self, unexpected: Unexpected) -> None:
         """Wrap all handlers: an unexpected exception is reported, and its request gets EIO."""
         for name in HANDLERS & vars(type(self)).keys():
             setattr(self, name, contained(name, getattr(self, name), unexpected))
+        self._served = {name: getattr(self, name) for name in DESCRIBED}
+
+    def observe(self, observer: Observer | None) -> None:
+        """Tell ``observer`` about each operation from now on; None: nobody. Precondition: contain() was
+        called.
+        """
+        for name, served in self._served.items():
+            setattr(self, name, served if observer is None else observed(served, DESCRIBED[name], observer))
 
     # -- attributes
 

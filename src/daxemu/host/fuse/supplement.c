@@ -163,6 +163,13 @@ static void supplement_write_buf(fuse_req_t req, fuse_ino_t ino, struct fuse_buf
 	wrapped.write_buf(req, ino, bufv, off, &copy);
 }
 
+static void supplement_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_file_info *fi)
+{
+	struct fuse_file_info copy = tagged(req, fi);
+
+	wrapped.fsync(req, ino, datasync, &copy);
+}
+
 struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_lowlevel_ops *op, size_t op_size,
 				      void *userdata)
 {
@@ -185,6 +192,7 @@ struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_
 	ours.write = supplement_write;
 	if (wrapped.write_buf)
 		ours.write_buf = supplement_write_buf;
+	ours.fsync = supplement_fsync;
 	ours.fallocate = supplement_fallocate;
 	ours.lseek = supplement_lseek;
 	ours.copy_file_range = supplement_copy_file_range;

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import struct
 from collections.abc import Iterator
+from io import FileIO
 from typing import NamedTuple
 
 from daxemu.host.proc.procfs import cut_short, read_whole
@@ -22,6 +23,7 @@ _PROCMAP_QUERY = 3 << 30 | 104 << 16 | ord("f") << 8 | 17
 _QUERY = struct.Struct("=9Q4I2Q")
 _VM_FLAGS = ((1, b"r"), (2, b"w"), (4, b"x"))
 _VM_SHARED = 8
+_COVERING_OR_NEXT = 0x10
 
 
 class Vma(NamedTuple):
@@ -125,14 +127,42 @@ def find_vma(pid: int, address: int) -> Vma | None:
 
     Asks the kernel for one mapping (PROCMAP_QUERY, Linux 6.11); before that release, reads all mappings.
     """
-    query = bytearray(_QUERY.pack(_QUERY.size, 0, address, *bytes(12)))
     try:
         with open(f"/proc/{pid}/maps", "rb", buffering=0) as file:
-            fcntl.ioctl(file, _PROCMAP_QUERY, query)
+            return _queried(file, address, 0)
     except OSError as error:
         if error.errno != errno.ENOTTY:
             return None
         return _find_in_text(pid, address)
+
+
+def within(pid: int, addresses: Range) -> Iterator[Vma]:
+    """Yield the mappings that overlap ``addresses``, in order. Asks the kernel for these alone.
+
+    Raises the exceptions of :func:`read`.
+    """
+    at = addresses.start
+    with open(f"/proc/{pid}/maps", "rb", buffering=0) as file:
+        while at < addresses.end:
+            try:
+                found = _queried(file, at, _COVERING_OR_NEXT)
+            except FileNotFoundError:  # nothing is mapped from here on
+                return
+            except OSError as error:
+                if error.errno != errno.ENOTTY:
+                    raise
+                yield from (vma for vma in read(pid) if vma.area.clip(*addresses))
+                return
+            if found.start >= addresses.end:
+                return
+            yield found
+            at = found.end
+
+
+def _queried(file: FileIO, address: int, flags: int) -> Vma:
+    """Return the answer to PROCMAP_QUERY. Raises FileNotFoundError if no mapping answers the query."""
+    query = bytearray(_QUERY.pack(_QUERY.size, flags, address, *bytes(12)))
+    fcntl.ioctl(file, _PROCMAP_QUERY, query)
     _, _, _, start, end, flags, _, offset, ino, major, minor, *_ = _QUERY.unpack(query)
     letters = b"".join(letter if flags & bit else b"-" for bit, letter in _VM_FLAGS)
     mode = letters + (b"s" if flags & _VM_SHARED else b"p")

@@ -29,6 +29,17 @@ def read_threads(pid: int) -> Iterator[Thread]:
             continue
 
 
+def read_process(pid: int) -> tuple[str, list[Thread]]:
+    """Return the name and the threads of a process. Raises OSError.
+
+    A single thread is the leader: then one file of /proc has all that is asked for.
+    """
+    raw = read_whole(f"/proc/{pid}/stat")
+    leader = stat.parse(raw)
+    comm = as_comm(raw.partition(b"(")[2].rpartition(b") ")[0])
+    return comm, [Thread(pid, leader.flags)] if leader.nr_threads == 1 else list(read_threads(pid))
+
+
 def read_comm(pid: int | str) -> str:
     """Return the name of a process as daxemu.text.name_text encodes names. Raises OSError."""
     return as_comm(read_whole(f"/proc/{pid}/comm"))
@@ -68,13 +79,16 @@ def tracer_of(tid: int) -> int:
     return process_of(found.tracer) if found is not None and found.tracer else 0
 
 
-def is_asleep_in_fault(tid: int) -> bool:
-    """Return whether a thread sleeps in its own page fault. False where /proc/TID/syscall cannot be read."""
+def fault_of(tid: int) -> tuple[int, int] | None:
+    """Return stack pointer and instruction pointer of a thread that sleeps in its own page fault.
+
+    None for a thread that is awake or in a system call, and where /proc/TID/syscall cannot be read.
+    """
     try:
-        with open(f"/proc/{tid}/syscall", "rb") as file:
-            return file.read(2) == b"-1"
+        words = read_whole(f"/proc/{tid}/syscall").split()
     except OSError:
-        return False
+        return None
+    return (int(words[1], 16), int(words[2], 16)) if len(words) == 3 and words[0] == b"-1" else None
 
 
 def capable(tid: int | str, capability: int) -> bool:

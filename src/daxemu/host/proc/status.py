@@ -90,6 +90,11 @@ class ThreadStatus(NamedTuple):
         """Mode of seccomp(2): 0 none, 1 strict, 2 filter; 0 also for a kernel without seccomp."""
         return int(self._find(b"Seccomp") or b"0")
 
+    @property
+    def seccomp_filters(self) -> int:
+        """Number of seccomp(2) filters; 0 also for a kernel before 5.9."""
+        return int(self._find(b"Seccomp_filters") or b"0")
+
     def has_capability(self, capability: int) -> bool:
         """Return whether the thread has a capability (CAP_*) in its effective set."""
         return bool(int(self._value(b"CapEff"), 16) >> capability & 1)

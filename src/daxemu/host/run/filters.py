@@ -7,12 +7,13 @@ system call               action
 ========================  ==================================================================================
 mmap                      notify for a file, except by the dynamic loader (below); notify for MAP_FIXED in the
                           zone, which replaces direct mappings
-munmap, mprotect, mremap, notify if the address is in the zone
-msync, madvise,
-pkey_mprotect
+munmap, mprotect,         notify if the address is in the zone
+madvise, pkey_mprotect
+mremap, msync             notify, at any address: outside the zone no event of the userfaultfd would come
 remap_file_pages, mseal   EINVAL if the address is in the zone: the first maps any page of the media, and the
                           second keeps a page that a truncation must unmap
-madvise                   notify for MADV_HWPOISON and MADV_SOFT_OFFLINE, at any address
+madvise                   notify for MADV_HWPOISON, MADV_SOFT_OFFLINE and MADV_REMOVE, at any address
+mlockall                  notify: each later mmap(2) of the agent would bring in pages
 execve, execveat, fork    notify
 clone                     notify without CLONE_VM: a new address space
 clone3                    ENOSYS: a filter cannot read its flags; libraries then use clone
@@ -39,7 +40,7 @@ from typing import NamedTuple
 from daxemu.errors import Unsupported
 from daxemu.host.run import zone
 from daxemu.host.run.bpf import ARCH, NUMBER, Assembler, high, low
-from daxemu.uapi import MADV_HWPOISON, MADV_SOFT_OFFLINE
+from daxemu.uapi import MADV_HWPOISON, MADV_REMOVE, MADV_SOFT_OFFLINE
 
 # uapi/linux/seccomp.h
 RET_ALLOW = 0x7FFF0000
@@ -70,6 +71,7 @@ class Nr(IntEnum):
     CLONE = 56
     FORK = 57
     EXECVE = 59
+    MLOCKALL = 151
     REMAP_FILE_PAGES = 216
     PKEY_MPROTECT = 329
     EXECVEAT = 322
@@ -120,12 +122,14 @@ def direct() -> bytes:
     bpf.if_equal(AUDIT_ARCH_X86_64, otherwise="another machine")
     bpf.load(NUMBER)
     bpf.if_equal(Nr.MMAP, then="mmap")
-    for number in (Nr.MUNMAP, Nr.MPROTECT, Nr.MREMAP, Nr.MSYNC, Nr.PKEY_MPROTECT):
+    for number in (Nr.MUNMAP, Nr.MPROTECT, Nr.PKEY_MPROTECT):
         bpf.if_equal(number, then="by address")
+    for number in (Nr.MREMAP, Nr.MSYNC):
+        bpf.if_equal(number, then="unless marked")
     for number in (Nr.REMAP_FILE_PAGES, Nr.MSEAL):
         bpf.if_equal(number, then="refuse in the zone")
     bpf.if_equal(Nr.MADVISE, then="madvise")
-    for number in (Nr.FORK, Nr.EXECVE, Nr.EXECVEAT):
+    for number in (Nr.FORK, Nr.EXECVE, Nr.EXECVEAT, Nr.MLOCKALL):
         bpf.if_equal(number, then="notify")
     bpf.if_equal(Nr.CLONE, then="clone")
     bpf.if_equal(X32 | Nr.MMAP, then="foreign mmap")
@@ -146,9 +150,11 @@ def direct() -> bytes:
     bpf.load(low(2))
     bpf.if_equal(MADV_HWPOISON, then="notify")
     bpf.if_equal(MADV_SOFT_OFFLINE, then="notify")
+    bpf.if_equal(MADV_REMOVE, then="notify")
 
     bpf.label("by address")
     _if_in_zone(bpf, otherwise="allow")
+    bpf.label("unless marked")
     bpf.load(high(5))
     bpf.if_equal(zone.MAGIC, then="allow", otherwise="notify")
 
@@ -157,7 +163,9 @@ def direct() -> bytes:
 
     bpf.label("clone")
     bpf.load(low(0))
-    bpf.if_any_bit(CLONE_VM, then="allow", otherwise="notify")
+    bpf.if_any_bit(CLONE_VM, then="allow")
+    bpf.load(high(5))
+    bpf.if_equal(zone.MAGIC, then="allow", otherwise="notify")
 
     bpf.label("another machine")
     bpf.if_equal(AUDIT_ARCH_I386, otherwise="allow")

@@ -13,21 +13,20 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
 #include <linux/audit.h>
 #include <linux/seccomp.h>
 #include <poll.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
+
+#include "threads.h"
 
 #define MAX_MOUNTS 15 /* slices of the zone: zone.SLICES */
 #define PID_MAX_LIMIT (1 << 22) /* linux/threads.h */
@@ -42,10 +41,12 @@
 /* asm/unistd.h and filters.py: numbers that the filter notifies */
 enum {
 	NR_MMAP = 9,
+	NR_MREMAP = 25,
 	NR_MADVISE = 28,
 	NR_CLONE = 56,
 	NR_FORK = 57,
 	NR_EXECVE = 59,
+	NR_MLOCKALL = 151,
 	NR_EXECVEAT = 322,
 	NR_X32_MMAP = 0x40000000 | 9,
 	NR_I386_MMAP = 90,
@@ -71,6 +72,7 @@ struct mount {
 struct thread {
 	uint64_t id; /* last call that was forwarded */
 	uint16_t known_to; /* mounts with mappings of the process; the thread id is the process id */
+	uint16_t outside; /* mounts with mappings outside the zone */
 	uint8_t waits; /* 1 + number of the mount that the call was forwarded to; 0: none */
 	uint8_t is_mmap;
 };
@@ -86,8 +88,10 @@ struct kept {
 
 struct helper {
 	int listener, mountinfo, wake;
+	int proc; /* /proc of this pid namespace, whose thread ids the listener gives */
 	uint32_t asked; /* minor number of the last DEVICE */
 	uint32_t used, forked; /* mounts that got an mmap(2); a fork(2) of a process with mappings */
+	uint32_t outside, forked_outside; /* as used and forked, of mappings outside the zone */
 	struct mount mounts[MAX_MOUNTS];
 	struct kept *kept;
 	struct thread *threads;
@@ -120,10 +124,12 @@ static int is_mmap(const struct seccomp_notif *call)
 	return call->data.nr == NR_MMAP || call->data.nr == NR_X32_MMAP;
 }
 
-static int is_new_address_space(const struct seccomp_notif *call)
+/* fork, execve, mlockall: calls for each mount that the process maps files of */
+static int concerns_process(const struct seccomp_notif *call)
 {
 	int nr = call->data.nr;
-	return call->data.arch == AUDIT_ARCH_X86_64 && (nr == NR_FORK || nr == NR_CLONE || nr == NR_EXECVE || nr == NR_EXECVEAT);
+	return call->data.arch == AUDIT_ARCH_X86_64 &&
+	       (nr == NR_FORK || nr == NR_CLONE || nr == NR_EXECVE || nr == NR_EXECVEAT || nr == NR_MLOCKALL);
 }
 
 static int is_failure(const struct seccomp_notif *call)
@@ -167,38 +173,9 @@ static int read_arguments(struct seccomp_notif *call)
 	return 0;
 }
 
-/* Finds the device of an open file without a request to its filesystem: with an empty mask FUSE gives st_dev alone. */
-static int device_of(int tid, int fd, uint32_t *major, uint32_t *minor)
-{
-	char path[48];
-	struct statx found;
-	snprintf(path, sizeof path, "/proc/%d/fd/%d", tid, fd);
-	if (statx(AT_FDCWD, path, AT_STATX_DONT_SYNC | AT_NO_AUTOMOUNT, 0, &found))
-		return -1;
-	*major = found.stx_dev_major, *minor = found.stx_dev_minor;
-	return 0;
-}
-
 static int is_tid(uint32_t tid)
 {
 	return tid > 0 && tid < PID_MAX_LIMIT;
-}
-
-/* Returns the process of a thread; -1 if the thread is gone. */
-static int process_of(int tid)
-{
-	char path[32], text[512], *line;
-	snprintf(path, sizeof path, "/proc/%d/status", tid);
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
-		return -1;
-	ssize_t got = read(fd, text, sizeof text - 1);
-	close(fd);
-	if (got <= 0)
-		return -1;
-	text[got] = 0;
-	line = strstr(text, "\nTgid:");
-	return line && is_tid(atoi(line + 6)) ? atoi(line + 6) : -1;
 }
 
 /* -- forwarding */
@@ -208,10 +185,14 @@ static void forward(struct helper *helper, struct kept *kept)
 {
 	struct mount *mount = &helper->mounts[kept->mount];
 	struct thread *thread = &helper->threads[kept->call.pid];
-	*thread = (struct thread){ kept->call.id, thread->known_to, 1 + kept->mount, is_mmap(&kept->call) };
+	thread->id = kept->call.id;
+	thread->waits = 1 + kept->mount;
+	thread->is_mmap = is_mmap(&kept->call);
 	kept->call.flags = kept->left ? ACKNOWLEDGE : 0;
-	ssize_t sent = send(mount->socket, &kept->call, sizeof kept->call, MSG_DONTWAIT | MSG_NOSIGNAL);
+	ssize_t sent = daxemu_send_call(mount->socket, &kept->call);
 	kept->is_sent = sent == (ssize_t)sizeof kept->call;
+	if (sent < 0 && errno == ESRCH)
+		kept->is_sent = 1, kept->left = 0; /* the thread is dead: no mount waits for the call */
 }
 
 static void drop(struct helper *helper, struct kept *kept)
@@ -275,6 +256,7 @@ static void supervisor_ended(struct helper *helper, int at)
 	for (int tid = 1; tid < PID_MAX_LIMIT; tid++) {
 		struct thread *thread = &helper->threads[tid];
 		thread->known_to &= ~(1u << at);
+		thread->outside &= ~(1u << at);
 		if (thread->waits != 1 + at)
 			continue;
 		thread->waits = 0;
@@ -282,6 +264,8 @@ static void supervisor_ended(struct helper *helper, int at)
 	}
 	helper->used &= ~(1u << at);
 	helper->forked &= ~(1u << at);
+	helper->outside &= ~(1u << at);
+	helper->forked_outside &= ~(1u << at);
 }
 
 /* Reads the acknowledgements of a supervisor: ids. Nonsense has no effect. */
@@ -327,7 +311,7 @@ static int route_mmap(struct helper *helper, const struct seccomp_notif *notifie
 	if (!is_tid(call->pid) || read_arguments(call))
 		return proceed(helper, call);
 	uint32_t flags = call->data.args[3];
-	if (!(flags & MAP_ANONYMOUS) && device_of(call->pid, (int)call->data.args[4], &major, &minor) == 0 && major == 0 &&
+	if (!(flags & MAP_ANONYMOUS) && daxemu_device_of(helper->proc, call->pid, (int)call->data.args[4], &major, &minor) == 0 && major == 0 &&
 	    minor < ANONYMOUS_DEVICES) {
 		at = by_device(helper, minor);
 		if (at < 0 && !(helper->not_ours[minor / 8] & 1 << minor % 8)) {
@@ -340,26 +324,41 @@ static int route_mmap(struct helper *helper, const struct seccomp_notif *notifie
 		return DONE;
 	}
 	if (at >= 0) {
-		int tgid = process_of(call->pid);
+		int tgid = daxemu_process_of(helper->proc, call->pid);
+		/* A hint may be taken. The slice of the mount is for mappings without one. */
+		int names_place = call->data.args[0] && by_address(helper, call->data.args[0], 1) < 0;
 		if (tgid > 0)
 			helper->threads[tgid].known_to |= 1u << at;
+		if (tgid > 0 && names_place)
+			helper->threads[tgid].outside |= 1u << at;
 		helper->used |= 1u << at;
+		if (names_place)
+			helper->outside |= 1u << at;
 	} else if (flags & MAP_FIXED) {
 		at = by_address(helper, call->data.args[0], call->data.args[1]);
 	}
 	return forward_to(helper, call, at < 0 ? 0 : 1u << at);
 }
 
-static int route_new_address_space(struct helper *helper, const struct seccomp_notif *call)
+static int route_to_all(struct helper *helper, const struct seccomp_notif *call)
 {
-	int tgid = helper->used && is_tid(call->pid) ? process_of(call->pid) : -1;
+	int tgid = helper->used && is_tid(call->pid) ? daxemu_process_of(helper->proc, call->pid) : -1;
 	if (tgid < 0)
 		return proceed(helper, call);
 	/* After a fork with mappings, children whose numbers are not known here have mappings, too. */
 	uint32_t mounts = helper->threads[tgid].known_to | helper->forked;
-	if (call->data.nr != NR_EXECVE && call->data.nr != NR_EXECVEAT)
+	if (call->data.nr == NR_FORK || call->data.nr == NR_CLONE) {
 		helper->forked |= helper->threads[tgid].known_to;
+		helper->forked_outside |= helper->threads[tgid].outside;
+	}
 	return forward_to(helper, call, mounts);
+}
+
+/* Returns the mounts that may have mappings of the process outside the zone. */
+static uint32_t outside(const struct helper *helper, const struct seccomp_notif *call)
+{
+	int tgid = helper->outside && is_tid(call->pid) ? daxemu_process_of(helper->proc, call->pid) : -1;
+	return tgid < 0 ? 0 : helper->threads[tgid].outside | helper->forked_outside;
 }
 
 /* Answers a call or forwards it. Returns DONE; MADVISE or DEVICE if Python has to look at the call. */
@@ -367,12 +366,15 @@ int daxemu_route(struct helper *helper, const struct seccomp_notif *call)
 {
 	if (is_mmap(call))
 		return route_mmap(helper, call);
-	if (is_new_address_space(call))
-		return route_new_address_space(helper, call);
+	if (concerns_process(call))
+		return route_to_all(helper, call);
 	int at = is_tid(call->pid) ? by_address(helper, call->data.args[0], 1) : -1;
-	if (at < 0 && is_failure(call))
+	if (at < 0 && call->data.nr == NR_MREMAP && call->data.args[3] & MREMAP_FIXED && is_tid(call->pid))
+		at = by_address(helper, call->data.args[4], call->data.args[2]);
+	uint32_t mounts = at < 0 ? outside(helper, call) : 1u << at;
+	if (!mounts && is_failure(call))
 		return MADVISE;
-	return forward_to(helper, call, at < 0 ? 0 : 1u << at);
+	return forward_to(helper, call, mounts);
 }
 
 /* -- the loop */
@@ -457,6 +459,7 @@ struct helper *daxemu_helper(int listener, int mountinfo, int wake)
 	helper->listener = listener;
 	helper->mountinfo = mountinfo;
 	helper->wake = wake;
+	helper->proc = daxemu_open_proc();
 	/* Only the pages of thread ids that occur take memory. */
 	helper->threads = mmap(NULL, PID_MAX_LIMIT * sizeof *helper->threads, PROT_READ | PROT_WRITE,
 			       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

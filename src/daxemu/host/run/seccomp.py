@@ -52,13 +52,15 @@ class _Program(ctypes.Structure):
 
 class NotifiedCall(NamedTuple):
     """A system call that waits for an answer. ``tid`` 0: a thread outside this pid namespace. ``nr``: number
-    of the system call. ``args``: the six registers, 64 bits each, without signs.
+    of the system call. ``args``: the six registers, 64 bits each, without signs. ``ip``: address behind the
+    instruction.
     """
 
     id: int
     tid: int
     nr: int
     args: tuple[int, int, int, int, int, int]
+    ip: int = 0
 
 
 class Answer(NamedTuple):
@@ -72,6 +74,8 @@ class Answer(NamedTuple):
 
 
 CONTINUE = Answer(proceed=True)
+RESTART = Answer(error=513)
+"""ERESTARTNOINTR of linux/errno.h: the thread makes the call again, if a tracer has interrupted it."""
 
 
 def install(code: bytes | None = None) -> int:
@@ -120,8 +124,8 @@ def receive(listener: int) -> NotifiedCall | None:
 
 def parse(raw: bytes | bytearray) -> NotifiedCall:
     """Return the call of a struct seccomp_notif. Precondition: ``raw`` has the size of NOTIFICATION."""
-    id_, tid, _flags, nr, _arch, _ip, a, b, c, d, e, f = NOTIFICATION.unpack(raw)
-    return NotifiedCall(id_, tid, nr, (a, b, c, d, e, f))
+    id_, tid, _flags, nr, _arch, ip, a, b, c, d, e, f = NOTIFICATION.unpack(raw)
+    return NotifiedCall(id_, tid, nr, (a, b, c, d, e, f), ip)
 
 
 def arch_of(raw: bytes | bytearray) -> int:

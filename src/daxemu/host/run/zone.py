@@ -1,7 +1,8 @@
 """Addresses of direct mappings, and the mark of an agent's own system calls.
 
-All direct mappings of a process lie in the *zone*, far from every address that the kernel chooses by itself.
-The filter therefore knows by address alone which munmap(2) concerns a mount.
+The supervisor places direct mappings in the *zone*, far from every address that the kernel chooses by itself.
+The filter therefore knows by address alone which munmap(2) concerns a mount. Only a program that names the
+address (MAP_FIXED, or a hint) has a mapping outside the zone: see ``host.direct.outside``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,12 @@ SLICE_SIZE = 1 << 40
 
 START = 0x2000_0000_0000
 END = 0x3000_0000_0000
+
+
+def has(address: int) -> bool:
+    """Return True if an address is in the zone."""
+    return START <= address < END
+
 
 ARENAS = range(END - SLICE_SIZE, END)
 """Last slice of the zone: the code and the slots of agents."""

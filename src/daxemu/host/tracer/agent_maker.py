@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import struct
 from collections import deque
@@ -156,7 +157,7 @@ class AgentMakers:
         yield from _event_stop(tid)
         child = yield from self._forked(request)
         ptrace.set_options(tid, ptrace.OPTIONS)
-        yield from _held(tid, lambda insn: _close(tid, insn, request.fd))
+        yield from _held(tid, lambda insn: _closed(request, tid, insn))
         return None if child else NotTaken(request.id)
 
     def _forked(self, request: TraceFork) -> Generator[None, int, int]:
@@ -203,7 +204,7 @@ def _make(request: MakeAgent | TraceFork, tid: int) -> Script:
                 yield from _dropped(request, tid, insn)
         except (_Failed, CannotInject) as why:
             outcome = Refused(request.id, str(why))
-        yield from _close(tid, insn, request.fd)
+        yield from _closed(request, tid, insn)
 
     refusal = yield from _held(tid, steps)
     if refusal is not None:
@@ -289,8 +290,11 @@ def _read(memory: FileIO, where: int, length: int) -> bytes:
     return found
 
 
-def _close(tid: int, insn: int, fd: int) -> _Part:
-    yield from _call(tid, insn, _NR_CLOSE, fd)
+def _closed(request: MakeAgent | TraceFork, tid: int, insn: int) -> _Part:
+    """Close the socket, and put the limit of descriptors back."""
+    yield from _call(tid, insn, _NR_CLOSE, request.fd)
+    if request.limit is not None:
+        resource.prlimit(tid, resource.RLIMIT_NOFILE, request.limit)
 
 
 def _call(

@@ -34,6 +34,7 @@ import daxemu
 from daxemu.host.proc import progress
 from daxemu.host.proc.file_pages import FilePage
 from daxemu.host.tracer.messages import (
+    MAX_MESSAGE,
     MAX_PACKET,
     MOST_IN_PACKET,
     ArmAR,
@@ -200,17 +201,24 @@ class TracerLink:
         return await self._answered(armed, patience)
 
     async def force_ar(
-        self, tgid: int, tid: int, addr: int, lsb: int = PAGE_SHIFT, *, patience: float = math.inf
+        self,
+        tgid: int,
+        tid: int,
+        addr: int,
+        lsb: int = PAGE_SHIFT,
+        *,
+        fault: tuple[int, int] | None = None,
+        patience: float = math.inf,
     ) -> Armed | Refused | Gone:
         """Signal thread ``tid``, which consumed poison in a system call: force_sig_mceerr(BUS_MCEERR_AR).
 
         Once ``Armed``, the call may end: the signal arrives at the return of the call, before any instruction
-        of the program. A thread that blocks or ignores SIGBUS dies of the signal. ``patience``: see
-        ``_answered``.
+        of the program. A thread that blocks or ignores SIGBUS dies of the signal. ``fault``: the page fault
+        that the thread leaves for the signal, see ForceAR. ``patience``: see ``_answered``.
         """
         session = await self._running()
         armed = Armed(next(self._ids), tid)
-        self._submit(session, ForceAR(armed.id, tgid, tid, addr, lsb), armed)
+        self._submit(session, ForceAR(armed.id, tgid, tid, addr, lsb, fault), armed)
         return await self._answered(armed, patience)
 
     async def hold(self, tgid: int, tid: int, patience: float = math.inf) -> Armed | Refused | Gone:
@@ -379,12 +387,15 @@ class TracerLink:
 async def _write(session: _Session) -> None:
     encoder = msgspec.json.Encoder()
     async for request in session.queue:
-        requests = [request]
+        encoded = [encoder.encode(request)]
+        size = len(encoded[0])
         with suppress(trio.WouldBlock):
-            while len(requests) < MOST_IN_PACKET:
-                requests.append(session.queue.receive_nowait())
+            # Requests to make an agent are ten times as long as the others: 60 fill a packet.
+            while len(encoded) < MOST_IN_PACKET and size < MAX_PACKET - MAX_MESSAGE:
+                encoded.append(encoder.encode(session.queue.receive_nowait()))
+                size += len(encoded[-1]) + 1
         try:
-            await session.sock.send(encoder.encode(requests))
+            await session.sock.send(b"[" + b",".join(encoded) + b"]")
         except (BrokenPipeError, ConnectionResetError):  # the reader sees the end, and settles all requests
             return
 

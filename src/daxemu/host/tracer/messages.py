@@ -61,9 +61,15 @@ class SendAO(Send, frozen=True):
 class ForceAR(Send, frozen=True):
     """Action required, before the thread's next instruction; a thread that blocks or ignores SIGBUS dies of
     the signal.
+
+    ``fault``: stack pointer and instruction pointer of the thread in the page fault that it must leave. A
+    thread that is elsewhere has left the page fault already, perhaps for a handler of SIGBUS: then the
+    outcome is NotTaken. If the page fault fails first, its BUS_ADRERR becomes the signal.
     """
 
     code = BUS_MCEERR_AR
+
+    fault: tuple[int, int] | None = None
 
 
 class Hold(_Message, frozen=True):
@@ -94,6 +100,7 @@ class _AgentRequest(_Message, frozen=True):
     length: int
     code: bytes
     magic: int
+    limit: tuple[int, int] | None = None
 
 
 class MakeAgent(_AgentRequest, frozen=True):
@@ -102,7 +109,7 @@ class MakeAgent(_AgentRequest, frozen=True):
 
     ``fd``: the agent's socket, a descriptor of the process, closed there in the end. ``code`` goes to address
     ``place``, with ``length`` bytes of memory in all. ``magic``: upper half of the descriptor in mmap(2), by
-    which the seccomp filter knows an agent's call.
+    which the seccomp filter knows an agent's call. ``limit``: RLIMIT_NOFILE to put back, soft and hard.
     """
 
 
@@ -145,7 +152,9 @@ class Delivered(_Message, frozen=True):
 
 
 class NotTaken(_Message, frozen=True):
-    """No SIGBUS came in time, or no child came of a fork; the thread is let go."""
+    """No SIGBUS came in time, no child came of a fork, or the thread had left its page fault; the thread is
+    let go.
+    """
 
 
 class AgentMade(_Message, frozen=True):
@@ -194,5 +203,7 @@ Outcome = Delivered | Refused | NotTaken | Gone | Ignored | Held | Resumed | Age
 Report = ArmedAck | Asleep | Postponed | Outcome
 
 MOST_IN_PACKET = 128
-"""Limit of messages in a packet: this number fits into MAX_PACKET."""
+"""Limit of messages in a packet: this number of reports fits into MAX_PACKET."""
 MAX_PACKET = 1 << 16
+MAX_MESSAGE = 1 << 14
+"""Bytes: the longest message is a TraceFork with 256 ranges and the code of an agent."""

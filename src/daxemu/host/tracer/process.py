@@ -67,6 +67,7 @@ from daxemu.host.tracer.ptrace import ResumeStep, Stop, StopKind
 from daxemu.host.tracer.siginfo import SIGBUS_BIT
 
 _RETRY = 0.02  # seconds between looks at a pending SIGBUS: no event reports that signalfd(2) took the signal
+_RETRY_FORK = 0.001  # seconds between looks at a thread that the supervisor traces: redirect.c
 _SWEEP = 1.0  # seconds
 _FAREWELL = 2.0  # seconds to let all threads go at the end
 _BATCH = 256  # stops, or packets of requests, before the other kind is served
@@ -87,6 +88,7 @@ class Tracer:
         self._outbox: deque[Report] = deque()
         self._makers = AgentMakers(self._outbox)
         self._after_makers: list[Request] = []  # for threads that make agents
+        self._again: list[Request] = []  # for threads that the supervisor traces at this moment
         self._cookies = itertools.count(secrets.randbits(62) + 1)
         self._deliveries = None if is_beside or victims.MISSING is not None else Deliveries()
         self._stale_at = math.inf  # when these deliveries become ``Thread`` objects
@@ -217,8 +219,12 @@ class Tracer:
             return
         if self._deliveries is not None and request.tid in self._deliveries:
             self._take_over(self._deliveries.take_over(request.tid))
-        if request.tid not in self._threads and (refused := self._hold(request)) is not None:
-            self._outbox.append(refused)
+        if request.tid not in self._threads and (held := self._hold(request)) is not True:
+            if held is False:
+                self._again.append(request)
+                self._due = min(self._due, time.monotonic() + _RETRY_FORK)
+            else:
+                self._outbox.append(held)
             return
         if isinstance(request, MakeAgent | TraceFork):
             self._makers.begin(request)
@@ -270,8 +276,8 @@ class Tracer:
         else:
             self._outbox.append(Gone(request.id))
 
-    def _hold(self, request: ArmAR | Send | Hold | MakeAgent | TraceFork) -> Outcome | None:
-        """Seize the thread; return the final report if the thread cannot be seized."""
+    def _hold(self, request: ArmAR | Send | Hold | MakeAgent | TraceFork) -> Outcome | bool:
+        """Seize the thread. Return True; False while the supervisor traces it; or the final report."""
         status = find_status(request.tid)
         if status is None or status.is_dead:
             return Gone(request.id)
@@ -282,11 +288,13 @@ class Tracer:
         try:
             ptrace.seize(request.tid)
         except OSError as error:
+            if ptrace.is_traced_by(request.tid, os.getppid()):
+                return False
             if (reason := ptrace.refusal(request.tid, error)) is None:
                 return Gone(request.id)
             signalled = isinstance(request, Send) and ptrace.send_plain(request.tgid, request.tid)
             return Refused(request.id, reason, signalled)
-        return None
+        return True
 
     def _reap(self) -> None:
         stops, waits = self._deliveries.reap(_BATCH) if self._deliveries is not None else _reap(_BATCH)
@@ -341,6 +349,8 @@ class Tracer:
             elif (page := thread.arms[-1].page) is not None:
                 # force_sig_info_to_task() merges with a pending SIGBUS: the fault's own siginfo is lost.
                 thread.fault_at = file_pages.find_page(thread.tid, page, info.addr) or 0
+        if (fault := thread.fault_of_next) is not None and stop.kind is not StopKind.SIGNAL:
+            stop = stop._replace(has_left=_has_left(thread.tid, fault))
         if thread.phase is Phase.EXIT:
             stop = stop._replace(result=self._injections[thread.tid].result())
         while True:
@@ -405,7 +415,8 @@ class Tracer:
         self._due = now + _SWEEP if self._threads or self._makers or self._beside else self._stale_at
         reports, ready = self._beside.tick(now)
         self._outbox.extend(reports)
-        for request in ready:
+        again, self._again = self._again, []
+        for request in (*ready, *again):
             self._on_request(request)
         for tid in self._makers:
             if (status := find_status(tid)) is None or status.tracer != threading.get_native_id():
@@ -453,6 +464,13 @@ class Tracer:
             self._outbox.extend(Gone(id_, signal, thread.fault_at) for id_ in thread.ids())
         elif self._deliveries is not None and tid in self._deliveries:
             self._outbox.append(Gone(self._deliveries.take_over(tid).request.id))
+
+
+def _has_left(tid: int, fault: tuple[int, int]) -> bool:
+    """Return True if a stopped thread is not in the page fault with these pointers (ForceAR.fault)."""
+    with contextlib.suppress(injection.CannotInject):  # 32-bit code, whose registers are not looked at
+        return injection.registers(tid).place != fault
+    return False
 
 
 def _reap(most: int) -> tuple[int, list[Wait]]:

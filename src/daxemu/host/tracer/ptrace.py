@@ -246,6 +246,7 @@ class Stop(NamedTuple):
     pending: bool = False  # for this thread, not the process: only then does the kernel drop a second SIGBUS
     result: int = 0  # of the injected system call
     page: FilePage | None = None  # page mapped at the fault address; None: no page, or not looked at
+    has_left: bool = False  # the thread is not in the page fault of the ForceAR that is next (ForceAR.fault)
 
 
 def classify(status: int) -> tuple[StopKind, int]:
@@ -317,6 +318,15 @@ def send_plain(tgid: int, tid: int) -> bool:
             raise
         return False
     return True
+
+
+def is_traced_by(tid: int, process: int) -> bool:
+    """Return True if a thread of ``process`` traces thread ``tid``."""
+    found = status.find(tid)
+    if found is None or not found.tracer:
+        return False
+    tracer = status.find(found.tracer)
+    return tracer is not None and tracer.tgid == process
 
 
 def refusal(tid: int, error: OSError) -> str | None:

@@ -48,12 +48,12 @@ async def resolve(
             asked.append((offset, offset + length))
     if ino is None:
         return asked, 0
-    found = await _file_ranges(fs, ino, ranges)
+    found = await file_ranges(fs, ino, ranges)
     holes = sum(length for _, length in ranges) - sum(end - start for start, end in found)
     if holes:
         # A store through a mapping into a hole gets a block at its write-back.
         await mappings.write_back(ino)
-        found = await _file_ranges(fs, ino, ranges)
+        found = await file_ranges(fs, ino, ranges)
         holes = sum(length for _, length in ranges) - sum(end - start for start, end in found)
     if not found:
         raise InvalidArgument(
@@ -65,14 +65,14 @@ async def resolve(
 async def device_page(fs: Filesystem, mappings: Mappings, ino: Ino, offset: int) -> int | None:
     """Return the device offset of the page of a file that holds byte ``offset``; None for a hole."""
     for attempt in range(2):
-        if found := await _file_ranges(fs, ino, [(offset, 1)]):
+        if found := await file_ranges(fs, ino, [(offset, 1)]):
             return page_align_down(found[0][0])
         if attempt == 0:
             await mappings.write_back(ino)
     return None
 
 
-async def _file_ranges(fs: Filesystem, ino: Ino, ranges: list[tuple[int, int]]) -> list[Span]:
+async def file_ranges(fs: Filesystem, ino: Ino, ranges: list[tuple[int, int]]) -> list[Span]:
     """Return device byte ranges of ranges of a file.
 
     Up to BATCH ranges with up to BATCH extents each are looked up at one moment. Larger requests are looked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import trio
 
@@ -55,8 +55,10 @@ class Poison:
         self._repairing = repairing
         self._emit = emit
 
-    async def inject(self, request: p.Inject) -> p.Injected:
+    async def inject(self, request: p.Inject, *, on_poisoned: Callable[[], None] | None = None) -> p.Injected:
         """Poison the ranges, and handle one memory failure for each. An invalid range refuses all ranges.
+        ``on_poisoned`` is called when the media of the first BATCH ranges has the failure, before any page is
+        revoked.
 
         More than BATCH ranges of the device are poisoned and handled in batches, each batch at one moment.
         Raises InvalidArgument, NoDevice, NoSpace.
@@ -65,18 +67,21 @@ class Poison:
         found, holes = await resolve(self._pmem, self._fs, self._mappings, request.ino, request.ranges)
         latent = (kind := request.failure_kind) is FailureKind.LATENT
         if kind is FailureKind.SILENT:
-            return await self._corrupt([Range(*part) for part in found], holes, request.seed)
+            parts = [Range(*part) for part in found]
+            return await self._corrupt(parts, holes, request.seed, on_poisoned)
         self._pmem.dax.make_room_for_poison(len(found))
         total = p.Injected([], False, holes)
         for first in range(0, len(found), BATCH):
             check_present(self._pmem)
             batch = [Range(*part) for part in found[first : first + BATCH]]
-            results, rounded = await self._inject_batch(batch, latent=latent)
+            results, rounded = await self._inject_batch(batch, on_poisoned, latent=latent)
             total.ranges += results
             total.rounded |= rounded
         return total
 
-    async def _inject_batch(self, found: list[Range], *, latent: bool) -> tuple[list[p.PoisonedRange], bool]:
+    async def _inject_batch(
+        self, found: list[Range], on_poisoned: Callable[[], None] | None, *, latent: bool
+    ) -> tuple[list[p.PoisonedRange], bool]:
         poisoned: list[Range] = []
         is_rounded = False
         failures: list[Incident] = []
@@ -88,6 +93,8 @@ class Poison:
             self._consumption.forget(area)
             poisoned.append(area)
             is_rounded |= area != part
+        if on_poisoned is not None:
+            on_poisoned()
         if latent:
             return [await self._revoke_latent(area) for area in poisoned], is_rounded
         await trio.lowlevel.checkpoint()
@@ -122,15 +129,20 @@ class Poison:
         pages = failed_pages(self._pmem, poisoned)
         return p.PoisonedRange(poisoned.start, poisoned.length, *pages, outcome.value, done.signals, *done)
 
-    async def _corrupt(self, found: list[Range], holes: int, seed: int) -> p.Injected:
+    async def _corrupt(
+        self, found: list[Range], holes: int, seed: int, on_poisoned: Callable[[], None] | None
+    ) -> p.Injected:
         """Change bytes on the media, and revoke their pages so that processes load the new bytes."""
         results = []
         for part in found:
             incident = incidents.of_device_range(self._pmem, self._fs, part)
-            await self._failures.revoke_latent(incident)  # dirty pages are written back before the change
+            if on_poisoned is None:
+                await self._failures.revoke_latent(incident)  # dirty pages are written back before the change
             for _ in corrupt_in_pieces(self._pmem, part.start, part.length, seed):
                 await trio.lowlevel.checkpoint()
             self._emit(SilentlyCorrupted(offset=part.start, length=part.length))
+            if on_poisoned is not None:
+                on_poisoned()
             await self._failures.revoke_latent(incident)
             results.append(self._result(part, FailureKind.SILENT, Signalled(0, 0)))
         return p.Injected(results, False, holes)

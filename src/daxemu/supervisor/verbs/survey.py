@@ -14,8 +14,9 @@ from daxemu.fs.inode import ROOT_INO
 from daxemu.fs.rmap import METADATA_INO, Owner
 from daxemu.pmem.inject import check_range
 from daxemu.pmem.pmem import Pmem
-from daxemu.protocol import Cell, FileUse, Survey, SurveyReport
+from daxemu.protocol import Survey
 from daxemu.ranges import Range
+from daxemu.survey_report import Cell, FileUse, SurveyReport
 from daxemu.uapi import Block, Ino, page_align_up
 from daxemu.units import DIV_ROUND_UP, PFN_PHYS, blocks_of, bytes_of_blocks, bytes_of_sectors, sectors_of
 
