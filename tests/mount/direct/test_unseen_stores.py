@@ -5,6 +5,8 @@ filesystem, and no strategy may take the store for corruption, or bring older da
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -191,3 +193,34 @@ def test_a_copy_elsewhere_is_older_than_a_store(tmp_path: Path) -> None:
             poison(mount, 1)
             poison(mount, 2)
         assert verdicts(mount) == ["cannot", "recovered"]
+
+
+FIXED = """
+import ctypes, mmap, os, sys
+
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+size, rw = 8 * 4096, mmap.PROT_READ | mmap.PROT_WRITE
+at = libc.mmap(None, size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+fd = os.open("f", os.O_RDWR)
+assert libc.mmap(at, size, rw, mmap.MAP_SHARED | 0x10, fd, 0) == at  # MAP_FIXED
+for page, letter in (1, b"x"), (2, b"y"):
+    ctypes.memmove(at + page * 4096, letter, 1)
+print("stored", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_store_outside_the_zone_is_no_corruption(mount: QuickMount) -> None:
+    run = [*DAXEMU, "run", str(mount.path), "--", sys.executable, "-c", FIXED]
+    with subprocess.Popen(
+        run, cwd=mount.path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "stored\n"
+        mount.run("scrub", mount.path)
+        assert [first_byte(mount, page) for page in (1, 2)] == ["x", "y"]
+        poison(mount, 2)
+        assert (verdicts(mount), corruptions(mount)) == (["cannot"], [])
+        program.communicate("")
