@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -109,6 +110,13 @@ def test_only_cells_with_another_behaviour_are_listed_as_differences() -> None:
 
 def test_a_page_of_one_mode_lists_no_differences() -> None:
     assert "## Cells that differ" not in as_markdown(WANTED, MADE)
+
+
+def test_each_difference_on_the_published_page_is_explained() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "applications.md").read_text()
+    rows = page.partition("## Cells that differ between the modes")[2].partition("\n## ")[0]
+    assert "the behaviour is the same in both modes" in rows
+    assert "not explained" not in rows
 
 
 @pytest.mark.parametrize("each", EXPLANATIONS, ids=lambda each: each.programs[0])

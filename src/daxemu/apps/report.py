@@ -115,6 +115,9 @@ def _differing(made: Sequence[MatrixCell]) -> Iterator[str]:
     found = list(differences(made))
     total = len({(cell.application, cell.situation) for cell in made if cell.mode == "direct"})
     yield from ("## Cells that differ between the modes", "")
+    if not found:
+        yield from (f"None: the behaviour is the same in both modes in each of the {total} cells.", "")
+        return
     yield from (f"{len(found)} of {total} cells. In all others the behaviour is the same in both modes.", "")
     yield from ("| program | situation | page cache | direct | reason |", "|---|---|---|---|---|")
     for each in found:

@@ -5,6 +5,8 @@ filesystem, and no strategy may take the store for corruption, or bring older da
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,10 +88,10 @@ every = pytest.mark.parametrize("mount", [*STRATEGIES, "async-parity"], indirect
 @every
 def test_a_store_is_no_corruption(mount: QuickMount) -> None:
     with mapper(mount) as actor:
-        ask(actor, "tw 0 1 x")
-        assert first_byte(mount, 1) == "x"
-        mount.run("scrub", mount.path)
-        assert first_byte(mount, 1) == "x"
+        ask(actor, "tr 0 0", "tw 0 1 x", "tw 0 2 y", "tw 0 7 z")  # each page has an event of its own
+        for _ in range(2):
+            assert [first_byte(mount, page) for page in (1, 2, 7)] == ["x", "y", "z"]
+            mount.run("scrub", mount.path)
         assert corruptions(mount) == []
 
 
@@ -191,3 +193,34 @@ def test_a_copy_elsewhere_is_older_than_a_store(tmp_path: Path) -> None:
             poison(mount, 1)
             poison(mount, 2)
         assert verdicts(mount) == ["cannot", "recovered"]
+
+
+FIXED = """
+import ctypes, mmap, os, sys
+
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+size, rw = 8 * 4096, mmap.PROT_READ | mmap.PROT_WRITE
+at = libc.mmap(None, size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+fd = os.open("f", os.O_RDWR)
+assert libc.mmap(at, size, rw, mmap.MAP_SHARED | 0x10, fd, 0) == at  # MAP_FIXED
+for page, letter in (1, b"x"), (2, b"y"):
+    ctypes.memmove(at + page * 4096, letter, 1)
+print("stored", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_store_outside_the_zone_is_no_corruption(mount: QuickMount) -> None:
+    run = [*DAXEMU, "run", str(mount.path), "--", sys.executable, "-c", FIXED]
+    with subprocess.Popen(
+        run, cwd=mount.path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "stored\n"
+        mount.run("scrub", mount.path)
+        assert [first_byte(mount, page) for page in (1, 2)] == ["x", "y"]
+        poison(mount, 2)
+        assert (verdicts(mount), corruptions(mount)) == (["cannot"], [])
+        program.communicate("")

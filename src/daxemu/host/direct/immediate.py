@@ -141,7 +141,9 @@ class ImmediateAnswers:
                 return self._left(ino, changed)
             self._on_store(ino)
             if not changed and event.is_wp and page.start in space.shown and page.start not in space.zeros:
-                return self._page_tables.unprotect_now(area, Range(run.file_block, run.file_end))
+                # A repair strategy must know the first store to each block.
+                seen = Range(block, block + 1) if run.is_watched else Range(run.file_block, run.file_end)
+                return self._page_tables.unprotect_now(area, seen)
             if {*changed} != {Range(block, block + 1)}:
                 return self._left(ino, changed)
             reply = self._page_tables.begin_in_place(area, page, device)
