@@ -11,9 +11,11 @@ mremap(2) waits until that task has read its event.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left, bisect_right
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
+from operator import attrgetter
 
 import trio
 
@@ -44,6 +46,8 @@ _LARGE = 32 << 20
 """Bytes from which a write-protection runs in a worker thread: 24 ms for 1 GiB."""
 _PIECES_IN_STEP = 512
 """Pieces of a new area that one step of the event loop maps."""
+_MANY_PARTS = 64
+"""Shown parts of an area that become lazy one by one."""
 _CHANGING = 0.0002
 """Seconds between two attempts while the kernel answers EAGAIN: a fork or mremap is not finished."""
 _MAX_MAP_COUNT = "/proc/sys/vm/max_map_count"
@@ -142,10 +146,7 @@ class PageTables:
             there = list(RangeSet([*there, *space.copied.overlapping(*addresses)]))
         areas = space.parts(addresses) if there else []
         pieces = [
-            MappingPiece(area, mine, Shows.LAZY)
-            for area in areas
-            for part in there
-            if (mine := part.clip(*area.addresses))
+            MappingPiece(area, mine, Shows.LAZY) for area in areas for mine in _to_hide(there, area.addresses)
         ]
         if pieces:
             await self._replace(space, pieces, keep_copies=keep_copies)
@@ -220,8 +221,13 @@ class PageTables:
 
     async def protect(self, space: Space, addresses: Range) -> None:
         """Make each store to shown addresses an event, until unprotect()."""
-        for part in list(space.shown.overlapping(*addresses)):
+        await self._protect_each(space, list(space.shown.overlapping(*addresses)))
+
+    async def _protect_each(self, space: Space, parts: Sequence[Range]) -> None:
+        for number, part in enumerate(parts, 1):
             await self._write_protect(space, part, on=True)
+            if number % _PIECES_IN_STEP == 0:
+                await trio.lowlevel.checkpoint()
 
     async def unprotect(self, space: Space, addresses: Range, *, wake: bool = True) -> None:
         """Let stores to ``addresses`` pass. ``wake``: let the threads go on that wait there."""
@@ -309,8 +315,7 @@ class PageTables:
         try:
             await self._run(space, plan.batch)
             await self._ioctl(space, lambda: space.uffd.register(*_extent(plan.registered)))
-            for part in plan.protected:
-                await self._write_protect(space, part, on=True)
+            await self._protect_each(space, plan.protected)
             await self._run(space, plan.move)
         except (OSError, NotRegistered, RegisteredElsewhere):
             if plan.move:
@@ -358,6 +363,19 @@ class PageTables:
         fullest = max(space.areas.values(), key=pieces_of)
         await self._replace(space, [MappingPiece(fullest, fullest.addresses, Shows.LAZY)])
         space.hiding(fullest.addresses)
+
+
+def _to_hide(shown: Sequence[Range], area: Range) -> Iterator[Range]:
+    """Yield the addresses of an area to make lazy, so that all of ``shown`` is lazy.
+
+    Of many parts the lazy addresses between them, too: one system call in place of one for each part.
+    """
+    first = bisect_right(shown, area.start, key=attrgetter("end"))
+    last = bisect_left(shown, area.end, key=attrgetter("start"))
+    inside = shown[first:last]
+    if len(inside) > _MANY_PARTS:
+        inside = [Range(inside[0].start, inside[-1].end)]
+    yield from (part.clip(*area) for part in inside)
 
 
 def _unmarked(pagemap: Pagemap, part: Range) -> Iterator[Range]:
