@@ -21,6 +21,9 @@ from daxemu.fs.listing import Listing
 from daxemu.fs.namespace import Namespace
 from daxemu.fs.rmap import Rmap
 from daxemu.fs.store import Store
+from daxemu.host.direct.agent import ProcessAgent
+from daxemu.host.direct.presence import Presence
+from daxemu.host.direct.table import Table
 from daxemu.pmem.media import Media
 from daxemu.ranges import RangeSet
 from daxemu.supervisor.event_log import EventLog
@@ -93,6 +96,9 @@ COUNTED: tuple[tuple[str, type, str, Callable[..., int]], ...] = (
     ("lookups", Rmap, "sharing", _one),
     ("lookups", InodeTable, "path_of", _one),
     ("names", Listing, "add", _one),
+    ("calls", ProcessAgent, "run", len),
+    ("areas", Table, "add", _one),
+    ("page tables", Presence, "_runs", _one),
     ("rows", Store, "commit", rows_of),
 )
 """What is counted: unit, class, method, and how many units a call with these arguments stands for."""

@@ -168,7 +168,7 @@ class PageTables:
     async def register(self, space: Space, page: Range) -> None:
         """Have the faults of a page reported that begin_in_place() has mapped."""
         try:
-            await self._ioctl(space, lambda: space.uffd.register(*_extent(page)))
+            await self._ioctl(space, lambda: space.uffd_at(page.start).register(*_extent(page)))
         except (OSError, NotRegistered, RegisteredElsewhere) as error:
             await self._end_or_kill(space, error)
 
@@ -187,8 +187,7 @@ class PageTables:
         pieces = [
             MappingPiece(area, mine, Shows.LAZY)
             for area in areas
-            for part in there
-            if (mine := part.clip(*area.addresses))
+            for mine in planner.to_hide(there, area.addresses)
         ]
         if pieces:
             await self._make_lazy(space, pieces, keep_copies=keep_copies)
@@ -274,8 +273,13 @@ class PageTables:
 
     async def protect(self, space: Space, addresses: Range) -> None:
         """Make each store to shown addresses an event, until unprotect()."""
-        for part in list(space.shown.overlapping(*addresses)):
+        await self._protect_each(space, list(space.shown.overlapping(*addresses)))
+
+    async def _protect_each(self, space: Space, parts: Sequence[Range]) -> None:
+        for number, part in enumerate(parts, 1):
             await self._write_protect(space, part, on=True)
+            if number % _PIECES_IN_STEP == 0:
+                await trio.lowlevel.checkpoint()
 
     async def unprotect(self, space: Space, addresses: Range, *, wake: bool = True) -> None:
         """Let stores to ``addresses`` pass. ``wake``: let the threads go on that wait there."""
@@ -291,7 +295,7 @@ class PageTables:
             return False
         for part in list(space.shown.overlapping(*mine)):
             for media in list(space.zeros.gaps(*part)):
-                space.uffd.write_protect(*_extent(media), False)
+                space.uffd_at(media.start).write_protect(*_extent(media), False)
         return True
 
     async def zeros(self, area: Area, page: Range, *, protected: bool) -> None:
@@ -409,8 +413,7 @@ class PageTables:
         try:
             await self._run(space, plan.batch)
             await self._ioctl(space, lambda: uffd.register(*_extent(plan.registered)))
-            for part in plan.protected:
-                await self._write_protect(space, part, on=True)
+            await self._protect_each(space, plan.protected)
             if is_guarded:
                 await outside.guarded(self._table, space, list(zip(plan.places, plan.move, strict=True)))
             else:

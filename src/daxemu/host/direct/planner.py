@@ -15,8 +15,10 @@ Addresses are bytes. Lengths are in proportion to the extents of a file, never t
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
+from operator import attrgetter
 from typing import NamedTuple
 
 from daxemu.fs.fault import FaultKind, FileRun
@@ -33,6 +35,9 @@ reserve to make addresses lazy: mremap(2) wants four VMAs (move_vma()), and the 
 takes three.
 """
 _PROT_READ = 1
+
+_MANY_PARTS = 64
+"""Shown parts of an area that become lazy one by one."""
 
 Shows = Enum("Shows", ["LAZY", "MEDIA", "VOID"])
 """What addresses map: anonymous memory without a page, the media, or the empty file (SIGBUS)."""
@@ -127,3 +132,16 @@ def reserve(at: int) -> list[Syscall]:
     pages = range(at + PAGE_SIZE, at + RESERVE, 2 * PAGE_SIZE)
     batch = [syscalls.mmap_anonymous(at, RESERVE, 0)]
     return batch + [syscalls.mprotect(page, PAGE_SIZE, _PROT_READ) for page in pages]
+
+
+def to_hide(shown: Sequence[Range], area: Range) -> Iterator[Range]:
+    """Yield the addresses of an area to make lazy, so that all of ``shown`` is lazy.
+
+    Of many parts the lazy addresses between them, too: one system call in place of one for each part.
+    """
+    first = bisect_right(shown, area.start, key=attrgetter("end"))
+    last = bisect_left(shown, area.end, key=attrgetter("start"))
+    inside = shown[first:last]
+    if len(inside) > _MANY_PARTS:
+        inside = [Range(inside[0].start, inside[-1].end)]
+    yield from (part.clip(*area) for part in inside)

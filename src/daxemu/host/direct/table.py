@@ -222,8 +222,8 @@ class Space:
         """Note that ``addresses`` are no longer shown."""
         self.shown.remove(*addresses)
         self.zeros.remove(*addresses)
-        for start in list(self.pieces.irange(*addresses, inclusive=(True, False))):
-            self.pieces.remove(start)
+        first, last = map(self.pieces.bisect_left, addresses)
+        del self.pieces[first:last]
 
     def free_place(self, length: int, alignment: int) -> int | None:
         """Return the start of ``length`` unused bytes of the zone, aligned; None without such a place.
