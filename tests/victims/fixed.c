@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -12,6 +13,8 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -330,6 +333,111 @@ static void step_calls(char **files)
 	must(base[2 * PAGE] == 'C' && base[4 * PAGE] == 'E');
 }
 
+/* Returns the pages of 16 that are present, as letters. */
+static const char *present(const char *at)
+{
+	static char letters[17];
+	uint64_t words[16];
+	int fd = open("/proc/self/pagemap", O_RDONLY), count = 0;
+	must(pread(fd, words, sizeof words, (uintptr_t)at / PAGE * 8) == sizeof words);
+	close(fd);
+	for (int page = 0; page < 16; page++)
+		if (words[page] >> 63)
+			letters[count++] = 'a' + page;
+	letters[count] = 0;
+	return letters;
+}
+
+static char *map_with(const char *path, int prot, int flags)
+{
+	int fd = open_file(path);
+	char *map = mmap(NULL, SIZE, prot, flags, fd, 0);
+	must(map != MAP_FAILED);
+	close(fd);
+	return map;
+}
+
+#define BOTH (PROT_READ | PROT_WRITE)
+#define ALL "abcdefghijklmnop"
+
+/* Page d of the first file is poisoned. */
+static void step_populate(char **files)
+{
+	char byte;
+	puts("ready"), fflush(stdout);
+	must(getchar() == '\n');
+	must(!strcmp(present(map_with(files[0], BOTH, MAP_SHARED | MAP_POPULATE)), "abc"));
+	must(!strcmp(present(map_with(files[1], BOTH, MAP_SHARED)), ""));
+	must(!strcmp(present(map_with(files[1], BOTH, MAP_SHARED | MAP_POPULATE | MAP_NONBLOCK)), ""));
+	must(!strcmp(present(map_with(files[1], BOTH, MAP_SHARED | MAP_POPULATE)), ALL));
+	must(!strcmp(present(map_with(files[1], PROT_READ, MAP_SHARED | MAP_LOCKED)), ALL));
+	char *copy = map_with(files[1], BOTH, MAP_PRIVATE | MAP_POPULATE);
+	must(!strcmp(present(copy), ALL) && copy[5 * PAGE] == 'F');
+	int fd = open_file(files[1]);
+	must(pwrite(fd, "w", 1, 5 * PAGE) == 1 && copy[5 * PAGE] == 'F');
+	char *bad = map_with(files[0], BOTH, MAP_SHARED);
+	must(madvise(bad, 3 * PAGE, 22) == 0 && !strcmp(present(bad), "abc")); /* MADV_POPULATE_READ */
+	must(madvise(bad, SIZE, 22) == -1 && errno == EHWPOISON);
+	must(madvise(bad, SIZE, 23) == -1 && errno == EHWPOISON); /* MADV_POPULATE_WRITE */
+	must(madvise(bad, SIZE, MADV_WILLNEED) == 0);
+	must(mlock(bad, SIZE) == -1 && errno == ENOMEM && mlock(bad, 3 * PAGE) == 0);
+	must(load(bad + 3 * PAGE, &byte) == SIGBUS && last.si_code == 4);
+	must(mlock(bad + 4 * PAGE, 12 * PAGE) == 0 && !strcmp(present(bad), "abcefghijklmnop"));
+	char *later = map_with(files[2], BOTH, MAP_SHARED);
+	must(mlock2(later, SIZE, MLOCK_ONFAULT) == 0 && !strcmp(present(later), ""));
+	must(later[PAGE] == 'B' && !strcmp(present(later), "b"));
+	must(munlockall() == 0);
+}
+
+/* After mlockall(MCL_FUTURE) a new mapping has its pages; a hole, and a page that goes, read as zeros. */
+static void step_future(char **files)
+{
+	char byte;
+	must(truncate(files[1], 0) == 0 && truncate(files[1], SIZE) == 0);
+	must(mlockall(MCL_FUTURE) == 0);
+	char *map = map_with(files[0], BOTH, MAP_SHARED), *hole = map_with(files[1], BOTH, MAP_SHARED);
+	must(!strcmp(present(map), ALL) && map[PAGE] == 'B' && hole[PAGE] == 0);
+	hole[PAGE] = 'h';
+	must(in_file(files[1], PAGE) == 'h');
+	must(truncate(files[0], 2 * PAGE) == 0 && truncate(files[0], SIZE) == 0);
+	must(map[PAGE] == 'B' && map[2 * PAGE] == 0);
+	map[2 * PAGE] = 'n';
+	must(in_file(files[0], 2 * PAGE) == 'n');
+	must(truncate(files[0], PAGE) == 0 && load(map + 2 * PAGE, &byte) == SIGBUS && last.si_code == BUS_ADRERR);
+	must(mlockall(MCL_FUTURE | MCL_ONFAULT) == 0);
+	must(!strcmp(present(map_with(files[2], BOTH, MAP_SHARED)), ""));
+}
+
+/* RLIMIT_AS and RLIMIT_MEMLOCK, as of now; a copy at the store needs no more addresses. */
+static void step_limits(char **files)
+{
+	char *map = map_with(files[0], BOTH, MAP_SHARED);
+	struct rlimit few = {64 << 20, RLIM_INFINITY}, all = {RLIM_INFINITY, RLIM_INFINITY};
+	int fd = open_file(files[1]);
+	must(ftruncate(fd, 1 << 30) == 0 && setrlimit(RLIMIT_AS, &few) == 0);
+	must(mmap(NULL, 1 << 30, PROT_READ, MAP_SHARED, fd, 0) == MAP_FAILED && errno == ENOMEM);
+	must(mremap(map, SIZE, 1 << 30, MREMAP_MAYMOVE) == MAP_FAILED && errno == ENOMEM && map[PAGE] == 'B');
+	few.rlim_cur = 1 << 20;
+	must(setrlimit(RLIMIT_AS, &few) == 0);
+	must(truncate(files[0], PAGE) == 0 && truncate(files[0], SIZE) == 0);
+	must(map[2 * PAGE] == 0 && (map[2 * PAGE] = 'x') && in_file(files[0], 2 * PAGE) == 'x');
+	must(setrlimit(RLIMIT_AS, &all) == 0);
+	must(prctl(PR_CAPBSET_DROP, 14) == 0);
+	struct __user_cap_header_struct head = {_LINUX_CAPABILITY_VERSION_3, 0};
+	struct __user_cap_data_struct caps[2];
+	must(syscall(SYS_capget, &head, caps) == 0);
+	caps[0].effective &= ~(1u << 14), caps[0].permitted &= ~(1u << 14), caps[0].inheritable &= ~(1u << 14);
+	must(syscall(SYS_capset, &head, caps) == 0);
+	few.rlim_cur = few.rlim_max = 2 * PAGE;
+	must(setrlimit(RLIMIT_MEMLOCK, &few) == 0);
+	must(mmap(NULL, SIZE, PROT_READ, MAP_SHARED | MAP_LOCKED, fd, 0) == MAP_FAILED && errno == EAGAIN);
+	must(mmap(NULL, PAGE, PROT_READ, MAP_SHARED | MAP_LOCKED, fd, 0) != MAP_FAILED);
+	must(mlock(map, SIZE) == -1 && errno == ENOMEM);
+	few.rlim_cur = few.rlim_max = 0;
+	must(setrlimit(RLIMIT_MEMLOCK, &few) == 0);
+	must(mmap(NULL, PAGE, PROT_READ, MAP_SHARED | MAP_LOCKED, fd, 0) == MAP_FAILED && errno == EPERM);
+}
+
 int main(int argc, char **argv)
 {
 	static const struct {
@@ -337,7 +445,8 @@ int main(int argc, char **argv)
 		void (*run)(char **);
 	} steps[] = {{"reservation", step_reservation}, {"parts", step_parts}, {"moves", step_moves}, {"fork", step_fork},
 		     {"protection", step_protection}, {"hint", step_hint}, {"advice", step_advice}, {"churn", step_churn},
-		     {"wait", step_wait}, {"calls", step_calls}};
+		     {"wait", step_wait}, {"calls", step_calls},
+		     {"populate", step_populate}, {"future", step_future}, {"limits", step_limits}};
 	struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART};
 	must(argc > 2 && sigaction(SIGBUS, &action, NULL) == 0 && sigaction(SIGSEGV, &action, NULL) == 0);
 	for (size_t i = 0; i < sizeof steps / sizeof *steps; i++)

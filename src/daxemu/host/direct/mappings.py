@@ -24,6 +24,7 @@ from daxemu.host.direct.changes import Changes, FileLocks
 from daxemu.host.direct.faults import PageFaults, Touch
 from daxemu.host.direct.locking import held
 from daxemu.host.direct.page_tables import PageTables
+from daxemu.host.direct.populate import MOST_HOLES
 from daxemu.host.direct.presence import AreaToScan, Presence, collected, wanted_of
 from daxemu.host.direct.service import Service
 from daxemu.host.direct.table import Area, Table
@@ -82,7 +83,14 @@ class DirectMappings:
     def calls(self, hardware_error: HardwareError) -> Calls:
         """Return the answers to system calls on address spaces of this mount."""
         return Calls(
-            self._fs, self.table, self.page_tables, self._locks, self.settled, self.synced, hardware_error
+            self._fs,
+            self.table,
+            self.page_tables,
+            self._locks,
+            self.settled,
+            self.synced,
+            self._readable,
+            hardware_error,
         )
 
     def system_calls(self, hardware_error: HardwareError) -> Handle:
@@ -196,6 +204,30 @@ class DirectMappings:
                     delta = run.file_block - run.dev_block
                     good = self._fs.dax.poisoned_pages(device).gaps(*device)
                     found += [Range(*(at // PAGE_SIZE + delta for at in part)) for part in good]
+        return found
+
+    def _readable(self, ino: Ino, blocks: Range) -> list[Range]:
+        """Return the blocks that a call brings in: holes and healthy blocks, up to known poison. A block with
+        latent poison is left out: no process can have the block present.
+        """
+        found: list[Range] = []
+        holes = 0
+        with suppress(DaxemuError):
+            for run in self._fs.runs(ino, blocks):
+                if run.kind is FaultKind.HOLE:
+                    holes += run.length
+                    found += [Range(run.file_block, run.file_end)] if holes <= MOST_HOLES else []
+                elif run.kind is FaultKind.MAPPED:
+                    device = bytes_of_blocks(Range(run.dev_block, run.dev_block + run.length))
+                    known = next(
+                        iter(self._fs.dax.badblocks.overlapping_bytes(device.start, device.length)), None
+                    )
+                    end = device.end if known is None else known.outer(PAGE_SIZE).start
+                    delta = run.file_block - run.dev_block
+                    for part in self._fs.dax.poisoned_pages(device).gaps(device.start, end):
+                        found.append(Range(*(at // PAGE_SIZE + delta for at in part)))
+                    if known is not None:
+                        break
         return found
 
     def revoke_all(self) -> None:

@@ -139,6 +139,12 @@ class Space:
     refused: int = 0
     """Number of pieces by which the VMAs of the program make the room of the address space smaller."""
     has_reserve: bool = False
+    locks: bool = False
+    """True once the program has locked memory: a page fault may be of that call (populate)."""
+    locks_future: bool = False
+    """True if mmap(2) may lock new mappings (MCL_FUTURE), also those of the agent."""
+    populates: bool = False
+    """True if mmap(2) brings in the pages of new mappings (MCL_FUTURE without MCL_ONFAULT)."""
     is_gone: bool = False
     """True after the end of the address space."""
     areas: SortedDict = field(default_factory=SortedDict)
