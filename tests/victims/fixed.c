@@ -14,9 +14,11 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #define PAGE 4096UL
@@ -83,7 +85,7 @@ static char *reserve(size_t length)
 	return at;
 }
 
-static char *map(const char *path, void *at, int flags)
+static char *map_at(const char *path, void *at, int flags)
 {
 	int fd = open_file(path);
 	char *map = mmap(at, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED_VALIDATE | MAP_SYNC | flags, fd, 0);
@@ -104,7 +106,7 @@ static void step_reservation(char **files)
 {
 	char byte, *base = reserve(GIB);
 	for (int i = 0; i < 4; i++) {
-		char *at = map(files[i], base + i * (GIB / 4), MAP_FIXED);
+		char *at = map_at(files[i], base + i * (GIB / 4), MAP_FIXED);
 		must(at == base + i * (GIB / 4) && at[2 * PAGE] == 'C');
 		at[2 * PAGE] = '0' + i;
 		must(in_file(files[i], 2 * PAGE) == '0' + i);
@@ -118,7 +120,7 @@ static void step_reservation(char **files)
 /* munmap of a part, and an anonymous mmap over a part, are the kernel's: the rest follows its file. */
 static void step_parts(char **files)
 {
-	char byte, *base = map(files[0], reserve(SIZE), MAP_FIXED);
+	char byte, *base = map_at(files[0], reserve(SIZE), MAP_FIXED);
 	must(base[3 * PAGE] == 'D' && base[9 * PAGE] == 'J');
 	must(munmap(base + 2 * PAGE, 4 * PAGE) == 0);
 	must(mmap(base + 8 * PAGE, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
@@ -139,14 +141,14 @@ static void step_parts(char **files)
 	must(truncate(files[0], 0) == 0 && truncate(files[0], SIZE) == 0);
 	must(own[0] == 'o' && own[4 * PAGE - 1] == 'o' && base[12 * PAGE] == 0);
 	/* a file again, over memory and over the direct mapping */
-	must(map(files[1], base, MAP_FIXED) == base && base[3 * PAGE] == 'D' && base[12 * PAGE] == 'M');
+	must(map_at(files[1], base, MAP_FIXED) == base && base[3 * PAGE] == 'D' && base[12 * PAGE] == 'M');
 	must(msync(base, SIZE, MS_SYNC) == 0);
 	must(munmap(base, SIZE) == 0);
 }
 
 static void step_moves(char **files)
 {
-	char byte, *there, *place = reserve(4 * SIZE), *base = map(files[0], place, MAP_FIXED);
+	char byte, *there, *place = reserve(4 * SIZE), *base = map_at(files[0], place, MAP_FIXED);
 	base[PAGE] = '1';
 	/* outside to outside */
 	there = mremap(base, SIZE, SIZE, MREMAP_MAYMOVE | MREMAP_FIXED, place + 2 * SIZE);
@@ -182,7 +184,7 @@ static void step_moves(char **files)
 
 static void step_fork(char **files)
 {
-	char byte, *base = map(files[0], reserve(SIZE), MAP_FIXED);
+	char byte, *base = map_at(files[0], reserve(SIZE), MAP_FIXED);
 	base[0] = 'p';
 	pid_t child = fork();
 	if (child == 0) {
@@ -206,7 +208,7 @@ static void step_fork(char **files)
 /* Protections that the supervisor did not see hold after a replacement. */
 static void step_protection(char **files)
 {
-	char byte, *base = map(files[0], reserve(SIZE), MAP_FIXED);
+	char byte, *base = map_at(files[0], reserve(SIZE), MAP_FIXED);
 	must(mprotect(base + 4 * PAGE, 4 * PAGE, PROT_READ) == 0);
 	must(store(base + 5 * PAGE, 'x') == SIGSEGV);
 	must(truncate(files[0], 0) == 0 && truncate(files[0], SIZE) == 0);
@@ -220,8 +222,8 @@ static void step_hint(char **files)
 {
 	char *place = reserve(SIZE);
 	must(munmap(place, SIZE) == 0);
-	must(map(files[0], place, 0) == place && place[PAGE] == 'B');
-	char *second = map(files[1], place, 0);
+	must(map_at(files[0], place, 0) == place && place[PAGE] == 'B');
+	char *second = map_at(files[1], place, 0);
 	must(second != place && second[PAGE] == 'B');
 	int fd = open_file(files[2]);
 	must(mmap(place + 2 * PAGE, SIZE, PROT_READ, MAP_SHARED | MAP_FIXED_NOREPLACE, fd, 0) == MAP_FAILED && errno == EEXIST);
@@ -234,7 +236,7 @@ static void step_hint(char **files)
 /* madvise: MADV_REMOVE punches the file, MADV_DONTNEED loses nothing. */
 static void step_advice(char **files)
 {
-	char *base = map(files[0], reserve(SIZE), MAP_FIXED);
+	char *base = map_at(files[0], reserve(SIZE), MAP_FIXED);
 	base[PAGE] = '1';
 	must(madvise(base, SIZE, MADV_DONTNEED) == 0 && base[PAGE] == '1');
 	must(madvise(base + PAGE, PAGE, MADV_REMOVE) == 0 && base[PAGE] == 0 && in_file(files[0], PAGE) == 0);
@@ -279,7 +281,7 @@ static void step_churn(char **files)
 	for (int i = 0; i < 2; i++)
 		must(pthread_create(&threads[i], NULL, churn, NULL) == 0);
 	for (int turn = 0; turn < 300; turn++) {
-		char byte, *base = map(files[0], reserve(SIZE), MAP_FIXED);
+		char byte, *base = map_at(files[0], reserve(SIZE), MAP_FIXED);
 		(void)load(base + PAGE, &byte), (void)store(base + 2 * PAGE, 's');
 		must(munmap(base, SIZE) == 0);
 	}
@@ -292,7 +294,7 @@ static void step_churn(char **files)
 /* Loads the page that each line names: a to p. Prints the letter, or signal, code, offset of the address, and lsb. */
 static void step_wait(char **files)
 {
-	char byte, line[8], *base = map(files[0], reserve(GIB) + GIB / 2, MAP_FIXED);
+	char byte, line[8], *base = map_at(files[0], reserve(GIB) + GIB / 2, MAP_FIXED);
 	must(base[3 * PAGE] == 'D');
 	printf("%p\n", (void *)base);
 	fflush(stdout);
@@ -309,7 +311,7 @@ static void step_wait(char **files)
 /* Each call on a poisoned page fails with EFAULT. The next instruction that loads from the page gets AR. */
 static void step_calls(char **files)
 {
-	char byte, buffer[PAGE], *base = map(files[0], NULL, 0), *bad = base + 3 * PAGE;
+	char byte, buffer[PAGE], *base = map_at(files[0], NULL, 0), *bad = base + 3 * PAGE;
 	int ends[2], fd = open_file(files[1]);
 	struct iovec here = {buffer, PAGE}, there = {bad, PAGE};
 	must(pipe(ends) == 0 && write(ends[1], buffer, 100) == 100);
@@ -438,6 +440,61 @@ static void step_limits(char **files)
 	must(mmap(NULL, PAGE, PROT_READ, MAP_SHARED | MAP_LOCKED, fd, 0) == MAP_FAILED && errno == EPERM);
 }
 
+static int64_t mtime(const char *path)
+{
+	struct stat found;
+	must(stat(path, &found) == 0);
+	return found.st_mtim.tv_sec * 1000000000L + found.st_mtim.tv_nsec;
+}
+
+static int64_t now(void)
+{
+	struct timespec time;
+	must(clock_gettime(CLOCK_REALTIME, &time) == 0);
+	return time.tv_sec * 1000000000L + time.tv_nsec;
+}
+
+/* Stores set mtime at the next msync, fsync, munmap or end of the process; a load alone of a mapping to read does not. */
+static void step_times(char **files)
+{
+	const char *path = files[0];
+	int fd = open_file(path);
+	int64_t before = mtime(path);
+	char *map = map_with(path, BOTH, MAP_SHARED);
+	must(munmap(map, SIZE) == 0 && mtime(path) == before);
+	map = map_with(path, PROT_READ, MAP_SHARED);
+	must(map[PAGE] == 'B' && msync(map, SIZE, MS_SYNC) == 0 && munmap(map, SIZE) == 0 && mtime(path) == before);
+	map = map_with(path, BOTH, MAP_PRIVATE);
+	must((map[PAGE] = 'p') && munmap(map, SIZE) == 0 && fsync(fd) == 0 && mtime(path) == before);
+	for (int call = 0; call < 6; call++) {
+		map = call == 4 ? map_with(path, BOTH, MAP_SHARED) : map_at(path, reserve(SIZE), call < 3 ? 0 : MAP_FIXED);
+		int64_t stored = now();
+		if (call == 5) {
+			pid_t child = fork();
+			if (child == 0) {
+				map[PAGE] = 'x';
+				_exit(0);
+			}
+			must(reap(child) == 0);
+			for (int wait = 0; wait < 5000 && mtime(path) < stored; wait++)
+				usleep(1000);
+		}
+		map[PAGE] = '0' + call;
+		if (call == 0)
+			must(msync(map, PAGE * 2, MS_SYNC) == 0);
+		else if (call == 1)
+			must(msync(map, PAGE * 2, MS_ASYNC) == 0);
+		else if (call == 2)
+			must(fsync(fd) == 0);
+		else if (call < 5)
+			must(munmap(map, SIZE) == 0);
+		if (mtime(path) < stored - 20000000) { /* the clock of files is coarse: a tick */
+			printf("call %d: %ld ns too old\n", call, (long)(stored - mtime(path)));
+			_exit(1);
+		}
+	}
+}
+
 int main(int argc, char **argv)
 {
 	static const struct {
@@ -446,7 +503,8 @@ int main(int argc, char **argv)
 	} steps[] = {{"reservation", step_reservation}, {"parts", step_parts}, {"moves", step_moves}, {"fork", step_fork},
 		     {"protection", step_protection}, {"hint", step_hint}, {"advice", step_advice}, {"churn", step_churn},
 		     {"wait", step_wait}, {"calls", step_calls},
-		     {"populate", step_populate}, {"future", step_future}, {"limits", step_limits}};
+		     {"populate", step_populate}, {"future", step_future}, {"limits", step_limits},
+		     {"times", step_times}};
 	struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART};
 	must(argc > 2 && sigaction(SIGBUS, &action, NULL) == 0 && sigaction(SIGSEGV, &action, NULL) == 0);
 	for (size_t i = 0; i < sizeof steps / sizeof *steps; i++)

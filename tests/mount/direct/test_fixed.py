@@ -25,7 +25,19 @@ pytestmark = [pytest.mark.mount, pytest.mark.timeout(120)]
 LIMIT = 60
 """Time limit of a program in seconds. A hang fails the test."""
 PAGE = 4096
-STEPS = ("reservation", "parts", "moves", "fork", "protection", "hint", "advice", "churn", "future", "limits")
+STEPS = (
+    "reservation",
+    "parts",
+    "moves",
+    "fork",
+    "protection",
+    "hint",
+    "advice",
+    "churn",
+    "future",
+    "limits",
+    "times",
+)
 
 
 @pytest.fixture

@@ -408,6 +408,7 @@ class Calls:
         areas = space.overlapping(where)
         if not areas:
             return CONTINUE
+        self._table.stored(space, where)
         if flags & MS_SYNC:
             try:
                 for ino in {area.ino for area in areas if area.is_shared}:

@@ -61,7 +61,7 @@ class DirectMappings:
         self._upcalls: Upcalls | None = None
         self._changes = Changes(fs.allocator)
         self._locks = FileLocks()
-        self.table = Table(self._pin, self._unpin)
+        self.table = Table(self._pin, self._unpin, self._stored)
         self.page_tables = PageTables(self.table, media.offset)
         # Without struct pages, all pages of a mapping are present (VM_PFNMAP).
         self.presence = Presence(self.table, pfn_map=parts.pmem.pgmap is None)
@@ -116,6 +116,12 @@ class DirectMappings:
         self._parts.open_files.unmapped(ino)
         with suppress(DaxemuError):
             self._fs.release(ino)
+
+    def _stored(self, ino: Ino) -> None:
+        """Set the times of a file that a program may have stored to."""
+        with suppress(DaxemuError):
+            self._fs.stored(ino)
+            self.forget_attributes(ino)
 
     # -- the filesystem's answers
 
@@ -251,6 +257,9 @@ class DirectMappings:
 
     async def synced(self, ino: Ino | None = None) -> None:
         """See Mappings.synced: protect the pages, so the next store is an event, then show the contents."""
+        if ino is not None:
+            for area in self.table.areas_of(ino):
+                self.table.stored(area.space, area.addresses)
         for part in list(self._fs.mapped_stores):
             for low in range(part.start, part.end, _SYNC_PIECE):
                 piece = Range(low, min(low + _SYNC_PIECE, part.end))

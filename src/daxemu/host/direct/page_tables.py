@@ -337,6 +337,7 @@ class PageTables:
 
     async def unmap(self, space: Space, addresses: Range) -> None:
         """munmap(2)."""
+        self._table.stored(space, addresses)
         with outside.expecting(space, [addresses]):
             await self._run(space, [syscalls.munmap(*_extent(addresses))])
         self._table.remove(space, addresses)
