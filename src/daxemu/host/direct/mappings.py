@@ -140,6 +140,7 @@ class DirectMappings:
                 error,
                 touch.event.address,
                 touch.is_store,
+                area.addresses if area.is_shared else None,
             )
             assert self._upcalls is not None
             return await self._upcalls.on_access(access)
