@@ -1,5 +1,5 @@
 """Builds the C of the project: host/fuse/supplement.c with those beside it, host/victims/*.c,
-host/run/forward.c and host/direct/agent.c.
+host/run/*.c and host/direct/*.c.
 
 Everything else is in pyproject.toml.
 
@@ -50,8 +50,8 @@ setup(
         ),
         Extension(
             "daxemu.host.run._forward",
-            sources=["src/daxemu/host/run/forward.c"],
-            depends=["src/daxemu/host/run/thread.h"],
+            sources=["src/daxemu/host/run/forward.c", "src/daxemu/host/run/threads.c"],
+            depends=["src/daxemu/host/run/threads.h"],
             extra_compile_args=["-O2", "-Wall", "-Wextra"],
             optional=True,
         ),

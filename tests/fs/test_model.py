@@ -23,7 +23,10 @@ from tests.support.core import core_at
 from tests.support.followed import Followed
 from tests.support.layouts import Holder
 
-pytestmark = pytest.mark.timeout(600)  # for shrinking a failing example; a passing run takes 15 s
+EXAMPLES = int(os.environ.get("DAXEMU_MODEL_EXAMPLES", "40"))
+pytestmark = pytest.mark.timeout(
+    200 + 15 * EXAMPLES
+)  # for shrinking a failing example; a passing run takes 15 s
 
 NAMES = [b"a", b"b", b"c", b"d"]
 NOISE = random.Random(1).randbytes(1 << 21)
@@ -360,7 +363,7 @@ class FilesystemAgainstModel(Invariants):
 
 
 FilesystemAgainstModel.TestCase.settings = settings(
-    max_examples=int(os.environ.get("DAXEMU_MODEL_EXAMPLES", "40")),
+    max_examples=EXAMPLES,
     stateful_step_count=40,
     deadline=None,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],

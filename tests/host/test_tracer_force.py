@@ -9,9 +9,9 @@ import pytest
 from daxemu.host.tracer import siginfo
 from daxemu.host.tracer.held_thread import HeldThread
 from daxemu.host.tracer.link import Armed, TracerLink
-from daxemu.host.tracer.messages import Delivered, ForceAR, Gone, Ignored, Refused, SendAO
+from daxemu.host.tracer.messages import Delivered, ForceAR, Gone, Ignored, NotTaken, Refused, SendAO
 from daxemu.host.tracer.ptrace import ResumeStep, Stop, StopKind
-from daxemu.uapi import BUS_MCEERR_AO, BUS_MCEERR_AR
+from daxemu.uapi import BUS_ADRERR, BUS_MCEERR_AO, BUS_MCEERR_AR
 from tests.host.tracee import Start, deliver, scenario
 
 pytestmark = pytest.mark.usefixtures("way")
@@ -77,6 +77,23 @@ def test_forcing_a_signal_on_a_dead_process_reports_gone() -> None:
     scenario(play)
 
 
+@pytest.mark.parametrize("words", [[], ["block"], ["ignore"]])
+def test_a_thread_that_has_left_its_page_fault_gets_no_signal(words: list[str]) -> None:
+    """A handler of SIGBUS blocks SIGBUS: a second signal for the same touch would kill the process."""
+
+    async def play(link: TracerLink, start: Start) -> None:
+        tracee = await start()
+        for word in words:
+            assert (await tracee.ask(word)).startswith("done")
+        armed = await link.force_ar(tracee.pid, tracee.pid, tracee.map, fault=(0x1000, 0x2000))
+        assert isinstance(armed, Armed)
+        assert await armed.wait(30) == NotTaken(armed.id)
+        await tracee.free()
+        assert await tracee.ask("count") == "counted 0"
+
+    scenario(play)
+
+
 # -- the decisions
 
 
@@ -128,3 +145,39 @@ def test_the_default_action_cannot_be_had() -> None:
     (report,) = thread.decide(Stop(StopKind.SYSCALL, result=-1), 3).reports
     assert isinstance(report, Refused)
     assert thread.idle
+
+
+FAULT = (0x7000, 0x400)
+
+
+def _failed_fault(address: int) -> Stop:
+    info = siginfo.parse(siginfo.bus_error(BUS_ADRERR, address, 0))
+    return Stop(StopKind.SIGNAL, signal.SIGBUS, info)
+
+
+def test_a_page_fault_that_fails_first_gives_the_signal() -> None:
+    thread = HeldThread(2)
+    thread.send(ForceAR(1, 1, 2, 0x1000, fault=FAULT))
+    assert thread.fault_of_next == FAULT
+    assert thread.decide(Stop(StopKind.TRAP, pending=True), 1).step is ResumeStep.CONT
+    verdict = thread.decide(_failed_fault(0x1008), 2)
+    assert verdict.info == siginfo.bus_error(BUS_MCEERR_AR, 0x1008, 12)
+    assert verdict.reports == (Delivered(1, 2, BUS_MCEERR_AR, 0x1000, serial=1),)
+    assert verdict.step is ResumeStep.DETACH
+
+
+def test_a_failed_page_fault_of_another_page_stays_as_it_is() -> None:
+    thread = HeldThread(2)
+    thread.send(ForceAR(1, 1, 2, 0x1000, fault=FAULT))
+    assert thread.decide(Stop(StopKind.TRAP, pending=True), 1).step is ResumeStep.CONT
+    verdict = thread.decide(_failed_fault(0x2000), 2)
+    assert (verdict.info, verdict.reports, verdict.interrupt) == (None, (), True)
+    verdict = thread.decide(Stop(StopKind.TRAP, blocked=True, has_left=True), 3)
+    assert (verdict.step, verdict.reports) == (ResumeStep.DETACH, (NotTaken(1),))
+
+
+def test_in_its_page_fault_a_thread_that_blocks_sigbus_dies() -> None:
+    thread = HeldThread(2)
+    thread.send(ForceAR(1, 1, 2, 0x1000, fault=FAULT))
+    assert thread.decide(Stop(StopKind.TRAP, blocked=True), 1).step is ResumeStep.INJECT
+    assert thread.fault_of_next is None

@@ -19,12 +19,12 @@ import pytest
 from click.testing import CliRunner
 
 from daxemu.cli.mount import FORCE_PATIENCE, umount
-from daxemu.client import Client
 from daxemu.client.connection import state_of
 from daxemu.errors import Busy, DaxemuError
 from daxemu.host.fuse.session import _mount_as_root, abort_connection
 from daxemu.host.proc.mountinfo import Mount, mount_at, mount_of
 from daxemu.host.proc.pins import pins_of
+from tests.support.forwarded import eventually
 from tests.support.mount import DAXEMU, PATIENCE, DaxMount
 from tests.support.quick import quick_mount_at
 from tests.support.zygote import Zygote, wait_for_end
@@ -111,30 +111,21 @@ def test_a_stopped_supervisor_holds_up_no_verb(dax_mount: DaxMount) -> None:
 @pytest.mark.parametrize("how", ["C", "D"])
 def test_force_ends_a_supervisor_that_is_stuck(tmp_path: Path, zygote: Zygote, how: str) -> None:
     with quick_mount_at(tmp_path, zygote, mount=False) as mount:
-        mount.mount("stick_in_badblocks", how)
+        mark = tmp_path / "stuck"
+        mount.mount("stick_in_badblocks", how, str(mark))
         with (mount.path / "f").open("wb") as file:
             file.write(b"kept")
             file.flush()
             os.fsync(file.fileno())
         with mount.client() as client, ThreadPoolExecutor() as threads:
             asking = threads.submit(client.request, "badblocks")
-            while not _is_silent(mount):
-                pass
+            assert eventually(mark.exists)
             mount.run("umount", "--force", mount.path)
             assert isinstance(asking.exception(), DaxemuError)
         wait_for_end(mount.pid)
         assert not mount.path.is_mount()
         mount.mount()
         assert (mount.path / "f").read_bytes() == b"kept"
-
-
-def _is_silent(mount: DaxMount) -> bool:
-    try:
-        with Client.at(mount.path, patience=1.0) as client:
-            client.request("status")
-    except Busy:
-        return True
-    return False
 
 
 @pytest.mark.parametrize("use", ["its working directory", "thousands of open files"])

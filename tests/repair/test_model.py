@@ -26,6 +26,9 @@ from daxemu.repair import mirror, parity
 from daxemu.uapi import PAGE_SIZE, Ino
 from tests.repair.model import RepairModel, offsets, seeds, which
 
+EXAMPLES = int(os.environ.get("DAXEMU_MODEL_EXAMPLES", "12"))
+pytestmark = pytest.mark.timeout(200 + 15 * EXAMPLES)
+
 
 class ZeroModel(RepairModel):
     strategy = "zero"
@@ -259,7 +262,7 @@ class AsyncParityModel(ParityModel):
 
 def _case(machine: type[RepairModel]) -> type:
     machine.TestCase.settings = settings(
-        max_examples=int(os.environ.get("DAXEMU_MODEL_EXAMPLES", "12")),
+        max_examples=EXAMPLES,
         stateful_step_count=25,
         deadline=None,
         phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if os.environ.get("DAXEMU_SHRINK") else [])],

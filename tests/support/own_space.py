@@ -63,11 +63,13 @@ class OwnAgent:
         self.pid = self.tgid = os.getpid()
         self._fds = {MEDIA_FD: media, VOID_FD: void}
         self.calls = 0
+        self._turn = trio.Lock()
 
     async def run(self, batch: Sequence[Syscall]) -> list[int]:
         """See Agent.run."""
         self.calls += len(batch)
-        return await trio.to_thread.run_sync(lambda: [self._call(call) for call in batch])
+        async with self._turn:  # an agent makes batches in their order
+            return await trio.to_thread.run_sync(lambda: [self._call(call) for call in batch])
 
     def begin(self, batch: Sequence[Syscall]) -> AgentReply | None:
         """See Agent.begin."""

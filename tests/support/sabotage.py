@@ -221,9 +221,9 @@ def measure_steps(report: str) -> None:
     Watchdog.beat = measured  # type: ignore[method-assign]
 
 
-def stick_in_badblocks(how: str) -> None:
+def stick_in_badblocks(how: str, mark: str) -> None:
     """In the request ``badblocks``, end only when killed: "C" sleeps in a C call that keeps the GIL, "D"
-    waits for a request to its own mount.
+    waits for a request to its own mount. The file ``mark`` is made just before.
     """
 
     mountpoints: list[Path] = []
@@ -234,6 +234,7 @@ def stick_in_badblocks(how: str) -> None:
         mountpoints.append(mount.mountpoint)
 
     async def stuck(pmem: Pmem) -> Any:
+        os.close(os.open(mark, os.O_CREAT))
         if how == "C":
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they would interrupt the call
             ctypes.PyDLL(None).sleep(3600)

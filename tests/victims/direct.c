@@ -391,6 +391,39 @@ static void step_forking_handler(const char *path, const char *other unused)
 }
 #endif
 
+static volatile char *consumed_in;
+
+static void say_and_exit(int sig unused, siginfo_t *info, void *context unused)
+{
+	printf("code %d page %ld\nok\n", info->si_code, (long)((char *)info->si_addr - consumed_in) / (long)PAGE);
+	fflush(stdout);
+	_exit(0);
+}
+
+/* A thread of a child loads from page 3, which has poison. */
+static void *consume(void *unused_too unused)
+{
+	(void)consumed_in[3 * PAGE];
+	return NULL;
+}
+
+static void step_consume(const char *path, const char *other unused)
+{
+	consumed_in = map_file(path);
+	struct sigaction action = { .sa_sigaction = say_and_exit, .sa_flags = SA_SIGINFO };
+	must(sigaction(SIGBUS, &action, NULL) == 0);
+	pid_t child = fork();
+	if (child == 0) {
+		pthread_t thread;
+		must(pthread_create(&thread, NULL, consume, NULL) == 0);
+		pthread_join(thread, NULL);
+		must(!"no signal");
+	}
+	int status;
+	must(waitpid(child, &status, 0) == child && status == 0);
+	_exit(0);
+}
+
 static void step_two_mounts(const char *path, const char *other)
 {
 	volatile char *one = map_file(path), *two = map_file(other);
@@ -467,6 +500,7 @@ static const struct step steps[] = {
 	{"raw-fork", step_raw_fork},
 	{"forking-handler", step_forking_handler},
 #endif
+	{"consume", step_consume},
 	{"two-mounts", step_two_mounts},
 	{"wait", step_wait},
 	{"shared-memory", step_shared_memory},

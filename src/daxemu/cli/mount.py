@@ -32,6 +32,7 @@ from daxemu.client import Client
 from daxemu.client.connection import no_answer, state_of
 from daxemu.errors import Busy, DaxemuError, InvalidArgument, NotASupervisor, NotMounted, PermissionDenied
 from daxemu.host.deadline import Deadline
+from daxemu.host.descriptors import check_limit
 from daxemu.host.direct_needs import check_direct
 from daxemu.host.proc.device_lock import PATIENCE, end_holder, wait_for_last_mount
 from daxemu.host.proc.mountinfo import Mount, mount_at, mounts
@@ -121,6 +122,7 @@ def mount(
         _option("--log-size", limits.log_size, log_size),
         direct,
     )
+    check_limit()
     if direct:
         check_direct()
     DeviceDir.load(device).close()

@@ -17,6 +17,7 @@ import trio
 
 from daxemu import protocol as p
 from daxemu.errors import DaxemuError, FsError, InvalidArgument, PermissionDenied
+from daxemu.host.proc import status
 from daxemu.host.unexpected import Unexpected, refused
 from daxemu.malformed import dotted, explain
 from daxemu.private_path import PrivatePath
@@ -152,6 +153,8 @@ class ControlSocket:
             return
         if len(asked) > _SENT:
             await trio.lowlevel.checkpoint()  # the decoding of the longest line is a step of 30 ms
+        if isinstance(request, p.Attach) and _is_itself(peer, request.pid):
+            request = msgspec.structs.replace(request, pid=peer)
         if isinstance(request, p.Attach) and request.pid != peer:
             # Descriptors are taken from the process itself, never from another one.
             await stream.send_all(
@@ -241,3 +244,9 @@ async def _try_to_send(stream: trio.SocketStream, line: bytes) -> None:
 def _refusal(error: DaxemuError) -> bytes:
     kind = InvalidArgument.__name__ if isinstance(error, FsError) else type(error).__name__
     return msgspec.json.encode(p.Reply(False, error=kind, message=str(error))) + b"\n"
+
+
+def _is_itself(peer: int, pid: int) -> bool:
+    """Return whether a process in another pid namespace gives its process id there."""
+    found = status.find(peer)
+    return found is not None and found.ns_tgid == pid

@@ -17,14 +17,15 @@ from contextlib import contextmanager, suppress
 import trio
 
 from daxemu.errors import Busy
-from daxemu.host.descriptors import RESERVE
+from daxemu.host.descriptors import RESERVE, check_limit
 
 MOST_CONNECTIONS = 512
 """Connections that one user may have open at a time."""
 
 
 def raise_descriptor_limit() -> None:
-    """Raise the soft limit of open files to the hard limit."""
+    """Raise the soft limit of open files to the hard limit. Raises Unsupported for a limit too low."""
+    check_limit()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

@@ -21,8 +21,8 @@ from daxemu.host.mappings import Access
 from daxemu.host.proc.file_pages import FilePage
 from daxemu.host.proc.processes import (
     comm_of,
+    fault_of,
     in_page_fault,
-    is_asleep_in_fault,
     process_of,
     tracer_of,
 )
@@ -263,19 +263,22 @@ class Signals:
         """
         tid = access.tid
         while (earlier := self._leaving.get(tid)) is not None:
-            # The report of the last signal may come after the next touch. A thread that is awake has left
-            # this fault: another signal interrupted the fault before.
+            # The report of the last signal may come after the next touch.
             await earlier.wait()
             if self._leaving.get(tid) is earlier:
                 del self._leaving[tid]
-            if not is_asleep_in_fault(tid):
-                return True
+        # One touch sends another event when the thread is woken in between. A thread that is awake has left
+        # this fault. In a stop, the thread may have left the fault, too: the tracer compares the place.
+        if (fault := fault_of(tid)) is None:
+            return True
         if (other := tracer_of(tid)) not in (0, self._tracer.pid):
             # A forced signal would be a plain one. The failed access gives BUS_ADRERR with the address.
             self._inexact(access, pfn, f"process {other} traces the thread")
             return False
         consumer = replace(_ar(access, pfn), address=address, current=found, lsb=shift)
-        armed = await self._tracer.force_ar(consumer.pid, tid, address, shift, patience=ARM_PATIENCE)
+        armed = await self._tracer.force_ar(
+            consumer.pid, tid, address, shift, fault=fault, patience=ARM_PATIENCE
+        )
         if not isinstance(armed, Armed):
             if isinstance(armed, Refused):
                 self._inexact(access, pfn, armed.reason)
@@ -288,7 +291,8 @@ class Signals:
         outcome = await armed.wait()
         if self._leaving.get(consumer.tid) is armed:
             del self._leaving[consumer.tid]
-        self._sent(consumer, *_explain(outcome))
+        if not isinstance(outcome, NotTaken):  # interrupted: the thread may touch the page again
+            self._sent(consumer, *_explain(outcome))
 
     async def _await_ar(self, consumer: _Signal, armed: Pending) -> None:
         tid = consumer.tid

@@ -51,10 +51,12 @@ def spawn(
                 start_new_session=True,
                 cwd="/",
             )
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise NotADevice(
             f"{device} is not a daxemu device: make one with: daxemu mkfs {device} --size 1G"
         ) from error
+    except OSError as error:
+        raise DaxemuError(f"the supervisor cannot be started: {error.strerror}") from error
     finally:
         os.close(theirs)
         root.close()

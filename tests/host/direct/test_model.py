@@ -28,6 +28,7 @@ from tests.support.core import core_at
 from tests.support.own_space import HostInThread, Process
 
 FILES, PROCESSES, PAGES = 3, 2, 8
+EXAMPLES = int(os.environ.get("DAXEMU_MODEL_EXAMPLES", "40"))
 
 page = st.integers(0, PAGES - 1)
 count = st.integers(1, PAGES)
@@ -211,11 +212,11 @@ class Machine(RuleBasedStateMachine):
             assert self.now(fsck, self.core.fs) == []
 
 
-@pytest.mark.timeout(600)  # for shrinking a failing example; a passing run takes 5 s
+@pytest.mark.timeout(200 + 15 * EXAMPLES)  # for shrinking a failing example; a passing run takes 5 s
 @pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd(2) needs root")
 def test_mappings_show_what_the_model_shows() -> None:
     machine = settings(
-        max_examples=int(os.environ.get("DAXEMU_MODEL_EXAMPLES", "40")),
+        max_examples=EXAMPLES,
         stateful_step_count=25,
         deadline=None,
         suppress_health_check=list(HealthCheck),

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 import trio
 
-from daxemu.host.direct import calls
+from daxemu.host.direct import calls, page_tables
 from daxemu.host.direct.calls import (
     MAP_FIXED,
     MAP_PRIVATE,
@@ -21,8 +21,8 @@ from daxemu.host.direct.calls import (
 from daxemu.host.proc.pagemap import Pagemap
 from daxemu.host.run.filters import Nr
 from daxemu.host.run.seccomp import NotifiedCall
-from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE
-from tests.support.core import Core, pages
+from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE, PMD_SIZE
+from tests.support.core import Core, core_at, pages
 from tests.support.own_space import READ, Host, host_of
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="userfaultfd(2) needs root")
@@ -348,3 +348,28 @@ def test_a_file_open_for_reading_stays_without_prot_write(core: Core) -> None:
         assert await process.load(at) == b"a"
 
     run(core, test)
+
+
+def test_a_large_mapping_is_protected_in_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store to any share after a clone is a copy."""
+    monkeypatch.setattr(page_tables, "_LARGE", PAGE_SIZE)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    length = 3 * PMD_SIZE - PAGE_SIZE
+
+    async def test(host: Host) -> None:
+        ino, other = core.file(data=b"a" * length), core.file(b"other")
+        process = host.process()
+        at = await process.mmap(ino, length // PAGE_SIZE)
+        places = [
+            share + inside for share in range(0, length, PMD_SIZE) for inside in (0, PMD_SIZE - 2 * PAGE_SIZE)
+        ]
+        for place in places:
+            assert await process.store(at + place, b"b")
+        await host.clone(ino, other)
+        for place in places:
+            assert await process.store(at + place, b"c")
+        cloned = core.read(other)
+        assert [cloned[place : place + 2] for place in places] == [b"ba"] * len(places)
+
+    with core_at(size=64 << 20) as core:
+        run(core, test)

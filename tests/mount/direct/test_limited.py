@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.support.mount import DAXEMU, PATIENCE, DaxMount
+from daxemu.errors import Unsupported
+from daxemu.host.descriptors import LEAST
+from tests.support.mount import DAXEMU, PATIENCE, DaxMount, dax_mount_at
 
 pytestmark = pytest.mark.mount
 
@@ -83,6 +86,28 @@ except OSError as error:
 """
     wanted = ("errno 19", "errno 12") if limit in {"RLIMIT_AS", "RLIMIT_DATA"} else ("mapped",)
     assert output(dax_mount, _MAPS + code) in wanted
+
+
+@pytest.mark.parametrize("mode", [[], ["--direct"]], ids=["page cache", "direct"])
+def test_the_least_limit_of_open_files(tmp_path: Path, mode: list[str]) -> None:
+    """Below LEAST a mount is refused by name; with LEAST a failure is handled."""
+    with dax_mount_at(tmp_path, mount=False) as made:
+        command = [*DAXEMU, "mount", *mode, str(made.device), str(made.path)]
+        for limit, status in ((LEAST - 1, Unsupported.exit_status), (LEAST, 0)):
+            done = subprocess.run(
+                ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *command],
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+            )
+            assert done.returncode == status, done.stderr
+            assert status == 0 or f"the limit is {limit}: raise" in done.stderr
+        made.make_file("f", 4)
+        made.is_direct = bool(mode)
+        if made.is_direct:
+            assert output(made, _MAPS + "maps_and_forks()") == "mapped"
+        made.inject("f", (0, 4096))
+        assert made.events("MemoryFailureHandled")
 
 
 def output(mount: DaxMount, code: str) -> str:

@@ -187,13 +187,37 @@ print(mmap.mmap(fd, 4096, mmap.MAP_PRIVATE)[:1])
 """
 
 
-@pytest.mark.parametrize("namespace", [("--pid", "--fork"), ("--pid", "--fork", "--mount-proc")])
-def test_run_in_a_pid_namespace_has_no_direct_mappings(
-    dax_mount: DaxMount, path: Path, namespace: tuple[str, ...]
+OF_A_SHELL = ("sh", "-c", '"$@"; exit $?', "sh")
+"""Words before a command that shall not be the first process of a pid namespace."""
+NAMESPACES = (("--pid", "--fork"), ("--pid", "--fork", "--mount-proc"))
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("step", ["fork", "raw-fork", "exec", "threads"])
+def test_run_in_a_pid_namespace(
+    dax_mount: DaxMount, program: Path, path: Path, step: str, namespace: tuple[str, ...]
 ) -> None:
-    """As elsewhere: MAP_SHARED is ENODEV, and MAP_PRIVATE works."""
-    said = under_run(dax_mount, sys.executable, "-c", MAP_SHARED, path, before=("unshare", *namespace))
-    assert said.splitlines() == ["No such device", "b'A'"]
+    before = ("unshare", *namespace, *OF_A_SHELL)
+    assert under_run(dax_mount, program, step, path, before=before) == "ok\n"
+    assert not dax_mount.events("DirectMappingRefused")
+    assert not dax_mount.events("UnexpectedError")
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("where", ["run inside", "run outside"])
+def test_consumption_in_a_pid_namespace(
+    dax_mount: DaxMount, program: Path, path: Path, where: str, namespace: tuple[str, ...]
+) -> None:
+    """The supervisor, and the program, have other ids for the thread."""
+    dax_mount.inject("f", (3 * PAGE, PAGE))
+    into = ("unshare", *namespace, *OF_A_SHELL)
+    if where == "run inside":
+        said = under_run(dax_mount, program, "consume", path, before=into)
+    else:
+        said = under_run(dax_mount, *into, program, "consume", path)
+    assert said == "code 4 page 3\nok\n"
+    (consumed,) = dax_mount.events("SignalSent")
+    assert consumed["result"] == "delivered"
 
 
 def test_a_program_under_a_tracer_has_no_direct_mappings(dax_mount: DaxMount, path: Path) -> None:

@@ -150,7 +150,7 @@ class Forks:
         agent: ProcessAgent,
         fd: int,
         drop: Ranges,
-        record: redirect.Record,
+        record: redirect.ForkRecord,
         magic: int,
     ) -> None:
         agent.awaits_child()
@@ -173,7 +173,7 @@ class Forks:
         agent.close()
 
     async def _welcome(
-        self, parent: AddressSpace, agent: ProcessAgent, record: redirect.Record, drop: Ranges
+        self, parent: AddressSpace, agent: ProcessAgent, record: redirect.ForkRecord, drop: Ranges
     ) -> None:
         """Make the space of a child that waits, and let the child run. Raises AddressSpaceGone."""
         child = parent.child

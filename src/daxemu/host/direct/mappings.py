@@ -23,6 +23,7 @@ from daxemu.host.direct.calls import Calls
 from daxemu.host.direct.changes import Changes, FileLocks
 from daxemu.host.direct.faults import PageFaults, Touch
 from daxemu.host.direct.locking import held
+from daxemu.host.direct.memory import thread_of
 from daxemu.host.direct.page_tables import PageTables
 from daxemu.host.direct.populate import MOST_HOLES
 from daxemu.host.direct.presence import AreaToScan, Presence, collected, wanted_of
@@ -136,7 +137,7 @@ class DirectMappings:
                 area.ino,
                 block * PAGE_SIZE,
                 PAGE_SIZE,
-                touch.event.tid,
+                thread_of(touch.event.tid, touch.space.tgid, touch.space.agent.pid),
                 error,
                 touch.event.address,
                 touch.is_store,

@@ -40,6 +40,25 @@ def owner_of(tid: int) -> int:
     return tgid
 
 
+def thread_of(tid: int, tgid: int, agent: int) -> int:
+    """Return the id, in this pid namespace, of a thread that uses the memory of process ``tgid``.
+
+    ``tid``: its id in its own pid namespace, as an event of a userfaultfd names it. 0: the thread has ended.
+    """
+    here = status.find(tid)
+    if here is not None and here.ns_tid == tid and shares_memory(tid, agent):
+        return tid
+    for process in (tgid, *(int(name) for name in os.listdir("/proc") if name.isdigit())):
+        if process != tgid and not (process != agent and shares_memory(process, agent)):
+            continue
+        with suppress(OSError):
+            for name in os.listdir(f"/proc/{process}/task"):
+                found = status.find(int(name))
+                if found is not None and found.ns_tid == tid:
+                    return int(name)
+    return 0
+
+
 def shares_memory(tid: int, agent: int) -> bool:
     """Return True if a thread has the address space of an agent. A dead thread has none."""
     return bool(agent) and int(_libc.syscall(_NR_KCMP, tid, agent, _KCMP_VM, 0, 0)) == 0

@@ -27,7 +27,7 @@ _PATIENCE = 5.0
 """Seconds to wait for the stop when the supervisor ends."""
 
 
-class Layout(NamedTuple):
+class RecordLayout(NamedTuple):
     """Numbers of redirect.h: offset of the records in the memory of an agent, bytes of a record, offset in a
     record of the word that the child waits for, most ranges of pages that the code drops in the child.
     """
@@ -39,13 +39,13 @@ class Layout(NamedTuple):
 
 
 @cache
-def layout() -> Layout:
+def layout() -> RecordLayout:
     """Return the numbers of the library. Raises Unsupported."""
-    numbers = (ctypes.c_uint32 * len(Layout._fields)).in_dll(code.library(), "daxemu_records")
-    return Layout(*numbers)
+    numbers = (ctypes.c_uint32 * len(RecordLayout._fields)).in_dll(code.library(), "daxemu_records")
+    return RecordLayout(*numbers)
 
 
-class Record(NamedTuple):
+class ForkRecord(NamedTuple):
     """Place for the registers of a thread. ``room``: memory of the agent. ``used``: numbers of the records of
     other threads.
     """
@@ -71,7 +71,7 @@ class Record(NamedTuple):
                     os.pwrite(memory.fileno(), bytes(8), self.address(number))
 
 
-def find_record(tid: int, place: int, filters: int) -> Record | None:
+def find_record(tid: int, place: int, filters: int) -> ForkRecord | None:
     """Return a free record of the agent with code at ``place``; None if thread ``tid`` must fork under the
     tracer process.
 
@@ -86,7 +86,7 @@ def find_record(tid: int, place: int, filters: int) -> Record | None:
     number = int(code.library().daxemu_free_record(tid, ctypes.c_uint64(room), ctypes.byref(used)))
     if number < 0:
         return None
-    return Record(room, number, tuple(each for each in range(32) if used.value >> each & 1))
+    return ForkRecord(room, number, tuple(each for each in range(32) if used.value >> each & 1))
 
 
 def seize(tid: int, listener: int, id_: int) -> None:
@@ -99,13 +99,13 @@ def seize(tid: int, listener: int, id_: int) -> None:
 
 
 async def redirect(
-    tid: int, place: int, record: Record, socket: int, drops: Sequence[tuple[int, int]], magic: int
+    tid: int, place: int, record: ForkRecord, socket: int, drops: Sequence[tuple[int, int]], magic: int
 ) -> bool:
     """Wait until a seized thread has stopped, and let it fork by the code at ``place``. Return False if the
     thread has ended, or makes its call again: a signal came first.
 
     ``socket``: descriptor of the agent in the program. ``drops``: addresses and lengths, at most
-    ``Layout.most_drops``.
+    ``RecordLayout.most_drops``.
     ``magic``: 0 if other supervisors must see the fork.
     """
     library = code.library()

@@ -79,13 +79,16 @@ def tracer_of(tid: int) -> int:
     return process_of(found.tracer) if found is not None and found.tracer else 0
 
 
-def is_asleep_in_fault(tid: int) -> bool:
-    """Return whether a thread sleeps in its own page fault. False where /proc/TID/syscall cannot be read."""
+def fault_of(tid: int) -> tuple[int, int] | None:
+    """Return stack pointer and instruction pointer of a thread that sleeps in its own page fault.
+
+    None for a thread that is awake or in a system call, and where /proc/TID/syscall cannot be read.
+    """
     try:
-        with open(f"/proc/{tid}/syscall", "rb") as file:
-            return file.read(2) == b"-1"
+        words = read_whole(f"/proc/{tid}/syscall").split()
     except OSError:
-        return False
+        return None
+    return (int(words[1], 16), int(words[2], 16)) if len(words) == 3 and words[0] == b"-1" else None
 
 
 def capable(tid: int | str, capability: int) -> bool:

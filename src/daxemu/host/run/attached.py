@@ -44,6 +44,9 @@ _ACKNOWLEDGE = 1  # host/run/forward.c
 _BATCH = 64
 """Packets taken in one step of the event loop."""
 _ID = struct.Struct("=Q")
+_TID = struct.Struct("=I")  # of struct seccomp_notif, at byte 8
+CREDENTIALS = struct.Struct("=3i")
+"""struct ucred: pid, uid, gid."""
 _LISTENER = "anon_inode:seccomp notify"
 _PIDFD_GETFD = 438  # asm/unistd.h, of every machine
 _NR_KCMP = {"x86_64": 312}.get(platform.machine(), 272)  # asm/unistd.h
@@ -78,6 +81,11 @@ class AttachedRun:
         """True if failures by madvise(2) poison nothing (``daxemu run --simulated``)."""
         self._listener = listener
         self._socket = sock
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._helper = sender(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
+        helper = status.find(self._helper)
+        self._is_foreign = helper is not None and helper.ns_tgid != self._helper
+        """True for a helper in another pid namespace."""
         self.filters = filters
         self._to_acknowledge: set[int] = set()
         self._under_way: set[int] = set()
@@ -230,11 +238,24 @@ class AttachedRun:
     def _packet(self) -> bytes | None:
         """Return the next packet; empty at the end, None if none has arrived."""
         try:
-            return self._socket.recv(seccomp.NOTIFICATION.size + 1, socket.MSG_DONTWAIT)
+            raw, ancillary, _, _ = self._socket.recvmsg(
+                seccomp.NOTIFICATION.size + 1, socket.CMSG_SPACE(CREDENTIALS.size), socket.MSG_DONTWAIT
+            )
         except BlockingIOError:
             return None
         except OSError:
             return b""
+        return self._translated(raw, ancillary) if self._is_foreign else raw
+
+    def _translated(self, raw: bytes, ancillary: list[tuple[int, int, bytes]]) -> bytes:
+        """Replace the thread id by that in this pid namespace, which the credentials of the packet have.
+
+        0: the helper may not name another process, or the thread is dead.
+        """
+        tid = next((sender(data) for _, kind, data in ancillary if kind == socket.SCM_CREDENTIALS), 0)
+        if len(raw) != seccomp.NOTIFICATION.size:
+            return raw
+        return raw[:8] + _TID.pack(0 if tid == self._helper else tid) + raw[12:]
 
     def _start(
         self, handle: Handle, emit: Emit, nursery: Nursery, unexpected: Unexpected, raw: bytes
@@ -264,6 +285,11 @@ class AttachedRun:
             self._under_way.discard(call.id)
             if answer is not None:
                 self.answer(call, answer)
+
+
+def sender(credentials: bytes) -> int:
+    """Return the process id of a struct ucred, in this pid namespace; 0 if it has none here."""
+    return int(CREDENTIALS.unpack(credentials[: CREDENTIALS.size])[0])
 
 
 def for_failure(call: NotifiedCall) -> Answer:

@@ -23,10 +23,13 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
-#include "thread.h"
+
+#include "threads.h"
 
 #define MAX_MOUNTS 15 /* slices of the zone: zone.SLICES */
+#define PID_MAX_LIMIT (1 << 22) /* linux/threads.h */
 #define ANONYMOUS_DEVICES (1 << 20) /* minor numbers of major 0: fs/super.c */
 
 /* uapi/linux/seccomp.h, whose installed version may be older than the kernel: Linux 6.6 */
@@ -48,6 +51,7 @@ enum {
 	NR_EXECVEAT = 322,
 	NR_MLOCK2 = 325,
 	NR_X32_MMAP = 0x40000000 | 9,
+	NR_I386_MMAP = 90,
 	NR_I386_MMAP2 = 192
 };
 
@@ -86,6 +90,7 @@ struct kept {
 
 struct helper {
 	int listener, mountinfo, wake;
+	int proc; /* /proc of this pid namespace, whose thread ids the listener gives */
 	uint32_t asked; /* minor number of the last DEVICE */
 	uint32_t used, forked; /* mounts that got an mmap(2); a fork(2) of a process with mappings */
 	uint32_t outside, forked_outside; /* as used and forked, of mappings outside the zone */
@@ -156,6 +161,26 @@ static int by_device(const struct helper *helper, uint32_t minor)
 	return -1;
 }
 
+/* Puts the arguments of the old mmap(2) of i386, which are in memory, in the places of the registers; -1 if unreadable. */
+static int read_arguments(struct seccomp_notif *call)
+{
+	uint32_t in_memory[6]; /* struct mmap_arg_struct */
+	struct iovec here = { in_memory, sizeof in_memory };
+	struct iovec there = { (void *)call->data.args[0], sizeof in_memory };
+	if (call->data.arch != AUDIT_ARCH_I386 || call->data.nr != NR_I386_MMAP)
+		return 0;
+	if (process_vm_readv(call->pid, &here, 1, &there, 1, 0) != sizeof in_memory)
+		return -1;
+	for (int i = 0; i < 6; i++)
+		call->data.args[i] = in_memory[i];
+	return 0;
+}
+
+static int is_tid(uint32_t tid)
+{
+	return tid > 0 && tid < PID_MAX_LIMIT;
+}
+
 /* -- forwarding */
 
 /* Sends a call to a mount. A call that the socket has no room for, or that no supervisor can take any more, is kept. */
@@ -167,8 +192,10 @@ static void forward(struct helper *helper, struct kept *kept)
 	thread->waits = 1 + kept->mount;
 	thread->is_mmap = is_mmap(&kept->call);
 	kept->call.flags = kept->left ? ACKNOWLEDGE : 0;
-	ssize_t sent = send(mount->socket, &kept->call, sizeof kept->call, MSG_DONTWAIT | MSG_NOSIGNAL);
+	ssize_t sent = daxemu_send_call(mount->socket, &kept->call);
 	kept->is_sent = sent == (ssize_t)sizeof kept->call;
+	if (sent < 0 && errno == ESRCH)
+		kept->is_sent = 1, kept->left = 0; /* the thread is dead: no mount waits for the call */
 }
 
 static void drop(struct helper *helper, struct kept *kept)
@@ -287,7 +314,7 @@ static int route_mmap(struct helper *helper, const struct seccomp_notif *notifie
 	if (!is_tid(call->pid) || read_arguments(call))
 		return proceed(helper, call);
 	uint32_t flags = call->data.args[3];
-	if (!(flags & MAP_ANONYMOUS) && device_of(call->pid, (int)call->data.args[4], &major, &minor) == 0 && major == 0 &&
+	if (!(flags & MAP_ANONYMOUS) && daxemu_device_of(helper->proc, call->pid, (int)call->data.args[4], &major, &minor) == 0 && major == 0 &&
 	    minor < ANONYMOUS_DEVICES) {
 		at = by_device(helper, minor);
 		if (at < 0 && !(helper->not_ours[minor / 8] & 1 << minor % 8)) {
@@ -300,7 +327,7 @@ static int route_mmap(struct helper *helper, const struct seccomp_notif *notifie
 		return DONE;
 	}
 	if (at >= 0) {
-		int tgid = process_of(call->pid);
+		int tgid = daxemu_process_of(helper->proc, call->pid);
 		/* A hint may be taken. The slice of the mount is for mappings without one. */
 		int names_place = call->data.args[0] && by_address(helper, call->data.args[0], 1) < 0;
 		if (tgid > 0)
@@ -318,7 +345,7 @@ static int route_mmap(struct helper *helper, const struct seccomp_notif *notifie
 
 static int route_to_all(struct helper *helper, const struct seccomp_notif *call)
 {
-	int tgid = helper->used && is_tid(call->pid) ? process_of(call->pid) : -1;
+	int tgid = helper->used && is_tid(call->pid) ? daxemu_process_of(helper->proc, call->pid) : -1;
 	if (tgid < 0)
 		return proceed(helper, call);
 	/* After a fork with mappings, children whose numbers are not known here have mappings, too. */
@@ -333,7 +360,7 @@ static int route_to_all(struct helper *helper, const struct seccomp_notif *call)
 /* Returns the mounts that may have mappings of the process outside the zone. */
 static uint32_t outside(const struct helper *helper, const struct seccomp_notif *call)
 {
-	int tgid = helper->outside && is_tid(call->pid) ? process_of(call->pid) : -1;
+	int tgid = helper->outside && is_tid(call->pid) ? daxemu_process_of(helper->proc, call->pid) : -1;
 	return tgid < 0 ? 0 : helper->threads[tgid].outside | helper->forked_outside;
 }
 
@@ -435,6 +462,7 @@ struct helper *daxemu_helper(int listener, int mountinfo, int wake)
 	helper->listener = listener;
 	helper->mountinfo = mountinfo;
 	helper->wake = wake;
+	helper->proc = daxemu_open_proc();
 	/* Only the pages of thread ids that occur take memory. */
 	helper->threads = mmap(NULL, PID_MAX_LIMIT * sizeof *helper->threads, PROT_READ | PROT_WRITE,
 			       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -13,7 +13,8 @@ How a signal gets its siginfo:
   signal: the kernel drops a second SIGBUS while one is pending, hence a FIFO per thread.
 - **Forced AR** (``ForceAR``): the same for a thread in a system call, and first in the FIFO. SIGBUS blocked
   or ignored: the thread is made to set the default action, the mask is lifted, and the thread dies, as in
-  force_sig_info_to_task().
+  force_sig_info_to_task(). A thread in a page fault (``ForceAR.fault``) can leave the fault before the stop:
+  such a thread gets no signal, because SIGBUS may be blocked only for the handler of the first.
 - **Hold**: no signal. The thread stays in the first stop after the system call (``parked``) until ``LetGo``.
   Then the thread drops private copies by an injected madvise(2) (``injection``), and runs.
 
@@ -139,6 +140,14 @@ class HeldThread:
         if self.returns is not None:
             return not self.listening
         return bool(self.fifo) and not self.cookie and not self.listening and self.retry_at is None
+
+    @property
+    def fault_of_next(self) -> tuple[int, int] | None:
+        """``ForceAR.fault`` of the next signal; None between the stops of an injection, too, which has other
+        registers.
+        """
+        head = self.fifo[0] if self.fifo and self.phase is Phase.NONE else None
+        return head.fault if isinstance(head, ForceAR) else None
 
     def arm(self, id_: int, deadline: float, page: FilePage | None = None) -> None:
         """Turn the next BUS_ADRERR for ``page`` before ``deadline`` into consumed poison."""
@@ -286,6 +295,13 @@ class HeldThread:
             self.cookie, self.is_default = 0, False
             sent = self.fifo.popleft()
             return siginfo.bus_error(sent.code, sent.addr, sent.lsb), (self._delivered(sent),)
+        if info.is_bus_adrerr and not self.cookie and self.fault_of_next is not None:
+            head = self.fifo[0]
+            if info.addr >> PAGE_SHIFT == head.addr >> PAGE_SHIFT:  # the page fault failed meanwhile
+                self.is_default = False
+                return siginfo.bus_error(head.code, info.addr, head.lsb), (
+                    self._delivered(self.fifo.popleft()),
+                )
         return None, ()
 
     def _delivered(self, sent: Send) -> Delivered:
@@ -310,6 +326,8 @@ class HeldThread:
         if not self.cookie and stop.ignored and not stop.blocked:
             reports += (Ignored(ao.id) for ao in self.fifo if isinstance(ao, SendAO))
             self.fifo = deque(forced for forced in self.fifo if isinstance(forced, ForceAR))
+        if stop.has_left and not self.cookie and not self.arriving:
+            reports.append(NotTaken(self.fifo.popleft().id))
         if self.idle:
             return ResumeStep.DETACH
         if self.returns is not None and not self.arriving:

@@ -95,6 +95,11 @@ class Registers:
         """Result of the system call; negative: -errno."""
         return ctypes.c_int64(self._regs[_RAX]).value
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Stack pointer and instruction pointer."""
+        return self._regs[_RSP], self._regs[_RIP]
+
     def put_back(self) -> None:
         """Give the thread these registers."""
         ptrace.set_regs(self._tid, self._regs)

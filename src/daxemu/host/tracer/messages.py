@@ -61,9 +61,15 @@ class SendAO(Send, frozen=True):
 class ForceAR(Send, frozen=True):
     """Action required, before the thread's next instruction; a thread that blocks or ignores SIGBUS dies of
     the signal.
+
+    ``fault``: stack pointer and instruction pointer of the thread in the page fault that it must leave. A
+    thread that is elsewhere has left the page fault already, perhaps for a handler of SIGBUS: then the
+    outcome is NotTaken. If the page fault fails first, its BUS_ADRERR becomes the signal.
     """
 
     code = BUS_MCEERR_AR
+
+    fault: tuple[int, int] | None = None
 
 
 class Hold(_Message, frozen=True):
@@ -146,7 +152,9 @@ class Delivered(_Message, frozen=True):
 
 
 class NotTaken(_Message, frozen=True):
-    """No SIGBUS came in time, or no child came of a fork; the thread is let go."""
+    """No SIGBUS came in time, no child came of a fork, or the thread had left its page fault; the thread is
+    let go.
+    """
 
 
 class AgentMade(_Message, frozen=True):

@@ -277,7 +277,7 @@ class Tracer:
             self._outbox.append(Gone(request.id))
 
     def _hold(self, request: ArmAR | Send | Hold | MakeAgent | TraceFork) -> Outcome | bool:
-        """Seize the thread. Return True, False while the supervisor traces the thread, or the final report."""
+        """Seize the thread. Return True; False while the supervisor traces it; or the final report."""
         status = find_status(request.tid)
         if status is None or status.is_dead:
             return Gone(request.id)
@@ -349,6 +349,8 @@ class Tracer:
             elif (page := thread.arms[-1].page) is not None:
                 # force_sig_info_to_task() merges with a pending SIGBUS: the fault's own siginfo is lost.
                 thread.fault_at = file_pages.find_page(thread.tid, page, info.addr) or 0
+        if (fault := thread.fault_of_next) is not None and stop.kind is not StopKind.SIGNAL:
+            stop = stop._replace(has_left=_has_left(thread.tid, fault))
         if thread.phase is Phase.EXIT:
             stop = stop._replace(result=self._injections[thread.tid].result())
         while True:
@@ -462,6 +464,13 @@ class Tracer:
             self._outbox.extend(Gone(id_, signal, thread.fault_at) for id_ in thread.ids())
         elif self._deliveries is not None and tid in self._deliveries:
             self._outbox.append(Gone(self._deliveries.take_over(tid).request.id))
+
+
+def _has_left(tid: int, fault: tuple[int, int]) -> bool:
+    """Return True if a stopped thread is not in the page fault with these pointers (ForceAR.fault)."""
+    with contextlib.suppress(injection.CannotInject):  # 32-bit code, whose registers are not looked at
+        return injection.registers(tid).place != fault
+    return False
 
 
 def _reap(most: int) -> tuple[int, list[Wait]]:

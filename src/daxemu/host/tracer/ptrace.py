@@ -246,6 +246,7 @@ class Stop(NamedTuple):
     pending: bool = False  # for this thread, not the process: only then does the kernel drop a second SIGBUS
     result: int = 0  # of the injected system call
     page: FilePage | None = None  # page mapped at the fault address; None: no page, or not looked at
+    has_left: bool = False  # the thread is not in the page fault of the ForceAR that is next (ForceAR.fault)
 
 
 def classify(status: int) -> tuple[StopKind, int]:
