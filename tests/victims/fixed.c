@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -12,8 +13,12 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #define PAGE 4096UL
@@ -80,7 +85,7 @@ static char *reserve(size_t length)
 	return at;
 }
 
-static char *map(const char *path, void *at, int flags)
+static char *map_at(const char *path, void *at, int flags)
 {
 	int fd = open_file(path);
 	char *map = mmap(at, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED_VALIDATE | MAP_SYNC | flags, fd, 0);
@@ -101,7 +106,7 @@ static void step_reservation(char **files)
 {
 	char byte, *base = reserve(GIB);
 	for (int i = 0; i < 4; i++) {
-		char *at = map(files[i], base + i * (GIB / 4), MAP_FIXED);
+		char *at = map_at(files[i], base + i * (GIB / 4), MAP_FIXED);
 		must(at == base + i * (GIB / 4) && at[2 * PAGE] == 'C');
 		at[2 * PAGE] = '0' + i;
 		must(in_file(files[i], 2 * PAGE) == '0' + i);
@@ -115,7 +120,7 @@ static void step_reservation(char **files)
 /* munmap of a part, and an anonymous mmap over a part, are the kernel's: the rest follows its file. */
 static void step_parts(char **files)
 {
-	char byte, *base = map(files[0], reserve(SIZE), MAP_FIXED);
+	char byte, *base = map_at(files[0], reserve(SIZE), MAP_FIXED);
 	must(base[3 * PAGE] == 'D' && base[9 * PAGE] == 'J');
 	must(munmap(base + 2 * PAGE, 4 * PAGE) == 0);
 	must(mmap(base + 8 * PAGE, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
@@ -136,14 +141,14 @@ static void step_parts(char **files)
 	must(truncate(files[0], 0) == 0 && truncate(files[0], SIZE) == 0);
 	must(own[0] == 'o' && own[4 * PAGE - 1] == 'o' && base[12 * PAGE] == 0);
 	/* a file again, over memory and over the direct mapping */
-	must(map(files[1], base, MAP_FIXED) == base && base[3 * PAGE] == 'D' && base[12 * PAGE] == 'M');
+	must(map_at(files[1], base, MAP_FIXED) == base && base[3 * PAGE] == 'D' && base[12 * PAGE] == 'M');
 	must(msync(base, SIZE, MS_SYNC) == 0);
 	must(munmap(base, SIZE) == 0);
 }
 
 static void step_moves(char **files)
 {
-	char byte, *there, *place = reserve(4 * SIZE), *base = map(files[0], place, MAP_FIXED);
+	char byte, *there, *place = reserve(4 * SIZE), *base = map_at(files[0], place, MAP_FIXED);
 	base[PAGE] = '1';
 	/* outside to outside */
 	there = mremap(base, SIZE, SIZE, MREMAP_MAYMOVE | MREMAP_FIXED, place + 2 * SIZE);
@@ -179,7 +184,7 @@ static void step_moves(char **files)
 
 static void step_fork(char **files)
 {
-	char byte, *base = map(files[0], reserve(SIZE), MAP_FIXED);
+	char byte, *base = map_at(files[0], reserve(SIZE), MAP_FIXED);
 	base[0] = 'p';
 	pid_t child = fork();
 	if (child == 0) {
@@ -203,7 +208,7 @@ static void step_fork(char **files)
 /* Protections that the supervisor did not see hold after a replacement. */
 static void step_protection(char **files)
 {
-	char byte, *base = map(files[0], reserve(SIZE), MAP_FIXED);
+	char byte, *base = map_at(files[0], reserve(SIZE), MAP_FIXED);
 	must(mprotect(base + 4 * PAGE, 4 * PAGE, PROT_READ) == 0);
 	must(store(base + 5 * PAGE, 'x') == SIGSEGV);
 	must(truncate(files[0], 0) == 0 && truncate(files[0], SIZE) == 0);
@@ -217,8 +222,8 @@ static void step_hint(char **files)
 {
 	char *place = reserve(SIZE);
 	must(munmap(place, SIZE) == 0);
-	must(map(files[0], place, 0) == place && place[PAGE] == 'B');
-	char *second = map(files[1], place, 0);
+	must(map_at(files[0], place, 0) == place && place[PAGE] == 'B');
+	char *second = map_at(files[1], place, 0);
 	must(second != place && second[PAGE] == 'B');
 	int fd = open_file(files[2]);
 	must(mmap(place + 2 * PAGE, SIZE, PROT_READ, MAP_SHARED | MAP_FIXED_NOREPLACE, fd, 0) == MAP_FAILED && errno == EEXIST);
@@ -231,7 +236,7 @@ static void step_hint(char **files)
 /* madvise: MADV_REMOVE punches the file, MADV_DONTNEED loses nothing. */
 static void step_advice(char **files)
 {
-	char *base = map(files[0], reserve(SIZE), MAP_FIXED);
+	char *base = map_at(files[0], reserve(SIZE), MAP_FIXED);
 	base[PAGE] = '1';
 	must(madvise(base, SIZE, MADV_DONTNEED) == 0 && base[PAGE] == '1');
 	must(madvise(base + PAGE, PAGE, MADV_REMOVE) == 0 && base[PAGE] == 0 && in_file(files[0], PAGE) == 0);
@@ -276,7 +281,7 @@ static void step_churn(char **files)
 	for (int i = 0; i < 2; i++)
 		must(pthread_create(&threads[i], NULL, churn, NULL) == 0);
 	for (int turn = 0; turn < 300; turn++) {
-		char byte, *base = map(files[0], reserve(SIZE), MAP_FIXED);
+		char byte, *base = map_at(files[0], reserve(SIZE), MAP_FIXED);
 		(void)load(base + PAGE, &byte), (void)store(base + 2 * PAGE, 's');
 		must(munmap(base, SIZE) == 0);
 	}
@@ -289,7 +294,7 @@ static void step_churn(char **files)
 /* Loads the page that each line names: a to p. Prints the letter, or signal, code, offset of the address, and lsb. */
 static void step_wait(char **files)
 {
-	char byte, line[8], *base = map(files[0], reserve(GIB) + GIB / 2, MAP_FIXED);
+	char byte, line[8], *base = map_at(files[0], reserve(GIB) + GIB / 2, MAP_FIXED);
 	must(base[3 * PAGE] == 'D');
 	printf("%p\n", (void *)base);
 	fflush(stdout);
@@ -306,7 +311,7 @@ static void step_wait(char **files)
 /* Each call on a poisoned page fails with EFAULT. The next instruction that loads from the page gets AR. */
 static void step_calls(char **files)
 {
-	char byte, buffer[PAGE], *base = map(files[0], NULL, 0), *bad = base + 3 * PAGE;
+	char byte, buffer[PAGE], *base = map_at(files[0], NULL, 0), *bad = base + 3 * PAGE;
 	int ends[2], fd = open_file(files[1]);
 	struct iovec here = {buffer, PAGE}, there = {bad, PAGE};
 	must(pipe(ends) == 0 && write(ends[1], buffer, 100) == 100);
@@ -330,6 +335,166 @@ static void step_calls(char **files)
 	must(base[2 * PAGE] == 'C' && base[4 * PAGE] == 'E');
 }
 
+/* Returns the pages of 16 that are present, as letters. */
+static const char *present(const char *at)
+{
+	static char letters[17];
+	uint64_t words[16];
+	int fd = open("/proc/self/pagemap", O_RDONLY), count = 0;
+	must(pread(fd, words, sizeof words, (uintptr_t)at / PAGE * 8) == sizeof words);
+	close(fd);
+	for (int page = 0; page < 16; page++)
+		if (words[page] >> 63)
+			letters[count++] = 'a' + page;
+	letters[count] = 0;
+	return letters;
+}
+
+static char *map_with(const char *path, int prot, int flags)
+{
+	int fd = open_file(path);
+	char *map = mmap(NULL, SIZE, prot, flags, fd, 0);
+	must(map != MAP_FAILED);
+	close(fd);
+	return map;
+}
+
+#define BOTH (PROT_READ | PROT_WRITE)
+#define ALL "abcdefghijklmnop"
+
+/* Page d of the first file is poisoned. */
+static void step_populate(char **files)
+{
+	char byte;
+	puts("ready"), fflush(stdout);
+	must(getchar() == '\n');
+	must(!strcmp(present(map_with(files[0], BOTH, MAP_SHARED | MAP_POPULATE)), "abc"));
+	must(!strcmp(present(map_with(files[1], BOTH, MAP_SHARED)), ""));
+	must(!strcmp(present(map_with(files[1], BOTH, MAP_SHARED | MAP_POPULATE | MAP_NONBLOCK)), ""));
+	must(!strcmp(present(map_with(files[1], BOTH, MAP_SHARED | MAP_POPULATE)), ALL));
+	must(!strcmp(present(map_with(files[1], PROT_READ, MAP_SHARED | MAP_LOCKED)), ALL));
+	char *copy = map_with(files[1], BOTH, MAP_PRIVATE | MAP_POPULATE);
+	must(!strcmp(present(copy), ALL) && copy[5 * PAGE] == 'F');
+	int fd = open_file(files[1]);
+	must(pwrite(fd, "w", 1, 5 * PAGE) == 1 && copy[5 * PAGE] == 'F');
+	char *bad = map_with(files[0], BOTH, MAP_SHARED);
+	must(madvise(bad, 3 * PAGE, 22) == 0 && !strcmp(present(bad), "abc")); /* MADV_POPULATE_READ */
+	must(madvise(bad, SIZE, 22) == -1 && errno == EHWPOISON);
+	must(madvise(bad, SIZE, 23) == -1 && errno == EHWPOISON); /* MADV_POPULATE_WRITE */
+	must(madvise(bad, SIZE, MADV_WILLNEED) == 0);
+	must(mlock(bad, SIZE) == -1 && errno == ENOMEM && mlock(bad, 3 * PAGE) == 0);
+	must(load(bad + 3 * PAGE, &byte) == SIGBUS && last.si_code == 4);
+	must(mlock(bad + 4 * PAGE, 12 * PAGE) == 0 && !strcmp(present(bad), "abcefghijklmnop"));
+	char *later = map_with(files[2], BOTH, MAP_SHARED);
+	must(mlock2(later, SIZE, MLOCK_ONFAULT) == 0 && !strcmp(present(later), ""));
+	must(later[PAGE] == 'B' && !strcmp(present(later), "b"));
+	must(munlockall() == 0);
+}
+
+/* After mlockall(MCL_FUTURE) a new mapping has its pages; a hole, and a page that goes, read as zeros. */
+static void step_future(char **files)
+{
+	char byte;
+	must(truncate(files[1], 0) == 0 && truncate(files[1], SIZE) == 0);
+	must(mlockall(MCL_FUTURE) == 0);
+	char *map = map_with(files[0], BOTH, MAP_SHARED), *hole = map_with(files[1], BOTH, MAP_SHARED);
+	must(!strcmp(present(map), ALL) && map[PAGE] == 'B' && hole[PAGE] == 0);
+	hole[PAGE] = 'h';
+	must(in_file(files[1], PAGE) == 'h');
+	must(truncate(files[0], 2 * PAGE) == 0 && truncate(files[0], SIZE) == 0);
+	must(map[PAGE] == 'B' && map[2 * PAGE] == 0);
+	map[2 * PAGE] = 'n';
+	must(in_file(files[0], 2 * PAGE) == 'n');
+	must(truncate(files[0], PAGE) == 0 && load(map + 2 * PAGE, &byte) == SIGBUS && last.si_code == BUS_ADRERR);
+	must(mlockall(MCL_FUTURE | MCL_ONFAULT) == 0);
+	must(!strcmp(present(map_with(files[2], BOTH, MAP_SHARED)), ""));
+}
+
+/* RLIMIT_AS and RLIMIT_MEMLOCK, as of now; a copy at the store needs no more addresses. */
+static void step_limits(char **files)
+{
+	char *map = map_with(files[0], BOTH, MAP_SHARED);
+	struct rlimit few = {64 << 20, RLIM_INFINITY}, all = {RLIM_INFINITY, RLIM_INFINITY};
+	int fd = open_file(files[1]);
+	must(ftruncate(fd, 1 << 30) == 0 && setrlimit(RLIMIT_AS, &few) == 0);
+	must(mmap(NULL, 1 << 30, PROT_READ, MAP_SHARED, fd, 0) == MAP_FAILED && errno == ENOMEM);
+	must(mremap(map, SIZE, 1 << 30, MREMAP_MAYMOVE) == MAP_FAILED && errno == ENOMEM && map[PAGE] == 'B');
+	few.rlim_cur = 1 << 20;
+	must(setrlimit(RLIMIT_AS, &few) == 0);
+	must(truncate(files[0], PAGE) == 0 && truncate(files[0], SIZE) == 0);
+	must(map[2 * PAGE] == 0 && (map[2 * PAGE] = 'x') && in_file(files[0], 2 * PAGE) == 'x');
+	must(setrlimit(RLIMIT_AS, &all) == 0);
+	must(prctl(PR_CAPBSET_DROP, 14) == 0);
+	struct __user_cap_header_struct head = {_LINUX_CAPABILITY_VERSION_3, 0};
+	struct __user_cap_data_struct caps[2];
+	must(syscall(SYS_capget, &head, caps) == 0);
+	caps[0].effective &= ~(1u << 14), caps[0].permitted &= ~(1u << 14), caps[0].inheritable &= ~(1u << 14);
+	must(syscall(SYS_capset, &head, caps) == 0);
+	few.rlim_cur = few.rlim_max = 2 * PAGE;
+	must(setrlimit(RLIMIT_MEMLOCK, &few) == 0);
+	must(mmap(NULL, SIZE, PROT_READ, MAP_SHARED | MAP_LOCKED, fd, 0) == MAP_FAILED && errno == EAGAIN);
+	must(mmap(NULL, PAGE, PROT_READ, MAP_SHARED | MAP_LOCKED, fd, 0) != MAP_FAILED);
+	must(mlock(map, SIZE) == -1 && errno == ENOMEM);
+	few.rlim_cur = few.rlim_max = 0;
+	must(setrlimit(RLIMIT_MEMLOCK, &few) == 0);
+	must(mmap(NULL, PAGE, PROT_READ, MAP_SHARED | MAP_LOCKED, fd, 0) == MAP_FAILED && errno == EPERM);
+}
+
+static int64_t mtime(const char *path)
+{
+	struct stat found;
+	must(stat(path, &found) == 0);
+	return found.st_mtim.tv_sec * 1000000000L + found.st_mtim.tv_nsec;
+}
+
+static int64_t now(void)
+{
+	struct timespec time;
+	must(clock_gettime(CLOCK_REALTIME, &time) == 0);
+	return time.tv_sec * 1000000000L + time.tv_nsec;
+}
+
+/* Stores set mtime at the next msync, fsync, munmap or end of the process; a load alone of a mapping to read does not. */
+static void step_times(char **files)
+{
+	const char *path = files[0];
+	int fd = open_file(path);
+	int64_t before = mtime(path);
+	char *map = map_with(path, BOTH, MAP_SHARED);
+	must(munmap(map, SIZE) == 0 && mtime(path) == before);
+	map = map_with(path, PROT_READ, MAP_SHARED);
+	must(map[PAGE] == 'B' && msync(map, SIZE, MS_SYNC) == 0 && munmap(map, SIZE) == 0 && mtime(path) == before);
+	map = map_with(path, BOTH, MAP_PRIVATE);
+	must((map[PAGE] = 'p') && munmap(map, SIZE) == 0 && fsync(fd) == 0 && mtime(path) == before);
+	for (int call = 0; call < 6; call++) {
+		map = call == 4 ? map_with(path, BOTH, MAP_SHARED) : map_at(path, reserve(SIZE), call < 3 ? 0 : MAP_FIXED);
+		int64_t stored = now();
+		if (call == 5) {
+			pid_t child = fork();
+			if (child == 0) {
+				map[PAGE] = 'x';
+				_exit(0);
+			}
+			must(reap(child) == 0);
+			for (int wait = 0; wait < 5000 && mtime(path) < stored; wait++)
+				usleep(1000);
+		}
+		map[PAGE] = '0' + call;
+		if (call == 0)
+			must(msync(map, PAGE * 2, MS_SYNC) == 0);
+		else if (call == 1)
+			must(msync(map, PAGE * 2, MS_ASYNC) == 0);
+		else if (call == 2)
+			must(fsync(fd) == 0);
+		else if (call < 5)
+			must(munmap(map, SIZE) == 0);
+		if (mtime(path) < stored - 20000000) { /* the clock of files is coarse: a tick */
+			printf("call %d: %ld ns too old\n", call, (long)(stored - mtime(path)));
+			_exit(1);
+		}
+	}
+}
+
 int main(int argc, char **argv)
 {
 	static const struct {
@@ -337,7 +502,9 @@ int main(int argc, char **argv)
 		void (*run)(char **);
 	} steps[] = {{"reservation", step_reservation}, {"parts", step_parts}, {"moves", step_moves}, {"fork", step_fork},
 		     {"protection", step_protection}, {"hint", step_hint}, {"advice", step_advice}, {"churn", step_churn},
-		     {"wait", step_wait}, {"calls", step_calls}};
+		     {"wait", step_wait}, {"calls", step_calls},
+		     {"populate", step_populate}, {"future", step_future}, {"limits", step_limits},
+		     {"times", step_times}};
 	struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART};
 	must(argc > 2 && sigaction(SIGBUS, &action, NULL) == 0 && sigaction(SIGSEGV, &action, NULL) == 0);
 	for (size_t i = 0; i < sizeof steps / sizeof *steps; i++)

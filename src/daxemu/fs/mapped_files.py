@@ -80,6 +80,12 @@ class MappedFiles(SuperBlock):
         self._expose(ino)
         return map(self._watched, self._faults.runs(inode, extents, blocks))
 
+    def stored(self, ino: Ino) -> None:
+        """Set mtime and ctime: programs may have stored to blocks that they had mapped. Raises FsError."""
+        inode, _ = self.names.regular(ino)
+        self.names.update_time(inode, time.time_ns())
+        self.layouts.break_attributes(ino)
+
     # -- stores that a repair strategy does not see
 
     def _watched(self, run: FileRun) -> FileRun:

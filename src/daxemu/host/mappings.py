@@ -31,7 +31,7 @@ class Access(NamedTuple):
 
     ``error``: MediaError, or the error of a removed or shut-down filesystem. ``tid``: the waiting thread, 0
     if unknown. ``address``: the byte that the thread touched; None if only the page is known. ``is_store``:
-    True for a page fault of a store.
+    True for a page fault of a store. ``vma``: addresses of the shared mapping, if known.
     """
 
     ino: Ino
@@ -41,6 +41,7 @@ class Access(NamedTuple):
     error: DaxemuError
     address: int | None = None
     is_store: bool = False
+    vma: Range | None = None
 
     @property
     def is_read_ahead(self) -> bool:

@@ -36,6 +36,17 @@ def present_as_mapped(incident: Incident, tasks: Sequence[Task]) -> list[Task]:
     ]
 
 
+def mapping_shift(incident: Incident, ino: Ino, index: int, address: int, vma: Range) -> int:
+    """Return log2 of the size in bytes by which DAX maps a page of a shared mapping
+    (``dev_pagemap_mapping_shift()``). ``address``: of the page; ``vma``: addresses of the mapping.
+    """
+    base = address - index * PAGE_SIZE
+    for failed in incident.mappings:
+        if failed.mapping == ino and index in _pmds_of(failed, vma, base):
+            return PMD_SHIFT
+    return PAGE_SHIFT
+
+
 def _failed_runs(failed: MappingRange, task: Task) -> Iterator[PresentRun]:
     pages = Range(failed.index, failed.index + failed.count)
     by_vma: dict[Range, list[PresentRun]] = defaultdict(list)

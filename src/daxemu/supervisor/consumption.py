@@ -16,14 +16,15 @@ from daxemu.host.mappings import Access, Answer, Mappings
 from daxemu.host.proc.processes import process_of
 from daxemu.host.unexpected import Nursery
 from daxemu.mm.memory_failure import Incident, MemoryFailures
+from daxemu.mm.pmd import mapping_shift
 from daxemu.pmem.inject import failed_pages
 from daxemu.pmem.pmem import Pmem
 from daxemu.ranges import Range, RangeSet
 from daxemu.supervisor.failures import Failures
 from daxemu.supervisor.repairs import Repairs
 from daxemu.supervisor.signals import Signals
-from daxemu.uapi import MF_ACTION_REQUIRED, PAGE_SIZE
-from daxemu.units import sectors_of
+from daxemu.uapi import MF_ACTION_REQUIRED, PAGE_SHIFT, PAGE_SIZE, page_align_down
+from daxemu.units import PHYS_PFN, sectors_of
 
 
 class Consumption:
@@ -81,23 +82,25 @@ class Consumption:
         if isinstance(error, MediaError):
             found = self._discover(ranges, process_of(access.tid) if access.tid else -1)
             pfn, _ = failed_pages(self._pmem, ranges[0] if ranges else Range(0, 0))
-            if await self._signals.consumed(access, pfn, self._supplement_missing, found=found):
+            if await self._signals.consumed(
+                access, pfn, self._supplement_missing, found=bool(found), shift=_shift(access, found)
+            ):
                 return Answer.SIGNALLED
         return Answer.ERROR
 
-    def _discover(self, ranges: Sequence[Range], consumer: int) -> bool:
-        """Add poison to badblocks, and start a failure for latent poison. Return True if any was latent.
+    def _discover(self, ranges: Sequence[Range], consumer: int) -> list[Incident]:
+        """Add poison to badblocks, and start a failure for latent poison. Return the incidents.
 
         ``ranges``: device bytes. ``consumer``: id of the process that the page fault signals; -1 if none.
         """
-        found = False
+        found: list[Incident] = []
         for part in ranges:
             sectors = sectors_of(part)
             if self._pmem.badblocks.set(sectors.start, sectors.length):
-                found = True
                 # Not awaited: the failure revokes a page that the kernel keeps locked until this read is
                 # answered.
                 for incident in self._incidents(part):
+                    found.append(incident)
                     self._tasks.start_soon(self._failures.handle, incident, None, consumer)
         return found
 
@@ -160,3 +163,16 @@ class Consumption:
         is_spared = self._repairs.failed(incident, tasks).spared.covers(pfn, pfn + nr_pages)
         # The bytes may have been poisoned again during the collect.
         return is_spared and not self._pmem.dax.is_poisoned(part.start, part.length)
+
+
+def _shift(access: Access, found: Sequence[Incident]) -> int:
+    """Return log2 of the size in bytes that the signal of a consumer names.
+
+    The machine check of a load that finds poison names the mapping of the page. A page fault over known
+    poison names a page (dax_fault_return()).
+    """
+    if access.address is None or access.vma is None:
+        return PAGE_SHIFT
+    index, address = PHYS_PFN(access.offset), page_align_down(access.address)
+    shifts = (mapping_shift(incident, access.ino, index, address, access.vma) for incident in found)
+    return max(shifts, default=PAGE_SHIFT)

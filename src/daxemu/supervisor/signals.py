@@ -215,14 +215,21 @@ class Signals:
     # -- action required, of a consumer
 
     async def consumed(
-        self, access: Access, pfn: Pfn, supplement_missing: str | None, *, found: bool
+        self,
+        access: Access,
+        pfn: Pfn,
+        supplement_missing: str | None,
+        *,
+        found: bool,
+        shift: int = PAGE_SHIFT,
     ) -> bool:
         """Have the tracer make the SIGBUS of a thread in a page fault over poison a BUS_MCEERR_AR.
 
         Return when the access may be answered; True if no answer must come, because the thread leaves its
         page fault for the signal. System calls get EIO and no signal. Requests for several pages
         get EIO and no signal, too: these are read-ahead, and the kernel sends another request for the one
-        page of a fault. ``found``: True if the read discovered the poison.
+        page of a fault. ``found``: True if the read discovered the poison. ``shift``: log2 of the size of
+        the failed memory, for a page fault in a direct mapping.
         """
         if access.is_read_ahead:
             return False
@@ -237,7 +244,7 @@ class Signals:
             self._inexact(access, pfn, "not permitted to look at the thread")
             return False
         if access.address is not None:
-            return await self._leaves_fault(access, access.address, pfn, found=found)
+            return await self._leaves_fault(access, access.address, pfn, found=found, shift=shift)
         page = self._file_page(access.ino, PHYS_PFN(access.offset))
         armed = await self._tracer.arm(access.tid, page=page, patience=ARM_PATIENCE)
         if isinstance(armed, Refused):
@@ -250,7 +257,7 @@ class Signals:
             self._nursery.start_soon(self._await_ar, consumer, armed)
         return False
 
-    async def _leaves_fault(self, access: Access, address: int, pfn: Pfn, *, found: bool) -> bool:
+    async def _leaves_fault(self, access: Access, address: int, pfn: Pfn, *, found: bool, shift: int) -> bool:
         """Force an AR on a thread that waits in a page fault of its own until a signal comes. Return False if
         the tracer cannot: the access must fail then.
         """
@@ -268,8 +275,10 @@ class Signals:
             # A forced signal would be a plain one. The failed access gives BUS_ADRERR with the address.
             self._inexact(access, pfn, f"process {other} traces the thread")
             return False
-        consumer = replace(_ar(access, pfn), address=address, current=found)
-        armed = await self._tracer.force_ar(consumer.pid, tid, address, fault=fault, patience=ARM_PATIENCE)
+        consumer = replace(_ar(access, pfn), address=address, current=found, lsb=shift)
+        armed = await self._tracer.force_ar(
+            consumer.pid, tid, address, shift, fault=fault, patience=ARM_PATIENCE
+        )
         if not isinstance(armed, Armed):
             if isinstance(armed, Refused):
                 self._inexact(access, pfn, armed.reason)

@@ -25,7 +25,19 @@ pytestmark = [pytest.mark.mount, pytest.mark.timeout(120)]
 LIMIT = 60
 """Time limit of a program in seconds. A hang fails the test."""
 PAGE = 4096
-STEPS = ("reservation", "parts", "moves", "fork", "protection", "hint", "advice", "churn")
+STEPS = (
+    "reservation",
+    "parts",
+    "moves",
+    "fork",
+    "protection",
+    "hint",
+    "advice",
+    "churn",
+    "future",
+    "limits",
+    "times",
+)
 
 
 @pytest.fixture
@@ -89,6 +101,17 @@ def test_a_load_after_a_failed_system_call_is_ar(dax_mount: DaxMount, program: P
     with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "mapped\n"
+        dax_mount.inject("f", (3 * PAGE, PAGE))
+        assert (process.communicate("\n", timeout=LIMIT)[0], process.returncode) == ("ok\n", 0)
+    assert not dax_mount.events("UnexpectedError")
+
+
+def test_calls_bring_in_pages_up_to_poison(dax_mount: DaxMount, program: Path) -> None:
+    words = argv(dax_mount, program, "populate")
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
         dax_mount.inject("f", (3 * PAGE, PAGE))
         assert (process.communicate("\n", timeout=LIMIT)[0], process.returncode) == ("ok\n", 0)
     assert not dax_mount.events("UnexpectedError")

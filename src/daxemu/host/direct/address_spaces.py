@@ -170,8 +170,8 @@ class AddressSpaces:
         space.outside.close()
         if space.process >= 0:
             os.close(space.process)
+        self._watcher.on_gone(space)  # looks into the page tables, which the agent keeps
         space.agent.close()
-        self._watcher.on_gone(space)
 
     def close(self) -> None:
         """End all spaces. The programs run on."""

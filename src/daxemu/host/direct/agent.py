@@ -26,6 +26,7 @@ from typing import Protocol, Self
 import trio
 
 from daxemu.host.descriptors import is_in_reserve
+from daxemu.host.direct import limits
 from daxemu.host.direct.code import BATCH, CALLS_IN_BATCH, MEMORY, WILL
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
 from daxemu.host.direct.locking import held
@@ -378,6 +379,8 @@ class ProcessAgent:
         except ProcessLookupError:
             return False
         self.pid = pid
+        with contextlib.suppress(OSError):  # the agent has ended: serve() sees it
+            limits.lift(pid)
         return True
 
     def _drop_fds(self) -> None:

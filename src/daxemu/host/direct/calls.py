@@ -20,7 +20,7 @@ import trio
 from daxemu.errors import DaxemuError, Shutdown
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.fault import FaultKind, FileRun
-from daxemu.host.direct import planner
+from daxemu.host.direct import limits, planner, populate
 from daxemu.host.direct.changes import FileLocks
 from daxemu.host.direct.locking import held
 from daxemu.host.direct.outside import is_outside, reserve
@@ -133,6 +133,7 @@ class Calls:
         locks: FileLocks,
         settled: Callable[[Ino], Awaitable[None]],
         synced: Callable[[Ino], Awaitable[None]],
+        readable: Callable[[Ino, Range], list[Range]],
         hardware_error: HardwareError,
     ) -> None:
         self._fs = fs
@@ -141,6 +142,7 @@ class Calls:
         self._locks = locks
         self._settled = settled
         self._synced = synced
+        self._readable = readable
         self._hardware_error = hardware_error
 
     async def answer(self, call: NotifiedCall, space: Space | None, *, simulated: bool = False) -> Answer:
@@ -156,11 +158,7 @@ class Calls:
             return Answer(error=errno.EINVAL) if poisons else CONTINUE
         try:
             return await self._answer(call, space, simulated=simulated)
-        except _CallRefused as refused:
-            return Answer(error=refused.errno)
-        except DaxemuError as error:
-            return Answer(error=error.errno)
-        except OSError as error:
+        except (_CallRefused, DaxemuError, OSError) as error:
             return Answer(error=error.errno or errno.ENOMEM)
 
     async def _answer(self, call: NotifiedCall, space: Space, *, simulated: bool) -> Answer:
@@ -178,13 +176,15 @@ class Calls:
                     return await self._mprotect(space, *call.args[:3])
             case Nr.MREMAP:
                 async with held(space.lock):
-                    return await self._mremap(space, *call.args[:5])
+                    return await self._mremap(call.tid, space, *call.args[:5])
             case Nr.MSYNC:
                 return await self._msync(space, *call.args[:3])
             case Nr.MADVISE:
                 return await self._madvise(call.tid, space, *call.args[:3], simulated=simulated)
             case Nr.MMAP:
                 return await self._map_anonymous_over(space, *call.args[:4])
+            case Nr.MLOCK | Nr.MLOCK2 | Nr.MLOCKALL:
+                populate.locks(space, call.nr, call.args[0])
         return CONTINUE
 
     # -- mmap
@@ -221,6 +221,7 @@ class Calls:
             async with self._locks.held(file.ino), held(space.lock):
                 start = await self._place(space, address, size, flags)
                 where = Range(start, start + size)
+                self._check_limits(call.tid, space, where, flags)
                 area = Area(space, where, file.ino, PHYS_PFN(offset), prot & _PROT, is_shared, may_write)
                 if space.overlapping(where):
                     await self._page_tables.map_over(area)
@@ -229,13 +230,21 @@ class Calls:
                         await self._page_tables.show(list(planner.media_pieces(area, runs)))
                 else:
                     await self._map_new(area)
-        except _CallRefused as refused:
-            return Answer(error=refused.errno)
-        except DaxemuError as error:
-            return Answer(error=error.errno)
-        except OSError as error:
+        except (_CallRefused, DaxemuError, OSError) as error:
             return Answer(error=error.errno or errno.ENOMEM)
+        if populate.brings_in(space, flags):
+            parts = [area.addresses_of(blocks) for blocks in self._readable(area.ino, area.blocks)]
+            copies = not is_shared and bool(prot & PROT_WRITE) and not flags & MAP_FIXED
+            await populate.bring_in(space, parts, copies=copies)
         return Answer(start)
+
+    def _check_limits(self, tid: int, space: Space, where: Range, flags: int) -> None:
+        """Raise _CallRefused for a new mapping that the program's limits forbid."""
+        replaced = sum(part.addresses.length for part in space.parts(where))
+        is_asked = bool(flags & populate.MAP_LOCKED)
+        is_locked = is_asked or space.locks_future
+        if error := limits.refusal(tid, where.length, replaced, is_locked=is_locked, asks_for_lock=is_asked):
+            raise _CallRefused(error)
 
     async def _map_new(self, area: Area) -> None:
         """Map an area at once, or lazily. Raises OSError, DaxemuError."""
@@ -336,7 +345,7 @@ class Calls:
         return Answer(0)
 
     async def _mremap(
-        self, space: Space, address: int, old: int, new: int, flags: int, target: int
+        self, tid: int, space: Space, address: int, old: int, new: int, flags: int, target: int
     ) -> Answer:
         old, new = page_align_up(old), page_align_up(new)
         known = MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP
@@ -361,6 +370,8 @@ class Calls:
         where = Range(address, address + old)
         if where.end > area.addresses.end:
             raise _CallRefused(errno.EFAULT)
+        if new > old:
+            self._check_limits(tid, space, Range(where.end, where.end + new - old), 0)
         if flags & MREMAP_FIXED:
             place = Range(target, target + new)
             if place.end > _TASK_SIZE:
@@ -419,6 +430,7 @@ class Calls:
         areas = space.overlapping(where)
         if not areas:
             return CONTINUE
+        self._table.stored(space, where)
         if flags & MS_SYNC:
             try:
                 for ino in {area.ino for area in areas if area.is_shared}:

@@ -12,6 +12,7 @@ Poison is decided without the lock, because a repair strategy may wait: see :met
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
@@ -27,6 +28,7 @@ from daxemu.host.direct.immediate import WINDOW, FaultOps, ImmediateAnswers, Med
 from daxemu.host.direct.locking import held
 from daxemu.host.direct.page_tables import PageTables
 from daxemu.host.direct.planner import MappingPiece, Shows
+from daxemu.host.direct.populate import is_populating
 from daxemu.host.direct.table import Area, Space, Table
 from daxemu.host.direct.userfaultfd import PageFault
 from daxemu.host.mappings import Answer
@@ -188,6 +190,8 @@ class PageFaults:
             return None
         block = area.block_at(page.start)
         is_store = touch.is_store and area.is_shared
+        if is_store and space.locks and is_populating(touch.event.tid):
+            is_store = self._is_hole(ino, block)
         run = None
         is_settled = self._changes.is_settled()
         with self._changes.following(ino):
@@ -215,6 +219,14 @@ class PageFaults:
                 else:
                     await self._answer(now, touch, run, is_stale=is_stale)
         return None
+
+    def _is_hole(self, ino: Ino, block: Block) -> bool:
+        """Return True if a file has no block. A page of zeros is private memory of the process: the kernel
+        brings it in for writing only, so the hole is allocated.
+        """
+        with suppress(DaxemuError):
+            return self._fs.fault(ino, block, is_store=False, limit=1).kind is FaultKind.HOLE
+        return True
 
     def _is_poison(self, run: FileRun, block: Block) -> bool:
         return run.kind is FaultKind.MAPPED and self._media.is_poisoned(_device(run, block), PAGE_SIZE)
@@ -279,7 +291,7 @@ class PageFaults:
             answer = await self._on_poison(touch, area, run)
             if answer is not Answer.ERROR:
                 return answer is Answer.AGAIN
-            if in_page_fault(event.tid) is False:
+            if in_page_fault(event.tid) is False and process_of(event.tid) != os.getpid():
                 call = self._calls[event.tid] = _Call(event.tid)
                 self._nursery.start_soon(self._hold, call)
         if call is not None:

@@ -113,7 +113,9 @@ class ImmediateAnswers:
         if not event.is_write or space.is_gone or not space.is_free:
             return None
         start = page_align_down(event.address)
-        if not zone.has(start):  # a mapping in place needs a guard (outside)
+        if (
+            not zone.has(start) or space.locks
+        ):  # a mapping in place needs a guard (outside); no store (populate)
             return None
         area = space.at(start)
         if area is None or not area.is_shared or not self._locks.is_free(area.ino):

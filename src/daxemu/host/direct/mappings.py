@@ -25,6 +25,7 @@ from daxemu.host.direct.faults import PageFaults, Touch
 from daxemu.host.direct.locking import held
 from daxemu.host.direct.memory import thread_of
 from daxemu.host.direct.page_tables import PageTables
+from daxemu.host.direct.populate import MOST_HOLES
 from daxemu.host.direct.presence import AreaToScan, Presence, collected, wanted_of
 from daxemu.host.direct.service import Service
 from daxemu.host.direct.table import Area, Table
@@ -61,7 +62,7 @@ class DirectMappings:
         self._upcalls: Upcalls | None = None
         self._changes = Changes(fs.allocator)
         self._locks = FileLocks()
-        self.table = Table(self._pin, self._unpin)
+        self.table = Table(self._pin, self._unpin, self._stored)
         self.page_tables = PageTables(self.table, media.offset)
         # Without struct pages, all pages of a mapping are present (VM_PFNMAP).
         self.presence = Presence(self.table, pfn_map=parts.pmem.pgmap is None)
@@ -83,7 +84,14 @@ class DirectMappings:
     def calls(self, hardware_error: HardwareError) -> Calls:
         """Return the answers to system calls on address spaces of this mount."""
         return Calls(
-            self._fs, self.table, self.page_tables, self._locks, self.settled, self.synced, hardware_error
+            self._fs,
+            self.table,
+            self.page_tables,
+            self._locks,
+            self.settled,
+            self.synced,
+            self._readable,
+            hardware_error,
         )
 
     def system_calls(self, hardware_error: HardwareError) -> Handle:
@@ -110,6 +118,12 @@ class DirectMappings:
         with suppress(DaxemuError):
             self._fs.release(ino)
 
+    def _stored(self, ino: Ino) -> None:
+        """Set the times of a file that a program may have stored to."""
+        with suppress(DaxemuError):
+            self._fs.stored(ino)
+            self.forget_attributes(ino)
+
     # -- the filesystem's answers
 
     async def _on_poison(self, touch: Touch, area: Area, run: FileRun) -> Answer:
@@ -127,6 +141,7 @@ class DirectMappings:
                 error,
                 touch.event.address,
                 touch.is_store,
+                area.addresses if area.is_shared else None,
             )
             assert self._upcalls is not None
             return await self._upcalls.on_access(access)
@@ -199,6 +214,30 @@ class DirectMappings:
                     found += [Range(*(at // PAGE_SIZE + delta for at in part)) for part in good]
         return found
 
+    def _readable(self, ino: Ino, blocks: Range) -> list[Range]:
+        """Return the blocks that a call brings in: holes and healthy blocks, up to known poison. A block with
+        latent poison is left out: no process can have the block present.
+        """
+        found: list[Range] = []
+        holes = 0
+        with suppress(DaxemuError):
+            for run in self._fs.runs(ino, blocks):
+                if run.kind is FaultKind.HOLE:
+                    holes += run.length
+                    found += [Range(run.file_block, run.file_end)] if holes <= MOST_HOLES else []
+                elif run.kind is FaultKind.MAPPED:
+                    device = bytes_of_blocks(Range(run.dev_block, run.dev_block + run.length))
+                    known = next(
+                        iter(self._fs.dax.badblocks.overlapping_bytes(device.start, device.length)), None
+                    )
+                    end = device.end if known is None else known.outer(PAGE_SIZE).start
+                    delta = run.file_block - run.dev_block
+                    for part in self._fs.dax.poisoned_pages(device).gaps(device.start, end):
+                        found.append(Range(*(at // PAGE_SIZE + delta for at in part)))
+                    if known is not None:
+                        break
+        return found
+
     def revoke_all(self) -> None:
         """See Mappings.revoke_all. From now on every access is SIGBUS with BUS_ADRERR."""
         trio.from_thread.run(self._revoke_all)
@@ -220,6 +259,9 @@ class DirectMappings:
 
     async def synced(self, ino: Ino | None = None) -> None:
         """See Mappings.synced: protect the pages, so the next store is an event, then show the contents."""
+        if ino is not None:
+            for area in self.table.areas_of(ino):
+                self.table.stored(area.space, area.addresses)
         for part in list(self._fs.mapped_stores):
             for low in range(part.start, part.end, _SYNC_PIECE):
                 piece = Range(low, min(low + _SYNC_PIECE, part.end))

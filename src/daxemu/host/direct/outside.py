@@ -170,6 +170,7 @@ def forget(table: Table, space: Space, addresses: Range) -> None:
     """Remove the areas of addresses outside the zone, which the program has unmapped."""
     for part in parts_of(addresses):
         if space.overlapping(part):
+            table.stored(space, part, is_unmapped=True)
             table.remove(space, part)
             bequeath(space)
 

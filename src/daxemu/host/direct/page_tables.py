@@ -33,6 +33,7 @@ from daxemu.host.direct.limits import most_pieces
 from daxemu.host.direct.locking import held
 from daxemu.host.direct.memory import kill
 from daxemu.host.direct.planner import RESERVE, MappingPiece, MappingPlan, Shows
+from daxemu.host.direct.populate import without_population
 from daxemu.host.direct.private_copies import looking_into, private_copies
 from daxemu.host.direct.syscalls import Syscall
 from daxemu.host.direct.table import Area, Space, Table
@@ -340,6 +341,7 @@ class PageTables:
 
     async def unmap(self, space: Space, addresses: Range) -> None:
         """munmap(2)."""
+        self._table.stored(space, addresses)
         with outside.expecting(space, [addresses]):
             await self._run(space, [syscalls.munmap(*_extent(addresses))])
         self._table.remove(space, addresses)
@@ -380,9 +382,7 @@ class PageTables:
     async def _replace_now(
         self, space: Space, pieces: Sequence[MappingPiece], *, keep_copies: bool = True
     ) -> None:
-        """Replace what the addresses of pieces map, as far as they are still mapped: outside the zone a
-        program unmaps without the supervisor.
-        """
+        """Replace what pieces map now: outside the zone a program unmaps without the supervisor."""
         is_guarded = bool(pieces) and not zone.has(pieces[0].addresses.start)
         replace = partial(self._replace, space, keep_copies=keep_copies, is_guarded=is_guarded)
         await (outside.replaced(self._table, space, pieces, replace) if is_guarded else replace(pieces))
@@ -428,6 +428,7 @@ class PageTables:
         """Have the agent make the calls. Raises OSError with the first error, after all calls are made."""
         if space.is_gone:
             raise AddressSpaceGone(f"process {space.tgid} has ended")
+        batch = without_population(batch) if space.locks_future else batch
         for call, result in zip(batch, await space.agent.run(batch), strict=True):
             if -4096 < result < 0:
                 raise OSError(-result, f"system call {call.number} in process {space.tgid}")

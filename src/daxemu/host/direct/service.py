@@ -24,6 +24,7 @@ from daxemu.host.direct.calls import (
 )
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
 from daxemu.host.direct.faults import PageFaults
+from daxemu.host.direct.limits import locks_future
 from daxemu.host.direct.locking import held
 from daxemu.host.direct.planner import RESERVE
 from daxemu.host.direct.table import Space, Table
@@ -205,7 +206,7 @@ class _RunSpaces:
         return space
 
     def _new(self, found: AddressSpace) -> Space:
-        return Space(
+        space = Space(
             found.agent,
             found.uffd,
             self._zone,
@@ -214,6 +215,10 @@ class _RunSpaces:
             partial(self.spaces.open_outside, found),
             partial(self.spaces.drain, found),
         )
+        if found.agent.pid:  # the child of a fork locks nothing
+            space.locks = space.locks_future = locks_future(found.agent.pid, found.agent.memory)
+            space.populates = space.locks_future
+        return space
 
     # -- Watcher
 

@@ -22,6 +22,7 @@ NR_MMAP = 9
 NR_MPROTECT = 10
 NR_MUNMAP = 11
 NR_MREMAP = 25
+NR_MUNLOCK = 150
 NR_IOCTL = 16
 NR_MSYNC = 26
 NR_MADVISE = 28
@@ -37,6 +38,7 @@ NR_EXECVEAT = 322
 NR_USERFAULTFD = 323
 
 # uapi/asm-generic/mman-common.h, uapi/linux/mman.h
+PROT_NONE = 0
 PROT_READ = 1
 PROT_WRITE = 2
 PROT_EXEC = 4
@@ -115,6 +117,11 @@ def mremap(old: int, old_length: int, new_length: int, new: int | None = None) -
 def mprotect(at: int, length: int, prot: int) -> Syscall:
     """Change the protection of ``length`` bytes from address ``at`` on."""
     return _marked(NR_MPROTECT, at, length, prot)
+
+
+def munlock(at: int, length: int) -> Syscall:
+    """Unlock ``length`` bytes from address ``at`` on."""
+    return Syscall(NR_MUNLOCK, (at, length))
 
 
 def madvise(at: int, length: int, advice: int) -> Syscall:

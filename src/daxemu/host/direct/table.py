@@ -9,7 +9,8 @@ Addresses are bytes, positions in files are blocks. A range of addresses consist
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from daxemu.errors import Unsupported
 from daxemu.host.direct.agent import Agent
 from daxemu.host.direct.locking import transferable
 from daxemu.host.direct.userfaultfd import Userfaultfd
+from daxemu.host.proc.pagemap import Pagemap
 from daxemu.host.run import zone
 from daxemu.ranges import IntervalIndex, Range, RangeSet
 from daxemu.uapi import PAGE_SIZE, Block, Ino
@@ -139,6 +141,12 @@ class Space:
     refused: int = 0
     """Number of pieces by which the VMAs of the program make the room of the address space smaller."""
     has_reserve: bool = False
+    locks: bool = False
+    """True once the program has locked memory: a page fault may be of that call (populate)."""
+    locks_future: bool = False
+    """True if mmap(2) may lock new mappings (MCL_FUTURE), also those of the agent."""
+    populates: bool = False
+    """True if mmap(2) brings in the pages of new mappings (MCL_FUTURE without MCL_ONFAULT)."""
     is_gone: bool = False
     """True after the end of the address space."""
     areas: SortedDict = field(default_factory=SortedDict)
@@ -248,6 +256,18 @@ class Space:
         return round_up(at, alignment)
 
 
+def _stored_through(space: Space, addresses: Range) -> Iterator[Area]:
+    """Yield the parts of areas that stores reach the file through."""
+    for part in space.parts(addresses):
+        # Outside the zone mprotect(2) is not seen.
+        if (
+            part.is_shared
+            and part.may_write
+            and (part.prot & PROT_WRITE or not zone.has(part.addresses.start))
+        ):
+            yield part
+
+
 class Mapper(NamedTuple):
     """Addresses of an area that map some blocks of a file."""
 
@@ -275,10 +295,12 @@ class Table:
         self,
         on_first: Callable[[Ino], None] = lambda ino: None,
         on_last: Callable[[Ino], None] = lambda ino: None,
+        on_stored: Callable[[Ino], None] = lambda ino: None,
     ) -> None:
         """``on_first`` is called with a file that is mapped from now on, ``on_last`` with a file that is no
-        longer mapped.
+        longer mapped, ``on_stored`` with a file that a program may have stored to: see :meth:`stored`.
         """
+        self._on_stored = on_stored
         self._on_first, self._on_last = on_first, on_last
         self._files: dict[Ino, IntervalIndex[Area]] = {}
         self._spaces: dict[Space, None] = {}
@@ -312,6 +334,7 @@ class Table:
 
     def drop_space(self, space: Space) -> None:
         """Remove an address space that has ended."""
+        self.stored(space, Range(0, 1 << 64))
         space.is_gone = True
         self._cut(space, Range(0, 1 << 64))
         self._tidy()
@@ -347,6 +370,19 @@ class Table:
         space.hiding(addresses)
         space.copied.remove(*addresses)
         self._tidy()
+
+    def stored(self, space: Space, addresses: Range, *, is_unmapped: bool = False) -> None:
+        """Report the files that the program may have stored to at ``addresses``: the page tables do not tell
+        a load from a store, so a file counts with a page present that can be stored to. ``is_unmapped``: the
+        program has unmapped the addresses, so no page is present any more.
+        """
+        found: set[Ino] = set()
+        with suppress(OSError), Pagemap(space.pid) as pagemap:  # without a process no page is present
+            for part in _stored_through(space, addresses):
+                if part.ino not in found and (is_unmapped or pagemap.has_present(*part.addresses)):
+                    found.add(part.ino)
+        for ino in found:
+            self._on_stored(ino)
 
     def protect(self, space: Space, addresses: Range, prot: int) -> None:
         """Set the protection of all areas in ``addresses``, as mprotect(2) does."""

@@ -107,6 +107,15 @@ class Pagemap:
                 raise
             yield from merged(self._read(start, end, copies))
 
+    def has_present(self, start: int, end: int) -> bool:
+        """Return True if any page of the file itself is present in ``[start, end)``. Raises OSError."""
+        try:
+            return next(self._scan(start, end, most=1), None) is not None
+        except OSError as error:
+            if error.errno not in (errno.ENOTTY, errno.EINVAL):
+                raise
+            return next(self._read(start, end, copies=False), None) is not None
+
     def can_scan(self) -> bool:
         """Return whether this kernel has PAGEMAP_SCAN."""
         try:
@@ -121,7 +130,7 @@ class Pagemap:
         raw = os.pread(self._fd, nr_pages * _ENTRY, PHYS_PFN(address) * _ENTRY)
         return array("Q", raw[: len(raw) // _ENTRY * _ENTRY])
 
-    def _scan(self, start: int, end: int, copies: bool = False) -> Iterator[Range]:
+    def _scan(self, start: int, end: int, copies: bool = False, most: int = 0) -> Iterator[Range]:
         regions = array("B", bytes(_REGIONS * _PAGE_REGION.size))
         address, _ = regions.buffer_info()
         # inverted, all of, any of, returned
@@ -130,7 +139,7 @@ class Pagemap:
             categories = (_PAGE_IS_FILE, _PAGE_IS_FILE, _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED, _PAGE_IS_FILE)
         while start < end:
             argument = bytearray(
-                _SCAN_ARG.pack(_SCAN_ARG.size, 0, start, end, 0, address, _REGIONS, 0, *categories)
+                _SCAN_ARG.pack(_SCAN_ARG.size, 0, start, end, 0, address, _REGIONS, most, *categories)
             )
             count = fcntl.ioctl(self._fd, _PAGEMAP_SCAN, argument, True)
             filled = memoryview(regions)[: count * _PAGE_REGION.size]

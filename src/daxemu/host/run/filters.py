@@ -13,7 +13,7 @@ mremap, msync             notify, at any address: outside the zone no event of t
 remap_file_pages, mseal   EINVAL if the address is in the zone: the first maps any page of the media, and the
                           second keeps a page that a truncation must unmap
 madvise                   notify for MADV_HWPOISON, MADV_SOFT_OFFLINE and MADV_REMOVE, at any address
-mlockall                  notify: each later mmap(2) of the agent would bring in pages
+mlock, mlock2, mlockall   notify: their page faults are no stores, and MCL_FUTURE concerns the agent, too
 execve, execveat, fork    notify
 clone                     notify without CLONE_VM: a new address space
 clone3                    ENOSYS: a filter cannot read its flags; libraries then use clone
@@ -71,11 +71,13 @@ class Nr(IntEnum):
     CLONE = 56
     FORK = 57
     EXECVE = 59
+    MLOCK = 149
     MLOCKALL = 151
     REMAP_FILE_PAGES = 216
     PKEY_MPROTECT = 329
     EXECVEAT = 322
     CLONE3 = 435
+    MLOCK2 = 325
     MSEAL = 462
 
 
@@ -129,7 +131,7 @@ def direct() -> bytes:
     for number in (Nr.REMAP_FILE_PAGES, Nr.MSEAL):
         bpf.if_equal(number, then="refuse in the zone")
     bpf.if_equal(Nr.MADVISE, then="madvise")
-    for number in (Nr.FORK, Nr.EXECVE, Nr.EXECVEAT, Nr.MLOCKALL):
+    for number in (Nr.FORK, Nr.EXECVE, Nr.EXECVEAT, Nr.MLOCK, Nr.MLOCK2, Nr.MLOCKALL):
         bpf.if_equal(number, then="notify")
     bpf.if_equal(Nr.CLONE, then="clone")
     bpf.if_equal(X32 | Nr.MMAP, then="foreign mmap")

@@ -46,8 +46,10 @@ enum {
 	NR_CLONE = 56,
 	NR_FORK = 57,
 	NR_EXECVE = 59,
+	NR_MLOCK = 149,
 	NR_MLOCKALL = 151,
 	NR_EXECVEAT = 322,
+	NR_MLOCK2 = 325,
 	NR_X32_MMAP = 0x40000000 | 9,
 	NR_I386_MMAP = 90,
 	NR_I386_MMAP2 = 192
@@ -124,12 +126,13 @@ static int is_mmap(const struct seccomp_notif *call)
 	return call->data.nr == NR_MMAP || call->data.nr == NR_X32_MMAP;
 }
 
-/* fork, execve, mlockall: calls for each mount that the process maps files of */
+/* fork, execve, mlock: calls for each mount that the process maps files of */
 static int concerns_process(const struct seccomp_notif *call)
 {
 	int nr = call->data.nr;
 	return call->data.arch == AUDIT_ARCH_X86_64 &&
-	       (nr == NR_FORK || nr == NR_CLONE || nr == NR_EXECVE || nr == NR_EXECVEAT || nr == NR_MLOCKALL);
+	       (nr == NR_FORK || nr == NR_CLONE || nr == NR_EXECVE || nr == NR_EXECVEAT || nr == NR_MLOCK ||
+		nr == NR_MLOCK2 || nr == NR_MLOCKALL);
 }
 
 static int is_failure(const struct seccomp_notif *call)
