@@ -112,7 +112,7 @@ fstests: setup
 ltp: setup
 	bash tests/ltp.sh "$(LTP)" $(TESTS)
 
-# Thousands of crashes and races, an hour of mixed work: what CI has no time for.
+# Thousands of crashes and races, an hour of mixed work in each mode: what CI has no time for.
 soak: setup
 	DAXEMU_CORRUPTION_IMAGES=100000 $(PY) -m pytest tests/corruption -n auto
 	DAXEMU_CRASH_ROUNDS=5000 $(PY) -m pytest tests/mount/test_crash_loop.py --timeout 7200

@@ -13,7 +13,7 @@ mkdir -p "$top"
 sanitize="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 CFLAGS="$sanitize -g -O1" LDFLAGS="$sanitize" \
     "$PY" -W ignore setup.py -q build --build-temp "$top/temp" --build-lib "$top/lib"
-for part in fuse/_supplement victims/_victims run/_forward; do
+for part in fuse/_supplement victims/_victims run/_forward direct/_agent; do
     nm -D "$top"/lib/daxemu/host/$part.*.so | grep -q __asan_init || {
         echo "daxemu: $part was not built with AddressSanitizer: see what setup.py said above" >&2
         exit 1

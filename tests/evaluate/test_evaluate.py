@@ -192,6 +192,19 @@ def test_on_a_direct_mount_the_workload_maps_the_media(tmp_path: Path) -> None:
     assert "mounted for direct mappings" in (tmp_path / "r.html").read_text()
 
 
+@pytest.mark.parametrize("option", ["--costs", "--check"])
+def test_a_fleet_takes_no_report_of_another_mode(tmp_path: Path, option: str) -> None:
+    report = tmp_path / "r.json"
+    report.write_text(json.dumps({"plan": {"mode": "direct"}, "cells": []}))
+    plan = plan_file(tmp_path, SMALL.replace("expected = 30", "rate = 30.0"))
+    done = run("fleet", plan, option, report, status=2)
+    assert done.stderr == (
+        f'daxemu: {report} is of mode "direct", the plan of "page cache": give a report of that mode\n'
+    )
+    plan_file(tmp_path, 'mode = "direct"\n' + plan.read_text())
+    assert json.loads(run("fleet", plan, "--json").stdout)["mode"] == "direct"
+
+
 def test_nobody_at_the_scheduler(tmp_path: Path) -> None:
     plan = plan_file(tmp_path, SMALL)
     done = run("evaluate", plan, "-o", tmp_path / "r", "--scheduler", "tcp://127.0.0.1:9", status=2)

@@ -18,7 +18,7 @@ from daxemu.host.proc.mountinfo import Mount
 from daxemu.host.run import seccomp, zone
 from daxemu.host.run.attached import AttachedRun, for_failure
 from daxemu.host.run.filters import AUDIT_ARCH_X86_64, Nr
-from daxemu.host.run.helper import Handover
+from daxemu.host.run.helper import Handover, Helper
 from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
 from daxemu.host.unexpected import Unexpected
 from tests.support.forwarded import stub
@@ -165,6 +165,24 @@ def test_which_mounts_may_be_direct(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert not cli._may_be_direct(None)
         direct.process.send_signal(19)
         assert cli._may_be_direct(mount_at(direct.directory))
+
+
+def test_a_mount_of_another_user_is_never_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its supervisor is foreign: a call would wait for an answer that may never come."""
+    asked: list[Mount] = []
+
+    def attach(mount: Mount, offered: Handover) -> bool:
+        asked.append(mount)
+        return False
+
+    with program() as (_, listener):
+        helper = Helper(listener, None, lambda call: None, attach)
+        for owner, times in ((1000, 0), (0, 1), (None, 2)):
+            monkeypatch.setattr(
+                "daxemu.host.run.helper.mounts", lambda process, owner=owner: [mount_at(tmp_path, owner)]
+            )
+            assert not helper._ask(1, os.getpid()).is_refused
+            assert len(asked) == times
 
 
 def test_no_process_attaches_another() -> None:

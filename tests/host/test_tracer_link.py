@@ -12,7 +12,7 @@ import trio
 from daxemu.host.proc import progress
 from daxemu.host.tracer.beside import LIMIT
 from daxemu.host.tracer.link import Armed, TracerLink
-from daxemu.host.tracer.messages import Delivered, Gone, Refused
+from daxemu.host.tracer.messages import Delivered, Gone, Refused, TraceFork
 from tests.host.tracee import Start, Tracee, consume, deliver, scenario, status_of, tracees, until
 
 pytestmark = pytest.mark.usefixtures("way")
@@ -169,5 +169,20 @@ def test_more_stuck_victims_than_threads_for_them() -> None:
         for each in pending:
             assert isinstance(await each.wait(30), Delivered)
         await until(lambda: threads_of(link) == 1)
+
+    scenario(play)
+
+
+def test_requests_of_any_size_in_a_row_reach_the_tracer() -> None:
+    """A request with the code of an agent is long: fewer of them fit into a packet."""
+
+    async def play(link: TracerLink, start: Start) -> None:
+        tracee = await start()
+        request = TraceFork(0, 1 << 22, 1 << 22, 0, 0, 0, bytes(600), 0, ((1 << 46, 1 << 30),) * 256)
+        async with trio.open_nursery() as nursery:
+            for _ in range(200):
+                nursery.start_soon(link.make_agent, request)
+        await deliver(link, tracee, tracee.map)
+        assert await tracee.line() == f"BUS 5 {tracee.map:x} 12 {tracee.pid}"
 
     scenario(play)

@@ -20,8 +20,9 @@ from daxemu.client import Client
 from daxemu.events import PoisonInjected
 from daxemu.pmem.backing import fallocate
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, PAGE_SIZE
+from tests.mount.test_tmpfile import make as without_a_name
 from tests.support.quick import QuickMount, quick_mount_at
-from tests.support.syscalls import clone_range
+from tests.support.syscalls import clone_range, link_open_file
 from tests.support.zygote import Zygote
 
 pytestmark = pytest.mark.mount
@@ -38,7 +39,9 @@ MOST = {
     "names": 2500,
     "rows": 4000,
 }
-"""Units of work of one step of the event loop."""
+"""Units of work of one step of the event loop. Rows of a commit: 2,000 changes start the commit, and the last
+piece of a verb before it changes up to three times 512 links (fs/pieces).
+"""
 
 
 class Reader(threading.Thread):
@@ -94,10 +97,14 @@ def _ino(path: Path) -> int:
 def _of_many_extents(mount: QuickMount) -> Path:
     path = mount.path / "extents"
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
-    for number in range(MANY):
-        os.pwrite(fd, b"x", number * 2 * PAGE_SIZE)
+    _write_extents(fd, MANY)
     os.close(fd)
     return path
+
+
+def _write_extents(fd: int, count: int) -> None:
+    for number in range(count):
+        os.pwrite(fd, b"x", number * 2 * PAGE_SIZE)
 
 
 def _of_a_gib(mount: QuickMount) -> Path:
@@ -190,6 +197,26 @@ def clone_many_extents(client: Client, mount: QuickMount) -> None:
     assert {
         each["shared_by"] for each in client.request("map", ino=_ino(mount.path / "copy"))["extents"]
     } == {0, 3}
+
+
+def name_many_extents(client: Client, mount: QuickMount) -> None:
+    """A file of many extents without a name gets a name."""
+    fd = without_a_name(mount.path)
+    _write_extents(fd, 2 * MANY)
+    link_open_file(fd, mount.path / "named")
+    os.fsync(fd)
+    os.close(fd)
+    assert (mount.path / "named").stat().st_blocks == 2 * MANY * 8
+
+
+def overwrite_many_files(client: Client, mount: QuickMount) -> None:
+    """One byte of each of many files overwritten."""
+    paths = [mount.make_file(str(number), 1) for number in range(MANY)]
+    os.sync()
+    for path in paths:
+        with path.open("r+b") as file:
+            file.write(b"z")
+    assert {path.read_bytes()[:2] for path in paths} == {b"zA"}
 
 
 def unlink_many_extents(client: Client, mount: QuickMount) -> None:
@@ -308,6 +335,8 @@ CASES = [
     survey_at_most_cells,
     map_many_extents,
     clone_many_extents,
+    name_many_extents,
+    overwrite_many_files,
     unlink_many_extents,
     truncate_many_extents,
     open_many_extents_to_truncate,

@@ -14,7 +14,7 @@ from daxemu.client import Client
 from daxemu.errors import DaxemuError
 from daxemu.supervisor.event_log import KEPT
 from tests.support.actor import Actor
-from tests.support.mount import DaxMount, dax_mount_at
+from tests.support.mount import DAXEMU, DaxMount, dax_mount_at
 
 SECONDS = float(os.environ.get("DAXEMU_SOAK", "5"))
 PAGE, PAGES, NAMES = 4096, 64, 200
@@ -95,9 +95,18 @@ class Work:
         return (resident - of_files) * PAGE, min(KEPT, status["events"])
 
 
-def test_mixed_work_does_not_make_the_supervisor_grow(tmp_path: Path) -> None:
-    with dax_mount_at(tmp_path) as made, made.client() as client, ExitStack() as stack:
-        mappers = [stack.enter_context(Actor.spawn(f"p{i}", cwd=made.path)) for i in range(MAPPERS)]
+@pytest.mark.parametrize("mode", ["page cache", "direct"])
+def test_mixed_work_does_not_make_the_supervisor_grow(tmp_path: Path, mode: str) -> None:
+    if mode == "direct" and os.geteuid() != 0:
+        pytest.skip("direct mounts need root")
+    with ExitStack() as stack:
+        made = stack.enter_context(dax_mount_at(tmp_path, mount=False))
+        made.mount(*(["--direct"] if mode == "direct" else []))
+        client = stack.enter_context(made.client())
+        wrapper = [*DAXEMU, "run", str(made.path), "--"] if made.is_direct else []
+        mappers = [
+            stack.enter_context(Actor.spawn(f"p{i}", cwd=made.path, wrapper=wrapper)) for i in range(MAPPERS)
+        ]
         made.make_file("f0", PAGES)
         for mapper in mappers:
             for command in ("mcekill early", "open 0 f0 rw", f"mmap 0 0 0 {PAGES} shared"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import trio
@@ -16,6 +16,7 @@ from daxemu.host.unexpected import Unexpected
 from daxemu.private_path import PrivatePath
 from daxemu.supervisor.control import ControlSocket
 from daxemu.supervisor.event_log import EventLog
+from daxemu.supervisor.trace import Traces
 
 
 class Server:
@@ -27,7 +28,11 @@ class Server:
         self.asked: list[protocol.AnyRequest] = []
         self.go_on = trio.Event()
         self.control = ControlSocket(
-            PrivatePath.at(directory) / "control.sock", self.log, self.answer, Unexpected(self.log.emit)
+            PrivatePath.at(directory) / "control.sock",
+            self.log,
+            cast("Traces", None),
+            self.answer,
+            Unexpected(self.log.emit),
         )
 
     async def answer(self, request: protocol.AnyRequest) -> msgspec.Struct:

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import trio
@@ -26,6 +27,7 @@ from daxemu.host.unexpected import Unexpected
 from daxemu.private_path import PrivatePath
 from daxemu.supervisor.control import ControlSocket
 from daxemu.supervisor.event_log import EventLog
+from daxemu.supervisor.trace import Traces
 from daxemu.supervisor.verbs.attach import Attachments
 
 
@@ -77,7 +79,7 @@ async def main(directory: Path) -> None:
             assert isinstance(request, protocol.Attach)
             return await attachments.attach(request)
 
-        control = ControlSocket(private / "control.sock", log, answer, unexpected)
+        control = ControlSocket(private / "control.sock", log, cast("Traces", None), answer, unexpected)
         listener = control.bind()
         os.write(1, b"ready\n")
         await control.serve(listener)

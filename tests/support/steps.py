@@ -18,6 +18,7 @@ import trio
 
 from daxemu.fs.inode_table import InodeTable
 from daxemu.fs.listing import Listing
+from daxemu.fs.namespace import Namespace
 from daxemu.fs.rmap import Rmap
 from daxemu.fs.store import Store
 from daxemu.pmem.media import Media
@@ -73,6 +74,12 @@ def _length(offset: int, length: int) -> int:
     return length
 
 
+def rows_of(names: Namespace, rmap: Rmap, clean: bool = False) -> int:
+    """Return the number of changed inodes, entries and links that a commit writes."""
+    inodes = names.dirty_inodes | names.dirty_times | rmap.dirty.keys()
+    return len(inodes) + len(names.dirty_entries) + rmap.marks
+
+
 COUNTED: tuple[tuple[str, type, str, Callable[..., int]], ...] = (
     ("links", Rmap, "add", len),
     ("links", Rmap, "discard", len),
@@ -86,7 +93,7 @@ COUNTED: tuple[tuple[str, type, str, Callable[..., int]], ...] = (
     ("lookups", Rmap, "sharing", _one),
     ("lookups", InodeTable, "path_of", _one),
     ("names", Listing, "add", _one),
-    ("rows", Store, "commit", lambda names, rmap, clean=False: len(names.dirty_entries) + rmap.marks),
+    ("rows", Store, "commit", rows_of),
 )
 """What is counted: unit, class, method, and how many units a call with these arguments stands for."""
 

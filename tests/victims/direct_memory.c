@@ -95,6 +95,14 @@ static void step_private(const char *path, const char *other unused)
 	}
 	reap(child);
 	must(map[PAGE] == 'p' && map[2 * PAGE] == 'C' && at(path, 2 * PAGE) == 'C');
+	/* Copies outlive the blocks of the file until madvise(2) or a truncation takes them. */
+	map[2 * PAGE] = 'r';
+	must(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, PAGE, 2 * PAGE) == 0);
+	must(map[PAGE] == 'p' && map[2 * PAGE] == 'r');
+	must(madvise(map + PAGE, PAGE, MADV_DONTNEED) == 0);
+	must(map[PAGE] == 0 && map[2 * PAGE] == 'r');
+	must(ftruncate(fd, PAGE) == 0 && ftruncate(fd, SIZE) == 0);
+	must(map[0] == 'A' && map[2 * PAGE] == 0);
 }
 
 static void step_locked(const char *path, const char *other unused)

@@ -13,7 +13,7 @@
  *   reaper             becomes a subreaper
  *   wait               waitpid(-1, __WALL): "wait RESULT ERRNO"
  *   state              everything that the making of an agent must not change
- *   vfork              the child of a vfork stores to page 0, then exits
+ *   vfork [PATH]       the child of a vfork maps PATH, or the file of the last command, stores to page 0, then exits
  *   exec PATH          execv(PATH)
  */
 #define _GNU_SOURCE
@@ -264,7 +264,7 @@ int main(void)
 			puts(setrlimit(RLIMIT_NPROC, &processes) ? "no" : "done");
 		} else if (sscanf(line, "state %399s", path) == 1) {
 			state(path);
-		} else if (!strcmp(line, "vfork\n")) {
+		} else if (!strcmp(line, "vfork\n") || sscanf(line, "vfork %399s", path) == 1) {
 			pid_t child = vfork();
 			int status;
 			if (!child) {

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -109,6 +109,15 @@ class CellRequest(msgspec.Struct):
     directory: str = ""
     device: str = ""
     mode: Mode = "page cache"
+
+
+class SeenSignal(NamedTuple):
+    """Signal to a process. ``is_delivered``: False if the process ended before, for one."""
+
+    pid: int
+    code: int
+    text: str
+    is_delivered: bool
 
 
 class CellRun:
@@ -269,11 +278,14 @@ class CellRun:
                     problem = Ended(status)
         signals = self._signals()
         said = self._telling(process, problem)
-        life = ProgramLife(Behaviour.RIGHT, status=process.status, signals=[text for _, _, text in signals])
+        life = ProgramLife(
+            Behaviour.RIGHT, status=process.status, signals=[signal.text for signal in signals]
+        )
         if read_back is not None:
             life.right, life.wrong, life.missing = read_back.right, read_back.wrong, read_back.missing
         if isinstance(problem, Ended) and problem.status == -signal.SIGBUS:
-            codes = [code for pid, code, _ in signals if pid == process.pid]
+            mine = [each for each in signals if each.pid == process.pid]
+            codes = [each.code for each in mine if each.is_delivered] or [each.code for each in mine]
             life.outcome = {BUS_MCEERR_AO: Behaviour.AO, BUS_MCEERR_AR: Behaviour.AR}.get(
                 codes[-1] if codes else 0, Behaviour.SIGBUS
             )
@@ -330,8 +342,8 @@ class CellRun:
         if not place.kill_all():
             raise DaxemuError("a process of the program cannot be killed")
 
-    def _signals(self) -> list[tuple[int, int, str]]:
-        """Return (pid, code, text) of each signal since the last call."""
+    def _signals(self) -> list[SeenSignal]:
+        """Return each signal since the last call."""
         events = self.machine.events()
         fresh, self._events_seen = events[self._events_seen :], len(events)
         found = []
@@ -343,7 +355,9 @@ class CellRun:
                 f"{event['address']:#x}, lsb {event['lsb']}: {event['result']}"
             )
             self._say(f"   {words}")
-            found.append((event["pid"], event["code"], words))
+            found.append(
+                SeenSignal(event["pid"], event["code"], words, is_delivered=event["result"] == "delivered")
+            )
         return found
 
 

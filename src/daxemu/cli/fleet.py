@@ -72,14 +72,19 @@ def fleet(
     if check is not None:
         from daxemu.evaluate.fleet_check import compare, disagreements
 
-        compared = list(compare(loaded, text, _report(check)))
-        emit({"comparisons": [_compared(c) for c in compared]}, as_json, lambda: _comparison_table(compared))
+        compared = list(compare(loaded, text, _report(check, loaded)))
+        found = [_compared(c) for c in compared]
+        emit({"comparisons": found, "mode": loaded.mode}, as_json, lambda: _comparison_table(compared))
         sys.exit(1 if disagreements(compared) else 0)
-    rows = _simulate(loaded, text, _report(costs) if costs else None, devices, years, only, scheduler)
-    emit({"fleet": rows}, as_json, lambda: table([_row(row) for row in rows], HEADER))
+    rows = _simulate(loaded, text, _report(costs, loaded) if costs else None, devices, years, only, scheduler)
+    emit({"fleet": rows, "mode": loaded.mode}, as_json, lambda: table([_row(row) for row in rows], HEADER))
 
 
-def _report(path: Path) -> dict[str, Any]:
+def _report(path: Path, plan: Plan) -> dict[str, Any]:
+    """Read REPORT.json. Raises InvalidArgument for another file, or a report of another mode than the plan's.
+
+    A repair strategy costs and saves something else on a direct mount.
+    """
     try:
         report = json.loads(path.read_text())
         if not isinstance(report, dict) or "cells" not in report:
@@ -87,6 +92,11 @@ def _report(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = why_not_text(error, NOT_JSON)
         raise InvalidArgument(f"{path}: {reason}: give a REPORT.json of daxemu evaluate") from error
+    made = report.get("plan", {}).get("mode", "page cache")
+    if made != plan.mode:
+        raise InvalidArgument(
+            f'{path} is of mode "{made}", the plan of "{plan.mode}": give a report of that mode'
+        )
     return report
 
 

@@ -108,8 +108,9 @@ class FaultHandler:
     def _mapped(self, run: Mapping, link: Link) -> Iterator[FileRun]:
         start, end = run.dev_block, run.dev_block + run.length
         delta = run.file_block - start
-        shared = self._rmap.shared_parts(link, start, end)
-        if not shared:  # most files: without the sort below
+        # Most files have no shared block.
+        shared = self._rmap.shared_parts(link, start, end) if link.proxy is not None else None
+        if not shared:
             yield FileRun(FaultKind.MAPPED, run.file_block, run.length, start)
             return
         parts = [(part, True) for part in shared] + [(part, False) for part in shared.gaps(start, end)]

@@ -1,7 +1,8 @@
 """Verbs of the filesystem. The host translates system calls into verbs.
 
 Every verb is synchronous and therefore atomic under trio. After :meth:`Filesystem.shutdown`, each verb raises
-Shutdown (EIO).
+Shutdown (EIO). A verb that makes changes commits the earlier ones first if these are MUCH, so the size of a
+commit does not depend on the number of verbs between two looks at the clock.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from daxemu.fs.mapped_files import MappedFiles
 from daxemu.fs.pieces import PIECE_LINKS
 from daxemu.fs.reflink import check_remap
 from daxemu.fs.statfs import Damage, StatFs, damaged, damaged_in_pieces
+from daxemu.fs.super import MUCH
 from daxemu.ranges import Range
 from daxemu.uapi import (
     FALLOC_FL_KEEP_SIZE,
@@ -54,31 +56,31 @@ class Filesystem(MappedFiles):
 
     def mknod(self, parent: Ino, name: bytes, mode: int, rdev: int, cred: Credentials) -> Inode:
         """See Namespace.mknod. Raises NoSpace when the metadata region is full."""
-        self.check_alive()
+        self.fsync_if_much()
         self._ensure_room(inodes=1, name_bytes=self._new_bytes(parent, name))
         return self.names.mknod(parent, name, mode, rdev, cred)
 
     def tmpfile(self, parent: Ino, mode: int, cred: Credentials) -> Inode:
         """See Namespace.tmpfile. Raises NoSpace when the metadata region is full."""
-        self.check_alive()
+        self.fsync_if_much()
         self._ensure_room(inodes=1, name_bytes=self._new_bytes(parent, b""))
         return self.names.tmpfile(parent, mode, cred)
 
     def mkdir(self, parent: Ino, name: bytes, mode: int, cred: Credentials) -> Inode:
         """See Namespace.mkdir. Raises NoSpace when the metadata region is full."""
-        self.check_alive()
+        self.fsync_if_much()
         self._ensure_room(inodes=1, name_bytes=self._new_bytes(parent, name))
         return self.names.mkdir(parent, name, mode, cred)
 
     def symlink(self, parent: Ino, name: bytes, target: bytes, cred: Credentials) -> Inode:
         """See Namespace.symlink. Raises NoSpace when the metadata region is full."""
-        self.check_alive()
+        self.fsync_if_much()
         self._ensure_room(inodes=1, name_bytes=len(name) + len(target) + ENTRY_COST)
         return self.names.symlink(parent, name, target, cred)
 
     def link(self, ino: Ino, parent: Ino, name: bytes) -> Inode:
         """See Namespace.link. Raises NoSpace when the metadata region is full."""
-        self.check_alive()
+        self.fsync_if_much()
         self._ensure_room(name_bytes=len(name) + ENTRY_COST)
         return self.names.link(ino, parent, name)
 
@@ -94,7 +96,7 @@ class Filesystem(MappedFiles):
         mtime: int | None = None,
     ) -> Inode:
         """Set the attributes that are not None (``->setattr``). See Namespace.setattr and set_size."""
-        self.check_alive()
+        self.fsync_if_much()
         if size is not None:
             self.set_size(ino, size)
         return self.names.setattr(ino, mode=mode, uid=uid, gid=gid, atime=atime, mtime=mtime)
@@ -103,7 +105,7 @@ class Filesystem(MappedFiles):
         """Set the flags of an inode (``FS_IOC_SETFLAGS``). Raises FsError EOPNOTSUPP for flags other than
         immutable and append-only, NoSpace when the metadata region is full.
         """
-        self.check_alive()
+        self.fsync_if_much()
         if flags & ~inode_flags.SUPPORTED:
             raise FsError(errno.EOPNOTSUPP)
         if flags:  # no room is needed to clear flags: immutable files of a full region can be removed
@@ -112,30 +114,30 @@ class Filesystem(MappedFiles):
 
     def removexattr(self, ino: Ino, name: bytes) -> None:
         """See Namespace.removexattr."""
-        self.check_alive()
+        self.fsync_if_much()
         self.names.removexattr(ino, name)
 
     def setxattr(
         self, ino: Ino, name: bytes, value: bytes, flags: int, *, acl_kill_sgid: bool = False
     ) -> None:
         """See Namespace.setxattr. Raises NoSpace when the metadata region is full."""
-        self.check_alive()
+        self.fsync_if_much()
         self._ensure_room(name_bytes=len(name) + len(value) + ENTRY_COST)
         self.names.setxattr(ino, name, value, flags, acl_kill_sgid=acl_kill_sgid)
 
     def unlink(self, parent: Ino, name: bytes) -> Inode:
         """Remove a name. The file ends with its last name, once no pin is left."""
-        self.check_alive()
+        self.fsync_if_much()
         return self._unless_unused(self.names.unlink(parent, name))
 
     def rmdir(self, parent: Ino, name: bytes) -> Inode:
         """Remove an empty directory."""
-        self.check_alive()
+        self.fsync_if_much()
         return self._unless_unused(self.names.rmdir(parent, name))
 
     def rename(self, old: Name, new: Name, flags: int, cred: Credentials = SUPERUSER) -> Inode | None:
         """Rename (``renameat2(2)``). A replaced file ends as by unlink. ``cred``: see Namespace.rename."""
-        self.check_alive()
+        self.fsync_if_much()
         if flags & RENAME_WHITEOUT:
             self._ensure_room(inodes=1, name_bytes=len(new[1]) + self._new_bytes(*old))
         else:
@@ -177,7 +179,7 @@ class Filesystem(MappedFiles):
                 self._data.remove(inode.extents, 0, MAX_FILE_SIZE // PAGE_SIZE)
             if inode.pins <= 0:
                 self.names.drop(inode)
-            if self.allocator.pending_blocks >= MAX_PENDING:
+            if self.allocator.pending_blocks >= MAX_PENDING or self.changes >= MUCH:
                 with suppress(Shutdown):
                     self.fsync()
         return inode
@@ -186,6 +188,7 @@ class Filesystem(MappedFiles):
         """Remove PIECE_LINKS links from an unlinked file with many links. Return True if such a file is
         left.
         """
+        self.commit_if_much()
         if (done := self.inodegc.run(self._data, PIECE_LINKS)) is not None:
             self.unpin(done)
         return self.inodegc.is_busy
@@ -221,7 +224,7 @@ class Filesystem(MappedFiles):
         cleared. A store from the page cache to poison is lost: silently as on DAX or, with
         ``lost_store_is_eio``, with MediaError after the rest was written.
         """
-        self.check_alive()
+        self.fsync_if_much()
         inode, extents = self.names.regular(ino)
         if not data:
             return 0
@@ -252,10 +255,12 @@ class Filesystem(MappedFiles):
 
     def wrote(self, ino: Ino, time_ns: int) -> None:
         """Record stores through a layout to a file, the last at ``time_ns`` (ns since the epoch)."""
+        self.commit_if_much()
         self.names.update_time(self.names.get(ino), time_ns)
 
     def grew(self, ino: Ino, size: int) -> None:
         """Record stores through a layout beyond the end of a file; the new size is ``size`` bytes."""
+        self.commit_if_much()
         self.names.get(ino).size = size
         self.names.dirty_inodes.add(ino)
 
@@ -284,7 +289,7 @@ class Filesystem(MappedFiles):
         ``size`` (xfs_itruncate_extents()). Precondition: no write to the file until the end; the kernel holds
         the lock of the inode and FUSE_NOWRITE.
         """
-        self.check_alive()
+        self.fsync_if_much()
         inode, extents = self.names.regular(ino)
         inode_flags.may_change(inode)
         if size > MAX_FILE_SIZE:
@@ -316,7 +321,7 @@ class Filesystem(MappedFiles):
         xfs_free_file_space() and xfs_alloc_file_space(), which have a transaction for each extent).
         Precondition: no write to the file until the end; the kernel holds the lock of the inode.
         """
-        self.check_alive()
+        self.fsync_if_much()
         inode, extents = self.names.regular(ino)
         end = offset + length
         if offset < 0 or length <= 0:
@@ -408,7 +413,7 @@ class Filesystem(MappedFiles):
         Precondition: until the end, no other verb changes bytes, size or extents of the two files, and no
         bytes of ``dst`` are read.
         """
-        self.check_alive()
+        self.fsync_if_much()
         source, src_extents = self.names.regular(src)
         target, dst_extents = self.names.regular(dst)
         inode_flags.may_write(target)

@@ -55,6 +55,10 @@ class InodeTable:
         """Return the inode with the number ``ino``; None without such an inode."""
         return self._inodes.get(ino)
 
+    def is_stored(self, inode: Inode) -> bool:
+        """Return True if commits write an inode: the inode has a name, or may get one (``I_LINKABLE``)."""
+        return inode.nlink > 0 or inode.ino in self.linkable
+
     def touch(self, inode: Inode, *, modified: bool) -> None:
         """Record a change of an inode: set ctime and, with ``modified``, mtime. The next commit writes the
         inode.

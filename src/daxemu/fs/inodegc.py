@@ -2,7 +2,7 @@
 
 While the reclaimer has a task, the task calls Filesystem.inactivate() until no file is left. Between two
 pieces the inode has no name, cannot be opened, and owns the remaining blocks. A crash frees the file as a
-whole: the store has no unlinked files.
+whole: the store has no unlinked files, and the next mount removes orphans.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class MappedFiles(SuperBlock):
         for such a copy: dax_iomap_copy_around() turns -EHWPOISON into -EIO, so the kernel sends BUS_ADRERR.
         Raises NoSpace (BUS_ADRERR), Shutdown, FsError ESTALE. Then nothing has changed.
         """
-        self.check_alive()
+        self.fsync_if_much()
         inode, extents = self.names.regular(ino)
         if not is_store:
             found = self._faults.load(inode, extents, block, limit)

@@ -181,9 +181,6 @@ class Namespace(InodeTable):
         inode_flags.may_change(inode)
         if inode.nlink == 0:
             self.linkable.remove(ino)
-            self._rmap.mark_all(
-                ino, len(inode.extents or ())
-            )  # commits have skipped the extents of the file so far
         inode.nlink += 1
         self.touch(inode, modified=False)
         self._enter(directory, entries, name, inode)

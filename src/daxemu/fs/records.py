@@ -22,7 +22,7 @@ _KINDS: tuple[Any, ...] = (
     Annotated[int, Meta(ge=0, le=0o177777)],
     _Id,
     _Id,
-    Annotated[int, Meta(ge=1, le=LINK_MAX)],
+    Annotated[int, Meta(ge=0, le=LINK_MAX)],
     Annotated[int, Meta(ge=0, le=(1 << 32) - 1)],
     Annotated[int, Meta(ge=0, le=MAX_FILE_SIZE)],
     _Time,
@@ -59,6 +59,8 @@ def inode_of(row: tuple[Any, ...]) -> Inode:
         raise ValueError(f"inode {inode.ino}: a symlink without a target, or a target without a symlink")
     if inode.target is not None and (inode.size != len(inode.target) or b"\0" in inode.target):
         raise ValueError(f"inode {inode.ino}: a symlink's size {inode.size} or its target is wrong")
+    if inode.nlink == 0 and kind != stat.S_IFREG:
+        raise ValueError(f"inode {inode.ino}: link count 0, and not a regular file")
     if inode.ino == RESERVED_INO and kind != stat.S_IFREG:
         raise ValueError(f"inode {inode.ino}: mode {inode.mode:#o}, expected a regular file")
     if INO_LIMIT <= inode.ino < RESERVED_INO:

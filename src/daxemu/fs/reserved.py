@@ -126,6 +126,7 @@ class ReservedFile:
             while (at := extents.last_piece(0, PIECE_LINKS)) > 0:
                 self.unmap(Range(at, self._fs.allocator.total))
                 yield
+                self._fs.commit_if_much()
             self.unmap(Range(0, self._fs.allocator.total))
             inode.nlink = 0
             self._fs.names.drop(inode)

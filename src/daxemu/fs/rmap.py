@@ -165,10 +165,6 @@ class Rmap:
             ranges = self.dirty[ino] = RangeSet()
         ranges.add(start, end)
 
-    def mark_all(self, ino: Ino, links: int) -> None:
-        """Mark all ``links`` links of a file for the next commit."""
-        self._mark(ino, 0, 1 << 52, links)
-
     # -- queries
 
     def count(self, start: Block, end: Block) -> int:

@@ -5,7 +5,9 @@ The in-memory structures are the authority. ``Namespace.dirty_*`` and ``Rmap.dir
 the last commit; :meth:`Store.commit` writes only these changes, in one transaction. After a crash the tables
 hold the state of the last commit.
 
-An unlinked file that is still open is not in the tables; the file ends with the mount.
+An unlinked file that is still open is not in the tables; the file ends with the mount. A file of O_TMPFILE,
+which may get a name, is in the tables with a link count of 0 (an orphan); the next mount removes orphans. So
+linkat(2) of a file of many extents writes a few rows, not all links of the file.
 """
 
 from __future__ import annotations
@@ -262,12 +264,13 @@ class Store:
         self._counters = (names.next_ino, clean)
 
     def _commit_inodes(self, db: apsw.Connection, names: Namespace, dirty: set[Ino]) -> None:
-        gone = [(ino,) for ino in dirty if (inode := names.find(ino)) is None or inode.nlink == 0]
+        there = [inode for ino in dirty if (inode := names.find(ino)) is not None and names.is_stored(inode)]
+        gone = [(ino,) for ino in dirty.difference(inode.ino for inode in there)]
         db.executemany("DELETE FROM inode WHERE ino=?", gone)
         db.executemany("DELETE FROM link WHERE ino=?", gone)
         db.executemany(
             "REPLACE INTO inode VALUES(?,?,?,?,?,?,?,?,?,?,?,?)",
-            (_row(inode) for ino in dirty if (inode := names.find(ino)) is not None and inode.nlink),
+            map(_row, there),
         )
 
     def _commit_entries(self, db: apsw.Connection, names: Namespace, dirty: set[tuple[Ino, bytes]]) -> None:
@@ -285,7 +288,7 @@ class Store:
     def _commit_links(self, db: apsw.Connection, names: Namespace, rmap: Rmap) -> None:
         for ino, ranges in rmap.dirty.items():
             inode = names.find(ino)
-            if ino == METADATA_INO or inode is None or inode.nlink == 0 or inode.extents is None:
+            if ino == METADATA_INO or inode is None or inode.extents is None or not names.is_stored(inode):
                 continue
             extents = inode.extents
             for start, end in ranges:

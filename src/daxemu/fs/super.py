@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from daxemu.fs.data_ops import DataOps
 from daxemu.fs.fault import FaultHandler
 from daxemu.fs.file_data import FileData
 from daxemu.fs.huge_allocator import allocator_for
-from daxemu.fs.inode import MAX_FILE_SIZE
+from daxemu.fs.inode import MAX_FILE_SIZE, Inode
 from daxemu.fs.inodegc import InodeGc
 from daxemu.fs.layouts import Layouts
 from daxemu.fs.metadata_page import CopyState
@@ -125,9 +126,11 @@ class SuperBlock:
         self.emit(MetadataRewritten(device=self.dax.name, file=file, page=page, copy=copy, reason=state))
 
     def _after_crash(self) -> None:
-        """Zero all data that was written but not committed: free blocks, and bytes beyond the end of a
-        file.
+        """Remove orphans. Zero all data that was written but not committed: free blocks, and bytes beyond the
+        end of a file.
         """
+        for inode in self._end_orphans():
+            self.names.drop(inode)
         self.region.settle()
         self.allocator.discard_free()
         for inode in self.names:
@@ -140,20 +143,24 @@ class SuperBlock:
         """
         try:
             if not self._never_commit and self.shutdown_reason is None:
-                self._drop_orphans()
+                self._end_orphans()
             self.commit(clean=True)
         finally:
             self.store.close()
             self.allocator.close()
             self.dax.release(self._holder)
 
-    def _drop_orphans(self) -> None:
-        """Remove files without a name that are still open. The freed blocks read as zeros at their next
-        use.
+    def _end_orphans(self) -> list[Inode]:
+        """Free the blocks of files without a name, for good (xlog_recover_process_iunlinks()). Return these
+        inodes. The freed blocks read as zeros at their next use.
         """
-        for inode in self.names:
-            if inode.nlink == 0 and inode.extents is not None:
+        orphans = [inode for inode in self.names if inode.nlink == 0]
+        for inode in orphans:
+            if inode.extents is not None:
                 self._data.remove(inode.extents, 0, MAX_FILE_SIZE // PAGE_SIZE)
+            self.names.linkable.discard(inode.ino)
+            self.names.dirty_inodes.add(inode.ino)
+        return orphans
 
     def abandon(self) -> None:
         """Lose power: no later call writes, not even :meth:`close`. Uncommitted changes are lost."""
@@ -216,12 +223,18 @@ class SuperBlock:
             self.check_alive()
 
     def fsync_if_much(self) -> None:
-        """Commit the changes of a verb in pieces, before the changes are more than one step can write. Raises
-        Shutdown.
+        """Commit if the changes are MUCH, before these are more than one step can write: at the begin of a
+        verb, and between two pieces of a verb. Raises Shutdown.
         """
         self.check_alive()
         if self.changes >= MUCH:
             self.fsync()
+
+    def commit_if_much(self) -> None:
+        """Commit as :meth:`fsync_if_much`, for a verb that also works after a shutdown."""
+        if self.changes >= MUCH:
+            with suppress(Shutdown):
+                self.fsync()
 
     def shutdown(self, reason: str, *, save: bool = True) -> None:
         """Shut the filesystem down (``xfs_force_shutdown()``): no later call reads or writes. With ``save``,
@@ -241,8 +254,11 @@ class SuperBlock:
 
     @property
     def changes(self) -> int:
-        """Number of changed inodes, names and links since the last commit: the cost of a commit."""
-        return len(self.names.dirty_inodes) + len(self.names.dirty_entries) + self.rmap.marks
+        """Number of changed inodes, names and links since the last commit: the cost of a commit. An inode
+        counts twice if its times changed apart from its other fields.
+        """
+        names = self.names
+        return len(names.dirty_inodes) + len(names.dirty_times) + len(names.dirty_entries) + self.rmap.marks
 
     def uncommitted(self) -> Uncommitted:
         """Return the number and the age of the uncommitted changes."""

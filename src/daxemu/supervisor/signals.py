@@ -27,7 +27,7 @@ from daxemu.host.proc.processes import (
     tracer_of,
 )
 from daxemu.host.tracer.link import Armed, Pending, TracerLink
-from daxemu.host.tracer.messages import Delivered, Gone, Ignored, NotTaken, Refused
+from daxemu.host.tracer.messages import MOST_IN_PACKET, Delivered, Gone, Ignored, NotTaken, Refused
 from daxemu.host.tracer.messages import Outcome as Delivery
 from daxemu.host.unexpected import Nursery
 from daxemu.mm.to_kill import ToKill
@@ -107,20 +107,22 @@ class Signals:
         itself in memory_failure(). That thread gets a forced AR.
         """
         sent = []
+        pages: dict[tuple[Ino, int], FilePage] = {}
         for victims in _merging(to_kill):
             if victims[0].tid == current:
                 for victim in victims:
                     await self._force(victim)
             else:
-                sent.append((victims, await self._send_ao(victims[0])))
+                sent.append((victims, await self._send_ao(victims[0], pages)))
+                if len(sent) % MOST_IN_PACKET == 0:
+                    await trio.lowlevel.checkpoint()  # the tracer begins with a full packet meanwhile
         since = trio.current_time()
         settled = [await self._settled(victims, pending, since) for victims, pending in sent]
         return [tid for tid in settled if tid is not None]
 
-    async def _send_ao(self, victim: ToKill) -> Pending:
-        return await self._tracer.send_ao(
-            victim.task.pid, victim.tid, victim.address, victim.shift, self._page_of(victim)
-        )
+    async def _send_ao(self, victim: ToKill, pages: dict[tuple[Ino, int], FilePage] | None = None) -> Pending:
+        page = self._page_of(victim, {} if pages is None else pages)
+        return await self._tracer.send_ao(victim.task.pid, victim.tid, victim.address, victim.shift, page)
 
     async def _settled(self, victims: Sequence[ToKill], pending: Pending, since: float) -> int | None:
         """Wait for the AO of one thread.. Return the id of the thread if the AO was delivered, or else None.
@@ -154,8 +156,9 @@ class Signals:
             if not isinstance(outcome, Gone):
                 return
 
-    def _page_of(self, victim: ToKill) -> FilePage | None:
-        """Return the file page at the victim's address; None if no present run holds the address.
+    def _page_of(self, victim: ToKill, pages: dict[tuple[Ino, int], FilePage]) -> FilePage | None:
+        """Return the file page at the victim's address; None if no present run holds the address. ``pages``:
+        pages of a file already looked up for other victims, by index.
 
         The tracer looks the page up again: the process may unmap or move the page before the signal.
         """
@@ -164,7 +167,9 @@ class Signals:
                 index = run.index + PHYS_PFN(victim.address - run.address)
                 if victim.file is not None:
                     return FilePage(*victim.file.dev, run.mapping, index)
-                return self._file_page(run.mapping, index)
+                if (run.mapping, index) not in pages:
+                    pages[run.mapping, index] = self._file_page(run.mapping, index)
+                return pages[run.mapping, index]
         return None
 
     # -- action required, forced

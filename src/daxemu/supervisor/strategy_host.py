@@ -152,7 +152,7 @@ class StrategyHost:
                 raise self.error()
             if self.is_ending:
                 raise NotMounted("the mount ends: at the next one the strategy begins anew")
-            self._fs.check_alive()
+            self._fs.fsync_if_much()
             piece = self._guard.call(HOOK_LIMIT, next, pieces, None)
             if piece is None:
                 break

@@ -24,6 +24,9 @@ from daxemu.uapi import PAGE_SIZE
 from tests.host.direct.supervised import Listener, Stage, agents, play
 from tests.host.tracee import until
 
+USER = 100_000 + os.getpid()
+"""A user of this test run alone: RLIMIT_NPROC counts the processes of a user in the whole machine."""
+
 
 def write_memory(pid: int, at: int, data: bytes) -> None:
     with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
@@ -313,6 +316,22 @@ def test_the_child_of_a_vfork_uses_the_agent_of_its_parent(mapper: str, media: P
     play(media, scene)
 
 
+def test_an_agent_made_by_the_child_of_a_vfork_belongs_to_the_parent(mapper: str, media: Path) -> None:
+    async def scene(stage: Stage) -> None:
+        program = await stage.start(mapper)
+        assert await program.ask(f"vfork {media}") == "vfork 0"
+        (space,) = stage.supervisor.spaces
+        assert space.tgid == program.pid
+        assert (await program.ask(f"map {media} 4")).startswith("at 0x2000")
+        assert [each for each, _, _ in stage.supervisor.maps] == [space, space]
+        assert await program.ask("load 0") == f"byte {ord('V')}"
+        assert not space.is_gone
+        assert await program.end() == 0
+        await until(lambda: space.is_gone)
+
+    play(media, scene)
+
+
 def test_a_traced_program_is_refused_by_name(mapper: str, media: Path) -> None:
     async def scene(stage: Stage) -> None:
         program = await stage.start(mapper)
@@ -360,7 +379,7 @@ def test_a_fork_that_fails_leaves_nothing(mapper: str, media: Path) -> None:
     """RLIMIT_NPROC of another user than root: clone(2) says EAGAIN, to the tracer and to the program."""
 
     async def scene(stage: Stage) -> None:
-        program = await stage.start("/usr/bin/setpriv", "--reuid", "54321", "--clear-groups", mapper)
+        program = await stage.start("/usr/bin/setpriv", "--reuid", str(USER), "--clear-groups", mapper)
         assert await program.ask(f"map {media} 4") == "at 0x200000000000", stage.supervisor.refusals
         assert await program.ask("limit 1") == "done"
         assert await program.ask("fork") == "fork 11"
@@ -378,7 +397,7 @@ def test_a_program_without_room_for_an_agent_is_refused_and_may_try_again(mapper
     """RLIMIT_NPROC is reached by the first process of the agent."""
 
     async def scene(stage: Stage) -> None:
-        program = await stage.start("/usr/bin/setpriv", "--reuid", "54322", "--clear-groups", mapper)
+        program = await stage.start("/usr/bin/setpriv", "--reuid", str(USER), "--clear-groups", mapper)
         assert await program.ask("wait") == "wait -1 10"
         assert await program.ask("limit 1") == "done"
         assert await program.ask(f"map {media} 4") == "error 19"

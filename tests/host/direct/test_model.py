@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 
 from daxemu.fs.fsck import fsck
-from daxemu.host.direct.calls import MADV_DONTNEED, MAP_PRIVATE, MAP_SHARED
+from daxemu.host.direct.calls import MADV_DONTNEED, MAP_FIXED, MAP_PRIVATE, MAP_SHARED
 from daxemu.host.run.filters import Nr
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE
 from tests.support.core import core_at
@@ -120,18 +120,29 @@ class Machine(RuleBasedStateMachine):
             self.mapped.append(Mapped(where, address, file, at, pages, is_shared))
 
     @precondition(lambda self: self.mapped)
+    @rule(data=st.data(), file=file, at=page, is_shared=st.booleans())
+    def mmap_over(self, data: st.DataObject, file: int, at: int, is_shared: bool) -> None:
+        """Map a file in place of the first pages of a mapping."""
+        mapped = data.draw(st.sampled_from(self.mapped))
+        pages = data.draw(st.integers(1, mapped.pages))
+        process, start = mapped.process, mapped.address
+        flags = MAP_FIXED | (MAP_SHARED if is_shared else MAP_PRIVATE)
+        assert self.do(process.mmap, self.inos[file], pages, 3, flags, at, start) == start
+        self._cut(mapped, pages)
+        self.mapped.append(Mapped(process, start, file, at, pages, is_shared))
+
+    @precondition(lambda self: self.mapped)
     @rule(data=st.data())
     def munmap(self, data: st.DataObject) -> None:
         mapped = data.draw(st.sampled_from(self.mapped))
         first = data.draw(st.integers(0, mapped.pages - 1))
         assert self.do(mapped.process.call, Nr.MUNMAP, mapped.address, (first + 1) * PAGE_SIZE) == 0
-        if first + 1 == mapped.pages:
-            self.mapped.remove(mapped)
-        else:
-            self._cut(mapped, first + 1)
+        self._cut(mapped, first + 1)
 
     def _cut(self, mapped: Mapped, pages: int) -> None:
         """Remove the first ``pages`` of a mapping of the model."""
+        if pages == mapped.pages:
+            self.mapped.remove(mapped)
         mapped.address += pages * PAGE_SIZE
         mapped.first += pages
         mapped.pages -= pages

@@ -207,12 +207,12 @@ def test_a_fork_waits_for_a_free_descriptor(scene: Scene) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
         try:
             with trio.move_on_after(0.5) as waited:
-                await scarce.next_events(scene.uffd)
+                await scarce.next_events(scene.uffd, trio.lowlevel.wait_readable)
             assert waited.cancelled_caught
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         with trio.fail_after(20):
-            (event,) = await scarce.next_events(scene.uffd)
+            (event,) = await scarce.next_events(scene.uffd, trio.lowlevel.wait_readable)
         return event
 
     forking = Accessing(lambda: libc.syscall(NR_FORK))

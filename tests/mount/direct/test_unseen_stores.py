@@ -112,6 +112,16 @@ def test_an_unsynced_store_is_lost_and_never_older_data(mount: QuickMount) -> No
             first_byte(mount, 1)
 
 
+@pytest.mark.parametrize("mount", ["mirror", "parity"], indirect=True)
+def test_latent_poison_under_an_unsynced_store_is_lost(mount: QuickMount) -> None:
+    with mapper(mount) as actor:
+        ask(actor, "tw 0 1 x")
+        mount.inject("f", (PAGE, PAGE), latent=True)
+        assert actor.cmd("tr 0 1", PATIENCE).res == {"faulted": True}
+        assert [signal.recorded()["code"] for signal in actor.signals()] == ["BUS_MCEERR_AR"]
+        assert verdicts(mount) == ["cannot"]
+
+
 def test_a_page_that_is_only_loaded_is_brought_back(mount: QuickMount) -> None:
     with mapper(mount) as actor:
         ask(actor, "tr 0 2")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from daxemu.apps.application import Application, Needs, Place, ReportedError, Spot
 from daxemu.apps.process import Ended, Process, TimedOut
 from daxemu.apps.records import ReadBack
 from daxemu.apps.situations import Part
-from daxemu.client import Client
-from daxemu.protocol import WhoMaps
 
 BLOCK = 4096
 BLOCKS = 1024
+_MAPPINGS = ("/records", "/media")
+"""Ends of the paths in /proc/PID/smaps: the file, or the media of a direct mount."""
 _JOB = ("--name=records", "--ioengine=mmap", "--thread", f"--bs={BLOCK}", "--verify=crc32c")
 
 
@@ -43,15 +44,14 @@ class Fio(Application):
         )
 
     def warm(self, place: Place, process: Process) -> ReadBack:
-        """See Application.warm: wait until fio has mapped the file."""
+        """See Application.warm: wait until fio has mapped the file, and touched a page."""
         deadline = time.monotonic() + process.limit
-        with Client.at(place.root) as client:
-            while not any(each.pid == process.pid for each in client.ask(WhoMaps()).mapped):
-                if process.status is not None:
-                    raise Ended(process.wait())
-                if time.monotonic() > deadline:
-                    raise TimedOut(f"the file is not mapped after {process.limit:g} s")
-                time.sleep(0.02)  # no event announces a new mapping
+        while not _has_touched(process.pid):
+            if process.status is not None:
+                raise Ended(process.wait())
+            if time.monotonic() > deadline:
+                raise TimedOut(f"no page of the file is present after {process.limit:g} s")
+            time.sleep(0.02)  # no event announces a page
         return ReadBack(right=BLOCKS)
 
     def read(self, place: Place, process: Process) -> ReadBack:
@@ -67,3 +67,19 @@ class Fio(Application):
     @staticmethod
     def _file(place: Place) -> str:
         return f"--filename={place.root / 'records'}"
+
+
+def _has_touched(pid: int) -> bool:
+    """Return True if a page of the file is present in a process."""
+    is_ours = False
+    try:
+        lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
+    except OSError:
+        return False  # the process has ended
+    for line in lines:
+        key, *values = line.split()
+        if not key.endswith(":"):
+            is_ours = line.endswith(_MAPPINGS)
+        elif is_ours and key == "Rss:" and values[0] != "0":
+            return True
+    return False

@@ -185,11 +185,11 @@ class AddressSpaces:
             raise_unless_made(await armed.wait())
             agent.tgid = owner_of(call.tid)
             space = AddressSpace(agent, await first_batch(agent))
-        except AddressSpaceGone:
-            agent.close()
         except (DaxemuError, OSError) as why:
             agent.close()
-            self._failures[call.tid] = AgentRefused(f"no agent in process {tgid}: {why}")
+            # Without a failure, a live thread would make the call for ever.
+            if not isinstance(why, AddressSpaceGone) or _is_alive(call.tid):
+                self._failures[call.tid] = AgentRefused(f"no agent in process {tgid}: {why}")
         else:
             self._add(space)
 
@@ -255,8 +255,7 @@ class AddressSpaces:
                     return
                 # A thread that is not the leader takes the leader's id.
                 for each in (tid, space.tgid):
-                    found = status.find(each)
-                    if found is not None and not found.is_dead:
+                    if _is_alive(each):
                         break
                 else:
                     return
@@ -265,6 +264,11 @@ class AddressSpaces:
                     return
                 if each != tid or _call_of(tid) not in _MAYBE_EXECVE:
                     return
+
+
+def _is_alive(tid: int) -> bool:
+    found = status.find(tid)
+    return found is not None and not found.is_dead
 
 
 def _call_of(tid: int) -> bytes:

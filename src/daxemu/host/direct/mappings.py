@@ -36,7 +36,7 @@ from daxemu.host.proc.present import Mapped
 from daxemu.host.run.attached import Handle
 from daxemu.mm.incident import Incident
 from daxemu.mm.to_kill import PresentRun, Task
-from daxemu.ranges import Range
+from daxemu.ranges import Range, RangeSet
 from daxemu.uapi import PAGE_SIZE, Ino
 from daxemu.units import DIV_ROUND_UP, PHYS_PFN, blocks_of, bytes_of_blocks
 
@@ -145,10 +145,21 @@ class DirectMappings:
 
         def look() -> tuple[list[AreaToScan], list[tuple[int, PresentRun]]]:
             files = None if all_files else wanted
-            return self.presence.seen(files), self.presence.take_remembered(files)
+            return self.presence.seen(self._in_media(files)), self.presence.take_remembered(files)
 
         seen, remembered = trio.from_thread.run_sync(look)
         return collected(self.presence, incidents, pages, seen, remembered)
+
+    def _in_media(self, wanted: dict[Ino, RangeSet] | None) -> dict[Ino, RangeSet] | None:
+        """Return the wanted blocks without those that poison took out of the media: _before_punch() has noted
+        which processes had these present.
+        """
+        if wanted is None or not self._fs.dax.has_poison or self._parts.pmem.pgmap is None:
+            return wanted
+        return {
+            ino: RangeSet(part for blocks in ranges for part in self._healthy(ino, blocks))
+            for ino, ranges in wanted.items()
+        }
 
     def still_mapped(self, task: Task) -> bool:
         """See Mappings.still_mapped."""

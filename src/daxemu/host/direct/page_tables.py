@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from itertools import islice
+from typing import Protocol
 
 import trio
 
+from daxemu.errors import DaxemuError
 from daxemu.host.direct import planner, syscalls
 from daxemu.host.direct.agent import Reply
 from daxemu.host.direct.errors import (
@@ -49,6 +51,12 @@ _PIECES_IN_STEP = 512
 _CHANGING = 0.0002
 """Seconds between two attempts while the kernel answers EAGAIN: a fork or mremap is not finished."""
 _MAX_MAP_COUNT = "/proc/sys/vm/max_map_count"
+
+
+class _Submit(Protocol):
+    """Have a batch of system calls made after the batches before."""
+
+    async def __call__(self, batch: Sequence[Syscall], *, is_last: bool) -> None: ...
 
 
 def most_pieces() -> int:
@@ -92,14 +100,15 @@ class PageTables:
         batch = planner.in_place(area, chunk, self._origin)
         protected = RangeSet()
         try:
-            while batch:
-                space.showing_all([piece.addresses for piece in chunk])
-                for piece in chunk:
-                    if piece.is_protected:
-                        protected.add(*piece.addresses)
-                await self._run(space, batch)
-                chunk = list(islice(rest, _PIECES_IN_STEP))
-                batch = [piece.mmap(piece.addresses.start, self._origin) for piece in chunk]
+            async with self._in_order(space) as submit:
+                while batch:
+                    space.showing_all([piece.addresses for piece in chunk])
+                    for piece in chunk:
+                        if piece.is_protected:
+                            protected.add(*piece.addresses)
+                    chunk = list(islice(rest, _PIECES_IN_STEP))
+                    await submit(batch, is_last=not chunk)
+                    batch = [piece.mmap(piece.addresses.start, self._origin) for piece in chunk]
             await self._carry_out(space, MappingPlan([], area.addresses, list(protected), []))
         except (OSError, NotRegistered, RegisteredElsewhere):
             self._table.remove(space, area.addresses)
@@ -395,6 +404,32 @@ class PageTables:
         for call, result in zip(batch, await space.agent.run(batch), strict=True):
             if -4096 < result < 0:
                 raise OSError(-result, f"system call {call.number} in process {space.tgid}")
+
+    @asynccontextmanager
+    async def _in_order(self, space: Space) -> AsyncIterator[_Submit]:
+        """Context that gives a function to have batches made. The agent makes a batch while the next is
+        planned; the last is awaited at once. Raises as _run(), at the end of the context.
+        """
+        errors: list[Exception] = []
+
+        async def run(batch: Sequence[Syscall]) -> None:
+            try:
+                await self._run(space, batch)
+            except (OSError, DaxemuError) as error:
+                errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+
+            async def submit(batch: Sequence[Syscall], *, is_last: bool) -> None:
+                if is_last:
+                    await run(batch)
+                else:
+                    nursery.start_soon(run, batch)
+                    await trio.lowlevel.checkpoint()
+
+            yield submit
+        if errors:
+            raise errors[0]
 
     async def _write_protect(self, space: Space, part: Range, *, on: bool, wake: bool = True) -> None:
         def call() -> None:

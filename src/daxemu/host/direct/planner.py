@@ -25,6 +25,7 @@ from daxemu.host.direct.syscalls import Syscall
 from daxemu.host.direct.table import Area
 from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE
+from daxemu.units import PFN_PHYS
 
 RESERVE = 8 * PAGE_SIZE
 """Bytes of the reserve: eight VMAs. Where the kernel refuses another VMA, the address space gives up the
@@ -79,10 +80,13 @@ class MappingPlan(NamedTuple):
 
 def media_pieces(area: Area, runs: Iterable[FileRun]) -> Iterator[MappingPiece]:
     """Yield the pieces of an area that map the media. Holes, and blocks beyond the end, are left out."""
+    first, last = area.blocks
+    origin = area.addresses.start - PFN_PHYS(first)
     for run in runs:
-        addresses = area.addresses_of(Range(run.file_block, run.file_end))
-        if run.kind is FaultKind.MAPPED and addresses:
-            offset = (run.dev_block + area.block_at(addresses.start) - run.file_block) * PAGE_SIZE
+        start, end = max(first, run.file_block), min(last, run.file_end)
+        if run.kind is FaultKind.MAPPED and start < end:
+            addresses = Range(origin + PFN_PHYS(start), origin + PFN_PHYS(end))
+            offset = PFN_PHYS(run.dev_block + start - run.file_block)
             is_protected = (run.is_shared or run.is_watched) and area.is_shared
             yield MappingPiece(area, addresses, Shows.MEDIA, offset, is_protected)
 

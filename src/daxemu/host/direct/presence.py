@@ -13,7 +13,7 @@ from typing import NamedTuple
 from daxemu.host.direct.table import Area, Space, Table
 from daxemu.host.proc.pagemap import Pagemap
 from daxemu.host.proc.present import Mapped
-from daxemu.host.proc.processes import comm_of, read_comm, read_threads
+from daxemu.host.proc.processes import comm_of, read_process
 from daxemu.host.proc.procfs import GONE
 from daxemu.mm.incident import Incident
 from daxemu.mm.to_kill import PresentRun, Task, shared_out
@@ -176,7 +176,8 @@ def _task(tgid: int, runs: Sequence[PresentRun]) -> Task | None:
         return None
     ordered = sorted(set(runs), key=lambda run: (run.address, run.nr_pages))
     try:
-        return Task(tgid, read_comm(tgid), tuple(read_threads(tgid)), tuple(ordered))
+        comm, threads = read_process(tgid)
+        return Task(tgid, comm, tuple(threads), tuple(ordered))
     except GONE:
         return None
 

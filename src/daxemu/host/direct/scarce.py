@@ -23,7 +23,9 @@ _RETRY = 0.1
 """Seconds between two reads of a userfaultfd while a fork waits for a free descriptor of this process."""
 
 
-async def next_events(uffd: Userfaultfd, readable: Callable[[int], Awaitable[None]]) -> list[Event]:
+async def next_events(
+    uffd: Userfaultfd, readable: Callable[[int], Awaitable[None]] = trio.lowlevel.wait_readable
+) -> list[Event]:
     """Wait for events by ``readable``, and read them. The event of a fork needs a descriptor: the fork waits
     until one is free. Raises trio.ClosedResourceError after ``close``.
     """

@@ -29,6 +29,17 @@ def read_threads(pid: int) -> Iterator[Thread]:
             continue
 
 
+def read_process(pid: int) -> tuple[str, list[Thread]]:
+    """Return the name and the threads of a process. Raises OSError.
+
+    A single thread is the leader: then one file of /proc has all that is asked for.
+    """
+    raw = read_whole(f"/proc/{pid}/stat")
+    leader = stat.parse(raw)
+    comm = as_comm(raw.partition(b"(")[2].rpartition(b") ")[0])
+    return comm, [Thread(pid, leader.flags)] if leader.nr_threads == 1 else list(read_threads(pid))
+
+
 def read_comm(pid: int | str) -> str:
     """Return the name of a process as daxemu.text.name_text encodes names. Raises OSError."""
     return as_comm(read_whole(f"/proc/{pid}/comm"))

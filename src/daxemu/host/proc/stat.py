@@ -26,6 +26,11 @@ class ThreadStat(NamedTuple):
         return chr(self.fields[_STATE][0])
 
     @property
+    def nr_threads(self) -> int:
+        """Number of threads of the process."""
+        return int(self.fields[_THREADS])
+
+    @property
     def parent(self) -> int:
         """Process id of the parent."""
         return int(self.fields[_PPID])

@@ -118,6 +118,8 @@ class Helper:
         mount = self._mount_of(minor, tid)
         if mount is None or (self._only is not None and mount.device != self._only.device):
             return _Learned(minor)
+        if mount.owner not in (None, 0):  # a mount of another user is never direct, and may never answer
+            return _Learned(minor)
         if not self._slices:
             return _Learned(minor, is_refused=True)
         given = self._slices.pop()

@@ -34,6 +34,7 @@ import daxemu
 from daxemu.host.proc import progress
 from daxemu.host.proc.file_pages import FilePage
 from daxemu.host.tracer.messages import (
+    MAX_MESSAGE,
     MAX_PACKET,
     MOST_IN_PACKET,
     ArmAR,
@@ -379,12 +380,15 @@ class TracerLink:
 async def _write(session: _Session) -> None:
     encoder = msgspec.json.Encoder()
     async for request in session.queue:
-        requests = [request]
+        encoded = [encoder.encode(request)]
+        size = len(encoded[0])
         with suppress(trio.WouldBlock):
-            while len(requests) < MOST_IN_PACKET:
-                requests.append(session.queue.receive_nowait())
+            # Requests to make an agent are ten times as long as the others: 60 fill a packet.
+            while len(encoded) < MOST_IN_PACKET and size < MAX_PACKET - MAX_MESSAGE:
+                encoded.append(encoder.encode(session.queue.receive_nowait()))
+                size += len(encoded[-1]) + 1
         try:
-            await session.sock.send(encoder.encode(requests))
+            await session.sock.send(b"[" + b",".join(encoded) + b"]")
         except (BrokenPipeError, ConnectionResetError):  # the reader sees the end, and settles all requests
             return
 

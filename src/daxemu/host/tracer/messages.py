@@ -195,5 +195,7 @@ Outcome = Delivered | Refused | NotTaken | Gone | Ignored | Held | Resumed | Age
 Report = ArmedAck | Asleep | Postponed | Outcome
 
 MOST_IN_PACKET = 128
-"""Limit of messages in a packet: this number fits into MAX_PACKET."""
+"""Limit of messages in a packet: this number of reports fits into MAX_PACKET."""
 MAX_PACKET = 1 << 16
+MAX_MESSAGE = 1 << 14
+"""Bytes: the longest message is a TraceFork with 256 ranges and the code of an agent."""
