@@ -277,7 +277,7 @@ class Tracer:
             self._outbox.append(Gone(request.id))
 
     def _hold(self, request: ArmAR | Send | Hold | MakeAgent | TraceFork) -> Outcome | bool:
-        """Seize the thread. Return True, the final report, or False while the supervisor traces the thread."""
+        """Seize the thread. Return True, the final report, or False while the supervisor traces it."""
         status = find_status(request.tid)
         if status is None or status.is_dead:
             return Gone(request.id)
