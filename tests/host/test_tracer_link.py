@@ -178,7 +178,8 @@ def test_requests_of_any_size_in_a_row_reach_the_tracer() -> None:
 
     async def play(link: TracerLink, start: Start) -> None:
         tracee = await start()
-        request = TraceFork(0, 1 << 22, 1 << 22, 0, 0, 0, bytes(600), 0, ((1 << 46, 1 << 30),) * 256)
+        drop = ((1 << 46, 1 << 30),) * 256
+        request = TraceFork(0, 1 << 22, 1 << 22, 0, 0, 0, bytes(600), 0, drop=drop)
         async with trio.open_nursery() as nursery:
             for _ in range(200):
                 nursery.start_soon(link.make_agent, request)

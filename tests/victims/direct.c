@@ -373,11 +373,11 @@ static void fork_in_handler(int sig unused)
 static void step_forking_handler(const char *path, const char *other unused)
 {
 	volatile char *map = map_file(path);
-	struct itimerval each = { { 0, 3000 }, { 0, 3000 } }, never = { 0 };
 	struct sigaction action = { .sa_handler = fork_in_handler, .sa_flags = SA_RESTART };
 	must(sigaction(SIGALRM, &action, NULL) == 0);
-	must(setitimer(ITIMER_REAL, &each, NULL) == 0);
-	for (int i = 0; i < 40 || forked_by_handler < 20; i++) {
+	for (int i = 0; i < 60; i++) {
+		struct itimerval once = { { 0, 0 }, { 0, 100 + 50 * i } };
+		must(setitimer(ITIMER_REAL, &once, NULL) == 0);
 		pid_t child = fork();
 		must(child >= 0);
 		if (child == 0) {
@@ -386,8 +386,9 @@ static void step_forking_handler(const char *path, const char *other unused)
 		}
 		must(waitpid(child, NULL, 0) == child);
 		must(map[PAGE] == (char)i);
+		while (forked_by_handler <= i)
+			usleep(1000);
 	}
-	must(setitimer(ITIMER_REAL, &never, NULL) == 0);
 }
 #endif
 

@@ -146,7 +146,8 @@ class Supervisor:
 
     async def _handle(self, run: Listener, call: NotifiedCall) -> None:
         if call.nr in (Nr.FORK, Nr.CLONE):
-            await self.spaces.forked(run, call)
+            parent = None if self.spaces.is_repeated(call) else await self.spaces.settled(call.tid)
+            await self.spaces.forked(run, call, parent)
             return
         if call.nr in (Nr.EXECVE, Nr.EXECVEAT):
             await self.spaces.executes(call)

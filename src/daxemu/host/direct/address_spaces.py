@@ -26,6 +26,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 
 import trio
 
@@ -125,15 +126,18 @@ class AddressSpaces:
         return found
 
     async def forked(
-        self, run: NotifiedCalls, call: NotifiedCall, drop: Sequence[tuple[int, int]] = ()
+        self,
+        run: NotifiedCalls,
+        call: NotifiedCall,
+        parent: AddressSpace | None,
+        drop: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """Answer a fork(2) or a clone(2) without CLONE_VM. The child of a process with direct mappings gets
-        an agent, and no pages at the addresses ``drop`` (start, length). Without the right to trace the
-        thread the fork fails with EAGAIN.
+        """Answer a fork(2) or a clone(2) without CLONE_VM, of a thread of ``parent``; None: without direct
+        mappings. The child gets an agent, and no pages at the addresses ``drop`` (start, length). Without the
+        right to trace the thread the fork fails with EAGAIN.
         """
         try:
-            parent = None if self._forks.is_repeated(call) else await self.settled(call.tid)
-            if parent is None:
+            if parent is None or parent.is_gone or self._forks.is_repeated(call):
                 run.answer(call, CONTINUE)
             else:
                 await self._forks.fork(run, call, parent, drop)
@@ -198,13 +202,16 @@ class AddressSpaces:
         """Serve a space whose agent has made a batch."""
         try:
             space.process = os.pidfd_open(space.tgid)
-        except OSError:  # the process has ended, or no descriptor is free
+        except ProcessLookupError:
+            self.end(space)
+            return
+        except OSError:  # no descriptor is free
             kill_unfollowed(space.tgid)
             self.end(space)
             return
         self._spaces[space.tgid] = space
-        for task in (self._await_exit, self._await_loss):
-            self._nursery.start_soon(task, space)
+        space.agent.on_end(partial(self._on_loss, space))
+        self._nursery.start_soon(self._await_exit, space)
         for uffd in (space.uffd, space.outside):
             if uffd.fd >= 0:
                 self._nursery.start_soon(self._read_events, space, uffd)
@@ -265,8 +272,7 @@ class AddressSpaces:
             await trio.lowlevel.wait_readable(space.process)
             self.end(space)
 
-    async def _await_loss(self, space: AddressSpace) -> None:
-        await space.agent.ended.wait()
+    def _on_loss(self, space: AddressSpace) -> None:
         if not space.is_gone:
             log.warning(
                 "the agent of process %s was killed, or did not answer: the process is killed", space.tgid

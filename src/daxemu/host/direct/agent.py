@@ -20,7 +20,7 @@ import signal
 import socket
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, Self
 
 import trio
@@ -164,6 +164,7 @@ class ProcessAgent:
         self._is_closed = False
         self.ended = trio.Event()
         """Set when the agent has ended, or is to end."""
+        self._on_end: Callable[[], None] | None = None
         self._awaits_child = False
         self.told = trio.Event()
         """Set when the child of a fork has told its process id, or never will."""
@@ -244,6 +245,12 @@ class ProcessAgent:
         finally:
             self.close()
 
+    def on_end(self, call: Callable[[], None]) -> None:
+        """Call ``call`` when the agent has ended, or is to end: at once if it has."""
+        self._on_end = call
+        if self._is_closed:
+            call()
+
     def awaits_child(self) -> None:
         """Expect a packet of the child of a fork, which makes its agent: see ``told``."""
         self._awaits_child = True
@@ -292,6 +299,8 @@ class ProcessAgent:
             self._pidfd = -1
         while self._expected:
             self._expected.popleft().has_come.set()
+        if self._on_end is not None:
+            self._on_end()
 
     async def take_userfaultfd(self) -> int:
         """Have the agent open a userfaultfd of its address space; return a copy of it in this process, for

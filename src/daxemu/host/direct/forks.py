@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 
 import trio
 
+from daxemu.errors import DaxemuError
 from daxemu.host.direct import redirect
 from daxemu.host.direct.address_space import AddressSpace, NotifiedCalls, Watcher
 from daxemu.host.direct.agent import ProcessAgent
@@ -161,8 +162,9 @@ class Forks:
             if agent.tgid:
                 await self._welcome(parent, agent, record, drop[most:])
                 return
-        except AddressSpaceGone:
-            log.info("the child of process %s ended before it ran", parent.tgid)
+        except (DaxemuError, OSError) as why:
+            if not isinstance(why, AddressSpaceGone):
+                log.warning("the child of process %s is killed: %s", parent.tgid, why)
             if agent.tgid:
                 kill_child(agent.tgid, parent.tgid)
         except BaseException:

@@ -36,10 +36,13 @@ class AgentMaking:
         """Give the process of a call the socket of an agent; return this end, which is served, the descriptor
         in the process, and the limit that the tracer must put back. Raises AddressSpaceGone, AgentRefused.
         """
-        self._refuse_traced(call.tid)
+        found = status.find(call.tid)
+        if found is None:
+            raise AddressSpaceGone(f"thread {call.tid} has ended")
+        self._refuse_traced(call.tid, found.tracer)
         agent, theirs = ProcessAgent.pair(self._fds)
         agent.memory = self.place + PAGE_SIZE
-        tgid = process_of(call.tid)
+        tgid = found.tgid
         try:
             with theirs:
                 fd, limit = add_socket(run.add_fd, call, tgid, theirs.fileno())
@@ -87,13 +90,10 @@ class AgentMaking:
     def _is_ours(self, tracer: int) -> bool:
         return bool(tracer) and process_of(tracer) == self._link.pid
 
-    def _refuse_traced(self, tid: int) -> None:
-        found = status.find(tid)
-        if found is None or not found.tracer or self._is_ours(found.tracer):
+    def _refuse_traced(self, tid: int, tracer: int) -> None:
+        if not tracer or self._is_ours(tracer):
             return
-        raise AgentRefused(
-            f"process {found.tracer} traces thread {tid}, and a thread has one tracer at a time"
-        )
+        raise AgentRefused(f"process {tracer} traces thread {tid}, and a thread has one tracer at a time")
 
 
 async def first_batch(agent: ProcessAgent, uffd: Userfaultfd | None = None) -> Userfaultfd:

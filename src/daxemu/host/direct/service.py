@@ -186,14 +186,15 @@ class _RunSpaces:
         if self.spaces.is_repeated(call):
             run.answer(call, CONTINUE)
             return
-        space = self._space(await self.spaces.settled(call.tid))
+        parent = await self.spaces.settled(call.tid)
+        space = self._space(parent)
         if space is None:
-            await self.spaces.forked(run, call)
+            run.answer(call, CONTINUE)
             return
         async with held(space.lock):
             shared = (area.addresses for area in space.areas.values() if area.is_shared)
             drop = [(part.start, part.length) for part in merged(shared)]
-            await self.spaces.forked(run, call, drop)
+            await self.spaces.forked(run, call, parent, drop)
 
     def _space(self, found: AddressSpace | None) -> Space | None:
         """Return the mappings of an address space, which may be new."""

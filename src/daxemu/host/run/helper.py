@@ -4,6 +4,8 @@ The C loop (``forward_in_c``) forwards each call to the supervisor of its mount.
 of a device at the first mmap(2) of a file there, attaches the listener to the mount's supervisor, and answers
 madvise(2) with MADV_HWPOISON or MADV_SOFT_OFFLINE outside the zone as for every other program.
 
+The mount that ``daxemu run`` names is asked while the command starts.
+
 States of a device: unknown -> asked (in a thread, because a supervisor may take its time) -> attached, or not
 ours. While no supervisor answers for a mount that was attached, mmap(2) of its files is ENODEV. A device that
 is not attached is unknown again when the mount table changes.
@@ -83,6 +85,8 @@ class Helper:
     def serve(self) -> None:
         """Serve until the last process under the filter is gone."""
         _hurry()
+        if self._only is not None:
+            self._begin_to_learn(self._only.dev[1], os.getpid())
         while True:
             work, raw = self._forwarder.serve()
             if work is Work.ENDED:
@@ -102,8 +106,12 @@ class Helper:
             if (waiting := self._waiting.get(minor)) is not None:
                 waiting.append(raw)
                 return
-            self._waiting[minor] = [raw]
-            threading.Thread(target=self._learn, args=(minor, call.tid), daemon=True).start()
+            self._begin_to_learn(minor, call.tid)
+            self._waiting[minor].append(raw)
+
+    def _begin_to_learn(self, minor: int, tid: int) -> None:
+        self._waiting[minor] = []
+        threading.Thread(target=self._learn, args=(minor, tid), daemon=True).start()
 
     def _learn(self, minor: int, tid: int) -> None:
         learned = _Learned(minor, is_refused=True)
