@@ -201,7 +201,10 @@ class AddressSpaces:
         """Serve a space whose agent has made a batch."""
         try:
             space.process = os.pidfd_open(space.tgid)
-        except OSError:  # the process has ended, or no descriptor is free
+        except ProcessLookupError:
+            self.end(space)
+            return
+        except OSError:  # no descriptor is free
             kill_unfollowed(space.tgid)
             self.end(space)
             return

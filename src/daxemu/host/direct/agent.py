@@ -115,8 +115,7 @@ class ProcessAgent:
 
     def __init__(self, sock: socket.socket, fds: Sequence[int]) -> None:
         """Take over ``sock``, and have the agent receive copies of ``fds`` with its first batch: the media
-        and the void, which become its descriptors MEDIA_FD and VOID_FD. The caller may close ``fds`` at once.
-        Raises OSError, with ``sock`` closed, if no descriptor is free.
+        and the void, which become its descriptors MEDIA_FD and VOID_FD. They stay open until then.
         """
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self.pid = 0
@@ -124,18 +123,9 @@ class ProcessAgent:
         sock.setblocking(False)
         self._raw = sock
         self._socket = trio.socket.from_stdlib_socket(sock)
-        self._fds: list[int] = []
-        self._has_device = False
-        try:
-            for fd in fds:
-                self._fds.append(os.dup(fd))
-            with contextlib.suppress(FileNotFoundError):
-                self._fds.append(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
-                self._has_device = True
-        except OSError:
-            self._drop_fds()
-            self._socket.close()
-            raise
+        self._fds = list(fds)
+        self._device = -1
+        self._device_sent = False
         self._soon = select.poll()
         self._soon.register(sock, select.POLLIN)
         self._turn = trio.Lock()
@@ -231,6 +221,15 @@ class ProcessAgent:
         if self._is_closed:
             call()
 
+    def add_device(self) -> None:
+        """Have the agent receive /dev/userfaultfd, too: see take_userfaultfd(). Precondition: no batch was
+        sent. Raises OSError if no descriptor is free.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            self._device = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+            self._fds.append(self._device)
+            self._device_sent = True
+
     def awaits_child(self) -> None:
         """Expect a packet of the child of a fork, which makes its agent: see ``told``."""
         self._awaits_child = True
@@ -238,13 +237,16 @@ class ProcessAgent:
     async def _receive(self) -> None:
         while not self._is_closed:
             try:
-                packet, ancillary, _, _ = await self._socket.recvmsg(
+                await trio.lowlevel.wait_readable(self._raw)
+                packet, ancillary, _, _ = self._raw.recvmsg(
                     8 * CALLS_IN_BATCH, socket.CMSG_SPACE(_CREDENTIALS.size)
                 )
+            except BlockingIOError:  # begin() has received the packet
+                continue
             except (ConnectionResetError, trio.ClosedResourceError):
                 return
             except OSError:
-                if self._is_closed:  # EBADF, if closed at the checkpoint before the call
+                if self._is_closed:  # EBADF
                     return
                 raise
             if not packet:
@@ -288,7 +290,7 @@ class ProcessAgent:
         pidfd_getfd(2).
         """
         flags = os.O_CLOEXEC | os.O_NONBLOCK
-        if self._has_device:
+        if self._device_sent:
             there, _ = await self.run(
                 [Syscall(NR_IOCTL, (_DEVICE_FD, _IOC_NEW, flags)), Syscall(NR_CLOSE, (_DEVICE_FD,))]
             )
@@ -321,7 +323,7 @@ class ProcessAgent:
             if self._fds:
                 rights = array.array("i", self._fds)
                 self._expected.append(reply)
-                await self._socket.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+                self._raw.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
                 self._drop_fds()
             else:
                 self._expected.append(reply)
@@ -343,9 +345,10 @@ class ProcessAgent:
         return True
 
     def _drop_fds(self) -> None:
-        for fd in self._fds:
-            os.close(fd)
         self._fds = []
+        if self._device >= 0:
+            os.close(self._device)
+            self._device = -1
 
     def _gone(self) -> AddressSpaceGone:
         return AddressSpaceGone(f"process {self.tgid} has no agent any more: it ended or called execve(2)")

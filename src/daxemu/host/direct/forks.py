@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 
 import trio
 
+from daxemu.errors import DaxemuError
 from daxemu.host.direct import redirect
 from daxemu.host.direct.address_space import AddressSpace, NotifiedCalls, Watcher
 from daxemu.host.direct.agent import ProcessAgent
@@ -154,8 +155,9 @@ class Forks:
             if agent.tgid:
                 await self._welcome(parent, agent, record, drop[most:])
                 return
-        except AddressSpaceGone:
-            log.info("the child of process %s ended before it ran", parent.tgid)
+        except (DaxemuError, OSError) as why:
+            if not isinstance(why, AddressSpaceGone):
+                log.warning("the child of process %s is killed: %s", parent.tgid, why)
             if agent.tgid:
                 kill_child(agent.tgid, parent.tgid)
         except BaseException:
@@ -174,11 +176,11 @@ class Forks:
             record.free_in(agent.tgid)
         except OSError as error:
             raise AddressSpaceGone(f"process {agent.tgid} has ended") from error
-        if drop:
-            await agent.run([madvise(start, length, MADV_DONTNEED) for start, length in drop])
         if child is None:  # no range was registered, so the kernel sent no event
             child = AddressSpace(agent, await first_batch(agent))
             self._watcher.on_forked(parent, child)
+        if drop:
+            await agent.run([madvise(start, length, MADV_DONTNEED) for start, length in drop])
         await agent.settle(record.word)
         self._served(child)
 

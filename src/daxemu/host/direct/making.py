@@ -97,6 +97,7 @@ class AgentMaking:
 
 async def first_batch(agent: ProcessAgent) -> Userfaultfd:
     """Make the first batch of an agent whose address space has no userfaultfd; return the userfaultfd."""
+    agent.add_device()
     uffd = Userfaultfd(await agent.take_userfaultfd())
     try:
         uffd.enable()
