@@ -9,6 +9,7 @@
  *   fork FILE COUNT       fork, exit and wait, while FILE is mapped and touched; one fork
  *   cow FILE COPY         clone FILE, then the first store to each page of a mapping, one store
  *   cowsync FILE COPY     the same; each store is followed by msync
+ *   hole FILE MIB         make FILE a hole of so many MiB, then the first store to each page of a mapping, one store
  *   clone FILE COPY       clone FILE, all pages of which are mapped and stored to
  *   pmd FILE              mmap FILE and load each page; prints kB of PMD mappings of all kB, by smaps
  */
@@ -135,6 +136,19 @@ static double do_cow(const char *path, const char *copy, int sync)
 	return (now() - began) / (size / PAGE);
 }
 
+static double do_hole(const char *path, long mib)
+{
+	int fd = opened(path, O_RDWR | O_CREAT | O_TRUNC);
+	off_t size = mib << 20;
+
+	if (ftruncate(fd, size))
+		fail("ftruncate");
+	volatile char *map = mapped(fd, size);
+	double began = now();
+	store_all(map, size);
+	return (now() - began) / (size / PAGE);
+}
+
 static double do_clone(const char *path, const char *copy)
 {
 	int fd = opened(path, O_RDWR), target = opened(copy, O_RDWR | O_CREAT | O_TRUNC);
@@ -213,6 +227,8 @@ int main(int argc, char **argv)
 		took = do_cow(path, last, 0);
 	else if (!strcmp(verb, "cowsync") && argc == 4)
 		took = do_cow(path, last, 1);
+	else if (!strcmp(verb, "hole") && argc == 4)
+		took = do_hole(path, atol(last));
 	else if (!strcmp(verb, "clone") && argc == 4)
 		took = do_clone(path, last);
 	else if (!strcmp(verb, "pmd") && argc == 3) {

@@ -30,6 +30,7 @@ pytestmark = [
 
 SECTION = "Direct mappings"
 DIRECT, CACHE, TMPFS = "direct", "page cache", "tmpfs"
+FLOOR = "its system calls alone, in C"
 ROUNDS = 5
 MIB = 1 << 20
 LARGE_MIB, SMALL_MIB = 1024, 8
@@ -53,6 +54,7 @@ class Sides:
         self._programs = {
             name: compiled(here.with_name(f"{name}.c"), directory) for name in ("load", "direct")
         }
+        self._floor = compiled(here.with_name("direct_floor.c"), directory, "-D_GNU_SOURCE", "-pthread")
         self.places = places
 
     def output(self, side: str, program: str, *words: str | int) -> str:
@@ -71,6 +73,12 @@ class Sides:
     def seconds(self, side: str, program: str, *words: str | int) -> float:
         return float(self.output(side, program, *words))
 
+    def _seconds_of_floor(self, *words: str) -> float:
+        done = subprocess.run(
+            [self._floor, *words], stdout=subprocess.PIPE, text=True, check=True, timeout=PROGRAM_PATIENCE
+        )
+        return float(done.stdout)
+
     def fill(self, name: str, mib: int) -> None:
         """Write a file on each side."""
         for place in self.places.values():
@@ -88,9 +96,15 @@ class Sides:
         target: float | None,
         against: str | None = TMPFS,
         among: tuple[str, ...] = (DIRECT, CACHE, TMPFS),
+        floor: tuple[str, ...] = (),
     ) -> None:
-        """Measure a line by turns, and record the figures. ``measure``: from a side to seconds."""
-        figures = interleaved({side: partial(measure, side) for side in among}, ROUNDS)
+        """Measure a line by turns, and record the figures. ``measure``: from a side to seconds. ``floor``:
+        words for direct_floor.c.
+        """
+        sides = {side: partial(measure, side) for side in among}
+        if floor:
+            sides[FLOOR] = partial(self._seconds_of_floor, *floor)
+        figures = interleaved(sides, ROUNDS)
         scaled = {side: value * scale for side, value in figures.items()}
         record(Line(SECTION, name, unit, scaled, against=against, target=target))
 
@@ -219,6 +233,18 @@ def test_copy_at_the_store(made: Sides) -> None:
         target=50.0,
         against=None,
         among=(DIRECT, CACHE),
+        floor=("agent",),
+    )
+
+
+def test_store_to_a_hole(made: Sides) -> None:
+    made.race(
+        "allocation at the store, a page",
+        "us",
+        1e6,
+        lambda side: made.seconds(side, "direct", "hole", "@/hole", SMALL_MIB),
+        target=None,
+        floor=("agent",),
     )
 
 
@@ -231,6 +257,7 @@ def test_clone_of_a_mapped_file(made: Sides) -> None:
         target=30.0,
         against=None,
         among=(DIRECT, CACHE),
+        floor=("protect", str(LARGE_MIB)),
     )
 
 
@@ -253,17 +280,21 @@ def test_a_file_of_many_extents(made: Sides) -> None:
 @pytest.mark.parametrize(("victims", "limit"), [(10, 1.0), (1000, 50.0)])
 def test_poison_to_the_last_victim(tmp_path: Path, victims: int, limit: float) -> None:
     figures = {}
+    floors: list[float] = []
+    floor = compiled(Path(__file__).with_name("ptrace_floor.c"), tmp_path)
     for name, options in ((DIRECT, ["--direct"]), (CACHE, [])):
         directory = tmp_path / name.replace(" ", "-")
         directory.mkdir()
         with dax_mount_at(directory, mount=False) as mount:
             mount.mount(*options)
-            figures[name] = _poison(mount, victims)
+            figures[name] = _poison(mount, victims, floor, floors)
+    figures[FLOOR] = statistics.median(floors)
     name = f"poison to the last of {victims} victims signalled"
     record(Line(SECTION, name, "ms", figures, target=limit))
 
 
-def _poison(mount: DaxMount, victims: int) -> float:
+def _poison(mount: DaxMount, victims: int, floor: Path, floors: list[float]) -> float:
+    """Return the milliseconds of daxemu; add those of the ptrace calls alone to ``floors``."""
     mount.make_file("f", 8)
     start = (*DAXEMU, "run", mount.path, "--")
     with Crowd(mount.path / "f", victims, "victim", start) as crowd, mount.client() as client:
@@ -271,4 +302,6 @@ def _poison(mount: DaxMount, victims: int) -> float:
         for _ in range(3 if victims >= 1000 else 9):
             found.append(inject_and_clear(mount, client, victims))
             crowd.touch()
+            alone = subprocess.run([floor, *crowd.members()], stdout=subprocess.PIPE, check=True)
+            floors.append(float(alone.stdout))
     return statistics.median(found)

@@ -21,6 +21,7 @@ pytestmark = [
 
 SECTION = "Programs under daxemu run"
 BARE, SMALL, DIRECT = "without", "page cache", "direct"
+FLOOR = "a notification alone, in C"
 ROUNDS = 7
 START = """
 import sys
@@ -34,12 +35,19 @@ execute(command, None, lambda *_: 0, (lambda *_: False) if kind == "direct" else
 
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compiled(Path(__file__).with_name("calls.c"), tmp_path_factory.mktemp("calls"))
+    here, directory = Path(__file__), tmp_path_factory.mktemp("calls")
+    compiled(here.with_name("direct_floor.c"), directory, "-D_GNU_SOURCE", "-pthread")
+    return compiled(here.with_name("calls.c"), directory)
 
 
 def microseconds(calls: Path, side: str, words: list[str]) -> float:
     start = [] if side == BARE else [sys.executable, "-c", START, side]
     done = subprocess.run([*start, calls, *words], stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout) * 1e6
+
+
+def of_a_notification(floor: Path, file: str) -> float:
+    done = subprocess.run([floor, "mmap", file], stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout) * 1e6
 
 
@@ -60,6 +68,8 @@ def test_calls_not_concerned(calls: Path, name: str, words: list[str], target: f
     file.write_bytes(bytes(4096))
     try:
         sides = {side: partial(microseconds, calls, side, words) for side in (DIRECT, SMALL, BARE)}
+        if words[0] == "file":
+            sides[FLOOR] = partial(of_a_notification, calls.with_name("direct_floor"), words[-1])
         figures = interleaved(sides, ROUNDS)
     finally:
         file.unlink()
