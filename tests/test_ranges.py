@@ -43,6 +43,17 @@ def test_range_set_equals_a_plain_set(
     assert (first.start if first else None) == (following[0] if following else None)
 
 
+@given(st.sets(st.integers(0, 90), min_size=40), st.integers(0, 100), st.integers(0, 100))
+def test_many_ranges_are_removed_as_one_by_one(values: set[int], start: int, length: int) -> None:
+    ranges = RangeSet((2 * value, 2 * value + 1) for value in values)
+    model = {2 * value for value in values}
+    span = set(range(start, start + 2 * length))
+    assert [part.start for part in ranges.remove(start, start + 2 * length)] == sorted(span & model)
+    assert [part.start for part in ranges] == sorted(model - span)
+    assert ranges.total == len(model - span)
+    assert ranges == RangeSet((value, value + 1) for value in model - span)
+
+
 @dataclass(eq=False)
 class Item:
     start: int
