@@ -196,7 +196,7 @@ class Host:
                 return
             for event in space.uffd.read():
                 if isinstance(event, PageFault):
-                    self._nursery.start_soon(self.mappings.faults.handle, space, event)
+                    self.mappings.faults.begin(space, event)
 
     async def write(self, ino: Ino, offset: int, data: bytes) -> None:
         """write(2): returns once every mapping shows the bytes."""

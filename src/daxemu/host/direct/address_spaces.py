@@ -367,15 +367,19 @@ class AddressSpaces:
                 await trio.lowlevel.wait_readable(space.uffd.fd)
             except trio.ClosedResourceError:
                 return
-            events: list[Event] = []
-            for event in space.uffd.read():
-                if isinstance(event, Forked):
-                    self._deliver(space, events)
-                    events = []
-                    self._adopt(space, event)
-                else:
-                    events.append(event)
-            self._deliver(space, events)
+            self.read_events(space)
+
+    def read_events(self, space: AddressSpace) -> None:
+        """Pass on the events that have come. No event: nothing happens."""
+        events: list[Event] = []
+        for event in space.uffd.read() if not space.is_gone else ():
+            if isinstance(event, Forked):
+                self._deliver(space, events)
+                events = []
+                self._adopt(space, event)
+            else:
+                events.append(event)
+        self._deliver(space, events)
 
     def _deliver(self, space: AddressSpace, events: list[Event]) -> None:
         if events:

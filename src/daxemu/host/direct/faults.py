@@ -98,12 +98,18 @@ class PageFaults:
         self._on_store = on_store
         self.waiting = 0
         """Number of events without an answer yet."""
+        self._latest: dict[int, Touch] = {}
+        """The latest event of each thread that has one without an answer."""
 
-    async def handle(self, space: Space, event: PageFault) -> None:
-        """Answer one event. The thread never waits for ever: after an unexpected error its access fails."""
+    def begin(self, space: Space, event: PageFault) -> None:
+        """Start the answer to an event."""
         start = page_align_down(event.address)
-        page = Range(start, start + PAGE_SIZE)
-        touch = Touch(space, page, event)
+        touch = self._latest[event.tid] = Touch(space, Range(start, start + PAGE_SIZE), event)
+        self._nursery.start_soon(self._handle, touch)
+
+    async def _handle(self, touch: Touch) -> None:
+        """Answer one event. The thread never waits for ever: after an unexpected error its access fails."""
+        space, page, event = touch
         self.waiting += 1
         try:
             await self._decide(touch)
@@ -117,6 +123,15 @@ class PageFaults:
             await self._give_up(touch)
         finally:
             self.waiting -= 1
+            if self._latest.get(event.tid) is touch:
+                del self._latest[event.tid]
+
+    def has_left(self, touch: Touch) -> bool:
+        """Return whether the thread has left the page fault of an event, and waits in another one: another
+        signal interrupted the fault, or the page came back. Precondition: the thread was seen asleep before.
+        """
+        touch.space.read_events()
+        return self._latest.get(touch.event.tid) is not touch
 
     async def _decide(self, touch: Touch) -> None:
         space, page, _ = touch
@@ -228,6 +243,8 @@ class PageFaults:
         """
         space, page, _ = touch
         answer = await self._on_poison(touch, area, run)
+        if answer is Answer.WAKE:
+            space.wake(page)
         if answer is not Answer.ERROR:
             return answer is Answer.AGAIN
         async with held(space.lock):

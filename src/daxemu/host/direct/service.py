@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from functools import partial
 from weakref import WeakKeyDictionary
 
 from daxemu.host.direct.address_spaces import AddressSpace, AddressSpaces
@@ -196,7 +197,8 @@ class _RunSpaces:
         return space
 
     def _new(self, found: AddressSpace) -> Space:
-        return Space(found.agent, found.uffd, self._zone, self._scratch)
+        read_events = partial(self.spaces.read_events, found)
+        return Space(found.agent, found.uffd, self._zone, self._scratch, read_events=read_events)
 
     # -- Watcher
 
@@ -206,7 +208,7 @@ class _RunSpaces:
         assert mine is not None
         for event in events:
             if isinstance(event, PageFault):
-                self._parts.nursery.start_soon(self._faults.handle, mine, event)
+                self._faults.begin(mine, event)
 
     def on_forked(self, parent: AddressSpace, child: AddressSpace) -> None:
         """See Watcher.on_forked."""

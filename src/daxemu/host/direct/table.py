@@ -116,6 +116,8 @@ class Space:
     refused: int = 0
     """Number of pieces by which the VMAs of the program make the room of the address space smaller."""
     has_reserve: bool = False
+    read_events: Callable[[], None] = lambda: None
+    """Pass on the events of the userfaultfd that have come."""
     is_gone: bool = False
     """True after the end of the address space."""
     areas: SortedDict = field(default_factory=SortedDict)

@@ -68,13 +68,26 @@ def tracer_of(tid: int) -> int:
     return process_of(found.tracer) if found is not None and found.tracer else 0
 
 
-def is_asleep_in_fault(tid: int) -> bool:
-    """Return whether a thread sleeps in its own page fault. False where /proc/TID/syscall cannot be read."""
+def faults_of(tid: int) -> int:
+    """Return the number of page faults that a thread has completed; 0 for a thread that is gone."""
+    try:
+        return sum(map(int, stat.read(f"{tid}/task/{tid}").faults))
+    except OSError:
+        return 0
+
+
+def place_of_fault(tid: int) -> tuple[int, int, int] | None:
+    """Return stack pointer, instruction pointer and faults_of() of a thread that sleeps in its own page
+    fault. No two page faults of a thread have equal ones. None of any other thread, and where
+    /proc/TID/syscall cannot be read.
+    """
+    faults = faults_of(tid)  # before: a page fault completed in between makes the place one of no page fault
     try:
         with open(f"/proc/{tid}/syscall", "rb") as file:
-            return file.read(2) == b"-1"
+            words = file.read().split()
     except OSError:
-        return False
+        return None
+    return (int(words[1], 16), int(words[2], 16), faults) if words[:1] == [b"-1"] else None
 
 
 def capable(tid: int | str, capability: int) -> bool:

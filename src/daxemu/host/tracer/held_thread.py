@@ -130,6 +130,11 @@ class HeldThread:
         return not (self.arms or self.fifo or self.holds or self.returns or self.parked is not None)
 
     @property
+    def is_in_fault(self) -> bool:
+        """Return True if the next signal is for a thread that may have left its page fault."""
+        return bool(self.fifo) and isinstance(self.fifo[0], ForceAR) and self.fifo[0].fault is not None
+
+    @property
     def wants_interrupt(self) -> bool:
         """Return True if only an event stop leads on."""
         if self.interrupting or self.arriving or self.phase is not Phase.NONE or self.parked is not None:
@@ -310,6 +315,8 @@ class HeldThread:
         if not self.cookie and stop.ignored and not stop.blocked:
             reports += (Ignored(ao.id) for ao in self.fifo if isinstance(ao, SendAO))
             self.fifo = deque(forced for forced in self.fifo if isinstance(forced, ForceAR))
+        while not self.cookie and self._has_left_fault(stop):
+            reports.append(NotTaken(self.fifo.popleft().id))
         if self.idle:
             return ResumeStep.DETACH
         if self.returns is not None and not self.arriving:
@@ -327,6 +334,13 @@ class HeldThread:
             return ResumeStep.CONT
         self.phase = Phase.ENTER
         return ResumeStep.INJECT
+
+    def _has_left_fault(self, stop: Stop) -> bool:
+        """Return whether the next signal is for a page fault that the thread has left: a handler runs, or the
+        access was done.
+        """
+        head = self.fifo[0] if self.fifo else None
+        return isinstance(head, ForceAR) and head.fault is not None and head.fault != stop.place
 
     def _force(self, new_cookie: int) -> ResumeStep:
         if self.is_default:

@@ -27,6 +27,7 @@ from signal import SIGBUS
 from typing import NamedTuple
 
 from daxemu.host.proc import maps
+from daxemu.host.proc.processes import faults_of
 from daxemu.host.proc.status import ThreadStatus
 from daxemu.host.tracer import ptrace
 from daxemu.host.tracer.messages import ForceAR, Send
@@ -103,6 +104,14 @@ class Registers:
 def registers(tid: int) -> Registers:
     """Return the registers of a stopped thread. Raises CannotInject if the thread runs 32-bit code."""
     return Registers(tid, _get_regs_64(tid))
+
+
+def place(tid: int) -> tuple[int, int, int] | None:
+    """Return the place of a stopped thread, as processes.place_of_fault(); None if the thread runs 32-bit
+    code.
+    """
+    regs = _get_regs(tid)
+    return (regs[_RSP], regs[_RIP], faults_of(tid)) if regs is not None else None
 
 
 def find_instruction(tid: int) -> int:

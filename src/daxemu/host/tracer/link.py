@@ -200,9 +200,17 @@ class TracerLink:
         return await self._answered(armed, patience)
 
     async def force_ar(
-        self, tgid: int, tid: int, addr: int, lsb: int = PAGE_SHIFT, *, patience: float = math.inf
+        self,
+        tgid: int,
+        tid: int,
+        addr: int,
+        lsb: int = PAGE_SHIFT,
+        *,
+        fault: tuple[int, int, int] | None = None,
+        patience: float = math.inf,
     ) -> Armed | Refused | Gone:
-        """Signal thread ``tid``, which consumed poison in a system call: force_sig_mceerr(BUS_MCEERR_AR).
+        """Signal thread ``tid``, which consumed poison in a system call, or in the page fault ``fault``
+        (processes.place_of_fault()): force_sig_mceerr(BUS_MCEERR_AR).
 
         Once ``Armed``, the call may end: the signal arrives at the return of the call, before any instruction
         of the program. A thread that blocks or ignores SIGBUS dies of the signal. ``patience``: see
@@ -210,7 +218,7 @@ class TracerLink:
         """
         session = await self._running()
         armed = Armed(next(self._ids), tid)
-        self._submit(session, ForceAR(armed.id, tgid, tid, addr, lsb), armed)
+        self._submit(session, ForceAR(armed.id, tgid, tid, addr, lsb, fault), armed)
         return await self._answered(armed, patience)
 
     async def hold(self, tgid: int, tid: int, patience: float = math.inf) -> Armed | Refused | Gone:

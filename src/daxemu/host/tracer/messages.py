@@ -61,9 +61,14 @@ class SendAO(Send, frozen=True):
 class ForceAR(Send, frozen=True):
     """Action required, before the thread's next instruction; a thread that blocks or ignores SIGBUS dies of
     the signal.
+
+    ``fault``: the place of a page fault (processes.place_of_fault()). No signal is sent if another signal, or
+    the end of the poison, had the thread leave the page fault before (``NotTaken``).
     """
 
     code = BUS_MCEERR_AR
+
+    fault: tuple[int, int, int] | None = None
 
 
 class Hold(_Message, frozen=True):

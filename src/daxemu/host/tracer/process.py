@@ -341,6 +341,8 @@ class Tracer:
             elif (page := thread.arms[-1].page) is not None:
                 # force_sig_info_to_task() merges with a pending SIGBUS: the fault's own siginfo is lost.
                 thread.fault_at = file_pages.find_page(thread.tid, page, info.addr) or 0
+        if thread.is_in_fault:
+            stop = stop._replace(place=injection.place(thread.tid))
         if thread.phase is Phase.EXIT:
             stop = stop._replace(result=self._injections[thread.tid].result())
         while True:

@@ -246,6 +246,7 @@ class Stop(NamedTuple):
     pending: bool = False  # for this thread, not the process: only then does the kernel drop a second SIGBUS
     result: int = 0  # of the injected system call
     page: FilePage | None = None  # page mapped at the fault address; None: no page, or not looked at
+    place: tuple[int, int, int] | None = None  # as processes.place_of_fault(); None: not looked at
 
 
 def classify(status: int) -> tuple[StopKind, int]:
