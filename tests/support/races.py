@@ -34,6 +34,10 @@ PAGE = 4096
 COMMON = 32
 BAD = [page for page in range(COMMON) if page % 4 in (1, 2)]
 VERBS = ("inject", "second", "clear")
+WRITTEN_FROM = ("io",)
+"""Files that system calls take from: after the EFAULT of poison, a load from a direct mapping is BUS_ADRERR
+for 10 ms (faults.MARKED).
+"""
 AT_ONCE = 5
 """Racers that run in one burst; with more, none gets much done."""
 SHORT = ("truncate",)
@@ -338,7 +342,7 @@ def why_not_signal(seen: Seen, *, is_direct: bool) -> str | None:
 
 
 def _may_be_short_or_copied(place: Place, is_direct: bool) -> bool:
-    return place.file in SHORT or (is_direct and place.file in COPIED and place.page in BAD)
+    return place.file in SHORT or (is_direct and place.file in (*COPIED, *WRITTEN_FROM) and place.page in BAD)
 
 
 def why_not_last_signal(seen: Seen) -> str | None:
