@@ -70,6 +70,10 @@ class DaxMount:
         self.is_direct = "--direct" in options
         self.run("mount", *options, self.device, self.path)
 
+    def mount_again(self) -> None:
+        """Mount the device in the mode of the last mount."""
+        self.mount(*(["--direct"] if self.is_direct else []))
+
     def umount(self, *options: str) -> None:
         """Unmount the device."""
         self.run("umount", *options, self.path)
