@@ -6,6 +6,7 @@ The steps are in tests/victims/stress.c. DAXEMU_STRESS multiplies the lengths of
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -105,6 +106,32 @@ def test_a_program_that_executes_itself_again_and_again(dax_mount: DaxMount, pro
 @pytest.mark.parametrize("limit", [4, 8])
 def test_a_program_without_a_free_descriptor(dax_mount: DaxMount, program: Path, limit: int) -> None:
     under_run(dax_mount, program, "descriptors", dax_mount.make_file("f", 16), limit)
+    nothing_is_left(dax_mount)
+
+
+def test_other_ways_into_a_mapping(dax_mount: DaxMount, program: Path) -> None:
+    """process_vm_readv(2), /proc/PID/mem, splice(2), sendfile(2), advice, and a child without the mapping."""
+    under_run(dax_mount, program, "interfaces", dax_mount.make_file("f", 16), dax_mount.make_file("g", 1))
+    nothing_is_left(dax_mount)
+
+
+@pytest.mark.skipif(shutil.which("gdb") is None, reason="gdb is not installed")
+def test_a_debugger_and_a_core_over_poison(dax_mount: DaxMount, program: Path, tmp_path: Path) -> None:
+    """A store by ptrace(2) is in the file. Poison delays neither gcore nor the program."""
+    path = dax_mount.make_file("f", NUMBERS)
+    with storing(dax_mount, program, path) as process:
+        os.kill(process.pid, signal.SIGSTOP)
+        lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        address = next(line.split("-")[0] for line in lines if "/media" in line)
+        dax_mount.inject("f", (3 * PAGE, PAGE))
+        commands = [f"set *(char*)0x{address} = 33", f"gcore {tmp_path}/core", "detach"]
+        words = [word for command in commands for word in ("-ex", command)]
+        done = subprocess.run(
+            ["gdb", "-batch", "-p", str(process.pid), *words], capture_output=True, text=True, timeout=LIMIT
+        )
+        assert "Saved corefile" in done.stdout, done.stdout + done.stderr
+        with path.open("rb", buffering=0) as file:
+            assert file.read(1) == b"!"
     nothing_is_left(dax_mount)
 
 

@@ -21,7 +21,7 @@ from daxemu.fs.fault import FaultKind, FileRun
 from daxemu.host.direct import planner
 from daxemu.host.direct.changes import FileLocks
 from daxemu.host.direct.locking import held
-from daxemu.host.direct.page_tables import PageTables
+from daxemu.host.direct.page_tables import MADV_DOFORK, MADV_DONTFORK, PageTables
 from daxemu.host.direct.table import PROT_WRITE, Area, Space, Table
 from daxemu.host.mappings import HardwareError
 from daxemu.host.proc import status
@@ -167,6 +167,10 @@ class Calls:
             case Nr.MMAP:
                 return await self._map_anonymous_over(space, *call.args[:4])
         return CONTINUE
+
+    async def before_fork(self, space: Space) -> None:
+        """See PageTables.before_fork. Precondition: ``Space.lock`` is held until the fork is complete."""
+        await self._page_tables.before_fork(space)
 
     # -- mmap
 
@@ -383,6 +387,10 @@ class Calls:
         if advice in (MADV_DONTNEED, MADV_DONTNEED_LOCKED):
             async with held(space.lock):
                 await self._page_tables.drop(space, where)
+            return Answer(0) if space.covers(where) else Answer(error=errno.ENOMEM)
+        if advice in (MADV_DONTFORK, MADV_DOFORK):
+            async with held(space.lock):
+                await self._page_tables.set_forked(space, where, is_forked=advice == MADV_DOFORK)
             return Answer(0) if space.covers(where) else Answer(error=errno.ENOMEM)
         return CONTINUE
 

@@ -40,7 +40,7 @@ from daxemu.units import PFN_PHYS, PHYS_PFN
 
 log = logging.getLogger(__name__)
 
-MADV_DONTNEED = 4
+MADV_DONTNEED, MADV_DONTFORK, MADV_DOFORK = 4, 10, 11
 _LARGE = 32 << 20
 """Bytes from which a write-protection runs in a worker thread: 24 ms for 1 GiB."""
 _PIECES_IN_STEP = 512
@@ -279,6 +279,25 @@ class PageTables:
     async def drop(self, space: Space, addresses: Range) -> None:
         """Remove pages and markers from the page tables, as MADV_DONTNEED does."""
         await self._run(space, [syscalls.madvise(*_extent(addresses), MADV_DONTNEED)])
+
+    async def set_forked(self, space: Space, addresses: Range, *, is_forked: bool) -> None:
+        """Let the child of a fork have ``addresses``, or not (MADV_DOFORK, MADV_DONTFORK)."""
+        for part in space.parts(addresses):
+            if is_forked:
+                space.unforked.remove(*part.addresses)
+            else:
+                space.unforked.add(*part.addresses)
+            advice = MADV_DOFORK if is_forked else MADV_DONTFORK
+            await self._run(space, [syscalls.madvise(*_extent(part.addresses), advice)])
+
+    async def before_fork(self, space: Space) -> None:
+        """Set MADV_DONTFORK again, because a replacement is another mapping.
+
+        Precondition: ``Space.lock`` is held until the fork is complete.
+        """
+        calls = [syscalls.madvise(*_extent(part), MADV_DONTFORK) for part in space.unforked]
+        if calls:
+            await self._run(space, calls)
 
     async def end(self, space: Space) -> None:
         """Make each access to each area fail with BUS_ADRERR, for ever."""

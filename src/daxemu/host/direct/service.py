@@ -180,7 +180,13 @@ class _RunSpaces:
         self._forking.add(call.tid)
         try:
             async with held(space.lock):
-                shared = (area.addresses for area in space.areas.values() if area.is_shared)
+                await self._calls.before_fork(space)
+                shared = (
+                    part
+                    for area in space.areas.values()
+                    if area.is_shared
+                    for part in space.unforked.gaps(*area.addresses)
+                )
                 drop = [(part.start, part.length) for part in merged(shared)][:MOST_DROPPED]
                 await self.spaces.forked(run, call, drop)
         finally:
