@@ -36,7 +36,9 @@ from daxemu.uapi import PAGE_SIZE, Block, Ino, page_align_down
 MARKED = 0.01
 """Seconds that a page stays SIGBUS after a failed access. Then the next access is decided anew."""
 SPACE_PATIENCE = 1.0
-"""Seconds that a store waits for freed blocks that processes may still have mapped."""
+"""Seconds that a store to a full device waits for freed blocks that processes may still have mapped. Without
+such blocks the store fails at once.
+"""
 _WINDOW = 1 << 30
 """Blocks of a file that one fault may map."""
 
@@ -162,13 +164,13 @@ class PageFaults:
         block = area.block_at(page.start)
         is_store = touch.is_store and area.is_shared
         run = None
-        is_settled = self._changes.is_settled()
+        may_free = may_wait and self._changes.may_free
         with self._changes.following(ino):
             with self._changes.own(ino) as changed:
                 try:
                     run = self._fs.fault(ino, block, is_store=is_store, limit=_WINDOW)
                 except NoSpace:
-                    if may_wait and not is_settled:
+                    if may_free:
                         raise
                 except DaxemuError:
                     pass  # the access fails
