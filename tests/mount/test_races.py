@@ -97,7 +97,7 @@ def test_the_end_comes_meanwhile(quick_mount: QuickMount, tmp_path: Path, how: s
         except GIVES_UP as error:
             pytest.fail(report_hang(error, quick_mount, [racer.pid for racer in racers]))
         quick_mount.check()
-        wrong += why_not_log(quick_mount)
+        wrong += why_not_log(quick_mount, is_ending=True)
         assert not wrong, f"DAXEMU_RACE_SEED={SEED}, end {ends + 1}:\n" + "\n".join(wrong[:40])
         ends += 1
     print(f"{how}: {ends}")
@@ -130,12 +130,11 @@ def _end(mount: QuickMount, directory: Path, rng: random.Random, how: str, racer
                 stop.set()
             injecting.result(PATIENCE)
         for racer in racers:
-            if status := racer.end():
-                wrong.append(f"{racer.kind} ended with {status}")
+            status, signals = racer.end(), list(racer.seen())
+            if status:
+                wrong.append(f"{racer.kind} ended with {status}: {signals[-1:]}")
             wrong += [
-                f"{racer.kind}: {text}: {seen}"
-                for seen in racer.seen()
-                if (text := why_not_last_signal(seen))
+                f"{racer.kind}: {text}: {seen}" for seen in signals if (text := why_not_last_signal(seen))
             ]
             wrong += racer.wrongs
     if how == "remove":

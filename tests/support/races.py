@@ -34,10 +34,6 @@ PAGE = 4096
 COMMON = 32
 BAD = [page for page in range(COMMON) if page % 4 in (1, 2)]
 VERBS = ("inject", "second", "clear")
-WRITTEN_FROM = ("io",)
-"""Files that system calls take from: after the EFAULT of poison, a load from a direct mapping is BUS_ADRERR
-for 10 ms (faults.MARKED).
-"""
 AT_ONCE = 5
 """Racers that run in one burst; with more, none gets much done."""
 SHORT = ("truncate",)
@@ -342,7 +338,7 @@ def why_not_signal(seen: Seen, *, is_direct: bool) -> str | None:
 
 
 def _may_be_short_or_copied(place: Place, is_direct: bool) -> bool:
-    return place.file in SHORT or (is_direct and place.file in (*COPIED, *WRITTEN_FROM) and place.page in BAD)
+    return place.file in SHORT or (is_direct and place.file in COPIED and place.page in BAD)
 
 
 def why_not_last_signal(seen: Seen) -> str | None:
@@ -352,10 +348,13 @@ def why_not_last_signal(seen: Seen) -> str | None:
     return None if any(place.touched for place in seen.places) else "nothing that it ever touched"
 
 
-def why_not_log(mount: QuickMount) -> list[str]:
-    """Return unexpected messages of the supervisor, or of the tracer."""
+def why_not_log(mount: QuickMount, *, is_ending: bool = False) -> list[str]:
+    """Return unexpected messages of the supervisor, or of the tracer. ``is_ending``: the mount ends
+    meanwhile, so processes may lose their mappings.
+    """
     text = (mount.device / "supervisor.log").read_text()
-    return [text[-4000:]] if "Traceback" in text else []
+    unexpected = ["Traceback", *([] if is_ending else ["loses its direct mappings"])]
+    return [text[-4000:]] if any(word in text for word in unexpected) else []
 
 
 def _can_be_bad(place: Place) -> bool:

@@ -527,21 +527,31 @@ static void verify(void)
 	say("verified");
 }
 
+/* The first letter of the next line. Lines that were written before this process began to read stay apart. */
+static char next_word(void)
+{
+	char first = 0, c;
+	do {
+		if (read(0, &c, 1) <= 0)
+			_exit(0);
+		if (!first)
+			first = c;
+	} while (c != '\n');
+	return first;
+}
+
 static void serve(void (*race)(void))
 {
 	struct pollfd input = {.fd = 0, .events = POLLIN};
-	char line[32];
 	int running = 0;
 	for (;;) {
 		if (!running || poll(&input, 1, 0) > 0) {
-			ssize_t length = read(0, line, sizeof line);
-			if (length <= 0)
-				_exit(0);
-			if (line[0] == 'p')
+			char word = next_word();
+			if (word == 'p')
 				say("parked %lu", rounds);
-			if (line[0] == 'v')
+			if (word == 'v')
 				verify();
-			running = line[0] == 'r';
+			running = word == 'r';
 			continue;
 		}
 		race();
@@ -564,7 +574,7 @@ int main(int argc, char **argv)
 		return 2;
 	prctl(PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_EARLY, 0, 0);
 	catch_signals();
-	/* A file: on a direct mount, MAP_FIXED is over direct mappings only. */
+	/* A file: on a direct mount the addresses are in the zone. */
 	reserved = mmap(NULL, 2 * PAGES * PAGE, PROT_NONE, MAP_SHARED, open("common", O_RDWR | O_CLOEXEC), 0);
 	common = map(open("common", O_RDWR | O_CLOEXEC), "common", COMMON, MAP_SHARED, NULL);
 	for (unsigned i = 0; i < sizeof kinds / sizeof *kinds; i++)

@@ -225,6 +225,19 @@ def test_a_fork_waits_for_a_free_descriptor(scene: Scene) -> None:
     os.waitpid(pid, 0)
 
 
+def test_a_userfaultfd_that_is_closed_while_an_event_waits_is_not_read(scene: Scene) -> None:
+    """The end of an address space comes between the wake-up of the reading task and its read."""
+
+    async def closed_meanwhile(_: int) -> None:
+        scene.uffd.close()
+
+    async def main() -> None:
+        with pytest.raises(trio.ClosedResourceError):
+            await scarce.next_events(scene.uffd, closed_meanwhile)
+
+    trio.run(main)
+
+
 def test_a_move_waits_for_its_event_and_requests_say_so(scene: Scene) -> None:
     """UFFD_FEATURE_EVENT_REMAP: the protection moves along."""
     scene.uffd.register(scene.at, PAGES * PAGE_SIZE)

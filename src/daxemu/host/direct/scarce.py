@@ -31,6 +31,8 @@ async def next_events(
     """
     while True:
         await readable(uffd.fd)
+        if uffd.fd < 0:  # closed after the descriptor was readable
+            raise trio.ClosedResourceError
         try:
             return uffd.read()
         except OSError as error:
