@@ -119,6 +119,9 @@ def _end(mount: QuickMount, directory: Path, rng: random.Random, how: str, racer
             )
         holder = stack.enter_context(Scene(mount)).mapper(file="common", pages=COMMON)
         assert holder.cmd("tr 0 0").ok == "a"  # page 0 never fails
+        for racer in racers:  # a `daxemu run` that is starting would end with the mount
+            racer.say("park")
+            racer.parked()
         with ThreadPoolExecutor(1) as pool:
             for racer in racers:
                 racer.say("run")
