@@ -136,6 +136,7 @@ def _end(mount: QuickMount, directory: Path, rng: random.Random, how: str, racer
             status, signals = racer.end(), list(racer.seen())
             if status:
                 wrong.append(f"{racer.kind} ended with {status}: {signals[-1:]}")
+                wrong.append((mount.device / "supervisor.log").read_text()[-4000:])
             wrong += [
                 f"{racer.kind}: {text}: {seen}" for seen in signals if (text := why_not_last_signal(seen))
             ]
