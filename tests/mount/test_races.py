@@ -133,13 +133,11 @@ def _end(mount: QuickMount, directory: Path, rng: random.Random, how: str, racer
                 stop.set()
             injecting.result(PATIENCE)
         for racer in racers:
-            status, signals = racer.end(), list(racer.seen())
+            status, told = racer.end(), list(racer.seen())
             if status:
-                wrong.append(f"{racer.kind} ended with {status}: {signals[-1:]}")
+                wrong.append(f"{racer.kind} ended with {status}: {told[-1:]}")
                 wrong.append((mount.device / "supervisor.log").read_text()[-4000:])
-            wrong += [
-                f"{racer.kind}: {text}: {seen}" for seen in signals if (text := why_not_last_signal(seen))
-            ]
+            wrong += [f"{racer.kind}: {text}: {seen}" for seen in told if (text := why_not_last_signal(seen))]
             wrong += racer.wrongs
     if how == "remove":
         mount.umount()
