@@ -18,6 +18,7 @@ import trio
 
 from daxemu.errors import DaxemuError, MediaError
 from daxemu.fs.fault import FaultKind, FileRun
+from daxemu.fs.mapped_files import SHOWN_AT_ONCE
 from daxemu.fs.rmap import Owner
 from daxemu.host.direct.calls import Calls
 from daxemu.host.direct.changes import Changes, FileLocks
@@ -43,8 +44,6 @@ from daxemu.units import DIV_ROUND_UP, PHYS_PFN, blocks_of, bytes_of_blocks
 
 SYNC_INTERVAL = 5.0
 """Seconds between two write-backs of stores without an msync(2), as in dirty_writeback_centisecs."""
-_SYNC_PIECE = 256
-"""Blocks whose contents one step of the event loop shows to the filesystem."""
 
 
 class DirectMappings:
@@ -263,8 +262,8 @@ class DirectMappings:
             for area in self.table.areas_of(ino):
                 self.table.stored(area.space, area.addresses)
         for part in list(self._fs.mapped_stores):
-            for low in range(part.start, part.end, _SYNC_PIECE):
-                piece = Range(low, min(low + _SYNC_PIECE, part.end))
+            for low in range(part.start, part.end, SHOWN_AT_ONCE):
+                piece = Range(low, min(low + SHOWN_AT_ONCE, part.end))
                 for owner in list(self._fs.rmap.owners(*piece)):
                     if ino in (None, owner.ino):
                         await self._synced(owner)
