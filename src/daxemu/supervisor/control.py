@@ -16,7 +16,8 @@ import msgspec
 import trio
 
 from daxemu import protocol as p
-from daxemu.errors import DaxemuError, FsError, InvalidArgument, PermissionDenied
+from daxemu.errors import Busy, DaxemuError, FsError, InvalidArgument, PermissionDenied
+from daxemu.host.descriptors import EXHAUSTED
 from daxemu.host.proc import status
 from daxemu.host.unexpected import Unexpected, refused
 from daxemu.malformed import dotted, explain
@@ -116,6 +117,9 @@ class ControlSocket:
             except DaxemuError as error:
                 await _try_to_send(stream, _refusal(error))
             except Exception as error:  # noqa: BLE001 - ends this connection only
+                if isinstance(error, OSError) and error.errno in EXHAUSTED:
+                    await _try_to_send(stream, _refusal(Busy("the supervisor has no free descriptor")))
+                    return
                 said = self._unexpected.report("a connection of the control socket", error)
                 await _try_to_send(stream, _refusal(DaxemuError(said)))
 
@@ -153,7 +157,7 @@ class ControlSocket:
             return
         if len(asked) > _SENT:
             await trio.lowlevel.checkpoint()  # the decoding of the longest line is a step of 30 ms
-        if isinstance(request, p.Attach) and _is_itself(peer, request.pid):
+        if isinstance(request, p.Attach) and request.pid != peer and _is_itself(peer, request.pid):
             request = msgspec.structs.replace(request, pid=peer)
         if isinstance(request, p.Attach) and request.pid != peer:
             # Descriptors are taken from the process itself, never from another one.
