@@ -25,7 +25,7 @@ KEPT = 100_000
 _BATCH = 256
 
 
-class Trace:
+class TraceReader:
     """Observer that keeps records for one reader. Belongs to the trio thread."""
 
     def __init__(self, fs: Filesystem, file: str | None) -> None:
@@ -97,9 +97,9 @@ class Traces:
         self._steps = steps
 
     @asynccontextmanager
-    async def one(self, request: p.Trace) -> AsyncIterator[Trace]:
+    async def one(self, request: p.Trace) -> AsyncIterator[TraceReader]:
         """Trace in the context. C answers no request meanwhile."""
-        trace = Trace(self._fs, request.file)
+        trace = TraceReader(self._fs, request.file)
         self._steps.add(trace.add)
         try:
             await self._observation.add(trace)
