@@ -32,7 +32,8 @@ class Access(NamedTuple):
 
     ``error``: MediaError, or the error of a removed or shut-down filesystem. ``tid``: the waiting thread, 0
     if unknown. ``address``: the byte that the thread touched; None if only the page is known. ``is_store``:
-    True for a page fault of a store. ``vma``: addresses of the shared mapping, if known.
+    True for a page fault of a store. ``vma``: addresses of the shared mapping, if known. ``has_left``: return
+    whether the thread has left this page fault: another event of the thread has come.
     """
 
     ino: Ino
@@ -43,6 +44,7 @@ class Access(NamedTuple):
     address: int | None = None
     is_store: bool = False
     vma: Range | None = None
+    has_left: Callable[[], bool] = lambda: False
 
     @property
     def is_read_ahead(self) -> bool:
@@ -50,9 +52,9 @@ class Access(NamedTuple):
         return self.length > PAGE_SIZE
 
 
-Answer = Enum("Answer", ["ERROR", "AGAIN", "ZEROS", "SIGNALLED"])
-"""Treatment of a failed access: let the access fail, repeat the access, answer zeros, or nothing: the thread
-leaves its page fault for a signal.
+Answer = Enum("Answer", ["ERROR", "AGAIN", "ZEROS", "SIGNALLED", "WAKE"])
+"""Treatment of a failed access: let the access fail, repeat the access, answer zeros, do nothing, because the
+thread leaves its page fault for a signal, or wake the thread, which touches the page again.
 """
 
 

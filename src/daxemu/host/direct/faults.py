@@ -50,7 +50,9 @@ HOLD_PATIENCE = 0.2
 RETURN_PATIENCE = 1.0
 """Seconds that a page stays SIGBUS for a held thread whose system call does not return."""
 SPACE_PATIENCE = 1.0
-"""Seconds that a store waits for freed blocks that processes may still have mapped."""
+"""Seconds that a store to a full device waits for freed blocks that processes may still have mapped. Without
+such blocks the store fails at once.
+"""
 
 
 class Touch(NamedTuple):
@@ -140,14 +142,17 @@ class PageFaults:
         """Told about each page fault of the files that it wants."""
         self.waiting = 0
         """Number of events without an answer yet."""
+        self._latest: dict[int, Touch] = {}
+        """The latest event of each thread that has one without an answer."""
 
     def take(self, space: Space, event: PageFault) -> bool:
         """Answer one event at once, and return True; or in a task of its own."""
+        self._latest.pop(event.tid, None)
         area = space.at(page_align_down(event.address))
         is_wanted = area is not None and self.are_wanted(area.ino)
         if not is_wanted and self._immediate.answered(space, event):
             return True
-        self._nursery.start_soon(self.handle, space, event)
+        self._begin(space, event)
         return False
 
     def are_wanted(self, ino: Ino) -> bool:
@@ -163,11 +168,15 @@ class PageFaults:
         op = Op.STORE if touch.is_store and area.is_shared else Op.LOAD
         return Operation(op, touch.event.tid, area.ino, offset=offset, length=PAGE_SIZE)
 
-    async def handle(self, space: Space, event: PageFault) -> None:
-        """Answer one event. The thread never waits for ever: after an unexpected error its access fails."""
+    def _begin(self, space: Space, event: PageFault) -> None:
+        """Start a task that answers one event."""
         start = page_align_down(event.address)
-        page = Range(start, start + PAGE_SIZE)
-        touch = Touch(space, page, event)
+        touch = self._latest[event.tid] = Touch(space, Range(start, start + PAGE_SIZE), event)
+        self._nursery.start_soon(self._handle, touch)
+
+    async def _handle(self, touch: Touch) -> None:
+        """Answer one event. The thread never waits for ever: after an unexpected error its access fails."""
+        space, page, event = touch
         self.waiting += 1
         try:
             operation, observer = self._operation(touch), self.observer
@@ -188,6 +197,15 @@ class PageFaults:
             await self._give_up(touch)
         finally:
             self.waiting -= 1
+            if self._latest.get(event.tid) is touch:
+                del self._latest[event.tid]
+
+    def has_left(self, touch: Touch) -> bool:
+        """Return whether the thread has left the page fault of an event, and waits in another one: another
+        signal interrupted the fault, or the page came back. Precondition: the thread was seen asleep before.
+        """
+        touch.space.read_events()
+        return self._latest.get(touch.event.tid) is not touch
 
     async def _decide(self, touch: Touch) -> None:
         space, page, _ = touch
@@ -220,7 +238,7 @@ class PageFaults:
         if is_store and space.locks and is_populating(touch.event.tid):
             is_store = self._is_hole(ino, block)
         run = None
-        is_settled = self._changes.is_settled()
+        may_free = may_wait and self._changes.may_free
         with self._changes.following(ino):
             with self._changes.own(ino) as changed:
                 try:
@@ -229,7 +247,7 @@ class PageFaults:
                     if is_wanted and not is_store:  # the first store is another page fault
                         run = run._replace(is_watched=True)
                 except NoSpace:
-                    if may_wait and not is_settled:
+                    if may_free:
                         raise
                 except DaxemuError:
                     pass  # the access fails
@@ -319,6 +337,8 @@ class PageFaults:
         call = self._calls.get(event.tid)
         if call is None:
             answer = await self._on_poison(touch, area, run)
+            if answer is Answer.WAKE:
+                space.wake(page)
             if answer is not Answer.ERROR:
                 return answer is Answer.AGAIN
             if in_page_fault(event.tid) is False and process_of(event.tid) != os.getpid():

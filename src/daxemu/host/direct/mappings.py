@@ -34,7 +34,7 @@ from daxemu.host.fuse import notifications
 from daxemu.host.mappings import Access, Answer, HardwareError, Upcalls
 from daxemu.host.mount_parts import MountParts
 from daxemu.host.observer import Observer
-from daxemu.host.proc.file_pages import FilePage
+from daxemu.host.proc.file_pages import NOWHERE, FilePage
 from daxemu.host.proc.present import Mapped
 from daxemu.host.run.attached import Handle
 from daxemu.mm.incident import Incident
@@ -155,6 +155,7 @@ class DirectMappings:
                 touch.event.address,
                 touch.is_store,
                 area.addresses if area.is_shared else None,
+                lambda: self.faults.has_left(touch),
             )
             assert self._upcalls is not None
             return await self._upcalls.on_access(access)
@@ -200,7 +201,7 @@ class DirectMappings:
             for run in self._fs.runs(ino, Range(index, index + 1)):
                 if run.kind is FaultKind.MAPPED:
                     return FilePage(*self._file, PHYS_PFN(self._media.offset) + run.dev_block)
-        return FilePage(0, 0, 0, 0)
+        return NOWHERE
 
     def revoke(self, incident: Incident) -> None:
         """See Mappings.revoke. Poisoned pages are gone from every process already."""

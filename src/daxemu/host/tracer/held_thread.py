@@ -142,7 +142,7 @@ class HeldThread:
         return bool(self.fifo) and not self.cookie and not self.listening and self.retry_at is None
 
     @property
-    def fault_of_next(self) -> tuple[int, int] | None:
+    def fault_of_next(self) -> tuple[int, int, int] | None:
         """``ForceAR.fault`` of the next signal; None between the stops of an injection, too, which has other
         registers.
         """
