@@ -73,7 +73,7 @@ class Order:
     parent: int
 
 
-class Touch:
+class OneAccess:
     """One access to a file, and the signals of the process."""
 
     def __init__(self, path: str, order: Order) -> None:
@@ -197,7 +197,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() == order.parent:
-        Touch(sys.argv[2], order).run()
+        OneAccess(sys.argv[2], order).run()
 
 
 if __name__ == "__main__":
