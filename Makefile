@@ -117,7 +117,9 @@ soak: setup
 	DAXEMU_CORRUPTION_IMAGES=100000 $(PY) -m pytest tests/corruption -n auto
 	DAXEMU_CRASH_ROUNDS=5000 $(PY) -m pytest tests/mount/test_crash_loop.py --timeout 7200
 	DAXEMU_RACE_SECONDS=600 $(PY) -m pytest tests/mount/test_races.py -s
-	DAXEMU_SOAK=3600 $(PY) -m pytest tests/mount/test_soak.py -s
+	DAXEMU_RACE_SECONDS=600 $(PY) -m pytest tests/mount/direct/test_races.py -s
+	DAXEMU_STRESS=7 $(PY) -m pytest tests/mount/direct/test_stress.py
+	DAXEMU_SOAK=3600 $(PY) -m pytest tests/mount/test_soak.py tests/mount/direct/test_soak.py -s
 	DAXEMU_MODEL_RANDOM=1 DAXEMU_MODEL_EXAMPLES=500 $(PY) -m pytest tests/fs tests/host/direct/test_model.py tests/repair/test_model.py \
 		tests/mount/test_model.py --timeout 7200
 

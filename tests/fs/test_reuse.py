@@ -37,6 +37,19 @@ def test_a_held_block_keeps_its_contents_and_gets_no_owner(core: Core, full: All
     assert bytes(core.pmem.dax.direct_access(5 * PAGE_SIZE, 1)) == b"\0"
 
 
+def test_only_freed_blocks_are_worth_a_wait(full: Allocator) -> None:
+    assert not full.has_freed
+    hold = full.hold()
+    assert not full.has_freed
+    full.free(Range(5, 6))
+    assert full.has_freed
+    full.settle()
+    assert full.has_freed
+    full.release(hold)
+    assert not full.has_freed
+    assert full.allocate(1) == [Range(5, 6)]
+
+
 def test_holds_that_overlap_for_ever_do_not_keep_blocks_for_ever(full: Allocator) -> None:
     hold = full.hold()
     for block in range(20):

@@ -85,7 +85,7 @@ def test_a_thread_that_has_left_its_page_fault_gets_no_signal(words: list[str]) 
         tracee = await start()
         for word in words:
             assert (await tracee.ask(word)).startswith("done")
-        armed = await link.force_ar(tracee.pid, tracee.pid, tracee.map, fault=(0x1000, 0x2000))
+        armed = await link.force_ar(tracee.pid, tracee.pid, tracee.map, fault=(0x1000, 0x2000, 0))
         assert isinstance(armed, Armed)
         assert await armed.wait(30) == NotTaken(armed.id)
         await tracee.free()
@@ -147,7 +147,7 @@ def test_the_default_action_cannot_be_had() -> None:
     assert thread.idle
 
 
-FAULT = (0x7000, 0x400)
+FAULT = (0x7000, 0x400, 5)
 
 
 def _failed_fault(address: int) -> Stop:

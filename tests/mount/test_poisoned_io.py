@@ -104,7 +104,7 @@ def test_read_into_several_buffers(scene: Scene) -> None:
 def test_poison_survives_a_remount(scene: Scene) -> None:
     scene.poison(BAD)
     scene.mount.umount()
-    scene.mount.mount()
+    scene.mount.mount_again()
     p0 = scene.mapper()
     reads_up_to_poison(p0, 0, 0, 32768)
     assert refused(p0, f"pread 0 {AT} {PAGE}") == "EIO"

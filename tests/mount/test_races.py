@@ -115,7 +115,7 @@ def _end(mount: QuickMount, directory: Path, rng: random.Random, how: str, racer
         for kind in rng.sample(KINDS, 3):
             signals = directory / f"{kind}.signals"
             racers.append(
-                stack.enter_context(Racer(kind, rng.randrange(1 << 30), mount.path, signals, lenient=True))
+                stack.enter_context(Racer(kind, rng.randrange(1 << 30), mount, signals, lenient=True))
             )
         holder = stack.enter_context(Scene(mount)).mapper(file="common", pages=COMMON)
         assert holder.cmd("tr 0 0").ok == "a"  # page 0 never fails

@@ -175,7 +175,7 @@ def test_unmount_and_mount_again(scene: Scene) -> None:
     p0.close()
     scene.mount.umount()
     daxemu("fsck", scene.mount.device)
-    scene.mount.mount()
+    scene.mount.mount_again()
     assert state(scene) == "mounted"
     assert (path / "d" / "note").read_bytes() == b"kept"
     p1 = scene.mapper(touch=[1])
@@ -201,7 +201,7 @@ def test_struct_pages_are_gone_with_the_device(scene: Scene) -> None:
     scene.mount.umount()
     assert "not mounted" in daxemu("page-types", device, status=3)
     looking.close()
-    scene.mount.mount()
+    scene.mount.mount_again()
     (here,) = [t for t in scene.mount.json("page-types", device)["types"] if t["kind"] == "zone device"]
     assert here["pages"] == total
 

@@ -6,6 +6,7 @@ import os
 import random
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from daxemu.client import Client
 from daxemu.errors import DaxemuError
 from daxemu.supervisor.event_log import KEPT
 from tests.support.actor import Actor
-from tests.support.mount import DAXEMU, DaxMount, dax_mount_at
+from tests.support.mount import DaxMount
 
 SECONDS = float(os.environ.get("DAXEMU_SOAK", "5"))
 PAGE, PAGES, NAMES = 4096, 64, 200
@@ -96,18 +97,11 @@ class Work:
         return (resident - of_files) * PAGE, min(KEPT, status["events"])
 
 
-@pytest.mark.parametrize("mode", ["page cache", "direct"])
-def test_mixed_work_does_not_make_the_supervisor_grow(tmp_path: Path, mode: str) -> None:
-    if mode == "direct" and os.geteuid() != 0:
-        pytest.skip("direct mounts need root")
-    with ExitStack() as stack:
-        made = stack.enter_context(dax_mount_at(tmp_path, mount=False))
-        made.mount(*(["--direct"] if mode == "direct" else []))
-        client = stack.enter_context(made.client())
-        wrapper = [*DAXEMU, "run", str(made.path), "--"] if made.is_direct else []
-        mappers = [
-            stack.enter_context(Actor.spawn(f"p{i}", cwd=made.path, wrapper=wrapper)) for i in range(MAPPERS)
-        ]
+def test_mixed_work_does_not_make_the_supervisor_grow(dax_mount: DaxMount) -> None:
+    made = dax_mount
+    with made.client() as client, ExitStack() as stack:
+        spawn = partial(Actor.spawn, cwd=made.path, wrapper=made.wrapper)
+        mappers = [stack.enter_context(spawn(f"p{i}")) for i in range(MAPPERS)]
         made.make_file("f0", PAGES)
         for mapper in mappers:
             for command in ("mcekill early", "open 0 f0 rw", f"mmap 0 0 0 {PAGES} shared"):

@@ -37,6 +37,11 @@ class DaxMount:
     sound: bool = True
     is_direct: bool = False
 
+    @property
+    def wrapper(self) -> list[str]:
+        """Return the words before a command that maps files: ``daxemu run`` on a direct mount."""
+        return [*DAXEMU, "run", str(self.path), "--"] if self.is_direct else []
+
     def run(self, *arguments: str | Path | int, status: int = 0) -> str:
         """Run ``daxemu ARGUMENTS``; return stdout, or stderr if ``status`` is not 0."""
         return daxemu(*arguments, status=status)
@@ -64,6 +69,10 @@ class DaxMount:
         kinds.require("mount")
         self.is_direct = "--direct" in options
         self.run("mount", *options, self.device, self.path)
+
+    def mount_again(self) -> None:
+        """Mount the device in the mode of the last mount."""
+        self.mount(*(["--direct"] if self.is_direct else []))
 
     def umount(self, *options: str) -> None:
         """Unmount the device."""

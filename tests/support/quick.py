@@ -68,6 +68,10 @@ class QuickMount(DaxMount):
         except NotMounted:
             self.bury()
 
+    def mount_again(self) -> None:
+        """See DaxMount.mount_again."""
+        self.mount()
+
     def remount(self) -> None:
         """Unmount and mount."""
         self.umount()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from tests.support.actor import compile_victim
+from tests.support.mount import DaxMount
 
 KINDS = (
     "truncate", "unlink", "clone", "cow", "rename", "exec", "exit", "fork", "munmap", "replace", "remap",
@@ -64,7 +65,9 @@ class PageRead(NamedTuple):
 class Racer:
     """One racer. A context manager: the racer does not outlive the block."""
 
-    def __init__(self, kind: str, seed: int, cwd: Path, signals: Path, *, lenient: bool = False) -> None:
+    def __init__(
+        self, kind: str, seed: int, mount: DaxMount, signals: Path, *, lenient: bool = False
+    ) -> None:
         self.kind = kind
         self.rounds = 0
         self.wrongs: list[str] = []
@@ -72,6 +75,7 @@ class Racer:
         self._read = 0
         self._rest = b""
         argv = [
+            *mount.wrapper,
             str(compile_victim("racer")),
             kind,
             str(seed),
@@ -79,7 +83,7 @@ class Racer:
             *(["lenient"] if lenient else []),
         ]
         self._process = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=cwd, bufsize=0
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=mount.path, bufsize=0
         )
 
     @property
@@ -98,7 +102,12 @@ class Racer:
 
     def say(self, word: str) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(word.encode() + b"\n")
+        try:
+            self._process.stdin.write(word.encode() + b"\n")
+        except BrokenPipeError:
+            status = self._process.wait(PATIENCE)
+            last = self._signals.read_text().splitlines()[-1:] if self._signals.exists() else []
+            raise AssertionError(f"{self.kind} (pid {self.pid}) ended with {status}: {last}") from None
 
     def parked(self) -> None:
         """After ``say("park")``: wait until the racer's round is over."""

@@ -34,10 +34,18 @@ PAGE = 4096
 COMMON = 32
 BAD = [page for page in range(COMMON) if page % 4 in (1, 2)]
 VERBS = ("inject", "second", "clear")
+WRITTEN_FROM = ("io",)
+"""Files that system calls take from: after the EFAULT of poison, a load from a direct mapping is BUS_ADRERR
+for 10 ms (faults.MARKED).
+"""
 AT_ONCE = 5
 """Racers that run in one burst; with more, none gets much done."""
 SHORT = ("truncate",)
 """Files that have an end within what is mapped of them: there BUS_ADRERR is no poison."""
+COPIED = ("cow-from", "cow-to")
+"""Files with shared blocks that are stored to: the copy of poison fails with BUS_ADRERR on a direct mount
+(dax_iomap_copy_around()).
+"""
 MOST_DESCRIPTORS = 24
 """Number of descriptors, or threads, that a working supervisor may have beyond those at its start."""
 
@@ -135,7 +143,7 @@ class Races:
         fill(self.mount.path / "common", COMMON)
         for number, kind in enumerate(KINDS):
             signals = self._directory / f"{kind}.signals"
-            racer = Racer(kind, self._seed * 100 + number, self.mount.path, signals)
+            racer = Racer(kind, self._seed * 100 + number, self.mount, signals)
             self.racers.append(self._stack.enter_context(racer))
         self._next.extend(random.Random(self._seed).sample(self.racers, len(self.racers)))
         return self
@@ -193,6 +201,8 @@ class Races:
 
     def _why_present(self, racer: Racer, books: Books) -> list[str]:
         """Return poison that a racer could still read without a fault."""
+        if self.mount.is_direct:
+            return self._why_media_present(racer, books)
         wrong = []
         with Pagemap(racer.pid) as pagemap:
             for vma in maps.read(racer.pid, mount_of(self.mount.path).dev):
@@ -205,11 +215,26 @@ class Races:
                     ]
         return wrong
 
+    def _why_media_present(self, racer: Racer, books: Books) -> list[str]:
+        """The same for the pages of the media that the racer maps."""
+        media = (self.mount.device / "media").stat()
+        wrong = []
+        with Pagemap(racer.pid) as pagemap:
+            for vma in maps.read(racer.pid, (os.major(media.st_dev), os.minor(media.st_dev))):
+                for run in pagemap.present_in(vma.start, vma.end) if vma.ino == media.st_ino else ():
+                    first = vma.pgoff + ((run.start - vma.start) >> PAGE_SHIFT)
+                    wrong += [
+                        f"{racer.kind}: page {page} of the media is poison and present"
+                        for page in range(first, first + (run.length >> PAGE_SHIFT))
+                        if books.is_poison(page)
+                    ]
+        return wrong
+
     def _why_not_signals(self, racer: Racer) -> list[str]:
         wrong = []
         for seen in racer.seen():
             self._seen[seen.pid][seen.code] += 1
-            if text := why_not_signal(seen):
+            if text := why_not_signal(seen, is_direct=self.mount.is_direct):
                 wrong.append(f"{text}: {seen}")
         return wrong
 
@@ -272,6 +297,10 @@ class Books:
             self._files[ino] = found["size"], pages
         return self._files[ino]
 
+    def is_poison(self, page: int) -> bool:
+        """Return whether a page of the device has poison."""
+        return page in self._bad
+
     def is_bad(self, ino: int, page: int) -> bool:
         return self._file(ino)[1].get(page) in self._bad
 
@@ -291,7 +320,7 @@ def _why_not_page(read: PageRead, books: Books) -> str | None:
     )
 
 
-def why_not_signal(seen: Seen) -> str | None:
+def why_not_signal(seen: Seen, *, is_direct: bool) -> str | None:
     """Check that the signal was possible: for poison in a mapping of the process, of which it had touched a
     page.
     """
@@ -300,7 +329,9 @@ def why_not_signal(seen: Seen) -> str | None:
     if not seen.places:
         return "an address that it never mapped"
     if seen.code == BUS_ADRERR:
-        return None if any(p.file in SHORT and p.live for p in seen.places) else "a fault without a reason"
+        if any(p.live and _may_be_short_or_copied(p, is_direct) for p in seen.places):
+            return None
+        return "a fault without a reason"
     if seen.lsb != PAGE_SHIFT:
         return "not the size of a page"
     if seen.code == BUS_MCEERR_AR and not seen.sync:
@@ -308,6 +339,10 @@ def why_not_signal(seen: Seen) -> str | None:
     if not any(_can_be_bad(place) for place in seen.places):
         return "memory that never was poison"
     return None
+
+
+def _may_be_short_or_copied(place: Place, is_direct: bool) -> bool:
+    return place.file in SHORT or (is_direct and place.file in (*COPIED, *WRITTEN_FROM) and place.page in BAD)
 
 
 def why_not_last_signal(seen: Seen) -> str | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.support.actor import Actor, Signal
-from tests.support.mount import DAXEMU, DaxMount
+from tests.support.mount import DaxMount
 
 PAGE = 4096
 PAGES = 128
@@ -55,8 +55,8 @@ class Scene:
 
     def actor(self, name: str = "p0", wrapper: Sequence[str] = ()) -> Actor:
         """Start a process in the root directory of the mount, on a direct mount under ``daxemu run``."""
-        if self.mount.is_direct and "run" not in wrapper:
-            wrapper = [*DAXEMU, "run", str(self.mount.path), "--", *wrapper]
+        if "run" not in wrapper:
+            wrapper = [*self.mount.wrapper, *wrapper]
         return self._actors.enter_context(Actor.spawn(name, cwd=self.mount.path, wrapper=wrapper))
 
     def mapper(

@@ -563,8 +563,9 @@ int main(int argc, char **argv)
 	if (nice(10) < 0) /* or nobody else would get anything done, and there would be nothing to race against */
 		return 2;
 	prctl(PR_MCE_KILL, PR_MCE_KILL_SET, PR_MCE_KILL_EARLY, 0, 0);
-	reserved = mmap(NULL, 2 * PAGES * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	catch_signals();
+	/* A file: on a direct mount, MAP_FIXED is over direct mappings only. */
+	reserved = mmap(NULL, 2 * PAGES * PAGE, PROT_NONE, MAP_SHARED, open("common", O_RDWR | O_CLOEXEC), 0);
 	common = map(open("common", O_RDWR | O_CLOEXEC), "common", COMMON, MAP_SHARED, NULL);
 	for (unsigned i = 0; i < sizeof kinds / sizeof *kinds; i++)
 		if (!strcmp(kinds[i].name, argv[1]))

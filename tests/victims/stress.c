@@ -14,7 +14,9 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -346,13 +348,82 @@ static void step_numbers(int argc, char **argv)
 			*(volatile uint64_t *)(map + page * PAGE) = number;
 }
 
+/* System calls on a mapping by other ways than loads and stores. The file has letters, a hole behind, and a clone. */
+static void step_interfaces(int argc, char **argv)
+{
+	int fd = open_file(argv[0]), clone = open_file(argv[1]), ends[2], mem = open("/proc/self/mem", O_RDWR);
+	char bytes[PAGE], *map;
+	(void)argc;
+	must(mem >= 0 && pipe(ends) == 0);
+	must(ftruncate(fd, 32 * PAGE) == 0);
+	must(clone_over(clone, fd) == 0);
+	map = (char *)map_fd(fd, 32);
+	/* Shared blocks, and a hole. */
+	struct iovec here = {bytes, PAGE}, there = {map + PAGE, PAGE};
+	must(process_vm_readv(getpid(), &here, 1, &there, 1, 0) == (ssize_t)PAGE && bytes[0] == 'B');
+	bytes[0] = 'v';
+	must(process_vm_writev(getpid(), &here, 1, &there, 1, 0) == (ssize_t)PAGE);
+	there.iov_base = map + 20 * PAGE;
+	must(process_vm_writev(getpid(), &here, 1, &there, 1, 0) == (ssize_t)PAGE);
+	must(map[PAGE] == 'v' && map[20 * PAGE] == 'v');
+	must(pread(mem, bytes, 1, (off_t)(uintptr_t)(map + 2 * PAGE)) == 1 && bytes[0] == 'C');
+	/* access_remote_vm() waits for no userfaultfd: a page that the filesystem must decide is EIO. */
+	must(pwrite(mem, "m", 1, (off_t)(uintptr_t)(map + 2 * PAGE)) == -1 && errno == EIO);
+	must(pwrite(mem, "m", 1, (off_t)(uintptr_t)(map + 21 * PAGE)) == -1 && errno == EIO);
+	must(pread(clone, bytes, 1, 2 * PAGE) == 1 && bytes[0] == 'C');
+	map[2 * PAGE + 1] = map[21 * PAGE + 1] = 'n';
+	must(pwrite(mem, "m", 1, (off_t)(uintptr_t)(map + 2 * PAGE)) == 1);
+	must(pwrite(mem, "m", 1, (off_t)(uintptr_t)(map + 21 * PAGE)) == 1);
+	must(map[2 * PAGE] == 'm' && map[21 * PAGE] == 'm');
+	must(pread(clone, bytes, 1, PAGE) == 1 && bytes[0] == 'B');
+	must(pread(clone, bytes, 1, 2 * PAGE) == 1 && bytes[0] == 'C');
+	/* Pipes. */
+	struct iovec gift = {map + 3 * PAGE, PAGE};
+	must(vmsplice(ends[1], &gift, 1, 0) == (ssize_t)PAGE);
+	must(read(ends[0], bytes, PAGE) == (ssize_t)PAGE && bytes[0] == 'D');
+	off_t at = 4 * PAGE;
+	must(splice(fd, &at, ends[1], NULL, PAGE, 0) == (ssize_t)PAGE);
+	must(read(ends[0], bytes, PAGE) == (ssize_t)PAGE && bytes[0] == 'E');
+	at = 5 * PAGE;
+	must(sendfile(ends[1], fd, &at, PAGE) == (ssize_t)PAGE);
+	must(read(ends[0], map + 22 * PAGE, PAGE) == (ssize_t)PAGE && map[22 * PAGE] == 'F');
+	/* Advice changes no content. */
+	static const int advice[] = {MADV_NORMAL, MADV_RANDOM, MADV_SEQUENTIAL, MADV_WILLNEED, MADV_DONTNEED, MADV_HUGEPAGE,
+				     MADV_NOHUGEPAGE, MADV_MERGEABLE, MADV_UNMERGEABLE, MADV_COLD, MADV_PAGEOUT, MADV_FREE,
+				     MADV_WIPEONFORK, MADV_KEEPONFORK, MADV_DONTDUMP, MADV_DODUMP};
+	for (unsigned i = 0; i < sizeof(advice) / sizeof(*advice); i++) {
+		madvise(map, 32 * PAGE, advice[i]);
+		must(map[PAGE] == 'v' && map[2 * PAGE] == 'm' && map[6 * PAGE] == 'G' && map[20 * PAGE] == 'v');
+		map[6 * PAGE + 1] = (char)i;
+		must(pread(fd, bytes, 1, 6 * PAGE + 1) == 1 && bytes[0] == (char)i);
+	}
+	must(madvise(map + 6 * PAGE, PAGE, MADV_REMOVE) == 0 && map[6 * PAGE] == 0);
+	unsigned char present[32];
+	must(mincore(map, 32 * PAGE, present) == 0);
+	/* A child without the mapping does not get it back by a change of the file. */
+	must(madvise(map, 32 * PAGE, MADV_DONTFORK) == 0);
+	int go[2], status;
+	must(pipe(go) == 0);
+	pid_t child = fork();
+	must(child >= 0);
+	if (child == 0) {
+		must(read(go[0], bytes, 1) == 1);
+		*(volatile char *)(map + 7 * PAGE) = 'x';
+		_exit(0);
+	}
+	must(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 7 * PAGE, PAGE) == 0);
+	must(write(go[1], "g", 1) == 1);
+	must(waitpid(child, &status, 0) == child && WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV);
+	must(map[7 * PAGE] == 0);
+}
+
 static const struct {
 	const char *name;
 	void (*run)(int argc, char **argv);
 } steps[] = {
 	{"extents", step_extents}, {"vmas", step_vmas},	  {"many", step_many},		   {"loop", step_loop},
 	{"changes", step_changes}, {"tree", step_tree},	  {"execs", step_execs},	   {"descriptors", step_descriptors},
-	{"numbers", step_numbers},
+	{"numbers", step_numbers}, {"interfaces", step_interfaces},
 };
 
 int main(int argc, char **argv)

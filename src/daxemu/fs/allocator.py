@@ -286,6 +286,13 @@ class Allocator:
         self._pending.add(*run)
         self._later_bad_blocks += _common(self._bad_blocks, run)
 
+    @property
+    def has_freed(self) -> bool:
+        """True if freed blocks wait for a commit, for a hold, or for the host: an allocation may succeed
+        later.
+        """
+        return bool(self._pending or self._held or self._settled)
+
     def hold(self) -> int:
         """Begin a hold: blocks freed before a commit during the hold are not reused until :meth:`release`.
 

@@ -18,6 +18,7 @@ from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
 from daxemu.errors import DaxemuError
+from daxemu.host.observer import Observer
 from daxemu.host.proc.file_pages import FilePage
 from daxemu.host.proc.present import Mapped
 from daxemu.mm.incident import Incident
@@ -31,7 +32,8 @@ class Access(NamedTuple):
 
     ``error``: MediaError, or the error of a removed or shut-down filesystem. ``tid``: the waiting thread, 0
     if unknown. ``address``: the byte that the thread touched; None if only the page is known. ``is_store``:
-    True for a page fault of a store. ``vma``: addresses of the shared mapping, if known.
+    True for a page fault of a store. ``vma``: addresses of the shared mapping, if known. ``has_left``: return
+    whether the thread has left this page fault: another event of the thread has come.
     """
 
     ino: Ino
@@ -42,6 +44,7 @@ class Access(NamedTuple):
     address: int | None = None
     is_store: bool = False
     vma: Range | None = None
+    has_left: Callable[[], bool] = lambda: False
 
     @property
     def is_read_ahead(self) -> bool:
@@ -49,9 +52,9 @@ class Access(NamedTuple):
         return self.length > PAGE_SIZE
 
 
-Answer = Enum("Answer", ["ERROR", "AGAIN", "ZEROS", "SIGNALLED"])
-"""Treatment of a failed access: let the access fail, repeat the access, answer zeros, or nothing: the thread
-leaves its page fault for a signal.
+Answer = Enum("Answer", ["ERROR", "AGAIN", "ZEROS", "SIGNALLED", "WAKE"])
+"""Treatment of a failed access: let the access fail, repeat the access, answer zeros, do nothing, because the
+thread leaves its page fault for a signal, or wake the thread, which touches the page again.
 """
 
 
@@ -210,6 +213,14 @@ class Mappings(Translations, Protocol):
         the I/O lock, which holds FUSE requests until all blocks are shared; an implementation that serves
         page faults holds these itself, to the end of the context. Precondition: the caller holds
         ``mf_mutex``. After the context both files are settled. Raises FsError EAGAIN after a time limit.
+        """
+
+    # -- observation
+
+    async def observe(self, observer: Observer | None) -> None:
+        """Tell ``observer`` about the page faults that are no request, from now on; None: nobody. Of a file
+        that the observer wants, the next load and the next store of each page are page faults. Called again
+        when the observer wants other files. Loop.
         """
 
     # -- system calls

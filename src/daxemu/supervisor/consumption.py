@@ -82,10 +82,9 @@ class Consumption:
         if isinstance(error, MediaError):
             found = self._discover(ranges, process_of(access.tid) if access.tid else -1)
             pfn, _ = failed_pages(self._pmem, ranges[0] if ranges else Range(0, 0))
-            if await self._signals.consumed(
+            return await self._signals.consumed(
                 access, pfn, self._supplement_missing, found=bool(found), shift=_shift(access, found)
-            ):
-                return Answer.SIGNALLED
+            )
         return Answer.ERROR
 
     def _discover(self, ranges: Sequence[Range], consumer: int) -> list[Incident]:

@@ -165,15 +165,19 @@ class ControlSocket:
                 _refusal(PermissionDenied(f"process {peer} may not attach process {request.pid}"))
             )
         elif isinstance(request, p.Trace):
-            with self._hangups.cancelling(stream), self._traces.one(request) as trace:
-                await stream.send_all(msgspec.json.encode(p.Reply(True, result=msgspec.Raw(b"{}"))) + b"\n")
-                async for lines in trace.lines():
-                    await stream.send_all(b"\n".join(lines) + b"\n")
+            with self._hangups.cancelling(stream):
+                await self._trace(stream, request)
         elif isinstance(request, p.Follow):
             with self._hangups.cancelling(stream):
                 await self._follow(stream, request)
         else:
             await self._reply(stream, request)
+
+    async def _trace(self, stream: trio.SocketStream, request: p.Trace) -> None:
+        async with self._traces.one(request) as trace:
+            await stream.send_all(msgspec.json.encode(p.Reply(True, result=msgspec.Raw(b"{}"))) + b"\n")
+            async for lines in trace.lines():
+                await stream.send_all(b"\n".join(lines) + b"\n")
 
     async def _follow(self, stream: trio.SocketStream, request: p.Follow) -> None:
         async for lines in self._log.follow(request.after):

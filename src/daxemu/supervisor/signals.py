@@ -17,12 +17,12 @@ import trio
 
 from daxemu.errors import DaxemuError
 from daxemu.events import KILLED_BY_SIGBUS, Emit, SignalSent
-from daxemu.host.mappings import Access
+from daxemu.host.mappings import Access, Answer
 from daxemu.host.proc.file_pages import FilePage
 from daxemu.host.proc.processes import (
     comm_of,
-    fault_of,
     in_page_fault,
+    place_of_fault,
     process_of,
     tracer_of,
 )
@@ -38,6 +38,10 @@ SIGNAL_PATIENCE = 2.0
 """Seconds that a failure waits for the delivery of an AO. After that the signal stays queued."""
 ARM_PATIENCE = 1.0
 """Seconds that the read of a thread that consumed poison waits for a tracer without work."""
+_SAME_CALL = 1.0
+"""Seconds within which a second event of a thread at an address is of the same system call."""
+_LOOKS, _LOOK = 5, 0.0005
+"""Number of looks, and seconds between two, at a thread that does not sleep in its page fault yet."""
 
 _MERGED = "merged with the SIGBUS that it has pending"
 _POSTPONED = "the process is stopped or asleep in the kernel, as {} others for which the tracer waits"
@@ -74,12 +78,14 @@ class Signals:
         self._latest_arm: dict[int, int] = {}
         """Threads that consume poison now, and the last request to the tracer for each."""
         self._finders: set[int] = set()
-        """Threads of ``_latest_arm`` whose load discovered the poison. One page fault sends several reads."""
+        """Threads whose access discovered the poison. One page fault sends several reads, or events."""
+        self._in_call: dict[int, tuple[int | None, float]] = {}
+        """Threads that were in a system call at an event of a direct mapping: the address, and the time."""
         self._forced: dict[int, int] = {}
         """Threads with a forced SIGBUS on its way, and the request to the tracer for each."""
-        self._leaving: dict[int, Pending] = {}
-        """Threads that leave a page fault in a direct mapping for a forced SIGBUS, and the request of
-        each.
+        self._leaving: dict[int, trio.Event] = {}
+        """Threads that leave a page fault in a direct mapping for a forced SIGBUS: one signal at a time. The
+        event is set at the report of the tracer.
         """
 
     def _sent(self, sent: _Signal, result: str, reason: str | None) -> None:
@@ -222,27 +228,26 @@ class Signals:
         *,
         found: bool,
         shift: int = PAGE_SHIFT,
-    ) -> bool:
+    ) -> Answer:
         """Have the tracer make the SIGBUS of a thread in a page fault over poison a BUS_MCEERR_AR.
 
-        Return when the access may be answered; True if no answer must come, because the thread leaves its
-        page fault for the signal. System calls get EIO and no signal. Requests for several pages
+        Return when the access may be answered. System calls get EIO and no signal. Requests for several pages
         get EIO and no signal, too: these are read-ahead, and the kernel sends another request for the one
         page of a fault. ``found``: True if the read discovered the poison. ``shift``: log2 of the size of
         the failed memory, for a page fault in a direct mapping.
         """
         if access.is_read_ahead:
-            return False
+            return Answer.ERROR
         if not access.tid:
             if supplement_missing is not None:
                 self._inexact(access, pfn, supplement_missing)
-            return False
+            return Answer.ERROR
         faulting = in_page_fault(access.tid)
         if faulting is False:
-            return False
+            return Answer.WAKE if self._may_have_left(access) else Answer.ERROR
         if faulting is None:
             self._inexact(access, pfn, "not permitted to look at the thread")
-            return False
+            return Answer.ERROR
         if access.address is not None:
             return await self._leaves_fault(access, access.address, pfn, found=found, shift=shift)
         page = self._file_page(access.ino, PHYS_PFN(access.offset))
@@ -255,44 +260,75 @@ class Signals:
             if found:
                 self._finders.add(access.tid)
             self._nursery.start_soon(self._await_ar, consumer, armed)
-        return False
+        return Answer.ERROR
 
-    async def _leaves_fault(self, access: Access, address: int, pfn: Pfn, *, found: bool, shift: int) -> bool:
-        """Force an AR on a thread that waits in a page fault of its own until a signal comes. Return False if
-        the tracer cannot: the access must fail then.
+    def _may_have_left(self, access: Access) -> bool:
+        """Return True at the first event of a thread that is in a system call: the event may be of a page
+        fault that the thread has left for the handler of another signal. The caller wakes the thread, and
+        the access of a system call is another event.
         """
-        tid = access.tid
-        while (earlier := self._leaving.get(tid)) is not None:
-            # The report of the last signal may come after the next touch.
-            await earlier.wait()
-            if self._leaving.get(tid) is earlier:
-                del self._leaving[tid]
-        # One touch sends another event when the thread is woken in between. A thread that is awake has left
-        # this fault. In a stop, the thread may have left the fault, too: the tracer compares the place.
-        if (fault := fault_of(tid)) is None:
-            return True
-        if (other := tracer_of(tid)) not in (0, self._tracer.pid):
-            # A forced signal would be a plain one. The failed access gives BUS_ADRERR with the address.
-            self._inexact(access, pfn, f"process {other} traces the thread")
+        if access.address is None:
             return False
-        consumer = replace(_ar(access, pfn), address=address, current=found, lsb=shift)
-        armed = await self._tracer.force_ar(
-            consumer.pid, tid, address, shift, fault=fault, patience=ARM_PATIENCE
-        )
-        if not isinstance(armed, Armed):
-            if isinstance(armed, Refused):
-                self._inexact(access, pfn, armed.reason)
+        now = trio.current_time()
+        before, since = self._in_call.pop(access.tid, (None, 0.0))
+        if before == access.address and now - since < _SAME_CALL:
             return False
-        self._leaving[tid] = armed
-        self._nursery.start_soon(self._await_leaving, consumer, armed)
+        self._in_call = {tid: seen for tid, seen in self._in_call.items() if now - seen[1] < _SAME_CALL}
+        self._in_call[access.tid] = access.address, now
         return True
 
-    async def _await_leaving(self, consumer: _Signal, armed: Pending) -> None:
+    async def _leaves_fault(
+        self, access: Access, address: int, pfn: Pfn, *, found: bool, shift: int
+    ) -> Answer:
+        """Force an AR on a thread that waits in a page fault of its own until a signal comes. The access must
+        fail if the tracer cannot.
+
+        A thread that does not sleep has left the page fault for another signal, or is about to sleep there: a
+        thread that is woken touches the page again. A thread that waits in another page fault is not woken:
+        with three threads at one page, each wake-up would lead to three more.
+        """
+        while (earlier := self._leaving.get(access.tid)) is not None:
+            await earlier.wait()  # the report of the last signal may come after the next touch
+        left = self._leaving[access.tid] = trio.Event()
+        armed: Armed | Gone | Refused | None = None
+        try:
+            if found:
+                self._finders.add(access.tid)
+            place = await _asleep_at(access.tid)
+            if access.has_left():
+                return Answer.SIGNALLED
+            if place is None:
+                return Answer.WAKE
+            if (other := tracer_of(access.tid)) not in (0, self._tracer.pid):
+                # A forced signal would be a plain one. The failed access gives BUS_ADRERR with the address.
+                self._inexact(access, pfn, f"process {other} traces the thread")
+                return Answer.ERROR
+            consumer = replace(_ar(access, pfn), address=address, lsb=shift)
+            armed = await self._tracer.force_ar(
+                consumer.pid, consumer.tid, address, shift, fault=place, patience=ARM_PATIENCE
+            )
+            if isinstance(armed, Armed):
+                self._nursery.start_soon(self._await_leaving, consumer, armed, left)
+                return Answer.SIGNALLED
+            if isinstance(armed, Refused):
+                self._inexact(access, pfn, armed.reason)
+            return Answer.ERROR
+        finally:
+            if not isinstance(armed, Armed):
+                self._has_left(access.tid, left)
+
+    def _has_left(self, tid: int, left: trio.Event) -> None:
+        if self._leaving.get(tid) is left:
+            del self._leaving[tid]
+        left.set()
+
+    async def _await_leaving(self, consumer: _Signal, armed: Pending, left: trio.Event) -> None:
         outcome = await armed.wait()
-        if self._leaving.get(consumer.tid) is armed:
-            del self._leaving[consumer.tid]
-        if not isinstance(outcome, NotTaken):  # interrupted: the thread may touch the page again
-            self._sent(consumer, *_explain(outcome))
+        self._has_left(consumer.tid, left)
+        if not isinstance(outcome, NotTaken):
+            is_finder = consumer.tid in self._finders
+            self._finders.discard(consumer.tid)
+            self._sent(replace(consumer, current=is_finder), *_explain(outcome))
 
     async def _await_ar(self, consumer: _Signal, armed: Pending) -> None:
         tid = consumer.tid
@@ -318,6 +354,17 @@ class Signals:
 
     def _inexact(self, access: Access, pfn: Pfn, reason: str) -> None:
         self._sent(_ar(access, pfn), "inexact", f"SIGBUS stays BUS_ADRERR: {reason}")
+
+
+async def _asleep_at(tid: int) -> tuple[int, int, int] | None:
+    """Return the place of the page fault of a thread, which may be about to sleep; None if the thread does
+    not sleep.
+    """
+    for _ in range(_LOOKS):
+        if (place := place_of_fault(tid)) is not None:
+            return place
+        await trio.sleep(_LOOK)
+    return None
 
 
 def _merging(to_kill: Sequence[ToKill]) -> list[list[ToKill]]:

@@ -21,7 +21,8 @@ from hypothesis.stateful import (
 )
 
 from daxemu.fs.fsck import fsck
-from daxemu.host.direct.calls import MADV_DONTNEED, MAP_FIXED, MAP_PRIVATE, MAP_SHARED
+from daxemu.host.direct.calls import MAP_FIXED, MAP_PRIVATE, MAP_SHARED
+from daxemu.host.direct.syscalls import MADV_DONTNEED
 from daxemu.host.run.filters import Nr
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE
 from tests.support.core import core_at

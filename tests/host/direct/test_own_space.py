@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 import trio
 
-from daxemu.host.direct import calls, page_tables
+from daxemu.host.direct import calls, page_tables, requests
 from daxemu.host.direct.calls import (
     MAP_FIXED,
     MAP_PRIVATE,
@@ -352,7 +352,8 @@ def test_a_file_open_for_reading_stays_without_prot_write(core: Core) -> None:
 
 def test_a_large_mapping_is_protected_in_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store to any share after a clone is a copy."""
-    monkeypatch.setattr(page_tables, "_LARGE", PAGE_SIZE)
+    for module in (page_tables, requests):
+        monkeypatch.setattr(module, "LARGE", PAGE_SIZE)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
     length = 3 * PMD_SIZE - PAGE_SIZE
 

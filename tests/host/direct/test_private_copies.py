@@ -9,7 +9,9 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from daxemu.fs.inode import ROOT_INO
-from daxemu.host.direct.calls import MADV_DONTNEED, MADV_FREE, MADV_WIPEONFORK, MAP_PRIVATE
+from daxemu.host.direct.advice import MADV_FREE, MADV_WIPEONFORK
+from daxemu.host.direct.calls import MAP_PRIVATE
+from daxemu.host.direct.syscalls import MADV_DONTNEED
 from daxemu.host.run.filters import Nr
 from daxemu.ranges import Range
 from daxemu.uapi import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE, Ino

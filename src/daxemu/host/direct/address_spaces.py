@@ -244,9 +244,17 @@ class AddressSpaces:
         """Take the events of mappings outside the zone that have come. Without a free descriptor the event of
         a fork is left to the task that reads.
         """
-        if space.outside.fd >= 0:
+        self._drain(space, space.outside)
+
+    def read_events(self, space: AddressSpace) -> None:
+        """Take all events that have come: see drain."""
+        for uffd in (space.uffd, space.outside):
+            self._drain(space, uffd)
+
+    def _drain(self, space: AddressSpace, uffd: Userfaultfd) -> None:
+        if uffd.fd >= 0:
             with suppress(OSError):
-                self._take(space, space.outside, space.outside.read())
+                self._take(space, uffd, uffd.read())
 
     def _take(self, space: AddressSpace, uffd: Userfaultfd, found: Sequence[Event]) -> bool:
         """Pass events on. Return True if all are answered already."""

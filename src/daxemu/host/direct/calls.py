@@ -1,9 +1,9 @@
-"""Answers to system calls on direct mappings: mmap, munmap, mprotect, mremap, msync, madvise.
+"""Answers to system calls on direct mappings: mmap, munmap, mprotect, mremap, msync; madvise by ``advice``.
 
-Counterpart in Linux: mm/mmap.c, mm/mprotect.c, mm/mremap.c, mm/msync.c, mm/madvise.c; the order of the checks
-is theirs. Each call ends in one of: a value, an errno, or CONTINUE (the kernel carries the call out). A
-change of mappings is made by the agent of the address space under ``Space.lock``, never by CONTINUE: the
-table and the mappings would disagree for a moment, and a replacement could bring an unmapped address back.
+Counterpart in Linux: mm/mmap.c, mm/mprotect.c, mm/mremap.c, mm/msync.c; the order of the checks is theirs.
+Each call ends in one of: a value, an errno, or CONTINUE (the kernel carries the call out). A change of
+mappings is made by the agent of the address space under ``Space.lock``, never by CONTINUE: the table and the
+mappings would disagree for a moment, and a replacement could bring an unmapped address back.
 """
 
 from __future__ import annotations
@@ -15,30 +15,24 @@ from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple, Protocol
 
-import trio
-
 from daxemu.errors import DaxemuError, Shutdown
 from daxemu.fs.extents import ExtentMap
 from daxemu.fs.fault import FaultKind, FileRun
 from daxemu.host.direct import limits, planner, populate
+from daxemu.host.direct.advice import Advice, PunchOps
 from daxemu.host.direct.changes import FileLocks
+from daxemu.host.direct.errors import CallRefused
 from daxemu.host.direct.locking import held
 from daxemu.host.direct.outside import is_outside, reserve
 from daxemu.host.direct.page_tables import PageTables
 from daxemu.host.direct.table import PROT_WRITE, Area, Space, Table
 from daxemu.host.mappings import HardwareError
-from daxemu.host.proc import status
 from daxemu.host.run import zone
 from daxemu.host.run.filters import Nr
-from daxemu.host.run.runner import fault_in
 from daxemu.host.run.seccomp import CONTINUE, Answer, NotifiedCall
 from daxemu.ranges import Range
 from daxemu.uapi import (
-    CAP_SYS_ADMIN,
-    FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE,
     MADV_HWPOISON,
-    MADV_REMOVE,
     MADV_SOFT_OFFLINE,
     PAGE_SIZE,
     PMD_SIZE,
@@ -47,7 +41,7 @@ from daxemu.uapi import (
     page_align_down,
     page_align_up,
 )
-from daxemu.units import PFN_PHYS, PHYS_PFN
+from daxemu.units import PHYS_PFN
 
 EAGER = 12_000
 """Runs of a file up to which a new mapping maps them all at once: 0.14 s for 10,000. Beyond, and
@@ -67,7 +61,6 @@ _VALIDATED = 0xFC0FF9F3 | MAP_SYNC
 """Flags that MAP_SHARED_VALIDATE accepts: LEGACY_MAP_MASK of linux/mman.h, and MAP_SYNC as on DAX."""
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 MS_ASYNC, MS_INVALIDATE, MS_SYNC = 1, 2, 4
-MADV_DONTNEED, MADV_FREE, MADV_WIPEONFORK, MADV_DONTNEED_LOCKED = 4, 8, 18, 24
 _PROT = 7
 _NO_KEY = 0xFFFFFFFF
 """Argument of pkey_mprotect(2) that makes the call an mprotect(2)."""
@@ -103,7 +96,7 @@ def open_file(tid: int, fd: int) -> OpenFile:
     return OpenFile(int(fields["ino"]), flags)
 
 
-class Files(Protocol):
+class Files(PunchOps, Protocol):
     """The part of the filesystem that mappings need."""
 
     def is_regular(self, ino: Ino) -> bool:
@@ -118,9 +111,6 @@ class Files(Protocol):
     def fsync(self) -> None:
         """See SuperBlock.fsync."""
 
-    def fallocate(self, ino: Ino, mode: int, offset: int, length: int) -> None:
-        """See Filesystem.fallocate."""
-
 
 class Calls:
     """Answers the calls on one mount. Belongs to the trio thread."""
@@ -134,16 +124,18 @@ class Calls:
         settled: Callable[[Ino], Awaitable[None]],
         synced: Callable[[Ino], Awaitable[None]],
         readable: Callable[[Ino, Range], list[Range]],
+        is_wanted: Callable[[Ino], bool],
         hardware_error: HardwareError,
     ) -> None:
+        """``is_wanted``: return whether the pages of a file are mapped one by one (PageFaults.are_wanted)."""
         self._fs = fs
         self._table = table
         self._page_tables = page_tables
         self._locks = locks
-        self._settled = settled
         self._synced = synced
         self._readable = readable
-        self._hardware_error = hardware_error
+        self._is_wanted = is_wanted
+        self._advice = Advice(fs, page_tables, settled, hardware_error)
 
     async def answer(self, call: NotifiedCall, space: Space | None, *, simulated: bool = False) -> Answer:
         """Return the answer to a call other than mmap(2) of a file. ``space``: the caller's address space;
@@ -158,7 +150,7 @@ class Calls:
             return Answer(error=errno.EINVAL) if poisons else CONTINUE
         try:
             return await self._answer(call, space, simulated=simulated)
-        except (_CallRefused, DaxemuError, OSError) as error:
+        except (CallRefused, DaxemuError, OSError) as error:
             return Answer(error=error.errno or errno.ENOMEM)
 
     async def _answer(self, call: NotifiedCall, space: Space, *, simulated: bool) -> Answer:
@@ -180,7 +172,7 @@ class Calls:
             case Nr.MSYNC:
                 return await self._msync(space, *call.args[:3])
             case Nr.MADVISE:
-                return await self._madvise(call.tid, space, *call.args[:3], simulated=simulated)
+                return await self._advice.answer(call.tid, space, *call.args[:3], simulated=simulated)
             case Nr.MMAP:
                 return await self._map_anonymous_over(space, *call.args[:4])
             case Nr.MLOCK | Nr.MLOCK2 | Nr.MLOCKALL:
@@ -230,7 +222,7 @@ class Calls:
                         await self._page_tables.show(list(planner.media_pieces(area, runs)))
                 else:
                     await self._map_new(area)
-        except (_CallRefused, DaxemuError, OSError) as error:
+        except (CallRefused, DaxemuError, OSError) as error:
             return Answer(error=error.errno or errno.ENOMEM)
         if populate.brings_in(space, flags):
             parts = [area.addresses_of(blocks) for blocks in self._readable(area.ino, area.blocks)]
@@ -239,12 +231,12 @@ class Calls:
         return Answer(start)
 
     def _check_limits(self, tid: int, space: Space, where: Range, flags: int) -> None:
-        """Raise _CallRefused for a new mapping that the program's limits forbid."""
+        """Raise CallRefused for a new mapping that the program's limits forbid."""
         replaced = sum(part.addresses.length for part in space.parts(where))
         is_asked = bool(flags & populate.MAP_LOCKED)
         is_locked = is_asked or space.locks_future
         if error := limits.refusal(tid, where.length, replaced, is_locked=is_locked, asks_for_lock=is_asked):
-            raise _CallRefused(error)
+            raise CallRefused(error)
 
     async def _map_new(self, area: Area) -> None:
         """Map an area at once, or lazily. Raises OSError, DaxemuError."""
@@ -257,10 +249,11 @@ class Calls:
             await self._page_tables.map_new(area, [])  # one VMA
 
     def _runs(self, area: Area, most: int) -> Iterator[FileRun]:
-        """Return the runs to map at once, at most ``most``: none of a file with more extents, or after a
-        shutdown. The caller may wait between two runs: the file is looked at anew after _RUNS runs.
+        """Return the runs to map at once, at most ``most``: none of a file with more extents, after a
+        shutdown, or of a file whose pages are mapped one by one. The caller may wait between two runs: the
+        file is looked at anew after _RUNS runs.
         """
-        if self._fs.extents_of(area.ino).count(*area.blocks) > most:
+        if self._is_wanted(area.ino) or self._fs.extents_of(area.ino).count(*area.blocks) > most:
             return iter(())
         runs = self._runs_in_pieces(area.ino, area.blocks)
         return islice((run for run in runs if run.kind is FaultKind.MAPPED), most)
@@ -278,16 +271,16 @@ class Calls:
 
     async def _place(self, space: Space, address: int, size: int, flags: int) -> int:
         """Return the address of a new mapping; a place outside the zone that must be free is taken. Raises
-        _CallRefused.
+        CallRefused.
         """
         where = Range(address, address + size)
         if flags & (MAP_FIXED | MAP_FIXED_NOREPLACE):
             if where.end > _TASK_SIZE:
-                raise _CallRefused(errno.ENOMEM)
+                raise CallRefused(errno.ENOMEM)
             if not _is_in(space.zone, where) and not is_outside(where):
-                raise _CallRefused(errno.ENODEV)  # the place of other mounts and of agents
+                raise CallRefused(errno.ENODEV)  # the place of other mounts and of agents
             if flags & MAP_FIXED_NOREPLACE and not await self._is_free(space, where):
-                raise _CallRefused(errno.EEXIST)
+                raise CallRefused(errno.EEXIST)
             if is_outside(where):
                 await space.open_outside()
             return address
@@ -299,7 +292,7 @@ class Calls:
                 return hint
         place = space.free_place(size, PMD_SIZE if size >= PMD_SIZE else PAGE_SIZE)
         if place is None:
-            raise _CallRefused(errno.ENOMEM)
+            raise CallRefused(errno.ENOMEM)
         return place
 
     async def _is_free(self, space: Space, where: Range) -> bool:
@@ -326,7 +319,7 @@ class Calls:
     async def _munmap(self, space: Space, address: int, length: int) -> Answer:
         where = Range(address, address + page_align_up(length))
         if address % PAGE_SIZE or not where or where.end > _TASK_SIZE:
-            raise _CallRefused(errno.EINVAL)
+            raise CallRefused(errno.EINVAL)
         if not space.overlapping(where):
             return CONTINUE
         await self._page_tables.unmap(space, where)
@@ -335,12 +328,12 @@ class Calls:
     async def _mprotect(self, space: Space, address: int, length: int, prot: int) -> Answer:
         where = Range(address, address + page_align_up(length))
         if address % PAGE_SIZE:
-            raise _CallRefused(errno.EINVAL)
+            raise CallRefused(errno.EINVAL)
         areas = space.overlapping(where)
         if not areas or prot & ~_PROT:
             return CONTINUE
         if prot & PROT_WRITE and any(not area.may_write for area in areas):
-            raise _CallRefused(errno.EACCES)
+            raise CallRefused(errno.EACCES)
         await self._page_tables.mprotect(space, where, prot)
         return Answer(0)
 
@@ -352,13 +345,13 @@ class Calls:
         if space.at(address) is None and not (flags & MREMAP_FIXED and zone.has(target)):
             return CONTINUE
         if address % PAGE_SIZE or not new or flags & ~known or flags & MREMAP_DONTUNMAP:
-            raise _CallRefused(errno.EINVAL)
+            raise CallRefused(errno.EINVAL)
         if flags & MREMAP_FIXED and (
             not flags & MREMAP_MAYMOVE
             or target % PAGE_SIZE
             or Range(target, target + new).clip(address, address + old)
         ):
-            raise _CallRefused(errno.EINVAL)
+            raise CallRefused(errno.EINVAL)
         area = space.at(address)
         if area is None:
             place = Range(target, target + new)
@@ -366,18 +359,18 @@ class Calls:
                 await self._page_tables.unmap(space, place)  # outside the zone the kernel reports this
             return CONTINUE
         if not old:
-            raise _CallRefused(errno.EINVAL)
+            raise CallRefused(errno.EINVAL)
         where = Range(address, address + old)
         if where.end > area.addresses.end:
-            raise _CallRefused(errno.EFAULT)
+            raise CallRefused(errno.EFAULT)
         if new > old:
             self._check_limits(tid, space, Range(where.end, where.end + new - old), 0)
         if flags & MREMAP_FIXED:
             place = Range(target, target + new)
             if place.end > _TASK_SIZE:
-                raise _CallRefused(errno.EINVAL)
+                raise CallRefused(errno.EINVAL)
             if not _is_in(space.zone, place) and not is_outside(place):
-                raise _CallRefused(errno.ENOMEM)
+                raise CallRefused(errno.ENOMEM)
             if is_outside(place):
                 await space.open_outside()
             if space.overlapping(place):
@@ -393,10 +386,10 @@ class Calls:
             await self._grow(area, added)
             return Answer(address)
         if not flags & MREMAP_MAYMOVE:
-            raise _CallRefused(errno.ENOMEM)
+            raise CallRefused(errno.ENOMEM)
         free = space.free_place(new, PMD_SIZE if new >= PMD_SIZE else PAGE_SIZE)
         if free is None:
-            raise _CallRefused(errno.ENOMEM)
+            raise CallRefused(errno.ENOMEM)
         return await self._moved(space, where, new, free)
 
     async def _moved(self, space: Space, where: Range, new: int, to: int) -> Answer:
@@ -413,17 +406,19 @@ class Calls:
         block = area.block + PHYS_PFN(area.addresses.length)
         more = Area(area.space, added, area.ino, block, area.prot, area.is_shared, area.may_write)
         await self._page_tables.map_new(more, [])
+        if added.start - 1 in area.space.unforked:
+            area.space.unforked.add(*added)
 
-    # -- msync, madvise
+    # -- msync
 
     async def _msync(self, space: Space, address: int, length: int, flags: int) -> Answer:
         """msync(2): the stores are on the media already, and are shown to the filesystem here. The metadata
         is committed.
         """
         if address % PAGE_SIZE or flags & ~(MS_ASYNC | MS_INVALIDATE | MS_SYNC):
-            raise _CallRefused(errno.EINVAL)
+            raise CallRefused(errno.EINVAL)
         if flags & MS_ASYNC and flags & MS_SYNC:
-            raise _CallRefused(errno.EINVAL)
+            raise CallRefused(errno.EINVAL)
         where = Range(address, address + page_align_up(length))
         if not where:
             return Answer(0)
@@ -437,65 +432,8 @@ class Calls:
                     await self._synced(ino)
                 self._fs.fsync()
             except DaxemuError as error:
-                raise _CallRefused(error.errno) from error
+                raise CallRefused(error.errno) from error
         return Answer(0) if space.covers(where) else CONTINUE
-
-    async def _madvise(
-        self, tid: int, space: Space, address: int, length: int, advice: int, *, simulated: bool
-    ) -> Answer:
-        advice &= 0xFFFFFFFF
-        where = Range(address, address + page_align_up(length))
-        poisons = advice in (MADV_HWPOISON, MADV_SOFT_OFFLINE)
-        if not space.overlapping(where):
-            # The kernel must never poison real memory behind a mapping.
-            return Answer(error=errno.EINVAL) if poisons else CONTINUE
-        if address % PAGE_SIZE:
-            raise _CallRefused(errno.EINVAL)
-        if poisons:
-            return await self._inject(tid, space, where, advice == MADV_SOFT_OFFLINE, simulated)
-        if advice in (MADV_FREE, MADV_WIPEONFORK):  # for anonymous memory only, as lazy addresses are
-            raise _CallRefused(errno.EINVAL)
-        if advice == MADV_REMOVE:
-            return await self._remove(space, where)
-        if advice in (MADV_DONTNEED, MADV_DONTNEED_LOCKED):
-            async with held(space.lock):
-                await self._page_tables.drop(space, where)
-            return Answer(0) if space.covers(where) else Answer(error=errno.ENOMEM)
-        return CONTINUE
-
-    async def _remove(self, space: Space, where: Range) -> Answer:
-        """madvise(MADV_REMOVE): punch a hole (madvise_remove())."""
-        for part in space.parts(where):
-            if not part.is_shared or not part.may_write:
-                raise _CallRefused(errno.EACCES)
-            mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-            try:
-                self._fs.fallocate(part.ino, mode, PFN_PHYS(part.block), part.addresses.length)
-            except DaxemuError as error:
-                raise _CallRefused(error.errno) from error
-            await self._settled(part.ino)
-        return Answer(0) if space.covers(where) else Answer(error=errno.ENOMEM)
-
-    async def _inject(self, tid: int, space: Space, where: Range, soft: bool, simulated: bool) -> Answer:
-        """madvise(MADV_HWPOISON): one failure for each part of a file (madvise_inject_error())."""
-        if not _is_capable(tid):
-            raise _CallRefused(errno.EPERM)
-        at = where.start
-        for part in space.parts(where):
-            start, pages = part.addresses.start, PHYS_PFN(part.addresses.length)
-            if start != at:
-                break
-            good = await trio.to_thread.run_sync(fault_in, tid, start, pages)
-            offset, length = PFN_PHYS(part.block), PFN_PHYS(good)
-            failed = await self._hardware_error(
-                tid, start, part.ino, offset, length, soft=soft, simulated=simulated
-            )
-            if failed:
-                raise _CallRefused(failed)
-            at = start + length
-            if good < pages:
-                break
-        return Answer(0) if at == where.end else Answer(error=errno.EFAULT)
 
 
 def _is_in(zone: Range, addresses: Range) -> bool:
@@ -505,17 +443,3 @@ def _is_in(zone: Range, addresses: Range) -> bool:
 def _mmap_min_addr() -> int:
     with open("/proc/sys/vm/mmap_min_addr", encoding="ascii") as file:
         return int(file.read())
-
-
-def _is_capable(tid: int) -> bool:
-    """``capable(CAP_SYS_ADMIN)``. In the emulated machine root has the capability, too."""
-    found = status.find(tid)
-    return found is not None and (found.euid == 0 or found.has_capability(CAP_SYS_ADMIN))
-
-
-class _CallRefused(Exception):
-    """A call ends with an errno."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.errno = number

@@ -70,6 +70,10 @@ class FileLocks:
 class Holds(Protocol):
     """Delay of the reuse of freed blocks: see fs.allocator.Allocator."""
 
+    @property
+    def has_freed(self) -> bool:
+        """True if freed blocks are not reused yet."""
+
     def hold(self) -> int:
         """Begin a hold; return its number."""
 
@@ -173,6 +177,11 @@ class Changes:
         if ino is None:
             return not self._noted and not self._under_way
         return ino not in self._noted and ino not in self._under_way
+
+    @property
+    def may_free(self) -> bool:
+        """True if an allocation that failed may succeed once all_settled() returns."""
+        return self._allocator.has_freed and not self.is_settled()
 
     async def all_settled(self) -> None:
         """Wait until is_settled() of all files."""

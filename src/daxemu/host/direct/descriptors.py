@@ -11,7 +11,6 @@ import errno
 import os
 import resource
 from collections.abc import Callable
-from contextlib import suppress
 
 from daxemu.host.run.seccomp import NotifiedCall
 
@@ -31,17 +30,13 @@ def add_socket(
 
     Raises OSError; then the limit is as before.
     """
-    limit = None
-    with suppress(PermissionError):  # another user's process, without CAP_SYS_RESOURCE
-        if 0 <= resource.prlimit(tgid, resource.RLIMIT_NOFILE)[0] < _OF_AGENT:
-            limit = _raise(tgid)
+    limit = _raise(tgid) if _is_low(tgid) else None
     try:
         try:
             return add_fd(call, fd), limit
         except OSError as error:
-            if error.errno != errno.EMFILE or limit is not None:
+            if error.errno != errno.EMFILE or limit is not None or (limit := _raise(tgid)) is None:
                 raise
-            limit = _raise(tgid)
             return add_fd(call, fd), limit
     except OSError:
         if limit is not None:
@@ -54,16 +49,24 @@ def put_back(tgid: int, limit: Limit) -> None:
     resource.prlimit(tgid, resource.RLIMIT_NOFILE, limit)
 
 
-def _raise(tgid: int) -> Limit:
-    """Raise the limit beyond every descriptor in use; return the former limit.
+def _is_low(tgid: int) -> bool:
+    """Return whether the limit is too low for an agent. False where the limit may not be read."""
+    try:
+        return 0 <= resource.prlimit(tgid, resource.RLIMIT_NOFILE)[0] < _OF_AGENT
+    except OSError:
+        return False
 
-    Without CAP_SYS_RESOURCE the hard limit stays.
+
+def _raise(tgid: int) -> Limit | None:
+    """Raise the limit beyond every descriptor in use. Return the former limit; None if the limit stays.
+
+    The limit of another user's process, and a hard limit, need CAP_SYS_RESOURCE.
     """
-    soft, hard = resource.prlimit(tgid, resource.RLIMIT_NOFILE)
-    enough = len(os.listdir(f"/proc/{tgid}/fd")) + _OF_AGENT
-    if hard < 0 or enough <= hard:
-        resource.prlimit(tgid, resource.RLIMIT_NOFILE, (enough, hard))
-    else:
-        with suppress(PermissionError):
-            resource.prlimit(tgid, resource.RLIMIT_NOFILE, (enough, enough))
+    try:
+        soft, hard = resource.prlimit(tgid, resource.RLIMIT_NOFILE)
+        enough = len(os.listdir(f"/proc/{tgid}/fd")) + _OF_AGENT
+        new_hard = hard if hard < 0 else max(hard, enough)
+        resource.prlimit(tgid, resource.RLIMIT_NOFILE, (enough, new_hard))
+    except OSError:
+        return None
     return soft, hard

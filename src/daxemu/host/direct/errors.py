@@ -1,4 +1,7 @@
-"""Errors of an address space, each with its own name. All are DaxemuError with the errno of the kernel."""
+"""Errors of an address space, each with its own name: DaxemuError with the errno of the kernel.
+
+CallRefused is the answer to a program.
+"""
 
 from __future__ import annotations
 
@@ -64,3 +67,11 @@ class AgentRefused(DaxemuError):
     """No agent can be made in the process; the text says why (EAGAIN)."""
 
     errno = errno.EAGAIN
+
+
+class CallRefused(Exception):
+    """A call ends with an errno."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.errno = number

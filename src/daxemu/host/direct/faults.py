@@ -13,6 +13,7 @@ Poison is decided without the lock, because a repair strategy may wait: see :met
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
@@ -32,12 +33,14 @@ from daxemu.host.direct.populate import is_populating
 from daxemu.host.direct.table import Area, Space, Table
 from daxemu.host.direct.userfaultfd import PageFault
 from daxemu.host.mappings import Answer
+from daxemu.host.observer import Observer, Operation
 from daxemu.host.proc.file_pages import FilePage
 from daxemu.host.proc.processes import in_page_fault, process_of
 from daxemu.host.tracer.link import Armed
 from daxemu.host.tracer.messages import Gone, Held, Outcome, Refused
 from daxemu.host.unexpected import Nursery, Unexpected
 from daxemu.ranges import Range
+from daxemu.rule import Op
 from daxemu.uapi import PAGE_SIZE, Block, Ino, page_align_down
 
 MARKED = 0.01
@@ -47,7 +50,9 @@ HOLD_PATIENCE = 0.2
 RETURN_PATIENCE = 1.0
 """Seconds that a page stays SIGBUS for a held thread whose system call does not return."""
 SPACE_PATIENCE = 1.0
-"""Seconds that a store waits for freed blocks that processes may still have mapped."""
+"""Seconds that a store to a full device waits for freed blocks that processes may still have mapped. Without
+such blocks the store fails at once.
+"""
 
 
 class Touch(NamedTuple):
@@ -133,24 +138,55 @@ class PageFaults:
         self._immediate = ImmediateAnswers(
             fs, media, table, page_tables, changes, locks, nursery, unexpected, on_store
         )
+        self.observer: Observer | None = None
+        """Told about each page fault of the files that it wants."""
         self.waiting = 0
         """Number of events without an answer yet."""
+        self._latest: dict[int, Touch] = {}
+        """The latest event of each thread that has one without an answer."""
 
     def take(self, space: Space, event: PageFault) -> bool:
         """Answer one event at once, and return True; or in a task of its own."""
-        if self._immediate.answered(space, event):
+        self._latest.pop(event.tid, None)
+        area = space.at(page_align_down(event.address))
+        is_wanted = area is not None and self.are_wanted(area.ino)
+        if not is_wanted and self._immediate.answered(space, event):
             return True
-        self._nursery.start_soon(self.handle, space, event)
+        self._begin(space, event)
         return False
 
-    async def handle(self, space: Space, event: PageFault) -> None:
-        """Answer one event. The thread never waits for ever: after an unexpected error its access fails."""
+    def are_wanted(self, ino: Ino) -> bool:
+        """Return whether each page fault of a file is an operation: its pages are mapped one by one."""
+        return self.observer is not None and self.observer.wants(ino)
+
+    def _operation(self, touch: Touch) -> Operation | None:
+        """Return the page fault as an operation for the observer; None if nobody wants it."""
+        area = touch.space.at(touch.page.start)
+        if area is None or not self.are_wanted(area.ino):
+            return None
+        offset = area.block_at(touch.page.start) * PAGE_SIZE
+        op = Op.STORE if touch.is_store and area.is_shared else Op.LOAD
+        return Operation(op, touch.event.tid, area.ino, offset=offset, length=PAGE_SIZE)
+
+    def _begin(self, space: Space, event: PageFault) -> None:
+        """Start a task that answers one event."""
         start = page_align_down(event.address)
-        page = Range(start, start + PAGE_SIZE)
-        touch = Touch(space, page, event)
+        touch = self._latest[event.tid] = Touch(space, Range(start, start + PAGE_SIZE), event)
+        self._nursery.start_soon(self._handle, touch)
+
+    async def _handle(self, touch: Touch) -> None:
+        """Answer one event. The thread never waits for ever: after an unexpected error its access fails."""
+        space, page, event = touch
         self.waiting += 1
         try:
-            await self._decide(touch)
+            operation, observer = self._operation(touch), self.observer
+            if operation is None or observer is None:
+                await self._decide(touch)
+            else:
+                await observer.before(operation)
+                began = time.monotonic()
+                await self._decide(touch)
+                await observer.after(operation, time.monotonic() - began, 0)
         except AddressSpaceGone:
             return
         except NotRegistered:  # the program changed its mappings behind the filter
@@ -161,6 +197,15 @@ class PageFaults:
             await self._give_up(touch)
         finally:
             self.waiting -= 1
+            if self._latest.get(event.tid) is touch:
+                del self._latest[event.tid]
+
+    def has_left(self, touch: Touch) -> bool:
+        """Return whether the thread has left the page fault of an event, and waits in another one: another
+        signal interrupted the fault, or the page came back. Precondition: the thread was seen asleep before.
+        """
+        touch.space.read_events()
+        return self._latest.get(touch.event.tid) is not touch
 
     async def _decide(self, touch: Touch) -> None:
         space, page, _ = touch
@@ -193,13 +238,16 @@ class PageFaults:
         if is_store and space.locks and is_populating(touch.event.tid):
             is_store = self._is_hole(ino, block)
         run = None
-        is_settled = self._changes.is_settled()
+        may_free = may_wait and self._changes.may_free
         with self._changes.following(ino):
             with self._changes.own(ino) as changed:
                 try:
-                    run = self._fs.fault(ino, block, is_store=is_store, limit=WINDOW)
+                    is_wanted = self.are_wanted(ino)
+                    run = self._fs.fault(ino, block, is_store=is_store, limit=1 if is_wanted else WINDOW)
+                    if is_wanted and not is_store:  # the first store is another page fault
+                        run = run._replace(is_watched=True)
                 except NoSpace:
-                    if may_wait and not is_settled:
+                    if may_free:
                         raise
                 except DaxemuError:
                     pass  # the access fails
@@ -289,6 +337,8 @@ class PageFaults:
         call = self._calls.get(event.tid)
         if call is None:
             answer = await self._on_poison(touch, area, run)
+            if answer is Answer.WAKE:
+                space.wake(page)
             if answer is not Answer.ERROR:
                 return answer is Answer.AGAIN
             if in_page_fault(event.tid) is False and process_of(event.tid) != os.getpid():

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 from daxemu.errors import DaxemuError
 from daxemu.fs.fault import FaultKind, FileRun
-from daxemu.host.direct.agent import Reply
+from daxemu.host.direct.agent import AgentReply
 from daxemu.host.direct.changes import Changes, FileLocks
 from daxemu.host.direct.errors import AddressSpaceChanging, AddressSpaceGone
 from daxemu.host.direct.page_tables import PageTables
@@ -177,7 +177,7 @@ class ImmediateAnswers:
             self._changes.note(ino, blocks)
         return False
 
-    async def _finish(self, store: _Store, reply: Reply, device: int, held: ExitStack) -> None:
+    async def _finish(self, store: _Store, reply: AgentReply, device: int, held: ExitStack) -> None:
         """Wait for an agent that did not answer soon, and register the page.
 
         Until then a touch of the page is no event: a touch of a page that poison has taken away would make a

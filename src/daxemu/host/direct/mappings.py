@@ -33,7 +33,8 @@ from daxemu.host.direct.table import Area, Table
 from daxemu.host.fuse import notifications
 from daxemu.host.mappings import Access, Answer, HardwareError, Upcalls
 from daxemu.host.mount_parts import MountParts
-from daxemu.host.proc.file_pages import FilePage
+from daxemu.host.observer import Observer
+from daxemu.host.proc.file_pages import NOWHERE, FilePage
 from daxemu.host.proc.present import Mapped
 from daxemu.host.run.attached import Handle
 from daxemu.mm.incident import Incident
@@ -44,6 +45,10 @@ from daxemu.units import DIV_ROUND_UP, PHYS_PFN, blocks_of, bytes_of_blocks
 
 SYNC_INTERVAL = 5.0
 """Seconds between two write-backs of stores without an msync(2), as in dirty_writeback_centisecs."""
+
+
+_WHOLE = Range(0, 1 << 52)
+"""Blocks of any file."""
 
 
 class DirectMappings:
@@ -90,6 +95,7 @@ class DirectMappings:
             self.settled,
             self.synced,
             self._readable,
+            self.faults.are_wanted,
             hardware_error,
         )
 
@@ -103,6 +109,14 @@ class DirectMappings:
             self._media.fd,
         )
         return self._service.handle
+
+    async def observe(self, observer: Observer | None) -> None:
+        """See Mappings.observe. Files that the observer wants become lazy."""
+        self.faults.observer = observer
+        for ino in self.table.files() if observer is not None else ():
+            if observer is not None and observer.wants(ino):
+                async with self._locks.held(ino):
+                    await self.page_tables.hide_blocks(ino, _WHOLE)
 
     def _pin(self, ino: Ino) -> None:
         """Keep the blocks of a file without a name while the file is mapped: a mapping holds a file open."""
@@ -141,6 +155,7 @@ class DirectMappings:
                 touch.event.address,
                 touch.is_store,
                 area.addresses if area.is_shared else None,
+                lambda: self.faults.has_left(touch),
             )
             assert self._upcalls is not None
             return await self._upcalls.on_access(access)
@@ -186,7 +201,7 @@ class DirectMappings:
             for run in self._fs.runs(ino, Range(index, index + 1)):
                 if run.kind is FaultKind.MAPPED:
                     return FilePage(*self._file, PHYS_PFN(self._media.offset) + run.dev_block)
-        return FilePage(0, 0, 0, 0)
+        return NOWHERE
 
     def revoke(self, incident: Incident) -> None:
         """See Mappings.revoke. Poisoned pages are gone from every process already."""

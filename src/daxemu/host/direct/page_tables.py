@@ -20,10 +20,9 @@ from itertools import islice
 import trio
 
 from daxemu.host.direct import outside, planner, syscalls
-from daxemu.host.direct.agent import Reply
+from daxemu.host.direct.agent import AgentReply
 from daxemu.host.direct.batches import in_order
 from daxemu.host.direct.errors import (
-    AddressSpaceChanging,
     AddressSpaceGone,
     NotRegistered,
     PagePresent,
@@ -33,9 +32,8 @@ from daxemu.host.direct.limits import most_pieces
 from daxemu.host.direct.locking import held
 from daxemu.host.direct.memory import kill
 from daxemu.host.direct.planner import RESERVE, MappingPiece, MappingPlan, Shows
-from daxemu.host.direct.populate import without_population
 from daxemu.host.direct.private_copies import looking_into, private_copies
-from daxemu.host.direct.syscalls import Syscall
+from daxemu.host.direct.requests import LARGE, ioctl, run, write_protect
 from daxemu.host.direct.table import Area, Space, Table
 from daxemu.host.direct.userfaultfd import Userfaultfd
 from daxemu.host.proc import maps
@@ -45,13 +43,8 @@ from daxemu.uapi import Ino
 
 log = logging.getLogger(__name__)
 
-MADV_DONTNEED = 4
-_LARGE = 32 << 20
-"""Bytes from which a write-protection runs in a worker thread: 24 ms for 1 GiB."""
 _PIECES_IN_STEP = 512
 """Pieces of a new area that one step of the event loop maps."""
-_CHANGING = 0.0002
-"""Seconds between two attempts while the kernel answers EAGAIN: a fork or mremap is not finished."""
 
 
 class PageTables:
@@ -89,7 +82,7 @@ class PageTables:
         protected = RangeSet()
         try:
             outside.bequeath(space)
-            async with in_order(partial(self._run, space)) as submit:
+            async with in_order(partial(run, space)) as submit:
                 while batch:
                     space.showing_all([piece.addresses for piece in chunk])
                     for piece in chunk:
@@ -102,7 +95,7 @@ class PageTables:
         except (OSError, NotRegistered, RegisteredElsewhere):
             self._table.remove(space, area.addresses)
             with outside.expecting(space, [area.addresses]):
-                await self._run(space, [syscalls.munmap(*_extent(area.addresses))])
+                await run(space, [syscalls.munmap(*_extent(area.addresses))])
             outside.bequeath(space)
             raise
 
@@ -158,7 +151,7 @@ class PageTables:
                 space.showing(part, zeros=is_zeros)
             raise
 
-    def begin_in_place(self, area: Area, page: Range, device: int) -> Reply | None:
+    def begin_in_place(self, area: Area, page: Range, device: int) -> AgentReply | None:
         """Begin to map a page of a shared area to byte ``device`` of the device: see Agent.begin.
 
         The caller registers the page next. Precondition: no other file has the block.
@@ -169,7 +162,7 @@ class PageTables:
     async def register(self, space: Space, page: Range) -> None:
         """Have the faults of a page reported that begin_in_place() has mapped."""
         try:
-            await self._ioctl(space, lambda: space.uffd_at(page.start).register(*_extent(page)))
+            await ioctl(space, lambda: space.uffd_at(page.start).register(*_extent(page)))
         except (OSError, NotRegistered, RegisteredElsewhere) as error:
             await self._end_or_kill(space, error)
 
@@ -278,13 +271,13 @@ class PageTables:
 
     async def _protect_each(self, space: Space, parts: Sequence[Range]) -> None:
         for number, part in enumerate(parts, 1):
-            await self._write_protect(space, part, on=True)
+            await write_protect(space, part, on=True)
             if number % _PIECES_IN_STEP == 0:
                 await trio.lowlevel.checkpoint()
 
     async def unprotect(self, space: Space, addresses: Range, *, wake: bool = True) -> None:
         """Let stores to ``addresses`` pass. ``wake``: let the threads go on that wait there."""
-        await self._write_protect(space, addresses, on=False, wake=wake)
+        await write_protect(space, addresses, on=False, wake=wake)
 
     def unprotect_now(self, area: Area, blocks: Range) -> bool:
         """Let stores to shown file blocks of an area pass, and the threads go on that wait there.
@@ -292,7 +285,7 @@ class PageTables:
         Return False for a range so large that a worker thread must do it: then nothing has changed.
         """
         space, mine = area.space, area.addresses_of(blocks)
-        if mine.length > _LARGE:
+        if mine.length > LARGE:
             return False
         for part in list(space.shown.overlapping(*mine)):
             for media in list(space.zeros.gaps(*part)):
@@ -304,7 +297,7 @@ class PageTables:
         uffd = area.space.uffd_at(page.start)
         area.space.showing(page, zeros=True)
         with suppress(PagePresent):  # another thread touched the page first
-            await self._ioctl(area.space, lambda: uffd.copy_zeros(*_extent(page), protected))
+            await ioctl(area.space, lambda: uffd.copy_zeros(*_extent(page), protected))
         area.space.wake(page)
 
     async def mark_poison(self, space: Space, page: Range) -> None:
@@ -313,7 +306,7 @@ class PageTables:
         Precondition: the page is not write-protected.
         """
         with suppress(PagePresent):  # marked for another thread, or the page came back
-            await self._ioctl(space, lambda: space.uffd_at(page.start).poison(*_extent(page)))
+            await ioctl(space, lambda: space.uffd_at(page.start).poison(*_extent(page)))
         space.wake(page)
 
     async def drop(self, space: Space, addresses: Range) -> None:
@@ -322,7 +315,7 @@ class PageTables:
         Under a private copy may be a block that the file had before: such addresses become lazy.
         """
         await self._hide_parts(space, list(space.copied.overlapping(*addresses)), keep_copies=False)
-        await self._run(space, [syscalls.madvise(*_extent(addresses), MADV_DONTNEED)])
+        await run(space, [syscalls.madvise(*_extent(addresses), syscalls.MADV_DONTNEED)])
 
     async def end(self, space: Space) -> None:
         """Make each access to each area fail with BUS_ADRERR, for ever."""
@@ -330,7 +323,7 @@ class PageTables:
         for piece in whole:
             space.showing(piece.addresses)
         inside = [piece for piece in whole if zone.has(piece.addresses.start)]
-        await self._run(space, [piece.mmap(piece.addresses.start, self._origin) for piece in inside])
+        await run(space, [piece.mmap(piece.addresses.start, self._origin) for piece in inside])
         for piece in whole:
             if not zone.has(piece.addresses.start):
                 await self._replace_now(space, [piece], keep_copies=False)
@@ -343,13 +336,13 @@ class PageTables:
         """munmap(2)."""
         self._table.stored(space, addresses)
         with outside.expecting(space, [addresses]):
-            await self._run(space, [syscalls.munmap(*_extent(addresses))])
+            await run(space, [syscalls.munmap(*_extent(addresses))])
         self._table.remove(space, addresses)
         outside.bequeath(space)
 
     async def mprotect(self, space: Space, addresses: Range, prot: int) -> None:
         """mprotect(2)."""
-        await self._run(space, [syscalls.mprotect(*_extent(addresses), prot)])
+        await run(space, [syscalls.mprotect(*_extent(addresses), prot)])
         self._table.protect(space, addresses, prot)
 
     async def move(self, space: Space, addresses: Range, to: int) -> None:
@@ -364,7 +357,7 @@ class PageTables:
         calls = [syscalls.mremap(vma.start, vma.length, vma.length, vma.start + delta) for vma in vmas]
         there = [Range(vma.start + delta, vma.end + delta) for vma in vmas]
         with outside.expecting(space, [*vmas, *there]):
-            await self._run(space, calls)
+            await run(space, calls)
         self._table.move(space, addresses, to)
         outside.bequeath(space)
 
@@ -374,8 +367,8 @@ class PageTables:
         The end of a registration is the end of write protections, so no shared block is shown then.
         """
         await self.hide(space, addresses)
-        await self._ioctl(space, lambda: space.uffd_at(addresses.start).unregister(*_extent(addresses)))
-        await self._ioctl(space, lambda: uffd.register(*_extent(addresses)))
+        await ioctl(space, lambda: space.uffd_at(addresses.start).unregister(*_extent(addresses)))
+        await ioctl(space, lambda: uffd.register(*_extent(addresses)))
 
     # -- the machinery
 
@@ -397,7 +390,7 @@ class PageTables:
     ) -> None:
         private = [piece.addresses for piece in pieces if keep_copies and not piece.area.is_shared]
         for part in private:  # a store waits until the replacement is done
-            await self._write_protect(space, part, on=True)
+            await write_protect(space, part, on=True)
         kept = private_copies(space, private)
         for part in kept:
             space.copied.add(*part)
@@ -406,56 +399,23 @@ class PageTables:
             plan = planner.replacement(todo, space.scratch, self._origin)
             await self._carry_out(space, plan, is_guarded=is_guarded)
         for part in private:
-            await self._write_protect(space, part, on=False)
+            await write_protect(space, part, on=False)
 
     async def _carry_out(self, space: Space, plan: MappingPlan, *, is_guarded: bool = False) -> None:
         uffd = space.uffd_at((plan.places or [plan.registered])[0].start)
         try:
-            await self._run(space, plan.batch)
-            await self._ioctl(space, lambda: uffd.register(*_extent(plan.registered)))
+            await run(space, plan.batch)
+            await ioctl(space, lambda: uffd.register(*_extent(plan.registered)))
             await self._protect_each(space, plan.protected)
             if is_guarded:
                 await outside.guarded(self._table, space, list(zip(plan.places, plan.move, strict=True)))
             else:
                 with outside.expecting(space, plan.places):
-                    await self._run(space, plan.move)
+                    await run(space, plan.move)
         except (OSError, NotRegistered, RegisteredElsewhere, outside.Interrupted):
             if plan.move:
-                await self._run(space, [syscalls.munmap(*_extent(plan.registered))])
+                await run(space, [syscalls.munmap(*_extent(plan.registered))])
             raise
-
-    async def _run(self, space: Space, batch: Sequence[Syscall]) -> None:
-        """Have the agent make the calls. Raises OSError with the first error, after all calls are made."""
-        if space.is_gone:
-            raise AddressSpaceGone(f"process {space.tgid} has ended")
-        batch = without_population(batch) if space.locks_future else batch
-        for call, result in zip(batch, await space.agent.run(batch), strict=True):
-            if -4096 < result < 0:
-                raise OSError(-result, f"system call {call.number} in process {space.tgid}")
-
-    async def _write_protect(self, space: Space, part: Range, *, on: bool, wake: bool = True) -> None:
-        def call() -> None:
-            space.uffd_at(part.start).write_protect(*_extent(part), on, wake)
-
-        await self._ioctl(space, call, in_thread=part.length > _LARGE)
-
-    async def _ioctl(self, space: Space, call: Callable[[], object], *, in_thread: bool = False) -> None:
-        """Make a request to the userfaultfd, again while a fork or mremap of the space is not finished.
-
-        Every request may be repeated: what was done before stays done.
-        """
-        while True:
-            if space.is_gone:
-                raise AddressSpaceGone(f"process {space.tgid} has ended")
-            try:
-                if in_thread:
-                    await trio.to_thread.run_sync(call)
-                else:
-                    call()
-            except AddressSpaceChanging:
-                await trio.sleep(_CHANGING)
-            else:
-                return
 
     async def _make_room(self, space: Space) -> None:
         """Make the area with the most pieces lazy. Raises OSError."""
@@ -487,7 +447,7 @@ class PageTables:
             if error.errno != errno.ENOMEM or not space.has_reserve:
                 raise
             space.has_reserve = False
-            await self._run(space, [syscalls.munmap(space.scratch.end - RESERVE, RESERVE)])
+            await run(space, [syscalls.munmap(space.scratch.end - RESERVE, RESERVE)])
             await replace()
             await self._keep_reserve(space)
 
@@ -495,7 +455,7 @@ class PageTables:
         """Make the reserve of an address space, if the address space has room."""
         if not space.has_reserve:
             with suppress(OSError):
-                await self._run(space, planner.reserve(space.scratch.end - RESERVE))
+                await run(space, planner.reserve(space.scratch.end - RESERVE))
                 space.has_reserve = True
 
 

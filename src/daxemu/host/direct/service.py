@@ -22,6 +22,7 @@ from daxemu.host.direct.calls import (
     Calls,
     open_file,
 )
+from daxemu.host.direct.dontfork import before_fork
 from daxemu.host.direct.errors import AddressSpaceGone, AgentRefused
 from daxemu.host.direct.faults import PageFaults
 from daxemu.host.direct.limits import locks_future
@@ -192,7 +193,17 @@ class _RunSpaces:
             run.answer(call, CONTINUE)
             return
         async with held(space.lock):
-            shared = (area.addresses for area in space.areas.values() if area.is_shared)
+            try:
+                await before_fork(space)
+            except OSError:  # vm.max_map_count: the child would get what it must not have
+                run.answer(call, Answer(error=errno.ENOMEM))
+                return
+            shared = (
+                part
+                for area in space.areas.values()
+                if area.is_shared
+                for part in space.unforked.gaps(*area.addresses)
+            )
             drop = [(part.start, part.length) for part in merged(shared)]
             await self.spaces.forked(run, call, parent, drop)
 
@@ -215,6 +226,7 @@ class _RunSpaces:
             found.outside,
             partial(self.spaces.open_outside, found),
             partial(self.spaces.drain, found),
+            partial(self.spaces.read_events, found),
         )
         if found.agent.pid:  # the child of a fork locks nothing
             space.locks = space.locks_future = locks_future(found.agent.pid, found.agent.memory)

@@ -127,6 +127,8 @@ class Space:
     """Opens ``outside``, if closed. Precondition: the caller holds ``lock``."""
     drain: Callable[[], None] = nothing
     """Takes the events of ``outside`` that have come."""
+    read_events: Callable[[], None] = nothing
+    """Takes the events of ``uffd`` and ``outside`` that have come."""
     expected: Counter[Range] = field(default_factory=Counter)
     """Addresses outside the zone that the agent unmaps at this moment: an event for each comes."""
     lock: trio.Semaphore = field(default_factory=transferable)
@@ -138,6 +140,8 @@ class Space:
     copied: RangeSet = field(default_factory=RangeSet)
     pieces: SortedSet = field(default_factory=SortedSet)
     """First addresses of the shown pieces: as many VMAs, and up to as many lazy ones between."""
+    unforked: RangeSet = field(default_factory=RangeSet)
+    """Addresses that the child of a fork does not get (MADV_DONTFORK)."""
     refused: int = 0
     """Number of pieces by which the VMAs of the program make the room of the address space smaller."""
     has_reserve: bool = False
@@ -324,11 +328,23 @@ class Table:
     def fork(self, parent: Space, child: Space) -> None:
         """Give ``child`` the areas of ``parent``, as fork(2) does."""
         for area in list(parent.areas.values()):
-            self.add(
-                Area(child, area.addresses, area.ino, area.block, area.prot, area.is_shared, area.may_write)
-            )
+            for part in parent.unforked.gaps(*area.addresses):
+                self.add(
+                    Area(
+                        child,
+                        part,
+                        area.ino,
+                        area.block_at(part.start),
+                        area.prot,
+                        area.is_shared,
+                        area.may_write,
+                    )
+                )
         child.shown, child.copied = parent.shown.copy(), parent.copied.copy()
         child.zeros, child.pieces = parent.zeros.copy(), SortedSet(parent.pieces)
+        for part in parent.unforked:
+            child.hiding(part)
+            child.copied.remove(*part)
         child.refused, child.has_reserve = parent.refused, parent.has_reserve
         self.add_space(child)
 
@@ -369,6 +385,7 @@ class Table:
         self._cut(space, addresses)
         space.hiding(addresses)
         space.copied.remove(*addresses)
+        space.unforked.remove(*addresses)
         self._tidy()
 
     def stored(self, space: Space, addresses: Range, *, is_unmapped: bool = False) -> None:
@@ -392,12 +409,13 @@ class Table:
     def move(self, space: Space, addresses: Range, to: int) -> None:
         """Move the areas of ``addresses`` to ``to`` on, as mremap(2) does. Precondition: nothing is there."""
         delta = to - addresses.start
-        sets = (space.shown, space.zeros, space.copied)
+        sets = (space.shown, space.zeros, space.copied, space.unforked)
         found = [list(known.overlapping(*addresses)) for known in sets]
         pieces = list(space.pieces.irange(*addresses, inclusive=(True, False)))
         parts = self._cut(space, addresses)
         space.hiding(addresses)
         space.copied.remove(*addresses)
+        space.unforked.remove(*addresses)
         for part in parts:
             moved = Range(part.addresses.start + delta, part.addresses.end + delta)
             self.add(Area(space, moved, part.ino, part.block, part.prot, part.is_shared, part.may_write))

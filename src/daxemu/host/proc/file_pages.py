@@ -19,6 +19,10 @@ class FilePage(NamedTuple):
     pgoff: int
 
 
+NOWHERE = FilePage(0, 0, 0, 0)
+"""Page of a file that no process can have mapped."""
+
+
 def page_at(pid: int, address: int) -> FilePage | None:
     """Return the page of a file mapped at ``address`` of a process (or thread); None without a mapping."""
     vma = maps.find_vma(pid, address)
@@ -27,8 +31,10 @@ def page_at(pid: int, address: int) -> FilePage | None:
 
 def find_page(pid: int, page: FilePage, address: int) -> int | None:
     """Return an address at which a process maps ``page``: ``address`` if possible, else the first; None if
-    the process does not map the page.
+    the process does not map the page. ``NOWHERE`` is not mapped, although anonymous memory has its numbers.
     """
+    if page == NOWHERE:
+        return None
     if page_at(pid, address) == page:
         return address
     try:

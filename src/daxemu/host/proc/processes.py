@@ -79,16 +79,26 @@ def tracer_of(tid: int) -> int:
     return process_of(found.tracer) if found is not None and found.tracer else 0
 
 
-def fault_of(tid: int) -> tuple[int, int] | None:
-    """Return stack pointer and instruction pointer of a thread that sleeps in its own page fault.
+def faults_of(tid: int) -> int:
+    """Return the number of page faults that a thread has completed; 0 for a thread that is gone."""
+    try:
+        return sum(map(int, stat.read(f"{tid}/task/{tid}").faults))
+    except OSError:
+        return 0
 
-    None for a thread that is awake or in a system call, and where /proc/TID/syscall cannot be read.
+
+def place_of_fault(tid: int) -> tuple[int, int, int] | None:
+    """Return stack pointer, instruction pointer and faults_of() of a thread that sleeps in its own page
+    fault. No two page faults of a thread have equal ones. None of any other thread, and where
+    /proc/TID/syscall cannot be read.
     """
+    faults = faults_of(tid)  # before: a page fault completed in between makes the place one of no page fault
     try:
         words = read_whole(f"/proc/{tid}/syscall").split()
     except OSError:
         return None
-    return (int(words[1], 16), int(words[2], 16)) if len(words) == 3 and words[0] == b"-1" else None
+    is_asleep = len(words) == 3 and words[0] == b"-1"
+    return (int(words[1], 16), int(words[2], 16), faults) if is_asleep else None
 
 
 def capable(tid: int | str, capability: int) -> bool:

@@ -27,6 +27,7 @@ from signal import SIGBUS
 from typing import NamedTuple
 
 from daxemu.host.proc import maps
+from daxemu.host.proc.processes import faults_of
 from daxemu.host.proc.status import ThreadStatus
 from daxemu.host.tracer import ptrace
 from daxemu.host.tracer.messages import ForceAR, Send
@@ -96,9 +97,9 @@ class Registers:
         return ctypes.c_int64(self._regs[_RAX]).value
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Stack pointer and instruction pointer."""
-        return self._regs[_RSP], self._regs[_RIP]
+    def place(self) -> tuple[int, int, int]:
+        """Place of the stopped thread, as processes.place_of_fault()."""
+        return self._regs[_RSP], self._regs[_RIP], faults_of(self._tid)
 
     def put_back(self) -> None:
         """Give the thread these registers."""

@@ -207,10 +207,11 @@ class TracerLink:
         addr: int,
         lsb: int = PAGE_SHIFT,
         *,
-        fault: tuple[int, int] | None = None,
+        fault: tuple[int, int, int] | None = None,
         patience: float = math.inf,
     ) -> Armed | Refused | Gone:
-        """Signal thread ``tid``, which consumed poison in a system call: force_sig_mceerr(BUS_MCEERR_AR).
+        """Signal thread ``tid``, which consumed poison in a system call, or in the page fault ``fault``
+        (processes.place_of_fault()): force_sig_mceerr(BUS_MCEERR_AR).
 
         Once ``Armed``, the call may end: the signal arrives at the return of the call, before any instruction
         of the program. A thread that blocks or ignores SIGBUS dies of the signal. ``fault``: the page fault

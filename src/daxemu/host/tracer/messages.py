@@ -62,14 +62,14 @@ class ForceAR(Send, frozen=True):
     """Action required, before the thread's next instruction; a thread that blocks or ignores SIGBUS dies of
     the signal.
 
-    ``fault``: stack pointer and instruction pointer of the thread in the page fault that it must leave. A
-    thread that is elsewhere has left the page fault already, perhaps for a handler of SIGBUS: then the
-    outcome is NotTaken. If the page fault fails first, its BUS_ADRERR becomes the signal.
+    ``fault``: the page fault that the thread must leave (processes.place_of_fault()). A thread that is
+    elsewhere has left the page fault already, perhaps for a handler of SIGBUS: then the outcome is NotTaken.
+    If the page fault fails first, its BUS_ADRERR becomes the signal.
     """
 
     code = BUS_MCEERR_AR
 
-    fault: tuple[int, int] | None = None
+    fault: tuple[int, int, int] | None = None
 
 
 class Hold(_Message, frozen=True):

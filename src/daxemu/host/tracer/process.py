@@ -466,8 +466,8 @@ class Tracer:
             self._outbox.append(Gone(self._deliveries.take_over(tid).request.id))
 
 
-def _has_left(tid: int, fault: tuple[int, int]) -> bool:
-    """Return True if a stopped thread is not in the page fault with these pointers (ForceAR.fault)."""
+def _has_left(tid: int, fault: tuple[int, int, int]) -> bool:
+    """Return True if a stopped thread is not in the page fault of this place (ForceAR.fault)."""
     with contextlib.suppress(injection.CannotInject):  # 32-bit code, whose registers are not looked at
         return injection.registers(tid).place != fault
     return False

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-from tests.mount.test_clone_races import *  # noqa: F403
+from tests.mount.test_races import *  # noqa: F403
