@@ -77,6 +77,13 @@ def test_a_load_of_poison_is_the_siginfo_of_ar(
     assert (result["bytes"], result["errno"]) == ("", None)
 
 
+@pytest.mark.parametrize("length", [3, 12, 40, PAGE])
+def test_the_address_of_a_load_is_its_first_byte(dax_mount: DaxMount, file: Path, length: int) -> None:
+    """memcpy(3) loads the last 8 bytes of 12 first."""
+    dax_mount.run("inject", file, "--offset", AT)
+    assert without_addresses(load(dax_mount, AT, length)["signals"]) == [{**AR, "offset": AT}]
+
+
 def test_a_load_across_pages_has_the_bytes_before_the_poison(dax_mount: DaxMount, file: Path) -> None:
     dax_mount.run("inject", file, "--offset", AT)
     result = load(dax_mount, AT - 4, 2 * PAGE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -158,7 +159,7 @@ def _reports(file: str, order: Order) -> Iterator[Iterator[tuple[str, dict[str, 
         is_direct = client.request("status").get("mode") == "direct"
         mountpoint = str(client.mount.mountpoint)
     child = [sys.executable, "-P", "-m", "daxemu.cli.touch_child", argument(order), file]
-    if is_direct:
+    if is_direct and not _can_map(file):
         child = [sys.executable, "-P", "-m", "daxemu", "run", mountpoint, "--", *child]
     with subprocess.Popen(child, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -166,6 +167,21 @@ def _reports(file: str, order: Order) -> Iterator[Iterator[tuple[str, dict[str, 
             yield _until_the_end(process, process.stdout, order)
         finally:
             process.kill()
+
+
+def _can_map(file: str) -> bool:
+    """Return whether this process can map a file of a direct mount. Such a process is under daxemu run
+    already, and daxemu run does not nest. False for an empty file.
+    """
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            mmap.mmap(fd, 1, prot=mmap.PROT_READ).close()
+        finally:
+            os.close(fd)
+    except (OSError, ValueError):  # ValueError: an empty file
+        return False
+    return True
 
 
 def _until_the_end(
