@@ -92,7 +92,7 @@ docs: setup
 recording: setup
 	$(PY) -m tools.record_demo
 
-# docs/applications.md, from a real run of every program that is here: about ten minutes.
+# docs/applications.md, from a real run of every program that is here, in both modes: about an hour.
 apps: setup
 	.venv/bin/daxemu apps --both -o docs/applications.md
 

@@ -79,7 +79,9 @@ def test_the_outcome_of_a_range_tells_its_kind(outcome: str, kind: FailureKind) 
 
 def test_the_command_line_has_an_option_for_each_kind_but_the_default() -> None:
     flags = {name for option in inject.params if getattr(option, "is_flag", False) for name in option.opts}
-    assert flags - {"--json"} == {f"--{kind}" for kind in INJECTED if kind is not FailureKind.POISON}
+    assert flags - {"--json", "--after", "--of-file"} == {
+        f"--{kind}" for kind in INJECTED if kind is not FailureKind.POISON
+    }
 
 
 def test_a_plan_says_how_it_names_latent_poison() -> None:

@@ -125,6 +125,15 @@ def parse_when(text: str) -> When:
     return When(first, last, step)
 
 
+def matches(glob: str, path: str) -> bool:
+    """Return whether a glob matches a path on the mount. ``path`` begins with a slash. A glob without a slash
+    matches the last name.
+    """
+    if "/" in glob:
+        return fnmatchcase(path, glob if glob.startswith("/") else f"/{glob}")
+    return fnmatchcase(path.rpartition("/")[2], glob)
+
+
 class On(msgspec.Struct, frozen=True):
     """Which operations a rule matches. ``op``: a word of Op or GROUPS. ``file``: a glob. ``by``: a process
     id, or the comm of a process; null for every process. ``after``: fire after the operation instead of
@@ -154,9 +163,7 @@ class On(msgspec.Struct, frozen=True):
 
     def names(self, path: str) -> bool:
         """Return whether ``file`` matches a path on the mount. ``path`` begins with a slash."""
-        if "/" in self.file:
-            return fnmatchcase(path, self.file if self.file.startswith("/") else f"/{self.file}")
-        return fnmatchcase(path.rpartition("/")[2], self.file)
+        return matches(self.file, path)
 
 
 def parse_on(text: str, by: str | None = None, *, after: bool = False) -> On:

@@ -128,7 +128,7 @@ def test_a_class_of_the_protocol_is_a_request() -> None:
     tags = re.findall(r'^class \w+\(Request\[\w+\], tag="(\w+)"', Path(p.__file__).read_text(), re.MULTILINE)
     assert len(tags) > 10
     assert [str(kind.__struct_config__.tag) for kind in p.REQUEST_TYPES] == tags
-    values: dict[str, object] = {"settings": {}, "ranges": []}
+    values: dict[str, object] = {"settings": {}, "ranges": [], "then": [], "on": {"op": "any", "file": "*"}}
     for kind in p.REQUEST_TYPES:
         needed = [field.name for field in msgspec.structs.fields(kind) if field.required]
         line = {"op": kind.__struct_config__.tag, **{name: values.get(name, 0) for name in needed}}

@@ -14,7 +14,7 @@ import pytest
 from daxemu.errors import Unsupported
 from daxemu.host.run import bpf, filters, zone
 from daxemu.host.run.filters import AUDIT_ARCH_I386, AUDIT_ARCH_X86_64, X32, Nr
-from daxemu.uapi import MADV_HWPOISON, MADV_SOFT_OFFLINE
+from daxemu.uapi import MADV_HWPOISON, MADV_REMOVE, MADV_SOFT_OFFLINE
 
 ALLOW, NOTIFY, NO_SUCH = filters.RET_ALLOW, filters.RET_USER_NOTIF, filters.RET_ERRNO | errno.ENOSYS
 IN_ZONE = zone.SLICES[3].start + 0x5000
@@ -81,14 +81,17 @@ def calls_for_direct() -> Iterator[tuple[int, int, tuple[int, ...]]]:
             yield NOTIFY, number, (address, 4096, 4, 0, 0, GARBAGE)
             yield ALLOW, number, (address, 4096, 4, 0, 0, AGENT)
             yield ALLOW, number, (address, 4096, 4, 0, 0, AGENT | 0xFFFF_FFFF)
+        # munmap(2) elsewhere is an event of the userfaultfd; mremap(2) and msync(2) elsewhere are not.
+        elsewhere = NOTIFY if number in (Nr.MREMAP, Nr.MSYNC) else ALLOW
         for address in (0, USUAL, BELOW, ABOVE, 2**64 - 4096):
-            yield ALLOW, number, (address, 4096, 4)
-    for advice in (MADV_HWPOISON, MADV_SOFT_OFFLINE):
+            yield elsewhere, number, (address, 4096, 4)
+            yield ALLOW, number, (address, 4096, 4, 0, 0, AGENT)
+    for advice in (MADV_HWPOISON, MADV_SOFT_OFFLINE, MADV_REMOVE):
         for address in (USUAL, IN_ZONE):
             yield NOTIFY, Nr.MADVISE, (address, 4096, advice)
             yield NOTIFY, Nr.MADVISE, (address, 4096, advice | GARBAGE)
     yield ALLOW, Nr.MADVISE, (USUAL, 4096, MADV_HWPOISON + 2)
-    for number in (Nr.FORK, Nr.EXECVE, Nr.EXECVEAT):
+    for number in (Nr.FORK, Nr.EXECVE, Nr.EXECVEAT, Nr.MLOCK, Nr.MLOCK2, Nr.MLOCKALL):
         yield NOTIFY, number, ()
     yield NOTIFY, Nr.CLONE, (17,)
     yield NOTIFY, Nr.CLONE, (CLONE_FS | 17,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
@@ -151,7 +152,7 @@ def test_a_request_answered_at_once_waits_for_mappings_too(
             )
             extra.close()
             extra._fuse = cast(Any, replies)
-            extra._dispatch(request)
+            extra._handle(ctypes.pointer(request))
             await trio.testing.wait_all_tasks_blocked()
             assert replies.sent == []
             mappings.follow.set()

@@ -23,7 +23,7 @@ import trio.from_thread
 from daxemu.events import Event
 from daxemu.fs.inode import Inode
 from daxemu.host.direct import userfaultfd
-from daxemu.host.direct.agent import Reply as AgentReply
+from daxemu.host.direct.agent import AgentReply
 from daxemu.host.direct.calls import MAP_SHARED, OpenFile
 from daxemu.host.direct.mappings import DirectMappings
 from daxemu.host.direct.syscalls import MEDIA_FD, VOID_FD, Syscall

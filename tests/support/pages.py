@@ -61,7 +61,7 @@ def anonymous(text: str) -> str:
     text = re.sub(r'"time":[\d.]+', '"time":TIME', text)
     text = re.sub(r"^\d\d:\d\d:\d\d\.\d\d\d", "CLOCK", text, flags=re.MULTILINE)
     text = re.sub(r"(supervisor|pid|thread) \d+", r"\1 PID", text)
-    text = re.sub(r"(Killing|SIGBUS to) (\S+):\d+", r"\1 \2:PID", text)
+    text = re.sub(r"(Killing|SIGBUS to|by) (\S+):\d+", r"\1 \2:PID", text)
     text = re.sub(r"fault at [0-9a-f]+", "fault at ADDRESS", text)
     text = re.sub(r"addr 0x[0-9a-f]+", "addr ADDRESS", text)
     text = re.sub(r"in \d+\.\d+s", "in TIME", text)

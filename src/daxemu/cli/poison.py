@@ -10,7 +10,6 @@ import click
 from daxemu.cli.common import (
     PATH,
     PATH_TEXT,
-    SIZE,
     Target,
     Whole,
     connect,
@@ -20,44 +19,14 @@ from daxemu.cli.common import (
     table,
     target,
 )
+from daxemu.cli.every import inject_every
+from daxemu.cli.places import Places, place_options
 from daxemu.cli.rules import RuleOptions, add_rule, rule_options
 from daxemu.errors import InvalidArgument
 from daxemu.events import signalled
 from daxemu.failure_kind import INJECTED, FailureKind, injected_kind
 from daxemu.protocol import kind_fields
 from daxemu.rule import ClearAction, InjectAction, RemoveAction
-from daxemu.uapi import PAGE_SIZE
-
-
-def _ranges(offsets: tuple[int, ...], lengths: tuple[int, ...], size: int | None) -> list[list[int]]:
-    """Return pairs [offset, length] in bytes. A single length serves all offsets. Without an offset, 0.
-    Without a length, one page, or the rest of the file.
-    """
-    offsets = offsets or (0,)
-    if not lengths:
-        lengths = tuple(
-            PAGE_SIZE if size is None else max(min(PAGE_SIZE, size - offset), 1) for offset in offsets
-        )
-    if len(lengths) == 1:
-        lengths *= len(offsets)
-    if len(offsets) != len(lengths):
-        raise InvalidArgument(
-            f"{len(offsets)} offsets but {len(lengths)} lengths: give one length, or one for each offset"
-        )
-    return [list(pair) for pair in zip(offsets, lengths, strict=True)]
-
-
-def _range_options(command: Any) -> Any:
-    command = click.option(
-        "--length",
-        "lengths",
-        type=SIZE,
-        multiple=True,
-        help="Bytes; default: one page. Give it once, or once for each --offset.",
-    )(command)
-    return click.option(
-        "--offset", "offsets", type=SIZE, multiple=True, help="Bytes; repeat for several ranges."
-    )(command)
 
 
 def _of_file_option(command: Any) -> Any:
@@ -75,7 +44,8 @@ def _kind_options(command: Any) -> Any:
 
 @click.command()
 @click.argument("path", type=PATH_TEXT)
-@_range_options
+@place_options(with_find=True)
+@click.option("--every", metavar="FILE-GLOB", help="In each file of the mount PATH that matches, as in --on.")
 @_kind_options
 @click.option("--seed", type=Whole(), default=0, show_default=True, help="Seed of the new bytes of --silent.")
 @_of_file_option
@@ -83,8 +53,8 @@ def _kind_options(command: Any) -> Any:
 @rule_options
 def inject(
     path: str,
-    offsets: tuple[int, ...],
-    lengths: tuple[int, ...],
+    places: Places,
+    every: str | None,
     seed: int,
     of_file: bool,
     as_json: bool,
@@ -96,6 +66,9 @@ def inject(
     Poison covers whole 512-byte sectors, and mappings lose whole 4096-byte pages: ranges are rounded out to
     these units. Each range is one failure. If one range is invalid, nothing is poisoned.
 
+    With --every, the ranges are those of each file that matches, one file after another, up to the end of the
+    file. Files without data there are skipped and counted.
+
     With --on, the failure waits for an operation of a program. If PATH is the mountpoint, and no range is
     given, the pages of the operation are poisoned.
 
@@ -103,6 +76,8 @@ def inject(
     Example:
       daxemu inject /tmp/pmem --on 'read:*.sst:3' --by mydb
       daxemu inject /tmp/pmem/db --offset 8K --length 4K
+      daxemu inject /tmp/pmem/db --page 2 --find 'key:42'
+      daxemu inject /tmp/pmem --every '*.sst' --page 0
       daxemu inject /tmp/pmem --offset 1G --offset 2G --length 64K
     """
     given = [injected_kind(name) for name, is_set in kinds.items() if is_set]
@@ -111,44 +86,54 @@ def inject(
     kind = given[0] if given else FailureKind.POISON
     with (found := target(path)).client as client:
         if rule is not None:
-            ranges = _ranges_of_rule(found, offsets, lengths, of_file=of_file)
-            add_rule(client, rule, InjectAction(kind, ranges, found.ino, of_file, seed), as_json=as_json)
+            if every is not None:
+                raise InvalidArgument("--every is for now: with --on, OP:FILE has the glob, and --of-file")
+            wanted = _ranges_of_rule(path, found, places, of_file=of_file)
+            add_rule(client, rule, InjectAction(kind, wanted, found.ino, of_file, seed), as_json=as_json)
             return
         _refuse_of_file(of_file)
-        result = client.request(
-            "inject",
-            ino=found.ino,
-            ranges=_ranges(offsets, lengths, found.size),
-            seed=seed,
-            **kind_fields(kind),
-        )
+        fields = {"seed": seed, **kind_fields(kind)}
+        if every is not None:
+            result = inject_every(found, every, places, fields)
+        else:
+            ranges = places.ranges(path, found.size)
+            result = client.request("inject", ino=found.ino, ranges=ranges, **fields)
     emit(result, as_json, lambda: _describe_injection(result))
 
 
 def _describe_injection(result: dict[str, Any]) -> list[str]:
-    lines = [
+    lines = []
+    for file in result.get("files", ()):
+        lines += [f"{file['path']}: {line}" for line in _describe_ranges(file)]
+    if not lines:
+        lines = _describe_ranges(result)
+    if result["rounded"]:
+        lines.append("note: rounded out to whole 512-byte sectors")
+    if result["holes"]:
+        lines.append(f"note: {result['holes']} bytes are holes of the file: a hole has no media to poison")
+    if result.get("skipped"):
+        lines.append(f"note: {len(result['skipped'])} files skipped: no data in the ranges")
+    return lines
+
+
+def _describe_ranges(result: dict[str, Any]) -> list[str]:
+    return [
         f"{FailureKind.of_outcome(r['outcome']).traits.done} device {r['offset']:#x}+{r['length']:#x} "
         f"(pfn {r['pfn']:#x}, {r['nr_pages']} pages): "
         f"{r['outcome']}, {signalled(r['processes'], r['signals'])}"
         for r in result["ranges"]
     ]
-    if result["rounded"]:
-        lines.append("note: rounded out to whole 512-byte sectors")
-    if result["holes"]:
-        lines.append(f"note: {result['holes']} bytes are holes of the file: a hole has no media to poison")
-    return lines
 
 
 @click.command()
 @click.argument("path", type=PATH_TEXT)
-@_range_options
+@place_options(with_find=False)
 @_of_file_option
 @json_option
 @rule_options
 def clear(
     path: str,
-    offsets: tuple[int, ...],
-    lengths: tuple[int, ...],
+    places: Places,
     of_file: bool,
     as_json: bool,
     rule: RuleOptions | None,
@@ -162,24 +147,22 @@ def clear(
     """
     with (found := target(path)).client as client:
         if rule is not None:
-            wanted = _ranges_of_rule(found, offsets, lengths, of_file=of_file)
+            wanted = _ranges_of_rule(path, found, places, of_file=of_file)
             add_rule(client, rule, ClearAction(wanted, found.ino, of_file), as_json=as_json)
             return
         _refuse_of_file(of_file)
-        ranges = _everything(found) if not offsets and not lengths else _ranges(offsets, lengths, found.size)
+        ranges = places.ranges(path, found.size) if places.is_given else _everything(found)
         result = client.request("clear", ino=found.ino, ranges=ranges)
     emit(result, as_json, f"cleared {result['bytes']} bytes of poison in {len(result['ranges'])} ranges")
 
 
-def _ranges_of_rule(
-    found: Target, offsets: tuple[int, ...], lengths: tuple[int, ...], *, of_file: bool
-) -> list[tuple[int, int]]:
+def _ranges_of_rule(path: str, found: Target, places: Places, *, of_file: bool) -> list[tuple[int, int]]:
     """Return the ranges of a rule; none for the pages of the operation."""
     if of_file and found.ino is not None:
         raise InvalidArgument("--of-file is for the file of the operation: give the mountpoint as PATH")
-    if not offsets and not lengths and found.ino is None and not of_file:
+    if not places.is_given and found.ino is None and not of_file:
         return []
-    return [(offset, length) for offset, length in _ranges(offsets, lengths, found.size)]
+    return [(offset, length) for offset, length in places.ranges(path, found.size)]
 
 
 def _refuse_of_file(of_file: bool) -> None:

@@ -48,18 +48,18 @@ def trace(
         follower.set_patience(None)
         lines = client.trace_lines(glob)
         until = None if seconds is None else threading.Timer(seconds, client.hang_up)
-        with _writer(output, as_json) as write, _limited(until), suppress(KeyboardInterrupt):
-            events = threading.Thread(target=_follow, args=(follower.follow_lines(last), write), daemon=True)
+        with _writer(output, as_json) as keep, _limited(until), suppress(KeyboardInterrupt):
+            events = threading.Thread(target=_follow, args=(follower.follow_lines(last), keep), daemon=True)
             events.start()
             for line in lines:
-                write(_record(line))
+                keep(_record(line))
         follower.hang_up()
         events.join()
 
 
-def _follow(lines: Iterator[bytes], write: Write) -> None:
+def _follow(lines: Iterator[bytes], keep: Keep) -> None:
     for line in lines:
-        write(decode(line))
+        keep(decode(line))
 
 
 @contextmanager
@@ -73,11 +73,11 @@ def _limited(timer: threading.Timer | None) -> Iterator[None]:
             timer.cancel()
 
 
-Write = Callable[[TraceRecord | Event], None]
+Keep = Callable[[TraceRecord | Event], None]
 
 
 @contextmanager
-def _writer(output: Path | None, as_json: bool) -> Iterator[Write]:
+def _writer(output: Path | None, as_json: bool) -> Iterator[Keep]:
     """Return a function that writes a record in the form that was asked for. Threads may share it."""
     lock = threading.Lock()
     is_chrome = output is not None and output.suffix == ".json"
@@ -85,18 +85,18 @@ def _writer(output: Path | None, as_json: bool) -> Iterator[Write]:
     with opened as file:
         chrome = _Chrome(file) if file is not None and is_chrome else None
 
-        def write(record: TraceRecord | Event) -> None:
+        def keep(record: TraceRecord | Event) -> None:
             with lock:
                 if chrome is not None:
-                    chrome.write(record)
+                    chrome.add(record)
                 elif file is not None or as_json:
                     line = msgspec.json.encode(record).decode()
-                    say(line) if file is None else print(line, file=file)
+                    say(line) if file is None else file.writelines((line, "\n"))
                 else:
                     say(_line(record))
 
         try:
-            yield write
+            yield keep
         finally:
             with lock:
                 if chrome is not None:
@@ -125,11 +125,11 @@ class _Chrome:
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
-        self._file.write("[")
+        self._file.writelines(("[",))
         self._between = "\n"
         self._named: set[int] = set()
 
-    def write(self, record: TraceRecord | Event) -> None:
+    def add(self, record: TraceRecord | Event) -> None:
         """Write a record as a complete event ("X"), or as an instant ("i")."""
         if isinstance(record, OperationTrace):
             if record.tid not in self._named:
@@ -155,9 +155,9 @@ class _Chrome:
         return {"name": name, "ph": "X", "ts": began * _MICRO, "dur": seconds * _MICRO}
 
     def _put(self, entry: dict[str, Any]) -> None:
-        self._file.write(self._between + json.dumps(entry))
+        self._file.writelines((self._between, json.dumps(entry)))
         self._between = ",\n"
 
     def end(self) -> None:
         """Write the end of the list."""
-        self._file.write("\n]\n")
+        self._file.writelines(("\n]\n",))

@@ -14,6 +14,9 @@ from daxemu.ranges import Range
 from daxemu.uapi import PAGE_SIZE, Block, Ino
 from daxemu.units import DIV_ROUND_UP
 
+SHOWN_AT_ONCE = 256
+"""Blocks that a watcher processes in one call, which has a time limit."""
+
 
 class MappedFiles(SuperBlock):
     """Filesystem with the verbs of direct mappings."""
@@ -110,8 +113,10 @@ class MappedFiles(SuperBlock):
         Precondition: no program can store to the blocks through a mapping.
         """
         for part in list(self.mapped_stores.overlapping(*blocks)):
-            if self._data.watcher is not None and self._data.watcher.unmapped(part):
-                self.mapped_stores.remove(*part)
+            for low in range(part.start, part.end, SHOWN_AT_ONCE):
+                piece = Range(low, min(low + SHOWN_AT_ONCE, part.end))
+                if self._data.watcher is not None and self._data.watcher.unmapped(piece):
+                    self.mapped_stores.remove(*piece)
 
     # -- the end of a mapped file
 

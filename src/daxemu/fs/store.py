@@ -31,6 +31,7 @@ from daxemu.fs.namespace import Namespace
 from daxemu.fs.records import INO_LIMIT, check_entry, inode_of
 from daxemu.fs.rmap import METADATA_INO, Link, ReflinkProxy, Rmap
 from daxemu.ranges import RangeSet
+from daxemu.text import for_people
 from daxemu.uapi import PAGE_SIZE, Block, Ino
 from daxemu.units import round_down, round_up
 
@@ -326,7 +327,9 @@ class Store:
             raise self._translated(error) from error
         except (ValueError, DaxemuError) as error:
             why = error if not isinstance(error, msgspec.MsgspecError | UnicodeError) else _WRONG_TYPE
-            raise CorruptMetadata(f"{self._name}: the metadata is inconsistent: {why}") from error
+            raise CorruptMetadata(
+                f"{self._name}: the metadata is inconsistent: {for_people(str(why))}"
+            ) from error
         except (TypeError, KeyError) as error:
             raise CorruptMetadata(f"{self._name}: the metadata is inconsistent: {_WRONG_TYPE}") from error
 
@@ -348,12 +351,12 @@ class Store:
                 try:
                     inode_of(row)
                 except ValueError as error:
-                    wrong.append(f"{self._name}: {error}")
+                    wrong.append(f"{self._name}: {for_people(str(error))}")
             for parent, name in self._connection().execute("SELECT parent, name FROM entry"):
                 try:
                     check_entry(parent, name)
                 except ValueError as error:
-                    wrong.append(f"{self._name}: {error}")
+                    wrong.append(f"{self._name}: {for_people(str(error))}")
         except apsw.Error as error:
             wrong.append(str(self._translated(error)))
         return wrong

@@ -18,6 +18,7 @@ from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
 from daxemu.errors import DaxemuError
+from daxemu.host.observer import Observer
 from daxemu.host.proc.file_pages import FilePage
 from daxemu.host.proc.present import Mapped
 from daxemu.mm.incident import Incident
@@ -212,6 +213,14 @@ class Mappings(Translations, Protocol):
         the I/O lock, which holds FUSE requests until all blocks are shared; an implementation that serves
         page faults holds these itself, to the end of the context. Precondition: the caller holds
         ``mf_mutex``. After the context both files are settled. Raises FsError EAGAIN after a time limit.
+        """
+
+    # -- observation
+
+    async def observe(self, observer: Observer | None) -> None:
+        """Tell ``observer`` about the page faults that are no request, from now on; None: nobody. Of a file
+        that the observer wants, the next load and the next store of each page are page faults. Called again
+        when the observer wants other files. Loop.
         """
 
     # -- system calls

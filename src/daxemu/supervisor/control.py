@@ -16,7 +16,8 @@ import msgspec
 import trio
 
 from daxemu import protocol as p
-from daxemu.errors import DaxemuError, FsError, InvalidArgument, PermissionDenied
+from daxemu.errors import Busy, DaxemuError, FsError, InvalidArgument, PermissionDenied
+from daxemu.host.descriptors import EXHAUSTED
 from daxemu.host.proc import status
 from daxemu.host.unexpected import Unexpected, refused
 from daxemu.malformed import dotted, explain
@@ -116,6 +117,9 @@ class ControlSocket:
             except DaxemuError as error:
                 await _try_to_send(stream, _refusal(error))
             except Exception as error:  # noqa: BLE001 - ends this connection only
+                if isinstance(error, OSError) and error.errno in EXHAUSTED:
+                    await _try_to_send(stream, _refusal(Busy("the supervisor has no free descriptor")))
+                    return
                 said = self._unexpected.report("a connection of the control socket", error)
                 await _try_to_send(stream, _refusal(DaxemuError(said)))
 
@@ -153,7 +157,7 @@ class ControlSocket:
             return
         if len(asked) > _SENT:
             await trio.lowlevel.checkpoint()  # the decoding of the longest line is a step of 30 ms
-        if isinstance(request, p.Attach) and _is_itself(peer, request.pid):
+        if isinstance(request, p.Attach) and request.pid != peer and _is_itself(peer, request.pid):
             request = msgspec.structs.replace(request, pid=peer)
         if isinstance(request, p.Attach) and request.pid != peer:
             # Descriptors are taken from the process itself, never from another one.
@@ -161,15 +165,19 @@ class ControlSocket:
                 _refusal(PermissionDenied(f"process {peer} may not attach process {request.pid}"))
             )
         elif isinstance(request, p.Trace):
-            with self._hangups.cancelling(stream), self._traces.one(request) as trace:
-                await stream.send_all(msgspec.json.encode(p.Reply(True, result=msgspec.Raw(b"{}"))) + b"\n")
-                async for lines in trace.lines():
-                    await stream.send_all(b"\n".join(lines) + b"\n")
+            with self._hangups.cancelling(stream):
+                await self._trace(stream, request)
         elif isinstance(request, p.Follow):
             with self._hangups.cancelling(stream):
                 await self._follow(stream, request)
         else:
             await self._reply(stream, request)
+
+    async def _trace(self, stream: trio.SocketStream, request: p.Trace) -> None:
+        async with self._traces.one(request) as trace:
+            await stream.send_all(msgspec.json.encode(p.Reply(True, result=msgspec.Raw(b"{}"))) + b"\n")
+            async for lines in trace.lines():
+                await stream.send_all(b"\n".join(lines) + b"\n")
 
     async def _follow(self, stream: trio.SocketStream, request: p.Follow) -> None:
         async for lines in self._log.follow(request.after):

@@ -147,7 +147,7 @@ class Machine:
         if supplement_missing is None:
             sources.append(self._extra.observe)
         actions = RuleActions(fs, self._poison, self._remove, power_fail, self._counted)
-        observation = Observation(sources)
+        observation = Observation(sources, mappings)
         self._rules = Rules(fs, actions, observation, emit)
         self.traces = Traces(fs, observation, steps)
         self._verbs = self._table()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from daxemu.host.mappings import Mappings
 from daxemu.host.observer import Observer, Operation
 from daxemu.uapi import Ino
 
@@ -11,24 +12,31 @@ from daxemu.uapi import Ino
 class Observation:
     """Passes each operation to every observer, in the order of :meth:`add`. Belongs to the trio thread."""
 
-    def __init__(self, observe: Sequence[Callable[[Observer | None], None]]) -> None:
-        """``observe``: functions that begin (an observer) or end (None) the observation of some source of
-        operations.
+    def __init__(self, observe: Sequence[Callable[[Observer | None], None]], mappings: Mappings) -> None:
+        """``observe``: functions that begin (an observer) or end (None) the observation of requests.
+        ``mappings`` observes page faults.
         """
         self._observe = observe
+        self._mappings = mappings
         self._observers: list[Observer] = []
 
-    def add(self, observer: Observer) -> None:
+    async def add(self, observer: Observer) -> None:
         """Tell ``observer`` about each operation that begins from now on."""
         self._observers.append(observer)
         if len(self._observers) == 1:
             self._switch(self)
+        await self.changed()
 
-    def remove(self, observer: Observer) -> None:
+    async def changed(self) -> None:
+        """Note that an observer wants other files."""
+        await self._mappings.observe(self if self._observers else None)
+
+    async def remove(self, observer: Observer) -> None:
         """Tell ``observer`` about no further operation."""
         self._observers.remove(observer)
         if not self._observers:
             self._switch(None)
+        await self.changed()
 
     def _switch(self, observer: Observer | None) -> None:
         for observe in self._observe:

@@ -73,11 +73,14 @@ class Rules:
             raise InvalidArgument(f"the mount has {MOST} rules already: delete some")
         _check(rule, self._fs.dax.size)
         counted = _Counted(rule)
-        if not self._rules:
-            self._observation.add(self)
-            self._fs.layouts.withhold(self._names_file)
-        self._fs.layouts.break_all()
+        is_first = not self._rules
         self._rules[name] = counted
+        if is_first:
+            self._fs.layouts.withhold(self._names_file)
+            await self._observation.add(self)
+        else:
+            self._fs.layouts.break_all()
+            await self._observation.changed()
         return RuleAdded(name)
 
     async def report(self, request: p.ListRules) -> RuleList:
@@ -92,7 +95,7 @@ class Rules:
                 raise InvalidArgument(f"there is no rule {name!r}: see daxemu rules")
         deleted = [_report(self._rules.pop(name)) for name in dict.fromkeys(names)]
         if deleted and not self._rules:
-            self._observation.remove(self)
+            await self._observation.remove(self)
             self._fs.layouts.withhold(None)
         return RuleList(deleted)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import msgspec
 import trio
@@ -25,7 +25,7 @@ KEPT = 100_000
 _BATCH = 256
 
 
-class Trace:
+class TraceReader:
     """Observer that keeps records for one reader. Belongs to the trio thread."""
 
     def __init__(self, fs: Filesystem, file: str | None) -> None:
@@ -96,15 +96,15 @@ class Traces:
         self._observation = observation
         self._steps = steps
 
-    @contextmanager
-    def one(self, request: p.Trace) -> Iterator[Trace]:
+    @asynccontextmanager
+    async def one(self, request: p.Trace) -> AsyncIterator[TraceReader]:
         """Trace in the context. C answers no request meanwhile."""
-        trace = Trace(self._fs, request.file)
-        self._observation.add(trace)
+        trace = TraceReader(self._fs, request.file)
         self._steps.add(trace.add)
         try:
+            await self._observation.add(trace)
             with self._fs.layouts.suspended():
                 yield trace
         finally:
             self._steps.remove(trace.add)
-            self._observation.remove(trace)
+            await self._observation.remove(trace)

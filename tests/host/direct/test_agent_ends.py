@@ -13,6 +13,7 @@ from pathlib import Path
 import trio
 
 from daxemu.host.direct.agent import ProcessAgent
+from daxemu.host.direct.syscalls import NR_GETPID, Syscall
 from tests.host.direct.supervised import agents
 
 
@@ -63,3 +64,39 @@ def test_an_agent_that_ended_after_its_first_reply_is_gone() -> None:
     os.waitpid(child, 0)
     trio.run(agent.serve)
     assert agent.ended.is_set()
+
+
+def test_a_reply_that_does_not_come_soon_comes_later() -> None:
+    """An empty batch needs no reply. The agent here answers each byte of a pipe with a reply."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    may_answer, answer = os.pipe()
+    agent = ProcessAgent(ours, [])
+    child = os.fork()
+    if child == 0:
+        ours.close()
+        while theirs.recv(1 << 12) and os.read(may_answer, 1):
+            theirs.send(bytes(8))
+        os._exit(0)
+    theirs.close()
+    calls = [Syscall(NR_GETPID, ())]
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(agent.serve)
+            os.write(answer, b"x")
+            assert await agent.run(calls) == [0]
+            assert await agent.run([]) == []
+            reply = agent.begin(calls)
+            assert reply is not None
+            assert reply.results is None
+            assert agent.begin(calls) is None
+            os.write(answer, b"x")
+            assert await agent.completed(reply) == [0]
+            os.write(answer, b"x")
+            assert await agent.run(calls) == [0]
+            agent.close()
+
+    trio.run(main)
+    os.waitpid(child, 0)
+    os.close(may_answer)
+    os.close(answer)

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from daxemu.fs.fault import FaultKind
-from daxemu.host.direct.agent import Reply
+from daxemu.host.direct.agent import AgentReply
 from daxemu.host.direct.errors import AddressSpaceChanging
 from daxemu.host.direct.syscalls import Syscall
 from daxemu.pmem import inject
@@ -46,14 +46,14 @@ class LateAgent(OwnAgent):
         self.begun, self.go = trio.Event(), trio.Event()
         self.refuses = False
 
-    def begin(self, batch: Sequence[Syscall]) -> Reply | None:
-        reply = Reply()
+    def begin(self, batch: Sequence[Syscall]) -> AgentReply | None:
+        reply = AgentReply()
         self._results = [-errno.ENOMEM] if self.refuses else [self._call(call) for call in batch]
         self.refuses = False
         self.begun.set()
         return reply
 
-    async def completed(self, reply: Reply) -> list[int]:
+    async def completed(self, reply: AgentReply) -> list[int]:
         await self.go.wait()
         return self._results
 
@@ -188,7 +188,7 @@ def test_a_refused_call_is_decided_anew(core: Core, monkeypatch: pytest.MonkeyPa
 
     async def test(host: Host) -> None:
         process, ino, at = await shared_page(core, host)
-        refused = Reply()
+        refused = AgentReply()
         refused.results = [-errno.ENOMEM]
         monkeypatch.setattr(process.space.agent, "begin", lambda batch: refused)
         assert await process.store(at, b"x")

@@ -238,7 +238,7 @@ def test_finished_runs_are_forgotten(dax_mount: DaxMount) -> None:
         for _ in range(6):
             mapped(dax_mount)
         assert eventually(lambda: runs(dax_mount) == 0)
-        assert eventually(lambda: descriptors(pid) == before)
+        assert eventually(lambda: descriptors(pid) <= before)
         process = subprocess.Popen(
             argv, cwd=dax_mount.path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

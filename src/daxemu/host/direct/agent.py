@@ -97,7 +97,7 @@ class Agent(Protocol):
         number of calls made is not known then.
         """
 
-    def begin(self, batch: Sequence[Syscall]) -> Reply | None:
+    def begin(self, batch: Sequence[Syscall]) -> AgentReply | None:
         """Send a batch of 1 to CALLS_IN_BATCH calls, and wait for its reply up to SOON, in which nothing
         else runs in this process. Return the reply, which may not have come yet; None if the agent is not
         idle, or has ended: then nothing is sent.
@@ -105,7 +105,7 @@ class Agent(Protocol):
         Precondition: no call makes an event of the userfaultfd, which nobody reads meanwhile.
         """
 
-    async def completed(self, reply: Reply) -> list[int]:
+    async def completed(self, reply: AgentReply) -> list[int]:
         """Return the results of a batch, once they have come. Raises AddressSpaceGone. Ends the agent after
         ANSWER_PATIENCE.
         """
@@ -122,7 +122,7 @@ class Agent(Protocol):
         """
 
 
-class Reply:
+class AgentReply:
     """Results of a batch that was sent; None: none have come yet, or none will come."""
 
     def __init__(self) -> None:
@@ -164,7 +164,7 @@ class ProcessAgent:
         self._soon = select.poll()
         self._soon.register(sock, select.POLLIN)
         self._turn = trio.Lock()
-        self._expected: deque[Reply] = deque()
+        self._expected: deque[AgentReply] = deque()
         self._pidfd = -1
         self._is_closed = False
         self.ended = trio.Event()
@@ -216,7 +216,7 @@ class ProcessAgent:
                     results += await self.completed(reply)
         return results
 
-    async def completed(self, reply: Reply) -> list[int]:
+    async def completed(self, reply: AgentReply) -> list[int]:
         """See :meth:`Agent.completed`."""
         if reply.results is not None:
             return reply.results
@@ -227,7 +227,7 @@ class ProcessAgent:
             raise self._gone()
         return reply.results
 
-    def begin(self, batch: Sequence[Syscall]) -> Reply | None:
+    def begin(self, batch: Sequence[Syscall]) -> AgentReply | None:
         """See :meth:`Agent.begin`."""
         if self._is_closed or self._fds or self._expected or self._turn.locked():
             return None
@@ -235,7 +235,7 @@ class ProcessAgent:
             self._raw.send(self._packed(batch))
         except OSError:  # no room, or the agent has ended
             return None
-        reply = Reply()
+        reply = AgentReply()
         self._expected.append(reply)
         with contextlib.suppress(OSError):  # no reply yet; or the agent has ended, which serve() sees
             if (self._comes_at_once() or self._soon.poll(SOON)) and (packet := self._raw.recv(_MOST_BYTES)):
@@ -359,10 +359,10 @@ class ProcessAgent:
         go = [Syscall(NR_PRCTL, (_PR_GET_CHILD_SUBREAPER, word)), Syscall(NR_FUTEX, (word, _FUTEX_WAKE, 1))]
         await self.run(go if word else [Syscall(NR_GETPID, ())])
 
-    async def _sent(self, calls: Sequence[Syscall]) -> Reply:
+    async def _sent(self, calls: Sequence[Syscall]) -> AgentReply:
         """Send a packet of calls; return its reply, which has not come yet."""
         packet = self._packed(calls)
-        reply = Reply()
+        reply = AgentReply()
         try:
             if self._is_closed:
                 raise BrokenPipeError

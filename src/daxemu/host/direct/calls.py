@@ -124,14 +124,17 @@ class Calls:
         settled: Callable[[Ino], Awaitable[None]],
         synced: Callable[[Ino], Awaitable[None]],
         readable: Callable[[Ino, Range], list[Range]],
+        is_wanted: Callable[[Ino], bool],
         hardware_error: HardwareError,
     ) -> None:
+        """``is_wanted``: return whether the pages of a file are mapped one by one (PageFaults.are_wanted)."""
         self._fs = fs
         self._table = table
         self._page_tables = page_tables
         self._locks = locks
         self._synced = synced
         self._readable = readable
+        self._is_wanted = is_wanted
         self._advice = Advice(fs, page_tables, settled, hardware_error)
 
     async def answer(self, call: NotifiedCall, space: Space | None, *, simulated: bool = False) -> Answer:
@@ -246,10 +249,11 @@ class Calls:
             await self._page_tables.map_new(area, [])  # one VMA
 
     def _runs(self, area: Area, most: int) -> Iterator[FileRun]:
-        """Return the runs to map at once, at most ``most``: none of a file with more extents, or after a
-        shutdown. The caller may wait between two runs: the file is looked at anew after _RUNS runs.
+        """Return the runs to map at once, at most ``most``: none of a file with more extents, after a
+        shutdown, or of a file whose pages are mapped one by one. The caller may wait between two runs: the
+        file is looked at anew after _RUNS runs.
         """
-        if self._fs.extents_of(area.ino).count(*area.blocks) > most:
+        if self._is_wanted(area.ino) or self._fs.extents_of(area.ino).count(*area.blocks) > most:
             return iter(())
         runs = self._runs_in_pieces(area.ino, area.blocks)
         return islice((run for run in runs if run.kind is FaultKind.MAPPED), most)

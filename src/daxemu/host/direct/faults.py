@@ -13,6 +13,7 @@ Poison is decided without the lock, because a repair strategy may wait: see :met
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
@@ -32,12 +33,14 @@ from daxemu.host.direct.populate import is_populating
 from daxemu.host.direct.table import Area, Space, Table
 from daxemu.host.direct.userfaultfd import PageFault
 from daxemu.host.mappings import Answer
+from daxemu.host.observer import Observer, Operation
 from daxemu.host.proc.file_pages import FilePage
 from daxemu.host.proc.processes import in_page_fault, process_of
 from daxemu.host.tracer.link import Armed
 from daxemu.host.tracer.messages import Gone, Held, Outcome, Refused
 from daxemu.host.unexpected import Nursery, Unexpected
 from daxemu.ranges import Range
+from daxemu.rule import Op
 from daxemu.uapi import PAGE_SIZE, Block, Ino, page_align_down
 
 MARKED = 0.01
@@ -135,6 +138,8 @@ class PageFaults:
         self._immediate = ImmediateAnswers(
             fs, media, table, page_tables, changes, locks, nursery, unexpected, on_store
         )
+        self.observer: Observer | None = None
+        """Told about each page fault of the files that it wants."""
         self.waiting = 0
         """Number of events without an answer yet."""
         self._latest: dict[int, Touch] = {}
@@ -143,10 +148,25 @@ class PageFaults:
     def take(self, space: Space, event: PageFault) -> bool:
         """Answer one event at once, and return True; or in a task of its own."""
         self._latest.pop(event.tid, None)
-        if self._immediate.answered(space, event):
+        area = space.at(page_align_down(event.address))
+        is_wanted = area is not None and self.are_wanted(area.ino)
+        if not is_wanted and self._immediate.answered(space, event):
             return True
         self._begin(space, event)
         return False
+
+    def are_wanted(self, ino: Ino) -> bool:
+        """Return whether each page fault of a file is an operation: its pages are mapped one by one."""
+        return self.observer is not None and self.observer.wants(ino)
+
+    def _operation(self, touch: Touch) -> Operation | None:
+        """Return the page fault as an operation for the observer; None if nobody wants it."""
+        area = touch.space.at(touch.page.start)
+        if area is None or not self.are_wanted(area.ino):
+            return None
+        offset = area.block_at(touch.page.start) * PAGE_SIZE
+        op = Op.STORE if touch.is_store and area.is_shared else Op.LOAD
+        return Operation(op, touch.event.tid, area.ino, offset=offset, length=PAGE_SIZE)
 
     def _begin(self, space: Space, event: PageFault) -> None:
         """Start a task that answers one event."""
@@ -159,7 +179,14 @@ class PageFaults:
         space, page, event = touch
         self.waiting += 1
         try:
-            await self._decide(touch)
+            operation, observer = self._operation(touch), self.observer
+            if operation is None or observer is None:
+                await self._decide(touch)
+            else:
+                await observer.before(operation)
+                began = time.monotonic()
+                await self._decide(touch)
+                await observer.after(operation, time.monotonic() - began, 0)
         except AddressSpaceGone:
             return
         except NotRegistered:  # the program changed its mappings behind the filter
@@ -215,7 +242,10 @@ class PageFaults:
         with self._changes.following(ino):
             with self._changes.own(ino) as changed:
                 try:
-                    run = self._fs.fault(ino, block, is_store=is_store, limit=WINDOW)
+                    is_wanted = self.are_wanted(ino)
+                    run = self._fs.fault(ino, block, is_store=is_store, limit=1 if is_wanted else WINDOW)
+                    if is_wanted and not is_store:  # the first store is another page fault
+                        run = run._replace(is_watched=True)
                 except NoSpace:
                     if may_free:
                         raise

@@ -1,9 +1,8 @@
 """Stores that are decided and answered at once, without a step of the event loop.
 
-Purpose: speed. A copy at the store takes 0.6 ms with tasks, locks that others may hold, and a replacement
-that is registered before its move, and a third of that here. Only the ordinary case is answered here; any
-other event is left to :class:`~daxemu.host.direct.faults.PageFaults`, which may decide it again from the
-start.
+Purpose: speed. A copy at the store takes 0.55 ms by PageFaults (tasks, locks, and a replacement that is
+registered before its move), and 0.2 ms here. Only the ordinary case is answered here. Every other event is
+left to :class:`~daxemu.host.direct.faults.PageFaults`, which may decide the event again from the start.
 
 The new block is mapped *in place*, by one call of the agent, and registered afterwards. In between, any touch
 of the page is right: the block belongs to this file alone, and has its contents. No other part of the
@@ -20,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 from daxemu.errors import DaxemuError
 from daxemu.fs.fault import FaultKind, FileRun
-from daxemu.host.direct.agent import Reply
+from daxemu.host.direct.agent import AgentReply
 from daxemu.host.direct.changes import Changes, FileLocks
 from daxemu.host.direct.errors import AddressSpaceChanging, AddressSpaceGone
 from daxemu.host.direct.page_tables import PageTables
@@ -178,7 +177,7 @@ class ImmediateAnswers:
             self._changes.note(ino, blocks)
         return False
 
-    async def _finish(self, store: _Store, reply: Reply, device: int, held: ExitStack) -> None:
+    async def _finish(self, store: _Store, reply: AgentReply, device: int, held: ExitStack) -> None:
         """Wait for an agent that did not answer soon, and register the page.
 
         Until then a touch of the page is no event: a touch of a page that poison has taken away would make a

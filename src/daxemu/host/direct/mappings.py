@@ -18,6 +18,7 @@ import trio
 
 from daxemu.errors import DaxemuError, MediaError
 from daxemu.fs.fault import FaultKind, FileRun
+from daxemu.fs.mapped_files import SHOWN_AT_ONCE
 from daxemu.fs.rmap import Owner
 from daxemu.host.direct.calls import Calls
 from daxemu.host.direct.changes import Changes, FileLocks
@@ -32,6 +33,7 @@ from daxemu.host.direct.table import Area, Table
 from daxemu.host.fuse import notifications
 from daxemu.host.mappings import Access, Answer, HardwareError, Upcalls
 from daxemu.host.mount_parts import MountParts
+from daxemu.host.observer import Observer
 from daxemu.host.proc.file_pages import NOWHERE, FilePage
 from daxemu.host.proc.present import Mapped
 from daxemu.host.run.attached import Handle
@@ -43,8 +45,10 @@ from daxemu.units import DIV_ROUND_UP, PHYS_PFN, blocks_of, bytes_of_blocks
 
 SYNC_INTERVAL = 5.0
 """Seconds between two write-backs of stores without an msync(2), as in dirty_writeback_centisecs."""
-_SYNC_PIECE = 256
-"""Blocks whose contents one step of the event loop shows to the filesystem."""
+
+
+_WHOLE = Range(0, 1 << 52)
+"""Blocks of any file."""
 
 
 class DirectMappings:
@@ -91,6 +95,7 @@ class DirectMappings:
             self.settled,
             self.synced,
             self._readable,
+            self.faults.are_wanted,
             hardware_error,
         )
 
@@ -104,6 +109,14 @@ class DirectMappings:
             self._media.fd,
         )
         return self._service.handle
+
+    async def observe(self, observer: Observer | None) -> None:
+        """See Mappings.observe. Files that the observer wants become lazy."""
+        self.faults.observer = observer
+        for ino in self.table.files() if observer is not None else ():
+            if observer is not None and observer.wants(ino):
+                async with self._locks.held(ino):
+                    await self.page_tables.hide_blocks(ino, _WHOLE)
 
     def _pin(self, ino: Ino) -> None:
         """Keep the blocks of a file without a name while the file is mapped: a mapping holds a file open."""
@@ -264,8 +277,8 @@ class DirectMappings:
             for area in self.table.areas_of(ino):
                 self.table.stored(area.space, area.addresses)
         for part in list(self._fs.mapped_stores):
-            for low in range(part.start, part.end, _SYNC_PIECE):
-                piece = Range(low, min(low + _SYNC_PIECE, part.end))
+            for low in range(part.start, part.end, SHOWN_AT_ONCE):
+                piece = Range(low, min(low + SHOWN_AT_ONCE, part.end))
                 for owner in list(self._fs.rmap.owners(*piece)):
                     if ino in (None, owner.ino):
                         await self._synced(owner)

@@ -20,7 +20,7 @@ from itertools import islice
 import trio
 
 from daxemu.host.direct import outside, planner, syscalls
-from daxemu.host.direct.agent import Reply
+from daxemu.host.direct.agent import AgentReply
 from daxemu.host.direct.batches import in_order
 from daxemu.host.direct.errors import (
     AddressSpaceGone,
@@ -151,7 +151,7 @@ class PageTables:
                 space.showing(part, zeros=is_zeros)
             raise
 
-    def begin_in_place(self, area: Area, page: Range, device: int) -> Reply | None:
+    def begin_in_place(self, area: Area, page: Range, device: int) -> AgentReply | None:
         """Begin to map a page of a shared area to byte ``device`` of the device: see Agent.begin.
 
         The caller registers the page next. Precondition: no other file has the block.

@@ -14,6 +14,7 @@ import trio
 from daxemu.fs.inode import Inode
 from daxemu.host.mappings import Access, HardwareError, Upcalls
 from daxemu.host.mount_parts import MountParts
+from daxemu.host.observer import Observer
 from daxemu.host.page_cache.invalidate_lock import InvalidateLock
 from daxemu.host.page_cache.kernel_pages import KernelPages
 from daxemu.host.page_cache.populating import Populating
@@ -173,6 +174,9 @@ class PageCacheMappings:
 
     async def settled(self, ino: Ino) -> None:
         """See Mappings.settled."""
+
+    async def observe(self, observer: Observer | None) -> None:
+        """See Mappings.observe. Every page fault that needs the filesystem is a request."""
 
     @asynccontextmanager
     async def sharing(self, source: Ino, taken: Range, target: Ino, replaced: Range) -> AsyncIterator[None]:

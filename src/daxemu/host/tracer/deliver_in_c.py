@@ -6,6 +6,7 @@ delivery over. Everything here belongs to the thread that traces.
 
 from __future__ import annotations
 
+import os
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
@@ -113,3 +114,17 @@ class Deliveries:
     def _as_taken(self, tid: int, stage: int) -> Taken:
         taken = self._requests.pop(tid)
         return taken if stage == _QUEUED else taken._replace(cookie=0)
+
+
+def reap(most: int) -> tuple[int, list[Wait]]:
+    """Return the statuses that waitpid(2) has by now, at most ``most``, and their number."""
+    waits: list[Wait] = []
+    while len(waits) < most:
+        try:
+            tid, status = os.waitpid(-1, os.WNOHANG | ptrace.WALL | ptrace.WNOTHREAD)
+        except ChildProcessError:
+            break
+        if tid == 0:
+            break
+        waits.append(Wait(tid, status))
+    return len(waits), waits

@@ -60,7 +60,7 @@ from daxemu.host.tracer.messages import (
 )
 from daxemu.host.tracer.ptrace import ResumeStep, Stop, StopKind
 from daxemu.host.tracer.siginfo import SigInfo
-from daxemu.uapi import BUS_MCEERR_AR, PAGE_SHIFT
+from daxemu.uapi import BUS_MCEERR_AR, PAGE_SHIFT, page_align_down
 
 Phase = Enum("Phase", ["NONE", "ENTER", "EXIT"])  # progress of an injection
 
@@ -297,7 +297,7 @@ class HeldThread:
             return siginfo.bus_error(sent.code, sent.addr, sent.lsb), (self._delivered(sent),)
         if info.is_bus_adrerr and not self.cookie and self.fault_of_next is not None:
             head = self.fifo[0]
-            if info.addr >> PAGE_SHIFT == head.addr >> PAGE_SHIFT:  # the page fault failed meanwhile
+            if page_align_down(info.addr) == page_align_down(head.addr):  # the page fault failed meanwhile
                 self.is_default = False
                 return siginfo.bus_error(head.code, info.addr, head.lsb), (
                     self._delivered(self.fifo.popleft()),

@@ -16,6 +16,7 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -339,3 +340,10 @@ def _vdso_base(tid: int) -> int:
         if key == _AT_SYSINFO_EHDR:
             return int(value)
     return 0
+
+
+def has_left(tid: int, fault: tuple[int, int, int]) -> bool:
+    """Return True if a stopped thread is not in the page fault of this place (ForceAR.fault)."""
+    with contextlib.suppress(CannotInject):  # 32-bit code, whose registers are not looked at
+        return registers(tid).place != fault
+    return False

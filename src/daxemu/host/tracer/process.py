@@ -40,7 +40,7 @@ from daxemu.host.proc.status import find as find_status
 from daxemu.host.tracer import injection, mourner, ptrace, siginfo
 from daxemu.host.tracer.agent_maker import AgentMakers
 from daxemu.host.tracer.beside import Besides
-from daxemu.host.tracer.deliver_in_c import Deliveries, Taken, Wait
+from daxemu.host.tracer.deliver_in_c import Deliveries, Taken, reap
 from daxemu.host.tracer.held_thread import Discard, HeldThread, Phase, StopVerdict, as_mapped_now
 from daxemu.host.tracer.messages import (
     MAX_PACKET,
@@ -297,7 +297,7 @@ class Tracer:
         return True
 
     def _reap(self) -> None:
-        stops, waits = self._deliveries.reap(_BATCH) if self._deliveries is not None else _reap(_BATCH)
+        stops, waits = self._deliveries.reap(_BATCH) if self._deliveries is not None else reap(_BATCH)
         for wait in waits:
             if wait.sent is not None:
                 sent = wait.sent
@@ -350,7 +350,7 @@ class Tracer:
                 # force_sig_info_to_task() merges with a pending SIGBUS: the fault's own siginfo is lost.
                 thread.fault_at = file_pages.find_page(thread.tid, page, info.addr) or 0
         if (fault := thread.fault_of_next) is not None and stop.kind is not StopKind.SIGNAL:
-            stop = stop._replace(has_left=_has_left(thread.tid, fault))
+            stop = stop._replace(has_left=injection.has_left(thread.tid, fault))
         if thread.phase is Phase.EXIT:
             stop = stop._replace(result=self._injections[thread.tid].result())
         while True:
@@ -464,27 +464,6 @@ class Tracer:
             self._outbox.extend(Gone(id_, signal, thread.fault_at) for id_ in thread.ids())
         elif self._deliveries is not None and tid in self._deliveries:
             self._outbox.append(Gone(self._deliveries.take_over(tid).request.id))
-
-
-def _has_left(tid: int, fault: tuple[int, int, int]) -> bool:
-    """Return True if a stopped thread is not in the page fault of this place (ForceAR.fault)."""
-    with contextlib.suppress(injection.CannotInject):  # 32-bit code, whose registers are not looked at
-        return injection.registers(tid).place != fault
-    return False
-
-
-def _reap(most: int) -> tuple[int, list[Wait]]:
-    """Return the statuses that waitpid(2) has by now, at most ``most``, and their number."""
-    waits: list[Wait] = []
-    while len(waits) < most:
-        try:
-            tid, status = os.waitpid(-1, os.WNOHANG | ptrace.WALL | ptrace.WNOTHREAD)
-        except ChildProcessError:
-            break
-        if tid == 0:
-            break
-        waits.append(Wait(tid, status))
-    return len(waits), waits
 
 
 def main(argv: list[str]) -> None:
