@@ -10,7 +10,7 @@ import faulthandler
 import os
 import signal
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import trio
 from daxemu.fs.filesystem import Filesystem
 from daxemu.fs.inode import Inode
 from daxemu.fs.namespace import Namespace
+from daxemu.host.direct.mappings import DirectMappings
 from daxemu.host.fuse.handlers import result_of
 from daxemu.host.fuse.operations import Operations
 from daxemu.host.fuse.session import Session
@@ -108,16 +109,22 @@ def stop_in_write_back(directory: str, name: str) -> None:
 
 def stop_in_failure(directory: str, when: str) -> None:
     """Stand still in the midst of a failure: "before" its pages are taken away, or "after" that."""
-    revoke = PageCacheMappings.revoke
+    kind: Any
+    for kind in (PageCacheMappings, DirectMappings):
+        kind.revoke = _stopping(kind.revoke, Path(directory), when)
 
-    def stopped(self: PageCacheMappings, incident: Incident) -> None:
+
+def _stopping(
+    revoke: Callable[[Any, Incident], None], directory: Path, when: str
+) -> Callable[[Any, Incident], None]:
+    def stopped(self: object, incident: Incident) -> None:
         if when == "before":
-            _stop(Path(directory))
+            _stop(directory)
         revoke(self, incident)
         if when == "after":
-            _stop(Path(directory))
+            _stop(directory)
 
-    PageCacheMappings.revoke = stopped  # type: ignore[method-assign]
+    return stopped
 
 
 def stop_at_each_step(directory: str) -> None:
