@@ -10,6 +10,7 @@ Counterpart in Linux: kill_procs() and kill_proc() in mm/memory-failure.c. Addre
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -40,6 +41,8 @@ ARM_PATIENCE = 1.0
 """Seconds that the read of a thread that consumed poison waits for a tracer without work."""
 _SAME_CALL = 1.0
 """Seconds within which a second event of a thread at an address is of the same system call."""
+_MOST_QUEUED = 16
+"""Events of one thread that wait for its last signal: more come only from a system call."""
 _LOOKS, _LOOK = 5, 0.0005
 """Number of looks, and seconds between two, at a thread that does not sleep in its page fault yet."""
 
@@ -87,6 +90,8 @@ class Signals:
         """Threads that leave a page fault in a direct mapping for a forced SIGBUS: one signal at a time. The
         event is set at the report of the tracer.
         """
+        self._queued: Counter[int] = Counter()
+        """Number of events of each thread that wait for an earlier signal of the thread."""
 
     def _sent(self, sent: _Signal, result: str, reason: str | None) -> None:
         self._emit(
@@ -283,12 +288,24 @@ class Signals:
         """Force an AR on a thread that waits in a page fault of its own until a signal comes. The access must
         fail if the tracer cannot.
 
+        A thread in user mode has few events at a time. In a system call, a thread that the tracer interrupts
+        makes one event after another, does not sleep, and takes no signal until the access fails. The event
+        number _MOST_QUEUED makes the access fail.
+
         A thread that does not sleep has left the page fault for another signal, or is about to sleep there: a
         thread that is woken touches the page again. A thread that waits in another page fault is not woken:
         with three threads at one page, each wake-up would lead to three more.
         """
-        while (earlier := self._leaving.get(access.tid)) is not None:
-            await earlier.wait()  # the report of the last signal may come after the next touch
+        if self._queued[access.tid] >= _MOST_QUEUED:
+            return Answer.ERROR
+        self._queued[access.tid] += 1
+        try:
+            while (earlier := self._leaving.get(access.tid)) is not None:
+                await earlier.wait()  # the report of the last signal may come after the next touch
+        finally:
+            self._queued[access.tid] -= 1
+            if not self._queued[access.tid]:
+                del self._queued[access.tid]
         left = self._leaving[access.tid] = trio.Event()
         armed: Armed | Gone | Refused | None = None
         try:
