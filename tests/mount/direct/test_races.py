@@ -1,7 +1,7 @@
 """Tests of other mounts that must hold on a direct mount unchanged.
 
-Known to fail in about one of three runs: a thread may be killed by a second BUS_MCEERR_AR within its handler of the
-first (docs/fidelity.md).
+Known to fail in about one of three runs: a thread may be killed by a second BUS_MCEERR_AR within its handler
+of the first (docs/fidelity.md).
 """
 
 from __future__ import annotations
