@@ -74,7 +74,7 @@ class Order:
 
 
 class OneAccess:
-    """One access to a file, and the signals of the process."""
+    """Access to a file, and the signals that the process gets."""
 
     def __init__(self, path: str, order: Order) -> None:
         self._path = path

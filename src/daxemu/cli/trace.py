@@ -78,7 +78,7 @@ Keep = Callable[[TraceRecord | Event], None]
 
 @contextmanager
 def _writer(output: Path | None, as_json: bool) -> Iterator[Keep]:
-    """Return a function that writes a record in the form that was asked for. Threads may share it."""
+    """Return a function that writes one record, in the form of the options. For any thread."""
     lock = threading.Lock()
     is_chrome = output is not None and output.suffix == ".json"
     opened = nullcontext(None) if output is None else output.open("w", buffering=1)

@@ -70,7 +70,7 @@ def unsealed(dax: DaxDevice, blocks: Range) -> Superblock:
 
 
 def names_filesystem(page: memoryview) -> bool:
-    """Whether ``page`` begins as a superblock, of any version, intact or not."""
+    """Return whether ``page`` begins as a superblock, of any version, intact or not."""
     return MAGIC.encode() in bytes(page[_HEADER : 2 * _HEADER + len(MAGIC)])
 
 

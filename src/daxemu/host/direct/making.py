@@ -22,7 +22,7 @@ ARENA_SIZE = 1 << 20
 
 
 class AgentMaking:
-    """What all agents of one mount and one run have in common. ``place``: address of their code."""
+    """Parts shared by all agents of one mount and one run. ``place``: address of the code of an agent."""
 
     def __init__(self, link: TracerLink, nursery: Nursery, media: int, void: int, index: int) -> None:
         """See AddressSpaces."""

@@ -176,7 +176,7 @@ def forget(table: Table, space: Space, addresses: Range) -> None:
 
 
 def as_now(table: Table, space: Space, pieces: Sequence[MappingPiece]) -> list[MappingPiece]:
-    """Return the pieces that are still mapped, with their present protection. Raises AddressSpaceGone."""
+    """Return the pieces still mapped, with the present protection of each. Raises AddressSpaceGone."""
     if not pieces or zone.has(pieces[0].addresses.start):
         return list(pieces)
     space.drain()

@@ -76,7 +76,7 @@ class Service:
 
     @property
     def runs(self) -> int:
-        """Number of runs that are attached, or whose programs still have direct mappings."""
+        """Number of attached runs, and of ended runs with programs that still have direct mappings."""
         self._forget_finished()
         return len(self._runs)
 

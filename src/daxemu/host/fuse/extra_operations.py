@@ -199,7 +199,7 @@ class ExtraOperations:
     # -- requests
 
     def _dispatch(self, request: RawRequest) -> Answered | Later:
-        """Serve a request, or return the coroutine that serves it. Raises DaxemuError."""
+        """Serve a request at once, or return a coroutine for a request that waits. Raises DaxemuError."""
         ino = unpack(request.fh).ino
         if request.op == _FALLOCATE:
             self._file_modified(ino, request.tid)

@@ -27,8 +27,8 @@ _COVERING_OR_NEXT = 0x10
 
 
 class Vma(NamedTuple):
-    """One mapping: addresses ``[start, end)`` show a file from page ``pgoff`` on, a private one possibly
-    copies.
+    """Mapping: the addresses ``[start, end)`` show a file from page ``pgoff`` on. A private mapping may show
+    copies of pages.
 
     Without a file, ``dev`` is (0, 0) and ``ino`` 0.
     """

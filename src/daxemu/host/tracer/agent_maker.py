@@ -71,7 +71,7 @@ class _Failed(Exception):
 
 
 class Maker(NamedTuple):
-    """A thread with its script. ``request``: the request that the thread's outcome settles."""
+    """Thread, and the script of the thread. ``request``: settled by the outcome of the script."""
 
     tid: int
     request: MakeAgent | TraceFork
