@@ -11,18 +11,10 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include "must.h"
 
 #define unused __attribute__((unused))
-#define PAGE 4096UL
 #define SIZE (16 * PAGE)
-#define must(condition)                                                                                               \
-	do {                                                                                                          \
-		if (!(condition)) {                                                                                   \
-			printf("line %d: %s: %s\n", __LINE__, #condition, strerror(errno));                           \
-			fflush(stdout);                                                                               \
-			_exit(1);                                                                                     \
-		}                                                                                                     \
-	} while (0)
 
 struct step {
 	const char *name;
@@ -30,13 +22,6 @@ struct step {
 };
 
 static const char *self;
-
-static int open_file(const char *path)
-{
-	int fd = open(path, O_RDWR | O_CLOEXEC);
-	must(fd >= 0);
-	return fd;
-}
 
 static volatile char *map_file(const char *path)
 {

@@ -20,18 +20,10 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+#include "must.h"
 
-#define PAGE 4096UL
 #define SIZE (16 * PAGE)
 #define GIB (1UL << 30)
-#define must(condition)                                                                                               \
-	do {                                                                                                          \
-		if (!(condition)) {                                                                                   \
-			printf("line %d: %s: %s\n", __LINE__, #condition, strerror(errno));                           \
-			fflush(stdout);                                                                               \
-			_exit(1);                                                                                     \
-		}                                                                                                     \
-	} while (0)
 
 static sigjmp_buf back;
 static siginfo_t last;
@@ -60,13 +52,6 @@ static int store(volatile char *at, char byte)
 		return last.si_signo;
 	*at = byte;
 	return 0;
-}
-
-static int open_file(const char *path)
-{
-	int fd = open(path, O_RDWR | O_CLOEXEC);
-	must(fd >= 0);
-	return fd;
 }
 
 static char in_file(const char *path, off_t offset)

@@ -19,26 +19,11 @@
 #include <sys/uio.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include "must.h"
 
-#define PAGE 4096UL
 #define CLONE_RANGE 0x4020da0d /* host/fuse/extra_operations.py */
-#define must(condition)                                                                                               \
-	do {                                                                                                          \
-		if (!(condition)) {                                                                                   \
-			printf("line %d: %s: %s\n", __LINE__, #condition, strerror(errno));                           \
-			fflush(stdout);                                                                               \
-			_exit(1);                                                                                     \
-		}                                                                                                     \
-	} while (0)
 
 static char *self;
-
-static int open_file(const char *path)
-{
-	int fd = open(path, O_RDWR | O_CLOEXEC);
-	must(fd >= 0);
-	return fd;
-}
 
 static unsigned long pages_of(int fd)
 {
